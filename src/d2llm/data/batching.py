@@ -1,0 +1,33 @@
+"""Batches of texts of like length, so that little is spent on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def token_budget_batches(lengths: Sequence[int], *, max_tokens: int, max_items: int) -> list[list[int]]:
+    """Group texts into batches of at most ``max_items`` whose padded size stays within ``max_tokens``.
+
+    Args:
+        lengths: tokens of each text.
+        max_tokens: limit of (number of texts) x (longest text of the batch). A text longer than that goes alone.
+        max_items: limit of texts in a batch.
+
+    Returns:
+        Batches of indices into ``lengths``, longest text first (so that running out of memory shows at once); every
+        index exactly once; texts of equal length in their given order.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+    if max_tokens < 1 or max_items < 1:
+        raise ValueError(f"max_tokens and max_items must be at least 1, got {max_tokens} and {max_items}")
+    batches: list[list[int]] = []
+    capacity = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or len(batches[-1]) >= capacity:
+            batches.append([])
+            # The first text of a batch is its longest, so it alone decides how many fit.
+            capacity = min(max_items, max(1, max_tokens // max(1, lengths[index])))
+        batches[-1].append(index)
+    return batches

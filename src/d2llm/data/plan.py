@@ -1,0 +1,100 @@
+"""The training plan: which passages each query is trained on. Written by ``mine``, read by ``label`` and ``distill``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from d2llm.core.errors import DataFormatError, DuplicateIdError
+from d2llm.core.files import new_folder
+from d2llm.core.fingerprint import fingerprint_files
+from d2llm.core.manifest import read_manifest, write_manifest
+
+PLAN_FILE = "plan.jsonl"
+_KIND = "plan"
+_FORMAT_VERSION = 1
+_REMEDY = "make the plan again"
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """The passages of one query, by id: known positives, mined hard negatives, random easy negatives."""
+
+    query_id: str
+    positives: tuple[str, ...]
+    hard_negatives: tuple[str, ...]
+    easy_negatives: tuple[str, ...]
+
+    @property
+    def passage_ids(self) -> tuple[str, ...]:
+        """All passages of the query: positives, then hard, then easy negatives."""
+        return self.positives + self.hard_negatives + self.easy_negatives
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The entries of a plan and the manifest that says what made it."""
+
+    entries: tuple[PlanEntry, ...]
+    manifest: dict[str, Any]
+
+
+def write_plan(folder: Path, entries: Iterable[PlanEntry], content: Mapping[str, Any]) -> None:
+    """Write ``plan.jsonl`` and ``manifest.json`` (with ``content``) as ``folder``; an older plan there is replaced."""
+    fields = ("query_id", "positives", "hard_negatives", "easy_negatives")
+    with new_folder(Path(folder)) as temporary:
+        num_entries = 0
+        with (temporary / PLAN_FILE).open("w", encoding="utf-8", newline="\n") as file:
+            for entry in entries:
+                file.write(json.dumps({name: getattr(entry, name) for name in fields}, ensure_ascii=False) + "\n")
+                num_entries += 1
+        # Ours last: what the caller says must not be able to hide the hash that reading checks.
+        own = {"num_entries": num_entries, "content_hash": fingerprint_files([temporary / PLAN_FILE])}
+        write_manifest(temporary, _KIND, _FORMAT_VERSION, {**content, **own})
+
+
+def read_plan(folder: Path) -> TrainingPlan:
+    """Read a plan folder.
+
+    Raises:
+        DataFormatError: no plan there, a line is malformed, or the file is not the one the manifest describes.
+        DuplicateIdError: a query has two entries.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, _KIND, _FORMAT_VERSION)
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise DataFormatError(path, f"not found beside its manifest; {_REMEDY}")
+    entries: dict[str, PlanEntry] = {}
+    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        entry = _parse(path, number, raw)
+        if entry.query_id in entries:
+            raise DuplicateIdError(path, f"query '{entry.query_id}' has a second entry; {_REMEDY}", line=number)
+        entries[entry.query_id] = entry
+    if fingerprint_files([path]) != manifest.get("content_hash"):
+        raise DataFormatError(path, f"was changed after it was made (its hash is not the manifest's); {_REMEDY}")
+    return TrainingPlan(tuple(entries.values()), manifest)
+
+
+def _parse(path: Path, number: int, raw: bytes) -> PlanEntry:
+    try:
+        value: object = json.loads(raw)
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise DataFormatError(path, f"not valid JSON ({error}); {_REMEDY}", line=number) from error
+    record = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    query_id = record.get("query_id")
+    if not isinstance(query_id, str):
+        raise DataFormatError(path, f"'query_id' must be a string; {_REMEDY}", line=number)
+    lists = (_ids(path, number, record, name) for name in ("positives", "hard_negatives", "easy_negatives"))
+    return PlanEntry(query_id, *lists)
+
+
+def _ids(path: Path, number: int, record: Mapping[str, object], name: str) -> tuple[str, ...]:
+    value = record.get(name)
+    items = cast("list[object]", value) if isinstance(value, list) else [None]
+    if not all(isinstance(item, str) for item in items):
+        raise DataFormatError(path, f"'{name}' must be a list of passage ids; {_REMEDY}", line=number)
+    return tuple(cast("list[str]", items))
