@@ -1,0 +1,87 @@
+"""D2LLM: decomposed and distilled large language models for semantic search.
+
+The names below are the public interface. They are imported on first use, so ``import d2llm`` stays quick and does not
+load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from d2llm.core.errors import D2LLMError
+    from d2llm.core.recipe import Recipe, load_recipe
+    from d2llm.core.types import Candidate, Passage, Query, RankedPassage, Ranking, Task, TeacherLabel
+    from d2llm.data.beir import Dataset, read_beir
+    from d2llm.index.folder import FolderIndex
+    from d2llm.models.backbone import Backbone
+    from d2llm.models.student import Student
+    from d2llm.models.teacher import Teacher
+    from d2llm.pipeline.distill import distill
+    from d2llm.pipeline.encode import encode
+    from d2llm.pipeline.evaluate import evaluate
+    from d2llm.pipeline.label import label
+    from d2llm.pipeline.mine import mine
+    from d2llm.pipeline.search import search
+    from d2llm.pipeline.tune_teacher import tune_teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "Candidate",
+    "D2LLMError",
+    "Dataset",
+    "FolderIndex",
+    "Passage",
+    "Query",
+    "RankedPassage",
+    "Ranking",
+    "Recipe",
+    "Student",
+    "Task",
+    "Teacher",
+    "TeacherLabel",
+    "__version__",
+    "distill",
+    "encode",
+    "evaluate",
+    "label",
+    "load_recipe",
+    "mine",
+    "read_beir",
+    "search",
+    "tune_teacher",
+]
+
+_HOMES = {
+    "d2llm.core.errors": ("D2LLMError",),
+    "d2llm.core.recipe": ("Recipe", "load_recipe"),
+    "d2llm.core.types": ("Candidate", "Passage", "Query", "RankedPassage", "Ranking", "Task", "TeacherLabel"),
+    "d2llm.data.beir": ("Dataset", "read_beir"),
+    "d2llm.index.folder": ("FolderIndex",),
+    "d2llm.models.backbone": ("Backbone",),
+    "d2llm.models.student": ("Student",),
+    "d2llm.models.teacher": ("Teacher",),
+    "d2llm.pipeline.distill": ("distill",),
+    "d2llm.pipeline.encode": ("encode",),
+    "d2llm.pipeline.evaluate": ("evaluate",),
+    "d2llm.pipeline.label": ("label",),
+    "d2llm.pipeline.mine": ("mine",),
+    "d2llm.pipeline.search": ("search",),
+    "d2llm.pipeline.tune_teacher": ("tune_teacher",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'd2llm' has no attribute '{name}'")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
