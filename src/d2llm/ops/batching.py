@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
 
 def token_budget_batches(lengths: Sequence[int], *, max_tokens: int, max_items: int) -> list[list[int]]:
     """Group texts into batches of at most ``max_items`` whose padded size stays within ``max_tokens``.
@@ -31,3 +35,13 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int, max_items: 
             capacity = min(max_items, max(1, max_tokens // max(1, lengths[index])))
         batches[-1].append(index)
     return batches
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+    """Rows of token ids as one right-padded tensor, and its mask (true for real tokens)."""
+    longest = max(map(len, rows))
+    ids = [[*row, *[padding] * (longest - len(row))] for row in rows]
+    mask = [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,78 @@
+"""The exception tree. Every message says what was wrong, where, and what to do.
+
+D2LLMError
+├── InputError              the user's files or arguments are wrong
+│   ├── DataFormatError     a file cannot be read as what it should be (names file and line)
+│   ├── DuplicateIdError    an id occurs twice
+│   └── RecipeError         a recipe has an unknown key or a bad value
+├── ModelError              a model cannot be found, loaded or used
+│   ├── ModelNotFoundError  no weights where the name points to
+│   └── AnswerTokenError    an answer word is not one distinct token
+├── MismatchError           two artifacts do not belong together
+│   ├── IndexMismatchError  the index was made by another student
+│   └── LabelMismatchError  labels of another teacher or prompt
+├── TrainingDivergedError   the loss became NaN or infinite
+└── MissingExtraError       an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class D2LLMError(Exception):
+    """Base of every error that d2llm raises on purpose."""
+
+
+class InputError(D2LLMError):
+    """The user's files or arguments are wrong."""
+
+
+class DataFormatError(InputError):
+    """A file cannot be read as what it should be; the message starts with ``path:line``."""
+
+    def __init__(self, path: str | Path, problem: str, *, line: int | None = None) -> None:
+        self.path = Path(path)
+        self.line = line
+        where = f"{path}:{line}" if line is not None else str(path)
+        super().__init__(f"{where}: {problem}")
+
+
+class DuplicateIdError(DataFormatError):
+    """An id occurs twice in one file."""
+
+
+class RecipeError(InputError):
+    """A recipe has an unknown key or a bad value."""
+
+
+class ModelError(D2LLMError):
+    """A model cannot be found, loaded or used."""
+
+
+class ModelNotFoundError(ModelError):
+    """There are no usable weights where the name points to."""
+
+
+class AnswerTokenError(ModelError):
+    """An answer word is not exactly one token, or two answer words share a token."""
+
+
+class MismatchError(D2LLMError):
+    """Two artifacts do not belong together."""
+
+
+class IndexMismatchError(MismatchError):
+    """The index was made by another student."""
+
+
+class LabelMismatchError(MismatchError):
+    """Teacher labels belong to another teacher or prompt."""
+
+
+class TrainingDivergedError(D2LLMError):
+    """The training loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class MissingExtraError(D2LLMError, ImportError):
+    """An optional dependency is not installed."""

@@ -1,0 +1,27 @@
+"""Optional dependencies: one line that says what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from d2llm.core.errors import MissingExtraError
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional module.
+
+    Args:
+        module: the module to import, for example ``"peft"``.
+        extra: the extra of d2llm that brings it, for example ``"train"``.
+        purpose: what it is needed for, as a noun phrase ("LoRA tuning").
+
+    Raises:
+        MissingExtraError: one line naming the module, the purpose and the pip command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs the package '{module}', which is not installed: pip install 'd2llm[{extra}]'"
+        ) from error

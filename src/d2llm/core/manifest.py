@@ -1,0 +1,54 @@
+"""``manifest.json``: every folder d2llm writes says what it is and what made it."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.files import write_json
+
+FILE_NAME = "manifest.json"
+_PACKAGES = ("d2llm", "torch", "transformers", "safetensors", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that shape a result, those that are installed."""
+    versions: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_manifest(folder: Path, kind: str, format_version: int, content: dict[str, Any]) -> None:
+    """Write the manifest of a ``kind`` of artifact ("student", "index", ...) into ``folder``, atomically."""
+    head = {"kind": kind, "format_version": format_version}
+    write_json(folder / FILE_NAME, head | content | {"packages": package_versions()})
+
+
+def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any]:
+    """Read the manifest of ``folder``.
+
+    Raises:
+        DataFormatError: there is none, it is not JSON, or it describes another kind or a newer format.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise DataFormatError(path, f"not found, so {folder} is not a d2llm {kind} folder; check the path")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataFormatError(path, f"not valid JSON ({error}); restore or rebuild the folder") from error
+    if manifest.get("kind") != kind:
+        raise DataFormatError(path, f"describes a {manifest.get('kind')!r}, but a {kind!r} is needed here")
+    if manifest.get("format_version", 0) > format_version:
+        raise DataFormatError(
+            path,
+            f"has format version {manifest['format_version']}, this d2llm reads up to {format_version}; update d2llm",
+        )
+    return manifest

@@ -1,0 +1,223 @@
+"""Recipes: one TOML file describes a whole run. Unknown keys are errors that name the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from d2llm.core.errors import RecipeError
+from d2llm.core.types import Task
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters on every linear layer of a backbone (published defaults: rank 8, alpha 8, dropout 0.05)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=8.0, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class BackboneConfig(_Section):
+    """The pretrained language model that reads each text alone."""
+
+    model: str = "minilm"
+    """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2``."""
+    tuning: Literal["lora", "full", "frozen"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    pooling: Literal["auto", "mean", "last", "first"] = "auto"
+    """The backbone's own pooling; ``auto`` reads the model's own setting, else mean for encoders, last for decoders."""
+    max_query_tokens: int = Field(default=128, ge=4)
+    max_passage_tokens: int = Field(default=250, ge=4)
+    query_prefix: str = ""
+    passage_prefix: str = ""
+
+
+class PoolingConfig(_Section):
+    """Pooling by multihead attention (PMA)."""
+
+    num_seeds: int = Field(default=1, ge=1)
+    num_heads: int = Field(default=12, ge=1)
+    feedforward_dim: int | None = Field(default=None, ge=1)
+    """Width of the feed-forward layer; by default the backbone's width."""
+    warm_start: bool = True
+    """Start as the backbone's own pooling: y = pool(Y) + gate * PMA(Y), gate 0 at first."""
+
+
+class InteractionConfig(_Section):
+    """Interaction emulation module (IEM)."""
+
+    head: Literal["anchored", "paper"] = "anchored"
+    features: Literal["rich", "concat"] = "rich"
+    hidden_dim: int = Field(default=512, ge=1)
+    feature_dim: int = Field(default=512, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    max_bound: float = Field(default=8.0, gt=0)
+    """Upper limit of B, the largest change of the logit that the interaction can make (anchored head)."""
+
+
+class StudentConfig(_Section):
+    """Backbone + PMA + IEM. The defaults are ours; ``paper``, ``concat`` and no warm start are the publication's."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    pooling: PoolingConfig = PoolingConfig()
+    interaction: InteractionConfig = InteractionConfig()
+
+
+class TeacherConfig(_Section):
+    """The LLM that reads query and passage together."""
+
+    model: str = "smollm2"
+    """Local folder (a tuned teacher too), Hub name, GGUF file, or ``smollm2``."""
+    prompt: str = "paper"
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see models/prompts)."""
+    max_tokens: int = Field(default=350, ge=32)
+    """Length of the whole input; what is over is cut from the end of the passage."""
+
+
+class TeacherTuningConfig(_Section):
+    """Yes/no cross-entropy tuning of the teacher on labelled pairs."""
+
+    lora: LoraConfig = LoraConfig(rank=16, alpha=32)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    epochs: int = Field(default=1, ge=1)
+    batch_pairs: int = Field(default=32, ge=1)
+    num_negatives: int = Field(default=4, ge=1)
+    """Negatives per positive, drawn from the plan's hard and easy negatives."""
+    max_queries: int | None = Field(default=None, ge=1)
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+
+
+class DataConfig(_Section):
+    """One data set of a recipe: a BEIR-layout folder."""
+
+    path: str
+    task: Task = "asymmetric"
+    max_queries: int | None = Field(default=None, ge=1)
+    """Train on a random sample of this many queries."""
+
+
+class MiningConfig(_Section):
+    """Negatives of the training plan."""
+
+    num_hard: int = Field(default=8, ge=0)
+    num_easy: int = Field(default=4, ge=0)
+    depth: int = Field(default=50, ge=1)
+    """Hard negatives are drawn from the first ``depth`` of BM25 and of the backbone's cosine, minus the positives."""
+    skip_top: int = Field(default=0, ge=0)
+    """Leave out the first few of each list: the likeliest false negatives."""
+
+
+class LossWeights(_Section):
+    """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy)."""
+
+    contrastive_imitation: float = Field(default=1.0, ge=0)
+    rank_imitation_positive_hard: float = Field(default=1.0, ge=0)
+    rank_imitation_hard_easy: float = Field(default=0.01, ge=0)
+    feature_imitation: float = Field(default=0.001, ge=0)
+    in_batch_cross_entropy: float = Field(default=1.0, ge=0)
+    anchor_cross_entropy: float = Field(default=1.0, ge=0)
+    """In-batch cross-entropy of the inner-product part alone (anchored head): keeps the vectors good by themselves."""
+    temperature: float = Field(default=1.0, gt=0)
+    """t of the contrastive imitation; the anchored head has a learned scale of its own besides."""
+
+
+class TrainingConfig(_Section):
+    """How ``distill`` optimises."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Rate of PMA and IEM; by default ``learning_rate``."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=1000, ge=0)
+    epochs: int = Field(default=5, ge=1)
+    batch_queries: int = Field(default=32, ge=1)
+    num_hard: int = Field(default=8, ge=0)
+    """Hard negatives of a query seen in one step, drawn anew each epoch from the plan's."""
+    num_easy: int = Field(default=4, ge=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    eval_every: int = Field(default=200, ge=1)
+    """Steps between dev evaluations."""
+    patience: int = Field(default=5, ge=1)
+    """Stop after this many dev evaluations without a better one."""
+    dev_queries: int = Field(default=200, ge=1)
+    dev_passages: int = Field(default=3000, ge=1)
+    """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
+
+
+class Recipe(_Section):
+    """One run end to end."""
+
+    name: str = "unnamed"
+    seed: int = 0
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()
+    data: tuple[DataConfig, ...] = ()
+    mining: MiningConfig = MiningConfig()
+    losses: LossWeights = LossWeights()
+    training: TrainingConfig = TrainingConfig()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a TOML recipe. Relative data paths are taken from the current directory.
+
+    Raises:
+        RecipeError: the file is missing, not TOML, has an unknown key (the nearest right one is named) or a bad value.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    return parse_recipe(values, where=str(path))
+
+
+def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Build a Recipe from plain values; ``where`` names their origin in errors.
+
+    Raises:
+        RecipeError: an unknown key (the nearest right one is named) or a bad value.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
+        raise RecipeError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{key}: {message}"
+    known = sorted(_section_at(location[:-1]).model_fields)
+    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys here: {', '.join(known)}"
+    return f"unknown key '{key}'; {hint}"
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return section

@@ -1,0 +1,80 @@
+"""The words of the field as plain frozen types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Task = Literal["symmetric", "asymmetric"]
+"""``symmetric``: do two texts say the same. ``asymmetric``: does the passage answer the query."""
+
+Qrels = Mapping[str, Mapping[str, int]]
+"""query_id -> passage_id -> relevance grade (above 0 is relevant)."""
+
+Run = Mapping[str, Mapping[str, float]]
+"""query_id -> passage_id -> score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A text that asks."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text that may answer."""
+
+    id: str
+    text: str
+    title: str = ""
+
+    @property
+    def full_text(self) -> str:
+        """Title and text as one string, as the encoders and BM25 read it."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A passage proposed for a query, with the score that proposed it."""
+
+    passage_id: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankedPassage:
+    """One place of a ranking.
+
+    ``score`` is what the list is sorted by; ``anchor_score`` is its inner-product part, where the head has one.
+    """
+
+    rank: int
+    passage: Passage
+    score: float
+    anchor_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The answer to one query, best first; ties are broken by passage id."""
+
+    query: Query
+    passages: tuple[RankedPassage, ...]
+    num_candidates: int
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherLabel:
+    """What one teacher, asked with one prompt, said of one pair. ``log_odds`` = logit(yes) - logit(no)."""
+
+    teacher: str
+    prompt: str
+    query_id: str
+    passage_id: str
+    log_odds: float

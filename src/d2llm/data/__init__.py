@@ -1,0 +1,1 @@
+"""Readers, training plans, the teacher-label store and batching."""

@@ -1,0 +1,1 @@
+"""Backbone, prompts, teacher, pooling (PMA), interaction (IEM) and the student that joins them."""

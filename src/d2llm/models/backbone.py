@@ -1,0 +1,180 @@
+"""The pretrained language model that reads each text alone: tokens in, states of the last layer out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import BackboneConfig
+from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.lora import adapter_state, attach_lora, load_adapter_state, merge_adapter, merged_state_dict
+from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model
+from d2llm.ops.batching import pad_right
+from d2llm.ops.pooling import PoolingName, pool, to_right_padding
+
+TextKind = Literal["query", "passage"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedTexts:
+    """Token ids of each text, with special tokens, cut to the limit; ``num_truncated`` texts lost their end."""
+
+    ids: list[list[int]]
+    num_truncated: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
+
+
+class Backbone(nn.Module):
+    """Any decoder or encoder of ``transformers`` without its language-model head.
+
+    ``compute_dtype`` is the format of the products; weights that are trained stay in float32 beside it.
+    """
+
+    def __init__(self, config: BackboneConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Load the weights that ``config.model`` names.
+
+        Raises:
+            ModelNotFoundError: no usable weights there.
+            InputError: a token limit beyond what the model can read.
+        """
+        super().__init__()
+        from transformers import AutoModel
+
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.location = locate_model(config.model)
+        self.tokenizer = load_tokenizer(self.location)
+        weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
+        self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore
+        self.model.requires_grad_(False)
+        self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
+        self._check_lengths()
+
+    @classmethod
+    def load(
+        cls, config: BackboneConfig, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> Backbone:
+        """Load a backbone on the device and in the number format that this machine is fast with, or as asked."""
+        chosen = choose_device(device)
+        return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+
+    @property
+    def dim(self) -> int:
+        """Width of the states."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def fingerprint_base(self) -> str:
+        """Fingerprint of the pretrained weights, before any tuning."""
+        return fingerprint_model(self.location)
+
+    def prepare_training(self, *, seed: int = 0) -> None:
+        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing."""
+        if self.config.tuning == "lora":
+            attach_lora(self.model, self.config.lora, seed=seed)
+        elif self.config.tuning == "full":
+            self.model.requires_grad_(True)
+
+    def tuned_state(self) -> dict[str, Tensor]:
+        """What tuning changed: the adapter's tensors, all weights, or nothing."""
+        if self.config.tuning == "lora":
+            return adapter_state(self.model)
+        if self.config.tuning == "full":
+            return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        return {}
+
+    def load_tuned_state(self, state: dict[str, Tensor], *, merge: bool) -> None:
+        """Take over tensors made by ``tuned_state``: into the attached adapters, or merged into the weights for good.
+
+        Raises:
+            ModelError: an adapter of another architecture.
+        """
+        if self.config.tuning == "full":
+            self.model.load_state_dict(state)
+        elif self.config.tuning == "lora":
+            (merge_adapter if merge else load_adapter_state)(self.model, state)
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """All weights as the plain model's, adapters merged."""
+        return merged_state_dict(self.model)
+
+    def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
+        """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted."""
+        prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
+        limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
+        prefixed = [prefix + text for text in texts]
+        if not prefixed:
+            return TokenizedTexts([], 0)
+        # Tokenizing twice is only for texts over the limit: the tokenizer itself then keeps its closing special token.
+        ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
+        too_long = [index for index, row in enumerate(ids) if len(row) > limit]
+        if too_long:
+            cut = self.tokenizer([prefixed[index] for index in too_long], truncation=True, max_length=limit)
+            for index, row in zip(too_long, cast("list[list[int]]", cut["input_ids"]), strict=True):
+                ids[index] = row
+        # A tokenizer without special tokens gives nothing for an empty text; a model needs one token to read.
+        fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
+        return TokenizedTexts([row or [cast(int, fallback)] for row in ids], len(too_long))
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+        """Token ids as one right-padded tensor, and its mask."""
+        return pad_right(ids, cast(int, self.tokenizer.pad_token_id or 0), self.device)
+
+    def forward(
+        self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]]:
+        """States of the last layer, right-padded whatever the padding of the input, and their mask."""
+        token_ids, mask = to_right_padding(token_ids, mask)
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            states = self.model(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
+        return states, mask
+
+    def pool(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
+        """The backbone's own pooling, in float32."""
+        return pool(states.float(), mask, self.pooling)
+
+    def _check_lengths(self) -> None:
+        readable = getattr(self.model.config, "max_position_embeddings", None)
+        if readable is None:
+            return
+        if self.model.config.model_type in {"roberta", "xlm-roberta", "camembert"}:
+            readable -= int(self.model.config.pad_token_id) + 1  # these count positions from after the padding id
+        for key in ("max_query_tokens", "max_passage_tokens"):
+            if getattr(self.config, key) > readable:
+                raise InputError(
+                    f"{key} is {getattr(self.config, key)}, but '{self.config.model}' reads at most {readable} tokens; "
+                    f"set {key} to {readable} or less"
+                )
+
+
+def _own_pooling(config: BackboneConfig, location: str, model_config: object) -> PoolingName:
+    if config.pooling != "auto":
+        return config.pooling
+    settings = Path(location) / "1_Pooling" / "config.json"  # where sentence-transformers keeps it
+    if settings.is_file():
+        modes = json.loads(settings.read_text(encoding="utf-8"))
+        if modes.get("pooling_mode_cls_token"):
+            return "first"
+        return "last" if modes.get("pooling_mode_lasttoken") else "mean"
+    architectures = getattr(model_config, "architectures", None) or [""]
+    is_decoder = "CausalLM" in architectures[0] or getattr(model_config, "model_type", "") in _DECODER_TYPES
+    return "last" if is_decoder else "mean"
+
+
+_DECODER_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"})

@@ -1,0 +1,103 @@
+"""Low-rank adapters: trained through PEFT, stored and merged as plain tensors, so that loading needs no PEFT.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: W' = W + (alpha / rank) B A.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from d2llm.core.errors import ModelError
+from d2llm.core.extras import require
+from d2llm.core.recipe import LoraConfig
+
+_ADAPTER = "default"  # PEFT's name for the only adapter
+_DOWN, _UP = ".lora_down", ".lora_up"
+
+
+def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
+    """Freeze ``model`` and put a trainable adapter beside every linear layer of it, in place.
+
+    Raises:
+        MissingExtraError: ``peft`` is not installed.
+    """
+    peft = require("peft", extra="train", purpose="LoRA tuning")
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules="all-linear",
+        # A BERT's pooler and a language-model head play no part in d2llm's forward passes.
+        exclude_modules=["pooler.dense", "lm_head", "embed_out"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter of ``model`` as plain tensors: ``<layer>.lora_down`` [rank, in] and, scaled, ``.lora_up`` [out, rank]."""
+    state: dict[str, Tensor] = {}
+    for name, layer in _adapted_layers(model):
+        state[name + _DOWN] = layer.lora_A[_ADAPTER].weight.detach().float().cpu().clone()
+        state[name + _UP] = (layer.lora_B[_ADAPTER].weight.detach().float() * layer.scaling[_ADAPTER]).cpu()
+    return state
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put tensors made by ``adapter_state`` into the adapters attached to ``model``.
+
+    Raises:
+        ModelError: the tensors belong to another architecture or another rank.
+    """
+    layers = dict(_adapted_layers(model))
+    if {name + end for name in layers for end in (_DOWN, _UP)} != set(state):
+        raise ModelError("the adapter's layers are not those of this backbone; use the backbone it was trained on")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A[_ADAPTER].weight.copy_(state[name + _DOWN])
+            layer.lora_B[_ADAPTER].weight.copy_(state[name + _UP] / layer.scaling[_ADAPTER])
+
+
+def merge_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Add an adapter to the weights of a plain ``model`` for good, in place: W + up @ down, computed in float32.
+
+    Raises:
+        ModelError: a layer of the adapter does not exist in ``model`` or has another shape.
+    """
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name in sorted(key.removesuffix(_DOWN) for key in state if key.endswith(_DOWN)):
+            layer = modules.get(name)
+            change = state[name + _UP].float() @ state[name + _DOWN].float()
+            if not isinstance(layer, nn.Linear) or layer.weight.shape != change.shape:
+                raise ModelError(
+                    f"the adapter changes layer '{name}' [{' x '.join(map(str, change.shape))}], which this backbone "
+                    "does not have; use the backbone the adapter was trained on"
+                )
+            layer.weight.copy_(layer.weight.float() + change.to(layer.weight.device))
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of a model with attached adapters as the plain model's: adapters merged, PEFT's names undone."""
+    state = {
+        name.replace(".base_layer.", "."): tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    adapter = adapter_state(model)
+    for name, _ in _adapted_layers(model):
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = (weight.float() + adapter[name + _UP] @ adapter[name + _DOWN]).to(weight.dtype)
+    return state
+
+
+def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, cast(Any, module)) for name, module in model.named_modules() if hasattr(module, "lora_A")]

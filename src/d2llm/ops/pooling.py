@@ -1,0 +1,47 @@
+"""Pooling and padding of token states, as plain functions of states and mask."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PoolingName = Literal["mean", "last", "first"]
+
+
+def to_right_padding(
+    token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+    """Move padding to the right without changing the order of the real tokens.
+
+    With padding on the right, positions count from 0 and causal attention never sees a padding token, so that one code
+    path serves decoders, encoders and either padding side.
+    """
+    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
+    return token_ids.gather(1, order), mask.gather(1, order)
+
+
+def last_positions(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
+    """Index of the last real token of each right-padded row."""
+    return mask.sum(dim=1).clamp(min=1) - 1
+
+
+def pool(
+    states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"], name: PoolingName
+) -> Float[Tensor, "batch dim"]:
+    """The pooling a pretrained model was made with: mean of the tokens, the last token, or the first.
+
+    Args:
+        states: token states, right-padded.
+        mask: true for real tokens.
+        name: which pooling.
+    """
+    if name == "first":
+        return states[:, 0]
+    if name == "last":
+        rows = torch.arange(len(states), device=states.device)
+        return states[rows, last_positions(mask)]
+    weights = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
