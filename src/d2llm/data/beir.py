@@ -255,8 +255,8 @@ def _refuse_duplicate(path: Path, line: int, identifier: str, first_lines: dict[
 
 
 def _empty_passages(passages: Mapping[str, Passage]) -> tuple[str, ...]:
-    empty = [passage.id for passage in passages.values() if not passage.full_text.strip()]
-    return (f"{len(empty)} passages have neither title nor text, {_first(empty)}",) if empty else ()
+    empty = [passage.id for passage in passages.values() if not passage.text.strip()]
+    return (f"{len(empty)} passages have an empty text, {_first(empty)}",) if empty else ()
 
 
 def _strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The training plan: which passages each query is trained on. Written by ``mine``, read by ``label`` and ``distill``."""
+"""The training plan: which passages each query is trained on. ``mine`` writes it, ``label`` and ``distill`` read it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,100 @@
+"""BM25 over passages of any language: candidates for mining, and the baseline of every report."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from d2llm.core.types import Candidate, Passage
+from d2llm.index.stemming import porter_stem
+
+K1 = 1.2
+B = 0.75
+
+# Scripts written without spaces between words (Han, Kana) or with many endings on a word (Hangul).
+_UNSPACED = (
+    "\u1100-\u11ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003fffd"
+)
+_TOKEN = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
+
+
+def tokenize(text: str) -> list[str]:
+    """Terms of a text in order: lower-cased words, English ones stemmed; Han, Kana and Hangul as character bigrams.
+
+    A run of those scripts that is one character long is a term by itself. Only words of the letters a-z are stemmed.
+    """
+    terms: list[str] = []
+    for match in _TOKEN.finditer(text.lower()):
+        run, word = match.groups()
+        if word is not None:
+            terms.append(porter_stem(word) if word.isascii() else word)
+        elif len(run) == 1:
+            terms.append(run)
+        else:
+            terms.extend(run[start : start + 2] for start in range(len(run) - 1))
+    return terms
+
+
+class LexicalIndex:
+    """BM25 in Lucene's form (``bm25s``), k1 1.2, b 0.75, Porter stems, no stop words.
+
+    score(q, p) = sum over the terms of q of  idf(t) tf / (tf + k1 (1 - b + b |p| / mean length)),
+    idf(t) = ln(1 + (N - n_t + 0.5) / (n_t + 0.5)); a term that the query repeats counts each time.
+    Source: Kamphuis et al., "Which BM25 do you mean?", ECIR 2020, the accurate Lucene variant.
+    """
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        # Kept in the order of their ids, so that a stable sort by score breaks ties by id.
+        ordered = sorted(passages, key=lambda passage: passage.id)
+        self._ids = [passage.id for passage in ordered]
+        self._terms: dict[str, int] = {}
+        term_ids = [
+            [self._terms.setdefault(term, len(self._terms)) for term in tokenize(passage.full_text)]
+            for passage in ordered
+        ]
+        self._bm25: Any = _fit(term_ids, self._terms) if self._terms else None
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def search(self, texts: Sequence[str], top_k: int) -> list[list[Candidate]]:
+        """Best passages of each text, best first, ties by passage id; passages that share no term are left out.
+
+        Raises:
+            ValueError: ``top_k`` below 1.
+        """
+        return list(self.iterate(texts, top_k))
+
+    def iterate(self, texts: Sequence[str], top_k: int) -> Iterator[list[Candidate]]:
+        """Like ``search``, one text after the other."""
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        return (self._search_one(text, top_k) for text in texts)
+
+    def _search_one(self, text: str, top_k: int) -> list[Candidate]:
+        query = [self._terms[term] for term in tokenize(text) if term in self._terms]
+        if not query:
+            return []
+        scores: np.ndarray = self._bm25.get_scores_from_ids(query)
+        matching = np.flatnonzero(scores > 0)
+        if len(matching) > top_k:
+            # All that tie with the last place stay in until the sort has ordered them.
+            threshold = np.partition(scores[matching], -top_k)[-top_k]
+            matching = matching[scores[matching] >= threshold]
+        best = matching[np.argsort(-scores[matching], kind="stable")][:top_k]
+        return [Candidate(self._ids[position], float(scores[position])) for position in best]
+
+
+def _fit(term_ids: list[list[int]], terms: dict[str, int]) -> Any:
+    bm25s: Any = importlib.import_module("bm25s")  # ships no types
+    # It sets its logger to DEBUG when imported, which would reach the handlers of whoever uses us.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    bm25 = bm25s.BM25(k1=K1, b=B, method="lucene", backend="numpy", csc_backend="numpy")
+    bm25.index((term_ids, terms), create_empty_token=False, show_progress=False)
+    return bm25
