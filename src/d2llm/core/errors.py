@@ -17,7 +17,9 @@ D2LLMError
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class D2LLMError(Exception):
@@ -33,9 +35,14 @@ class DataFormatError(InputError):
 
     def __init__(self, path: str | Path, problem: str, *, line: int | None = None) -> None:
         self.path = Path(path)
+        self.problem = problem
         self.line = line
         where = f"{path}:{line}" if line is not None else str(path)
         super().__init__(f"{where}: {problem}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is unpickled from its message alone, which fails when it comes from a worker process.
+        return partial(type(self), self.path, self.problem, line=self.line), ()
 
 
 class DuplicateIdError(DataFormatError):

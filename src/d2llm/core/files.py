@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from d2llm.core.errors import InputError
+
+MANIFEST_NAME = "manifest.json"
 
 
 def _sync_directory(path: Path) -> None:
@@ -20,18 +24,23 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sibling(path: Path, label: str) -> Path:
+    # Not the tempfile module: it gives its files to their owner alone, while these should follow the user's umask.
+    return path.with_name(f".{path.name}.{label}-{secrets.token_hex(6)}")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically: temporary name in the same folder, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = _sibling(path, "new")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
 
@@ -42,28 +51,69 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Put the finished folder ``source`` at ``target``; an older folder there is removed after the exchange."""
-    for path in source.rglob("*"):
-        if path.is_file():
+    """Put the finished folder ``source`` at ``target``; an older folder there is removed after the exchange.
+
+    The exchange is two renames. Killed exactly between them, there is no ``target``; the old content is then whole in
+    ``.<name>.old-*`` beside it, the new one in ``source``.
+    """
+    for path in (source, *source.rglob("*")):
+        if path.is_dir():
+            _sync_directory(path)
+        elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
-    retired: Path | None = None
-    if target.exists():
-        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "folder"
-        os.replace(target, retired)
-    os.replace(source, target)
+    if not target.exists():
+        source.rename(target)
+        _sync_directory(target.parent)
+        return
+    retired = _sibling(target, "old")
+    target.rename(retired)
+    try:
+        source.rename(target)
+    except BaseException:
+        retired.rename(target)
+        raise
     _sync_directory(target.parent)
-    if retired is not None:
-        shutil.rmtree(retired.parent, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, kind: str | None) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: is a file, but a folder is to be written there; give another path")
+    manifest = target / MANIFEST_NAME
+    if not manifest.is_file():
+        if any(target.iterdir()):
+            raise InputError(
+                f"{target}: holds files that d2llm did not make, and they would be lost; give a new or empty folder"
+            )
+    elif kind is not None:
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
+        except (ValueError, LookupError, TypeError):
+            found = None
+        if found != kind:
+            raise InputError(f"{target}: holds a {found!r}, which a {kind!r} would replace; give another path")
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``target`` to fill; it becomes ``target`` when the block ends without error."""
+def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
+    """Give a temporary folder beside ``target`` to fill; it becomes ``target`` when the block ends without error.
+
+    Args:
+        target: where the folder is to be; what d2llm wrote there before is replaced. A link is followed.
+        kind: what is written ("student", "index", ...); given, only an artifact of the same kind is replaced.
+
+    Raises:
+        InputError: ``target`` is a file, holds files of somebody else, or another kind of artifact. Nothing is changed.
+    """
+    target = target.resolve()
+    _check_replaceable(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-    temporary.chmod(0o755)
+    temporary = _sibling(target, "new")
+    temporary.mkdir()
     try:
         yield temporary
         replace_folder(temporary, target)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import DataFormatError
-from d2llm.core.files import write_json
+from d2llm.core.files import MANIFEST_NAME, write_json
 
-FILE_NAME = "manifest.json"
+FILE_NAME = MANIFEST_NAME
 _PACKAGES = ("d2llm", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -26,9 +26,12 @@ def package_versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, kind: str, format_version: int, content: dict[str, Any]) -> None:
-    """Write the manifest of a ``kind`` of artifact ("student", "index", ...) into ``folder``, atomically."""
-    head = {"kind": kind, "format_version": format_version}
-    write_json(folder / FILE_NAME, head | content | {"packages": package_versions()})
+    """Write the manifest of a ``kind`` of artifact ("student", "index", ...) into ``folder``, atomically.
+
+    ``content`` cannot change ``kind``, ``format_version`` or ``packages``: they are what this d2llm says of itself.
+    """
+    head = {"kind": kind, "format_version": format_version, "packages": package_versions()}
+    write_json(folder / FILE_NAME, head | content | head)
 
 
 def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any]:
@@ -44,9 +47,11 @@ def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataFormatError(path, f"not valid JSON ({error}); restore or rebuild the folder") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
+        raise DataFormatError(path, "is not a d2llm manifest (no format version); check the path or rebuild the folder")
     if manifest.get("kind") != kind:
         raise DataFormatError(path, f"describes a {manifest.get('kind')!r}, but a {kind!r} is needed here")
-    if manifest.get("format_version", 0) > format_version:
+    if manifest["format_version"] > format_version:
         raise DataFormatError(
             path,
             f"has format version {manifest['format_version']}, this d2llm reads up to {format_version}; update d2llm",

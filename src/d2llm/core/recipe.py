@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,9 +17,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoraConfig(_Section):
@@ -174,17 +177,18 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe. Relative data paths are taken from the current directory.
 
     Raises:
         RecipeError: the file is missing, not TOML, has an unknown key (the nearest right one is named) or a bad value.
     """
+    path = Path(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
     return parse_recipe(values, where=str(path))
 
@@ -198,14 +202,26 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
-        raise RecipeError(f"{where}: " + "; ".join(problems)) from error
+        raise RecipeError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+def _explain(problem: ErrorDetails) -> str:
+    location = problem["loc"]
     key = ".".join(str(part) for part in location)
-    if kind != "extra_forbidden":
-        return f"{key}: {message}"
+    match problem["type"]:
+        case "extra_forbidden":
+            return _explain_unknown_key(key, location)
+        case "missing":
+            return f"{key} is missing; set it"
+        case "model_type":
+            return f"{key} should be a table: write [{key}]"
+        case "tuple_type":
+            return f"{key} should be a list of tables: write [[{key}]]"
+        case _:
+            return f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _explain_unknown_key(key: str, location: tuple[int | str, ...]) -> str:
     known = sorted(_section_at(location[:-1]).model_fields)
     nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys here: {', '.join(known)}"
@@ -218,6 +234,7 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
         if isinstance(part, int):
             continue
         annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        candidates = (annotation, *get_args(annotation))
+        # get_origin: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
+        section = next(c for c in candidates if isinstance(c, type) and not get_origin(c) and issubclass(c, BaseModel))
     return section

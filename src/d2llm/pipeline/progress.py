@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 Advance = Callable[[int], None]
@@ -11,13 +11,20 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def progress_bar(description: str, total: int, *, show: bool | None = None) -> Iterator[Advance]:
+def progress_bar(description: str, total: int, *, show: bool | None = None) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error; ``show=None`` means: if that is a terminal."""
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda _: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
