@@ -1,0 +1,51 @@
+# Everything a newcomer or a build machine needs. `make` alone lists the targets.
+#
+# Variables: PYTHON  the Python that the virtual environment is made with   (make PYTHON=python3.12 ...)
+#            TORCH   what pip installs as torch, with options               (make TORCH="torch --index-url URL" ...)
+#            WORKERS processes that share the tests                         (make test WORKERS=4)
+#            ARGS    more arguments for the program that is run             (make test ARGS="-k recipe")
+
+PYTHON ?= python3
+TORCH_PINNED := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(TORCH_PINNED)
+WORKERS ?= 2
+BIN := .venv/bin
+export PYTHON TORCH TORCH_PINNED
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv ready (the others do it themselves)
+	@sh scripts/setup.sh
+
+demo: setup ## set up and see D2LLM search the documentation of your Python's standard library
+	@$(BIN)/d2llm demo $(ARGS)
+
+test: setup ## set up and run all tests
+	@echo "==> running the tests in $(WORKERS) processes"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rs --durations=5 --durations-min=5 $(ARGS)
+
+check: setup ## set up and check format, lint, types and the order of imports
+	@echo "==> checking the format (ruff format)"
+	@$(BIN)/ruff format --check .
+	@echo "==> checking the code (ruff)"
+	@$(BIN)/ruff check .
+	@echo "==> checking the types (pyright)"
+	@$(BIN)/pyright
+	@echo "==> checking the order of imports (import-linter)"
+	@$(BIN)/lint-imports
+
+bench: setup ## set up and run every benchmark, printing its table
+	@set -e; found=; for script in benchmarks/*.py; do \
+		[ -e "$$script" ] || continue; \
+		found=yes; echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); \
+	done; [ -n "$$found" ] || echo "there are no benchmarks yet"
+
+clean: ## remove .venv, caches and builds
+	@echo "==> removing .venv, caches and builds"
+	@rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* htmlcov
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

