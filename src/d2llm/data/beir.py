@@ -17,7 +17,7 @@ from d2llm.core.types import Passage, Qrels, Query
 _log = logging.getLogger(__name__)
 _QRELS_HEADER = ("query-id", "corpus-id", "score")
 _NUM_SHOWN = 5
-_TYPE_NAMES = {
+_TYPE_NAMES: dict[type, str] = {
     dict: "an object",
     list: "a list",
     str: "a string",

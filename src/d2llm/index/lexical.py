@@ -12,6 +12,7 @@ import numpy as np
 
 from d2llm.core.types import Candidate, Passage
 from d2llm.index.stemming import porter_stem
+from d2llm.ops.selection import top_rows
 
 K1 = 1.2
 B = 0.75
@@ -50,13 +51,11 @@ class LexicalIndex:
     """
 
     def __init__(self, passages: Sequence[Passage]) -> None:
-        # Kept in the order of their ids, so that a stable sort by score breaks ties by id.
-        ordered = sorted(passages, key=lambda passage: passage.id)
-        self._ids = [passage.id for passage in ordered]
+        self._ids = [passage.id for passage in passages]
         self._terms: dict[str, int] = {}
         term_ids = [
             [self._terms.setdefault(term, len(self._terms)) for term in tokenize(passage.full_text)]
-            for passage in ordered
+            for passage in passages
         ]
         self._bm25: Any = _fit(term_ids, self._terms) if self._terms else None
 
@@ -83,12 +82,8 @@ class LexicalIndex:
             return []
         scores: np.ndarray = self._bm25.get_scores_from_ids(query)
         matching = np.flatnonzero(scores > 0)
-        if len(matching) > top_k:
-            # All that tie with the last place stay in until the sort has ordered them.
-            threshold = np.partition(scores[matching], -top_k)[-top_k]
-            matching = matching[scores[matching] >= threshold]
-        best = matching[np.argsort(-scores[matching], kind="stable")][:top_k]
-        return [Candidate(self._ids[position], float(scores[position])) for position in best]
+        best = top_rows(scores[matching], top_k, lambda row: self._ids[matching[row]])
+        return [Candidate(self._ids[position], float(scores[position])) for position in matching[best]]
 
 
 def _fit(term_ids: list[list[int]], terms: dict[str, int]) -> Any:

@@ -1,0 +1,256 @@
+"""The label store: what teachers said of pairs of query and passage, kept by identity, in Parquet shards.
+
+One ``write`` makes one shard: a file in ``labels/`` and a file of the same name in ``grams/``. A shard counts only when
+both are there, so a process may be killed at any moment: a query is finished or absent, never half of it. Labels of
+several teachers and prompts may live in one store.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Float32
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError, LabelMismatchError, ModelError
+from d2llm.core.files import write_bytes
+from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
+
+_log = logging.getLogger(__name__)
+_KIND = "labels"
+_FORMAT_VERSION = 1
+_MAKER = [("teacher", pa.string()), ("prompt", pa.string()), ("query_id", pa.string())]
+_LABELS = pa.schema([*_MAKER, ("passage_id", pa.string()), ("log_odds", pa.float32())])
+_GRAMS = pa.schema([*_MAKER, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
+
+
+@dataclass(frozen=True, eq=False)
+class QueryLabels:
+    """What a teacher said of the passages of one query.
+
+    ``log_odds`` [n] belongs to ``passage_ids``; ``gram`` [m, m] holds the cosines between the teacher's features of the
+    first m passages (feature imitation), or is None.
+    """
+
+    query_id: str
+    passage_ids: tuple[str, ...]
+    log_odds: Float32[np.ndarray, " n"]
+    gram: Float32[np.ndarray, "m m"] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.passage_ids)
+        if len(set(self.passage_ids)) != count:
+            raise ValueError(f"query '{self.query_id}': a passage id occurs twice")
+        if self.log_odds.shape != (count,):
+            raise ValueError(f"query '{self.query_id}': {count} passages, but log_odds of shape {self.log_odds.shape}")
+        if self.gram is None:
+            return
+        if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1] or len(self.gram) > count:
+            raise ValueError(f"query '{self.query_id}': {count} passages, but a gram of shape {self.gram.shape}")
+
+    @property
+    def gram_passage_ids(self) -> tuple[str, ...]:
+        """The passages that the rows and columns of ``gram`` stand for."""
+        return () if self.gram is None else self.passage_ids[: len(self.gram)]
+
+
+class LabelStore:
+    """The labels of one teacher, asked with one prompt, in a folder. Opening reads them all.
+
+    Args:
+        folder: where the store is or shall be.
+        teacher: fingerprint of the teacher.
+        prompt: fingerprint of the prompt.
+
+    Raises:
+        DataFormatError: a shard is damaged; the message says which files to delete.
+    """
+
+    def __init__(self, folder: Path, *, teacher: str, prompt: str) -> None:
+        self.folder = Path(folder)
+        self.teacher = teacher
+        self.prompt = prompt
+        self.num_duplicates = 0
+        """Pairs that were labelled more than once; the label written last counts."""
+        self._log_odds: dict[str, dict[str, float]] = {}
+        self._grams: dict[str, tuple[tuple[str, ...], NDArray[np.float32]]] = {}
+        self._others: set[tuple[str, str]] = set()
+        if (self.folder / FILE_NAME).exists():
+            read_manifest(self.folder, _KIND, _FORMAT_VERSION)
+        for name in self._shards():
+            self._read_labels(name)
+            self._read_grams(name)
+        if self.num_duplicates:
+            _log.warning("%s: %d pairs are labelled more than once; the last counts", folder, self.num_duplicates)
+
+    @classmethod
+    def open_for_reading(cls, folder: Path, *, teacher: str, prompt: str) -> LabelStore:
+        """Open a store that must hold labels of this teacher and prompt.
+
+        Raises:
+            DataFormatError: there are no labels at all, or a shard is damaged.
+            LabelMismatchError: there are labels, but of other teachers or prompts (which are named).
+        """
+        store = cls(folder, teacher=teacher, prompt=prompt)
+        if len(store) == 0:
+            if not store._others:
+                raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
+            found = "; ".join(f"teacher {made_by}, prompt {asked}" for made_by, asked in sorted(store._others))
+            raise LabelMismatchError(
+                f"{folder}: labels wanted of teacher {teacher}, prompt {prompt}, found only: {found}. "
+                "Use the teacher and prompt that labelled, or label again with these"
+            )
+        return store
+
+    def __len__(self) -> int:
+        """Number of queries with labels."""
+        return len(self._log_odds)
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of labelled pairs."""
+        return sum(map(len, self._log_odds.values()))
+
+    @property
+    def query_ids(self) -> tuple[str, ...]:
+        """The queries with labels, in the order of their ids."""
+        return tuple(sorted(self._log_odds))
+
+    def missing(self, query_id: str, passage_ids: Iterable[str]) -> list[str]:
+        """Those of ``passage_ids`` that have no label for the query, each once, in the given order."""
+        labelled = self._log_odds.get(query_id, {})
+        return [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in labelled]
+
+    def log_odds(self, query_id: str) -> dict[str, float]:
+        """logit(yes) - logit(no) by passage id; empty for a query without labels."""
+        return dict(self._log_odds.get(query_id, {}))
+
+    def gram(self, query_id: str) -> tuple[tuple[str, ...], Float32[np.ndarray, "m m"]] | None:
+        """Cosines between the teacher's features of passages: their ids and the matrix; None where there is none."""
+        return self._grams.get(query_id)
+
+    def write(self, labels: Sequence[QueryLabels]) -> None:
+        """Add labels as one shard, atomically and on disk when this returns. An empty list writes nothing.
+
+        Raises:
+            ModelError: a log-odds or a cosine is NaN or infinite; nothing is written.
+        """
+        if not labels:
+            return
+        for item in labels:
+            _refuse_nonfinite(item)
+        if not (self.folder / FILE_NAME).exists():
+            write_manifest(self.folder, _KIND, _FORMAT_VERSION, {})
+        name = self._next_name()
+        _write_table(self.folder / "grams" / name, _GRAMS, self._gram_rows(labels))
+        _write_table(self.folder / "labels" / name, _LABELS, self._label_rows(labels))
+        for item in labels:
+            for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
+                self._add(item.query_id, passage_id, value)
+            if item.gram is not None:
+                self._grams[item.query_id] = (item.gram_passage_ids, item.gram.astype(np.float32))
+
+    def _shards(self) -> list[str]:
+        """Names of the complete shards, oldest first."""
+        # Labels are listed first because they are written last: a shard that another process finishes meanwhile is
+        # seen whole or not at all.
+        labels = {path.name for path in (self.folder / "labels").glob("[0-9]*.parquet")}
+        grams = {path.name for path in (self.folder / "grams").glob("[0-9]*.parquet")}
+        return sorted(labels & grams)
+
+    def _next_name(self) -> str:
+        """Later shards sort later; the random part keeps two writers of one moment apart."""
+        used = [path.name for kind in ("labels", "grams") for path in (self.folder / kind).glob("[0-9]*.parquet")]
+        number = max((int(name.partition("-")[0]) for name in used), default=0) + 1
+        return f"{number:010d}-{secrets.token_hex(4)}.parquet"
+
+    def _label_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
+        for item in labels:
+            for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
+                yield self.teacher, self.prompt, item.query_id, passage_id, value
+
+    def _gram_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
+        for item in labels:
+            if item.gram is not None:
+                values = item.gram.astype(np.float32).ravel()
+                yield self.teacher, self.prompt, item.query_id, list(item.gram_passage_ids), values
+
+    def _read_labels(self, name: str) -> None:
+        table = self._own_rows(_read_table(self.folder, "labels", name, _LABELS))
+        for query_id, passage_id, value in zip(
+            table["query_id"].to_pylist(), table["passage_id"].to_pylist(), table["log_odds"].to_pylist(), strict=True
+        ):
+            self._add(query_id, passage_id, value)
+
+    def _read_grams(self, name: str) -> None:
+        table = self._own_rows(_read_table(self.folder, "grams", name, _GRAMS))
+        for query_id, passage_ids, gram in zip(
+            table["query_id"].to_pylist(), table["passage_ids"].to_pylist(), table["gram"], strict=True
+        ):
+            values: NDArray[np.float32] = np.array(gram.values, dtype=np.float32)
+            if len(values) != len(passage_ids) ** 2:
+                raise _damaged(
+                    self.folder,
+                    "grams",
+                    name,
+                    f"query '{query_id}' has {len(values)} cosines of {len(passage_ids)} passages",
+                )
+            self._grams[query_id] = (tuple(passage_ids), values.reshape(len(passage_ids), len(passage_ids)))
+
+    def _own_rows(self, table: Any) -> Any:
+        """The rows of this teacher and prompt; who else has rows is noted."""
+        for maker in table.group_by(["teacher", "prompt"]).aggregate([]).to_pylist():
+            if (maker["teacher"], maker["prompt"]) != (self.teacher, self.prompt):
+                self._others.add((maker["teacher"], maker["prompt"]))
+        return table.filter((pc.field("teacher") == self.teacher) & (pc.field("prompt") == self.prompt))
+
+    def _add(self, query_id: str, passage_id: str, value: float) -> None:
+        labelled = self._log_odds.setdefault(query_id, {})
+        self.num_duplicates += passage_id in labelled
+        labelled[passage_id] = value
+
+
+def _refuse_nonfinite(labels: QueryLabels) -> None:
+    remedy = "nothing of this batch was stored; load the teacher in bfloat16 or float32"
+    wrong = np.flatnonzero(~np.isfinite(labels.log_odds))
+    if len(wrong):
+        passage_id, value = labels.passage_ids[wrong[0]], labels.log_odds[wrong[0]]
+        raise ModelError(
+            f"the teacher's log-odds of query '{labels.query_id}' and passage '{passage_id}' are {value}; {remedy}"
+        )
+    if labels.gram is not None and not np.isfinite(labels.gram).all():
+        raise ModelError(f"the teacher's features for query '{labels.query_id}' are not finite numbers; {remedy}")
+
+
+def _write_table(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> None:
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer, compression="zstd", write_page_checksum=True)
+    write_bytes(path, buffer.getvalue().to_pybytes())
+
+
+def _read_table(folder: Path, kind: str, name: str, schema: Any) -> Any:
+    try:
+        with pq.ParquetFile(folder / kind / name, page_checksum_verification=True) as file:
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(folder, kind, name, str(error).splitlines()[0]) from error
+    if not table.schema.equals(schema):
+        raise _damaged(folder, kind, name, f"has the columns {table.schema.names}, expected {schema.names}")
+    return table
+
+
+def _damaged(folder: Path, kind: str, name: str, problem: str) -> DataFormatError:
+    return DataFormatError(
+        folder / kind / name, f"damaged label shard ({problem}); delete this file: its labels are then made again"
+    )
