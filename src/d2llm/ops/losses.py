@@ -1,0 +1,222 @@
+"""The training losses as pure functions: what the student is asked to imitate.
+
+They follow Liao et al., "D2LLM: Decomposed and Distilled Large Language Models for Semantic Search", ACL 2024
+(arXiv 2406.17262), section 3.3 "Knowledge distillation". Every function works on a whole batch: Q queries against all
+N passages of the batch (own lists and in-batch), with boolean masks saying which passage plays which part for which
+query. What they share:
+
+- An entry outside the masks takes no part: it may hold NaN or infinity, and its gradient is exactly 0.
+- The result is the mean over the queries that count, each docstring says which. When none counts it is 0, still
+  connected to the graph, with zero gradients.
+- It is a scalar in the student's dtype. Half precisions are computed in float32 and only the result is rounded, so
+  pass float32 logits where the digits of the loss matter.
+
+Notation: z_ij student logit, s_ij teacher score, D+ positives, D- negatives, of these D_H hard and D_I easy ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from d2llm.core.errors import InputError
+
+__all__ = [
+    "contrastive_imitation",
+    "feature_imitation",
+    "in_batch_cross_entropy",
+    "masked_mean",
+    "rank_imitation_hard_easy",
+    "rank_imitation_positive_hard",
+]
+
+_SMALLEST_NORM = 1e-4
+"""Vectors shorter than this are not stretched to length 1: their direction is rounding noise, its gradient huge."""
+
+
+def masked_mean(
+    values: Float[Tensor, "*batch entries"], mask: Bool[Tensor, "*batch entries"]
+) -> Float[Tensor, "*batch"]:
+    """Mean of the ``values`` under the ``mask`` along the last axis; 0 with zero gradients where the mask is empty."""
+    return torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+
+
+def contrastive_imitation(
+    logits: Float[Tensor, "queries passages"],
+    teacher_probabilities: Float[Tensor, "queries passages"],
+    positive_mask: Bool[Tensor, "queries passages"],
+    negative_mask: Bool[Tensor, "queries passages"],
+    *,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Each positive against all negatives, weighted by what the teacher believes.
+
+    L_i = -1/|D+| sum_{j in D+} log( e_ij / ( e_ij + sum_{k in D-} exp((1 - s_ik) z_ik / t) ) )
+    with e_ij = exp(s_ij z_ij / t)
+
+    A negative that the teacher believes in (s = 1, a false negative) contributes the constant exp(0) and is not pushed
+    away. Counted: queries with a positive (one without negatives contributes its value, 0). Liao et al. 2024,
+    section 3.3, contrastive imitation.
+
+    Args:
+        logits: student logits z.
+        teacher_probabilities: teacher's P(yes), s in [0, 1].
+        positive_mask: D+ of each query.
+        negative_mask: D- of each query, disjoint from D+.
+        temperature: t > 0.
+
+    Raises:
+        InputError: ``temperature`` is not above 0.
+    """
+    student, teacher = _under(positive_mask | negative_mask, logits, teacher_probabilities)
+    scale = 1.0 / _checked_temperature(temperature)
+    loss = _positives_against_negatives(
+        scale * teacher * student, scale * (1.0 - teacher) * student, positive_mask, negative_mask
+    )
+    return loss.to(logits.dtype)
+
+
+def in_batch_cross_entropy(
+    logits: Float[Tensor, "queries passages"],
+    positive_mask: Bool[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Multi-positive InfoNCE: each positive against the candidates that are not positives.
+
+    L_i = -1/|D+| sum_{j in D+} log( exp(z_ij / t) / ( exp(z_ij / t) + sum_{k in C - D+} exp(z_ik / t) ) )
+
+    The other positives of a query are left out of the denominator: they are not to be pushed away. Counted: queries
+    with a positive (one without negatives contributes its value, 0). InfoNCE: van den Oord et al. 2018
+    (arXiv 1807.03748), equation 4.
+
+    Args:
+        logits: student logits z.
+        positive_mask: D+ of each query; its entries count whether or not they are in ``candidate_mask``.
+        candidate_mask: C of each query; leave out what may be an unlabelled positive.
+        temperature: t > 0.
+
+    Raises:
+        InputError: ``temperature`` is not above 0.
+    """
+    negative_mask = candidate_mask & ~positive_mask
+    (student,) = _under(positive_mask | negative_mask, logits)
+    scaled = student / _checked_temperature(temperature)
+    return _positives_against_negatives(scaled, scaled, positive_mask, negative_mask).to(logits.dtype)
+
+
+def rank_imitation_positive_hard(
+    logits: Float[Tensor, "queries passages"],
+    teacher_scores: Float[Tensor, "queries passages"],
+    mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """The student's order of positives and hard negatives should follow the teacher's.
+
+    L_i = 1 - pearson(s_i, z_i) over D+ and D_H
+
+    Counted: queries with at least 2 entries and teacher scores that are not all equal. Constant student logits have
+    correlation 0 and a finite gradient: centred logits of a length below 1e-4 are not scaled up. Liao et al. 2024,
+    section 3.3, rank imitation.
+
+    Args:
+        logits: student logits z.
+        teacher_scores: teacher's log-odds or probabilities s; scale and offset do not matter.
+        mask: D+ and D_H of each query.
+    """
+    student, teacher = _under(mask, logits, teacher_scores)
+    highest = teacher.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = teacher.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
+    varies = highest > lowest  # so there are at least 2 entries
+    teacher = teacher / torch.where(varies, highest - lowest, 1.0)  # else a tiny spread is lost when it is squared
+    correlation = (_standardised(teacher, mask) * _standardised(student, mask)).sum(dim=1)
+    return masked_mean(1.0 - correlation, varies.squeeze(1)).to(logits.dtype)
+
+
+def rank_imitation_hard_easy(
+    logits: Float[Tensor, "queries passages"],
+    teacher_probabilities: Float[Tensor, "queries passages"],
+    hard_mask: Bool[Tensor, "queries passages"],
+    easy_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """Hard negatives should stand above easy ones, as far as the teacher puts them there.
+
+    L_i = -1/(|D_H| |D_I|) sum_{j in D_H, k in D_I} w_jk log sigmoid(z_ij - z_ik),  w_jk = max(s_ij - s_ik, 0)
+
+    Counted: queries with a hard and an easy negative. Memory: one row of N per hard negative of the batch, never
+    Q x N x N. Liao et al. 2024, section 3.3, rank imitation.
+
+    Args:
+        logits: student logits z.
+        teacher_probabilities: teacher's P(yes), s in [0, 1].
+        hard_mask: D_H of each query.
+        easy_mask: D_I of each query.
+    """
+    student, teacher = _under(hard_mask | easy_mask, logits, teacher_probabilities)
+    counted = hard_mask.any(dim=1) & easy_mask.any(dim=1)
+    query, hard = hard_mask.nonzero(as_tuple=True)  # one element per hard negative
+    above = student[query, hard][:, None] - student[query]
+    weight = (teacher[query, hard][:, None] - teacher[query]).clamp(min=0.0)
+    per_hard = masked_mean(-weight * functional.logsigmoid(above), easy_mask[query])
+    loss = (per_hard / hard_mask.sum(dim=1)[query]).sum() / counted.sum().clamp(min=1)
+    return loss.to(logits.dtype)
+
+
+def feature_imitation(
+    student_features: Float[Tensor, "queries entries dim"],
+    teacher_gram: Float[Tensor, "queries entries entries"],
+    mask: Bool[Tensor, "queries entries"],
+) -> Float[Tensor, ""]:
+    """The pairs of one query should be as alike to the student as they are to the teacher.
+
+    L_i = mean_{j != k} ( cos(y^T_ij, y^T_ik) - cos(y^S_ij, y^S_ik) )^2 over D+ and D_H
+
+    Only cosines are compared, so the widths of teacher and student may differ. The diagonal is left out: it is
+    1 - 1 = 0 for any student and would only make short lists weigh less. Counted: queries with at least 2 entries. A
+    student feature of a length below 1e-4 is not scaled up; the zero vector has cosine 0 with all. Liao et al. 2024,
+    section 3.3, feature imitation.
+
+    Args:
+        student_features: y^S, the interaction feature of each query with each passage of its own list.
+        teacher_gram: cosines of the teacher's features over the same lists.
+        mask: which entries of the padded lists are real.
+    """
+    pair_mask = mask[:, :, None] & mask[:, None, :] & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    (features,) = _under(mask[:, :, None], student_features)
+    (teacher,) = _under(pair_mask, teacher_gram.to(features.dtype))
+    features = functional.normalize(features, dim=2, eps=_SMALLEST_NORM)
+    with torch.autocast(features.device.type, enabled=False):  # a bfloat16 product would leave two digits of a cosine
+        gram = features @ features.mT
+    per_query = masked_mean((teacher - gram).square().flatten(1), pair_mask.flatten(1))
+    return masked_mean(per_query, mask.sum(dim=1) >= 2).to(student_features.dtype)
+
+
+def _under(mask: Tensor, *values: Tensor) -> list[Tensor]:
+    """The values in one full-precision dtype, 0 outside the mask: before any arithmetic, so that no NaN comes back."""
+    dtype = torch.promote_types(values[0].dtype, torch.float32)
+    return [torch.where(mask, value.to(dtype), 0.0) for value in values]
+
+
+def _positives_against_negatives(
+    positive_exponents: Tensor, negative_exponents: Tensor, positive_mask: Tensor, negative_mask: Tensor
+) -> Tensor:
+    """Mean over queries and positives of -log(e^p_j / (e^p_j + sum_k e^n_k)) = -log sigmoid(p_j - logsumexp(n))."""
+    # Not -inf: where a query has no negatives, NaN would pass through logsumexp's backward and stop anomaly detection.
+    lowest = torch.finfo(negative_exponents.dtype).min
+    against = negative_exponents.masked_fill(~negative_mask, lowest).logsumexp(dim=1, keepdim=True)
+    losses = -functional.logsigmoid(positive_exponents - against)
+    return masked_mean(masked_mean(losses, positive_mask), positive_mask.any(dim=1))
+
+
+def _standardised(values: Tensor, mask: Tensor) -> Tensor:
+    """Rows with mean 0 and length 1 over the mask, 0 outside it."""
+    centred = torch.where(mask, values - masked_mean(values, mask)[:, None], 0.0)
+    return functional.normalize(centred, dim=1, eps=_SMALLEST_NORM)
+
+
+def _checked_temperature(temperature: float) -> float:
+    if not temperature > 0:
+        raise InputError(f"temperature is {temperature}, but it divides the logits: it must be above 0")
+    return temperature

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.ops import losses
+
+NONE, POSITIVE, HARD, EASY = range(4)
+TEMPERATURE = 0.7
+
+# What each passage is to each query. The rows are the cases a batch can hold.
+ROLES = torch.tensor(
+    [
+        [POSITIVE, HARD, HARD, EASY, EASY, EASY, NONE],
+        [POSITIVE, POSITIVE, POSITIVE, HARD, EASY, NONE, EASY],
+        [EASY, EASY, POSITIVE, EASY, NONE, NONE, EASY],  # one positive, no hard negative
+        [POSITIVE, NONE, HARD, POSITIVE, HARD, NONE, NONE],  # no easy negative
+        [NONE, POSITIVE, POSITIVE, NONE, NONE, NONE, NONE],  # no negative at all
+        [HARD, EASY, HARD, EASY, HARD, EASY, EASY],  # no positive
+        [NONE, NONE, NONE, NONE, NONE, NONE, NONE],  # an empty entry of the batch
+        [POSITIVE, HARD, HARD, HARD, EASY, NONE, EASY],  # constant teacher scores, see scores()
+    ]
+)
+POSITIVES, HARDS, EASIES = ROLES == POSITIVE, ROLES == HARD, ROLES == EASY
+LISTS = POSITIVES | HARDS
+USED = ROLES != NONE
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""logits (or features), teacher scores (or Gram) -> loss"""
+Inputs = Callable[[], tuple[Tensor, Tensor]]
+Reference = Callable[[np.ndarray, np.ndarray], float]
+
+
+def scores() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROLES.shape, generator=generator, dtype=torch.float64) * 2
+    teacher = torch.rand(ROLES.shape, generator=generator, dtype=torch.float64)
+    teacher[7] = 0.1 + 0.2
+    return logits, teacher
+
+
+def features() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(*ROLES.shape, 3, generator=generator, dtype=torch.float64)
+    wide = torch.nn.functional.normalize(torch.randn(*ROLES.shape, 5, generator=generator, dtype=torch.float64), dim=2)
+    return student, wide @ wide.mT
+
+
+def contrastive(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.contrastive_imitation(logits, teacher, POSITIVES, HARDS | EASIES, temperature=TEMPERATURE)
+
+
+def positive_hard(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.rank_imitation_positive_hard(logits, teacher, LISTS)
+
+
+def hard_easy(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.rank_imitation_hard_easy(logits, teacher, HARDS, EASIES)
+
+
+def cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.in_batch_cross_entropy(logits, POSITIVES, USED, temperature=TEMPERATURE)
+
+
+def feature(student: Tensor, gram: Tensor) -> Tensor:
+    return losses.feature_imitation(student, gram, LISTS)
+
+
+# loss, its inputs, the entries it reads
+CASES = [
+    pytest.param(contrastive, scores, USED, id="contrastive_imitation"),
+    pytest.param(positive_hard, scores, LISTS, id="rank_imitation_positive_hard"),
+    pytest.param(hard_easy, scores, HARDS | EASIES, id="rank_imitation_hard_easy"),
+    pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
+    pytest.param(feature, features, LISTS, id="feature_imitation"),
+]
+
+
+def gradient(values: Tensor) -> Tensor:
+    assert values.grad is not None
+    return values.grad
+
+
+# Independent references: the equations over sets, in plain loops
+
+
+def members(mask: Tensor, query: int) -> set[int]:
+    return {passage for passage in range(mask.shape[1]) if mask[query, passage]}
+
+
+def mean_over_queries(terms: Callable[[int], list[float]], num_counted: int) -> float:
+    queries = [fmean(values) for query in range(len(ROLES)) if (values := terms(query))]
+    assert len(queries) == num_counted
+    return fmean(queries)
+
+
+def reference_contrastive(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        below = sum(math.exp((1 - s[i, k]) * z[i, k] / TEMPERATURE) for k in members(HARDS | EASIES, i))
+        above = [math.exp(s[i, j] * z[i, j] / TEMPERATURE) for j in members(POSITIVES, i)]
+        return [-math.log(value / (value + below)) for value in above]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+def reference_cross_entropy(z: np.ndarray, _: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        negatives = [math.exp(z[i, k] / TEMPERATURE) for k in members(USED, i) - members(POSITIVES, i)]
+        positives = [math.exp(z[i, j] / TEMPERATURE) for j in members(POSITIVES, i)]
+        return [-math.log(value / sum([value, *negatives])) for value in positives]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+def reference_positive_hard(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        entries = sorted(members(LISTS, i))
+        defined = len({s[i, j] for j in entries}) > 1
+        return [1 - float(np.corrcoef(s[i, entries], z[i, entries])[0, 1])] if defined else []
+
+    return mean_over_queries(terms, num_counted=5)
+
+
+def reference_hard_easy(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        pairs = [(j, k) for j in members(HARDS, i) for k in members(EASIES, i)]
+        return [max(s[i, j] - s[i, k], 0) * math.log(1 + math.exp(z[i, k] - z[i, j])) for j, k in pairs]
+
+    return mean_over_queries(terms, num_counted=4)
+
+
+def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        unit = {j: y[i, j] / np.linalg.norm(y[i, j]) for j in members(LISTS, i)}
+        return [(gram[i, j, k] - unit[j] @ unit[k]) ** 2 for j in unit for k in unit if j != k]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "inputs", "reference"),
+    [
+        (contrastive, scores, reference_contrastive),
+        (cross_entropy, scores, reference_cross_entropy),
+        (positive_hard, scores, reference_positive_hard),
+        (hard_easy, scores, reference_hard_easy),
+        (feature, features, reference_feature),
+    ],
+)
+def test_equals_the_equation_over_sets(loss: Loss, inputs: Inputs, reference: Reference) -> None:
+    student, teacher = inputs()
+    assert loss(student, teacher).item() == pytest.approx(reference(student.numpy(), teacher.numpy()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("loss", "inputs", "used"), CASES)
+def test_gradients(loss: Loss, inputs: Inputs, used: Tensor) -> None:
+    student, teacher = inputs()
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda values: loss(values, teacher), student)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        loss(student, teacher).backward()
+    assert gradient(student).abs().sum() > 0
+    assert not gradient(student)[~used].any()
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("loss", "inputs", "used"), CASES)
+def test_masked_entries_take_no_part(loss: Loss, inputs: Inputs, used: Tensor, garbage: float) -> None:
+    student, teacher = inputs()
+    clean = student.clone().requires_grad_()
+    expected = loss(clean, teacher)
+    expected.backward()
+
+    student[~used] = garbage
+    teacher[~used] = garbage
+    if teacher.ndim == 3:
+        teacher.mT[~used] = garbage
+    student.requires_grad_()
+    actual = loss(student, teacher)
+    actual.backward()
+
+    assert actual.item() == expected.item()
+    assert torch.equal(gradient(student), gradient(clean))
+    assert not gradient(student)[~used].any()
+
+
+@pytest.mark.parametrize("num_queries", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_connected_to_the_graph_when_no_query_counts(num_queries: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(num_queries, 4, dtype=dtype, requires_grad=True)
+    teacher = torch.rand(num_queries, 4)
+    nothing = torch.zeros(num_queries, 4, dtype=torch.bool)
+    student = torch.randn(num_queries, 4, 2, dtype=dtype, requires_grad=True)
+    results = [
+        losses.contrastive_imitation(logits, teacher, nothing, ~nothing, temperature=1.0),
+        losses.in_batch_cross_entropy(logits, nothing, ~nothing),
+        losses.rank_imitation_positive_hard(logits, teacher, nothing),
+        losses.rank_imitation_positive_hard(logits, torch.ones_like(teacher), ~nothing),
+        losses.rank_imitation_hard_easy(logits, teacher, ~nothing, nothing),
+        losses.rank_imitation_hard_easy(logits, teacher, nothing, ~nothing),
+        losses.feature_imitation(student, torch.ones(num_queries, 4, 4), nothing),
+    ]
+    for result in results:
+        assert (result.shape, result.dtype) == ((), dtype)
+        assert result.item() == 0.0
+        result.backward()
+    assert torch.equal(gradient(logits), torch.zeros_like(logits))
+    assert torch.equal(gradient(student), torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("loss", "inputs", "used"), CASES)
+def test_half_precision_is_computed_in_float32(loss: Loss, inputs: Inputs, used: Tensor, dtype: torch.dtype) -> None:
+    student, teacher = inputs()
+    half = student.to(dtype)
+    result = loss(half, teacher.float())
+    assert result.dtype == dtype
+    assert result.item() == loss(half.float(), teacher.float()).to(dtype).item()
+
+
+@pytest.mark.parametrize(("loss", "inputs", "used"), CASES)
+def test_autocast_changes_nothing(loss: Loss, inputs: Inputs, used: Tensor) -> None:
+    student, teacher = (values.float() for values in inputs())
+    expected = loss(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = loss(student, teacher)
+    assert (actual.dtype, actual.item()) == (torch.float32, expected.item())
+
+
+# Values worked out by hand
+
+
+def row(*values: float) -> Tensor:
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def mask(*values: int) -> Tensor:
+    return torch.tensor([values], dtype=torch.bool)
+
+
+def test_masked_mean() -> None:
+    values = torch.tensor([[1.0, 2.0, math.nan], [math.inf, 4.0, 8.0], [1.0, 1.0, 1.0]])
+    under = torch.tensor([[True, True, False], [False, False, True], [False, False, False]])
+    assert losses.masked_mean(values, under).tolist() == [1.5, 8.0, 0.0]
+
+
+def test_contrastive_imitation_by_hand() -> None:
+    # exponents: positive .5 * 2 / .5 = 2, negative (1 - .25) * 4 / .5 = 6, so the loss is log(1 + e^4)
+    loss = losses.contrastive_imitation(
+        row(2, 4, 9), row(0.5, 0.25, 0.5), mask(1, 0, 0), mask(0, 1, 0), temperature=0.5
+    )
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(4)), rel=1e-14)
+
+
+def test_contrastive_imitation_does_not_push_a_false_negative_away() -> None:
+    # s = 1 makes the negative contribute exp(0), however high its logit: log((e^0 + e^0) / e^0)
+    logits = row(0, 50).requires_grad_()
+    loss = losses.contrastive_imitation(logits, row(1, 1), mask(1, 0), mask(0, 1), temperature=1.0)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-14)
+    loss.backward()
+    assert gradient(logits).tolist() == [[-0.5, 0.0]]
+
+
+def test_contrastive_imitation_and_cross_entropy_without_negatives_are_zero_and_count() -> None:
+    logits, teacher = row(3, -2), row(0.9, 0.1)
+    positive, nothing = mask(1, 0), mask(0, 0)
+    assert losses.contrastive_imitation(logits, teacher, positive, nothing, temperature=1.0).item() == 0.0
+    assert losses.in_batch_cross_entropy(logits, positive, positive).item() == 0.0
+    both = torch.cat([mask(0, 1), nothing])
+    loss = losses.in_batch_cross_entropy(logits.repeat(2, 1), positive.repeat(2, 1), both)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-5)) / 2, rel=1e-14)
+
+
+def test_stable_for_large_logits() -> None:
+    logits = torch.tensor([[-1e4, 1e4]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0]])
+    for loss in (
+        losses.contrastive_imitation(logits, teacher, mask(1, 0), mask(0, 1), temperature=0.5),
+        losses.in_batch_cross_entropy(logits, mask(1, 0), mask(1, 1), temperature=0.5),
+        2 * losses.rank_imitation_hard_easy(logits, teacher, mask(1, 0), mask(0, 1)),
+    ):
+        assert loss.item() == 4e4
+        (slope,) = torch.autograd.grad(loss, logits)
+        assert slope.tolist() == [[-2.0, 2.0]]
+
+
+def test_in_batch_cross_entropy_leaves_other_positives_out() -> None:
+    # positives 1 and 3 against the negative 0; the 7 is no candidate
+    loss = losses.in_batch_cross_entropy(row(1, 3, 0, 7), mask(1, 1, 0, 0), mask(1, 1, 1, 0))
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_in_batch_cross_entropy_of_one_positive_is_torch_cross_entropy() -> None:
+    logits, _ = scores()
+    targets = torch.arange(7)
+    positive = torch.eye(7, dtype=torch.bool)
+    loss = losses.in_batch_cross_entropy(logits[:7], positive, torch.ones_like(positive))
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits[:7], targets).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "correlation"),
+    [
+        ((1, 2, 4), 9 / math.sqrt(84)),  # centred: (-4, -1, 5) / 3 and (-1, 0, 1)
+        ((10, 20, 30), 1),
+        ((-5, -6, -7), -1),
+        ((3, 3, 3), 0),
+    ],
+)
+def test_rank_imitation_positive_hard_by_hand(logits: tuple[float, float, float], correlation: float) -> None:
+    loss = losses.rank_imitation_positive_hard(row(*logits, 99), row(1, 2, 3, -99), mask(1, 1, 1, 0))
+    assert loss.item() == pytest.approx(1 - correlation, abs=1e-12)
+
+
+def test_rank_imitation_positive_hard_of_constant_logits_has_a_finite_gradient_towards_the_teacher() -> None:
+    logits = torch.full((1, 3), 0.1, requires_grad=True)
+    loss = losses.rank_imitation_positive_hard(logits, torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3).bool())
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0, abs=1e-6)
+    assert gradient(logits).isfinite().all()
+    assert gradient(logits)[0, 0] > 0 > gradient(logits)[0, 2]
+    assert gradient(logits)[0, 1].item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_rank_imitation_positive_hard_sees_a_tiny_spread_of_saturated_scores() -> None:
+    # the squares of these float32 scores are all 0; their order is not
+    teacher = torch.tensor([[1e-30, 2e-30, 3e-30]])
+    loss = losses.rank_imitation_positive_hard(torch.tensor([[1.0, 2.0, 3.0]]), teacher, torch.ones(1, 3).bool())
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "used"),
+    [(row(0.3, 0.3, 0.3), mask(1, 1, 1)), (row(0.3, 0.3, 0.9), mask(1, 1, 0)), (row(0.1, 0.5, 0.9), mask(0, 1, 0))],
+    ids=["constant", "constant under the mask", "one entry"],
+)
+def test_rank_imitation_positive_hard_does_not_count_what_has_no_order(teacher: Tensor, used: Tensor) -> None:
+    other_logits, other_teacher, other_mask = row(1, 2, 4), row(1, 2, 3), mask(1, 1, 1)
+    alone = losses.rank_imitation_positive_hard(other_logits, other_teacher, other_mask)
+    logits = torch.cat([row(5, 1, 2), other_logits]).requires_grad_()
+    both = losses.rank_imitation_positive_hard(
+        logits, torch.cat([teacher, other_teacher]), torch.cat([used, other_mask])
+    )
+    assert both.item() == alone.item()
+    both.backward()
+    assert not gradient(logits)[0].any()
+    assert gradient(logits)[1].any()
+
+
+def test_rank_imitation_hard_easy_by_hand() -> None:
+    # weights .9 - .1 = .8 and max(.9 - .95, 0) = 0: the easy negative that the teacher prefers is left alone
+    logits = row(1, 0, 2, 5).requires_grad_()
+    loss = losses.rank_imitation_hard_easy(logits, row(0.9, 0.1, 0.95, 0), mask(1, 0, 0, 0), mask(0, 1, 1, 0))
+    assert loss.item() == pytest.approx(0.8 * math.log(1 + math.exp(-1)) / 2, rel=1e-14)
+    loss.backward()
+    assert gradient(logits)[0, 2:].tolist() == [0.0, 0.0]
+
+
+def test_feature_imitation_by_hand() -> None:
+    # cosines 0, 1/sqrt(2) and 1/sqrt(2) against .5, 0 and 0; the diagonal (here wrong on purpose) and the masked
+    # fourth entry are not read
+    student = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [2.0, 2.0], [5.0, 1.0]]], dtype=torch.float64)
+    gram = torch.tensor([[[9, 0.5, 0, 7], [0.5, 9, 0, 7], [0, 0, 9, 7], [7, 7, 7, 7]]], dtype=torch.float64)
+    loss = losses.feature_imitation(student, gram, mask(1, 1, 1, 0))
+    assert loss.item() == pytest.approx((0.25 + 0.5 + 0.5) / 3, rel=1e-14)
+
+
+def test_feature_imitation_counts_lists_of_two_and_more() -> None:
+    student = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]] * 2, requires_grad=True)
+    gram = torch.full((2, 2, 2), 0.5)
+    loss = losses.feature_imitation(student, gram, torch.tensor([[True, True], [True, False]]))
+    assert loss.item() == 0.25
+    loss.backward()
+    assert not gradient(student)[1].any()
+    assert gradient(student)[0].any()
+
+
+def test_feature_imitation_of_a_zero_feature_is_finite() -> None:
+    student = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]], requires_grad=True)
+    loss = losses.feature_imitation(student, torch.full((1, 2, 2), 0.5), mask(1, 1))
+    assert loss.item() == 0.25
+    loss.backward()
+    assert gradient(student).isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature_must_be_positive(temperature: float) -> None:
+    with pytest.raises(InputError, match=r"temperature is .* must be above 0"):
+        losses.contrastive_imitation(row(1), row(1), mask(1), mask(0), temperature=temperature)
+    with pytest.raises(InputError, match=r"temperature is .* must be above 0"):
+        losses.in_batch_cross_entropy(row(1), mask(1), mask(0), temperature=temperature)
