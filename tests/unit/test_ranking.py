@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Candidate
+from d2llm.ops.ranking import reciprocal_rank_fusion, top_k
+
+IDS = ["d", "b", "a", "c", "e"]
+
+
+def test_top_k_is_best_first() -> None:
+    assert top_k(np.array([0.5, -1.0, 3.0, 0.25, 2.0]), IDS, 3) == [("a", 3.0), ("e", 2.0), ("d", 0.5)]
+
+
+def test_ties_go_by_ascending_id_inside_and_at_the_border() -> None:
+    scores = np.array([1.0, 1.0, 0.0, 1.0, 2.0])
+    assert top_k(scores, IDS, 3) == [("e", 2.0), ("b", 1.0), ("c", 1.0)]
+    assert top_k(scores, IDS, 4) == [("e", 2.0), ("b", 1.0), ("c", 1.0), ("d", 1.0)]
+    assert top_k(np.zeros(5), IDS, 2) == [("a", 0.0), ("b", 0.0)]
+
+
+def test_minus_zero_ties_with_zero() -> None:
+    assert [name for name, _ in top_k(np.array([-0.0, 0.0, -0.0]), ["b", "c", "a"], 2)] == ["a", "b"]
+
+
+def test_ids_are_compared_as_text() -> None:
+    assert [name for name, _ in top_k(np.zeros(3), ["10", "9", "1"], 3)] == ["1", "10", "9"]
+
+
+@pytest.mark.parametrize("k", [5, 6, 1000])
+def test_all_when_there_are_fewer(k: int) -> None:
+    result = top_k(np.array([0.0, 1.0, 2.0, 3.0, 4.0]), IDS, k)
+    assert [name for name, _ in result] == ["e", "c", "a", "b", "d"]
+
+
+def test_nothing_asked_or_nothing_there() -> None:
+    assert top_k(np.array([1.0, 2.0]), ["a", "b"], 0) == []
+    assert top_k(np.array([]), [], 3) == []
+
+
+def test_infinities_are_ranked() -> None:
+    scores = np.array([-math.inf, 1.0, math.inf, -math.inf, 0.0])
+    assert [name for name, _ in top_k(scores, IDS, 4)] == ["a", "b", "e", "c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64])
+def test_tensors(dtype: torch.dtype) -> None:
+    scores = torch.tensor([0, 3, 3, 1, 2], dtype=dtype)
+    if scores.is_floating_point():
+        scores.requires_grad_()
+    result = top_k(scores, IDS, 3)
+    assert result == [("a", 3.0), ("b", 3.0), ("e", 2.0)]
+    assert all(type(score) is float for _, score in result)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int32, np.bool_])
+def test_arrays_of_other_types(dtype: type[np.generic]) -> None:
+    assert top_k(np.array([0, 1, 1, 0, 1]).astype(dtype), IDS, 2) == [("a", 1.0), ("b", 1.0)]
+
+
+def test_the_scores_are_left_as_they_were() -> None:
+    scores = np.array([3.0, 1.0, 2.0])
+    top_k(scores, ["a", "b", "c"], 1)
+    assert scores.tolist() == [3.0, 1.0, 2.0]
+
+
+def test_nan_is_refused_with_its_ids() -> None:
+    scores = np.array([1.0, math.nan, 3.0, math.nan, 0.0])
+    with pytest.raises(InputError, match=r"2 of 5 scores are NaN \(first: 'b', 'c'\)"):
+        top_k(scores, IDS, 1)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(InputError, match="4 ids are given"):
+        top_k(np.zeros(5), IDS[:4], 2)
+    with pytest.raises(InputError, match="k is -1"):
+        top_k(np.zeros(5), IDS, -1)
+
+
+def test_fusion_by_hand() -> None:
+    fused = reciprocal_rank_fusion([["a", "b", "c"], ["b", "d"]])
+    assert [candidate.passage_id for candidate in fused] == ["b", "a", "d", "c"]
+    expected = [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63]
+    assert [candidate.score for candidate in fused] == pytest.approx(expected, rel=1e-15)
+
+
+def test_fusion_ties_go_by_ascending_id() -> None:
+    assert reciprocal_rank_fusion([["b", "a"], ["a", "b"]], k=0) == [Candidate("a", 1.5), Candidate("b", 1.5)]
+
+
+def test_fusion_k_levels_the_first_places() -> None:
+    rankings = [["a", "x", "b"], ["y", "z", "b"]]
+    assert reciprocal_rank_fusion(rankings, k=0)[0].passage_id == "a"  # 1 against 1/3 + 1/3
+    assert reciprocal_rank_fusion(rankings, k=60)[0].passage_id == "b"  # 1/61 against 2/63
+
+
+def test_fusion_of_nothing() -> None:
+    assert reciprocal_rank_fusion([]) == []
+    assert reciprocal_rank_fusion([[], []]) == []
+
+
+def test_fusion_refuses_a_repeated_id_and_a_negative_k() -> None:
+    with pytest.raises(InputError, match=r"ranking 2 holds 'b' twice .*rank 3"):
+        reciprocal_rank_fusion([["b"], ["b", "a", "b"]])
+    with pytest.raises(InputError, match="k is -1"):
+        reciprocal_rank_fusion([["a"]], k=-1)
