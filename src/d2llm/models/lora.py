@@ -29,9 +29,10 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules="all-linear",
-        # A BERT's pooler and a language-model head play no part in d2llm's forward passes.
-        exclude_modules=["pooler.dense", "lm_head", "embed_out"],
+        # A BERT's pooler plays no part in d2llm's forward passes.
+        target_modules=[
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name
+        ],
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

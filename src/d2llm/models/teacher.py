@@ -192,6 +192,9 @@ class Teacher(nn.Module):
         """Attach trainable adapters; everything else stays frozen."""
         self._lora = lora
         attach_lora(self.model, lora, seed=seed)
+        if self.device.type == "cpu":
+            # On the CPU the fused attention's backward pass takes several times the plain one's at these lengths.
+            cast(Any, self.model).set_attn_implementation("eager")
 
     def tuned_state(self) -> dict[str, Tensor]:
         """The adapter as plain tensors."""

@@ -1,0 +1,72 @@
+"""What training is made from: a data set, its plan, and the task that its pairs stand for."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from d2llm.core.types import Task
+from d2llm.data.beir import Dataset
+from d2llm.data.plan import PlanEntry, TrainingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSource:
+    """One data set of a training run."""
+
+    dataset: Dataset
+    plan: TrainingPlan
+    task: Task
+
+    def query_text(self, query_id: str) -> str:
+        return self.dataset.queries[query_id].text
+
+    def passage_text(self, passage_id: str) -> str:
+        return self.dataset.passages[passage_id].full_text
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPair:
+    """A query and a passage with the data set's own word on whether they belong together."""
+
+    query: str
+    passage: str
+    task: Task
+    is_positive: bool
+
+
+def labelled_pairs(
+    sources: list[TrainingSource], *, num_negatives: int, max_queries: int | None, seed: int
+) -> list[LabelledPair]:
+    """One positive and ``num_negatives`` negatives of each query, in an order fixed by ``seed``.
+
+    A quarter of the negatives (at least one) are easy ones, so that a teacher tuned on them also knows what plainly
+    does not belong; the rest are hard. The draw of a query depends on the query and the seed alone.
+
+    Args:
+        sources: data sets with their plans.
+        num_negatives: negatives of each query, fewer where the plan has fewer.
+        max_queries: a random sample of this many queries of each source.
+        seed: of samples and order.
+    """
+    pairs: list[LabelledPair] = []
+    for source in sources:
+        entries = sorted(source.plan.entries, key=lambda entry: entry.query_id)
+        random.Random(f"{seed}:{source.dataset.name}").shuffle(entries)
+        for entry in entries[:max_queries]:
+            pairs.extend(_pairs_of(entry, source, num_negatives, seed))
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def _pairs_of(entry: PlanEntry, source: TrainingSource, num_negatives: int, seed: int) -> list[LabelledPair]:
+    rng = random.Random(f"{seed}:{entry.query_id}")
+    num_easy = min(len(entry.easy_negatives), max(1, num_negatives // 4))
+    hard = rng.sample(entry.hard_negatives, min(len(entry.hard_negatives), num_negatives - num_easy))
+    easy = rng.sample(entry.easy_negatives, min(len(entry.easy_negatives), num_negatives - len(hard)))
+    query = source.query_text(entry.query_id)
+    positive = rng.choice(entry.positives)
+    return [
+        LabelledPair(query, source.passage_text(passage_id), source.task, passage_id == positive)
+        for passage_id in (positive, *hard, *easy)
+    ]

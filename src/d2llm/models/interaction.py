@@ -1,0 +1,153 @@
+"""IEM: the interaction emulation module, a small MLP that scores two vectors as the LLM would have.
+
+Source: Liao et al., "D2LLM", ACL 2024, section 3.2. The first layer is linear in what it sees of the query and of the
+passage, so each half is computed once: W [a; b] = W_q a + W_p b, and with rich features the product part joins the
+passage half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product a query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Task
+from d2llm.ops.scoring import anchored_logit
+
+TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
+_INITIAL_SCALE = 20.0  # of the cosine: the usual temperature 0.05 of contrastive training
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """Scores of queries against passages.
+
+    ``logits`` is the final score z; ``anchor`` its inner-product part (None for the paper head); ``features`` is
+    y^S_ij, the student's counterpart of the teacher's score-token state.
+    """
+
+    logits: Float[Tensor, "queries passages"]
+    anchor: Float[Tensor, "queries passages"] | None
+    features: Float[Tensor, "queries passages feature_dim"]
+
+
+class _Anchor(nn.Module):
+    """t <U a, V b> / dim of one branch, with U = V = I at the start."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_map = nn.Parameter(torch.eye(dim))
+        self.passage_map = nn.Parameter(torch.eye(dim))
+        self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
+
+    def queries(self, vectors: Float[Tensor, "queries dim"]) -> Float[Tensor, "queries dim"]:
+        """V^T U a t / dim: passages stay as they are, all of the anchor is on the query's side."""
+        return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
+
+
+class Interaction(nn.Module):
+    """IEM with a branch for each task: shared f1, own f2, one linear layer to the logit.
+
+    Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is what the
+    paper head would give, 0 at the start; B in (0, max_bound) is learned; r in [0, 1] of each task is set after
+    training, on dev.
+    """
+
+    def __init__(self, config: InteractionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = dim
+        hidden, num_parts = config.hidden_dim, 4 if config.features == "rich" else 2
+        self.first = nn.Linear(num_parts * dim, hidden)
+        self.shared = nn.Linear(hidden, hidden)
+        self.branches = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.feature_dim))
+                for task in TASKS
+            }
+        )
+        self.output = nn.Linear(config.feature_dim, 1)
+        self.dropout = nn.Dropout(config.dropout)
+        self.anchors: nn.ModuleDict | None = None
+        if config.head == "anchored":
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+            self.anchors = nn.ModuleDict({task: _Anchor(dim) for task in TASKS})
+            self.raw_bound = nn.Parameter(torch.zeros(()))
+            for task in TASKS:
+                self.register_buffer(f"residual_{task}", torch.ones(()))
+
+    @property
+    def has_anchor(self) -> bool:
+        return self.anchors is not None
+
+    def bound(self, task: Task) -> Tensor:
+        """r B: the largest change of the logit that the interaction can make."""
+        return self.residual_weight(task) * self.config.max_bound * torch.sigmoid(self.raw_bound)
+
+    def residual_weight(self, task: Task) -> Tensor:
+        """r of one task."""
+        return self.get_buffer(f"residual_{task}")
+
+    def anchor_queries(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
+        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only)."""
+        if self.anchors is None:
+            raise ValueError("the paper head has no anchor")
+        anchor = self.anchors[task]
+        assert isinstance(anchor, _Anchor)
+        return anchor.queries(queries)
+
+    def forward(
+        self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
+    ) -> PairScores:
+        """Score every query against every passage."""
+        hidden = self._query_half(queries).unsqueeze(1) + self._passage_half(passages).unsqueeze(0)
+        if self.config.features == "rich":
+            product, difference = self._part(2), self._part(3)
+            pairs = queries.unsqueeze(1), passages.unsqueeze(0)
+            hidden = hidden + (pairs[0] * pairs[1]) @ product.T + (pairs[0] - pairs[1]).abs() @ difference.T
+        features = self._after_first(hidden, task)
+        logits = self.output(self.dropout(features)).squeeze(-1).float()
+        if self.anchors is None:
+            return PairScores(logits, None, features)
+        anchor = self._anchor_logits(queries, passages, task)
+        return PairScores(anchored_logit(anchor, logits, self.bound(task)), anchor, features)
+
+    def score_passages(
+        self, query: Float[Tensor, " dim"], passages: Float[Tensor, "passages dim"], task: Task
+    ) -> Float[Tensor, " passages"]:
+        """Logits of one query against a block of passages: the search path, one or two products a passage."""
+        weight = self._part(1)
+        if self.config.features == "rich":
+            weight = weight + self._part(2) * query
+        hidden = self._query_half(query) + passages @ weight.T
+        if self.config.features == "rich":
+            hidden = hidden + (query - passages).abs() @ self._part(3).T
+        logits = self.output(self._after_first(hidden, task)).squeeze(-1).float()
+        if self.anchors is None:
+            return logits
+        return anchored_logit(self._anchor_logits(query[None], passages, task)[0], logits, self.bound(task))
+
+    def _anchor_logits(
+        self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
+    ) -> Float[Tensor, "queries passages"]:
+        # In float32 whatever the autocast around: this is the score that an index follows.
+        with torch.autocast(queries.device.type, enabled=False):
+            return self.anchor_queries(queries.float(), task) @ passages.float().T
+
+    def _part(self, position: int) -> Float[Tensor, "hidden dim"]:
+        """Columns of the first layer that see a, b, a * b or |a - b|."""
+        return self.first.weight[:, position * self.dim : (position + 1) * self.dim]
+
+    def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
+        return nn.functional.linear(queries, self._part(0), self.first.bias)
+
+    def _passage_half(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
+        return nn.functional.linear(passages, self._part(1))
+
+    def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
+        shared = torch.relu(self.shared(self.dropout(torch.relu(hidden))))
+        return self.branches[task](self.dropout(shared))

@@ -1,0 +1,96 @@
+"""PMA: pooling by multihead attention.
+
+Source: Lee et al., "Set Transformer", ICML 2019, section 3.2; used as in Liao et al., "D2LLM", ACL 2024, section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import PoolingConfig
+
+
+class MultiheadAttentionPooling(nn.Module):
+    """Learned seed vectors attend over the tokens: h = LN(MHA(q, Y, Y) + q); y = LN(h + FF(h)).
+
+    Several seeds are joined by a linear layer, so the result has the tokens' width whatever their number.
+    """
+
+    def __init__(self, config: PoolingConfig, dim: int) -> None:
+        """Build the pooling for token states of width ``dim``.
+
+        Raises:
+            InputError: ``dim`` is not a multiple of the number of heads.
+        """
+        super().__init__()
+        if dim % config.num_heads:
+            divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+            raise InputError(
+                f"pooling.num_heads is {config.num_heads}, but the backbone's width {dim} is not a multiple of it; "
+                f"use one of {', '.join(map(str, divisors))}"
+            )
+        self.num_heads = config.num_heads
+        feedforward_dim = config.feedforward_dim or dim
+        self.seeds = nn.Parameter(torch.randn(config.num_seeds, dim))
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.norm_attention = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.ReLU(), nn.Linear(feedforward_dim, dim))
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.join = nn.Linear(config.num_seeds * dim, dim, bias=False) if config.num_seeds > 1 else nn.Identity()
+
+    def forward(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Pool token states; tokens where ``mask`` is false take no part."""
+        seeds = self.seeds.expand(len(states), -1, -1)  # [batch, seeds, dim]
+        attended = functional.scaled_dot_product_attention(
+            self._heads(self.query(seeds)),
+            self._heads(self.key(states)),
+            self._heads(self.value(states)),
+            attn_mask=mask[:, None, None, :],  # the same for every head and seed
+        )
+        attended = self.output(attended.transpose(1, 2).flatten(2))
+        hidden = self.norm_attention(attended + seeds)
+        pooled = self.norm_feedforward(hidden + self.feedforward(hidden))
+        return self.join(pooled.flatten(1))
+
+    def _heads(self, values: Float[Tensor, "batch items dim"]) -> Float[Tensor, "batch heads items head_dim"]:
+        return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class TextPooling(nn.Module):
+    """From token states to the text's vector: PMA alone, or beside the backbone's own pooling.
+
+    With a warm start, y = sqrt(dim) pool(Y) / |pool(Y)| + gate PMA(Y) with a learned gate that starts at 0, so that an
+    untrained student is exactly the backbone's own cosine.
+    """
+
+    def __init__(self, config: PoolingConfig, dim: int) -> None:
+        super().__init__()
+        self.pma = MultiheadAttentionPooling(config, dim)
+        self.gate = nn.Parameter(torch.zeros(())) if config.warm_start else None
+
+    def forward(
+        self,
+        states: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"],
+        own: Float[Tensor, "batch dim"],
+    ) -> Float[Tensor, "batch dim"]:
+        """The text's vector, float32.
+
+        Args:
+            states: token states.
+            mask: true for real tokens.
+            own: the backbone's own pooling of the same states.
+        """
+        pooled = self.pma(states.float(), mask)
+        if self.gate is None:
+            return pooled
+        return functional.normalize(own.float(), dim=-1) * own.shape[-1] ** 0.5 + self.gate * pooled

@@ -1,0 +1,263 @@
+"""The student: backbone, pooling and interaction joined; encodes each text once and scores vectors.
+
+Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError, MismatchError, ModelError, ModelNotFoundError
+from d2llm.core.files import new_folder
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.recipe import StudentConfig
+from d2llm.core.types import Task
+from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
+from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.interaction import Interaction
+from d2llm.models.pooling import TextPooling
+from d2llm.ops.batching import token_budget_batches
+
+KIND = "student"
+FORMAT_VERSION = 1
+_HEAD_FILE, _ADAPTER_FILE, _BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
+_BATCH_TOKENS, _BATCH_TEXTS = 8192, 256
+_SCORE_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """Vectors of n texts, how many texts lost their end to the length limit, and how many tokens were read."""
+
+    vectors: Float32[np.ndarray, "texts dim"]
+    num_truncated: int
+    num_tokens: int
+
+
+class Student(nn.Module):
+    """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors."""
+
+    def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
+            self.interaction = Interaction(config.interaction, backbone.dim).to(backbone.device)
+        self._saved_fingerprint: str | None = None
+        self.eval()
+
+    @classmethod
+    def create(
+        cls,
+        config: StudentConfig,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Student:
+        """An untrained student; with the default (warm, anchored) configuration it scores as the backbone's cosine."""
+        return cls(config, Backbone.load(config.backbone, device=device, dtype=dtype), seed=seed)
+
+    @classmethod
+    def load(
+        cls,
+        folder_or_name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Student:
+        """Load what ``save`` wrote: a folder, or the name of a student shipped with d2llm. Needs no ``peft``.
+
+        Raises:
+            ModelNotFoundError: no such folder and no shipped student of that name.
+            MismatchError: the pretrained backbone is not the one that the student was trained on.
+        """
+        folder = _find_student(folder_or_name)
+        manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+        config = StudentConfig.model_validate(manifest["config"])
+        merged = (folder / _BACKBONE_FOLDER).is_dir()
+        chosen = choose_device(device)
+        source = folder / _BACKBONE_FOLDER if merged else config.backbone.model
+        backbone = Backbone(
+            config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
+            device=chosen,
+            compute_dtype=choose_dtype(chosen, dtype),
+        )
+        if not merged:
+            _require_same_base(folder, manifest, backbone)
+            if (folder / _ADAPTER_FILE).is_file():
+                backbone.load_tuned_state(load_file(folder / _ADAPTER_FILE), merge=True)
+        student = cls(config, backbone)
+        try:
+            student._load_head(load_file(folder / _HEAD_FILE))
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{folder / _HEAD_FILE} cannot be loaded: {error}; restore the student's folder") from error
+        student._saved_fingerprint = manifest["fingerprint"]
+        return student
+
+    def save(self, folder: Path, *, merge: bool | None = None, content: dict[str, Any] | None = None) -> None:
+        """Write the student as a folder, atomically: safetensors, ``manifest.json`` and tokenizer.
+
+        Args:
+            folder: where to write; a student already there is replaced.
+            merge: keep all weights of the backbone, tuning merged in, rather than the adapter beside the backbone's
+                name. By default only where full tuning leaves no adapter.
+            content: what the manifest should say besides (recipe, data, figures).
+        """
+        merge = self.config.backbone.tuning == "full" if merge is None else merge
+        if self._saved_fingerprint is not None and not merge:
+            raise InputError("a student that was loaded has its adapter merged; save it with merge=True")
+        with new_folder(folder) as temporary:
+            save_file(self._head_state(), temporary / _HEAD_FILE)
+            self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / _BACKBONE_FOLDER)
+            if merge:
+                self.backbone.model.config.save_pretrained(temporary / _BACKBONE_FOLDER)
+                weights = {name: tensor.contiguous() for name, tensor in self.backbone.merged_weights().items()}
+                save_file(weights, temporary / _BACKBONE_FOLDER / "model.safetensors", metadata={"format": "pt"})
+            elif adapter := self.backbone.tuned_state():
+                save_file(adapter, temporary / _ADAPTER_FILE)
+            write_manifest(
+                temporary,
+                KIND,
+                FORMAT_VERSION,
+                {
+                    "fingerprint": self.fingerprint,
+                    "config": self.config.model_dump(),
+                    "pooling": self.backbone.pooling,
+                    "base_fingerprint": self.backbone.fingerprint_base(),
+                    **(content or {}),
+                },
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of configuration and weights; the same for a merged and an unmerged copy."""
+        if self._saved_fingerprint is not None:
+            return self._saved_fingerprint
+        digest = hashlib.sha256()
+        for name, tensor in sorted((self._head_state() | self.backbone.tuned_state()).items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor).encode())
+        config = self.config.model_dump(mode="json")
+        config["backbone"]["model"] = self.backbone.fingerprint_base()
+        return fingerprint_json([config, digest.hexdigest()])
+
+    @property
+    def vector_dim(self) -> int:
+        return self.backbone.dim
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the score has an inner-product part that an index can follow (anchored head)."""
+        return self.interaction.has_anchor
+
+    def prepare_training(self, *, seed: int = 0) -> None:
+        """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
+        self.backbone.prepare_training(seed=seed)
+
+    def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
+        """Vectors [batch, dim] of tokenized texts, float32."""
+        states, mask = self.backbone(token_ids, mask)
+        return self.pooling(states, mask, self.backbone.pool(states, mask))
+
+    def encode_queries(
+        self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """Vectors of queries; ``advance`` is called with the number of texts finished."""
+        return self._encode(texts, "query", advance)
+
+    def encode_passages(
+        self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
+        return self._encode(texts, "passage", advance)
+
+    def anchor_queries(
+        self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"
+    ) -> Float32[np.ndarray, "queries dim"]:
+        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only)."""
+        with torch.inference_mode():
+            queries = torch.from_numpy(query_vectors).to(self.backbone.device)
+            return self.interaction.anchor_queries(queries, task).cpu().numpy()
+
+    def score(
+        self,
+        query_vector: Float32[np.ndarray, " dim"],
+        passage_vectors: Float32[np.ndarray, "passages dim"],
+        task: Task,
+    ) -> Float32[np.ndarray, " passages"]:
+        """Final logits of one query against passages, by the IEM."""
+        device, dtype = self.backbone.device, self.backbone.compute_dtype
+        query = torch.from_numpy(query_vector).to(device)
+        scores = np.empty(len(passage_vectors), dtype=np.float32)
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for start in range(0, len(passage_vectors), _SCORE_BLOCK):
+                block = torch.from_numpy(passage_vectors[start : start + _SCORE_BLOCK]).to(device)
+                scores[start : start + len(block)] = self.interaction.score_passages(query, block, task).cpu().numpy()
+        return scores
+
+    def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
+        """Token ids of each text, cut to the limit of its kind; cuts are counted."""
+        return self.backbone.tokenize(texts, kind)
+
+    def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
+        tokenized = self.tokenize(texts, kind)
+        vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
+        for batch in token_budget_batches(tokenized.lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_TEXTS):
+            with torch.inference_mode():
+                encoded: Float[Tensor, "batch dim"] = self(*self.backbone.pad([tokenized.ids[i] for i in batch]))
+            vectors[batch] = encoded.cpu().numpy()
+            if advance is not None:
+                advance(len(batch))
+        return EncodedTexts(vectors, tokenized.num_truncated, sum(tokenized.lengths))
+
+    def _head_state(self) -> dict[str, Tensor]:
+        parts = {"pooling": self.pooling, "interaction": self.interaction}
+        return {
+            f"{part}.{name}": tensor.detach().cpu().contiguous()
+            for part, module in parts.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    def _load_head(self, state: dict[str, Tensor]) -> None:
+        for part, module in (("pooling", self.pooling), ("interaction", self.interaction)):
+            prefix = part + "."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def _find_student(folder_or_name: str | Path) -> Path:
+    folder = Path(folder_or_name)
+    if (folder / MANIFEST).is_file():
+        return folder
+    shipped = Path(str(files("d2llm"))) / "students"
+    if (shipped / str(folder_or_name) / MANIFEST).is_file():
+        return shipped / str(folder_or_name)
+    names = sorted(path.parent.name for path in shipped.glob(f"*/{MANIFEST}")) if shipped.is_dir() else []
+    raise ModelNotFoundError(
+        f"no student at '{folder_or_name}': give a folder that `d2llm distill` wrote"
+        + (f", or one of the shipped students: {', '.join(names)}" if names else "")
+    )
+
+
+def _require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
+    found = backbone.fingerprint_base()
+    if found != manifest["base_fingerprint"]:
+        raise MismatchError(
+            f"{folder}: the student was trained on backbone weights {manifest['base_fingerprint']} of "
+            f"'{manifest['config']['backbone']['model']}', but here that name gives {found}; install the same weights"
+        )

@@ -1,0 +1,60 @@
+"""The reference of what the interaction emulation module (IEM) computes, in plain float operations.
+
+Every faster path (split first layer, bfloat16, blocks) is tested against these functions.
+Source: Liao et al., "D2LLM", ACL 2024, section 3.2; anchored head and rich features are d2llm's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FeatureName = Literal["rich", "concat"]
+
+
+class Linear(NamedTuple):
+    """Weight [out, in] and bias [out] of y = W x + b."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def pair_features(
+    query: Float[Tensor, "*pairs dim"], passage: Float[Tensor, "*pairs dim"], name: FeatureName
+) -> Float[Tensor, "*pairs features"]:
+    """What the first layer sees of a pair: [a; b] (the paper's), or [a; b; a * b; |a - b|]."""
+    if name == "concat":
+        return torch.cat([query, passage], dim=-1)
+    return torch.cat([query, passage, query * passage, (query - passage).abs()], dim=-1)
+
+
+def multilayer_perceptron(x: Float[Tensor, "*pairs in"], layers: Sequence[Linear]) -> Float[Tensor, "*pairs out"]:
+    """Linear layers with ReLU between them (none after the last)."""
+    for position, layer in enumerate(layers):
+        if position:
+            x = torch.relu(x)
+        x = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    return x
+
+
+def anchor_logit(
+    query: Float[Tensor, "*pairs dim"],
+    passage: Float[Tensor, "*pairs dim"],
+    query_map: Float[Tensor, "dim dim"],
+    passage_map: Float[Tensor, "dim dim"],
+    scale: float | Tensor,
+) -> Float[Tensor, "*pairs"]:
+    """t <U a, V b> / dim: with U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
+    inner = ((query @ query_map.T) * (passage @ passage_map.T)).sum(dim=-1)
+    return scale * inner / query.shape[-1]
+
+
+def anchored_logit(
+    anchor: Float[Tensor, "*pairs"], interaction: Float[Tensor, "*pairs"], bound: float | Tensor
+) -> Float[Tensor, "*pairs"]:
+    """z = anchor + B tanh(g): the interaction changes the anchor by at most B, so a candidate list can be certified."""
+    return anchor + bound * torch.tanh(interaction)

@@ -1,0 +1,146 @@
+"""What every training loop needs: checkpoints for exact resume, the learning-rate schedule, the log, the NaN stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.files import write_bytes
+
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state of a run between two steps: ``state`` is plain JSON that the loop itself defines."""
+
+    step: int
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    run_key: str,
+) -> None:
+    """Write parameters, AdamW moments and ``state`` as one safetensors file, atomically.
+
+    ``run_key`` is a fingerprint of everything that shapes the run; a checkpoint of another run is refused on resume.
+    """
+    tensors = {f"parameter/{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"moment/{key}/{name}"] = value.detach().cpu().contiguous()
+    metadata = {"step": str(step), "state": json.dumps(state), "run_key": run_key}
+    write_bytes(folder / CHECKPOINT, save(tensors, metadata))
+
+
+def load_checkpoint(folder: Path, *, run_key: str) -> Checkpoint | None:
+    """The checkpoint in ``folder``, or None where there is none yet.
+
+    Raises:
+        InputError: it belongs to a run with another recipe, data or seed.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+        metadata: dict[str, str] = file.metadata()
+        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if metadata["run_key"] != run_key:
+        raise InputError(
+            f"{path} belongs to a run with another recipe, data, labels or seed; finish that run with its own settings, "
+            "or give a new output folder"
+        )
+    return Checkpoint(
+        step=int(metadata["step"]),
+        parameters={key.removeprefix("parameter/"): value for key, value in tensors.items() if key[0] == "p"},
+        moments={key.removeprefix("moment/"): value for key, value in tensors.items() if key[0] == "m"},
+        state=json.loads(metadata["state"]),
+    )
+
+
+def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's parameters and moments back in place."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.parameters[name])
+    for key, value in checkpoint.moments.items():
+        kind, name = key.split("/", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 0 to 1, then linear decay to 0 at ``total_steps``; ``step`` counts from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], *, factor: float, max_gradient_norm: float
+) -> float:
+    """Clip, set each group's rate to ``factor`` times its own, step, and clear; returns the gradient's norm."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_gradient_norm))
+    if not math.isfinite(norm):
+        raise TrainingDivergedError(f"the gradient's norm became {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def require_finite(loss: Tensor, step: int, folder: Path) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        TrainingDivergedError: naming the step and what is kept.
+    """
+    if not torch.isfinite(loss):
+        raise TrainingDivergedError(
+            f"the loss became {float(loss)} at step {step}; training stopped. The last good checkpoint is kept in "
+            f"{folder}. Lower the learning rate, or look for labels that are no numbers"
+        )
+
+
+class RunLog:
+    """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        self._path = folder / LOG
+        self._start = time.monotonic()
+        kept: list[str] = []
+        if self._path.is_file() and resume_step:
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+        write_bytes(self._path, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        record = {"step": step, "seconds": round(time.monotonic() - self._start, 3)} | values
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,170 @@
+"""Tune the teacher on labelled pairs: yes/no cross-entropy, LoRA; afterwards it is frozen and labels."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import new_folder
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
+from d2llm.data.training import LabelledPair, TrainingSource, labelled_pairs
+from d2llm.models.teacher import Teacher
+from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.training_run import (
+    RunLog,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizer_step,
+    require_finite,
+    restore,
+    save_checkpoint,
+    trainable,
+)
+
+_SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTuningReport:
+    """What a tuning run did; ``loss`` is the mean yes/no cross-entropy of the last tenth of the steps."""
+
+    folder: str
+    fingerprint: str
+    pairs: int
+    steps: int
+    num_truncated: int
+    loss: float
+    seconds: float
+
+
+def tune_teacher(
+    sources: list[TrainingSource],
+    folder: Path,
+    *,
+    teacher: TeacherConfig,
+    tuning: TeacherTuningConfig,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+) -> TeacherTuningReport:
+    """Tune a teacher and write it to ``folder``; an interrupted run goes on from its last checkpoint.
+
+    Args:
+        sources: data sets with their plans and tasks.
+        folder: where the tuned teacher goes; ``<folder>.run`` beside it keeps checkpoint and log.
+        teacher: the LLM and its prompt.
+        tuning: LoRA and schedule.
+        seed: of the draw of pairs, their order, and the adapter's start.
+        device: by default what this machine has.
+        dtype: by default what is fast there.
+        show_progress: by default only on a terminal.
+
+    Raises:
+        InputError: no pairs, a finished teacher already in ``folder``, or a checkpoint of another run.
+        TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
+    """
+    if (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: holds a finished teacher already; give another folder, or delete it to start anew")
+    started = time.monotonic()
+    pairs = labelled_pairs(sources, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
+    if not pairs:
+        raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
+    model = Teacher.load(teacher, device=device, dtype=dtype)
+    model.prepare_training(tuning.lora, seed=seed)
+    batches = _epoch_batches(pairs, tuning, seed)
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=tuning.learning_rate, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+
+    run_folder = folder.with_name(folder.name + ".run")
+    run_folder.mkdir(parents=True, exist_ok=True)
+    plans = [source.plan.manifest for source in sources]
+    run_key = fingerprint_json([teacher.model_dump(), model.fingerprint, tuning.model_dump(), seed, plans])
+    checkpoint = load_checkpoint(run_folder, run_key=run_key)
+    first_step, losses, num_truncated = 0, list[float](), 0
+    if checkpoint is not None:
+        restore(checkpoint, parameters, optimizer)
+        first_step, losses = checkpoint.step, checkpoint.state["losses"]
+        num_truncated = checkpoint.state["num_truncated"]
+    log = RunLog(run_folder, resume_step=first_step)
+
+    def keep(step: int) -> None:
+        state = {"losses": losses, "num_truncated": num_truncated}
+        save_checkpoint(run_folder, step, parameters, optimizer, state, run_key=run_key)
+
+    model.train()
+    last_kept = time.monotonic()
+    with progress_bar("tuning the teacher", len(batches), show=show_progress) as advance:
+        advance(first_step)
+        for step in range(first_step, len(batches)):
+            torch.manual_seed(seed * 1_000_003 + step)  # dropout then depends on the step alone: resume is exact
+            loss, truncated = _loss(model, batches[step])
+            require_finite(loss, step, run_folder)
+            loss.backward()
+            warmup = int(tuning.warmup_fraction * len(batches))
+            factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=len(batches))
+            optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
+            losses.append(float(loss.detach()))
+            num_truncated += truncated
+            log.write(step + 1, loss=losses[-1], pairs=len(batches[step]))
+            advance(1)
+            if time.monotonic() - last_kept > 60 * tuning.checkpoint_minutes:
+                keep(step + 1)
+                last_kept = time.monotonic()
+    keep(len(batches))
+    tail = losses[-max(1, len(losses) // 10) :]
+    report = TeacherTuningReport(
+        folder=str(folder),
+        fingerprint="",
+        pairs=sum(map(len, batches)),
+        steps=len(batches),
+        num_truncated=num_truncated,
+        loss=sum(tail) / len(tail),
+        seconds=time.monotonic() - started,
+    )
+    content: dict[str, Any] = {
+        "tuning": tuning.model_dump(),
+        "seed": seed,
+        "data": [source.dataset.name for source in sources],
+        "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
+    }
+    with new_folder(folder) as temporary:
+        fingerprint = model.save(temporary, content)
+    return TeacherTuningReport(**(asdict(report) | {"fingerprint": fingerprint}))
+
+
+def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed: int) -> list[list[LabelledPair]]:
+    """All batches of all epochs: one task each, pairs of like length together, batches in random order."""
+    batches: list[list[LabelledPair]] = []
+    for epoch in range(tuning.epochs):
+        rng = random.Random(f"{seed}:{epoch}")
+        of_epoch: list[list[LabelledPair]] = []
+        for task in ("symmetric", "asymmetric"):
+            of_task = [pair for pair in pairs if pair.task == task]
+            rng.shuffle(of_task)
+            for start in range(0, len(of_task), tuning.batch_pairs * _SORTED_BATCHES):
+                group = of_task[start : start + tuning.batch_pairs * _SORTED_BATCHES]
+                group.sort(key=lambda pair: len(pair.query) + len(pair.passage))
+                of_epoch += [group[i : i + tuning.batch_pairs] for i in range(0, len(group), tuning.batch_pairs)]
+        rng.shuffle(of_epoch)
+        batches += of_epoch
+    return batches
+
+
+def _loss(model: Teacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
+    task = batch[0].task
+    inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
+    log_odds, _ = model(*model.pad(inputs), task)
+    labels = torch.tensor([float(pair.is_positive) for pair in batch], device=log_odds.device)
+    return torch.nn.functional.binary_cross_entropy_with_logits(log_odds, labels), num_truncated
