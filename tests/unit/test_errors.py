@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+
+from d2llm.core import errors
+
+ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.D2LLMError)]
+
+
+def test_every_error_stands_in_the_documented_tree():
+    assert len(ALL) == 13
+    for cls in ALL:
+        assert cls.__name__ in errors.__doc__.split()
+        assert cls.__doc__
+
+
+@pytest.mark.parametrize(
+    ("child", "parent"),
+    [
+        (errors.DataFormatError, errors.InputError),
+        (errors.DuplicateIdError, errors.DataFormatError),
+        (errors.RecipeError, errors.InputError),
+        (errors.ModelNotFoundError, errors.ModelError),
+        (errors.AnswerTokenError, errors.ModelError),
+        (errors.IndexMismatchError, errors.MismatchError),
+        (errors.LabelMismatchError, errors.MismatchError),
+        (errors.TrainingDivergedError, errors.D2LLMError),
+        (errors.MissingExtraError, ImportError),
+    ],
+)
+def test_the_tree(child: type, parent: type):
+    assert issubclass(child, parent)
+
+
+def test_a_format_error_says_where():
+    error = errors.DataFormatError("data/corpus.jsonl", "not JSON", line=7)
+    assert str(error) == "data/corpus.jsonl:7: not JSON"
+    assert error.path == Path("data/corpus.jsonl")
+    assert error.line == 7
+    assert str(errors.DataFormatError("qrels", "is empty")) == "qrels: is empty"
+
+
+@pytest.mark.parametrize("cls", [errors.DataFormatError, errors.DuplicateIdError])
+def test_a_format_error_survives_the_way_from_a_worker_process(cls: type[errors.DataFormatError]):
+    error = pickle.loads(pickle.dumps(cls("a/b.jsonl", "broken", line=3)))
+    assert type(error) is cls
+    assert str(error) == "a/b.jsonl:3: broken"
+    assert (error.path, error.problem, error.line) == (Path("a/b.jsonl"), "broken", 3)
+
+
+def test_a_plain_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(errors.IndexMismatchError("index a, student b")))
+    assert type(error) is errors.IndexMismatchError
+    assert str(error) == "index a, student b"

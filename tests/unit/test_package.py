@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import d2llm
+
+SOURCE = Path(d2llm.__file__).parent
+PUBLIC = sorted(set(d2llm.__all__) - {"__version__"})
+FUNCTIONS = ["distill", "encode", "evaluate", "label", "mine", "search", "tune_teacher"]
+
+
+def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_import_is_quick_and_leaves_the_heavy_packages_alone():
+    code = """
+import sys, time
+start = time.perf_counter()
+import d2llm
+print(time.perf_counter() - start)
+print(*sorted(module.partition(".")[0] for module in sys.modules))
+"""
+    seconds, modules = run_python(code).stdout.splitlines()
+    assert float(seconds) < 0.3
+    assert not {"torch", "transformers", "pydantic", "rich", "typer", "numpy", "pyarrow"} & set(modules.split())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_can_be_imported(name: str):
+    value = getattr(d2llm, name)
+    if name != "Task":  # a Literal, which has no name of its own
+        assert value.__name__ == name
+        assert value.__module__.startswith("d2llm.")
+
+
+def test_all_is_what_dir_offers_and_what_star_imports():
+    assert len(set(d2llm.__all__)) == len(d2llm.__all__)
+    assert set(d2llm.__all__) <= set(dir(d2llm))
+    code = "from d2llm import *; import d2llm; print(*sorted(set(d2llm.__all__) - set(globals())))"
+    assert run_python(code).stdout.strip() == ""
+
+
+def test_all_is_what_type_checkers_see():
+    """The names imported under TYPE_CHECKING come from the modules that the lazy import takes them from."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module
+        for branch in tree.body
+        if isinstance(branch, ast.If)
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(typed) == PUBLIC
+    assert typed == d2llm._HOME_OF
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_verb_is_the_function_also_after_its_module_was_imported(name: str):
+    module = importlib.import_module(f"d2llm.pipeline.{name}")
+    assert getattr(d2llm, name) is getattr(module, name)
+    assert callable(getattr(d2llm, name))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'d2llm' has no attribute 'serach'"):
+        _ = d2llm.serach  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(d2llm, "torch")
+
+
+def test_version_is_the_installed_one():
+    from importlib.metadata import version
+
+    assert version("d2llm") == d2llm.__version__
+
+
+def test_no_source_file_is_longer_than_400_lines():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length >= 400} == {}
+
+
+def test_every_imported_package_is_a_declared_dependency(repository: Path):
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in requirements}
+    imported = {package for path in SOURCE.rglob("*.py") for package in imported_packages(path)}
+    assert imported - declared - set(sys.stdlib_module_names) - {"d2llm"} == INDIRECT & imported
+
+
+# Packages that a declared one is built on and that come with it in every version we allow.
+INDIRECT = {"huggingface_hub", "tokenizers", "pydantic_core", "click"}
+
+
+def imported_packages(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_licence_is_the_standard_text(repository: Path):
+    import hashlib
+
+    text = (repository / "LICENSE").read_bytes()
+    # SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt
+    assert hashlib.sha256(text).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from d2llm.core.errors import RecipeError
+from d2llm.core.recipe import Recipe, load_recipe, parse_recipe
+
+
+def written(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def message_of(values: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values, where="r.toml")
+    return str(caught.value)
+
+
+def test_an_empty_recipe_has_the_published_settings():
+    """D2LLM paper: LoRA r 8, alpha 8, dropout 0.05, rate 1e-4, 1000 warm-up steps, batch 32, 8 negatives, 5 epochs."""
+    recipe = parse_recipe({})
+    assert recipe == Recipe()
+    lora = recipe.student.backbone.lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 8.0, 0.05)
+    training = recipe.training
+    assert (training.learning_rate, training.warmup_steps, training.batch_queries) == (1e-4, 1000, 32)
+    assert (training.num_hard, training.epochs) == (8, 5)
+    assert recipe.student.interaction.hidden_dim == 512
+    assert recipe.student.backbone.max_passage_tokens == 250
+    losses = recipe.losses
+    assert (losses.contrastive_imitation, losses.rank_imitation_positive_hard) == (1.0, 1.0)
+    assert (losses.rank_imitation_hard_easy, losses.feature_imitation) == (0.01, 0.001)
+
+
+@pytest.mark.parametrize("as_type", [Path, str])
+def test_a_file_is_read(tmp_path: Path, as_type: type):
+    path = written(
+        tmp_path,
+        """
+        name = "first"
+        [student.backbone]
+        model = "smollm2"
+        lora = { rank = 4 }
+        [[data]]
+        path = "a"
+        task = "symmetric"
+        [[data]]
+        path = "b"
+        max_queries = 10
+        """,
+    )
+    recipe = load_recipe(as_type(path))
+    assert recipe.name == "first"
+    assert recipe.student.backbone.model == "smollm2"
+    assert (recipe.student.backbone.lora.rank, recipe.student.backbone.lora.alpha) == (4, 8.0)
+    assert [(data.path, data.task, data.max_queries) for data in recipe.data] == [
+        ("a", "symmetric", None),
+        ("b", "asymmetric", 10),
+    ]
+
+
+def test_saved_as_plain_values_it_is_the_same():
+    recipe = parse_recipe({"data": [{"path": "a"}], "training": {"head_learning_rate": 0.01}})
+    assert parse_recipe(recipe.model_dump()) == recipe
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Recipe().training.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"studnt": {}}, "r.toml: unknown key 'studnt'; did you mean 'student'?"),
+        ({"training": {"epoch": 3}}, "r.toml: unknown key 'training.epoch'; did you mean 'epochs'?"),
+        (
+            {"student": {"backbone": {"lora": {"rnk": 4}}}},
+            "r.toml: unknown key 'student.backbone.lora.rnk'; did you mean 'rank'?",
+        ),
+        (
+            {"data": [{"path": "a", "max_query": 3}]},
+            "r.toml: unknown key 'data.0.max_query'; did you mean 'max_queries'?",
+        ),
+        (
+            {"data": [{"path": "a", "zzz": 3}]},
+            "r.toml: unknown key 'data.0.zzz'; known keys here: max_queries, path, task",
+        ),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(values: dict[str, Any], message: str):
+    assert message_of(values) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than or equal to 1 (got 0)"),
+        ({"losses": {"temperature": float("nan")}}, "losses.temperature: Input should be a finite number (got nan)"),
+        ({"losses": {"temperature": float("inf")}}, "losses.temperature: Input should be a finite number (got inf)"),
+        ({"data": [{"path": "a", "task": "s"}]}, "data.0.task: Input should be 'symmetric' or 'asymmetric' (got 's')"),
+        ({"training": {"epochs": "many"}}, "training.epochs: Input should be a valid integer"),
+        ({"data": [{"task": "symmetric"}]}, "data.0.path is missing; set it"),
+        ({"data": {"path": "a"}}, "data should be a list of tables: write [[data]]"),
+        ({"training": 5}, "training should be a table: write [training]"),
+    ],
+)
+def test_a_bad_value_names_the_field_and_the_value(values: dict[str, Any], message: str):
+    assert message_of(values).startswith(f"r.toml: {message}")
+
+
+def test_all_problems_are_named_at_once():
+    message = message_of({"nmae": "x", "training": {"epochs": -1}})
+    assert "did you mean 'name'?" in message
+    assert "training.epochs" in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    path = tmp_path / "none.toml"
+    with pytest.raises(RecipeError, match="No such file") as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: cannot be read")
+
+
+@pytest.mark.parametrize("text", ["name = ", "[training\nepochs = 1", "a = 1\na = 2", b"name = '\xff'"])
+def test_what_is_not_toml_is_named(tmp_path: Path, text: str | bytes):
+    path = written(tmp_path, text)
+    with pytest.raises(RecipeError, match="not valid TOML") as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_errors_of_a_file_name_the_file(tmp_path: Path):
+    path = written(tmp_path, "epochs = 3")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: unknown key 'epochs'")
