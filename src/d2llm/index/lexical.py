@@ -82,8 +82,8 @@ class LexicalIndex:
             return []
         scores: np.ndarray = self._bm25.get_scores_from_ids(query)
         matching = np.flatnonzero(scores > 0)
-        best = top_rows(scores[matching], top_k, lambda row: self._ids[matching[row]])
-        return [Candidate(self._ids[position], float(scores[position])) for position in matching[best]]
+        best = matching[top_rows(scores[matching], top_k, lambda row: self._ids[int(matching[row])])]
+        return [Candidate(self._ids[row], float(scores[row])) for row in best.tolist()]
 
 
 def _fit(term_ids: list[list[int]], terms: dict[str, int]) -> Any:

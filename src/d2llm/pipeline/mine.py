@@ -225,11 +225,12 @@ def nearest_ids(
         q lists of min(top_k, n) ids.
     """
     num_queries = max(1, block_numbers // max(1, len(passages)))
-    return [
-        [ids[row] for row in top_rows(scores, top_k, ids.__getitem__)]
-        for start in range(0, len(queries), num_queries)
-        for scores in queries[start : start + num_queries] @ passages.T
-    ]
+    lists: list[list[str]] = []
+    for start in range(0, len(queries), num_queries):
+        for scores in queries[start : start + num_queries] @ passages.T:
+            rows: list[int] = top_rows(scores, top_k, ids.__getitem__).tolist()
+            lists.append([ids[row] for row in rows])
+    return lists
 
 
 def _draw_hard(
