@@ -1,0 +1,29 @@
+"""Token-budget batches: nothing lost, nothing twice, limits held."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.ops.batching import token_budget_batches
+
+LENGTHS = st.lists(st.integers(0, 200), max_size=60)
+
+
+@given(lengths=LENGTHS, max_tokens=st.integers(1, 400), max_items=st.integers(1, 10))
+def test_every_index_once_within_the_limits(lengths: list[int], max_tokens: int, max_items: int) -> None:
+    batches = token_budget_batches(lengths, max_tokens=max_tokens, max_items=max_items)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert 1 <= len(batch) <= max_items
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= max_tokens
+    ordered = [lengths[index] for batch in batches for index in batch]
+    assert ordered == sorted(lengths, reverse=True)
+
+
+@given(lengths=LENGTHS, max_tokens=st.integers(1, 400), max_items=st.integers(1, 10))
+def test_no_batch_could_have_taken_the_next_text(lengths: list[int], max_tokens: int, max_items: int) -> None:
+    batches = token_budget_batches(lengths, max_tokens=max_tokens, max_items=max_items)
+    for batch in batches[:-1]:
+        longest = lengths[batch[0]]
+        assert len(batch) == max_items or (len(batch) + 1) * max(1, longest) > max_tokens

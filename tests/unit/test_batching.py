@@ -1,0 +1,32 @@
+"""Token-budget batches, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2llm.ops.batching import token_budget_batches
+
+
+def test_longest_first_within_both_limits() -> None:
+    # Longest 6: 12 // 6 = 2 texts. Then longest 4: 3 texts. Then longest 1: 12 fit, but at most 4 items.
+    lengths = [1, 6, 4, 1, 4, 5, 3, 1]
+    assert token_budget_batches(lengths, max_tokens=12, max_items=4) == [[1, 5], [2, 4, 6], [0, 3, 7]]
+
+
+def test_limit_of_items() -> None:
+    assert token_budget_batches([1, 1, 1, 1, 1], max_tokens=100, max_items=2) == [[0, 1], [2, 3], [4]]
+
+
+def test_text_over_the_budget_goes_alone() -> None:
+    assert token_budget_batches([2, 50, 60, 2], max_tokens=10, max_items=8) == [[2], [1], [0, 3]]
+
+
+def test_empty_texts_and_no_texts() -> None:
+    assert token_budget_batches([0, 0, 0], max_tokens=2, max_items=9) == [[0, 1], [2]]
+    assert token_budget_batches([], max_tokens=2, max_items=9) == []
+
+
+@pytest.mark.parametrize(("max_tokens", "max_items"), [(0, 1), (1, 0), (-5, 3)])
+def test_limits_below_one_are_refused(max_tokens: int, max_items: int) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        token_budget_batches([1], max_tokens=max_tokens, max_items=max_items)

@@ -1,0 +1,203 @@
+"""Reading BEIR folders: what is read, what is counted, what is refused and where."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import DataFormatError, DuplicateIdError
+from d2llm.data.beir import read_beir, read_corpus
+
+CORPUS = [
+    {"_id": "p2", "title": "Cats", "text": "Cats sleep."},
+    {"_id": "p1", "title": "", "text": "Dogs bark."},
+    {"_id": "p3", "text": "Birds sing."},
+]
+QUERIES = [{"_id": "q1", "text": "Who barks?"}, {"_id": "q2", "text": "Who sleeps?"}]
+HEADER = "query-id\tcorpus-id\tscore\n"
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> None:
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "pets"
+    (folder / "qrels").mkdir(parents=True)
+    write_jsonl(folder / "corpus.jsonl", CORPUS)
+    write_jsonl(folder / "queries.jsonl.gz", QUERIES)
+    (folder / "qrels" / "train.tsv").write_text(HEADER + "q1\tp1\t2\nq1\tp2\t0\nq2\tp3\t-1\n")
+    (folder / "qrels" / "dev.tsv").write_text(HEADER)
+    return folder
+
+
+def test_reads_everything_in_file_order(folder: Path) -> None:
+    dataset = read_beir(folder)
+    assert dataset.name == "pets"
+    assert list(dataset.passages) == ["p2", "p1", "p3"]
+    assert dataset.passages["p2"].full_text == "Cats\nCats sleep."
+    assert dataset.passages["p3"].title == ""
+    assert dataset.queries["q2"].text == "Who sleeps?"
+    assert dataset.qrels == {"dev": {}, "train": {"q1": {"p1": 2, "p2": 0}, "q2": {"p3": -1}}}
+    assert dataset.issues == ()
+
+
+def test_grades_of_zero_and_below_are_no_positives(folder: Path) -> None:
+    dataset = read_beir(folder)
+    assert dataset.positives("train") == {"q1": ("p1",), "q2": ()}
+    assert dataset.positives("dev") == {}
+    with pytest.raises(DataFormatError, match="split 'test' was not read; read: dev, train"):
+        dataset.positives("test")
+
+
+def test_reads_only_the_splits_asked_for(folder: Path) -> None:
+    assert list(read_beir(folder, splits=["dev"]).qrels) == ["dev"]
+    with pytest.raises(DataFormatError, match=r"test\.tsv: no such file; .*dev\.tsv, train\.tsv"):
+        read_beir(folder, splits=["test"])
+
+
+def test_blank_lines_windows_ends_and_byte_order_mark_are_accepted(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"_id": "p1", "text": "a"}\r\n\r\n{"_id": "p2", "text": "b"}\r\n'
+    )
+    (folder / "qrels" / "train.tsv").write_bytes(b"query-id\tcorpus-id\tscore\r\nq1\tp1\t1\r\n\r\n")
+    dataset = read_beir(folder)
+    assert [passage.text for passage in dataset.passages.values()] == ["a", "b"]
+    assert dataset.qrels["train"] == {"q1": {"p1": 1}}
+
+
+def test_judgements_that_point_nowhere_are_counted_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"q1\tlost{number}\t1" for number in range(7)] + ["nobody\tp1\t1", "q1\tp1\t1"]
+    (folder / "qrels" / "train.tsv").write_text(HEADER + "\n".join(lines) + "\n")
+    with caplog.at_level(logging.WARNING):
+        dataset = read_beir(folder)
+    assert dataset.issues == (
+        "train: 1 judgements point to unknown queries, first 1: nobody",
+        "train: 7 judgements point to unknown passages, first 5: lost0, lost1, lost2, lost3, lost4",
+    )
+    assert [issue in caplog.text for issue in dataset.issues] == [True, True]
+    assert dataset.positives("train") == {"q1": ("p1",)}
+    assert "lost6" in dataset.qrels["train"]["q1"]
+
+
+def test_empty_passage_texts_are_counted(folder: Path) -> None:
+    write_jsonl(folder / "corpus.jsonl", [*CORPUS, {"_id": "p4", "title": "Fish", "text": " "}])
+    assert read_beir(folder).issues == ("1 passages have an empty text, first 1: p4",)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"_id": "p9", "text": "x"', "not valid JSON"),
+        ('["p9", "x"]', "must be a JSON object, found a list"),
+        ('{"text": "x"}', "field '_id' is missing; fields found: 'text'"),
+        ('{"_id": "p9", "body": "x"}', "field 'text' is missing; fields found: '_id', 'body'"),
+        ('{"_id": 9, "text": "x"}', "field '_id' must be a string, found a number"),
+        ('{"_id": "", "text": "x"}', "field '_id' is empty"),
+        ('{"_id": "p9", "text": null}', "field 'text' must be a string, found null"),
+        ('{"_id": "p9", "text": ["x"]}', "field 'text' must be a string, found a list"),
+        ('{"_id": "p9", "text": "x", "title": {}}', "field 'title' must be a string, found an object"),
+        ('{"_id": "p9", "text": "\\ud800"}', "field 'text' has half a character"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_malformed_line_is_named(tmp_path: Path, line: str, problem: str, suffix: str) -> None:
+    path = tmp_path / f"corpus{suffix}"
+    content = f'{{"_id": "p1", "text": "fine"}}\n\n{line}\n'.encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    with pytest.raises(DataFormatError) as caught:
+        read_corpus(path)
+    assert caught.value.line == 3
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_duplicate_id_names_both_lines(folder: Path, name: str) -> None:
+    (folder / "queries.jsonl.gz").unlink()
+    write_jsonl(folder / "queries.jsonl", QUERIES)
+    with (folder / name).open("a") as file:
+        file.write((folder / name).read_text().splitlines()[1] + "\n")
+    lines = len((folder / name).read_text().splitlines())
+    with pytest.raises(DuplicateIdError, match="was already used in line 2") as caught:
+        read_beir(folder)
+    assert caught.value.line == lines
+    assert caught.value.path == folder / name
+
+
+def test_bytes_that_are_not_utf8_are_named(folder: Path) -> None:
+    with (folder / "corpus.jsonl").open("ab") as file:
+        file.write('{"_id": "p9", "text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(DataFormatError, match="not valid UTF-8") as caught:
+        read_beir(folder)
+    assert caught.value.line == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not gzip"])
+def test_damaged_gzip_is_refused(folder: Path, damage: str) -> None:
+    path = folder / "queries.jsonl.gz"
+    many = [{"_id": f"q{number}", "text": f"question {number * 7919}"} for number in range(3000)]
+    write_jsonl(path, many)
+    path.write_bytes(path.read_bytes()[:-2000] if damage == "truncated" else b"plain text")
+    with pytest.raises(DataFormatError, match="damaged or truncated gzip") as caught:
+        read_beir(folder)
+    assert caught.value.path == path
+    assert caught.value.line is not None
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl.gz"])
+def test_missing_file_says_what_was_looked_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    stem = name.removesuffix(".gz")
+    with pytest.raises(DataFormatError, match=rf"looked for {stem} or {stem}\.gz and found neither"):
+        read_beir(folder)
+
+
+@pytest.mark.parametrize(("name", "what"), [("corpus.jsonl", "passages"), ("queries.jsonl.gz", "queries")])
+def test_file_without_records_is_refused(folder: Path, name: str, what: str) -> None:
+    write_jsonl(folder / name, [])
+    with pytest.raises(DataFormatError, match=f"holds no {what}"):
+        read_beir(folder)
+
+
+def test_missing_folder_and_missing_qrels(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataFormatError, match="no such folder; looked for corpus"):
+        read_beir(tmp_path / "nowhere")
+    with pytest.raises(DataFormatError, match="no such file"):
+        read_corpus(tmp_path / "corpus.jsonl")
+    for path in (folder / "qrels").iterdir():
+        path.unlink()
+    with pytest.raises(DataFormatError, match=r"looked for qrels/\*\.tsv"):
+        read_beir(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "problem"),
+    [
+        ("", None, "is empty; even without judgements it needs the header"),
+        ("q1\tp1\t1\n", 1, "the first line must be the header"),
+        (HEADER + "q1\tp1\t1\nq1 p2 1\n", 3, "expected 3 columns separated by tabs"),
+        (HEADER + "q1\t0\tp1\t1\n", 2, "found 4"),
+        (HEADER + "q1\tp1\t0.5\n", 2, "must be a whole number, found '0.5'"),
+        (HEADER + "q1\tp1\tyes\n", 2, "must be a whole number, found 'yes'"),
+    ],
+)
+def test_malformed_qrels_are_named(folder: Path, content: str, line: int | None, problem: str) -> None:
+    (folder / "qrels" / "train.tsv").write_text(content)
+    with pytest.raises(DataFormatError) as caught:
+        read_beir(folder)
+    assert caught.value.path == folder / "qrels" / "train.tsv"
+    assert caught.value.line == line
+    assert problem in str(caught.value)
+
+
+def test_pair_judged_twice_is_refused(folder: Path) -> None:
+    (folder / "qrels" / "train.tsv").write_text(HEADER + "q1\tp1\t1\nq1\tp1\t0\n")
+    with pytest.raises(DuplicateIdError, match="passage 'p1' is judged twice for query 'q1'"):
+        read_beir(folder)
