@@ -1,0 +1,99 @@
+"""What the verbs ask of a model. ``Student`` and ``Teacher`` fit; so does anything else with these methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.recipe import StudentConfig
+from d2llm.core.types import Task
+
+
+class EncodedBatch(Protocol):
+    """Vectors of some texts, with what it took."""
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """[n, dim], in the texts' order."""
+        ...
+
+    @property
+    def num_truncated(self) -> int:
+        """Texts that were longer than the limit."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read, padding not counted."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Turns queries and passages into vectors, each alone."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two encoders are the same."""
+        ...
+
+    @property
+    def config(self) -> StudentConfig:
+        """What the encoder is built of."""
+        ...
+
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+        """Encode queries; ``advance`` is called with the number of texts finished since the last call."""
+        ...
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+        """Encode passages (title and text as one string)."""
+        ...
+
+
+class SearchStudent(TextEncoder, Protocol):
+    """An encoder that also scores a query with passages by their vectors alone."""
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether part of the score is an inner product that an index can follow."""
+        ...
+
+    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """[q, dim] -> [q, dim], whose inner products with passage vectors are the anchor logits."""
+        ...
+
+    def score(
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> final logits [n]."""
+        ...
+
+
+class JudgedPairs(Protocol):
+    """What a teacher said of some pairs."""
+
+    @property
+    def log_odds(self) -> NDArray[np.float32]:
+        """[n] logit(yes) - logit(no), in the pairs' order."""
+        ...
+
+    @property
+    def num_truncated(self) -> int:
+        """Pairs whose passage was cut."""
+        ...
+
+
+class PairJudge(Protocol):
+    """Reads query and passage together."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two teachers are the same."""
+        ...
+
+    def judge(self, pairs: Sequence[tuple[str, str]], task: Task) -> JudgedPairs:
+        """Judge (query text, passage full text) pairs."""
+        ...

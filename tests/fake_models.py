@@ -1,0 +1,80 @@
+"""Tiny deterministic stand-ins for the student and the teacher: words hashed into vectors, no weights."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2llm.core.recipe import InteractionConfig, StudentConfig
+
+
+@dataclass(frozen=True)
+class FakeEncoded:
+    vectors: np.ndarray
+    num_truncated: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class FakeJudgements:
+    log_odds: np.ndarray
+    num_truncated: int
+
+
+class FakeStudent:
+    """Anchor: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated."""
+
+    def __init__(
+        self, *, dim: int = 16, fingerprint: str = "fake-student", head: str = "anchored", max_words: int = 50
+    ):
+        self.fingerprint = fingerprint
+        self.vector_dim = dim
+        self.has_anchor = head == "anchored"
+        self.config = StudentConfig(interaction=InteractionConfig(head=head))
+        self.max_words = max_words
+        self.encoded_passages = 0
+
+    def _encode(self, texts, advance):
+        vectors = np.zeros((len(texts), self.vector_dim), np.float32)
+        words = [text.lower().split() for text in texts]
+        for row, of_text in enumerate(words):
+            for word in of_text[: self.max_words]:
+                seed = zlib.crc32(f"{self.fingerprint} {word}".encode())
+                vectors[row] += np.random.default_rng(seed).standard_normal(self.vector_dim).astype(np.float32)
+        if advance is not None:
+            advance(len(texts))
+        lengths = [len(of_text) for of_text in words]
+        return FakeEncoded(
+            vectors, sum(n > self.max_words for n in lengths), sum(min(n, self.max_words) for n in lengths)
+        )
+
+    def encode_queries(self, texts, *, advance=None):
+        return self._encode(texts, advance)
+
+    def encode_passages(self, texts, *, advance=None):
+        self.encoded_passages += len(texts)
+        return self._encode(texts, advance)
+
+    def anchor_queries(self, query_vectors, task):
+        assert self.has_anchor
+        return 2 * query_vectors
+
+    def score(self, query_vector, passage_vectors, task):
+        sign = 1 if task == "asymmetric" else -1
+        return 2 * passage_vectors @ query_vector + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
+
+
+class FakeTeacher:
+    """Log-odds = shared words; counts its calls."""
+
+    fingerprint = "fake-teacher"
+
+    def __init__(self):
+        self.pairs = []
+
+    def judge(self, pairs, task):
+        self.pairs += pairs
+        shared = [len(set(a.lower().split()) & set(b.lower().split())) for a, b in pairs]
+        return FakeJudgements(np.array(shared, np.float32), sum(len(b) > 1000 for _, b in pairs))

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from d2llm.core.types import Passage
+from d2llm.index.folder import FolderIndex
+from d2llm.ops.selection import top_rows
+from d2llm.pipeline.encode import encode
+from d2llm.pipeline.search import search
+from fake_models import FakeStudent
+
+WORDS = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def student():
+    return FakeStudent()
+
+
+@pytest.fixture(scope="module")
+def index(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index") / "i"
+    generator = np.random.default_rng(7)
+    # Four words of ten: many passages are equal but for the order of their words, so ties occur.
+    encode([Passage(f"{n}", " ".join(generator.choice(WORDS, 2))) for n in range(150)], student, folder)
+    return FolderIndex.open(folder)
+
+
+def answer(index, student, text, **arguments):
+    (ranking,) = search(index, student, [text], **arguments)
+    return [(place.rank, place.passage.id, place.score) for place in ranking.passages]
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=texts, top_k=st.integers(1, 160), exact=st.booleans())
+def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact):
+    shorter = answer(index, student, text, top_k=top_k, exact=exact)
+    longer = answer(index, student, text, top_k=top_k + 1, exact=exact)
+    assert shorter == longer[:top_k]
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=texts, top_k=st.integers(1, 160), num_candidates=st.integers(150, 400))
+def test_enough_candidates_give_the_exact_scan(index, student, text, top_k, num_candidates):
+    proposed = answer(index, student, text, top_k=top_k, num_candidates=num_candidates)
+    assert proposed == answer(index, student, text, top_k=top_k, exact=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    scores=st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0]), max_size=30),
+    top_k=st.integers(1, 35),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_top_rows_equals_sorting_everything(scores, top_k, shuffle):
+    ids = [f"{n:02d}" for n in range(len(scores))]
+    shuffle.shuffle(ids)
+    expected = sorted(range(len(scores)), key=lambda row: (-scores[row], ids[row]))[:top_k]
+    assert top_rows(np.array(scores, np.float32), top_k, ids.__getitem__).tolist() == expected
+
+
+texts_of_any_kind = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    contents=st.lists(
+        st.tuples(texts_of_any_kind, texts_of_any_kind, texts_of_any_kind),
+        min_size=1,
+        max_size=12,
+        unique_by=lambda content: content[0],
+    ),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    data=st.data(),
+)
+def test_what_is_written_is_read(tmp_path_factory, contents, dtype, data):
+    passages = [Passage(name, text, title) for name, text, title in contents]
+    # Multiples of 1/8 below 16 are exact in every dtype.
+    eighths = st.integers(-127, 127).map(lambda n: n / 8)
+    vectors = np.array([data.draw(st.lists(eighths, min_size=3, max_size=3)) for _ in passages], np.float32)
+    folder = tmp_path_factory.mktemp("roundtrip") / "i"
+    FolderIndex.write(folder, passages, vectors, student_fingerprint="s", dtype=dtype)
+    index = FolderIndex.open(folder)
+    rows = list(range(len(passages)))
+    assert index.passages(rows) == passages
+    np.testing.assert_array_equal(index.vectors(rows), vectors)
