@@ -62,6 +62,13 @@ class LexicalIndex:
     def __len__(self) -> int:
         return len(self._ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the postings (the vocabulary's strings not counted)."""
+        if self._bm25 is None:
+            return 0
+        return sum(array.nbytes for array in self._bm25.scores.values() if isinstance(array, np.ndarray))
+
     def search(self, texts: Sequence[str], top_k: int) -> list[list[Candidate]]:
         """Best passages of each text, best first, ties by passage id; passages that share no term are left out.
 
