@@ -1,0 +1,302 @@
+"""The label store: identity, resume, mismatch, damage, and being killed while writing."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from d2llm.core.errors import DataFormatError, LabelMismatchError, ModelError
+from d2llm.data.labels import LabelStore, QueryLabels
+
+GRAM = np.array([[1.0, 0.25], [0.25, 1.0]], dtype=np.float32)
+
+
+def labels(query_id: str, values: dict[str, float], gram: np.ndarray | None = None) -> QueryLabels:
+    return QueryLabels(query_id, tuple(values), np.array(list(values.values()), dtype=np.float32), gram)
+
+
+def open_store(folder: Path, teacher: str = "T1", prompt: str = "P1") -> LabelStore:
+    return LabelStore(folder, teacher=teacher, prompt=prompt)
+
+
+def test_written_labels_are_read_back_and_seen_at_once(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "labels")
+    store.write([labels("q1", {"p1": 2.5, "p2": -1.0, "p3": 0.125}, GRAM), labels("q2", {"p1": -7.0})])
+    for opened in (store, open_store(tmp_path / "labels")):
+        assert len(opened) == 2
+        assert opened.num_pairs == 4
+        assert opened.query_ids == ("q1", "q2")
+        assert opened.log_odds("q1") == {"p1": 2.5, "p2": -1.0, "p3": 0.125}
+        assert opened.log_odds("q2") == {"p1": -7.0}
+        assert opened.log_odds("q3") == {}
+        found = opened.gram("q1")
+        assert found is not None
+        assert found[0] == ("p1", "p2")
+        np.testing.assert_array_equal(found[1], GRAM)
+        assert found[1].dtype == np.float32
+        assert opened.gram("q2") is None
+        assert opened.num_duplicates == 0
+
+
+def test_shards_have_the_documented_columns(tmp_path: Path) -> None:
+    open_store(tmp_path).write([labels("q1", {"p1": 2.5, "p2": 1.5}, GRAM)])
+    [label_file] = (tmp_path / "labels").iterdir()
+    [gram_file] = (tmp_path / "grams").iterdir()
+    assert label_file.name == gram_file.name
+    assert pq.read_table(label_file).to_pylist() == [
+        {"teacher": "T1", "prompt": "P1", "query_id": "q1", "passage_id": "p1", "log_odds": 2.5},
+        {"teacher": "T1", "prompt": "P1", "query_id": "q1", "passage_id": "p2", "log_odds": 1.5},
+    ]
+    assert pq.read_table(gram_file).to_pylist() == [
+        {
+            "teacher": "T1",
+            "prompt": "P1",
+            "query_id": "q1",
+            "passage_ids": ["p1", "p2"],
+            "gram": [1.0, 0.25, 0.25, 1.0],
+        }
+    ]
+    assert pq.ParquetFile(label_file).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_missing_names_only_the_new_pairs(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write([labels("q1", {"p1": 1.0, "p2": 2.0})])
+    assert store.missing("q1", ["p2", "p9", "p1", "p8", "p9"]) == ["p9", "p8"]
+    assert store.missing("q1", ("p1", "p2")) == []
+    assert store.missing("q2", ["p1"]) == ["p1"]
+    store.write([labels("q1", {"p9": 3.0})])
+    assert open_store(tmp_path).log_odds("q1") == {"p1": 1.0, "p2": 2.0, "p9": 3.0}
+
+
+def test_label_written_last_wins_and_is_counted(tmp_path: Path) -> None:
+    for value in range(12):  # more than ten shards: names must sort by number
+        open_store(tmp_path).write([labels("q1", {"p1": float(value)}, np.full((1, 1), value, np.float32))])
+    store = open_store(tmp_path)
+    assert store.log_odds("q1") == {"p1": 11.0}
+    assert store.num_duplicates == 11
+    found = store.gram("q1")
+    assert found is not None
+    assert found[1].tolist() == [[11.0]]
+
+
+def test_labels_without_gram_leave_the_gram_alone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write([labels("q1", {"p1": 1.0, "p2": 2.0}, GRAM)])
+    store.write([labels("q1", {"p3": 1.0})])
+    found = open_store(tmp_path).gram("q1")
+    assert found is not None
+    assert found[0] == ("p1", "p2")
+
+
+def test_teachers_and_prompts_live_side_by_side(tmp_path: Path) -> None:
+    makers = [("T1", "P1"), ("T1", "P2"), ("T2", "P1")]
+    for value, (teacher, prompt) in enumerate(makers):
+        open_store(tmp_path, teacher, prompt).write([labels("q1", {"p1": float(value)}, np.full((1, 1), value, "f4"))])
+    for value, (teacher, prompt) in enumerate(makers):
+        store = LabelStore.open_for_reading(tmp_path, teacher=teacher, prompt=prompt)
+        assert store.log_odds("q1") == {"p1": float(value)}
+        found = store.gram("q1")
+        assert found is not None
+        assert found[1].tolist() == [[float(value)]]
+        assert store.num_duplicates == 0
+
+
+def test_reading_labels_of_another_teacher_names_both(tmp_path: Path) -> None:
+    open_store(tmp_path, "T2", "P1").write([labels("q1", {"p1": 1.0})])
+    open_store(tmp_path, "T1", "P7").write([labels("q1", {"p1": 1.0})])
+    with pytest.raises(LabelMismatchError) as caught:
+        LabelStore.open_for_reading(tmp_path, teacher="T1", prompt="P1")
+    message = str(caught.value)
+    assert "wanted of teacher T1, prompt P1" in message
+    assert "found only: teacher T1, prompt P7; teacher T2, prompt P1" in message
+    assert len(open_store(tmp_path)) == 0  # opened for writing it is just empty
+
+
+def test_reading_where_nothing_was_labelled(tmp_path: Path) -> None:
+    with pytest.raises(DataFormatError, match="holds no teacher labels; make them first"):
+        LabelStore.open_for_reading(tmp_path / "nothing", teacher="T1", prompt="P1")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_labels_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    store = open_store(tmp_path)
+    with pytest.raises(ModelError, match="log-odds of query 'q2' and passage 'p7'"):
+        store.write([labels("q1", {"p1": 1.0}), labels("q2", {"p6": 0.0, "p7": value})])
+    with pytest.raises(ModelError, match="features for query 'q3'"):
+        store.write([labels("q3", {"p1": 1.0}, np.full((1, 1), value, np.float32))])
+    assert len(store) == 0
+    assert list(tmp_path.rglob("*.parquet")) == []
+
+
+@pytest.mark.parametrize(
+    ("passage_ids", "num_log_odds", "gram_shape"),
+    [(("p1", "p1"), 2, None), (("p1", "p2"), 3, None), (("p1",), 1, (2, 2)), (("p1", "p2"), 2, (1, 2))],
+)
+def test_labels_that_do_not_fit_together_are_refused(
+    passage_ids: tuple[str, ...], num_log_odds: int, gram_shape: tuple[int, int] | None
+) -> None:
+    gram = None if gram_shape is None else np.zeros(gram_shape, np.float32)
+    with pytest.raises(ValueError, match="query 'q1'"):
+        QueryLabels("q1", passage_ids, np.zeros(num_log_odds, np.float32), gram)
+
+
+def test_empty_write_makes_no_shard(tmp_path: Path) -> None:
+    open_store(tmp_path).write([])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["labels", "grams"])
+@pytest.mark.parametrize("damage", ["emptied", "cut", "flipped"])
+def test_damaged_shard_is_named_and_deleting_it_heals(tmp_path: Path, kind: str, damage: str) -> None:
+    store = open_store(tmp_path)
+    store.write([labels("q1", {"p1": 1.0, "p2": 2.0}, GRAM)])
+    store.write([labels("q2", {f"p{number}": float(number) for number in range(300)}, GRAM)])
+    path = max((tmp_path / kind).iterdir())
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        # Somewhere in the pages of the last column, past its page header: found by the checksum or by zstd.
+        column = pq.ParquetFile(path).metadata.row_group(0).column(4)
+        content[column.data_page_offset + column.total_compressed_size // 2] ^= 0x10
+    else:
+        content = content[: len(content) // 2 if damage == "cut" else 0]
+    path.write_bytes(content)
+    with pytest.raises(DataFormatError, match="delete this file: its labels are then made again") as caught:
+        open_store(tmp_path)
+    assert caught.value.path == path
+    path.unlink()
+    healed = open_store(tmp_path)
+    assert healed.query_ids == ("q1",)
+    assert healed.missing("q2", ["p1", "p2"]) == ["p1", "p2"]
+
+
+def test_parquet_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    open_store(tmp_path).write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
+    [label_file] = (tmp_path / "labels").iterdir()
+    [gram_file] = (tmp_path / "grams").iterdir()
+    shutil.copy(gram_file, label_file)
+    with pytest.raises(DataFormatError, match=r"has the columns .*'gram'"):
+        open_store(tmp_path)
+
+
+def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"kind": "index", "format_version": 1}')
+    with pytest.raises(DataFormatError, match="describes a 'index', but a 'labels' is needed"):
+        open_store(tmp_path)
+
+
+def test_order_of_the_plan_does_not_change_the_labels(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    plan = [
+        labels(f"q{q}", {f"p{p}": q * 10.0 + p for p in range(q % 4 + 1)}, np.eye(1, dtype="f4")) for q in range(20)
+    ]
+    for name in ("as-given", "shuffled"):
+        store = open_store(tmp_path / name)
+        while plan_left := [item for item in plan if store.missing(item.query_id, item.passage_ids)]:
+            store.write(plan_left[: rng.randint(1, 5)])
+        rng.shuffle(plan)
+    one, other = open_store(tmp_path / "as-given"), open_store(tmp_path / "shuffled")
+    assert one.query_ids == other.query_ids == tuple(sorted(item.query_id for item in plan))
+    assert [one.log_odds(query_id) for query_id in one.query_ids] == [
+        other.log_odds(query_id) for query_id in other.query_ids
+    ]
+    assert one.num_duplicates == other.num_duplicates == 0
+
+
+def test_shard_of_which_one_file_is_missing_counts_as_absent(tmp_path: Path) -> None:
+    open_store(tmp_path).write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
+    open_store(tmp_path).write([labels("q2", {"p1": 1.0})])
+    first, _ = sorted((tmp_path / "labels").iterdir())
+    first.unlink()
+    store = open_store(tmp_path)
+    assert store.query_ids == ("q2",)
+    assert store.gram("q1") is None
+    store.write([labels("q1", {"p1": 4.0})])
+    assert open_store(tmp_path).log_odds("q1") == {"p1": 4.0}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from d2llm.data.labels import LabelStore, QueryLabels
+
+store = LabelStore(Path(sys.argv[1]), teacher="T1", prompt="P1")
+number = len(store)
+sys.stdout.write(f"{number}\\n"); sys.stdout.flush()
+while True:
+    batch = []
+    for query in range(number, number + 3):
+        values = np.arange(40, dtype=np.float32) + query
+        batch.append(QueryLabels(f"q{query}", tuple(f"p{p}" for p in range(40)), values, np.full((9, 9), query, "f4")))
+    store.write(batch)
+    number += 3
+    sys.stdout.write(f"{number}\\n"); sys.stdout.flush()
+"""
+
+
+def test_killed_writer_leaves_whole_queries(tmp_path: Path) -> None:
+    """SIGKILL at random moments; what was reported written is there, and every query that is there is complete."""
+    rng = random.Random(11)
+    for _ in range(6):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PYTHONPATH": ":".join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"},
+        )
+        assert writer.stdout is not None
+        opened_with = int(writer.stdout.readline())  # it has opened the store and starts to write
+        time.sleep(rng.uniform(0.0, 0.15))
+        writer.send_signal(signal.SIGKILL)
+        reported = max((int(line) for line in writer.stdout.read().split()), default=opened_with)
+        assert writer.wait() == -signal.SIGKILL
+        store = open_store(tmp_path)
+        assert reported <= len(store) <= reported + 3
+        assert len(store) % 3 == 0
+        assert store.query_ids == tuple(sorted(f"q{number}" for number in range(len(store))))
+        assert store.num_duplicates == 0
+        for number in range(len(store)):
+            assert store.log_odds(f"q{number}") == {f"p{p}": float(p + number) for p in range(40)}
+            found = store.gram(f"q{number}")
+            assert found is not None
+            assert found[0] == tuple(f"p{p}" for p in range(9))
+            assert found[1].shape == (9, 9)
+            assert (found[1] == number).all()
+    assert len(store) > 0
+
+
+@pytest.mark.parametrize("stop_after", [0, 1])
+def test_stopping_between_the_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+    """The moment a kill hardly ever hits: nothing of the shard, or only its first file, has been renamed."""
+    import d2llm.data.labels as module
+
+    store = open_store(tmp_path)
+    store.write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
+    written: list[Path] = []
+    genuine = module.write_bytes
+
+    def failing(path: Path, content: bytes) -> None:
+        if len(written) >= stop_after:
+            raise KeyboardInterrupt
+        written.append(path)
+        genuine(path, content)
+
+    monkeypatch.setattr(module, "write_bytes", failing)
+    with pytest.raises(KeyboardInterrupt):
+        store.write([labels("q2", {"p1": 2.0}, GRAM[:1, :1])])
+    monkeypatch.undo()
+    for opened in (store, open_store(tmp_path)):
+        assert opened.query_ids == ("q1",)
+        assert opened.gram("q2") is None
+    open_store(tmp_path).write([labels("q2", {"p1": 3.0})])
+    assert open_store(tmp_path).log_odds("q2") == {"p1": 3.0}
