@@ -27,7 +27,7 @@ demo: setup ## set up and see D2LLM search the documentation of your Python's st
 test: setup ## set up and run all tests
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rs --durations=5 --durations-min=5 $(ARGS)
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
 
 check: setup ## set up and check format, lint, types and the order of imports
 	@echo "==> checking the format (ruff format)"
