@@ -40,8 +40,11 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int, max_items: 
 def pad_right(
     rows: Sequence[Sequence[int]], padding: int, device: torch.device
 ) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
-    """Rows of token ids as one right-padded tensor, and its mask (true for real tokens)."""
-    longest = max(map(len, rows))
+    """Rows of token ids as one right-padded tensor, and its mask (true for real tokens).
+
+    The width is rounded up to a multiple of 8: kernels are prepared once a shape, and fewer shapes mean fewer of them.
+    """
+    longest = -(-max(map(len, rows)) // 8) * 8
     ids = [[*row, *[padding] * (longest - len(row))] for row in rows]
     mask = [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
@@ -18,6 +19,7 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import LabelledPair, TrainingSource, labelled_pairs
 from d2llm.models.teacher import Teacher
+from d2llm.ops.batching import token_budget_batches
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.training_run import (
     RunLog,
@@ -30,6 +32,7 @@ from d2llm.pipeline.training_run import (
     trainable,
 )
 
+_PART_TOKENS = 2560  # of one forward and backward pass; what is beyond is accumulated
 _SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
 
 
@@ -109,13 +112,12 @@ def tune_teacher(
         advance(first_step)
         for step in range(first_step, len(batches)):
             torch.manual_seed(seed * 1_000_003 + step)  # dropout then depends on the step alone: resume is exact
-            loss, truncated = _loss(model, batches[step])
+            loss, truncated = _accumulate_gradient(model, batches[step])
             require_finite(loss, step, run_folder)
-            loss.backward()
             warmup = int(tuning.warmup_fraction * len(batches))
             factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=len(batches))
             optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
             num_truncated += truncated
             log.write(step + 1, loss=losses[-1], pairs=len(batches[step]))
             advance(1)
@@ -162,9 +164,15 @@ def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed:
     return batches
 
 
-def _loss(model: Teacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
+def _accumulate_gradient(model: Teacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
+    """Mean yes/no cross-entropy of a batch, with its gradient, in parts that bound memory; and the pairs cut short."""
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
-    log_odds, _ = model(*model.pad(inputs), task)
-    labels = torch.tensor([float(pair.is_positive) for pair in batch], device=log_odds.device)
-    return torch.nn.functional.binary_cross_entropy_with_logits(log_odds, labels), num_truncated
+    total = torch.zeros((), device=model.device)
+    for part in token_budget_batches([len(ids) for ids in inputs], max_tokens=_PART_TOKENS, max_items=len(inputs)):
+        log_odds, _ = model(*model.pad([inputs[index] for index in part]), task)
+        labels = torch.tensor([float(batch[index].is_positive) for index in part], device=model.device)
+        loss = functional.binary_cross_entropy_with_logits(log_odds, labels, reduction="sum") / len(batch)
+        loss.backward()
+        total += loss.detach()
+    return total, num_truncated

@@ -1,0 +1,52 @@
+"""Where a run keeps its parts, and what a recipe needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2llm.core.errors import RecipeError
+from d2llm.core.recipe import DataConfig, Recipe
+from d2llm.data.beir import read_beir
+from d2llm.data.plan import read_plan
+from d2llm.data.training import TrainingSource
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The layout of one run: what ``mine``, ``tune_teacher``, ``label`` and ``distill`` leave for each other."""
+
+    path: Path
+
+    def plan(self, data: DataConfig) -> Path:
+        """The training plan of one data set."""
+        return self.path / "plans" / Path(data.path).name
+
+    @property
+    def teacher(self) -> Path:
+        """The tuned teacher."""
+        return self.path / "teacher"
+
+    @property
+    def labels(self) -> Path:
+        """The label store."""
+        return self.path / "labels"
+
+    @property
+    def student(self) -> Path:
+        """The distilled student."""
+        return self.path / "student"
+
+    def sources(self, recipe: Recipe) -> list[TrainingSource]:
+        """The data sets of a recipe with the plans that ``mine`` made for them.
+
+        Raises:
+            RecipeError: no data sets, or two of the same folder name.
+            DataFormatError: a data set or a plan cannot be read.
+        """
+        names = [Path(data.path).name for data in recipe.data]
+        if not names:
+            raise RecipeError("the recipe names no data sets; add a [[data]] section with path and task")
+        if len(set(names)) < len(names):
+            raise RecipeError(f"two data sets of the recipe have the same folder name: {', '.join(sorted(names))}")
+        return [TrainingSource(read_beir(Path(d.path)), read_plan(self.plan(d)), d.task) for d in recipe.data]
