@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import re
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Query
 from d2llm.data.beir import Dataset
 from d2llm.data.plan import PlanEntry
+from d2llm.data.same_text import SameText
 from d2llm.index.lexical import LexicalIndex
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.cosine import CosineStudent
@@ -100,7 +99,7 @@ def mine(
     if encoder is not None:
         lists["cosine"] = _cosine_lists(dataset, queries, encoder, config.depth, tally, show_progress)
     known = _relevant_anywhere(dataset)
-    same_text = _SameText(dataset)
+    same_text = SameText(dataset)
     corpus = sorted(dataset.passages)
     entries: list[PlanEntry] = []
     for number, query in enumerate(queries):
@@ -254,24 +253,6 @@ def _draw_easy(corpus: Sequence[str], forbidden: set[str], num_easy: int, rng: r
     # So many are drawn that enough remain even if every forbidden passage is among them.
     drawn = rng.sample(range(len(corpus)), min(len(corpus), num_easy + len(forbidden)))
     return [corpus[row] for row in drawn if corpus[row] not in forbidden][:num_easy]
-
-
-class _SameText:
-    """Finds passages that repeat another's text; only letters and digits are compared."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._text_of: dict[str, str] = {}
-        self._ids_of: dict[str, list[str]] = {}
-        for passage in dataset.passages.values():
-            text = " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", passage.text).casefold()))
-            self._text_of[passage.id] = text
-            self._ids_of.setdefault(text, []).append(passage.id)
-
-    def as_any_of(self, passage_ids: Iterable[str]) -> set[str]:
-        """Other passages with the text of one of these. A text without letters and digits equals no other."""
-        given = set(passage_ids)
-        texts = {self._text_of[passage_id] for passage_id in given} - {""}
-        return {passage_id for text in texts for passage_id in self._ids_of[text]} - given
 
 
 def _key(seed: int, query_id: str) -> bytes:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Call with the number of items finished since the last call."""
+
+class Advance(Protocol):
+    """Call with the number of items finished since the last call, and a short note to show beside the bar."""
+
+    def __call__(self, count: int, note: str = "", /) -> None: ...
 
 
 @contextmanager
 def progress_bar(description: str, total: int, *, show: bool | None = None) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error; ``show=None`` means: if that is a terminal."""
     if not (sys.stderr.isatty() if show is None else show):
-        yield lambda _: None
+        yield _ignore
         return
     from rich.console import Console
     from rich.progress import (
@@ -33,7 +37,18 @@ def progress_bar(description: str, total: int, *, show: bool | None = None) -> G
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)
+        task = progress.add_task(description, total=total, note="")
+
+        def advance(count: int, note: str = "", /) -> None:
+            progress.advance(task, count)
+            if note:
+                progress.update(task, note=note)
+
+        yield advance
+
+
+def _ignore(count: int, note: str = "", /) -> None:
+    del count, note

@@ -1,0 +1,27 @@
+"""Passages that repeat another's text: near-duplicates that must not count as negatives."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from d2llm.data.beir import Dataset
+
+
+class SameText:
+    """Finds passages that repeat another's text; only letters and digits are compared."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._text_of: dict[str, str] = {}
+        self._ids_of: dict[str, list[str]] = {}
+        for passage in dataset.passages.values():
+            text = " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", passage.text).casefold()))
+            self._text_of[passage.id] = text
+            self._ids_of.setdefault(text, []).append(passage.id)
+
+    def as_any_of(self, passage_ids: Iterable[str]) -> set[str]:
+        """Other passages with the text of one of these. A text without letters and digits equals no other."""
+        given = set(passage_ids)
+        texts = {self._text_of[passage_id] for passage_id in given} - {""}
+        return {passage_id for text in texts for passage_id in self._ids_of[text]} - given

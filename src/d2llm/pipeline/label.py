@@ -1,0 +1,130 @@
+"""The verb ``label``: the teacher judges every pair of the training plans; what is labelled is never judged again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from d2llm.core.recipe import TeacherConfig
+from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.data.plan import PlanEntry
+from d2llm.data.training import TrainingSource
+from d2llm.models.teacher import Teacher
+from d2llm.pipeline.progress import progress_bar
+
+_QUERIES_AT_ONCE = 32  # enough pairs to make batches of like length
+_SHARD_SECONDS = 30.0  # the most work that is lost when the run is killed
+
+
+@dataclass(frozen=True, slots=True)
+class LabelReport:
+    """What a labelling run did.
+
+    ``pairs`` were judged now; ``finished_queries`` had all their labels before. ``num_truncated`` pairs lost text to
+    the teacher's length limit.
+    """
+
+    store: str
+    teacher: str
+    queries: int
+    pairs: int
+    finished_queries: int
+    num_truncated: int
+    tokens: int
+    seconds: float
+    pairs_per_second: float
+
+
+def label(
+    sources: Sequence[TrainingSource],
+    store: Path,
+    *,
+    teacher: TeacherConfig,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+) -> LabelReport:
+    """Label every query's positives, hard and easy negatives of the plans, and keep the Gram matrix of the features.
+
+    Labels are kept under (teacher, prompt, query_id, passage_id), in shards written every half minute: an interrupted
+    run goes on where it stopped, and the order of a plan does not matter.
+
+    Args:
+        sources: data sets with their plans and tasks.
+        store: folder of the label store; made when missing.
+        teacher: the LLM, tuned or not, and its prompt.
+        device: by default what this machine has.
+        dtype: by default what is fast there.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        ModelError: the teacher gave log-odds that are no numbers.
+    """
+    started = time.monotonic()
+    model = Teacher.load(teacher, device=device, dtype=dtype)
+    work: list[tuple[TrainingSource, LabelStore, list[PlanEntry]]] = []
+    finished = 0
+    for source in sources:
+        labels = LabelStore(store, teacher=model.fingerprint, prompt=model.prompt_fingerprint(source.task))
+        unfinished = [entry for entry in source.plan.entries if labels.missing(entry.query_id, entry.passage_ids)]
+        finished += len(source.plan.entries) - len(unfinished)
+        work.append((source, labels, unfinished))
+    num_pairs = sum(len(entry.passage_ids) for _, _, entries in work for entry in entries)
+    num_truncated = num_tokens = 0
+    with progress_bar("labelling pairs", num_pairs, show=show_progress) as advance:
+        for source, labels, entries in work:
+            unwritten: list[QueryLabels] = []
+            last_written = time.monotonic()
+            for chunk in _chunks(entries):
+                pairs = [
+                    (source.query_text(entry.query_id), source.passage_text(passage_id))
+                    for entry in chunk
+                    for passage_id in entry.passage_ids
+                ]
+                judgements = model.judge(pairs, source.task, with_features=True, advance=advance)
+                assert judgements.features is not None
+                unwritten += _by_query(chunk, judgements.log_odds, judgements.features)
+                num_truncated += judgements.num_truncated
+                num_tokens += judgements.num_tokens
+                if time.monotonic() - last_written > _SHARD_SECONDS:
+                    labels.write(unwritten)
+                    unwritten, last_written = [], time.monotonic()
+            if unwritten:
+                labels.write(unwritten)
+    seconds = time.monotonic() - started
+    return LabelReport(
+        store=str(store),
+        teacher=model.fingerprint,
+        queries=sum(len(entries) for _, _, entries in work),
+        pairs=num_pairs,
+        finished_queries=finished,
+        num_truncated=num_truncated,
+        tokens=num_tokens,
+        seconds=seconds,
+        pairs_per_second=num_pairs / seconds,
+    )
+
+
+def _chunks(entries: Sequence[PlanEntry]) -> Iterator[Sequence[PlanEntry]]:
+    for start in range(0, len(entries), _QUERIES_AT_ONCE):
+        yield entries[start : start + _QUERIES_AT_ONCE]
+
+
+def _by_query(
+    entries: Sequence[PlanEntry], log_odds: Float32[np.ndarray, " pairs"], features: Float32[np.ndarray, "pairs dim"]
+) -> list[QueryLabels]:
+    """Cut the judgements of a chunk into those of each query; the Gram matrix covers positives and hard negatives."""
+    labels: list[QueryLabels] = []
+    start = 0
+    for entry in entries:
+        end = start + len(entry.passage_ids)
+        listed = features[start : start + len(entry.positives) + len(entry.hard_negatives)]
+        directions = listed / np.linalg.norm(listed, axis=1, keepdims=True).clip(min=1e-12)
+        labels.append(QueryLabels(entry.query_id, entry.passage_ids, log_odds[start:end], directions @ directions.T))
+        start = end
+    return labels
