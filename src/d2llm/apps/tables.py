@@ -37,7 +37,7 @@ def _remarks(report: EvaluationReport) -> list[str]:
 
 def _table(title: str, rows: Sequence[EvaluationRow], missing: Sequence[MissingRow], *, caption: str | None) -> Table:
     table = Table(title=title, caption=caption or None, caption_justify="left")
-    table.add_column("")
+    table.add_column("", max_width=50)
     measures = list(rows[0].measures) if rows else []
     for heading in (*measures, "ms / query", "bytes / passage", "queries"):
         table.add_column(heading, justify="right", no_wrap=True)
