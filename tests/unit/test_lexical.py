@@ -120,6 +120,8 @@ def test_queries_in_other_scripts_find(query: str, best: str) -> None:
     ("text", "terms"),
     [
         ("Cats, RUNNING_fast!", ["cat", "run", "fast"]),
+        ("connect connected CONNECTING connection connections", ["connect"] * 5),
+        ("as is, it's a 2s 1858", ["as", "is", "it", "s", "a", "2s", "1858"]),  # short words stay
         ("Straße Ünited naïves", ["straße", "ünited", "naïves"]),  # only words of a-z are stemmed
         ("战国无双3", ["战国", "国无", "无双", "3"]),
         ("我", ["我"]),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from d2llm.core.types import Candidate, Passage
-from d2llm.index.stemming import porter_stem
 from d2llm.ops.selection import top_rows
 
 K1 = 1.2
 B = 0.75
+
+_snowball: Any = importlib.import_module("Stemmer")  # ships no types
 
 # Scripts written without spaces between words (Han, Kana) or with many endings on a word (Hangul).
 _UNSPACED = (
@@ -30,11 +31,13 @@ def tokenize(text: str) -> list[str]:
 
     A run of those scripts that is one character long is a term by itself. Only words of the letters a-z are stemmed.
     """
+    # A stemmer must not be called from two threads at once, and a new one costs less than a microsecond.
+    stem: Callable[[str], str] = _snowball.Stemmer("english", 0).stemWord
     terms: list[str] = []
     for match in _TOKEN.finditer(text.lower()):
         run, word = match.groups()
         if word is not None:
-            terms.append(porter_stem(word) if word.isascii() else word)
+            terms.append(stem(word) if word.isascii() else word)
         elif len(run) == 1:
             terms.append(run)
         else:
@@ -43,11 +46,15 @@ def tokenize(text: str) -> list[str]:
 
 
 class LexicalIndex:
-    """BM25 in Lucene's form (``bm25s``), k1 1.2, b 0.75, Porter stems, no stop words.
+    """BM25 in Lucene's form (``bm25s``), k1 1.2, b 0.75, English stems (Snowball's), no stop words.
 
     score(q, p) = sum over the terms of q of  idf(t) tf / (tf + k1 (1 - b + b |p| / mean length)),
     idf(t) = ln(1 + (N - n_t + 0.5) / (n_t + 0.5)); a term that the query repeats counts each time.
     Source: Kamphuis et al., "Which BM25 do you mean?", ECIR 2020, the accurate Lucene variant.
+
+    nDCG@10 on dev splits (``english``; Snowball's ``porter``; no stems): squad-sent, 472 queries, .653; .654; .640;
+    banking77, 741 queries, .397; .403; .366. ``porter`` stems words of one and two letters too ("s" to nothing, "is"
+    to "i"); without that it has .654 and .396.
     """
 
     def __init__(self, passages: Sequence[Passage]) -> None:
