@@ -116,6 +116,11 @@ def test_queries_in_other_scripts_find(query: str, best: str) -> None:
     assert found[0].passage_id == best
 
 
+def test_one_character_finds_longer_words() -> None:
+    [found] = LexicalIndex([Passage("a", "今天天气晴朗。"), Passage("b", "小猫喜欢睡觉。")]).search(["猫"], 3)
+    assert [candidate.passage_id for candidate in found] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("text", "terms"),
     [
@@ -123,11 +128,11 @@ def test_queries_in_other_scripts_find(query: str, best: str) -> None:
         ("connect connected CONNECTING connection connections", ["connect"] * 5),
         ("as is, it's a 2s 1858", ["as", "is", "it", "s", "a", "2s", "1858"]),  # short words stay
         ("Straße Ünited naïves", ["straße", "ünited", "naïves"]),  # only words of a-z are stemmed
-        ("战国无双3", ["战国", "国无", "无双", "3"]),
+        ("战国无双3", ["战", "国", "无", "双", "战国", "国无", "无双", "3"]),
         ("我", ["我"]),
-        ("GPT模型ok 的", ["gpt", "模型", "ok", "的"]),
-        ("カメラ한국", ["カメ", "メラ", "ラ한", "한국"]),
-        ("𠮷野家", ["𠮷野", "野家"]),
+        ("GPT模型ok 的", ["gpt", "模", "型", "模型", "ok", "的"]),
+        ("カメラ한국", ["カ", "メ", "ラ", "한", "국", "カメ", "メラ", "ラ한", "한국"]),
+        ("𠮷野家", ["𠮷", "野", "家", "𠮷野", "野家"]),
         ("", []),
     ],
 )

@@ -27,9 +27,10 @@ _TOKEN = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
 
 
 def tokenize(text: str) -> list[str]:
-    """Terms of a text in order: lower-cased words, English ones stemmed; Han, Kana and Hangul as character bigrams.
+    """Terms of a text in order: lower-cased words, English ones stemmed; Han, Kana and Hangul characters and bigrams.
 
-    A run of those scripts that is one character long is a term by itself. Only words of the letters a-z are stemmed.
+    A run of those scripts gives each of its characters, then each pair of neighbours. Only words of the letters a-z are
+    stemmed.
     """
     # A stemmer must not be called from two threads at once, and a new one costs less than a microsecond.
     stem: Callable[[str], str] = _snowball.Stemmer("english", 0).stemWord
@@ -38,9 +39,8 @@ def tokenize(text: str) -> list[str]:
         run, word = match.groups()
         if word is not None:
             terms.append(stem(word) if word.isascii() else word)
-        elif len(run) == 1:
-            terms.append(run)
         else:
+            terms.extend(run)
             terms.extend(run[start : start + 2] for start in range(len(run) - 1))
     return terms
 
@@ -55,6 +55,8 @@ class LexicalIndex:
     nDCG@10 on dev splits (``english``; Snowball's ``porter``; no stems): squad-sent, 472 queries, .653; .654; .640;
     banking77, 741 queries, .397; .403; .366. ``porter`` stems words of one and two letters too ("s" to nothing, "is"
     to "i"); without that it has .654 and .396.
+    Chinese (characters and bigrams; bigrams alone; characters alone): cmrc2018, 383 queries, .986; .982; .952; drcd,
+    391 queries, .965; .955; .930.
     """
 
     def __init__(self, passages: Sequence[Passage]) -> None:
