@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import Task
 
 if sys.version_info >= (3, 11):
@@ -111,6 +112,10 @@ class DataConfig(_Section):
     task: Task = "asymmetric"
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
+    exclude_shared_passages: bool = True
+    """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
+    never been positives. Where all splits share one small corpus (intents, FAQ), nothing would be left: set it false,
+    and know that dev and test then measure unseen queries only, not unseen passages."""
 
 
 class MiningConfig(_Section):
@@ -177,13 +182,15 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a TOML recipe. Relative data paths are taken from the current directory.
+def load_recipe(path_or_name: str | Path) -> Recipe:
+    """Read a TOML recipe: a file, or one shipped with d2llm by its name.
+
+    Relative data paths are taken from the current directory.
 
     Raises:
         RecipeError: the file is missing, not TOML, has an unknown key (the nearest right one is named) or a bad value.
     """
-    path = Path(path)
+    path = _find_recipe(path_or_name)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -191,6 +198,17 @@ def load_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
     return parse_recipe(values, where=str(path))
+
+
+def _find_recipe(path_or_name: str | Path) -> Path:
+    path, shipped = Path(path_or_name), shipped_recipes()
+    if path.name != str(path_or_name) or path.suffix or path.is_file():
+        return path
+    if path.name not in shipped:
+        raise RecipeError(
+            f"no recipe '{path}': give the path of a TOML file, or one of the shipped recipes: {', '.join(shipped)}"
+        )
+    return shipped[path.name]
 
 
 def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:

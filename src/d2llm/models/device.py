@@ -10,8 +10,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or else CUDA, Apple's MPS, or the CPU, in that order."""
+    """The device asked for, or else CUDA, Apple's MPS, or the CPU, in that order.
+
+    Raises:
+        InputError: the device asked for does not exist, or not here.
+    """
     if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what each back end likes
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"device '{device}' cannot be used here ({reason}); try cpu, or name none") from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -44,9 +44,18 @@ class RunFolder:
             RecipeError: no data sets, or two of the same folder name.
             DataFormatError: a data set or a plan cannot be read.
         """
-        names = [Path(data.path).name for data in recipe.data]
-        if not names:
-            raise RecipeError("the recipe names no data sets; add a [[data]] section with path and task")
-        if len(set(names)) < len(names):
-            raise RecipeError(f"two data sets of the recipe have the same folder name: {', '.join(sorted(names))}")
+        check_data(recipe)
         return [TrainingSource(read_beir(Path(d.path)), read_plan(self.plan(d)), d.task) for d in recipe.data]
+
+
+def check_data(recipe: Recipe) -> None:
+    """Make sure that the data sets of a recipe can be told apart.
+
+    Raises:
+        RecipeError: no data sets, or two of the same folder name.
+    """
+    names = [Path(data.path).name for data in recipe.data]
+    if not names:
+        raise RecipeError("the recipe names no data sets; add a [[data]] section with path and task")
+    if len(set(names)) < len(names):
+        raise RecipeError(f"two data sets of the recipe have the same folder name: {', '.join(sorted(names))}")
