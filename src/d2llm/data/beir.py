@@ -77,7 +77,7 @@ def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
             folder, "no such folder; looked for corpus.jsonl[.gz], queries.jsonl[.gz] and qrels/*.tsv in it"
         )
     passages = read_corpus(_find(folder, "corpus.jsonl"))
-    queries = _read_queries(_find(folder, "queries.jsonl"))
+    queries = read_queries(_find(folder, "queries.jsonl"))
     qrels = {path.stem: _read_qrels(path) for path in _qrels_files(folder, splits)}
     issues = (*_empty_passages(passages), *_strays(qrels, queries, passages))
     for issue in issues:
@@ -106,7 +106,13 @@ def read_corpus(path: Path) -> dict[str, Passage]:
     return passages
 
 
-def _read_queries(path: Path) -> dict[str, Query]:
+def read_queries(path: Path) -> dict[str, Query]:
+    """Read the queries of a ``queries.jsonl[.gz]`` file by id, in the file's order.
+
+    Raises:
+        DataFormatError: the file is missing, has no queries, or a line is malformed.
+        DuplicateIdError: an id occurs twice.
+    """
     queries: dict[str, Query] = {}
     first_lines: dict[str, int] = {}
     for line, record in _records(path):

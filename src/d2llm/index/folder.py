@@ -74,6 +74,7 @@ class FolderIndex:
         *,
         student_fingerprint: str,
         student_config: Mapping[str, Any] | None = None,
+        student_source: str | None = None,
         task: Task = "asymmetric",
         dtype: VectorDtype = "bfloat16",
         num_truncated: int = 0,
@@ -87,6 +88,7 @@ class FolderIndex:
             vectors: [n, dim], or blocks [b, dim] in the passages' order.
             student_fingerprint: of the student that made the vectors.
             student_config: its configuration, kept in the manifest for people to read.
+            student_source: the folder or name that it was loaded from, so that a search can find it again.
             task: what a search on this index does unless told otherwise.
             dtype: how the vectors are stored.
             num_truncated: passages that the student read in part, kept in the manifest.
@@ -106,6 +108,7 @@ class FolderIndex:
             content = {
                 "student": student_fingerprint,
                 "student_config": dict(student_config or {}),
+                "student_source": student_source,
                 "task": task,
                 "count": len(passages),
                 "num_truncated": num_truncated,
@@ -170,6 +173,11 @@ class FolderIndex:
     def student_fingerprint(self) -> str:
         """Fingerprint of the student that made the vectors."""
         return cast(str, self.manifest["student"])
+
+    @property
+    def student_source(self) -> str | None:
+        """The folder or name that the student was loaded from, if the index knows it."""
+        return cast("str | None", self.manifest.get("student_source"))
 
     @property
     def task(self) -> Task:

@@ -79,6 +79,7 @@ def encode(
     *,
     task: Task = "asymmetric",
     dtype: VectorDtype = "bfloat16",
+    student_source: str | None = None,
     overwrite: bool = False,
     show_progress: bool | None = None,
 ) -> EncodeReport:
@@ -90,6 +91,7 @@ def encode(
         folder: where the index goes. Until it is complete, finished blocks lie in a hidden folder beside it.
         task: what a search on this index does unless told otherwise.
         dtype: how the vectors are stored.
+        student_source: the folder or name that the student was loaded from, kept so that a search can find it again.
         overwrite: allow an index at ``folder`` to be replaced.
         show_progress: None means: if standard error is a terminal.
 
@@ -123,6 +125,7 @@ def encode(
         (expand(_Block.load(_block_path(work, start)).vectors, dtype) for start in starts),
         student_fingerprint=student.fingerprint,
         student_config=student.config.model_dump(mode="json"),
+        student_source=student_source,
         task=task,
         dtype=dtype,
         num_truncated=num_truncated,
