@@ -24,3 +24,19 @@ def test_ids_are_asked_for_only_where_scores_are_equal():
 
 def test_nothing_to_choose_from():
     assert top_rows(np.zeros(0, np.float32), 3, IDS.__getitem__).tolist() == []
+    assert top_rows(np.ones(3, np.float32), 0, IDS.__getitem__).tolist() == []
+
+
+def test_infinities_are_ranked():
+    scores = np.array([-np.inf, 1, np.inf, -np.inf, np.inf], np.float32)
+    assert top_rows(scores, 4, IDS.__getitem__).tolist() == [4, 2, 1, 3]
+    assert top_rows(scores, 1, IDS.__getitem__).tolist() == [4]
+
+
+def test_one_score_for_a_whole_corpus():
+    ids = [f"{number * 7919 % 20_000:05d}" for number in range(20_000)]
+    assert [ids[row] for row in top_rows(np.zeros(20_000, np.float32), 3, ids.__getitem__)] == [
+        "00000",
+        "00001",
+        "00002",
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
+from d2llm.ops.selection import top_rows
 
 __all__ = ["reciprocal_rank_fusion", "top_k"]
 
@@ -23,8 +23,7 @@ def top_k(
 ) -> list[tuple[str, float]]:
     """The ``k`` best (id, score), best first, equal scores by ascending id; all of them when there are fewer.
 
-    The result is a prefix of the result for any larger k. Cost O(N) for the selection plus O(k log k) for the order
-    (ties at the border: O(ties log k)), so N may be a whole corpus.
+    ``top_rows`` with ids and scores as the result, for tensors as well, and with its arguments checked.
 
     Args:
         scores: one number per item; infinities are allowed.
@@ -40,16 +39,8 @@ def top_k(
     if k < 0:
         raise InputError(f"k is {k}, but it counts results: give 0 or more")
     _refuse_nan(values, ids)
-    if k == 0:
-        return []
-    if k >= len(values):
-        return _best_first(range(len(values)), values, ids)
-    border = np.partition(values, len(values) - k)[len(values) - k]  # the k-th best score
-    above: list[int] = np.flatnonzero(values > border).tolist()
-    level: list[int] = np.flatnonzero(values == border).tolist()
-    # Of those level with the border, which may be the whole corpus, only the smallest ids still fit.
-    chosen = heapq.nsmallest(k - len(above), level, key=lambda index: ids[index])
-    return _best_first(above, values, ids) + [(ids[index], float(values[index])) for index in chosen]
+    rows: list[int] = top_rows(values, k, lambda row: ids[row]).tolist()
+    return [(ids[row], float(values[row])) for row in rows]
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, k: int = 60) -> list[Candidate]:
@@ -100,8 +91,3 @@ def _refuse_nan(values: np.ndarray, ids: Sequence[str]) -> None:
             f"{len(wrong)} of {len(values)} scores are NaN (first: {first}) and cannot be ranked; "
             "check the model that gave them"
         )
-
-
-def _best_first(indices: Sequence[int], values: np.ndarray, ids: Sequence[str]) -> list[tuple[str, float]]:
-    pairs = [(ids[index], float(values[index])) for index in indices]
-    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
