@@ -19,9 +19,11 @@ class TrainingSource:
     task: Task
 
     def query_text(self, query_id: str) -> str:
+        """The text of a query."""
         return self.dataset.queries[query_id].text
 
     def passage_text(self, passage_id: str) -> str:
+        """Title and text of a passage as one string."""
         return self.dataset.passages[passage_id].full_text
 
 

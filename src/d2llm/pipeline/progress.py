@@ -11,7 +11,9 @@ from typing import Protocol
 class Advance(Protocol):
     """Call with the number of items finished since the last call, and a short note to show beside the bar."""
 
-    def __call__(self, count: int, note: str = "", /) -> None: ...
+    def __call__(self, count: int, note: str = "", /) -> None:
+        """``count`` items are finished; ``note`` replaces the note shown, unless empty."""
+        ...
 
 
 @contextmanager

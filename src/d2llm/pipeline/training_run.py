@@ -71,8 +71,8 @@ def load_checkpoint(folder: Path, *, run_key: str) -> Checkpoint | None:
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if metadata["run_key"] != run_key:
         raise InputError(
-            f"{path} belongs to a run with another recipe, data, labels or seed; finish that run with its own settings, "
-            "or give a new output folder"
+            f"{path} belongs to a run with another recipe, data, labels or seed; finish that run with its own "
+            "settings, or give a new output folder"
         )
     return Checkpoint(
         step=int(metadata["step"]),

@@ -1,0 +1,143 @@
+"""Batches for distillation: which passages are read together, and what each is to each query."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.data.labels import LabelStore
+from d2llm.data.plan import PlanEntry
+from d2llm.data.same_text import SameText
+from d2llm.data.training import TrainingSource
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSource:
+    """A data set whose plan the teacher has labelled."""
+
+    source: TrainingSource
+    labels: LabelStore
+    same_text: SameText
+    num_unlabelled: int
+    """Queries of the plan that were left out because labels are missing."""
+
+    @classmethod
+    def join(cls, source: TrainingSource, labels: LabelStore) -> LabelledSource:
+        """Join a source and its labels."""
+        num = sum(bool(labels.missing(entry.query_id, entry.passage_ids)) for entry in source.plan.entries)
+        return cls(source, labels, SameText(source.dataset), num)
+
+    @property
+    def entries(self) -> list[PlanEntry]:
+        """The labelled queries, in the order of their ids."""
+        found = [e for e in self.source.plan.entries if not self.labels.missing(e.query_id, e.passage_ids)]
+        return sorted(found, key=lambda entry: entry.query_id)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationBatch:
+    """Q queries of one data set against the N passages that any of them brings.
+
+    All arrays are [Q, N] but the last two. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
+    ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, padded with -1, and
+    ``gram`` [Q, n, n] the cosines of the teacher's features over them.
+    """
+
+    source: TrainingSource
+    query_ids: tuple[str, ...]
+    passage_ids: tuple[str, ...]
+    positive: NDArray[np.bool_]
+    hard: NDArray[np.bool_]
+    easy: NDArray[np.bool_]
+    teacher_log_odds: NDArray[np.float32]
+    own: NDArray[np.int64]
+    gram: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """What one query brings to one batch."""
+
+    entry: PlanEntry
+    positive: str
+    hard: list[str]
+    easy: list[str]
+
+
+def epoch_batches(
+    sources: Sequence[LabelledSource], *, epoch: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
+) -> list[tuple[LabelledSource, list[_Draw]]]:
+    """All batches of an epoch, each of one data set, in an order fixed by seed and epoch.
+
+    Each query brings one of its positives and some of its negatives, drawn anew each epoch; the draw depends on the
+    seed, the epoch and the query alone.
+    """
+    batches: list[tuple[LabelledSource, list[_Draw]]] = []
+    for source in sources:
+        entries = source.entries
+        random.Random(f"{seed}:{epoch}:{source.source.dataset.name}").shuffle(entries)
+        for start in range(0, len(entries), batch_queries):
+            draws = [_draw(e, epoch, num_hard, num_easy, seed) for e in entries[start : start + batch_queries]]
+            batches.append((source, draws))
+    random.Random(f"{seed}:{epoch}").shuffle(batches)
+    return batches
+
+
+def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> _Draw:
+    rng = random.Random(f"{seed}:{epoch}:{entry.query_id}")
+    hard = rng.sample(entry.hard_negatives, min(num_hard, len(entry.hard_negatives)))
+    easy = rng.sample(entry.easy_negatives, min(num_easy, len(entry.easy_negatives)))
+    return _Draw(entry, rng.choice(entry.positives), hard, easy)
+
+
+def collate(labelled: LabelledSource, draws: Sequence[_Draw]) -> DistillationBatch:
+    """Put the draws of a batch side by side.
+
+    A passage that another query brings is an easy negative, with its label where there is one, unless it is a known
+    positive of this query or repeats the text of one: such a passage takes no part.
+    """
+    passage_ids = list(dict.fromkeys(p for draw in draws for p in (draw.positive, *draw.hard, *draw.easy)))
+    column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
+    shape = (len(draws), len(passage_ids))
+    positive, hard, easy = np.zeros(shape, bool), np.zeros(shape, bool), np.ones(shape, bool)
+    log_odds = np.full(shape, -np.inf, np.float32)
+    width = max(1 + len(draw.hard) for draw in draws)
+    own = np.full((len(draws), width), -1, np.int64)
+    gram = np.zeros((len(draws), width, width), np.float32)
+    for row, draw in enumerate(draws):
+        positive[row, column[draw.positive]] = True
+        hard[row, [column[passage_id] for passage_id in draw.hard]] = True
+        known = set(draw.entry.positives)
+        for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
+            easy[row, column[passage_id]] = False
+        easy[row] &= ~hard[row]
+        for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
+            if passage_id in column:
+                log_odds[row, column[passage_id]] = value
+        listed = [draw.positive, *draw.hard]
+        own[row, : len(listed)] = [column[passage_id] for passage_id in listed]
+        gram[row, : len(listed), : len(listed)] = _gram(labelled.labels, draw.entry.query_id, listed)
+    return DistillationBatch(
+        source=labelled.source,
+        query_ids=tuple(draw.entry.query_id for draw in draws),
+        passage_ids=tuple(passage_ids),
+        positive=positive,
+        hard=hard,
+        easy=easy,
+        teacher_log_odds=log_odds,
+        own=own,
+        gram=gram,
+    )
+
+
+def _gram(labels: LabelStore, query_id: str, listed: Sequence[str]) -> NDArray[np.float32]:
+    stored = labels.gram(query_id)
+    if stored is None:
+        return np.zeros((len(listed), len(listed)), np.float32)
+    place = {passage_id: index for index, passage_id in enumerate(stored[0])}
+    chosen = [place[passage_id] for passage_id in listed]
+    return stored[1][np.ix_(chosen, chosen)]

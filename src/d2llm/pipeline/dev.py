@@ -1,0 +1,125 @@
+"""The dev measure of a distillation: nDCG@10 of anchor and interaction on a held-out split, for each data set."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Query, Task
+from d2llm.data.beir import Dataset
+from d2llm.data.training import TrainingSource
+from d2llm.index.lexical import LexicalIndex
+from d2llm.models.student import Student
+from d2llm.ops.measures import per_query_measures
+from d2llm.ops.ranking import top_k
+
+RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_LEXICAL_DEPTH = 10
+_MEASURE, _DEPTH = "nDCG@10", 10
+
+
+@dataclass(frozen=True, slots=True)
+class DevSet:
+    """Queries of the dev split of one data set, and a small corpus for them."""
+
+    name: str
+    task: Task
+    queries: tuple[Query, ...]
+    passage_ids: tuple[str, ...]
+    passage_texts: tuple[str, ...]
+    qrels: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class DevResult:
+    """nDCG@10 by weight r of the interaction; a head without an anchor has r = 1 alone."""
+
+    task: Task
+    ndcg: dict[float, float]
+
+
+def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int, seed: int) -> DevSet:
+    """Sample dev queries; their corpus is their positives, BM25's first ten of each, and random passages.
+
+    Raises:
+        InputError: the data set has no dev queries.
+    """
+    dataset = source.dataset
+    positives = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    if not positives:
+        raise InputError(
+            f"{dataset.path}: qrels/dev.tsv has no judged queries, so there is nothing to choose the best step by; "
+            "move some training queries there"
+        )
+    rng = random.Random(f"{seed}:{dataset.name}:dev")
+    chosen = sorted(rng.sample(sorted(positives), min(num_queries, len(positives))))
+    queries = tuple(dataset.queries[query_id] for query_id in chosen)
+    needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
+    needed |= _lexical_neighbours(dataset, queries)
+    others = sorted(dataset.passages.keys() - needed)
+    filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
+    passage_ids = tuple(sorted(needed.union(filled)))
+    return DevSet(
+        name=dataset.name,
+        task=source.task,
+        queries=queries,
+        passage_ids=passage_ids,
+        passage_texts=tuple(dataset.passages[passage_id].full_text for passage_id in passage_ids),
+        qrels={query_id: dict(dataset.qrels["dev"][query_id]) for query_id in chosen},
+    )
+
+
+def evaluate_dev(student: Student, dev_sets: Sequence[DevSet]) -> dict[str, DevResult]:
+    """nDCG@10 of every dev set by weight of the interaction; the student's own weights are left as they are."""
+    return {dev.name: _evaluate_one(student, dev) for dev in dev_sets}
+
+
+def choose_residual_weights(results: dict[str, DevResult]) -> dict[Task, float]:
+    """For each task the weight r with the best mean over its dev sets; of equal ones the smallest."""
+    chosen: dict[Task, float] = {}
+    tasks: list[Task] = sorted({result.task for result in results.values()})
+    for task in tasks:
+        of_task = [result.ndcg for result in results.values() if result.task == task]
+        chosen[task] = max(sorted(of_task[0]), key=lambda weight: sum(ndcg[weight] for ndcg in of_task))
+    return chosen
+
+
+def ndcg_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> dict[str, float]:
+    """nDCG@10 of each dev set at its task's weight."""
+    return {name: result.ndcg[weights[result.task]] for name, result in results.items()}
+
+
+def _evaluate_one(student: Student, dev: DevSet) -> DevResult:
+    queries = student.encode_queries([query.text for query in dev.queries]).vectors
+    passages = student.encode_passages(dev.passage_texts).vectors
+    if not student.has_anchor:
+        logits = np.stack([student.score(query, passages, dev.task) for query in queries])
+        return DevResult(dev.task, {1.0: _ndcg(logits, dev)})
+    anchors = student.anchor_queries(queries, dev.task) @ passages.T
+    residual = student.interaction.residual_weight(dev.task)
+    kept = residual.clone()
+    residual.fill_(1.0)
+    try:
+        changes = np.stack([student.score(query, passages, dev.task) for query in queries]) - anchors
+    finally:
+        residual.copy_(kept)
+    return DevResult(dev.task, {weight: _ndcg(anchors + weight * changes, dev) for weight in RESIDUAL_WEIGHTS})
+
+
+def _ndcg(scores: Float32[np.ndarray, "queries passages"], dev: DevSet) -> float:
+    rankings = {
+        query.id: [passage_id for passage_id, _ in top_k(row, dev.passage_ids, _DEPTH)]
+        for query, row in zip(dev.queries, scores, strict=True)
+    }
+    values = per_query_measures(rankings, dev.qrels)[_MEASURE]
+    return float(np.mean(list(values.values())))
+
+
+def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query]) -> set[str]:
+    found = LexicalIndex(list(dataset.passages.values())).search([query.text for query in queries], _LEXICAL_DEPTH)
+    return {candidate.passage_id for candidates in found for candidate in candidates}
