@@ -157,6 +157,8 @@ class TrainingConfig(_Section):
     """Hard negatives of a query seen in one step, drawn anew each epoch from the plan's."""
     num_easy: int = Field(default=4, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
+    unlabelled: Literal["leave_out", "own_labels"] = "leave_out"
+    """Queries of the plan that the teacher has not labelled: left out, or trained on the data set's own judgements."""
     eval_every: int = Field(default=200, ge=1)
     """Steps between dev evaluations."""
     patience: int = Field(default=5, ge=1)

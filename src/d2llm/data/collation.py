@@ -14,6 +14,8 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 
+_CERTAIN = 20.0  # log-odds of a data set's own judgement
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledSource:
@@ -22,20 +24,25 @@ class LabelledSource:
     source: TrainingSource
     labels: LabelStore
     same_text: SameText
+    entries: tuple[PlanEntry, ...]
+    """The queries to train on, in the order of their ids."""
     num_unlabelled: int
-    """Queries of the plan that were left out because labels are missing."""
+    """Queries of the plan whose labels are missing."""
 
     @classmethod
-    def join(cls, source: TrainingSource, labels: LabelStore) -> LabelledSource:
-        """Join a source and its labels."""
-        num = sum(bool(labels.missing(entry.query_id, entry.passage_ids)) for entry in source.plan.entries)
-        return cls(source, labels, SameText(source.dataset), num)
+    def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
+        """Join a source and its labels.
 
-    @property
-    def entries(self) -> list[PlanEntry]:
-        """The labelled queries, in the order of their ids."""
-        found = [e for e in self.source.plan.entries if not self.labels.missing(e.query_id, e.passage_ids)]
-        return sorted(found, key=lambda entry: entry.query_id)
+        Args:
+            source: the data set with its plan.
+            labels: what the teacher said.
+            keep_unlabelled: train the queries without all their labels on the data set's own judgements; otherwise
+                they are left out.
+        """
+        plan = sorted(source.plan.entries, key=lambda entry: entry.query_id)
+        labelled = [entry for entry in plan if not labels.missing(entry.query_id, entry.passage_ids)]
+        kept = plan if keep_unlabelled else labelled
+        return cls(source, labels, SameText(source.dataset), tuple(kept), len(plan) - len(labelled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class DistillationBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draw:
+class Draw:
     """What one query brings to one batch."""
 
     entry: PlanEntry
@@ -70,15 +77,15 @@ class _Draw:
 
 def epoch_batches(
     sources: Sequence[LabelledSource], *, epoch: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
-) -> list[tuple[LabelledSource, list[_Draw]]]:
+) -> list[tuple[LabelledSource, list[Draw]]]:
     """All batches of an epoch, each of one data set, in an order fixed by seed and epoch.
 
     Each query brings one of its positives and some of its negatives, drawn anew each epoch; the draw depends on the
     seed, the epoch and the query alone.
     """
-    batches: list[tuple[LabelledSource, list[_Draw]]] = []
+    batches: list[tuple[LabelledSource, list[Draw]]] = []
     for source in sources:
-        entries = source.entries
+        entries = list(source.entries)
         random.Random(f"{seed}:{epoch}:{source.source.dataset.name}").shuffle(entries)
         for start in range(0, len(entries), batch_queries):
             draws = [_draw(e, epoch, num_hard, num_easy, seed) for e in entries[start : start + batch_queries]]
@@ -87,18 +94,19 @@ def epoch_batches(
     return batches
 
 
-def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> _Draw:
+def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> Draw:
     rng = random.Random(f"{seed}:{epoch}:{entry.query_id}")
     hard = rng.sample(entry.hard_negatives, min(num_hard, len(entry.hard_negatives)))
     easy = rng.sample(entry.easy_negatives, min(num_easy, len(entry.easy_negatives)))
-    return _Draw(entry, rng.choice(entry.positives), hard, easy)
+    return Draw(entry, rng.choice(entry.positives), hard, easy)
 
 
-def collate(labelled: LabelledSource, draws: Sequence[_Draw]) -> DistillationBatch:
+def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
     """Put the draws of a batch side by side.
 
     A passage that another query brings is an easy negative, with its label where there is one, unless it is a known
-    positive of this query or repeats the text of one: such a passage takes no part.
+    positive of this query or repeats the text of one: such a passage takes no part. For a query that the teacher has
+    not labelled, the data set's own word stands in for the teacher's, and there are no features to imitate.
     """
     passage_ids = list(dict.fromkeys(p for draw in draws for p in (draw.positive, *draw.hard, *draw.easy)))
     column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
@@ -115,10 +123,13 @@ def collate(labelled: LabelledSource, draws: Sequence[_Draw]) -> DistillationBat
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
+        listed = [draw.positive, *draw.hard]
+        if labelled.labels.missing(draw.entry.query_id, draw.entry.passage_ids):
+            log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN, -_CERTAIN
+            continue
         for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
             if passage_id in column:
                 log_odds[row, column[passage_id]] = value
-        listed = [draw.positive, *draw.hard]
         own[row, : len(listed)] = [column[passage_id] for passage_id in listed]
         gram[row, : len(listed), : len(listed)] = _gram(labelled.labels, draw.entry.query_id, listed)
     return DistillationBatch(

@@ -19,7 +19,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig, TrainingConfig
 from d2llm.core.types import Task
-from d2llm.data.collation import LabelledSource, collate, epoch_batches
+from d2llm.data.collation import Draw, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import TASKS
@@ -108,7 +108,7 @@ def distill(
         raise InputError(f"{folder}: holds a finished student already; give another folder, or delete it to start anew")
     started = time.monotonic()
     identity = identify_teacher(teacher)
-    labelled = [_join(source, labels, identity) for source in sources]
+    labelled = [_join(source, labels, identity, recipe.training) for source in sources]
     if not any(source.entries for source in labelled):
         raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")
     training = recipe.training
@@ -210,7 +210,7 @@ class _Run:
                 if self.student.has_anchor and task in self.progress.best_weights:
                     self.student.interaction.residual_weight(task).fill_(self.progress.best_weights[task])
 
-    def _batches(self, epoch: int) -> list[Any]:
+    def _batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
         training = self.recipe.training
         return epoch_batches(
             self.sources,
@@ -221,7 +221,7 @@ class _Run:
             seed=self.recipe.seed,
         )
 
-    def _step(self, source: LabelledSource, draws: Any, total: int, advance: Advance) -> None:
+    def _step(self, source: LabelledSource, draws: list[Draw], total: int, advance: Advance) -> None:
         progress, training = self.progress, self.recipe.training
         torch.manual_seed(self.recipe.seed * 1_000_003 + progress.step)  # dropout by step alone: resume is exact
         self.student.train()
@@ -269,15 +269,17 @@ class _Run:
         save_checkpoint(self.folder, self.progress.step, self.parameters, self.optimizer, state, run_key=self.run_key)
 
 
-def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity) -> LabelledSource:
+def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, training: TrainingConfig) -> LabelledSource:
     store = LabelStore.open_for_reading(labels, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
-    joined = LabelledSource.join(source, store)
+    keep = training.unlabelled == "own_labels"
+    joined = LabelledSource.join(source, store, keep_unlabelled=keep)
     if joined.num_unlabelled:
         _log.warning(
-            "%s: %d of %d queries of the plan lack labels and are left out",
+            "%s: %d of %d queries of the plan lack the teacher's labels and are %s",
             source.dataset.name,
             joined.num_unlabelled,
             len(source.plan.entries),
+            "trained on the data set's own judgements" if keep else "left out",
         )
     return joined
 
