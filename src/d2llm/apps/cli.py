@@ -1,0 +1,94 @@
+"""The command line ``d2llm``: options of the whole program, the verbs, and what becomes of errors.
+
+Nothing heavy is imported here: each verb imports what it needs when it is called, so that the help is quick.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from d2llm import __version__
+from d2llm.apps import commands_look, commands_search, commands_train
+from d2llm.apps.session import Session, start_logging
+from d2llm.core.errors import D2LLMError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+"""What a shell reports for a program that was stopped with Ctrl-C."""
+_ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
+
+
+class _Program(TyperGroup):
+    """Turns errors that d2llm raises on purpose into one paragraph and exit code 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """``--verbose`` and ``--quiet`` may also follow the verb."""
+        end = args.index("--") if "--" in args else len(args)
+        early = [word for word in args[:end] if word in _ANYWHERE]
+        return super().parse_args(ctx, early + [word for word in args[:end] if word not in _ANYWHERE] + args[end:])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except D2LLMError as error:
+            session = ctx.obj or Session()
+            if session.verbose:
+                traceback.print_exc()
+            session.complain("error", str(error))
+            raise typer.Exit(EXIT_BAD_INPUT) from error
+        except KeyboardInterrupt as error:
+            session = ctx.obj or Session()
+            session.complain("stopped", "type the same command again to go on; finished parts are kept")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    name="d2llm",
+    cls=_Program,
+    help="Distil a large language model's judgement into a small, fast search model, and search with it.",
+    epilog="Start with: d2llm demo. Then: d2llm encode, d2llm search. Each verb explains itself: d2llm VERB --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"d2llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def prepare(
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 - its callback prints it
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more: log messages, libraries' warnings, tracebacks.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors: no bars, no remarks.")] = False,
+) -> None:
+    """Options of the whole program."""
+    context.obj = Session(verbose=verbose, quiet=quiet)
+    context.call_on_close(start_logging(context.obj))
+
+
+commands_train.register(app)
+commands_search.register(app)
+commands_look.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program: ``arguments`` are those of the process by default."""
+    app(arguments, prog_name="d2llm")

@@ -1,0 +1,159 @@
+"""The verbs that make a student: mine, tune-teacher, label, distill, and run, which is all four."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from d2llm.apps.options import (
+    DISTIL,
+    AgainOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    NumberFormat,
+    RecipeArgument,
+    RunOption,
+)
+from d2llm.apps.session import session_of
+
+if TYPE_CHECKING:
+    from d2llm.apps.steps import Job
+
+
+def run(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    data: DataOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Make a student from a recipe: the four steps below in order.
+
+    What is finished in the run folder is skipped, so the same command goes on after an interruption.
+    """
+    from d2llm.apps import steps
+
+    job = _job(context, recipe, out, data, device, dtype)
+    result = {
+        "mine": steps.mine_plans(job),
+        "tune-teacher": steps.tune_the_teacher(job),
+        "label": steps.label_pairs(job),
+        "distill": steps.distill_student(job),
+    }
+    session_of(context).write_report(context, json_path, result)
+
+
+def mine(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    data: DataOption = None,
+    again: AgainOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Choose answers and near misses for each training query."""
+    from d2llm.apps import steps
+
+    session_of(context).write_report(
+        context, json_path, steps.mine_plans(_job(context, recipe, out, data, device, dtype), again=again)
+    )
+
+
+def tune_teacher(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    data: DataOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Teach the language model to answer yes or no on your pairs.
+
+    Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is.
+    """
+    from d2llm.apps import steps
+
+    session_of(context).write_report(
+        context, json_path, steps.tune_the_teacher(_job(context, recipe, out, data, device, dtype))
+    )
+
+
+def label(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    data: DataOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Let the teacher judge every pair that mine chose.
+
+    Stopped, it goes on where it was when the same command is given again.
+    """
+    from d2llm.apps import steps
+
+    session_of(context).write_report(
+        context, json_path, steps.label_pairs(_job(context, recipe, out, data, device, dtype))
+    )
+
+
+def distill(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    data: DataOption = None,
+    again: AgainOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Train the student on the teacher's judgements.
+
+    Comes after label. Stopped, it goes on from its last checkpoint when the same command is given again.
+    """
+    from d2llm.apps import steps
+
+    session_of(context).write_report(
+        context, json_path, steps.distill_student(_job(context, recipe, out, data, device, dtype), again=again)
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the program."""
+    for name, verb in (
+        ("run", run),
+        ("mine", mine),
+        ("tune-teacher", tune_teacher),
+        ("label", label),
+        ("distill", distill),
+    ):
+        app.command(name, rich_help_panel=DISTIL)(verb)
+
+
+def _job(
+    context: typer.Context,
+    recipe_name: str,
+    out: Path | None,
+    data: list[str] | None,
+    device: str | None,
+    dtype: NumberFormat | None,
+) -> Job:
+    from d2llm.apps.steps import Job, with_data
+    from d2llm.core.recipe import load_recipe
+    from d2llm.pipeline.run_folder import RunFolder, check_data
+
+    recipe = with_data(load_recipe(recipe_name), data or [])
+    check_data(recipe)
+    name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
+    run_folder = RunFolder(out or Path("runs") / name)
+    return Job(recipe, run_folder, device=device, dtype=dtype, session=session_of(context))

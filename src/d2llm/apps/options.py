@@ -1,0 +1,62 @@
+"""Arguments and options that several verbs share. Only light imports: ``d2llm --help`` reads this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from d2llm.core.shipped import shipped_recipes
+
+DEFAULT_STUDENT = "d2llm-minilm"
+DISTIL, SEARCH, LOOK = "Distil", "Search", "Look"
+"""Headings of the help."""
+
+NumberFormat = Literal["float32", "bfloat16", "float16"]
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
+        show_default=False,
+    ),
+]
+RunOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="RUN_FOLDER",
+        file_okay=False,
+        help="Where plans, teacher, labels and student go.",
+        show_default="runs/<name of the recipe>",
+    ),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME=FOLDER",
+        help="Where a data set of the recipe is on this machine; may be given several times.",
+        show_default=False,
+    ),
+]
+AgainOption = Annotated[bool, typer.Option("--again", help="Do it anew even if it is finished.")]
+StudentOption = Annotated[
+    str, typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the best here"
+    ),
+]
+DtypeOption = Annotated[
+    NumberFormat | None,
+    typer.Option("--dtype", help="Number format of the models.", show_default="what is fast here"),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False),
+]

@@ -1,0 +1,143 @@
+"""One call of the command line: what the user wants to see, and where it goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console, RenderableType
+
+SCHEMA_VERSION = 1
+"""Of the files that ``--json`` writes."""
+_FILE_WIDTH = 140  # of tables that go to a file or another program
+
+
+@dataclass(frozen=True)
+class Session:
+    """Results go to standard output; progress, remarks, warnings and errors to standard error."""
+
+    verbose: bool = False
+    quiet: bool = False
+
+    @property
+    def show_progress(self) -> bool | None:
+        """For the verbs' argument of that name."""
+        return False if self.quiet else None
+
+    @cached_property
+    def _out(self) -> Console:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = _FILE_WIDTH
+        return console
+
+    @cached_property
+    def _err(self) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False)
+
+    def show(self, result: RenderableType) -> None:
+        """What was asked for."""
+        self._out.print(result, markup=False)
+
+    def say(self, remark: str) -> None:
+        """What is good to know; silent with ``--quiet``."""
+        if not self.quiet:
+            self._err.print(remark, markup=False, soft_wrap=True)
+
+    def complain(self, kind: str, message: str) -> None:
+        """One paragraph, on one line, so that it can be searched for."""
+        self._err.print(
+            f"{kind}: {message}", markup=False, soft_wrap=True, style="red" if kind == "error" else "yellow"
+        )
+
+    def write_report(self, context: typer.Context, path: Path | None, result: object) -> None:
+        """Write what a verb found, with the arguments that it was given, as JSON; nothing where ``path`` is None."""
+        if path is None:
+            return
+        from d2llm import __version__
+        from d2llm.core.files import write_json
+
+        arguments = {name: value for name, value in context.params.items() if name != "json_path"}
+        report = {
+            "schema_version": SCHEMA_VERSION,
+            "d2llm": __version__,
+            "verb": context.info_name,
+            "arguments": _plain(arguments),
+            "result": _plain(result),
+        }
+        write_json(path, report)
+
+
+def session_of(context: typer.Context) -> Session:
+    """The session that the program's own options made."""
+    return cast(Session, context.obj)
+
+
+class _Relay(logging.Handler):
+    """Shows log records through a session, so that they do not tear a progress bar apart."""
+
+    def __init__(self, session: Session, level: int) -> None:
+        super().__init__(level)
+        self._session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        self._session.complain(record.levelname.lower(), record.getMessage())
+
+
+def start_logging(session: Session) -> Callable[[], None]:
+    """Show warnings (``--quiet``: errors only; ``--verbose``: everything); returns what undoes it."""
+    logger = logging.getLogger("d2llm")
+    before = logger.level
+    handler = _Relay(session, logging.DEBUG if session.verbose else logging.ERROR if session.quiet else logging.WARNING)
+    logger.addHandler(handler)
+    if session.verbose:
+        logger.setLevel(logging.DEBUG)
+    else:
+        _hush_libraries()
+
+    def stop() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    return stop
+
+
+def _hush_libraries() -> None:
+    """Progress bars and advice of the libraries below say nothing that a user of the command line can act on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+
+
+def _plain(value: object) -> Any:
+    """Dataclasses, paths, numpy numbers and containers as what JSON has. A number that is none becomes null."""
+    if hasattr(value, "to_json"):
+        value = cast(Any, value).to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in cast("list[object]", value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy, whole arrays too
+        return _plain(cast(Any, value).tolist())
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    return value

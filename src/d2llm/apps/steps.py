@@ -1,0 +1,227 @@
+"""The steps from a recipe to a student, as the command line runs them: what is finished is skipped, and said so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig
+from d2llm.data.plan import read_plan, write_plan
+from d2llm.pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from d2llm.apps.session import Session
+    from d2llm.models.student import Student
+
+_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, the folder it runs in, and where to compute."""
+
+    recipe: Recipe
+    run: RunFolder
+    device: str | None
+    dtype: str | None
+    session: Session
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The tuned teacher of the run, or else the recipe's."""
+        if _is_finished(self.run.teacher):
+            return self.recipe.teacher.model_copy(update={"model": str(self.run.teacher)})
+        return self.recipe.teacher
+
+    def new_student(self) -> Student:
+        """The recipe's student before any training."""
+        from d2llm.models.student import Student
+
+        return Student.create(self.recipe.student, device=self.device, dtype=self.dtype, seed=self.recipe.seed)
+
+
+def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
+    """The recipe with other folders for its data sets; ``places`` are "name=folder", a name being the last part of a
+    path in the recipe.
+
+    Raises:
+        InputError: no "=", or no data set of that name.
+    """
+    data = {Path(item.path).name: item for item in recipe.data}
+    for place in places:
+        name, equals, folder = place.partition("=")
+        if not equals or not folder or name not in data:
+            raise InputError(
+                f"--data {place}: write NAME=FOLDER, where NAME is one of the recipe's data sets: {', '.join(data)}"
+            )
+        data[name] = data[name].model_copy(update={"path": folder})
+    return recipe.model_copy(update={"data": tuple(data.values())}) if places else recipe
+
+
+def mine_plans(job: Job, *, again: bool = False) -> dict[str, Any]:
+    """Make the plan of each data set; its counts by the data set's name."""
+    reports: dict[str, Any] = {}
+    encoder: Student | None = None
+    for data in job.recipe.data:
+        folder = job.run.plan(data)
+        if _is_finished(folder) and not again:
+            reports[folder.name] = _skip(job, f"mine: {folder} is finished; --again makes it anew")
+            _compare_settings(job, data, folder)
+            continue
+        encoder = encoder or job.new_student()
+        reports[folder.name] = _mine_one(job, data, folder, encoder)
+    return reports
+
+
+def tune_the_teacher(job: Job) -> Any:
+    """Tune the recipe's teacher on the plans."""
+    from d2llm.pipeline.tune_teacher import tune_teacher
+
+    if _is_finished(job.run.teacher):
+        return _skip(job, f"tune-teacher: {job.run.teacher} is finished; delete it to tune anew")
+    _require_plans(job)
+    report = tune_teacher(
+        job.run.sources(job.recipe),
+        job.run.teacher,
+        teacher=job.recipe.teacher,
+        tuning=job.recipe.teacher_tuning,
+        seed=job.recipe.seed,
+        device=job.device,
+        dtype=job.dtype,
+        show_progress=job.session.show_progress,
+    )
+    job.session.say(f"tune-teacher: {report.pairs:,} pairs, final loss {report.loss:.3f}, in {job.run.teacher}")
+    return report
+
+
+def label_pairs(job: Job) -> Any:
+    """Let the teacher judge every pair of the plans."""
+    from d2llm.pipeline.label import label
+
+    _require_plans(job)
+    _say_teacher(job, "label")
+    report = label(
+        job.run.sources(job.recipe),
+        job.run.labels,
+        teacher=job.teacher,
+        device=job.device,
+        dtype=job.dtype,
+        show_progress=job.session.show_progress,
+    )
+    job.session.say(f"label: {report.pairs:,} pairs of {report.queries:,} queries labelled, in {job.run.labels}")
+    return report
+
+
+def distill_student(job: Job, *, again: bool = False) -> Any:
+    """Train the student on the labels."""
+    from d2llm.pipeline.distill import distill
+
+    if _is_finished(job.run.student):
+        if not again:
+            return _skip(job, f"distill: {job.run.student} is finished; --again makes it anew, keeping this one aside")
+        _put_aside(job)
+    _require_plans(job)
+    if not _is_finished(job.run.labels):
+        raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
+    _say_teacher(job, "distill")
+    report = distill(
+        job.run.sources(job.recipe),
+        job.run.student,
+        recipe=job.recipe,
+        labels=job.run.labels,
+        teacher=job.teacher,
+        device=job.device,
+        dtype=job.dtype,
+        show_progress=job.session.show_progress,
+    )
+    job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {job.run.student}")
+    return report
+
+
+def _mine_one(job: Job, data: DataConfig, folder: Path, encoder: Student) -> dict[str, Any]:
+    from d2llm.data.beir import read_beir
+    from d2llm.pipeline.mine import mine
+
+    dataset = read_beir(Path(data.path))
+    held_out = [split for split in ("dev", "test") if split in dataset.qrels]
+    result = mine(
+        dataset,
+        _SPLIT,
+        job.recipe.mining,
+        encoder=encoder,
+        seed=job.recipe.seed,
+        max_queries=data.max_queries,
+        exclude_passages_of=held_out if data.exclude_shared_passages else (),
+        show_progress=job.session.show_progress,
+    )
+    content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(job, data), "report": result.report}
+    write_plan(folder, result.entries, content)
+    report = result.report
+    job.session.say(
+        f"mine: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
+        f"{report['num_easy_negatives']:,} easy negatives, in {folder}"
+    )
+    return report
+
+
+def _settings(job: Job, data: DataConfig) -> dict[str, Any]:
+    """All of a recipe that shapes a plan."""
+    return {
+        "seed": job.recipe.seed,
+        "mining": job.recipe.mining.model_dump(),
+        "backbone": job.recipe.student.backbone.model,
+        "max_queries": data.max_queries,
+        "exclude_shared_passages": data.exclude_shared_passages,
+    }
+
+
+def _compare_settings(job: Job, data: DataConfig, folder: Path) -> None:
+    made_with = read_plan(folder).manifest.get("settings")
+    if made_with is None:
+        return
+    changed = [name for name, value in _settings(job, data).items() if made_with.get(name) != value]
+    if changed:
+        job.session.complain(
+            "warning",
+            f"{folder} was made with other settings than the recipe's now ({', '.join(changed)}) and stays as it is; "
+            "mine with --again makes it anew",
+        )
+
+
+def _require_plans(job: Job) -> None:
+    for data in job.recipe.data:
+        if not _is_finished(job.run.plan(data)):
+            raise InputError(
+                f"{job.run.plan(data)}: there is no training plan yet; run the verb mine with this recipe first"
+            )
+
+
+def _say_teacher(job: Job, verb: str) -> None:
+    tuned = _is_finished(job.run.teacher)
+    named = f"{job.run.teacher}" if tuned else f"'{job.recipe.teacher.model}' as it is ({job.run.teacher} is not there)"
+    job.session.say(f"{verb}: the teacher is {named}")
+
+
+def _put_aside(job: Job) -> None:
+    """Rename a finished student and its checkpoints, so that nothing that took hours is lost."""
+    number = 1
+    while (aside := job.run.student.with_name(f"{job.run.student.name}.old-{number}")).exists():
+        number += 1
+    job.run.student.rename(aside)
+    checkpoints = job.run.student.with_name(job.run.student.name + ".run")
+    if checkpoints.is_dir():
+        checkpoints.rename(aside.with_name(aside.name + ".run"))
+    job.session.say(f"distill: the earlier student is now in {aside}")
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _skip(job: Job, reason: str) -> dict[str, str]:
+    job.session.say(reason)
+    return {"skipped": reason}
