@@ -72,8 +72,10 @@ def evaluate(
     session = session_of(context)
     dataset = read_beir(data, splits=[split])
     model = Student.load(student, device=device, dtype=dtype)
-    pooling = model.config.pooling.model_copy(update={"warm_start": True})
-    untuned = StudentConfig(backbone=model.config.backbone, pooling=pooling)
+    untuned = StudentConfig(
+        backbone=model.config.backbone.model_copy(update={"tuning": "frozen"}),
+        pooling=model.config.pooling.model_copy(update={"warm_start": True}),
+    )
     judge = Teacher.load(TeacherConfig(model=teacher, prompt=prompt), device=device, dtype=dtype) if teacher else None
     report = evaluate(
         dataset,
@@ -125,8 +127,9 @@ def demo(
     context: typer.Context,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Keep corpus and index here.", show_default="a temporary folder"),
+        typer.Option("--out", metavar="FOLDER", help="Keep the indexes here.", show_default="the user's cache folder"),
     ] = None,
+    student: StudentOption = DEFAULT_STUDENT,
     json_path: JsonOption = None,
 ) -> None:
     """Search your Python's documentation, to see it work.
@@ -135,7 +138,9 @@ def demo(
     """
     from d2llm.apps.demo import run_demo
 
-    session_of(context).write_report(context, json_path, run_demo(folder))
+    session = session_of(context)
+    report = run_demo(folder, student=student, show_progress=session.show_progress)
+    session.write_report(context, json_path, report)
 
 
 def register(app: typer.Typer) -> None:

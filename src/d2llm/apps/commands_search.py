@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from d2llm.core.types import Query
     from d2llm.index.folder import FolderIndex
 
+_QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
+
 
 def encode(
     context: typer.Context,
@@ -123,7 +125,7 @@ def search(
         top_k=top_k,
         num_candidates=num_candidates,
         exact=exact,
-        show_progress=session.show_progress,
+        show_progress=session.show_progress if len(asked) > _QUICK_QUERIES else False,
     )
     for ranking in rankings:
         session.show(ranking_table(ranking))

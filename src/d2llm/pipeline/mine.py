@@ -147,7 +147,7 @@ def _eligible(
             f"{dataset.path}: no query of split '{split}' is left to mine: {len(dataset.qrels[split])} in qrels, "
             f"{len(tally.left_out['without_positives'])} without a positive in the corpus, "
             f"{len(tally.left_out['shared_positive'])} sharing a positive with {' or '.join(others) or 'none'} "
-            "(allow that with exclude_passages_of=())"
+            "(allow that with exclude_passages_of=(), in a recipe with exclude_shared_passages = false)"
         )
     return eligible
 
