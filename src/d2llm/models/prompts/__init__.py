@@ -45,7 +45,7 @@ def load_prompt(name: str, task: Task) -> Prompt:
     if name.endswith(".toml"):
         section, where = _read_file(Path(name), task), f"{name}: [{task}]"
     else:
-        sets = tomllib.loads((files(__package__) / f"{task}.toml").read_text(encoding="utf-8"))
+        sets = tomllib.loads((files("d2llm.models.prompts") / f"{task}.toml").read_text(encoding="utf-8"))
         if name not in sets:
             raise InputError(f"no prompt set '{name}'; use one of {', '.join(sets)}, or the path of a TOML file")
         section, where = sets[name], f"prompt set '{name}' ({task})"
@@ -57,16 +57,20 @@ def _read_file(path: Path, task: Task) -> dict[str, Any]:
         sections = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path of the prompt file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     if task not in sections:
         raise InputError(f"{path}: no section [{task}]; add one with the keys template, yes, no")
+    if not isinstance(sections[task], dict):
+        raise InputError(f"{path}: '{task}' should be a table: write [{task}] and below it template, yes, no")
     return sections[task]
 
 
 def _parse(section: dict[str, Any], where: str) -> Prompt:
     if set(section) != _KEYS:
         raise InputError(f"{where}: needs exactly the keys template, yes, no; found {', '.join(sorted(section))}")
+    if not all(isinstance(value, str) for value in section.values()):
+        raise InputError(f"{where}: template, yes and no must be texts in quotes")
     template: str = section["template"]
     head, query_slot, rest = template.partition("{query}")
     middle, passage_slot, tail = rest.partition("{passage}")
