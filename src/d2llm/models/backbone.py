@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.lora import adapter_state, attach_lora, load_adapter_state, merge_adapter, merged_state_dict
-from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model
+from d2llm.models.lora import (
+    adapter_state,
+    attach_lora,
+    join_adapters,
+    load_adapter_state,
+    merge_adapter,
+    merged_state_dict,
+)
+from d2llm.models.sources import (
+    find_model_file,
+    fingerprint_model,
+    load_pretrained,
+    load_tokenizer,
+    locate_model,
+    readable_tokens,
+)
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
 
@@ -32,6 +45,7 @@ class TokenizedTexts:
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens of each text."""
         return [len(ids) for ids in self.ids]
 
 
@@ -46,6 +60,7 @@ class Backbone(nn.Module):
 
         Raises:
             ModelNotFoundError: no usable weights there.
+            ModelError: the model is no plain encoder or decoder.
             InputError: a token limit beyond what the model can read.
         """
         super().__init__()
@@ -56,8 +71,16 @@ class Backbone(nn.Module):
         self.location = locate_model(config.model)
         self.tokenizer = load_tokenizer(self.location)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
-        self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore
+        self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"'{config.model}' is an encoder with a decoder ({type(self.model).__name__}); a backbone is one or "
+                "the other: use another model"
+            )
+        if hasattr(self.model.config, "use_cache"):
+            self.model.config.use_cache = False  # a text is read once: keys and values need not be kept
+        self._merged_adapter: dict[str, Tensor] = {}
         self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
         self._check_lengths()
 
@@ -76,6 +99,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.model.parameters()).device
 
     def fingerprint_base(self) -> str:
@@ -90,9 +114,9 @@ class Backbone(nn.Module):
             self.model.requires_grad_(True)
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """What tuning changed: the adapter's tensors, all weights, or nothing."""
+        """What tuning changed since the pretrained weights: the adapter's tensors, all weights, or nothing."""
         if self.config.tuning == "lora":
-            return adapter_state(self.model)
+            return join_adapters(self._merged_adapter, adapter_state(self.model))
         if self.config.tuning == "full":
             return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         return {}
@@ -101,19 +125,31 @@ class Backbone(nn.Module):
         """Take over tensors made by ``tuned_state``: into the attached adapters, or merged into the weights for good.
 
         Raises:
-            ModelError: an adapter of another architecture.
+            ModelError: tensors of another architecture.
         """
         if self.config.tuning == "full":
-            self.model.load_state_dict(state)
+            try:
+                self.model.load_state_dict(state)
+            except RuntimeError as error:
+                raise ModelError(f"the tuned weights are not those of '{self.config.model}': {error}") from error
+        elif self.config.tuning == "lora" and merge:
+            merge_adapter(self.model, state)
+            self._merged_adapter = join_adapters(self._merged_adapter, state)
         elif self.config.tuning == "lora":
-            (merge_adapter if merge else load_adapter_state)(self.model, state)
+            load_adapter_state(self.model, state)
 
     def merged_weights(self) -> dict[str, Tensor]:
         """All weights as the plain model's, adapters merged."""
         return merged_state_dict(self.model)
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted."""
+        """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted.
+
+        Raises:
+            InputError: one text where a list of texts is needed.
+        """
+        if isinstance(texts, str):
+            raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
         prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
         prefixed = [prefix + text for text in texts]
@@ -150,11 +186,9 @@ class Backbone(nn.Module):
         return pool(states.float(), mask, self.pooling)
 
     def _check_lengths(self) -> None:
-        readable = getattr(self.model.config, "max_position_embeddings", None)
+        readable = readable_tokens(self.model.config)
         if readable is None:
             return
-        if self.model.config.model_type in {"roberta", "xlm-roberta", "camembert"}:
-            readable -= int(self.model.config.pad_token_id) + 1  # these count positions from after the padding id
         for key in ("max_query_tokens", "max_passage_tokens"):
             if getattr(self.config, key) > readable:
                 raise InputError(
@@ -163,18 +197,21 @@ class Backbone(nn.Module):
                 )
 
 
-def _own_pooling(config: BackboneConfig, location: str, model_config: object) -> PoolingName:
+def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> PoolingName:
     if config.pooling != "auto":
         return config.pooling
-    settings = Path(location) / "1_Pooling" / "config.json"  # where sentence-transformers keeps it
-    if settings.is_file():
-        modes = json.loads(settings.read_text(encoding="utf-8"))
-        if modes.get("pooling_mode_cls_token"):
+    settings = find_model_file(location, "1_Pooling/config.json")  # where sentence-transformers keeps it
+    if settings is not None:
+        modes: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+        mode = modes.get("pooling_mode")  # newer files name it, older ones have a switch for each
+        if mode == "cls" or modes.get("pooling_mode_cls_token"):
             return "first"
-        return "last" if modes.get("pooling_mode_lasttoken") else "mean"
-    architectures = getattr(model_config, "architectures", None) or [""]
-    is_decoder = "CausalLM" in architectures[0] or getattr(model_config, "model_type", "") in _DECODER_TYPES
+        return "last" if mode == "lasttoken" or modes.get("pooling_mode_lasttoken") else "mean"
+    architecture = (getattr(model_config, "architectures", None) or [""])[0]
+    is_decoder = architecture.endswith(("ForCausalLM", "LMHeadModel")) or model_config.model_type in _DECODER_TYPES
     return "last" if is_decoder else "mean"
 
 
-_DECODER_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"})
+_DECODER_TYPES = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"}
+)

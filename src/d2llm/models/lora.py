@@ -23,16 +23,23 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
 
     Raises:
         MissingExtraError: ``peft`` is not installed.
+        ModelError: there is an adapter already, or no linear layer to adapt.
     """
+    if _adapted_layers(model):
+        raise ModelError("the model has an adapter already; load it again to start with a new one")
+    # A BERT's pooler plays no part in d2llm's forward passes.
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name]
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers that adapters could be put beside; set tuning to 'full' or "
+            "'frozen', or use another model"
+        )
     peft = require("peft", extra="train", purpose="LoRA tuning")
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        # A BERT's pooler plays no part in d2llm's forward passes.
-        target_modules=[
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name
-        ],
+        target_modules=layers,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,7 +51,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter of ``model`` as plain tensors: ``<layer>.lora_down`` [rank, in] and, scaled, ``.lora_up`` [out, rank]."""
+    """The adapter of ``model`` as plain tensors: ``<layer>.lora_down`` [rank, in]; ``.lora_up`` [out, rank], scaled."""
     state: dict[str, Tensor] = {}
     for name, layer in _adapted_layers(model):
         state[name + _DOWN] = layer.lora_A[_ADAPTER].weight.detach().float().cpu().clone()
@@ -59,8 +66,12 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         ModelError: the tensors belong to another architecture or another rank.
     """
     layers = dict(_adapted_layers(model))
-    if {name + end for name in layers for end in (_DOWN, _UP)} != set(state):
-        raise ModelError("the adapter's layers are not those of this backbone; use the backbone it was trained on")
+    own = {name: tensor.shape for name, tensor in adapter_state(model).items()}
+    if own != {name: tensor.shape for name, tensor in state.items()}:
+        raise ModelError(
+            "the adapter's layers or its rank are not those of the adapter attached here; use the model and the rank "
+            "it was trained with"
+        )
     with torch.no_grad():
         for name, layer in layers.items():
             layer.lora_A[_ADAPTER].weight.copy_(state[name + _DOWN])
@@ -71,19 +82,32 @@ def merge_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Add an adapter to the weights of a plain ``model`` for good, in place: W + up @ down, computed in float32.
 
     Raises:
-        ModelError: a layer of the adapter does not exist in ``model`` or has another shape.
+        ModelError: a layer of the adapter does not exist in ``model`` or has another shape; nothing is changed then.
     """
     modules = dict(model.named_modules())
+    layers: list[tuple[nn.Linear, Tensor]] = []
+    for name in sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in state}):
+        layer, up, down = modules.get(name), state.get(name + _UP), state.get(name + _DOWN)
+        if up is None or down is None or up.shape[1] != down.shape[0]:
+            raise ModelError(f"the adapter's tensors of layer '{name}' do not belong together; restore its file")
+        if not isinstance(layer, nn.Linear) or layer.weight.shape != (up.shape[0], down.shape[1]):
+            raise ModelError(
+                f"the adapter changes layer '{name}' [{up.shape[0]} x {down.shape[1]}], which this model does not "
+                "have; use the model that the adapter was trained on"
+            )
+        layers.append((layer, up.float() @ down.float()))
     with torch.no_grad():
-        for name in sorted(key.removesuffix(_DOWN) for key in state if key.endswith(_DOWN)):
-            layer = modules.get(name)
-            change = state[name + _UP].float() @ state[name + _DOWN].float()
-            if not isinstance(layer, nn.Linear) or layer.weight.shape != change.shape:
-                raise ModelError(
-                    f"the adapter changes layer '{name}' [{' x '.join(map(str, change.shape))}], which this backbone "
-                    "does not have; use the backbone the adapter was trained on"
-                )
+        for layer, change in layers:
             layer.weight.copy_(layer.weight.float() + change.to(layer.weight.device))
+
+
+def join_adapters(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One adapter that changes the weights by what both do: their ranks are put side by side."""
+    joined = dict(first)
+    for name, tensor in second.items():
+        parts = [first[name], tensor] if name in first else [tensor]
+        joined[name] = torch.cat(parts, dim=0 if name.endswith(_DOWN) else 1)
+    return joined
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +120,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     adapter = adapter_state(model)
     for name, _ in _adapted_layers(model):
         weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = (weight.float() + adapter[name + _UP] @ adapter[name + _DOWN]).to(weight.dtype)
+        change = (adapter[name + _UP] @ adapter[name + _DOWN]).to(weight.device)
+        state[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return state
 
 
