@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.ops.scoring import anchored_logit
@@ -35,7 +36,7 @@ class PairScores:
 
 
 class _Anchor(nn.Module):
-    """t <U a, V b> / dim of one branch, with U = V = I at the start."""
+    """The inner product t <U a, V b> / dim of one branch, with U = V = I at the start."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -82,20 +83,25 @@ class Interaction(nn.Module):
 
     @property
     def has_anchor(self) -> bool:
+        """Whether the score has an inner-product part (head ``anchored``)."""
         return self.anchors is not None
 
     def bound(self, task: Task) -> Tensor:
-        """r B: the largest change of the logit that the interaction can make."""
+        """The bound r B: the largest change of the logit that the interaction can make."""
         return self.residual_weight(task) * self.config.max_bound * torch.sigmoid(self.raw_bound)
 
     def residual_weight(self, task: Task) -> Tensor:
-        """r of one task."""
+        """The weight r of the interaction in one task."""
         return self.get_buffer(f"residual_{task}")
 
     def anchor_queries(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
-        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only)."""
+        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
+
+        Raises:
+            InputError: the head is ``paper``.
+        """
         if self.anchors is None:
-            raise ValueError("the paper head has no anchor")
+            raise InputError("this student has the head 'paper', which has no anchor; use one with the head 'anchored'")
         anchor = self.anchors[task]
         assert isinstance(anchor, _Anchor)
         return anchor.queries(queries)
@@ -110,7 +116,7 @@ class Interaction(nn.Module):
             pairs = queries.unsqueeze(1), passages.unsqueeze(0)
             hidden = hidden + (pairs[0] * pairs[1]) @ product.T + (pairs[0] - pairs[1]).abs() @ difference.T
         features = self._after_first(hidden, task)
-        logits = self.output(self.dropout(features)).squeeze(-1).float()
+        logits = _at_least_float32(self.output(self.dropout(features)).squeeze(-1))
         if self.anchors is None:
             return PairScores(logits, None, features)
         anchor = self._anchor_logits(queries, passages, task)
@@ -126,7 +132,7 @@ class Interaction(nn.Module):
         hidden = self._query_half(query) + passages @ weight.T
         if self.config.features == "rich":
             hidden = hidden + (query - passages).abs() @ self._part(3).T
-        logits = self.output(self._after_first(hidden, task)).squeeze(-1).float()
+        logits = _at_least_float32(self.output(self._after_first(hidden, task)).squeeze(-1))
         if self.anchors is None:
             return logits
         return anchored_logit(self._anchor_logits(query[None], passages, task)[0], logits, self.bound(task))
@@ -134,9 +140,9 @@ class Interaction(nn.Module):
     def _anchor_logits(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> Float[Tensor, "queries passages"]:
-        # In float32 whatever the autocast around: this is the score that an index follows.
+        # In full precision whatever the autocast around: this is the score that an index follows.
         with torch.autocast(queries.device.type, enabled=False):
-            return self.anchor_queries(queries.float(), task) @ passages.float().T
+            return self.anchor_queries(_at_least_float32(queries), task) @ _at_least_float32(passages).T
 
     def _part(self, position: int) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer that see a, b, a * b or |a - b|."""
@@ -151,3 +157,7 @@ class Interaction(nn.Module):
     def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
         shared = torch.relu(self.shared(self.dropout(torch.relu(hidden))))
         return self.branches[task](self.dropout(shared))
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -43,5 +43,5 @@ def pool(
     if name == "last":
         rows = torch.arange(len(states), device=states.device)
         return states[rows, last_positions(mask)]
-    weights = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: what stands in the padding may be no number
+    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)

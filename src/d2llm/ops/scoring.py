@@ -48,7 +48,7 @@ def anchor_logit(
     passage_map: Float[Tensor, "dim dim"],
     scale: float | Tensor,
 ) -> Float[Tensor, "*pairs"]:
-    """t <U a, V b> / dim: with U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
+    """The anchor t <U a, V b> / dim: with U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
     inner = ((query @ query_map.T) * (passage @ passage_map.T)).sum(dim=-1)
     return scale * inner / query.shape[-1]
 
@@ -56,5 +56,8 @@ def anchor_logit(
 def anchored_logit(
     anchor: Float[Tensor, "*pairs"], interaction: Float[Tensor, "*pairs"], bound: float | Tensor
 ) -> Float[Tensor, "*pairs"]:
-    """z = anchor + B tanh(g): the interaction changes the anchor by at most B, so a candidate list can be certified."""
+    """The score z = anchor + B tanh(g).
+
+    The interaction changes the anchor by at most B, so a candidate list can be certified.
+    """
     return anchor + bound * torch.tanh(interaction)
