@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, MismatchError, ModelError, ModelNotFoundError
+from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError, ModelNotFoundError
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
@@ -27,6 +29,7 @@ from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Task
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.inference import inference
 from d2llm.models.interaction import Interaction
 from d2llm.models.pooling import TextPooling
 from d2llm.ops.batching import token_budget_batches
@@ -59,6 +62,7 @@ class Student(nn.Module):
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
             self.interaction = Interaction(config.interaction, backbone.dim).to(backbone.device)
         self._saved_fingerprint: str | None = None
+        self._has_merged_weights = False
         self.eval()
 
     @classmethod
@@ -85,11 +89,12 @@ class Student(nn.Module):
 
         Raises:
             ModelNotFoundError: no such folder and no shipped student of that name.
+            DataFormatError: its manifest is not a student's.
+            ModelError: its weights cannot be read, or do not fit its configuration.
             MismatchError: the pretrained backbone is not the one that the student was trained on.
         """
         folder = _find_student(folder_or_name)
-        manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-        config = StudentConfig.model_validate(manifest["config"])
+        manifest, config = _read_student_manifest(folder)
         merged = (folder / _BACKBONE_FOLDER).is_dir()
         chosen = choose_device(device)
         source = folder / _BACKBONE_FOLDER if merged else config.backbone.model
@@ -101,13 +106,17 @@ class Student(nn.Module):
         if not merged:
             _require_same_base(folder, manifest, backbone)
             if (folder / _ADAPTER_FILE).is_file():
-                backbone.load_tuned_state(load_file(folder / _ADAPTER_FILE), merge=True)
+                backbone.load_tuned_state(_load_tensors(folder / _ADAPTER_FILE), merge=True)
         student = cls(config, backbone)
+        head = _load_tensors(folder / _HEAD_FILE)
         try:
-            student._load_head(load_file(folder / _HEAD_FILE))
-        except (OSError, RuntimeError) as error:
-            raise ModelError(f"{folder / _HEAD_FILE} cannot be loaded: {error}; restore the student's folder") from error
+            student._load_head(head)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{folder / _HEAD_FILE} does not fit the student's configuration: {error}; restore the student's folder"
+            ) from error
         student._saved_fingerprint = manifest["fingerprint"]
+        student._has_merged_weights = merged
         return student
 
     def save(self, folder: Path, *, merge: bool | None = None, content: dict[str, Any] | None = None) -> None:
@@ -116,13 +125,16 @@ class Student(nn.Module):
         Args:
             folder: where to write; a student already there is replaced.
             merge: keep all weights of the backbone, tuning merged in, rather than the adapter beside the backbone's
-                name. By default only where full tuning leaves no adapter.
+                name. By default only where full tuning, or a merged copy that was loaded, leaves no adapter.
             content: what the manifest should say besides (recipe, data, figures).
+
+        Raises:
+            InputError: ``folder`` holds something else, or ``merge=False`` for a student loaded from a merged copy.
         """
-        merge = self.config.backbone.tuning == "full" if merge is None else merge
-        if self._saved_fingerprint is not None and not merge:
-            raise InputError("a student that was loaded has its adapter merged; save it with merge=True")
-        with new_folder(folder) as temporary:
+        merge = self._has_merged_weights or self.config.backbone.tuning == "full" if merge is None else merge
+        if self._has_merged_weights and not merge:
+            raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
+        with new_folder(folder, kind=KIND) as temporary:
             save_file(self._head_state(), temporary / _HEAD_FILE)
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / _BACKBONE_FOLDER)
             if merge:
@@ -136,11 +148,11 @@ class Student(nn.Module):
                 KIND,
                 FORMAT_VERSION,
                 {
+                    **(content or {}),
                     "fingerprint": self.fingerprint,
                     "config": self.config.model_dump(),
                     "pooling": self.backbone.pooling,
                     "base_fingerprint": self.backbone.fingerprint_base(),
-                    **(content or {}),
                 },
             )
 
@@ -152,13 +164,14 @@ class Student(nn.Module):
         digest = hashlib.sha256()
         for name, tensor in sorted((self._head_state() | self.backbone.tuned_state()).items()):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor).encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         config = self.config.model_dump(mode="json")
         config["backbone"]["model"] = self.backbone.fingerprint_base()
         return fingerprint_json([config, digest.hexdigest()])
 
     @property
     def vector_dim(self) -> int:
+        """Width of a text's vector."""
         return self.backbone.dim
 
     @property
@@ -168,6 +181,7 @@ class Student(nn.Module):
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
+        self._saved_fingerprint = None  # from here on it is another student
         self.backbone.prepare_training(seed=seed)
 
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
@@ -175,23 +189,23 @@ class Student(nn.Module):
         states, mask = self.backbone(token_ids, mask)
         return self.pooling(states, mask, self.backbone.pool(states, mask))
 
-    def encode_queries(
-        self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None
-    ) -> EncodedTexts:
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of queries; ``advance`` is called with the number of texts finished."""
         return self._encode(texts, "query", advance)
 
-    def encode_passages(
-        self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None
-    ) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
         return self._encode(texts, "passage", advance)
 
     def anchor_queries(
         self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"
     ) -> Float32[np.ndarray, "queries dim"]:
-        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only)."""
-        with torch.inference_mode():
+        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
+
+        Raises:
+            InputError: the head is ``paper``.
+        """
+        with inference(self):
             queries = torch.from_numpy(query_vectors).to(self.backbone.device)
             return self.interaction.anchor_queries(queries, task).cpu().numpy()
 
@@ -205,7 +219,7 @@ class Student(nn.Module):
         device, dtype = self.backbone.device, self.backbone.compute_dtype
         query = torch.from_numpy(query_vector).to(device)
         scores = np.empty(len(passage_vectors), dtype=np.float32)
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with inference(self), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for start in range(0, len(passage_vectors), _SCORE_BLOCK):
                 block = torch.from_numpy(passage_vectors[start : start + _SCORE_BLOCK]).to(device)
                 scores[start : start + len(block)] = self.interaction.score_passages(query, block, task).cpu().numpy()
@@ -219,7 +233,7 @@ class Student(nn.Module):
         tokenized = self.tokenize(texts, kind)
         vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
         for batch in token_budget_batches(tokenized.lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_TEXTS):
-            with torch.inference_mode():
+            with inference(self):
                 encoded: Float[Tensor, "batch dim"] = self(*self.backbone.pad([tokenized.ids[i] for i in batch]))
             vectors[batch] = encoded.cpu().numpy()
             if advance is not None:
@@ -252,6 +266,27 @@ def _find_student(folder_or_name: str | Path) -> Path:
         f"no student at '{folder_or_name}': give a folder that `d2llm distill` wrote"
         + (f", or one of the shipped students: {', '.join(names)}" if names else "")
     )
+
+
+def _read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    missing = {"config", "fingerprint", "base_fingerprint", "pooling"} - manifest.keys()
+    if missing:
+        raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; restore the student's folder")
+    try:
+        return manifest, StudentConfig.model_validate(manifest["config"])
+    except ValidationError as error:
+        raise DataFormatError(
+            folder / MANIFEST,
+            f"its configuration cannot be read ({error}); update d2llm or restore the student's folder",
+        ) from error
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; restore the student's folder") from error
 
 
 def _require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:

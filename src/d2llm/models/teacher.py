@@ -5,32 +5,40 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.1.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import AnswerTokenError, InputError
+from d2llm.core.errors import AnswerTokenError, InputError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.core.types import Task
+from d2llm.models.answers import AnswerHead
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.lora import adapter_state, attach_lora, load_adapter_state, merge_adapter
+from d2llm.models.inference import inference
+from d2llm.models.lora import adapter_state, attach_lora, join_adapters, load_adapter_state, merge_adapter
 from d2llm.models.prompts import Prompt, load_prompt
-from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model
+from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model, readable_tokens
+from d2llm.models.teacher_identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, fingerprint_prompt
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pooling import last_positions, to_right_padding
 
-KIND = "teacher"
-FORMAT_VERSION = 1
+_log = logging.getLogger(__name__)
+
+KIND = TEACHER_KIND
+FORMAT_VERSION = TEACHER_FORMAT_VERSION
 _ADAPTER_FILE = "adapter.safetensors"
 _BATCH_TOKENS, _BATCH_PAIRS = 4096, 64
 
@@ -56,7 +64,10 @@ class Teacher(nn.Module):
 
         Raises:
             ModelNotFoundError: no usable weights there.
+            ModelError: the model is no causal language model, or the tuned adapter cannot be read.
+            MismatchError: the folder's teacher was tuned on other weights than its base model's name gives here.
             AnswerTokenError: an answer word is not one distinct token after the prompt.
+            InputError: no such prompt set, or ``max_tokens`` is more than the model reads.
         """
         super().__init__()
         from transformers import AutoModelForCausalLM
@@ -64,11 +75,16 @@ class Teacher(nn.Module):
         tuned = Path(config.model) if (Path(config.model) / MANIFEST).is_file() else None
         manifest = read_manifest(tuned, KIND, FORMAT_VERSION) if tuned else {}
         self.config = TeacherConfig.model_validate(manifest["config"]) if tuned else config
+        if (self.config.prompt, self.config.max_tokens) != (config.prompt, config.max_tokens):
+            _log.warning(
+                "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
+                *(tuned, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),
+            )
         self.compute_dtype = compute_dtype
         self.location = locate_model(self.config.model)
         self.base_fingerprint = fingerprint_model(self.location)
         if tuned and manifest["base_fingerprint"] != self.base_fingerprint:
-            raise InputError(
+            raise MismatchError(
                 f"{tuned}: the teacher was tuned on weights {manifest['base_fingerprint']} of '{self.config.model}', "
                 f"but here that name gives {self.base_fingerprint}; use the same weights"
             )
@@ -77,17 +93,18 @@ class Teacher(nn.Module):
         whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
         whole = whole.to(device).eval().requires_grad_(False)
         self.model: nn.Module = whole.base_model
-        if tuned:
-            merge_adapter(self.model, load_file(tuned / _ADAPTER_FILE))
-        self.softcap: float | None = getattr(whole.config, "final_logit_softcapping", None)
-        self._special_ids = cast("list[int]", self.tokenizer("")["input_ids"])
-        self._lm_head: nn.Linear = whole.get_output_embeddings()
+        self._merged_adapter: dict[str, Tensor] = _load_adapter(tuned) if tuned else {}
+        merge_adapter(self.model, self._merged_adapter)
+        self._head = AnswerHead(whole)
+        self._check_length(whole.config)
+        self._special_ids = self._leading_special_ids()
         self._lora: LoraConfig | None = None
         self.prompts: dict[Task, Prompt] = {
             "symmetric": load_prompt(self.config.prompt, "symmetric"),
             "asymmetric": load_prompt(self.config.prompt, "asymmetric"),
         }
         self._answer_ids = {task: self._find_answers(prompt) for task, prompt in self.prompts.items()}
+        self._require_causal()
 
     @classmethod
     def load(
@@ -99,17 +116,26 @@ class Teacher(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return int(cast(Any, self.model).config.get_text_config().hidden_size)
 
     def prompt_fingerprint(self, task: Task) -> str:
         """Identity of the question put for ``task`` (the truncation length is part of it)."""
-        return fingerprint_json([self.prompts[task].fingerprint, self.config.max_tokens])
+        return fingerprint_prompt(self.config, task)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
         """Token ids of each whole input, and how many pairs lost text to the length limit.
 
         What is over the limit is cut from the end of the passage; a query that alone would leave the passage less than
         half of the room is cut to that half. The prompt and the position of the answer are never touched.
+
+        Raises:
+            InputError: the prompt alone fills ``max_tokens``.
         """
         prompt = self.prompts[task]
         head = self._special_ids + self._ids([prompt.head])[0]
@@ -145,11 +171,7 @@ class Teacher(nn.Module):
             states = self.model(input_ids=token_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         rows = torch.arange(len(states), device=states.device)
         features = states[rows, last_positions(mask)].float()
-        answers = torch.tensor(self._answer_ids[task], device=states.device)
-        bias = self._lm_head.bias[answers].float() if self._lm_head.bias is not None else None
-        logits = nn.functional.linear(features, self._lm_head.weight[answers].float(), bias)
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = self._head(features, self._answer_ids[task])
         return logits[:, 0] - logits[:, 1], features
 
     def judge(
@@ -171,14 +193,12 @@ class Teacher(nn.Module):
         inputs, num_truncated = self.tokenize(pairs, task)
         lengths = [len(ids) for ids in inputs]
         log_odds = np.empty(len(pairs), dtype=np.float32)
-        features: np.ndarray | None = None
+        features = np.empty((len(pairs), self.dim), dtype=np.float32) if with_features else None
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_PAIRS):
-            with torch.inference_mode():
+            with inference(self):
                 batch_odds, batch_features = self(*self.pad([inputs[index] for index in batch]), task)
             log_odds[batch] = batch_odds.cpu().numpy()
-            if with_features:
-                if features is None:
-                    features = np.empty((len(pairs), batch_features.shape[1]), dtype=np.float32)
+            if features is not None:
                 features[batch] = batch_features.cpu().numpy()
             if advance is not None:
                 advance(len(batch))
@@ -197,8 +217,8 @@ class Teacher(nn.Module):
             cast(Any, self.model).set_attn_implementation("eager")
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """The adapter as plain tensors."""
-        return adapter_state(self.model)
+        """What tuning changed since the pretrained weights, as an adapter of plain tensors."""
+        return join_adapters(self._merged_adapter, adapter_state(self.model))
 
     def load_tuned_state(self, state: dict[str, Tensor]) -> None:
         """Put tensors made by ``tuned_state`` into the attached adapters."""
@@ -212,22 +232,47 @@ class Teacher(nn.Module):
             content: what the manifest should say besides (data, figures).
         """
         save_file(self.tuned_state(), folder / _ADAPTER_FILE)
-        fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
+        self.fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
         write_manifest(
             folder,
             KIND,
             FORMAT_VERSION,
             {
-                "fingerprint": fingerprint,
+                **content,
+                "fingerprint": self.fingerprint,
                 "base_fingerprint": self.base_fingerprint,
                 "config": self.config.model_dump(),
                 "lora": self._lora.model_dump() if self._lora else None,
-                **content,
             },
         )
-        return fingerprint
+        return self.fingerprint
+
+    def _check_length(self, model_config: Any) -> None:
+        readable = readable_tokens(model_config)
+        if readable is not None and self.config.max_tokens > readable:
+            raise InputError(
+                f"max_tokens is {self.config.max_tokens}, but '{self.config.model}' reads at most {readable} tokens; "
+                f"set max_tokens to {readable} or less"
+            )
+
+    def _require_causal(self) -> None:
+        """What an encoder says at the last position is no answer; told by whether a token sees the one after it."""
+        yes, no = self._answer_ids["asymmetric"]
+        with inference(self):
+            inputs = torch.tensor([[yes, yes], [yes, no]], device=self.device)
+            first = self.model(input_ids=inputs, use_cache=False).last_hidden_state[:, 0].float()
+        if (first[0] - first[1]).norm() > 0.01 * first[0].norm():
+            raise ModelError(f"'{self.config.model}' is no causal language model: its tokens see the ones after them")
+
+    def _leading_special_ids(self) -> list[int]:
+        """What the tokenizer puts before a text; what it puts after one has no place before the answer."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         return cast(
             "list[list[int]]",
             self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
@@ -251,3 +296,12 @@ class Teacher(nn.Module):
                 f"'{self.config.model}'; use a prompt file with two distinct words"
             )
         return found[0], found[1]
+
+
+def _load_adapter(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / _ADAPTER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder / _ADAPTER_FILE} cannot be read: {error}; restore the teacher's folder or tune it again"
+        ) from error
