@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -61,14 +61,17 @@ def load_checkpoint(folder: Path, *, run_key: str) -> Checkpoint | None:
     """The checkpoint in ``folder``, or None where there is none yet.
 
     Raises:
-        InputError: it belongs to a run with another recipe, data or seed.
+        InputError: it belongs to a run with another recipe, data or seed, or cannot be read.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-        metadata: dict[str, str] = file.metadata()
-        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            metadata: dict[str, str] = file.metadata()
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it to start the run anew") from error
     if metadata["run_key"] != run_key:
         raise InputError(
             f"{path} belongs to a run with another recipe, data, labels or seed; finish that run with its own "
@@ -103,10 +106,17 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> f
 def optimizer_step(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], *, factor: float, max_gradient_norm: float
 ) -> float:
-    """Clip, set each group's rate to ``factor`` times its own, step, and clear; returns the gradient's norm."""
+    """Clip, set each group's rate to ``factor`` times its own, step, and clear; returns the gradient's norm.
+
+    Raises:
+        TrainingDivergedError: the norm is no finite number; the parameters are left as they were.
+    """
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_gradient_norm))
     if not math.isfinite(norm):
-        raise TrainingDivergedError(f"the gradient's norm became {norm}")
+        raise TrainingDivergedError(
+            f"the gradient's norm became {norm}; training stopped before it could do harm. The last good checkpoint is "
+            "kept. Lower the learning rate, or look for labels that are no numbers"
+        )
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     optimizer.step()
@@ -135,8 +145,8 @@ class RunLog:
         self._start = time.monotonic()
         kept: list[str] = []
         if self._path.is_file() and resume_step:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_step]
         write_bytes(self._path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, step: int, **values: Any) -> None:
@@ -144,3 +154,11 @@ class RunLog:
         record = {"step": step, "seconds": round(time.monotonic() - self._start, 3)} | values
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; beyond all steps for one that a killed process left unfinished."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import LabelledPair, TrainingSource, labelled_pairs
-from d2llm.models.teacher import Teacher
+from d2llm.models.teacher import KIND, Teacher
 from d2llm.ops.batching import token_budget_batches
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.training_run import (
+    CHECKPOINT,
     RunLog,
     learning_rate_factor,
     load_checkpoint,
@@ -78,6 +79,8 @@ def tune_teacher(
     """
     if (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: holds a finished teacher already; give another folder, or delete it to start anew")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder}: holds files that are no teacher's; give a new or empty folder")
     started = time.monotonic()
     pairs = labelled_pairs(sources, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
     if not pairs:
@@ -141,9 +144,10 @@ def tune_teacher(
         "data": [source.dataset.name for source in sources],
         "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
     }
-    with new_folder(folder) as temporary:
+    with new_folder(folder, kind=KIND) as temporary:
         fingerprint = model.save(temporary, content)
-    return TeacherTuningReport(**(asdict(report) | {"fingerprint": fingerprint}))
+    (run_folder / CHECKPOINT).unlink()  # whoever deletes the finished teacher wants a new one, not this one again
+    return replace(report, fingerprint=fingerprint)
 
 
 def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed: int) -> list[list[LabelledPair]]:
