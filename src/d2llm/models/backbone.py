@@ -113,6 +113,13 @@ class Backbone(nn.Module):
         elif self.config.tuning == "full":
             self.model.requires_grad_(True)
 
+    def train(self, mode: bool = True) -> Backbone:
+        """Switch training mode; with LoRA only the adapters' own dropout is switched on."""
+        super().train(mode)
+        if self.config.tuning != "full":
+            train_adapters_only(self.model, mode)
+        return self
+
     def tuned_state(self) -> dict[str, Tensor]:
         """What tuning changed since the pretrained weights: the adapter's tensors, all weights, or nothing."""
         if self.config.tuning == "lora":

@@ -50,6 +50,14 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
             parameter.data = parameter.data.float()
 
 
+def train_adapters_only(model: nn.Module, mode: bool) -> None:
+    """Training mode for the adapters alone: frozen layers read without dropout, as they will in use."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train(mode)
+
+
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter of ``model`` as plain tensors: ``<layer>.lora_down`` [rank, in]; ``.lora_up`` [out, rank], scaled."""
     state: dict[str, Tensor] = {}
