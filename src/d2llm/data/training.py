@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.plan import PlanEntry, TrainingPlan
@@ -12,11 +14,20 @@ from d2llm.data.plan import PlanEntry, TrainingPlan
 
 @dataclass(frozen=True, slots=True)
 class TrainingSource:
-    """One data set of a training run."""
+    """One data set of a training run.
+
+    Raises:
+        MismatchError: the plan names queries or passages that the data set does not have.
+        InputError: an entry without a positive, or with a passage twice.
+    """
 
     dataset: Dataset
     plan: TrainingPlan
     task: Task
+
+    def __post_init__(self) -> None:
+        for entry in self.plan.entries:
+            _check_entry(entry, self.dataset)
 
     def query_text(self, query_id: str) -> str:
         """The text of a query."""
@@ -35,6 +46,27 @@ class LabelledPair:
     passage: str
     task: Task
     is_positive: bool
+
+
+def check_sources(sources: Sequence[TrainingSource]) -> None:
+    """Make sure that the sources of a run can be told apart by name, and their labels by query id.
+
+    Raises:
+        InputError: two data sets of one name, or with a query id in common under the same task: teacher labels belong
+            to the ids, and would be taken for each other's.
+    """
+    names = [source.dataset.name for source in sources]
+    if len(set(names)) < len(names):
+        raise InputError(f"two data sets have the same name: {', '.join(sorted(names))}; rename the folder of one")
+    owners: dict[tuple[Task, str], str] = {}
+    for source in sources:
+        for entry in source.plan.entries:
+            owner = owners.setdefault((source.task, entry.query_id), source.dataset.name)
+            if owner != source.dataset.name:
+                raise InputError(
+                    f"query id '{entry.query_id}' is in both '{owner}' and '{source.dataset.name}' ({source.task}), "
+                    "and teacher labels are kept by id; put the data set's name before the query ids of one of them"
+                )
 
 
 def labelled_pairs(
@@ -59,6 +91,21 @@ def labelled_pairs(
             pairs.extend(_pairs_of(entry, source, num_negatives, seed))
     random.Random(seed).shuffle(pairs)
     return pairs
+
+
+def _check_entry(entry: PlanEntry, dataset: Dataset) -> None:
+    where = f"the plan for '{dataset.name}', query '{entry.query_id}'"
+    if entry.query_id not in dataset.queries:
+        raise MismatchError(f"{where}: {dataset.path} has no such query; make the plan again from this data set")
+    unknown = [passage_id for passage_id in entry.passage_ids if passage_id not in dataset.passages]
+    if unknown:
+        raise MismatchError(
+            f"{where}: {dataset.path} has no passage '{unknown[0]}'; make the plan again from this data set"
+        )
+    if not entry.positives:
+        raise InputError(f"{where}: there is no positive; make the plan again, or leave the query out")
+    if len(set(entry.passage_ids)) < len(entry.passage_ids):
+        raise InputError(f"{where}: a passage is named twice; make the plan again")
 
 
 def _pairs_of(entry: PlanEntry, source: TrainingSource, num_negatives: int, seed: int) -> list[LabelledPair]:
