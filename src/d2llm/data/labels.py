@@ -130,6 +130,12 @@ class LabelStore:
         labelled = self._log_odds.get(query_id, {})
         return [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in labelled]
 
+    def missing_cosines(self, query_id: str, passage_ids: Iterable[str]) -> list[str]:
+        """Those of ``passage_ids`` that the query's Gram matrix does not cover, each once, in the given order."""
+        stored = self._grams.get(query_id)
+        covered = frozenset(stored[0]) if stored else frozenset[str]()
+        return [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in covered]
+
     def log_odds(self, query_id: str) -> dict[str, float]:
         """logit(yes) - logit(no) by passage id; empty for a query without labels."""
         return dict(self._log_odds.get(query_id, {}))

@@ -1,4 +1,4 @@
-"""The verb ``label``: the teacher judges every pair of the training plans; what is labelled is never judged again."""
+"""The verb ``label``: the teacher judges every pair of the training plans; what is finished is never judged again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from jaxtyping import Float32
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource
+from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.teacher import Teacher
 from d2llm.pipeline.progress import progress_bar
 
 _QUERIES_AT_ONCE = 32  # enough pairs to make batches of like length
 _SHARD_SECONDS = 30.0  # the most work that is lost when the run is killed
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The passages of one query to judge, and how many of the first the Gram matrix shall cover."""
+
+    query_id: str
+    passage_ids: tuple[str, ...]
+    num_listed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,9 @@ def label(
     """Label every query's positives, hard and easy negatives of the plans, and keep the Gram matrix of the features.
 
     Labels are kept under (teacher, prompt, query_id, passage_id), in shards written every half minute: an interrupted
-    run goes on where it stopped, and the order of a plan does not matter.
+    run goes on where it stopped, and the order of a plan does not matter. A query whose positives or hard negatives
+    changed since is judged anew as a whole, since the Gram matrix needs the features of all; one with other easy
+    negatives has only these judged.
 
     Args:
         sources: data sets with their plans and tasks.
@@ -63,28 +74,30 @@ def label(
         show_progress: None means: if standard error is a terminal.
 
     Raises:
+        InputError: data sets that cannot be told apart (see ``check_sources``).
         ModelError: the teacher gave log-odds that are no numbers.
     """
     started = time.monotonic()
+    check_sources(sources)
     model = Teacher.load(teacher, device=device, dtype=dtype)
-    work: list[tuple[TrainingSource, LabelStore, list[PlanEntry]]] = []
+    work: list[tuple[TrainingSource, LabelStore, list[_Job]]] = []
     finished = 0
     for source in sources:
         labels = LabelStore(store, teacher=model.fingerprint, prompt=model.prompt_fingerprint(source.task))
-        unfinished = [entry for entry in source.plan.entries if labels.missing(entry.query_id, entry.passage_ids)]
-        finished += len(source.plan.entries) - len(unfinished)
-        work.append((source, labels, unfinished))
-    num_pairs = sum(len(entry.passage_ids) for _, _, entries in work for entry in entries)
+        jobs = [job for entry in source.plan.entries if (job := _job(labels, entry)).passage_ids]
+        finished += len(source.plan.entries) - len(jobs)
+        work.append((source, labels, jobs))
+    num_pairs = sum(len(job.passage_ids) for _, _, jobs in work for job in jobs)
     num_truncated = num_tokens = 0
     with progress_bar("labelling pairs", num_pairs, show=show_progress) as advance:
-        for source, labels, entries in work:
+        for source, labels, jobs in work:
             unwritten: list[QueryLabels] = []
             last_written = time.monotonic()
-            for chunk in _chunks(entries):
+            for chunk in _chunks(jobs):
                 pairs = [
-                    (source.query_text(entry.query_id), source.passage_text(passage_id))
-                    for entry in chunk
-                    for passage_id in entry.passage_ids
+                    (source.query_text(job.query_id), source.passage_text(passage_id))
+                    for job in chunk
+                    for passage_id in job.passage_ids
                 ]
                 judgements = model.judge(pairs, source.task, with_features=True, advance=advance)
                 assert judgements.features is not None
@@ -100,7 +113,7 @@ def label(
     return LabelReport(
         store=str(store),
         teacher=model.fingerprint,
-        queries=sum(len(entries) for _, _, entries in work),
+        queries=sum(len(jobs) for _, _, jobs in work),
         pairs=num_pairs,
         finished_queries=finished,
         num_truncated=num_truncated,
@@ -110,21 +123,30 @@ def label(
     )
 
 
-def _chunks(entries: Sequence[PlanEntry]) -> Iterator[Sequence[PlanEntry]]:
-    for start in range(0, len(entries), _QUERIES_AT_ONCE):
-        yield entries[start : start + _QUERIES_AT_ONCE]
+def _job(labels: LabelStore, entry: PlanEntry) -> _Job:
+    """What is still to be judged of one query."""
+    listed = entry.positives + entry.hard_negatives
+    if labels.missing_cosines(entry.query_id, listed):
+        return _Job(entry.query_id, entry.passage_ids, len(listed))
+    return _Job(entry.query_id, tuple(labels.missing(entry.query_id, entry.passage_ids)), 0)
+
+
+def _chunks(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:
+    for start in range(0, len(jobs), _QUERIES_AT_ONCE):
+        yield jobs[start : start + _QUERIES_AT_ONCE]
 
 
 def _by_query(
-    entries: Sequence[PlanEntry], log_odds: Float32[np.ndarray, " pairs"], features: Float32[np.ndarray, "pairs dim"]
+    jobs: Sequence[_Job], log_odds: Float32[np.ndarray, " pairs"], features: Float32[np.ndarray, "pairs dim"]
 ) -> list[QueryLabels]:
     """Cut the judgements of a chunk into those of each query; the Gram matrix covers positives and hard negatives."""
     labels: list[QueryLabels] = []
     start = 0
-    for entry in entries:
-        end = start + len(entry.passage_ids)
-        listed = features[start : start + len(entry.positives) + len(entry.hard_negatives)]
+    for job in jobs:
+        end = start + len(job.passage_ids)
+        listed = features[start : start + job.num_listed]
         directions = listed / np.linalg.norm(listed, axis=1, keepdims=True).clip(min=1e-12)
-        labels.append(QueryLabels(entry.query_id, entry.passage_ids, log_odds[start:end], directions @ directions.T))
+        gram = directions @ directions.T if job.num_listed else None
+        labels.append(QueryLabels(job.query_id, job.passage_ids, log_odds[start:end], gram))
         start = end
     return labels
