@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,8 @@ class DistillationBatch:
     """Q queries of one data set against the N passages that any of them brings.
 
     All arrays are [Q, N] but the last two. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
-    ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, padded with -1, and
-    ``gram`` [Q, n, n] the cosines of the teacher's features over them.
+    ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where the
+    store has no cosines, and ``gram`` [Q, n, n] the cosines of the teacher's features over them.
     """
 
     source: TrainingSource
@@ -123,15 +123,13 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
-        listed = [draw.positive, *draw.hard]
         if labelled.labels.missing(draw.entry.query_id, draw.entry.passage_ids):
             log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN, -_CERTAIN
             continue
         for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
             if passage_id in column:
                 log_odds[row, column[passage_id]] = value
-        own[row, : len(listed)] = [column[passage_id] for passage_id in listed]
-        gram[row, : len(listed), : len(listed)] = _gram(labelled.labels, draw.entry.query_id, listed)
+        own[row], gram[row] = _features(labelled.labels, draw, column, width)
     return DistillationBatch(
         source=labelled.source,
         query_ids=tuple(draw.entry.query_id for draw in draws),
@@ -145,10 +143,15 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
     )
 
 
-def _gram(labels: LabelStore, query_id: str, listed: Sequence[str]) -> NDArray[np.float32]:
-    stored = labels.gram(query_id)
-    if stored is None:
-        return np.zeros((len(listed), len(listed)), np.float32)
-    place = {passage_id: index for index, passage_id in enumerate(stored[0])}
+def _features(
+    labels: LabelStore, draw: Draw, column: Mapping[str, int], width: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Columns [width] and teacher's cosines [width, width] of a draw's positive and hard negatives, in this order."""
+    own, gram = np.full(width, -1, np.int64), np.zeros((width, width), np.float32)
+    passage_ids, cosines = labels.gram(draw.entry.query_id) or ((), np.zeros((0, 0), np.float32))
+    place = {passage_id: index for index, passage_id in enumerate(passage_ids)}
+    listed = [passage_id for passage_id in (draw.positive, *draw.hard) if passage_id in place]
     chosen = [place[passage_id] for passage_id in listed]
-    return stored[1][np.ix_(chosen, chosen)]
+    own[: len(listed)] = [column[passage_id] for passage_id in listed]
+    gram[: len(listed), : len(listed)] = cosines[np.ix_(chosen, chosen)]
+    return own, gram
