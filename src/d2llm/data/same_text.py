@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 
@@ -10,13 +12,13 @@ from d2llm.data.beir import Dataset
 
 
 class SameText:
-    """Finds passages that repeat another's text; only letters and digits are compared."""
+    """Finds passages that repeat another's text; only letters (with their marks) and digits are compared."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._text_of: dict[str, str] = {}
         self._ids_of: dict[str, list[str]] = {}
         for passage in dataset.passages.values():
-            text = " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", passage.text).casefold()))
+            text = " ".join(_words().findall(unicodedata.normalize("NFKC", passage.text).casefold()))
             self._text_of[passage.id] = text
             self._ids_of.setdefault(text, []).append(passage.id)
 
@@ -25,3 +27,10 @@ class SameText:
         given = set(passage_ids)
         texts = {self._text_of[passage_id] for passage_id in given} - {""}
         return {passage_id for text in texts for passage_id in self._ids_of[text]} - given
+
+
+@functools.cache
+def _words() -> re.Pattern[str]:
+    # \w alone leaves out the vowel signs of Hindi or Thai, and so makes one word of two.
+    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
+    return re.compile(rf"[\w{marks}]+")
