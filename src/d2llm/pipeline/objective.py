@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import LossWeights
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.interaction import PairScores
@@ -15,7 +16,7 @@ from d2llm.models.student import Student
 from d2llm.ops import losses
 from d2llm.ops.batching import token_budget_batches
 
-_PART_TOKENS = 8192  # of one pass through the backbone; memory, not the result, depends on it
+_PART_TOKENS = 8192  # of one pass through the backbone: texts of like length, so that little is spent on padding
 
 
 def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
@@ -59,7 +60,15 @@ def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeig
 
 
 def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
-    """The total loss."""
+    """The total loss.
+
+    Raises:
+        InputError: no loss has a weight above 0.
+    """
+    if not found:
+        raise InputError(
+            "no loss has a weight above 0 (anchor_cross_entropy is for the head 'anchored' only); set one in [losses]"
+        )
     return torch.stack([getattr(weights, name) * value for name, value in found.items()]).sum()
 
 
