@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.training import TrainingSource
@@ -21,6 +22,7 @@ from d2llm.ops.ranking import top_k
 RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LEXICAL_DEPTH = 10
 _MEASURE, _DEPTH = "nDCG@10", 10
+_SCORE_BLOCK = 4096  # as in Student.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,11 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
 
 
 def evaluate_dev(student: Student, dev_sets: Sequence[DevSet]) -> dict[str, DevResult]:
-    """nDCG@10 of every dev set by weight of the interaction; the student's own weights are left as they are."""
+    """nDCG@10 of every dev set by weight of the interaction; the student's own weights are left as they are.
+
+    Raises:
+        TrainingDivergedError: scores are no numbers.
+    """
     return {dev.name: _evaluate_one(student, dev) for dev in dev_sets}
 
 
@@ -98,17 +104,40 @@ def _evaluate_one(student: Student, dev: DevSet) -> DevResult:
     queries = student.encode_queries([query.text for query in dev.queries]).vectors
     passages = student.encode_passages(dev.passage_texts).vectors
     if not student.has_anchor:
-        logits = np.stack([student.score(query, passages, dev.task) for query in queries])
-        return DevResult(dev.task, {1.0: _ndcg(logits, dev)})
-    anchors = student.anchor_queries(queries, dev.task) @ passages.T
+        return DevResult(dev.task, {1.0: _ndcg(_score_all(student, queries, passages, dev), dev)})
+    anchors = np.stack([_anchor(student, query, passages, dev.task) for query in queries])
     residual = student.interaction.residual_weight(dev.task)
     kept = residual.clone()
     residual.fill_(1.0)
     try:
-        changes = np.stack([student.score(query, passages, dev.task) for query in queries]) - anchors
+        changes = _score_all(student, queries, passages, dev) - anchors
     finally:
         residual.copy_(kept)
     return DevResult(dev.task, {weight: _ndcg(anchors + weight * changes, dev) for weight in RESIDUAL_WEIGHTS})
+
+
+def _score_all(
+    student: Student,
+    queries: Float32[np.ndarray, "queries dim"],
+    passages: Float32[np.ndarray, "passages dim"],
+    dev: DevSet,
+) -> Float32[np.ndarray, "queries passages"]:
+    logits = np.stack([student.score(query, passages, dev.task) for query in queries])
+    if not np.isfinite(logits).all():
+        raise TrainingDivergedError(
+            f"the student's scores of the dev queries of '{dev.name}' are no numbers; the last good checkpoint is "
+            "kept. Lower the learning rate, or compute in bfloat16 or float32"
+        )
+    return logits
+
+
+def _anchor(
+    student: Student, query: Float32[np.ndarray, " dim"], passages: Float32[np.ndarray, "passages dim"], task: Task
+) -> Float32[np.ndarray, " passages"]:
+    """The anchor logits, by the same products as in ``Student.score``: where the interaction is 0, so is the change."""
+    anchor_query = torch.from_numpy(student.anchor_queries(query[None], task))
+    blocks = torch.from_numpy(passages).split(_SCORE_BLOCK)
+    return torch.cat([(anchor_query @ block.T)[0] for block in blocks]).numpy()
 
 
 def _ndcg(scores: Float32[np.ndarray, "queries passages"], dev: DevSet) -> float:
