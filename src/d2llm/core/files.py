@@ -78,7 +78,12 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, kind: str | None) -> None:
+def check_replaceable(target: Path, kind: str | None) -> None:
+    """Make sure that ``new_folder(target, kind=kind)`` may write there, for work that ends with it hours later.
+
+    Raises:
+        InputError: ``target`` is a file, holds files of somebody else, or another kind of artifact.
+    """
     if not target.exists():
         return
     if not target.is_dir():
@@ -110,7 +115,7 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
         InputError: ``target`` is a file, holds files of somebody else, or another kind of artifact. Nothing is changed.
     """
     target = target.resolve()
-    _check_replaceable(target, kind)
+    check_replaceable(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(target, "new")
     temporary.mkdir()

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError
-from d2llm.core.files import write_bytes
+from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.files import check_replaceable, write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig, TrainingConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
-from d2llm.data.training import TrainingSource
+from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.interaction import TASKS
-from d2llm.models.student import Student
+from d2llm.models.student import KIND, Student
 from d2llm.models.teacher_identity import TeacherIdentity, identify_teacher
 from d2llm.pipeline.dev import DevSet, choose_residual_weights, evaluate_dev, make_dev_set, ndcg_by_set
 from d2llm.pipeline.objective import batch_losses, score_batch, weighted_sum
@@ -100,15 +100,18 @@ def distill(
         show_progress: None means: if standard error is a terminal.
 
     Raises:
-        InputError: a finished student already in ``folder``, no labels or dev queries, or a checkpoint of another run.
+        InputError: ``folder`` holds a finished student or foreign files, the data sets cannot be told apart (see
+            ``check_sources``), there are no labels or dev queries, or the checkpoint is another run's.
         LabelMismatchError: the store holds labels of another teacher or prompt only.
         TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
     """
     if (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: holds a finished student already; give another folder, or delete it to start anew")
+    check_replaceable(folder, KIND)
+    check_sources(sources)
     started = time.monotonic()
     identity = identify_teacher(teacher)
-    labelled = [_join(source, labels, identity, recipe.training) for source in sources]
+    labelled = [_join(source, labels, identity, recipe) for source in sources]
     if not any(source.entries for source in labelled):
         raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")
     training = recipe.training
@@ -165,7 +168,7 @@ class _Run:
         self.parameters = trainable(student)
         self.optimizer = _optimizer(self.parameters, recipe.training)
         plans = [source.source.plan.manifest["content_hash"] for source in sources]
-        counts = [len(source.entries) for source in sources]
+        counts = [(len(source.entries), source.num_unlabelled) for source in sources]
         self.run_key = fingerprint_json(
             [recipe.model_dump(mode="json"), identity.fingerprint, dict(identity.prompts), plans, counts]
         )
@@ -196,7 +199,9 @@ class _Run:
                 at_end = progress.step == total
                 if progress.step % training.eval_every == 0 or at_end:
                     self._evaluate()
-                if progress.step % training.checkpoint_every == 0 or at_end:
+                # A new best state is kept with a checkpoint that knows it, so that a resumed run cannot mix the two.
+                is_best = progress.best_step == progress.step
+                if is_best or progress.step % training.checkpoint_every == 0 or at_end:
                     self._keep()
         return False
 
@@ -265,13 +270,18 @@ class _Run:
         _log.info("step %d: dev nDCG@10 %s", progress.step, dev)
 
     def _keep(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise TrainingDivergedError(
+                f"weights became infinite or no numbers before step {self.progress.step}; training stopped. The last "
+                f"good checkpoint is kept in {self.folder}. Lower the learning rate"
+            )
         state = {name: getattr(self.progress, name) for name in self.progress.__dataclass_fields__}
         save_checkpoint(self.folder, self.progress.step, self.parameters, self.optimizer, state, run_key=self.run_key)
 
 
-def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, training: TrainingConfig) -> LabelledSource:
+def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recipe: Recipe) -> LabelledSource:
     store = LabelStore.open_for_reading(labels, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
-    keep = training.unlabelled == "own_labels"
+    keep = recipe.training.unlabelled == "own_labels"
     joined = LabelledSource.join(source, store, keep_unlabelled=keep)
     if joined.num_unlabelled:
         _log.warning(
@@ -280,6 +290,17 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, train
             joined.num_unlabelled,
             len(source.plan.entries),
             "trained on the data set's own judgements" if keep else "left out",
+        )
+    without_cosines = sum(
+        bool(store.log_odds(e.query_id)) and bool(store.missing_cosines(e.query_id, e.positives + e.hard_negatives))
+        for e in joined.entries
+    )
+    if without_cosines and recipe.losses.feature_imitation:
+        _log.warning(
+            "%s: %d queries lack cosines of the teacher's features for some of their passages, which take no part in "
+            "feature imitation; run `label` again to make them",
+            source.dataset.name,
+            without_cosines,
         )
     return joined
 
