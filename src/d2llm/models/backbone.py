@@ -21,6 +21,7 @@ from d2llm.models.lora import (
     load_adapter_state,
     merge_adapter,
     merged_state_dict,
+    train_adapters_only,
 )
 from d2llm.models.sources import (
     find_model_file,
@@ -112,6 +113,9 @@ class Backbone(nn.Module):
             attach_lora(self.model, self.config.lora, seed=seed)
         elif self.config.tuning == "full":
             self.model.requires_grad_(True)
+        if self.device.type == "cpu":
+            # On the CPU the fused attention's backward pass takes twice the plain one's at a passage's length.
+            self.model.set_attn_implementation("eager")
 
     def train(self, mode: bool = True) -> Backbone:
         """Switch training mode; with LoRA only the adapters' own dropout is switched on."""
