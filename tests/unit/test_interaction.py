@@ -1,0 +1,155 @@
+"""The IEM's split forms against the unsplit reference of ops/scoring.py, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import InteractionConfig
+from d2llm.models.interaction import TASKS, Interaction
+from d2llm.ops.scoring import Linear, anchor_logit, anchored_logit, multilayer_perceptron, pair_features
+from tiny_models import randomise
+
+DIM = 10
+EVERY = [(head, features, task) for head in ("anchored", "paper") for features in ("rich", "concat") for task in TASKS]
+
+
+def make(head="anchored", features="rich", *, trained=True, **settings) -> Interaction:
+    torch.manual_seed(0)
+    config = InteractionConfig(head=head, features=features, hidden_dim=7, feature_dim=6, **settings)
+    module = Interaction(config, DIM).double().eval()
+    if trained:
+        randomise(module)
+    return module
+
+
+def vectors(num, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, DIM, generator=generator, dtype=torch.float64)
+
+
+def reference(module: Interaction, query, passage, task):
+    """Features, anchor and logit of one pair, from the unsplit functions."""
+
+    def layer(linear):
+        return Linear(linear.weight, linear.bias)
+
+    branch = module.branches[task]
+    layers = [layer(module.first), layer(module.shared), layer(branch[0]), layer(branch[2])]
+    features = multilayer_perceptron(pair_features(query, passage, module.config.features), layers)
+    logit = torch.nn.functional.linear(features, module.output.weight, module.output.bias)[..., 0]
+    if module.anchors is None:
+        return features, None, logit
+    anchor = module.anchors[task]
+    inner = anchor_logit(query, passage, anchor.query_map, anchor.passage_map, anchor.log_scale.exp())
+    return features, inner, anchored_logit(inner, logit, module.bound(task))
+
+
+def test_the_reference_itself_by_hand():
+    a, b = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
+    assert pair_features(a, b, "concat").tolist() == [1, -2, 3, 4]
+    assert pair_features(a, b, "rich").tolist() == [1, -2, 3, 4, 3, -8, 2, 6]
+    layers = [
+        Linear(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.5, 0.5])),
+        Linear(torch.tensor([[2.0, 3.0]]), None),
+    ]
+    assert multilayer_perceptron(a, layers).tolist() == [3.0]  # relu([1.5, -1.5]) = [1.5, 0]
+    identity = torch.eye(2)
+    assert anchor_logit(a, b, 2 * identity, identity, 10.0).item() == pytest.approx(10 * 2 * (3 - 8) / 2)
+    assert anchored_logit(torch.tensor(1.0), torch.tensor(100.0), 3.0).item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("head", "features", "task"), EVERY)
+def test_split_equals_unsplit(head, features, task):
+    module, queries, passages = make(head, features), vectors(3, 1), vectors(4, 2)
+    scores = module(queries, passages, task)
+    assert scores.logits.dtype == torch.float64
+    for i, query in enumerate(queries):
+        expected_features, anchor, logits = reference(module, query.expand(4, -1), passages, task)
+        np.testing.assert_allclose(scores.features[i].detach(), expected_features.detach(), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(scores.logits[i].detach(), logits.detach(), rtol=0, atol=1e-12)
+        searched = module.score_passages(query, passages, task)
+        np.testing.assert_allclose(searched.detach(), logits.detach(), rtol=0, atol=1e-12)
+        if anchor is None:
+            assert scores.anchor is None
+        else:
+            np.testing.assert_allclose(scores.anchor[i].detach(), anchor.detach(), rtol=0, atol=1e-12)
+            inner = passages @ module.anchor_queries(query[None], task)[0]
+            np.testing.assert_allclose(inner.detach(), anchor.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_tasks_have_branches_of_their_own():
+    module, queries, passages = make(), vectors(2, 1), vectors(3, 2)
+    symmetric, asymmetric = (module(queries, passages, task) for task in TASKS)
+    assert not torch.allclose(symmetric.features, asymmetric.features)
+    assert not torch.allclose(symmetric.anchor, asymmetric.anchor)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_untrained_anchored_head_is_twenty_times_the_cosine(task):
+    module = make(trained=False)
+    queries, passages = (v / v.norm(dim=1, keepdim=True) * DIM**0.5 for v in (vectors(3, 1), vectors(4, 2)))
+    cosines = queries @ passages.T / DIM
+    torch.testing.assert_close(module(queries, passages, task).logits, 20 * cosines, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_interaction_stays_within_its_bound(task):
+    module, queries, passages = make(max_bound=3.0), vectors(20, 1), vectors(20, 2)
+    with torch.no_grad():
+        module.output.weight.mul_(1000)  # drive tanh to its limits
+        module.residual_weight(task).fill_(0.25)
+    scores = module(queries, passages, task)
+    bound = module.bound(task).item()
+    assert 0 < bound <= 0.25 * 3.0
+    change = (scores.logits - scores.anchor).abs().max().item()
+    assert 0.99 * bound < change <= bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_weight_zero_leaves_the_anchor_alone(task):
+    module, queries, passages = make(), vectors(3, 1), vectors(4, 2)
+    other = TASKS[1 - TASKS.index(task)]
+    module.residual_weight(task).fill_(0.0)
+    scores = module(queries, passages, task)
+    assert torch.equal(scores.logits, scores.anchor)
+    torch.testing.assert_close(module.score_passages(queries[0], passages, task), scores.anchor[0])
+    untouched = module(queries, passages, other)
+    assert not torch.equal(untouched.logits, untouched.anchor)
+
+
+def test_the_weight_is_saved_with_the_head():
+    module = make()
+    module.residual_weight("symmetric").fill_(0.5)
+    copy = make(trained=False)
+    copy.load_state_dict(module.state_dict())
+    assert copy.residual_weight("symmetric").item() == 0.5
+    assert copy.residual_weight("asymmetric").item() == 1.0
+
+
+def test_the_paper_head_has_no_anchor():
+    module = make("paper")
+    assert not module.has_anchor
+    with pytest.raises(InputError, match="'paper', which has no anchor"):
+        module.anchor_queries(vectors(1, 1), "symmetric")
+
+
+def test_an_autocast_around_leaves_the_anchor_in_float32():
+    module = make().float()
+    queries, passages = vectors(3, 1).float(), vectors(4, 2).float()
+    expected = module(queries, passages, "asymmetric")
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = module(queries, passages, "asymmetric")
+    assert torch.equal(scores.anchor, expected.anchor)
+    assert scores.logits.dtype == torch.float32
+    torch.testing.assert_close(scores.logits, expected.logits, rtol=0, atol=0.2)
+
+
+def test_all_parts_learn():
+    module = make().train()
+    module(vectors(3, 1), vectors(4, 2), "symmetric").logits.square().sum().backward()
+    learning = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    idle = {name for name, _ in module.named_parameters()} - learning
+    assert idle == {name for name, _ in module.named_parameters() if ".asymmetric." in name}

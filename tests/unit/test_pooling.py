@@ -1,0 +1,131 @@
+"""ops/pooling.py and models/pooling.py against float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import PoolingConfig
+from d2llm.models.pooling import MultiheadAttentionPooling, TextPooling
+from d2llm.ops.pooling import last_positions, pool, to_right_padding
+from tiny_models import randomise
+
+DIM, HEADS = 12, 3
+
+
+def states_and_mask(lengths=(5, 1, 3), dim=DIM, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(len(lengths), max(lengths), dim, generator=generator, dtype=torch.float64)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return states, mask
+
+
+def pma_in_numpy(module: MultiheadAttentionPooling, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """LN(h + FF(h)) with h = LN(MHA(q, Y, Y) + q), one text, one seed and one head at a time."""
+    p = {name: value.detach().double().numpy() for name, value in module.named_parameters()}
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def layer_norm(x, name):
+        centred = x - x.mean()
+        return centred / np.sqrt((centred**2).mean() + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    rows = []
+    for text, real in zip(states, mask, strict=True):
+        text = text[real]  # tokens that are padding are simply not there
+        pooled = []
+        for seed in p["seeds"]:
+            query, keys, values = linear(seed, "query"), linear(text, "key"), linear(text, "value")
+            heads = []
+            width = len(seed) // module.num_heads
+            for head in range(module.num_heads):
+                part = slice(head * width, (head + 1) * width)
+                weights = np.exp(keys[:, part] @ query[part] / np.sqrt(width))
+                heads.append(weights / weights.sum() @ values[:, part])
+            hidden = layer_norm(linear(np.concatenate(heads), "output") + seed, "norm_attention")
+            inner = np.maximum(linear(hidden, "feedforward.0"), 0)
+            pooled.append(layer_norm(hidden + linear(inner, "feedforward.2"), "norm_feedforward"))
+        joined = np.concatenate(pooled)
+        rows.append(joined @ p["join.weight"].T if len(pooled) > 1 else joined)
+    return np.stack(rows)
+
+
+def test_right_padding_keeps_the_order_of_the_real_tokens():
+    token_ids = torch.tensor([[0, 0, 7, 8, 9], [5, 6, 0, 0, 0], [0, 3, 0, 4, 0]])
+    ids, mask = to_right_padding(token_ids, token_ids > 0)
+    assert ids.tolist() == [[7, 8, 9, 0, 0], [5, 6, 0, 0, 0], [3, 4, 0, 0, 0]]
+    assert mask.tolist() == (ids > 0).tolist()
+    assert last_positions(mask).tolist() == [2, 1, 1]
+
+
+def test_own_poolings_by_hand():
+    states = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]], [[5.0, 7.0], [9.0, 9.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert pool(states, mask, "mean").tolist() == [[2.0, 4.0], [5.0, 7.0]]
+    assert pool(states, mask, "last").tolist() == [[3.0, 6.0], [5.0, 7.0]]
+    assert pool(states, mask, "first").tolist() == [[1.0, 2.0], [5.0, 7.0]]
+
+
+def test_what_stands_in_the_padding_may_be_no_number():
+    states, mask = states_and_mask()
+    expected = pool(states, mask, "mean")
+    assert torch.equal(pool(states.masked_fill(~mask[..., None], torch.nan), mask, "mean"), expected)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("feedforward_dim", [None, 5])
+def test_pma_is_the_formula(num_seeds, feedforward_dim):
+    config = PoolingConfig(num_seeds=num_seeds, num_heads=HEADS, feedforward_dim=feedforward_dim)
+    module = MultiheadAttentionPooling(config, DIM).double()
+    randomise(module)
+    states, mask = states_and_mask()
+    expected = pma_in_numpy(module, states.numpy(), mask.numpy())
+    assert expected.shape == (3, DIM)
+    np.testing.assert_allclose(module(states, mask).detach().numpy(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_padding_takes_no_part(warm_start):
+    module = TextPooling(PoolingConfig(num_heads=HEADS, warm_start=warm_start), DIM)
+    randomise(module)
+    states, mask = states_and_mask()
+    states = states.float()
+    other = torch.where(mask[..., None], states, 1e3 * torch.randn_like(states))
+    own = pool(states, mask, "mean")
+    assert torch.equal(module(states, mask, own), module(other, mask, pool(other, mask, "mean")))
+    alone = module(states[2:, :3], mask[2:, :3], own[2:])
+    torch.testing.assert_close(alone, module(states, mask, own)[2:], rtol=0, atol=1e-5)
+
+
+def test_pma_sees_the_order_of_no_tokens_but_their_content():
+    module = MultiheadAttentionPooling(PoolingConfig(num_heads=HEADS), DIM).double()
+    states, mask = states_and_mask((4, 4))
+    torch.testing.assert_close(module(states.flip(1), mask), module(states, mask))
+    assert not torch.allclose(module(states + 1, mask), module(states, mask))
+
+
+def test_a_warm_start_is_the_backbones_own_pooling():
+    module = TextPooling(PoolingConfig(num_heads=HEADS), DIM)
+    states, mask = states_and_mask()
+    own = 17 * pool(states.float(), mask, "last")
+    vectors = module(states.float(), mask, own)
+    expected = own / own.norm(dim=1, keepdim=True) * DIM**0.5
+    torch.testing.assert_close(vectors, expected)
+    with torch.no_grad():
+        module.gate.fill_(0.5)
+    torch.testing.assert_close(module(states.float(), mask, own), expected + 0.5 * module.pma(states.float(), mask))
+
+
+def test_a_cold_start_is_pma_alone():
+    module = TextPooling(PoolingConfig(num_heads=HEADS, warm_start=False), DIM)
+    states, mask = states_and_mask()
+    assert torch.equal(module(states.float(), mask, torch.randn(3, DIM)), module.pma(states.float(), mask))
+    assert module.gate is None
+
+
+def test_heads_that_do_not_divide_the_width():
+    with pytest.raises(InputError, match=r"num_heads is 5, .*width 12 .*use one of 1, 2, 3, 4, 6, 12"):
+        MultiheadAttentionPooling(PoolingConfig(num_heads=5), 12)
