@@ -79,5 +79,5 @@ def test_bad_files(tmp_path, content, problem):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="nowhere.toml: cannot be read .*check the path"):
+    with pytest.raises(InputError, match=r"nowhere.toml: cannot be read .*check the path"):
         load_prompt(str(tmp_path / "nowhere.toml"), "symmetric")

@@ -44,6 +44,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    model.train(model.training)  # the new dropout layers come switched on, whatever the model's mode
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import T5Config, T5Model
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import BackboneConfig
+from d2llm.models.backbone import Backbone
+from tiny_models import DECODERS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
+
+LONG = " ".join(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_tiny_model(root / name, name) for name in ("llama", "bert", "xlm_roberta")}
+
+
+def load(folder, **settings) -> Backbone:
+    return Backbone.load(BackboneConfig(model=str(folder), **settings), device="cpu", dtype="float32")
+
+
+# --- tokens
+
+
+def test_cuts_are_counted_and_keep_the_closing_token(folders):
+    backbone = load(folders["bert"], max_query_tokens=8, max_passage_tokens=16)
+    queries = backbone.tokenize([LONG, "the cat", LONG], "query")
+    assert queries.num_truncated == 2
+    assert queries.lengths[0] == queries.lengths[2] == 8
+    assert [ids[0] for ids in queries.ids] == [1, 1, 1]
+    assert [ids[-1] for ids in queries.ids] == [2, 2, 2]
+    passages = backbone.tokenize([LONG, "the cat"], "passage")
+    assert passages.lengths[0] == 16
+    assert passages.ids[0][:7] == queries.ids[0][:7]
+    assert passages.ids[1] == queries.ids[1]
+
+
+def test_a_text_as_long_as_the_limit_is_not_cut(folders):
+    exact = len(tiny_tokenizer()(TEXTS[0])["input_ids"])
+    for limit, cut in ((exact, 0), (exact - 1, 1)):
+        assert load(folders["llama"], max_query_tokens=limit).tokenize([TEXTS[0]], "query").num_truncated == cut
+
+
+def test_prefixes(folders):
+    backbone = load(folders["llama"], query_prefix="the cat ", passage_prefix="a dog ")
+    plain = load(folders["llama"])
+    assert backbone.tokenize(["sat"], "query").ids == plain.tokenize(["the cat sat"], "query").ids
+    assert backbone.tokenize(["sat"], "passage").ids == plain.tokenize(["a dog sat"], "passage").ids
+
+
+def test_no_texts_and_empty_texts(folders, tmp_path):
+    backbone = load(folders["llama"])
+    assert backbone.tokenize([], "query").ids == []
+    assert backbone.tokenize([""], "query").ids == [[1]]
+    without_specials = write_tiny_model(tmp_path / "llama")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(without_specials)
+    reloaded = load(without_specials)
+    assert reloaded.tokenize(["", "the"], "query").lengths == [1, 1]
+
+
+def test_one_text_is_no_list_of_texts(folders):
+    with pytest.raises(InputError, match="put it in a list"):
+        load(folders["llama"]).tokenize("the cat", "query")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "xlm_roberta"])
+def test_limits(folders, architecture):
+    load(folders[architecture], max_passage_tokens=512)
+    with pytest.raises(InputError, match=r"max_passage_tokens is 513, but .* reads at most 512 tokens; set .* 512"):
+        load(folders[architecture], max_passage_tokens=513)
+
+
+def test_the_longest_text_goes_through(folders):
+    for folder in folders.values():
+        backbone = load(folder, max_passage_tokens=512)
+        ids = backbone.tokenize([LONG * 10], "passage").ids
+        assert len(ids[0]) == 512
+        states, _ = backbone(*backbone.pad(ids))
+        assert torch.isfinite(states).all()
+
+
+# --- states
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "xlm_roberta"])
+def test_left_padding_equals_right_padding(folders, architecture):
+    backbone = load(folders[architecture])
+    ids = backbone.tokenize(TEXTS[:3], "passage").ids
+    right_ids, right_mask = backbone.pad(ids)
+    width, padding = right_ids.shape[1], backbone.tokenizer.pad_token_id
+    left_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids])
+    left_mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids])
+    with torch.inference_mode():
+        right, mask = backbone(right_ids, right_mask)
+        left, moved = backbone(left_ids, left_mask)
+        alone, _ = backbone(torch.tensor(ids[:1]), torch.ones(1, len(ids[0]), dtype=torch.bool))
+    assert torch.equal(mask, moved)
+    assert torch.equal(mask, right_mask)
+    torch.testing.assert_close(left[mask], right[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(right[0, : len(ids[0])], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_states_are_the_models_own(folders):
+    backbone = load(folders["llama"])
+    ids = backbone.tokenize(TEXTS[:1], "query").ids
+    with torch.inference_mode():
+        expected = backbone.model(input_ids=torch.tensor(ids)).last_hidden_state
+        states, mask = backbone(*backbone.pad(ids))
+    torch.testing.assert_close(states[mask], expected[0], rtol=1e-5, atol=1e-5)
+    assert states.shape[-1] == backbone.dim == 32
+
+
+def test_no_keys_and_values_are_kept(folders):
+    assert load(folders["llama"]).model(input_ids=torch.tensor([[1, 5]])).past_key_values is None
+
+
+# --- own pooling
+
+
+def test_pooling_follows_the_kind_of_model(tmp_path, folders):
+    assert load(folders["bert"]).pooling == "mean"
+    assert load(folders["bert"], pooling="first").pooling == "first"
+    for architecture in DECODERS[:3]:
+        assert load(write_tiny_model(tmp_path / architecture, architecture)).pooling == "last"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "first"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "cls"}, "first"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": "mean"}, "mean"),
+    ],
+)
+def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
+    folder = write_tiny_model(tmp_path / "bert", "bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    assert load(folder).pooling == expected
+
+
+# --- training
+
+
+def count_learning(backbone: Backbone) -> dict[str, int]:
+    names = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    return {"adapter": sum("lora_" in name for name in names), "weights": sum("lora_" not in name for name in names)}
+
+
+def test_what_tuning_trains(folders):
+    for tuning in ("lora", "full", "frozen"):
+        backbone = load(folders["llama"], tuning=tuning)
+        assert count_learning(backbone) == {"adapter": 0, "weights": 0}
+        backbone.prepare_training()
+        learning = count_learning(backbone)
+        assert (learning["adapter"] > 0) == (tuning == "lora")
+        assert (learning["weights"] > 0) == (tuning == "full")
+    assert backbone.tuned_state() == {}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_tuned_state_goes_over(folders, tuning, merge):
+    backbone = load(folders["llama"], tuning=tuning)
+    backbone.prepare_training()
+    randomise(backbone, scale=0.05)
+    other = load(folders["llama"], tuning=tuning)
+    if not merge:
+        other.prepare_training(seed=3)
+    other.load_tuned_state(backbone.tuned_state(), merge=merge)
+    inputs = backbone.pad(backbone.tokenize(TEXTS[:2], "query").ids)
+    with torch.inference_mode():
+        expected, found = backbone(*inputs)[0], other(*inputs)[0]
+        assert not torch.allclose(load(folders["llama"])(*inputs)[0], expected, atol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert {k: v.shape for k, v in other.tuned_state().items()} == {
+        k: v.shape for k, v in backbone.tuned_state().items()
+    }
+
+
+def test_full_weights_of_another_model(folders):
+    state = load(folders["bert"], tuning="full").tuned_state()
+    with pytest.raises(ModelError, match="tuned weights are not those of"):
+        load(folders["llama"], tuning="full").load_tuned_state(state, merge=True)
+
+
+def test_full_tuning_keeps_float32_beside_bfloat16(folders):
+    for tuning, dtype in (("full", torch.float32), ("lora", torch.bfloat16)):
+        backbone = Backbone.load(BackboneConfig(model=str(folders["llama"]), tuning=tuning), dtype="bfloat16")
+        assert next(backbone.model.parameters()).dtype == dtype
+        states, mask = backbone(*backbone.pad([[1, 5, 6]]))
+        assert backbone.pool(states, mask).dtype == torch.float32
+
+
+def test_an_encoder_with_a_decoder_is_no_backbone(tmp_path):
+    T5Model(T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"an encoder with a decoder \(T5Model\)"):
+        load(tmp_path)

