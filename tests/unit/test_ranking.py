@@ -8,7 +8,7 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
-from d2llm.ops.ranking import reciprocal_rank_fusion, top_k
+from d2llm.ops.ranking import kendall_tau, reciprocal_rank_fusion, top_k
 
 IDS = ["d", "b", "a", "c", "e"]
 
@@ -109,3 +109,36 @@ def test_fusion_refuses_a_repeated_id_and_a_negative_k() -> None:
         reciprocal_rank_fusion([["b"], ["b", "a", "b"]])
     with pytest.raises(InputError, match="k is -1"):
         reciprocal_rank_fusion([["a"]], k=-1)
+
+
+def test_kendall_tau_by_hand() -> None:
+    assert kendall_tau([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == 1.0
+    assert kendall_tau([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == -1.0
+    # Pairs of (3, 1, 2) against (1, 2, 3): two discordant, one concordant.
+    assert kendall_tau([1.0, 2.0, 3.0], [3.0, 1.0, 2.0]) == pytest.approx(-1 / 3)
+    # One pair tied in the first: 5 of 6 pairs there, 6 of 6 in the second; all 5 concordant.
+    assert kendall_tau([1.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]) == pytest.approx(5 / math.sqrt(30))
+
+
+def test_kendall_tau_sees_the_order_alone() -> None:
+    first, second = [0.1, -2.0, 5.0, 3.0, 0.0], [1.0, 4.0, 3.0, 2.0, -1.0]
+    expected = sum(
+        np.sign(first[i] - first[j]) * np.sign(second[i] - second[j]) for i in range(5) for j in range(i)
+    ) / math.comb(5, 2)
+    assert kendall_tau(first, second) == pytest.approx(expected)
+    assert kendall_tau(second, first) == pytest.approx(expected)
+    assert kendall_tau([value**3 for value in first], second) == pytest.approx(expected)
+    assert kendall_tau([-value for value in first], second) == pytest.approx(-expected)
+    assert kendall_tau([math.inf, math.inf, 1.0], [2.0, 2.0, 1.0]) == 1.0
+
+
+@pytest.mark.parametrize("first", [[], [1.0], [2.0, 2.0, 2.0]])
+def test_kendall_tau_without_an_order_is_zero(first: list[float]) -> None:
+    assert kendall_tau(first, [float(n) for n in range(len(first))]) == 0.0
+
+
+def test_kendall_tau_refuses_what_cannot_be_compared() -> None:
+    with pytest.raises(InputError, match="2 numbers cannot be compared with 1"):
+        kendall_tau([1.0, 2.0], [1.0])
+    with pytest.raises(InputError, match="NaN"):
+        kendall_tau([1.0, math.nan], [1.0, 2.0])

@@ -1,4 +1,7 @@
-"""From scores to rankings: the best k, and one ranking out of several. Best first, equal scores by ascending id."""
+"""From scores to rankings: the best k, one ranking out of several, how far two agree.
+
+Best first, equal scores by ascending id.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
 from d2llm.ops.selection import top_rows
 
-__all__ = ["reciprocal_rank_fusion", "top_k"]
+__all__ = ["kendall_tau", "reciprocal_rank_fusion", "top_k"]
 
 
 def top_k(
@@ -74,6 +77,37 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, k: int = 60) ->
     # fsum rounds once, so equal sets of ranks give equal scores whatever ranking they come from.
     fused = [Candidate(passage_id, math.fsum(share)) for passage_id, share in shares.items()]
     return sorted(fused, key=lambda candidate: (-candidate.score, candidate.passage_id))
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """How far two scorings put the same items into the same order: 1 the same, 0 unrelated, -1 reversed.
+
+    tau_b = (concordant - discordant pairs) / sqrt(pairs untied in first * pairs untied in second).
+
+    Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945. Cost O(n^2), for short lists.
+
+    Args:
+        first: one number per item.
+        second: numbers of the same items, in the same order.
+
+    Returns:
+        tau_b; 0 where a scoring ties every pair and so has no order to agree with.
+
+    Raises:
+        InputError: the lengths differ or a number is NaN.
+    """
+    if len(first) != len(second):
+        raise InputError(f"{len(first)} numbers cannot be compared with {len(second)}: give one of each per item")
+    scores = np.array([first, second], dtype=np.float64)
+    if np.isnan(scores).any():
+        raise InputError("a score is NaN and has no place in an order; check the model that gave it")
+    before, after = np.triu_indices(len(first), 1)
+    # Compared, not subtracted: the difference of two infinities is no number.
+    left, right = scores[:, before], scores[:, after]
+    signs = (left > right).astype(np.int64) - (left < right)
+    agreement = int(np.sum(signs[0] * signs[1]))
+    untied = np.abs(signs).sum(axis=1)
+    return agreement / math.sqrt(float(untied[0]) * float(untied[1])) if untied.all() else 0.0
 
 
 def _as_array(scores: np.ndarray | Tensor) -> np.ndarray:
