@@ -292,8 +292,9 @@ def _read_c_parts() -> Iterator[_Entry]:
         if isinstance(module.__doc__, str) and not getattr(module, "__file__", None):
             yield _Entry(module_name, f"module {module_name}", module.__doc__)
         for name in sorted(getattr(module, "__all__", None) or vars(module)):
-            # sys.__excepthook__ is what sys.excepthook was before somebody put their own in its place.
-            value = getattr(module, f"__{name}__", getattr(module, name, None))
+            value = getattr(module, name, None)
+            if name.endswith("hook"):  # sys.__excepthook__ is sys.excepthook before somebody put another in its place
+                value = getattr(module, f"__{name}__", value)
             if name.startswith("_") or id(value) in seen:
                 continue
             if isinstance(value, types.BuiltinFunctionType) or (isinstance(value, type) and _is_c_type(value)):
