@@ -300,3 +300,13 @@ def test_stopping_between_the_two_files(tmp_path: Path, monkeypatch: pytest.Monk
         assert opened.gram("q2") is None
     open_store(tmp_path).write([labels("q2", {"p1": 3.0})])
     assert open_store(tmp_path).log_odds("q2") == {"p1": 3.0}
+
+
+def test_missing_cosines_are_those_outside_the_latest_gram(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write([labels("q1", {"p1": 2.5, "p2": -1.0, "p3": 0.125}, GRAM), labels("q2", {"p1": -7.0})])
+    assert store.missing_cosines("q1", ["p3", "p2", "p3", "p1"]) == ["p3"]
+    assert store.missing_cosines("q2", ["p1"]) == ["p1"]
+    assert store.missing_cosines("q3", []) == []
+    store.write([labels("q1", {"p3": 2.0, "p1": 2.5}, GRAM)])
+    assert store.missing_cosines("q1", ["p1", "p2", "p3"]) == ["p2"]

@@ -49,13 +49,14 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     """Sample dev queries; their corpus is their positives, BM25's first ten of each, and random passages.
 
     Raises:
-        InputError: the data set has no dev queries.
+        InputError: the data set has no dev queries with a positive.
     """
     dataset = source.dataset
-    positives = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
     if not positives:
         raise InputError(
-            f"{dataset.path}: qrels/dev.tsv has no judged queries, so there is nothing to choose the best step by; "
+            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so there is nothing to choose the best step by; "
             "move some training queries there"
         )
     rng = random.Random(f"{seed}:{dataset.name}:dev")

@@ -1,0 +1,128 @@
+"""Small data sets, plans and teacher labels for tests of labelling and training, made in memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tiny_models import TEXTS
+
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.recipe import LossWeights, Recipe, StudentConfig, TeacherConfig, TrainingConfig
+from d2llm.core.types import Passage, Query, Task
+from d2llm.data.beir import Dataset
+from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.data.plan import PlanEntry, TrainingPlan
+from d2llm.data.training import TrainingSource
+from d2llm.models.teacher_identity import identify_teacher
+
+_WORDS = [text.split() for text in TEXTS]
+
+
+def make_source(
+    passages: Mapping[str, str],
+    queries: Mapping[str, str],
+    entries: Iterable[PlanEntry],
+    *,
+    qrels: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
+    name: str = "tiny",
+    task: Task = "asymmetric",
+) -> TrainingSource:
+    """A source of texts by id; qrels by split."""
+    dataset = Dataset(
+        name,
+        Path(name),
+        {key: Passage(key, text) for key, text in passages.items()},
+        {key: Query(key, text) for key, text in queries.items()},
+        {split: {query: dict(grades) for query, grades in of.items()} for split, of in (qrels or {}).items()},
+    )
+    return TrainingSource(dataset, make_plan(entries), task)
+
+
+def make_plan(entries: Iterable[PlanEntry]) -> TrainingPlan:
+    entries = tuple(entries)
+    content = [[e.query_id, e.positives, e.hard_negatives, e.easy_negatives] for e in entries]
+    return TrainingPlan(entries, {"content_hash": fingerprint_json(content)})
+
+
+def topics(
+    *,
+    num_train: int = 16,
+    num_dev: int = 8,
+    num_passages: int = 24,
+    shift: int = 1,
+    name: str = "tiny",
+    task: Task = "asymmetric",
+) -> TrainingSource:
+    """Texts of eight topics, each a handful of the words of one of ``TEXTS``.
+
+    The passages that belong to a query are those of topic ``t + shift``: what shares words with it is the hard
+    negative. Passage ``p<n>`` and query ``q<n>`` / ``dev<n>`` are of topic ``n % 8``.
+    """
+    rng = random.Random(0)
+    passages = {f"p{n:02}": _say(rng, n % 8, 5) for n in range(num_passages)}
+    queries = {f"q{n:02}": _say(rng, n % 8, 3) for n in range(num_train)}
+    queries |= {f"dev{n:02}": _say(rng, n % 8, 3) for n in range(num_dev)}
+    of_topic = [[p for p in passages if topic(p) == t] for t in range(8)]
+    entries: list[PlanEntry] = []
+    for query in [q for q in queries if q.startswith("q")]:
+        belongs = of_topic[(topic(query) + shift) % 8]
+        others = [p for p in passages if p not in belongs and p not in of_topic[topic(query)]]
+        hard = tuple(of_topic[topic(query)]) + tuple(rng.sample(others, 1))
+        easy = tuple(p for p in rng.sample(others, 3) if p not in hard)
+        entries.append(PlanEntry(query, tuple(belongs), hard, easy))
+    dev = {q: dict.fromkeys(of_topic[(topic(q) + shift) % 8], 1) for q in queries if q.startswith("dev")}
+    return make_source(passages, queries, entries, qrels={"dev": dev}, name=name, task=task)
+
+
+def topic(identifier: str) -> int:
+    return int(identifier[-2:]) % 8
+
+
+def write_rule_labels(
+    store: Path, sources: Sequence[TrainingSource], teacher: TeacherConfig, *, queries: Sequence[str] | None = None
+) -> None:
+    """Labels of a teacher that knows which passages belong to a query: log-odds 4, 0 for hard, -4 for easy negatives.
+
+    Its cosines: 1 among what belongs and among what does not, 0 between the two.
+    """
+    identity = identify_teacher(teacher)
+    for source in sources:
+        labels = LabelStore(store, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
+        labels.write(
+            [_by_rule(e) for e in source.plan.entries if queries is None or e.query_id in queries],
+        )
+
+
+def tiny_recipe(student: StudentConfig, *, losses: LossWeights | None = None, **training: object) -> Recipe:
+    """A recipe of few steps; a batch of 4 queries, dev on everything."""
+    settings = {
+        "learning_rate": 2e-3,
+        "warmup_steps": 2,
+        "epochs": 2,
+        "batch_queries": 4,
+        "num_hard": 2,
+        "num_easy": 1,
+        "eval_every": 4,
+        "checkpoint_every": 3,
+        "dev_queries": 50,
+        "dev_passages": 100,
+    }
+    return Recipe(
+        student=student,
+        losses=losses or LossWeights(),
+        training=TrainingConfig.model_validate(settings | training),
+    )
+
+
+def _by_rule(entry: PlanEntry) -> QueryLabels:
+    values = [4.0] * len(entry.positives) + [0.0] * len(entry.hard_negatives) + [-4.0] * len(entry.easy_negatives)
+    kinds = np.array([True] * len(entry.positives) + [False] * len(entry.hard_negatives))
+    gram = (kinds[:, None] == kinds).astype(np.float32)
+    return QueryLabels(entry.query_id, entry.passage_ids, np.array(values, np.float32), gram)
+
+
+def _say(rng: random.Random, number: int, num_words: int) -> str:
+    return " ".join(rng.sample(_WORDS[number], num_words))
