@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tiny_models import TEXTS
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import LossWeights, Recipe, StudentConfig, TeacherConfig, TrainingConfig
@@ -17,6 +16,7 @@ from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.models.teacher_identity import identify_teacher
+from tiny_models import TEXTS
 
 _WORDS = [text.split() for text in TEXTS]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_data import make_plan, make_source
 
 from d2llm.data.collation import DistillationBatch, Draw, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
+from tiny_data import make_plan, make_source
 
 # qa knows two positives; qb's positive b1 has a twin with the same words, which qc brings.
 PASSAGES = {

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_data import make_source, topics
-from tiny_models import randomise, tiny_student_config, write_tiny_model
 
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig
@@ -25,6 +23,8 @@ from d2llm.pipeline.dev import (
     make_dev_set,
     ndcg_by_set,
 )
+from tiny_data import make_source, topics
+from tiny_models import randomise, tiny_student_config, write_tiny_model
 
 IDS = ("pa", "pb", "pc", "pd")
 
@@ -63,7 +63,8 @@ def discount(rank: int) -> float:
 
 # Query 0: pb is right. Anchor order pa 4, pb 3, pc 2, pd 1; the interaction moves pb by +2 and pa by -1:
 #   r = 0: pb second; r = 0.25: pa 3.75, pb 3.5: second; r = 0.5: pa 3.5, pb 4: first; and so on.
-# Query 1: pa (grade 2) and pd (grade 1) are right. Anchor order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by -1.75, pc by +0.25:
+# Query 1: pa (grade 2) and pd (grade 1) are right. Anchor order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by -1.75,
+# pc by +0.25:
 #   pd, pa, pc up to r = 0.5 (pa 2.625, pc 2.125); r = 0.75: pa 2.1875, pc 2.1875: a tie, and pa is before pc by id;
 #   r = 1: pa 1.75, pc 2.25: pd, pc, pa.
 ANCHORS = np.array([[4, 3, 2, 1], [3.5, 1, 2, 4]])

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import make_source
-from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig, LossWeights
@@ -19,6 +17,8 @@ from d2llm.models.student import Student
 from d2llm.ops import losses
 from d2llm.pipeline import objective
 from d2llm.pipeline.objective import batch_losses, score_batch, weighted_sum
+from tiny_data import make_source
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 NONE = -np.inf
 ALL_WEIGHTS = LossWeights(

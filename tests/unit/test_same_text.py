@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny_data import make_source
 
 from d2llm.data.same_text import SameText
+from tiny_data import make_source
 
 
 def same(texts: dict[str, str]) -> SameText:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import randomise, tiny_teacher_config, write_tiny_model
 
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.teacher import FORMAT_VERSION, KIND, Teacher
 from d2llm.models.teacher_identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, TeacherIdentity, identify_teacher
+from tiny_models import randomise, tiny_teacher_config, write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import dataclasses
 from collections import Counter
 
 import pytest
-from tiny_data import make_plan, make_source
 
 from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.types import Task
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import LabelledPair, TrainingSource, check_sources, labelled_pairs
+from tiny_data import make_plan, make_source
 
 
 def source(*, count: int = 12, num_hard: int = 6, num_easy: int = 4, name: str = "set", task: Task = "asymmetric"):
