@@ -142,7 +142,10 @@ class Backbone(nn.Module):
             try:
                 self.model.load_state_dict(state)
             except RuntimeError as error:
-                raise ModelError(f"the tuned weights are not those of '{self.config.model}': {error}") from error
+                reason = " ".join(str(error).split())[:300]
+                raise ModelError(
+                    f"the tuned weights are not those of '{self.config.model}' ({reason}...); use the model that was tuned"
+                ) from error
         elif self.config.tuning == "lora" and merge:
             merge_adapter(self.model, state)
             self._merged_adapter = join_adapters(self._merged_adapter, state)

@@ -113,7 +113,8 @@ class Student(nn.Module):
             student._load_head(head)
         except RuntimeError as error:
             raise ModelError(
-                f"{folder / _HEAD_FILE} does not fit the student's configuration: {error}; restore the student's folder"
+                f"{folder / _HEAD_FILE} does not fit the student's configuration ({' '.join(str(error).split())}); "
+                "restore the student's folder"
             ) from error
         student._saved_fingerprint = manifest["fingerprint"]
         student._has_merged_weights = merged
@@ -276,9 +277,9 @@ def _read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]
     try:
         return manifest, StudentConfig.model_validate(manifest["config"])
     except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DataFormatError(
-            folder / MANIFEST,
-            f"its configuration cannot be read ({error}); update d2llm or restore the student's folder",
+            folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
         ) from error
 
 
