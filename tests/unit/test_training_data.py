@@ -147,3 +147,14 @@ def test_query_ids_that_two_sources_of_a_task_share_are_refused() -> None:
 def test_two_sources_of_one_name_are_refused() -> None:
     with pytest.raises(InputError, match="two data sets have the same name: one, one"):
         check_sources([source(name="one", task="symmetric"), source(name="one", task="asymmetric")])
+
+
+def test_the_queries_to_label_are_a_sample_that_a_larger_one_contains() -> None:
+    whole = source(count=20)
+    chosen = {
+        limit: [entry.query_id for entry in dataclasses.replace(whole, max_labelled=limit).entries_to_label]
+        for limit in (5, 12, None)
+    }
+    assert [len(ids) for ids in chosen.values()] == [5, 12, 20]
+    assert set(chosen[5]) < set(chosen[12])
+    assert chosen[12] == [query_id for query_id in chosen[None] if query_id in chosen[12]]  # the plan's order

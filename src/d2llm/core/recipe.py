@@ -112,6 +112,9 @@ class DataConfig(_Section):
     task: Task = "asymmetric"
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
+    max_labelled: int | None = Field(default=None, ge=1)
+    """Let the teacher label a random sample of this many of them; what becomes of the others, training.unlabelled says.
+    For a teacher that is slow beside the student."""
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
     never been positives. Where all splits share one small corpus (intents, FAQ), nothing would be left: set it false,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +25,19 @@ class TrainingSource:
     dataset: Dataset
     plan: TrainingPlan
     task: Task
+    max_labelled: int | None = None
+    """Queries that the teacher labels; None means all of the plan."""
 
     def __post_init__(self) -> None:
         for entry in self.plan.entries:
             _check_entry(entry, self.dataset)
+
+    @property
+    def entries_to_label(self) -> list[PlanEntry]:
+        """The queries that the teacher labels: a sample that a larger sample contains, by the hash of the query's id."""
+        entries = sorted(self.plan.entries, key=lambda entry: hashlib.sha256(entry.query_id.encode()).digest())
+        chosen = {entry.query_id for entry in entries[: self.max_labelled]}
+        return [entry for entry in self.plan.entries if entry.query_id in chosen]
 
     def query_text(self, query_id: str) -> str:
         """The text of a query."""

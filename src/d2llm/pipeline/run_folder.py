@@ -45,7 +45,10 @@ class RunFolder:
             DataFormatError: a data set or a plan cannot be read.
         """
         check_data(recipe)
-        return [TrainingSource(read_beir(Path(d.path)), read_plan(self.plan(d)), d.task) for d in recipe.data]
+        return [
+            TrainingSource(read_beir(Path(data.path)), read_plan(self.plan(data)), data.task, data.max_labelled)
+            for data in recipe.data
+        ]
 
 
 def check_data(recipe: Recipe) -> None:
