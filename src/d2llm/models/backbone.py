@@ -144,7 +144,8 @@ class Backbone(nn.Module):
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ModelError(
-                    f"the tuned weights are not those of '{self.config.model}' ({reason}...); use the model that was tuned"
+                    f"the tuned weights are not those of '{self.config.model}' ({reason}...); use the model that "
+                    "was tuned"
                 ) from error
         elif self.config.tuning == "lora" and merge:
             merge_adapter(self.model, state)

@@ -1,0 +1,191 @@
+"""Teacher tuning on a tiny random model: it learns, resumes exactly, and stops when the loss is no number."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
+from d2llm.data.training import labelled_pairs
+from d2llm.models.teacher import Teacher
+from d2llm.pipeline import tune_teacher as module
+from d2llm.pipeline.tune_teacher import tune_teacher
+from tiny_data import topics
+from tiny_models import tiny_teacher_config, write_tiny_model
+
+EVERY_STEP = 1e-9  # minutes between checkpoints
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return [topics(), topics(num_train=8, name="other", task="symmetric")]
+
+
+def tune(llama, sources, folder, *, seed=0, **settings):
+    tuning = TeacherTuningConfig.model_validate(
+        {
+            "lora": LoraConfig(rank=4, alpha=8.0, dropout=0.1),
+            "learning_rate": 5e-3,
+            "batch_pairs": 8,
+            "checkpoint_minutes": EVERY_STEP,
+            **settings,
+        }
+    )
+    return tune_teacher(
+        sources, folder, teacher=tiny_teacher_config(llama), tuning=tuning, seed=seed, device="cpu", dtype="float32"
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def fail_at(monkeypatch, step, error=Interrupted, instead=None):
+    """Break off in the middle of the given step, or give another loss there."""
+    whole = module._accumulate_gradient
+    calls = []
+
+    def accumulate(model, batch):
+        calls.append(batch)
+        if len(calls) - 1 == step:
+            if instead is None:
+                raise error
+            return instead, 0
+        return whole(model, batch)
+
+    monkeypatch.setattr(module, "_accumulate_gradient", accumulate)
+    return calls
+
+
+def log_losses(folder):
+    lines = folder.with_name(folder.name + ".run").joinpath("log.jsonl").read_text().splitlines()
+    return [(record["step"], record["loss"], record["pairs"]) for record in map(json.loads, lines)]
+
+
+def test_it_learns_to_say_yes_and_no(tmp_path, llama, sources):
+    report = tune(llama, sources, tmp_path / "teacher", epochs=6)
+    pairs = labelled_pairs(sources, num_negatives=4, max_queries=None, seed=0)
+    assert report.pairs == 6 * len(pairs)
+    # batches hold one task each
+    by_task = [sum(pair.task == task for pair in pairs) for task in ("symmetric", "asymmetric")]
+    assert report.steps == 6 * sum(-(-count // 8) for count in by_task)
+    losses = [loss for _, loss, _ in log_losses(tmp_path / "teacher")]
+    assert len(losses) == report.steps
+    assert report.loss == pytest.approx(np.mean(losses[-(report.steps // 10) :]))
+    assert report.loss < 0.75 * np.mean(losses[:3])
+
+    tuned = Teacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
+    assert tuned.fingerprint == report.fingerprint
+    asymmetric = [pair for pair in pairs if pair.task == "asymmetric"]
+    log_odds = tuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
+    is_positive = np.array([pair.is_positive for pair in asymmetric])
+    untuned = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    before = untuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
+
+    def apart(values):
+        return values[is_positive].mean() - values[~is_positive].mean()
+
+    assert apart(log_odds) > max(0.5, 2 * apart(before))
+    manifest = json.loads((tmp_path / "teacher" / "manifest.json").read_text())
+    assert manifest["data"] == ["tiny", "other"]
+    assert manifest["report"]["steps"] == report.steps
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, llama, sources, monkeypatch, stop):
+    whole = tune(llama, sources, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fail_at(patch, stop)
+        with pytest.raises(Interrupted):
+            tune(llama, sources, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    with monkeypatch.context() as patch:
+        calls = fail_at(patch, -1)
+        resumed = tune(llama, sources, tmp_path / "resumed")
+    assert len(calls) == whole.steps - stop  # nothing is done twice
+    assert (resumed.fingerprint, resumed.loss, resumed.pairs) == (whole.fingerprint, whole.loss, whole.pairs)
+    assert log_losses(tmp_path / "resumed") == log_losses(tmp_path / "whole")
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "resumed"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_loss_that_is_no_number_keeps_the_checkpoint(tmp_path, llama, sources, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, instead=torch.tensor(torch.nan))
+        with pytest.raises(TrainingDivergedError, match="loss became nan at step 3") as error:
+            tune(llama, sources, tmp_path / "teacher")
+    assert str(tmp_path / "teacher.run") in str(error.value)
+    assert not (tmp_path / "teacher").exists()
+    kept = tmp_path / "teacher.run" / "checkpoint.safetensors"
+    tensors = load_file(kept)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert len(log_losses(tmp_path / "teacher")) == 3
+    tune(llama, sources, tmp_path / "teacher")  # and the run can go on from there
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 2)
+        with pytest.raises(Interrupted):
+            tune(llama, sources, tmp_path / "teacher")
+    for change in ({"seed": 1}, {"learning_rate": 1e-3}):
+        with pytest.raises(InputError, match="belongs to a run with another recipe"):
+            tune(llama, sources, tmp_path / "teacher", **change)
+
+
+def test_a_finished_teacher_is_not_overwritten_and_can_be_made_anew(tmp_path, llama, sources):
+    first = tune(llama, sources, tmp_path / "teacher", max_queries=4)
+    with pytest.raises(InputError, match="holds a finished teacher already"):
+        tune(llama, sources, tmp_path / "teacher", max_queries=4)
+    for path in (tmp_path / "teacher").iterdir():
+        path.unlink()
+    second = tune(llama, sources, tmp_path / "teacher", max_queries=4, seed=1)  # the old checkpoint is not in the way
+    assert second.fingerprint != first.fingerprint
+
+
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path, llama, sources, monkeypatch):
+    calls = fail_at(monkeypatch, 0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("...")
+    (tmp_path / "file").write_text("...")
+    for name in ("mine", "file"):
+        with pytest.raises(InputError, match=f"{name}: holds files that are no teacher's"):
+            tune(llama, sources, tmp_path / name)
+    with pytest.raises(InputError, match="nothing to tune the teacher on; mine a plan first"):
+        tune(llama, [], tmp_path / "teacher")
+    assert calls == []
+
+
+def test_tuning_a_tuned_teacher_keeps_both(tmp_path, llama, sources):
+    first = tune(llama, sources[:1], tmp_path / "first")
+    second = tune_teacher(
+        sources[1:],
+        tmp_path / "second",
+        teacher=TeacherConfig(model=str(tmp_path / "first"), prompt="short", max_tokens=128),
+        tuning=TeacherTuningConfig(lora=LoraConfig(rank=2), batch_pairs=8, learning_rate=1e-9),
+        device="cpu",
+        dtype="float32",
+    )
+    pairs = [("the cat", "a dog"), ("rain falls", "the old house")]
+    judged = [
+        Teacher.load(TeacherConfig(model=report.folder), device="cpu", dtype="float32")
+        .judge(pairs, "asymmetric")
+        .log_odds
+        for report in (first, second)
+    ]
+    np.testing.assert_allclose(judged[1], judged[0], rtol=0, atol=1e-4)  # the second tuning did next to nothing
+    untuned = (
+        Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32").judge(pairs, "asymmetric").log_odds
+    )
+    assert np.abs(untuned - judged[0]).max() > 0.05
