@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT_BLOCK = 1 << 20
+_GGUF_ORIGIN = "gguf-origin.txt"  # in a converted folder: the fingerprint of the GGUF file
 _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
 )
@@ -80,7 +81,8 @@ def fingerprint_model(location: str) -> str:
     """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
 
     A local folder is told by the size and the first and last MiB of each weight file, so that a model of many
-    gigabytes takes milliseconds. A Hub name is resolved to its local snapshot first.
+    gigabytes takes milliseconds. A folder converted from a GGUF file has that file's fingerprint, whatever version of
+    the libraries converted it. A Hub name is resolved to its local snapshot first.
 
     Raises:
         ModelNotFoundError: a Hub name that the Hub does not know, or cannot be asked for.
@@ -88,15 +90,9 @@ def fingerprint_model(location: str) -> str:
     folder = Path(location)
     if not folder.is_dir():
         folder = _hub_snapshot(location)
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            digest.update(path.name.encode() + path.stat().st_size.to_bytes(8, "little"))
-            with path.open("rb") as file:
-                digest.update(file.read(_FINGERPRINT_BLOCK))
-                file.seek(max(0, path.stat().st_size - _FINGERPRINT_BLOCK))
-                digest.update(file.read(_FINGERPRINT_BLOCK))
-    return digest.hexdigest()[:16]
+    if (folder / _GGUF_ORIGIN).is_file():
+        return (folder / _GGUF_ORIGIN).read_text(encoding="utf-8").strip()
+    return _fingerprint_ends(sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"))
 
 
 def load_pretrained(auto_class: Any, location: str, **options: Any) -> PreTrainedModel:
@@ -203,21 +199,33 @@ def _hub_snapshot(name: str) -> Path:
 
 
 def _converted_gguf(path: Path, cache: Path) -> Path:
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache / "gguf" / f"{path.stem}-{key}"
+    origin = _fingerprint_ends([path])
+    target = cache / "gguf" / f"{path.stem}-{origin}"
     if not (target / "config.json").is_file():
         require("gguf", extra="gguf", purpose="reading a GGUF model")
         logger.info("converting %s to safetensors, once, into %s", path, target)
         try:
             with new_folder(target) as folder, _quiet_transformers():
                 _convert_gguf(path, folder)
+                (folder / _GGUF_ORIGIN).write_text(origin + "\n", encoding="utf-8")
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             raise ModelError(
                 f"{path}: cannot be read as a GGUF model ({_first_sentence(error)}); use another file, or the model's "
                 "folder of safetensors"
             ) from error
     return target
+
+
+def _fingerprint_ends(paths: list[Path]) -> str:
+    """Hash of the name, the size, and the first and last MiB of each file."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BLOCK))
+            file.seek(max(0, path.stat().st_size - _FINGERPRINT_BLOCK))
+            digest.update(file.read(_FINGERPRINT_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
