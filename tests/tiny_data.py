@@ -58,8 +58,8 @@ def topics(
 ) -> TrainingSource:
     """Texts of eight topics, each a handful of the words of one of ``TEXTS``.
 
-    The passages that belong to a query are those of topic ``t + shift``: what shares words with it is the hard
-    negative. Passage ``p<n>`` and query ``q<n>`` / ``dev<n>`` are of topic ``n % 8``.
+    The passages that belong to a query are those of topic ``t + shift``; with ``shift=1`` what shares words with it is
+    the hard negative. Passage ``p<n>`` and query ``q<n>`` / ``dev<n>`` are of topic ``n % 8``.
     """
     rng = random.Random(0)
     passages = {f"p{n:02}": _say(rng, n % 8, 5) for n in range(num_passages)}
@@ -70,7 +70,7 @@ def topics(
     for query in [q for q in queries if q.startswith("q")]:
         belongs = of_topic[(topic(query) + shift) % 8]
         others = [p for p in passages if p not in belongs and p not in of_topic[topic(query)]]
-        hard = tuple(of_topic[topic(query)]) + tuple(rng.sample(others, 1))
+        hard = tuple(p for p in of_topic[topic(query)] if p not in belongs) + tuple(rng.sample(others, 1))
         easy = tuple(p for p in rng.sample(others, 3) if p not in hard)
         entries.append(PlanEntry(query, tuple(belongs), hard, easy))
     dev = {q: dict.fromkeys(of_topic[(topic(q) + shift) % 8], 1) for q in queries if q.startswith("dev")}
@@ -82,17 +82,23 @@ def topic(identifier: str) -> int:
 
 
 def write_rule_labels(
-    store: Path, sources: Sequence[TrainingSource], teacher: TeacherConfig, *, queries: Sequence[str] | None = None
+    store: Path,
+    sources: Sequence[TrainingSource],
+    teacher: TeacherConfig,
+    *,
+    queries: Sequence[str] | None = None,
+    reverse: bool = False,
 ) -> None:
     """Labels of a teacher that knows which passages belong to a query: log-odds 4, 0 for hard, -4 for easy negatives.
 
-    Its cosines: 1 among what belongs and among what does not, 0 between the two.
+    With ``reverse`` it takes the hard negatives for what belongs. Its cosines: 1 among what belongs and among what does
+    not, 0 between the two.
     """
     identity = identify_teacher(teacher)
     for source in sources:
         labels = LabelStore(store, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
         labels.write(
-            [_by_rule(e) for e in source.plan.entries if queries is None or e.query_id in queries],
+            [_by_rule(e, reverse) for e in source.plan.entries if queries is None or e.query_id in queries],
         )
 
 
@@ -117,8 +123,9 @@ def tiny_recipe(student: StudentConfig, *, losses: LossWeights | None = None, **
     )
 
 
-def _by_rule(entry: PlanEntry) -> QueryLabels:
-    values = [4.0] * len(entry.positives) + [0.0] * len(entry.hard_negatives) + [-4.0] * len(entry.easy_negatives)
+def _by_rule(entry: PlanEntry, reverse: bool) -> QueryLabels:
+    best, second = (0.0, 4.0) if reverse else (4.0, 0.0)
+    values = [best] * len(entry.positives) + [second] * len(entry.hard_negatives) + [-4.0] * len(entry.easy_negatives)
     kinds = np.array([True] * len(entry.positives) + [False] * len(entry.hard_negatives))
     gram = (kinds[:, None] == kinds).astype(np.float32)
     return QueryLabels(entry.query_id, entry.passage_ids, np.array(values, np.float32), gram)
