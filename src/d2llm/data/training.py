@@ -34,7 +34,7 @@ class TrainingSource:
 
     @property
     def entries_to_label(self) -> list[PlanEntry]:
-        """The queries that the teacher labels: a sample that a larger sample contains, by the hash of the query's id."""
+        """The queries that the teacher labels: a sample, by the hash of the id, that a larger sample contains."""
         entries = sorted(self.plan.entries, key=lambda entry: hashlib.sha256(entry.query_id.encode()).digest())
         chosen = {entry.query_id for entry in entries[: self.max_labelled]}
         return [entry for entry in self.plan.entries if entry.query_id in chosen]

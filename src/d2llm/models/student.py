@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.recipe import StudentConfig
+from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Task
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.device import choose_device, choose_dtype
@@ -259,13 +259,12 @@ def _find_student(folder_or_name: str | Path) -> Path:
     folder = Path(folder_or_name)
     if (folder / MANIFEST).is_file():
         return folder
-    shipped = Path(str(files("d2llm"))) / "students"
-    if (shipped / str(folder_or_name) / MANIFEST).is_file():
-        return shipped / str(folder_or_name)
-    names = sorted(path.parent.name for path in shipped.glob(f"*/{MANIFEST}")) if shipped.is_dir() else []
+    shipped = shipped_models("students")
+    if str(folder_or_name) in shipped:
+        return shipped[str(folder_or_name)]
     raise ModelNotFoundError(
         f"no student at '{folder_or_name}': give a folder that `d2llm distill` wrote"
-        + (f", or one of the shipped students: {', '.join(names)}" if names else "")
+        + (f", or one of the shipped students: {', '.join(shipped)}" if shipped else "")
     )
 
 

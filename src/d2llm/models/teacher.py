@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import AnswerTokenError, InputError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
-from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.core.types import Task
@@ -31,7 +30,12 @@ from d2llm.models.inference import inference
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, load_adapter_state, merge_adapter
 from d2llm.models.prompts import Prompt, load_prompt
 from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model, readable_tokens
-from d2llm.models.teacher_identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, fingerprint_prompt
+from d2llm.models.teacher_identity import (
+    TEACHER_FORMAT_VERSION,
+    TEACHER_KIND,
+    find_tuned_teacher,
+    fingerprint_prompt,
+)
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pooling import last_positions, to_right_padding
 
@@ -60,7 +64,7 @@ class Teacher(nn.Module):
     """A causal LLM as cross-encoder: one pass a pair, the answer read from the score token, nothing generated."""
 
     def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
-        """Load the LLM that ``config.model`` names: pretrained weights, or a folder that ``save`` wrote.
+        """Load the LLM that ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped one.
 
         Raises:
             ModelNotFoundError: no usable weights there.
@@ -72,7 +76,7 @@ class Teacher(nn.Module):
         super().__init__()
         from transformers import AutoModelForCausalLM
 
-        tuned = Path(config.model) if (Path(config.model) / MANIFEST).is_file() else None
+        tuned = find_tuned_teacher(config.model)
         manifest = read_manifest(tuned, KIND, FORMAT_VERSION) if tuned else {}
         self.config = TeacherConfig.model_validate(manifest["config"]) if tuned else config
         if (self.config.prompt, self.config.max_tokens) != (config.prompt, config.max_tokens):

@@ -9,6 +9,7 @@ from pathlib import Path
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
 from d2llm.core.recipe import TeacherConfig
+from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Task
 from d2llm.models.prompts import load_prompt
 from d2llm.models.sources import fingerprint_model, locate_model
@@ -25,6 +26,13 @@ class TeacherIdentity:
     prompts: Mapping[Task, str]
 
 
+def find_tuned_teacher(model: str) -> Path | None:
+    """The folder of a tuned teacher: a folder that ``Teacher.save`` wrote, or a shipped teacher by its name."""
+    if (Path(model) / FILE_NAME).is_file():
+        return Path(model)
+    return shipped_models("teachers").get(model)
+
+
 def identify_teacher(config: TeacherConfig) -> TeacherIdentity:
     """The identity that a ``Teacher`` loaded from ``config`` has.
 
@@ -32,8 +40,8 @@ def identify_teacher(config: TeacherConfig) -> TeacherIdentity:
         ModelNotFoundError: no usable weights there.
         InputError: no such prompt set.
     """
-    folder = Path(config.model)
-    if (folder / FILE_NAME).is_file():
+    folder = find_tuned_teacher(config.model)
+    if folder is not None:
         manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
         config, fingerprint = TeacherConfig.model_validate(manifest["config"]), str(manifest["fingerprint"])
     else:

@@ -56,8 +56,8 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
     if not positives:
         raise InputError(
-            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so there is nothing to choose the best step by; "
-            "move some training queries there"
+            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so there is nothing to choose the best step "
+            "by; move some training queries there"
         )
     rng = random.Random(f"{seed}:{dataset.name}:dev")
     chosen = sorted(rng.sample(sorted(positives), min(num_queries, len(positives))))
