@@ -1,4 +1,4 @@
-"""What ships with d2llm, by name: recipes, students, tuned teachers; inside the package, so that an install finds it."""
+"""What ships inside the package, by name: recipes, students and tuned teachers."""
 
 from __future__ import annotations
 
