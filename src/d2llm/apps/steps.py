@@ -125,7 +125,7 @@ def distill_student(job: Job, *, again: bool = False) -> Any:
             return _skip(job, f"distill: {job.run.student} is finished; --again makes it anew, keeping this one aside")
         _put_aside(job)
     _require_plans(job)
-    if not _is_finished(job.run.labels):
+    if job.recipe.losses.imitates and not _is_finished(job.run.labels):
         raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
     _say_teacher(job, "distill")
     report = distill(

@@ -145,6 +145,11 @@ class LossWeights(_Section):
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head has a learned scale of its own besides."""
 
+    @property
+    def imitates(self) -> bool:
+        """Whether any loss asks for a teacher; without, a student is trained on the data sets' own judgements."""
+        return any(getattr(self, name) > 0 for name in type(self).model_fields if "imitation" in name)
+
 
 class TrainingConfig(_Section):
     """How ``distill`` optimises."""

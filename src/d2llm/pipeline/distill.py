@@ -89,6 +89,9 @@ def distill(
     and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
     result, 0 included. So what is written is on dev never worse than what it started from.
 
+    With a weight of 0 for every imitation loss no labels are needed: the student is trained on the data sets' own
+    judgements, as a tuned cosine with an interaction beside it.
+
     Args:
         sources: data sets with their plans; each needs judged dev queries.
         folder: where the student goes; ``<folder>.run`` beside it keeps checkpoint, best state and log.
@@ -280,7 +283,10 @@ class _Run:
 
 
 def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recipe: Recipe) -> LabelledSource:
-    store = LabelStore.open_for_reading(labels, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task]}
+    if not recipe.losses.imitates:
+        return LabelledSource.join(source, LabelStore(labels, **key), keep_unlabelled=True)
+    store = LabelStore.open_for_reading(labels, **key)
     keep = recipe.training.unlabelled == "own_labels"
     joined = LabelledSource.join(source, store, keep_unlabelled=keep)
     if joined.num_unlabelled:
