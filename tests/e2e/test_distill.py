@@ -1,0 +1,423 @@
+"""Distillation from labels to a student on disk, with everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
+from d2llm.core.recipe import InteractionConfig, LossWeights, Recipe, StudentConfig, TeacherConfig
+from d2llm.data.collation import DistillationBatch
+from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.data.training import TrainingSource
+from d2llm.models.student import Student
+from d2llm.models.teacher_identity import identify_teacher
+from d2llm.pipeline import distill as verb
+from d2llm.pipeline.dev import DevResult, evaluate_dev, make_dev_set
+from d2llm.pipeline.distill import DistillReport, distill
+from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
+from tiny_models import TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
+
+LEARNING = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
+
+
+class Place:
+    """Models, labels and how to run on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_tiny_model(folder / "student", "modernbert", initializer_range=0.1)
+        self.teacher = tiny_teacher_config(write_tiny_model(folder / "teacher", "llama"))
+        self.source = topics()
+        self.labels = folder / "labels"
+        write_rule_labels(self.labels, [self.source], self.teacher)
+
+    def run(
+        self,
+        folder: Path,
+        *,
+        student: StudentConfig | None = None,
+        source: TrainingSource | None = None,
+        labels: Path | None = None,
+        teacher: TeacherConfig | None = None,
+        recipe: Recipe | None = None,
+        **training: object,
+    ) -> DistillReport:
+        made = recipe or tiny_recipe(student or tiny_student_config(self.model), **(LEARNING | training))
+        return distill(
+            [source or self.source],
+            folder,
+            recipe=made,
+            labels=labels or self.labels,
+            teacher=teacher or self.teacher,
+            device="cpu",
+            dtype="float32",
+            show_progress=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+def scores(student: Student) -> np.ndarray:
+    queries, passages = student.encode_queries(TEXTS[:3]).vectors, student.encode_passages(TEXTS).vectors
+    return np.stack([student.score(query, passages, task) for task in ("asymmetric", "symmetric") for query in queries])
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder.with_name(folder.name + ".run") / "log.jsonl").open(encoding="utf-8")]
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+class Trained:
+    def __init__(self, place: Place, folder: Path) -> None:
+        self.folder = folder
+        kept: list[Student] = []
+        with pytest.MonkeyPatch.context() as patch:
+            save = Student.save
+            patch.setattr(Student, "save", lambda self, *a, **k: (kept.append(self), save(self, *a, **k))[1])
+            self.report = place.run(folder)
+        self.student = kept[0].eval()
+
+
+@pytest.fixture(scope="module")
+def trained(place: Place) -> Trained:
+    return Trained(place, place.folder / "trained")
+
+
+def test_the_report_says_what_was_done(place: Place, trained: Trained) -> None:
+    report = trained.report
+    assert report.folder == str(trained.folder)
+    assert (report.steps, report.queries, report.unlabelled_queries) == (8, 16, 0)  # 2 epochs of 16 / 4
+    assert report.best_step in (4, 8)
+    assert not report.stopped_early
+    assert set(report.residual_weights) == {"asymmetric"}
+    dev = report.dev["tiny"]
+    assert dev["by_weight"][str(report.residual_weights["asymmetric"])] == max(dev["by_weight"].values())
+    assert max(dev["by_weight"].values()) > dev["start"]
+    manifest = json.loads((trained.folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["dev"] == report.dev
+    assert manifest["teacher"] == identify_teacher(place.teacher).fingerprint
+    assert manifest["tasks"] == ["asymmetric"]
+    assert manifest["recipe"]["training"]["epochs"] == 2
+    assert [line["step"] for line in log_of(trained.folder) if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in log_of(trained.folder) if "dev" in line] == [0, 4, 8]
+
+
+def test_the_student_on_disk_scores_as_the_one_that_was_trained(place: Place, trained: Trained) -> None:
+    reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
+    assert reloaded.fingerprint == trained.report.fingerprint == trained.student.fingerprint
+    np.testing.assert_allclose(scores(reloaded), scores(trained.student), rtol=1e-4, atol=1e-4)
+    untrained = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    assert np.abs(scores(reloaded) - scores(untrained)).max() > 0.1
+    weight = reloaded.interaction.residual_weight("asymmetric")
+    assert float(weight) == trained.report.residual_weights["asymmetric"]
+    assert float(reloaded.interaction.residual_weight("symmetric")) == 1.0  # not trained, not chosen
+
+
+def test_the_student_on_disk_has_the_dev_result_of_the_report(place: Place, trained: Trained) -> None:
+    reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
+    dev = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
+    measured = evaluate_dev(reloaded, [dev])["tiny"].ndcg
+    stored = {float(weight): value for weight, value in trained.report.dev["tiny"]["by_weight"].items()}
+    assert measured == pytest.approx(stored, abs=0.01)  # merged adapters round otherwise: two like scores may swap
+
+
+def test_it_loads_in_a_process_without_peft(trained: Trained, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['peft'] = None\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "import numpy as np\n"
+        "from tiny_models import TEXTS\n"
+        "from d2llm.models.student import Student\n"
+        f"student = Student.load({str(trained.folder)!r}, device='cpu', dtype='float32')\n"
+        "queries, passages = student.encode_queries(TEXTS[:3]).vectors, student.encode_passages(TEXTS).vectors\n"
+        "found = [student.score(q, passages, t) for t in ('asymmetric', 'symmetric') for q in queries]\n"
+        f"np.save({str(tmp_path / 'scores.npy')!r}, np.stack(found))\n"
+        "assert sys.modules['peft'] is None\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), scores(trained.student), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_other_ways_of_tuning(place: Place, tuning: str, tmp_path: Path) -> None:
+    config = tiny_student_config(place.model, tuning=tuning)
+    report = place.run(tmp_path / "student", student=config)
+    reloaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert reloaded.fingerprint == report.fingerprint
+    before = load_file(place.model / "model.safetensors")
+    after = {name.removeprefix("model."): tensor for name, tensor in reloaded.backbone.model.state_dict().items()}
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name.removeprefix("model.")])]
+    assert bool(changed) == (tuning == "full" and report.best_step > 0)
+
+
+def test_the_publication_s_head(place: Place, tmp_path: Path) -> None:
+    base = tiny_student_config(place.model)
+    paper = InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)
+    config = base.model_copy(update={"interaction": paper})
+    report = place.run(tmp_path / "student", student=config)
+    assert report.residual_weights == {"asymmetric": 1.0}
+    assert set(report.dev["tiny"]["by_weight"]) == {"1.0"}
+    assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
+    assert all("anchor_cross_entropy" not in line for line in log_of(tmp_path / "student"))
+
+
+# --- never worse than the start ---------------------------------------------------------------------------------------
+
+
+def test_where_training_only_hurts_the_start_is_written(place: Place, tmp_path: Path) -> None:
+    """What belongs to a query shares its words, so that the untrained cosine is no chance; then all is wrecked."""
+    source = topics(shift=0)
+    write_rule_labels(tmp_path / "labels", [source], place.teacher)
+    absurd = {"learning_rate": 0.5, "head_learning_rate": 0.5, "warmup_steps": 0}
+    report = place.run(tmp_path / "student", source=source, labels=tmp_path / "labels", **absurd)
+    by_step = {
+        line["step"]: max(line["dev"]["tiny"].values()) for line in log_of(tmp_path / "student") if "dev" in line
+    }
+    assert max(by_step[4], by_step[8]) < by_step[0] - 0.1  # it did hurt: .45 at the start, then chance, .25
+    assert report.best_step == 0
+    assert report.residual_weights == {"asymmetric": 0.0}
+    assert set(report.dev["tiny"]["by_weight"].values()) == {report.dev["tiny"]["start"]}
+    untrained = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    written = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    np.testing.assert_allclose(scores(written), scores(untrained), rtol=0, atol=1e-5)
+    dev = make_dev_set(source, num_queries=50, num_passages=100, seed=0)
+    assert evaluate_dev(written, [dev])["tiny"].ndcg == evaluate_dev(untrained, [dev])["tiny"].ndcg
+
+
+def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = iter([(0.5, 0.5), (0.9, 0.4), (0.55, 0.5)])  # at the start, at step 4, at step 8
+
+    def evaluate(student: Student, dev_sets: Any) -> dict[str, DevResult]:
+        values = next(results)
+        return {
+            dev.name: DevResult(dev.task, {0.0: value, 1.0: value}) for dev, value in zip(dev_sets, values, strict=True)
+        }
+
+    monkeypatch.setattr(verb, "evaluate_dev", evaluate)
+    sources = [topics(num_train=8, name="one"), topics(num_train=8, name="two", task="symmetric")]
+    write_rule_labels(tmp_path / "labels", sources, place.teacher)
+    report = distill(
+        sources,
+        tmp_path / "student",
+        recipe=tiny_recipe(tiny_student_config(place.model)),
+        labels=tmp_path / "labels",
+        teacher=place.teacher,
+        device="cpu",
+    )
+    assert report.best_step == 8
+    assert {name: dev["by_weight"]["0.0"] for name, dev in report.dev.items()} == {"one": 0.55, "two": 0.5}
+
+
+def test_patience(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.5, 0.6, 0.6, 0.4, 0.9])  # equal is no gain
+    monkeypatch.setattr(
+        verb, "evaluate_dev", lambda student, dev: {"tiny": DevResult("asymmetric", {0.0: next(values)})}
+    )
+    report = place.run(tmp_path / "student", eval_every=1, patience=2)
+    assert report.stopped_early
+    assert (report.best_step, report.steps) == (1, 3)
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+
+def kept_step(folder: Path) -> int:
+    """The step of the checkpoint. It and the best state hold numbers only, and no student is written."""
+    assert not folder.exists()
+    run_folder = folder.with_name(folder.name + ".run")
+    for name in ("checkpoint.safetensors", "best.safetensors"):
+        tensors = load_file(run_folder / name)
+        assert tensors
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    with safe_open(run_folder / "checkpoint.safetensors", framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def test_labels_that_are_no_numbers_stop_the_run_and_it_can_go_on(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = verb.collate, 0
+
+    def collate(*arguments: Any) -> DistillationBatch:
+        nonlocal calls
+        calls += 1
+        batch = original(*arguments)
+        if calls == 6:
+            batch.teacher_log_odds[batch.positive] = np.nan
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "collate", collate)
+        with pytest.raises(TrainingDivergedError, match=r"the loss became nan at step 5.*last good checkpoint is kept"):
+            place.run(tmp_path / "student", checkpoint_every=1)
+    assert kept_step(tmp_path / "student") == 5
+    report = place.run(tmp_path / "student", checkpoint_every=1)
+    assert report.steps == 8
+    assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
+
+
+def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
+    """After ``step`` steps a weight of the backbone's adapter or of the interaction is no number."""
+    original, calls = verb.optimizer_step, 0
+
+    def optimizer_step(optimizer: Any, parameters: dict[str, torch.nn.Parameter], **options: Any) -> float:
+        nonlocal calls
+        calls += 1
+        norm = original(optimizer, parameters, **options)
+        if calls == step:
+            with torch.no_grad():
+                next(iter(parameters.values())).view(-1)[0] = value
+        return norm
+
+    patch.setattr(verb, "optimizer_step", optimizer_step)
+
+
+# After step 5: the next loss shows it. After 4 and 8: dev shows it first. After 6: only the checkpoint can notice.
+@pytest.mark.parametrize(
+    ("step", "value", "message"),
+    [
+        (5, float("inf"), "the loss became nan at step 5"),
+        (4, float("nan"), "scores of the dev queries of 'tiny' are no numbers"),
+        (8, float("inf"), "scores of the dev queries of 'tiny' are no numbers"),
+        (6, float("nan"), "weights became infinite or no numbers before step 6"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_never_kept(
+    place: Place, step: int, value: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, step=step, value=value)
+        with pytest.raises(TrainingDivergedError, match=message):
+            place.run(tmp_path / "student", checkpoint_every=3)
+    assert 3 <= kept_step(tmp_path / "student") < step
+    assert place.run(tmp_path / "student", checkpoint_every=3).steps == 8
+
+
+# --- labels that do not fit -------------------------------------------------------------------------------------------
+
+
+def test_a_store_of_another_teacher_is_refused(place: Place, tmp_path: Path) -> None:
+    other = tiny_teacher_config(write_tiny_model(tmp_path / "other", "llama", seed=7))
+    with pytest.raises(LabelMismatchError, match=identify_teacher(other).fingerprint):
+        place.run(tmp_path / "student", teacher=other)
+    with pytest.raises(LabelMismatchError, match="found only: teacher"):
+        place.run(tmp_path / "student", teacher=place.teacher.model_copy(update={"prompt": "paper"}))
+    assert not (tmp_path / "student.run").exists()
+
+
+def test_a_store_without_labels_is_refused(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(DataFormatError, match="holds no teacher labels"):
+        place.run(tmp_path / "student", labels=tmp_path / "nothing")
+
+
+def test_labels_of_none_of_the_plan_s_queries_are_refused(place: Place, tmp_path: Path) -> None:
+    identity = identify_teacher(place.teacher)
+    store = LabelStore(tmp_path / "labels", teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    store.write([QueryLabels("another", ("p00",), np.zeros(1, np.float32))])
+    with pytest.raises(InputError, match="no query of the plans has all its labels; run `label` to the end"):
+        place.run(tmp_path / "student", labels=tmp_path / "labels")
+
+
+@pytest.mark.parametrize(("unlabelled", "trained_on"), [("leave_out", 6), ("own_labels", 16)])
+def test_unlabelled_queries_are_counted(
+    place: Place, unlabelled: str, trained_on: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queries = [f"q{n:02}" for n in range(6)]
+    write_rule_labels(tmp_path / "labels", [place.source], place.teacher, queries=queries)
+    with caplog.at_level(logging.WARNING, logger="d2llm"):
+        report = place.run(tmp_path / "student", labels=tmp_path / "labels", unlabelled=unlabelled)
+    assert (report.queries, report.unlabelled_queries) == (trained_on, 10)
+    assert report.steps == 2 * -(-trained_on // 4)
+    assert "tiny: 10 of 16 queries of the plan lack the teacher's labels" in caplog.text
+
+
+def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    identity = identify_teacher(place.teacher)
+    store = LabelStore(tmp_path / "labels", teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    plan = place.source.plan.entries
+    store.write([QueryLabels(e.query_id, e.passage_ids, np.ones(len(e.passage_ids), np.float32)) for e in plan])
+    with caplog.at_level(logging.WARNING, logger="d2llm"):
+        place.run(tmp_path / "student", labels=tmp_path / "labels", epochs=1)
+    assert "16 queries lack cosines of the teacher's features" in caplog.text
+    assert {line["feature_imitation"] for line in log_of(tmp_path / "student") if "loss" in line} == {0.0}
+
+
+# --- folders and settings that do not fit -----------------------------------------------------------------------------
+
+
+def test_a_finished_student_is_not_trained_over(place: Place, trained: Trained) -> None:
+    with pytest.raises(InputError, match="holds a finished student already"):
+        place.run(trained.folder)
+
+
+def test_a_folder_of_somebody_else_is_refused_before_the_work(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose", encoding="utf-8")
+    with pytest.raises(InputError, match="holds files that d2llm did not make"):
+        place.run(tmp_path / "mine")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="is a file"):
+        place.run(tmp_path / "file")
+
+
+def test_a_checkpoint_of_another_run_is_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, step=5, value=float("nan"))
+        with pytest.raises(TrainingDivergedError):
+            place.run(tmp_path / "student")
+    with pytest.raises(InputError, match="belongs to a run with another recipe, data, labels or seed"):
+        place.run(tmp_path / "student", learning_rate=5e-4)
+
+
+def test_sources_that_cannot_be_told_apart_are_refused(place: Place, tmp_path: Path) -> None:
+    sources = [place.source, topics(name="other")]
+    recipe = tiny_recipe(tiny_student_config(place.model))
+    with pytest.raises(InputError, match="query id 'q00' is in both 'tiny' and 'other'"):
+        distill(sources, tmp_path / "student", recipe=recipe, labels=place.labels, teacher=place.teacher)
+
+
+def test_a_data_set_without_dev_queries_is_refused(place: Place, tmp_path: Path) -> None:
+    data = place.source.dataset
+    texts = {key: passage.text for key, passage in data.passages.items()}
+    queries = {key: query.text for key, query in data.queries.items()}
+    with pytest.raises(InputError, match=r"qrels/dev.tsv has no query with a positive"):
+        place.run(tmp_path / "student", source=make_source(texts, queries, place.source.plan.entries))
+
+
+def test_a_recipe_without_losses_is_refused(place: Place, tmp_path: Path) -> None:
+    nothing = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if n != "temperature"})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=nothing)
+    with pytest.raises(InputError, match="no loss has a weight above 0"):
+        place.run(tmp_path / "student", recipe=recipe)
+
+
+def test_rates_of_backbone_and_heads(place: Place) -> None:
+    """LoRA and matrices decay; vectors and scalars do not; heads have a rate of their own."""
+    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    student.prepare_training()
+    parameters = verb.trainable(student)
+    recipe = tiny_recipe(student.config, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1)
+    optimizer = verb._optimizer(parameters, recipe.training)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(settings) == len(parameters)
+    for name, parameter in parameters.items():
+        rate = 1e-3 if name.startswith("backbone.") else 1e-2
+        assert settings[id(parameter)] == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
