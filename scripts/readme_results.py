@@ -1,4 +1,4 @@
-"""Write the README's results table from the JSON files that `d2llm evaluate --json` made.
+"""Write the results tables of README and model cards from the JSON files that `d2llm evaluate --json` made.
 
     python scripts/readme_results.py benchmarks/results/evaluate-*.json
 
@@ -12,20 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MEASURES = ("nDCG@10", "MRR@10", "Recall@100")
 
 
 def main(paths: list[str]) -> None:
-    """Put the tables of the given result files between the README's markers."""
+    """Put the tables of the given result files between the markers of README and model cards."""
     if not paths:
         sys.exit(__doc__)
     blocks = [block(json.loads(Path(path).read_text(encoding="utf-8"))) for path in sorted(paths)]
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(before + BEGIN + "\n\n" + "\n".join(blocks) + "\n" + END + after, encoding="utf-8")
+    for target in (ROOT / "README.md", *sorted(ROOT.glob("src/d2llm/students/*/README.md"))):
+        before, rest = target.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        target.write_text(before + BEGIN + "\n\n" + "\n".join(blocks) + "\n" + END + after, encoding="utf-8")
 
 
 def block(file: dict[str, Any]) -> str:
