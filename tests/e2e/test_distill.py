@@ -231,9 +231,10 @@ def test_patience(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         verb, "evaluate_dev", lambda student, dev: {"tiny": DevResult("asymmetric", {0.0: next(values)})}
     )
-    report = place.run(tmp_path / "student", eval_every=1, patience=2)
+    report = place.run(tmp_path / "student", eval_every=1, patience=2, checkpoint_every=100)
     assert report.stopped_early
     assert (report.best_step, report.steps) == (1, 3)
+    assert checkpoint_step(tmp_path / "student") == 1  # a best state is never without a checkpoint that knows it
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------
@@ -247,7 +248,11 @@ def kept_step(folder: Path) -> int:
         tensors = load_file(run_folder / name)
         assert tensors
         assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-    with safe_open(run_folder / "checkpoint.safetensors", framework="pt") as file:
+    return checkpoint_step(folder)
+
+
+def checkpoint_step(folder: Path) -> int:
+    with safe_open(folder.with_name(folder.name + ".run") / "checkpoint.safetensors", framework="pt") as file:
         return int(file.metadata()["step"])
 
 
@@ -421,3 +426,14 @@ def test_rates_of_backbone_and_heads(place: Place) -> None:
     for name, parameter in parameters.items():
         rate = 1e-3 if name.startswith("backbone.") else 1e-2
         assert settings[id(parameter)] == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
+
+
+def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) -> None:
+    own_word = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if "imitation" in n})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=own_word, epochs=1)
+    report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
+    assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)
+    losses = [line for line in log_of(tmp_path / "student") if "loss" in line]
+    assert all({"in_batch_cross_entropy", "anchor_cross_entropy"} <= line.keys() for line in losses)
+    assert not any("imitation" in name for line in losses for name in line)
+    assert not (tmp_path / "nothing").exists()
