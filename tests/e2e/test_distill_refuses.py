@@ -1,0 +1,133 @@
+"""What distillation refuses, leaves out or does without, and how it says so."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
+from d2llm.core.recipe import LossWeights
+from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.models.teacher_identity import identify_teacher
+from d2llm.pipeline.distill import distill
+from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
+from tiny_distill import Place, log_of, poison
+from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+# --- labels that do not fit -------------------------------------------------------------------------------------------
+
+
+def test_a_store_of_another_teacher_is_refused(place: Place, tmp_path: Path) -> None:
+    other = tiny_teacher_config(write_tiny_model(tmp_path / "other", "llama", seed=7))
+    with pytest.raises(LabelMismatchError, match=identify_teacher(other).fingerprint):
+        place.run(tmp_path / "student", teacher=other)
+    with pytest.raises(LabelMismatchError, match="found only: teacher"):
+        place.run(tmp_path / "student", teacher=place.teacher.model_copy(update={"prompt": "paper"}))
+    assert not (tmp_path / "student.run").exists()
+
+
+def test_a_store_without_labels_is_refused(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(DataFormatError, match="holds no teacher labels"):
+        place.run(tmp_path / "student", labels=tmp_path / "nothing")
+
+
+def test_labels_of_none_of_the_plan_s_queries_are_refused(place: Place, tmp_path: Path) -> None:
+    identity = identify_teacher(place.teacher)
+    store = LabelStore(tmp_path / "labels", teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    store.write([QueryLabels("another", ("p00",), np.zeros(1, np.float32))])
+    with pytest.raises(InputError, match="no query of the plans has all its labels; run `label` to the end"):
+        place.run(tmp_path / "student", labels=tmp_path / "labels")
+
+
+@pytest.mark.parametrize(("unlabelled", "trained_on"), [("leave_out", 6), ("own_labels", 16)])
+def test_unlabelled_queries_are_counted(
+    place: Place, unlabelled: str, trained_on: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queries = [f"q{n:02}" for n in range(6)]
+    write_rule_labels(tmp_path / "labels", [place.source], place.teacher, queries=queries)
+    with caplog.at_level(logging.WARNING, logger="d2llm"):
+        report = place.run(tmp_path / "student", labels=tmp_path / "labels", unlabelled=unlabelled)
+    assert (report.queries, report.unlabelled_queries) == (trained_on, 10)
+    assert report.steps == 2 * -(-trained_on // 4)
+    assert "tiny: 10 of 16 queries of the plan lack the teacher's labels" in caplog.text
+
+
+def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    identity = identify_teacher(place.teacher)
+    store = LabelStore(tmp_path / "labels", teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    plan = place.source.plan.entries
+    store.write([QueryLabels(e.query_id, e.passage_ids, np.ones(len(e.passage_ids), np.float32)) for e in plan])
+    with caplog.at_level(logging.WARNING, logger="d2llm"):
+        place.run(tmp_path / "student", labels=tmp_path / "labels", epochs=1)
+    assert "16 queries lack cosines of the teacher's features" in caplog.text
+    assert {line["feature_imitation"] for line in log_of(tmp_path / "student") if "loss" in line} == {0.0}
+
+
+# --- folders and settings that do not fit -----------------------------------------------------------------------------
+
+
+def test_a_finished_student_is_not_trained_over(place: Place, tmp_path: Path) -> None:
+    place.run(tmp_path / "student", epochs=1)
+    with pytest.raises(InputError, match="holds a finished student already"):
+        place.run(tmp_path / "student", epochs=1)
+
+
+def test_a_folder_of_somebody_else_is_refused_before_the_work(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose", encoding="utf-8")
+    with pytest.raises(InputError, match="holds files that d2llm did not make"):
+        place.run(tmp_path / "mine")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="is a file"):
+        place.run(tmp_path / "file")
+
+
+def test_a_checkpoint_of_another_run_is_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, step=5, value=float("nan"))
+        with pytest.raises(TrainingDivergedError):
+            place.run(tmp_path / "student")
+    with pytest.raises(InputError, match="belongs to a run with another recipe, data, labels or seed"):
+        place.run(tmp_path / "student", learning_rate=5e-4)
+
+
+def test_sources_that_cannot_be_told_apart_are_refused(place: Place, tmp_path: Path) -> None:
+    sources = [place.source, topics(name="other")]
+    recipe = tiny_recipe(tiny_student_config(place.model))
+    with pytest.raises(InputError, match="query id 'q00' is in both 'tiny' and 'other'"):
+        distill(sources, tmp_path / "student", recipe=recipe, labels=place.labels, teacher=place.teacher)
+
+
+def test_a_data_set_without_dev_queries_is_refused(place: Place, tmp_path: Path) -> None:
+    data = place.source.dataset
+    texts = {key: passage.text for key, passage in data.passages.items()}
+    queries = {key: query.text for key, query in data.queries.items()}
+    with pytest.raises(InputError, match=r"qrels/dev.tsv has no query with a positive"):
+        place.run(tmp_path / "student", source=make_source(texts, queries, place.source.plan.entries))
+
+
+def test_a_recipe_without_losses_is_refused(place: Place, tmp_path: Path) -> None:
+    nothing = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if n != "temperature"})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=nothing)
+    with pytest.raises(InputError, match="no loss has a weight above 0"):
+        place.run(tmp_path / "student", recipe=recipe)
+
+
+def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) -> None:
+    own_word = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if "imitation" in n})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=own_word, epochs=1)
+    report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
+    assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)
+    losses = [line for line in log_of(tmp_path / "student") if "loss" in line]
+    assert all({"in_batch_cross_entropy", "anchor_cross_entropy"} <= line.keys() for line in losses)
+    assert not any("imitation" in name for line in losses for name in line)
+    assert not (tmp_path / "nothing").exists()

@@ -1,0 +1,74 @@
+"""Distillation of a tiny student from rule labels, as several tests run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
+from d2llm.data.training import TrainingSource
+from d2llm.pipeline import distill as verb
+from d2llm.pipeline.distill import DistillReport, distill
+from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
+
+LEARNING = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
+
+
+class Place:
+    """Models, labels and how to run on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_tiny_model(folder / "student", "modernbert", initializer_range=0.1)
+        self.teacher = tiny_teacher_config(write_tiny_model(folder / "teacher", "llama"))
+        self.source = topics()
+        self.labels = folder / "labels"
+        write_rule_labels(self.labels, [self.source], self.teacher)
+
+    def run(
+        self,
+        folder: Path,
+        *,
+        student: StudentConfig | None = None,
+        source: TrainingSource | None = None,
+        labels: Path | None = None,
+        teacher: TeacherConfig | None = None,
+        recipe: Recipe | None = None,
+        **training: object,
+    ) -> DistillReport:
+        made = recipe or tiny_recipe(student or tiny_student_config(self.model), **(LEARNING | training))
+        return distill(
+            [source or self.source],
+            folder,
+            recipe=made,
+            labels=labels or self.labels,
+            teacher=teacher or self.teacher,
+            device="cpu",
+            dtype="float32",
+            show_progress=False,
+        )
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder.with_name(folder.name + ".run") / "log.jsonl").open(encoding="utf-8")]
+
+
+def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
+    """After ``step`` steps a weight of the backbone's adapter or of the interaction is no number."""
+    original, calls = verb.optimizer_step, 0
+
+    def optimizer_step(optimizer: Any, parameters: dict[str, torch.nn.Parameter], **options: Any) -> float:
+        nonlocal calls
+        calls += 1
+        norm = original(optimizer, parameters, **options)
+        if calls == step:
+            with torch.no_grad():
+                next(iter(parameters.values())).view(-1)[0] = value
+        return norm
+
+    patch.setattr(verb, "optimizer_step", optimizer_step)
