@@ -41,6 +41,7 @@ from d2llm.pipeline.training_run import (
 
 _log = logging.getLogger(__name__)
 _BEST = "best.safetensors"
+_NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def distill(
     and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
     result, 0 included. So what is written is on dev never worse than what it started from.
 
-    With a weight of 0 for every imitation loss no labels are needed: the student is trained on the data sets' own
+    With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the data sets' own
     judgements, as a tuned cosine with an interaction beside it.
 
     Args:
@@ -113,7 +114,7 @@ def distill(
     check_replaceable(folder, KIND)
     check_sources(sources)
     started = time.monotonic()
-    identity = identify_teacher(teacher)
+    identity = identify_teacher(teacher) if recipe.losses.imitates else _NO_TEACHER
     labelled = [_join(source, labels, identity, recipe) for source in sources]
     if not any(source.entries for source in labelled):
         raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")
