@@ -90,8 +90,8 @@ def distill(
     and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
     result, 0 included. So what is written is on dev never worse than what it started from.
 
-    With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the data sets' own
-    judgements, as a tuned cosine with an interaction beside it.
+    With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the
+    data sets' own judgements, as a tuned cosine with an interaction beside it.
 
     Args:
         sources: data sets with their plans; each needs judged dev queries.
