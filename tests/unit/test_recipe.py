@@ -91,8 +91,10 @@ def test_a_recipe_cannot_be_changed():
         ),
         (
             {"data": [{"path": "a", "zzz": 3}]},
-            "r.toml: unknown key 'data.0.zzz'; "
-            "known keys here: exclude_shared_passages, max_labelled, max_queries, path, task",
+            (
+                "r.toml: unknown key 'data.0.zzz'; "
+                "known keys here: exclude_shared_passages, max_labelled, max_queries, path, task"
+            ),
         ),
     ],
 )
