@@ -35,7 +35,7 @@ check: setup ## set up and check format, lint, types and the order of imports
 	@echo "==> checking the code (ruff)"
 	@$(BIN)/ruff check .
 	@echo "==> checking the types (pyright)"
-	@$(BIN)/pyright
+	@$(BIN)/pyright -p pyproject.toml
 	@echo "==> checking the order of imports (import-linter)"
 	@$(BIN)/lint-imports
 
