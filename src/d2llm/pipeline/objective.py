@@ -32,7 +32,7 @@ def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
 def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeights) -> dict[str, Tensor]:
     """Each loss with a weight above 0, unweighted, by the name of its weight."""
     device = scores.logits.device
-    logits = scores.logits.float()
+    logits = _without_common_change(scores)
     positive, hard, easy = (torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy))
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
@@ -57,6 +57,19 @@ def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeig
     if weights.anchor_cross_entropy and scores.anchor is not None:
         found["anchor_cross_entropy"] = losses.in_batch_cross_entropy(scores.anchor, positive, candidates)
     return found
+
+
+def _without_common_change(scores: PairScores) -> Tensor:
+    """Logits without what the interaction adds to all passages of a query alike, float32 [queries, passages].
+
+    It moves no passage past another, but the contrastive imitation loss is not blind to it: lowering every logit lowers
+    that loss, and a bounded interaction would end with all its tanh at -1, where it has neither effect nor gradient.
+    """
+    logits = scores.logits.float()
+    if scores.anchor is None:
+        return logits
+    change = logits - scores.anchor.float()
+    return logits - change.mean(dim=1, keepdim=True)
 
 
 def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
