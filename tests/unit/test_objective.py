@@ -73,14 +73,14 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
     features[1, :2] = scores.features[1, [3, 2]]
     listed = torch.tensor([[True, True, True], [True, True, False]])
     assert scores.anchor is not None
+    change = scores.logits - scores.anchor  # of the interaction; what is common to a query's passages takes no part
+    logits = scores.logits - change.mean(dim=1, keepdim=True)
     return {
-        "contrastive_imitation": losses.contrastive_imitation(
-            scores.logits, believed, positive, hard | easy, temperature=0.7
-        ),
-        "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(scores.logits, log_odds, positive | hard),
-        "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(scores.logits, believed, hard, easy),
+        "contrastive_imitation": losses.contrastive_imitation(logits, believed, positive, hard | easy, temperature=0.7),
+        "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
+        "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, believed, hard, easy),
         "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
-        "in_batch_cross_entropy": losses.in_batch_cross_entropy(scores.logits, positive, positive | hard | easy),
+        "in_batch_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
         "anchor_cross_entropy": losses.in_batch_cross_entropy(scores.anchor, positive, positive | hard | easy),
     }
 
@@ -129,6 +129,19 @@ def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: Distill
     # A passage that takes no part gets no push: p1 is nothing to q1.
     if expected != "features":
         assert float(getattr(scores, expected).grad[1, 1]) == 0.0
+
+
+def test_what_the_interaction_adds_to_all_passages_alike_changes_no_loss(
+    scores: PairScores, batch: DistillationBatch
+) -> None:
+    shift = torch.tensor([[3.0], [-5.0]], requires_grad=True)
+    shifted = PairScores(scores.logits + shift, scores.anchor, scores.features)
+    before, after = (batch_losses(found, batch, ALL_WEIGHTS) for found in (scores, shifted))
+    for name, value in before.items():
+        assert after[name].item() == pytest.approx(value.item(), abs=1e-5), name
+    weighted_sum(after, ALL_WEIGHTS).backward()
+    assert shift.grad is not None
+    assert shift.grad.abs().max().item() < 1e-5  # so nothing drives the interaction to its bound
 
 
 def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
