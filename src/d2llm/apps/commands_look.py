@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,13 +18,27 @@ from d2llm.apps.options import (
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
 
+if TYPE_CHECKING:
+    from d2llm.core.recipe import TeacherConfig
+
 TaskOption = Annotated[
     Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
 ]
 PromptOption = Annotated[
-    str,
-    typer.Option("--prompt", metavar="NAME", help="How a teacher that was not tuned is asked: a name or TOML file."),
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="NAME",
+        help="How a teacher that was not tuned is asked: a name or TOML file.",
+        show_default="paper",
+    ),
 ]
+
+
+def _teacher_config(model: str, prompt: str | None) -> TeacherConfig:
+    from d2llm.core.recipe import TeacherConfig
+
+    return TeacherConfig(model=model) if prompt is None else TeacherConfig(model=model, prompt=prompt)
 
 
 def evaluate(
@@ -48,7 +62,7 @@ def evaluate(
         int | None,
         typer.Option("--teacher-queries", min=1, help="Ask it a random sample of so many.", show_default="all"),
     ] = None,
-    prompt: PromptOption = "paper",
+    prompt: PromptOption = None,
     num_candidates: Annotated[
         int, typer.Option("--candidates", min=1, help="Passages that get the student's full score.")
     ] = 1000,
@@ -63,7 +77,7 @@ def evaluate(
 ) -> None:
     """Measure a student beside BM25, cosine and the teacher."""
     from d2llm.apps.tables import evaluation_table, sample_table
-    from d2llm.core.recipe import StudentConfig, TeacherConfig
+    from d2llm.core.recipe import StudentConfig
     from d2llm.data.beir import read_beir
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
@@ -76,7 +90,7 @@ def evaluate(
         backbone=model.config.backbone.model_copy(update={"tuning": "frozen"}),
         pooling=model.config.pooling.model_copy(update={"warm_start": True}),
     )
-    judge = Teacher.load(TeacherConfig(model=teacher, prompt=prompt), device=device, dtype=dtype) if teacher else None
+    judge = Teacher.load(_teacher_config(teacher, prompt), device=device, dtype=dtype) if teacher else None
     report = evaluate(
         dataset,
         student=model,
@@ -105,18 +119,17 @@ def judge(
         str, typer.Option("--teacher", metavar="NAME_OR_FOLDER", help="A model, or a folder that tune-teacher wrote.")
     ] = "smollm2",
     task: TaskOption = "asymmetric",
-    prompt: PromptOption = "paper",
+    prompt: PromptOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Ask a teacher how surely a passage answers a query."""
     from d2llm.apps.tables import judgement_table
-    from d2llm.core.recipe import TeacherConfig
     from d2llm.models.teacher import Teacher
 
     session = session_of(context)
-    model = Teacher.load(TeacherConfig(model=teacher, prompt=prompt), device=device, dtype=dtype)
+    model = Teacher.load(_teacher_config(teacher, prompt), device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
     session.show(judgement_table(query, passages, log_odds))
     judged = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]

@@ -79,7 +79,8 @@ class Teacher(nn.Module):
         tuned = find_tuned_teacher(config.model)
         manifest = read_manifest(tuned, KIND, FORMAT_VERSION) if tuned else {}
         self.config = TeacherConfig.model_validate(manifest["config"]) if tuned else config
-        if (self.config.prompt, self.config.max_tokens) != (config.prompt, config.max_tokens):
+        asked = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
+        if any(getattr(self.config, name) != getattr(config, name) for name in asked):
             _log.warning(
                 "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
                 *(tuned, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),
