@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ class TestFirstRun:
 
     def test_the_teacher_s_opinion(self, first):
         opinion = first[0].teacher
-        assert (opinion.model, opinion.tuned, opinion.question) == ("smollm2", False, QUESTIONS[JUDGED].text)
+        assert (opinion.model, opinion.tuned, opinion.question) == ("smollm2", True, QUESTIONS[JUDGED].text)
         assert 5 <= len({passage.passage_id for passage in opinion.passages}) == len(opinion.passages) <= 10
         log_odds = [passage.log_odds for passage in opinion.passages]
         assert log_odds == sorted(log_odds, reverse=True)
@@ -131,7 +132,7 @@ class TestFirstRun:
             concordant = sum((scores[i] > scores[j]) - (scores[i] < scores[j]) for i, j in pairs)
             assert agreement.kendall_tau == pytest.approx(concordant / len(pairs))
             assert agreement.same_first == (max(scores) == scores[0])
-        assert "not tuned" in first[1]
+        assert "The tuned teacher that came with" in first[1]
 
     def test_the_report_is_json(self, first):
         report, _ = first
@@ -194,7 +195,8 @@ def test_an_unknown_student_is_refused_before_anything_is_done(tmp_path):
 @needs_models
 def test_a_tuned_teacher_beside_the_student_is_preferred(tmp_path):
     (tmp_path / "teacher").mkdir()
-    assert demo._teacher_config(tmp_path)[1] is False
+    shipped, is_tuned = demo._teacher_config(tmp_path)
+    assert (Path(shipped.model).name, is_tuned) == ("smollm2-tuned", True)  # the one that ships with d2llm
     (tmp_path / "teacher" / "manifest.json").write_text("{}")
     config, is_tuned = demo._teacher_config(tmp_path)
     assert is_tuned

@@ -43,5 +43,5 @@ def test_sample_table_only_where_there_is_a_sample():
     assert sample_table(make_report()) is None
     table = sample_table(make_report((EvaluationRow("BM25", {"nDCG@10": 0.7}, 1, None, 50),)))
     text = rendered(table)
-    assert "the 50 queries that the teacher judged" in text
+    assert "the 50 queries that the teacher judged" in " ".join(text.split())  # a narrow table wraps its title
     assert "0.7000" in text

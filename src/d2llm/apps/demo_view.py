@@ -102,7 +102,7 @@ class DemoView:
         """Which language model is about to judge."""
         what = f"The language model '{model}' is loaded as it was published: not tuned to judge, so a weak judge."
         if is_tuned:
-            what = "The tuned teacher that came with the student is loaded."
+            what = "The tuned teacher that came with d2llm is loaded."
         self._say(f"{what} (Its weights are converted the first time, which may take half a minute.)")
 
     def teacher(self, opinion: TeacherOpinion) -> None:

@@ -73,7 +73,7 @@ def _table(title: str, rows: Sequence[EvaluationRow], missing: Sequence[MissingR
     table = Table(title=title, caption=caption or None, caption_justify="left")
     table.add_column("", max_width=50)
     measures = list(rows[0].measures) if rows else []
-    for heading in (*measures, "ms / query", "bytes / passage", "queries"):
+    for heading in (*measures, "ms /\nquery", "bytes /\npassage", "queries"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         size = "-" if row.bytes_per_passage is None else f"{row.bytes_per_passage:,.0f}"

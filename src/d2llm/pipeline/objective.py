@@ -32,8 +32,9 @@ def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
 def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeights) -> dict[str, Tensor]:
     """Each loss with a weight above 0, unweighted, by the name of its weight."""
     device = scores.logits.device
-    logits = _without_common_change(scores)
     positive, hard, easy = (torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy))
+    candidates = positive | hard | easy
+    logits = _without_common_change(scores, candidates)
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
     found: dict[str, Tensor] = {}
@@ -51,7 +52,6 @@ def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeig
         features = scores.features[rows, own.clamp(min=0)].float()
         gram = torch.from_numpy(batch.gram).to(device)
         found["feature_imitation"] = losses.feature_imitation(features, gram, own >= 0)
-    candidates = positive | hard | easy
     if weights.in_batch_cross_entropy:
         found["in_batch_cross_entropy"] = losses.in_batch_cross_entropy(logits, positive, candidates)
     if weights.anchor_cross_entropy and scores.anchor is not None:
@@ -59,8 +59,8 @@ def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeig
     return found
 
 
-def _without_common_change(scores: PairScores) -> Tensor:
-    """Logits without what the interaction adds to all passages of a query alike, float32 [queries, passages].
+def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
+    """Logits without what the interaction adds to all candidates of a query alike, float32 [queries, passages].
 
     It moves no passage past another, but the contrastive imitation loss is not blind to it: lowering every logit lowers
     that loss, and a bounded interaction would end with all its tanh at -1, where it has neither effect nor gradient.
@@ -68,8 +68,7 @@ def _without_common_change(scores: PairScores) -> Tensor:
     logits = scores.logits.float()
     if scores.anchor is None:
         return logits
-    change = logits - scores.anchor.float()
-    return logits - change.mean(dim=1, keepdim=True)
+    return logits - losses.masked_mean(logits - scores.anchor.float(), candidates)[:, None]
 
 
 def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
