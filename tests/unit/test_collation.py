@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2llm.data.collation import DistillationBatch, Draw, LabelledSource, collate, epoch_batches
+from d2llm.data.collation import DistillationBatch, Draw, LabelledSource, batches_per_epoch, collate, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
@@ -250,3 +250,10 @@ def test_epochs_come_in_different_orders(many: LabelledSource) -> None:
 
 def test_make_plan_tells_plans_apart() -> None:
     assert make_plan(MANY).manifest != make_plan(MANY[:-1]).manifest
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+def test_the_number_of_batches_is_known_without_drawing_them(many: LabelledSource, tmp_path: Path, size: int) -> None:
+    sources = [many, labelled_many(tmp_path / "other", MANY[:5], "other")]
+    drawn = epoch_batches(sources, epoch=0, batch_queries=size, num_hard=1, num_easy=1, seed=0)
+    assert batches_per_epoch(sources, size) == len(drawn)

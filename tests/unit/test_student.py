@@ -129,7 +129,7 @@ def test_reading_in_the_middle_of_training(llama):
 def test_blocks_of_passages_do_not_matter(llama, monkeypatch):
     student = trained(llama)
     expected = all_scores(student)
-    monkeypatch.setattr("d2llm.models.student._SCORE_BLOCK", 2)
+    monkeypatch.setattr("d2llm.models.student.SCORE_BLOCK", 2)
     monkeypatch.setattr("d2llm.models.student._BATCH_TEXTS", 1)
     np.testing.assert_allclose(all_scores(student), expected, rtol=0, atol=1e-4)
 

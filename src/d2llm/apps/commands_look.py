@@ -77,25 +77,21 @@ def evaluate(
 ) -> None:
     """Measure a student beside BM25, cosine and the teacher."""
     from d2llm.apps.tables import evaluation_table, sample_table
-    from d2llm.core.recipe import StudentConfig
     from d2llm.data.beir import read_beir
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
+    from d2llm.pipeline.cosine import untuned_config
     from d2llm.pipeline.evaluate import evaluate
 
     session = session_of(context)
     dataset = read_beir(data, splits=[split])
     model = Student.load(student, device=device, dtype=dtype)
-    untuned = StudentConfig(
-        backbone=model.config.backbone.model_copy(update={"tuning": "frozen"}),
-        pooling=model.config.pooling.model_copy(update={"warm_start": True}),
-    )
     judge = Teacher.load(_teacher_config(teacher, prompt), device=device, dtype=dtype) if teacher else None
     report = evaluate(
         dataset,
         student=model,
         split=split,
-        baseline=Student.create(untuned, device=device, dtype=dtype),
+        baseline=Student.create(untuned_config(model.config), device=device, dtype=dtype),
         teacher=judge,
         task=task,
         num_candidates=num_candidates,

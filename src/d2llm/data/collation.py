@@ -75,6 +75,11 @@ class Draw:
     easy: list[str]
 
 
+def batches_per_epoch(sources: Sequence[LabelledSource], batch_queries: int) -> int:
+    """How many batches ``epoch_batches`` gives, without drawing them; the last of a source may be smaller."""
+    return sum(-(-len(source.entries) // batch_queries) for source in sources)
+
+
 def epoch_batches(
     sources: Sequence[LabelledSource], *, epoch: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
 ) -> list[tuple[LabelledSource, list[Draw]]]:

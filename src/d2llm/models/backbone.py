@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
-from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -113,9 +113,7 @@ class Backbone(nn.Module):
             attach_lora(self.model, self.config.lora, seed=seed)
         elif self.config.tuning == "full":
             self.model.requires_grad_(True)
-        if self.device.type == "cpu":
-            # On the CPU the fused attention's backward pass takes twice the plain one's at a passage's length.
-            self.model.set_attn_implementation("eager")
+        use_plain_attention_on_cpu(self.model)
 
     def train(self, mode: bool = True) -> Backbone:
         """Switch training mode; with LoRA only the adapters' own dropout is switched on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from d2llm.core.errors import InputError
@@ -52,3 +54,12 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
     if device.type == "cpu" and cpu_has_fast_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def use_plain_attention_on_cpu(model: Any) -> None:
+    """Let a model of ``transformers`` be trained with plain attention where it computes on a CPU.
+
+    There the backward pass of the fused attention takes several times the plain one's at the length of a passage.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        model.set_attn_implementation("eager")

@@ -20,6 +20,7 @@ from d2llm.core.extras import require
 from d2llm.core.files import new_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,20 @@ def readable_tokens(config: Any) -> int | None:
         return None
     # These count positions from after the padding id.
     return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
+
+
+def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that d2llm wrote; ``remedy`` says what to do when it cannot be read.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; {remedy}") from error
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:

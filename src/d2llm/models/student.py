@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError, ModelNotFoundError
@@ -32,13 +31,15 @@ from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.inference import inference
 from d2llm.models.interaction import Interaction
 from d2llm.models.pooling import TextPooling
+from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
 KIND = "student"
 FORMAT_VERSION = 1
 _HEAD_FILE, _ADAPTER_FILE, _BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 _BATCH_TOKENS, _BATCH_TEXTS = 8192, 256
-_SCORE_BLOCK = 4096
+SCORE_BLOCK = 4096  # passages that the interaction scores at a time
+_RESTORE = "restore the student's folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Student(nn.Module):
             ModelError: its weights cannot be read, or do not fit its configuration.
             MismatchError: the pretrained backbone is not the one that the student was trained on.
         """
-        folder = _find_student(folder_or_name)
+        folder = find_student(folder_or_name)
         manifest, config = _read_student_manifest(folder)
         merged = (folder / _BACKBONE_FOLDER).is_dir()
         chosen = choose_device(device)
@@ -106,9 +107,9 @@ class Student(nn.Module):
         if not merged:
             _require_same_base(folder, manifest, backbone)
             if (folder / _ADAPTER_FILE).is_file():
-                backbone.load_tuned_state(_load_tensors(folder / _ADAPTER_FILE), merge=True)
+                backbone.load_tuned_state(load_tensors(folder / _ADAPTER_FILE, remedy=_RESTORE), merge=True)
         student = cls(config, backbone)
-        head = _load_tensors(folder / _HEAD_FILE)
+        head = load_tensors(folder / _HEAD_FILE, remedy=_RESTORE)
         try:
             student._load_head(head)
         except RuntimeError as error:
@@ -221,8 +222,8 @@ class Student(nn.Module):
         query = torch.from_numpy(query_vector).to(device)
         scores = np.empty(len(passage_vectors), dtype=np.float32)
         with inference(self), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for start in range(0, len(passage_vectors), _SCORE_BLOCK):
-                block = torch.from_numpy(passage_vectors[start : start + _SCORE_BLOCK]).to(device)
+            for start in range(0, len(passage_vectors), SCORE_BLOCK):
+                block = torch.from_numpy(passage_vectors[start : start + SCORE_BLOCK]).to(device)
                 scores[start : start + len(block)] = self.interaction.score_passages(query, block, task).cpu().numpy()
         return scores
 
@@ -255,7 +256,12 @@ class Student(nn.Module):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
-def _find_student(folder_or_name: str | Path) -> Path:
+def find_student(folder_or_name: str | Path) -> Path:
+    """The folder of a student: what ``save`` wrote, or a student shipped with d2llm by its name.
+
+    Raises:
+        ModelNotFoundError: neither.
+    """
     folder = Path(folder_or_name)
     if (folder / MANIFEST).is_file():
         return folder
@@ -280,13 +286,6 @@ def _read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]
         raise DataFormatError(
             folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
         ) from error
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; restore the student's folder") from error
 
 
 def _require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:

@@ -15,8 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import AnswerTokenError, InputError, MismatchError, ModelError
@@ -25,11 +24,18 @@ from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.answers import AnswerHead
-from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.inference import inference
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, load_adapter_state, merge_adapter
 from d2llm.models.prompts import Prompt, load_prompt
-from d2llm.models.sources import fingerprint_model, load_pretrained, load_tokenizer, locate_model, readable_tokens
+from d2llm.models.sources import (
+    fingerprint_model,
+    load_pretrained,
+    load_tensors,
+    load_tokenizer,
+    locate_model,
+    readable_tokens,
+)
 from d2llm.models.teacher_identity import (
     TEACHER_FORMAT_VERSION,
     TEACHER_KIND,
@@ -98,7 +104,9 @@ class Teacher(nn.Module):
         whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
         whole = whole.to(device).eval().requires_grad_(False)
         self.model: nn.Module = whole.base_model
-        self._merged_adapter: dict[str, Tensor] = _load_adapter(tuned) if tuned else {}
+        self._merged_adapter: dict[str, Tensor] = (
+            load_tensors(tuned / _ADAPTER_FILE, remedy="restore the teacher's folder or tune it again") if tuned else {}
+        )
         merge_adapter(self.model, self._merged_adapter)
         self._head = AnswerHead(whole)
         self._check_length(whole.config)
@@ -217,9 +225,7 @@ class Teacher(nn.Module):
         """Attach trainable adapters; everything else stays frozen."""
         self._lora = lora
         attach_lora(self.model, lora, seed=seed)
-        if self.device.type == "cpu":
-            # On the CPU the fused attention's backward pass takes several times the plain one's at these lengths.
-            cast(Any, self.model).set_attn_implementation("eager")
+        use_plain_attention_on_cpu(self.model)
 
     def tuned_state(self) -> dict[str, Tensor]:
         """What tuning changed since the pretrained weights, as an adapter of plain tensors."""
@@ -301,12 +307,3 @@ class Teacher(nn.Module):
                 f"'{self.config.model}'; use a prompt file with two distinct words"
             )
         return found[0], found[1]
-
-
-def _load_adapter(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / _ADAPTER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder / _ADAPTER_FILE} cannot be read: {error}; restore the teacher's folder or tune it again"
-        ) from error

@@ -13,6 +13,14 @@ from d2llm.core.types import Task
 from d2llm.pipeline.protocols import EncodedBatch, SearchStudent, TextEncoder
 
 
+def untuned_config(config: StudentConfig) -> StudentConfig:
+    """A student's backbone as it was before training, pooled as it was pretrained to be: the baseline beside it."""
+    return StudentConfig(
+        backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
+        pooling=config.pooling.model_copy(update={"warm_start": True}),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _UnitVectors:
     vectors: NDArray[np.float32]

@@ -15,14 +15,13 @@ from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.training import TrainingSource
 from d2llm.index.lexical import LexicalIndex
-from d2llm.models.student import Student
+from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 
 RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LEXICAL_DEPTH = 10
 _MEASURE, _DEPTH = "nDCG@10", 10
-_SCORE_BLOCK = 4096  # as in Student.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ def _anchor(
 ) -> Float32[np.ndarray, " passages"]:
     """The anchor logits, by the same products as in ``Student.score``: where the interaction is 0, so is the change."""
     anchor_query = torch.from_numpy(student.anchor_queries(query[None], task))
-    blocks = torch.from_numpy(passages).split(_SCORE_BLOCK)
+    blocks = torch.from_numpy(passages).split(SCORE_BLOCK)
     return torch.cat([(anchor_query @ block.T)[0] for block in blocks]).numpy()
 
 

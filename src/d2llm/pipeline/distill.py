@@ -19,7 +19,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig, TrainingConfig
 from d2llm.core.types import Task
-from d2llm.data.collation import Draw, LabelledSource, collate, epoch_batches
+from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.interaction import TASKS
@@ -186,17 +186,17 @@ class _Run:
     def train(self, show_progress: bool | None) -> bool:
         """Train to the end; returns whether dev stopped it early."""
         training, progress = self.recipe.training, self.progress
-        per_epoch = len(self._batches(0))
+        per_epoch = batches_per_epoch(self.sources, training.batch_queries)
         total = per_epoch * training.epochs
         if progress.best_step < 0:
             self._evaluate()
         with progress_bar("distilling", total, show=show_progress) as advance:
             advance(progress.step)
-            batches = self._batches(progress.step // per_epoch)
+            batches: list[tuple[LabelledSource, list[Draw]]] = []
             while progress.step < total:
                 if progress.evaluations_without_gain >= training.patience:
                     return True
-                if progress.step % per_epoch == 0:
+                if not batches or progress.step % per_epoch == 0:
                     batches = self._batches(progress.step // per_epoch)
                 source, draws = batches[progress.step % per_epoch]
                 self._step(source, draws, total, advance)

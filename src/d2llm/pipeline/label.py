@@ -84,8 +84,9 @@ def label(
     finished = 0
     for source in sources:
         labels = LabelStore(store, teacher=model.fingerprint, prompt=model.prompt_fingerprint(source.task))
-        jobs = [job for entry in source.entries_to_label if (job := _job(labels, entry)).passage_ids]
-        finished += len(source.entries_to_label) - len(jobs)
+        entries = source.entries_to_label
+        jobs = [job for entry in entries if (job := _job(labels, entry)).passage_ids]
+        finished += len(entries) - len(jobs)
         work.append((source, labels, jobs))
     num_pairs = sum(len(job.passage_ids) for _, _, jobs in work for job in jobs)
     num_truncated = num_tokens = 0

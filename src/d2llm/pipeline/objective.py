@@ -11,6 +11,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import LossWeights
 from d2llm.data.collation import DistillationBatch
+from d2llm.models.backbone import TextKind
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
@@ -84,8 +85,8 @@ def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
     return torch.stack([getattr(weights, name) * value for name, value in found.items()]).sum()
 
 
-def _vectors(student: Student, texts: list[str], kind: str) -> Tensor:
-    ids = student.tokenize(texts, "query" if kind == "query" else "passage").ids
+def _vectors(student: Student, texts: list[str], kind: TextKind) -> Tensor:
+    ids = student.tokenize(texts, kind).ids
     parts = token_budget_batches([len(row) for row in ids], max_tokens=_PART_TOKENS, max_items=len(ids))
     encoded = torch.cat([student(*student.backbone.pad([ids[index] for index in part])) for part in parts])
     order = torch.tensor([index for part in parts for index in part], device=encoded.device)
