@@ -8,8 +8,12 @@ import ir_measures
 
 from d2llm.core.types import Qrels
 
-MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "Recall@100": "R@100"}
-"""Our name -> the name in ir_measures. nDCG takes the grade itself as gain, divided by log2(1 + rank)."""
+MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "MAP": "AP", "Recall@10": "R@10", "Recall@100": "R@100"}
+"""Our name -> the name in ir_measures. nDCG takes the grade itself as gain, divided by log2(1 + rank).
+
+MAP is over the ranking that is given: a relevant passage beyond its end adds nothing, so a ranking of the best 100
+gives what trec_eval calls ``map_cut_100``.
+"""
 
 
 def per_query_measures(rankings: Mapping[str, Sequence[str]], qrels: Qrels) -> dict[str, dict[str, float]]:
