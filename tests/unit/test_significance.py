@@ -3,7 +3,15 @@ import itertools
 import numpy as np
 import pytest
 
-from d2llm.ops.significance import paired_randomisation
+from d2llm.ops import significance
+from d2llm.ops.significance import (
+    bootstrap_interval,
+    bootstrap_statistic,
+    holm,
+    paired_bootstrap_interval,
+    paired_bootstrap_test,
+    paired_randomisation,
+)
 
 FIRST = [0.9, 0.4, 0.8, 0.55, 0.3, 1.0, 0.7, 0.2]
 SECOND = [0.5, 0.45, 0.5, 0.35, 0.1, 0.7, 0.75, 0.1]
@@ -52,3 +60,93 @@ def test_seeded():
 def test_needs_the_same_queries(first, second):
     with pytest.raises(ValueError, match="same queries"):
         paired_randomisation(first, second)
+
+
+def test_holm_by_hand():
+    # sorted: .005 * 4, .01 * 3, .03 * 2, .04 * 1 -> .02, .03, .06, and .04 lifted to .06
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -0.1, 1.1])
+def test_holm_takes_p_values_only(wrong):
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        holm([0.5, wrong])
+
+
+def test_interval_is_the_percentiles_of_all_resamples():
+    """Three values have 27 equally likely resamples: their means can be listed."""
+    values = [0.0, 0.3, 0.9]
+    means = sorted(sum(drawn) / 3 for drawn in itertools.product(values, repeat=3))
+    interval = bootstrap_interval(values, confidence=0.8, num_resamples=40_000)
+    # 10 % of 27 is the third smallest, 90 % the third largest; neither is a borderline case
+    assert interval.low == pytest.approx(means[2])
+    assert interval.high == pytest.approx(means[-3])
+
+
+def test_interval_of_a_mean_is_close_to_the_normal_one():
+    values = np.random.default_rng(5).normal(0.4, 0.2, 400)
+    interval = bootstrap_interval(values, num_resamples=5_000)
+    half = 1.96 * values.std() / 20
+    assert [interval.low, interval.high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.002)
+
+
+def test_interval_does_not_depend_on_the_blocks(monkeypatch):
+    values = np.random.default_rng(1).random(50)
+    whole = bootstrap_interval(values, seed=4)
+    monkeypatch.setattr(significance, "_BLOCK_NUMBERS", 170)  # 3 rows at once
+    assert bootstrap_interval(values, seed=4) == whole
+    assert bootstrap_interval(values, seed=5) != whole
+
+
+def test_paired_interval_is_of_the_differences():
+    differences = np.subtract(FIRST, SECOND)
+    assert paired_bootstrap_interval(FIRST, SECOND, seed=3) == bootstrap_interval(differences, seed=3)
+    with pytest.raises(ValueError, match="same queries"):
+        paired_bootstrap_interval(FIRST, SECOND[1:])
+
+
+def test_any_statistic():
+    values = np.asarray(FIRST)
+    interval, resampled = bootstrap_statistic(lambda rows: float(values[rows].mean()), 8, num_resamples=2_000, seed=7)
+    assert interval == bootstrap_interval(values, seed=7)  # the same resamples
+    assert resampled.shape == (2_000,)
+
+
+def test_resamples_that_cannot_be_measured_are_left_out():
+    with_nan = bootstrap_statistic(lambda rows: float("nan") if 0 in rows else 1.0, 3, num_resamples=50)
+    assert (with_nan[0].low, with_nan[0].high) == (1.0, 1.0)
+    assert 0 < np.isnan(with_nan[1]).sum() < 50
+    for call in (bootstrap_statistic, lambda *rest: paired_bootstrap_test(rest[0], *rest)):
+        with pytest.raises(ValueError, match="could be measured"):
+            call(lambda _: float("nan"), 3)
+
+
+def test_p_value_by_counting():
+    """Two items, differences 1 and -0.5: only the resample (second, second), 1 of 4, is below 0."""
+    first, second = np.array([1.0, 0.0]), np.array([0.0, 0.5])
+    p_value = paired_bootstrap_test(
+        lambda rows: float(first[rows].mean()), lambda rows: float(second[rows].mean()), 2, num_resamples=20_000
+    )
+    assert p_value == pytest.approx(2 / 4, abs=0.02)
+
+
+def test_p_value_at_its_ends():
+    values = np.asarray(FIRST)
+    mean = lambda rows: float(values[rows].mean())  # noqa: E731
+    assert paired_bootstrap_test(mean, mean, 8) == 1.0
+    better = paired_bootstrap_test(lambda rows: mean(rows) + 1, mean, 8, num_resamples=199)
+    assert better == paired_bootstrap_test(mean, lambda rows: mean(rows) + 1, 8, num_resamples=199) == 2 / 200
+
+
+@pytest.mark.parametrize("settings", [{"confidence": 0.0}, {"confidence": 1.0}, {"num_resamples": 0}])
+def test_numbers_out_of_range(settings):
+    with pytest.raises(ValueError, match="must"):
+        bootstrap_interval([0.1, 0.2], **settings)
+
+
+def test_nothing_to_resample():
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap_interval([])
