@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -112,6 +112,16 @@ def distill(
     recipe: RecipeArgument,
     out: RunOption = None,
     data: DataOption = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME",
+            help="Train a changed student on the same plans, beside the student: cosine and paper are the baselines "
+            "that evaluate compares with; d2llm ablate --list names all.",
+            show_default=False,
+        ),
+    ] = None,
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -123,9 +133,8 @@ def distill(
     """
     from d2llm.apps import steps
 
-    session_of(context).write_report(
-        context, json_path, steps.distill_student(_job(context, recipe, out, data, device, dtype), again=again)
-    )
+    job = _job(context, recipe, out, data, device, dtype)
+    session_of(context).write_report(context, json_path, steps.distill_student(job, variant=variant, again=again))
 
 
 def register(app: typer.Typer) -> None:

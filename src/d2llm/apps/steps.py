@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig
+from d2llm.core.variants import find_variant
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.pipeline.run_folder import RunFolder
 
@@ -116,29 +117,33 @@ def label_pairs(job: Job) -> Any:
     return report
 
 
-def distill_student(job: Job, *, again: bool = False) -> Any:
-    """Train the student on the labels."""
+def distill_student(job: Job, *, variant: str | None = None, again: bool = False) -> Any:
+    """Train the student, or a variant of it, on the labels."""
     from d2llm.pipeline.distill import distill
 
-    if _is_finished(job.run.student):
+    recipe, folder = job.recipe, job.run.student
+    if variant is not None:
+        recipe, folder = find_variant(variant).apply(recipe), job.run.variant(variant)
+    if _is_finished(folder):
         if not again:
-            return _skip(job, f"distill: {job.run.student} is finished; --again makes it anew, keeping this one aside")
-        _put_aside(job)
+            return _skip(job, f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
+        _put_aside(job, folder)
     _require_plans(job)
-    if job.recipe.losses.imitates and not _is_finished(job.run.labels):
-        raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
-    _say_teacher(job, "distill")
+    if recipe.losses.imitates:
+        if not _is_finished(job.run.labels):
+            raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
+        _say_teacher(job, "distill")
     report = distill(
         job.run.sources(job.recipe),
-        job.run.student,
-        recipe=job.recipe,
+        folder,
+        recipe=recipe,
         labels=job.run.labels,
         teacher=job.teacher,
         device=job.device,
         dtype=job.dtype,
         show_progress=job.session.show_progress,
     )
-    job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {job.run.student}")
+    job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {folder}")
     return report
 
 
@@ -206,13 +211,13 @@ def _say_teacher(job: Job, verb: str) -> None:
     job.session.say(f"{verb}: the teacher is {named}")
 
 
-def _put_aside(job: Job) -> None:
+def _put_aside(job: Job, student: Path) -> None:
     """Rename a finished student and its checkpoints, so that nothing that took hours is lost."""
     number = 1
-    while (aside := job.run.student.with_name(f"{job.run.student.name}.old-{number}")).exists():
+    while (aside := student.with_name(f"{student.name}.old-{number}")).exists():
         number += 1
-    job.run.student.rename(aside)
-    checkpoints = job.run.student.with_name(job.run.student.name + ".run")
+    student.rename(aside)
+    checkpoints = student.with_name(student.name + ".run")
     if checkpoints.is_dir():
         checkpoints.rename(aside.with_name(aside.name + ".run"))
     job.session.say(f"distill: the earlier student is now in {aside}")

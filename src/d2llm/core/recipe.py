@@ -50,8 +50,10 @@ class BackboneConfig(_Section):
 
 
 class PoolingConfig(_Section):
-    """Pooling by multihead attention (PMA)."""
+    """From token states to the text's vector: pooling by multihead attention (PMA), or the backbone's own."""
 
+    method: Literal["pma", "backbone"] = "pma"
+    """``backbone``: its own pooling alone (mean, last or first token) and no PMA, as a plain bi-encoder pools."""
     num_seeds: int = Field(default=1, ge=1)
     num_heads: int = Field(default=12, ge=1)
     feedforward_dim: int | None = Field(default=None, ge=1)
@@ -61,10 +63,14 @@ class PoolingConfig(_Section):
 
 
 class InteractionConfig(_Section):
-    """Interaction emulation module (IEM)."""
+    """Interaction emulation module (IEM), or the cosine in its place."""
 
-    head: Literal["anchored", "paper"] = "anchored"
-    features: Literal["rich", "concat"] = "rich"
+    head: Literal["anchored", "paper", "cosine"] = "anchored"
+    """``cosine``: a learned scale times the cosine of the vectors, no IEM: the plain bi-encoder."""
+    features: Literal["rich", "concat", "product", "difference"] = "rich"
+    """What the IEM sees of vectors a and b beside them: nothing (``concat``), a * b, |a - b|, or both (``rich``)."""
+    branches: Literal["per_task", "shared"] = "per_task"
+    """A branch of the IEM for each task, or one for both."""
     hidden_dim: int = Field(default=512, ge=1)
     feature_dim: int = Field(default=512, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -139,6 +145,7 @@ class LossWeights(_Section):
     rank_imitation_positive_hard: float = Field(default=1.0, ge=0)
     rank_imitation_hard_easy: float = Field(default=0.01, ge=0)
     feature_imitation: float = Field(default=0.001, ge=0)
+    """Of heads with an IEM; the cosine has no features of a pair."""
     in_batch_cross_entropy: float = Field(default=1.0, ge=0)
     anchor_cross_entropy: float = Field(default=1.0, ge=0)
     """In-batch cross-entropy of the inner-product part alone (anchored head): keeps the vectors good by themselves."""

@@ -19,6 +19,8 @@ from d2llm.core.types import Task
 from d2llm.ops.scoring import anchored_logit
 
 TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
+_SHARED = "shared"
+_PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
 _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature 0.05 of contrastive training
 
 
@@ -27,12 +29,12 @@ class PairScores:
     """Scores of queries against passages.
 
     ``logits`` is the final score z; ``anchor`` its inner-product part (None for the paper head); ``features`` is
-    y^S_ij, the student's counterpart of the teacher's score-token state.
+    y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head).
     """
 
     logits: Float[Tensor, "queries passages"]
     anchor: Float[Tensor, "queries passages"] | None
-    features: Float[Tensor, "queries passages feature_dim"]
+    features: Float[Tensor, "queries passages feature_dim"] | None
 
 
 class _Anchor(nn.Module):
@@ -61,13 +63,14 @@ class Interaction(nn.Module):
         super().__init__()
         self.config = config
         self.dim = dim
-        hidden, num_parts = config.hidden_dim, 4 if config.features == "rich" else 2
-        self.first = nn.Linear(num_parts * dim, hidden)
+        hidden = config.hidden_dim
+        self._places = {name: place for place, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
+        self.first = nn.Linear(len(self._places) * dim, hidden)
         self.shared = nn.Linear(hidden, hidden)
         self.branches = nn.ModuleDict(
             {
-                task: nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.feature_dim))
-                for task in TASKS
+                name: nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.feature_dim))
+                for name in self._branch_names
             }
         )
         self.output = nn.Linear(config.feature_dim, 1)
@@ -76,7 +79,7 @@ class Interaction(nn.Module):
         if config.head == "anchored":
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
-            self.anchors = nn.ModuleDict({task: _Anchor(dim) for task in TASKS})
+            self.anchors = nn.ModuleDict({name: _Anchor(dim) for name in self._branch_names})
             self.raw_bound = nn.Parameter(torch.zeros(()))
             for task in TASKS:
                 self.register_buffer(f"residual_{task}", torch.ones(()))
@@ -85,6 +88,13 @@ class Interaction(nn.Module):
     def has_anchor(self) -> bool:
         """Whether the score has an inner-product part (head ``anchored``)."""
         return self.anchors is not None
+
+    @property
+    def _branch_names(self) -> tuple[str, ...]:
+        return TASKS if self.config.branches == "per_task" else (_SHARED,)
+
+    def _branch(self, task: Task) -> str:
+        return task if self.config.branches == "per_task" else _SHARED
 
     def bound(self, task: Task) -> Tensor:
         """The bound r B: the largest change of the logit that the interaction can make."""
@@ -102,7 +112,7 @@ class Interaction(nn.Module):
         """
         if self.anchors is None:
             raise InputError("this student has the head 'paper', which has no anchor; use one with the head 'anchored'")
-        anchor = self.anchors[task]
+        anchor = self.anchors[self._branch(task)]
         assert isinstance(anchor, _Anchor)
         return anchor.queries(queries)
 
@@ -111,10 +121,11 @@ class Interaction(nn.Module):
     ) -> PairScores:
         """Score every query against every passage."""
         hidden = self._query_half(queries).unsqueeze(1) + self._passage_half(passages).unsqueeze(0)
-        if self.config.features == "rich":
-            product, difference = self._part(2), self._part(3)
-            pairs = queries.unsqueeze(1), passages.unsqueeze(0)
-            hidden = hidden + (pairs[0] * pairs[1]) @ product.T + (pairs[0] - pairs[1]).abs() @ difference.T
+        pairs = queries.unsqueeze(1), passages.unsqueeze(0)
+        if "a * b" in self._places:
+            hidden = hidden + (pairs[0] * pairs[1]) @ self._part("a * b").T
+        if "|a - b|" in self._places:
+            hidden = hidden + (pairs[0] - pairs[1]).abs() @ self._part("|a - b|").T
         features = self._after_first(hidden, task)
         logits = _at_least_float32(self.output(self.dropout(features)).squeeze(-1))
         if self.anchors is None:
@@ -126,12 +137,12 @@ class Interaction(nn.Module):
         self, query: Float[Tensor, " dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> Float[Tensor, " passages"]:
         """Logits of one query against a block of passages: the search path, one or two products a passage."""
-        weight = self._part(1)
-        if self.config.features == "rich":
-            weight = weight + self._part(2) * query
+        weight = self._part("b")
+        if "a * b" in self._places:
+            weight = weight + self._part("a * b") * query
         hidden = self._query_half(query) + passages @ weight.T
-        if self.config.features == "rich":
-            hidden = hidden + (query - passages).abs() @ self._part(3).T
+        if "|a - b|" in self._places:
+            hidden = hidden + (query - passages).abs() @ self._part("|a - b|").T
         logits = _at_least_float32(self.output(self._after_first(hidden, task)).squeeze(-1))
         if self.anchors is None:
             return logits
@@ -144,19 +155,61 @@ class Interaction(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             return self.anchor_queries(_at_least_float32(queries), task) @ _at_least_float32(passages).T
 
-    def _part(self, position: int) -> Float[Tensor, "hidden dim"]:
+    def _part(self, name: str) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer that see a, b, a * b or |a - b|."""
-        return self.first.weight[:, position * self.dim : (position + 1) * self.dim]
+        place = self._places[name]
+        return self.first.weight[:, place * self.dim : (place + 1) * self.dim]
 
     def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
-        return nn.functional.linear(queries, self._part(0), self.first.bias)
+        return nn.functional.linear(queries, self._part("a"), self.first.bias)
 
     def _passage_half(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
-        return nn.functional.linear(passages, self._part(1))
+        return nn.functional.linear(passages, self._part("b"))
 
     def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
         shared = torch.relu(self.shared(self.dropout(torch.relu(hidden))))
-        return self.branches[task](self.dropout(shared))
+        return self.branches[self._branch(task)](self.dropout(shared))
+
+
+class CosineHead(nn.Module):
+    """The cosine in the IEM's place, t cos(a, b) with a learned t: the plain bi-encoder, trained by the same code.
+
+    Vectors come with norm sqrt(dim), so that an inner product is all it takes.
+    """
+
+    has_anchor = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
+
+    def anchor_queries(
+        self,
+        queries: Float[Tensor, "queries dim"],
+        task: Task,  # noqa: ARG002 - the same for every task
+    ) -> Float[Tensor, "queries dim"]:
+        """The vectors t a / dim, whose inner product with a passage's vector is the logit."""
+        return queries * (self.log_scale.exp() / self.dim)
+
+    def forward(
+        self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
+    ) -> PairScores:
+        """Score every query against every passage."""
+        with torch.autocast(queries.device.type, enabled=False):
+            logits = self.anchor_queries(_at_least_float32(queries), task) @ _at_least_float32(passages).T
+        return PairScores(logits, logits, None)
+
+    def score_passages(
+        self, query: Float[Tensor, " dim"], passages: Float[Tensor, "passages dim"], task: Task
+    ) -> Float[Tensor, " passages"]:
+        """Logits of one query against a block of passages."""
+        return self(query[None], passages, task).logits[0]
+
+
+def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
+    """The head that a configuration names."""
+    return CosineHead(dim) if config.head == "cosine" else Interaction(config, dim)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

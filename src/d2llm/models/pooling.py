@@ -66,16 +66,17 @@ class MultiheadAttentionPooling(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """From token states to the text's vector: PMA alone, or beside the backbone's own pooling.
+    """From token states to the text's vector: the backbone's own pooling, PMA, or both.
 
     With a warm start, y = sqrt(dim) pool(Y) / |pool(Y)| + gate PMA(Y) with a learned gate that starts at 0, so that an
-    untrained student is exactly the backbone's own cosine.
+    untrained student is exactly the backbone's own cosine. Without PMA (``method = "backbone"``) the first term is all.
     """
 
     def __init__(self, config: PoolingConfig, dim: int) -> None:
         super().__init__()
-        self.pma = MultiheadAttentionPooling(config, dim)
-        self.gate = nn.Parameter(torch.zeros(())) if config.warm_start else None
+        has_pma = config.method == "pma"
+        self.pma = MultiheadAttentionPooling(config, dim) if has_pma else None
+        self.gate = nn.Parameter(torch.zeros(())) if has_pma and config.warm_start else None
 
     def forward(
         self,
@@ -90,7 +91,12 @@ class TextPooling(nn.Module):
             mask: true for real tokens.
             own: the backbone's own pooling of the same states.
         """
+        if self.pma is None:
+            return to_sphere(own.float())
         pooled = self.pma(states.float(), mask)
-        if self.gate is None:
-            return pooled
-        return functional.normalize(own.float(), dim=-1) * own.shape[-1] ** 0.5 + self.gate * pooled
+        return pooled if self.gate is None else to_sphere(own.float()) + self.gate * pooled
+
+
+def to_sphere(vectors: Float[Tensor, "*texts dim"]) -> Float[Tensor, "*texts dim"]:
+    """Vectors of norm sqrt(dim), whose inner product is dim times their cosine."""
+    return functional.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5

@@ -29,8 +29,8 @@ from d2llm.core.types import Task
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.inference import inference
-from d2llm.models.interaction import Interaction
-from d2llm.models.pooling import TextPooling
+from d2llm.models.interaction import make_head
+from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
@@ -61,7 +61,7 @@ class Student(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
-            self.interaction = Interaction(config.interaction, backbone.dim).to(backbone.device)
+            self.interaction = make_head(config.interaction, backbone.dim).to(backbone.device)
         self._saved_fingerprint: str | None = None
         self._has_merged_weights = False
         self.eval()
@@ -178,7 +178,7 @@ class Student(nn.Module):
 
     @property
     def has_anchor(self) -> bool:
-        """Whether the score has an inner-product part that an index can follow (anchored head)."""
+        """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
     def prepare_training(self, *, seed: int = 0) -> None:
@@ -189,7 +189,8 @@ class Student(nn.Module):
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
         states, mask = self.backbone(token_ids, mask)
-        return self.pooling(states, mask, self.backbone.pool(states, mask))
+        vectors = self.pooling(states, mask, self.backbone.pool(states, mask))
+        return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of queries; ``advance`` is called with the number of texts finished."""

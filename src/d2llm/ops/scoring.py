@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FeatureName = Literal["rich", "concat"]
+FeatureName = Literal["rich", "concat", "product", "difference"]
 
 
 class Linear(NamedTuple):
@@ -26,10 +26,13 @@ class Linear(NamedTuple):
 def pair_features(
     query: Float[Tensor, "*pairs dim"], passage: Float[Tensor, "*pairs dim"], name: FeatureName
 ) -> Float[Tensor, "*pairs features"]:
-    """What the first layer sees of a pair: [a; b] (the paper's), or [a; b; a * b; |a - b|]."""
-    if name == "concat":
-        return torch.cat([query, passage], dim=-1)
-    return torch.cat([query, passage, query * passage, (query - passage).abs()], dim=-1)
+    """What the first layer sees of a pair: [a; b] (the paper's), with a * b, with |a - b|, or with both (rich)."""
+    parts = [query, passage]
+    if name in ("product", "rich"):
+        parts.append(query * passage)
+    if name in ("difference", "rich"):
+        parts.append((query - passage).abs())
+    return torch.cat(parts, dim=-1)
 
 
 def multilayer_perceptron(x: Float[Tensor, "*pairs in"], layers: Sequence[Linear]) -> Float[Tensor, "*pairs out"]:

@@ -15,6 +15,7 @@ from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.training import TrainingSource
 from d2llm.index.lexical import LexicalIndex
+from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
@@ -38,7 +39,7 @@ class DevSet:
 
 @dataclass(frozen=True, slots=True)
 class DevResult:
-    """nDCG@10 by weight r of the interaction; a head without an anchor has r = 1 alone."""
+    """nDCG@10 by weight r of the interaction; a head that is not an anchor with an interaction has r = 1 alone."""
 
     task: Task
     ndcg: dict[float, float]
@@ -103,10 +104,11 @@ def ndcg_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> di
 def _evaluate_one(student: Student, dev: DevSet) -> DevResult:
     queries = student.encode_queries([query.text for query in dev.queries]).vectors
     passages = student.encode_passages(dev.passage_texts).vectors
-    if not student.has_anchor:
+    head = student.interaction
+    if isinstance(head, CosineHead) or not student.has_anchor:
         return DevResult(dev.task, {1.0: _ndcg(_score_all(student, queries, passages, dev), dev)})
     anchors = np.stack([_anchor(student, query, passages, dev.task) for query in queries])
-    residual = student.interaction.residual_weight(dev.task)
+    residual = head.residual_weight(dev.task)
     kept = residual.clone()
     residual.fill_(1.0)
     try:

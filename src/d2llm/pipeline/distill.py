@@ -22,7 +22,7 @@ from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.models.interaction import TASKS
+from d2llm.models.interaction import CosineHead
 from d2llm.models.student import KIND, Student
 from d2llm.models.teacher_identity import TeacherIdentity, identify_teacher
 from d2llm.pipeline.dev import DevSet, choose_residual_weights, evaluate_dev, make_dev_set, ndcg_by_set
@@ -215,9 +215,11 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(best[name])
-            for task in TASKS:
-                if self.student.has_anchor and task in self.progress.best_weights:
-                    self.student.interaction.residual_weight(task).fill_(self.progress.best_weights[task])
+            head = self.student.interaction
+            if isinstance(head, CosineHead) or not head.has_anchor:
+                return
+            for task, weight in self.progress.best_weights.items():
+                head.residual_weight(task).fill_(weight)
 
     def _batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
         training = self.recipe.training

@@ -47,7 +47,7 @@ def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeig
         found["rank_imitation_positive_hard"] = losses.rank_imitation_positive_hard(logits, log_odds, positive | hard)
     if weights.rank_imitation_hard_easy:
         found["rank_imitation_hard_easy"] = losses.rank_imitation_hard_easy(logits, probabilities, hard, easy)
-    if weights.feature_imitation:
+    if weights.feature_imitation and scores.features is not None:
         own = torch.from_numpy(batch.own).to(device)
         rows = torch.arange(len(own), device=device).unsqueeze(1)
         features = scores.features[rows, own.clamp(min=0)].float()

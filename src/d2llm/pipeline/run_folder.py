@@ -37,6 +37,10 @@ class RunFolder:
         """The distilled student."""
         return self.path / "student"
 
+    def variant(self, name: str) -> Path:
+        """A student of a changed recipe (see ``core.variants``), trained on the same plans and labels."""
+        return companion(self.student, name)
+
     def sources(self, recipe: Recipe) -> list[TrainingSource]:
         """The data sets of a recipe with the plans that ``mine`` made for them.
 
@@ -49,6 +53,11 @@ class RunFolder:
             TrainingSource(read_beir(Path(data.path)), read_plan(self.plan(data)), data.task, data.max_labelled)
             for data in recipe.data
         ]
+
+
+def companion(student: Path, variant: str) -> Path:
+    """Where a variant of a student lies: beside it, as ``<name>-<variant>``."""
+    return student.with_name(f"{student.name}-{variant}")
 
 
 def check_data(recipe: Recipe) -> None:

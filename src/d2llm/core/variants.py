@@ -1,0 +1,128 @@
+"""Named changes of a recipe: the baselines beside a student, and the ablations.
+
+Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 2024, section 4.4.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from d2llm.core.errors import RecipeError
+from d2llm.core.recipe import Recipe, parse_recipe
+
+VariantGroup = Literal["baseline", "published", "own"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One named change: ``settings`` are laid over the recipe's own, section by section."""
+
+    name: str
+    group: VariantGroup
+    title: str
+    settings: Mapping[str, Any]
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """The recipe with this change, named after both.
+
+        Raises:
+            RecipeError: the changed recipe is not a valid one.
+        """
+        changed = _overlaid(recipe.model_dump(), self.settings)
+        return parse_recipe(changed | {"name": f"{recipe.name}-{self.name}"}, where=f"variant '{self.name}'")
+
+
+def find_variant(name: str) -> Variant:
+    """A variant by its name.
+
+    Raises:
+        RecipeError: there is none of that name (the nearest is named).
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else "there are:"
+    raise RecipeError(f"no variant '{name}'; {hint} {', '.join(VARIANTS) if not nearest else ''}".rstrip())
+
+
+def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(values)
+    for key, change in changes.items():
+        result[key] = _overlaid(result[key], change) if isinstance(change, Mapping) else change
+    return result
+
+
+_COSINE = {"interaction": {"head": "cosine"}}
+_NO_PMA = {"pooling": {"method": "backbone"}}
+_PLAIN_LOSSES = {
+    "contrastive_imitation": 0.0,
+    "rank_imitation_positive_hard": 0.0,
+    "rank_imitation_hard_easy": 0.0,
+    "feature_imitation": 0.0,
+    "in_batch_cross_entropy": 1.0,
+    "anchor_cross_entropy": 0.0,
+}
+
+
+def _student(**sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {"student": sections}
+
+
+def _without(*losses: str) -> dict[str, Any]:
+    return {"losses": dict.fromkeys(losses, 0.0)}
+
+
+_ALL = (
+    Variant(
+        "cosine",
+        "baseline",
+        "tuned cosine: the plain bi-encoder",
+        _student(**_COSINE, **_NO_PMA) | {"losses": _PLAIN_LOSSES},
+    ),
+    Variant(
+        "paper",
+        "baseline",
+        "the published head: concatenated vectors, no inner product, cold start",
+        _student(interaction={"head": "paper", "features": "concat"}, pooling={"warm_start": False}),
+    ),
+    Variant("without-ci", "published", "without contrastive imitation", _without("contrastive_imitation")),
+    Variant(
+        "without-ph",
+        "published",
+        "without rank imitation, positives and hard",
+        _without("rank_imitation_positive_hard"),
+    ),
+    Variant("without-hi", "published", "without rank imitation, hard over easy", _without("rank_imitation_hard_easy")),
+    Variant("without-fi", "published", "without feature imitation", _without("feature_imitation")),
+    Variant(
+        "mean-pooling", "published", "mean of the tokens for PMA", _student(backbone={"pooling": "mean"}, **_NO_PMA)
+    ),
+    Variant("last-pooling", "published", "last token for PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)),
+    Variant("cosine-for-iem", "published", "cosine for the IEM, same losses", _student(**_COSINE)),
+    Variant(
+        "one-branch", "published", "one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})
+    ),
+    Variant("paper-head", "own", "head `paper` for `anchored`, same features", _student(interaction={"head": "paper"})),
+    Variant("concat", "own", "features: the vectors alone", _student(interaction={"features": "concat"})),
+    Variant("product", "own", "features: the vectors and their product", _student(interaction={"features": "product"})),
+    Variant(
+        "difference",
+        "own",
+        "features: the vectors and their difference",
+        _student(interaction={"features": "difference"}),
+    ),
+    Variant("width-128", "own", "IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
+    Variant("width-1024", "own", "IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
+    Variant("cold-start", "own", "PMA alone, no warm start", _student(pooling={"warm_start": False})),
+    Variant(
+        "no-imitation",
+        "own",
+        "own judgements only, no teacher",
+        _without(*(n for n in _PLAIN_LOSSES if "imitation" in n)),
+    ),
+)
+VARIANTS: Mapping[str, Variant] = {variant.name: variant for variant in _ALL}
+"""All variants by name, baselines first."""
