@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from d2llm.ops.pair_measures import (
+    accuracy_at,
+    average_precision,
+    best_threshold,
+    f1_at,
+    ordinal_accuracy,
+    ordinal_thresholds,
+    pearson,
+    roc_auc,
+    spearman,
+)
+
+# Few different values, so that ties are the rule
+tied = st.sampled_from([-2.0, -0.0, 0.0, 1.0, 1.0000001, 5e-324, 1e308, -1e308])
+score = tied | st.floats(-1e308, 1e308)
+binary = st.lists(st.tuples(score, st.booleans()), min_size=2, max_size=25)
+ordinal = st.lists(st.tuples(score, st.integers(0, 2)), min_size=3, max_size=9)
+PROPERTY = settings(max_examples=50, deadline=None)
+
+
+def apart(pairs):
+    scores, labels = zip(*pairs, strict=True)
+    return list(scores), list(labels)
+
+
+def every_cut(scores):
+    """A threshold for each way to part the scores: each of them, and one above all."""
+    return [*sorted(set(scores)), float(np.nextafter(max(scores), np.inf))]
+
+
+@PROPERTY
+@given(pairs=binary)
+def test_no_threshold_is_better(pairs):
+    scores, labels = apart(pairs)
+    assume(0 < sum(labels) < len(labels))
+    for measure, value_at in (("accuracy", accuracy_at), ("f1", f1_at)):
+        found = value_at(scores, labels, best_threshold(scores, labels, measure=measure))
+        assert found == max(value_at(scores, labels, cut) for cut in every_cut(scores))
+
+
+@PROPERTY
+@given(pairs=ordinal)
+def test_no_two_cuts_are_better(pairs):
+    scores, classes = apart(pairs)
+    assume(set(classes) == {0, 1, 2})
+    lower, upper = ordinal_thresholds(scores, classes)
+    assert lower <= upper
+    cuts = itertools.combinations_with_replacement(every_cut(scores), 2)
+    assert ordinal_accuracy(scores, classes, (lower, upper)) == max(
+        ordinal_accuracy(scores, classes, pair) for pair in cuts
+    )
+
+
+@PROPERTY
+@given(pairs=binary)
+def test_auc_counts_pairs_of_pairs(pairs):
+    scores, labels = apart(pairs)
+    positives = [score for score, label in pairs if label]
+    negatives = [score for score, label in pairs if not label]
+    assume(positives and negatives)
+    won = sum((one > other) + (one == other) / 2 for one in positives for other in negatives)
+    assert roc_auc(scores, labels) == pytest.approx(won / (len(positives) * len(negatives)))
+
+
+@PROPERTY
+@given(pairs=binary)
+def test_average_precision_sums_over_matches(pairs):
+    scores, labels = apart(pairs)
+    positives = [score for score, label in pairs if label]
+    assume(positives and len(positives) < len(pairs))
+    precisions = [
+        sum(other >= mine for other in positives) / sum(other >= mine for other in scores) for mine in positives
+    ]
+    assert average_precision(scores, labels) == pytest.approx(sum(precisions) / len(positives))
+
+
+@PROPERTY
+@given(pairs=binary, data=st.data())
+def test_order_of_the_pairs_does_not_matter(pairs, data):
+    scores, labels = apart(pairs)
+    assume(0 < sum(labels) < len(labels))
+    moved_scores, moved_labels = apart(data.draw(st.permutations(pairs)))
+    assert best_threshold(moved_scores, moved_labels) == best_threshold(scores, labels)
+    assert average_precision(moved_scores, moved_labels) == pytest.approx(average_precision(scores, labels))
+    assert spearman(moved_scores, moved_labels) == pytest.approx(spearman(scores, labels), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+@PROPERTY
+@given(pairs=st.lists(st.tuples(score, score), min_size=1, max_size=20))
+def test_correlations_are_symmetric_and_bounded(pairs):
+    first, second = apart(pairs)
+    for correlation in (pearson, spearman):
+        value = correlation(first, second)
+        assert -1 <= value <= 1
+        assert correlation(second, first) == pytest.approx(value, abs=1e-12)
+        assert correlation(first, first) == pytest.approx(1.0 if len(set(first)) > 1 else 0.0)
