@@ -1,0 +1,100 @@
+"""How far a student says what its teacher says, beyond being right as often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from d2llm.core.errors import InputError
+from d2llm.ops.pair_measures import accuracy_at, best_threshold, pearson
+from d2llm.ops.ranking import kendall_tau
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Teacher and student on the same pairs.
+
+    ``label_loyalty`` is in [0, 1], None where the teacher gives all pairs the same answer, which any student can copy.
+    ``pearson_within`` and ``kendall_within`` are means over the ``num_queries`` queries with two pairs or more, None
+    where there are none; ``pearson_over_all`` is over all ``num_pairs`` pairs at once.
+    """
+
+    label_loyalty: float | None
+    pearson_within: float | None
+    kendall_within: float | None
+    pearson_over_all: float
+    num_queries: int
+    num_pairs: int
+
+
+def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, student_threshold: float) -> float:
+    """Share of the pairs [n] that get the same yes or no from both.
+
+    The teacher says yes at log-odds of at least 0, the student at logits of at least ``student_threshold``.
+
+    Raises:
+        InputError: a number is not finite, the lengths differ, or there is none.
+
+    Source: Xu et al., "Beyond Preserved Accuracy: Evaluating Loyalty and Robustness of BERT Compression", EMNLP 2021.
+    """
+    return accuracy_at(student_logits, np.asarray(teacher_log_odds, np.float64) >= 0, student_threshold)
+
+
+def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> float:
+    """Share of the first ``k`` places of one ranking that are among the first ``k`` of the other, in [0, 1].
+
+    Of rankings shorter than k, the longer one counts as the whole; two empty ones agree.
+
+    Raises:
+        InputError: k is below 1.
+    """
+    if k < 1:
+        raise InputError(f"k is {k}, but counts places: give 1 or more")
+    left, right = set(first[:k]), set(second[:k])
+    places = max(len(left), len(right))
+    return len(left & right) / places if places else 1.0
+
+
+def agreement(by_query: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Agreement:
+    """Compare the teacher's log-odds with the student's logits.
+
+    The student's logits have a scale and an origin of their own, so the threshold of its yes is the one that agrees
+    best with the teacher on these very pairs: the label loyalty is the best that one threshold can reach.
+    A query to whose pairs one of the two gives equal scores counts as 0 in the means: it has no order to agree with.
+
+    Args:
+        by_query: query_id -> (teacher log-odds [n], student logits [n]) of its passages.
+
+    Raises:
+        InputError: no pairs, a number is not finite, or the lengths of a query differ (names it).
+    """
+    arrays = {
+        query_id: (np.asarray(teacher, np.float64), np.asarray(student, np.float64))
+        for query_id, (teacher, student) in by_query.items()
+    }
+    for query_id, (teacher, student) in arrays.items():
+        if teacher.shape != student.shape or not np.isfinite([teacher, student]).all():
+            raise InputError(
+                f"query '{query_id}': one finite number of teacher and student each per passage is needed, found "
+                f"{teacher.shape} and {student.shape}"
+            )
+    if not sum(len(teacher) for teacher, _ in arrays.values()):
+        raise InputError("there are no pairs that both teacher and student have scored")
+    teachers, students = (np.concatenate([pair[side] for pair in arrays.values()]) for side in (0, 1))
+    said_yes = teachers >= 0
+    loyalty = None
+    if said_yes.any() and not said_yes.all():
+        loyalty = label_loyalty(teachers, students, student_threshold=best_threshold(students, said_yes))
+    several = [pair for pair in arrays.values() if len(pair[0]) > 1]
+    return Agreement(
+        label_loyalty=loyalty,
+        pearson_within=fmean(pearson(*pair) for pair in several) if several else None,
+        kendall_within=fmean(kendall_tau(one.tolist(), other.tolist()) for one, other in several) if several else None,
+        pearson_over_all=pearson(teachers, students),
+        num_queries=len(several),
+        num_pairs=len(teachers),
+    )

@@ -1,0 +1,108 @@
+"""Is a score of 80 % right four times out of five, and how far do the scores of the two labels lie apart?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from d2llm.core.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Pairs with a probability of yes in [low, high), the last bin with its upper end."""
+
+    low: float
+    high: float
+    mean_probability: float
+    fraction_positive: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreHistogram:
+    """How often scores lie in [edges[i], edges[i + 1]), the last bin with its upper end, for each label."""
+
+    edges: tuple[float, ...]
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+
+
+def reliability_bins(log_odds: ArrayLike, labels: ArrayLike, *, num_bins: int = 10) -> list[ReliabilityBin]:
+    """What is said against what is so, in bins of equal width of p(yes) = 1 / (1 + exp(-log_odds)).
+
+    Args:
+        log_odds: [n]; infinities are certain.
+        labels: [n] bool.
+        num_bins: into how many parts [0, 1] is cut.
+
+    Returns:
+        The bins that hold pairs, in order; empty ones are left out.
+
+    Raises:
+        InputError: NaN, no pairs, lengths that differ, or num_bins below 1.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2.
+    """
+    values, truth = _checked(log_odds, labels, num_bins)
+    # tanh does not overflow, whatever the log-odds.
+    probabilities = (1 + np.tanh(values / 2)) / 2
+    edges = np.linspace(0, 1, num_bins + 1)
+    places = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, num_bins - 1)
+    return [
+        ReliabilityBin(
+            low=float(edges[place]),
+            high=float(edges[place + 1]),
+            mean_probability=float(probabilities[places == place].mean()),
+            fraction_positive=float(truth[places == place].mean()),
+            count=int((places == place).sum()),
+        )
+        for place in np.unique(places).tolist()
+    ]
+
+
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Mean distance between what is said and what is so, over the pairs in ``bins``: 0 is perfect, at most 1.
+
+    ECE = sum over bins of count / n * |fraction_positive - mean_probability|.
+
+    Raises:
+        InputError: there are no bins.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+    """
+    if not bins:
+        raise InputError("there are no bins: calibration needs at least one pair")
+    distances = sum(part.count * abs(part.fraction_positive - part.mean_probability) for part in bins)
+    return distances / sum(part.count for part in bins)
+
+
+def score_histogram(scores: ArrayLike, labels: ArrayLike, num_bins: int = 30) -> ScoreHistogram:
+    """Count scores [n] in bins of equal width between the lowest and the highest, apart for each label [n] (bool).
+
+    Infinite scores count in the outermost bins, between which the finite ones lie.
+
+    Raises:
+        InputError: NaN, no pairs, lengths that differ, or num_bins below 1.
+    """
+    values, truth = _checked(scores, labels, num_bins)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    edges = np.histogram_bin_edges([low, high], bins=num_bins)  # half a unit to both sides where they are equal
+    within = np.clip(values, edges[0], edges[-1])
+    positive, negative = (np.histogram(within[part], edges)[0].tolist() for part in (truth, ~truth))
+    return ScoreHistogram(tuple(edges.tolist()), tuple(positive), tuple(negative))
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike, num_bins: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    values, truth = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
+    if values.ndim != 1 or values.shape != truth.shape:
+        raise InputError(f"scores of shape {values.shape} and labels of shape {truth.shape}: give one each per pair")
+    if not len(values) or num_bins < 1:
+        raise InputError(f"{len(values)} pairs in {num_bins} bins: at least one of each is needed")
+    if np.isnan(values).any():
+        raise InputError(f"{int(np.isnan(values).sum())} of {len(values)} scores are NaN; check the model")
+    return values, truth
