@@ -1,0 +1,355 @@
+"""Other people's models in our reports: bi-encoders and cross-encoders of the package sentence-transformers.
+
+Weights are read from safetensors alone and no code that comes with a model is run. Numbers are float32 unless asked
+otherwise, so that a system is not made worse than it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2llm.core.errors import ModelError, ModelNotFoundError
+from d2llm.core.extras import require
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Task
+from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.sources import fingerprint_model, locate_model
+
+_BLOCK = 256  # texts between two reports of progress
+_BATCH = 32
+_EXTRA = "sentence-transformers"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# The similarity of vectors whose inner product is what an index can follow.
+_SIMILARITIES = ("cosine", "dot")
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalVectors:
+    """Vectors [n, dim] of n texts, and what it took."""
+
+    vectors: NDArray[np.float32]
+    num_truncated: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalJudgements:
+    """Log-odds [n] of n pairs, and what it took."""
+
+    log_odds: NDArray[np.float32]
+    num_truncated: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalConfig:
+    """What is known of a model from outside."""
+
+    model: str
+    similarity: str
+
+    def model_dump(self, *, mode: str = "json") -> dict[str, Any]:  # noqa: ARG002 - as pydantic's, for manifests
+        """Plain values."""
+        return {"model": self.model, "similarity": self.similarity}
+
+
+class ExternalBiEncoder:
+    """A sentence-transformers bi-encoder, searched like a student: the score is the inner product of its vectors.
+
+    Vectors of a model whose similarity is the cosine have length one. Prompts for queries and passages are the model's.
+    """
+
+    has_anchor = True
+
+    def __init__(self, model: Any, *, name: str, fingerprint: str) -> None:
+        """Wrap a loaded ``SentenceTransformer``; ``load_external`` does that from a folder.
+
+        Raises:
+            ModelError: its similarity is neither the cosine nor the inner product.
+        """
+        similarity = str(model.similarity_fn_name)
+        if similarity not in _SIMILARITIES:
+            raise ModelError(
+                f"model '{name}' compares vectors by '{similarity}', which no index here can follow; use a model with "
+                f"{' or '.join(_SIMILARITIES)}"
+            )
+        self._model = model
+        self.name = name
+        self.fingerprint = fingerprint
+        self.config = ExternalConfig(name, similarity)
+
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> ExternalVectors:
+        """Encode with the model's prompt for queries; ``advance`` is called with the number of texts finished."""
+        return self._encode(self._model.encode_query, "query", ("query",), texts, advance)
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> ExternalVectors:
+        """Encode with the model's prompt for passages (title and text as one string)."""
+        names = ("document", "passage", "corpus")
+        return self._encode(self._model.encode_document, "document", names, texts, advance)
+
+    def anchor_queries(
+        self,
+        query_vectors: NDArray[np.float32],
+        task: Task,  # noqa: ARG002 - part of the protocol
+    ) -> NDArray[np.float32]:
+        """The vectors themselves."""
+        return query_vectors
+
+    def score(
+        self,
+        query_vector: NDArray[np.float32],
+        passage_vectors: NDArray[np.float32],
+        task: Task,  # noqa: ARG002 - part of the protocol
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> inner products [n]; the task plays no part."""
+        return passage_vectors @ query_vector
+
+    def _encode(
+        self,
+        encode: Callable[..., Any],
+        route: str,
+        prompt_names: tuple[str, ...],
+        texts: Sequence[str],
+        advance: Callable[[int], None] | None,
+    ) -> ExternalVectors:
+        prompt = _prompt(self._model, prompt_names)
+        blocks = [np.empty((0, int(self._model.get_embedding_dimension())), np.float32)]
+        num_truncated = num_tokens = 0
+        for start in range(0, len(texts), _BLOCK):
+            block = list(texts[start : start + _BLOCK])
+            truncated, tokens = _count_tokens(self._model, block, prompt, task=route)
+            num_truncated, num_tokens = num_truncated + truncated, num_tokens + tokens
+            vectors = encode(
+                block,
+                prompt=prompt,
+                batch_size=_BATCH,
+                show_progress_bar=False,
+                normalize_embeddings=self.config.similarity == "cosine",
+            )
+            blocks.append(np.asarray(vectors, np.float32))
+            if advance is not None:
+                advance(len(block))
+        return ExternalVectors(np.concatenate(blocks), num_truncated, num_tokens)
+
+
+class ExternalCrossEncoder:
+    """A sentence-transformers cross-encoder, asked like a teacher.
+
+    Log-odds are the logit of a model with one output, the logit of "1" less that of "0" with two, and of more those of
+    "entailment" against all the others.
+    """
+
+    def __init__(self, model: Any, *, name: str, fingerprint: str) -> None:
+        """Wrap a loaded ``CrossEncoder``; ``load_external`` does that from a folder.
+
+        Raises:
+            ModelError: it has three outputs or more, and none of them is called "entailment".
+        """
+        self._model = model
+        self._entailment = _entailment_output(model, name)
+        self.name = name
+        self.fingerprint = fingerprint
+
+    def judge(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        task: Task,  # noqa: ARG002 - part of the protocol
+        *,
+        advance: Callable[[int], None] | None = None,
+    ) -> ExternalJudgements:
+        """Judge (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""
+        blocks = [np.empty(0, np.float32)]
+        num_truncated = num_tokens = 0
+        prompt = _prompt(self._model, ())
+        for start in range(0, len(pairs), _BLOCK):
+            block = [list(pair) for pair in pairs[start : start + _BLOCK]]
+            truncated, tokens = _count_tokens(self._model, block, prompt)
+            num_truncated, num_tokens = num_truncated + truncated, num_tokens + tokens
+            logits = self._model.predict(
+                block, batch_size=_BATCH, show_progress_bar=False, activation_fn=torch.nn.Identity()
+            )
+            blocks.append(self._log_odds(np.asarray(logits, np.float32)))
+            if advance is not None:
+                advance(len(block))
+        return ExternalJudgements(np.concatenate(blocks), num_truncated, num_tokens)
+
+    def _log_odds(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n] or [n, outputs] -> [n]."""
+        if self._entailment is None:
+            return logits.reshape(-1)
+        others = np.delete(logits, self._entailment, axis=1)
+        return logits[:, self._entailment] - np.logaddexp.reduce(others, axis=1)
+
+
+def load_external(
+    name: str | Path, *, device: str | torch.device | None = None, dtype: str = "float32"
+) -> ExternalBiEncoder | ExternalCrossEncoder:
+    """Load a model that sentence-transformers can use; its files tell which kind it is.
+
+    A cross-encoder says so in ``config_sentence_transformers.json`` or is a ``...ForSequenceClassification``; a
+    bi-encoder has a ``modules.json``.
+
+    Args:
+        name: a folder, a Hub name (owner/model), or ``minilm``.
+        device: where it computes; None chooses.
+        dtype: number format of the weights.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+        ModelNotFoundError: no such model, or no safetensors weights in it.
+        ModelError: it is neither kind, needs code of its own, or cannot be used (see the classes).
+    """
+    library = require("sentence_transformers", extra=_EXTRA, purpose="a sentence-transformers model")
+    folder = _folder(str(name))
+    kind = _kind(folder)
+    classes = {"SentenceTransformer": library.SentenceTransformer, "CrossEncoder": library.CrossEncoder}
+    if kind not in classes:
+        raise ModelError(f"model '{name}' is {kind}; only a bi-encoder or a cross-encoder can be measured here")
+    _refuse_pickles(folder)
+    chosen = choose_device(device)
+    try:
+        with _no_progress_bars():
+            model = classes[kind](
+                str(folder),
+                device=str(chosen),
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True, "dtype": choose_dtype(chosen, dtype)},
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ModelError(
+            f"model '{name}' cannot be loaded: {reason}. Its own code is never run; use a model that "
+            "sentence-transformers loads without it"
+        ) from error
+    model.eval()
+    wrapper = ExternalCrossEncoder if kind == "CrossEncoder" else ExternalBiEncoder
+    return wrapper(model, name=str(name), fingerprint=_fingerprint(folder))
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model, fetched from the Hub (without pickled weights) where it is not local."""
+    location = Path(name).expanduser()
+    if location.is_dir():
+        return location
+    located = locate_model(name)
+    if Path(located).is_dir():
+        return Path(located)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(located, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ModelNotFoundError(
+            f"model '{name}' is neither a local folder nor found on the Hub: {reason}. Check the name and the network"
+        ) from error
+
+
+def _kind(folder: Path) -> str:
+    declared = _read_json(folder / "config_sentence_transformers.json").get("model_type")
+    if declared is not None:
+        return str(declared)
+    architectures: list[str] = _read_json(folder / "config.json").get("architectures") or []
+    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+        return "CrossEncoder"
+    if (folder / "modules.json").is_file():
+        return "SentenceTransformer"
+    return f"no sentence-transformers model (no modules.json; architectures: {', '.join(architectures) or 'none'})"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not a JSON object ({error}); fetch the model again") from error
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Refuse a model any part of which has its weights in pickled form only."""
+    safe = {path.parent for path in folder.rglob("*.safetensors")}
+    pickled = sorted(
+        path for path in folder.rglob("*") if path.suffix in _PICKLED and path.parent not in safe and path.is_file()
+    )
+    # Other back ends' exports lie in folders of their own, which are not read.
+    pickled = [path for path in pickled if path.relative_to(folder).parts[0] not in ("onnx", "openvino")]
+    if pickled or not safe:
+        found = f" Found {', '.join(str(path.relative_to(folder)) for path in pickled[:3])}:" if pickled else ""
+        raise ModelNotFoundError(
+            f"{folder}: no safetensors weights in this model or a part of it.{found} pickled weights are never loaded; "
+            "convert them to safetensors first"
+        )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Weights by ``fingerprint_model``, settings (prompts, pooling, lengths, vocabulary) by their content."""
+    weights = {
+        path.relative_to(folder).as_posix(): fingerprint_model(str(path))
+        for path in sorted({path.parent for path in folder.rglob("*.safetensors")})
+    }
+    settings = {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.json"))
+    }
+    return fingerprint_json(["sentence-transformers", weights, settings])
+
+
+def _prompt(model: Any, names: tuple[str, ...]) -> str | None:
+    """The model's own prompt of the first of ``names`` that it has, else its default one."""
+    prompts: dict[str, str] = model.prompts
+    for name in (*names, model.default_prompt_name):
+        if name in prompts:
+            return prompts[name]
+    return None
+
+
+def _count_tokens(model: Any, inputs: list[Any], prompt: str | None, **route: str) -> tuple[int, int]:
+    """How many of ``inputs`` will be cut, and how many tokens are left of all."""
+    uncut = {"truncation": False, "verbose": False}  # a text that is too long is counted here and not worth a warning
+    features = model.preprocess(inputs, prompt=prompt, processing_kwargs={"text": uncut}, **route)
+    if "attention_mask" not in features:  # static embeddings, which read any length
+        return 0, int(features["input_ids"].numel())
+    lengths: NDArray[np.int64] = features["attention_mask"].sum(dim=1).cpu().numpy()
+    limit = model.get_max_seq_length()
+    if limit is None:
+        return 0, int(lengths.sum())
+    return int((lengths > limit).sum()), int(np.minimum(lengths, limit).sum())
+
+
+def _entailment_output(model: Any, name: str) -> int | None:
+    """Which output is the yes; None where there is only one."""
+    if model.num_labels == 1:
+        return None
+    if model.num_labels == 2:
+        return 1
+    outputs = {str(label).lower(): int(place) for place, label in model.config.id2label.items()}
+    if "entailment" not in outputs:
+        raise ModelError(
+            f"model '{name}' has the outputs {', '.join(outputs)}, none of which is a yes; use a model with one or two "
+            "outputs, or one for NLI with 'entailment'"
+        )
+    return outputs["entailment"]
+
+
+@contextmanager
+def _no_progress_bars() -> Generator[None]:
+    from transformers.utils import logging as settings
+
+    had_bars = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            settings.enable_progress_bar()
