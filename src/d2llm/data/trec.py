@@ -1,0 +1,132 @@
+"""Rankings of any system in the TREC run format: one line ``query-id Q0 passage-id rank score tag`` per place."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
+from d2llm.core.files import write_bytes
+from d2llm.data.lines import read_lines
+
+_COLUMNS = ("query-id", "Q0", "passage-id", "rank", "score", "tag")
+
+
+@dataclass(frozen=True)
+class TrecRun:
+    """What one system gave for each query.
+
+    ``name`` is the tag, or the file's name where lines have different tags. ``rankings`` holds passage ids by
+    descending score, equal scores by ascending id, whatever the ranks and the order of the lines say: trec_eval goes by
+    the scores, too. ``scores`` is query_id -> passage_id -> score in the order of the file. ``issues`` says what was
+    odd but not wrong, counted.
+    """
+
+    name: str
+    rankings: dict[str, tuple[str, ...]]
+    scores: dict[str, dict[str, float]]
+    issues: tuple[str, ...] = ()
+
+
+def read_run(path: Path) -> TrecRun:
+    """Read a run file, plain or ``.gz``; columns are parted by blanks or tabs.
+
+    Raises:
+        DataFormatError: the file is missing, empty, not UTF-8 or a damaged gzip, or a line has not six columns, a rank
+            that is no whole number, or a score that is no finite number (names file and line).
+        DuplicateIdError: a passage occurs twice for a query.
+    """
+    path = Path(path)
+    scores: dict[str, dict[str, float]] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    tags: dict[str, None] = {}
+    for line, text in read_lines(path):
+        fields = text.split()
+        if not fields:
+            continue
+        if len(fields) != len(_COLUMNS):
+            raise DataFormatError(
+                path, f"expected 6 columns ({' '.join(_COLUMNS)}), found {len(fields)}: {text[:80]!r}", line=line
+            )
+        query_id, _, passage_id, rank, score, tag = fields
+        if passage_id in scores.setdefault(query_id, {}):
+            raise DuplicateIdError(
+                path, f"passage '{passage_id}' is ranked twice for query '{query_id}'; keep one line", line=line
+            )
+        scores[query_id][passage_id] = _score(path, line, score)
+        ranks.setdefault(query_id, {})[passage_id] = _rank(path, line, rank)
+        tags[tag] = None
+    if not scores:
+        raise DataFormatError(path, f"holds no ranking; each line must be: {' '.join(_COLUMNS)}")
+    rankings = {
+        query_id: tuple(sorted(by_passage, key=lambda passage_id: (-by_passage[passage_id], passage_id)))
+        for query_id, by_passage in scores.items()
+    }
+    disordered = [query_id for query_id in scores if not _ranks_follow(scores[query_id], ranks[query_id])]
+    issues: list[str] = []
+    if disordered:
+        issues.append(
+            f"the ranks of {len(disordered)} of {len(scores)} queries do not follow the scores, which count "
+            f"(first: {', '.join(disordered[:5])})"
+        )
+    if len(tags) > 1:
+        issues.append(f"{len(tags)} different tags ({', '.join(list(tags)[:5])}); read as one run")
+    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    return TrecRun(next(iter(tags)) if len(tags) == 1 else stem, rankings, scores, tuple(issues))
+
+
+def write_run(path: Path, name: str, scored: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+    """Write rankings as a run file, atomically; gzipped where ``path`` ends in ``.gz``.
+
+    Args:
+        path: the file.
+        name: the tag of every line.
+        scored: query_id -> (passage_id, score), best first. ``read_run`` gives the same order where the scores fall and
+            equal scores are in the order of ids.
+
+    Raises:
+        InputError: a name or id is empty or has a blank in it, which the format cannot hold, or a score is not finite.
+    """
+    _check_word("the name", name)
+    lines: list[str] = []
+    for query_id, passages in scored.items():
+        _check_word("query id", query_id)
+        for rank, (passage_id, score) in enumerate(passages, start=1):
+            _check_word("passage id", passage_id)
+            if not math.isfinite(score):
+                raise InputError(f"query '{query_id}', passage '{passage_id}': the score {score} cannot be ranked")
+            lines.append(f"{query_id} Q0 {passage_id} {rank} {float(score)!r} {name}\n")
+    content = "".join(lines).encode()
+    path = Path(path)
+    write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def _score(path: Path, line: int, text: str) -> float:
+    try:
+        score = float(text)
+    except ValueError as error:
+        raise DataFormatError(path, f"the score must be a number, found {text!r}", line=line) from error
+    if not math.isfinite(score):
+        raise DataFormatError(path, f"the score is {text}, which cannot be ranked; check the system", line=line)
+    return score
+
+
+def _rank(path: Path, line: int, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise DataFormatError(path, f"the rank must be a whole number, found {text!r}", line=line) from error
+
+
+def _ranks_follow(scores: Mapping[str, float], ranks: Mapping[str, int]) -> bool:
+    by_rank = [scores[passage_id] for passage_id in sorted(scores, key=ranks.__getitem__)]
+    return all(first >= second for first, second in pairwise(by_rank))
+
+
+def _check_word(what: str, text: str) -> None:
+    if text.split() != [text]:
+        raise InputError(f"{what} {text!r} is empty or has a blank in it, which a TREC run cannot hold; rename it")
