@@ -133,6 +133,7 @@ def test_cross_encoder_gives_the_logits_of_sentence_transformers(library, tmp_pa
     probabilities = reference.predict(PAIRS)  # its sigmoid undone is the logit
     np.testing.assert_allclose(found.log_odds, np.log(probabilities / (1 - probabilities)), atol=1e-4)
     assert finished == [len(PAIRS)]
+    assert model.prompt_fingerprint("symmetric") == model.prompt_fingerprint("asymmetric")
     assert model.judge([], "symmetric").log_odds.shape == (0,)
 
 

@@ -160,6 +160,13 @@ class ExternalCrossEncoder:
         self.name = name
         self.fingerprint = fingerprint
 
+    def prompt_fingerprint(
+        self,
+        task: Task,  # noqa: ARG002 - part of the protocol
+    ) -> str:
+        """The same for every task: the one question that it was trained on."""
+        return "none"
+
     def judge(
         self,
         pairs: Sequence[tuple[str, str]],
