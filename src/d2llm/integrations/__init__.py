@@ -1,0 +1,1 @@
+"""d2llm inside other libraries' interfaces; each module needs the extra of its name."""
