@@ -1,0 +1,175 @@
+"""The HTML report as a reader sees it: opened in headless Chromium."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d2llm.apps.report_html import render_html
+from report_samples import hostile_report, pairs_report, retrieval_report
+
+WIDE, PHONE = 1200, 360
+FLAGS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'd2llm[dev]'")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs Chromium, and there is no chromium, chromium-browser or google-chrome to be found")
+    with playwright.sync_playwright() as driver:
+        # Playwright itself gives the browser an empty profile of its own.
+        chromium = driver.chromium.launch(executable_path=found, args=FLAGS, chromium_sandbox=False)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a report; afterwards nothing may have been asked of a network or said on the console."""
+    contexts, requests, complaints = [], [], []
+
+    def open_page(report, width=WIDE, colours="light"):
+        path = Path(tmp_path) / "report.html"
+        path.write_text(render_html(report), encoding="utf-8")
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+    assert {url.split(":")[0] for url in requests} <= {"file", "data"}
+    assert all(url.endswith("/report.html") for url in requests if url.startswith("file"))
+
+
+def shown_marks(page, identity):
+    """How many marks of a visible plot have an area."""
+    plot = page.locator(f"svg#{identity}")
+    assert plot.is_visible()
+    box = plot.bounding_box()
+    assert box["width"] > 200
+    assert box["height"] > 150
+    return plot.locator(".mark").evaluate_all(
+        "marks => marks.filter(mark => { const box = mark.getBoundingClientRect();"
+        " return box.width > 0 && box.height > 0; }).length"
+    )
+
+
+def covering(page, identity):
+    """Pairs of texts of a plot that stand on each other, by more than their fonts' empty edges."""
+    return page.locator(f"svg#{identity} text").evaluate_all(
+        """texts => {
+            const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
+            const found = [];
+            boxes.forEach(([one, a], place) => boxes.slice(place + 1).forEach(([other, b]) => {
+                const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+                const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+                if (width > 2 && height > 4) found.push([one, other]);
+            }));
+            return found;
+        }"""
+    )
+
+
+def overflow(page):
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def test_all_plots_are_there_with_their_data(opened):
+    report = retrieval_report()
+    page = opened(report)
+    assert page.title() == "banking77 / test – d2llm evaluation"
+    assert shown_marks(page, "plot-quality-cost") == len(report.rows)
+    ours, theirs = (report.details.values[name]["nDCG@10"] for name in ("D2LLM", "cosine, untuned"))
+    unequal = sum(mine != other for mine, other in zip(ours, theirs, strict=True))
+    assert shown_marks(page, "plot-differences") == unequal
+    assert shown_marks(page, "plot-calibration") == 2 * len(report.calibration[0].bins)
+    assert shown_marks(page, "plot-histogram-1") == shown_marks(page, "plot-histogram-2") == 2
+    for identity in ("plot-quality-cost", "plot-differences", "plot-histogram-1"):
+        assert covering(page, identity) == []
+    assert overflow(page) == 0
+
+
+def test_pairs_have_their_plots(opened):
+    page = opened(pairs_report())
+    assert shown_marks(page, "plot-quality-cost") == 3
+    assert shown_marks(page, "plot-differences") > 10
+    assert shown_marks(page, "plot-calibration") > 2
+    assert shown_marks(page, "plot-histogram-1") == 2
+
+
+def test_a_phone_shows_narrow_plots_and_never_scrolls_sideways(opened):
+    page = opened(retrieval_report(), width=PHONE)
+    assert overflow(page) == 0
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+    assert overflow(page) == 0
+    assert not page.locator("svg#plot-quality-cost").is_visible()
+    assert shown_marks(page, "plot-quality-cost-narrow") == 8
+    assert shown_marks(page, "plot-differences-narrow") > 50
+    assert covering(page, "plot-quality-cost-narrow") == covering(page, "plot-differences-narrow") == []
+    sizes = page.locator("svg#plot-quality-cost-narrow text").evaluate_all(
+        "texts => texts.map(text => text.getBoundingClientRect().height)"
+    )
+    assert min(sizes) > 9  # pixels: small, but to be read
+    assert shown_marks(page, "plot-calibration") > 2
+
+
+def test_dark_is_dark_and_light_is_light(opened):
+    def brightness(colours):
+        page = opened(retrieval_report(12), colours=colours)
+        colour = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
+            " getComputedStyle(document.querySelector('#plot-quality-cost .subject .name')).fill]"
+        )
+        return [sum(int(part) for part in one.removeprefix("rgb(").removesuffix(")").split(",")) for one in colour]
+
+    (light_paper, light_ink, light_ours), (dark_paper, dark_ink, dark_ours) = brightness("light"), brightness("dark")
+    assert light_ink < 150 < 700 < light_paper
+    assert dark_paper < 150 < 600 < dark_ink
+    assert light_ours < dark_ours
+
+
+def test_hostile_texts_make_no_element_and_run_nothing(opened):
+    page = opened(hostile_report(), width=PHONE)
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+    assert page.locator("script, img, b, iframe, [onerror], [onmouseover]").count() == 0
+    assert page.title().startswith("<script>document.title")
+    assert page.locator("a").evaluate_all("links => links.every(link => link.getAttribute('href').startsWith('#'))")
+    assert overflow(page) == 0
+
+
+def test_examples_open_with_texts(opened):
+    report = retrieval_report()
+    page = opened(report)
+    example = page.locator("#differences details").first
+    passage = example.locator(".passage p").first
+    assert not passage.is_visible()
+    example.locator("summary").click()
+    assert passage.is_visible()
+    assert passage.inner_text().strip() == report.details.wins[0].relevant[0].text.strip()
+
+
+def test_paper_shows_what_is_folded_on_the_screen(opened):
+    page = opened(retrieval_report(12), colours="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("#differences details .passage p").first.is_visible()
+    assert page.locator("svg#plot-quality-cost").is_visible()
