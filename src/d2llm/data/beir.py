@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 from d2llm.core.types import Passage, Qrels, Query
+from d2llm.data.lines import (
+    Record,
+    first_few,
+    read_lines,
+    read_records,
+    refuse_duplicate,
+    string_field,
+    wrong_type,
+)
 
 _log = logging.getLogger(__name__)
 _QRELS_HEADER = ("query-id", "corpus-id", "score")
-_NUM_SHOWN = 5
-_TYPE_NAMES: dict[type, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "a boolean",
-}
+_Item = TypeVar("_Item", Passage, Query)
+
+Rows = Iterable[tuple[int, Record]]
+"""Numbered rows (from 1) with named fields."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,54 @@ class Dataset:
         }
 
 
+@dataclass(frozen=True)
+class RetrievalSource:
+    """Where the rows of a retrieval set come from. Each call reads anew and keeps nothing.
+
+    ``corpus`` and ``queries`` give numbered rows, ``qrels`` the judgements of each split; ``corpus_path`` and
+    ``queries_path`` are what errors name.
+    """
+
+    name: str
+    path: Path
+    corpus_path: Path
+    queries_path: Path
+    corpus: Callable[[], Rows]
+    queries: Callable[[], Rows]
+    qrels: Callable[[], dict[str, dict[str, dict[str, int]]]]
+
+    def iter_passages(self) -> Iterator[tuple[int, Passage]]:
+        """Numbered passages. An empty text is allowed; that ids are unique is for the caller to check.
+
+        Raises:
+            DataFormatError: there are none, or a row is malformed.
+        """
+        return iter_passages(self.corpus_path, self.corpus())
+
+    def iter_queries(self) -> Iterator[tuple[int, Query]]:
+        """Numbered queries; that ids are unique is for the caller to check.
+
+        Raises:
+            DataFormatError: there are none, or a row is malformed.
+        """
+        return iter_queries(self.queries_path, self.queries())
+
+    def load(self) -> Dataset:
+        """Everything, in memory; what is odd is counted in ``issues`` and logged.
+
+        Raises:
+            DataFormatError: a file is missing, empty or malformed (names file and line).
+            DuplicateIdError: an id, or a judged pair, occurs twice.
+        """
+        passages = _by_id(self.corpus_path, self.iter_passages())
+        queries = _by_id(self.queries_path, self.iter_queries())
+        qrels = self.qrels()
+        issues = (*_empty_passages(passages), *strays(qrels, queries, passages))
+        for issue in issues:
+            _log.warning("%s: %s", self.path, issue)
+        return Dataset(self.name, self.path, passages, queries, qrels, issues)
+
+
 def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
@@ -71,18 +120,30 @@ def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
         DataFormatError: a file is missing, empty or malformed (names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
     """
+    return beir_source(folder, splits=splits).load()
+
+
+def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
+    """The rows of a BEIR-layout folder, to be read one by one; ``splits=None`` is every ``qrels/*.tsv``.
+
+    Raises:
+        DataFormatError: a file is missing.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataFormatError(
             folder, "no such folder; looked for corpus.jsonl[.gz], queries.jsonl[.gz] and qrels/*.tsv in it"
         )
-    passages = read_corpus(_find(folder, "corpus.jsonl"))
-    queries = read_queries(_find(folder, "queries.jsonl"))
-    qrels = {path.stem: _read_qrels(path) for path in _qrels_files(folder, splits)}
-    issues = (*_empty_passages(passages), *_strays(qrels, queries, passages))
-    for issue in issues:
-        _log.warning("%s: %s", folder, issue)
-    return Dataset(folder.resolve().name, folder, passages, queries, qrels, issues)
+    corpus, queries = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl")
+    return RetrievalSource(
+        folder.resolve().name,
+        folder,
+        corpus,
+        queries,
+        lambda: read_records(corpus),
+        lambda: read_records(queries),
+        lambda: {path.stem: read_qrels(path) for path in _qrels_files(folder, splits)},
+    )
 
 
 def read_corpus(path: Path) -> dict[str, Passage]:
@@ -92,18 +153,7 @@ def read_corpus(path: Path) -> dict[str, Passage]:
         DataFormatError: the file is missing, has no passages, or a line is malformed.
         DuplicateIdError: an id occurs twice.
     """
-    passages: dict[str, Passage] = {}
-    first_lines: dict[str, int] = {}
-    for line, record in _records(path):
-        title = record.get("title")
-        if title is not None and not isinstance(title, str):
-            raise _wrong_type(path, line, "title", title)
-        passage = Passage(_identifier(path, line, record), _string(path, line, record, "text"), title or "")
-        _refuse_duplicate(path, line, passage.id, first_lines)
-        passages[passage.id] = passage
-    if not passages:
-        raise DataFormatError(path, 'holds no passages; each line must be {"_id": ..., "title": ..., "text": ...}')
-    return passages
+    return _by_id(path, iter_passages(path, read_records(path)))
 
 
 def read_queries(path: Path) -> dict[str, Query]:
@@ -113,21 +163,67 @@ def read_queries(path: Path) -> dict[str, Query]:
         DataFormatError: the file is missing, has no queries, or a line is malformed.
         DuplicateIdError: an id occurs twice.
     """
-    queries: dict[str, Query] = {}
-    first_lines: dict[str, int] = {}
-    for line, record in _records(path):
-        query = Query(_identifier(path, line, record), _string(path, line, record, "text"))
-        _refuse_duplicate(path, line, query.id, first_lines)
-        queries[query.id] = query
-    if not queries:
+    return _by_id(path, iter_queries(path, read_records(path)))
+
+
+def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
+    """Numbered passages of numbered rows with ``_id``, ``text`` and perhaps ``title``; errors name ``path``.
+
+    Raises:
+        DataFormatError: there are none, or a row is malformed.
+    """
+    line = 0
+    for line, record in rows:
+        title = record.get("title")
+        if title is not None and not isinstance(title, str):
+            raise wrong_type(path, line, "title", title)
+        yield line, Passage(_identifier(path, line, record), string_field(path, line, record, "text"), title or "")
+    if line == 0:
+        raise DataFormatError(path, 'holds no passages; each line must be {"_id": ..., "title": ..., "text": ...}')
+
+
+def iter_queries(path: Path, rows: Rows) -> Iterator[tuple[int, Query]]:
+    """Numbered queries of numbered rows with ``_id`` and ``text``; errors name ``path``.
+
+    Raises:
+        DataFormatError: there are none, or a row is malformed.
+    """
+    line = 0
+    for line, record in rows:
+        yield line, Query(_identifier(path, line, record), string_field(path, line, record, "text"))
+    if line == 0:
         raise DataFormatError(path, 'holds no queries; each line must be {"_id": ..., "text": ...}')
-    return queries
 
 
-def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Read a ``qrels/<split>.tsv`` file: query_id -> passage_id -> grade.
+
+    Raises:
+        DataFormatError: the file is missing or empty, or a line is malformed.
+        DuplicateIdError: a pair is judged twice.
+    """
+    return collect_judgements(path, _qrels_lines(path))
+
+
+def collect_judgements(path: Path, rows: Iterable[tuple[int, tuple[str, str, int]]]) -> dict[str, dict[str, int]]:
+    """Numbered judgements (query_id, passage_id, grade) as query_id -> passage_id -> grade; errors name ``path``.
+
+    Raises:
+        DuplicateIdError: a pair is judged twice.
+    """
     qrels: dict[str, dict[str, int]] = {}
+    for line, (query_id, passage_id, grade) in rows:
+        if passage_id in qrels.setdefault(query_id, {}):
+            raise DuplicateIdError(
+                path, f"passage '{passage_id}' is judged twice for query '{query_id}'; keep one line", line=line
+            )
+        qrels[query_id][passage_id] = grade
+    return qrels
+
+
+def _qrels_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
     number = 0
-    for number, text in _lines(path):
+    for number, text in read_lines(path):
         fields = tuple(field.strip() for field in text.split("\t"))
         if number == 1:
             if fields != _QRELS_HEADER:
@@ -150,16 +246,20 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
             value = int(grade)
         except ValueError as error:
             raise DataFormatError(path, f"the score must be a whole number, found {grade!r}", line=number) from error
-        if passage_id in qrels.setdefault(query_id, {}):
-            raise DuplicateIdError(
-                path, f"passage '{passage_id}' is judged twice for query '{query_id}'; keep one line", line=number
-            )
-        qrels[query_id][passage_id] = value
+        yield number, (query_id, passage_id, value)
     if number == 0:
         raise DataFormatError(
             path, f"is empty; even without judgements it needs the header {'<TAB>'.join(_QRELS_HEADER)}"
         )
-    return qrels
+
+
+def _by_id(path: Path, items: Iterable[tuple[int, _Item]]) -> dict[str, _Item]:
+    found: dict[str, _Item] = {}
+    first_lines: dict[str, int] = {}
+    for line, item in items:
+        refuse_duplicate(path, line, item.id, first_lines)
+        found[item.id] = item
+    return found
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -183,89 +283,19 @@ def _qrels_files(folder: Path, splits: Sequence[str] | None) -> list[Path]:
     return files
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) without their ends; a byte order mark is dropped."""
-    if not path.is_file():
-        raise DataFormatError(path, "no such file; check the path")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise DataFormatError(
-            path,
-            f"not valid UTF-8 ({error.reason} at byte {error.start} of the line); save the file as UTF-8",
-            line=number,
-        ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataFormatError(
-            path, f"damaged or truncated gzip ({error}); fetch or write the file again", line=number + 1
-        ) from error
-
-
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Numbered JSON objects of a jsonl file; blank lines are passed over."""
-    for line, text in _lines(path):
-        if not text.strip():
-            continue
-        try:
-            record: object = json.loads(text)
-        except ValueError as error:
-            raise DataFormatError(
-                path, f"not valid JSON ({error}); one object per line is needed", line=line
-            ) from error
-        if not isinstance(record, dict):
-            raise DataFormatError(path, f"must be a JSON object, found {_type_name(record)}", line=line)
-        yield line, cast("Mapping[str, Any]", record)
-
-
-def _string(path: Path, line: int, record: Mapping[str, Any], field: str) -> str:
-    if field not in record:
-        keys = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
-        raise DataFormatError(path, f"field '{field}' is missing; fields found: {keys}", line=line)
-    value = record[field]
-    if not isinstance(value, str):
-        raise _wrong_type(path, line, field, value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # valid JSON, but no tokenizer and no file can take it
-        raise DataFormatError(
-            path, f"field '{field}' has half a character (an unpaired \\u surrogate); repair the text", line=line
-        ) from error
-    return value
-
-
-def _identifier(path: Path, line: int, record: Mapping[str, Any]) -> str:
-    identifier = _string(path, line, record, "_id")
+def _identifier(path: Path, line: int, record: Record) -> str:
+    identifier = string_field(path, line, record, "_id")
     if not identifier:
         raise DataFormatError(path, "field '_id' is empty; every line needs an id of its own", line=line)
     return identifier
 
 
-def _wrong_type(path: Path, line: int, field: str, value: object) -> DataFormatError:
-    return DataFormatError(path, f"field '{field}' must be a string, found {_type_name(value)}", line=line)
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
-
-
-def _refuse_duplicate(path: Path, line: int, identifier: str, first_lines: dict[str, int]) -> None:
-    first = first_lines.setdefault(identifier, line)
-    if first != line:
-        raise DuplicateIdError(
-            path, f"id '{identifier}' was already used in line {first}; ids must be unique", line=line
-        )
-
-
 def _empty_passages(passages: Mapping[str, Passage]) -> tuple[str, ...]:
     empty = [passage.id for passage in passages.values() if not passage.text.strip()]
-    return (f"{len(empty)} passages have an empty text, {_first(empty)}",) if empty else ()
+    return (f"{len(empty)} passages have an empty text, {first_few(empty)}",) if empty else ()
 
 
-def _strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:
+def strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:
     """What the judgements point to that is not there."""
     issues: list[str] = []
     for split, judged in qrels.items():
@@ -274,10 +304,5 @@ def _strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Coll
         lost_passages = [passage_id for _, passage_id in pairs if passage_id not in passages]
         for kind, lost in (("queries", lost_queries), ("passages", lost_passages)):
             if lost:
-                issues.append(f"{split}: {len(lost)} judgements point to unknown {kind}, {_first(lost)}")
+                issues.append(f"{split}: {len(lost)} judgements point to unknown {kind}, {first_few(lost)}")
     return tuple(issues)
-
-
-def _first(identifiers: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(identifiers))
-    return f"first {min(len(distinct), _NUM_SHOWN)}: {', '.join(distinct[:_NUM_SHOWN])}"

@@ -1,0 +1,280 @@
+"""Reading a data set through once for a check. Kept are ids and 64-bit hashes, and samples of the texts."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from d2llm.data.beir import RetrievalSource, strays
+from d2llm.data.check_leaks import Texts, same_keys
+from d2llm.data.check_report import Leak, Repeats, SharedPositives, SplitCounts
+from d2llm.data.check_texts import Sample, comparable, hash64
+from d2llm.data.lines import first_few, refuse_duplicate
+from d2llm.data.pairs import LabelledPair, PairSource, in_order, kind_of, unseen_classes
+
+_NUM_EXAMPLES = 5
+
+
+@dataclass
+class Findings:
+    """What one reading found. ``ids_of``: split -> hash of a query's comparable text -> the first id with it.
+
+    ``texts_of`` reads the queries of a split anew.
+    """
+
+    kind: Literal["retrieval", "binary", "classes", "scores"]
+    num_queries: int
+    num_passages: int
+    splits: tuple[SplitCounts, ...]
+    repeats: tuple[Repeats, ...]
+    leaks: tuple[Leak, ...]
+    shared_positives: tuple[SharedPositives, ...]
+    issues: tuple[str, ...]
+    ids_of: dict[str, dict[int, str]]
+    texts_of: dict[str, Texts]
+    queries: Sample
+    passages: Sample
+
+
+def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed: int = 0) -> Findings:
+    """Read a data set once and count what is in it; near leaks are not looked for here.
+
+    Memory: of a retrieval set an id and a hash for each passage and query, and the judgements; of pairs some hashes for
+    each. Texts are kept up to ``sample_size`` of each kind.
+
+    Raises:
+        DataFormatError: a row is malformed (names file and line).
+        DuplicateIdError: an id, or a judged pair, occurs twice.
+    """
+    queries, passages = Sample(sample_size, seed=seed), Sample(sample_size, seed=seed)
+    if isinstance(source, RetrievalSource):
+        return _read_retrieval(source, queries, passages)
+    return _read_pairs(source, queries, passages)
+
+
+@dataclass
+class _Tally:
+    """Something odd: how often, and the first few ids."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list[str])
+
+    def add(self, identifier: str) -> None:
+        self.count += 1
+        if len(self.examples) < _NUM_EXAMPLES:
+            self.examples.append(identifier)
+
+    def as_repeats(self, what: str) -> list[Repeats]:
+        return [Repeats(what, self.count, tuple(self.examples))] if self.count else []
+
+    def as_issue(self, what: str) -> list[str]:
+        return [f"{self.count} {what}, {first_few(self.examples)}"] if self.count else []
+
+
+def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) -> Findings:
+    qrels = source.qrels()
+    qrels = {split: qrels[split] for split in in_order(qrels)}
+    lines, hashes, empty_passages = _read_passages(source, passages)
+    ids_of: dict[str, dict[int, str]] = {split: {} for split in qrels}
+    repeats = {split: _Tally() for split in qrels}
+    empty, unjudged = _Tally(), _Tally()
+    query_lines: dict[str, int] = {}
+    for line, query in source.iter_queries():
+        refuse_duplicate(source.queries_path, line, query.id, query_lines)
+        queries.add(query.text)
+        if not query.text.strip():
+            empty.add(query.id)
+        text = comparable(query.text)
+        key = hash64(text)
+        splits = [split for split, judged in qrels.items() if query.id in judged]
+        if not splits:
+            unjudged.add(query.id)
+        for split in splits:
+            if text and ids_of[split].setdefault(key, query.id) != query.id:
+                repeats[split].add(query.id)
+    issues = [
+        *strays(qrels, query_lines, lines),
+        *empty_passages.as_issue("passages have an empty text"),
+        *empty.as_issue("queries have an empty text"),
+        *unjudged.as_issue("queries are judged in no split"),
+    ]
+    for split, judged in qrels.items():
+        barren = _Tally()
+        for query_id, grades in judged.items():
+            if not any(grade > 0 for grade in grades.values()):
+                barren.add(query_id)
+        issues += [f"{split}: {issue}" for issue in barren.as_issue("queries have no relevant passage")]
+    place_of = dict(zip(lines, range(len(lines)), strict=True))
+    return Findings(
+        "retrieval",
+        len(query_lines),
+        len(lines),
+        tuple(_count_judgements(split, judged) for split, judged in qrels.items()),
+        (
+            *_repeated_passages(list(lines), hashes),
+            *(found for split in qrels for found in repeats[split].as_repeats(f"{split}: queries with another's text")),
+        ),
+        tuple(same_keys("same query", ids_of)),
+        _shared_positives(qrels, place_of, hashes),
+        tuple(issues),
+        ids_of,
+        {split: partial(_queries_of, source, judged) for split, judged in qrels.items()},
+        queries,
+        passages,
+    )
+
+
+def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Tally]:
+    """Id -> line, the hash of each passage in that order (0: no letters and digits), and those without text."""
+    lines: dict[str, int] = {}
+    hashes = array("Q")
+    empty = _Tally()
+    for line, passage in source.iter_passages():
+        refuse_duplicate(source.corpus_path, line, passage.id, lines)
+        sample.add(passage.full_text)
+        if not passage.text.strip():
+            empty.add(passage.id)
+        text = comparable(passage.full_text)
+        hashes.append(hash64(text) if text else 0)
+    return lines, hashes, empty
+
+
+def _repeated_passages(ids: list[str], hashes: array[int]) -> list[Repeats]:
+    values = np.frombuffer(hashes, np.uint64)
+    _, first = np.unique(values, return_index=True)
+    repeated = np.setdiff1d(np.flatnonzero(values), first)
+    examples = [ids[place] for place in repeated[:_NUM_EXAMPLES]]
+    return _Tally(len(repeated), examples).as_repeats("passages with another's text")
+
+
+def _count_judgements(split: str, judged: Mapping[str, Mapping[str, int]]) -> SplitCounts:
+    grades = Counter(grade for of_query in judged.values() for grade in of_query.values())
+    num_passages = len({passage_id for of_query in judged.values() for passage_id in of_query})
+    values = {str(grade): grades[grade] for grade in sorted(grades)}
+    return SplitCounts(split, len(judged), num_passages, sum(grades.values()), values)
+
+
+def _shared_positives(
+    qrels: Mapping[str, Mapping[str, Mapping[str, int]]], place_of: Mapping[str, int], hashes: array[int]
+) -> tuple[SharedPositives, ...]:
+    texts = {
+        split: {
+            hashes[place_of[passage_id]]
+            for grades in judged.values()
+            for passage_id, grade in grades.items()
+            if grade > 0 and passage_id in place_of
+        }
+        for split, judged in qrels.items()
+    }
+    return tuple(
+        SharedPositives(first, second, len(texts[first] & texts[second]), len(texts[second]))
+        for first, second in combinations(texts, 2)
+        if texts[first] & texts[second]
+    )
+
+
+def _queries_of(source: RetrievalSource, judged: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    return ((query.id, query.text) for _, query in source.iter_queries() if query.id in judged)
+
+
+class _PairSplit:
+    """What is counted of one split of pairs. Keys are hashes of comparable texts."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.query_ids: dict[int, str] = {}
+        self.passage_keys: set[int] = set()
+        self.pair_ids: dict[int, str] = {}  # one key for both orders
+        self._orders: set[int] = set()
+        self.classes: Counter[str] = Counter()
+        self.num_pairs = 0
+        self.score_sum, self.lowest, self.highest = 0.0, float("inf"), float("-inf")
+        self.twice, self.turned = _Tally(), _Tally()
+
+    def add(self, pair: LabelledPair, said_of: dict[int, str | float | None], conflicts: _Tally) -> None:
+        """Count a pair. ``said_of``: pair -> its label or score, over all splits."""
+        self.num_pairs += 1
+        if pair.score is not None:
+            self.score_sum += pair.score
+            self.lowest, self.highest = min(self.lowest, pair.score), max(self.highest, pair.score)
+        elif pair.label is not None:
+            self.classes[pair.label] += 1
+        query, passage = comparable(pair.query), comparable(pair.passage)
+        self.passage_keys.add(hash64(passage))
+        if query:
+            self.query_ids.setdefault(hash64(query), pair.id)
+        if not (query and passage):
+            return
+        key = hash64(f"{query}\n{passage}")
+        said = pair.label if pair.score is None else pair.score
+        if said_of.setdefault(key, said) != said:
+            conflicts.add(f"{self.name}/{pair.id}")
+        either = hash64("\n".join(sorted((query, passage))))
+        if either not in self.pair_ids:
+            self.pair_ids[either] = pair.id
+            self._orders.add(key)
+        elif key in self._orders:
+            self.twice.add(pair.id)
+        else:
+            self.turned.add(pair.id)
+            self._orders.add(key)
+
+    def counts(self) -> SplitCounts:
+        scores = (self.lowest, self.score_sum / self.num_pairs, self.highest) if self.lowest <= self.highest else None
+        classes = {label: self.classes[label] for label in sorted(self.classes)}
+        return SplitCounts(self.name, len(self.query_ids), len(self.passage_keys), self.num_pairs, classes, scores)
+
+    def repeats(self) -> list[Repeats]:
+        return [
+            *self.twice.as_repeats(f"{self.name}: pairs that are there already"),
+            *self.turned.as_repeats(f"{self.name}: pairs that are there the other way round"),
+        ]
+
+
+def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findings:
+    splits = {name: _PairSplit(name) for name in source.splits}
+    said_of: dict[int, str | float | None] = {}
+    conflicts = _Tally()
+    issues = list(source.issues)
+    for name, split in splits.items():
+        counts: Counter[str] = Counter()
+        for pair in source.iter_pairs(name, counts):
+            queries.add(pair.query)
+            passages.add(pair.passage)
+            split.add(pair, said_of, conflicts)
+        issues += [f"{name}: {count} {what}" for what, count in counts.items() if count]
+    splits = {name: split for name, split in splits.items() if split.num_pairs}
+    classes_of: dict[str, set[str | None]] = {name: set(split.classes) or {None} for name, split in splits.items()}
+    kind, _ = kind_of(source.path, classes_of)
+    ids_of = {name: split.query_ids for name, split in splits.items()}
+    return Findings(
+        kind,
+        len(set().union(*(split.query_ids for split in splits.values()))),
+        len(set().union(*(split.passage_keys for split in splits.values()))),
+        tuple(split.counts() for split in splits.values()),
+        (
+            *(found for split in splits.values() for found in split.repeats()),
+            *conflicts.as_repeats("pairs that another line labels differently"),
+        ),
+        (
+            *same_keys("same query", ids_of),
+            *same_keys("same pair", {name: split.pair_ids for name, split in splits.items()}),
+        ),
+        (),
+        (*issues, *unseen_classes(classes_of)),
+        ids_of,
+        {name: partial(_queries_of_pairs, source, name) for name in splits},
+        queries,
+        passages,
+    )
+
+
+def _queries_of_pairs(source: PairSource, split: str) -> Iterator[tuple[str, str]]:
+    return ((pair.id, pair.query) for pair in source.iter_pairs(split, Counter()))

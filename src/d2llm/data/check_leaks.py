@@ -1,0 +1,130 @@
+"""Queries that are in two splits: the same letters and digits, or nearly the same by MinHash."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from d2llm.core.extras import require
+from d2llm.data.check_report import Leak, LeakKind
+from d2llm.data.check_texts import comparable, hash64
+
+_NUM_HASHES = 128
+_FOUND = 0.99
+_SHINGLE = 3
+_NUM_EXAMPLES = 5
+
+Texts = Callable[[], Iterator[tuple[str, str]]]
+"""A fresh stream of (id, text)."""
+
+
+def same_keys(kind: LeakKind, ids_of: Mapping[str, Mapping[int, str]]) -> list[Leak]:
+    """Leaks between any two splits by keys that both have. ``ids_of``: split -> key -> the first id with it."""
+    leaks: list[Leak] = []
+    for first, second in combinations(ids_of, 2):
+        pairs = [(name, ids_of[first][key]) for key, name in ids_of[second].items() if key in ids_of[first]]
+        if pairs:
+            leaks.append(Leak(kind, first, second, len(pairs), tuple(pairs[:_NUM_EXAMPLES])))
+    return leaks
+
+
+def near_queries(
+    texts_of: Mapping[str, Texts],
+    ids_of: Mapping[str, Mapping[int, str]],
+    threshold: float,
+    advance: Callable[[int], None],
+) -> list[Leak]:
+    """Queries alike in two splits without being the same: Jaccard similarity of their character trigrams.
+
+    MinHash LSH proposes, the exact similarity decides, so what is reported is right and a few may be missed (fewer than
+    one in a hundred at the threshold itself). The largest split is only looked up, never indexed, so that memory grows
+    with the other splits alone.
+
+    Args:
+        texts_of: split -> its queries, read anew with each call; in the order in which leaks name splits.
+        ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is no near leak.
+        threshold: least similarity, between 0 and 1.
+        advance: is told of finished queries.
+
+    Raises:
+        MissingExtraError: datasketch is not installed.
+    """
+    splits = [split for split in texts_of if ids_of[split]]
+    if len(splits) < 2:
+        return []
+    largest = max(splits, key=lambda split: len(ids_of[split]))
+    index = _Index(threshold)
+    found: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in combinations(splits, 2)}
+    for split in [*(name for name in splits if name != largest), largest]:
+        seen: set[int] = set()
+        for identifier, text in texts_of[split]():
+            text = comparable(text)
+            key = hash64(text)
+            if not text or key in seen:
+                advance(1)
+                continue
+            seen.add(key)
+            sketch = index.sketch(text)
+            for other, other_id, other_text in index.alike(sketch, text):
+                if other == split or key in ids_of[other] or hash64(other_text) in ids_of[split]:
+                    continue
+                pair, ids = ((other, split), (identifier, other_id))
+                if pair not in found:
+                    pair, ids = (split, other), (other_id, identifier)
+                found[pair].setdefault(*ids)
+            if split != largest:
+                index.add(split, identifier, text, sketch)
+            advance(1)
+    return [
+        Leak("near query", first, second, len(ids), tuple(ids.items())[:_NUM_EXAMPLES])
+        for (first, second), ids in found.items()
+        if ids
+    ]
+
+
+class _Index:
+    """Texts by MinHash; keeps the texts too, which are smaller than their sketches, to decide exactly."""
+
+    def __init__(self, threshold: float) -> None:
+        library = require("datasketch", extra="check", purpose="finding near duplicates")
+        self._empty: Any = library.MinHash(_NUM_HASHES, hashfunc=zlib.crc32)  # copied: making one is slow
+        self._threshold = threshold
+        self._lsh: Any = library.MinHashLSH(num_perm=_NUM_HASHES, params=_bands(threshold))
+        self._texts: list[tuple[str, str, str]] = []
+
+    def sketch(self, text: str) -> Any:
+        sketch = self._empty.copy()
+        sketch.update_batch([shingle.encode() for shingle in _shingles(text)])
+        return sketch
+
+    def alike(self, sketch: Any, text: str) -> Iterator[tuple[str, str, str]]:
+        shingles = _shingles(text)
+        for place in sorted(self._lsh.query(sketch)):
+            other = _shingles(self._texts[place][2])
+            if len(shingles & other) >= self._threshold * len(shingles | other):
+                yield self._texts[place]
+
+    def add(self, split: str, identifier: str, text: str, sketch: Any) -> None:
+        self._lsh.insert(len(self._texts), sketch)
+        self._texts.append((split, identifier, text))
+
+
+def _bands(threshold: float) -> tuple[int, int]:
+    """Number and width of the bands: the widest that miss fewer than one text in a hundred at the threshold.
+
+    Two texts of similarity s share a band of r hashes with probability s^r (Leskovec, Rajaraman and Ullman, Mining of
+    Massive Datasets, 3.4.2). The library's own choice weighs wrong proposals, which here cost only a comparison.
+    """
+    widths = (width for width in range(_NUM_HASHES // 2, 1, -1) if _found(threshold, width) >= _FOUND)
+    width = next(widths, 1)
+    return _NUM_HASHES // width, width
+
+
+def _found(similarity: float, width: int) -> float:
+    return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
+
+
+def _shingles(text: str) -> set[str]:
+    return {text[start : start + _SHINGLE] for start in range(max(1, len(text) - _SHINGLE + 1))}

@@ -1,0 +1,108 @@
+"""What a check of a data set found, as plain frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+LeakKind = Literal["same query", "near query", "same pair"]
+"""``same``: the same letters and digits. ``near``: MinHash found them alike. ``same pair``: in either order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """One split. ``num_items`` are judgements or pairs; ``values`` counts them by grade or class (empty for scores).
+
+    ``score_range`` is (least, mean, greatest) of a set of scores.
+    """
+
+    name: str
+    num_queries: int
+    num_passages: int
+    num_items: int
+    values: Mapping[str, int]
+    score_range: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """Texts that occur more than once: ``count`` without the first of each; ``examples`` are ids."""
+
+    what: str
+    count: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """``count`` queries or pairs of split ``second`` are in ``first`` too; ``examples`` are (second, first) ids."""
+
+    kind: LeakKind
+    first: str
+    second: str
+    count: int
+    examples: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPositives:
+    """``count`` of the ``total`` relevant passage texts of split ``second`` are relevant in ``first`` too."""
+
+    first: str
+    second: str
+    count: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lengths in tokens, with special tokens. ``bars`` are (upper bound, share); the last bar has no bound.
+
+    ``num_texts`` were measured of ``num_all``. ``share_over`` is the share of texts with more than ``limit`` tokens.
+    """
+
+    what: str
+    num_texts: int
+    num_all: int
+    percentiles: Mapping[int, int]
+    limit: int
+    share_over: float
+    bars: tuple[tuple[int | None, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Languages:
+    """ISO 639-1 codes with the number of texts that look like them, most first, of ``num_texts`` sampled."""
+
+    what: str
+    num_texts: int
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """The result of ``check_data``.
+
+    ``leaks`` are errors unless they are allowed, all else is for a reader to judge. ``num_passages`` and
+    ``num_queries`` count what the files hold, whether a split has it or not.
+    """
+
+    name: str
+    path: str
+    kind: Literal["retrieval", "binary", "classes", "scores"]
+    num_queries: int
+    num_passages: int
+    splits: tuple[SplitCounts, ...]
+    repeats: tuple[Repeats, ...]
+    leaks: tuple[Leak, ...]
+    shared_positives: tuple[SharedPositives, ...]
+    lengths: tuple[Lengths, ...]
+    languages: tuple[Languages, ...]
+    issues: tuple[str, ...]
+    settings: Mapping[str, object]
+
+    @property
+    def num_leaks(self) -> int:
+        """Queries and pairs that are in two splits, each kind counted for itself."""
+        return sum(leak.count for leak in self.leaks)

@@ -1,0 +1,105 @@
+"""Parts of a check of texts that read a stream once and keep little: what is compared, samples, lengths, languages."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from d2llm.core.extras import require
+from d2llm.data.check_report import Languages, Lengths
+
+_PERCENTILES = (50, 75, 90, 95, 99, 100)
+_NUM_BARS = 8
+_BATCH_TEXTS = 512
+
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""Texts -> tokens of each, special tokens included."""
+
+
+def comparable(text: str) -> str:
+    """What of a text is compared: letters (with their marks) and digits, in lower case, words apart by one space."""
+    return " ".join(_words().findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+@functools.cache
+def _words() -> re.Pattern[str]:
+    # \w alone leaves out the vowel signs of Hindi or Thai, and so makes one word of two.
+    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
+    return re.compile(rf"[\w{marks}]+")
+
+
+def hash64(text: str) -> int:
+    """64 bits of a text, the same in every process: in 10 million texts a chance of 3 in a million that two agree."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Sample:
+    """Up to ``size`` texts drawn evenly from a stream of any length (reservoir sampling); ``num_seen`` went by."""
+
+    def __init__(self, size: int, *, seed: int = 0) -> None:
+        self.texts: list[str] = []
+        self.num_seen = 0
+        self._size = size
+        self._random = random.Random(seed)
+
+    def add(self, text: str) -> None:
+        """Look at the next text."""
+        self.num_seen += 1
+        if len(self.texts) < self._size:
+            self.texts.append(text)
+        elif (place := self._random.randrange(self.num_seen)) < self._size:
+            self.texts[place] = text
+
+
+def measure_lengths(
+    what: str, sample: Sample, count_tokens: CountTokens, limit: int, advance: Callable[[int], None]
+) -> Lengths | None:
+    """Lengths of the sampled texts in tokens; None where there are none. ``advance`` is told of finished texts."""
+    lengths: list[int] = []
+    for start in range(0, len(sample.texts), _BATCH_TEXTS):
+        batch = sample.texts[start : start + _BATCH_TEXTS]
+        lengths += count_tokens(batch)
+        advance(len(batch))
+    if not lengths:
+        return None
+    values = np.array(lengths)
+    # method: a length that some text has, not a number between two
+    percentiles = {p: int(np.percentile(values, p, method="inverted_cdf")) for p in _PERCENTILES}
+    return Lengths(
+        what,
+        len(lengths),
+        sample.num_seen,
+        percentiles,
+        limit,
+        float((values > limit).mean()),
+        _bars(values, limit),
+    )
+
+
+def _bars(values: np.ndarray, limit: int) -> tuple[tuple[int | None, float], ...]:
+    """Bars of equal width up to ``limit``, and one for what is longer."""
+    bounds = sorted({-(-limit * place // _NUM_BARS) for place in range(1, _NUM_BARS + 1)})
+    places = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
+    shares = np.bincount(places, minlength=len(bounds) + 1) / len(values)
+    return tuple(zip([*bounds, None], shares.tolist(), strict=True))
+
+
+def guess_languages(what: str, texts: Sequence[str]) -> Languages | None:
+    """Languages that ``texts`` look like; None where there are none. Of short texts a guess is often wrong.
+
+    Raises:
+        MissingExtraError: py3langid is not installed.
+    """
+    if not texts:
+        return None
+    langid = require("py3langid", extra="check", purpose="telling languages")
+    counts = Counter(str(langid.classify(text)[0]) for text in texts)
+    return Languages(what, len(texts), dict(counts.most_common()))

@@ -1,0 +1,172 @@
+"""Pair files as the Chinese sets are published: names of their splits, and tables with or without a header.
+
+===========  ==================================================================================================
+OCNLI        ``train.50k.json`` (and smaller parts of it), ``dev.json``, ``test.json``: JSON lines, ``sentence1``,
+             ``sentence2``, ``label``; ``-`` where the annotators did not agree; test without labels
+CMNLI        ``train.json``, ``dev.json``, ``test.json``: the same
+AFQMC        the same, ``label`` "0" or "1"
+LCQMC, BQ    ``train.tsv`` or ``LCQMC.train.data``: text, text, label; with the header ``text_a text_b label`` or none
+ATEC         ``atec_nlp_sim_train.csv`` and ``..._add.csv``: tabs, no header; line number, text, text, label
+PAWS-X zh    ``translated_train.tsv``, ``dev_2k.tsv``, ``test_2k.tsv``: header ``id sentence1 sentence2 label``
+STS-B zh     ``cnsd-sts-train.txt``: source||text||text||score; or tabs with a score from 0 to 5
+===========  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from d2llm.core.errors import DataFormatError
+from d2llm.data.lines import Record, read_lines
+
+Target = Literal["label", "score"]
+"""What the last column of a table without a header is."""
+
+LAYOUTS: dict[str, Target] = {
+    "ocnli": "label",
+    "cmnli": "label",
+    "afqmc": "label",
+    "lcqmc": "label",
+    "bq": "label",
+    "atec": "label",
+    "pawsx": "label",
+    "stsb": "score",
+}
+"""Names that may be given where the files alone do not tell a class from a score."""
+
+TEXT_FIELDS = (
+    ("query", "document"),
+    ("query", "passage"),
+    ("sentence1", "sentence2"),
+    ("text_a", "text_b"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("sent1", "sent2"),
+)
+"""Names of the two texts of a pair; the first two that are there count."""
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "dev": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "val": "dev",
+    "test": "test",
+}
+_HEADERLESS: dict[int, tuple[str, ...]] = {
+    2: ("sentence1", "sentence2"),
+    3: ("sentence1", "sentence2", ""),
+    4: ("line", "sentence1", "sentence2", ""),
+}
+_HEADER_WORDS = frozenset({"label", "labels", "score", "similarity", "gold_label"})
+
+
+def split_of(name: str) -> str | None:
+    """``train``, ``dev`` or ``test``, as the words of a file's name tell (``LCQMC.valid.data``: dev), or None."""
+    for word in re.split(r"[^a-z]+", name.lower()):
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return None
+
+
+def sample_size(name: str) -> int | None:
+    """The thousands in ``train.50k.json``: OCNLI's files of that kind hold one another. None for other names."""
+    found = re.search(r"\.(\d+)k\.", name)
+    return int(found[1]) if found else None
+
+
+def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple[int, Record]]:
+    """Numbered rows of a table: tabs, ``||`` or commas, whichever the first line has; blank lines are passed over.
+
+    Without a header two columns are texts, a third is what ``target`` says, and of four the first is a number or source
+    that is passed over. ``target=None``: a score where the column holds numbers other than 0 and 1, else a label.
+
+    Raises:
+        DataFormatError: a row has too many or too few columns, or the header is not understood.
+    """
+    rows = _rows(path)
+    first = next(rows, None)
+    if first is None:
+        return
+    line, fields = first
+    names = _header(path, line, fields)
+    if names is None:
+        names = _headerless_names(path, line, len(fields), target)
+        rows = itertools.chain([first], rows)
+    for line, fields in rows:
+        if len(fields) != len(names):
+            raise DataFormatError(
+                path, f"expected {len(names)} columns ({', '.join(names)}), found {len(fields)}", line=line
+            )
+        yield line, dict(zip(names, fields, strict=True))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
+    lines = ((number, text) for number, text in read_lines(path) if text.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = itertools.chain([first], lines)
+    separator = next((mark for mark in ("\t", "||") if mark in first[1]), None)
+    if separator is None:
+        yield from _comma_rows(path)
+        return
+    for number, text in lines:  # no quoting: the texts of these sets hold single quotation marks
+        yield number, [field.strip() for field in text.split(separator)]
+
+
+def _comma_rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
+    reader = csv.reader((text + "\n" for _, text in read_lines(path)), strict=True)
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                yield reader.line_num, [field.strip() for field in fields]
+    except csv.Error as error:
+        raise DataFormatError(
+            path, f"not valid comma-separated text ({error}); quote the texts, or use tabs", line=reader.line_num
+        ) from error
+
+
+def _header(path: Path, line: int, fields: Sequence[str]) -> tuple[str, ...] | None:
+    names = tuple(field.lower() for field in fields)
+    if any({first, second} <= set(names) for first, second in TEXT_FIELDS):
+        return names
+    if names[-1] in _HEADER_WORDS:
+        known = ", ".join(f"{first}/{second}" for first, second in TEXT_FIELDS)
+        raise DataFormatError(
+            path,
+            f"the header ({', '.join(names)}) does not name the two texts; rename them to one of {known}",
+            line=line,
+        )
+    return None
+
+
+def _headerless_names(path: Path, line: int, count: int, target: Target | None) -> tuple[str, ...]:
+    if count not in _HEADERLESS:
+        raise DataFormatError(
+            path,
+            f"{count} columns and no header; without one there must be 3 (text, text, label) or 4 (number, text, text, "
+            "label), with one the texts are sentence1 and sentence2",
+            line=line,
+        )
+    names = _HEADERLESS[count]
+    return names if count == 2 else (*names[:-1], target or _target_of(path))
+
+
+def _target_of(path: Path) -> Target:
+    is_score = False
+    for _, fields in _rows(path):
+        if fields[-1] in {"0", "1", "-", ""}:
+            continue
+        try:
+            float(fields[-1])
+        except ValueError:
+            return "label"
+        is_score = True
+    return "score" if is_score else "label"

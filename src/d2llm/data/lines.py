@@ -1,0 +1,121 @@
+"""Numbered lines and JSON objects of a text file; every error names the file and the line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from d2llm.core.errors import DataFormatError, DuplicateIdError
+
+_NUM_SHOWN = 5
+_TYPE_NAMES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+}
+
+Record = Mapping[str, Any]
+"""The named fields of one line or row."""
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1) without their ends; a byte order mark is dropped, ``.gz`` is unpacked on the way.
+
+    Raises:
+        DataFormatError: the file is missing, not UTF-8, or damaged gzip.
+    """
+    if not path.is_file():
+        raise DataFormatError(path, "no such file; check the path")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataFormatError(
+            path,
+            f"not valid UTF-8 ({error.reason} at byte {error.start} of the line); save the file as UTF-8",
+            line=number,
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataFormatError(
+            path, f"damaged or truncated gzip ({error}); fetch or write the file again", line=number + 1
+        ) from error
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """Numbered JSON objects of a jsonl file; blank lines are passed over.
+
+    Raises:
+        DataFormatError: as ``read_lines``, or a line is not a JSON object.
+    """
+    for line, text in read_lines(path):
+        if not text.strip():
+            continue
+        try:
+            record: object = json.loads(text)
+        except ValueError as error:
+            raise DataFormatError(
+                path, f"not valid JSON ({error}); one object per line is needed", line=line
+            ) from error
+        if not isinstance(record, dict):
+            raise DataFormatError(path, f"must be a JSON object, found {type_name(record)}", line=line)
+        yield line, cast("Record", record)
+
+
+def string_field(path: Path, line: int, record: Record, field: str) -> str:
+    """The text of one field.
+
+    Raises:
+        DataFormatError: it is missing, not a string, or holds half a character.
+    """
+    if field not in record:
+        keys = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
+        raise DataFormatError(path, f"field '{field}' is missing; fields found: {keys}", line=line)
+    value = record[field]
+    if not isinstance(value, str):
+        raise wrong_type(path, line, field, value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # valid JSON, but no tokenizer and no file can take it
+        raise DataFormatError(
+            path, f"field '{field}' has half a character (an unpaired \\u surrogate); repair the text", line=line
+        ) from error
+    return value
+
+
+def wrong_type(path: Path, line: int, field: str, value: object) -> DataFormatError:
+    """The error for a field that should be a string."""
+    return DataFormatError(path, f"field '{field}' must be a string, found {type_name(value)}", line=line)
+
+
+def type_name(value: object) -> str:
+    """What JSON calls the type of ``value``, for messages."""
+    return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
+
+
+def refuse_duplicate(path: Path, line: int, identifier: str, first_lines: dict[str, int]) -> None:
+    """Remember where an id was used first, in ``first_lines``.
+
+    Raises:
+        DuplicateIdError: it was used in another line before.
+    """
+    first = first_lines.setdefault(identifier, line)
+    if first != line:
+        raise DuplicateIdError(
+            path, f"id '{identifier}' was already used in line {first}; ids must be unique", line=line
+        )
+
+
+def first_few(identifiers: Sequence[str]) -> str:
+    """The first distinct ids, for messages."""
+    distinct = list(dict.fromkeys(identifiers))
+    return f"first {min(len(distinct), _NUM_SHOWN)}: {', '.join(distinct[:_NUM_SHOWN])}"

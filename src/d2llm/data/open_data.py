@@ -1,0 +1,60 @@
+"""One door to all data sets: finds out which layout a path has, and reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2llm.core.errors import DataFormatError
+from d2llm.data.beir import Dataset, RetrievalSource, beir_source
+from d2llm.data.pairs import PairDataset, PairSource, pair_source
+
+
+def open_data(path_or_name: str | Path, *, splits: Sequence[str] | None = None) -> Dataset | PairDataset:
+    """Read a data set of any layout into memory: a retrieval set as ``Dataset``, pairs as ``PairDataset``.
+
+    Args:
+        path_or_name: a folder in BEIR layout (JSON lines or Parquet), a folder or file of pairs, a folder that the
+            `datasets` library saved, or a name of the Hub: ``hf://owner/name[:config]``.
+        splits: which to read; None: all there are.
+
+    Raises:
+        DataFormatError: no such data, or malformed data (names file and line).
+        DuplicateIdError: an id, or a judged pair, occurs twice.
+        MissingExtraError: the `datasets` library is needed and not installed.
+    """
+    return open_source(path_or_name, splits=splits).load()
+
+
+def open_source(path_or_name: str | Path, *, splits: Sequence[str] | None = None) -> RetrievalSource | PairSource:
+    """The rows of a data set of any layout, to be read one by one; as ``open_data``, nothing is kept in memory.
+
+    Raises:
+        DataFormatError: no such data, or a file is missing.
+        MissingExtraError: the `datasets` library is needed and not installed.
+    """
+    if str(path_or_name).startswith("hf:/"):
+        from d2llm.data.tables import HUB_PREFIX, hub_source
+
+        # A Path that was made of the name has lost a slash.
+        name = str(path_or_name).removeprefix("hf:/").removeprefix("/")
+        return hub_source(HUB_PREFIX + name, splits=splits)
+    path = Path(path_or_name)
+    if not path.exists():
+        raise DataFormatError(
+            path,
+            "no such file or folder; give a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/*.tsv), a folder "
+            "or file of pairs (train.jsonl, ...), or a Hub name as hf://owner/name",
+        )
+    if path.is_dir():
+        if any(path.glob("corpus*.parquet")):
+            from d2llm.data.tables import parquet_source
+
+            return parquet_source(path, splits=splits)
+        if any(path.glob("corpus.jsonl*")) or (path / "qrels").is_dir():
+            return beir_source(path, splits=splits)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            from d2llm.data.tables import saved_source
+
+            return saved_source(path, splits=splits)
+    return pair_source(path, splits=splits)

@@ -1,0 +1,211 @@
+"""Data sets as tables: Parquet files, and what the `datasets` library loads (Hub names, folders saved by it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.extras import require
+from d2llm.data.beir import RetrievalSource, Rows, collect_judgements, read_qrels
+from d2llm.data.lines import Record
+from d2llm.data.pairs import PairSource, choose_splits, in_order
+
+HUB_PREFIX = "hf://"
+_BATCH_ROWS = 1024
+_QRELS_COLUMNS = ("query-id", "corpus-id", "score")
+_QRELS_CONFIGS = ("qrels", "default")
+_PURPOSE = "reading a data set of the Hugging Face Hub"
+
+
+def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
+    """Numbered rows (from 1, on through all files) of Parquet files, a batch at a time.
+
+    Raises:
+        DataFormatError: not a Parquet file, or a damaged one.
+    """
+    number = 0
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, cast("Record", row)
+        except (pa.ArrowException, OSError) as error:
+            raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error
+
+
+def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
+    """A retrieval set in Parquet: ``corpus*.parquet``, ``queries*.parquet`` and ``qrels/<split>.parquet`` or ``.tsv``.
+
+    Columns as in the BEIR layout; an ``id`` column does for ``_id``, and ids may be whole numbers.
+
+    Raises:
+        DataFormatError: a file is missing.
+    """
+    tables = {name: sorted(folder.glob(f"{name}*.parquet")) for name in ("corpus", "queries")}
+    for name, files in tables.items():
+        if not files:
+            raise DataFormatError(folder, f"looked for {name}.parquet and did not find it")
+    files = {path.stem: path for path in sorted((folder / "qrels").glob("*.*")) if path.suffix in {".parquet", ".tsv"}}
+    if not files:
+        raise DataFormatError(folder, "looked for qrels/*.parquet or qrels/*.tsv and found none")
+    chosen = choose_splits(folder / "qrels", files, splits)
+    return RetrievalSource(
+        folder.resolve().name,
+        folder,
+        tables["corpus"][0],
+        tables["queries"][0],
+        lambda: _with_text_ids(parquet_rows(tables["corpus"])),
+        lambda: _with_text_ids(parquet_rows(tables["queries"])),
+        lambda: {split: _parquet_qrels(path) for split, path in chosen.items()},
+    )
+
+
+def saved_source(folder: Path, *, splits: Sequence[str] | None = None) -> PairSource:
+    """Pairs that ``save_to_disk`` of the `datasets` library wrote; memory-mapped.
+
+    Raises:
+        DataFormatError: it cannot be read.
+        MissingExtraError: the `datasets` library is not installed.
+    """
+    library = require("datasets", extra="datasets", purpose="reading a folder of the datasets library")
+    try:
+        loaded = library.load_from_disk(str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataFormatError(folder, f"cannot be read by the datasets library ({_brief(error)})") from error
+    tables = cast("dict[str, Any]", dict(loaded) if hasattr(loaded, "keys") else {str(loaded.split or "all"): loaded})
+    return _pairs_of(folder.resolve().name, folder, tables, splits)
+
+
+def hub_source(name: str, *, splits: Sequence[str] | None = None) -> PairSource | RetrievalSource:
+    """A data set of the Hub by ``hf://owner/name[:config]``, kept in the library's cache on disk and memory-mapped.
+
+    One with configurations ``corpus`` and ``queries`` (and ``qrels`` or ``default`` for the judgements, as mteb has
+    them) is a retrieval set, another one is pairs. Code from the Hub is never run. ``hf://`` may also be followed by
+    the path of a local copy.
+
+    Raises:
+        DataFormatError: it cannot be found or read.
+        MissingExtraError: the `datasets` library is not installed.
+    """
+    require("datasets", extra="datasets", purpose=_PURPOSE)
+    repository, _, config = name.removeprefix(HUB_PREFIX).partition(":")
+    if not config:
+        library = require("datasets", extra="datasets", purpose=_PURPOSE)
+        configs = cast("list[str]", _ask(name, lambda: library.get_dataset_config_names(repository)))
+        if {"corpus", "queries"} <= set(configs):
+            return _hub_retrieval(name, repository, configs, splits)
+    tables = _load(name, repository, config or None)
+    return _pairs_of(repository.rstrip("/").rpartition("/")[2], Path(name), tables, splits)
+
+
+def _hub_retrieval(name: str, repository: str, configs: Sequence[str], splits: Sequence[str] | None) -> RetrievalSource:
+    judged = next((config for config in _QRELS_CONFIGS if config in configs), None)
+    path = Path(name)
+    if judged is None:
+        raise DataFormatError(
+            path, f"has a corpus but no judgements: looked for the configurations {', '.join(_QRELS_CONFIGS)}"
+        )
+    corpus, queries = (_load(name, repository, config) for config in ("corpus", "queries"))
+    qrels = choose_splits(path, _split_names(_load(name, repository, judged)), splits)
+    return RetrievalSource(
+        repository.rstrip("/").rpartition("/")[2],
+        path,
+        path / "corpus",
+        path / "queries",
+        lambda: _with_text_ids(_number(row for table in corpus.values() for row in table)),
+        lambda: _with_text_ids(_number(row for table in queries.values() for row in table)),
+        lambda: {
+            split: collect_judgements(path / split, _judgements(path / split, _number(table)))
+            for split, table in qrels.items()
+        },
+    )
+
+
+def _load(name: str, repository: str, config: str | None) -> dict[str, Any]:
+    library = require("datasets", extra="datasets", purpose=_PURPOSE)
+    return dict(_ask(name, lambda: library.load_dataset(repository, config)))
+
+
+def _ask(name: str, call: Callable[[], Any]) -> Any:
+    """What the library answers, without its progress bars; its errors become ours."""
+    library = require("datasets", extra="datasets", purpose=_PURPOSE)
+    had_bars = not library.are_progress_bars_disabled()
+    library.disable_progress_bars()
+    try:
+        return call()
+    except (OSError, ValueError, RuntimeError, library.exceptions.DatasetsError) as error:
+        raise DataFormatError(
+            Path(name), f"cannot be loaded: {_brief(error)}; check the name, the configuration and the network"
+        ) from error
+    finally:
+        if had_bars:
+            library.enable_progress_bars()
+
+
+def _pairs_of(name: str, path: Path, tables: dict[str, Any], splits: Sequence[str] | None) -> PairSource:
+    named = _split_names(tables)
+    sources = {split: ((path / split, _table_reader(named[split])),) for split in in_order(named)}
+    return PairSource(name, path, choose_splits(path, sources, splits))
+
+
+def _table_reader(table: Any) -> Callable[[], Rows]:
+    return lambda: _number(_with_class_names(table))
+
+
+def _split_names(tables: dict[str, Any]) -> dict[str, Any]:
+    """The Hub's ``validation`` is our ``dev``."""
+    return {"dev" if split in {"validation", "valid"} else split: table for split, table in tables.items()}
+
+
+def _with_class_names(table: Any) -> Iterator[Record]:
+    """Rows whose classes are names instead of places in the list of names; -1, which has no name, stays."""
+    names = {field: feature.names for field, feature in table.features.items() if hasattr(feature, "names")}
+    for row in cast("Iterable[dict[str, Any]]", table):
+        for field, known in names.items():
+            if isinstance(row[field], int) and row[field] >= 0:
+                row[field] = known[row[field]]
+        yield row
+
+
+def _number(rows: Iterable[Record]) -> Iterator[tuple[int, Record]]:
+    return enumerate(rows, start=1)
+
+
+def _with_text_ids(rows: Rows) -> Iterator[tuple[int, Record]]:
+    for number, row in rows:
+        identifier = row.get("_id", row.get("id"))
+        yield number, {**row, "_id": _text_id(identifier)}
+
+
+def _text_id(identifier: object) -> object:
+    return str(identifier) if isinstance(identifier, int) and not isinstance(identifier, bool) else identifier
+
+
+def _parquet_qrels(path: Path) -> dict[str, dict[str, int]]:
+    if path.suffix == ".tsv":
+        return read_qrels(path)
+    return collect_judgements(path, _judgements(path, parquet_rows([path])))
+
+
+def _judgements(path: Path, rows: Rows) -> Iterator[tuple[int, tuple[str, str, int]]]:
+    for number, row in rows:
+        if missing := [column for column in _QRELS_COLUMNS if column not in row]:
+            raise DataFormatError(path, f"columns missing: {', '.join(missing)}; found: {', '.join(row)}", line=number)
+        query_id, passage_id, grade = (row[column] for column in _QRELS_COLUMNS)
+        identifiers = [_text_id(query_id), _text_id(passage_id)]
+        if not all(isinstance(identifier, str) and identifier for identifier in identifiers):
+            raise DataFormatError(path, f"an id is missing: {query_id!r}, {passage_id!r}", line=number)
+        if not isinstance(grade, int | float) or not float(grade).is_integer():
+            raise DataFormatError(path, f"the score must be a whole number, found {grade!r}", line=number)
+        yield number, (cast(str, identifiers[0]), cast(str, identifiers[1]), int(grade))
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
