@@ -106,6 +106,9 @@ _ALL = (
         "one-branch", "published", "one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})
     ),
     Variant("paper-head", "own", "head `paper` for `anchored`, same features", _student(interaction={"head": "paper"})),
+    Variant(
+        "anchored-head", "own", "head `anchored` for `paper`, same features", _student(interaction={"head": "anchored"})
+    ),
     Variant("concat", "own", "features: the vectors alone", _student(interaction={"features": "concat"})),
     Variant("product", "own", "features: the vectors and their product", _student(interaction={"features": "product"})),
     Variant(
@@ -114,9 +117,12 @@ _ALL = (
         "features: the vectors and their difference",
         _student(interaction={"features": "difference"}),
     ),
+    Variant("rich", "own", "features: the vectors, product and difference", _student(interaction={"features": "rich"})),
     Variant("width-128", "own", "IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
+    Variant("width-512", "own", "IEM of width 512", _student(interaction={"hidden_dim": 512, "feature_dim": 512})),
     Variant("width-1024", "own", "IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
     Variant("cold-start", "own", "PMA alone, no warm start", _student(pooling={"warm_start": False})),
+    Variant("warm-start", "own", "PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
     Variant(
         "no-imitation",
         "own",

@@ -1,0 +1,85 @@
+"""``d2llm ablate`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from d2llm.core.variants import VARIANTS
+from e2e.command_line import fail, succeed, succeed_with_report
+
+
+@pytest.fixture(scope="module")
+def ablated(place, reports, tmp_path_factory):
+    """The recipe and the cosine with one seed, on the plans and labels of the run."""
+    folder = tmp_path_factory.mktemp("ablate")
+    shutil.copytree(place / "run", folder / "run")
+    arguments = ("ablate", place / "tiny.toml", "--out", folder / "run", "--dtype", "float32", "--seeds", 1)
+    options = ("--variants", "cosine, rich", "--markdown", folder / "a.md", "--html", folder / "a.html")
+    result, report = succeed_with_report(*arguments, *options, folder=folder)
+    return folder, (*arguments, *options), result, report
+
+
+def test_recipe_and_variants_are_trained_and_compared(place, reports, ablated):
+    folder, _, result, report = ablated
+    found = report["result"]
+    assert found["report_version"] == 1
+    assert [row["name"] for row in found["rows"]] == ["cosine"]
+    assert found["same"] == {"rich": "recipe"}
+    # With its own seed the recipe gives the student that distill made.
+    assert found["base"]["runs"][0]["fingerprint"] == reports["distill"]["result"]["fingerprint"]
+    assert found["sets"] == [
+        {
+            "name": "everyday",
+            "task": "asymmetric",
+            "num_queries": 4,
+            "num_passages": 60,
+            "num_training_queries": 12,
+        }
+    ]
+    assert found["folder"].startswith(str(folder / "run" / "ablation"))
+    assert "ablate: run 2 of 2: cosine, seed 0" in result.stderr
+    for text in (result.stdout, (folder / "a.md").read_text(), (folder / "a.html").read_text()):
+        assert f"{found['base']['mean']:.4f}" in text
+        assert f"{found['rows'][0]['difference']:+.4f}" in text
+        assert "tuned cosine: the plain bi-encoder" in " ".join(text.split())
+        assert "rich: not trained, the recipe is so already" in text
+        assert "one seed only" in text
+    assert '<svg id="plot-ablation"' in (folder / "a.html").read_text()
+
+
+def test_the_same_command_does_nothing_again(ablated):
+    folder, arguments, _, before = ablated
+    result, report = succeed_with_report(*arguments, folder=folder)
+    assert report["result"] == before["result"]
+    assert "run 1 of" not in result.stderr
+
+
+def test_a_budget_names_what_is_missing(ablated):
+    folder, arguments, _, before = ablated
+    result, report = succeed_with_report(*arguments, "--seeds", 2, "--budget-minutes", 0, folder=folder)
+    assert report["result"]["missing"] == [["recipe", 1], ["cosine", 1]]
+    assert report["result"]["base"]["runs"] == before["result"]["base"]["runs"]
+    assert "the budget ended before 2 runs" in result.stdout
+    assert "the same command goes on" in result.stdout
+
+
+def test_listing_needs_no_run(tmp_path):
+    result, report = succeed_with_report("ablate", "--list", folder=tmp_path)
+    assert [one["name"] for one in report["result"]] == list(VARIANTS)
+    for variant in VARIANTS.values():
+        assert f" {variant.name} " in result.stdout
+    assert "nothing changes" not in result.stdout
+    assert "nothing changes" in succeed("ablate", "paper", "--list").stdout
+
+
+def test_wrong_input(place, reports, tmp_path):
+    recipe, run = place / "tiny.toml", ("--out", tmp_path / "run")
+    fail("ablate", containing=["RECIPE is missing", "--list needs none"])
+    fail("ablate", recipe, "--variants", "cosin", containing=["no variant 'cosin'", "did you mean 'cosine'"])
+    fail("ablate", recipe, *run, containing=["plans/everyday", "run the verb mine"])
+    shutil.copytree(place / "run" / "plans", tmp_path / "run" / "plans")
+    fail("ablate", recipe, *run, containing=["labels", "run the verb label"])
+    assert json.loads((place / "run" / "labels" / "manifest.json").read_text())["kind"] == "labels"
