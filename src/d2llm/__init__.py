@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from d2llm.core.recipe import Recipe, load_recipe
     from d2llm.core.types import Candidate, Passage, Query, RankedPassage, Ranking, Task, TeacherLabel
     from d2llm.data.beir import Dataset, read_beir
+    from d2llm.data.open_data import open_data
+    from d2llm.data.pairs import PairDataset, read_pairs
     from d2llm.index.folder import FolderIndex
     from d2llm.models.backbone import Backbone
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
+    from d2llm.pipeline.ablate import ablate
+    from d2llm.pipeline.check_data import check_data
     from d2llm.pipeline.distill import distill
     from d2llm.pipeline.encode import encode
     from d2llm.pipeline.evaluate import evaluate
+    from d2llm.pipeline.evaluation.loading import load_contenders
+    from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
     from d2llm.pipeline.label import label
     from d2llm.pipeline.mine import mine
     from d2llm.pipeline.search import search
@@ -31,9 +37,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "Candidate",
+    "Contenders",
     "D2LLMError",
     "Dataset",
+    "EvaluationSettings",
     "FolderIndex",
+    "PairDataset",
     "Passage",
     "Query",
     "RankedPassage",
@@ -44,13 +53,18 @@ __all__ = [
     "Teacher",
     "TeacherLabel",
     "__version__",
+    "ablate",
+    "check_data",
     "distill",
     "encode",
     "evaluate",
     "label",
+    "load_contenders",
     "load_recipe",
     "mine",
+    "open_data",
     "read_beir",
+    "read_pairs",
     "search",
     "tune_teacher",
 ]
@@ -60,13 +74,19 @@ _HOMES = {
     "d2llm.core.recipe": ("Recipe", "load_recipe"),
     "d2llm.core.types": ("Candidate", "Passage", "Query", "RankedPassage", "Ranking", "Task", "TeacherLabel"),
     "d2llm.data.beir": ("Dataset", "read_beir"),
+    "d2llm.data.open_data": ("open_data",),
+    "d2llm.data.pairs": ("PairDataset", "read_pairs"),
     "d2llm.index.folder": ("FolderIndex",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teacher": ("Teacher",),
+    "d2llm.pipeline.ablate": ("ablate",),
+    "d2llm.pipeline.check_data": ("check_data",),
     "d2llm.pipeline.distill": ("distill",),
     "d2llm.pipeline.encode": ("encode",),
     "d2llm.pipeline.evaluate": ("evaluate",),
+    "d2llm.pipeline.evaluation.loading": ("load_contenders",),
+    "d2llm.pipeline.evaluation.setting": ("Contenders", "EvaluationSettings"),
     "d2llm.pipeline.label": ("label",),
     "d2llm.pipeline.mine": ("mine",),
     "d2llm.pipeline.search": ("search",),

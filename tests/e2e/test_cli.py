@@ -18,13 +18,13 @@ from d2llm.models.student import Student
 from e2e.command_line import MAIN, d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
 
-VERBS = ["run", "mine", "tune-teacher", "label", "distill", "encode", "search", "demo", "evaluate", "judge"]
+VERBS = ["run", "mine", "tune-teacher", "label", "distill", "encode", "search", "evaluate", "ablate", "demo", "judge"]
 
 
 class TestHelp:
     def test_the_program_lists_every_verb_under_a_heading(self):
         text = succeed("--help").stdout
-        assert [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Look")]
+        assert [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Measure", "Look")]
         for verb in VERBS:
             assert f"│ {verb} " in text
         assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)

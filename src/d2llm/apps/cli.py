@@ -12,7 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from d2llm import __version__
-from d2llm.apps import commands_look, commands_search, commands_train
+from d2llm.apps import (
+    commands_ablate,
+    commands_data,
+    commands_evaluate,
+    commands_look,
+    commands_search,
+    commands_train,
+)
 from d2llm.apps.session import Session, start_logging
 from d2llm.core.errors import D2LLMError
 
@@ -84,9 +91,15 @@ def prepare(
     context.call_on_close(start_logging(context.obj))
 
 
-commands_train.register(app)
-commands_search.register(app)
-commands_look.register(app)
+for _commands in (
+    commands_train,
+    commands_search,
+    commands_evaluate,
+    commands_ablate,
+    commands_data,
+    commands_look,
+):
+    _commands.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

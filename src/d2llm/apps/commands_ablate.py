@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.apps.options import LOOK, DataOption, DeviceOption, DtypeOption, JsonOption, RunOption
+from d2llm.apps.options import MEASURE, DataOption, DeviceOption, DtypeOption, JsonOption, RunOption
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import shipped_recipes
@@ -122,4 +122,4 @@ def ablate(
 
 def register(app: typer.Typer) -> None:
     """Add this verb to the program."""
-    app.command("ablate", rich_help_panel=LOOK)(ablate)
+    app.command("ablate", rich_help_panel=MEASURE)(ablate)

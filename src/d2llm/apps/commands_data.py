@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.apps.options import DEFAULT_STUDENT, LOOK, JsonOption
+from d2llm.apps.options import DEFAULT_STUDENT, MEASURE, JsonOption
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
 
@@ -73,4 +73,4 @@ def _leak_message(report: DataReport) -> str:
 
 def register(app: typer.Typer) -> None:
     """Add this group of verbs to the program."""
-    app.add_typer(data_app, rich_help_panel=LOOK)
+    app.add_typer(data_app, rich_help_panel=MEASURE)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from d2llm.core.shipped import shipped_recipes
+from d2llm.core.types import Task
+
+if TYPE_CHECKING:
+    from d2llm.core.recipe import TeacherConfig
 
 DEFAULT_STUDENT = "d2llm-minilm"
-DISTIL, SEARCH, LOOK = "Distil", "Search", "Look"
+DISTIL, SEARCH, MEASURE, LOOK = "Distil", "Search", "Measure", "Look"
 """Headings of the help."""
 
 NumberFormat = Literal["float32", "bfloat16", "float16"]
@@ -60,3 +64,22 @@ JsonOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False),
 ]
+TaskOption = Annotated[
+    Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="NAME",
+        help="How a teacher that was not tuned is asked: a name or TOML file.",
+        show_default="paper",
+    ),
+]
+
+
+def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
+    """The teacher that two options name."""
+    from d2llm.core.recipe import TeacherConfig
+
+    return TeacherConfig(model=model) if prompt is None else TeacherConfig(model=model, prompt=prompt)

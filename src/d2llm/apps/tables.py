@@ -5,27 +5,86 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from d2llm.apps import report_words as words
 from d2llm.core.types import Ranking
 from d2llm.pipeline.report import EvaluationReport, EvaluationRow, MissingRow
 
 _SHOWN_CHARACTERS = 300
 
 
-def evaluation_table(report: EvaluationReport) -> Table:
-    """Every system of a report: measures, time and size; below it what was left out, and the significance."""
-    title = f"{report.dataset} / {report.split}: {report.num_queries:,} queries, {report.num_passages:,} passages"
-    return _table(title, report.rows, report.missing, caption="\n".join(_remarks(report)))
+def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
+    """A report for a terminal: measures, the teacher's sample, agreement, cost, and what to know of the figures."""
+    facts = ", ".join(
+        value if label in ("data", "task") else f"{value} {label}" for label, value in words.facts(report)
+    )
+    parts: list[RenderableType] = [_measures(facts, report, report.rows, report.missing, marks=True)]
+    if report.sample_rows:
+        count = report.sample_rows[0].num_items
+        title = f"The same systems on the {count:,} {words.item_noun(report, count)} that the teacher judged"
+        parts.append(_measures(title, report, report.sample_rows, (), marks=False))
+    if report.agreement:
+        parts.append(_agreement(report))
+    parts.append(_costs(report.rows))
+    verdict = words.verdict(report)
+    remarks = [words.legend(report), *([verdict] if verdict else []), *report.notes]
+    return [*parts, Text("\n".join(remarks))]
 
 
-def sample_table(report: EvaluationReport) -> Table | None:
-    """Every system on exactly the queries that the teacher judged; None where it judged all or none."""
-    if not report.sample_rows:
-        return None
-    title = f"The same systems on the {report.sample_rows[0].num_queries:,} queries that the teacher judged"
-    return _table(title, report.sample_rows, (), caption=None)
+def _measures(
+    title: str,
+    report: EvaluationReport,
+    rows: Sequence[EvaluationRow],
+    missing: Sequence[MissingRow],
+    *,
+    marks: bool,
+) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("", max_width=40)
+    measures = words.measure_names(rows)
+    for heading in (*measures, "items"):
+        table.add_column(heading, justify="right")
+    best = {measure: words.best_rows(rows, measure) for measure in measures}
+    for row in rows:
+        cells: list[Text] = []
+        for measure in measures:
+            estimate = row.measures.get(measure)
+            text = words.ABSENT if estimate is None else f"{estimate.value:.4f}"
+            sign = words.mark(report, row.name, measure) if marks else ""
+            cells.append(Text(text + (sign or " "), style="bold" if row.name in best[measure] else ""))
+        table.add_row(Text(row.name), *cells, f"{row.num_items:,}")
+    for row in missing:
+        table.add_row(
+            Text(f"{row.name}: not measured, {row.reason}"), *(words.ABSENT for _ in range(len(measures) + 1))
+        )
+    return table
+
+
+def _costs(rows: Sequence[EvaluationRow]) -> Table:
+    table = Table(title=Text("Cost, one at a time"), title_justify="left")
+    table.add_column("", max_width=40)
+    columns = words.cost_columns(rows)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    for place, row in enumerate(rows):
+        table.add_row(Text(row.name), *(cells[place] for _, cells in columns))
+    return table
+
+
+def _agreement(report: EvaluationReport) -> Table:
+    table = Table(title=Text("Agreement with the teacher, on what it judged"), title_justify="left")
+    table.add_column("", max_width=40)
+    for heading in ("label loyalty", "Pearson", "Kendall", "Pearson, all pairs", "top-10 overlap", "pairs"):
+        table.add_column(heading, justify="right")
+    for row in report.agreement:
+        found = row.agreement
+        values = (found.label_loyalty, found.pearson_within, found.kendall_within, found.pearson_over_all)
+        cells = [words.ratio(value) for value in (*values, row.top_10_overlap)]
+        table.add_row(Text(row.name), *cells, f"{found.num_pairs:,}")
+    return table
 
 
 def ranking_table(ranking: Ranking) -> Table:
@@ -55,30 +114,3 @@ def judgement_table(query: str, passages: Sequence[str], log_odds: Sequence[floa
 def _beginning(text: str) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= _SHOWN_CHARACTERS else flat[: _SHOWN_CHARACTERS - 1] + "…"
-
-
-def _remarks(report: EvaluationReport) -> list[str]:
-    remarks: list[str] = []
-    if report.num_left_out:
-        remarks.append(f"{report.num_left_out:,} queries without a relevant passage in the corpus were left out")
-    if test := report.significance:
-        remarks.append(
-            f"{test.first} against {test.second}: {test.measure} {test.difference:+.4f}, p = {test.p_value:.4f} "
-            f"(paired randomisation test, {test.num_permutations:,} permutations)"
-        )
-    return remarks + list(report.notes)
-
-
-def _table(title: str, rows: Sequence[EvaluationRow], missing: Sequence[MissingRow], *, caption: str | None) -> Table:
-    table = Table(title=title, caption=caption or None, caption_justify="left")
-    table.add_column("", max_width=50)
-    measures = list(rows[0].measures) if rows else []
-    for heading in (*measures, "ms /\nquery", "bytes /\npassage", "queries"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        size = "-" if row.bytes_per_passage is None else f"{row.bytes_per_passage:,.0f}"
-        values = [f"{row.measures[measure]:.4f}" for measure in measures]
-        table.add_row(row.name, *values, f"{row.milliseconds_per_query:,.1f}", size, f"{row.num_queries:,}")
-    for row in missing:
-        table.add_row(f"{row.name}: not measured, {row.reason}", *("-" for _ in range(len(measures) + 3)))
-    return table

@@ -9,6 +9,11 @@ from typing import Literal
 Task = Literal["symmetric", "asymmetric"]
 """``symmetric``: do two texts say the same. ``asymmetric``: does the passage answer the query."""
 
+SystemKind = Literal[
+    "bm25", "hybrid", "cosine_untuned", "cosine_tuned", "paper_head", "anchor", "d2llm", "teacher", "external"
+]
+"""What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone."""
+
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""
 

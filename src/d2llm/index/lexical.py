@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d2llm.core.types import Candidate, Passage
 from d2llm.ops.selection import top_rows
@@ -92,11 +93,13 @@ class LexicalIndex:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         return (self._search_one(text, top_k) for text in texts)
 
-    def _search_one(self, text: str, top_k: int) -> list[Candidate]:
+    def scores(self, text: str) -> NDArray[np.float32]:
+        """The score of every passage, in their order; 0 where no term is shared."""
         query = [self._terms[term] for term in tokenize(text) if term in self._terms]
-        if not query:
-            return []
-        scores: np.ndarray = self._bm25.get_scores_from_ids(query)
+        return self._bm25.get_scores_from_ids(query) if query else np.zeros(len(self), np.float32)
+
+    def _search_one(self, text: str, top_k: int) -> list[Candidate]:
+        scores = self.scores(text)
         matching = np.flatnonzero(scores > 0)
         best = matching[top_rows(scores[matching], top_k, lambda row: self._ids[int(matching[row])])]
         return [Candidate(self._ids[row], float(scores[row])) for row in best.tolist()]

@@ -179,10 +179,19 @@ def paired_bootstrap_test(
     level from a percentile interval); the added one: Phipson and Smyth 2010.
     """
     drawn = (row for rows in _resamples(size, num_resamples, seed) for row in rows)
-    differences = np.array([first(row) - second(row) for row in drawn])
+    return resampled_p_value([first(row) - second(row) for row in drawn])
+
+
+def resampled_p_value(differences: ArrayLike) -> float:
+    """``paired_bootstrap_test`` where the differences [num_resamples] on the same resamples are at hand.
+
+    Raises:
+        ValueError: every one is NaN.
+    """
+    differences = np.asarray(differences, np.float64)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
-        raise ValueError(f"not one of {num_resamples} resamples of {size} items could be measured")
+        raise ValueError("not one of the resamples could be measured")
     # Two orders of the same sums differ in the last digits; such differences count as none.
     above, below = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
     other_side = len(differences) - max(above, below)

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.recipe import StudentConfig
+from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.core.types import Task
-from d2llm.pipeline.protocols import EncodedBatch, SearchStudent, TextEncoder
+from d2llm.pipeline.protocols import Describable, EncodedBatch, SearchStudent, TextEncoder
 
 
 def untuned_config(config: StudentConfig) -> StudentConfig:
     """A student's backbone as it was before training, pooled as it was pretrained to be: the baseline beside it."""
     return StudentConfig(
         backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
-        pooling=config.pooling.model_copy(update={"warm_start": True}),
+        pooling=PoolingConfig(method="backbone"),
+        interaction=InteractionConfig(head="cosine"),
     )
 
 
@@ -42,7 +43,7 @@ class CosineStudent:
         return f"{self._encoder.fingerprint}-cosine"
 
     @property
-    def config(self) -> StudentConfig:
+    def config(self) -> Describable:
         """The encoder's."""
         return self._encoder.config
 
@@ -86,7 +87,7 @@ class AnchorStudent:
         return self._student.fingerprint
 
     @property
-    def config(self) -> StudentConfig:
+    def config(self) -> Describable:
         """The student's."""
         return self._student.config
 

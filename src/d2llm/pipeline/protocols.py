@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Task
+
+
+class Describable(Protocol):
+    """A configuration that can be written down."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """As plain values, with ``mode="json"``."""
+        ...
 
 
 class EncodedBatch(Protocol):
@@ -40,7 +47,7 @@ class TextEncoder(Protocol):
         ...
 
     @property
-    def config(self) -> StudentConfig:
+    def config(self) -> Describable:
         """What the encoder is built of."""
         ...
 
@@ -92,6 +99,10 @@ class PairJudge(Protocol):
     @property
     def fingerprint(self) -> str:
         """Tells whether two teachers are the same."""
+        ...
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Tells whether two ask the same question."""
         ...
 
     def judge(self, pairs: Sequence[tuple[str, str]], task: Task) -> JudgedPairs:

@@ -77,11 +77,17 @@ class Searcher:
         self._num_candidates = max(num_candidates, top_k)
         self._scan_all = exact or not student.has_anchor
 
-    def rank(self, queries: Sequence[Query] | Sequence[str], *, show_progress: bool | None = False) -> list[Ranking]:
-        """Rank the passages for each query."""
+    def rank(
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        *,
+        show_progress: bool | None = False,
+        title: str = "searching",
+    ) -> list[Ranking]:
+        """Rank the passages for each query; ``title`` is the progress bar's."""
         asked = _as_queries(queries)
         rankings: list[Ranking] = []
-        with progress_bar("searching", len(asked), show=show_progress) as advance:
+        with progress_bar(title, len(asked), show=show_progress) as advance:
             for start in range(0, len(asked), _ENCODED_AT_ONCE):
                 block = asked[start : start + _ENCODED_AT_ONCE]
                 begin = time.perf_counter()

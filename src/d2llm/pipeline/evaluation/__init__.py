@@ -1,0 +1,1 @@
+"""The parts of the verb ``evaluate``: who takes part, how each is measured, and what the figures mean."""

@@ -1,0 +1,139 @@
+"""From names and folders to the systems of an evaluation; what is not there is a missing row with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError, ModelNotFoundError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.shipped import shipped_models
+from d2llm.core.types import SystemKind
+from d2llm.data.trec import read_run
+from d2llm.models.external import ExternalBiEncoder, load_external
+from d2llm.models.student import FORMAT_VERSION, KIND, Student, find_student
+from d2llm.models.teacher import Teacher
+from d2llm.models.teacher_identity import identify_teacher
+from d2llm.pipeline.cosine import untuned_config
+from d2llm.pipeline.evaluation.setting import Contenders
+from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.pipeline.run_folder import RunFolder, companion
+
+TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
+"""The variants (``core.variants``) that are rows of every report."""
+
+
+def load_contenders(
+    student: str | Path,
+    *,
+    tuned_cosine: str | Path | None = None,
+    paper_head: str | Path | None = None,
+    teacher: TeacherConfig | None = None,
+    with_teacher: bool = True,
+    models: Sequence[str] = (),
+    runs: Sequence[Path] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Contenders:
+    """Load a student and what it is compared with.
+
+    Args:
+        student: folder, or name of a shipped student.
+        tuned_cosine: the variant ``cosine`` of the student; by default the one beside it (``<student>-cosine``).
+        paper_head: the variant ``paper``; by default ``<student>-paper``.
+        teacher: by default the student's own: ``teacher`` beside it, or the shipped one whose labels it learnt from.
+        with_teacher: False leaves the teacher out.
+        models: bi-encoders and cross-encoders for sentence-transformers, as names or folders.
+        runs: TREC run files.
+        device: by default what this machine has.
+        dtype: of our models; by default what is fast there. Others' are float32.
+
+    Raises:
+        ModelNotFoundError: one of the systems named is not there.
+        InputError: two systems have the same name, or a run file cannot be read.
+    """
+    folder = find_student(student)
+    model = Student.load(folder, device=device, dtype=dtype)
+    why: dict[SystemKind, str] = {}
+    untuned: TextEncoder | None = None
+    try:
+        untuned = Student.create(untuned_config(model.config), device=device, dtype=dtype)
+    except ModelNotFoundError as error:
+        why["cosine_untuned"] = str(error)
+    companions: dict[str, Student | None] = {}
+    for variant, given in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
+        place = companion(folder, variant) if given is None else find_student(given)
+        found = (place / MANIFEST).is_file()
+        companions[variant] = Student.load(place, device=device, dtype=dtype) if found else None
+        if not found:
+            kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
+            why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
+    judge: Teacher | None = None
+    if with_teacher:
+        config = teacher or _own_teacher(folder)
+        if config is None:
+            why["teacher"] = "the teacher that the student learnt from is not here; name one"
+        else:
+            judge = Teacher.load(config, device=device, dtype=dtype)
+    else:
+        why["teacher"] = "it was left out"
+    bi_encoders, cross_encoders = _externals(models, device)
+    files = [read_run(path) for path in runs]
+    names = [*bi_encoders, *cross_encoders, *(run.name for run in files)]
+    if len(set(names)) < len(names):
+        raise InputError(f"two systems have the same name, which their rows would share: {', '.join(sorted(names))}")
+    return Contenders(
+        student=model,
+        untuned=untuned,
+        tuned_cosine=companions[TUNED_COSINE],
+        paper_head=companions[PAPER_HEAD],
+        teacher=judge,
+        bi_encoders=bi_encoders,
+        cross_encoders=cross_encoders,
+        runs=files,
+        why_missing=why,
+        provenance={
+            "student": _provenance(folder),
+            "tuned_cosine": None if (cosine := companions[TUNED_COSINE]) is None else cosine.fingerprint,
+            "paper_head": None if (paper := companions[PAPER_HEAD]) is None else paper.fingerprint,
+            "teacher": None if judge is None else judge.fingerprint,
+        },
+    )
+
+
+def _own_teacher(student: Path) -> TeacherConfig | None:
+    """The teacher whose labels a student learnt from: of the same run, or shipped."""
+    of_run = RunFolder(student.parent).teacher
+    if (of_run / MANIFEST).is_file():
+        return TeacherConfig(model=str(of_run))
+    wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
+    for name in shipped_models("teachers"):
+        config = TeacherConfig(model=name)
+        if identify_teacher(config).fingerprint == wanted:
+            return config
+    return None
+
+
+def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, PairJudge]]:
+    bi_encoders: dict[str, SearchStudent] = {}
+    cross_encoders: dict[str, PairJudge] = {}
+    for name in models:
+        loaded = load_external(name, device=device)
+        label = Path(name).name
+        if label in bi_encoders or label in cross_encoders:
+            raise InputError(f"two models are called '{label}', which their rows would share; rename one folder")
+        if isinstance(loaded, ExternalBiEncoder):
+            bi_encoders[label] = loaded
+        else:
+            cross_encoders[label] = loaded
+    return bi_encoders, cross_encoders
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """What the student's manifest says of how it was made."""
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    wanted = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
+    return {"name": folder.name, **{key: manifest[key] for key in wanted if key in manifest}}

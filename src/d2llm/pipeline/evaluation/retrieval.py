@@ -1,0 +1,301 @@
+"""Measuring systems that rank the passages of a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Passage, Query, SystemKind
+from d2llm.data.beir import Dataset
+from d2llm.index.folder import FolderIndex, content_hash
+from d2llm.ops.measures import per_query_measures
+from d2llm.pipeline.encode import encode
+from d2llm.pipeline.evaluation import setting, shown
+from d2llm.pipeline.evaluation.judging import Pool, interleaved, judge_pool
+from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.pipeline.evaluation.statistics import Values, compare_means, mean_row
+from d2llm.pipeline.evaluation.store import MeasuredStore
+from d2llm.pipeline.evaluation.systems import (
+    System,
+    Trial,
+    hybrid_system,
+    lexical_system,
+    reranked,
+    run_system,
+    student_system,
+    timed,
+    with_first_stages,
+)
+from d2llm.pipeline.protocols import PairJudge, SearchStudent
+from d2llm.pipeline.report import Details, EvaluationReport, EvaluationRow
+
+MAIN_MEASURE = "nDCG@10"
+_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, alone, for the time
+
+
+def evaluate_retrieval(
+    dataset: Dataset,
+    contenders: Contenders,
+    settings: EvaluationSettings,
+    *,
+    folder: Path,
+    labels: Path | None,
+    show_progress: bool | None,
+) -> EvaluationReport:
+    """See ``pipeline.evaluate.evaluate``; ``folder`` keeps indexes, measured systems and judgements.
+
+    Raises:
+        DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
+    """
+    queries, num_left_out = _judged_queries(dataset, settings.split)
+    probes = sample(queries, settings.latency_queries, settings.seed)
+    trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
+    work = _Work(dataset, settings, trial, sample(queries, settings.teacher_queries, settings.seed), folder, labels)
+    students = contenders.students(settings.num_candidates, settings.top_k)
+    searched = [_search(work, row) for row in students]
+    subject = searched[[row.kind for row in students].index("d2llm")]
+    lexical = work.store.system(
+        work.key(setting.NAME_BM25), lambda: lexical_system(setting.NAME_BM25, work.passages, trial)
+    )
+    fused = [
+        hybrid_system(f"hybrid: {lexical.name} + {other.name}", lexical, other, trial)
+        for other in searched
+        if other.kind in ("cosine_untuned", "d2llm")
+    ]
+    runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
+    pool = {
+        query.id: interleaved([lexical.ids(query.id), subject.ids(query.id)], settings.teacher_depth)
+        for query in work.sampled
+    }
+    judges = contenders.judges(settings.teacher_depth)
+    judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
+    systems = [lexical, *fused, *searched, *(system for system, _ in judged), *runs]
+    teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
+    followers: dict[str, shown.Scores] = {}
+    if teacher_scores is not None:
+        followers = {row.name: _pool_scores(work, row, pool) for row in students}
+    names = [name for name, _, _ in judges]
+    return _report(work, contenders, systems, names, subject, teacher_scores, followers, num_left_out)
+
+
+def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
+    """A random sample in the queries' own order; all of them when there are not more, or ``size`` is None."""
+    if size is None or size >= len(queries):
+        return list(queries)
+    chosen = np.random.default_rng(seed).choice(len(queries), size, replace=False)
+    return [queries[position] for position in sorted(chosen.tolist())]
+
+
+@dataclass
+class _Work:
+    """What every system of one evaluation is measured with; ``sampled`` are the queries that judges are asked."""
+
+    dataset: Dataset
+    settings: EvaluationSettings
+    trial: Trial
+    sampled: Sequence[Query]
+    folder: Path
+    labels: Path | None
+
+    def __post_init__(self) -> None:
+        self.passages: list[Passage] = list(self.dataset.passages.values())
+        self.corpus = content_hash(self.passages)
+        self.store = MeasuredStore(self.folder / "measured")
+        self.notes: list[str] = []
+
+    def key(self, name: str, *parts: object) -> list[object]:
+        """What a measured system depends on: its name, ``parts``, the corpus and what is asked."""
+        trial = self.trial
+        asked = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
+        return [name, *parts, self.corpus, fingerprint_json(asked), trial.task, trial.top_k]
+
+    def index(self, model: SearchStudent) -> tuple[FolderIndex, float | None]:
+        """The index of a model, and the passages a second if it had to be made just now."""
+        dtype, rate = self.settings.dtype, None
+        target = self.folder / "indexes" / f"{model.fingerprint}-{self.corpus}-{dtype}"
+        if not target.exists():
+            report = encode(self.passages, model, target, dtype=dtype, show_progress=self.trial.show_progress)
+            rate = report.passages_per_second
+        return FolderIndex.open(target, student_fingerprint=model.fingerprint), rate
+
+    @cached_property
+    def relevant(self) -> dict[str, frozenset[str]]:
+        return {query_id: frozenset(ids) for query_id, ids in self.dataset.positives(self.settings.split).items()}
+
+    @cached_property
+    def qrels(self) -> dict[str, dict[str, int]]:
+        judged = self.dataset.qrels[self.settings.split]
+        return {
+            query.id: {p: grade for p, grade in judged[query.id].items() if p in self.dataset.passages}
+            for query in self.trial.queries
+        }
+
+
+def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
+    """The queries with a relevant passage in the corpus, and how many of the split have none."""
+    positives = dataset.positives(split)
+    queries = [dataset.queries[query_id] for query_id, relevant in positives.items() if relevant]
+    if not queries:
+        raise DataFormatError(
+            dataset.path / "qrels" / f"{split}.tsv",
+            f"none of its {len(dataset.qrels[split])} queries has a relevant passage in the corpus; check the ids",
+        )
+    return queries, len(dataset.qrels[split]) - len(queries)
+
+
+def _search(work: _Work, row: Row) -> System:
+    def measure() -> System:
+        index, rate = work.index(row.model)
+        return student_system(
+            row.name,
+            row.kind,
+            index,
+            row.model,
+            work.trial,
+            num_candidates=row.num_candidates,
+            passages_per_second=rate,
+        )
+
+    model = row.model
+    return work.store.system(work.key(row.name, model.fingerprint, row.num_candidates, work.settings.dtype), measure)
+
+
+def _judge(
+    work: _Work, name: str, kind: SystemKind, judge: PairJudge, pool: Pool, lexical: System, subject: System
+) -> tuple[System, shown.Scores]:
+    """The system that a judge makes of the pool, and its scores."""
+    texts = {query.id: query.text for query in work.sampled}
+    passages = {p: work.dataset.passages[p].full_text for ids in pool.values() for p in ids}
+    judged = judge_pool(
+        judge,
+        pool,
+        texts,
+        passages,
+        work.settings.task,
+        store=work.folder / "judgements" / work.corpus,
+        known=work.labels,
+        title=f"asking {name} (pairs)",
+        show_progress=work.trial.show_progress,
+    )
+    if judged.num_truncated:
+        work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
+
+    def measure_time() -> list[float]:
+        return list(
+            timed(
+                lambda query: judge.judge([(query.text, passages[p]) for p in pool[query.id]], work.settings.task),
+                list(work.sampled[:_TIMED_JUDGEMENTS]),
+            )
+        )
+
+    seconds = work.store.values(work.key(name, judge.fingerprint, fingerprint_json(pool), "time"), measure_time)
+    sampled = replace(work.trial, queries=work.sampled)
+    system = reranked(subject, judged.scores, sampled, name=name, kind=kind)
+    num_timed = sum(len(pool[query.id]) for query in work.sampled[:_TIMED_JUDGEMENTS])
+    system = replace(system, fingerprint=judge.fingerprint, pairs_per_second=num_timed / max(sum(seconds), 1e-9))
+    return with_first_stages(system, seconds, (lexical, subject)), judged.scores
+
+
+def _pool_scores(work: _Work, row: Row, pool: Pool) -> shown.Scores:
+    """What a student says of the passages that the teacher judged."""
+    texts = {query.id: query.text for query in work.sampled}
+    index, _ = work.index(row.model)
+
+    def score() -> dict[str, dict[str, float]]:
+        places = {index.id(place): place for place in range(len(index))}
+        vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
+        found: dict[str, dict[str, float]] = {}
+        for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
+            scores = row.model.score(vector, index.vectors([places[p] for p in ids]), work.settings.task)
+            found[query_id] = dict(zip(ids, scores.tolist(), strict=True))
+        return found
+
+    key = work.key(row.name, row.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
+    return work.store.values(key, score)
+
+
+def _report(
+    work: _Work,
+    contenders: Contenders,
+    systems: Sequence[System],
+    judges: Sequence[str],
+    subject: System,
+    teacher_scores: shown.Scores | None,
+    followers: Mapping[str, shown.Scores],
+    num_left_out: int,
+) -> EvaluationReport:
+    settings, seed = work.settings, work.settings.seed
+    all_ids, sampled_ids = ([query.id for query in queries] for queries in (work.trial.queries, work.sampled))
+    asked = {system.name: sampled_ids if system.name in judges else all_ids for system in systems}
+    values: dict[str, Values] = {
+        system.name: per_query_measures({q: system.ids(q) for q in system.rankings}, work.qrels) for system in systems
+    }
+    rows = [mean_row(system, values[system.name], asked[system.name], seed=seed) for system in systems]
+    sample_rows: list[EvaluationRow] = []
+    if judges and len(sampled_ids) < len(all_ids):
+        sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in systems]
+    baseline = setting.choose_baseline(rows, settings.baseline)
+    wins, losses = shown.examples(
+        subject,
+        next(system for system in systems if system.name == baseline),
+        (values[subject.name][MAIN_MEASURE], values[baseline][MAIN_MEASURE]),
+        work.dataset.queries,
+        work.dataset.passages,
+        work.relevant,
+    )
+    histograms = [
+        shown.ranking_histogram(system, work.relevant) for system in systems if system.kind in shown.HISTOGRAM_KINDS
+    ]
+    calibrations, agreements = [], []
+    if teacher_scores is not None:
+        said = {setting.teacher_name(settings.teacher_depth): teacher_scores, subject.name: followers[subject.name]}
+        calibrations = [
+            shown.calibration(name, *shown.pool_labels(scores, work.relevant)) for name, scores in said.items()
+        ]
+        agreements = [shown.agreement_row(name, teacher_scores, scores) for name, scores in followers.items()]
+    cut = [
+        f"{s.name}: {s.num_truncated:,} of {len(work.passages):,} passages were truncated"
+        for s in systems
+        if s.num_truncated
+    ]
+    taken_over = [f"{work.store.num_found} parts were measured by an earlier run"] if work.store.num_found else []
+    return EvaluationReport(
+        kind="retrieval",
+        dataset=work.dataset.name,
+        split=settings.split,
+        task=settings.task,
+        num_passages=len(work.passages),
+        num_items=len(all_ids),
+        num_left_out=num_left_out,
+        main_measure=MAIN_MEASURE,
+        subject=subject.name,
+        baseline=baseline,
+        rows=tuple(rows),
+        missing=tuple(contenders.missing_rows(settings.teacher_depth)),
+        sample_rows=tuple(sample_rows),
+        comparisons=tuple(compare_means(values, baseline, asked, seed=seed)),
+        agreement=tuple(agreements),
+        calibration=tuple(calibrations),
+        histograms=tuple(histogram for histogram in histograms if histogram is not None),
+        settings=asdict(settings),
+        provenance=contenders.provenance,
+        notes=(*work.dataset.issues, *(note for s in systems for note in s.notes), *cut, *work.notes, *taken_over),
+        seconds=0.0,
+        details=Details(
+            item_ids=tuple(all_ids),
+            values={
+                name: {measure: tuple(by_query[q] for q in all_ids) for measure, by_query in of_row.items()}
+                for name, of_row in values.items()
+                if name not in judges
+            },
+            wins=wins,
+            losses=losses,
+            rankings={system.name: system.rankings for system in systems},
+        ),
+    )

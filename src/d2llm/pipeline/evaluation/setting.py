@@ -1,0 +1,153 @@
+"""Who takes part in an evaluation, and how it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import SystemKind, Task
+from d2llm.data.trec import TrecRun
+from d2llm.index.vectors import VectorDtype
+from d2llm.pipeline.cosine import AnchorStudent, CosineStudent
+from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.pipeline.report import EvaluationRow, MissingRow
+
+RECALL_DEPTH = 100
+NAME_BM25 = "BM25"
+NAME_UNTUNED = "cosine, untuned"
+NAME_TUNED = "cosine, tuned"
+NAME_PAPER = "D2LLM, paper head"
+NAME_ANCHOR = "cosine, D2LLM vectors"
+NAME_D2LLM = "D2LLM"
+_BASELINES: tuple[SystemKind, ...] = ("cosine_tuned", "cosine_untuned", "bm25")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A system that scores by vectors; ``num_candidates`` passages get its full score."""
+
+    name: str
+    kind: SystemKind
+    model: SearchStudent
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """The systems of an evaluation besides BM25 and the fusions, which need no model.
+
+    None leaves a row out; ``why_missing`` then says why, and what would bring it. ``untuned`` is the encoder that the
+    student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data and steps. Names
+    are those of the rows. ``provenance`` is what the report should say of how all these were made.
+    """
+
+    student: SearchStudent
+    untuned: TextEncoder | None = None
+    tuned_cosine: SearchStudent | None = None
+    paper_head: SearchStudent | None = None
+    teacher: PairJudge | None = None
+    bi_encoders: Mapping[str, SearchStudent] = field(default_factory=dict[str, SearchStudent])
+    cross_encoders: Mapping[str, PairJudge] = field(default_factory=dict[str, PairJudge])
+    runs: Sequence[TrecRun] = ()
+    why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
+    provenance: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def students(self, num_candidates: int, top_k: int) -> list[Row]:
+        """The systems that score by vectors, in the report's order; only the student proposes more than it ranks."""
+        rows: list[tuple[str, SystemKind, SearchStudent | None, int]] = [
+            (NAME_UNTUNED, "cosine_untuned", CosineStudent(self.untuned) if self.untuned is not None else None, top_k),
+            (NAME_TUNED, "cosine_tuned", self.tuned_cosine, top_k),
+            (NAME_PAPER, "paper_head", self.paper_head, top_k),
+            (NAME_ANCHOR, "anchor", AnchorStudent(self.student) if self.student.has_anchor else None, top_k),
+            (NAME_D2LLM, "d2llm", self.student, num_candidates),
+            *((name, "external", model, top_k) for name, model in self.bi_encoders.items()),
+        ]
+        return [Row(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
+
+    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, PairJudge]]:
+        """The systems that read query and passage together."""
+        judges: list[tuple[str, SystemKind, PairJudge]] = []
+        if self.teacher is not None:
+            judges.append((teacher_name(teacher_depth), "teacher", self.teacher))
+        return judges + [(name, "external", judge) for name, judge in self.cross_encoders.items()]
+
+    def missing_rows(self, teacher_depth: int | None) -> list[MissingRow]:
+        """The rows of every report that this one lacks, each with the reason."""
+        rows: list[tuple[str, SystemKind, object, str]] = [
+            (NAME_UNTUNED, "cosine_untuned", self.untuned, "no untuned encoder was given"),
+            (NAME_TUNED, "cosine_tuned", self.tuned_cosine, "no tuned cosine was given"),
+            (NAME_PAPER, "paper_head", self.paper_head, "no student with the paper's head was given"),
+            (NAME_ANCHOR, "anchor", self.student.has_anchor or None, "the student's head has no inner-product part"),
+            (teacher_name(teacher_depth), "teacher", self.teacher, "no teacher was given"),
+        ]
+        return [
+            MissingRow(name, kind, self.why_missing.get(kind, reason))
+            for name, kind, model, reason in rows
+            if model is None
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """How an evaluation is done.
+
+    Args:
+        split: the judgements to measure by.
+        task: which branch of the IEM and which prompt.
+        top_k: length of the rankings, at least 100 (Recall@100).
+        num_candidates: passages that the student scores in full.
+        teacher_depth: passages of a query that the teacher reranks: from the top of BM25 and of the student in turn.
+        teacher_queries: let the teacher judge a random sample of so many queries (or pairs, of a pair set, and as many
+            of its dev split); None means all.
+        latency_queries: queries (at most) that are asked one at a time to measure the time.
+        baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
+            else BM25.
+        seed: of the samples and the significance tests.
+        dtype: how vectors are stored.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    split: str = "test"
+    task: Task = "asymmetric"
+    top_k: int = 100
+    num_candidates: int = 1000
+    teacher_depth: int = 50
+    teacher_queries: int | None = 100
+    latency_queries: int = 50
+    baseline: SystemKind | None = None
+    seed: int = 0
+    dtype: VectorDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        limits = {
+            "top_k": (self.top_k, RECALL_DEPTH),
+            "num_candidates": (self.num_candidates, 1),
+            "teacher_depth": (self.teacher_depth, 1),
+            "teacher_queries": (1 if self.teacher_queries is None else self.teacher_queries, 1),
+            "latency_queries": (self.latency_queries, 1),
+        }
+        for name, (value, least) in limits.items():
+            if value < least:
+                raise InputError(f"{name} is {value}, but must be at least {least}")
+
+
+def teacher_name(depth: int | None) -> str:
+    """Name of the teacher's row; ``depth`` passages a query are reranked (None: nothing is ranked)."""
+    return "teacher" if depth is None else f"teacher (reranking {depth} of {NAME_BM25} and {NAME_D2LLM})"
+
+
+def choose_baseline(rows: Sequence[EvaluationRow], wanted: SystemKind | None) -> str:
+    """Name of the row that the others are compared with.
+
+    Raises:
+        InputError: the wanted row was not measured.
+    """
+    names = {row.kind: row.name for row in reversed(rows)}
+    if wanted is None:
+        return next(names[kind] for kind in _BASELINES if kind in names)
+    if wanted not in names:
+        raise InputError(f"the baseline '{wanted}' was not measured; measured were: {', '.join(sorted(names))}")
+    return names[wanted]
