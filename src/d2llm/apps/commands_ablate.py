@@ -76,28 +76,19 @@ def ablate(
         return
     if recipe is None:
         raise InputError("RECIPE is missing: give a TOML file or the name of a recipe; --list needs none")
-    from d2llm.apps.steps import Job, with_data
-    from d2llm.core.manifest import FILE_NAME
+    from d2llm.apps.steps import job_of, require_plans
     from d2llm.core.variants import find_variant
     from d2llm.pipeline.ablate import ablate
-    from d2llm.pipeline.run_folder import RunFolder, check_data
 
     names = None if variants is None else [name.strip() for name in variants.split(",")]
     for name in names or ():
         find_variant(name)  # before data and labels are read
-    described = with_data(load_recipe(recipe), data or [])
-    check_data(described)
-    name = Path(recipe).stem if described.name == "unnamed" else described.name
-    job = Job(described, RunFolder(out or Path("runs") / name), device=device, dtype=dtype, session=session)
-    for item in described.data:
-        if not (job.run.plan(item) / FILE_NAME).is_file():
-            raise InputError(
-                f"{job.run.plan(item)}: there is no training plan yet; run the verb mine with this recipe first"
-            )
+    job = job_of(session, recipe, out, data, device, dtype)
+    require_plans(job)
     report = ablate(
-        job.run.sources(described),
+        job.run.sources(job.recipe),
         job.run.path / "ablation",
-        recipe=described,
+        recipe=job.recipe,
         labels=job.run.labels,
         teacher=job.teacher,
         variants=names,

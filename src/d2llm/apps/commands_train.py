@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,14 +13,10 @@ from d2llm.apps.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    NumberFormat,
     RecipeArgument,
     RunOption,
 )
 from d2llm.apps.session import session_of
-
-if TYPE_CHECKING:
-    from d2llm.apps.steps import Job
 
 
 def run(
@@ -39,7 +34,7 @@ def run(
     """
     from d2llm.apps import steps
 
-    job = _job(context, recipe, out, data, device, dtype)
+    job = steps.job_of(session_of(context), recipe, out, data, device, dtype)
     result = {
         "mine": steps.mine_plans(job),
         "tune-teacher": steps.tune_the_teacher(job),
@@ -63,7 +58,9 @@ def mine(
     from d2llm.apps import steps
 
     session_of(context).write_report(
-        context, json_path, steps.mine_plans(_job(context, recipe, out, data, device, dtype), again=again)
+        context,
+        json_path,
+        steps.mine_plans(steps.job_of(session_of(context), recipe, out, data, device, dtype), again=again),
     )
 
 
@@ -83,7 +80,7 @@ def tune_teacher(
     from d2llm.apps import steps
 
     session_of(context).write_report(
-        context, json_path, steps.tune_the_teacher(_job(context, recipe, out, data, device, dtype))
+        context, json_path, steps.tune_the_teacher(steps.job_of(session_of(context), recipe, out, data, device, dtype))
     )
 
 
@@ -103,7 +100,7 @@ def label(
     from d2llm.apps import steps
 
     session_of(context).write_report(
-        context, json_path, steps.label_pairs(_job(context, recipe, out, data, device, dtype))
+        context, json_path, steps.label_pairs(steps.job_of(session_of(context), recipe, out, data, device, dtype))
     )
 
 
@@ -133,7 +130,7 @@ def distill(
     """
     from d2llm.apps import steps
 
-    job = _job(context, recipe, out, data, device, dtype)
+    job = steps.job_of(session_of(context), recipe, out, data, device, dtype)
     session_of(context).write_report(context, json_path, steps.distill_student(job, variant=variant, again=again))
 
 
@@ -147,22 +144,3 @@ def register(app: typer.Typer) -> None:
         ("distill", distill),
     ):
         app.command(name, rich_help_panel=DISTIL)(verb)
-
-
-def _job(
-    context: typer.Context,
-    recipe_name: str,
-    out: Path | None,
-    data: list[str] | None,
-    device: str | None,
-    dtype: NumberFormat | None,
-) -> Job:
-    from d2llm.apps.steps import Job, with_data
-    from d2llm.core.recipe import load_recipe
-    from d2llm.pipeline.run_folder import RunFolder, check_data
-
-    recipe = with_data(load_recipe(recipe_name), data or [])
-    check_data(recipe)
-    name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
-    run_folder = RunFolder(out or Path("runs") / name)
-    return Job(recipe, run_folder, device=device, dtype=dtype, session=session_of(context))

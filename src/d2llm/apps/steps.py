@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig
+from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, load_recipe
 from d2llm.core.variants import find_variant
 from d2llm.data.plan import read_plan, write_plan
-from d2llm.pipeline.run_folder import RunFolder
+from d2llm.pipeline.run_folder import RunFolder, check_data
 
 if TYPE_CHECKING:
     from d2llm.apps.session import Session
@@ -43,6 +43,26 @@ class Job:
         from d2llm.models.student import Student
 
         return Student.create(self.recipe.student, device=self.device, dtype=self.dtype, seed=self.recipe.seed)
+
+
+def job_of(
+    session: Session,
+    recipe_name: str,
+    out: Path | None,
+    data: Sequence[str] | None,
+    device: str | None,
+    dtype: str | None,
+) -> Job:
+    """The job that the arguments of a verb describe; ``out`` is ``runs/<name of the recipe>`` unless given.
+
+    Raises:
+        RecipeError: no such recipe, or its data sets cannot be told apart.
+        InputError: ``data`` names a set that the recipe does not have.
+    """
+    recipe = with_data(load_recipe(recipe_name), data or [])
+    check_data(recipe)
+    name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
+    return Job(recipe, RunFolder(out or Path("runs") / name), device=device, dtype=dtype, session=session)
 
 
 def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
@@ -84,7 +104,7 @@ def tune_the_teacher(job: Job) -> Any:
 
     if _is_finished(job.run.teacher):
         return _skip(job, f"tune-teacher: {job.run.teacher} is finished; delete it to tune anew")
-    _require_plans(job)
+    require_plans(job)
     report = tune_teacher(
         job.run.sources(job.recipe),
         job.run.teacher,
@@ -103,7 +123,7 @@ def label_pairs(job: Job) -> Any:
     """Let the teacher judge every pair of the plans."""
     from d2llm.pipeline.label import label
 
-    _require_plans(job)
+    require_plans(job)
     _say_teacher(job, "label")
     report = label(
         job.run.sources(job.recipe),
@@ -128,7 +148,7 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
         if not again:
             return _skip(job, f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
         _put_aside(job, folder)
-    _require_plans(job)
+    require_plans(job)
     if recipe.losses.imitates:
         if not _is_finished(job.run.labels):
             raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
@@ -197,7 +217,12 @@ def _compare_settings(job: Job, data: DataConfig, folder: Path) -> None:
         )
 
 
-def _require_plans(job: Job) -> None:
+def require_plans(job: Job) -> None:
+    """Make sure that every data set of the recipe has its plan.
+
+    Raises:
+        InputError: one has none.
+    """
     for data in job.recipe.data:
         if not _is_finished(job.run.plan(data)):
             raise InputError(

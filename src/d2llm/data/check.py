@@ -15,9 +15,10 @@ import numpy as np
 from d2llm.data.beir import RetrievalSource, strays
 from d2llm.data.check_leaks import Texts, same_keys
 from d2llm.data.check_report import Leak, Repeats, SharedPositives, SplitCounts
-from d2llm.data.check_texts import Sample, comparable, hash64
+from d2llm.data.check_texts import Sample, hash64
 from d2llm.data.lines import first_few, refuse_duplicate
 from d2llm.data.pairs import LabelledPair, PairSource, in_order, kind_of, unseen_classes
+from d2llm.data.same_text import comparable
 
 _NUM_EXAMPLES = 5
 

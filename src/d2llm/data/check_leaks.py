@@ -9,7 +9,8 @@ from typing import Any
 
 from d2llm.core.extras import require
 from d2llm.data.check_report import Leak, LeakKind
-from d2llm.data.check_texts import comparable, hash64
+from d2llm.data.check_texts import hash64
+from d2llm.data.same_text import comparable
 
 _NUM_HASHES = 128
 _FOUND = 0.99

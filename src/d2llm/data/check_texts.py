@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import random
-import re
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -22,18 +18,6 @@ _BATCH_TEXTS = 512
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Texts -> tokens of each, special tokens included."""
-
-
-def comparable(text: str) -> str:
-    """What of a text is compared: letters (with their marks) and digits, in lower case, words apart by one space."""
-    return " ".join(_words().findall(unicodedata.normalize("NFKC", text).casefold()))
-
-
-@functools.cache
-def _words() -> re.Pattern[str]:
-    # \w alone leaves out the vowel signs of Hindi or Thai, and so makes one word of two.
-    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
-    return re.compile(rf"[\w{marks}]+")
 
 
 def hash64(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Passages that repeat another's text: near-duplicates that must not count as negatives."""
+"""When two texts are the same, and passages that repeat another's: they must not count as negatives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from collections.abc import Iterable
 from d2llm.data.beir import Dataset
 
 
+def comparable(text: str) -> str:
+    """What of a text is compared: letters (with their marks) and digits, in lower case, words apart by one space."""
+    return " ".join(_words().findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
 class SameText:
-    """Finds passages that repeat another's text; only letters (with their marks) and digits are compared."""
+    """Finds passages that repeat another's text; what is compared, ``comparable`` says."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._text_of: dict[str, str] = {}
         self._ids_of: dict[str, list[str]] = {}
         for passage in dataset.passages.values():
-            text = " ".join(_words().findall(unicodedata.normalize("NFKC", passage.text).casefold()))
+            text = comparable(passage.text)
             self._text_of[passage.id] = text
             self._ids_of.setdefault(text, []).append(passage.id)
 

@@ -4,11 +4,12 @@ A threshold t says yes to scores of at least t. It is chosen on the dev split an
 the test split it would flatter every system.
 
 NLI follows C-MTEB (Xiao et al., "C-Pack", SIGIR 2024), which holds the OCNLI and CMNLI that D2LLM (Liao et al., ACL
-2024) reports; that the paper's figures follow it too is our reading. There the task is pair classification on the validation split, entailment (1) against contradiction (0), neutral pairs
-left out: 947 and 900 of OCNLI's 2,950 pairs, 8,315 pairs of CMNLI. Reported are accuracy, AP, precision and recall,
-the last two at the threshold of the best F1. Two things differ. mteb chooses its thresholds on the pairs that it then
-reports, so its accuracy ("max_accuracy") is at least ours on the same scores; AP needs no threshold and is the same.
-And mteb may cut between pairs of equal score, which no threshold can do.
+2024) reports; that the paper's figures follow it too is our reading. There the task is pair classification on the
+validation split, entailment (1) against contradiction (0), neutral pairs left out: 947 and 900 of OCNLI's 2,950 pairs,
+8,315 pairs of CMNLI. Reported are accuracy, AP, precision and recall, the last two at the threshold of the best F1. Two
+things differ. mteb chooses its thresholds on the pairs that it then reports, so its accuracy ("max_accuracy") is at
+least ours on the same scores; AP needs no threshold and is the same. And mteb may cut between pairs of equal score,
+which no threshold can do.
 """
 
 from __future__ import annotations
