@@ -20,6 +20,7 @@ from d2llm.apps.options import (
     teacher_config,
 )
 from d2llm.apps.session import session_of
+from d2llm.core.errors import InputError
 from d2llm.core.types import SystemKind
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def evaluate(
 
     from d2llm.apps.tables import evaluation_tables
     from d2llm.data.open_data import open_data
+    from d2llm.data.pairs import PairDataset
     from d2llm.pipeline.evaluate import evaluate
     from d2llm.pipeline.evaluation.loading import load_contenders
     from d2llm.pipeline.evaluation.setting import EvaluationSettings
@@ -141,6 +143,8 @@ def evaluate(
         seed=seed,
     )
     dataset = open_data(data)
+    if save_runs is not None and isinstance(dataset, PairDataset):
+        raise InputError("--save-runs: this data set has single pairs, which have no rankings; leave the option out")
     contenders = load_contenders(
         student,
         tuned_cosine=tuned_cosine,

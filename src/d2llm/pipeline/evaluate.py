@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from d2llm.core.errors import DataFormatError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
 from d2llm.pipeline.evaluation.pairs import evaluate_pairs
@@ -44,9 +46,12 @@ def evaluate(
         show_progress: None means: if standard error is a terminal.
 
     Raises:
-        DataFormatError: the data set was read without the split, or nothing in it can be measured.
+        DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` holds no
+            label store.
         InputError: the baseline is not among the rows.
     """
+    if labels is not None and not (labels / MANIFEST).is_file():
+        raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
     chosen = settings or EvaluationSettings()
     with nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder:

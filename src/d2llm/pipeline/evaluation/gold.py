@@ -48,8 +48,8 @@ class Gold(Protocol):
         """The measures of the pairs at ``positions``, whose scores are given; without thresholds those without."""
         ...
 
-    def of_items(self, scores: Floats, thresholds: Any) -> Floats:
-        """One value in [0, 1] for each pair: how well it was scored."""
+    def of_items(self, scores: Floats, positions: Positions, thresholds: Any) -> Floats:
+        """One value in [0, 1] for each of the pairs at ``positions``: how well it was scored."""
         ...
 
 
@@ -81,11 +81,11 @@ class BinaryGold:
         accuracy, f1 = thresholds
         return pair_measures.binary_measures(scores, labels, accuracy_threshold=accuracy, f1_threshold=f1)
 
-    def of_items(self, scores: Floats, thresholds: tuple[float, float] | None) -> Floats:
+    def of_items(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> Floats:
         """1 where the answer is right, else 0; without a threshold the share of other pairs on the right side."""
         if thresholds is not None:
-            return ((scores >= thresholds[0]) == self.positive).astype(np.float64)
-        return _right_side(scores, self.positive)
+            return ((scores >= thresholds[0]) == self.positive[positions]).astype(np.float64)
+        return _right_side(scores, self.positive[positions])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +116,14 @@ class NliGold:
             raise InputError("the classes need thresholds from a split of their own; add a dev split")
         return pair_measures.nli_measures(scores, self._at(positions), thresholds=thresholds)
 
-    def of_items(self, scores: Floats, thresholds: pair_measures.NliThresholds | None) -> Floats:
+    def of_items(self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None) -> Floats:
         """1 where the class is right, else 0."""
         assert thresholds is not None  # ``measure`` has refused that
         lower, upper = thresholds.ordinal
         said = (scores >= lower).astype(int) + (scores >= upper)
         order = ("contradiction", "neutral", "entailment")
-        return np.array([order[place] == name for place, name in zip(said.tolist(), self.classes, strict=True)], float)
+        right = [order[place] == name for place, name in zip(said.tolist(), self._at(positions), strict=True)]
+        return np.array(right, np.float64)
 
     def _at(self, positions: Positions) -> list[str]:
         return [self.classes[position] for position in positions.tolist()]
@@ -159,10 +160,11 @@ class GradedGold:
     def of_items(
         self,
         scores: Floats,
+        positions: Positions,
         thresholds: None,  # noqa: ARG002 - part of the protocol
     ) -> Floats:
         """1 minus the distance between the pair's places by score and by grade, as shares of all places."""
-        places, truth = (np.argsort(np.argsort(values, kind="stable")) for values in (scores, self.grades))
+        places, truth = (np.argsort(np.argsort(values, kind="stable")) for values in (scores, self.grades[positions]))
         return 1 - np.abs(places - truth) / max(1, len(scores) - 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
-from d2llm.data.trec import read_run
+from d2llm.data.trec import TrecRun, read_run
 from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.student import FORMAT_VERSION, KIND, Student, find_student
 from d2llm.models.teacher import Teacher
 from d2llm.models.teacher_identity import identify_teacher
 from d2llm.pipeline.cosine import untuned_config
-from d2llm.pipeline.evaluation.setting import Contenders
+from d2llm.pipeline.evaluation.setting import OWN_NAMES, Contenders
 from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder
 from d2llm.pipeline.run_folder import RunFolder, companion
 
@@ -81,10 +82,6 @@ def load_contenders(
     else:
         why["teacher"] = "it was left out"
     bi_encoders, cross_encoders = _externals(models, device)
-    files = [read_run(path) for path in runs]
-    names = [*bi_encoders, *cross_encoders, *(run.name for run in files)]
-    if len(set(names)) < len(names):
-        raise InputError(f"two systems have the same name, which their rows would share: {', '.join(sorted(names))}")
     return Contenders(
         student=model,
         untuned=untuned,
@@ -93,7 +90,7 @@ def load_contenders(
         teacher=judge,
         bi_encoders=bi_encoders,
         cross_encoders=cross_encoders,
-        runs=files,
+        runs=[_named(read_run(path)) for path in runs],
         why_missing=why,
         provenance={
             "student": _provenance(folder),
@@ -106,15 +103,16 @@ def load_contenders(
 
 def _own_teacher(student: Path) -> TeacherConfig | None:
     """The teacher whose labels a student learnt from: of the same run, or shipped."""
-    of_run = RunFolder(student.parent).teacher
-    if (of_run / MANIFEST).is_file():
-        return TeacherConfig(model=str(of_run))
     wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
-    for name in shipped_models("teachers"):
-        config = TeacherConfig(model=name)
-        if identify_teacher(config).fingerprint == wanted:
-            return config
-    return None
+    of_run = RunFolder(student.parent).teacher
+    beside = [str(of_run)] if (of_run / MANIFEST).is_file() else []
+    configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
+    return next((config for config in configs if identify_teacher(config).fingerprint == wanted), None)
+
+
+def _named(run: TrecRun) -> TrecRun:
+    """A run that an earlier report saved of one of our rows stands beside the row of today."""
+    return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
 
 
 def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, PairJudge]]:

@@ -45,6 +45,7 @@ _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
 _NO_FUSION = MissingRow(
     f"hybrid: {setting.NAME_BM25} + {setting.NAME_D2LLM}", "hybrid", "single pairs have no ranks that could be fused"
 )
+_NO_RANKING = "a run ranks passages, and this data set has single pairs"
 
 
 def evaluate_pairs(
@@ -62,20 +63,42 @@ def evaluate_pairs(
 
     Raises:
         DataFormatError: the data set was read without the split, or a label cannot be measured.
-        InputError: classes without a split to choose thresholds on.
+        InputError: the baseline is not among the rows, classes have no split to choose thresholds on, or the sample for
+            the teacher is too small to be measured.
     """
+    setting.check_baseline(contenders, settings.baseline, ["bm25"])
     tuning = "train" if settings.split == "dev" else "dev"
     pairs, tuning_pairs = dataset.pairs(settings.split), dataset.splits.get(tuning, ())
     gold = read_gold(dataset, settings.split)
     tuning_gold = read_gold(dataset, tuning) if tuning_pairs else None
     work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels, show_progress)
     judges = contenders.judges(None)
+    _check_measurable(work, gold, tuning_gold, sampled=bool(judges))
     systems = [
         lexical_scores(work),
         *(student_scores(work, row) for row in contenders.students(settings.num_candidates, settings.top_k)),
         *(judge_scores(work, *judge) for judge in judges),
     ]
     return _Figures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in judges]).report()
+
+
+def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, sampled: bool) -> None:
+    """Refuse what cannot be measured before anything is scored."""
+
+    def check(positions: Positions, tuning: Positions) -> None:
+        thresholds = None if tuning_gold is None else tuning_gold.fit(np.zeros(len(tuning)), tuning)
+        gold.measure(np.zeros(len(positions)), positions, thresholds)
+
+    check(np.arange(len(work.pairs)), np.arange(len(work.tuning_pairs)))
+    if sampled:
+        sample, tuning = work.sample(len(work.pairs)), work.sample(len(work.tuning_pairs))
+        try:
+            check(sample, tuning)
+        except InputError as error:
+            raise InputError(
+                f"a sample of {len(sample)} pairs, and of {len(tuning)} to choose thresholds on, is too small to "
+                f"measure the teacher: {error}; let it judge more (teacher_queries)"
+            ) from error
 
 
 Resampled = dict[str, tuple[Estimate, NDArray[np.float64]]]
@@ -106,7 +129,7 @@ class _Figures:
         reference = next(system for system in self.systems if system.name == baseline)
         wins, losses = self._examples(subject, reference)
         notes = [*work.dataset.issues, *work.notes]
-        if self.tuning_gold is None:
+        if self.tuning_gold is None and gold.positive is not None:
             notes.append("there is no dev split to choose thresholds on; the measures that need one are left out")
         if work.store.num_found:
             notes.append(f"{work.store.num_found} parts were measured by an earlier run")
@@ -122,7 +145,11 @@ class _Figures:
             subject=subject.name,
             baseline=baseline,
             rows=tuple(rows),
-            missing=(_NO_FUSION, *self.contenders.missing_rows(None)),
+            missing=(
+                _NO_FUSION,
+                *self.contenders.missing_rows(None),
+                *(MissingRow(run.name, "external", _NO_RANKING) for run in self.contenders.runs),
+            ),
             sample_rows=tuple(replace(row, num_items=len(self._sample)) for row in sample_rows),
             comparisons=tuple(self._comparisons(measured, on_sample, baseline)),
             agreement=tuple(self._agreement()),
@@ -135,7 +162,7 @@ class _Figures:
             details=Details(
                 item_ids=tuple(pair.id for pair in work.pairs),
                 values={
-                    system.name: {gold.main_measure: tuple(self._of_items(system).tolist())}
+                    system.name: {gold.main_measure: tuple(self._of_items(system, self._all).tolist())}
                     for system in self.systems
                     if system.name not in self.judges
                 },
@@ -165,13 +192,14 @@ class _Figures:
             system.name: self.tuning_gold.fit(system.tuning_scores, system.tuning_positions) for system in self.systems
         }
 
-    def _of_items(self, system: ScoredSplits) -> Floats:
-        return self.gold.of_items(system.scores, self._thresholds[system.name])
+    def _of_items(self, system: ScoredSplits, positions: Positions) -> Floats:
+        """How well a system scored each of some of its pairs."""
+        return self.gold.of_items(_at(system, positions), positions, self._thresholds[system.name])
 
     def _measure(self, system: ScoredSplits, positions: Positions) -> Resampled:
         """The measures of a system on some of the pairs that it scored."""
         thresholds = self._thresholds[system.name]
-        scores = system.scores[np.searchsorted(system.positions, positions)]
+        scores = _at(system, positions)
         values = self.gold.measure(scores, positions, thresholds)
         drawn: list[dict[str, float]] = []
 
@@ -197,20 +225,20 @@ class _Figures:
     def _comparisons(
         self, measured: dict[str, Resampled], on_sample: dict[str, Resampled], baseline: str
     ) -> list[Comparison]:
-        """Every system against the baseline in every measure, on the pairs that it scored."""
+        """Every system against the baseline in every measure, on the pairs that both scored."""
         comparisons: list[Comparison] = []
         for measure in measured[baseline]:
             found: list[Comparison] = []
             for system in self.systems:
                 if system.name == baseline:
                     continue
-                source = on_sample if system.name in self.judges else measured
+                source = on_sample if {system.name, baseline} & set(self.judges) else measured
                 ours, theirs = source[system.name][measure], source[baseline][measure]
                 differences = ours[1] - theirs[1]
                 p_value = resampled_p_value(differences)
                 low, high = np.nanquantile(differences, [0.025, 0.975]).tolist()
                 estimate = Estimate(ours[0].value - theirs[0].value, low, high)
-                size = len(system.positions)
+                size = len(self._all if source is measured else self._sample)
                 found.append(Comparison(measure, system.name, baseline, estimate, p_value, p_value, size, _TEST))
             comparisons += adjusted(found)
         return comparisons
@@ -256,18 +284,27 @@ class _Figures:
         self, subject: ScoredSplits, reference: ScoredSplits
     ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         """The pairs that the subject scores much better, and much worse, than the reference."""
-        ours, theirs = self._of_items(subject), self._of_items(reference)
+        positions = reference.positions
+        ours, theirs = self._of_items(subject, positions), self._of_items(reference, positions)
         order = np.argsort(theirs - ours, kind="stable").tolist()
         wins = [place for place in order[: shown.NUM_EXAMPLES] if ours[place] > theirs[place]]
         losses = [place for place in order[::-1][: shown.NUM_EXAMPLES] if ours[place] < theirs[place]]
 
         def example(place: int) -> Example:
-            pair, positive = self.work.pairs[place], self.gold.positive
+            position, positive = positions[place], self.gold.positive
+            pair = self.work.pairs[position]
             label = pair.label if pair.score is None else f"{pair.score:g}"
-            passage = ShownPassage(f"{pair.id}: {label}", pair.passage, positive is not None and bool(positive[place]))
+            passage = ShownPassage(
+                f"{pair.id}: {label}", pair.passage, positive is not None and bool(positive[position])
+            )
             return Example(pair.id, pair.query, float(ours[place]), float(theirs[place]), (passage,), (), ())
 
         return tuple(map(example, wins)), tuple(map(example, losses))
+
+
+def _at(system: ScoredSplits, positions: Positions) -> Floats:
+    """A system's scores of some of the pairs that it scored."""
+    return system.scores[np.searchsorted(system.positions, positions)]
 
 
 def _as_one_query(scores: Floats) -> dict[str, dict[str, float]]:

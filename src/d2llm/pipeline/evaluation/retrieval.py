@@ -53,6 +53,9 @@ def evaluate_retrieval(
     Raises:
         DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
     """
+    setting.check_baseline(
+        contenders, settings.baseline, ["bm25", "hybrid", *(["external"] if contenders.runs else [])]
+    )
     queries, num_left_out = _judged_queries(dataset, settings.split)
     probes = sample(queries, settings.latency_queries, settings.seed)
     trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
@@ -241,10 +244,15 @@ def _report(
     if judges and len(sampled_ids) < len(all_ids):
         sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in systems]
     baseline = setting.choose_baseline(rows, settings.baseline)
+
+    def on_baselines(name: str) -> dict[str, float]:
+        """The main measure on the queries that the baseline answered."""
+        return {query_id: values[name][MAIN_MEASURE][query_id] for query_id in asked[baseline]}
+
     wins, losses = shown.examples(
         subject,
         next(system for system in systems if system.name == baseline),
-        (values[subject.name][MAIN_MEASURE], values[baseline][MAIN_MEASURE]),
+        (on_baselines(subject.name), on_baselines(baseline)),
         work.dataset.queries,
         work.dataset.passages,
         work.relevant,

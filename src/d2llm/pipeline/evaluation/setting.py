@@ -20,6 +20,7 @@ NAME_TUNED = "cosine, tuned"
 NAME_PAPER = "D2LLM, paper head"
 NAME_ANCHOR = "cosine, D2LLM vectors"
 NAME_D2LLM = "D2LLM"
+OWN_NAMES = (NAME_BM25, NAME_UNTUNED, NAME_TUNED, NAME_PAPER, NAME_ANCHOR, NAME_D2LLM)
 _BASELINES: tuple[SystemKind, ...] = ("cosine_tuned", "cosine_untuned", "bm25")
 
 
@@ -40,6 +41,9 @@ class Contenders:
     None leaves a row out; ``why_missing`` then says why, and what would bring it. ``untuned`` is the encoder that the
     student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data and steps. Names
     are those of the rows. ``provenance`` is what the report should say of how all these were made.
+
+    Raises:
+        InputError: two systems have the same name, or one has the name of a row that every report has.
     """
 
     student: SearchStudent
@@ -52,6 +56,15 @@ class Contenders:
     runs: Sequence[TrecRun] = ()
     why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def __post_init__(self) -> None:
+        names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
+        shared = sorted({name for name in names if name in OWN_NAMES or names.count(name) > 1})
+        if shared:
+            raise InputError(
+                f"two systems have the same name, which their rows would share: {', '.join(shared)}; rename one (a run "
+                "by the last column of its file)"
+            )
 
     def students(self, num_candidates: int, top_k: int) -> list[Row]:
         """The systems that score by vectors, in the report's order; only the student proposes more than it ranks."""
@@ -139,15 +152,18 @@ def teacher_name(depth: int | None) -> str:
     return "teacher" if depth is None else f"teacher (reranking {depth} of {NAME_BM25} and {NAME_D2LLM})"
 
 
-def choose_baseline(rows: Sequence[EvaluationRow], wanted: SystemKind | None) -> str:
-    """Name of the row that the others are compared with.
+def check_baseline(contenders: Contenders, wanted: SystemKind | None, besides: Sequence[SystemKind]) -> None:
+    """Refuse a baseline that will not be measured, before anything is; ``besides`` are rows that need no model.
 
     Raises:
-        InputError: the wanted row was not measured.
+        InputError: no row is of that kind.
     """
+    kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
+    if wanted is not None and wanted not in kinds:
+        raise InputError(f"the baseline '{wanted}' is not among the rows of this report: {', '.join(sorted(kinds))}")
+
+
+def choose_baseline(rows: Sequence[EvaluationRow], wanted: SystemKind | None) -> str:
+    """Name of the row that the others are compared with; ``check_baseline`` has made sure that there is one."""
     names = {row.kind: row.name for row in reversed(rows)}
-    if wanted is None:
-        return next(names[kind] for kind in _BASELINES if kind in names)
-    if wanted not in names:
-        raise InputError(f"the baseline '{wanted}' was not measured; measured were: {', '.join(sorted(names))}")
-    return names[wanted]
+    return next(names[kind] for kind in ((wanted,) if wanted is not None else _BASELINES) if kind in names)

@@ -35,15 +35,17 @@ def compare_means(
     Args:
         values: system -> measure -> query_id -> value.
         baseline: the system compared with.
-        asked: system -> the queries that it answered; it is compared on these.
+        asked: system -> the queries that it answered; it is compared on those that the baseline answered too, and of
+            two such lists one is part of the other.
         seed: of the permutations and resamples.
     """
     comparisons: list[Comparison] = []
     for measure in values[baseline]:
         found: list[Comparison] = []
-        for name, query_ids in asked.items():
+        for name in asked:
             if name == baseline:
                 continue
+            query_ids = min(asked[name], asked[baseline], key=len)
             ours, theirs = ([values[row][measure][query_id] for query_id in query_ids] for row in (name, baseline))
             p_value = paired_randomisation(ours, theirs, num_permutations=NUM_PERMUTATIONS, seed=seed)
             interval = paired_bootstrap_interval(ours, theirs, seed=seed)
