@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -23,11 +24,29 @@ class FakeJudgements:
     num_truncated: int
 
 
+@functools.cache
+def _word_vector(word, dim):
+    return np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim).astype(np.float32)
+
+
+class Interruption(Exception):
+    """Raised by a fake model that was told to fail."""
+
+
 class FakeStudent:
-    """Anchor: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated."""
+    """Anchor: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated.
+
+    With ``fail_after`` it raises instead of encoding more than so many passages.
+    """
 
     def __init__(
-        self, *, dim: int = 16, fingerprint: str = "fake-student", head: str = "anchored", max_words: int = 50
+        self,
+        *,
+        dim: int = 16,
+        fingerprint: str = "fake-student",
+        head: str = "anchored",
+        max_words: int = 50,
+        fail_after: int | None = None,
     ):
         self.fingerprint = fingerprint
         self.vector_dim = dim
@@ -35,14 +54,14 @@ class FakeStudent:
         self.config = StudentConfig(interaction=InteractionConfig(head=head))
         self.max_words = max_words
         self.encoded_passages = 0
+        self.fail_after = fail_after
 
     def _encode(self, texts, advance):
         vectors = np.zeros((len(texts), self.vector_dim), np.float32)
         words = [text.lower().split() for text in texts]
         for row, of_text in enumerate(words):
             for word in of_text[: self.max_words]:
-                seed = zlib.crc32(f"{self.fingerprint} {word}".encode())
-                vectors[row] += np.random.default_rng(seed).standard_normal(self.vector_dim).astype(np.float32)
+                vectors[row] += _word_vector(f"{self.fingerprint} {word}", self.vector_dim)
         if advance is not None:
             advance(len(texts))
         lengths = [len(of_text) for of_text in words]
@@ -54,6 +73,8 @@ class FakeStudent:
         return self._encode(texts, advance)
 
     def encode_passages(self, texts, *, advance=None):
+        if self.fail_after is not None and self.encoded_passages + len(texts) > self.fail_after:
+            raise Interruption
         self.encoded_passages += len(texts)
         return self._encode(texts, advance)
 
@@ -67,14 +88,19 @@ class FakeStudent:
 
 
 class FakeTeacher:
-    """Log-odds = shared words; counts its calls."""
+    """Log-odds = shared words; keeps the pairs that it was asked. With ``fail_after`` it raises instead of more."""
 
-    fingerprint = "fake-teacher"
-
-    def __init__(self):
+    def __init__(self, *, fingerprint: str = "fake-teacher", fail_after: int | None = None):
+        self.fingerprint = fingerprint
+        self.fail_after = fail_after
         self.pairs = []
 
+    def prompt_fingerprint(self, task):
+        return f"fake-prompt-{task}"
+
     def judge(self, pairs, task):
+        if self.fail_after is not None and len(self.pairs) + len(pairs) > self.fail_after:
+            raise Interruption
         self.pairs += pairs
         shared = [len(set(a.lower().split()) & set(b.lower().split())) for a, b in pairs]
         return FakeJudgements(np.array(shared, np.float32), sum(len(b) > 1000 for _, b in pairs))

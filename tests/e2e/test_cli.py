@@ -173,22 +173,6 @@ class TestSearch:
         assert [line.split()[0] for line in lines[1:] if line.split()[0] in {"1", "2"}] == ["1", "2"]
         assert result.stderr == ""
 
-    def test_evaluate_prints_the_table_and_writes_it(self, place, reports):
-        student = ("--student", place / "run" / "student", "--teacher", place / "run" / "teacher")
-        arguments = ("evaluate", place / "everyday", *student, "--teacher-queries", 2, "--teacher-depth", 3)
-        result, report = succeed_with_report(*arguments, "--dtype", "float32", folder=place)
-        names = [row["name"] for row in report["result"]["rows"]]
-        assert names[0] == "BM25"
-        assert names[1] == "cosine, untuned encoder"
-        assert names[-2] == "D2LLM"
-        assert names[-1].startswith("teacher")
-        assert report["result"]["num_queries"] == 4
-        bm25 = report["result"]["rows"][0]["measures"]
-        assert bm25["nDCG@10"] == 1.0  # each query is the beginning of its sentence
-        assert "BM25" in result.stdout
-        assert "1.0000" in result.stdout
-        assert [row["num_queries"] for row in report["result"]["sample_rows"]] == [2] * len(names)
-
     def test_judge(self, place):
         arguments = ("judge", "what is [bold]this[/bold]?", "a [link] in it", "two", "--teacher", place / "decoder")
         result, report = succeed_with_report(*arguments, "--prompt", "short", "--dtype", "float32", folder=place)

