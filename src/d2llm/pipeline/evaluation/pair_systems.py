@@ -26,7 +26,7 @@ from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import PairJudge, SearchStudent
 from d2llm.pipeline.report import Cost
 
-_TIMED_JUDGEMENTS = 10  # pairs judged once more, alone, for the time
+_TIMED_JUDGEMENTS = 10  # pairs judged once more, alone and then together, for the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,20 +191,21 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: PairJudge) 
     if judged.num_truncated:
         work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
 
-    def measure_time() -> list[float]:
+    def measure_time() -> dict[str, Any]:
+        probes = [(pair.query, pair.passage) for pair in work.probes[:_TIMED_JUDGEMENTS]]
         seconds: list[float] = []
-        for pair in work.probes[:_TIMED_JUDGEMENTS]:
+        for asked in (*([pair] for pair in probes), probes):
             begin = perf_counter()
-            judge.judge([(pair.query, pair.passage)], work.settings.task)
+            judge.judge(asked, work.settings.task)
             seconds.append(perf_counter() - begin)
-        return seconds
+        return {"alone": seconds[:-1], "pairs_per_second": len(probes) / seconds[-1]}
 
-    seconds = work.store.values([name, judge.fingerprint, work.content, "time"], measure_time)
+    times = work.store.values([name, judge.fingerprint, work.content, work.settings.task, "time"], measure_time)
     scores = [
         np.array([judged.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
         for (label, pairs), of_split in zip(parts, positions, strict=True)
     ]
-    cost = Cost(total=milliseconds(seconds), pairs_per_second=judged.pairs_per_second)
+    cost = Cost(total=milliseconds(times["alone"]), pairs_per_second=times["pairs_per_second"])
     return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, judge.fingerprint)
 
 
