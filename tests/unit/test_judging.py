@@ -101,7 +101,7 @@ def test_what_is_judged_here_counts_more_than_what_is_known(tmp_path):
 
 
 def test_what_was_written_before_an_interruption_is_not_judged_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "_GROUPS_AT_ONCE", 2)
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 3)
     monkeypatch.setattr(judging, "_WRITE_SECONDS", 0)
     with pytest.raises(Interruption):
         ask(FakeTeacher(fail_after=4), tmp_path / "store")

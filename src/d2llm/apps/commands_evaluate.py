@@ -166,8 +166,8 @@ def evaluate(
     )
     for table in evaluation_tables(report):
         session.show(table)
-    _write_files(report, html=html, markdown=markdown, runs=save_runs)
     session.write_report(context, json_path, report)
+    _write_files(report, html=html, markdown=markdown, runs=save_runs)
 
 
 def _write_files(report: EvaluationReport, *, html: Path | None, markdown: Path | None, runs: Path | None) -> None:

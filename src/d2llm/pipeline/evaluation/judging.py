@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -15,7 +15,7 @@ from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import PairJudge
 
-_GROUPS_AT_ONCE = 8  # queries judged together: enough for full batches, few enough that the progress bar moves
+_PAIRS_AT_ONCE = 128  # at least, of whole queries: enough for full batches, few enough that the progress bar moves
 _WRITE_SECONDS = 20.0
 
 
@@ -78,8 +78,7 @@ def judge_pool(
     num_truncated, unwritten = 0, list[QueryLabels]()
     begin = last_written = time.perf_counter()
     with progress_bar(title, num_pairs, show=show_progress) as advance:
-        for start in range(0, len(wanted), _GROUPS_AT_ONCE):
-            group = wanted[start : start + _GROUPS_AT_ONCE]
+        for group in _groups(wanted):
             pairs = [(query_texts[query_id], passage_texts[found]) for query_id, ids in group for found in ids]
             judged = judge.judge(pairs, task)
             num_truncated += judged.num_truncated
@@ -88,8 +87,21 @@ def judge_pool(
                 scores[query_id].update(zip(ids, values.tolist(), strict=True))
                 unwritten.append(QueryLabels(query_id, tuple(ids), values.astype(np.float32), None))
             advance(len(pairs))
-            if time.perf_counter() - last_written > _WRITE_SECONDS or start + len(group) >= len(wanted):
+            if time.perf_counter() - last_written > _WRITE_SECONDS:
                 kept.write(unwritten)
                 unwritten, last_written = [], time.perf_counter()
+    kept.write(unwritten)
     rate = num_pairs / (time.perf_counter() - begin) if num_pairs else None
     return Judged(scores, num_pairs, num_truncated, rate)
+
+
+def _groups(wanted: Sequence[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:
+    """Queries with their passages, as many together as give ``_PAIRS_AT_ONCE`` pairs."""
+    group: list[tuple[str, list[str]]] = []
+    for query in wanted:
+        group.append(query)
+        if sum(len(passage_ids) for _, passage_ids in group) >= _PAIRS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
