@@ -1,0 +1,180 @@
+"""The wall as texts: who likes what, asked of a backbone, of shipped students and of heads fitted to frozen vectors.
+
+Each two of 30 persons share one thing; 270 more persons like other things (d2llm.data.wall). The test queries ask for
+things that no training query asks for. The heads get a linear map of MiniLM's frozen vectors to each width and are
+fitted in 21 worlds: the test's own one and 20 with other persons.
+
+`python benchmarks/wall_text.py` measures a small part in about two minutes, `--full` what docs/wall.md shows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
+
+from d2llm.core.recipe import StudentConfig
+from d2llm.data.wall import make_wall
+from d2llm.index.lexical import LexicalIndex
+from d2llm.models.student import Student
+from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.pipeline.cosine import AnchorStudent, CosineStudent, untuned_config
+
+TEXT_PERSONS, TEXT_DISTRACTORS, NUM_WORLDS = 30, 270, 20
+TEXT_STEPS, TEXT_RATE = 400, 0.001
+MEASURES = ("Recall@2", "nDCG@10", "Recall@100")
+
+
+@cache
+def text_world() -> tuple[list[Any], list[Any], dict[str, list[int]], Tensor]:
+    """Passages in an order that says nothing, queries, rows of each split, judgements [queries, passages]."""
+    wall = make_wall(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
+    passages = [wall.passages[row] for row in np.random.default_rng(1).permutation(len(wall.passages))]
+    column = {passage.id: place for place, passage in enumerate(passages)}
+    row = {query.id: place for place, query in enumerate(wall.queries)}
+    relevant = torch.zeros(len(row), len(column), dtype=torch.bool)
+    for judged in wall.qrels.values():
+        for query_id, grades in judged.items():
+            relevant[row[query_id], [column[passage_id] for passage_id in grades]] = True
+    rows = {split: [row[query_id] for query_id in judged] for split, judged in wall.qrels.items()}
+    return passages, list(wall.queries), rows, relevant
+
+
+def measures(scores: Tensor, relevant: Tensor) -> Cell:
+    """Recall@2, nDCG@10 and Recall@100, means over the queries; each has two relevant passages."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    hits = relevant.gather(1, order).double()
+    gains = 1 / torch.log2(torch.arange(10) + 2.0)
+    return {
+        "Recall@2": hits[:, :2].sum(dim=1).mean().item() / 2,
+        "nDCG@10": (hits[:, :10] @ gains.double()).mean().item() / gains[:2].sum().item(),
+        "Recall@100": hits[:, :100].sum(dim=1).mean().item() / 2,
+    }
+
+
+def text_system(name: str) -> Cell:
+    """BM25, the untuned backbone, or the shipped student, on the test queries."""
+    passages, queries, rows, relevant = text_world()
+    test = rows["test"]
+    if name == "BM25":
+        scores = torch.zeros(len(test), len(passages))
+        column = {passage.id: place for place, passage in enumerate(passages)}
+        found = LexicalIndex(passages).search([queries[row].text for row in test], len(passages))
+        for place, candidates in enumerate(found):
+            for candidate in candidates:
+                scores[place, column[candidate.passage_id]] = candidate.score
+        return measures(scores, relevant[test])
+    student = load_system(name)
+    encoded = student.encode_passages([passage.text for passage in passages])
+    passage_vectors = encoded.vectors
+    query_vectors = student.encode_queries([queries[row].text for row in test]).vectors
+    scores = np.stack([student.score(vector, passage_vectors, "asymmetric") for vector in query_vectors])
+    return {**measures(torch.from_numpy(scores), relevant[test]), "truncated": encoded.num_truncated}
+
+
+TEXT_SYSTEMS = ("BM25", "cosine, untuned MiniLM", "d2llm-minilm, cosine part", "d2llm-minilm")
+
+
+def load_system(name: str) -> Any:
+    if name == "cosine, untuned MiniLM":
+        return CosineStudent(Student.create(untuned_config(StudentConfig())))
+    student = Student.load("d2llm-minilm")
+    return AnchorStudent(student) if "cosine" in name else student
+
+
+@cache
+def training_worlds() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Vectors of queries and persons, and judgements, by MiniLM as it is: the test's own world and other ones.
+
+    Queries for things that the test's world asks for in dev or test are left out everywhere.
+    """
+    encoder = load_system("cosine, untuned MiniLM")
+    first = make_wall(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
+    held_out = {query.text for query in first.queries if query.id not in first.qrels["train"]}
+    worlds: list[tuple[Tensor, Tensor, Tensor]] = []
+    for wall in (first, *(make_wall(TEXT_PERSONS, seed=seed) for seed in range(1, 1 + NUM_WORLDS))):
+        asked = [place for place, query in enumerate(wall.queries) if query.text not in held_out]
+        persons = wall.passages[:TEXT_PERSONS]
+        texts = [wall.queries[place].text for place in asked], [person.text for person in persons]
+        vectors = [torch.from_numpy(encoder.encode_passages(part).vectors) for part in texts]
+        worlds.append((vectors[0], vectors[1], qrels_of(TEXT_PERSONS)[1][asked]))
+    return worlds
+
+
+@cache
+def test_vectors() -> tuple[Tensor, Tensor]:
+    """MiniLM's own vectors of the test world's queries and passages."""
+    passages, queries, _, _ = text_world()
+    encoder = load_system("cosine, untuned MiniLM")
+    texts = [query.text for query in queries], [passage.text for passage in passages]
+    first, second = (torch.from_numpy(encoder.encode_passages(part).vectors) for part in texts)
+    return first, second
+
+
+@cache
+def principal_directions(dim: int) -> Tensor:
+    """[dim, width of the backbone]: the first right singular vectors of the training worlds' unit vectors."""
+    vectors = torch.cat([part for queries, persons, _ in training_worlds() for part in (queries, persons)])
+    return torch.linalg.svd(nn.functional.normalize(vectors, dim=1), full_matrices=False).Vh[:dim]
+
+
+def fit_text(name: str, dim: int, seed: int) -> Cell:
+    """A linear map of each side to ``dim`` and a head, fitted to the training worlds.
+
+    The maps start as the principal directions, so heads with an anchor start near MiniLM's own cosine.
+    """
+    head = new_head(name, dim, seed, hidden=64)
+    torch.manual_seed(seed)
+    query_vectors, passage_vectors = test_vectors()
+    _, _, rows, relevant = text_world()
+    query_map, passage_map = (nn.Parameter(principal_directions(dim).clone()) for _ in range(2))
+
+    def loss() -> Tensor:
+        worlds = training_worlds()
+        queries, persons, positives = worlds[int(torch.randint(len(worlds), ()))]
+        asked = torch.randperm(len(queries))[:64]
+        scores = head(queries[asked] @ query_map.T, persons @ passage_map.T)
+        return in_batch_cross_entropy(scores, positives[asked], torch.ones_like(positives[asked]))
+
+    def test() -> Cell:
+        wanted = rows["test"]
+        return measures(head(query_vectors[wanted] @ query_map.T, passage_vectors @ passage_map.T), relevant[wanted])
+
+    optimise([{"params": [query_map, passage_map, *head.parameters()], "lr": TEXT_RATE}], TEXT_STEPS, loss)
+    with torch.no_grad():
+        queries, persons, positives = training_worlds()[1]
+        seen = measures(head(queries @ query_map.T, persons @ passage_map.T), positives)["nDCG@10"]
+        return {"training world": seen, **test()}
+
+
+def text(cells: Cells, name: str, dim: int, seed: int) -> Cell:
+    return cells.get(("text", name, f"d={dim}", f"seed={seed}"), lambda: fit_text(name, dim, seed))
+
+
+def main() -> None:
+    """Measure what is missing, print the table, draw the plot."""
+    options = arguments(__doc__ or "")
+    cells = Cells("wall-text", options)
+    rows = {name: [cells.get(("text", name), lambda name=name: text_system(name))] for name in TEXT_SYSTEMS}
+    dims, num_seeds = ((8, 32, 128), 2) if options.full else ((128,), 1)
+    fitted = {
+        name: {dim: [text(cells, name, dim, seed) for seed in range(num_seeds)] for dim in dims} for name in HEADS
+    }
+    rows |= {f"{name}, fitted, width {dim}": fitted[name][dim] for name in HEADS for dim in dims}
+    print(f"\n| system | seeds | {' | '.join(MEASURES)} |\n|---|---|{'---|' * len(MEASURES)}")
+    for name, of_seeds in rows.items():
+        means = [np.mean([cell[measure] for cell in of_seeds]) for measure in MEASURES]
+        print(f"| {name} | {len(of_seeds)} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    cells.report()
+    if options.full:
+        values = {name: {dim: [cell["nDCG@10"] for cell in fitted[name][dim]] for dim in dims} for name in HEADS}
+        levels = {name: rows[name][0]["nDCG@10"] for name in TEXT_SYSTEMS if name != "d2llm-minilm, cosine part"}
+        draw_by_width(values, levels, "nDCG@10, queries for unseen things", "wall-text.svg")
+
+
+if __name__ == "__main__":
+    main()
