@@ -13,7 +13,8 @@ MAIN = "import sys; from d2llm.apps.cli import main; sys.argv[0] = 'd2llm'; main
 
 
 def d2llm(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # A width of its own: some libraries set the variable in a process that they are imported into.
+    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def succeed(*arguments):

@@ -247,7 +247,11 @@ while True:
 def test_killed_writer_leaves_whole_queries(tmp_path: Path) -> None:
     """SIGKILL at random moments; what was reported written is there, and every query that is there is complete."""
     rng = random.Random(11)
-    for _ in range(6):
+    for attempt in range(60):
+        if attempt >= 6 and len(
+            open_store(tmp_path)
+        ):  # on a busy machine the first ones may be killed before they write
+            break
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)],
             stdout=subprocess.PIPE,
