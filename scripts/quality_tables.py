@@ -2,8 +2,8 @@
 
     python scripts/quality_tables.py
 
-Reads benchmarks/results/quality/*.json; writes docs/quality.md whole, and the short tables in README.md and in the card
-of the shipped student between their markers. No figure in them is typed by hand: each comes from a file, and the
+Reads benchmarks/results/quality/*.json; writes, between their markers, the tables of docs/quality.md and the short ones
+in README.md and in the card of the shipped student. No figure in them is typed by hand: each comes from a file, and the
 command that made the file stands beside it.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-INTRODUCTION = ROOT / "docs" / "quality-introduction.md"
 KINDS = {
     "bm25": "BM25",
     "hybrid": "BM25 + D2LLM",
@@ -49,10 +48,8 @@ def main() -> None:
         ]
     )
     for target in (ROOT / "README.md", ROOT / "src" / "d2llm" / "students" / "d2llm-minilm" / "README.md"):
-        before, rest = target.read_text(encoding="utf-8").split(BEGIN)
-        target.write_text(f"{before}{BEGIN}\n\n{overview}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        put(target, overview)
     parts = [
-        INTRODUCTION.read_text(encoding="utf-8").rstrip(),
         "## All sets",
         overview,
         "### Against the teacher, on the queries or pairs that it judged",
@@ -62,7 +59,13 @@ def main() -> None:
         "## Pairs, set by set",
         *map(section, pairs),
     ]
-    (ROOT / "docs" / "quality.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    put(ROOT / "docs" / "quality.md", "\n\n".join(parts))
+
+
+def put(target: Path, text: str) -> None:
+    """Write a text between the markers of a file."""
+    before, rest = target.read_text(encoding="utf-8").split(BEGIN)
+    target.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def overview_table(files: list[dict[str, Any]]) -> list[str]:
