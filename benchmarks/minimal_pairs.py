@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from wall import CALIBRATION_SEED, COLOURS, HEADS, Cell, Cells, arguments, new_head, optimise, pyplot, save
+from wall import COLOURS, HEADS, Cell, Cells, arguments, new_head, optimise, pyplot, save
 from wall_text import load_system
 
 from d2llm import Student
@@ -37,8 +37,9 @@ SYSTEMS = (
 )
 PROJECTED_DIM, HIDDEN = 128, 64
 FROZEN_STEPS, LORA_STEPS, LORA_TWINS = 500, 100, 16
-FROZEN_RATES, LORA_RATES = (0.001, 0.003), (0.002,)
+FROZEN_RATES, LORA_RATES = (0.001, 0.003), (0.0003, 0.002)
 NUM_SEEDS = {"frozen": 3, "lora": 1}
+RATE_SEED = {"frozen": 100, "lora": 0}
 Items = tuple[MinimalPair, ...]
 Score = Callable[[Items], Tensor]  # -> [items, 2], the right passage's score and the wrong one's
 
@@ -205,17 +206,14 @@ def fit_lora(name: str, seed: int, rate: float, splits: dict[Split, Items]) -> C
 
 
 def fitted(cells: Cells, kind: str, name: str, num_seeds: int, splits: dict[Split, Items]) -> list[Cell]:
-    """The cells of all seeds, at the rate that was best on dev for a seed of its own."""
+    """The cells of all seeds, at the rate that is best on dev for one seed."""
     work, rates = (fit_frozen, FROZEN_RATES) if kind == "frozen" else (fit_lora, LORA_RATES)
 
-    def dev(rate: float) -> float:
-        return cells.get((f"{kind} rates", name, rate), lambda: work(name, CALIBRATION_SEED, rate, splits))["dev"]
+    def cell(rate: float, seed: int) -> Cell:
+        return cells.get((kind, name, f"rate={rate}", f"seed={seed}"), lambda: work(name, seed, rate, splits))
 
-    rate = max(rates, key=dev) if len(rates) > 1 else rates[0]
-    return [
-        cells.get((kind, name, f"seed={seed}"), lambda seed=seed: work(name, seed, rate, splits))
-        for seed in range(num_seeds)
-    ]
+    rate = max(rates, key=lambda rate: cell(rate, RATE_SEED[kind])["dev"])
+    return [cell(rate, seed) for seed in range(num_seeds)]
 
 
 def rows_of(cells: Cells, *, full: bool) -> dict[str, list[Cell]]:
