@@ -68,7 +68,7 @@ def test_a_folder_in_the_home(monkeypatch, llama):
     assert locate_model("~/llama") == str(llama)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/no-such-model", "a/b/c", "../x"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/no-such-model", "a/b/c", "../no-such-model"])
 def test_a_path_that_does_not_exist(name):
     with pytest.raises(ModelNotFoundError, match=r"no such folder; give a local model folder.*minilm, smollm2"):
         locate_model(name)
