@@ -48,13 +48,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         write_corpus(corpus, arguments.data, size)
-        dataset = read_beir(corpus)
-        num_words = sum(len(passage.full_text.split()) for passage in dataset.passages.values())
         begin = time.perf_counter()
+        dataset = read_beir(corpus)
         contenders = load_contenders("d2llm-minilm")
         settings = EvaluationSettings(teacher_depth=50, teacher_queries=size.teacher_queries)
-        report = evaluate(read_beir(corpus), contenders, settings, work_folder=Path(folder) / "work")
+        report = evaluate(dataset, contenders, settings, work_folder=Path(folder) / "work")
         seconds = time.perf_counter() - begin
+    num_words = sum(len(passage.full_text.split()) for passage in dataset.passages.values())
     found: dict[str, object] = {
         "passages": report.num_passages,
         "words_per_passage": round(num_words / report.num_passages, 1),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from xml.etree.ElementTree import Element
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from d2llm.apps.ablation_table import cells, groups, headings, remarks, two_lines
 from d2llm.apps.report_html import svg
+from d2llm.apps.report_html.page import environment, styling
 from d2llm.pipeline.ablation_report import AblationReport, AblationRow
 
 _ROW, _LEFT, _WIDTH = 26.0, 190.0, 900.0
@@ -95,24 +92,19 @@ def render_page(report: AblationReport) -> str:
     Nothing in its texts acts as HTML, and the page's content security policy forbids scripts, foreign styles and every
     request.
     """
-    environment = Environment(
-        loader=PackageLoader("d2llm.apps.report_html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = environment.get_template("style.css").render() + _STYLE
-    return environment.from_string(_PAGE).render(
-        report=report,
-        style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        plot=forest_plot(report),
-        headings=headings(report),
-        groups=groups(report),
-        cells=cells,
-        two_lines=two_lines,
-        remarks=remarks(report),
+    return (
+        environment()
+        .from_string(_PAGE)
+        .render(
+            report=report,
+            **styling(_STYLE),
+            plot=forest_plot(report),
+            headings=headings(report),
+            groups=groups(report),
+            cells=cells,
+            two_lines=two_lines,
+            remarks=remarks(report),
+        )
     )
 
 

@@ -7,8 +7,7 @@ otherwise, so that a system is not made worse than it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.sources import fingerprint_model, locate_model
+from d2llm.models.sources import fingerprint_model, locate_model, quiet_transformers
 
 _BLOCK = 256  # texts between two reports of progress
 _BATCH = 32
@@ -225,7 +224,7 @@ def load_external(
     _refuse_pickles(folder)
     chosen = choose_device(device)
     try:
-        with _no_progress_bars():
+        with quiet_transformers():
             model = classes[kind](
                 str(folder),
                 device=str(chosen),
@@ -347,16 +346,3 @@ def _entailment_output(model: Any, name: str) -> int | None:
             "outputs, or one for NLI with 'entailment'"
         )
     return outputs["entailment"]
-
-
-@contextmanager
-def _no_progress_bars() -> Generator[None]:
-    from transformers.utils import logging as settings
-
-    had_bars = settings.is_progress_bar_enabled()
-    settings.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bars:
-            settings.enable_progress_bar()

@@ -103,7 +103,7 @@ def load_pretrained(auto_class: Any, location: str, **options: Any) -> PreTraine
         ModelNotFoundError: it cannot be loaded, or weights are missing that would be drawn at random.
     """
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = auto_class.from_pretrained(
                 location, use_safetensors=True, output_loading_info=True, **options
             )
@@ -220,7 +220,7 @@ def _converted_gguf(path: Path, cache: Path) -> Path:
         require("gguf", extra="gguf", purpose="reading a GGUF model")
         logger.info("converting %s to safetensors, once, into %s", path, target)
         try:
-            with new_folder(target) as folder, _quiet_transformers():
+            with new_folder(target) as folder, quiet_transformers():
                 _convert_gguf(path, folder)
                 (folder / _GGUF_ORIGIN).write_text(origin + "\n", encoding="utf-8")
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
@@ -257,7 +257,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Generator[None]:
+def quiet_transformers() -> Generator[None]:
     """No progress bars and load reports while a model is loaded: what matters of them is raised as an error."""
     from transformers.utils import logging as settings
 

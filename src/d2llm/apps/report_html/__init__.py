@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 import math
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from d2llm.apps import report_words as words
 from d2llm.apps.report_html import charts
+from d2llm.apps.report_html.page import environment, styling
 from d2llm.pipeline.report import EvaluationReport, EvaluationRow
 
 _SIZES = (False, True)  # wide and narrow: the style sheet shows one of the two
@@ -24,38 +19,30 @@ def render_html(report: EvaluationReport) -> str:
     Nothing in the report's texts acts as HTML, and the page's content security policy forbids scripts, foreign styles
     and every request. Parts without data say so.
     """
-    environment = _environment()
-    style = environment.get_template("style.css").render()
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        words=words,
-        style=Markup(style),
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        labels=_labels(report),
-        **_quality_cost(report),
-        **_differences(report),
-        calibration=[
-            (one, charts.reliability(one, "plot-calibration" if not place else f"plot-calibration-{place + 1}"))
-            for place, one in enumerate(report.calibration)
-        ],
-        histograms=[
-            (one, charts.histogram(one.counts, f"plot-histogram-{place + 1}", name=one.name, labels=_labels(report)))
-            for place, one in enumerate(report.histograms)
-        ],
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            words=words,
+            **styling(),
+            labels=_labels(report),
+            **_quality_cost(report),
+            **_differences(report),
+            calibration=[
+                (one, charts.reliability(one, "plot-calibration" if not place else f"plot-calibration-{place + 1}"))
+                for place, one in enumerate(report.calibration)
+            ],
+            histograms=[
+                (
+                    one,
+                    charts.histogram(one.counts, f"plot-histogram-{place + 1}", name=one.name, labels=_labels(report)),
+                )
+                for place, one in enumerate(report.histograms)
+            ],
+        )
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # half an emoji, as a cut-off JSON text holds it
-
-
-@functools.cache
-def _environment() -> Environment:
-    """Compiled once for all reports of a process."""
-    return Environment(
-        loader=PackageLoader("d2llm.apps.report_html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _labels(report: EvaluationReport) -> tuple[str, str]:
