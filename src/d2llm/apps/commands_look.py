@@ -39,10 +39,10 @@ def judge(
 ) -> None:
     """Ask a teacher how surely a passage answers a query."""
     from d2llm.apps.tables import judgement_table
-    from d2llm.models.teacher import Teacher
+    from d2llm.models.judge import load_judge
 
     session = session_of(context)
-    model = Teacher.load(teacher_config(teacher, prompt), device=device, dtype=dtype)
+    model = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
     session.show(judgement_table(query, passages, log_odds))
     judged = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]

@@ -90,7 +90,11 @@ class TeacherConfig(_Section):
     """The LLM that reads query and passage together."""
 
     model: str = "smollm2"
-    """Local folder (a tuned teacher too), Hub name, GGUF file, or ``smollm2``."""
+    """Local folder (a tuned teacher too), Hub name, GGUF file, or ``smollm2``; of a remote one its name there."""
+    kind: Literal["auto", "causal", "seq2seq", "classifier", "remote", "cosine", "stack"] = "auto"
+    """``auto``: what the folder says it is. ``seq2seq`` asks as MonoT5 does, ``classifier`` is a cross-encoder with a
+    score of its own, ``remote`` an OpenAI-compatible endpoint, ``cosine`` a bi-encoder or a student, ``stack``
+    several of these."""
     prompt: str = "paper"
     """Name of a prompt set shipped with d2llm, or the path of a TOML file (see models/prompts)."""
     max_tokens: int = Field(default=350, ge=32)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from d2llm.core.types import Task
 from d2llm.models.answers import AnswerHead
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.inference import inference
+from d2llm.models.judge import Judgements, TextPair
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, load_adapter_state, merge_adapter
 from d2llm.models.prompts import Prompt, load_prompt
 from d2llm.models.sources import (
@@ -51,19 +51,6 @@ KIND = TEACHER_KIND
 FORMAT_VERSION = TEACHER_FORMAT_VERSION
 _ADAPTER_FILE = "adapter.safetensors"
 _BATCH_TOKENS, _BATCH_PAIRS = 4096, 64
-
-TextPair = tuple[str, str]
-"""Query text and full passage text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judgements:
-    """What the teacher said of n pairs: log-odds of yes over no, and features of the score token if asked for."""
-
-    log_odds: Float32[np.ndarray, " pairs"]
-    features: Float32[np.ndarray, "pairs dim"] | None
-    num_truncated: int
-    num_tokens: int
 
 
 class Teacher(nn.Module):

@@ -33,7 +33,7 @@ def find_tuned_teacher(model: str) -> Path | None:
     return shipped_models("teachers").get(model)
 
 
-def identify_teacher(config: TeacherConfig) -> TeacherIdentity:
+def identify_causal_teacher(config: TeacherConfig) -> TeacherIdentity:
     """The identity that a ``Teacher`` loaded from ``config`` has.
 
     Raises:

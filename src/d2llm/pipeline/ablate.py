@@ -21,7 +21,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.teacher_identity import identify_teacher
+from d2llm.models.judge import identify_judge
 from d2llm.pipeline.ablation_report import (
     BASE,
     MEASURE,
@@ -204,7 +204,7 @@ def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherC
     """The queries of each plan that have all their labels."""
     if not (labels / MANIFEST).is_file():
         raise InputError(f"{labels}: there are no labels yet; run the verb label with this recipe first")
-    identity = identify_teacher(teacher)
+    identity = identify_judge(teacher)
     found: list[set[str]] = []
     for source in sources:
         store = LabelStore.open_for_reading(labels, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
@@ -255,7 +255,7 @@ def _settings(
     dtype: str | None,
 ) -> dict[str, Any]:
     """All that shapes the runs but variant and seed."""
-    identity = identify_teacher(teacher) if labelled is not None else None
+    identity = identify_judge(teacher) if labelled is not None else None
     plans = [{entry.query_id for entry in source.plan.entries} for source in sources]
     counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
     target = choose_device(device)

@@ -23,8 +23,9 @@ from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collat
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.interaction import CosineHead
+from d2llm.models.judge import identify_judge
 from d2llm.models.student import KIND, Student
-from d2llm.models.teacher_identity import TeacherIdentity, identify_teacher
+from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import DevSet, choose_residual_weights, evaluate_dev, make_dev_set, ndcg_by_set
 from d2llm.pipeline.objective import batch_losses, score_batch, weighted_sum
 from d2llm.pipeline.progress import Advance, progress_bar
@@ -114,7 +115,7 @@ def distill(
     check_replaceable(folder, KIND)
     check_sources(sources)
     started = time.monotonic()
-    identity = identify_teacher(teacher) if recipe.losses.imitates else _NO_TEACHER
+    identity = identify_judge(teacher) if recipe.losses.imitates else _NO_TEACHER
     labelled = [_join(source, labels, identity, recipe) for source in sources]
     if not any(source.entries for source in labelled):
         raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")

@@ -14,7 +14,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.models.teacher import Teacher
+from d2llm.models.judge import load_judge
 from d2llm.pipeline.progress import progress_bar
 
 _QUERIES_AT_ONCE = 32  # enough pairs to make batches of like length
@@ -79,7 +79,7 @@ def label(
     """
     started = time.monotonic()
     check_sources(sources)
-    model = Teacher.load(teacher, device=device, dtype=dtype)
+    model = load_judge(teacher, device=device, dtype=dtype)
     work: list[tuple[TrainingSource, LabelStore, list[_Job]]] = []
     finished = 0
     for source in sources:

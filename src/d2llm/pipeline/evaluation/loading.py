@@ -15,9 +15,8 @@ from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
 from d2llm.data.trec import TrecRun, read_run
 from d2llm.models.external import ExternalBiEncoder, load_external
+from d2llm.models.judge import Judge, identify_judge, load_judge
 from d2llm.models.student import FORMAT_VERSION, KIND, Student, find_student
-from d2llm.models.teacher import Teacher
-from d2llm.models.teacher_identity import identify_teacher
 from d2llm.pipeline.cosine import untuned_config
 from d2llm.pipeline.evaluation.setting import OWN_NAMES, Contenders
 from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder
@@ -72,13 +71,13 @@ def load_contenders(
         if not found:
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
             why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
-    judge: Teacher | None = None
+    judge: Judge | None = None
     if with_teacher:
         config = teacher or _own_teacher(folder)
         if config is None:
             why["teacher"] = "the teacher that the student learnt from is not here; name one"
         else:
-            judge = Teacher.load(config, device=device, dtype=dtype)
+            judge = load_judge(config, device=device, dtype=dtype)
     else:
         why["teacher"] = "it was left out"
     bi_encoders, cross_encoders = _externals(models, device)
@@ -107,7 +106,7 @@ def _own_teacher(student: Path) -> TeacherConfig | None:
     of_run = RunFolder(student.parent).teacher
     beside = [str(of_run)] if (of_run / MANIFEST).is_file() else []
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
-    return next((config for config in configs if identify_teacher(config).fingerprint == wanted), None)
+    return next((config for config in configs if identify_judge(config).fingerprint == wanted), None)
 
 
 def _named(run: TrecRun) -> TrecRun:

@@ -1,0 +1,80 @@
+"""What every kind of teacher is to the verbs: something that reads query and passage together and gives log-odds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32
+
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.types import Task
+from d2llm.models.teacher_identity import TeacherIdentity, identify_causal_teacher
+
+TextPair = tuple[str, str]
+"""Query text and full passage text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgements:
+    """What a teacher said of n pairs: log-odds of yes over no, and features of the score token where it has any."""
+
+    log_odds: Float32[np.ndarray, " pairs"]
+    features: Float32[np.ndarray, "pairs dim"] | None
+    num_truncated: int
+    num_tokens: int
+
+
+class Judge(Protocol):
+    """A teacher of any kind."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two teachers are the same."""
+        ...
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Tells whether two ask the same question."""
+        ...
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs; the result is in their order.
+
+        Args:
+            pairs: query text and full passage text.
+            task: which question to ask.
+            with_features: also return the features, [pairs, dim], where this kind of teacher has any.
+            advance: called with the number of pairs finished.
+        """
+        ...
+
+
+def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Judge:
+    """Load the teacher that ``config`` names, of whatever kind it is.
+
+    Raises:
+        ModelNotFoundError: no usable weights there.
+        ModelError: what is there is no teacher of that kind.
+    """
+    from d2llm.models.teacher import Teacher
+
+    return Teacher.load(config, device=device, dtype=dtype)
+
+
+def identify_judge(config: TeacherConfig) -> TeacherIdentity:
+    """The identity that ``load_judge(config)`` has, found without loading the model.
+
+    Raises:
+        ModelNotFoundError: no usable weights there.
+        InputError: no such prompt set.
+    """
+    return identify_causal_teacher(config)
