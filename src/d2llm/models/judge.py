@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -27,6 +27,7 @@ class Judgements:
     num_tokens: int
 
 
+@runtime_checkable
 class Judge(Protocol):
     """A teacher of any kind."""
 
