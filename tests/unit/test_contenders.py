@@ -127,7 +127,10 @@ def test_a_shipped_teacher_is_found_by_its_fingerprint(world, tmp_path, monkeypa
     for module in ("pipeline.evaluation.loading", "models.teacher_identity"):
         monkeypatch.setattr(f"d2llm.{module}.shipped_models", lambda _: shipped)
     asked = []
-    monkeypatch.setattr(Teacher, "load", classmethod(lambda _, config, **__: asked.append(config.model)))
+    judge = Teacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
+    monkeypatch.setattr(
+        "d2llm.pipeline.evaluation.loading.load_judge", lambda config, **_: asked.append(config.model) or judge
+    )
     load(world.student(tmp_path / "far" / "student"))
     assert asked == ["smart"]
 
