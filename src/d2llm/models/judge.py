@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.teacher_identity import TeacherIdentity, identify_causal_teacher
+from d2llm.models.teacher_identity import LOCAL_KINDS, TeacherIdentity, find_kind, identify_local_teacher
 
 TextPair = tuple[str, str]
 """Query text and full passage text."""
@@ -66,9 +67,7 @@ def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str |
         ModelNotFoundError: no usable weights there.
         ModelError: what is there is no teacher of that kind.
     """
-    from d2llm.models.teacher import Teacher
-
-    return Teacher.load(config, device=device, dtype=dtype)
+    return _teacher_class(config).load(config, device=device, dtype=dtype)
 
 
 def identify_judge(config: TeacherConfig) -> TeacherIdentity:
@@ -78,4 +77,22 @@ def identify_judge(config: TeacherConfig) -> TeacherIdentity:
         ModelNotFoundError: no usable weights there.
         InputError: no such prompt set.
     """
-    return identify_causal_teacher(config)
+    if find_kind(config) in LOCAL_KINDS:  # without importing torch's models
+        return identify_local_teacher(config)
+    return _teacher_class(config).identify(config)
+
+
+def _teacher_class(config: TeacherConfig) -> Any:
+    """The class of the teacher's kind, imported only when it is needed."""
+    module, name = _CLASSES[find_kind(config)]
+    return getattr(importlib.import_module(f"d2llm.models.{module}"), name)
+
+
+_CLASSES = {
+    "causal": ("teacher", "Teacher"),
+    "seq2seq": ("seq2seq_teacher", "Seq2SeqTeacher"),
+    "classifier": ("classifier_teacher", "ClassifierTeacher"),
+    "remote": ("remote_teacher", "RemoteTeacher"),
+    "cosine": ("cosine_teacher", "CosineTeacher"),
+    "stack": ("stacked_teacher", "StackedTeacher"),
+}
