@@ -189,6 +189,19 @@ class TrainingConfig(_Section):
     """Steps between checkpoints."""
 
 
+class GateConfig(_Section):
+    """Whether the teacher may teach: tried against the cosine on dev queries of each data set."""
+
+    queries: int = Field(default=200, ge=2)
+    """Dev queries of each data set, or all where there are fewer."""
+    depth: int = Field(default=20, ge=1)
+    """Candidates: the first ``depth`` of BM25 and of the cosine."""
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """The gate opens where the teacher is better at this level of the paired test."""
+    when_closed: Literal["labels", "teacher", "stop"] = "labels"
+    """Learn from the data set's own judgements instead, from the teacher all the same, or not at all."""
+
+
 class Recipe(_Section):
     """One run end to end."""
 
@@ -199,6 +212,7 @@ class Recipe(_Section):
     teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()
     data: tuple[DataConfig, ...] = ()
     mining: MiningConfig = MiningConfig()
+    gate: GateConfig = GateConfig()
     losses: LossWeights = LossWeights()
     training: TrainingConfig = TrainingConfig()
 
