@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.shipped import shipped_recipes
@@ -20,6 +20,7 @@ else:
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+    from typing_extensions import Self
 
 
 class _Section(BaseModel):
@@ -86,6 +87,35 @@ class StudentConfig(_Section):
     interaction: InteractionConfig = InteractionConfig()
 
 
+class RemoteConfig(_Section):
+    """An OpenAI-compatible endpoint that gives log-probabilities (docs/remote-teacher.md)."""
+
+    url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
+    """Base address, up to ``/v1``. A key has no place in it."""
+    api: Literal["completions", "chat"] = "completions"
+    """``completions`` puts the prompt as it is, ``chat`` as a user's message in the model's chat template."""
+    revision: str = ""
+    """Which weights the endpoint serves, in your own words: part of the labels' identity, together with the model's
+    name. Change it when the weights change; an endpoint does not tell."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key."""
+    top_logprobs: int = Field(default=20, ge=2)
+    """How many tokens' log-probabilities to ask for."""
+    unanswered: Literal["error", "undecided"] = "error"
+    """What to do with a pair where neither answer word is among them: stop, or count it and take log-odds 0."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the model's tokenizer, which then counts ``max_tokens``."""
+    characters_per_token: float = Field(default=3.0, gt=0)
+    """Without a tokenizer, ``max_tokens`` times this is the limit in characters."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests under way at once."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Of one request."""
+    patience_minutes: float = Field(default=10.0, ge=0)
+    """How long a request is tried again while the endpoint is overloaded or away."""
+
+
 class TeacherConfig(_Section):
     """The LLM that reads query and passage together."""
 
@@ -99,6 +129,7 @@ class TeacherConfig(_Section):
     """Name of a prompt set shipped with d2llm, or the path of a TOML file (see models/prompts)."""
     max_tokens: int = Field(default=350, ge=32)
     """Length of the whole input; what is over is cut from the end of the passage."""
+    remote: RemoteConfig | None = None
 
 
 class TeacherTuningConfig(_Section):
@@ -132,14 +163,66 @@ class DataConfig(_Section):
 
 
 class MiningConfig(_Section):
-    """Negatives of the training plan."""
+    """Negatives of the training plan. ``range_min`` and ``range_max`` were once ``skip_top`` and ``depth``."""
 
     num_hard: int = Field(default=8, ge=0)
     num_easy: int = Field(default=4, ge=0)
-    depth: int = Field(default=50, ge=1)
-    """Hard negatives are drawn from the first ``depth`` of BM25 and of the backbone's cosine, minus the positives."""
-    skip_top: int = Field(default=0, ge=0)
-    """Leave out the first few of each list: the likeliest false negatives."""
+    sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
+    """Whose lists give the candidates of hard negatives, minus the positives; the union is drawn from."""
+    student: str | None = None
+    """The encoder: a trained student's folder or name, ranking by its full score. By default the recipe's backbone
+    before training, ranking by its cosine."""
+    range_min: int = Field(default=0, ge=0)
+    """Leave out the first few of each list that are no positives: the likeliest false negatives."""
+    range_max: int = Field(default=50, ge=1)
+    """How many passages of each list are looked at."""
+    bm25_range: tuple[int, int] | None = None
+    """Range of BM25 alone, as [min, max]; by default as above."""
+    encoder_range: tuple[int, int] | None = None
+    """Range of the encoder alone."""
+    sampling: Literal["uniform", "top", "rank_weighted"] = "uniform"
+    """How to draw from the range: all alike, the best ranks, or with a chance of 1 / rank (the better of two lists)."""
+    near_duplicate: float = Field(default=0.9, gt=0, le=1)
+    """A candidate whose text is alike a positive's by more than this (Jaccard similarity of character trigrams) is no
+    negative; 1 lets all through but the same texts."""
+    relative_margin: float | None = Field(default=None, ge=0)
+    """A candidate is no negative if the encoder's score of it is above that of the positives (their mean) less this
+    share of it; 0.05 is a usual value."""
+    teacher_margin: float | None = None
+    """A candidate is no negative if the teacher's log-odds of it are above those of the positives (their mean) less
+    this. Costs a teacher pass per candidate, kept in the label store."""
+    teacher_labels: Literal["judge", "stored"] = "judge"
+    """``stored``: only labels that are in the store already; candidates without are let through, and counted."""
+    audit_examples: int = Field(default=20, ge=0)
+    """Queries that the audit shows with their texts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        renamed = dict(cast("dict[str, Any]", values))
+        for old, new in (("skip_top", "range_min"), ("depth", "range_max")):
+            if old in renamed and new in renamed:
+                raise ValueError(f"{old} is the old name of {new}; give one of them")
+            if old in renamed:
+                renamed[new] = renamed.pop(old)
+        return renamed
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if not self.sources:
+            raise ValueError("sources is empty; name bm25, encoder or both")
+        for source in self.sources:
+            first, end = self.range_of(source)
+            if not 0 <= first < end:
+                raise ValueError(f"the range of {source} is [{first}, {end}], but the first must be below the second")
+        return self
+
+    def range_of(self, source: Literal["bm25", "encoder"]) -> tuple[int, int]:
+        """Ranks of a list (from 0) whose passages are candidates: the first, and the one after the last."""
+        own = self.bm25_range if source == "bm25" else self.encoder_range
+        return own or (self.range_min, self.range_max)
 
 
 class LossWeights(_Section):
