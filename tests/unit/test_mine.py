@@ -89,7 +89,7 @@ def test_union_with_the_encoders_cosine() -> None:
     assert result.report["hard_negatives_from"] == {"bm25": 1, "bm25+cosine": 1, "cosine": 2}
     assert set(result.report["seconds"]) == {"bm25", "encoding", "cosine", "total"}
     # skip_top counts in both lists: c1 (BM25) and x3 (cosine) go, c1 also from the cosine list.
-    result = mine(cats({"c2": 1}), "train", config.model_copy(update={"skip_top": 1}), encoder=encoder, seed=0)
+    result = mine(cats({"c2": 1}), "train", config.model_copy(update={"range_min": 1}), encoder=encoder, seed=0)
     assert set(result.entries[0].hard_negatives) == {"c3", "x2"}
 
 

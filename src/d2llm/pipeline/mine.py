@@ -95,9 +95,9 @@ def mine(
         tally.left_out["not_sampled"] = [query_id for query_id in positives if query_id not in chosen]
         positives = {query_id: ids for query_id, ids in positives.items() if query_id in chosen}
     queries = [dataset.queries[query_id] for query_id in positives]
-    lists = {"bm25": _lexical_lists(dataset, queries, config.depth, tally, show_progress)}
+    lists = {"bm25": _lexical_lists(dataset, queries, config.range_max, tally, show_progress)}
     if encoder is not None:
-        lists["cosine"] = _cosine_lists(dataset, queries, encoder, config.depth, tally, show_progress)
+        lists["cosine"] = _cosine_lists(dataset, queries, encoder, config.range_max, tally, show_progress)
     known = _relevant_anywhere(dataset)
     same_text = SameText(dataset)
     corpus = sorted(dataset.passages)
@@ -240,7 +240,7 @@ def _draw_hard(
         source: [passage_id for passage_id in found if passage_id not in forbidden] for source, found in ranked.items()
     }
     # What either list puts first, another list's lower place does not make a surer negative.
-    skipped = {passage_id for found in allowed.values() for passage_id in found[: config.skip_top]}
+    skipped = {passage_id for found in allowed.values() for passage_id in found[: config.range_min]}
     pool = sorted({passage_id for found in allowed.values() for passage_id in found} - skipped)
     hard = rng.sample(pool, min(config.num_hard, len(pool)))
     for passage_id in hard:
