@@ -26,6 +26,10 @@ class Judgements:
     features: Float32[np.ndarray, "pairs dim"] | None
     num_truncated: int
     num_tokens: int
+    num_bounded: int = 0
+    """Log-odds that are only a bound: a remote teacher did not say one of the two probabilities."""
+    num_undecided: int = 0
+    """Pairs without any answer, taken as log-odds 0: a remote teacher said neither."""
 
 
 @runtime_checkable
