@@ -96,7 +96,12 @@ def write_rule_labels(
     """
     identity = identify_causal_teacher(teacher)
     for source in sources:
-        labels = LabelStore(store, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
+        labels = LabelStore(
+            store,
+            teacher=identity.fingerprint,
+            prompt=identity.prompts[source.task],
+            dataset=source.dataset.name,
+        )
         labels.write(
             [_by_rule(e, reverse) for e in source.plan.entries if queries is None or e.query_id in queries],
         )

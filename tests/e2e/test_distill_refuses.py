@@ -42,7 +42,8 @@ def test_a_store_without_labels_is_refused(place: Place, tmp_path: Path) -> None
 
 def test_labels_of_none_of_the_plan_s_queries_are_refused(place: Place, tmp_path: Path) -> None:
     identity = identify_causal_teacher(place.teacher)
-    store = LabelStore(tmp_path / "labels", teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
+    store = LabelStore(tmp_path / "labels", **key)
     store.write([QueryLabels("another", ("p00",), np.zeros(1, np.float32))])
     with pytest.raises(InputError, match="no query of the plans has all its labels; run `label` to the end"):
         place.run(tmp_path / "student", labels=tmp_path / "labels")
@@ -63,7 +64,8 @@ def test_unlabelled_queries_are_counted(
 
 def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     identity = identify_causal_teacher(place.teacher)
-    store = LabelStore(tmp_path / "labels", teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
+    store = LabelStore(tmp_path / "labels", **key)
     plan = place.source.plan.entries
     store.write([QueryLabels(e.query_id, e.passage_ids, np.ones(len(e.passage_ids), np.float32)) for e in plan])
     with caplog.at_level(logging.WARNING, logger="d2llm"):
@@ -101,9 +103,9 @@ def test_a_checkpoint_of_another_run_is_refused(place: Place, tmp_path: Path, mo
 
 
 def test_sources_that_cannot_be_told_apart_are_refused(place: Place, tmp_path: Path) -> None:
-    sources = [place.source, topics(name="other")]
+    sources = [place.source, topics(name="tiny")]
     recipe = tiny_recipe(tiny_student_config(place.model))
-    with pytest.raises(InputError, match="query id 'q00' is in both 'tiny' and 'other'"):
+    with pytest.raises(InputError, match="two data sets have the same name: tiny, tiny"):
         distill(sources, tmp_path / "student", recipe=recipe, labels=place.labels, teacher=place.teacher)
 
 

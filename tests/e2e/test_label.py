@@ -45,7 +45,8 @@ def run(source: TrainingSource, store: Path, teacher: TeacherConfig, **options: 
 
 def opened(source: TrainingSource, store: Path, teacher: TeacherConfig) -> LabelStore:
     identity = identify_causal_teacher(teacher)
-    return LabelStore.open_for_reading(store, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
+    return LabelStore.open_for_reading(store, **key)
 
 
 def num_pairs(source: TrainingSource) -> int:
@@ -185,11 +186,19 @@ def test_an_easy_negative_that_became_hard_gets_its_cosines(
     assert run(with_entries(source, [turned]), tmp_path, config).pairs == 0
 
 
-def test_sources_that_share_query_ids_are_refused_before_any_work(model: Path, tmp_path: Path) -> None:
-    sources = [topics(num_train=2, name="one"), topics(num_train=2, name="two")]
-    with pytest.raises(InputError, match="query id 'q00' is in both 'one' and 'two'"):
+def test_sources_of_one_name_are_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    sources = [topics(num_train=2, name="one"), topics(num_train=2, name="one")]
+    with pytest.raises(InputError, match="two data sets have the same name: one, one"):
         label(sources, tmp_path / "store", teacher=tiny_teacher_config(model), device="cpu")
     assert not (tmp_path / "store").exists()
+
+
+def test_query_ids_that_two_data_sets_share_are_kept_apart(model: Path, tmp_path: Path) -> None:
+    sources = [topics(num_train=2, name="one"), topics(num_train=3, name="two")]
+    config = tiny_teacher_config(model)
+    report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32", show_progress=False)
+    assert report.queries == 5
+    assert [len(opened(made, tmp_path, config)) for made in sources] == [2, 3]
 
 
 def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def source(entries: tuple[PlanEntry, ...] = (QA, QB, QC)) -> TrainingSource:
 
 
 def store(folder: Path, *, without: tuple[str, ...] = (), with_grams: bool = True) -> LabelStore:
-    labels = LabelStore(folder, teacher="T", prompt="P")
+    labels = LabelStore(folder, teacher="T", prompt="P", dataset="D")
     grams = {"qa": GRAM_A, "qb": np.eye(3, dtype=np.float32), "qc": np.full((3, 3), 0.5, np.float32)}
     labels.write(
         [
@@ -184,7 +184,7 @@ def many(tmp_path: Path) -> LabelledSource:
 def labelled_many(folder: Path, entries: tuple[PlanEntry, ...], name: str = "many") -> LabelledSource:
     passages = {passage_id: passage_id for entry in entries for passage_id in entry.passage_ids}
     made = make_source(passages, {entry.query_id: "text" for entry in entries}, entries, name=name)
-    labels = LabelStore(folder, teacher="T", prompt="P")
+    labels = LabelStore(folder, teacher="T", prompt="P", dataset="D")
     labels.write([QueryLabels(e.query_id, e.passage_ids, np.zeros(len(e.passage_ids), np.float32)) for e in entries])
     return LabelledSource.join(made, labels)
 

@@ -15,12 +15,22 @@ from fake_models import FakeJudgements, FakeTeacher, Interruption
 QUERIES = {"q1": "cat dog", "q2": "fish", "q3": "red bird"}
 PASSAGES = {"a": "cat", "b": "dog cat", "c": "red fish", "d": "bird"}
 POOL = {"q1": ["b", "a"], "q2": ["c"], "q3": ["d", "c", "a"]}
+KEY = {"teacher": "fake-teacher", "prompt": "fake-prompt-asymmetric", "dataset": "tiny"}
 SCORES = {"q1": {"b": 2, "a": 1}, "q2": {"c": 1}, "q3": {"d": 1, "c": 1, "a": 0}}
 
 
 def ask(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
     return judge_pool(
-        judge, pool, QUERIES, PASSAGES, task, store=folder, known=known, title="asking", show_progress=False
+        judge,
+        pool,
+        QUERIES,
+        PASSAGES,
+        task,
+        dataset="tiny",
+        store=folder,
+        known=known,
+        title="asking",
+        show_progress=False,
     )
 
 
@@ -53,7 +63,7 @@ def test_every_pair_is_judged_once_and_kept(tmp_path):
     assert judge.pairs == [(QUERIES[query], PASSAGES[passage]) for query, ids in POOL.items() for passage in ids]
     assert (judged.num_new, judged.num_truncated) == (6, 0)
     assert judged.pairs_per_second > 0
-    kept = LabelStore.open_for_reading(tmp_path / "store", teacher="fake-teacher", prompt="fake-prompt-asymmetric")
+    kept = LabelStore.open_for_reading(tmp_path / "store", **KEY)
     assert {query: kept.log_odds(query) for query in POOL} == SCORES
     assert kept.gram("q1") is None
 
@@ -85,7 +95,7 @@ def test_known_labels_are_read_and_not_copied(tmp_path):
     assert judge.pairs == [("fish", "red fish"), ("red bird", "red fish"), ("red bird", "cat")]
     assert judged.scores == SCORES
     assert sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*")) == before
-    kept = LabelStore(tmp_path / "store", teacher="fake-teacher", prompt="fake-prompt-asymmetric")
+    kept = LabelStore(tmp_path / "store", **KEY)
     assert kept.num_pairs == 3
 
 
@@ -118,6 +128,7 @@ def test_truncated_pairs_are_counted(tmp_path):
         QUERIES,
         passages,
         "asymmetric",
+        dataset="tiny",
         store=tmp_path / "store",
         title="asking",
         show_progress=False,

@@ -24,8 +24,8 @@ def labels(query_id: str, values: dict[str, float], gram: np.ndarray | None = No
     return QueryLabels(query_id, tuple(values), np.array(list(values.values()), dtype=np.float32), gram)
 
 
-def open_store(folder: Path, teacher: str = "T1", prompt: str = "P1") -> LabelStore:
-    return LabelStore(folder, teacher=teacher, prompt=prompt)
+def open_store(folder: Path, teacher: str = "T1", prompt: str = "P1", dataset: str = "D") -> LabelStore:
+    return LabelStore(folder, teacher=teacher, prompt=prompt, dataset=dataset)
 
 
 def test_written_labels_are_read_back_and_seen_at_once(tmp_path: Path) -> None:
@@ -53,13 +53,14 @@ def test_shards_have_the_documented_columns(tmp_path: Path) -> None:
     [gram_file] = (tmp_path / "grams").iterdir()
     assert label_file.name == gram_file.name
     assert pq.read_table(label_file).to_pylist() == [
-        {"teacher": "T1", "prompt": "P1", "query_id": "q1", "passage_id": "p1", "log_odds": 2.5},
-        {"teacher": "T1", "prompt": "P1", "query_id": "q1", "passage_id": "p2", "log_odds": 1.5},
+        {"teacher": "T1", "prompt": "P1", "dataset": "D", "query_id": "q1", "passage_id": "p1", "log_odds": 2.5},
+        {"teacher": "T1", "prompt": "P1", "dataset": "D", "query_id": "q1", "passage_id": "p2", "log_odds": 1.5},
     ]
     assert pq.read_table(gram_file).to_pylist() == [
         {
             "teacher": "T1",
             "prompt": "P1",
+            "dataset": "D",
             "query_id": "q1",
             "passage_ids": ["p1", "p2"],
             "gram": [1.0, 0.25, 0.25, 1.0],
@@ -99,11 +100,13 @@ def test_labels_without_gram_leave_the_gram_alone(tmp_path: Path) -> None:
 
 
 def test_teachers_and_prompts_live_side_by_side(tmp_path: Path) -> None:
-    makers = [("T1", "P1"), ("T1", "P2"), ("T2", "P1")]
-    for value, (teacher, prompt) in enumerate(makers):
-        open_store(tmp_path, teacher, prompt).write([labels("q1", {"p1": float(value)}, np.full((1, 1), value, "f4"))])
-    for value, (teacher, prompt) in enumerate(makers):
-        store = LabelStore.open_for_reading(tmp_path, teacher=teacher, prompt=prompt)
+    makers = [("T1", "P1", "D"), ("T1", "P2", "D"), ("T2", "P1", "D"), ("T1", "P1", "E")]
+    for value, (teacher, prompt, dataset) in enumerate(makers):
+        open_store(tmp_path, teacher, prompt, dataset).write(
+            [labels("q1", {"p1": float(value)}, np.full((1, 1), value, "f4"))]
+        )
+    for value, (teacher, prompt, dataset) in enumerate(makers):
+        store = LabelStore.open_for_reading(tmp_path, teacher=teacher, prompt=prompt, dataset=dataset)
         assert store.log_odds("q1") == {"p1": float(value)}
         found = store.gram("q1")
         assert found is not None
@@ -115,16 +118,16 @@ def test_reading_labels_of_another_teacher_names_both(tmp_path: Path) -> None:
     open_store(tmp_path, "T2", "P1").write([labels("q1", {"p1": 1.0})])
     open_store(tmp_path, "T1", "P7").write([labels("q1", {"p1": 1.0})])
     with pytest.raises(LabelMismatchError) as caught:
-        LabelStore.open_for_reading(tmp_path, teacher="T1", prompt="P1")
+        LabelStore.open_for_reading(tmp_path, teacher="T1", prompt="P1", dataset="D")
     message = str(caught.value)
-    assert "wanted of teacher T1, prompt P1" in message
-    assert "found only: teacher T1, prompt P7; teacher T2, prompt P1" in message
+    assert "wanted of teacher T1, prompt P1, data set D" in message
+    assert "found only: teacher T1, prompt P7, data set D; teacher T2, prompt P1, data set D" in message
     assert len(open_store(tmp_path)) == 0  # opened for writing it is just empty
 
 
 def test_reading_where_nothing_was_labelled(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="holds no teacher labels; make them first"):
-        LabelStore.open_for_reading(tmp_path / "nothing", teacher="T1", prompt="P1")
+        LabelStore.open_for_reading(tmp_path / "nothing", teacher="T1", prompt="P1", dataset="D")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -230,7 +233,7 @@ from pathlib import Path
 import numpy as np
 from d2llm.data.labels import LabelStore, QueryLabels
 
-store = LabelStore(Path(sys.argv[1]), teacher="T1", prompt="P1")
+store = LabelStore(Path(sys.argv[1]), teacher="T1", prompt="P1", dataset="D")
 number = len(store)
 sys.stdout.write(f"{number}\\n"); sys.stdout.flush()
 while True:

@@ -132,16 +132,9 @@ def test_sources_with_ids_of_their_own_are_fine() -> None:
     check_sources([])
 
 
-def test_the_same_query_ids_under_two_tasks_are_fine() -> None:
+def test_sources_may_share_query_ids() -> None:
     entry = PlanEntry("q0", ("p",), (), ())
-    check_sources([make_source({"p": "x"}, {"q0": "y"}, [entry], name=t, task=t) for t in ("symmetric", "asymmetric")])
-
-
-def test_query_ids_that_two_sources_of_a_task_share_are_refused() -> None:
-    entry = PlanEntry("q0", ("p",), (), ())
-    sources = [make_source({"p": "x"}, {"q0": "y"}, [entry], name=name) for name in ("one", "two")]
-    with pytest.raises(InputError, match=r"query id 'q0' is in both 'one' and 'two' \(asymmetric\)"):
-        check_sources(sources)
+    check_sources([make_source({"p": "x"}, {"q0": "y"}, [entry], name=name) for name in ("one", "two")])
 
 
 def test_two_sources_of_one_name_are_refused() -> None:

@@ -32,7 +32,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
     """What a recipe makes over a tiny backbone: parameters by shape, the backbone's pooling, losses, and rates."""
     place = Place(tmp_path_factory.mktemp("variants"))
     identity = identify_causal_teacher(place.teacher)
-    store = LabelStore(place.labels, teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"])
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"]}
+    store = LabelStore(place.labels, **key, dataset=place.source.dataset.name)
     labelled = LabelledSource.join(place.source, store)
     batches = epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)
     batch = collate(*batches[0])

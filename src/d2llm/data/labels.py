@@ -7,7 +7,9 @@ several teachers and prompts may live in one store.
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,10 +29,10 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 
 _log = logging.getLogger(__name__)
 _KIND = "labels"
-_FORMAT_VERSION = 1
-_MAKER = [("teacher", pa.string()), ("prompt", pa.string()), ("query_id", pa.string())]
-_LABELS = pa.schema([*_MAKER, ("passage_id", pa.string()), ("log_odds", pa.float32())])
-_GRAMS = pa.schema([*_MAKER, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
+_FORMAT_VERSION = 2  # since 2 the data set is part of the key
+_KEY = [(name, pa.string()) for name in ("teacher", "prompt", "dataset", "query_id")]
+_LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32())])
+_GRAMS = pa.schema([*_KEY, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +66,28 @@ class QueryLabels:
 
 
 class LabelStore:
-    """The labels of one teacher, asked with one prompt, in a folder. Opening reads them all.
+    """The labels of one data set by one teacher, asked with one prompt, in a folder. Opening reads them all.
 
     Args:
         folder: where the store is or shall be.
         teacher: fingerprint of the teacher.
         prompt: fingerprint of the prompt.
+        dataset: name of the data set, whose ids the labels belong to.
 
     Raises:
         DataFormatError: a shard is damaged; the message says which files to delete.
     """
 
-    def __init__(self, folder: Path, *, teacher: str, prompt: str) -> None:
+    def __init__(self, folder: Path, *, teacher: str, prompt: str, dataset: str) -> None:
         self.folder = Path(folder)
         self.teacher = teacher
         self.prompt = prompt
+        self.dataset = dataset
         self.num_duplicates = 0
         """Pairs that were labelled more than once; the label written last counts."""
         self._log_odds: dict[str, dict[str, float]] = {}
         self._grams: dict[str, tuple[tuple[str, ...], NDArray[np.float32]]] = {}
-        self._others: set[tuple[str, str]] = set()
+        self._others: set[tuple[str, str, str]] = set()
         if (self.folder / FILE_NAME).exists():
             read_manifest(self.folder, _KIND, _FORMAT_VERSION)
         for name in self._shards():
@@ -93,21 +97,21 @@ class LabelStore:
             _log.warning("%s: %d pairs are labelled more than once; the last counts", folder, self.num_duplicates)
 
     @classmethod
-    def open_for_reading(cls, folder: Path, *, teacher: str, prompt: str) -> LabelStore:
-        """Open a store that must hold labels of this teacher and prompt.
+    def open_for_reading(cls, folder: Path, *, teacher: str, prompt: str, dataset: str) -> LabelStore:
+        """Open a store that must hold labels of this data set by this teacher and prompt.
 
         Raises:
             DataFormatError: there are no labels at all, or a shard is damaged.
-            LabelMismatchError: there are labels, but of other teachers or prompts (which are named).
+            LabelMismatchError: there are labels, but of other teachers, prompts or data sets (which are named).
         """
-        store = cls(folder, teacher=teacher, prompt=prompt)
+        store = cls(folder, teacher=teacher, prompt=prompt, dataset=dataset)
         if len(store) == 0:
             if not store._others:
                 raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
-            found = "; ".join(f"teacher {made_by}, prompt {asked}" for made_by, asked in sorted(store._others))
+            found = "; ".join(f"teacher {by}, prompt {asked}, data set {of}" for by, asked, of in sorted(store._others))
             raise LabelMismatchError(
-                f"{folder}: labels wanted of teacher {teacher}, prompt {prompt}, found only: {found}. "
-                "Use the teacher and prompt that labelled, or label again with these"
+                f"{folder}: labels wanted of teacher {teacher}, prompt {prompt}, data set {dataset}, found only: "
+                f"{found}. Use the teacher and prompt that labelled, or label again with these"
             )
         return store
 
@@ -182,13 +186,13 @@ class LabelStore:
     def _label_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:
             for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
-                yield self.teacher, self.prompt, item.query_id, passage_id, value
+                yield *self._key, item.query_id, passage_id, value
 
     def _gram_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:
             if item.gram is not None:
                 values = item.gram.astype(np.float32).ravel()
-                yield self.teacher, self.prompt, item.query_id, list(item.gram_passage_ids), values
+                yield *self._key, item.query_id, list(item.gram_passage_ids), values
 
     def _read_labels(self, name: str) -> None:
         table = self._own_rows(_read_table(self.folder, "labels", name, _LABELS))
@@ -213,11 +217,17 @@ class LabelStore:
             self._grams[query_id] = (tuple(passage_ids), values.reshape(len(passage_ids), len(passage_ids)))
 
     def _own_rows(self, table: Any) -> Any:
-        """The rows of this teacher and prompt; who else has rows is noted."""
-        for maker in table.group_by(["teacher", "prompt"]).aggregate([]).to_pylist():
-            if (maker["teacher"], maker["prompt"]) != (self.teacher, self.prompt):
-                self._others.add((maker["teacher"], maker["prompt"]))
-        return table.filter((pc.field("teacher") == self.teacher) & (pc.field("prompt") == self.prompt))
+        """The rows of this teacher, prompt and data set; who else has rows is noted."""
+        names = ("teacher", "prompt", "dataset")
+        for maker in table.group_by(list(names)).aggregate([]).to_pylist():
+            if (key := (maker["teacher"], maker["prompt"], maker["dataset"])) != self._key:
+                self._others.add(key)
+        own = (pc.field(name) == value for name, value in zip(names, self._key, strict=True))
+        return table.filter(functools.reduce(operator.and_, own))
+
+    @property
+    def _key(self) -> tuple[str, str, str]:
+        return self.teacher, self.prompt, self.dataset
 
     def _add(self, query_id: str, passage_id: str, value: float) -> None:
         labelled = self._log_odds.setdefault(query_id, {})

@@ -59,24 +59,14 @@ class LabelledPair:
 
 
 def check_sources(sources: Sequence[TrainingSource]) -> None:
-    """Make sure that the sources of a run can be told apart by name, and their labels by query id.
+    """Make sure that the sources of a run, and their labels, can be told apart by name.
 
     Raises:
-        InputError: two data sets of one name, or with a query id in common under the same task: teacher labels belong
-            to the ids, and would be taken for each other's.
+        InputError: two data sets of one name.
     """
     names = [source.dataset.name for source in sources]
     if len(set(names)) < len(names):
         raise InputError(f"two data sets have the same name: {', '.join(sorted(names))}; rename the folder of one")
-    owners: dict[tuple[Task, str], str] = {}
-    for source in sources:
-        for entry in source.plan.entries:
-            owner = owners.setdefault((source.task, entry.query_id), source.dataset.name)
-            if owner != source.dataset.name:
-                raise InputError(
-                    f"query id '{entry.query_id}' is in both '{owner}' and '{source.dataset.name}' ({source.task}), "
-                    "and teacher labels are kept by id; put the data set's name before the query ids of one of them"
-                )
 
 
 def labelled_pairs(

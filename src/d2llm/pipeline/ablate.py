@@ -207,7 +207,8 @@ def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherC
     identity = identify_judge(teacher)
     found: list[set[str]] = []
     for source in sources:
-        store = LabelStore.open_for_reading(labels, teacher=identity.fingerprint, prompt=identity.prompts[source.task])
+        key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
+        store = LabelStore.open_for_reading(labels, **key)
         found.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
     return found
 

@@ -287,7 +287,7 @@ class _Run:
 
 
 def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recipe: Recipe) -> LabelledSource:
-    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task]}
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
     if not recipe.losses.imitates:
         return LabelledSource.join(source, LabelStore(labels, **key), keep_unlabelled=True)
     store = LabelStore.open_for_reading(labels, **key)

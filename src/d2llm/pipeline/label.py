@@ -83,7 +83,12 @@ def label(
     work: list[tuple[TrainingSource, LabelStore, list[_Job]]] = []
     finished = 0
     for source in sources:
-        labels = LabelStore(store, teacher=model.fingerprint, prompt=model.prompt_fingerprint(source.task))
+        labels = LabelStore(
+            store,
+            teacher=model.fingerprint,
+            prompt=model.prompt_fingerprint(source.task),
+            dataset=source.dataset.name,
+        )
         entries = source.entries_to_label
         jobs = [job for entry in entries if (job := _job(labels, entry)).passage_ids]
         finished += len(entries) - len(jobs)

@@ -46,6 +46,7 @@ def judge_pool(
     passage_texts: Mapping[str, str],
     task: Task,
     *,
+    dataset: str,
     store: Path,
     known: Path | None = None,
     title: str,
@@ -59,12 +60,13 @@ def judge_pool(
         query_texts: by query_id.
         passage_texts: full texts by passage_id.
         task: which prompt.
+        dataset: name of the data set.
         store: folder of a label store that this call may write.
         known: folder of another label store, of the same data set, that is read only (labels made for training).
         title: of the progress bar.
         show_progress: None means: if standard error is a terminal.
     """
-    key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task)}
+    key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
     kept = LabelStore(store, **key)
     before = LabelStore(known, **key) if known is not None else None
     scores: dict[str, dict[str, float]] = {}

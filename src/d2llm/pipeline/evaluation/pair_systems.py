@@ -183,6 +183,7 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: PairJudge) 
         {key: pair.query for key, pair in chosen.items()},
         {key: pair.passage for key, pair in chosen.items()},
         work.settings.task,
+        dataset=work.dataset.name,
         store=work.folder / "judgements" / work.content,
         known=work.labels,
         title=f"asking {name} (pairs)",

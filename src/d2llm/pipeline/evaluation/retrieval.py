@@ -181,6 +181,7 @@ def _judge(
         texts,
         passages,
         work.settings.task,
+        dataset=work.dataset.name,
         store=work.folder / "judgements" / work.corpus,
         known=work.labels,
         title=f"asking {name} (pairs)",
