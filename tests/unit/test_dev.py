@@ -21,7 +21,7 @@ from d2llm.pipeline.dev import (
     choose_residual_weights,
     evaluate_dev,
     make_dev_set,
-    ndcg_by_set,
+    value_by_set,
 )
 from tiny_data import make_source, topics
 from tiny_models import randomise, tiny_student_config, write_tiny_model
@@ -85,14 +85,14 @@ def test_ndcg_by_weight_of_hand_made_scores() -> None:
     student = HandMadeStudent(ANCHORS, CHANGES)
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
     assert result.task == "asymmetric"
-    assert result.ndcg == pytest.approx(BY_HAND, abs=1e-6)
+    assert result.values == pytest.approx(BY_HAND, abs=1e-6)
     assert float(student.residual) == 0.375
 
 
 def test_without_an_anchor_there_is_one_weight() -> None:
     student = HandMadeStudent(ANCHORS, CHANGES, has_anchor=False)
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
-    assert result.ndcg == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
+    assert result.values == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -141,11 +141,11 @@ def test_every_weight_gives_what_a_student_of_that_weight_scores(student: Studen
     result = evaluate_dev(student, [real_dev])["tiny"]
     assert float(residual) == 0.5
     assert float(student.interaction.residual_weight("symmetric")) == 1.0
-    assert set(result.ndcg) == set(RESIDUAL_WEIGHTS)
-    for weight, value in result.ndcg.items():
+    assert set(result.values) == set(RESIDUAL_WEIGHTS)
+    for weight, value in result.values.items():
         residual.fill_(weight)
         assert value == pytest.approx(ndcg_of(student, real_dev), abs=1e-6)
-    assert len({round(value, 4) for value in result.ndcg.values()}) > 1  # the weight matters in this test
+    assert len({round(value, 4) for value in result.values.values()}) > 1  # the weight matters in this test
 
 
 def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student: Student) -> None:
@@ -157,7 +157,7 @@ def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student:
         num_passages=30,
         seed=0,
     )
-    values = evaluate_dev(student, [dev])["tiny"].ndcg
+    values = evaluate_dev(student, [dev])["tiny"].values
     assert len(set(values.values())) == 1
     assert choose_residual_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
 
@@ -166,7 +166,7 @@ def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> 
     config = tiny_student_config(write_tiny_model(tmp_path / "model"))
     paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
     student = Student.create(paper, device="cpu", dtype="float32")
-    assert evaluate_dev(student, [real_dev])["tiny"].ndcg == pytest.approx({1.0: ndcg_of(student, real_dev)}, abs=1e-6)
+    assert evaluate_dev(student, [real_dev])["tiny"].values == pytest.approx({1.0: ndcg_of(student, real_dev)}, abs=1e-6)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
     }
     weights = choose_residual_weights(results)
     assert weights == {"asymmetric": 0.25, "symmetric": 1.0}
-    assert ndcg_by_set(results, weights) == {"a": 0.6, "b": 0.9, "c": 0.2}
+    assert value_by_set(results, weights) == {"a": 0.6, "b": 0.9, "c": 0.2}
 
 
 def test_of_equal_weights_the_smallest_is_chosen() -> None:

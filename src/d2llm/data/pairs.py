@@ -68,7 +68,12 @@ class PairDataset:
         """
         if self.kind != "binary":
             raise DataFormatError(self.path, f"has {self.kind}, not a yes or no for each pair")
-        return [(pair.label or "").lower() in _POSITIVE for pair in self.pairs(split)]
+        return [self.is_yes(pair) for pair in self.pairs(split)]
+
+    @staticmethod
+    def is_yes(pair: LabelledPair) -> bool:
+        """Whether a pair of a binary set is a yes."""
+        return (pair.label or "").lower() in _POSITIVE
 
     def pairs(self, split: str) -> tuple[LabelledPair, ...]:
         """The pairs of one split.

@@ -27,6 +27,8 @@ class PlanEntry:
     positives: tuple[str, ...]
     hard_negatives: tuple[str, ...]
     easy_negatives: tuple[str, ...]
+    targets: tuple[float, ...] = ()
+    """Of labelled pairs: the probability of a yes of each positive and hard negative, as the data set has it."""
 
     @property
     def passage_ids(self) -> tuple[str, ...]:
@@ -49,7 +51,10 @@ def write_plan(folder: Path, entries: Iterable[PlanEntry], content: Mapping[str,
         num_entries = 0
         with (temporary / PLAN_FILE).open("w", encoding="utf-8", newline="\n") as file:
             for entry in entries:
-                file.write(json.dumps({name: getattr(entry, name) for name in fields}, ensure_ascii=False) + "\n")
+                record = {name: getattr(entry, name) for name in fields}
+                if entry.targets:
+                    record["targets"] = entry.targets
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 num_entries += 1
         # Ours last: what the caller says must not be able to hide the hash that reading checks.
         own = {"num_entries": num_entries, "content_hash": fingerprint_files([temporary / PLAN_FILE])}
@@ -89,7 +94,20 @@ def _parse(path: Path, number: int, raw: bytes) -> PlanEntry:
     if not isinstance(query_id, str):
         raise DataFormatError(path, f"'query_id' must be a string; {_REMEDY}", line=number)
     lists = (_ids(path, number, record, name) for name in ("positives", "hard_negatives", "easy_negatives"))
-    return PlanEntry(query_id, *lists)
+    entry = PlanEntry(query_id, *lists, targets=_targets(path, number, record))
+    if entry.targets and len(entry.targets) != len(entry.positives) + len(entry.hard_negatives):
+        raise DataFormatError(
+            path, f"'targets' must have a number for each positive and hard negative; {_REMEDY}", line=number
+        )
+    return entry
+
+
+def _targets(path: Path, number: int, record: Mapping[str, object]) -> tuple[float, ...]:
+    value = record.get("targets", [])
+    items = cast("list[object]", value) if isinstance(value, list) else [None]
+    if not all(isinstance(item, (int, float)) and 0 <= item <= 1 for item in items):
+        raise DataFormatError(path, f"'targets' must be a list of numbers from 0 to 1; {_REMEDY}", line=number)
+    return tuple(float(cast("float", item)) for item in items)
 
 
 def _ids(path: Path, number: int, record: Mapping[str, object], name: str) -> tuple[str, ...]:

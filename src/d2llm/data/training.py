@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
+from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry, TrainingPlan
 
 
@@ -27,6 +28,8 @@ class TrainingSource:
     task: Task
     max_labelled: int | None = None
     """Queries that the teacher labels; None means all of the plan."""
+    pairs: PairDataset | None = None
+    """The labelled pairs that ``dataset`` was made of, where it is no retrieval set."""
 
     def __post_init__(self) -> None:
         for entry in self.plan.entries:
@@ -102,7 +105,7 @@ def _check_entry(entry: PlanEntry, dataset: Dataset) -> None:
         raise MismatchError(
             f"{where}: {dataset.path} has no passage '{unknown[0]}'; make the plan again from this data set"
         )
-    if not entry.positives:
+    if not entry.positives and not entry.targets:
         raise InputError(f"{where}: there is no positive; make the plan again, or leave the query out")
     if len(set(entry.passage_ids)) < len(entry.passage_ids):
         raise InputError(f"{where}: a passage is named twice; make the plan again")

@@ -28,6 +28,7 @@ __all__ = [
     "feature_imitation",
     "in_batch_cross_entropy",
     "masked_mean",
+    "pair_cross_entropy",
     "rank_imitation_hard_easy",
     "rank_imitation_positive_hard",
 ]
@@ -106,6 +107,27 @@ def in_batch_cross_entropy(
     (student,) = _under(positive_mask | negative_mask, logits)
     scaled = student / _checked_temperature(temperature)
     return _positives_against_negatives(scaled, scaled, positive_mask, negative_mask).to(logits.dtype)
+
+
+def pair_cross_entropy(
+    logits: Float[Tensor, "queries passages"],
+    targets: Float[Tensor, "queries passages"],
+    mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy of single pairs: is the answer yes?
+
+    L = mean_{ij in M} -( p_ij log sigmoid(z_ij) + (1 - p_ij) log sigmoid(-z_ij) )
+
+    Every pair under the mask counts alike, whatever query it is of.
+
+    Args:
+        logits: z, with 0 where yes and no are equally likely.
+        targets: p, the probability of a yes, in [0, 1].
+        mask: M, the pairs that were judged.
+    """
+    student, target = _under(mask, logits, targets)
+    losses = functional.binary_cross_entropy_with_logits(student, target, reduction="none")
+    return masked_mean(losses.flatten(), mask.flatten()).to(logits.dtype)
 
 
 def rank_imitation_positive_hard(

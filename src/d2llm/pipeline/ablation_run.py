@@ -18,7 +18,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import FORMAT_VERSION, KIND, Student
 from d2llm.pipeline.ablation_report import RunResult
-from d2llm.pipeline.dev import DevSet, evaluate_dev, ndcg_by_set
+from d2llm.pipeline.dev import DevSet, PairDevSet, evaluate_dev, value_by_set
 from d2llm.pipeline.distill import distill
 from d2llm.pipeline.training_run import LOG
 
@@ -30,7 +30,7 @@ class RunSettings:
     """What all runs have in common: ``place`` is the folder of all, ``measured_on`` stands for the dev sets."""
 
     sources: list[TrainingSource]
-    dev_sets: list[DevSet]
+    dev_sets: list[DevSet | PairDevSet]
     measured_on: str
     place: Path
     labels: Path
@@ -44,13 +44,16 @@ class RunSettings:
         return self.place / variant / f"seed-{seed}"
 
 
-def fingerprint_sets(dev_sets: Sequence[DevSet]) -> str:
+def fingerprint_sets(dev_sets: Sequence[DevSet | PairDevSet]) -> str:
     """Of all that a measured value depends on besides the student."""
-    content = [
-        [dev.name, dev.task, [(q.id, q.text) for q in dev.queries], dev.passage_ids, dev.passage_texts, dev.qrels]
-        for dev in dev_sets
-    ]
-    return fingerprint_json([_RECORD_VERSION, content])
+    return fingerprint_json([_RECORD_VERSION, [_content(dev) for dev in dev_sets]])
+
+
+def _content(dev: DevSet | PairDevSet) -> list[Any]:
+    if isinstance(dev, PairDevSet):
+        return [dev.name, dev.task, [(pair.query, pair.passage, pair.label, pair.score) for pair in dev.pairs]]
+    queries = [(query.id, query.text) for query in dev.queries]
+    return [dev.name, dev.task, queries, dev.passage_ids, dev.passage_texts, dev.qrels]
 
 
 def _record(student: Path) -> Path:
@@ -85,7 +88,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     student = Student.load(folder, device=shared.device, dtype=shared.dtype)
     weights = manifest["residual_weights"]
-    by_set = ndcg_by_set(evaluate_dev(student, shared.dev_sets), weights)
+    by_set = value_by_set(evaluate_dev(student, shared.dev_sets), weights)
     head = student.interaction
     has_weight = head.has_anchor and not isinstance(head, CosineHead)
     lines = list(_log_lines(folder))

@@ -1,27 +1,31 @@
-"""The dev measure of a distillation: nDCG@10 of anchor and interaction on a held-out split, for each data set."""
+"""The dev measure of a distillation, of anchor and interaction on a held-out split, for each data set."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float32
+from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
+from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
 from d2llm.index.lexical import LexicalIndex
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
+from d2llm.pipeline.evaluation.gold import Gold, read_gold
 
 RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LEXICAL_DEPTH = 10
+_PAIRS_PER_QUERY = 10  # pairs of a dev set for each query that a dev set of queries would have
 _MEASURE, _DEPTH = "nDCG@10", 10
 
 
@@ -38,19 +42,38 @@ class DevSet:
 
 
 @dataclass(frozen=True, slots=True)
+class PairDevSet:
+    """Judged pairs of the dev split of one data set, and what is true of them."""
+
+    name: str
+    task: Task
+    pairs: tuple[LabelledPair, ...]
+    gold: Gold
+
+
+@dataclass(frozen=True, slots=True)
 class DevResult:
-    """nDCG@10 by weight r of the interaction; a head that is not an anchor with an interaction has r = 1 alone."""
+    """The dev measure by weight r of the interaction: nDCG@10, or of pairs what their kind is measured by.
+
+    ``by_item`` has its value for each query or pair. A head that is not an anchor with an interaction has r = 1 alone.
+    """
 
     task: Task
-    ndcg: dict[float, float]
+    values: dict[float, float]
+    by_item: dict[float, NDArray[np.float64]] = field(default_factory=dict[float, NDArray[np.float64]])
 
 
-def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int, seed: int) -> DevSet:
+def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int, seed: int) -> DevSet | PairDevSet:
     """Sample dev queries; their corpus is their positives, BM25's first ten of each, and random passages.
 
+    Of a set of labelled pairs a sample of ten times as many pairs is taken.
+
     Raises:
-        InputError: the data set has no dev queries with a positive.
+        InputError: the data set has no dev queries with a positive, or no dev pairs.
+        DataFormatError: the classes of the dev pairs cannot be measured.
     """
+    if source.pairs is not None:
+        return _make_pair_dev_set(source, source.pairs, num_pairs=_PAIRS_PER_QUERY * num_queries, seed=seed)
     dataset = source.dataset
     judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
     positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
@@ -77,13 +100,16 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     )
 
 
-def evaluate_dev(student: Student, dev_sets: Sequence[DevSet]) -> dict[str, DevResult]:
-    """nDCG@10 of every dev set by weight of the interaction; the student's own weights are left as they are.
+def evaluate_dev(student: Student, dev_sets: Sequence[DevSet | PairDevSet]) -> dict[str, DevResult]:
+    """The measure of every dev set by weight of the interaction; the student's own weights are left as they are.
 
     Raises:
         TrainingDivergedError: scores are no numbers.
     """
-    return {dev.name: _evaluate_one(student, dev) for dev in dev_sets}
+    return {
+        dev.name: _evaluate_pairs(student, dev) if isinstance(dev, PairDevSet) else _evaluate_retrieval(student, dev)
+        for dev in dev_sets
+    }
 
 
 def choose_residual_weights(results: dict[str, DevResult]) -> dict[Task, float]:
@@ -91,46 +117,89 @@ def choose_residual_weights(results: dict[str, DevResult]) -> dict[Task, float]:
     chosen: dict[Task, float] = {}
     tasks: list[Task] = sorted({result.task for result in results.values()})
     for task in tasks:
-        of_task = [result.ndcg for result in results.values() if result.task == task]
-        chosen[task] = max(sorted(of_task[0]), key=lambda weight: sum(ndcg[weight] for ndcg in of_task))
+        of_task = [result.values for result in results.values() if result.task == task]
+        chosen[task] = max(sorted(of_task[0]), key=lambda weight: sum(values[weight] for values in of_task))
     return chosen
 
 
-def ndcg_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> dict[str, float]:
-    """nDCG@10 of each dev set at its task's weight."""
-    return {name: result.ndcg[weights[result.task]] for name, result in results.items()}
+def value_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> dict[str, float]:
+    """The measure of each dev set at its task's weight."""
+    return {name: result.values[weights[result.task]] for name, result in results.items()}
 
 
-def _evaluate_one(student: Student, dev: DevSet) -> DevResult:
+def _evaluate_retrieval(student: Student, dev: DevSet) -> DevResult:
     queries = student.encode_queries([query.text for query in dev.queries]).vectors
     passages = student.encode_passages(dev.passage_texts).vectors
+    everything = np.arange(len(dev.passage_ids))
+    scores = _scores_by_weight(student, queries, passages, [everything] * len(queries), dev.task, dev.name)
+    by_item = {weight: _ndcg(found, dev) for weight, found in scores.items()}
+    return DevResult(dev.task, {weight: float(values.mean()) for weight, values in by_item.items()}, by_item)
+
+
+def _evaluate_pairs(student: Student, dev: PairDevSet) -> DevResult:
+    queries = list(dict.fromkeys(pair.query for pair in dev.pairs))
+    passages = list(dict.fromkeys(pair.passage for pair in dev.pairs))
+    row = {text: number for number, text in enumerate(passages)}
+    positions: dict[str, list[int]] = {text: [] for text in queries}
+    for position, pair in enumerate(dev.pairs):
+        positions[pair.query].append(position)
+    wanted = [np.array([row[dev.pairs[p].passage] for p in positions[text]]) for text in queries]
+    query_vectors = student.encode_queries(queries).vectors
+    passage_vectors = student.encode_passages(passages).vectors
+    scores = _scores_by_weight(student, query_vectors, passage_vectors, wanted, dev.task, dev.name)
+    order = np.argsort(np.concatenate([positions[text] for text in queries]))
+    values: dict[float, float] = {}
+    by_item: dict[float, NDArray[np.float64]] = {}
+    everything = np.arange(len(dev.pairs))
+    for weight, found in scores.items():
+        of_pairs = np.concatenate(found)[order].astype(np.float64)
+        thresholds = dev.gold.fit(of_pairs, everything)
+        values[weight] = dev.gold.measure(of_pairs, everything, thresholds)[dev.gold.main_measure]
+        by_item[weight] = dev.gold.of_items(of_pairs, everything, thresholds)
+    return DevResult(dev.task, values, by_item)
+
+
+def _scores_by_weight(
+    student: Student,
+    queries: Float32[np.ndarray, "queries dim"],
+    passages: Float32[np.ndarray, "passages dim"],
+    wanted: Sequence[NDArray[np.intp]],
+    task: Task,
+    name: str,
+) -> dict[float, list[NDArray[np.float32]]]:
+    """For each weight r, the scores of each query with the passages that are wanted of it (rows of ``passages``)."""
     head = student.interaction
     if isinstance(head, CosineHead) or not student.has_anchor:
-        return DevResult(dev.task, {1.0: _ndcg(_score_all(student, queries, passages, dev), dev)})
-    anchors = np.stack([_anchor(student, query, passages, dev.task) for query in queries])
-    residual = head.residual_weight(dev.task)
+        return {1.0: _score_all(student, queries, passages, wanted, task, name)}
+    anchors = [_anchor(student, query, passages[rows], task) for query, rows in zip(queries, wanted, strict=True)]
+    residual = head.residual_weight(task)
     kept = residual.clone()
     residual.fill_(1.0)
     try:
-        changes = _score_all(student, queries, passages, dev) - anchors
+        whole = _score_all(student, queries, passages, wanted, task, name)
     finally:
         residual.copy_(kept)
-    return DevResult(dev.task, {weight: _ndcg(anchors + weight * changes, dev) for weight in RESIDUAL_WEIGHTS})
+    return {
+        weight: [anchor + weight * (score - anchor) for anchor, score in zip(anchors, whole, strict=True)]
+        for weight in RESIDUAL_WEIGHTS
+    }
 
 
 def _score_all(
     student: Student,
     queries: Float32[np.ndarray, "queries dim"],
     passages: Float32[np.ndarray, "passages dim"],
-    dev: DevSet,
-) -> Float32[np.ndarray, "queries passages"]:
-    logits = np.stack([student.score(query, passages, dev.task) for query in queries])
-    if not np.isfinite(logits).all():
+    wanted: Sequence[NDArray[np.intp]],
+    task: Task,
+    name: str,
+) -> list[NDArray[np.float32]]:
+    scores = [student.score(query, passages[rows], task) for query, rows in zip(queries, wanted, strict=True)]
+    if not all(np.isfinite(of_query).all() for of_query in scores):
         raise TrainingDivergedError(
-            f"the student's scores of the dev queries of '{dev.name}' are no numbers; the last good checkpoint is "
-            "kept. Lower the learning rate, or compute in bfloat16 or float32"
+            f"the student's scores of the dev queries of '{name}' are no numbers; the last good checkpoint is kept. "
+            "Lower the learning rate, or compute in bfloat16 or float32"
         )
-    return logits
+    return scores
 
 
 def _anchor(
@@ -142,13 +211,27 @@ def _anchor(
     return torch.cat([(anchor_query @ block.T)[0] for block in blocks]).numpy()
 
 
-def _ndcg(scores: Float32[np.ndarray, "queries passages"], dev: DevSet) -> float:
+def _ndcg(scores: Sequence[NDArray[np.float32]], dev: DevSet) -> NDArray[np.float64]:
+    """nDCG@10 of each query."""
     rankings = {
         query.id: [passage_id for passage_id, _ in top_k(row, dev.passage_ids, _DEPTH)]
         for query, row in zip(dev.queries, scores, strict=True)
     }
     values = per_query_measures(rankings, dev.qrels)[_MEASURE]
-    return float(np.mean(list(values.values())))
+    return np.array([values[query.id] for query in dev.queries])
+
+
+def _make_pair_dev_set(source: TrainingSource, pairs: PairDataset, *, num_pairs: int, seed: int) -> PairDevSet:
+    available = pairs.pairs("dev") if "dev" in pairs.splits else ()
+    if not available:
+        raise InputError(
+            f"{pairs.path}: there are no dev pairs, so there is nothing to choose the best step by; move some training "
+            "pairs there"
+        )
+    rng = random.Random(f"{seed}:{pairs.name}:dev")
+    chosen = sorted(rng.sample(range(len(available)), min(num_pairs, len(available))))
+    sample = tuple(available[position] for position in chosen)
+    return PairDevSet(pairs.name, source.task, sample, read_gold(replace(pairs, splits={"dev": sample}), "dev"))
 
 
 def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query]) -> set[str]:

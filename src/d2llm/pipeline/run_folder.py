@@ -7,8 +7,10 @@ from pathlib import Path
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.recipe import DataConfig, Recipe
-from d2llm.data.beir import read_beir
-from d2llm.data.plan import read_plan
+from d2llm.data.beir import Dataset
+from d2llm.data.open_data import open_data
+from d2llm.data.pair_training import read_pair_training_set
+from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.data.training import TrainingSource
 
 
@@ -49,10 +51,20 @@ class RunFolder:
             DataFormatError: a data set or a plan cannot be read.
         """
         check_data(recipe)
-        return [
-            TrainingSource(read_beir(Path(data.path)), read_plan(self.plan(data)), data.task, data.max_labelled)
-            for data in recipe.data
-        ]
+        return [training_source(data, read_plan(self.plan(data))) for data in recipe.data]
+
+
+def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
+    """A data set of a recipe, of whatever layout, with its plan.
+
+    Raises:
+        DataFormatError: it cannot be read.
+        MismatchError: the plan is of another data set.
+    """
+    found = open_data(data.path)
+    if isinstance(found, Dataset):
+        return TrainingSource(found, plan, data.task, data.max_labelled)
+    return TrainingSource(read_pair_training_set(found).dataset, plan, data.task, data.max_labelled, pairs=found)
 
 
 def companion(student: Path, variant: str) -> Path:

@@ -10,21 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.data.pair_training import nli_class
+from d2llm.data.pairs import PairDataset
 from d2llm.ops import pair_measures
 
 Floats = NDArray[np.float64]
 Positions = NDArray[np.intp]
-_NLI = {
-    "entailment": "entailment",
-    "entails": "entailment",
-    "supports": "entailment",
-    "neutral": "neutral",
-    "not_enough_info": "neutral",
-    "contradiction": "contradiction",
-    "contradicts": "contradiction",
-    "refutes": "contradiction",
-}
 
 
 class Gold(Protocol):
@@ -183,18 +174,7 @@ def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | Graded
             lacking = "negative" if positive.all() else "positive"
             raise DataFormatError(dataset.path, f"split '{split}' has no {lacking} pair, so nothing can be measured")
         return BinaryGold(positive)
-    return NliGold(tuple(_nli_class(dataset, pair) for pair in pairs))
-
-
-def _nli_class(dataset: PairDataset, pair: LabelledPair) -> str:
-    name = (pair.label or "").lower()
-    if name not in _NLI:
-        raise DataFormatError(
-            dataset.path,
-            f"pair '{pair.id}' has the class '{pair.label}'; measured are yes/no labels and the classes of natural "
-            f"language inference: {', '.join(_NLI)}",
-        )
-    return _NLI[name]
+    return NliGold(tuple(nli_class(dataset, pair) for pair in pairs))
 
 
 def _right_side(scores: Floats, positive: NDArray[np.bool_]) -> Floats:

@@ -1,0 +1,149 @@
+"""Labelled pairs as training data: each distinct text an id, each judged pair the probability of a yes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset
+from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.data.plan import PlanEntry
+
+NLI_CLASSES = {
+    "entailment": "entailment",
+    "entails": "entailment",
+    "supports": "entailment",
+    "neutral": "neutral",
+    "not_enough_info": "neutral",
+    "contradiction": "contradiction",
+    "contradicts": "contradiction",
+    "refutes": "contradiction",
+}
+"""Names of the classes of natural language inference, and of claim checking, by what they stand for."""
+
+_NLI_TARGETS = {"entailment": 1.0, "neutral": 0.5, "contradiction": 0.0}
+_YES = 0.5  # a pair whose target is above this counts as a positive
+
+
+@dataclass(frozen=True)
+class PairTrainingSet:
+    """A pair set in the form that training reads.
+
+    ``dataset`` has the distinct texts of each split as queries and passages, and the pairs as judgements (1 above a
+    target of 0.5, else 0). ``targets`` has, by split, query_id -> passage_id -> probability of a yes: 1 or 0;
+    of natural language inference 1 for entailment, 0.5 for neutral, 0 for contradiction; of scores the place between
+    the lowest and the highest score of the training split. ``num_repeated`` pairs occur more than once: the mean
+    counts.
+    """
+
+    dataset: Dataset
+    targets: Mapping[str, Mapping[str, Mapping[str, float]]]
+    num_repeated: int
+
+
+def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
+    """Bring a pair set into the form that training reads.
+
+    Raises:
+        DataFormatError: classes that are neither yes/no nor natural language inference, or scores that are all equal.
+    """
+    queries: dict[str, Query] = {}
+    passages: dict[str, Passage] = {}
+    targets: dict[str, dict[str, dict[str, float]]] = {}
+    num_repeated = 0
+    lowest, highest = _range(pairs)
+    for split in pairs.splits:
+        query_of: dict[str, str] = {}
+        passage_of: dict[str, str] = {}
+        values: dict[tuple[str, str], list[float]] = {}
+        for pair in pairs.pairs(split):
+            query_id = query_of.setdefault(pair.query, f"{split}/{pair.id}")
+            passage_id = passage_of.setdefault(pair.passage, f"{split}/{pair.id}")
+            values.setdefault((query_id, passage_id), []).append(_target(pairs, pair, lowest, highest))
+        queries |= {query_id: Query(query_id, text) for text, query_id in query_of.items()}
+        passages |= {passage_id: Passage(passage_id, text) for text, passage_id in passage_of.items()}
+        num_repeated += sum(len(found) - 1 for found in values.values())
+        of_split = targets.setdefault(split, {})
+        for (query_id, passage_id), found in values.items():
+            of_split.setdefault(query_id, {})[passage_id] = sum(found) / len(found)
+    qrels = {
+        split: {
+            query_id: {passage_id: int(target > _YES) for passage_id, target in judged.items()}
+            for query_id, judged in of_split.items()
+        }
+        for split, of_split in targets.items()
+    }
+    issues = (*pairs.issues, *([f"{num_repeated:,} pairs occur more than once"] if num_repeated else []))
+    dataset = Dataset(pairs.name, pairs.path, passages, queries, qrels, issues)
+    return PairTrainingSet(dataset, targets, num_repeated)
+
+
+def plan_of_pairs(
+    pairs: PairTrainingSet, split: str, *, num_easy: int, seed: int, max_queries: int | None = None
+) -> list[PlanEntry]:
+    """The plan of a pair set: nothing is searched, the judged pairs are the plan; easy negatives are random texts.
+
+    Args:
+        pairs: the set.
+        split: the split to train on.
+        num_easy: random passages of the split for each query, none that it was judged with.
+        seed: of the draws, which depend on the seed and the query's id alone.
+        max_queries: a random sample of this many queries.
+
+    Raises:
+        InputError: the split has no pairs.
+    """
+    judged = pairs.targets.get(split, {})
+    if not judged:
+        raise InputError(f"{pairs.dataset.path}: split '{split}' has no pairs to train on")
+    corpus = sorted(passage_id for passage_id in pairs.dataset.passages if passage_id.startswith(f"{split}/"))
+    chosen = sorted(judged)
+    if max_queries is not None and len(chosen) > max_queries:
+        chosen = sorted(random.Random(f"{seed}:{pairs.dataset.name}").sample(chosen, max_queries))
+    return [_entry(query_id, judged[query_id], corpus, num_easy, seed) for query_id in chosen]
+
+
+def _entry(query_id: str, judged: Mapping[str, float], corpus: list[str], num_easy: int, seed: int) -> PlanEntry:
+    positives = tuple(passage_id for passage_id, target in judged.items() if target > _YES)
+    negatives = tuple(passage_id for passage_id, target in judged.items() if target < _YES)
+    drawn = random.Random(f"{seed}:{query_id}").sample(corpus, min(len(corpus), num_easy + len(judged)))
+    easy = [passage_id for passage_id in drawn if passage_id not in judged][:num_easy]
+    targets = tuple(judged[passage_id] for passage_id in positives + negatives)
+    return PlanEntry(query_id, positives, negatives, tuple(easy), targets)
+
+
+def _range(pairs: PairDataset) -> tuple[float, float]:
+    if pairs.kind != "scores":
+        return 0.0, 1.0
+    split = "train" if "train" in pairs.splits else next(iter(pairs.splits))
+    scores = [pair.score for pair in pairs.pairs(split) if pair.score is not None]
+    if not scores or min(scores) == max(scores):
+        raise DataFormatError(pairs.path, f"the scores of split '{split}' are all equal, so nothing can be learnt")
+    return min(scores), max(scores)
+
+
+def _target(pairs: PairDataset, pair: LabelledPair, lowest: float, highest: float) -> float:
+    if pair.score is not None:
+        return min(1.0, max(0.0, (pair.score - lowest) / (highest - lowest)))
+    if pairs.kind == "binary":
+        return float(pairs.is_yes(pair))
+    return _NLI_TARGETS[nli_class(pairs, pair)]
+
+
+def nli_class(pairs: PairDataset, pair: LabelledPair) -> str:
+    """Entailment, neutral or contradiction.
+
+    Raises:
+        DataFormatError: the pair's class is none of natural language inference.
+    """
+    name = (pair.label or "").lower()
+    if name not in NLI_CLASSES:
+        raise DataFormatError(
+            pairs.path,
+            f"pair '{pair.id}' has the class '{pair.label}'; known are yes/no labels and the classes of natural "
+            f"language inference: {', '.join(NLI_CLASSES)}",
+        )
+    return NLI_CLASSES[name]
