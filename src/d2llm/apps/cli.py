@@ -18,6 +18,7 @@ from d2llm.apps import (
     commands_evaluate,
     commands_look,
     commands_search,
+    commands_teach,
     commands_train,
 )
 from d2llm.apps.session import Session, start_logging
@@ -93,6 +94,7 @@ def prepare(
 
 for _commands in (
     commands_train,
+    commands_teach,
     commands_search,
     commands_evaluate,
     commands_ablate,

@@ -80,6 +80,22 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     return distances / sum(part.count for part in bins)
 
 
+def log_loss(log_odds: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of -log p(what is so), in nats: 0 is perfect, log 2 is what "one half" always gives.
+
+    log_loss = mean over pairs of log(1 + exp(-s * log_odds)), s = 1 for a yes and -1 for a no.
+
+    Args:
+        log_odds: [n].
+        labels: [n] bool.
+
+    Raises:
+        InputError: NaN, no pairs, or lengths that differ.
+    """
+    values, truth = _checked(log_odds, labels, 1)
+    return float(np.logaddexp(0, np.where(truth, -values, values)).mean())
+
+
 def score_histogram(scores: ArrayLike, labels: ArrayLike, num_bins: int = 30) -> ScoreHistogram:
     """Count scores [n] in bins of equal width between the lowest and the highest, apart for each label [n] (bool).
 

@@ -1,0 +1,172 @@
+"""What may teach: stack (several teachers as one, calibrated) and gate (teacher against cosine)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from d2llm.apps.options import (
+    DISTIL,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RecipeArgument,
+    RunOption,
+)
+from d2llm.apps.session import session_of
+from d2llm.core.errors import InputError
+
+if TYPE_CHECKING:
+    from d2llm.apps.steps import Job
+    from d2llm.core.recipe import TeacherConfig
+    from d2llm.core.types import Task
+    from d2llm.data.beir import Dataset
+    from d2llm.models.student import Student
+
+_HOW = "a folder, a name, or KIND:MODEL such as cosine:FOLDER for a student or a bi-encoder"
+
+
+def stack(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    members: Annotated[
+        list[str],
+        typer.Option("--member", metavar="MODEL", help=f"A teacher: {_HOW}. Give it once for each; one is calibrated."),
+    ],
+    out: RunOption = None,
+    data: DataOption = None,
+    queries: Annotated[int, typer.Option("--queries", min=2, help="Dev queries of each data set.")] = 200,
+    depth: Annotated[
+        int, typer.Option("--depth", min=1, help="Candidates of each query: so many of BM25 and of the cosine.")
+    ] = 20,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+    html_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="PATH",
+            dir_okay=False,
+            help="Also write one HTML page with reliability diagrams.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make one calibrated teacher of several, on dev queries.
+
+    It goes to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a recipe.
+    """
+    from d2llm.apps import steps
+    from d2llm.apps.teach_tables import stack_tables
+    from d2llm.core.files import write_bytes
+    from d2llm.pipeline.stack_teachers import STACK_NAME, stack_teachers
+
+    session = session_of(context)
+    job = steps.job_of(session, recipe, out, data, device, dtype)
+    report = stack_teachers(
+        _dev_data(job),
+        job.run.path / STACK_NAME,
+        members=[_named_teacher(member, job.recipe.teacher) for member in members],
+        student=_cosine(job, None),
+        num_queries=queries,
+        depth=depth,
+        seed=job.recipe.seed,
+        device=device,
+        dtype=dtype,
+        show_progress=session.show_progress,
+    )
+    for part in stack_tables(report):
+        session.show(part)
+    session.write_report(context, json_path, report)
+    if html_path is not None:
+        from d2llm.apps.stack_page import render_page
+
+        write_bytes(html_path, render_page(report).encode())
+    session.say(f"stack: the teacher is in {report.folder}")
+
+
+def gate(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    data: DataOption = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            metavar="NAME_OR_FOLDER",
+            help="The student whose score is to be beaten.",
+            show_default="the recipe's backbone before training",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", metavar="MODEL", help=f"{_HOW.capitalize()}.", show_default="the run's, or the recipe's"
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Does the teacher rank better than the cosine? Tested on dev queries.
+
+    Comes before label. [gate] in the recipe says how many queries, and what becomes of a data set whose gate is closed.
+    """
+    from d2llm.apps import steps
+    from d2llm.apps.teach_tables import gate_advice, gate_table
+    from d2llm.pipeline.gate import gate
+
+    session = session_of(context)
+    job = steps.job_of(session, recipe, out, data, device, dtype)
+    report = gate(
+        _dev_data(job),
+        job.run.path,
+        teacher=_named_teacher(teacher, job.recipe.teacher) if teacher is not None else job.teacher,
+        student=_cosine(job, student),
+        settings=job.recipe.gate,
+        seed=job.recipe.seed,
+        device=device,
+        dtype=dtype,
+        show_progress=session.show_progress,
+    )
+    session.show(gate_table(report))
+    session.write_report(context, json_path, report)
+    if report.closed and report.settings.when_closed == "stop":
+        raise InputError(gate_advice(report))
+    session.say(gate_advice(report))
+
+
+def _named_teacher(text: str, base: TeacherConfig) -> TeacherConfig:
+    """The teacher that ``KIND:MODEL`` or ``MODEL`` names, asked as the recipe's teacher (``base``) is."""
+    kind, colon, model = text.partition(":")
+    if colon and model and kind in get_args(type(base).model_fields["kind"].annotation):
+        return base.model_copy(update={"model": model, "kind": kind})
+    return base.model_copy(update={"model": text, "kind": "auto"})
+
+
+def _dev_data(job: Job) -> list[tuple[Dataset, Task]]:
+    """The data sets of a recipe with their dev judgements alone."""
+    from d2llm.data.beir import read_beir
+
+    return [(read_beir(Path(data.path), splits=["dev"]), data.task) for data in job.recipe.data]
+
+
+def _cosine(job: Job, student: str | None) -> Student:
+    """A student, or the recipe's backbone with its own pooling."""
+    from d2llm.models.student import Student
+    from d2llm.pipeline.cosine import untuned_config
+
+    if student is not None:
+        return Student.load(student, device=job.device, dtype=job.dtype)
+    return Student.create(untuned_config(job.recipe.student), device=job.device, dtype=job.dtype)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the program."""
+    for name, verb in (("stack", stack), ("gate", gate)):
+        app.command(name, rich_help_panel=DISTIL)(verb)

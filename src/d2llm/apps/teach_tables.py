@@ -1,0 +1,104 @@
+"""What ``stack`` and ``gate`` found, as tables for a terminal and as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from d2llm.pipeline.gate import GateReport, GateRow
+from d2llm.pipeline.stack_teachers import StackReport, StackRow, TaskReport
+
+_ABSENT = "–"
+
+
+def gate_table(report: GateReport) -> Table:
+    """Teacher and cosine for each data set and, where several share one, each task."""
+    title = f"Teacher against cosine, {report.measure} on dev lists"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("")
+    for heading in ("queries", "teacher", "cosine", "difference", "p", "gate"):
+        table.add_column(heading, justify="right")
+    for row in report.sets:
+        table.add_row(*_gate_cells(row))
+    table.add_section()
+    for row in report.tasks:
+        table.add_row(*_gate_cells(row))
+    return table
+
+
+def gate_advice(report: GateReport) -> str:
+    """Which gates closed, and what the recipe makes of it."""
+    parts: list[str] = []
+    if report.num_seen:
+        parts.append(f"{report.num_seen} of the queries have fitted the stack's weights, so its figures flatter it.")
+    if report.num_truncated:
+        parts.append(f"{report.num_truncated:,} pairs were cut to the teacher's length limit.")
+    if not report.closed:
+        return " ".join(["gate: open for every data set: the teacher ranks better than the cosine.", *parts])
+    closed = ", ".join(report.closed)
+    parts.insert(0, f"gate: closed for {closed}: the teacher does not rank better than the cosine there.")
+    consequence = {
+        "labels": "The recipe's when_closed is 'labels': learn there from the data set's own judgements.",
+        "teacher": "The recipe's when_closed is 'teacher': it teaches all the same.",
+        "stop": "The recipe's when_closed is 'stop'. Tune the teacher further, stack it with the cosine, or raise "
+        "queries in [gate] if the difference is small.",
+    }
+    return " ".join([*parts, consequence[report.settings.when_closed]])
+
+
+def stack_tables(report: StackReport) -> list[RenderableType]:
+    """One table for each task: weights, ranking, and calibration before and after."""
+    parts: list[RenderableType] = [stack_table(task, found) for task, found in report.tasks.items()]
+    remark = (
+        "nDCG and MRR over lists that hold all positives. ECE: expected calibration error. Before: the score taken as "
+        "log-odds; after: calibrated, each query by a fit without it."
+    )
+    cut = f" {report.num_truncated:,} of {report.num_judged:,} pairs judged now were cut." * bool(report.num_truncated)
+    return [*parts, Text(remark + cut)]
+
+
+def stack_table(task: str, found: TaskReport) -> Table:
+    """The members and their stack in one task."""
+    table = Table(title=Text(stack_title(task, found)), title_justify="left")
+    table.add_column("")
+    for heading in stack_headings(found)[1:]:
+        table.add_column(heading, justify="right")
+    for row in found.rows:
+        table.add_row(*map(Text, stack_cells(row)))
+    return table
+
+
+def stack_title(task: str, found: TaskReport) -> str:
+    """What a task's figures were measured on."""
+    queries = ", ".join(f"{count:,} of {name}" for name, count in found.num_queries.items())
+    return f"{task}: {found.num_pairs:,} pairs, {found.num_positives:,} relevant; dev queries: {queries}"
+
+
+def stack_headings(found: TaskReport) -> Sequence[str]:
+    """Headings of a task's table."""
+    measured = [f"{name} {measure}" for name, values in found.rows[0].measures.items() for measure in values]
+    return ["teacher", "weight", *measured, "log-loss before", "after", "ECE before", "after"]
+
+
+def stack_cells(row: StackRow) -> list[str]:
+    """One row of it."""
+    measured = [f"{value:.4f}" for values in row.measures.values() for value in values.values()]
+    before = row.before
+    return [
+        row.name,
+        _ABSENT if row.weight is None else f"{row.weight:.3f}",
+        *measured,
+        _ABSENT if before is None else f"{before.log_loss:.4f}",
+        f"{row.after.log_loss:.4f}",
+        _ABSENT if before is None else f"{before.expected_error:.4f}",
+        f"{row.after.expected_error:.4f}",
+    ]
+
+
+def _gate_cells(row: GateRow) -> list[Text]:
+    figures = [f"{row.num_queries:,}", f"{row.teacher:.4f}", f"{row.cosine:.4f}", f"{row.difference:+.4f}"]
+    verdict = "open" if row.is_open else "closed"
+    return [Text(cell) for cell in (row.name, *figures, f"{row.p_value:.4f}", verdict)]

@@ -1,0 +1,198 @@
+"""One calibrated log-odds out of the scores of several teachers: logistic regression, no weight below 0.
+
+Each teacher's score is standardised, an L2-regularised regression finds how much each counts, and a temperature with a
+bias then undoes the shrinking, so that the result is calibrated. With one teacher that is plain calibration.
+
+Sources: Wolpert, "Stacked generalization", Neural Networks 5, 1992; Breiman, "Stacked regressions", Machine Learning
+24, 1996 (why not negative); Platt, "Probabilistic outputs for support vector machines", 1999; Guo et al., "On
+Calibration of Modern Neural Networks", ICML 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+from numpy.typing import ArrayLike, NDArray
+
+from d2llm.core.errors import InputError
+
+DEFAULT_L2 = 1e-3
+_MAX_STEPS, _SMALL_GRADIENT = 200, 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """log-odds = bias + sum over m of weights[m] * (score[m] - means[m]) / scales[m].
+
+    ``temperature`` is what weights and bias were divided by after the regression; it is in them already.
+    """
+
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    weights: tuple[float, ...]
+    bias: float
+    temperature: float = 1.0
+
+    def log_odds(self, scores: ArrayLike) -> Float64[np.ndarray, " pairs"]:
+        """Scores [pairs, members] -> log-odds [pairs]."""
+        values = (np.asarray(scores, np.float64) - np.array(self.means)) / np.array(self.scales)
+        return values @ np.array(self.weights) + self.bias
+
+    def only(self, members: Sequence[int]) -> Stack:
+        """The stack of some of its members; the same function where the others have weight 0."""
+        chosen = ([values[m] for m in members] for values in (self.means, self.scales, self.weights))
+        means, scales, weights = map(tuple, chosen)
+        return Stack(means, scales, weights, self.bias, self.temperature)
+
+
+def fit_logistic(
+    scores: ArrayLike, targets: ArrayLike, *, l2: float = 0.0
+) -> tuple[Float64[np.ndarray, " members"], float]:
+    """Weights w >= 0 and bias b of least  mean_i [log(1 + exp(f_i)) - t_i f_i] + l2 / 2 |w|^2,  f = scores w + b.
+
+    Args:
+        scores: [pairs, members], of like size in every column.
+        targets: [pairs] in [0, 1].
+        l2: at least 0; the bias is free.
+
+    Returns:
+        Weights [members] and bias.
+
+    Source: projected Newton, Bertsekas, "Projected Newton methods for optimization problems with simple constraints",
+    SIAM Journal on Control and Optimization 20, 1982.
+    """
+    columns = np.asarray(scores, np.float64)
+    wanted = np.asarray(targets, np.float64)
+    num_pairs, num_members = columns.shape
+    design = np.column_stack((columns, np.ones(num_pairs)))  # the bias is the last parameter
+    shrinking = np.array([l2] * num_members + [0.0])
+    lowest = np.array([0.0] * num_members + [-np.inf])
+
+    def loss(at: NDArray[np.float64]) -> float:
+        logits = design @ at
+        return float(np.mean(np.logaddexp(0, logits) - wanted * logits) + shrinking @ at**2 / 2)
+
+    parameters = np.zeros(num_members + 1)
+    for _ in range(_MAX_STEPS):
+        probabilities = _sigmoid(design @ parameters)
+        gradient = design.T @ (probabilities - wanted) / num_pairs + shrinking * parameters
+        free = (parameters > lowest) | (gradient < 0)
+        if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:
+            break
+        curvature = (design.T * (probabilities * (1 - probabilities))) @ design / num_pairs + np.diag(shrinking)
+        # Columns that repeat each other, or do not vary, make it singular: any of their best points will do.
+        step = np.zeros_like(parameters)
+        step[free] = -np.linalg.solve(curvature[np.ix_(free, free)] + 1e-10 * np.eye(int(free.sum())), gradient[free])
+        reached = _search(loss, parameters, gradient, step, lowest)
+        if reached is None:  # as low as rounding allows
+            break
+        parameters = reached
+    return parameters[:-1], float(parameters[-1])
+
+
+def fit_stack(scores: ArrayLike, labels: ArrayLike, *, l2: float = DEFAULT_L2) -> Stack:
+    """Fit weights, bias and temperature to labelled pairs.
+
+    Labels are softened to Platt's targets, so that the result stays finite where the scores tell all labels apart.
+
+    Args:
+        scores: [pairs, members] finite.
+        labels: [pairs] bool, both kinds.
+        l2: weight of the regularisation, on standardised scores and the mean log-loss.
+
+    Raises:
+        InputError: shapes that differ, a score that is no finite number, or labels of one kind only.
+    """
+    values, truth = _checked(scores, labels)
+    means, scales = values.mean(axis=0), values.std(axis=0)
+    # A column of one value: its standard deviation may be a rounding error, which must not blow it up.
+    scales = np.where(scales > 1e-9 * (1 + np.abs(means)), scales, 1.0)
+    standard = (values - means) / scales
+    targets = _soft_targets(truth)
+    weights, bias = fit_logistic(standard, targets, l2=l2)
+    slope = 1.0
+    if weights.any():
+        slopes, shift = fit_logistic((standard @ weights + bias)[:, None], targets)
+        slope = float(slopes[0])
+        weights, bias = slope * weights, slope * bias + shift
+    return Stack(tuple(means.tolist()), tuple(scales.tolist()), tuple(weights.tolist()), bias, 1 / slope)
+
+
+def out_of_fold_log_odds(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    groups: Sequence[str],
+    *,
+    l2: float = DEFAULT_L2,
+    num_folds: int = 5,
+    seed: int = 0,
+) -> Float64[np.ndarray, " pairs"]:
+    """The log-odds of every pair from a stack that was fitted without its group: an honest estimate.
+
+    Args:
+        scores: [pairs, members].
+        labels: [pairs] bool.
+        groups: [pairs] what stays together (the query's id).
+        l2: see ``fit_stack``.
+        num_folds: parts, of whole groups; fewer where there are fewer groups.
+        seed: of the order in which groups are dealt out.
+
+    Raises:
+        InputError: one group only, or a reason of ``fit_stack``.
+    """
+    values, truth = _checked(scores, labels)
+    names = sorted(set(groups))
+    if len(names) < 2:
+        raise InputError("cross-validation over queries needs at least two of them; give more queries")
+    order = np.random.default_rng(seed).permutation(len(names))
+    fold_of = {names[index]: place % num_folds for place, index in enumerate(order.tolist())}
+    folds = np.array([fold_of[group] for group in groups])
+    log_odds = np.empty(len(values))
+    for fold in np.unique(folds).tolist():
+        left_out = folds == fold
+        log_odds[left_out] = fit_stack(values[~left_out], truth[~left_out], l2=l2).log_odds(values[left_out])
+    return log_odds
+
+
+def _search(
+    loss: Callable[[NDArray[np.float64]], float],
+    start: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    step: NDArray[np.float64],
+    lowest: NDArray[np.float64],
+) -> NDArray[np.float64] | None:
+    """The first point along the projected step, halved again and again, that lowers the loss enough; None: no more."""
+    before, factor = loss(start), 1.0
+    while factor > 1e-12:
+        reached = np.maximum(start + factor * step, lowest)
+        if loss(reached) < before + 1e-4 * float(gradient @ (reached - start)):
+            return reached
+        factor /= 2
+    return None
+
+
+def _soft_targets(truth: NDArray[np.bool_]) -> Float64[np.ndarray, " pairs"]:
+    """Platt's: (N+ + 1) / (N+ + 2) for a positive, 1 / (N- + 2) for a negative."""
+    positives = int(truth.sum())
+    return np.where(truth, (positives + 1) / (positives + 2), 1 / (len(truth) - positives + 2))
+
+
+def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (1 + np.tanh(values / 2)) / 2
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    values, truth = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
+    if values.ndim != 2 or values.shape[0] != len(truth) or not values.shape[1]:
+        raise InputError(f"scores of shape {values.shape} and {len(truth)} labels: give [pairs, members] and [pairs]")
+    if not np.isfinite(values).all():
+        raise InputError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are no finite numbers")
+    if truth.all() or not truth.any():
+        raise InputError(
+            f"all {len(truth)} pairs have the same label, so nothing tells how far a score can be believed; "
+            "give queries with positives and negatives"
+        )
+    return values, truth
