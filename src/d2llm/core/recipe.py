@@ -129,12 +129,16 @@ class TeacherConfig(_Section):
     """Name of a prompt set shipped with d2llm, or the path of a TOML file (see models/prompts)."""
     max_tokens: int = Field(default=350, ge=32)
     """Length of the whole input; what is over is cut from the end of the passage."""
+    positive_label: str | None = None
+    """Of a classifier with several classes: the one that means yes, as its config.json calls it (``entailment``)."""
     remote: RemoteConfig | None = None
 
 
 class TeacherTuningConfig(_Section):
     """Yes/no cross-entropy tuning of the teacher on labelled pairs."""
 
+    tuning: Literal["lora", "full"] = "lora"
+    """``full`` changes every weight (and wants a far lower learning rate); the tuned teacher is then a whole model."""
     lora: LoraConfig = LoraConfig(rank=16, alpha=32)
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -144,6 +148,16 @@ class TeacherTuningConfig(_Section):
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
     max_queries: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between looks at held-out queries, of which the best state is kept; by default none, and the last is."""
+    patience: int = Field(default=5, ge=1)
+    """Stop after this many looks without a better one."""
+    dev_queries: int = Field(default=100, ge=1)
+    """Queries of the plan (per data set, at most a fifth of it) held out for this; their positives are never trained
+    as positives."""
+    dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
+    """What is best: the lowest yes/no cross-entropy of the held-out pairs, or the highest mean reciprocal rank of the
+    first positive in the held-out lists."""
 
 
 class DataConfig(_Section):
