@@ -53,12 +53,20 @@ class TrainingSource:
 
 @dataclass(frozen=True, slots=True)
 class LabelledPair:
-    """A query and a passage with the data set's own word on whether they belong together."""
+    """A query and a passage with the data set's own word on whether they belong together.
+
+    ``target`` is the probability of a yes: 1 or 0, or between them where the data set has grades.
+    """
 
     query: str
     passage: str
     task: Task
-    is_positive: bool
+    target: float
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether a yes is likelier than a no."""
+        return self.target > 0.5
 
 
 def check_sources(sources: Sequence[TrainingSource]) -> None:
@@ -78,7 +86,8 @@ def labelled_pairs(
     """One positive and ``num_negatives`` negatives of each query, in an order fixed by ``seed``.
 
     A quarter of the negatives (at least one) are easy ones, so that a teacher tuned on them also knows what plainly
-    does not belong; the rest are hard. The draw of a query depends on the query and the seed alone.
+    does not belong; the rest are hard. The draw of a query depends on the query and the seed alone. Of a set of
+    labelled pairs all judged pairs of a query are taken, and no others.
 
     Args:
         sources: data sets with their plans.
@@ -112,13 +121,16 @@ def _check_entry(entry: PlanEntry, dataset: Dataset) -> None:
 
 
 def _pairs_of(entry: PlanEntry, source: TrainingSource, num_negatives: int, seed: int) -> list[LabelledPair]:
+    query = source.query_text(entry.query_id)
+    if entry.targets:
+        judged = zip(entry.positives + entry.hard_negatives, entry.targets, strict=True)
+        return [LabelledPair(query, source.passage_text(p), source.task, target) for p, target in judged]
     rng = random.Random(f"{seed}:{entry.query_id}")
     num_easy = min(len(entry.easy_negatives), max(1, num_negatives // 4))
     hard = rng.sample(entry.hard_negatives, min(len(entry.hard_negatives), num_negatives - num_easy))
     easy = rng.sample(entry.easy_negatives, min(len(entry.easy_negatives), num_negatives - len(hard)))
-    query = source.query_text(entry.query_id)
     positive = rng.choice(entry.positives)
     return [
-        LabelledPair(query, source.passage_text(passage_id), source.task, passage_id == positive)
+        LabelledPair(query, source.passage_text(passage_id), source.task, float(passage_id == positive))
         for passage_id in (positive, *hard, *easy)
     ]

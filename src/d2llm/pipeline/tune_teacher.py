@@ -175,7 +175,7 @@ def _accumulate_gradient(model: Teacher, batch: list[LabelledPair]) -> tuple[Ten
     total = torch.zeros((), device=model.device)
     for part in token_budget_batches([len(ids) for ids in inputs], max_tokens=_PART_TOKENS, max_items=len(inputs)):
         log_odds, _ = model(*model.pad([inputs[index] for index in part]), task)
-        labels = torch.tensor([float(batch[index].is_positive) for index in part], device=model.device)
+        labels = torch.tensor([batch[index].target for index in part], device=model.device)
         loss = functional.binary_cross_entropy_with_logits(log_odds, labels, reduction="sum") / len(batch)
         loss.backward()
         total += loss.detach()
