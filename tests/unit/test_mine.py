@@ -14,7 +14,8 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import MiningConfig, StudentConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
-from d2llm.pipeline.mine import mine, nearest_ids
+from d2llm.pipeline.mine import mine
+from d2llm.pipeline.mining.ranking import nearest_rows
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ def dataset(passages: dict[str, str], queries: dict[str, str], qrels: dict[str, 
     )
 
 
-# BM25 of "cat" over these: shorter passages first, so c1 < c2 < ... in rank; the others share no term with it.
-CATS = {f"c{number}": "cat " + "filler " * number for number in range(1, 7)}
+# BM25 of "cat" over these: shorter passages first, so c1 < c2 < ... in rank; the others share no term with it. Their
+# other words differ, so that none is nearly another's text.
+CATS = {
+    f"c{n}": " ".join(["cat", *(f"{letter * 3}{word}" for word in range(n))]) for n, letter in enumerate("abcdef", 1)
+}
 OTHERS = {f"x{number}": f"word{number}" for number in range(1, 7)}
 
 
@@ -87,7 +91,7 @@ def test_union_with_the_encoders_cosine() -> None:
     result = mine(cats({"c2": 1}), "train", config, encoder=encoder, seed=0)
     assert set(result.entries[0].hard_negatives) == {"c1", "c3", "x2", "x3"}
     assert result.report["hard_negatives_from"] == {"bm25": 1, "bm25+cosine": 1, "cosine": 2}
-    assert set(result.report["seconds"]) == {"bm25", "encoding", "cosine", "total"}
+    assert set(result.report["seconds"]) == {"bm25", "encoding", "cosine", "choosing", "total"}
     # skip_top counts in both lists: c1 (BM25) and x3 (cosine) go, c1 also from the cosine list.
     result = mine(cats({"c2": 1}), "train", config.model_copy(update={"range_min": 1}), encoder=encoder, seed=0)
     assert set(result.entries[0].hard_negatives) == {"c3", "x2"}
@@ -220,5 +224,5 @@ def test_blocks_do_not_change_the_nearest(block_numbers: int) -> None:
         for query in queries
     ]
     for top_k in (1, 5, 20, 50):
-        found = nearest_ids(queries, passages, ids, top_k, block_numbers=block_numbers)
-        assert found == [order[:top_k] for order in expected]
+        found = nearest_rows(queries, passages, ids, top_k, block_numbers=block_numbers)
+        assert [[ids[row] for row in rows] for rows in found] == [order[:top_k] for order in expected]

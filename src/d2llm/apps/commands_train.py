@@ -49,19 +49,28 @@ def mine(
     recipe: RecipeArgument,
     out: RunOption = None,
     data: DataOption = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            metavar="NAME_OR_FOLDER",
+            help="A trained student that ranks the passages, by its full score.",
+            show_default="mining.student, else the recipe's backbone before training",
+        ),
+    ] = None,
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Choose answers and near misses for each training query."""
+    """Choose answers and near misses for each training query.
+
+    Read audit.md in the plan's folder. Stopped, it goes on with what it had encoded and judged when given again.
+    """
     from d2llm.apps import steps
 
-    session_of(context).write_report(
-        context,
-        json_path,
-        steps.mine_plans(steps.job_of(session_of(context), recipe, out, data, device, dtype), again=again),
-    )
+    job = steps.job_of(session_of(context), recipe, out, data, device, dtype)
+    session_of(context).write_report(context, json_path, steps.mine_plans(job, again=again, student=student))
 
 
 def tune_teacher(

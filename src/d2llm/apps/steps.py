@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, load_recipe
+from d2llm.core.recipe import DataConfig, MiningConfig, Recipe, TeacherConfig, load_recipe
 from d2llm.core.variants import find_variant
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.pipeline.run_folder import RunFolder, check_data
 
 if TYPE_CHECKING:
     from d2llm.apps.session import Session
+    from d2llm.data.beir import Dataset
+    from d2llm.models.judge import Judge
     from d2llm.models.student import Student
+    from d2llm.pipeline.mining.teacher import TeacherCheck
 
 _SPLIT = "train"
 
@@ -83,18 +88,21 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"data": tuple(data.values())}) if places else recipe
 
 
-def mine_plans(job: Job, *, again: bool = False) -> dict[str, Any]:
-    """Make the plan of each data set; its counts by the data set's name."""
+def mine_plans(job: Job, *, again: bool = False, student: str | None = None) -> dict[str, Any]:
+    """Make the plan of each data set; its counts by the data set's name. ``student`` ranks in place of the recipe's."""
+    if student is not None:
+        mining = job.recipe.mining.model_copy(update={"student": student})
+        job = replace(job, recipe=job.recipe.model_copy(update={"mining": mining}))
     reports: dict[str, Any] = {}
-    encoder: Student | None = None
+    miners: _Miners | None = None
     for data in job.recipe.data:
         folder = job.run.plan(data)
         if _is_finished(folder) and not again:
             reports[folder.name] = _skip(job, f"mine: {folder} is finished; --again makes it anew")
             _compare_settings(job, data, folder)
             continue
-        encoder = encoder or job.new_student()
-        reports[folder.name] = _mine_one(job, data, folder, encoder)
+        miners = miners or _Miners.load(job)
+        reports[folder.name] = _mine_one(job, data, folder, miners)
     return reports
 
 
@@ -167,37 +175,88 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
     return report
 
 
-def _mine_one(job: Job, data: DataConfig, folder: Path, encoder: Student) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Miners:
+    """The models that choose negatives: at most one of encoder and student, and the teacher of the margin."""
+
+    encoder: Student | None
+    student: Student | None
+    judge: Judge | None
+
+    @classmethod
+    def load(cls, job: Job) -> _Miners:
+        from d2llm.models.judge import load_judge
+        from d2llm.models.student import Student
+
+        mining, place = job.recipe.mining, {"device": job.device, "dtype": job.dtype}
+        asks = mining.teacher_margin is not None and mining.teacher_labels == "judge"
+        student = None if mining.student is None else Student.load(mining.student, **place)
+        ranks = "encoder" in mining.sources
+        return cls(
+            encoder=job.new_student() if ranks and student is None else None,
+            student=student if ranks else None,
+            judge=load_judge(job.teacher, **place) if asks else None,
+        )
+
+
+def _mine_one(job: Job, data: DataConfig, folder: Path, miners: _Miners) -> dict[str, Any]:
     from d2llm.data.beir import read_beir
     from d2llm.pipeline.mine import mine
+    from d2llm.pipeline.mining.audit_page import audit_page
 
     dataset = read_beir(Path(data.path))
     held_out = [split for split in ("dev", "test") if split in dataset.qrels]
+    work = folder.parent / f".{folder.name}.mining"  # what an interrupted run leaves for the next
     result = mine(
         dataset,
         _SPLIT,
         job.recipe.mining,
-        encoder=encoder,
+        encoder=miners.encoder,
+        student=miners.student,
+        teacher=_teacher_check(job, data, dataset, miners.judge),
+        task=data.task,
         seed=job.recipe.seed,
         max_queries=data.max_queries,
         exclude_passages_of=held_out if data.exclude_shared_passages else (),
+        work=work,
         show_progress=job.session.show_progress,
     )
-    content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(job, data), "report": result.report}
-    write_plan(folder, result.entries, content)
     report = result.report
+    content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(job, data), "report": report}
+    audit = {
+        "audit.json": (json.dumps(result.audit, indent=1, ensure_ascii=False) + "\n").encode(),
+        "audit.md": audit_page(report, result.audit).encode(),
+    }
+    write_plan(folder, result.entries, content, documents=audit)
+    shutil.rmtree(work, ignore_errors=True)
+    dropped = sum(report["num_dropped"].values())
     job.session.say(
         f"mine: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
-        f"{report['num_easy_negatives']:,} easy negatives, in {folder}"
+        f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
+        "read its audit.md"
     )
     return report
+
+
+def _teacher_check(job: Job, data: DataConfig, dataset: Dataset, judge: Judge | None) -> TeacherCheck | None:
+    margin = job.recipe.mining.teacher_margin
+    if margin is None:
+        return None
+    from d2llm.data.labels import LabelStore
+    from d2llm.models.judge import identify_judge
+    from d2llm.pipeline.mining.teacher import TeacherCheck
+
+    identity = identify_judge(job.teacher)
+    prompt = identity.prompts[data.task]
+    labels = LabelStore(job.run.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
+    return TeacherCheck(labels, judge, data.task, margin, dataset.passages)
 
 
 def _settings(job: Job, data: DataConfig) -> dict[str, Any]:
     """All of a recipe that shapes a plan."""
     return {
         "seed": job.recipe.seed,
-        "mining": job.recipe.mining.model_dump(),
+        "mining": job.recipe.mining.model_dump(mode="json"),
         "backbone": job.recipe.student.backbone.model,
         "max_queries": data.max_queries,
         "exclude_shared_passages": data.exclude_shared_passages,
@@ -208,6 +267,8 @@ def _compare_settings(job: Job, data: DataConfig, folder: Path) -> None:
     made_with = read_plan(folder).manifest.get("settings")
     if made_with is None:
         return
+    # A plan of an earlier version names its settings as they were called then, and knows fewer.
+    made_with = made_with | {"mining": MiningConfig.model_validate(made_with["mining"]).model_dump(mode="json")}
     changed = [name for name, value in _settings(job, data).items() if made_with.get(name) != value]
     if changed:
         job.session.complain(

@@ -44,8 +44,17 @@ class TrainingPlan:
     manifest: dict[str, Any]
 
 
-def write_plan(folder: Path, entries: Iterable[PlanEntry], content: Mapping[str, Any]) -> None:
-    """Write ``plan.jsonl`` and ``manifest.json`` (with ``content``) as ``folder``; an older plan there is replaced."""
+def write_plan(
+    folder: Path,
+    entries: Iterable[PlanEntry],
+    content: Mapping[str, Any],
+    *,
+    documents: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write ``plan.jsonl`` and ``manifest.json`` (with ``content``) as ``folder``; an older plan there is replaced.
+
+    ``documents`` are files for people to read beside them, by name; nothing reads them back.
+    """
     fields = ("query_id", "positives", "hard_negatives", "easy_negatives")
     with new_folder(Path(folder)) as temporary:
         num_entries = 0
@@ -56,6 +65,8 @@ def write_plan(folder: Path, entries: Iterable[PlanEntry], content: Mapping[str,
                     record["targets"] = entry.targets
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 num_entries += 1
+        for name, document in (documents or {}).items():
+            (temporary / name).write_bytes(document)
         # Ours last: what the caller says must not be able to hide the hash that reading checks.
         own = {"num_entries": num_entries, "content_hash": fingerprint_files([temporary / PLAN_FILE])}
         write_manifest(temporary, _KIND, _FORMAT_VERSION, {**content, **own})

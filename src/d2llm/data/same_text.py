@@ -1,4 +1,4 @@
-"""When two texts are the same, and passages that repeat another's: they must not count as negatives."""
+"""When two texts are the same or nearly so: passages that repeat another's must not count as its negatives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 
+import numpy as np
+
 from d2llm.data.beir import Dataset
+from d2llm.data.check_texts import hash64
+
+_SHINGLE = 3
 
 
 def comparable(text: str) -> str:
@@ -16,22 +21,48 @@ def comparable(text: str) -> str:
     return " ".join(_words().findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
+def shingles(text: str) -> frozenset[str]:
+    """The character trigrams of what of a text is compared; a shorter text is one shingle, an empty one none."""
+    text = comparable(text)
+    return frozenset(text[start : start + _SHINGLE] for start in range(max(1, len(text) - _SHINGLE + 1))) - {""}
+
+
+def likeness(first: frozenset[str], second: frozenset[str]) -> float:
+    """Jaccard similarity |A and B| / |A or B| of two texts' shingles, from 0 to 1; 0 for two empty texts."""
+    return len(first & second) / max(1, len(first | second))
+
+
 class SameText:
-    """Finds passages that repeat another's text; what is compared, ``comparable`` says."""
+    """Finds passages that repeat another's text; what is compared, ``comparable`` says.
+
+    Keeps 16 bytes and a reference for each passage, no texts: what is looked up is read again from the data set.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
-        self._text_of: dict[str, str] = {}
-        self._ids_of: dict[str, list[str]] = {}
-        for passage in dataset.passages.values():
-            text = comparable(passage.text)
-            self._text_of[passage.id] = text
-            self._ids_of.setdefault(text, []).append(passage.id)
+        self._passages = dataset.passages
+        self._ids = list(dataset.passages)
+        keys = np.fromiter((hash64(comparable(p.text)) for p in dataset.passages.values()), np.uint64, len(self._ids))
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+        self._repeats_of: dict[str, frozenset[str]] = {}
 
     def as_any_of(self, passage_ids: Iterable[str]) -> set[str]:
         """Other passages with the text of one of these. A text without letters and digits equals no other."""
         given = set(passage_ids)
-        texts = {self._text_of[passage_id] for passage_id in given} - {""}
-        return {passage_id for text in texts for passage_id in self._ids_of[text]} - given
+        return {repeat for passage_id in given for repeat in self._repeats(passage_id)} - given
+
+    def _repeats(self, passage_id: str) -> frozenset[str]:
+        """Passages with the same text, itself among them; remembered, since training asks again and again."""
+        known = self._repeats_of.get(passage_id)
+        if known is None:
+            text = comparable(self._passages[passage_id].text)
+            key = np.uint64(hash64(text))
+            start, end = (np.searchsorted(self._keys, key, side) for side in ("left", "right"))
+            alike = [self._ids[row] for row in self._order[start:end].tolist()] if text else []
+            # Two texts may share a hash, though hardly ever do.
+            known = frozenset(other for other in alike if comparable(self._passages[other].text) == text)
+            self._repeats_of[passage_id] = known
+        return known
 
 
 @functools.cache
