@@ -69,6 +69,10 @@ def cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.in_batch_cross_entropy(logits, POSITIVES, USED, temperature=TEMPERATURE)
 
 
+def pairs(logits: Tensor, targets: Tensor) -> Tensor:
+    return losses.pair_cross_entropy(logits, targets, LISTS)
+
+
 def feature(student: Tensor, gram: Tensor) -> Tensor:
     return losses.feature_imitation(student, gram, LISTS)
 
@@ -79,6 +83,7 @@ CASES = [
     pytest.param(positive_hard, scores, LISTS, id="rank_imitation_positive_hard"),
     pytest.param(hard_easy, scores, HARDS | EASIES, id="rank_imitation_hard_easy"),
     pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
+    pytest.param(pairs, scores, LISTS, id="pair_cross_entropy"),
     pytest.param(feature, features, LISTS, id="feature_imitation"),
 ]
 
@@ -136,6 +141,12 @@ def reference_hard_easy(z: np.ndarray, s: np.ndarray) -> float:
     return mean_over_queries(terms, num_counted=4)
 
 
+def reference_pairs(z: np.ndarray, p: np.ndarray) -> float:
+    judged = [(i, j) for i in range(len(ROLES)) for j in members(LISTS, i)]
+    yes = {(i, j): 1 / (1 + math.exp(-z[i, j])) for i, j in judged}
+    return fmean(-p[pair] * math.log(yes[pair]) - (1 - p[pair]) * math.log(1 - yes[pair]) for pair in judged)
+
+
 def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
     def terms(i: int) -> list[float]:
         unit = {j: y[i, j] / np.linalg.norm(y[i, j]) for j in members(LISTS, i)}
@@ -151,6 +162,7 @@ def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
         (cross_entropy, scores, reference_cross_entropy),
         (positive_hard, scores, reference_positive_hard),
         (hard_easy, scores, reference_hard_easy),
+        (pairs, scores, reference_pairs),
         (feature, features, reference_feature),
     ],
 )
