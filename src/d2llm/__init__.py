@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from d2llm.models.backbone import Backbone
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
+    from d2llm.ops.gating import never_worse
     from d2llm.pipeline.ablate import ablate
     from d2llm.pipeline.check_data import check_data
     from d2llm.pipeline.distill import distill
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from d2llm.pipeline.evaluate import evaluate
     from d2llm.pipeline.evaluation.loading import load_contenders
     from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
+    from d2llm.pipeline.gate import gate, read_gate
     from d2llm.pipeline.label import label
     from d2llm.pipeline.mine import mine
     from d2llm.pipeline.search import search
+    from d2llm.pipeline.stack_teachers import stack_teachers
     from d2llm.pipeline.tune_teacher import tune_teacher
 
 __version__ = "0.1.0"
@@ -58,14 +61,18 @@ __all__ = [
     "distill",
     "encode",
     "evaluate",
+    "gate",
     "label",
     "load_contenders",
     "load_recipe",
     "mine",
+    "never_worse",
     "open_data",
     "read_beir",
+    "read_gate",
     "read_pairs",
     "search",
+    "stack_teachers",
     "tune_teacher",
 ]
 
@@ -80,6 +87,7 @@ _HOMES = {
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teacher": ("Teacher",),
+    "d2llm.ops.gating": ("never_worse",),
     "d2llm.pipeline.ablate": ("ablate",),
     "d2llm.pipeline.check_data": ("check_data",),
     "d2llm.pipeline.distill": ("distill",),
@@ -87,9 +95,11 @@ _HOMES = {
     "d2llm.pipeline.evaluate": ("evaluate",),
     "d2llm.pipeline.evaluation.loading": ("load_contenders",),
     "d2llm.pipeline.evaluation.setting": ("Contenders", "EvaluationSettings"),
+    "d2llm.pipeline.gate": ("gate", "read_gate"),
     "d2llm.pipeline.label": ("label",),
     "d2llm.pipeline.mine": ("mine",),
     "d2llm.pipeline.search": ("search",),
+    "d2llm.pipeline.stack_teachers": ("stack_teachers",),
     "d2llm.pipeline.tune_teacher": ("tune_teacher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, reliability_bins, score_histogram
+from d2llm.ops.calibration import (
+    ReliabilityBin,
+    expected_calibration_error,
+    log_loss,
+    reliability_bins,
+    score_histogram,
+)
 
 
 def log_odds(probability):
@@ -70,3 +76,12 @@ def test_refused(measure):
         measure([1.0], [True], num_bins=0)
     with pytest.raises(InputError, match="no bins"):
         expected_calibration_error([])
+
+
+@pytest.mark.filterwarnings("error")
+def test_log_loss_by_hand():
+    assert log_loss([log_odds(0.9), log_odds(0.2)], [1, 0]) == pytest.approx(-(math.log(0.9) + math.log(0.8)) / 2)
+    assert log_loss([0.0, 0.0], [1, 0]) == pytest.approx(math.log(2))
+    assert log_loss([2_000.0], [False]) == pytest.approx(2_000)
+    with pytest.raises(InputError, match="0 pairs"):
+        log_loss([], [])

@@ -1,0 +1,174 @@
+"""Stacking: the optimum against an independent optimiser and the conditions of optimality, folds against queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2llm.core.errors import InputError
+from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
+from d2llm.ops.stacking import Stack, fit_logistic, fit_stack, out_of_fold_log_odds
+
+
+def sigmoid(values):
+    return 1 / (1 + np.exp(-values))
+
+
+def sample(num_pairs=4000, *, seed=0):
+    """Two teachers that say something of the truth with errors of their own, and one that knows nothing."""
+    rng = np.random.default_rng(seed)
+    log_odds = rng.normal(-1, 2, num_pairs)
+    labels = rng.random(num_pairs) < sigmoid(log_odds)
+    first = 5 * log_odds + 10 + rng.normal(0, 5, num_pairs)
+    second = 0.1 * log_odds + rng.normal(0, 0.2, num_pairs)
+    useless = rng.normal(0, 3, num_pairs)
+    return np.stack([first, second, useless], axis=1), labels
+
+
+def test_one_binary_score_by_hand():
+    # p = 3/4 where the score is 1, 1/5 where it is 0: b = log(1/4), w = log 3 - log(1/4).
+    scores = [[1.0]] * 4 + [[0.0]] * 5
+    weights, bias = fit_logistic(scores, [1, 1, 1, 0, 1, 0, 0, 0, 0])
+    assert bias == pytest.approx(np.log(1 / 4), abs=1e-6)
+    assert weights[0] == pytest.approx(np.log(3) - np.log(1 / 4), abs=1e-6)
+
+
+def test_a_score_that_goes_down_with_relevance_has_weight_0():
+    weights, bias = fit_logistic([[1.0], [1.0], [0.0], [0.0]], [0, 0, 1, 0])
+    assert weights[0] == 0
+    assert bias == pytest.approx(np.log(1 / 3), abs=1e-6)
+
+
+@pytest.mark.parametrize("l2", [0.0, 1e-3, 0.3])
+def test_the_optimum_is_another_optimisers(l2):
+    optimize = pytest.importorskip("scipy.optimize")
+    scores, labels = sample(500)
+    scores = (scores - scores.mean(0)) / scores.std(0)
+
+    def loss(at):
+        logits = scores @ at[:3] + at[3]
+        return np.mean(np.logaddexp(0, logits) - labels * logits) + l2 / 2 * np.sum(at[:3] ** 2)
+
+    found = optimize.minimize(loss, np.zeros(4), bounds=[(0, None)] * 3 + [(None, None)], method="L-BFGS-B", tol=1e-14)
+    weights, bias = fit_logistic(scores, labels, l2=l2)
+    assert [*weights, bias] == pytest.approx(found.x, abs=1e-4)
+    assert loss(np.array([*weights, bias])) <= found.fun + 1e-12
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([1e-6, 1e-3, 0.1, 3.0]))
+def test_the_conditions_of_optimality_hold(seed, num_members, l2):
+    """Gradient 0 for the bias and positive weights, not negative where the weight is 0; columns may repeat."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(30, num_members))
+    scores = np.column_stack((base, base[:, :1], -base[:, -1:]))
+    targets = rng.choice([0.02, 0.3, 0.98], 30)
+    weights, bias = fit_logistic(scores, targets, l2=l2)
+    slope = sigmoid(scores @ weights + bias) - targets
+    gradient = scores.T @ slope / 30 + l2 * weights
+    assert (weights >= 0).all()
+    assert abs(slope.mean()) < 1e-6
+    assert np.abs(gradient[weights > 0]).max(initial=0) < 1e-6
+    assert (gradient[weights == 0] > -1e-6).all()
+
+
+def test_a_stack_is_better_than_its_members_and_calibrated():
+    (scores, labels), (others, truth) = sample(seed=1), sample(seed=2)
+    stack = fit_stack(scores, labels)
+    alone = [fit_stack(scores[:, [m]], labels) for m in range(3)]
+    together = log_loss(stack.log_odds(others), truth)
+    assert together < min(log_loss(alone[m].log_odds(others[:, [m]]), truth) for m in range(3)) - 0.005
+    assert expected_calibration_error(reliability_bins(stack.log_odds(others), truth)) < 0.02
+    assert stack.weights[2] < 0.05 * min(stack.weights[:2])
+
+
+def test_the_temperature_undoes_the_shrinking():
+    scores, labels = sample()
+    strong, weak = fit_stack(scores, labels, l2=1.0), fit_stack(scores, labels, l2=0.0)
+    assert strong.temperature < 0.5
+    assert weak.temperature == pytest.approx(1, abs=1e-3)
+    error = expected_calibration_error(reliability_bins(strong.log_odds(scores), labels))
+    assert error < 0.02
+    # The calibrated mean is the base rate (the bias is free in the last fit), up to Platt's softening.
+    assert sigmoid(strong.log_odds(scores)).mean() == pytest.approx(labels.mean(), abs=1e-3)
+
+
+@settings(max_examples=15)
+@given(st.floats(0.01, 100), st.floats(-50, 50))
+def test_units_of_a_score_do_not_matter(factor, shift):
+    scores, labels = sample(200)
+    moved = scores.copy()
+    moved[:, 0] = factor * scores[:, 0] + shift
+    plain, other = fit_stack(scores, labels), fit_stack(moved, labels)
+    assert other.log_odds(moved) == pytest.approx(plain.log_odds(scores), abs=1e-5)
+
+
+def test_scores_that_tell_all_labels_apart_stay_finite():
+    stack = fit_stack([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, 1], l2=0.0)
+    log_odds = stack.log_odds([[1.0], [2.0], [3.0], [4.0]])
+    assert np.isfinite(log_odds).all()
+    assert (np.diff(log_odds) > 0).all()
+    # Platt's targets: 3/4 and 1/4, reached as nearly as one slope can.
+    assert 0.5 < sigmoid(log_odds[2]) < sigmoid(log_odds[3]) < 0.9
+
+
+def test_a_member_of_one_value_and_one_that_misleads_are_left_out():
+    scores, labels = sample(300)
+    stack = fit_stack(np.column_stack((np.full(300, 7.0), -scores[:, 0], scores[:, 1])), labels)
+    assert stack.weights[:2] == (0, 0)
+    assert stack.weights[2] > 0
+    nothing = fit_stack(np.full((300, 1), 0.1), labels)
+    assert nothing.weights == (0,)
+    assert sigmoid(nothing.bias) == pytest.approx(labels.mean(), abs=0.01)
+
+
+def test_log_odds_by_hand_and_of_some_members():
+    stack = Stack(means=(1.0, 0.0, 5.0), scales=(2.0, 1.0, 1.0), weights=(3.0, 0.0, 0.5), bias=-1.0)
+    assert stack.log_odds([[5, 9, 5], [1, 9, 7]]).tolist() == [5, 0]
+    assert stack.only([0, 2]) == Stack((1.0, 5.0), (2.0, 1.0), (3.0, 0.5), -1.0)
+    assert stack.only([0, 2]).log_odds([[5, 5]]).tolist() == [5]
+
+
+def test_a_query_never_fits_its_own_log_odds():
+    """Each query's log-odds are those of a fit on the other folds: its own labels change nothing."""
+    scores, labels = sample(300)
+    groups = [f"q{row % 30}" for row in range(300)]
+    before = out_of_fold_log_odds(scores, labels, groups, seed=3)
+    own = np.array(groups) == "q7"
+    flipped = labels ^ own
+    after = out_of_fold_log_odds(scores, flipped, groups, seed=3)
+    assert (before[own] == after[own]).all()
+    assert (before != after).mean() > 0.5
+    left_out = out_of_fold_log_odds(scores, labels, groups, num_folds=30)
+    assert left_out[own] == pytest.approx(fit_stack(scores[~own], labels[~own]).log_odds(scores[own]))
+
+
+def test_folds_depend_on_names_not_on_the_order_of_pairs():
+    scores, labels = sample(200)
+    groups = [f"q{row % 20}" for row in range(200)]
+    order = np.random.default_rng(1).permutation(200)
+    plain = out_of_fold_log_odds(scores, labels, groups)
+    shuffled = out_of_fold_log_odds(scores[order], labels[order], [groups[row] for row in order])
+    assert shuffled == pytest.approx(plain[order])
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([[1.0], [2.0]], [1, 1], "same label"),
+        ([[1.0], [2.0]], [1], "1 labels"),
+        ([1.0, 2.0], [1, 0], "shape"),
+        ([[1.0], [float("nan")]], [1, 0], "1 of 2 scores"),
+        ([[1.0], [float("inf")]], [1, 0], "no finite"),
+    ],
+)
+def test_wrong_input_is_named(scores, labels, message):
+    with pytest.raises(InputError, match=message):
+        fit_stack(scores, labels)
+
+
+def test_one_query_cannot_be_cross_validated():
+    with pytest.raises(InputError, match="at least two"):
+        out_of_fold_log_odds([[1.0], [2.0]], [1, 0], ["q", "q"])
