@@ -65,6 +65,37 @@ def find_kind(config: TeacherConfig) -> str:
     return "seq2seq" if settings.get("is_encoder_decoder") else "causal"
 
 
+@dataclass(frozen=True, slots=True)
+class TunedTeacher:
+    """What the manifest of a tuned teacher says.
+
+    ``base_fingerprint`` is that of the weights its adapter belongs to; None where the folder holds the whole model
+    (``config.model`` is that folder then).
+    """
+
+    folder: Path
+    config: TeacherConfig
+    fingerprint: str
+    base_fingerprint: str | None
+
+
+def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
+    """The tuned teacher that ``config.model`` names, or None where it names something else.
+
+    Raises:
+        DataFormatError: the folder's manifest cannot be read, or is of something else.
+    """
+    folder = find_tuned_teacher(config.model)
+    if folder is None:
+        return None
+    manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
+    own = TeacherConfig.model_validate(manifest["config"])
+    if manifest.get("holds") == "model":
+        own = own.model_copy(update={"model": str(folder)})
+        return TunedTeacher(folder, own, str(manifest["fingerprint"]), None)
+    return TunedTeacher(folder, own, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))
+
+
 def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
     """The identity that a teacher of local weights (``LOCAL_KINDS``) loaded from ``config`` has.
 
@@ -72,17 +103,15 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
         ModelNotFoundError: no usable weights there.
         InputError: no such prompt set.
     """
-    folder = find_tuned_teacher(config.model)
-    if folder is not None:
-        manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
-        config, fingerprint = TeacherConfig.model_validate(manifest["config"]), str(manifest["fingerprint"])
-    else:
-        fingerprint = fingerprint_model(locate_model(config.model))
+    kind = find_kind(config)
+    tuned = read_tuned_teacher(config)
+    fingerprint = tuned.fingerprint if tuned else fingerprint_model(locate_model(config.model))
+    own = tuned.config if tuned else config
     return TeacherIdentity(
         fingerprint,
         {
-            "symmetric": fingerprint_prompt(config, "symmetric"),
-            "asymmetric": fingerprint_prompt(config, "asymmetric"),
+            "symmetric": fingerprint_prompt(own, "symmetric", kind=kind),
+            "asymmetric": fingerprint_prompt(own, "asymmetric", kind=kind),
         },
     )
 
@@ -90,6 +119,11 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
 identify_causal_teacher = identify_local_teacher
 
 
-def fingerprint_prompt(config: TeacherConfig, task: Task) -> str:
-    """Identity of the question put for ``task``; the length limit is part of it, since it decides what is read."""
+def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:
+    """Identity of the question put for ``task``; the length limit is part of it, since it decides what is read.
+
+    A classifier is asked nothing: which of its classes means yes takes the question's place.
+    """
+    if kind == "classifier":
+        return fingerprint_json([kind, config.positive_label, config.max_tokens])
     return fingerprint_json([load_prompt(config.prompt, task).fingerprint, config.max_tokens])

@@ -18,22 +18,33 @@ else:
     import tomli as tomllib
 
 _KEYS = {"template", "yes", "no"}
+_SWITCH = "spaced"
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A template cut at its two slots: ``head`` query ``middle`` passage ``tail``, and the two answer words."""
+    """A template cut at its two slots: ``head`` query ``middle`` passage ``tail``, and the two answer words.
+
+    ``space`` goes before query and passage. It is " " where the template asks for that (``spaced``): tokenizers of LLMs
+    join the space before a word with the word, and a model that was tuned on whole texts expects these tokens.
+    """
 
     head: str
     middle: str
     tail: str
     yes: str
     no: str
+    space: str = ""
 
     @property
     def fingerprint(self) -> str:
         """Identity of the question: labels asked with another text are other labels."""
-        return fingerprint_json([self.head, self.middle, self.tail, self.yes, self.no])
+        spaced = [self.space] if self.space else []
+        return fingerprint_json([self.head, self.middle, self.tail, self.yes, self.no, *spaced])
+
+    def fill(self, query: str, passage: str) -> str:
+        """The whole text, for models that are given it in one piece."""
+        return f"{self.head}{self.space}{query}{self.middle}{self.space}{passage}{self.tail}"
 
 
 def load_prompt(name: str, task: Task) -> Prompt:
@@ -67,13 +78,20 @@ def _read_file(path: Path, task: Task) -> dict[str, Any]:
 
 
 def _parse(section: dict[str, Any], where: str) -> Prompt:
-    if set(section) != _KEYS:
+    if set(section) - {_SWITCH} != _KEYS:
         raise InputError(f"{where}: needs exactly the keys template, yes, no; found {', '.join(sorted(section))}")
-    if not all(isinstance(value, str) for value in section.values()):
+    if not all(isinstance(section[key], str) for key in _KEYS):
         raise InputError(f"{where}: template, yes and no must be texts in quotes")
+    if not isinstance(spaced := section.get(_SWITCH, False), bool):
+        raise InputError(f"{where}: {_SWITCH} must be true or false")
     template: str = section["template"]
     head, query_slot, rest = template.partition("{query}")
     middle, passage_slot, tail = rest.partition("{passage}")
     if not query_slot or not passage_slot or not tail:
         raise InputError(f"{where}: the template needs {{query}}, then {{passage}}, then the question")
-    return Prompt(head.lstrip("\n"), middle, tail, section["yes"], section["no"])
+    head = head.lstrip("\n")
+    if not spaced:
+        return Prompt(head, middle, tail, section["yes"], section["no"])
+    if not head.endswith(" ") or not middle.endswith(" "):
+        raise InputError(f"{where}: with {_SWITCH}, a space must stand before {{query}} and before {{passage}}")
+    return Prompt(head[:-1], middle[:-1], tail, section["yes"], section["no"], space=" ")

@@ -1,0 +1,114 @@
+"""The beginning that several inputs have in common is read once: its keys and values are kept and used by all of them.
+
+The candidates of a query differ in their passages alone, and the prompt begins with the query. So special tokens,
+prompt head, query and middle are read once a query, passage and question once a pair, on top of the query's keys and
+values. The same as reading each input whole, up to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from d2llm.ops.batching import pad_right
+from d2llm.ops.pooling import last_positions
+
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
+"""What architectures raise whose caches are not made of keys and values alone."""
+
+
+class _PrefixLayer(DynamicLayer):
+    """One layer's keys and values of some prefixes; those of what follows are used at once and not kept."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefix with those of what follows behind them."""
+        del args, kwargs
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class SharedPrefixes:
+    """Keys and values of some prefixes, one row each, padded at their beginning.
+
+    Padded there, because the text that follows then stands right behind its prefix: sliding windows, which count
+    places in the cache, stay right.
+    """
+
+    def __init__(self, model: Any, prefixes: Sequence[Sequence[int]], *, padding: int, device: torch.device) -> None:
+        """Read the prefixes.
+
+        Args:
+            model: a causal model of ``transformers`` without its head.
+            prefixes: token ids of each, at least one.
+            padding: id of the padding token.
+            device: where the model is.
+        """
+        self._model, self._padding, self._device = model, padding, device
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        width = max(map(len, prefixes))
+        ids = [[padding] * (width - len(row)) + list(row) for row in prefixes]
+        self._lengths = torch.tensor([len(row) for row in prefixes], device=device)
+        self._mask = torch.arange(width, device=device) >= (width - self._lengths)[:, None]
+        self._cache = DynamicCache()
+        self._forward(torch.tensor(ids, device=device), self._mask, self._cache, 0)
+
+    def last_states(self, rows: Sequence[int], suffixes: Sequence[Sequence[int]]) -> Float[Tensor, "pairs dim"]:
+        """The last layer's state of each suffix's last token, where it stands behind prefix ``rows[i]``."""
+        chosen = torch.tensor(rows, device=self._device)
+        layers = cast("list[Any]", self._cache.layers)
+        cache = Cache(layers=[_PrefixLayer(layer.keys[chosen], layer.values[chosen]) for layer in layers])
+        ids, mask = pad_right(suffixes, self._padding, self._device)
+        states = self._forward(ids, torch.cat([self._mask[chosen], mask], dim=1), cache, self._lengths[chosen])
+        return states[torch.arange(len(states), device=self._device), last_positions(mask)]
+
+    def _forward(
+        self,
+        ids: Int[Tensor, "rows tokens"],
+        mask: Bool[Tensor, "rows places"],
+        cache: Any,
+        num_before: Int[Tensor, " rows"] | int,
+    ) -> Float[Tensor, "rows tokens dim"]:
+        """Read tokens behind what the cache holds (``num_before`` tokens a row); ``mask`` covers both."""
+        positions: dict[str, Tensor] = {}
+        if self._takes_positions:
+            own = mask[:, -ids.shape[1] :].long()
+            before = num_before[:, None] if isinstance(num_before, Tensor) else num_before
+            positions["position_ids"] = (before + own.cumsum(1) - 1).clamp(min=0)
+        output = self._model(
+            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
+        )
+        return output.last_hidden_state
+
+
+def why_not_shared(model: Any, tokens: Sequence[int], *, padding: int, device: torch.device) -> str:
+    """Why ``model`` cannot go on from a shared prefix, found by a trial; empty where it can.
+
+    Args:
+        model: a causal model of ``transformers`` without its head.
+        tokens: some token ids, at least 20, to try with.
+        padding: id of the padding token.
+        device: where the model is.
+    """
+    prefixes, suffixes = [tokens[:3], tokens[3:11]], [tokens[11:15], tokens[11:20], tokens[8:13]]
+    rows = [0, 1, 1]
+    try:
+        shared = SharedPrefixes(model, prefixes, padding=padding, device=device).last_states(rows, suffixes)
+    except _REFUSALS as error:
+        return f"its cache cannot be shared ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    for row, suffix, found in zip(rows, suffixes, shared, strict=True):
+        whole = model(input_ids=torch.tensor([[*prefixes[row], *suffix]], device=device), use_cache=False)
+        expected = whole.last_hidden_state[0, -1].float()
+        if (found.float() - expected).norm() > 0.03 * expected.norm():  # bfloat16 rounds by up to a hundredth
+            return "what it reads behind a shared prefix is not what it reads whole"
+    return ""
