@@ -9,7 +9,7 @@ from transformers import T5Config, T5Model
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
 from d2llm.models.backbone import Backbone
-from tiny_models import DECODERS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
+from tiny_models import ARCHITECTURES, DECODERS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
 
 LONG = " ".join(TEXTS)
 
@@ -115,6 +115,26 @@ def test_states_are_the_models_own(folders):
         states, mask = backbone(*backbone.pad(ids))
     torch.testing.assert_close(states[mask], expected[0], rtol=1e-5, atol=1e-5)
     assert states.shape[-1] == backbone.dim == 32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_first_layers_alone(tmp_path, architecture):
+    folder = write_tiny_model(tmp_path / architecture, architecture)
+    whole, cut = load(folder), load(folder, layers=1)
+    total = whole.model.config.num_hidden_layers
+    assert total > 1
+    ids = whole.tokenize(TEXTS[:1], "query").ids
+    states: list[torch.Tensor] = []
+    layers = next(part for part in whole.model.modules() if isinstance(part, torch.nn.ModuleList))
+    layers[0].register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+    norms = [part for name, part in whole.model.named_children() if "norm" in name and "embed" not in name]
+    with torch.inference_mode():
+        whole.model(input_ids=torch.tensor(ids))
+        found, mask = cut(*cut.pad(ids))
+        expected = norms[-1](states[0]) if norms else states[0]
+    torch.testing.assert_close(found[mask], expected.reshape(-1, expected.shape[-1]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=f"layers is 9, but .* has {total}"):
+        load(folder, layers=9)
 
 
 def test_no_keys_and_values_are_kept(folders):

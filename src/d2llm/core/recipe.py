@@ -42,6 +42,8 @@ class BackboneConfig(_Section):
     """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2``."""
     tuning: Literal["lora", "full", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
+    layers: int | None = Field(default=None, ge=1)
+    """Use only so many of the model's layers, from the first: cheaper, and for search often no worse. None: all."""
     pooling: Literal["auto", "mean", "last", "first"] = "auto"
     """The backbone's own pooling; ``auto`` reads the model's own setting, else mean for encoders, last for decoders."""
     max_query_tokens: int = Field(default=128, ge=4)
@@ -161,7 +163,7 @@ class TeacherTuningConfig(_Section):
 
 
 class DataConfig(_Section):
-    """One data set of a recipe: a BEIR-layout folder."""
+    """One data set of a recipe: a retrieval set in BEIR layout, or a set of labelled pairs."""
 
     path: str
     task: Task = "asymmetric"
@@ -250,6 +252,12 @@ class LossWeights(_Section):
     in_batch_cross_entropy: float = Field(default=1.0, ge=0)
     anchor_cross_entropy: float = Field(default=1.0, ge=0)
     """In-batch cross-entropy of the inner-product part alone (anchored head): keeps the vectors good by themselves."""
+    pair_cross_entropy: float = Field(default=1.0, ge=0)
+    """Of labelled pairs, each judged alone: is the answer yes? None of the losses above is computed of them."""
+    anchor_pair_cross_entropy: float = Field(default=0.5, ge=0)
+    """The same of the inner-product part alone (anchored head)."""
+    teacher_share: float = Field(default=0.5, ge=0, le=1)
+    """Of the target of a labelled pair: how much is the teacher's P(yes), the rest the data set's own label."""
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head has a learned scale of its own besides."""
 
@@ -284,6 +292,24 @@ class TrainingConfig(_Section):
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
+    group_by_length: bool = True
+    """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries."""
+    sampling_temperature: float = Field(default=1.0, ge=1)
+    """T: a data set of n queries has a share of n^(1/T) in the batches. 1: in proportion; more: small sets come more
+    often, large ones less, at the same number of batches."""
+    part_tokens: int = Field(default=2048, ge=1)
+    """Tokens, padding included, that go through the backbone at a time."""
+    gradient_caching: Literal["auto", "on", "off"] = "auto"
+    """Read the texts of a batch twice, part by part, so that memory holds the intermediate results of one part at a
+    time; the gradient is the same. ``auto``: those of the parts that ``graph_tokens`` has no room for."""
+    graph_tokens: int = Field(default=16384, ge=1)
+    """Tokens whose intermediate results ``auto`` keeps in memory."""
+    interpolation: tuple[float, ...] = ()
+    """Shares (0 to 1) of the way from the start to the best state that are tried at the end: the smallest one is kept
+    whose dev results are not significantly worse than the whole way's. Keeps what the backbone could do before."""
+    trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = "auto"
+    """Where the run's log goes besides ``log.jsonl``; ``auto``: to TensorBoard files in the run folder where
+    `tensorboard` is installed."""
 
 
 class GateConfig(_Section):

@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         Raises:
             ModelNotFoundError: no usable weights there.
             ModelError: the model is no plain encoder or decoder.
-            InputError: a token limit beyond what the model can read.
+            InputError: a token limit beyond what the model can read, or more layers than it has.
         """
         super().__init__()
         from transformers import AutoModel
@@ -79,6 +79,8 @@ class Backbone(nn.Module):
                 f"'{config.model}' is an encoder with a decoder ({type(self.model).__name__}); a backbone is one or "
                 "the other: use another model"
             )
+        if config.layers is not None:
+            keep_first_layers(self.model, config.layers, name=config.model)
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # a text is read once: keys and values need not be kept
         self._merged_adapter: dict[str, Tensor] = {}
@@ -208,6 +210,26 @@ class Backbone(nn.Module):
                     f"{key} is {getattr(self.config, key)}, but '{self.config.model}' reads at most {readable} tokens; "
                     f"set {key} to {readable} or less"
                 )
+
+
+def keep_first_layers(model: nn.Module, count: int, *, name: str) -> None:
+    """Leave out all layers of a model after the first ``count``, in place.
+
+    Raises:
+        InputError: the model, ``name`` in the message, has fewer.
+        ModelError: its layers are not one list of modules.
+    """
+    config = cast(Any, model).config
+    total = int(config.num_hidden_layers)
+    if count > total:
+        raise InputError(f"layers is {count}, but '{name}' has {total}; set layers to {total} or less")
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    if len(stacks) != 1:
+        raise ModelError(f"'{name}' ({type(model).__name__}) has no single list of layers to cut; leave layers unset")
+    del stacks[0][count:]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:count]
 
 
 def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> PoolingName:
