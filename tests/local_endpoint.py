@@ -1,0 +1,118 @@
+"""A small OpenAI-compatible endpoint on a real socket, whose every answer a test decides."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Headers = dict[str, str]
+
+
+@dataclass
+class Reply:
+    """What to send back; ``body`` is sent as JSON, a text as it is."""
+
+    body: Any = None
+    status: int = 200
+    headers: Headers = field(default_factory=dict)
+    delay: float = 0.0
+    hang_up: bool = False
+
+
+@dataclass
+class Request:
+    """What came in, and when (``time.monotonic``)."""
+
+    path: str
+    body: dict[str, Any]
+    headers: Headers
+    when: float
+
+    @property
+    def prompt(self) -> str:
+        return self.body["prompt"] if "prompt" in self.body else self.body["messages"][0]["content"]
+
+
+class LocalEndpoint:
+    """Collects requests, and answers each by ``reply(request, number)``, number from 0."""
+
+    def __init__(self, reply: Callable[[Request, int], Reply]) -> None:
+        self.reply = reply
+        self.requests: list[Request] = []
+        self.most_at_once = 0
+        self.url = ""
+        self._at_once = 0
+        self._lock = threading.Lock()
+
+    @property
+    def prompts(self) -> list[str]:
+        return [request.prompt for request in self.requests]
+
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        request = Request(handler.path, body, dict(handler.headers), time.monotonic())
+        with self._lock:
+            number = len(self.requests)
+            self.requests.append(request)
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        reply = self.reply(request, number)
+        time.sleep(reply.delay)
+        with self._lock:
+            self._at_once -= 1
+        if reply.hang_up:
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return
+        content = (reply.body if isinstance(reply.body, str) else json.dumps(reply.body)).encode()
+        handler.send_response(reply.status)
+        for name, value in {**reply.headers, "Content-Length": str(len(content))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+
+@contextmanager
+def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndpoint]:
+    """Serve on a free port of this machine until the block ends."""
+    endpoint = LocalEndpoint(reply)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # keeps connections, as real servers do
+
+        def do_POST(self) -> None:
+            try:
+                endpoint.handle(self)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True  # the client was killed
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
+        try:
+            yield endpoint
+        finally:
+            server.shutdown()
+
+
+def completion(top: dict[str, float] | None, *, num_prompt_tokens: int | None = None) -> dict[str, Any]:
+    """An answer in the form of OpenAI's completions (vLLM, SGLang, llama-cpp-python)."""
+    logprobs = None if top is None else {"top_logprobs": [top] if top else []}
+    answer: dict[str, Any] = {"object": "text_completion", "choices": [{"text": "x", "logprobs": logprobs}]}
+    return answer if num_prompt_tokens is None else answer | {"usage": {"prompt_tokens": num_prompt_tokens}}
+
+
+def chat_completion(top: dict[str, float]) -> dict[str, Any]:
+    """An answer in the form of OpenAI's chat, which llama.cpp's server gives for completions too."""
+    listed = [{"token": token, "logprob": value} for token, value in top.items()]
+    return {"choices": [{"logprobs": {"content": [{**listed[0], "top_logprobs": listed}]}}]}
