@@ -32,9 +32,9 @@ QA = PlanEntry("qa", ("a1", "a2"), ("h1", "h2"), ("e1",))
 QB = PlanEntry("qb", ("b1",), ("h3", "a2"), ("c1-twin",))
 QC = PlanEntry("qc", ("c1",), ("b1-twin", "h1"), ())
 DRAWS = [
-    Draw(QA, "a1", ["h2", "h1"], ["e1"]),
-    Draw(QB, "b1", ["a2"], ["c1-twin"]),
-    Draw(QC, "c1", ["b1-twin", "h1"], []),
+    Draw(QA, ["a1"], ["h2", "h1"], ["e1"]),
+    Draw(QB, ["b1"], ["a2"], ["c1-twin"]),
+    Draw(QC, ["c1"], ["b1-twin", "h1"], []),
 ]
 COLUMNS = ("a1", "h2", "h1", "e1", "b1", "a2", "c1-twin", "c1", "b1-twin")
 LOG_ODDS = {
@@ -162,7 +162,7 @@ def test_own_labels_stand_in_for_a_missing_teacher(tmp_path: Path) -> None:
 
 
 def test_a_query_without_hard_negatives(tmp_path: Path) -> None:
-    batch = collate(LabelledSource.join(source(), store(tmp_path)), [Draw(QA, "a1", [], ["e1"])])
+    batch = collate(LabelledSource.join(source(), store(tmp_path)), [Draw(QA, ["a1"], [], ["e1"])])
     assert batch.passage_ids == ("a1", "e1")
     assert not batch.hard.any()
     np.testing.assert_array_equal(batch.own, [[0]])
@@ -215,7 +215,7 @@ def test_every_query_comes_once_an_epoch(many: LabelledSource, tmp_path: Path) -
 
 def test_a_draw_takes_one_positive_and_some_negatives_of_its_own(many: LabelledSource) -> None:
     for draw in draws_of(many):
-        assert draw.positive in draw.entry.positives
+        assert draw.positives[0] in draw.entry.positives
         assert len(set(draw.hard)) == 3
         assert set(draw.hard) <= set(draw.entry.hard_negatives)
         assert len(set(draw.easy)) == 2
@@ -225,7 +225,7 @@ def test_a_draw_takes_one_positive_and_some_negatives_of_its_own(many: LabelledS
 def test_a_plan_with_fewer_negatives_gives_what_it_has(tmp_path: Path) -> None:
     few = labelled_many(tmp_path, (PlanEntry("q", ("p",), ("h",), ()),))
     [draw] = draws_of(few)
-    assert (draw.positive, draw.hard, draw.easy) == ("p", ["h"], [])
+    assert (draw.positives, draw.hard, draw.easy) == (["p"], ["h"], [])
 
 
 def test_a_draw_depends_on_seed_epoch_and_query_alone(many: LabelledSource, tmp_path: Path) -> None:

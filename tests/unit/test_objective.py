@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,6 @@ from d2llm.data.collation import DistillationBatch
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
-from d2llm.pipeline import objective
 from d2llm.pipeline.objective import batch_losses, score_batch, weighted_sum
 from tiny_data import make_source
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
@@ -109,7 +110,8 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
     )
 
 
-LOSS_NAMES = [name for name in LossWeights.model_fields if name != "temperature"]
+PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
+LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "teacher_share"}]
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)
@@ -158,6 +160,52 @@ def test_no_loss_at_all_is_an_error_that_says_so(scores: PairScores, batch: Dist
         weighted_sum(found, weights)
 
 
+# --- labelled pairs ---------------------------------------------------------------------------------------------------
+
+TARGETS = [[1.0, 0.0, np.nan, np.nan], [np.nan, np.nan, 0.5, np.nan]]
+JUDGED = [(0, 0), (0, 1), (1, 2)]
+
+
+def pair_batch(batch: DistillationBatch) -> DistillationBatch:
+    return replace(batch, targets=np.array(TARGETS, np.float32))
+
+
+def cross_entropy_by_hand(logits: torch.Tensor, offset: float, share: float) -> float:
+    values: list[float] = []
+    for row, column in JUDGED:
+        teacher = 1 / (1 + math.exp(-LOG_ODDS[row][column]))
+        target = (1 - share) * TARGETS[row][column] + share * teacher
+        yes = 1 / (1 + math.exp(offset - float(logits[row, column])))
+        values.append(-target * math.log(yes) - (1 - target) * math.log(1 - yes))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_labelled_pairs_are_judged_one_by_one(scores: PairScores, batch: DistillationBatch, share: float) -> None:
+    weights = ALL_WEIGHTS.model_copy(update={"teacher_share": share})
+    found = batch_losses(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
+    assert set(found) == PAIR_LOSSES
+    assert scores.anchor is not None
+    for name, logits in ("pair_cross_entropy", scores.logits), ("anchor_pair_cross_entropy", scores.anchor):
+        assert found[name].item() == pytest.approx(cross_entropy_by_hand(logits, 0.5, share), rel=1e-5)
+
+
+def test_what_was_not_judged_is_not_pushed(scores: PairScores, batch: DistillationBatch) -> None:
+    offset = torch.tensor(0.5, requires_grad=True)
+    weights = ALL_WEIGHTS.model_copy(update={"anchor_pair_cross_entropy": 0.0})
+    weighted_sum(batch_losses(scores, pair_batch(batch), weights, offset=offset), weights).backward()
+    gradient = scores.logits.grad
+    assert gradient is not None
+    assert {(row, column) for row, column in gradient.nonzero().tolist()} == set(JUDGED)
+    assert offset.grad is not None
+    assert offset.grad.item() == pytest.approx(-gradient.sum().item(), rel=1e-5)
+
+
+def test_pairs_and_a_head_without_anchor(scores: PairScores, batch: DistillationBatch) -> None:
+    found = batch_losses(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
+    assert set(found) == {"pair_cross_entropy"}
+
+
 # --- scores of a batch ------------------------------------------------------------------------------------------------
 
 
@@ -194,11 +242,7 @@ def long_batch() -> DistillationBatch:
     )
 
 
-@pytest.mark.parametrize("part_tokens", [8192, 40, 1])
-def test_scores_are_those_of_texts_encoded_one_by_one(
-    student: Student, long_batch: DistillationBatch, part_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objective, "_PART_TOKENS", part_tokens)
+def test_scores_are_those_of_texts_encoded_one_by_one(student: Student, long_batch: DistillationBatch) -> None:
     scores = score_batch(student, long_batch)
     texts = [long_batch.source.passage_text(passage_id) for passage_id in long_batch.passage_ids]
     passages = np.concatenate([student.encode_passages([text]).vectors for text in texts])

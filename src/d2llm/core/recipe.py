@@ -293,7 +293,8 @@ class TrainingConfig(_Section):
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     group_by_length: bool = True
-    """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries."""
+    """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries; a data set of fewer
+    than eight batches is left as it is."""
     sampling_temperature: float = Field(default=1.0, ge=1)
     """T: a data set of n queries has a share of n^(1/T) in the batches. 1: in proportion; more: small sets come more
     often, large ones less, at the same number of batches."""

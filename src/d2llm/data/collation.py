@@ -13,8 +13,10 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
+from d2llm.ops.batching import like_length_batches
 
 _CERTAIN = 20.0  # log-odds of a data set's own judgement
+_SORTED_BATCHES = 8  # whose queries are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class LabelledSource:
 class DistillationBatch:
     """Q queries of one data set against the N passages that any of them brings.
 
-    All arrays are [Q, N] but the last two. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
+    All arrays but the last three are [Q, N]. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
+    ``targets`` [Q, N], of labelled pairs only, is the data set's own probability of a yes, NaN where none was judged.
     ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where the
     store has no cosines, and ``gram`` [Q, n, n] the cosines of the teacher's features over them.
     """
@@ -63,47 +66,122 @@ class DistillationBatch:
     teacher_log_odds: NDArray[np.float32]
     own: NDArray[np.int64]
     gram: NDArray[np.float32]
+    targets: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one query brings to one batch."""
+    """What one query brings to one batch: one positive, or of labelled pairs all that were judged."""
 
     entry: PlanEntry
-    positive: str
+    positives: list[str]
     hard: list[str]
     easy: list[str]
+
+    @property
+    def passage_ids(self) -> list[str]:
+        """All passages of the draw."""
+        return self.positives + self.hard + self.easy
 
 
 def batches_per_epoch(sources: Sequence[LabelledSource], batch_queries: int) -> int:
     """How many batches ``epoch_batches`` gives, without drawing them; the last of a source may be smaller."""
-    return sum(-(-len(source.entries) // batch_queries) for source in sources)
+    return sum(_batches_per_pass(sources, batch_queries))
 
 
 def epoch_batches(
-    sources: Sequence[LabelledSource], *, epoch: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
+    sources: Sequence[LabelledSource],
+    *,
+    epoch: int,
+    batch_queries: int,
+    num_hard: int,
+    num_easy: int,
+    seed: int,
+    group_by_length: bool = False,
+    temperature: float = 1.0,
 ) -> list[tuple[LabelledSource, list[Draw]]]:
     """All batches of an epoch, each of one data set, in an order fixed by seed and epoch.
 
-    Each query brings one of its positives and some of its negatives, drawn anew each epoch; the draw depends on the
-    seed, the epoch and the query alone.
+    Each query brings one of its positives and some of its negatives, drawn anew each time it comes; the draw depends
+    on the seed, on how often the query has come and on the query alone.
+
+    Args:
+        sources: data sets with their labels.
+        epoch: which one, from 0. Each data set is gone through again and again, in a new order each time; an epoch
+            goes on where the last one stopped.
+        batch_queries: queries of a batch.
+        num_hard: hard negatives of a query.
+        num_easy: easy negatives of a query.
+        seed: of order and draws.
+        group_by_length: put queries together whose texts have about the same length in sum.
+        temperature: T; a data set of m batches has a share of m^(1/T) in the batches of an epoch, whose number T does
+            not change. With T = 1 every query comes once an epoch.
     """
+    per_pass = _batches_per_pass(sources, batch_queries)
     batches: list[tuple[LabelledSource, list[Draw]]] = []
-    for source in sources:
-        entries = list(source.entries)
-        random.Random(f"{seed}:{epoch}:{source.source.dataset.name}").shuffle(entries)
-        for start in range(0, len(entries), batch_queries):
-            draws = [_draw(e, epoch, num_hard, num_easy, seed) for e in entries[start : start + batch_queries]]
-            batches.append((source, draws))
+    for source, of_pass, of_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
+        numbers = range(epoch * of_epoch, (epoch + 1) * of_epoch)
+        for round_ in sorted({number // of_pass for number in numbers}):
+            drawn = _round(source, round_, batch_queries, num_hard, num_easy, seed, group_by_length)
+            batches += [(source, drawn[n % of_pass]) for n in numbers if n // of_pass == round_]
     random.Random(f"{seed}:{epoch}").shuffle(batches)
     return batches
 
 
+def queries_by_set(batches: Sequence[tuple[LabelledSource, list[Draw]]]) -> dict[str, int]:
+    """How many queries of each data set the batches hold, a query counted as often as it comes."""
+    counts: dict[str, int] = {}
+    for source, draws in batches:
+        name = source.source.dataset.name
+        counts[name] = counts.get(name, 0) + len(draws)
+    return counts
+
+
+def _batches_per_pass(sources: Sequence[LabelledSource], batch_queries: int) -> list[int]:
+    return [-(-len(source.entries) // batch_queries) for source in sources]
+
+
+def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
+    """Batches of each data set in an epoch, in sum those of all: rounded down, the rest to the largest remainders."""
+    weights = [float(count) ** (1 / temperature) if count else 0.0 for count in per_pass]
+    exact = [sum(per_pass) * weight / (sum(weights) or 1.0) for weight in weights]
+    shares = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: sum(per_pass) - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def _round(
+    source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int, by_length: bool
+) -> list[list[Draw]]:
+    """All queries of a data set in batches, for the ``number``-th time."""
+    entries = list(source.entries)
+    rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
+    rng.shuffle(entries)
+    draws = [_draw(entry, number, num_hard, num_easy, seed) for entry in entries]
+    # At least four windows: in one alone the same queries would meet each time, which are then no new negatives.
+    window = min(_SORTED_BATCHES, -(-len(draws) // batch_queries) // 4) if by_length else 1
+    if window <= 1:
+        return [draws[start : start + batch_queries] for start in range(0, len(draws), batch_queries)]
+    lengths = [_length(source.source, draw) for draw in draws]
+    batches = like_length_batches(lengths, batch_size=batch_queries, window=window)
+    rng.shuffle(batches)  # an epoch may stop in the middle, and must not end with long texts
+    return [[draws[index] for index in batch] for batch in batches]
+
+
+def _length(source: TrainingSource, draw: Draw) -> int:
+    """Characters of the query and its passages: what takes long to read, whatever the tokenizer."""
+    return len(source.query_text(draw.entry.query_id)) + sum(len(source.passage_text(p)) for p in draw.passage_ids)
+
+
 def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> Draw:
+    if entry.targets:
+        return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
     rng = random.Random(f"{seed}:{epoch}:{entry.query_id}")
     hard = rng.sample(entry.hard_negatives, min(num_hard, len(entry.hard_negatives)))
     easy = rng.sample(entry.easy_negatives, min(num_easy, len(entry.easy_negatives)))
-    return Draw(entry, rng.choice(entry.positives), hard, easy)
+    return Draw(entry, [rng.choice(entry.positives)], hard, easy)
 
 
 def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
@@ -113,23 +191,29 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
     positive of this query or repeats the text of one: such a passage takes no part. For a query that the teacher has
     not labelled, the data set's own word stands in for the teacher's, and there are no features to imitate.
     """
-    passage_ids = list(dict.fromkeys(p for draw in draws for p in (draw.positive, *draw.hard, *draw.easy)))
+    passage_ids = list(dict.fromkeys(p for draw in draws for p in draw.passage_ids))
     column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
     shape = (len(draws), len(passage_ids))
     positive, hard, easy = np.zeros(shape, bool), np.zeros(shape, bool), np.ones(shape, bool)
     log_odds = np.full(shape, -np.inf, np.float32)
-    width = max(1 + len(draw.hard) for draw in draws)
+    width = max(len(draw.positives) + len(draw.hard) for draw in draws)
+    targets = np.full(shape, np.nan, np.float32)
     own = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
     for row, draw in enumerate(draws):
-        positive[row, column[draw.positive]] = True
+        positive[row, [column[passage_id] for passage_id in draw.positives]] = True
         hard[row, [column[passage_id] for passage_id in draw.hard]] = True
+        judged = [column[passage_id] for passage_id in draw.positives + draw.hard]
+        if draw.entry.targets:
+            targets[row, judged] = draw.entry.targets
         known = set(draw.entry.positives)
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
         if labelled.labels.missing(draw.entry.query_id, draw.entry.passage_ids):
             log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN, -_CERTAIN
+            if draw.entry.targets:
+                log_odds[row, judged] = _log_odds(np.array(draw.entry.targets))
             continue
         for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
             if passage_id in column:
@@ -145,7 +229,13 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
         teacher_log_odds=log_odds,
         own=own,
         gram=gram,
+        targets=targets if any(draw.entry.targets for draw in draws) else None,
     )
+
+
+def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(probabilities) - np.log1p(-probabilities), -_CERTAIN, _CERTAIN)
 
 
 def _features(
@@ -155,7 +245,7 @@ def _features(
     own, gram = np.full(width, -1, np.int64), np.zeros((width, width), np.float32)
     passage_ids, cosines = labels.gram(draw.entry.query_id) or ((), np.zeros((0, 0), np.float32))
     place = {passage_id: index for index, passage_id in enumerate(passage_ids)}
-    listed = [passage_id for passage_id in (draw.positive, *draw.hard) if passage_id in place]
+    listed = [passage_id for passage_id in draw.positives + draw.hard if passage_id in place]
     chosen = [place[passage_id] for passage_id in listed]
     own[: len(listed)] = [column[passage_id] for passage_id in listed]
     gram[: len(listed), : len(listed)] = cosines[np.ix_(chosen, chosen)]

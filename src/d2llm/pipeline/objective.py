@@ -5,33 +5,56 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import LossWeights
 from d2llm.data.collation import DistillationBatch
-from d2llm.models.backbone import TextKind
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
-from d2llm.ops.batching import token_budget_batches
 
-_PART_TOKENS = 8192  # of one pass through the backbone: texts of like length, so that little is spent on padding
+
+def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
+    """Token ids of the batch's texts: each query once, then each passage once."""
+    source = batch.source
+    queries = student.tokenize([source.query_text(query_id) for query_id in batch.query_ids], "query")
+    passages = student.tokenize([source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
+    return queries.ids + passages.ids
+
+
+def score_vectors(student: Student, vectors: Tensor, batch: DistillationBatch) -> PairScores:
+    """Score all queries against all passages by their vectors [queries + passages, dim]; differentiable."""
+    queries, passages = vectors.split([len(batch.query_ids), len(batch.passage_ids)])
+    dtype = student.backbone.compute_dtype
+    with torch.autocast(vectors.device.type, dtype, enabled=dtype != torch.float32):
+        return student.interaction(queries, passages, batch.source.task)
 
 
 def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
-    """Encode the batch's queries and passages, each once, and score all against all; differentiable."""
-    source = batch.source
-    queries = _vectors(student, [source.query_text(query_id) for query_id in batch.query_ids], "query")
-    passages = _vectors(student, [source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
-    dtype = student.backbone.compute_dtype
-    with torch.autocast(queries.device.type, dtype, enabled=dtype != torch.float32):
-        return student.interaction(queries, passages, source.task)
+    """Read the batch's texts in one pass and score all queries against all passages; differentiable.
+
+    The plain form of what ``gradient_cache.backpropagate`` does in parts.
+    """
+    return score_vectors(student, student(*student.backbone.pad(batch_tokens(student, batch))), batch)
 
 
-def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeights) -> dict[str, Tensor]:
-    """Each loss with a weight above 0, unweighted, by the name of its weight."""
+def batch_losses(
+    scores: PairScores, batch: DistillationBatch, weights: LossWeights, *, offset: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Each loss with a weight above 0, unweighted, by the name of its weight.
+
+    Args:
+        scores: of all queries and passages of the batch.
+        batch: what they are to each other.
+        weights: of the losses.
+        offset: of labelled pairs, the logit at which yes and no are equally likely.
+    """
+    if batch.targets is not None:
+        return _losses_of_pairs(scores, batch.targets, batch.teacher_log_odds, weights, offset)
     device = scores.logits.device
     positive, hard, easy = (torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy))
     candidates = positive | hard | easy
@@ -60,6 +83,28 @@ def batch_losses(scores: PairScores, batch: DistillationBatch, weights: LossWeig
     return found
 
 
+def _losses_of_pairs(
+    scores: PairScores,
+    own_targets: NDArray[np.float32],
+    teacher_log_odds: NDArray[np.float32],
+    weights: LossWeights,
+    offset: Tensor | None,
+) -> dict[str, Tensor]:
+    """Of labelled pairs, judged one by one: nothing is known of the others of the batch, so they are no negatives."""
+    own = torch.from_numpy(own_targets).to(scores.logits.device)
+    judged = torch.isfinite(own)
+    teacher = torch.sigmoid(torch.from_numpy(teacher_log_odds).to(own.device))
+    targets = (1 - weights.teacher_share) * own.nan_to_num() + weights.teacher_share * teacher
+    middle = 0.0 if offset is None else offset
+    found: dict[str, Tensor] = {}
+    if weights.pair_cross_entropy:
+        found["pair_cross_entropy"] = losses.pair_cross_entropy(scores.logits.float() - middle, targets, judged)
+    if weights.anchor_pair_cross_entropy and scores.anchor is not None:
+        anchor = scores.anchor.float() - middle
+        found["anchor_pair_cross_entropy"] = losses.pair_cross_entropy(anchor, targets, judged)
+    return found
+
+
 def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
     """Logits without what the interaction adds to all candidates of a query alike, float32 [queries, passages].
 
@@ -80,14 +125,6 @@ def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
     """
     if not found:
         raise InputError(
-            "no loss has a weight above 0 (anchor_cross_entropy is for the head 'anchored' only); set one in [losses]"
+            "no loss has a weight above 0 (the anchor's are for the head 'anchored' only); set one in [losses]"
         )
     return torch.stack([getattr(weights, name) * value for name, value in found.items()]).sum()
-
-
-def _vectors(student: Student, texts: list[str], kind: TextKind) -> Tensor:
-    ids = student.tokenize(texts, kind).ids
-    parts = token_budget_batches([len(row) for row in ids], max_tokens=_PART_TOKENS, max_items=len(ids))
-    encoded = torch.cat([student(*student.backbone.pad([ids[index] for index in part])) for part in parts])
-    order = torch.tensor([index for part in parts for index in part], device=encoded.device)
-    return encoded[torch.argsort(order)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.files import write_bytes
+from d2llm.pipeline.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
@@ -138,10 +140,14 @@ def require_finite(loss: Tensor, step: int, folder: Path) -> None:
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back."""
+    """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back.
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
+    Trackers get the numbers among the values.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
         self._path = folder / LOG
+        self._trackers = trackers
         self._start = time.monotonic()
         kept: list[str] = []
         if self._path.is_file() and resume_step:
@@ -154,6 +160,13 @@ class RunLog:
         record = {"step": step, "seconds": round(time.monotonic() - self._start, 3)} | values
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        for tracker in self._trackers:
+            tracker.log(step, numbers(values))
+
+    def finish(self) -> None:
+        """The run came to its end."""
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,128 @@
+"""Where the numbers of a training run go besides ``log.jsonl``: TensorBoard, Weights & Biases, MLflow.
+
+Each is its own library's few calls. The trackers of `accelerate` are these same calls, but they know nothing of a run
+that is resumed, and changed how they are started from one version to the next.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from d2llm.core.extras import require
+from d2llm.core.recipe import Recipe
+
+PROJECT = "d2llm"
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a step."""
+
+    def log(self, step: int, values: Mapping[str, float], /) -> None:
+        """Keep ``values`` of ``step``, by their names."""
+        ...
+
+    def finish(self) -> None:
+        """The run came to its end."""
+        ...
+
+
+def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: int) -> list[Tracker]:
+    """The trackers that the recipe names, for the run in ``folder``.
+
+    Args:
+        recipe: ``training.trackers`` and the run's name and settings.
+        folder: the run's; TensorBoard's files go to ``<folder>/tensorboard``.
+        run_key: the same for a run and its resumption: W&B and MLflow go on with the run of that key.
+        resume_step: what was logged of later steps is superseded.
+
+    Raises:
+        MissingExtraError: a named tracker's package is not installed.
+    """
+    named = recipe.training.trackers
+    if named == "auto":
+        named = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    return [_TRACKERS[name](recipe, folder, run_key, resume_step) for name in named]
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among ``values`` and the mappings inside it, names joined by ``/``."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}/")  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(value, (int, float)):
+            found[prefix + name] = float(value)
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
+        del recipe, run_key
+        require("tensorboard", extra="track", purpose="the tracker 'tensorboard'")
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        # Steps from purge_step on that a killed run logged are hidden; short waits, so that a watcher sees the present.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+
+    def log(self, step: int, values: Mapping[str, float], /) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # pyright: ignore[reportUnknownMemberType]
+        self._writer.flush()
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
+        del resume_step  # W&B itself ignores steps that it has
+        wandb: Any = require("wandb", extra="track", purpose="the tracker 'wandb'")
+        self._run = wandb.init(
+            project=PROJECT,
+            id=run_key,
+            name=recipe.name,
+            resume="allow",
+            dir=str(folder),
+            config=recipe.model_dump(mode="json"),
+        )
+
+    def log(self, step: int, values: Mapping[str, float], /) -> None:
+        self._run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
+        del folder, resume_step  # a step logged again is a second point of the same step there
+        tracking: Any = require("mlflow.tracking", extra="track", purpose="the tracker 'mlflow'")
+        self._client = tracking.MlflowClient()
+        experiment = self._client.get_experiment_by_name(PROJECT)
+        experiment_id = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
+        same = self._client.search_runs([experiment_id], f"tags.run_key = '{run_key}'")
+        if same:
+            self._run_id = same[0].info.run_id
+            return
+        self._run_id = self._client.create_run(
+            experiment_id, tags={"run_key": run_key}, run_name=recipe.name
+        ).info.run_id
+        for name, value in numbers(recipe.training.model_dump()).items():
+            self._client.log_param(self._run_id, name, value)
+
+    def log(self, step: int, values: Mapping[str, float], /) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def finish(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+_TRACKERS: dict[str, Callable[[Recipe, Path, str, int], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+    "mlflow": _MLflow,
+}

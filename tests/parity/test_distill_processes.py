@@ -1,0 +1,102 @@
+"""Two processes that train together get what one gets, dropout included."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2llm.core.recipe import LoraConfig, Recipe
+from d2llm.data.training import TrainingSource
+from d2llm.pipeline.distill import DistillReport, distill
+from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_distill import log_of
+from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
+
+
+def sources() -> list[TrainingSource]:
+    return [topics(name="one"), topics(name="two", task="symmetric")]
+
+
+def recipe(models: Path) -> Recipe:
+    """With dropout, and parts so small that each process has several, the first of them kept."""
+    config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
+    student = config.model_copy(update={"interaction": config.interaction.model_copy(update={"dropout": 0.1})})
+    rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
+    return tiny_recipe(student, epochs=1, patience=99, part_tokens=30, graph_tokens=60, **rates)
+
+
+def run(models: Path, folder: Path) -> DistillReport:
+    torch.set_num_threads(1)
+    return distill(
+        sources(),
+        folder,
+        recipe=recipe(models),
+        labels=models / "labels",
+        teacher=tiny_teacher_config(models / "teacher"),
+        device="cpu",
+        dtype="float32",
+        show_progress=False,
+    )
+
+
+def launch(models: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = [str(Path(__file__)), str(models), str(folder)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [*launcher, *script], check=False, timeout=240, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "student", "modernbert", initializer_range=0.1)
+    write_tiny_model(folder / "teacher", "llama")
+    write_rule_labels(folder / "labels", sources(), tiny_teacher_config(folder / "teacher"))
+    return folder
+
+
+def test_two_processes_get_what_one_gets(models: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        expected = run(models, models / "one")
+    finally:
+        torch.set_num_threads(threads)
+    assert expected.best_step > 0
+    finished = launch(models, models / "two")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    reports = [json.loads(line[7:]) for line in finished.stdout.splitlines() if line.startswith("REPORT ")]
+    assert len(reports) == 2
+    assert reports[0] == reports[1]
+    for name in ("steps", "best_step", "stopped_early", "queries"):
+        assert reports[0][name] == getattr(expected, name), name
+    logs = [
+        [{key: value for key, value in line.items() if key != "seconds"} for line in log_of(models / name)]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1])
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        if "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+            assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+    for name in ("head.safetensors", "adapter.safetensors"):
+        one, two = (load_file(models / folder / name) for folder in ("one", "two"))
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            # AdamW's first steps are of the rate's size whatever the gradient's: where that is all but 0, rounding
+            # alone decides the sign.
+            torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=2e-3, msg=lambda m, key=key: f"{key}: {m}")
+
+
+if __name__ == "__main__":
+    sys.stdout.write("REPORT " + json.dumps(asdict(run(Path(sys.argv[1]), Path(sys.argv[2])))) + "\n")
