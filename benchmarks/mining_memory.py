@@ -1,0 +1,144 @@
+"""How the memory of mining grows with the corpus: 100,000 and 400,000 short passages, each in a process of its own.
+
+    python benchmarks/mining_memory.py            the goal: both sizes, texts in memory and in a file
+    python benchmarks/mining_memory.py --small    a tenth of it
+
+What mining needs for a passage is its vector (in a memory-mapped file, whose pages the system counts as ours while
+they are in use) and little else. The encoder is a fake one of the width of `minilm`: memory is measured, not time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2llm.core.files import write_json
+from d2llm.core.recipe import MiningConfig, StudentConfig
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset
+from d2llm.data.passage_store import PassageStore
+from d2llm.index.lexical import LexicalIndex
+from d2llm.pipeline.evaluation.memory import peak_memory
+from d2llm.pipeline.mine import mine
+from d2llm.pipeline.mining.vectors import PassageSequence
+
+RESULT = Path(__file__).parent / "results" / "mining-memory.json"
+SIZES, SMALL_SIZES = (100_000, 400_000), (10_000, 40_000)
+DIM = 384
+NUM_QUERIES = 200
+NUM_WORDS = 20
+VOCABULARY = 30_000
+CASES = (("memory", "texts"), ("memory", "mine"), ("file", "texts"), ("file", "bm25"), ("file", "mine"))
+"""Where the texts are, and how far the process gets."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    vectors: np.ndarray
+    num_truncated: int = 0
+    num_tokens: int = 0
+
+
+class FakeEncoder:
+    """Random vectors of the width of `minilm`."""
+
+    fingerprint = "fake"
+    config = StudentConfig()
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> Encoded:
+        del advance
+        return Encoded(self._rng.standard_normal((len(texts), DIM), dtype=np.float32))
+
+    encode_queries = encode_passages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a tenth of the size")
+    parser.add_argument("--child", nargs=3, metavar=("SIZE", "TEXTS", "PART"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        size, texts, part = arguments.child
+        print(json.dumps(measure(int(size), texts, part)))
+        return
+    sizes = SMALL_SIZES if arguments.small else SIZES
+    found = {(texts, part, size): run_child(size, texts, part) for texts, part in CASES for size in sizes}
+    rows = [row_of(texts, part, sizes, found) for texts, part in CASES]
+    vectors = (sizes[1] - sizes[0]) * DIM * 4 / MIB
+    print(f"{'texts in':9} {'up to':10} {sizes[0]:>9,} {sizes[1]:>9,}   growth  bytes/passage   (peak resident MiB)")
+    for row in rows:
+        small, large = row["peak_mib"]
+        print(
+            f"{row['texts_in']:9} {row['up_to']:10} {small:9.0f} {large:9.0f} {large - small:8.0f} "
+            f"{row['bytes_per_passage']:14.0f}"
+        )
+    print(f"the vectors alone {vectors:33.0f} {DIM * 4:14}")
+    if not arguments.small:
+        write_json(RESULT, {"sizes": sizes, "vectors_mib": round(vectors, 1), "rows": rows})
+
+
+def row_of(texts: str, part: str, sizes: tuple[int, int], found: dict[Any, Any]) -> dict[str, Any]:
+    small, large = (found[texts, part, size] for size in sizes)
+    growth = (large["peak_mib"] - small["peak_mib"]) * MIB / (sizes[1] - sizes[0])
+    return {
+        "texts_in": texts,
+        "up_to": part,
+        "peak_mib": [small["peak_mib"], large["peak_mib"]],
+        "bytes_per_passage": round(growth, 1),
+        "seconds": [small["seconds"], large["seconds"]],
+    }
+
+
+def run_child(size: int, texts: str, part: str) -> Any:
+    command = [sys.executable, __file__, "--child", str(size), texts, part]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure(size: int, texts: str, part: str) -> dict[str, float]:
+    """Peak memory of a process that gets as far as ``part``."""
+    begin = time.perf_counter()
+    with peak_memory() as peak:
+        passages: Any = PassageStore(make_passages(size)) if texts == "file" else {p.id: p for p in make_passages(size)}
+        dataset = make_dataset(passages)
+        if part == "bm25":
+            LexicalIndex(PassageSequence(dataset.passages, sorted(dataset.passages)))
+        elif part == "mine":
+            mine(dataset, "train", MiningConfig(), encoder=FakeEncoder(), seed=0, show_progress=False)
+        return {"peak_mib": round(peak() or 0, 1), "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def make_passages(size: int) -> Iterator[Passage]:
+    """Short texts of words as frequent as Zipf says."""
+    rng = random.Random(0)
+    weights = np.cumsum(1 / np.arange(1, VOCABULARY + 1)).tolist()
+    words = [f"w{number:x}" for number in range(VOCABULARY)]
+    for number in range(size):
+        yield Passage(f"p{number:07}", " ".join(rng.choices(words, cum_weights=weights, k=NUM_WORDS)))
+
+
+def make_dataset(passages: Any) -> Dataset:
+    queries: dict[str, Query] = {}
+    train: dict[str, dict[str, int]] = {}
+    for number in range(NUM_QUERIES):
+        passage_id = f"p{37 * number:07}"
+        queries[f"q{number}"] = Query(f"q{number}", " ".join(passages[passage_id].text.split()[:6]))
+        train[f"q{number}"] = {passage_id: 1}
+    return Dataset("synthetic", Path("synthetic"), passages, queries, {"train": train, "dev": {}, "test": {}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Passages in a temporary file: what a corpus costs in memory is 24 bytes a passage, whatever the texts' length."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from pathlib import Path
+
+import numpy as np
+
+from d2llm.core.types import Passage
+
+_LENGTHS = np.dtype([("id", "<u4"), ("title", "<u4"), ("text", "<u4")])
+_ENCODING = ("utf-8", "surrogatepass")  # a JSON file may hold half a surrogate pair
+_READ_AT_ONCE = 1 << 20
+
+
+class PassageStore(Mapping[str, Passage]):
+    """Passages by id, in the order in which they were given, read from a file with each access.
+
+    The file is read, not mapped: its pages are the system's cache and do not count as this process's memory. It has no
+    name and goes with the store. One may be read from several threads and from forked processes.
+
+    Args:
+        passages: their ids must be distinct, which is for the caller to check.
+        folder: where the file is; by default the system's folder for temporary files.
+    """
+
+    def __init__(self, passages: Iterable[Passage], *, folder: Path | None = None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the store
+        offsets, keys = array("Q"), array("Q")
+        offset = 0
+        for passage in passages:
+            offsets.append(offset)
+            keys.append(_key(passage.id))
+            offset += self._file.write(_record(passage))
+        self._file.flush()
+        offsets.append(offset)
+        self._offsets = np.frombuffer(offsets, np.uint64)
+        unsorted = np.frombuffer(keys, np.uint64)
+        self._rows = np.argsort(unsorted, kind="stable").astype(np.uint32)
+        self._keys = unsorted[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, passage_id: str) -> Passage:
+        key = np.uint64(_key(passage_id))
+        start, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
+        for row in self._rows[start:end].tolist():  # two ids may share a hash, though hardly ever do
+            passage = self._read(row)
+            if passage.id == passage_id:
+                return passage
+        raise KeyError(passage_id)
+
+    def __contains__(self, passage_id: object) -> bool:
+        return isinstance(passage_id, str) and self.get(passage_id) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (passage.id for passage in self.read_all())
+
+    def values(self) -> ValuesView[Passage]:
+        """The passages in their order, read in one go."""
+        return _Values(self)
+
+    def _read(self, row: int) -> Passage:
+        start, end = int(self._offsets[row]), int(self._offsets[row + 1])
+        return _passage(os.pread(self._file.fileno(), end - start, start))
+
+    def read_all(self) -> Iterator[Passage]:
+        """The passages in their order."""
+        row = 0
+        while row < len(self):
+            start = int(self._offsets[row])
+            end_row = max(row + 1, int(np.searchsorted(self._offsets, start + _READ_AT_ONCE, "right")) - 1)
+            block = os.pread(self._file.fileno(), int(self._offsets[end_row]) - start, start)
+            for place in range(row, end_row):
+                yield _passage(block[int(self._offsets[place]) - start : int(self._offsets[place + 1]) - start])
+            row = end_row
+
+
+class _Values(ValuesView[Passage]):
+    """Reads in the file's order; a mapping's own would look every passage up by its id."""
+
+    def __init__(self, store: PassageStore) -> None:
+        super().__init__(store)
+        self._store = store
+
+    def __iter__(self) -> Iterator[Passage]:
+        return self._store.read_all()
+
+
+def _key(passage_id: str) -> int:
+    """64 bits of an id; which passage has it, the file itself says."""
+    return int.from_bytes(hashlib.blake2b(passage_id.encode(*_ENCODING), digest_size=8).digest(), "little")
+
+
+def _record(passage: Passage) -> bytes:
+    parts = [part.encode(*_ENCODING) for part in (passage.id, passage.title, passage.text)]
+    return np.array(tuple(map(len, parts)), _LENGTHS).tobytes() + b"".join(parts)
+
+
+def _passage(record: bytes) -> Passage:
+    lengths = np.frombuffer(record, _LENGTHS, 1)[0]
+    place, fields = _LENGTHS.itemsize, dict[str, str]()
+    for name in ("id", "title", "text"):
+        fields[name] = record[place : place + int(lengths[name])].decode(*_ENCODING)
+        place += int(lengths[name])
+    return Passage(**fields)

@@ -1,0 +1,116 @@
+"""`d2llm mine` as a user runs it: the audit, a student that ranks, the teacher's margin, an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from d2llm.data.labels import LabelStore
+from d2llm.data.plan import read_plan
+from d2llm.models.student import Student
+from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_recipe
+
+
+def plan(run):
+    return read_plan(run / "plans" / "everyday")
+
+
+def mining(place, path, extra):
+    """The recipe of the place with more in its section of mining."""
+    write_recipe(path, place, place / "everyday")
+    path.write_text(path.read_text().replace("[mining]", f"[mining]\n{extra}"))
+    return path
+
+
+def test_the_audit_lies_in_the_plans_folder(place, reports):
+    folder = place / "run" / "plans" / "everyday"
+    page = (folder / "audit.md").read_text()
+    audit = json.loads((folder / "audit.json").read_text())
+    assert len(audit["examples"]) == page.count("\n### ") == 12
+    assert str(place) not in page + json.dumps(audit)
+    for example in audit["examples"]:
+        assert {shown["passage_id"] for shown in example["hard_negatives"]} == set(
+            next(e.hard_negatives for e in plan(place / "run").entries if e.query_id == example["query_id"])
+        )
+        assert set(example["positives"][0]["scores"]) == {"cosine"}
+    assert list(folder.parent.iterdir()) == [folder]  # the work folder is gone
+
+
+def test_a_trained_student_ranks(place, reports, tmp_path):
+    student = place / "run" / "student"
+    arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
+    _, report = succeed_with_report("mine", *arguments, "--student", student, folder=tmp_path)
+    assert set(report["result"]["everyday"]["hard_negatives_from"]) <= {"bm25", "student", "bm25+student"}
+    recipe = mining(place, tmp_path / "r.toml", f'student = "{student}"\nsources = ["encoder"]\nsampling = "top"')
+    succeed_with_report("mine", recipe, "--out", tmp_path / "other", "--dtype", "float32", folder=tmp_path)
+    entry = plan(tmp_path / "other").entries[0]
+    model = Student.load(student, dtype="float32")
+    lines = [json.loads(line) for line in (place / "everyday" / "corpus.jsonl").read_text().splitlines()]
+    query = " ".join(lines[0]["text"].split()[:5])
+    others = [line for line in lines if line["_id"] not in entry.positives]
+    vectors = model.encode_passages([line["text"] for line in others]).vectors
+    scores = model.score(model.encode_queries([query]).vectors[0], vectors, "asymmetric")
+    assert list(entry.hard_negatives) == [others[row]["_id"] for row in np.argsort(-scores)[:3]]
+    fail("mine", recipe, "--out", tmp_path / "x", "--student", "nobody", containing=["no student at 'nobody'"])
+
+
+def test_the_teachers_margin_stores_what_it_asked(place, reports, tmp_path):
+    recipe = mining(place, tmp_path / "r.toml", "teacher_margin = 0.0")
+    run = tmp_path / "run"
+    _, report = succeed_with_report("mine", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
+    mined = report["result"]["everyday"]
+    assert mined["teacher"]["judged"] >= 12 + mined["num_hard_negatives"]
+    _, report = succeed_with_report("label", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
+    # Positives and hard negatives are not judged again; only the easy negatives are left.
+    full = [entry for entry in plan(run).entries if len(entry.hard_negatives) == 3]
+    assert report["result"]["pairs"] == mined["num_easy_negatives"]
+    labels = LabelStore(run / "labels", teacher=report["result"]["teacher"], **_key(run))
+    for entry in full:
+        odds = labels.log_odds(entry.query_id)
+        assert max(odds[p] for p in entry.hard_negatives) <= odds[entry.positives[0]]
+    stored = mining(place, tmp_path / "s.toml", 'teacher_margin = 0.0\nteacher_labels = "stored"')
+    _, report = succeed_with_report("mine", stored, "--out", run, "--again", folder=tmp_path)
+    assert report["result"]["everyday"]["teacher"]["judged"] == 0
+
+
+def _key(run):
+    import pyarrow.parquet as pq
+
+    row = pq.read_table(next((run / "labels" / "labels").glob("*.parquet"))).slice(0, 1).to_pylist()[0]
+    return {"prompt": row["prompt"], "dataset": "everyday"}
+
+
+def test_an_interrupted_run_goes_on(place, reports, tmp_path, monkeypatch):
+    arguments = ("mine", place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("d2llm.pipeline.mine.choose", interrupt)
+        assert d2llm(*arguments).exit_code != 0
+    [work] = (tmp_path / "run" / "plans").iterdir()
+    assert work.name == ".everyday.mining"
+
+    def refuse(*_, **__):
+        raise AssertionError("encoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "encode_passages", refuse)
+        succeed(*arguments)
+    assert plan(tmp_path / "run").entries == plan(place / "run").entries
+    assert [path.name for path in (tmp_path / "run" / "plans").iterdir()] == ["everyday"]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_plan_of_an_earlier_version_is_read(place, reports, tmp_path, old):
+    shutil.copytree(place / "run", tmp_path / "run")
+    path = tmp_path / "run" / "plans" / "everyday" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["mining"] = {"num_hard": 3, "num_easy": 2, "depth": 10 if old else 11, "skip_top": 0}
+    path.write_text(json.dumps(manifest))
+    result = succeed("mine", place / "tiny.toml", "--out", tmp_path / "run")
+    assert ("other settings" in result.stderr) is not old

@@ -1,0 +1,61 @@
+"""Passages in a file are the passages that were put there."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.core.types import Passage
+from d2llm.data import passage_store
+from d2llm.data.passage_store import PassageStore
+
+TEXT = st.text(st.characters(), max_size=20)  # half surrogate pairs among them
+PASSAGES = st.dictionaries(TEXT, st.tuples(TEXT, TEXT), max_size=12)
+
+
+@given(PASSAGES, st.integers(1, 200))
+def test_it_is_the_mapping_it_was_made_of(contents, read_at_once):
+    passages = {key: Passage(key, text, title) for key, (text, title) in contents.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passage_store, "_READ_AT_ONCE", read_at_once)
+        store = PassageStore(passages.values())
+        assert len(store) == len(passages)
+        assert list(store) == list(passages)
+        assert list(store.values()) == list(passages.values())
+        assert list(store.values()) == list(passages.values())  # a second time too
+        assert dict(store) == passages
+        assert all(store[key] == passage for key, passage in passages.items())
+
+
+def test_what_is_not_there():
+    store = PassageStore([Passage("a", "text")])
+    assert "a" in store
+    assert "b" not in store
+    assert 1 not in store
+    with pytest.raises(KeyError, match="b"):
+        _ = store["b"]
+
+
+def test_ids_of_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr(passage_store, "_key", lambda _: 7)
+    store = PassageStore(Passage(name, name.upper()) for name in "abc")
+    assert [store[name].text for name in "bca"] == ["B", "C", "A"]
+    assert "d" not in store
+
+
+def test_threads_read_at_once():
+    store = PassageStore(Passage(f"p{n}", f"text {n} " * (n % 50)) for n in range(500))
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda n: store[f"p{n % 500}"].text, range(4000)))
+    assert texts == [f"text {n % 500} " * (n % 500 % 50) for n in range(4000)]
+
+
+def test_the_file_has_no_name_and_cannot_be_pickled(tmp_path):
+    store = PassageStore([Passage("a", "text")], folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TypeError):
+        pickle.dumps(store)
