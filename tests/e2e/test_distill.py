@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from d2llm.core.errors import TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.models.teacher_identity import identify_causal_teacher
@@ -157,6 +158,11 @@ def test_where_training_only_hurts_the_start_is_written(place: Place, tmp_path: 
     assert evaluate_dev(written, [dev])["tiny"].values == evaluate_dev(untrained, [dev])["tiny"].values
 
 
+def dev_result(value: float, *, task: Task = "asymmetric") -> DevResult:
+    """The same value for each of 20 queries, so that any other mean is significantly different."""
+    return DevResult(task, {0.0: value, 1.0: value}, {0.0: np.full(20, value), 1.0: np.full(20, value)})
+
+
 def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,9 +170,7 @@ def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
 
     def evaluate(student: Student, dev_sets: Any) -> dict[str, DevResult]:
         values = next(results)
-        return {
-            dev.name: DevResult(dev.task, {0.0: value, 1.0: value}) for dev, value in zip(dev_sets, values, strict=True)
-        }
+        return {dev.name: dev_result(value, task=dev.task) for dev, value in zip(dev_sets, values, strict=True)}
 
     monkeypatch.setattr(verb, "evaluate_dev", evaluate)
     sources = [topics(num_train=8, name="one"), topics(num_train=8, name="two", task="symmetric")]
@@ -185,9 +189,7 @@ def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
 
 def test_patience(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.5, 0.6, 0.6, 0.4, 0.9])  # equal is no gain
-    monkeypatch.setattr(
-        verb, "evaluate_dev", lambda student, dev: {"tiny": DevResult("asymmetric", {0.0: next(values)})}
-    )
+    monkeypatch.setattr(verb, "evaluate_dev", lambda student, dev: {"tiny": dev_result(next(values))})
     report = place.run(tmp_path / "student", eval_every=1, patience=2, checkpoint_every=100)
     assert report.stopped_early
     assert (report.best_step, report.steps) == (1, 3)

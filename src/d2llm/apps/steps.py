@@ -19,6 +19,7 @@ from d2llm.pipeline.run_folder import RunFolder, check_data
 if TYPE_CHECKING:
     from d2llm.apps.session import Session
     from d2llm.data.beir import Dataset
+    from d2llm.data.pairs import PairDataset
     from d2llm.models.judge import Judge
     from d2llm.models.student import Student
     from d2llm.pipeline.mining.teacher import TeacherCheck
@@ -167,6 +168,7 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
         recipe=recipe,
         labels=job.run.labels,
         teacher=job.teacher,
+        closed_gates=_closed_gates(job) if recipe.losses.imitates else (),
         device=job.device,
         dtype=job.dtype,
         show_progress=job.session.show_progress,
@@ -199,12 +201,40 @@ class _Miners:
         )
 
 
+def _closed_gates(job: Job) -> list[str]:
+    """Data sets whose labels the student shall not learn, as ``gate.json`` and the recipe say.
+
+    Raises:
+        InputError: a gate is closed and the recipe says to stop then.
+    """
+    from d2llm.models.judge import identify_judge
+    from d2llm.pipeline.gate import read_gate
+
+    gates = read_gate(job.run.path, identify_judge(job.teacher).fingerprint)
+    if gates is None:
+        job.session.complain("warning", "the teacher was not tried on dev (d2llm gate); its labels are used untried")
+        return []
+    closed = sorted(name for name, is_open in gates.items() if not is_open)
+    if not closed or job.recipe.gate.when_closed == "teacher":
+        return []
+    if job.recipe.gate.when_closed == "stop":
+        raise InputError(
+            f"the teacher is not better than the cosine on {', '.join(closed)} (gate.json), and the recipe says to "
+            "stop then (gate.when_closed); use a better teacher, or 'labels'"
+        )
+    job.session.say(f"distill: the gate is closed for {', '.join(closed)}: trained on their own judgements")
+    return closed
+
+
 def _mine_one(job: Job, data: DataConfig, folder: Path, miners: _Miners) -> dict[str, Any]:
-    from d2llm.data.beir import read_beir
+    from d2llm.data.open_data import open_data
+    from d2llm.data.pairs import PairDataset
     from d2llm.pipeline.mine import mine
     from d2llm.pipeline.mining.audit_page import audit_page
 
-    dataset = read_beir(Path(data.path))
+    dataset = open_data(data.path)
+    if isinstance(dataset, PairDataset):
+        return _plan_pairs(job, data, folder, dataset)
     held_out = [split for split in ("dev", "test") if split in dataset.qrels]
     work = folder.parent / f".{folder.name}.mining"  # what an interrupted run leaves for the next
     result = mine(
@@ -235,6 +265,28 @@ def _mine_one(job: Job, data: DataConfig, folder: Path, miners: _Miners) -> dict
         f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
         "read its audit.md"
     )
+    return report
+
+
+def _plan_pairs(job: Job, data: DataConfig, folder: Path, pairs: PairDataset) -> dict[str, Any]:
+    """Labelled pairs need no search: what was judged is the plan."""
+    from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+
+    found = read_pair_training_set(pairs)
+    entries = plan_of_pairs(
+        found, _SPLIT, num_easy=job.recipe.mining.num_easy, seed=job.recipe.seed, max_queries=data.max_queries
+    )
+    report = {
+        "dataset": pairs.name,
+        "split": _SPLIT,
+        "num_entries": len(entries),
+        "num_pairs": sum(len(entry.targets) for entry in entries),
+        "num_repeated_pairs": found.num_repeated,
+        "issues": list(found.dataset.issues),
+    }
+    content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(job, data), "report": report}
+    write_plan(folder, entries, content)
+    job.session.say(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, nothing to search, in {folder}")
     return report
 
 

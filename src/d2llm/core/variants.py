@@ -64,6 +64,8 @@ _PLAIN_LOSSES = {
     "feature_imitation": 0.0,
     "in_batch_cross_entropy": 1.0,
     "anchor_cross_entropy": 0.0,
+    "anchor_pair_cross_entropy": 0.0,
+    "teacher_share": 0.0,
 }
 
 

@@ -1,0 +1,114 @@
+"""Distilling from labelled pairs, alone and beside a retrieval set."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import DataConfig, LossWeights
+from d2llm.core.variants import find_variant
+from d2llm.data.open_data import open_data
+from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+from d2llm.data.pairs import PairDataset
+from d2llm.data.plan import read_plan, write_plan
+from d2llm.data.training import TrainingSource
+from d2llm.models.student import Student
+from d2llm.pipeline.distill import distill
+from d2llm.pipeline.run_folder import training_source
+from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_distill import Place, log_of
+from tiny_models import TEXTS, tiny_student_config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("pairs"))
+
+
+def write_pairs(folder: Path, *, splits: tuple[str, ...] = ("train", "dev")) -> Path:
+    """A yes where the second text is made of the words of the next topic: nothing that an untrained cosine knows."""
+    rng = random.Random(0)
+    words = [text.split() for text in TEXTS]
+    folder.mkdir(parents=True)
+    for split in splits:
+        lines: list[str] = []
+        for number in range(48):
+            topic = rng.randrange(len(words))
+            is_yes = number % 2 == 0
+            other = (topic + (1 if is_yes else rng.randrange(2, len(words)))) % len(words)
+            texts = [" ".join(rng.sample(words[t], min(3, len(words[t])))) for t in (topic, other)]
+            lines.append(json.dumps({"query": texts[0], "document": texts[1], "label": int(is_yes)}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def pair_source(folder: Path, plan: Path) -> TrainingSource:
+    found = open_data(folder)
+    assert isinstance(found, PairDataset)
+    write_plan(plan, plan_of_pairs(read_pair_training_set(found), "train", num_easy=0, seed=0), {})
+    return training_source(DataConfig(path=str(folder), task="symmetric"), read_plan(plan))
+
+
+PLAIN = find_variant("cosine").settings["losses"]
+
+
+def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: Path) -> None:
+    source = pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")
+    recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=3e-3, head_learning_rate=1e-2, epochs=12)
+    recipe = recipe.model_copy(update={"losses": LossWeights.model_validate(PLAIN)})
+    report = place.run(tmp_path / "student", source=source, recipe=recipe)
+    start = report.dev["couples"]["start"]
+    best = max(report.dev["couples"]["by_weight"].values())
+    assert best > start + 0.1
+    losses = [line["pair_cross_entropy"] for line in log_of(tmp_path / "student") if "loss" in line]
+    assert losses[-1] < losses[0]
+    manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
+    assert set(manifest["offsets"]) == {"couples"}
+    assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
+
+
+def test_pairs_and_retrieval_in_one_run_that_resumes_exactly(place: Place, tmp_path: Path) -> None:
+    sources = [topics(name="tiny"), pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")]
+    write_rule_labels(tmp_path / "labels", sources, place.teacher)
+    recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=1e-3, head_learning_rate=1e-2)
+
+    def run(folder: Path) -> str:
+        return distill(
+            sources, folder, recipe=recipe, labels=tmp_path / "labels", teacher=place.teacher, device="cpu"
+        ).fingerprint
+
+    whole = run(tmp_path / "whole")
+    steps = [line for line in log_of(tmp_path / "whole") if "loss" in line]
+    assert {frozenset(name for name in line if "cross_entropy" in name) for line in steps} == {
+        frozenset({"pair_cross_entropy", "anchor_pair_cross_entropy"}),
+        frozenset({"in_batch_cross_entropy", "anchor_cross_entropy"}),
+    }
+    (tmp_path / "whole" / "manifest.json").unlink()
+    for path in sorted((tmp_path / "whole").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert run(tmp_path / "whole") == whole
+
+
+def test_as_much_of_the_change_is_taken_back_as_dev_does_not_miss(place: Place, tmp_path: Path) -> None:
+    report = place.run(tmp_path / "student", interpolation=(0.5, 0.999))
+    shares = {line["share"]: line["dev"] for line in log_of(tmp_path / "student") if "share" in line}
+    assert set(shares) == {0.5, 0.999, 1.0}
+    assert report.share_kept in shares
+    assert report.dev["tiny"]["by_weight"] == {
+        weight: pytest.approx(value, abs=1e-5) for weight, value in shares[report.share_kept]["tiny"].items()
+    }
+    manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
+    assert manifest["share_kept"] == report.share_kept
+    assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
+
+
+def test_pairs_without_a_dev_split_are_refused(place: Place, tmp_path: Path) -> None:
+    source = pair_source(write_pairs(tmp_path / "couples", splits=("train",)), tmp_path / "plan")
+    recipe = tiny_recipe(tiny_student_config(place.model))
+    recipe = recipe.model_copy(update={"losses": LossWeights.model_validate(PLAIN)})
+    with pytest.raises(InputError, match="there are no dev pairs"):
+        place.run(tmp_path / "student", source=source, recipe=recipe)
