@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,3 +29,17 @@ def test_no_batch_could_have_taken_the_next_text(lengths: list[int], max_tokens:
     for batch in batches[:-1]:
         longest = lengths[batch[0]]
         assert len(batch) == max_items or (len(batch) + 1) * max(1, longest) > max_tokens
+
+
+@given(lengths=LENGTHS, max_tokens=st.integers(1, 400), enough_tokens=st.integers(1, 400))
+def test_more_batches_but_no_more_padding(lengths: list[int], max_tokens: int, enough_tokens: int) -> None:
+    plain = token_budget_batches(lengths, max_tokens=max_tokens, max_items=100)
+    cut = token_budget_batches(lengths, max_tokens=max_tokens, max_items=100, enough_tokens=enough_tokens)
+    assert [index for batch in cut for index in batch] == [index for batch in plain for index in batch]
+    for batch in cut:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= max_tokens
+    for batch, following in itertools.pairwise(cut):
+        longest = max(1, lengths[batch[0]])
+        is_full = (len(batch) + 1) * longest > max_tokens or len(batch) == 100
+        is_narrower = -(-lengths[following[0]] // 8) < -(-longest // 8)
+        assert is_full or (is_narrower and len(batch) * longest >= enough_tokens)

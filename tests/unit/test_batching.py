@@ -13,6 +13,14 @@ def test_longest_first_within_both_limits() -> None:
     assert token_budget_batches(lengths, max_tokens=12, max_items=4) == [[1, 5], [2, 4, 6], [0, 3, 7]]
 
 
+def test_a_batch_with_enough_tokens_takes_none_of_a_lower_width() -> None:
+    # Widths, in eights: 24, 24, 16, 16, 8, 8, 8. Of 24, two texts are enough for 40 tokens; of 16, three would be.
+    lengths = [20, 24, 16, 9, 8, 2, 5]
+    assert token_budget_batches(lengths, max_tokens=1000, max_items=9, enough_tokens=40) == [[1, 0], [2, 3, 4], [6, 5]]
+    assert token_budget_batches(lengths, max_tokens=1000, max_items=9, enough_tokens=1) == [[1, 0], [2, 3], [4, 6, 5]]
+    assert token_budget_batches(lengths, max_tokens=24, max_items=9, enough_tokens=40)[:3] == [[1], [0], [2]]
+
+
 def test_limit_of_items() -> None:
     assert token_budget_batches([1, 1, 1, 1, 1], max_tokens=100, max_items=2) == [[0, 1], [2, 3], [4]]
 

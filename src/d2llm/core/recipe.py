@@ -292,7 +292,7 @@ class TrainingConfig(_Section):
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
-    group_by_length: bool = True
+    group_by_length: bool = False
     """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries; a data set of fewer
     than eight batches is left as it is."""
     sampling_temperature: float = Field(default=1.0, ge=1)

@@ -9,13 +9,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 
-def token_budget_batches(lengths: Sequence[int], *, max_tokens: int, max_items: int) -> list[list[int]]:
+def token_budget_batches(
+    lengths: Sequence[int], *, max_tokens: int, max_items: int, enough_tokens: int | None = None
+) -> list[list[int]]:
     """Group texts into batches of at most ``max_items`` whose padded size stays within ``max_tokens``.
 
     Args:
         lengths: tokens of each text.
         max_tokens: limit of (number of texts) x (longest text of the batch). A text longer than that goes alone.
         max_items: limit of texts in a batch.
+        enough_tokens: a batch of this padded size takes no text that would need more padding than its first one: more
+            batches, less padding.
 
     Returns:
         Batches of indices into ``lengths``, longest text first (so that running out of memory shows at once); every
@@ -27,12 +31,15 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int, max_items: 
     if max_tokens < 1 or max_items < 1:
         raise ValueError(f"max_tokens and max_items must be at least 1, got {max_tokens} and {max_items}")
     batches: list[list[int]] = []
-    capacity = 0
+    capacity = enough = longest = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not batches or len(batches[-1]) >= capacity:
+        count = len(batches[-1]) if batches else 0
+        if count >= capacity or (count >= enough and _padded(lengths[index]) < _padded(longest)):
             batches.append([])
             # The first text of a batch is its longest, so it alone decides how many fit.
-            capacity = min(max_items, max(1, max_tokens // max(1, lengths[index])))
+            longest = lengths[index]
+            capacity = min(max_items, max(1, max_tokens // max(1, longest)))
+            enough = capacity if enough_tokens is None else -(-enough_tokens // max(1, longest))
         batches[-1].append(index)
     return batches
 
@@ -65,7 +72,11 @@ def pad_right(
 
     The width is rounded up to a multiple of 8: kernels are prepared once a shape, and fewer shapes mean fewer of them.
     """
-    longest = -(-max(map(len, rows)) // 8) * 8
+    longest = _padded(max(map(len, rows)))
     ids = [[*row, *[padding] * (longest - len(row))] for row in rows]
     mask = [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _padded(length: int) -> int:
+    return -(-length // 8) * 8

@@ -44,7 +44,9 @@ def backpropagate(
         seed: of the dropout of this step.
         processes: each encodes its share of the texts and computes the whole loss; all end with the same gradient.
     """
-    parts = token_budget_batches([len(row) for row in ids], max_tokens=training.part_tokens, max_items=len(ids))
+    lengths = [len(row) for row in ids]
+    limits = {"max_tokens": training.part_tokens, "enough_tokens": training.part_tokens // 4}
+    parts = token_budget_batches(lengths, max_items=len(ids), **limits)
     encoder = [p for name, p in student.named_parameters() if p.requires_grad and not name.startswith("interaction.")]
     head = [p for p in student.interaction.parameters() if p.requires_grad]
     own = range(processes.rank, len(parts), processes.count)
