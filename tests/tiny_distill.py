@@ -11,7 +11,7 @@ import torch
 
 from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.data.training import TrainingSource
-from d2llm.pipeline import distill as verb
+from d2llm.pipeline import distill_run as loop
 from d2llm.pipeline.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -60,7 +60,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
     """After ``step`` steps a weight of the backbone's adapter or of the interaction is no number."""
-    original, calls = verb.optimizer_step, 0
+    original, calls = loop.optimizer_step, 0
 
     def optimizer_step(optimizer: Any, parameters: dict[str, torch.nn.Parameter], **options: Any) -> float:
         nonlocal calls
@@ -71,4 +71,4 @@ def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
                 next(iter(parameters.values())).view(-1)[0] = value
         return norm
 
-    patch.setattr(verb, "optimizer_step", optimizer_step)
+    patch.setattr(loop, "optimizer_step", optimizer_step)

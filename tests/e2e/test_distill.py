@@ -20,7 +20,7 @@ from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.models.teacher_identity import identify_causal_teacher
-from d2llm.pipeline import distill as verb
+from d2llm.pipeline import distill_run as verb
 from d2llm.pipeline.dev import DevResult, evaluate_dev, make_dev_set
 from d2llm.pipeline.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels

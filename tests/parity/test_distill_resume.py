@@ -18,6 +18,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.pipeline import distill as verb
+from d2llm.pipeline import distill_run
 from d2llm.pipeline.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -132,7 +133,7 @@ def test_resumed_equals_uninterrupted(
 
 def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> None:
     """Raise in the middle of the step that would be number ``step`` + 1."""
-    original = verb.weighted_sum
+    original = distill_run.weighted_sum
     run_folder = folder.with_name(folder.name + ".run")
 
     def weighted_sum(*arguments: Any) -> torch.Tensor:
@@ -141,7 +142,7 @@ def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> Non
             raise Interrupted
         return original(*arguments)
 
-    patch.setattr(verb, "weighted_sum", weighted_sum)
+    patch.setattr(distill_run, "weighted_sum", weighted_sum)
 
 
 def test_resumed_after_the_last_checkpoint(
@@ -165,7 +166,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 import test_distill_resume as test
-from d2llm.pipeline import distill as verb
+from d2llm.pipeline import distill_run as verb
 
 name, calls = sys.argv[3], int(sys.argv[4])
 original = getattr(verb, name)

@@ -16,7 +16,7 @@ from d2llm.core.recipe import DataConfig, LossWeights, Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.ops.significance import Interval
 from d2llm.pipeline import ablate as verb
-from d2llm.pipeline import ablation_run
+from d2llm.pipeline import ablation_run, distill_run
 from d2llm.pipeline import distill as distill_verb
 from d2llm.pipeline.ablate import ablate
 from d2llm.pipeline.ablation_report import AblationReport, RunResult
@@ -88,7 +88,7 @@ class Interrupted(Exception):
 
 
 def interrupt(patch: pytest.MonkeyPatch, *, step: int) -> None:
-    original, calls = distill_verb.optimizer_step, 0
+    original, calls = distill_run.optimizer_step, 0
 
     def optimizer_step(*arguments: Any, **options: Any) -> float:
         nonlocal calls
@@ -97,7 +97,7 @@ def interrupt(patch: pytest.MonkeyPatch, *, step: int) -> None:
             raise Interrupted
         return original(*arguments, **options)
 
-    patch.setattr(distill_verb, "optimizer_step", optimizer_step)
+    patch.setattr(distill_run, "optimizer_step", optimizer_step)
 
 
 def refuse(*arguments: Any, **options: Any) -> None:

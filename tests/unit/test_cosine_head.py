@@ -181,7 +181,7 @@ def test_distill_with_the_variant_trains_backbone_and_scale_alone(tmp_path):
         return original(optimizer, parameters, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        from d2llm.pipeline import distill as verb
+        from d2llm.pipeline import distill_run as verb
 
         original = verb.optimizer_step
         patch.setattr(verb, "optimizer_step", remember)

@@ -166,7 +166,8 @@ def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> 
     config = tiny_student_config(write_tiny_model(tmp_path / "model"))
     paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
     student = Student.create(paper, device="cpu", dtype="float32")
-    assert evaluate_dev(student, [real_dev])["tiny"].values == pytest.approx({1.0: ndcg_of(student, real_dev)}, abs=1e-6)
+    values = evaluate_dev(student, [real_dev])["tiny"].values
+    assert values == pytest.approx({1.0: ndcg_of(student, real_dev)}, abs=1e-6)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
