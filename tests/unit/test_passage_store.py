@@ -45,6 +45,16 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch):
     store = PassageStore(Passage(name, name.upper()) for name in "abc")
     assert [store[name].text for name in "bca"] == ["B", "C", "A"]
     assert "d" not in store
+    assert not store.has_repeats
+    assert PassageStore(Passage(name, name) for name in "abcb").has_repeats
+
+
+def test_repeated_ids_are_noticed():
+    assert not PassageStore(Passage(name, "same") for name in "abc").has_repeats
+    assert not PassageStore([]).has_repeats
+    twice = PassageStore(Passage(name, str(n)) for n, name in enumerate("abcb"))
+    assert twice.has_repeats
+    assert twice["b"].text == "1"
 
 
 def test_threads_read_at_once():

@@ -25,7 +25,7 @@ class PassageStore(Mapping[str, Passage]):
     name and goes with the store. One may be read from several threads and from forked processes.
 
     Args:
-        passages: their ids must be distinct, which is for the caller to check.
+        passages: their ids must be distinct; ``has_repeats`` says if they are not.
         folder: where the file is; by default the system's folder for temporary files.
     """
 
@@ -44,13 +44,22 @@ class PassageStore(Mapping[str, Passage]):
         self._rows = np.argsort(unsorted, kind="stable").astype(np.uint32)
         self._keys = unsorted[self._rows]
 
+    @property
+    def has_repeats(self) -> bool:
+        """Whether an id occurs twice (only the first passage of an id is found by it)."""
+        alike = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+        groups = {int(self._keys[place]) for place in alike.tolist()}
+        return any(self._has_repeat(np.uint64(key)) for key in groups)
+
+    def _has_repeat(self, key: np.uint64) -> bool:
+        ids = [self._read(row).id for row in self._rows_of(key)]
+        return len(set(ids)) < len(ids)
+
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, passage_id: str) -> Passage:
-        key = np.uint64(_key(passage_id))
-        start, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
-        for row in self._rows[start:end].tolist():  # two ids may share a hash, though hardly ever do
+        for row in self._rows_of(np.uint64(_key(passage_id))):
             passage = self._read(row)
             if passage.id == passage_id:
                 return passage
@@ -65,6 +74,11 @@ class PassageStore(Mapping[str, Passage]):
     def values(self) -> ValuesView[Passage]:
         """The passages in their order, read in one go."""
         return _Values(self)
+
+    def _rows_of(self, key: np.uint64) -> list[int]:
+        """Rows of an id's hash, in their order; two ids may share one, though hardly ever do."""
+        start, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
+        return self._rows[start:end].tolist()
 
     def _read(self, row: int) -> Passage:
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
