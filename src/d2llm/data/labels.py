@@ -148,8 +148,10 @@ class LabelStore:
         """Cosines between the teacher's features of passages: their ids and the matrix; None where there is none."""
         return self._grams.get(query_id)
 
-    def write(self, labels: Sequence[QueryLabels]) -> None:
+    def write(self, labels: Sequence[QueryLabels], *, remember: bool = True) -> None:
         """Add labels as one shard, atomically and on disk when this returns. An empty list writes nothing.
+
+        ``remember=False``: they are not kept in memory, and the store does not know of them until it is opened again.
 
         Raises:
             ModelError: a log-odds or a cosine is NaN or infinite; nothing is written.
@@ -163,7 +165,7 @@ class LabelStore:
         name = self._next_name()
         _write_table(self.folder / "grams" / name, _GRAMS, self._gram_rows(labels))
         _write_table(self.folder / "labels" / name, _LABELS, self._label_rows(labels))
-        for item in labels:
+        for item in labels if remember else ():
             for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
                 self._add(item.query_id, passage_id, value)
             if item.gram is not None:
