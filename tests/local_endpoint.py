@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from d2llm.core.recipe import TeacherConfig
+from d2llm.models.remote_teacher import RemoteTeacher
+
 Headers = dict[str, str]
+PAIRS = [(f"query {n}", f"passage {n}") for n in range(12)]
 
 
 @dataclass
@@ -116,3 +120,26 @@ def chat_completion(top: dict[str, float]) -> dict[str, Any]:
     """An answer in the form of OpenAI's chat, which llama.cpp's server gives for completions too."""
     listed = [{"token": token, "logprob": value} for token, value in top.items()]
     return {"choices": [{"logprobs": {"content": [{**listed[0], "top_logprobs": listed}]}}]}
+
+
+PLAIN = completion({" yes": -0.5, " no": -1.5, " maybe": -3.0})
+"""Log-odds 1."""
+
+
+def always(body: object, **reply: Any) -> Callable[[Request, int], Reply]:
+    """The same answer to every request."""
+    return lambda request, number: Reply(body, **reply)
+
+
+def number_in(request: Request) -> int:
+    """n of "passage n" in the short prompt."""
+    return int(request.prompt.split("passage ")[1].split("\n")[0])
+
+
+def remote_config(url: str, *, prompt: str = "short", max_tokens: int = 350, **remote: object) -> TeacherConfig:
+    values = {"kind": "remote", "model": "served", "prompt": prompt, "max_tokens": max_tokens}
+    return TeacherConfig.model_validate(values | {"remote": {"url": url} | remote})
+
+
+def remote_teacher(endpoint: LocalEndpoint, **settings: Any) -> RemoteTeacher:
+    return RemoteTeacher(remote_config(endpoint.url, **settings))
