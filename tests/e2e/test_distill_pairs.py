@@ -112,3 +112,31 @@ def test_pairs_without_a_dev_split_are_refused(place: Place, tmp_path: Path) -> 
     recipe = recipe.model_copy(update={"losses": LossWeights.model_validate(PLAIN)})
     with pytest.raises(InputError, match="there are no dev pairs"):
         place.run(tmp_path / "student", source=source, recipe=recipe)
+
+
+def test_in_stages_first_the_vectors_then_the_interaction(place: Place, tmp_path: Path) -> None:
+    sources = [topics(name="tiny"), pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")]
+    write_rule_labels(tmp_path / "labels", sources, place.teacher)
+    stage = {"epochs": 6, "learning_rate": 1e-2, "warmup_steps": 1, "num_near": 5, "num_random": 5, "batch_queries": 8}
+    recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=1e-3, head_learning_rate=1e-2, residual=stage)
+    report = distill(
+        sources, tmp_path / "student", recipe=recipe, labels=tmp_path / "labels", teacher=place.teacher, device="cpu"
+    )
+    lines = log_of(tmp_path / "student")
+    first = [line for line in lines if "loss" in line]
+    assert first
+    dev = [line["dev"] for line in lines if "dev" in line and line.get("stage") != "residual"]
+    assert all(len(set(values.values())) == 1 for of_sets in dev for values in of_sets.values())  # no interaction yet
+    second = [line["dev"] for line in lines if line.get("stage") == "residual"]
+    assert len(second) == 6
+    assert any(len(set(values.values())) > 1 for of_sets in second for values in of_sets.values())
+    for name, of_set in report.dev.items():
+        weight = report.residual_weights["asymmetric" if name == "tiny" else "symmetric"]
+        assert of_set["by_weight"][str(weight)] >= of_set["by_weight"]["0.0"]
+    student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert student.fingerprint == report.fingerprint
+    head = student.interaction
+    assert any(float(p.abs().max()) > 0 for p in head.output.parameters()) or report.residual_weights == {
+        "asymmetric": 0.0,
+        "symmetric": 0.0,
+    }

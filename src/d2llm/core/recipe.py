@@ -267,6 +267,24 @@ class LossWeights(_Section):
         return any(getattr(self, name) > 0 for name in type(self).model_fields if "imitation" in name)
 
 
+class ResidualConfig(_Section):
+    """The second stage: the interaction alone, on vectors that are read once (anchored head)."""
+
+    epochs: int = Field(default=0, ge=0)
+    """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    batch_queries: int = Field(default=32, ge=1)
+    depth: int = Field(default=200, ge=1)
+    """Neighbours are drawn from so many passages of the plan with the largest inner products."""
+    num_near: int = Field(default=30, ge=0)
+    """Neighbours of a query in one step, besides the plan's negatives."""
+    num_random: int = Field(default=20, ge=0)
+    bound_price: float = Field(default=0.0, ge=0)
+    """Added to the loss for each unit of the bound B: a smaller bound certifies a ranking sooner."""
+
+
 class TrainingConfig(_Section):
     """How ``distill`` optimises."""
 
@@ -305,6 +323,7 @@ class TrainingConfig(_Section):
     time; the gradient is the same. ``auto``: those of the parts that ``graph_tokens`` has no room for."""
     graph_tokens: int = Field(default=16384, ge=1)
     """Tokens whose intermediate results ``auto`` keeps in memory."""
+    residual: ResidualConfig = ResidualConfig()
     interpolation: tuple[float, ...] = ()
     """Shares (0 to 1) of the way from the start to the best state that are tried at the end: the smallest one is kept
     whose dev results are not significantly worse than the whole way's. Keeps what the backbone could do before."""

@@ -191,16 +191,35 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
     positive of this query or repeats the text of one: such a passage takes no part. For a query that the teacher has
     not labelled, the data set's own word stands in for the teacher's, and there are no features to imitate.
     """
-    passage_ids = list(dict.fromkeys(p for draw in draws for p in draw.passage_ids))
+    passage_ids = tuple(dict.fromkeys(p for draw in draws for p in draw.passage_ids))
     column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
-    shape = (len(draws), len(passage_ids))
-    positive, hard, easy = np.zeros(shape, bool), np.zeros(shape, bool), np.ones(shape, bool)
+    return _collate(labelled, draws, [column] * len(draws), passage_ids)
+
+
+def collate_lists(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
+    """As ``collate``, but each query has only its own passages: column j of its row is the j-th of its draw.
+
+    The batch has no passages in common, so ``passage_ids`` is empty; rows are padded with columns that take no part.
+    """
+    columns = [{passage_id: index for index, passage_id in enumerate(draw.passage_ids)} for draw in draws]
+    return _collate(labelled, draws, columns, ())
+
+
+def _collate(
+    labelled: LabelledSource,
+    draws: Sequence[Draw],
+    columns: Sequence[Mapping[str, int]],
+    passage_ids: tuple[str, ...],
+) -> DistillationBatch:
+    shape = (len(draws), max(map(len, columns)))
+    positive, hard, easy = (np.zeros(shape, bool) for _ in range(3))
     log_odds = np.full(shape, -np.inf, np.float32)
     width = max(len(draw.positives) + len(draw.hard) for draw in draws)
     targets = np.full(shape, np.nan, np.float32)
     own = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
-    for row, draw in enumerate(draws):
+    for row, (draw, column) in enumerate(zip(draws, columns, strict=True)):
+        easy[row, : len(column)] = True
         positive[row, [column[passage_id] for passage_id in draw.positives]] = True
         hard[row, [column[passage_id] for passage_id in draw.hard]] = True
         judged = [column[passage_id] for passage_id in draw.positives + draw.hard]
@@ -222,7 +241,7 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
     return DistillationBatch(
         source=labelled.source,
         query_ids=tuple(draw.entry.query_id for draw in draws),
-        passage_ids=tuple(passage_ids),
+        passage_ids=passage_ids,
         positive=positive,
         hard=hard,
         easy=easy,

@@ -89,6 +89,10 @@ class Interaction(nn.Module):
         """Whether the score has an inner-product part (head ``anchored``)."""
         return self.anchors is not None
 
+    def residual_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the interaction without those of the inner product, by name."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("anchors.")}
+
     @property
     def _branch_names(self) -> tuple[str, ...]:
         return TASKS if self.config.branches == "per_task" else (_SHARED,)
@@ -120,17 +124,43 @@ class Interaction(nn.Module):
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> PairScores:
         """Score every query against every passage."""
-        hidden = self._query_half(queries).unsqueeze(1) + self._passage_half(passages).unsqueeze(0)
-        pairs = queries.unsqueeze(1), passages.unsqueeze(0)
+        anchor = None if self.anchors is None else self._anchor_logits(queries, passages, task)
+        return self._score(queries.unsqueeze(1), passages.unsqueeze(0), anchor, task)
+
+    def score_lists(
+        self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "queries passages dim"], task: Task
+    ) -> PairScores:
+        """Score every query against passages of its own."""
+        anchor = None
+        if self.anchors is not None:
+            with torch.autocast(queries.device.type, enabled=False):
+                asked = self.anchor_queries(_at_least_float32(queries), task)
+                anchor = (_at_least_float32(passages) @ asked.unsqueeze(2)).squeeze(2)
+        return self._score(queries.unsqueeze(1), passages, anchor, task)
+
+    def score_anchors(
+        self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
+    ) -> PairScores:
+        """Every query against every passage by the inner product alone, as long as the interaction is not trained."""
+        anchor = self._anchor_logits(queries, passages, task)
+        return PairScores(anchor, anchor, None)
+
+    def _score(
+        self,
+        queries: Float[Tensor, "queries 1 dim"],
+        passages: Float[Tensor, "_ passages dim"],
+        anchor: Float[Tensor, "queries passages"] | None,
+        task: Task,
+    ) -> PairScores:
+        hidden = self._query_half(queries) + self._passage_half(passages)
         if "a * b" in self._places:
-            hidden = hidden + (pairs[0] * pairs[1]) @ self._part("a * b").T
+            hidden = hidden + (queries * passages) @ self._part("a * b").T
         if "|a - b|" in self._places:
-            hidden = hidden + (pairs[0] - pairs[1]).abs() @ self._part("|a - b|").T
+            hidden = hidden + (queries - passages).abs() @ self._part("|a - b|").T
         features = self._after_first(hidden, task)
         logits = _at_least_float32(self.output(self.dropout(features)).squeeze(-1))
-        if self.anchors is None:
+        if anchor is None:
             return PairScores(logits, None, features)
-        anchor = self._anchor_logits(queries, passages, task)
         return PairScores(anchored_logit(anchor, logits, self.bound(task)), anchor, features)
 
     def score_passages(

@@ -106,10 +106,46 @@ def evaluate_dev(student: Student, dev_sets: Sequence[DevSet | PairDevSet]) -> d
     Raises:
         TrainingDivergedError: scores are no numbers.
     """
-    return {
-        dev.name: _evaluate_pairs(student, dev) if isinstance(dev, PairDevSet) else _evaluate_retrieval(student, dev)
-        for dev in dev_sets
-    }
+    return {dev.name: measure_dev(student, encode_dev(student, dev)) for dev in dev_sets}
+
+
+@dataclass(frozen=True)
+class EncodedDev:
+    """A dev set as a student's vectors: while these stay, its interaction can be measured again and again.
+
+    ``wanted`` has, for each query, the rows of the passages that it is scored with.
+    """
+
+    dev: DevSet | PairDevSet
+    queries: Float32[np.ndarray, "queries dim"]
+    passages: Float32[np.ndarray, "passages dim"]
+    wanted: list[NDArray[np.intp]]
+
+
+def encode_dev(student: Student, dev: DevSet | PairDevSet) -> EncodedDev:
+    """Read the texts of a dev set, each once."""
+    if isinstance(dev, DevSet):
+        queries, passages = [query.text for query in dev.queries], list(dev.passage_texts)
+        wanted = [np.arange(len(passages))] * len(queries)
+    else:
+        queries, passages = _distinct(dev)
+        row = {text: number for number, text in enumerate(passages)}
+        wanted = [np.array([row[dev.pairs[p].passage] for p in of_query]) for of_query in _positions(dev)]
+    return EncodedDev(dev, student.encode_queries(queries).vectors, student.encode_passages(passages).vectors, wanted)
+
+
+def measure_dev(student: Student, encoded: EncodedDev) -> DevResult:
+    """The measure of a dev set by weight of the interaction.
+
+    Raises:
+        TrainingDivergedError: scores are no numbers.
+    """
+    dev = encoded.dev
+    scores = _scores_by_weight(student, encoded)
+    if isinstance(dev, DevSet):
+        by_item = {weight: _ndcg(found, dev) for weight, found in scores.items()}
+        return DevResult(dev.task, {weight: float(values.mean()) for weight, values in by_item.items()}, by_item)
+    return _measure_pairs(dev, scores)
 
 
 def choose_residual_weights(results: dict[str, DevResult]) -> dict[Task, float]:
@@ -127,30 +163,23 @@ def value_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> d
     return {name: result.values[weights[result.task]] for name, result in results.items()}
 
 
-def _evaluate_retrieval(student: Student, dev: DevSet) -> DevResult:
-    queries = student.encode_queries([query.text for query in dev.queries]).vectors
-    passages = student.encode_passages(dev.passage_texts).vectors
-    everything = np.arange(len(dev.passage_ids))
-    scores = _scores_by_weight(student, queries, passages, [everything] * len(queries), dev.task, dev.name)
-    by_item = {weight: _ndcg(found, dev) for weight, found in scores.items()}
-    return DevResult(dev.task, {weight: float(values.mean()) for weight, values in by_item.items()}, by_item)
+def _distinct(dev: PairDevSet) -> tuple[list[str], list[str]]:
+    return list(dict.fromkeys(p.query for p in dev.pairs)), list(dict.fromkeys(p.passage for p in dev.pairs))
 
 
-def _evaluate_pairs(student: Student, dev: PairDevSet) -> DevResult:
-    queries = list(dict.fromkeys(pair.query for pair in dev.pairs))
-    passages = list(dict.fromkeys(pair.passage for pair in dev.pairs))
-    row = {text: number for number, text in enumerate(passages)}
-    positions: dict[str, list[int]] = {text: [] for text in queries}
+def _positions(dev: PairDevSet) -> list[list[int]]:
+    """For each distinct query the places of its pairs."""
+    positions: dict[str, list[int]] = {}
     for position, pair in enumerate(dev.pairs):
-        positions[pair.query].append(position)
-    wanted = [np.array([row[dev.pairs[p].passage] for p in positions[text]]) for text in queries]
-    query_vectors = student.encode_queries(queries).vectors
-    passage_vectors = student.encode_passages(passages).vectors
-    scores = _scores_by_weight(student, query_vectors, passage_vectors, wanted, dev.task, dev.name)
-    order = np.argsort(np.concatenate([positions[text] for text in queries]))
+        positions.setdefault(pair.query, []).append(position)
+    return list(positions.values())
+
+
+def _measure_pairs(dev: PairDevSet, scores: dict[float, list[NDArray[np.float32]]]) -> DevResult:
+    order = np.argsort(np.concatenate(_positions(dev)))
+    everything = np.arange(len(dev.pairs))
     values: dict[float, float] = {}
     by_item: dict[float, NDArray[np.float64]] = {}
-    everything = np.arange(len(dev.pairs))
     for weight, found in scores.items():
         of_pairs = np.concatenate(found)[order].astype(np.float64)
         thresholds = dev.gold.fit(of_pairs, everything)
@@ -159,24 +188,21 @@ def _evaluate_pairs(student: Student, dev: PairDevSet) -> DevResult:
     return DevResult(dev.task, values, by_item)
 
 
-def _scores_by_weight(
-    student: Student,
-    queries: Float32[np.ndarray, "queries dim"],
-    passages: Float32[np.ndarray, "passages dim"],
-    wanted: Sequence[NDArray[np.intp]],
-    task: Task,
-    name: str,
-) -> dict[float, list[NDArray[np.float32]]]:
-    """For each weight r, the scores of each query with the passages that are wanted of it (rows of ``passages``)."""
+def _scores_by_weight(student: Student, encoded: EncodedDev) -> dict[float, list[NDArray[np.float32]]]:
+    """For each weight r, the scores of each query with the passages that are wanted of it."""
     head = student.interaction
     if isinstance(head, CosineHead) or not student.has_anchor:
-        return {1.0: _score_all(student, queries, passages, wanted, task, name)}
-    anchors = [_anchor(student, query, passages[rows], task) for query, rows in zip(queries, wanted, strict=True)]
+        return {1.0: _score_all(student, encoded)}
+    task = encoded.dev.task
+    anchors = [
+        _anchor(student, query, encoded.passages[rows], task)
+        for query, rows in zip(encoded.queries, encoded.wanted, strict=True)
+    ]
     residual = head.residual_weight(task)
     kept = residual.clone()
     residual.fill_(1.0)
     try:
-        whole = _score_all(student, queries, passages, wanted, task, name)
+        whole = _score_all(student, encoded)
     finally:
         residual.copy_(kept)
     return {
@@ -185,19 +211,15 @@ def _scores_by_weight(
     }
 
 
-def _score_all(
-    student: Student,
-    queries: Float32[np.ndarray, "queries dim"],
-    passages: Float32[np.ndarray, "passages dim"],
-    wanted: Sequence[NDArray[np.intp]],
-    task: Task,
-    name: str,
-) -> list[NDArray[np.float32]]:
-    scores = [student.score(query, passages[rows], task) for query, rows in zip(queries, wanted, strict=True)]
+def _score_all(student: Student, encoded: EncodedDev) -> list[NDArray[np.float32]]:
+    scores = [
+        student.score(query, encoded.passages[rows], encoded.dev.task)
+        for query, rows in zip(encoded.queries, encoded.wanted, strict=True)
+    ]
     if not all(np.isfinite(of_query).all() for of_query in scores):
         raise TrainingDivergedError(
-            f"the student's scores of the dev queries of '{name}' are no numbers; the last good checkpoint is kept. "
-            "Lower the learning rate, or compute in bfloat16 or float32"
+            f"the student's scores of the dev queries of '{encoded.dev.name}' are no numbers; the last good checkpoint "
+            "is kept. Lower the learning rate, or compute in bfloat16 or float32"
         )
     return scores
 

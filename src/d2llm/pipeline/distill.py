@@ -119,6 +119,7 @@ def distill(
         stopped_early = run.train(show_progress)
         run.take_best()
         run.step_back()
+        run.train_interaction(show_progress)
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
             content = {

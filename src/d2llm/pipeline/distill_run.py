@@ -20,7 +20,7 @@ from d2llm.core.recipe import Recipe, TrainingConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
 from d2llm.data.training import TrainingSource
-from d2llm.models.interaction import CosineHead
+from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
 from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.ops.gating import never_worse
@@ -37,6 +37,7 @@ from d2llm.pipeline.interpolation import items_at_best_weight, put_between, smal
 from d2llm.pipeline.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
 from d2llm.pipeline.processes import Processes
 from d2llm.pipeline.progress import Advance, progress_bar
+from d2llm.pipeline.residual import train_residual
 from d2llm.pipeline.trackers import open_trackers
 from d2llm.pipeline.training_run import (
     RunLog,
@@ -88,6 +89,10 @@ class DistillRun:
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
         self.folder, self.processes = folder, processes
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.has_stages = _has_stages(student, recipe)
+        if self.has_stages and isinstance(student.interaction, Interaction):
+            for parameter in student.interaction.residual_parameters().values():
+                parameter.requires_grad_(False)
         self.offsets = _offsets(student, sources)
         self.parameters = trainable(student) | self.offsets
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -164,6 +169,26 @@ class DistillRun:
         for tried, found in results.items():
             self._write(progress.step, share=tried, dev=_rounded(found))
 
+    def train_interaction(self, show_progress: bool | None) -> None:
+        """The second stage, where the recipe has one: the interaction alone, on the vectors as they are now."""
+        if not self.has_stages:
+            return
+        if self.processes.is_first:
+            results = train_residual(
+                self.student,
+                self.sources,
+                self.dev_sets,
+                self.recipe,
+                lambda source: self.offsets.get(offset_name(source.source)),
+                self._write_after,
+                show_progress=show_progress,
+            )
+            self._adopt(results)
+        self._set_residual_weights()
+
+    def _write_after(self, step: int, **values: Any) -> None:
+        self._write(self.progress.step + step, **values)
+
     def finish(self) -> None:
         """Tell the log that the run came to its end."""
         if self.log is not None:
@@ -189,7 +214,7 @@ class DistillRun:
         found: dict[str, Tensor] = {}
 
         def loss_of(vectors: Tensor) -> Tensor:
-            scores = score_vectors(self.student, vectors, batch)
+            scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
             offset = self.offsets.get(offset_name(source.source))
             found.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
             loss = weighted_sum(found, self.recipe.losses)
@@ -276,6 +301,10 @@ class DistillRun:
         if self.processes.is_first:
             step, state = self.progress.step, dict(vars(self.progress))
             save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, run_key=self.run_key)
+
+
+def _has_stages(student: Student, recipe: Recipe) -> bool:
+    return recipe.training.residual.epochs > 0 and student.config.interaction.head == "anchored"
 
 
 def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import LossWeights
 from d2llm.data.collation import DistillationBatch
-from d2llm.models.interaction import PairScores
+from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
 
@@ -26,12 +26,20 @@ def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
     return queries.ids + passages.ids
 
 
-def score_vectors(student: Student, vectors: Tensor, batch: DistillationBatch) -> PairScores:
-    """Score all queries against all passages by their vectors [queries + passages, dim]; differentiable."""
+def score_vectors(
+    student: Student, vectors: Tensor, batch: DistillationBatch, *, anchors_only: bool = False
+) -> PairScores:
+    """Score all queries against all passages by their vectors [queries + passages, dim]; differentiable.
+
+    ``anchors_only``: by the inner product, without the interaction (anchored head).
+    """
     queries, passages = vectors.split([len(batch.query_ids), len(batch.passage_ids)])
     dtype = student.backbone.compute_dtype
     with torch.autocast(vectors.device.type, dtype, enabled=dtype != torch.float32):
-        return student.interaction(queries, passages, batch.source.task)
+        head = student.interaction
+        if anchors_only and isinstance(head, Interaction):
+            return head.score_anchors(queries, passages, batch.source.task)
+        return head(queries, passages, batch.source.task)
 
 
 def score_batch(student: Student, batch: DistillationBatch) -> PairScores:

@@ -1,0 +1,209 @@
+"""The interaction as a residual: trained on vectors that are read once, with many candidates for each query.
+
+The second stage of a staged distillation. The first has trained the vectors; now they stay, so a step costs no pass
+through the backbone, and a query can be scored against the passages that its own vector finds as well as against
+those of the plan. What the inner product already ranks right has no gradient left; the interaction learns the rest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
+from d2llm.data.collation import Draw, LabelledSource, collate_lists
+from d2llm.models.interaction import TASKS, Interaction
+from d2llm.models.student import Student
+from d2llm.pipeline.dev import (
+    DevResult,
+    DevSet,
+    EncodedDev,
+    PairDevSet,
+    choose_residual_weights,
+    encode_dev,
+    measure_dev,
+    value_by_set,
+)
+from d2llm.pipeline.objective import batch_losses, weighted_sum
+from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.training_run import learning_rate_factor, optimizer_step
+
+_BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """One data set as vectors: of its entries' queries [q, d], of the plan's passages [n, d] by row."""
+
+    labelled: LabelledSource
+    queries: Tensor
+    passages: Tensor
+    ids: list[str]
+    row: dict[str, int]
+    near: NDArray[np.int64] | None
+    """[q, depth] rows with the largest inner products; None for labelled pairs, which have no others."""
+
+
+def train_residual(
+    student: Student,
+    sources: Sequence[LabelledSource],
+    dev_sets: Sequence[DevSet | PairDevSet],
+    recipe: Recipe,
+    offsets: Callable[[LabelledSource], Tensor | None],
+    write: Callable[..., None],
+    *,
+    show_progress: bool | None,
+) -> dict[str, DevResult]:
+    """Train the interaction of an anchored student on its own vectors; the epoch with the best dev result stays.
+
+    Dev results are taken at the best weight r of each task, 0 among them: what comes out is never worse on dev than
+    the inner product alone. Nothing but the interaction changes, and its weights r are left at 1. The stage is short
+    and starts anew after an interruption.
+
+    Args:
+        student: with the head ``anchored``.
+        sources: data sets with their labels.
+        dev_sets: to choose epoch and weights by.
+        recipe: ``training.residual``, losses and seed.
+        offsets: the logit of a pair set at which yes and no are equally likely.
+        write: takes ``step`` and named values for the log.
+        show_progress: None means: if standard error is a terminal.
+
+    Returns:
+        The dev results of the state that stays.
+    """
+    config = recipe.training.residual
+    head = student.interaction
+    assert isinstance(head, Interaction)
+    student.eval()
+    sets = [_read(student, source, config, show_progress) for source in sources if source.entries]
+    dev = [encode_dev(student, dev_set) for dev_set in dev_sets]
+    parameters = head.residual_parameters()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for task in TASKS:
+        head.residual_weight(task).fill_(1.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.learning_rate
+    weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
+    max_norm = recipe.training.max_gradient_norm
+    per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
+    best = _measure(student, dev)
+    best_value, best_state = _value(best), {name: p.detach().clone() for name, p in parameters.items()}
+    step, total = 0, config.epochs * per_epoch
+    with progress_bar("training the interaction", total, show=show_progress) as advance:
+        for epoch in range(config.epochs):
+            for found, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
+                torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
+                head.train()
+                offset = offsets(found.labelled)
+                loss = _loss(student, head, found, positions, config, weights, offset, f"{recipe.seed}:{epoch}")
+                loss.backward()
+                factor = learning_rate_factor(step, warmup_steps=config.warmup_steps, total_steps=total)
+                optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
+                step += 1
+                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
+            results = _measure(student, dev)
+            write(step, stage="residual", dev={name: result.values for name, result in results.items()})
+            if _value(results) > best_value:
+                best, best_value = results, _value(results)
+                best_state = {name: p.detach().clone() for name, p in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(best_state[name])
+    head.eval()
+    return best
+
+
+def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult]:
+    student.eval()
+    return {found.dev.name: measure_dev(student, found) for found in dev}
+
+
+def _value(results: dict[str, DevResult]) -> float:
+    by_set = value_by_set(results, choose_residual_weights(results))
+    return sum(by_set.values()) / len(by_set)
+
+
+def _read(student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None) -> _Vectors:
+    ids = list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
+    texts = [source.source.query_text(entry.query_id) for entry in source.entries]
+    name = source.source.dataset.name
+    with progress_bar(f"reading {name} once", len(ids) + len(texts), show=show) as advance:
+        queries = student.encode_queries(texts, advance=advance).vectors
+        passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
+    is_pairs = any(entry.targets for entry in source.entries)
+    near = None if is_pairs else _nearest(student.anchor_queries(queries, source.source.task), passages, config.depth)
+    rows = {passage_id: row for row, passage_id in enumerate(ids)}
+    return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near)
+
+
+def _nearest(queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int) -> NDArray[np.int64]:
+    depth = min(depth, len(passages))
+    block = max(1, _BLOCK_NUMBERS // len(passages))
+    found = [
+        torch.topk(torch.from_numpy(queries[start : start + block] @ passages.T), depth, dim=1).indices
+        for start in range(0, len(queries), block)
+    ]
+    return torch.cat(found).numpy()
+
+
+def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tuple[_Vectors, list[int]]]:
+    batches: list[tuple[_Vectors, list[int]]] = []
+    for found in sets:
+        order = list(range(len(found.labelled.entries)))
+        random.Random(f"{seed}:{found.labelled.source.dataset.name}").shuffle(order)
+        batches += [(found, order[start : start + batch_queries]) for start in range(0, len(order), batch_queries)]
+    random.Random(seed).shuffle(batches)
+    return batches
+
+
+def _loss(
+    student: Student,
+    head: Interaction,
+    found: _Vectors,
+    positions: Sequence[int],
+    config: ResidualConfig,
+    weights: LossWeights,
+    offset: Tensor | None,
+    seed: str,
+) -> Tensor:
+    draws = [_draw(found, position, config, seed) for position in positions]
+    batch = collate_lists(found.labelled, draws)
+    width = batch.positive.shape[1]
+    lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
+    rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
+    device, dtype = student.backbone.device, student.backbone.compute_dtype
+    queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        scores = head.score_lists(queries, passages, found.labelled.source.task)
+    loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
+    return loss + config.bound_price * head.bound(found.labelled.source.task)
+
+
+def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> Draw:
+    """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged."""
+    entry = found.labelled.entries[position]
+    if found.near is None:
+        return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
+    rng = random.Random(f"{seed}:{entry.query_id}")
+    near = rng.sample(found.near[position].tolist(), min(config.num_near, found.near.shape[1]))
+    others = [rng.randrange(len(found.ids)) for _ in range(config.num_random)]
+    known = {*entry.positives, *entry.hard_negatives}
+    known |= found.labelled.same_text.as_any_of(set(entry.positives))
+    drawn = dict.fromkeys([*entry.easy_negatives, *(found.ids[row] for row in near + others)])
+    easy = [passage_id for passage_id in drawn if passage_id not in known]
+    return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)
