@@ -15,7 +15,7 @@ _ABSENT = "–"
 
 
 def gate_table(report: GateReport) -> Table:
-    """Teacher and cosine for each data set and, where several share one, each task."""
+    """Teacher and cosine for each data set, and for each task over its sets."""
     title = f"Teacher against cosine, {report.measure} on dev lists"
     table = Table(title=Text(title), title_justify="left")
     table.add_column("")
@@ -37,9 +37,9 @@ def gate_advice(report: GateReport) -> str:
     if report.num_truncated:
         parts.append(f"{report.num_truncated:,} pairs were cut to the teacher's length limit.")
     if not report.closed:
-        return " ".join(["gate: open for every data set: the teacher ranks better than the cosine.", *parts])
+        return " ".join(["gate: open for every data set: the teacher is significantly better than the cosine.", *parts])
     closed = ", ".join(report.closed)
-    parts.insert(0, f"gate: closed for {closed}: the teacher does not rank better than the cosine there.")
+    parts.insert(0, f"gate: closed for {closed}: the teacher is not significantly better than the cosine there.")
     consequence = {
         "labels": "The recipe's when_closed is 'labels': learn there from the data set's own judgements.",
         "teacher": "The recipe's when_closed is 'teacher': it teaches all the same.",
