@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def test_tensorboard_reads_its_files_back(tmp_path: Path) -> None:
 
 def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow: Any = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/runs")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the only store of the light package without a server
     log_three_steps(tmp_path, "mlflow")
     log_three_steps(tmp_path, "mlflow", resume_step=3)
     client = mlflow.tracking.MlflowClient()
@@ -94,14 +95,15 @@ def test_wandb_offline_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     log_three_steps(tmp_path, "wandb")
     [file] = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, losses = DataStore(), list[float]()
-    store.open_for_scan(str(file))
-    while (raw := store.scan_data()) is not None:
+    # LevelDB's log format behind a header of 7 bytes: check sum, length and kind (1: whole), then the record.
+    content, place, losses = file.read_bytes(), 7, list[float]()
+    while place < len(content):
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        assert kind == 1
         record = Record()
-        record.ParseFromString(raw)
-        items = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-        if "loss" in items:
-            losses.append(float(items["loss"]))
+        record.ParseFromString(content[place + 7 : place + 7 + length])
+        items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        losses += [float(items["loss"])] if "loss" in items else []
+        place += 7 + length
     assert losses == [pytest.approx(1 / step) for step in (1, 2, 3)]
