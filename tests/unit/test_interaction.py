@@ -126,6 +126,50 @@ def test_untrained_anchored_head_is_twenty_times_the_cosine(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_gates_narrow_the_bound_of_each_pair(task):
+    module, queries, passages = make(gates=True), vectors(5, 1), vectors(6, 2)
+    plain = make(gates=False)
+    plain.load_state_dict({name: p for name, p in module.state_dict().items() if "gate" not in name})
+    module.residual_weight(task).fill_(0.5)
+    plain.residual_weight(task).fill_(0.5)
+    gated, ungated = module(queries, passages, task), plain(queries, passages, task)
+    query_gate = torch.sigmoid(queries @ module.query_gate.weight[0] + module.query_gate.bias)
+    passage_gate = torch.sigmoid(passages @ module.passage_gate.weight[0] + module.passage_gate.bias)
+    gates = query_gate[:, None] * passage_gate[None, :]
+    expected = ungated.anchor + (ungated.logits - ungated.anchor) * gates
+    torch.testing.assert_close(gated.logits, expected, rtol=0, atol=1e-12)
+    for row, query in enumerate(queries):
+        torch.testing.assert_close(module.score_passages(query, passages, task), expected[row], rtol=0, atol=1e-12)
+    reach = module.query_reach(queries, task)[:, None] * module.passage_reach(passages)
+    torch.testing.assert_close(reach, module.bound(task) * gates, rtol=0, atol=1e-12)
+    assert bool(((gated.logits - gated.anchor).abs() <= reach).all())
+    upper = torch.cat([module.anchor_queries(queries, task), module.query_reach(queries, task)[:, None]], dim=1)
+    stored = torch.cat([passages, module.passage_reach(passages)[:, None]], dim=1)
+    torch.testing.assert_close(upper @ stored.T, gated.anchor + reach, rtol=0, atol=1e-12)  # one inner product
+
+
+def test_gates_are_nearly_open_at_first():
+    module = make(gates=True, trained=False)
+    assert module.passage_reach(vectors(4, 1)).tolist() == pytest.approx([0.9526] * 4, abs=1e-4)
+    assert make(trained=False).passage_reach(vectors(4, 1)).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_lists_of_their_own_equal_all_against_all(gates):
+    module, queries, passages = make(gates=gates), vectors(3, 1), vectors(4, 2)
+    together = module(queries, passages, "symmetric")
+    lists = module.score_lists(queries, passages.expand(3, -1, -1), "symmetric")
+    for name in ("logits", "anchor", "features"):
+        torch.testing.assert_close(getattr(lists, name), getattr(together, name), rtol=0, atol=1e-12)
+    shuffled = torch.stack([passages[[2, 0]], passages[[3, 3]], passages[[1, 2]]])
+    found = module.score_lists(queries, shuffled, "symmetric").logits
+    wanted = torch.stack([together.logits[0, [2, 0]], together.logits[1, [3, 3]], together.logits[2, [1, 2]]])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    anchors = module.score_anchors(queries, passages, "symmetric")
+    torch.testing.assert_close(anchors.logits, together.anchor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_interaction_stays_within_its_bound(task):
     module, queries, passages = make(max_bound=3.0), vectors(20, 1), vectors(20, 2)
     with torch.no_grad():

@@ -79,6 +79,10 @@ class InteractionConfig(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_bound: float = Field(default=8.0, gt=0)
     """Upper limit of B, the largest change of the logit that the interaction can make (anchored head)."""
+    gates: bool = False
+    """Bound the change by B r_q(a) r_p(b) with learned gates in (0, 1), one of the query, one of the passage (anchored
+    head): the upper bound stays an inner product, in one more dimension, and fewer passages must be rescored for a
+    certified ranking."""
 
 
 class StudentConfig(_Section):

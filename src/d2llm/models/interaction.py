@@ -21,6 +21,7 @@ from d2llm.ops.scoring import anchored_logit
 TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
+_OPEN = 3.0  # sigmoid(3) = 0.95
 _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature 0.05 of contrastive training
 
 
@@ -56,7 +57,7 @@ class Interaction(nn.Module):
 
     Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is what the
     paper head would give, 0 at the start; B in (0, max_bound) is learned; r in [0, 1] of each task is set after
-    training, on dev.
+    training, on dev. With gates, B stands for B r_q(a) r_p(b), r_q = sigmoid(w a + c) and r_p alike.
     """
 
     def __init__(self, config: InteractionConfig, dim: int) -> None:
@@ -76,6 +77,8 @@ class Interaction(nn.Module):
         self.output = nn.Linear(config.feature_dim, 1)
         self.dropout = nn.Dropout(config.dropout)
         self.anchors: nn.ModuleDict | None = None
+        self.query_gate: nn.Linear | None = None
+        self.passage_gate: nn.Linear | None = None
         if config.head == "anchored":
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
@@ -83,6 +86,8 @@ class Interaction(nn.Module):
             self.raw_bound = nn.Parameter(torch.zeros(()))
             for task in TASKS:
                 self.register_buffer(f"residual_{task}", torch.ones(()))
+            if config.gates:
+                self.query_gate, self.passage_gate = _open_gate(dim), _open_gate(dim)
 
     @property
     def has_anchor(self) -> bool:
@@ -101,8 +106,18 @@ class Interaction(nn.Module):
         return task if self.config.branches == "per_task" else _SHARED
 
     def bound(self, task: Task) -> Tensor:
-        """The bound r B: the largest change of the logit that the interaction can make."""
+        """The bound r B: the largest change of the logit that the interaction can make, of any pair."""
         return self.residual_weight(task) * self.config.max_bound * torch.sigmoid(self.raw_bound)
+
+    def query_reach(self, queries: Float[Tensor, "*queries dim"], task: Task) -> Float[Tensor, "*queries"]:
+        """The query's part of the bound of a pair, r B r_q(a)."""
+        gate = torch.ones_like(queries[..., 0]) if self.query_gate is None else _gate(self.query_gate, queries)
+        return self.bound(task) * _at_least_float32(gate)
+
+    def passage_reach(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages"]:
+        """The passage's part of the bound of a pair, r_p(b); 1 without gates."""
+        gate = torch.ones_like(passages[..., 0]) if self.passage_gate is None else _gate(self.passage_gate, passages)
+        return _at_least_float32(gate)
 
     def residual_weight(self, task: Task) -> Tensor:
         """The weight r of the interaction in one task."""
@@ -161,7 +176,8 @@ class Interaction(nn.Module):
         logits = _at_least_float32(self.output(self.dropout(features)).squeeze(-1))
         if anchor is None:
             return PairScores(logits, None, features)
-        return PairScores(anchored_logit(anchor, logits, self.bound(task)), anchor, features)
+        reach = self.query_reach(queries, task) * self.passage_reach(passages)
+        return PairScores(anchored_logit(anchor, logits, reach), anchor, features)
 
     def score_passages(
         self, query: Float[Tensor, " dim"], passages: Float[Tensor, "passages dim"], task: Task
@@ -176,7 +192,8 @@ class Interaction(nn.Module):
         logits = _at_least_float32(self.output(self._after_first(hidden, task)).squeeze(-1))
         if self.anchors is None:
             return logits
-        return anchored_logit(self._anchor_logits(query[None], passages, task)[0], logits, self.bound(task))
+        reach = self.query_reach(query, task) * self.passage_reach(passages)
+        return anchored_logit(self._anchor_logits(query[None], passages, task)[0], logits, reach)
 
     def _anchor_logits(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
@@ -240,6 +257,20 @@ class CosineHead(nn.Module):
 def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
     """The head that a configuration names."""
     return CosineHead(dim) if config.head == "cosine" else Interaction(config, dim)
+
+
+def _open_gate(dim: int) -> nn.Linear:
+    """A gate that is nearly open for every vector at the start."""
+    gate = nn.Linear(dim, 1)
+    nn.init.zeros_(gate.weight)
+    nn.init.constant_(gate.bias, _OPEN)
+    return gate
+
+
+def _gate(gate: nn.Linear, vectors: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+    # In full precision whatever the autocast around: it is part of a bound that must hold.
+    with torch.autocast(vectors.device.type, enabled=False):
+        return torch.sigmoid(gate(_at_least_float32(vectors)).squeeze(-1))
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -191,7 +191,10 @@ def _loss(
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         scores = head.score_lists(queries, passages, found.labelled.source.task)
     loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
-    return loss + config.bound_price * head.bound(found.labelled.source.task)
+    if not config.bound_price:
+        return loss
+    task = found.labelled.source.task
+    return loss + config.bound_price * head.query_reach(queries, task).mean() * head.passage_reach(passages).mean()
 
 
 def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> Draw:
