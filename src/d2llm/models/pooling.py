@@ -48,21 +48,30 @@ class MultiheadAttentionPooling(nn.Module):
     def forward(
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
-        """Pool token states; tokens where ``mask`` is false take no part."""
-        seeds = self.seeds.expand(len(states), -1, -1)  # [batch, seeds, dim]
-        attended = functional.scaled_dot_product_attention(
-            self._heads(self.query(seeds)),
-            self._heads(self.key(states)),
-            self._heads(self.value(states)),
-            attn_mask=mask[:, None, None, :],  # the same for every head and seed
-        )
-        attended = self.output(attended.transpose(1, 2).flatten(2))
-        hidden = self.norm_attention(attended + seeds)
+        """Pool token states; tokens where ``mask`` is false take no part.
+
+        The seeds are the same for every text, so the products with the key and value weights are taken out of the sum
+        over tokens: q_h (W_h y) = (q_h W_h) y, and sum_t a_t (V_h y_t) = V_h (sum_t a_t y_t). Each token then meets one
+        vector for each head and seed, where it met two dim x dim matrices.
+        """
+        seeds = self._heads(self.query(self.seeds))  # [heads, seeds, head_dim]
+        probes = (seeds @ self._rows(self.key.weight)).flatten(0, 1)  # [heads * seeds, dim]
+        offsets = (seeds @ self._rows(self.key.bias)[..., None]).flatten()
+        scores = (states @ probes.T + offsets) / seeds.shape[-1] ** 0.5
+        attention = scores.masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
+        mixed = (attention.mT @ states).unflatten(1, seeds.shape[:2])  # [batch, heads, seeds, dim]
+        values = mixed @ self._rows(self.value.weight).mT
+        attended = self.output(values.transpose(1, 2).flatten(2) + self.value.bias)
+        hidden = self.norm_attention(attended + self.seeds)
         pooled = self.norm_feedforward(hidden + self.feedforward(hidden))
         return self.join(pooled.flatten(1))
 
-    def _heads(self, values: Float[Tensor, "batch items dim"]) -> Float[Tensor, "batch heads items head_dim"]:
-        return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _heads(self, values: Float[Tensor, "seeds dim"]) -> Float[Tensor, "heads seeds head_dim"]:
+        return values.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+
+    def _rows(self, parameter: Float[Tensor, "dim ..."]) -> Float[Tensor, "heads head_dim ..."]:
+        """The rows of a weight or bias, by head."""
+        return parameter.unflatten(0, (self.num_heads, -1))
 
 
 class TextPooling(nn.Module):
