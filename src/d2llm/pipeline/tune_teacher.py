@@ -1,4 +1,4 @@
-"""Tune the teacher on labelled pairs: yes/no cross-entropy, LoRA; afterwards it is frozen and labels."""
+"""Tune the teacher on labelled pairs: yes/no cross-entropy, adapters or all weights; then it is frozen and labels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import LabelledPair, TrainingSource, labelled_pairs
-from d2llm.models.teacher import KIND, Teacher
+from d2llm.models.device import choose_dtype
+from d2llm.models.judge import load_judge
+from d2llm.models.local_teacher import LocalTeacher
+from d2llm.models.teacher_identity import TEACHER_KIND
 from d2llm.ops.batching import token_budget_batches
 from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.teacher_dev import Best, DevWatch, hold_out
 from d2llm.pipeline.training_run import (
     CHECKPOINT,
     RunLog,
@@ -39,7 +43,10 @@ _SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
 
 @dataclass(frozen=True, slots=True)
 class TeacherTuningReport:
-    """What a tuning run did; ``loss`` is the mean yes/no cross-entropy of the last tenth of the steps."""
+    """What a tuning run did; ``loss`` is the mean yes/no cross-entropy of the last tenth of the steps.
+
+    With held-out queries: ``best_step`` is the step whose state was kept, ``dev`` its value of ``dev_measure``.
+    """
 
     folder: str
     fingerprint: str
@@ -48,6 +55,8 @@ class TeacherTuningReport:
     num_truncated: int
     loss: float
     seconds: float
+    best_step: int | None = None
+    dev: float | None = None
 
 
 def tune_teacher(
@@ -67,14 +76,15 @@ def tune_teacher(
         sources: data sets with their plans and tasks.
         folder: where the tuned teacher goes; ``<folder>.run`` beside it keeps checkpoint and log.
         teacher: the LLM and its prompt.
-        tuning: LoRA and schedule.
+        tuning: what is trained, the schedule, and held-out queries to stop by.
         seed: of the draw of pairs, their order, and the adapter's start.
         device: by default what this machine has.
         dtype: by default what is fast there.
         show_progress: by default only on a terminal.
 
     Raises:
-        InputError: no pairs, a finished teacher already in ``folder``, or a checkpoint of another run.
+        InputError: no pairs, a finished teacher already in ``folder``, a checkpoint of another run, a kind of teacher
+            that is not tuned, or plans too small to hold queries out.
         TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
     """
     if (folder / MANIFEST).is_file():
@@ -82,11 +92,12 @@ def tune_teacher(
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: holds files that are no teacher's; give a new or empty folder")
     started = time.monotonic()
-    pairs = labelled_pairs(sources, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
+    training, dev_pairs = hold_out(sources, tuning, seed=seed) if tuning.eval_every and sources else (sources, [])
+    pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
     if not pairs:
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
-    model = Teacher.load(teacher, device=device, dtype=dtype)
-    model.prepare_training(tuning.lora, seed=seed)
+    model = _load(teacher, tuning, device=device, dtype=dtype)
+    model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
     batches = _epoch_batches(pairs, tuning, seed)
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=tuning.learning_rate, weight_decay=0.0)
@@ -99,14 +110,15 @@ def tune_teacher(
     run_key = fingerprint_json([teacher.model_dump(), model.fingerprint, tuning.model_dump(), seed, plans])
     checkpoint = load_checkpoint(run_folder, run_key=run_key)
     first_step, losses, num_truncated = 0, list[float](), 0
+    watch = DevWatch(dev_pairs, tuning, run_folder)
     if checkpoint is not None:
         restore(checkpoint, parameters, optimizer)
         first_step, losses = checkpoint.step, checkpoint.state["losses"]
-        num_truncated = checkpoint.state["num_truncated"]
+        num_truncated, watch.best = checkpoint.state["num_truncated"], Best(**checkpoint.state["best"])
     log = RunLog(run_folder, resume_step=first_step)
 
     def keep(step: int) -> None:
-        state = {"losses": losses, "num_truncated": num_truncated}
+        state = {"losses": losses, "num_truncated": num_truncated, "best": asdict(watch.best)}
         save_checkpoint(run_folder, step, parameters, optimizer, state, run_key=run_key)
 
     model.train()
@@ -114,6 +126,8 @@ def tune_teacher(
     with progress_bar("tuning the teacher", len(batches), show=show_progress) as advance:
         advance(first_step)
         for step in range(first_step, len(batches)):
+            if watch.is_over:
+                break
             torch.manual_seed(seed * 1_000_003 + step)  # dropout then depends on the step alone: resume is exact
             loss, truncated = _accumulate_gradient(model, batches[step])
             require_finite(loss, step, run_folder)
@@ -122,21 +136,25 @@ def tune_teacher(
             optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
             losses.append(float(loss))
             num_truncated += truncated
-            log.write(step + 1, loss=losses[-1], pairs=len(batches[step]))
+            seen = watch.look(model, parameters, step + 1, is_last=step + 1 == len(batches))
+            log.write(step + 1, loss=losses[-1], pairs=len(batches[step]), **seen)
             advance(1)
             if time.monotonic() - last_kept > 60 * tuning.checkpoint_minutes:
                 keep(step + 1)
                 last_kept = time.monotonic()
-    keep(len(batches))
+    keep(len(losses))
+    watch.put_back(parameters)
     tail = losses[-max(1, len(losses) // 10) :]
     report = TeacherTuningReport(
         folder=str(folder),
         fingerprint="",
-        pairs=sum(map(len, batches)),
-        steps=len(batches),
+        pairs=sum(map(len, batches[: len(losses)])),
+        steps=len(losses),
         num_truncated=num_truncated,
         loss=sum(tail) / len(tail),
         seconds=time.monotonic() - started,
+        best_step=watch.best.step,
+        dev=watch.best.value,
     )
     content: dict[str, Any] = {
         "tuning": tuning.model_dump(),
@@ -144,10 +162,24 @@ def tune_teacher(
         "data": [source.dataset.name for source in sources],
         "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
     }
-    with new_folder(folder, kind=KIND) as temporary:
+    with new_folder(folder, kind=TEACHER_KIND) as temporary:
         fingerprint = model.save(temporary, content)
+    watch.path.unlink(missing_ok=True)
     (run_folder / CHECKPOINT).unlink()  # whoever deletes the finished teacher wants a new one, not this one again
     return replace(report, fingerprint=fingerprint)
+
+
+def _load(
+    teacher: TeacherConfig, tuning: TeacherTuningConfig, *, device: str | None, dtype: str | None
+) -> LocalTeacher:
+    """The teacher to tune; where every weight is tuned, these are float32, however it computes."""
+    model = load_judge(teacher, device=device, dtype="float32" if tuning.tuning == "full" else dtype)
+    if not isinstance(model, LocalTeacher):
+        raise InputError(
+            f"teacher '{teacher.model}' has no weights here to tune; leave tune-teacher out, or name a local model"
+        )
+    model.compute_dtype = choose_dtype(model.device, dtype)
+    return model
 
 
 def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed: int) -> list[list[LabelledPair]]:
@@ -168,7 +200,7 @@ def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed:
     return batches
 
 
-def _accumulate_gradient(model: Teacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
+def _accumulate_gradient(model: LocalTeacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
     """Mean yes/no cross-entropy of a batch, with its gradient, in parts that bound memory; and the pairs cut short."""
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
