@@ -71,6 +71,10 @@ class GateReport:
         """The data sets on which the teacher is not better."""
         return tuple(row.name for row in self.sets if not row.is_open)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"settings": self.settings.model_dump()}
+
 
 def gate(
     judged: Sequence[tuple[Dataset, Task]],
@@ -234,6 +238,5 @@ def _read_gates(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, earlier: Mapping[str, Any], report: GateReport) -> None:
-    found = asdict(report) | {"settings": report.settings.model_dump()}
     head = {"kind": _KIND, "format_version": _FORMAT_VERSION, "packages": package_versions()}
-    write_json(path, head | {"gates": {**earlier, report.teacher: found}})
+    write_json(path, head | {"gates": {**earlier, report.teacher: report.to_json()}})

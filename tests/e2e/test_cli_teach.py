@@ -1,0 +1,78 @@
+"""``d2llm gate`` and ``d2llm stack`` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from d2llm.core.recipe import TeacherConfig
+from d2llm.models.judge import identify_judge
+from d2llm.pipeline.gate import read_gate
+from e2e.command_line import fail, succeed, succeed_with_report
+
+
+@pytest.fixture(scope="module")
+def run(place, reports, tmp_path_factory):
+    """A copy of the finished run, and the arguments that name it."""
+    folder = tmp_path_factory.mktemp("teach")
+    shutil.copytree(place / "run", folder / "run")
+    return folder, (place / "tiny.toml", "--out", folder / "run", "--dtype", "float32")
+
+
+def test_the_gate_is_tried_on_dev_and_kept(run):
+    folder, arguments = run
+    result, report = succeed_with_report("gate", *arguments, folder=folder)
+    found = report["result"]
+    assert [(row["name"], row["num_queries"]) for row in found["sets"]] == [("everyday", 4)]
+    # Four queries give no p below 0.05, whatever the teacher.
+    assert found["sets"][0]["is_open"] is False
+    for text in ("everyday", "closed", f"{found['sets'][0]['teacher']:.4f}", f"{found['sets'][0]['p_value']:.4f}"):
+        assert text in result.stdout
+    assert "gate: closed for everyday" in result.stderr
+    assert "data set's own judgements" in result.stderr
+    teacher = identify_judge(TeacherConfig(model=str(folder / "run" / "teacher")))
+    assert read_gate(folder / "run", teacher.fingerprint) == {"everyday": False}
+    _, again = succeed_with_report("gate", *arguments, folder=folder)
+    assert again["result"]["num_judged"] == 0
+    assert again["result"]["sets"] == found["sets"]
+
+
+def test_another_teacher_and_another_student(run, place):
+    folder, arguments = run
+    options = ("--teacher", f"cosine:{folder / 'run' / 'student'}", "--student", folder / "run" / "student")
+    _, report = succeed_with_report("gate", *arguments, *options, folder=folder)
+    assert report["result"]["sets"][0]["difference"] == 0
+    assert len(json.loads((folder / "run" / "gate.json").read_text())["gates"]) >= 1
+
+
+def test_a_closed_gate_can_stop(run, place, tmp_path):
+    _, arguments = run
+    recipe = tmp_path / "stop.toml"
+    recipe.write_text(place.joinpath("tiny.toml").read_text() + '\n[gate]\nwhen_closed = "stop"\nqueries = 2\n')
+    fail("gate", recipe, *arguments[1:], containing=["closed for everyday", "when_closed is 'stop'"])
+
+
+def test_teachers_are_stacked_and_the_stack_is_a_teacher(run):
+    folder, arguments = run
+    members = ("--member", folder / "run" / "teacher", "--member", f"cosine:{folder / 'run' / 'student'}")
+    page = folder / "stack.html"
+    result, report = succeed_with_report("stack", *arguments, *members, "--depth", 5, "--html", page, folder=folder)
+    rows = report["result"]["tasks"]["asymmetric"]["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "student", "stack"]
+    assert report["result"]["folder"] == str(folder / "run" / "stack")
+    for row in rows:
+        assert f"{row['after']['log_loss']:.4f}" in result.stdout
+    assert "<svg" in page.read_text()
+    manifest = json.loads((folder / "run" / "stack" / "manifest.json").read_text())
+    assert {member["relative"] for member in manifest["members"]} <= {"../teacher", "../student"}
+    _, gated = succeed_with_report("gate", *arguments, "--teacher", folder / "run" / "stack", folder=folder)
+    assert gated["result"]["teacher"] == manifest["fingerprint"]
+    assert gated["result"]["num_seen"] == 4
+    assert "flatter" in succeed("gate", *arguments, "--teacher", folder / "run" / "stack").stderr
+
+
+def test_wrong_members(run):
+    _, arguments = run
+    fail("stack", *arguments, "--member", "cosine:no-such-place", containing=["no-such-place"])
