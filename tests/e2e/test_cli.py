@@ -133,7 +133,7 @@ class TestDistil:
         assert recipe.data
 
     def test_the_paper_s_recipe_has_the_published_settings(self):
-        recipe = load_recipe("paper")
+        recipe = load_recipe("d2llm-paper")
         lora, training, losses = recipe.student.backbone.lora, recipe.training, recipe.losses
         assert (lora.rank, lora.alpha, lora.dropout) == (8, 8, 0.05)
         assert (training.learning_rate, training.warmup_steps, training.batch_queries) == (1e-4, 1000, 32)

@@ -72,7 +72,7 @@ def test_listing_needs_no_run(tmp_path):
     for variant in VARIANTS.values():
         assert f" {variant.name} " in result.stdout
     assert "nothing changes" not in result.stdout
-    assert "nothing changes" in succeed("ablate", "paper", "--list").stdout
+    assert "nothing changes" in succeed("ablate", "d2llm-paper", "--list").stdout
 
 
 def test_wrong_input(place, reports, tmp_path):

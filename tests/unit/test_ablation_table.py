@@ -145,7 +145,7 @@ class TestListing:
         assert re.findall(r"^│ (\w+)", text, re.M) == ["baseline", "published", "own"]
 
     def test_with_a_recipe_what_is_so_already(self) -> None:
-        lines = [line for line in shown(variants_table(load_recipe("paper"))).splitlines() if "nothing changes" in line]
+        lines = [line for line in shown(variants_table(load_recipe("d2llm-paper"))).splitlines() if "nothing changes" in line]
         assert {"concat", "cold-start"} < {line.split("│")[2].strip() for line in lines}
         assert len(lines) < 8
 

@@ -145,4 +145,4 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
 def test_a_change_that_makes_no_valid_recipe_names_the_variant() -> None:
     wrong = Variant("wrong", "own", "no width", {"student": {"interaction": {"hidden_dim": 0}}})
     with pytest.raises(RecipeError, match=r"variant 'wrong': student.interaction.hidden_dim"):
-        wrong.apply(load_recipe("paper"))
+        wrong.apply(load_recipe("d2llm-paper"))
