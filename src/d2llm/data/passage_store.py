@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, ValuesView
@@ -13,7 +14,7 @@ import numpy as np
 
 from d2llm.core.types import Passage
 
-_LENGTHS = np.dtype([("id", "<u4"), ("title", "<u4"), ("text", "<u4")])
+_LENGTHS = struct.Struct("<3I")  # of id, title and text, in bytes
 _ENCODING = ("utf-8", "surrogatepass")  # a JSON file may hold half a surrogate pair
 _READ_AT_ONCE = 1 << 20
 
@@ -114,13 +115,15 @@ def _key(passage_id: str) -> int:
 
 def _record(passage: Passage) -> bytes:
     parts = [part.encode(*_ENCODING) for part in (passage.id, passage.title, passage.text)]
-    return np.array(tuple(map(len, parts)), _LENGTHS).tobytes() + b"".join(parts)
+    return _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
 
 
 def _passage(record: bytes) -> Passage:
-    lengths = np.frombuffer(record, _LENGTHS, 1)[0]
-    place, fields = _LENGTHS.itemsize, dict[str, str]()
-    for name in ("id", "title", "text"):
-        fields[name] = record[place : place + int(lengths[name])].decode(*_ENCODING)
-        place += int(lengths[name])
-    return Passage(**fields)
+    num_id, num_title, num_text = _LENGTHS.unpack_from(record)
+    title = _LENGTHS.size + num_id
+    text = title + num_title
+    return Passage(
+        id=record[_LENGTHS.size : title].decode(*_ENCODING),
+        title=record[title:text].decode(*_ENCODING),
+        text=record[text : text + num_text].decode(*_ENCODING),
+    )
