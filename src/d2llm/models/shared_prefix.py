@@ -68,7 +68,8 @@ class SharedPrefixes:
         chosen = torch.tensor(rows, device=self._device)
         layers = cast("list[Any]", self._cache.layers)
         cache = Cache(layers=[_PrefixLayer(layer.keys[chosen], layer.values[chosen]) for layer in layers])
-        ids, mask = pad_right(suffixes, self._padding, self._device)
+        width = max(map(len, suffixes))  # not the next multiple of 8: of short texts that would be a tenth
+        ids, mask = (padded[:, :width] for padded in pad_right(suffixes, self._padding, self._device))
         states = self._forward(ids, torch.cat([self._mask[chosen], mask], dim=1), cache, self._lengths[chosen])
         return states[torch.arange(len(states), device=self._device), last_positions(mask)]
 
