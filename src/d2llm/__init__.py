@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
-    from d2llm.core.recipe import Recipe, load_recipe
+    from d2llm.core.recipe import Recipe
+    from d2llm.core.recipe_file import load_recipe
     from d2llm.core.types import Candidate, Passage, Query, RankedPassage, Ranking, Task, TeacherLabel
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.open_data import open_data
@@ -78,7 +79,8 @@ __all__ = [
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
-    "d2llm.core.recipe": ("Recipe", "load_recipe"),
+    "d2llm.core.recipe": ("Recipe",),
+    "d2llm.core.recipe_file": ("load_recipe",),
     "d2llm.core.types": ("Candidate", "Passage", "Query", "RankedPassage", "Ranking", "Task", "TeacherLabel"),
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.open_data": ("open_data",),

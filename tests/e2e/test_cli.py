@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from d2llm.apps.cli import app
-from d2llm.core.recipe import load_recipe
+from d2llm.core.recipe_file import load_recipe
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
 from e2e.command_line import MAIN, d2llm, fail, succeed, succeed_with_report, write_recipe

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from d2llm.apps.ablation_page import forest_plot, render_page
 from d2llm.apps.ablation_table import ablation_table, cells, groups, remarks, render_markdown, variants_table
-from d2llm.core.recipe import load_recipe
+from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import Task
 from d2llm.core.variants import VARIANTS
 from d2llm.pipeline.ablation_report import AblationReport, FailedRun, MeasuredSet, RunResult, summarise
@@ -145,7 +145,8 @@ class TestListing:
         assert re.findall(r"^│ (\w+)", text, re.M) == ["baseline", "published", "own"]
 
     def test_with_a_recipe_what_is_so_already(self) -> None:
-        lines = [line for line in shown(variants_table(load_recipe("d2llm-paper"))).splitlines() if "nothing changes" in line]
+        table = shown(variants_table(load_recipe("d2llm-paper")))
+        lines = [line for line in table.splitlines() if "nothing changes" in line]
         assert {"concat", "cold-start"} < {line.split("│")[2].strip() for line in lines}
         assert len(lines) < 8
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import MiningConfig, parse_recipe
+from d2llm.core.recipe import MiningConfig
+from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels

@@ -13,7 +13,10 @@ import d2llm
 
 SOURCE = Path(d2llm.__file__).parent
 PUBLIC = sorted(set(d2llm.__all__) - {"__version__"})
-FUNCTIONS = ["ablate", "check_data", "distill", "encode", "evaluate", "label", "mine", "search", "tune_teacher"]
+FUNCTIONS = [
+    *("ablate", "check_data", "distill", "encode", "evaluate", "gate", "label", "mine", "search", "stack_teachers"),
+    "tune_teacher",
+]
 
 
 def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import Recipe, load_recipe, parse_recipe
+from d2llm.core.recipe import Recipe
+from d2llm.core.recipe_file import load_recipe, parse_recipe
 
 
 def written(tmp_path: Path, text: str | bytes) -> Path:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import MissingExtraError, RecipeError
-from d2llm.core.recipe import Recipe, TrainingConfig, parse_recipe
+from d2llm.core.recipe import Recipe, TrainingConfig
+from d2llm.core.recipe_file import parse_recipe
 from d2llm.pipeline import trackers
 from d2llm.pipeline.trackers import numbers, open_trackers
 from d2llm.pipeline.training_run import LOG, RunLog

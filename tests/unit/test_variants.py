@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import BackboneConfig, LossWeights, Recipe, TrainingConfig, load_recipe
+from d2llm.core.recipe import BackboneConfig, LossWeights, Recipe, TrainingConfig
+from d2llm.core.recipe_file import load_recipe
 from d2llm.core.variants import VARIANTS, Variant, find_variant
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
@@ -21,7 +22,7 @@ from tiny_distill import Place
 # What is so already in a shipped recipe.
 UNCHANGED = {
     "d2llm-minilm": {"anchored-head", "rich", "warm-start", "width-512"},
-    "paper": {"paper-head", "concat", "cold-start", "width-512"},
+    "d2llm-paper": {"paper-head", "concat", "cold-start", "width-512"},
 }
 RECIPES = sorted(UNCHANGED)
 Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig]

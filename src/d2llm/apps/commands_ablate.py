@@ -67,7 +67,7 @@ def ablate(
     """
     from d2llm.apps.ablation_table import ablation_table, listed, render_markdown, variants_table
     from d2llm.core.files import write_bytes
-    from d2llm.core.recipe import load_recipe
+    from d2llm.core.recipe_file import load_recipe
 
     session = session_of(context)
     if list_variants:

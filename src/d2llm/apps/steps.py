@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.recipe import DataConfig, MiningConfig, Recipe, TeacherConfig, load_recipe
+from d2llm.core.recipe import DataConfig, MiningConfig, Recipe, TeacherConfig
+from d2llm.core.recipe_file import load_recipe
 from d2llm.core.variants import find_variant
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.pipeline.run_folder import RunFolder, check_data
@@ -39,7 +40,12 @@ class Job:
 
     @property
     def teacher(self) -> TeacherConfig:
-        """The tuned teacher of the run, or else the recipe's."""
+        """The recipe's where it is a stack, else the tuned teacher of the run, or the recipe's untuned."""
+        from d2llm.models.teacher_identity import find_kind, find_tuned_teacher
+
+        asked = self.recipe.teacher
+        if find_tuned_teacher(asked.model) is not None and find_kind(asked) == "stack":
+            return asked
         if _is_finished(self.run.teacher):
             return self.recipe.teacher.model_copy(update={"model": str(self.run.teacher)})
         return self.recipe.teacher

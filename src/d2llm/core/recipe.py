@@ -1,26 +1,12 @@
-"""Recipes: one TOML file describes a whole run. Unknown keys are errors that name the nearest right key."""
+"""Recipes: everything that shapes a run, in sections. ``core.recipe_file`` reads them from TOML."""
 
 from __future__ import annotations
 
-import difflib
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from d2llm.core.errors import RecipeError
-from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import Task
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-    from typing_extensions import Self
 
 
 class _Section(BaseModel):
@@ -230,7 +216,7 @@ class MiningConfig(_Section):
         return renamed
 
     @model_validator(mode="after")
-    def _check_ranges(self) -> Self:
+    def _check_ranges(self) -> MiningConfig:
         if not self.sources:
             raise ValueError("sources is empty; name bm25, encoder or both")
         for source in self.sources:
@@ -362,79 +348,3 @@ class Recipe(_Section):
     gate: GateConfig = GateConfig()
     losses: LossWeights = LossWeights()
     training: TrainingConfig = TrainingConfig()
-
-
-def load_recipe(path_or_name: str | Path) -> Recipe:
-    """Read a TOML recipe: a file, or one shipped with d2llm by its name.
-
-    Relative data paths are taken from the current directory.
-
-    Raises:
-        RecipeError: the file is missing, not TOML, has an unknown key (the nearest right one is named) or a bad value.
-    """
-    path = _find_recipe(path_or_name)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from error
-    return parse_recipe(values, where=str(path))
-
-
-def _find_recipe(path_or_name: str | Path) -> Path:
-    path, shipped = Path(path_or_name), shipped_recipes()
-    if path.name != str(path_or_name) or path.suffix or path.is_file():
-        return path
-    if path.name not in shipped:
-        raise RecipeError(
-            f"no recipe '{path}': give the path of a TOML file, or one of the shipped recipes: {', '.join(shipped)}"
-        )
-    return shipped[path.name]
-
-
-def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
-    """Build a Recipe from plain values; ``where`` names their origin in errors.
-
-    Raises:
-        RecipeError: an unknown key (the nearest right one is named) or a bad value.
-    """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
-
-
-def _explain(problem: ErrorDetails) -> str:
-    location = problem["loc"]
-    key = ".".join(str(part) for part in location)
-    match problem["type"]:
-        case "extra_forbidden":
-            return _explain_unknown_key(key, location)
-        case "missing":
-            return f"{key} is missing; set it"
-        case "model_type":
-            return f"{key} should be a table: write [{key}]"
-        case "tuple_type":
-            return f"{key} should be a list of tables: write [[{key}]]"
-        case _:
-            return f"{key}: {problem['msg']} (got {problem['input']!r})"
-
-
-def _explain_unknown_key(key: str, location: tuple[int | str, ...]) -> str:
-    known = sorted(_section_at(location[:-1]).model_fields)
-    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys here: {', '.join(known)}"
-    return f"unknown key '{key}'; {hint}"
-
-
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        # get_origin: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
-        section = next(c for c in candidates if isinstance(c, type) and not get_origin(c) and issubclass(c, BaseModel))
-    return section

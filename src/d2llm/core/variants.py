@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import Recipe, parse_recipe
+from d2llm.core.recipe import Recipe
+from d2llm.core.recipe_file import parse_recipe
 
 VariantGroup = Literal["baseline", "published", "own"]
 
