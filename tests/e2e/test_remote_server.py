@@ -28,9 +28,16 @@ from d2llm.models.teacher import Teacher
 
 PYTHON = os.environ.get("D2LLM_LLAMA_PYTHON", sys.executable)
 KEY = "a-key-of-this-test"
-NUM_PAIRS = 24
+NUM_PAIRS = 12
 # The local teacher multiplies the weights of the GGUF file in float32, llama.cpp rounds activations to 8 bits besides.
-MEAN_TOLERANCE, MAX_TOLERANCE = 0.15, 0.6
+MEAN_TOLERANCE, MAX_TOLERANCE = 0.15, 0.4
+# No space before a slot: the local teacher tokenizes prompt and texts apart, a server the whole, and so both get the
+# same tokens.
+PROMPT = """
+template = "Query:\\n{query}\\nPassage:\\n{passage}\\nDoes the passage answer the query? Answer yes or no.\\nAnswer:"
+yes = " yes"
+no = " no"
+"""
 
 
 def has_server() -> bool:
@@ -111,6 +118,13 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D2LLM_TEST_KEY", KEY)
 
 
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompt") / "prompt.toml"
+    path.write_text(f"[symmetric]{PROMPT}[asymmetric]{PROMPT}", encoding="utf-8")
+    return str(path)
+
+
 def config_for(url: str, **settings: object) -> TeacherConfig:
     remote = {"url": url, "api_key_env": "D2LLM_TEST_KEY", "tokenizer": "smollm2", "concurrency": 2} | settings
     return TeacherConfig.model_validate({"kind": "remote", "model": "smollm2", "prompt": "paper", "remote": remote})
@@ -130,15 +144,20 @@ def pairs(shared_data: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("key")
-def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str, str]]) -> None:
-    remote = RemoteTeacher.load(config_for(url, top_logprobs=1000)).judge(pairs, "asymmetric")
-    local = Teacher.load(TeacherConfig(model="smollm2"), device="cpu", dtype="float32").judge(pairs, "asymmetric")
-    assert (remote.num_undecided, remote.num_truncated) == (0, 0)
-    apart = np.abs(remote.log_odds - local.log_odds)
+def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str, str]], prompt: str) -> None:
+    # The server leaves out the log-probabilities where the model would end its text at once.
+    config = config_for(url, top_logprobs=1000, unanswered="undecided").model_copy(update={"prompt": prompt})
+    remote = RemoteTeacher.load(config).judge(pairs, "asymmetric")
+    teacher = Teacher.load(TeacherConfig(model="smollm2", prompt=prompt), device="cpu", dtype="float32")
+    local = teacher.judge(pairs, "asymmetric")
+    assert remote.num_truncated == 0
+    answered = remote.log_odds != 0
+    assert answered.sum() == len(pairs) - remote.num_undecided >= len(pairs) // 2
+    apart = np.abs(remote.log_odds - local.log_odds)[answered]
+    print("apart: mean", apart.mean(), "max", apart.max(), "of", answered.sum())
     assert apart.mean() < MEAN_TOLERANCE
     assert apart.max() < MAX_TOLERANCE
-    assert local.log_odds.std() > MEAN_TOLERANCE  # or agreement would say nothing
-    assert np.corrcoef(remote.log_odds, local.log_odds)[0, 1] > 0.95
+    assert local.log_odds[answered].std() > MEAN_TOLERANCE  # or agreement would say nothing
 
 
 def test_a_wrong_key_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

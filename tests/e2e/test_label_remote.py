@@ -1,0 +1,148 @@
+"""Labelling by an endpoint that dies, refuses, or is left alone by a killed process: what is finished is kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import ModelError
+from d2llm.data.labels import LabelStore
+from d2llm.data.training import TrainingSource
+from d2llm.models.prompts import load_prompt
+from d2llm.models.remote_teacher import RemoteTeacher
+from d2llm.pipeline import label as verb
+from local_endpoint import LocalEndpoint, Reply, Request, completion, local_endpoint, remote_config
+from tiny_data import topics
+
+NUM_QUERIES = 24
+CHUNK = 4
+
+
+def opinion(prompt: str) -> float:
+    """Log-odds that follow from the whole text asked."""
+    return (zlib.crc32(prompt.encode()) % 1000) / 100 - 5
+
+
+def reply(request: Request, number: int) -> Reply:
+    value = opinion(request.prompt)
+    return Reply(completion({" yes": -10.0 + value, " no": -10.0}, num_prompt_tokens=7), delay=0.002)
+
+
+@pytest.fixture(scope="module")
+def source() -> TrainingSource:
+    return topics(num_train=NUM_QUERIES)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "_QUERIES_AT_ONCE", CHUNK)
+    monkeypatch.setattr(verb, "_SHARD_SECONDS", 0.0)
+
+
+def run(source: TrainingSource, store: Path, endpoint: LocalEndpoint) -> verb.LabelReport:
+    teacher = remote_config(endpoint.url, concurrency=4, patience_minutes=0)
+    return verb.label([source], store, teacher=teacher, show_progress=False)
+
+
+def opened(source: TrainingSource, store: Path) -> LabelStore:
+    identity = RemoteTeacher.identify(remote_config("http://elsewhere/v1"))
+    prompt = identity.prompts[source.task]
+    return LabelStore.open_for_reading(store, teacher=identity.fingerprint, prompt=prompt, dataset=source.dataset.name)
+
+
+def num_pairs(source: TrainingSource) -> int:
+    return sum(len(entry.passage_ids) for entry in source.plan.entries)
+
+
+def assert_complete(source: TrainingSource, store: Path) -> None:
+    labels = opened(source, store)
+    prompt = load_prompt("short", source.task)
+    assert labels.num_duplicates == 0
+    assert len(labels) == NUM_QUERIES
+    for entry in source.plan.entries:
+        expected = {
+            passage_id: opinion(
+                prompt.head
+                + source.query_text(entry.query_id)
+                + prompt.middle
+                + source.passage_text(passage_id)
+                + prompt.tail
+            )
+            for passage_id in entry.passage_ids
+        }
+        assert labels.log_odds(entry.query_id) == pytest.approx(expected, abs=1e-5)
+        assert labels.gram(entry.query_id) is None
+
+
+def test_labels_are_what_the_endpoint_says(source: TrainingSource, tmp_path: Path) -> None:
+    with local_endpoint(reply) as endpoint:
+        report = run(source, tmp_path, endpoint)
+        assert (report.queries, report.pairs, report.num_truncated) == (NUM_QUERIES, num_pairs(source), 0)
+        assert report.tokens == 7 * num_pairs(source)
+        assert len(endpoint.requests) == num_pairs(source) + 1  # one to see whether all is well
+        again = run(source, tmp_path, endpoint)
+    assert (again.pairs, again.finished_queries) == (0, NUM_QUERIES)
+    assert_complete(source, tmp_path)
+
+
+def test_a_run_that_fails_in_the_middle_goes_on_where_it_stopped(source: TrainingSource, tmp_path: Path) -> None:
+    refused = num_pairs(source) // 2
+
+    def until_the_key_expires(request: Request, number: int) -> Reply:
+        return reply(request, number) if number < refused else Reply({"error": "expired"}, status=403)
+
+    with local_endpoint(until_the_key_expires) as endpoint, pytest.raises(ModelError, match="refuses access"):
+        run(source, tmp_path, endpoint)
+    kept = opened(source, tmp_path)
+    largest = CHUNK * max(len(entry.passage_ids) for entry in source.plan.entries)
+    assert refused - largest <= kept.num_pairs < refused
+    with local_endpoint(reply) as endpoint:
+        report = run(source, tmp_path, endpoint)  # another address: the same teacher
+    assert (report.finished_queries, report.pairs) == (len(kept), num_pairs(source) - kept.num_pairs)
+    assert_complete(source, tmp_path)
+
+
+LABEL = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from d2llm.pipeline import label as verb
+from local_endpoint import remote_config
+from tiny_data import topics
+
+verb._QUERIES_AT_ONCE, verb._SHARD_SECONDS = {chunk}, 0.0
+teacher = remote_config(sys.argv[1], concurrency=4)
+verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher)
+"""
+
+
+def test_killed_and_resumed_asks_for_nothing_finished_again(source: TrainingSource, tmp_path: Path) -> None:
+    store, script = tmp_path / "store", tmp_path / "script.py"
+    script.write_text(LABEL.format(path=sys.path, chunk=CHUNK, num=NUM_QUERIES), encoding="utf-8")
+
+    def slowly(request: Request, number: int) -> Reply:
+        answer = reply(request, number)
+        answer.delay = 0.02
+        return answer
+
+    with local_endpoint(slowly) as endpoint:
+        process = subprocess.Popen([sys.executable, str(script), endpoint.url, str(store)])
+        deadline = time.monotonic() + 120
+        while len(list(store.glob("labels/[0-9]*.parquet"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    before = opened(source, store)
+    assert 2 * CHUNK <= len(before) < NUM_QUERIES
+    with local_endpoint(reply) as endpoint:
+        report = run(source, store, endpoint)
+        assert len(endpoint.requests) == 1 + num_pairs(source) - before.num_pairs
+    assert report.finished_queries == len(before)
+    assert_complete(source, store)
