@@ -94,6 +94,9 @@ path = "{data}"
 num_hard = 3
 num_easy = 2
 depth = 10
+[gate]
+queries = 4
+when_closed = "teacher"
 [training]
 learning_rate = {learning_rate}
 epochs = 1

@@ -18,7 +18,10 @@ from d2llm.models.student import Student
 from e2e.command_line import MAIN, d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
 
-VERBS = ["run", "mine", "tune-teacher", "label", "distill", "encode", "search", "evaluate", "ablate", "demo", "judge"]
+VERBS = [
+    *("run", "mine", "tune-teacher", "stack", "gate", "label", "distill"),
+    *("encode", "search", "evaluate", "ablate", "demo", "judge"),
+]
 
 
 class TestHelp:
@@ -90,6 +93,8 @@ class TestDistil:
         result, report = succeed_with_report(*arguments, folder=place)
         assert "is finished" in report["result"]["mine"]["everyday"]["skipped"]
         assert "is finished" in report["result"]["tune-teacher"]["skipped"]
+        gate = report["result"]["gate"]
+        assert "skipped" in gate or [row["name"] for row in gate["sets"]] == ["everyday"]
         assert (report["result"]["label"]["pairs"], report["result"]["label"]["finished_queries"]) == (0, 12)
         assert "is finished" in report["result"]["distill"]["skipped"]
         assert (place / "run" / "plans" / "everyday" / "plan.jsonl").stat().st_mtime_ns == plan
@@ -116,7 +121,7 @@ class TestDistil:
     def test_data_can_be_elsewhere(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "moved")
         recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
-        fail("mine", recipe, "--out", tmp_path / "run", containing=["not/here/everyday: no such folder"])
+        fail("mine", recipe, "--out", tmp_path / "run", containing=["not/here/everyday: no such file or folder"])
         places = ("--data", f"everyday={tmp_path / 'moved'}")
         _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", *places, folder=tmp_path)
         assert set(report["result"]) == {"moved"}

@@ -31,7 +31,7 @@ def test_the_gate_is_tried_on_dev_and_kept(run):
     for text in ("everyday", "closed", f"{found['sets'][0]['teacher']:.4f}", f"{found['sets'][0]['p_value']:.4f}"):
         assert text in result.stdout
     assert "gate: closed for everyday" in result.stderr
-    assert "data set's own judgements" in result.stderr
+    assert "it teaches all the same" in result.stderr
     teacher = identify_judge(TeacherConfig(model=str(folder / "run" / "teacher")))
     assert read_gate(folder / "run", teacher.fingerprint) == {"everyday": False}
     _, again = succeed_with_report("gate", *arguments, folder=folder)
@@ -49,9 +49,35 @@ def test_another_teacher_and_another_student(run, place):
 
 def test_a_closed_gate_can_stop(run, place, tmp_path):
     _, arguments = run
-    recipe = tmp_path / "stop.toml"
-    recipe.write_text(place.joinpath("tiny.toml").read_text() + '\n[gate]\nwhen_closed = "stop"\nqueries = 2\n')
+    recipe = closed_recipe(tmp_path / "stop.toml", place, "stop")
     fail("gate", recipe, *arguments[1:], containing=["closed for everyday", "when_closed is 'stop'"])
+    fail(
+        "distill", recipe, *arguments[1:], "--variant", "concat", containing=["on everyday (gate.json)", "to stop then"]
+    )
+
+
+def test_where_the_gate_is_closed_the_student_learns_from_the_data_set_alone(run, place, tmp_path):
+    folder, arguments = run
+    succeed("gate", *arguments)
+    recipe = closed_recipe(tmp_path / "labels.toml", place, "labels")
+    options = ("--out", tmp_path / "run", "--dtype", "float32")
+    shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
+    shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
+    shutil.copy(folder / "run" / "gate.json", tmp_path / "run")
+    result, report = succeed_with_report("distill", recipe, *options, folder=tmp_path)  # there are no labels at all
+    assert "the gate is closed for everyday: trained on their own judgements" in result.stderr
+    assert report["result"]["unlabelled_queries"] == report["result"]["queries"] == 12
+    manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
+    assert manifest["closed_gates"] == ["everyday"]
+    result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
+    assert "label" not in report["result"]
+
+
+def closed_recipe(path, place, when_closed):
+    text = (place / "tiny.toml").read_text()
+    assert 'when_closed = "teacher"' in text
+    path.write_text(text.replace('when_closed = "teacher"', f'when_closed = "{when_closed}"'))
+    return path
 
 
 def test_teachers_are_stacked_and_the_stack_is_a_teacher(run):

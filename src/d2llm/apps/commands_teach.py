@@ -20,11 +20,7 @@ from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
 
 if TYPE_CHECKING:
-    from d2llm.apps.steps import Job
     from d2llm.core.recipe import TeacherConfig
-    from d2llm.core.types import Task
-    from d2llm.data.beir import Dataset
-    from d2llm.models.student import Student
 
 _HOW = "a folder, a name, or KIND:MODEL such as cosine:FOLDER for a student or a bi-encoder"
 
@@ -63,15 +59,17 @@ def stack(
     from d2llm.apps import steps
     from d2llm.apps.teach_tables import stack_tables
     from d2llm.core.files import write_bytes
+    from d2llm.models.student import Student
+    from d2llm.pipeline.cosine import untuned_config
     from d2llm.pipeline.stack_teachers import STACK_NAME, stack_teachers
 
     session = session_of(context)
     job = steps.job_of(session, recipe, out, data, device, dtype)
     report = stack_teachers(
-        _dev_data(job),
+        steps.dev_data(job),
         job.run.path / STACK_NAME,
         members=[_named_teacher(member, job.recipe.teacher) for member in members],
-        student=_cosine(job, None),
+        student=Student.create(untuned_config(job.recipe.student), device=device, dtype=dtype),
         num_queries=queries,
         depth=depth,
         seed=job.recipe.seed,
@@ -113,29 +111,22 @@ def gate(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Does the teacher rank better than the cosine? Tested on dev queries.
+    """Does the teacher rank better than the cosine? Tried on dev.
 
     Comes before label. [gate] in the recipe says how many queries, and what becomes of a data set whose gate is closed.
     """
     from d2llm.apps import steps
     from d2llm.apps.teach_tables import gate_advice, gate_table
-    from d2llm.pipeline.gate import gate
+    from d2llm.pipeline.gate import GateReport
 
     session = session_of(context)
     job = steps.job_of(session, recipe, out, data, device, dtype)
-    report = gate(
-        _dev_data(job),
-        job.run.path,
-        teacher=_named_teacher(teacher, job.recipe.teacher) if teacher is not None else job.teacher,
-        student=_cosine(job, student),
-        settings=job.recipe.gate,
-        seed=job.recipe.seed,
-        device=device,
-        dtype=dtype,
-        show_progress=session.show_progress,
-    )
-    session.show(gate_table(report))
+    named = _named_teacher(teacher, job.recipe.teacher) if teacher is not None else None
+    report = steps.try_the_teacher(job, teacher=named, student=student)
     session.write_report(context, json_path, report)
+    if not isinstance(report, GateReport):
+        return
+    session.show(gate_table(report))
     if report.closed and report.settings.when_closed == "stop":
         raise InputError(gate_advice(report))
     session.say(gate_advice(report))
@@ -147,23 +138,6 @@ def _named_teacher(text: str, base: TeacherConfig) -> TeacherConfig:
     if colon and model and kind in get_args(type(base).model_fields["kind"].annotation):
         return base.model_copy(update={"model": model, "kind": kind})
     return base.model_copy(update={"model": text, "kind": "auto"})
-
-
-def _dev_data(job: Job) -> list[tuple[Dataset, Task]]:
-    """The data sets of a recipe with their dev judgements alone."""
-    from d2llm.data.beir import read_beir
-
-    return [(read_beir(Path(data.path), splits=["dev"]), data.task) for data in job.recipe.data]
-
-
-def _cosine(job: Job, student: str | None) -> Student:
-    """A student, or the recipe's backbone with its own pooling."""
-    from d2llm.models.student import Student
-    from d2llm.pipeline.cosine import untuned_config
-
-    if student is not None:
-        return Student.load(student, device=job.device, dtype=job.dtype)
-    return Student.create(untuned_config(job.recipe.student), device=job.device, dtype=job.dtype)
 
 
 def register(app: typer.Typer) -> None:

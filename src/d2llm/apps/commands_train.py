@@ -28,7 +28,7 @@ def run(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Make a student from a recipe: the four steps below in order.
+    """Make a student from a recipe: the steps below in order.
 
     What is finished in the run folder is skipped, so the same command goes on after an interruption.
     """
@@ -38,9 +38,11 @@ def run(
     result = {
         "mine": steps.mine_plans(job),
         "tune-teacher": steps.tune_the_teacher(job),
-        "label": steps.label_pairs(job),
-        "distill": steps.distill_student(job),
+        "gate": steps.try_the_teacher(job, again=False),
     }
+    if len(steps.closed_gates(job)) < len(job.recipe.data):
+        result["label"] = steps.label_pairs(job)
+    result["distill"] = steps.distill_student(job)
     session_of(context).write_report(context, json_path, result)
 
 

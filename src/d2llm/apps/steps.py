@@ -19,6 +19,7 @@ from d2llm.pipeline.run_folder import RunFolder, check_data
 
 if TYPE_CHECKING:
     from d2llm.apps.session import Session
+    from d2llm.core.types import Task
     from d2llm.data.beir import Dataset
     from d2llm.data.pairs import PairDataset
     from d2llm.models.judge import Judge
@@ -134,6 +135,60 @@ def tune_the_teacher(job: Job) -> Any:
     return report
 
 
+def try_the_teacher(
+    job: Job, *, again: bool = True, teacher: TeacherConfig | None = None, student: str | None = None
+) -> Any:
+    """Teacher against cosine on the dev queries of the recipe's retrieval sets; the verdicts go to ``gate.json``.
+
+    Args:
+        job: recipe and run folder.
+        again: try it also where there is a verdict already.
+        teacher: by default the run's.
+        student: whose score is to be beaten; by default the recipe's backbone before training.
+    """
+    from d2llm.models.judge import identify_judge
+    from d2llm.models.student import Student
+    from d2llm.pipeline.cosine import untuned_config
+    from d2llm.pipeline.gate import gate, read_gate
+
+    tried = teacher or job.teacher
+    if not again and read_gate(job.run.path, identify_judge(tried).fingerprint) is not None:
+        return _skip(job, f"gate: the verdict on this teacher is in {job.run.path}")
+    judged = dev_data(job)
+    if not judged:
+        return _skip(
+            job, "gate: no retrieval set in the recipe; labelled pairs weigh the teacher by losses.teacher_share"
+        )
+    if student is not None:
+        rival = Student.load(student, device=job.device, dtype=job.dtype)
+    else:
+        rival = Student.create(untuned_config(job.recipe.student), device=job.device, dtype=job.dtype)
+    return gate(
+        judged,
+        job.run.path,
+        teacher=tried,
+        student=rival,
+        settings=job.recipe.gate,
+        seed=job.recipe.seed,
+        device=job.device,
+        dtype=job.dtype,
+        show_progress=job.session.show_progress,
+    )
+
+
+def dev_data(job: Job) -> list[tuple[Dataset, Task]]:
+    """The retrieval sets of a recipe with their dev judgements alone."""
+    from d2llm.data.beir import Dataset
+    from d2llm.data.open_data import open_data
+
+    sets: list[tuple[Dataset, Task]] = []
+    for data in job.recipe.data:
+        found = open_data(data.path, splits=["dev"])
+        if isinstance(found, Dataset):
+            sets.append((found, data.task))
+    return sets
+
+
 def label_pairs(job: Job) -> Any:
     """Let the teacher judge every pair of the plans."""
     from d2llm.pipeline.label import label
@@ -164,7 +219,8 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
             return _skip(job, f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
         _put_aside(job, folder)
     require_plans(job)
-    if recipe.losses.imitates:
+    closed = closed_gates(job) if recipe.losses.imitates else []
+    if recipe.losses.imitates and len(closed) < len(recipe.data):
         if not _is_finished(job.run.labels):
             raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
         _say_teacher(job, "distill")
@@ -174,7 +230,7 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
         recipe=recipe,
         labels=job.run.labels,
         teacher=job.teacher,
-        closed_gates=_closed_gates(job) if recipe.losses.imitates else (),
+        closed_gates=closed,
         device=job.device,
         dtype=job.dtype,
         show_progress=job.session.show_progress,
@@ -207,7 +263,7 @@ class _Miners:
         )
 
 
-def _closed_gates(job: Job) -> list[str]:
+def closed_gates(job: Job) -> list[str]:
     """Data sets whose labels the student shall not learn, as ``gate.json`` and the recipe say.
 
     Raises:
