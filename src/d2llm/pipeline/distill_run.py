@@ -23,7 +23,6 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
 from d2llm.models.teacher_identity import TeacherIdentity
-from d2llm.ops.gating import never_worse
 from d2llm.pipeline.dev import (
     DevResult,
     DevSet,
@@ -33,7 +32,14 @@ from d2llm.pipeline.dev import (
     value_by_set,
 )
 from d2llm.pipeline.gradient_cache import backpropagate
-from d2llm.pipeline.interpolation import items_at_best_weight, put_between, smallest_sufficient_share
+from d2llm.pipeline.interpolation import (
+    items_at_best_weight,
+    mean_value,
+    put_between,
+    sound_weights,
+    sufficient_share,
+    worse_sets,
+)
 from d2llm.pipeline.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
 from d2llm.pipeline.processes import Processes
 from d2llm.pipeline.progress import Advance, progress_bar
@@ -161,7 +167,7 @@ class DistillRun:
             )
 
         self.student.eval()
-        share, results = smallest_sufficient_share(shares, measure, seed=self.recipe.seed)
+        share, results = sufficient_share(shares, measure, progress.start_items, seed=self.recipe.seed)
         put_between(self.parameters, self.start, end, share)
         self._adopt(results[share])
         self._set_residual_weights()
@@ -184,6 +190,7 @@ class DistillRun:
                 show_progress=show_progress,
             )
             self._adopt(results)
+            self.progress.best_weights = sound_weights(results, self.progress.start_items, seed=self.recipe.seed)
         self._set_residual_weights()
 
     def _write_after(self, step: int, **values: Any) -> None:
@@ -256,15 +263,14 @@ class DistillRun:
         by_set = value_by_set(results, weights)
         if progress.best_step < 0:
             progress.start_dev = by_set
-        value = sum(by_set.values()) / len(by_set)
+        value = mean_value(results)
         items = items_at_best_weight(results)
         if progress.best_step < 0:
             progress.start_items = items
-        # A state that lost on one data set is not shipped, whatever it gained on another.
-        is_sound = all(
-            never_worse(start, items[name], seed=self.recipe.seed).passed
-            for name, start in progress.start_items.items()
-        )
+        # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
+        # the end, that step will see to it.
+        steps_back = bool(self.recipe.training.interpolation)
+        is_sound = steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
         if is_sound and value > progress.best_dev:
             progress.best_dev, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
             self._adopt(results)

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from d2llm.core.types import Task
 from d2llm.ops.gating import never_worse
-from d2llm.pipeline.dev import DevResult, choose_residual_weights
+from d2llm.pipeline.dev import DevResult, choose_residual_weights, value_by_set
+
+Items = dict[str, dict[str, float]]
+"""By data set, the value of each of its queries or pairs."""
 
 
 def put_between(
@@ -30,32 +36,78 @@ def put_between(
             parameter.copy_(torch.lerp(first.to(parameter.device), end[name].to(parameter.device), share))
 
 
-def smallest_sufficient_share(
-    shares: Sequence[float], measure: Callable[[float], dict[str, DevResult]], *, seed: int
+def sufficient_share(
+    shares: Sequence[float],
+    measure: Callable[[float], dict[str, DevResult]],
+    start: Mapping[str, Mapping[str, float]],
+    *,
+    seed: int,
 ) -> tuple[float, dict[float, dict[str, DevResult]]]:
-    """The smallest share of the way whose dev result is on no data set significantly worse than the whole way's.
+    """The share of the way that is kept: never worse than the start, as good as any, and no more of it than needed.
+
+    Of the shares whose result is on no data set significantly worse than the start's, the one with the best mean is
+    found; of those again that are on no data set significantly worse than that one, the smallest is taken. Where no
+    share will do, it is 0, the start itself.
 
     Args:
         shares: to try, each in (0, 1]; the whole way is always among them.
         measure: the dev results of a share.
-        seed: of the paired randomisation test, one-sided at .05 (``ops.gating.never_worse``).
+        start: the value of each query or pair of each dev set at the start (``items_at_best_weight``).
+        seed: of the paired randomisation tests, one-sided at .05 (``ops.gating.never_worse``).
 
     Returns:
-        The share, and the dev results of all.
+        The share, and the dev results of all that were tried.
     """
     results = {share: measure(share) for share in sorted({*shares, 1.0})}
-    whole = items_at_best_weight(results[1.0])
-    for share, found in results.items():
-        items = items_at_best_weight(found)
-        if all(never_worse(whole[name], items[name], seed=seed).passed for name in whole):
-            return share, results
-    raise AssertionError("the whole way is never worse than itself")
+    items: dict[float, Items] = {share: items_at_best_weight(found) for share, found in results.items()}
+    sound = [share for share in results if not worse_sets(start, items[share], seed=seed)]
+    if not sound:
+        return 0.0, {0.0: measure(0.0), **results}
+    best = max(sound, key=lambda share: mean_value(results[share]))
+    return min(share for share in sound if not worse_sets(items[best], items[share], seed=seed)), results
 
 
-def items_at_best_weight(results: Mapping[str, DevResult]) -> dict[str, dict[str, float]]:
+def worse_sets(
+    start: Mapping[str, Mapping[str, float]], end: Mapping[str, Mapping[str, float]], *, seed: int
+) -> list[str]:
+    """The data sets on which ``end`` is significantly worse than ``start``."""
+    return [name for name, values in start.items() if not never_worse(values, end[name], seed=seed).passed]
+
+
+def sound_weights(
+    results: Mapping[str, DevResult], start: Mapping[str, Mapping[str, float]], *, seed: int
+) -> dict[Task, float]:
+    """For each task the interaction's weight r with the best mean that is on none of its sets worse than the start.
+
+    Where none is (the vectors alone have lost something), the smallest.
+    """
+    chosen: dict[Task, float] = {}
+    tasks: list[Task] = sorted({result.task for result in results.values()})
+    for task in tasks:
+        of_task = {name: result for name, result in results.items() if result.task == task}
+        weights = sorted(next(iter(of_task.values())).values)
+        before = {name: start[name] for name in of_task}
+        sound: list[float] = []
+        for weight in weights:
+            after = {name: by_place(result.by_item[weight]) for name, result in of_task.items()}
+            if not worse_sets(before, after, seed=seed):
+                sound.append(weight)
+        chosen[task] = max(sound or weights[:1], key=lambda w: sum(result.values[w] for result in of_task.values()))
+    return chosen
+
+
+def mean_value(results: Mapping[str, DevResult]) -> float:
+    """Mean over the data sets of the dev measure, at the best interaction weight of each task."""
+    by_set = value_by_set(dict(results), choose_residual_weights(dict(results)))
+    return sum(by_set.values()) / len(by_set)
+
+
+def items_at_best_weight(results: Mapping[str, DevResult]) -> Items:
     """The value of each query or pair, by its place, of each dev set at its task's best interaction weight."""
     weights = choose_residual_weights(dict(results))
-    return {
-        name: {str(place): float(value) for place, value in enumerate(result.by_item[weights[result.task]])}
-        for name, result in results.items()
-    }
+    return {name: by_place(result.by_item[weights[result.task]]) for name, result in results.items()}
+
+
+def by_place(values: NDArray[np.float64]) -> dict[str, float]:
+    """Values of the items of a dev set by their place, as the paired tests want them."""
+    return {str(place): float(value) for place, value in enumerate(values)}
