@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=["short", "paper"])
     asked = parser.parse_args()
     source, pairs = real_pairs(asked.queries)
+    facts = {"data": source, "pairs": len(pairs), "queries": asked.queries, "threads": torch.get_num_threads()}
     rows: dict[str, dict[str, float]] = {}
     for prompt in asked.prompts:
         for dtype in asked.dtypes:
@@ -111,8 +112,7 @@ def main() -> None:
                 row["judge_pairs_per_second"] / exact["plain_pairs_per_second"]
             )
             print(f"{prompt:6} {dtype:9}" + "".join(f"  {name} {value:.4g}" for name, value in row.items()), flush=True)
-    facts = {"data": source, "pairs": len(pairs), "queries": asked.queries, "threads": torch.get_num_threads()}
-    RESULT.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+            RESULT.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
