@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import DataConfig, LossWeights
 from d2llm.core.variants import find_variant
 from d2llm.data.open_data import open_data
@@ -20,7 +20,7 @@ from d2llm.models.student import Student
 from d2llm.pipeline.distill import distill
 from d2llm.pipeline.run_folder import training_source
 from tiny_data import tiny_recipe, topics, write_rule_labels
-from tiny_distill import Place, log_of
+from tiny_distill import Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
 
 
@@ -140,3 +140,24 @@ def test_in_stages_first_the_vectors_then_the_interaction(place: Place, tmp_path
         "asymmetric": 0.0,
         "symmetric": 0.0,
     }
+
+
+def test_negatives_mined_anew_survive_an_interruption(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"remine": True, "epochs": 3, "checkpoint_every": 1}
+    whole = place.run(tmp_path / "whole", **options)
+    plans = sorted((tmp_path / "whole.run" / "remined").glob("*/tiny"))
+    assert [plan.parent.name for plan in plans] == ["epoch-1", "epoch-2"]
+    first, second = (read_plan(plan) for plan in plans)
+    assert {e.query_id: e.positives for e in first.entries} == {
+        e.query_id: e.positives for e in place.source.plan.entries
+    }
+    assert first.entries != place.source.plan.entries
+    assert first.entries != second.entries
+
+    with monkeypatch.context() as patch:
+        poison(patch, step=6, value=float("nan"))
+        with pytest.raises(TrainingDivergedError):
+            place.run(tmp_path / "again", **options)
+    assert place.run(tmp_path / "again", **options).fingerprint == whole.fingerprint

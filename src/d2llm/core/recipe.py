@@ -313,6 +313,8 @@ class TrainingConfig(_Section):
     time; the gradient is the same. ``auto``: those of the parts that ``graph_tokens`` has no room for."""
     graph_tokens: int = Field(default=16384, ge=1)
     """Tokens whose intermediate results ``auto`` keeps in memory."""
+    remine: bool = False
+    """From the second epoch on, draw the hard negatives anew at its start, from the student's own ranking."""
     residual: ResidualConfig = ResidualConfig()
     interpolation: tuple[float, ...] = ()
     """Shares (0 to 1) of the way from the start to the best state that are tried at the end: the smallest one is kept

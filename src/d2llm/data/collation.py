@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ class LabelledSource:
     """The queries to train on, in the order of their ids."""
     num_unlabelled: int
     """Queries of the plan whose labels are missing."""
+    unlabelled: frozenset[str]
+    """Those of them that are trained on."""
 
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
@@ -44,7 +46,15 @@ class LabelledSource:
         plan = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         labelled = [entry for entry in plan if not labels.missing(entry.query_id, entry.passage_ids)]
         kept = plan if keep_unlabelled else labelled
-        return cls(source, labels, SameText(source.dataset), tuple(kept), len(plan) - len(labelled))
+        without = {entry.query_id for entry in plan} - {entry.query_id for entry in labelled}
+        trained = frozenset(without & {entry.query_id for entry in kept})
+        return cls(source, labels, SameText(source.dataset), tuple(kept), len(without), trained)
+
+    def with_source(self, source: TrainingSource) -> LabelledSource:
+        """The same queries with another plan for them."""
+        kept = {entry.query_id for entry in self.entries}
+        entries = sorted((e for e in source.plan.entries if e.query_id in kept), key=lambda entry: entry.query_id)
+        return replace(self, source=source, entries=tuple(entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +199,8 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
 
     A passage that another query brings is an easy negative, with its label where there is one, unless it is a known
     positive of this query or repeats the text of one: such a passage takes no part. For a query that the teacher has
-    not labelled, the data set's own word stands in for the teacher's, and there are no features to imitate.
+    not labelled, and for a negative that was mined since, the data set's own word stands in for the teacher's, and
+    there are no features to imitate.
     """
     passage_ids = tuple(dict.fromkeys(p for draw in draws for p in draw.passage_ids))
     column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
@@ -229,10 +240,10 @@ def _collate(
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
-        if labelled.labels.missing(draw.entry.query_id, draw.entry.passage_ids):
-            log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN, -_CERTAIN
-            if draw.entry.targets:
-                log_odds[row, judged] = _log_odds(np.array(draw.entry.targets))
+        log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN, -_CERTAIN
+        if draw.entry.targets:
+            log_odds[row, judged] = _log_odds(np.array(draw.entry.targets))
+        if draw.entry.query_id in labelled.unlabelled:
             continue
         for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
             if passage_id in column:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from d2llm.core.errors import TrainingDivergedError
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TrainingConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
+from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
@@ -40,6 +42,7 @@ from d2llm.pipeline.interpolation import (
     sufficient_share,
     worse_sets,
 )
+from d2llm.pipeline.mining.remine import remine
 from d2llm.pipeline.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
 from d2llm.pipeline.processes import Processes
 from d2llm.pipeline.progress import Advance, progress_bar
@@ -131,6 +134,7 @@ class DistillRun:
                 if progress.evaluations_without_gain >= training.patience:
                     return True
                 if not batches or progress.step % per_epoch == 0:
+                    self._remine(progress.step // per_epoch)
                     batches = self._batches(progress.step // per_epoch)
                     if progress.step % per_epoch == 0:
                         self._write(progress.step + 1, queries=queries_by_set(batches))
@@ -200,6 +204,24 @@ class DistillRun:
         """Tell the log that the run came to its end."""
         if self.log is not None:
             self.log.finish()
+
+    def _remine(self, epoch: int) -> None:
+        """Hard negatives by the student at the start of the epoch; kept, so that a resumed run has the same."""
+        if not self.recipe.training.remine or epoch == 0:
+            return
+        renewed: list[LabelledSource] = []
+        for labelled in self.sources:
+            folder = self.folder / "remined" / f"epoch-{epoch}" / labelled.source.dataset.name
+            if self.processes.is_first and not (folder / MANIFEST).is_file():
+                self.student.eval()
+                found = remine(
+                    labelled.source, self.student, self.recipe.mining, seed=self.recipe.seed, epoch=epoch,
+                    labels=labelled.labels, same_text=labelled.same_text,
+                )  # fmt: skip
+                write_plan(folder, found.plan.entries, {"remined": found.plan.manifest.get("remined")})
+            self.processes.from_first(None)  # when the plan is written
+            renewed.append(labelled.with_source(replace(labelled.source, plan=read_plan(folder))))
+        self.sources = renewed
 
     def _batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
         training = self.recipe.training
