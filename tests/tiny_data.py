@@ -15,7 +15,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from tiny_models import TEXTS
 
 _WORDS = [text.split() for text in TEXTS]
@@ -94,7 +94,7 @@ def write_rule_labels(
     With ``reverse`` it takes the hard negatives for what belongs. Its cosines: 1 among what belongs and among what does
     not, 0 between the two.
     """
-    identity = identify_causal_teacher(teacher)
+    identity = identify_local_teacher(teacher)
     for source in sources:
         labels = LabelStore(
             store,

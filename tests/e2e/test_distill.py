@@ -19,7 +19,7 @@ from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline import distill_run as verb
 from d2llm.pipeline.dev import DevResult, evaluate_dev, make_dev_set
 from d2llm.pipeline.distill import distill
@@ -69,7 +69,7 @@ def test_the_report_says_what_was_done(place: Place, trained: Trained) -> None:
     assert max(dev["by_weight"].values()) > dev["start"]
     manifest = json.loads((trained.folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["dev"] == report.dev
-    assert manifest["teacher"] == identify_causal_teacher(place.teacher).fingerprint
+    assert manifest["teacher"] == identify_local_teacher(place.teacher).fingerprint
     assert manifest["tasks"] == ["asymmetric"]
     assert manifest["recipe"]["training"]["epochs"] == 2
     assert [line["step"] for line in log_of(trained.folder) if "loss" in line] == list(range(1, 9))

@@ -11,7 +11,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
 from d2llm.core.recipe import LossWeights
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline.distill import distill
 from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def test_a_store_of_another_teacher_is_refused(place: Place, tmp_path: Path) -> None:
     other = tiny_teacher_config(write_tiny_model(tmp_path / "other", "llama", seed=7))
-    with pytest.raises(LabelMismatchError, match=identify_causal_teacher(other).fingerprint):
+    with pytest.raises(LabelMismatchError, match=identify_local_teacher(other).fingerprint):
         place.run(tmp_path / "student", teacher=other)
     with pytest.raises(LabelMismatchError, match="found only: teacher"):
         place.run(tmp_path / "student", teacher=place.teacher.model_copy(update={"prompt": "paper"}))
@@ -41,7 +41,7 @@ def test_a_store_without_labels_is_refused(place: Place, tmp_path: Path) -> None
 
 
 def test_labels_of_none_of_the_plan_s_queries_are_refused(place: Place, tmp_path: Path) -> None:
-    identity = identify_causal_teacher(place.teacher)
+    identity = identify_local_teacher(place.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)
     store.write([QueryLabels("another", ("p00",), np.zeros(1, np.float32))])
@@ -63,7 +63,7 @@ def test_unlabelled_queries_are_counted(
 
 
 def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    identity = identify_causal_teacher(place.teacher)
+    identity = identify_local_teacher(place.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)
     plan = place.source.plan.entries

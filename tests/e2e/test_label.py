@@ -21,7 +21,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.teacher import Teacher
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline.label import LabelReport, label
 from tiny_data import make_plan, topics
 from tiny_models import tiny_teacher_config, write_tiny_model
@@ -44,7 +44,7 @@ def run(source: TrainingSource, store: Path, teacher: TeacherConfig, **options: 
 
 
 def opened(source: TrainingSource, store: Path, teacher: TeacherConfig) -> LabelStore:
-    identity = identify_causal_teacher(teacher)
+    identity = identify_local_teacher(teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
     return LabelStore.open_for_reading(store, **key)
 
@@ -140,7 +140,7 @@ def test_another_teacher_or_prompt_gives_labels_of_its_own(model: Path, source: 
     ]
     for config in configs[:-1]:
         assert run(some, store, config).pairs == num_pairs(some)
-    with pytest.raises(LabelMismatchError, match=identify_causal_teacher(configs[-1]).fingerprint):
+    with pytest.raises(LabelMismatchError, match=identify_local_teacher(configs[-1]).fingerprint):
         opened(some, store, configs[-1])
     assert run(some, store, configs[-1]).pairs == num_pairs(some)
     query_id = some.plan.entries[0].query_id

@@ -12,7 +12,7 @@ from d2llm.core.recipe import InteractionConfig, LoraConfig, PoolingConfig
 from d2llm.data.trec import read_run, write_run
 from d2llm.models.student import Student
 from d2llm.models.teacher import Teacher
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline.evaluation.loading import load_contenders
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 
@@ -32,7 +32,7 @@ class World:
         randomise(teacher, scale=0.05)
         (self.run / "teacher").mkdir(parents=True)
         teacher.save(self.run / "teacher", {})
-        self.teacher = identify_causal_teacher(tiny_teacher_config(self.run / "teacher")).fingerprint
+        self.teacher = identify_local_teacher(tiny_teacher_config(self.run / "teacher")).fingerprint
         for name, changes in (("student", {}), ("student-cosine", COSINE), ("student-paper", PAPER)):
             self.student(self.run / name, seed=len(name), **changes)
 
@@ -111,7 +111,7 @@ def test_a_teacher_beside_the_student_that_did_not_teach_it_is_not_its_own(world
     assert other.teacher is None
     assert "is not here" in other.why_missing["teacher"]
     named = load(tmp_path / "other", teacher=tiny_teacher_config(world.decoder))
-    assert named.teacher.fingerprint == identify_causal_teacher(tiny_teacher_config(world.decoder)).fingerprint
+    assert named.teacher.fingerprint == identify_local_teacher(tiny_teacher_config(world.decoder)).fingerprint
     assert named.why_missing == {
         kind: reason for kind, reason in other.why_missing.items() if kind in ("cosine_tuned", "paper_head")
     }

@@ -14,7 +14,7 @@ from d2llm.core.errors import AnswerTokenError, DataFormatError, InputError, Mis
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.prompts import load_prompt
 from d2llm.models.teacher import Teacher
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from tiny_models import TEXTS, randomise, tiny_teacher_config, tiny_tokenizer, write_tiny_model
 
 PAIRS = [(TEXTS[i], TEXTS[(i * 3 + j) % len(TEXTS)]) for i in range(4) for j in range(3)]
@@ -295,7 +295,7 @@ def test_tuned_saved_and_loaded(tmp_path, llama):
     assert fingerprint not in (loaded.base_fingerprint, "forged")
     assert loaded.config == teacher.config
     assert json.loads((tmp_path / "manifest.json").read_text())["note"] == "hello"
-    identity = identify_causal_teacher(TeacherConfig(model=str(tmp_path)))
+    identity = identify_local_teacher(TeacherConfig(model=str(tmp_path)))
     assert identity.fingerprint == fingerprint
     assert identity.prompts["symmetric"] == loaded.prompt_fingerprint("symmetric")
 
@@ -347,6 +347,6 @@ def test_the_question_has_a_fingerprint(llama, teacher):
     }
     assert len(every) == 6
     assert load(llama).prompt_fingerprint("symmetric") == teacher.prompt_fingerprint("symmetric")
-    assert identify_causal_teacher(tiny_teacher_config(llama)).prompts == {
+    assert identify_local_teacher(tiny_teacher_config(llama)).prompts == {
         task: teacher.prompt_fingerprint(task) for task in ("symmetric", "asymmetric")
     }

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers import PreTrainedTokenizerFast as Fast
 
-from d2llm.core.errors import AnswerTokenError, InputError, ModelError
+from d2llm.core.errors import AnswerTokenError, InputError, ModelError, ModelNotFoundError
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.models.classifier_teacher import ClassifierTeacher
@@ -313,3 +314,13 @@ def test_labelling_is_finished_with_or_without_features(tmp_path: Path, t5: Path
         [(source.query_text(entry.query_id), source.passage_text(p)) for p in entry.passage_ids], source.task
     )
     np.testing.assert_allclose(list(store.log_odds(entry.query_id).values()), judged.log_odds, rtol=0, atol=1e-4)
+
+
+def test_a_classifier_whose_pooler_would_be_random_is_refused(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "bert", "bert")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match="lacks 2 of the weights of a BertForSequenceClassification"):
+        load(folder)

@@ -14,7 +14,7 @@ from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
-from d2llm.models.teacher_identity import identify_causal_teacher
+from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline.ablation_report import BASE
 from d2llm.pipeline.objective import batch_losses, score_batch
 from tiny_distill import Place
@@ -32,7 +32,7 @@ Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig]
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]:
     """What a recipe makes over a tiny backbone: parameters by shape, the backbone's pooling, losses, and rates."""
     place = Place(tmp_path_factory.mktemp("variants"))
-    identity = identify_causal_teacher(place.teacher)
+    identity = identify_local_teacher(place.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"]}
     store = LabelStore(place.labels, **key, dataset=place.source.dataset.name)
     labelled = LabelledSource.join(place.source, store)

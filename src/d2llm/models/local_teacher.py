@@ -111,7 +111,12 @@ class LocalTeacher(nn.Module):
             )
         self.fingerprint: str = tuned.fingerprint if tuned else self.base_fingerprint
         self.tokenizer = load_tokenizer(self.location)
-        whole: Any = load_pretrained(getattr(transformers, self._auto_class), self.location, dtype=compute_dtype)
+        whole: Any = load_pretrained(
+            getattr(transformers, self._auto_class),
+            self.location,
+            needs_pooler=self.kind == "classifier",  # its answer goes through it
+            dtype=compute_dtype,
+        )
         whole = whole.to(device).eval().requires_grad_(False)
         self._whole = (whole,)  # in a tuple: its weights are registered once, where they are used
         self.model: nn.Module = self._judging_part(whole)

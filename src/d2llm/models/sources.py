@@ -96,8 +96,10 @@ def fingerprint_model(location: str) -> str:
     return _fingerprint_ends(sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"))
 
 
-def load_pretrained(auto_class: Any, location: str, **options: Any) -> PreTrainedModel:
+def load_pretrained(auto_class: Any, location: str, *, needs_pooler: bool = False, **options: Any) -> PreTrainedModel:
     """``auto_class.from_pretrained`` with safetensors only and no remote code.
+
+    ``needs_pooler``: also the weights of a pooler, which backbones never use, must be there.
 
     Raises:
         ModelNotFoundError: it cannot be loaded, or weights are missing that would be drawn at random.
@@ -112,7 +114,7 @@ def load_pretrained(auto_class: Any, location: str, **options: Any) -> PreTraine
             f"model '{location}' cannot be loaded: {_first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"
         ) from error
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # d2llm never uses a pooler
+    missing = sorted(name for name in report["missing_keys"] if needs_pooler or "pooler" not in name)
     if missing:
         raise ModelNotFoundError(
             f"model '{location}' lacks {len(missing)} of the weights of a {type(model).__name__} "

@@ -116,9 +116,6 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
     )
 
 
-identify_causal_teacher = identify_local_teacher
-
-
 def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:
     """Identity of the question put for ``task``; the length limit is part of it, since it decides what is read.
 
