@@ -228,3 +228,17 @@ def test_runs_that_cannot_be_read(world, tmp_path, line, error, message):
     (tmp_path / "x.run").write_text(f"q Q0 p 1 1.0 x\n{line}\n")
     with pytest.raises(error, match=message):
         load(world.run / "student", with_teacher=False, runs=[tmp_path / "x.run"])
+
+
+def test_the_report_will_say_which_gates_closed(world, tmp_path):
+    folder = world.student(tmp_path / "far" / "student")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    asked = {"closed_gates": ["squad"], "share_kept": 0.5, "residual_weights": {"symmetric": 0.0, "asymmetric": 1.0}}
+    (folder / "manifest.json").write_text(json.dumps(manifest | asked))
+    found = load(folder, with_teacher=False)
+    assert [note.split(":")[0] for note in found.notes] == [
+        "the teacher's gate was closed for squad",
+        "50% of the change of weights in training was kept",
+        "the interaction is switched off for symmetric search",
+    ]
+    assert found.provenance["student"]["closed_gates"] == ["squad"]

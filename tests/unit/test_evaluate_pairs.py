@@ -453,7 +453,7 @@ def test_bad_pairs():
     refuse(make_pairs(labels=["0"]), DataFormatError, "split 'test' has no positive pair, so nothing can be measured")
     refuse(make_pairs(labels=["1"]), DataFormatError, "split 'test' has no negative pair")
     classes = make_pairs("classes", labels=["sport", "music", "other"])
-    refuse(classes, DataFormatError, "pair '0' has the class 'sport'; measured are yes/no .* entailment, entails, supp")
+    refuse(classes, DataFormatError, "pair '0' has the class 'sport'; known are yes/no .* entailment, entails, supp")
     no_dev = make_pairs("classes", sizes={"test": 30})
     refuse(no_dev, InputError, "the classes need thresholds from a split of their own; add a dev split")
     no_class = make_pairs("classes", labels=["entailment", "contradiction"])

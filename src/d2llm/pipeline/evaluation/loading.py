@@ -97,6 +97,7 @@ def load_contenders(
             "paper_head": None if (paper := companions[PAPER_HEAD]) is None else paper.fingerprint,
             "teacher": None if judge is None else judge.fingerprint,
         },
+        notes=_gate_notes(folder),
     )
 
 
@@ -105,6 +106,8 @@ def _own_teacher(student: Path) -> TeacherConfig | None:
     wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
     of_run = RunFolder(student.parent).teacher
     beside = [str(of_run)] if (of_run / MANIFEST).is_file() else []
+    stack = student.parent / "stack"
+    beside += [str(stack)] if (stack / MANIFEST).is_file() else []
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
     return next((config for config in configs if identify_judge(config).fingerprint == wanted), None)
 
@@ -133,4 +136,22 @@ def _provenance(folder: Path) -> dict[str, Any]:
     """What the student's manifest says of how it was made."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     wanted = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
-    return {"name": folder.name, **{key: manifest[key] for key in wanted if key in manifest}}
+    of_gates = ("closed_gates", "share_kept")
+    return {"name": folder.name, **{key: manifest[key] for key in (*wanted, *of_gates) if key in manifest}}
+
+
+def _gate_notes(folder: Path) -> tuple[str, ...]:
+    """Which gates closed when the student was made, as a report should say."""
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    notes: list[str] = []
+    if closed := manifest.get("closed_gates"):
+        notes.append(
+            f"the teacher's gate was closed for {', '.join(closed)}: there the student learnt from the data set's own "
+            "judgements"
+        )
+    if (share := manifest.get("share_kept", 1.0)) < 1:
+        notes.append(f"{share:.0%} of the change of weights in training was kept: more was no better on dev")
+    off = [task for task, weight in manifest.get("residual_weights", {}).items() if weight == 0]
+    if off and manifest["config"]["interaction"]["head"] == "anchored":
+        notes.append(f"the interaction is switched off for {' and '.join(off)} search: on dev it added nothing")
+    return tuple(notes)

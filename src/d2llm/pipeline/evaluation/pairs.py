@@ -128,7 +128,7 @@ class _Figures:
         subject = next(system for system in self.systems if system.kind == "d2llm")
         reference = next(system for system in self.systems if system.name == baseline)
         wins, losses = self._examples(subject, reference)
-        notes = [*work.dataset.issues, *work.notes]
+        notes = [*self.contenders.notes, *work.dataset.issues, *work.notes]
         if self.tuning_gold is None and gold.positive is not None:
             notes.append("there is no dev split to choose thresholds on; the measures that need one are left out")
         if work.store.num_found:

@@ -294,7 +294,14 @@ def _report(
         histograms=tuple(histogram for histogram in histograms if histogram is not None),
         settings=asdict(settings),
         provenance=contenders.provenance,
-        notes=(*work.dataset.issues, *(note for s in systems for note in s.notes), *cut, *work.notes, *taken_over),
+        notes=(
+            *contenders.notes,
+            *work.dataset.issues,
+            *(note for s in systems for note in s.notes),
+            *cut,
+            *work.notes,
+            *taken_over,
+        ),
         seconds=0.0,
         details=Details(
             item_ids=tuple(all_ids),

@@ -56,6 +56,8 @@ class Contenders:
     runs: Sequence[TrecRun] = ()
     why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
+    notes: tuple[str, ...] = ()
+    """What a report should say of how the student was made."""
 
     def __post_init__(self) -> None:
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
