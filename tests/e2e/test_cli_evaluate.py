@@ -238,7 +238,7 @@ class TestBadInput:
         text = (data / "test.jsonl").read_text()
         (data / "test.jsonl").write_text(text.replace('"label": 0', '"label": "sport"').replace(": 1}", ': "music"}'))
         (data / "dev.jsonl").unlink()
-        fail("evaluate", data, *alone, containing=["the class 'music'; measured are yes/no labels", "contradiction"])
+        fail("evaluate", data, *alone, containing=["the class 'music'; known are yes/no labels", "contradiction"])
 
     def test_an_index_of_another_student_in_the_work_folder(self, evaluated, place, tmp_path):
         shutil.copytree(evaluated.folder / "work", tmp_path / "work")

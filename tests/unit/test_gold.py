@@ -47,7 +47,7 @@ def test_what_cannot_be_measured():
         read_gold(dataset(["0", "0"]), "test")
     with pytest.raises(DataFormatError, match="split 'test' has no negative pair"):
         read_gold(dataset(["1", "1"]), "test")
-    with pytest.raises(DataFormatError, match="pair 'test-1' has the class 'sport'; measured are yes/no labels and"):
+    with pytest.raises(DataFormatError, match="pair 'test-1' has the class 'sport'; known are yes/no labels and"):
         read_gold(dataset(["entailment", "sport"], "classes"), "test")
     with pytest.raises(DataFormatError, match="split 'dev' was not read; read: test"):
         read_gold(dataset(["0", "1"]), "dev")

@@ -76,7 +76,7 @@ def ablate(
         return
     if recipe is None:
         raise InputError("RECIPE is missing: give a TOML file or the name of a recipe; --list needs none")
-    from d2llm.apps.steps import job_of, require_plans
+    from d2llm.apps.job import job_of, require_plans
     from d2llm.core.variants import find_variant
     from d2llm.pipeline.ablate import ablate
 

@@ -57,6 +57,7 @@ def stack(
     It goes to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a recipe.
     """
     from d2llm.apps import steps
+    from d2llm.apps.job import job_of
     from d2llm.apps.teach_tables import stack_tables
     from d2llm.core.files import write_bytes
     from d2llm.models.student import Student
@@ -64,7 +65,7 @@ def stack(
     from d2llm.pipeline.stack_teachers import STACK_NAME, stack_teachers
 
     session = session_of(context)
-    job = steps.job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype)
     report = stack_teachers(
         steps.dev_data(job),
         job.run.path / STACK_NAME,
@@ -116,11 +117,12 @@ def gate(
     Comes before label. [gate] in the recipe says how many queries, and what becomes of a data set whose gate is closed.
     """
     from d2llm.apps import steps
+    from d2llm.apps.job import job_of
     from d2llm.apps.teach_tables import gate_advice, gate_table
     from d2llm.pipeline.gate import GateReport
 
     session = session_of(context)
-    job = steps.job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype)
     named = _named_teacher(teacher, job.recipe.teacher) if teacher is not None else None
     report = steps.try_the_teacher(job, teacher=named, student=student)
     session.write_report(context, json_path, report)

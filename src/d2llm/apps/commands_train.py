@@ -33,10 +33,12 @@ def run(
     What is finished in the run folder is skipped, so the same command goes on after an interruption.
     """
     from d2llm.apps import steps
+    from d2llm.apps.job import job_of
+    from d2llm.apps.mine_step import mine_plans
 
-    job = steps.job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype)
     result = {
-        "mine": steps.mine_plans(job),
+        "mine": mine_plans(job),
         "tune-teacher": steps.tune_the_teacher(job),
         "gate": steps.try_the_teacher(job, again=False),
     }
@@ -69,10 +71,11 @@ def mine(
 
     Read audit.md in the plan's folder. Stopped, it goes on with what it had encoded and judged when given again.
     """
-    from d2llm.apps import steps
+    from d2llm.apps.job import job_of
+    from d2llm.apps.mine_step import mine_plans
 
-    job = steps.job_of(session_of(context), recipe, out, data, device, dtype)
-    session_of(context).write_report(context, json_path, steps.mine_plans(job, again=again, student=student))
+    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    session_of(context).write_report(context, json_path, mine_plans(job, again=again, student=student))
 
 
 def tune_teacher(
@@ -89,9 +92,10 @@ def tune_teacher(
     Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is.
     """
     from d2llm.apps import steps
+    from d2llm.apps.job import job_of
 
     session_of(context).write_report(
-        context, json_path, steps.tune_the_teacher(steps.job_of(session_of(context), recipe, out, data, device, dtype))
+        context, json_path, steps.tune_the_teacher(job_of(session_of(context), recipe, out, data, device, dtype))
     )
 
 
@@ -109,9 +113,10 @@ def label(
     Stopped, it goes on where it was when the same command is given again.
     """
     from d2llm.apps import steps
+    from d2llm.apps.job import job_of
 
     session_of(context).write_report(
-        context, json_path, steps.label_pairs(steps.job_of(session_of(context), recipe, out, data, device, dtype))
+        context, json_path, steps.label_pairs(job_of(session_of(context), recipe, out, data, device, dtype))
     )
 
 
@@ -140,8 +145,9 @@ def distill(
     Comes after label. Stopped, it goes on from its last checkpoint when the same command is given again.
     """
     from d2llm.apps import steps
+    from d2llm.apps.job import job_of
 
-    job = steps.job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype)
     session_of(context).write_report(context, json_path, steps.distill_student(job, variant=variant, again=again))
 
 

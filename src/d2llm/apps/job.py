@@ -1,0 +1,109 @@
+"""A recipe in its run folder, as the verbs that train share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2llm.core.errors import InputError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.core.recipe_file import load_recipe
+from d2llm.pipeline.run_folder import RunFolder, check_data
+
+if TYPE_CHECKING:
+    from d2llm.apps.session import Session
+    from d2llm.models.student import Student
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, the folder it runs in, and where to compute."""
+
+    recipe: Recipe
+    run: RunFolder
+    device: str | None
+    dtype: str | None
+    session: Session
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The recipe's where it is a stack, else the tuned teacher of the run, or the recipe's untuned."""
+        from d2llm.models.teacher_identity import find_kind, find_tuned_teacher
+
+        asked = self.recipe.teacher
+        if find_tuned_teacher(asked.model) is not None and find_kind(asked) == "stack":
+            return asked
+        if is_finished(self.run.teacher):
+            return self.recipe.teacher.model_copy(update={"model": str(self.run.teacher)})
+        return self.recipe.teacher
+
+    def new_student(self) -> Student:
+        """The recipe's student before any training."""
+        from d2llm.models.student import Student
+
+        return Student.create(self.recipe.student, device=self.device, dtype=self.dtype, seed=self.recipe.seed)
+
+
+def job_of(
+    session: Session,
+    recipe_name: str,
+    out: Path | None,
+    data: Sequence[str] | None,
+    device: str | None,
+    dtype: str | None,
+) -> Job:
+    """The job that the arguments of a verb describe; ``out`` is ``runs/<name of the recipe>`` unless given.
+
+    Raises:
+        RecipeError: no such recipe, or its data sets cannot be told apart.
+        InputError: ``data`` names a set that the recipe does not have.
+    """
+    recipe = with_data(load_recipe(recipe_name), data or [])
+    check_data(recipe)
+    name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
+    return Job(recipe, RunFolder(out or Path("runs") / name), device=device, dtype=dtype, session=session)
+
+
+def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
+    """The recipe with other folders for its data sets; ``places`` are "name=folder", a name being the last part of a
+    path in the recipe.
+
+    Raises:
+        InputError: no "=", or no data set of that name.
+    """
+    data = {Path(item.path).name: item for item in recipe.data}
+    for place in places:
+        name, equals, folder = place.partition("=")
+        if not equals or not folder or name not in data:
+            raise InputError(
+                f"--data {place}: write NAME=FOLDER, where NAME is one of the recipe's data sets: {', '.join(data)}"
+            )
+        data[name] = data[name].model_copy(update={"path": folder})
+    return recipe.model_copy(update={"data": tuple(data.values())}) if places else recipe
+
+
+def require_plans(job: Job) -> None:
+    """Make sure that every data set of the recipe has its plan.
+
+    Raises:
+        InputError: one has none.
+    """
+    for data in job.recipe.data:
+        if not is_finished(job.run.plan(data)):
+            raise InputError(
+                f"{job.run.plan(data)}: there is no training plan yet; run the verb mine with this recipe first"
+            )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a step has written its result there."""
+    return (folder / MANIFEST).is_file()
+
+
+def skip(job: Job, reason: str) -> dict[str, str]:
+    """Say why a step is not taken; that is its result."""
+    job.session.say(reason)
+    return {"skipped": reason}
