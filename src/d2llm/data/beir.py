@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from d2llm.data.lines import (
     string_field,
     wrong_type,
 )
+from d2llm.data.passage_store import PassageStore
 
 _log = logging.getLogger(__name__)
+_LARGE_CORPUS_BYTES = 1 << 26  # 64 MiB: some 100,000 short passages; in memory they would take about twice that
 _QRELS_HEADER = ("query-id", "corpus-id", "score")
 _Item = TypeVar("_Item", Passage, Query)
 
@@ -33,12 +36,13 @@ class Dataset:
     """Passages, queries and relevance judgements of one data set.
 
     ``passages`` and ``queries`` keep the order of their files; ``qrels`` maps split -> query_id -> passage_id -> grade,
-    as the files give them. ``issues`` says what was odd but not wrong, counted.
+    as the files give them. The passages of a large corpus lie in a temporary file (``PassageStore``). ``issues`` says
+    what was odd but not wrong, counted.
     """
 
     name: str
     path: Path
-    passages: dict[str, Passage]
+    passages: Mapping[str, Passage]
     queries: dict[str, Query]
     qrels: dict[str, dict[str, dict[str, int]]]
     issues: tuple[str, ...] = ()
@@ -96,19 +100,27 @@ class RetrievalSource:
         return iter_queries(self.queries_path, self.queries())
 
     def load(self) -> Dataset:
-        """Everything, in memory; what is odd is counted in ``issues`` and logged.
+        """Everything, the passages of a large corpus in a temporary file; what is odd is counted in ``issues``, logged.
 
         Raises:
             DataFormatError: a file is missing, empty or malformed (names file and line).
             DuplicateIdError: an id, or a judged pair, occurs twice.
         """
-        passages = _by_id(self.corpus_path, self.iter_passages())
+        passages = self._passages()
         queries = _by_id(self.queries_path, self.iter_queries())
         qrels = self.qrels()
         issues = (*_empty_passages(passages), *strays(qrels, queries, passages))
         for issue in issues:
             _log.warning("%s: %s", self.path, issue)
         return Dataset(self.name, self.path, passages, queries, qrels, issues)
+
+    def _passages(self) -> Mapping[str, Passage]:
+        large = self.corpus_path.is_file() and self.corpus_path.stat().st_size >= _LARGE_CORPUS_BYTES
+        if large and hasattr(os, "pread"):  # Windows has none
+            store = PassageStore(passage for _, passage in self.iter_passages())
+            if not store.has_repeats:
+                return store
+        return _by_id(self.corpus_path, self.iter_passages())  # which says where an id occurs twice
 
 
 def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:

@@ -141,7 +141,7 @@ def ablate(
         recipe=recipe.name,
         measure=MEASURE,
         sets=tuple(
-            MeasuredSet(dev.name, dev.task, len(dev.queries), len(dev.passage_ids), len(source.plan.entries))
+            MeasuredSet(dev.name, dev.task, dev.num_items, dev.num_passages, len(source.plan.entries))
             for dev, source in zip(dev_sets, sources, strict=True)
         ),
         seeds=tuple(seeds),

@@ -40,6 +40,16 @@ class DevSet:
     passage_texts: tuple[str, ...]
     qrels: dict[str, dict[str, int]]
 
+    @property
+    def num_items(self) -> int:
+        """Queries that are measured."""
+        return len(self.queries)
+
+    @property
+    def num_passages(self) -> int:
+        """Passages that they are ranked among."""
+        return len(self.passage_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class PairDevSet:
@@ -49,6 +59,16 @@ class PairDevSet:
     task: Task
     pairs: tuple[LabelledPair, ...]
     gold: Gold
+
+    @property
+    def num_items(self) -> int:
+        """Pairs that are measured."""
+        return len(self.pairs)
+
+    @property
+    def num_passages(self) -> int:
+        """Different passages among them."""
+        return len({pair.passage for pair in self.pairs})
 
 
 @dataclass(frozen=True, slots=True)
