@@ -102,3 +102,19 @@ def test_teachers_are_stacked_and_the_stack_is_a_teacher(run):
 def test_wrong_members(run):
     _, arguments = run
     fail("stack", *arguments, "--member", "cosine:no-such-place", containing=["no-such-place"])
+
+
+def test_a_run_can_learn_from_its_teacher_stacked_with_the_tuned_cosine(run, place, tmp_path):
+    folder, _ = run
+    recipe = tmp_path / "stacked.toml"
+    text = (place / "tiny.toml").read_text()
+    recipe.write_text(text.replace("max_tokens = 200", "max_tokens = 200\nstack_with_cosine = true"))
+    shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
+    shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
+    _, report = succeed_with_report("run", recipe, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
+    stack = json.loads((tmp_path / "run" / "stack" / "manifest.json").read_text())
+    assert (tmp_path / "run" / "student-cosine" / "manifest.json").is_file()
+    assert report["result"]["label"]["teacher"] == stack["fingerprint"]
+    student = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
+    assert student["teacher"] == stack["fingerprint"]
+    assert list(read_gate(tmp_path / "run", stack["fingerprint"])) == ["everyday"]

@@ -243,3 +243,55 @@ def test_frozen_layers_read_without_dropout(tmp_path: Path) -> None:
     with torch.no_grad():
         first, second = (whole(*inputs, "asymmetric")[0] for _ in range(2))
     assert (first - second).abs().max() > 1e-3
+
+
+# --- a new head, and lists
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("encoder") / "bert", "bert")
+
+
+def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None:
+    teacher = TeacherConfig(model=str(encoder), kind="classifier", new_head=True, max_tokens=64)
+    with pytest.raises(InputError, match="says nothing until it is tuned; run tune-teacher"):
+        load_judge(teacher, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match="tuned with every weight; set teacher_tuning.tuning = 'full'"):
+        tune(teacher, tmp_path / "refused")
+    report = tune(teacher, tmp_path / "tuned", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
+    losses = [line["loss"] for line in log(tmp_path / "tuned")]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    judge = load_judge(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
+    assert judge.fingerprint == report.fingerprint
+    assert np.isfinite(judge.judge(PAIRS, "asymmetric").log_odds).all()
+    own = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert own.config.num_labels == 1
+    again = tune(teacher, tmp_path / "again", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
+    assert again.fingerprint == report.fingerprint  # the new head is drawn the same
+
+
+def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> None:
+    model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model.prepare_training(LORA)
+    model.eval()
+    pairs = [
+        LabelledPair("the cat", TEXTS[0], "symmetric", 1.0),
+        LabelledPair("the cat", TEXTS[1], "symmetric", 0.0),
+        LabelledPair("the cat", TEXTS[2], "symmetric", 0.0),
+        LabelledPair("a dog runs", TEXTS[3], "symmetric", 0.0),
+        LabelledPair("a dog runs", TEXTS[4], "symmetric", 1.0),
+    ]
+    loss, _ = verb._accumulate_lists(model, pairs)
+    odds = model.judge([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
+    softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
+    signs = np.array([1, -1, -1, -1, 1])
+    expected = -np.mean(softmax) + 0.3 * np.logaddexp(0, -signs * odds).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert whole
+    model.zero_grad()
+    verb._accumulate_lists(model, pairs[::-1])
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6)

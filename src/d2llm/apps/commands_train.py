@@ -40,6 +40,7 @@ def run(
     result = {
         "mine": mine_plans(job),
         "tune-teacher": steps.tune_the_teacher(job),
+        "stack": steps.stack_with_cosine(job),
         "gate": steps.try_the_teacher(job, again=False),
     }
     if len(steps.closed_gates(job)) < len(job.recipe.data):

@@ -37,6 +37,34 @@ def tune_the_teacher(job: Job) -> Any:
     return report
 
 
+def stack_with_cosine(job: Job) -> Any:
+    """Where the recipe says so, make one teacher of the run's and the tuned cosine, which is trained first."""
+    from d2llm.models.student import Student
+    from d2llm.pipeline.cosine import untuned_config
+    from d2llm.pipeline.stack_teachers import stack_teachers
+
+    if not job.recipe.teacher.stack_with_cosine:
+        return skip(job, "stack: the recipe's teacher teaches alone")
+    if is_finished(job.stack):
+        return skip(job, f"stack: {job.stack} is finished; delete it to fit it anew")
+    distill_student(job, variant="cosine")
+    cosine = TeacherConfig(model=str(job.run.variant("cosine")), kind="cosine")
+    report = stack_teachers(
+        dev_data(job),
+        job.stack,
+        members=[job.teacher, cosine],
+        student=Student.create(untuned_config(job.recipe.student), device=job.device, dtype=job.dtype),
+        num_queries=job.recipe.gate.queries,
+        depth=job.recipe.gate.depth,
+        seed=job.recipe.seed,
+        device=job.device,
+        dtype=job.dtype,
+        show_progress=job.session.show_progress,
+    )
+    job.session.say(f"stack: the teacher is in {job.stack}")
+    return report
+
+
 def try_the_teacher(
     job: Job, *, again: bool = True, teacher: TeacherConfig | None = None, student: str | None = None
 ) -> Any:

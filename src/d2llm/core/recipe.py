@@ -123,12 +123,20 @@ class TeacherConfig(_Section):
     """Length of the whole input; what is over is cut from the end of the passage."""
     positive_label: str | None = None
     """Of a classifier with several classes: the one that means yes, as its config.json calls it (``entailment``)."""
+    new_head: bool = False
+    """Of kind ``classifier``: give an encoder without one a head with one output. It says nothing until it is tuned,
+    with every weight (``teacher_tuning.tuning = "full"``)."""
+    stack_with_cosine: bool = False
+    """Learn from this teacher stacked with the tuned cosine of the run, calibrated on dev."""
     remote: RemoteConfig | None = None
 
 
 class TeacherTuningConfig(_Section):
-    """Yes/no cross-entropy tuning of the teacher on labelled pairs."""
+    """Tuning of the teacher on labelled pairs."""
 
+    loss: Literal["pairs", "lists"] = "pairs"
+    """``pairs``: yes/no cross-entropy of each. ``lists``: a softmax over each query's passages, and 0.3 of the former,
+    which keeps the scale of the log-odds: for rankings usually the better of the two."""
     tuning: Literal["lora", "full"] = "lora"
     """``full`` changes every weight (and wants a far lower learning rate); the tuned teacher is then a whole model."""
     lora: LoraConfig = LoraConfig(rank=16, alpha=32)

@@ -22,6 +22,7 @@ from d2llm.models.local_teacher import LocalTeacher
 from d2llm.models.whole_texts import fit_pairs
 
 _TokenAndType = tuple[int, int]
+_HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # where architectures keep what an encoder lacks
 
 
 class ClassifierTeacher(LocalTeacher):
@@ -36,7 +37,9 @@ class ClassifierTeacher(LocalTeacher):
         Raises:
             ModelError: several classes, and ``positive_label`` does not say which of them means yes.
         """
-        super().__init__(config, device=device, compute_dtype=compute_dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of a new head
+            super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._positive = self._find_positive()
         self._has_types = "token_type_ids" in self.tokenizer.model_input_names
         self._state: Tensor | None = None
@@ -90,6 +93,11 @@ class ClassifierTeacher(LocalTeacher):
             return logits[:, 0], features
         others = torch.cat([logits[:, : self._positive], logits[:, self._positive + 1 :]], dim=1)
         return logits[:, self._positive] - others.logsumexp(dim=1), features
+
+    def _head_options(self) -> dict[str, Any]:
+        if not self.config.new_head:
+            return {"needs_pooler": True}
+        return {"needs_pooler": True, "may_lack": _HEADS, "num_labels": 1}
 
     def _find_positive(self) -> int:
         names: dict[int, str] = cast(Any, self.model).config.id2label

@@ -10,9 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.teacher_identity import LOCAL_KINDS, TeacherIdentity, find_kind, identify_local_teacher
+from d2llm.models.teacher_identity import (
+    LOCAL_KINDS,
+    TeacherIdentity,
+    find_kind,
+    find_tuned_teacher,
+    identify_local_teacher,
+)
 
 TextPair = tuple[str, str]
 """Query text and full passage text."""
@@ -70,7 +77,12 @@ def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str |
     Raises:
         ModelNotFoundError: no usable weights there.
         ModelError: what is there is no teacher of that kind.
+        InputError: its head is new and was never tuned.
     """
+    if config.new_head and find_tuned_teacher(config.model) is None:
+        raise InputError(
+            f"teacher '{config.model}' has a new head, which says nothing until it is tuned; run tune-teacher first"
+        )
     return _teacher_class(config).load(config, device=device, dtype=dtype)
 
 

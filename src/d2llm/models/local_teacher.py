@@ -111,12 +111,8 @@ class LocalTeacher(nn.Module):
             )
         self.fingerprint: str = tuned.fingerprint if tuned else self.base_fingerprint
         self.tokenizer = load_tokenizer(self.location)
-        whole: Any = load_pretrained(
-            getattr(transformers, self._auto_class),
-            self.location,
-            needs_pooler=self.kind == "classifier",  # its answer goes through it
-            dtype=compute_dtype,
-        )
+        auto_class = getattr(transformers, self._auto_class)
+        whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **self._head_options())
         whole = whole.to(device).eval().requires_grad_(False)
         self._whole = (whole,)  # in a tuple: its weights are registered once, where they are used
         self.model: nn.Module = self._judging_part(whole)
@@ -255,6 +251,10 @@ class LocalTeacher(nn.Module):
     def tuned_state(self) -> dict[str, Tensor]:
         """What tuning changed since the pretrained weights, as an adapter of plain tensors."""
         return join_adapters(self._merged_adapter, adapter_state(self.model))
+
+    def _head_options(self) -> dict[str, Any]:
+        """What ``load_pretrained`` needs to know of the layers that the answer goes through."""
+        return {}
 
     def _judging_part(self, whole: Any) -> nn.Module:
         """The part of the model that adapters go into."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +96,13 @@ def fingerprint_model(location: str) -> str:
     return _fingerprint_ends(sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"))
 
 
-def load_pretrained(auto_class: Any, location: str, *, needs_pooler: bool = False, **options: Any) -> PreTrainedModel:
+def load_pretrained(
+    auto_class: Any, location: str, *, needs_pooler: bool = False, may_lack: Sequence[str] = (), **options: Any
+) -> PreTrainedModel:
     """``auto_class.from_pretrained`` with safetensors only and no remote code.
 
-    ``needs_pooler``: also the weights of a pooler, which backbones never use, must be there.
+    ``needs_pooler``: also the weights of a pooler, which backbones never use, must be there. ``may_lack``: parts, by
+    the beginning of their names, whose weights are drawn at random where they are missing.
 
     Raises:
         ModelNotFoundError: it cannot be loaded, or weights are missing that would be drawn at random.
@@ -114,7 +117,11 @@ def load_pretrained(auto_class: Any, location: str, *, needs_pooler: bool = Fals
             f"model '{location}' cannot be loaded: {_first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"
         ) from error
-    missing = sorted(name for name in report["missing_keys"] if needs_pooler or "pooler" not in name)
+    missing = sorted(
+        name
+        for name in report["missing_keys"]
+        if (needs_pooler or "pooler" not in name) and not name.startswith(tuple(may_lack))
+    )
     if missing:
         raise ModelNotFoundError(
             f"model '{location}' lacks {len(missing)} of the weights of a {type(model).__name__} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import LabelledPair, TrainingSource, labelled_pairs
+from d2llm.models.classifier_teacher import ClassifierTeacher
 from d2llm.models.device import choose_dtype
-from d2llm.models.judge import load_judge
+from d2llm.models.judge import Judge, load_judge
 from d2llm.models.local_teacher import LocalTeacher
 from d2llm.models.teacher_identity import TEACHER_KIND
 from d2llm.ops.batching import token_budget_batches
@@ -38,6 +40,7 @@ from d2llm.pipeline.training_run import (
 )
 
 _PART_TOKENS = 2560  # of one forward and backward pass; what is beyond is accumulated
+_PAIR_SHARE = 0.3  # of the yes/no loss beside the softmax over lists
 _SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
 
 
@@ -121,6 +124,7 @@ def tune_teacher(
         state = {"losses": losses, "num_truncated": num_truncated, "best": asdict(watch.best)}
         save_checkpoint(run_folder, step, parameters, optimizer, state, run_key=run_key)
 
+    accumulate = _accumulate_lists if tuning.loss == "lists" else _accumulate_gradient
     model.train()
     last_kept = time.monotonic()
     with progress_bar("tuning the teacher", len(batches), show=show_progress) as advance:
@@ -129,7 +133,7 @@ def tune_teacher(
             if watch.is_over:
                 break
             torch.manual_seed(seed * 1_000_003 + step)  # dropout then depends on the step alone: resume is exact
-            loss, truncated = _accumulate_gradient(model, batches[step])
+            loss, truncated = accumulate(model, batches[step])
             require_finite(loss, step, run_folder)
             warmup = int(tuning.warmup_fraction * len(batches))
             factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=len(batches))
@@ -173,7 +177,13 @@ def _load(
     teacher: TeacherConfig, tuning: TeacherTuningConfig, *, device: str | None, dtype: str | None
 ) -> LocalTeacher:
     """The teacher to tune; where every weight is tuned, these are float32, however it computes."""
-    model = load_judge(teacher, device=device, dtype="float32" if tuning.tuning == "full" else dtype)
+    chosen = "float32" if tuning.tuning == "full" else dtype
+    if teacher.new_head and tuning.tuning != "full":
+        raise InputError("a new head is tuned with every weight; set teacher_tuning.tuning = 'full'")
+    if teacher.new_head:
+        model: Judge = ClassifierTeacher.load(teacher, device=device, dtype=chosen)
+    else:
+        model = load_judge(teacher, device=device, dtype=chosen)
     if not isinstance(model, LocalTeacher):
         raise InputError(
             f"teacher '{teacher.model}' has no weights here to tune; leave tune-teacher out, or name a local model"
@@ -183,21 +193,57 @@ def _load(
 
 
 def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed: int) -> list[list[LabelledPair]]:
-    """All batches of all epochs: one task each, pairs of like length together, batches in random order."""
+    """All batches of all epochs: one task each, pairs (or lists) of like length together, batches in random order."""
     batches: list[list[LabelledPair]] = []
     for epoch in range(tuning.epochs):
         rng = random.Random(f"{seed}:{epoch}")
         of_epoch: list[list[LabelledPair]] = []
         for task in ("symmetric", "asymmetric"):
             of_task = [pair for pair in pairs if pair.task == task]
-            rng.shuffle(of_task)
-            for start in range(0, len(of_task), tuning.batch_pairs * _SORTED_BATCHES):
-                group = of_task[start : start + tuning.batch_pairs * _SORTED_BATCHES]
-                group.sort(key=lambda pair: len(pair.query) + len(pair.passage))
-                of_epoch += [group[i : i + tuning.batch_pairs] for i in range(0, len(group), tuning.batch_pairs)]
+            if not of_task:
+                continue
+            units = _lists(of_task) if tuning.loss == "lists" else [[pair] for pair in of_task]
+            size = max(1, tuning.batch_pairs * len(units) // len(of_task))  # units of a batch
+            rng.shuffle(units)
+            for start in range(0, len(units), size * _SORTED_BATCHES):
+                group = units[start : start + size * _SORTED_BATCHES]
+                group.sort(key=lambda unit: sum(len(pair.query) + len(pair.passage) for pair in unit))
+                of_epoch += [list(chain(*group[i : i + size])) for i in range(0, len(group), size)]
         rng.shuffle(of_epoch)
         batches += of_epoch
     return batches
+
+
+def _lists(pairs: list[LabelledPair]) -> list[list[LabelledPair]]:
+    """The pairs of each query together."""
+    lists: dict[str, list[LabelledPair]] = {}
+    for pair in pairs:
+        lists.setdefault(pair.query, []).append(pair)
+    return list(lists.values())
+
+
+def _accumulate_lists(model: LocalTeacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
+    """As ``_accumulate_gradient``, of lists: a softmax over each query's passages, and some of the yes/no loss."""
+    inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], batch[0].task)
+    places: dict[str, list[int]] = {}
+    for place, pair in enumerate(batch):
+        places.setdefault(pair.query, []).append(place)
+    lists = list(places.values())
+    lengths = [max(len(inputs[place]) for place in of_query) * len(of_query) for of_query in lists]
+    total = torch.zeros((), device=model.device)
+    for part in token_budget_batches(lengths, max_tokens=_PART_TOKENS, max_items=len(lists)):
+        chosen = [place for index in part for place in lists[index]]
+        log_odds, _ = model(*model.pad([inputs[place] for place in chosen]), batch[0].task)
+        targets = torch.tensor([batch[place].target for place in chosen], device=model.device)
+        yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
+        loss = _PAIR_SHARE * yes_or_no / len(batch)
+        sizes = [len(lists[index]) for index in part]
+        for scores, wanted in zip(log_odds.split(sizes), targets.split(sizes), strict=True):
+            if float(wanted.sum()) > 0:
+                loss = loss + functional.cross_entropy(scores, wanted / wanted.sum()) / len(lists)
+        loss.backward()
+        total += loss.detach()
+    return total, num_truncated
 
 
 def _accumulate_gradient(model: LocalTeacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
