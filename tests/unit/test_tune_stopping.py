@@ -257,7 +257,7 @@ def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None
     teacher = TeacherConfig(model=str(encoder), kind="classifier", new_head=True, max_tokens=64)
     with pytest.raises(InputError, match="says nothing until it is tuned; run tune-teacher"):
         load_judge(teacher, device="cpu", dtype="float32")
-    with pytest.raises(InputError, match="tuned with every weight; set teacher_tuning.tuning = 'full'"):
+    with pytest.raises(InputError, match=r"tuned with every weight; set teacher_tuning.tuning = 'full'"):
         tune(teacher, tmp_path / "refused")
     report = tune(teacher, tmp_path / "tuned", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
     losses = [line["loss"] for line in log(tmp_path / "tuned")]
