@@ -21,8 +21,8 @@ from tiny_distill import Place
 
 # What is so already in a shipped recipe.
 UNCHANGED = {
-    "d2llm-minilm": {"anchored-head", "rich", "warm-start", "width-512"},
-    "d2llm-paper": {"paper-head", "concat", "cold-start", "width-512"},
+    "d2llm-minilm": {"anchored-head", "rich", "warm-start", "width-512", "one-stage", "no-gates"},
+    "d2llm-paper": {"paper-head", "concat", "cold-start", "width-512", "one-stage", "no-gates", "gates"},
 }
 RECIPES = sorted(UNCHANGED)
 Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig]

@@ -127,6 +127,10 @@ _ALL = (
     Variant("width-1024", "own", "IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
     Variant("cold-start", "own", "PMA alone, no warm start", _student(pooling={"warm_start": False})),
     Variant("warm-start", "own", "PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
+    Variant("one-stage", "own", "vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
+    Variant("two-stages", "own", "first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
+    Variant("gates", "own", "gates of query and passage on the bound", _student(interaction={"gates": True})),
+    Variant("no-gates", "own", "one bound for every pair", _student(interaction={"gates": False})),
     Variant(
         "no-imitation",
         "own",
