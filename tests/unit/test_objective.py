@@ -175,7 +175,7 @@ def cross_entropy_by_hand(logits: torch.Tensor, offset: float, share: float) -> 
     for row, column in JUDGED:
         teacher = 1 / (1 + math.exp(-LOG_ODDS[row][column]))
         target = (1 - share) * TARGETS[row][column] + share * teacher
-        yes = 1 / (1 + math.exp(offset - float(logits[row, column])))
+        yes = 1 / (1 + math.exp(offset - logits[row, column].item()))
         values.append(-target * math.log(yes) - (1 - target) * math.log(1 - yes))
     return sum(values) / len(values)
 
