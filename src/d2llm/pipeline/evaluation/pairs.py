@@ -40,7 +40,7 @@ from d2llm.pipeline.report import (
     ShownPassage,
 )
 
-NUM_RESAMPLES = 500
+NUM_RESAMPLES = 2_000  # so that p can be below .01 after the correction for all rows
 _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
 _NO_FUSION = MissingRow(
     f"hybrid: {setting.NAME_BM25} + {setting.NAME_D2LLM}", "hybrid", "single pairs have no ranks that could be fused"
