@@ -180,8 +180,8 @@ def stacked_queries(config: TeacherConfig) -> dict[str, frozenset[str]]:
     Raises:
         DataFormatError: the stack cannot be read.
     """
-    if find_kind(config) != STACK_KIND:
-        return {}
+    if not (Path(config.model) / FILE_NAME).is_file() or find_kind(config) != STACK_KIND:
+        return {}  # a stack is always a folder here: no need to ask the Hub what a name stands for
     fitted_on = read_manifest(Path(config.model), STACK_KIND, STACK_FORMAT_VERSION).get("fitted_on", {})
     return {name: frozenset(found["dev_queries"]) for name, found in fitted_on.items()}
 
