@@ -60,24 +60,11 @@ def stack(
     from d2llm.apps.job import job_of
     from d2llm.apps.teach_tables import stack_tables
     from d2llm.core.files import write_bytes
-    from d2llm.models.student import Student
-    from d2llm.pipeline.cosine import untuned_config
-    from d2llm.pipeline.stack_teachers import STACK_NAME, stack_teachers
 
     session = session_of(context)
     job = job_of(session, recipe, out, data, device, dtype)
-    report = stack_teachers(
-        steps.dev_data(job),
-        job.run.path / STACK_NAME,
-        members=[_named_teacher(member, job.recipe.teacher) for member in members],
-        student=Student.create(untuned_config(job.recipe.student), device=device, dtype=dtype),
-        num_queries=queries,
-        depth=depth,
-        seed=job.recipe.seed,
-        device=device,
-        dtype=dtype,
-        show_progress=session.show_progress,
-    )
+    named = [_named_teacher(member, job.recipe.teacher) for member in members]
+    report = steps.stack(job, named, num_queries=queries, depth=depth)
     for part in stack_tables(report):
         session.show(part)
     session.write_report(context, json_path, report)
@@ -85,7 +72,6 @@ def stack(
         from d2llm.apps.stack_page import render_page
 
         write_bytes(html_path, render_page(report).encode())
-    session.say(f"stack: the teacher is in {report.folder}")
 
 
 def gate(

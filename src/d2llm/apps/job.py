@@ -29,23 +29,25 @@ class Job:
     session: Session
 
     @property
-    def stack(self) -> Path:
-        """Where several teachers become one."""
-        return self.run.path / "stack"
-
-    @property
     def teacher(self) -> TeacherConfig:
         """The recipe's where it is a stack, else the tuned teacher of the run, or the recipe's untuned."""
         from d2llm.models.teacher_identity import find_kind, find_tuned_teacher
 
         asked = self.recipe.teacher
-        if asked.stack_with_cosine and is_finished(self.stack):
-            return asked.model_copy(update={"model": str(self.stack), "kind": "stack", "new_head": False})
+        if asked.stack_with_cosine and is_finished(self.run.stack):
+            return asked.model_copy(update={"model": str(self.run.stack), "kind": "stack", "new_head": False})
         if find_tuned_teacher(asked.model) is not None and find_kind(asked) == "stack":
             return asked
         if is_finished(self.run.teacher):
             return asked.model_copy(update={"model": str(self.run.teacher), "new_head": False})
         return asked
+
+    def untuned_cosine(self) -> Student:
+        """The recipe's backbone with its own pooling."""
+        from d2llm.models.student import Student
+        from d2llm.pipeline.cosine import untuned_config
+
+        return Student.create(untuned_config(self.recipe.student), device=self.device, dtype=self.dtype)
 
     def new_student(self) -> Student:
         """The recipe's student before any training."""

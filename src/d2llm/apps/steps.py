@@ -10,8 +10,11 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.core.variants import find_variant
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from d2llm.core.types import Task
     from d2llm.data.beir import Dataset
+    from d2llm.pipeline.stack_teachers import StackReport
 
 from d2llm.apps.job import Job, is_finished, require_plans, skip
 
@@ -39,29 +42,33 @@ def tune_the_teacher(job: Job) -> Any:
 
 def stack_with_cosine(job: Job) -> Any:
     """Where the recipe says so, make one teacher of the run's and the tuned cosine, which is trained first."""
-    from d2llm.models.student import Student
-    from d2llm.pipeline.cosine import untuned_config
-    from d2llm.pipeline.stack_teachers import stack_teachers
-
     if not job.recipe.teacher.stack_with_cosine:
         return skip(job, "stack: the recipe's teacher teaches alone")
-    if is_finished(job.stack):
-        return skip(job, f"stack: {job.stack} is finished; delete it to fit it anew")
+    if is_finished(job.run.stack):
+        return skip(job, f"stack: {job.run.stack} is finished; delete it to fit it anew")
     distill_student(job, variant="cosine")
     cosine = TeacherConfig(model=str(job.run.variant("cosine")), kind="cosine")
+    gate = job.recipe.gate
+    return stack(job, [job.teacher, cosine], num_queries=gate.queries, depth=gate.depth)
+
+
+def stack(job: Job, members: Sequence[TeacherConfig], *, num_queries: int, depth: int) -> StackReport:
+    """Make one calibrated teacher of several, on the dev queries of the recipe's retrieval sets."""
+    from d2llm.pipeline.stack_teachers import stack_teachers
+
     report = stack_teachers(
         dev_data(job),
-        job.stack,
-        members=[job.teacher, cosine],
-        student=Student.create(untuned_config(job.recipe.student), device=job.device, dtype=job.dtype),
-        num_queries=job.recipe.gate.queries,
-        depth=job.recipe.gate.depth,
+        job.run.stack,
+        members=members,
+        student=job.untuned_cosine(),
+        num_queries=num_queries,
+        depth=depth,
         seed=job.recipe.seed,
         device=job.device,
         dtype=job.dtype,
         show_progress=job.session.show_progress,
     )
-    job.session.say(f"stack: the teacher is in {job.stack}")
+    job.session.say(f"stack: the teacher is in {report.folder}")
     return report
 
 
@@ -78,7 +85,6 @@ def try_the_teacher(
     """
     from d2llm.models.judge import identify_judge
     from d2llm.models.student import Student
-    from d2llm.pipeline.cosine import untuned_config
     from d2llm.pipeline.gate import gate, read_gate
 
     tried = teacher or job.teacher
@@ -89,15 +95,12 @@ def try_the_teacher(
         return skip(
             job, "gate: no retrieval set in the recipe; labelled pairs weigh the teacher by losses.teacher_share"
         )
-    if student is not None:
-        rival = Student.load(student, device=job.device, dtype=job.dtype)
-    else:
-        rival = Student.create(untuned_config(job.recipe.student), device=job.device, dtype=job.dtype)
+    named = Student.load(student, device=job.device, dtype=job.dtype) if student is not None else None
     return gate(
         judged,
         job.run.path,
         teacher=tried,
-        student=rival,
+        student=named or job.untuned_cosine(),
         settings=job.recipe.gate,
         seed=job.recipe.seed,
         device=job.device,

@@ -50,6 +50,7 @@ from d2llm.pipeline.residual import train_residual
 from d2llm.pipeline.trackers import open_trackers
 from d2llm.pipeline.training_run import (
     RunLog,
+    adamw,
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
@@ -369,8 +370,4 @@ def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) ->
         rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
         decay = training.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
-    options = [
-        {"params": group, "lr": rate, "initial_lr": rate, "weight_decay": decay}
-        for (rate, decay), group in groups.items()
-    ]
-    return torch.optim.AdamW(options)
+    return adamw((group, rate, decay) for (rate, decay), group in groups.items())

@@ -25,14 +25,13 @@ from d2llm.pipeline.dev import (
     DevSet,
     EncodedDev,
     PairDevSet,
-    choose_residual_weights,
     encode_dev,
     measure_dev,
-    value_by_set,
 )
+from d2llm.pipeline.interpolation import mean_value
 from d2llm.pipeline.objective import batch_losses, weighted_sum
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.training_run import learning_rate_factor, optimizer_step
+from d2llm.pipeline.training_run import adamw, learning_rate_factor, optimizer_step
 
 _BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
 
@@ -89,20 +88,15 @@ def train_residual(
         parameter.requires_grad_(True)
     for task in TASKS:
         head.residual_weight(task).fill_(1.0)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = config.learning_rate
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    rate = config.learning_rate
+    optimizer = adamw([(matrices, rate, config.weight_decay), (others, rate, 0.0)])
     weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
     max_norm = recipe.training.max_gradient_norm
     per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
     best = _measure(student, dev)
-    best_value, best_state = _value(best), {name: p.detach().clone() for name, p in parameters.items()}
+    best_value, best_state = mean_value(best), {name: p.detach().clone() for name, p in parameters.items()}
     step, total = 0, config.epochs * per_epoch
     with progress_bar("training the interaction", total, show=show_progress) as advance:
         for epoch in range(config.epochs):
@@ -118,8 +112,8 @@ def train_residual(
                 advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
             results = _measure(student, dev)
             write(step, stage="residual", dev={name: result.values for name, result in results.items()})
-            if _value(results) > best_value:
-                best, best_value = results, _value(results)
+            if mean_value(results) > best_value:
+                best, best_value = results, mean_value(results)
                 best_state = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -131,11 +125,6 @@ def train_residual(
 def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult]:
     student.eval()
     return {found.dev.name: measure_dev(student, found) for found in dev}
-
-
-def _value(results: dict[str, DevResult]) -> float:
-    by_set = value_by_set(results, choose_residual_weights(results))
-    return sum(by_set.values()) / len(by_set)
 
 
 def _read(student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None) -> _Vectors:

@@ -30,6 +30,11 @@ class RunFolder:
         return self.path / "teacher"
 
     @property
+    def stack(self) -> Path:
+        """Several teachers as one."""
+        return self.path / "stack"
+
+    @property
     def labels(self) -> Path:
         """The label store."""
         return self.path / "labels"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,15 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> f
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def adamw(groups: Iterable[tuple[Sequence[Tensor], float, float]]) -> torch.optim.AdamW:
+    """AdamW over groups of parameters with a learning rate and a weight decay each, as ``optimizer_step`` wants it."""
+    options = [
+        {"params": list(parameters), "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for parameters, rate, decay in groups
+    ]
+    return torch.optim.AdamW(options)
 
 
 def optimizer_step(

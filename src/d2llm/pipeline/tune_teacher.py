@@ -30,6 +30,7 @@ from d2llm.pipeline.teacher_dev import Best, DevWatch, hold_out
 from d2llm.pipeline.training_run import (
     CHECKPOINT,
     RunLog,
+    adamw,
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
@@ -103,9 +104,7 @@ def tune_teacher(
     model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
     batches = _epoch_batches(pairs, tuning, seed)
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=tuning.learning_rate, weight_decay=0.0)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    optimizer = adamw([(list(parameters.values()), tuning.learning_rate, 0.0)])
 
     run_folder = folder.with_name(folder.name + ".run")
     run_folder.mkdir(parents=True, exist_ok=True)

@@ -104,10 +104,8 @@ def load_contenders(
 def _own_teacher(student: Path) -> TeacherConfig | None:
     """The teacher whose labels a student learnt from: of the same run, or shipped."""
     wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
-    of_run = RunFolder(student.parent).teacher
-    beside = [str(of_run)] if (of_run / MANIFEST).is_file() else []
-    stack = student.parent / "stack"
-    beside += [str(stack)] if (stack / MANIFEST).is_file() else []
+    run = RunFolder(student.parent)
+    beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
     return next((config for config in configs if identify_judge(config).fingerprint == wanted), None)
 
