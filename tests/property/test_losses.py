@@ -11,6 +11,7 @@ from d2llm.ops import losses
 NAMES = (
     "contrastive_imitation",
     "in_batch_cross_entropy",
+    "list_imitation",
     "rank_imitation_positive_hard",
     "rank_imitation_hard_easy",
     "feature_imitation",
@@ -50,6 +51,8 @@ def loss_of(name: str, batch: Batch) -> float:
         return losses.contrastive_imitation(logits, teacher, positive, hard | easy, temperature=0.8).item()
     if name == "in_batch_cross_entropy":
         return losses.in_batch_cross_entropy(logits, positive, positive | hard | easy).item()
+    if name == "list_imitation":
+        return losses.list_imitation(logits, teacher, positive | hard | easy).item()
     if name == "rank_imitation_positive_hard":
         return losses.rank_imitation_positive_hard(logits, teacher, positive | hard).item()
     if name == "rank_imitation_hard_easy":
@@ -106,7 +109,7 @@ def test_correlation_ignores_offset_and_scale_of_logits_and_teacher(batch: Batch
 @settings(max_examples=50, deadline=None)
 @given(batch=batches, offset=st.floats(-100, 100))
 def test_losses_of_differences_ignore_an_offset_of_the_logits(batch: Batch, offset: float) -> None:
-    for name in ("in_batch_cross_entropy", "rank_imitation_hard_easy"):
+    for name in ("in_batch_cross_entropy", "list_imitation", "rank_imitation_hard_easy"):
         moved = loss_of(name, batch | {"logits": batch["logits"] + offset})
         assert moved == pytest.approx(loss_of(name, batch), rel=1e-8, abs=1e-10)
 

@@ -61,6 +61,10 @@ def positive_hard(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.rank_imitation_positive_hard(logits, teacher, LISTS)
 
 
+def of_list(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.list_imitation(logits, teacher, USED, temperature=TEMPERATURE)
+
+
 def hard_easy(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.rank_imitation_hard_easy(logits, teacher, HARDS, EASIES)
 
@@ -80,6 +84,7 @@ def feature(student: Tensor, gram: Tensor) -> Tensor:
 # loss, its inputs, the entries it reads
 CASES = [
     pytest.param(contrastive, scores, USED, id="contrastive_imitation"),
+    pytest.param(of_list, scores, USED, id="list_imitation"),
     pytest.param(positive_hard, scores, LISTS, id="rank_imitation_positive_hard"),
     pytest.param(hard_easy, scores, HARDS | EASIES, id="rank_imitation_hard_easy"),
     pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
@@ -124,6 +129,20 @@ def reference_cross_entropy(z: np.ndarray, _: np.ndarray) -> float:
     return mean_over_queries(terms, num_counted=6)
 
 
+def reference_list(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        candidates = sorted(members(USED, i))
+        if not candidates:
+            return []
+        total_p = sum(math.exp(s[i, j] / TEMPERATURE) for j in candidates)
+        total_q = sum(math.exp(z[i, j]) for j in candidates)
+        p = [math.exp(s[i, j] / TEMPERATURE) / total_p for j in candidates]
+        q = [math.exp(z[i, j]) / total_q for j in candidates]
+        return [sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))]
+
+    return mean_over_queries(terms, num_counted=7)
+
+
 def reference_positive_hard(z: np.ndarray, s: np.ndarray) -> float:
     def terms(i: int) -> list[float]:
         entries = sorted(members(LISTS, i))
@@ -160,6 +179,7 @@ def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
     [
         (contrastive, scores, reference_contrastive),
         (cross_entropy, scores, reference_cross_entropy),
+        (of_list, scores, reference_list),
         (positive_hard, scores, reference_positive_hard),
         (hard_easy, scores, reference_hard_easy),
         (pairs, scores, reference_pairs),
@@ -213,6 +233,8 @@ def test_zero_connected_to_the_graph_when_no_query_counts(num_queries: int, dtyp
     results = [
         losses.contrastive_imitation(logits, teacher, nothing, ~nothing, temperature=1.0),
         losses.in_batch_cross_entropy(logits, nothing, ~nothing),
+        losses.list_imitation(logits, teacher, nothing),
+        losses.list_imitation(logits, torch.full_like(teacher, -math.inf), ~nothing),
         losses.rank_imitation_positive_hard(logits, teacher, nothing),
         losses.rank_imitation_positive_hard(logits, torch.ones_like(teacher), ~nothing),
         losses.rank_imitation_hard_easy(logits, teacher, ~nothing, nothing),
@@ -278,6 +300,25 @@ def test_contrastive_imitation_does_not_push_a_false_negative_away() -> None:
     assert loss.item() == pytest.approx(math.log(2), rel=1e-14)
     loss.backward()
     assert gradient(logits).tolist() == [[-0.5, 0.0]]
+
+
+def test_list_imitation_by_hand() -> None:
+    # The teacher: 3/4 and 1/4, and nothing for the third. The student: a third each.
+    loss = losses.list_imitation(row(0, 0, 0), row(math.log(3), 0, -math.inf), mask(1, 1, 1))
+    assert loss.item() == pytest.approx(0.75 * math.log(0.75 * 3) + 0.25 * math.log(0.25 * 3), rel=1e-12)
+
+
+def test_list_imitation_does_not_see_the_base_rate() -> None:
+    logits, teacher = row(2, -1, 0.5), row(1, -2, -math.inf)
+    expected = losses.list_imitation(logits, teacher, mask(1, 1, 1)).item()
+    assert losses.list_imitation(logits, teacher - 5, mask(1, 1, 1)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_list_imitation_of_certain_labels_is_the_cross_entropy() -> None:
+    logits, positive, everything = row(2, -1, 0.5), mask(1, 0, 0), mask(1, 1, 1)
+    certain = row(20, -20, -math.inf)
+    expected = losses.in_batch_cross_entropy(logits, positive, everything).item()
+    assert losses.list_imitation(logits, certain, everything).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_contrastive_imitation_and_cross_entropy_without_negatives_are_zero_and_count() -> None:

@@ -243,6 +243,8 @@ class LossWeights(_Section):
     """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy)."""
 
     contrastive_imitation: float = Field(default=1.0, ge=0)
+    list_imitation: float = Field(default=0.0, ge=0)
+    """Not among the published losses: the distribution over all candidates of the batch, like the teacher's."""
     rank_imitation_positive_hard: float = Field(default=1.0, ge=0)
     rank_imitation_hard_easy: float = Field(default=0.01, ge=0)
     feature_imitation: float = Field(default=0.001, ge=0)
@@ -258,6 +260,8 @@ class LossWeights(_Section):
     """Of the target of a labelled pair: how much is the teacher's P(yes), the rest the data set's own label."""
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head has a learned scale of its own besides."""
+    list_temperature: float = Field(default=1.0, gt=0)
+    """Divides the teacher's log-odds in the list imitation."""
 
     @property
     def imitates(self) -> bool:

@@ -60,6 +60,7 @@ _COSINE = {"interaction": {"head": "cosine"}}
 _NO_PMA = {"pooling": {"method": "backbone"}}
 _PLAIN_LOSSES = {
     "contrastive_imitation": 0.0,
+    "list_imitation": 0.0,
     "rank_imitation_positive_hard": 0.0,
     "rank_imitation_hard_easy": 0.0,
     "feature_imitation": 0.0,

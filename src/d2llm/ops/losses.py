@@ -27,6 +27,7 @@ __all__ = [
     "contrastive_imitation",
     "feature_imitation",
     "in_batch_cross_entropy",
+    "list_imitation",
     "masked_mean",
     "pair_cross_entropy",
     "rank_imitation_hard_easy",
@@ -128,6 +129,43 @@ def pair_cross_entropy(
     student, target = _under(mask, logits, targets)
     losses = functional.binary_cross_entropy_with_logits(student, target, reduction="none")
     return masked_mean(losses.flatten(), mask.flatten()).to(logits.dtype)
+
+
+def list_imitation(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Which of the candidates is the answer: the student's distribution over them should be the teacher's.
+
+    L_i = sum_{j in C} p_ij log( p_ij / q_ij ),  p_i = softmax_C(l_i / t),  q_i = softmax_C(z_i)
+
+    What the teacher's log-odds have in common, such as the share of relevant passages among those it was calibrated on,
+    cancels in p; a teacher's probabilities hold it, and where few candidates are relevant they are small even of a
+    passage that it prefers by far. Counted: queries with a candidate that the teacher believes in at all. Kullback and
+    Leibler's divergence of list-wise distributions: Cao et al., "Learning to Rank", ICML 2007 (ListNet); for the
+    distillation of cross-encoders Ren et al., "RocketQAv2", EMNLP 2021, section 3.2.
+
+    Args:
+        logits: student logits z.
+        teacher_log_odds: l; -inf for a passage that is certainly not relevant.
+        candidate_mask: C of each query.
+        temperature: t > 0; above 1, the teacher is taken to be less sure than it says.
+
+    Raises:
+        InputError: ``temperature`` is not above 0.
+    """
+    (student,) = _under(candidate_mask, logits)
+    believed = candidate_mask & (teacher_log_odds > -torch.inf)
+    (teacher,) = _under(believed, teacher_log_odds)
+    lowest = torch.finfo(student.dtype).min
+    scaled = (teacher / _checked_temperature(temperature)).to(student.dtype)
+    target = torch.where(believed, scaled.masked_fill(~believed, lowest).log_softmax(dim=1), 0.0)
+    found = student.masked_fill(~candidate_mask, lowest).log_softmax(dim=1)
+    per_query = torch.where(believed, target.exp() * (target - found), 0.0).sum(dim=1)
+    return masked_mean(per_query, believed.any(dim=1)).to(logits.dtype)
 
 
 def rank_imitation_positive_hard(

@@ -74,6 +74,10 @@ def batch_losses(
         found["contrastive_imitation"] = losses.contrastive_imitation(
             logits, probabilities, positive, hard | easy, temperature=weights.temperature
         )
+    if weights.list_imitation:
+        found["list_imitation"] = losses.list_imitation(
+            logits, log_odds, candidates, temperature=weights.list_temperature
+        )
     if weights.rank_imitation_positive_hard:
         found["rank_imitation_positive_hard"] = losses.rank_imitation_positive_hard(logits, log_odds, positive | hard)
     if weights.rank_imitation_hard_easy:
