@@ -12,6 +12,9 @@ from hypothesis import settings
 settings.register_profile("d2llm", deadline=None)
 settings.load_profile("d2llm")
 
+if os.environ.get("D2LLM_TEST_NETWORK") != "1":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing model is told at once, not after retries
+
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -14,7 +14,7 @@ from d2llm.core.recipe import Recipe
 from d2llm.core.types import Task
 from d2llm.core.variants import VARIANTS
 from d2llm.ops.significance import Interval
-from d2llm.pipeline.ablation_report import BASE, AblationReport, AblationRow
+from d2llm.pipeline.ablation_report import BASE, MEASURE, AblationReport, AblationRow
 
 _ABSENT = "-"
 _SHORT: dict[Task, str] = {"asymmetric": "asym", "symmetric": "sym"}
@@ -142,9 +142,10 @@ def _legend(report: AblationReport) -> str:
 
 def _measured_on(report: AblationReport) -> Iterator[str]:
     for one in report.sets:
+        on = f"dev queries against {one.num_passages:,} passages" if one.measure == MEASURE else "dev pairs"
         yield (
-            f"{one.name} ({one.task}): trained on {one.num_training_queries:,} queries, measured on "
-            f"{one.num_queries:,} dev queries against {one.num_passages:,} passages, the same for every run"
+            f"{one.name} ({one.task}): trained on {one.num_training_queries:,} queries, {one.measure} measured on "
+            f"{one.num_queries:,} {on}, the same for every run"
         )
 
 

@@ -98,9 +98,10 @@ def gate(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Does the teacher rank better than the cosine? Tried on dev.
+    """Is the teacher better than the cosine? Tried on dev queries and pairs.
 
-    Comes before label. [gate] in the recipe says how many queries, and what becomes of a data set whose gate is closed.
+    Comes before label. [gate] in the recipe says how many queries (ten times as many pairs), and what becomes of a data
+    set whose gate is closed.
     """
     from d2llm.apps import steps
     from d2llm.apps.job import job_of

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from d2llm.core.types import Task
     from d2llm.data.beir import Dataset
+    from d2llm.data.pairs import PairDataset
     from d2llm.pipeline.stack_teachers import StackReport
 
 from d2llm.apps.job import Job, is_finished, require_plans, skip
@@ -54,10 +55,11 @@ def stack_with_cosine(job: Job) -> Any:
 
 def stack(job: Job, members: Sequence[TeacherConfig], *, num_queries: int, depth: int) -> StackReport:
     """Make one calibrated teacher of several, on the dev queries of the recipe's retrieval sets."""
+    from d2llm.data.beir import Dataset
     from d2llm.pipeline.stack_teachers import stack_teachers
 
     report = stack_teachers(
-        dev_data(job),
+        [(dataset, task) for dataset, task in dev_data(job) if isinstance(dataset, Dataset)],
         job.run.stack,
         members=members,
         student=job.untuned_cosine(),
@@ -75,29 +77,27 @@ def stack(job: Job, members: Sequence[TeacherConfig], *, num_queries: int, depth
 def try_the_teacher(
     job: Job, *, again: bool = True, teacher: TeacherConfig | None = None, student: str | None = None
 ) -> Any:
-    """Teacher against cosine on the dev queries of the recipe's retrieval sets; the verdicts go to ``gate.json``.
+    """Teacher against cosine on the dev queries and pairs of the recipe's data sets; verdicts go to ``gate.json``.
 
     Args:
         job: recipe and run folder.
-        again: try it also where there is a verdict already.
+        again: try it also where there is a verdict for each data set already.
         teacher: by default the run's.
         student: whose score is to be beaten; by default the recipe's backbone before training.
     """
+    from d2llm.data.open_data import open_source
     from d2llm.models.judge import identify_judge
     from d2llm.models.student import Student
     from d2llm.pipeline.gate import gate, read_gate
 
     tried = teacher or job.teacher
-    if not again and read_gate(job.run.path, identify_judge(tried).fingerprint) is not None:
-        return skip(job, f"gate: the verdict on this teacher is in {job.run.path}")
-    judged = dev_data(job)
-    if not judged:
-        return skip(
-            job, "gate: no retrieval set in the recipe; labelled pairs weigh the teacher by losses.teacher_share"
-        )
+    if not again:
+        known = read_gate(job.run.path, identify_judge(tried).fingerprint) or {}
+        if all(open_source(data.path, splits=["dev"]).name in known for data in job.recipe.data):
+            return skip(job, f"gate: the verdict on this teacher is in {job.run.path}")
     named = Student.load(student, device=job.device, dtype=job.dtype) if student is not None else None
     return gate(
-        judged,
+        dev_data(job),
         job.run.path,
         teacher=tried,
         student=named or job.untuned_cosine(),
@@ -109,17 +109,11 @@ def try_the_teacher(
     )
 
 
-def dev_data(job: Job) -> list[tuple[Dataset, Task]]:
-    """The retrieval sets of a recipe with their dev judgements alone."""
-    from d2llm.data.beir import Dataset
+def dev_data(job: Job) -> list[tuple[Dataset | PairDataset, Task]]:
+    """The data sets of a recipe with their dev split alone."""
     from d2llm.data.open_data import open_data
 
-    sets: list[tuple[Dataset, Task]] = []
-    for data in job.recipe.data:
-        found = open_data(data.path, splits=["dev"])
-        if isinstance(found, Dataset):
-            sets.append((found, data.task))
-    return sets
+    return [(open_data(data.path, splits=["dev"]), data.task) for data in job.recipe.data]
 
 
 def label_pairs(job: Job) -> Any:

@@ -15,11 +15,11 @@ _ABSENT = "–"
 
 
 def gate_table(report: GateReport) -> Table:
-    """Teacher and cosine for each data set, and for each task over its sets."""
-    title = f"Teacher against cosine, {report.measure} on dev lists"
-    table = Table(title=Text(title), title_justify="left")
+    """Teacher and cosine for each data set, and for each task over its sets of one measure."""
+    table = Table(title=Text("Teacher against cosine on dev queries and pairs"), title_justify="left")
     table.add_column("")
-    for heading in ("queries", "teacher", "cosine", "difference", "p", "gate"):
+    table.add_column("measure")
+    for heading in ("tried on", "teacher", "cosine", "difference", "p", "gate"):
         table.add_column(heading, justify="right")
     for row in report.sets:
         table.add_row(*_gate_cells(row))
@@ -99,6 +99,6 @@ def stack_cells(row: StackRow) -> list[str]:
 
 
 def _gate_cells(row: GateRow) -> list[Text]:
-    figures = [f"{row.num_queries:,}", f"{row.teacher:.4f}", f"{row.cosine:.4f}", f"{row.difference:+.4f}"]
+    figures = [row.measure, f"{row.num_items:,}", f"{row.teacher:.4f}", f"{row.cosine:.4f}", f"{row.difference:+.4f}"]
     verdict = "open" if row.is_open else "closed"
     return [Text(cell) for cell in (row.name, *figures, f"{row.p_value:.4f}", verdict)]

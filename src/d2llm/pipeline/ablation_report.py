@@ -17,6 +17,7 @@ REPORT_VERSION = 1
 BASE = "recipe"
 """The name under which the recipe itself, unchanged, stands among the variants."""
 MEASURE = "nDCG@10"
+"""Of retrieval sets; sets of labelled pairs have the main measure of their kind (``pipeline.evaluation.gold``)."""
 RowGroup = Literal["recipe"] | VariantGroup
 
 
@@ -24,7 +25,8 @@ RowGroup = Literal["recipe"] | VariantGroup
 class RunResult:
     """One training run, measured.
 
-    ``by_set`` is nDCG@10 by data set, ``ndcg`` its mean. ``residual_weights`` holds the weight r of the interaction
+    ``by_set`` is the measure of each data set, ``ndcg`` the mean over them: of retrieval sets alone it is nDCG@10, of
+    sets of labelled pairs what ``MeasuredSet.measure`` says. ``residual_weights`` holds the weight r of the interaction
     that the run chose for each task; it is empty for a head that is not an anchor with an interaction. ``best_step`` is
     the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the time of training
     with its dev evaluations, over all sessions of an interrupted run, without what was lost between two checkpoints.
@@ -79,19 +81,24 @@ class AblationRow:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSet:
-    """The dev queries of one data set that every run was measured on, and the size of their small corpus."""
+    """The dev queries of one data set, or its dev pairs, that every run was measured on.
+
+    ``num_passages`` is the size of the queries' small corpus, or how many different passages the pairs have.
+    """
 
     name: str
     task: Task
     num_queries: int
     num_passages: int
     num_training_queries: int
+    measure: str = MEASURE
 
 
 @dataclass(frozen=True, slots=True)
 class AblationReport:
     """The result of ``ablate``.
 
+    ``measure`` names all measures that the data sets have (``named_measures``); a row's mean is over the data sets.
     ``base`` is the recipe itself, ``rows`` its variants in the order asked for. ``same`` names the variants that were
     not trained because nothing changes, with what they are equal to. ``missing`` are (variant, seed) that the budget
     left for the next call, ``failed`` those that could not be trained. ``settings`` says what shaped the runs.
@@ -127,6 +134,11 @@ class AblationReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return {"report_version": REPORT_VERSION, **asdict(self)}
+
+
+def named_measures(sets: Sequence[MeasuredSet]) -> str:
+    """The measures of these data sets, each once: "nDCG@10", or "nDCG@10 and AP"."""
+    return " and ".join(dict.fromkeys(one.measure for one in sets))
 
 
 def summarise(names: Sequence[str], results: Sequence[RunResult]) -> tuple[AblationRow, tuple[AblationRow, ...]]:

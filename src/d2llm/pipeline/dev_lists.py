@@ -1,22 +1,28 @@
-"""Lists of candidates for dev queries, on which teachers are tried before they teach."""
+"""Lists of candidates for dev queries, and dev pairs, on which teachers are tried before they teach."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
+from d2llm.data.pairs import PairDataset
 from d2llm.data.same_text import SameText
 from d2llm.index.lexical import LexicalIndex
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.cosine import CosineStudent
+from d2llm.pipeline.dev import PairDevSet
+from d2llm.pipeline.evaluation.gold import read_gold
+from d2llm.pipeline.evaluation.judging import Judged, judge_pool
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.protocols import PairJudge, SearchStudent
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,61 @@ class DevLists:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class DevPairs(PairDevSet):
+    """Dev pairs in the form in which judges are asked: the candidates of a query are the passages of its pairs.
+
+    The texts are their own ids: those of many pair sets are line numbers, under which other pairs may stand tomorrow.
+    """
+
+    @property
+    def candidates(self) -> dict[str, list[str]]:
+        """The different passages of each query."""
+        found: dict[str, dict[str, None]] = {}
+        for pair in self.pairs:
+            found.setdefault(pair.query, {})[pair.passage] = None
+        return {query: list(passages) for query, passages in found.items()}
+
+    @property
+    def query_texts(self) -> dict[str, str]:
+        """By themselves."""
+        return {pair.query: pair.query for pair in self.pairs}
+
+    @property
+    def passage_texts(self) -> dict[str, str]:
+        """By themselves."""
+        return {pair.passage: pair.passage for pair in self.pairs}
+
+    def of_pairs(self, scores: Mapping[str, Mapping[str, float]]) -> NDArray[np.float64]:
+        """The score of each pair [n]."""
+        return np.array([scores[pair.query][pair.passage] for pair in self.pairs], np.float64)
+
+
+def judge_dev(
+    judge: PairJudge, of: DevLists | DevPairs, *, name: str, store: Path, show_progress: bool | None
+) -> Judged:
+    """The scores that a judge gives the candidates of each query.
+
+    Args:
+        judge: whom to ask.
+        of: the candidates.
+        name: of the judge, for the progress bar.
+        store: folder of a label store, whose judgements are not made again.
+        show_progress: None means: if standard error is a terminal.
+    """
+    return judge_pool(
+        judge,
+        of.candidates,
+        of.query_texts,
+        of.passage_texts,
+        of.task,
+        dataset=of.name,
+        store=store,
+        title=f"{name} on {of.name}",
+        show_progress=show_progress,
+    )
+
+
 def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool = False) -> list[Query]:
     """A random sample of the dev queries that have a positive, by a hash of their ids.
 
@@ -68,9 +129,31 @@ def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool
             f"{dataset.path}: qrels/dev.tsv has no query with a positive, so a teacher cannot be tried; move some "
             "training queries there"
         )
-    ordered = sorted(known, key=lambda query_id: hashlib.sha256(f"{seed}:{query_id}".encode()).digest())
+    ordered = sorted(known, key=lambda query_id: _place(query_id, seed))
     chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
     return [dataset.queries[query_id] for query_id in chosen]
+
+
+def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: int) -> DevPairs:
+    """A random sample of the dev pairs, by a hash of their ids; a larger sample contains a smaller one.
+
+    Args:
+        dataset: with its dev split.
+        task: what a pair stands for.
+        num_pairs: how many, or all where there are fewer.
+        seed: of the order.
+
+    Raises:
+        InputError: there are none.
+        DataFormatError: the labels of the sample cannot be measured.
+    """
+    known = dataset.pairs("dev") if "dev" in dataset.splits else ()
+    if not known:
+        raise InputError(
+            f"{dataset.path}: there are no dev pairs, so a teacher cannot be tried; move some training pairs there"
+        )
+    sample = tuple(sorted(known, key=lambda pair: _place(pair.id, seed))[:num_pairs])
+    return DevPairs(dataset.name, task, sample, read_gold(replace(dataset, splits={"dev": sample}), "dev"))
 
 
 def make_dev_lists(
@@ -109,6 +192,11 @@ def make_dev_lists(
         found = dict.fromkeys([*first, *(candidate.passage_id for candidate in by_words), *by_vectors])
         candidates[query.id] = [passage_id for passage_id in found if passage_id in first or passage_id not in repeats]
     return DevLists(dataset, task, candidates, {query.id: dict(dataset.qrels["dev"][query.id]) for query in queries})
+
+
+def _place(identifier: str, seed: int) -> bytes:
+    """By which ids are put into a random order."""
+    return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
 
 
 def _nearest(

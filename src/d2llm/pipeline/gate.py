@@ -1,4 +1,4 @@
-"""The verb ``gate``: does the teacher rank better than the cosine it is to improve? Where it does not, say so."""
+"""The verb ``gate``: is the teacher better than the cosine it is to improve? Where it is not, say so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
@@ -15,31 +19,37 @@ from d2llm.core.manifest import package_versions
 from d2llm.core.recipe import GateConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
+from d2llm.data.pairs import PairDataset
 from d2llm.models.cosine_teacher import CosineTeacher
 from d2llm.models.judge import load_judge
 from d2llm.models.stacked_teacher import stacked_queries
 from d2llm.models.student import Student
-from d2llm.ops.gating import GateTest, better
+from d2llm.ops.gating import better
 from d2llm.ops.measures import per_query_measures
-from d2llm.pipeline.dev_lists import DevLists, dev_queries, make_dev_lists
-from d2llm.pipeline.evaluation.judging import Judged, judge_pool
+from d2llm.pipeline.dev_lists import DevLists, DevPairs, dev_queries, judge_dev, make_dev_lists, make_dev_pairs
+from d2llm.pipeline.evaluation.gold import Gold, NliGold
+from d2llm.pipeline.evaluation.judging import Judged
 from d2llm.pipeline.protocols import PairJudge
 
 GATE_FILE = "gate.json"
 _KIND, _FORMAT_VERSION = "gate", 1
 _MEASURE = "nDCG@10"
+_PAIRS_PER_QUERY = 10  # dev pairs for each query of ``GateConfig.queries``, as in ``pipeline.dev``
 
 
 @dataclass(frozen=True, slots=True)
 class GateRow:
-    """One data set, or one task over its sets: mean nDCG@10 of both over the same lists, and the verdict.
+    """One data set, or one task over its sets of one measure: the measure of both on the same items, and the verdict.
 
-    ``difference`` is teacher minus cosine, ``p_value`` two-sided by the paired randomisation test.
+    Items are queries, or pairs of a set of labelled pairs. ``difference`` is teacher minus cosine, ``p_value``
+    two-sided by the paired randomisation test over items. Over several sets the measure is their mean, each set with
+    as much weight as it has items.
     """
 
     name: str
     task: Task
-    num_queries: int
+    measure: str
+    num_items: int
     teacher: float
     cosine: float
     difference: float
@@ -57,7 +67,6 @@ class GateReport:
 
     teacher: str
     cosine: str
-    measure: str
     settings: GateConfig
     sets: tuple[GateRow, ...]
     tasks: tuple[GateRow, ...]
@@ -77,7 +86,7 @@ class GateReport:
 
 
 def gate(
-    judged: Sequence[tuple[Dataset, Task]],
+    judged: Sequence[tuple[Dataset | PairDataset, Task]],
     folder: Path,
     *,
     teacher: TeacherConfig,
@@ -88,69 +97,65 @@ def gate(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> GateReport:
-    """Let teacher and cosine rank the same candidates of dev queries, and test the difference query by query.
+    """Let teacher and cosine score the same dev queries or pairs, and test the difference item by item.
 
-    Candidates are the first of BM25 and of the student's vectors, as a search would find them. The gate of a data set
-    is open where the teacher has the higher nDCG@10 with a p-value below ``settings.alpha``; few queries close a gate
-    that more might open. The verdicts go to ``gate.json`` in ``folder``, beside those of other teachers; judgements are
-    kept in ``gate-judgements``, so an interrupted call goes on where it stopped.
+    Of a retrieval set both rank the candidates of dev queries, the first of BM25 and of the student's vectors, as a
+    search would find them; the measure is nDCG@10. Of labelled pairs both score a sample of the dev pairs; the measure
+    is that of their kind: average precision (yes or no), accuracy of three classes, or Spearman's correlation. What is
+    tested there is a value of each pair (``evaluation.gold``): for AP the share of pairs of the other label that it is
+    on the right side of, for a correlation how near its places by score and by grade are. The thresholds between
+    classes are fitted on one half of the sample and used on the other, in turn, for both alike.
+
+    The gate of a data set is open where the teacher has the higher measure, and the higher mean of these values with a
+    p-value below ``settings.alpha``; few items close a gate that more might open. The verdicts go to ``gate.json`` in
+    ``folder``, beside those of other teachers; judgements are kept in ``gate-judgements``, so an interrupted call goes
+    on where it stopped.
 
     Args:
-        judged: data sets with dev judgements, each with its task.
+        judged: data sets with a dev split, each with its task.
         folder: of the run.
         teacher: of any kind.
         student: the cosine to beat: untuned, or a tuned bi-encoder.
-        settings: how many queries, how deep, which level.
+        settings: how many queries (ten times as many pairs), how deep, which level.
         seed: of the sample and the test.
         device: by default what this machine has.
         dtype: by default what is fast there.
         show_progress: None means: if standard error is a terminal.
 
     Raises:
-        InputError: a data set has no dev queries.
-        DataFormatError: ``gate.json`` is there and is something else.
+        InputError: a data set has no dev queries or pairs, or its pairs too few of a class to fit thresholds.
+        DataFormatError: ``gate.json`` is there and is something else, or the labels of dev pairs cannot be measured.
         ModelError: the teacher cannot be loaded, or gave log-odds that are no numbers.
     """
     settings = settings or GateConfig()
     started = time.monotonic()
     earlier = _read_gates(folder / GATE_FILE)
-    lists = [
-        make_dev_lists(
-            dataset,
-            task,
-            dev_queries(dataset, num_queries=settings.queries, seed=seed),
-            student=student,
-            depth=settings.depth,
-            with_positives=False,
-            show_progress=show_progress,
-        )
-        for dataset, task in judged
-    ]
-    trial = _Trial(folder / "gate-judgements", show_progress)
-    by_cosine = trial.measure(CosineTeacher(student), lists, "cosine")
-    trial.num_judged = trial.num_truncated = 0  # of the teacher alone
+    sets = [_sample(dataset, task, student, settings, seed, show_progress) for dataset, task in judged]
+
+    def ask(judge: PairJudge, name: str) -> list[Judged]:
+        store = folder / "gate-judgements"
+        return [judge_dev(judge, of, name=name, store=store, show_progress=show_progress) for of in sets]
+
+    by_cosine = ask(CosineTeacher(student), "cosine")
     model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = trial.measure(model, lists, "teacher")
-    sets = [
-        _row(of.name, of.task, better(cosine, taught, alpha=settings.alpha, seed=seed))
-        for of, cosine, taught in zip(lists, by_cosine, by_teacher, strict=True)
+    by_teacher = ask(model, "teacher")
+    tried = [
+        _Tried(of.name, of.task, _measure(of, cosine.scores), _measure(of, taught.scores))
+        for of, cosine, taught in zip(sets, by_cosine, by_teacher, strict=True)
     ]
-    tasks: list[Task] = list(dict.fromkeys(of.task for of in lists))
-    over_tasks = [
-        _row(task, task, _over_task(task, lists, by_cosine, by_teacher, alpha=settings.alpha, seed=seed))
-        for task in tasks
-    ]
+    pooled: dict[tuple[Task, str], list[_Tried]] = {}
+    for one in tried:
+        pooled.setdefault((one.task, one.cosine.measure), []).append(one)
     seen = stacked_queries(teacher)
     report = GateReport(
         teacher=model.fingerprint,
         cosine=student.fingerprint,
-        measure=_MEASURE,
         settings=settings,
-        sets=tuple(sets),
-        tasks=tuple(over_tasks),
-        num_seen=sum(len(seen.get(of.name, frozenset()) & of.candidates.keys()) for of in lists),
-        num_judged=trial.num_judged,
-        num_truncated=trial.num_truncated,
+        sets=tuple(_row(one.name, [one], alpha=settings.alpha, seed=seed) for one in tried),
+        tasks=tuple(_row(task, of, alpha=settings.alpha, seed=seed) for (task, _), of in pooled.items()),
+        num_seen=sum(len(seen.get(of.name, frozenset()) & of.candidates.keys()) for of in sets),
+        num_judged=sum(found.num_new for found in by_teacher),
+        num_truncated=sum(found.num_truncated for found in by_teacher),
         seconds=time.monotonic() - started,
     )
     _write(folder / GATE_FILE, earlier, report)
@@ -171,55 +176,77 @@ def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
     return None if found is None else {row["name"]: bool(row["is_open"]) for row in found["sets"]}
 
 
-class _Trial:
-    """Asks judges about the lists and measures what comes of it."""
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """How a judge did on one data set: the value of its measure, and a value for each item by its id."""
 
-    def __init__(self, store: Path, show_progress: bool | None) -> None:
-        self._store, self._show = store, show_progress
-        self.num_judged = self.num_truncated = 0
-
-    def measure(self, judge: PairJudge, lists: Sequence[DevLists], name: str) -> list[dict[str, float]]:
-        """nDCG@10 by query id, for each of the lists."""
-        return [self._measure_one(judge, of, name) for of in lists]
-
-    def _measure_one(self, judge: PairJudge, of: DevLists, name: str) -> dict[str, float]:
-        found: Judged = judge_pool(
-            judge,
-            of.candidates,
-            of.query_texts,
-            of.passage_texts,
-            of.task,
-            dataset=of.name,
-            store=self._store,
-            title=f"{name} on {of.name}",
-            show_progress=self._show,
-        )
-        self.num_judged += found.num_new
-        self.num_truncated += found.num_truncated
-        return per_query_measures(of.ranked(found.scores), of.qrels)[_MEASURE]
+    measure: str
+    value: float
+    of_items: dict[str, float]
 
 
-def _over_task(
-    task: Task,
-    lists: Sequence[DevLists],
-    by_cosine: Sequence[Mapping[str, float]],
-    by_teacher: Sequence[Mapping[str, float]],
-    *,
-    alpha: float,
-    seed: int,
-) -> GateTest:
-    """The queries of all sets of a task together, each named with its set."""
-    of_task = [place for place, of in enumerate(lists) if of.task == task]
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """Both judges on one data set."""
 
-    def joined(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return {f"{lists[place].name}:{query}": v for place in of_task for query, v in values[place].items()}
-
-    return better(joined(by_cosine), joined(by_teacher), alpha=alpha, seed=seed)
+    name: str
+    task: Task
+    cosine: _Measured
+    teacher: _Measured
 
 
-def _row(name: str, task: Task, test: GateTest) -> GateRow:
+def _sample(
+    dataset: Dataset | PairDataset, task: Task, student: Student, settings: GateConfig, seed: int, show: bool | None
+) -> DevLists | DevPairs:
+    if isinstance(dataset, PairDataset):
+        return make_dev_pairs(dataset, task, num_pairs=_PAIRS_PER_QUERY * settings.queries, seed=seed)
+    queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
+    return make_dev_lists(
+        dataset, task, queries, student=student, depth=settings.depth, with_positives=False, show_progress=show
+    )
+
+
+def _measure(of: DevLists | DevPairs, scores: Mapping[str, Mapping[str, float]]) -> _Measured:
+    if isinstance(of, DevLists):
+        of_queries = per_query_measures(of.ranked(scores), of.qrels)[_MEASURE]
+        return _Measured(_MEASURE, fmean(of_queries.values()), of_queries)
+    value, values = _measure_pairs(of.gold, of.of_pairs(scores))
+    of_items = dict(zip((pair.id for pair in of.pairs), values.tolist(), strict=True))
+    return _Measured(of.gold.main_measure, value, of_items)
+
+
+def _measure_pairs(gold: Gold, scores: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """The main measure of the scores [n] of pairs, and a value of each pair [n]."""
+    if not isinstance(gold, NliGold):  # AP and correlations need no threshold
+        everything = np.arange(len(scores))
+        found = gold.measure(scores, everything, None)[gold.main_measure]
+        return found, gold.of_items(scores, everything, None)
+    by_class = np.argsort(gold.classes, kind="stable")  # so that both halves have pairs of each class
+    halves = by_class[::2], by_class[1::2]
+    values = np.empty(len(scores))
+    for here, other in (halves, halves[::-1]):
+        values[here] = gold.of_items(scores[here], here, gold.fit(scores[other], other))
+    return float(values.mean()), values
+
+
+def _row(name: str, tried: Sequence[_Tried], *, alpha: float, seed: int) -> GateRow:
+    """One data set, or several of one task and measure: all their items together, each named with its set."""
+    of_cosine = {f"{one.name}:{item}": value for one in tried for item, value in one.cosine.of_items.items()}
+    of_teacher = {f"{one.name}:{item}": value for one in tried for item, value in one.teacher.of_items.items()}
+    test = better(of_cosine, of_teacher, alpha=alpha, seed=seed)
+    sizes = [len(one.cosine.of_items) for one in tried]
+    cosine = float(np.average([one.cosine.value for one in tried], weights=sizes))
+    teacher = float(np.average([one.teacher.value for one in tried], weights=sizes))
     return GateRow(
-        name, task, test.num_queries, test.second, test.first, test.difference, test.p_value, is_open=test.passed
+        name,
+        tried[0].task,
+        tried[0].cosine.measure,
+        len(of_cosine),
+        teacher,
+        cosine,
+        teacher - cosine,
+        test.p_value,
+        is_open=test.passed and teacher > cosine,
     )
 
 

@@ -19,8 +19,7 @@ from d2llm.models.stacked_teacher import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
-from d2llm.pipeline.dev_lists import DevLists, dev_queries, make_dev_lists
-from d2llm.pipeline.evaluation.judging import judge_pool
+from d2llm.pipeline.dev_lists import DevLists, dev_queries, judge_dev, make_dev_lists
 from d2llm.pipeline.protocols import SearchStudent
 
 _MEASURES = ("nDCG@10", "MRR@10")
@@ -121,13 +120,15 @@ def stack_teachers(
         show_progress: None means: if standard error is a terminal.
 
     Raises:
-        InputError: no members or the same twice, no dev queries, ``folder`` holds something else, or no member's score
-            goes up with relevance.
+        InputError: no members or the same twice, no data sets, no dev queries, ``folder`` holds something else, or no
+            member's score goes up with relevance.
         ModelError: a member cannot be loaded, or gave log-odds that are no numbers.
     """
     check_replaceable(folder, STACK_KIND)
     if not members:
         raise InputError("a stack needs at least one member; name a teacher")
+    if not judged:
+        raise InputError("a stack is fitted on dev queries, and there is no retrieval set that has some; add one")
     lists = [
         make_dev_lists(
             dataset,
@@ -176,17 +177,7 @@ class _Asked:
         self.members.append(StackMember(config, judge.fingerprint))
         said: dict[str, dict[str, dict[str, float]]] = {}
         for of in self._lists:
-            found = judge_pool(
-                judge,
-                of.candidates,
-                of.query_texts,
-                of.passage_texts,
-                of.task,
-                dataset=of.name,
-                store=self._store,
-                title=f"{name} on {of.name}",
-                show_progress=self._show,
-            )
+            found = judge_dev(judge, of, name=name, store=self._store, show_progress=self._show)
             said[of.name] = found.scores
             self.num_judged += found.num_new
             self.num_truncated += found.num_truncated

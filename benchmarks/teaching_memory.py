@@ -1,10 +1,13 @@
-"""How the memory of mining grows with the corpus: 100,000 and 400,000 short passages, each in a process of its own.
+"""How the memory of mining and labelling grows with the corpus: 100,000 and 400,000 short passages.
 
-    python benchmarks/mining_memory.py            the goal: both sizes, texts in memory and in a file
-    python benchmarks/mining_memory.py --small    a tenth of it
+Each case runs in a process of its own.
+
+    python benchmarks/teaching_memory.py            the goal: both sizes, texts in memory and in a file
+    python benchmarks/teaching_memory.py --small    a tenth of it
 
 What mining needs for a passage is its vector (in a memory-mapped file, whose pages the system counts as ours while
-they are in use) and little else. The encoder is a fake one of the width of `minilm`: memory is measured, not time.
+they are in use) and little else; what labelling needs does not depend on the corpus. Encoder and teacher are fake ones,
+with vectors of the width of `minilm`: memory is measured, not time.
 """
 
 from __future__ import annotations
@@ -18,28 +21,42 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from d2llm.core.files import write_json
-from d2llm.core.recipe import MiningConfig, StudentConfig
-from d2llm.core.types import Passage, Query
+from d2llm.core.recipe import MiningConfig, StudentConfig, TeacherConfig
+from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.passage_store import PassageStore
+from d2llm.data.plan import PlanEntry, TrainingPlan
+from d2llm.data.training import TrainingSource
 from d2llm.index.lexical import LexicalIndex
+from d2llm.models.judge import Judgements, TextPair
 from d2llm.pipeline.evaluation.memory import peak_memory
+from d2llm.pipeline.label import label
 from d2llm.pipeline.mine import mine
 from d2llm.pipeline.mining.vectors import PassageSequence
 
-RESULT = Path(__file__).parent / "results" / "mining-memory.json"
+RESULT = Path(__file__).parent / "results" / "teaching-memory.json"
 SIZES, SMALL_SIZES = (100_000, 400_000), (10_000, 40_000)
 DIM = 384
 NUM_QUERIES = 200
 NUM_WORDS = 20
 VOCABULARY = 30_000
-CASES = (("file", "mine"), ("memory", "mine"), ("memory", "texts"), ("file", "texts"), ("file", "bm25"))
-"""Where the texts are, and how far the process gets."""
+CASES = (
+    ("file", "label"),
+    ("file", "mine"),
+    ("memory", "label"),
+    ("memory", "mine"),
+    ("memory", "texts"),
+    ("file", "texts"),
+    ("file", "bm25"),
+)
+"""Where the texts are, and how far the process gets. Labelling needs no vectors: its plan is random."""
 MIB = 2**20
 
 
@@ -64,6 +81,20 @@ class FakeEncoder:
         return Encoded(self._rng.standard_normal((len(texts), DIM), dtype=np.float32))
 
     encode_queries = encode_passages
+
+
+class FakeTeacher:
+    """Log-odds and features that come from nothing."""
+
+    fingerprint = "fake"
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        return task
+
+    def judge(self, pairs: Sequence[TextPair], task: Task, **_: Any) -> Judgements:
+        del task
+        odds = np.array([len(passage) - len(query) for query, passage in pairs], np.float32)
+        return Judgements(odds, np.resize(odds, (len(pairs), DIM)) + 1, 0, 0)
 
 
 def main() -> None:
@@ -119,7 +150,22 @@ def measure(size: int, texts: str, part: str) -> dict[str, float]:
             LexicalIndex(PassageSequence(dataset.passages, sorted(dataset.passages)))
         elif part == "mine":
             mine(dataset, "train", MiningConfig(), encoder=FakeEncoder(), seed=0, show_progress=False)
+        elif part == "label":
+            label_plan(dataset, size)
         return {"peak_mib": round(peak() or 0, 1), "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def label_plan(dataset: Dataset, size: int) -> None:
+    """Label ten random passages and the positive of each query."""
+    rng = random.Random(1)
+    entries: list[PlanEntry] = []
+    for query_id, positives in dataset.qrels["train"].items():
+        others = (f"p{number:07}" for number in rng.sample(range(size), 11))
+        drawn = tuple(passage_id for passage_id in others if passage_id not in positives)[:10]
+        entries.append(PlanEntry(query_id, tuple(positives), drawn[:8], drawn[8:]))
+    source = TrainingSource(dataset, TrainingPlan(tuple(entries), {}), "asymmetric")
+    with TemporaryDirectory() as folder, patch("d2llm.pipeline.label.load_judge", lambda *_, **__: FakeTeacher()):
+        label([source], Path(folder) / "labels", teacher=TeacherConfig(), show_progress=False)
 
 
 def make_passages(size: int) -> Iterator[Passage]:
