@@ -14,11 +14,18 @@ import pytest
 from rich.console import Console
 
 from d2llm.apps.ablation_page import forest_plot, render_page
-from d2llm.apps.ablation_table import ablation_table, cells, groups, remarks, render_markdown, variants_table
+from d2llm.apps.ablation_table import ablation_table, cells, groups, headings, remarks, render_markdown, variants_table
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import Task
 from d2llm.core.variants import VARIANTS
-from d2llm.pipeline.ablation_report import AblationReport, FailedRun, MeasuredSet, RunResult, summarise
+from d2llm.pipeline.ablation_report import (
+    AblationReport,
+    FailedRun,
+    MeasuredSet,
+    RunResult,
+    named_measures,
+    summarise,
+)
 
 HOSTILE = "<script>alert(1)</script>|*x*"
 
@@ -89,11 +96,30 @@ class TestCells:
         assert "without-fi: not trained, the same as cosine" in text
         assert "the budget ended before 3 runs (rich with seed 0, rich with seed 1, rich with seed 2); the same" in text
         assert "without-ci with seed 2 could not be trained: the loss became nan" in text
-        assert "one (asymmetric): trained on 1,000 queries, measured on 473 dev queries against 4,000 passages" in text
+        assert (
+            "one (asymmetric): trained on 1,000 queries, nDCG@10 measured on 473 dev queries against 4,000 passages"
+            in text
+        )
         assert text.endswith("one note")
         many = replace(report(), missing=tuple(("rich", seed) for seed in range(7)))
         assert "before 7 runs (rich with seed 0, " in "\n".join(remarks(many))
         assert "rich with seed 4 and 2 more)" in "\n".join(remarks(many))
+
+
+def test_the_measures_of_all_sets_are_named() -> None:
+    graded = MeasuredSet("graded", "symmetric", 4800, 480, 90, "Spearman")
+    sets = (*report().sets, graded)
+    assert named_measures(report().sets) == "nDCG@10"
+    assert named_measures([graded]) == "Spearman"
+    found = replace(report(), sets=sets, measure=named_measures(sets))
+    assert headings(found)[0] == "nDCG@10 and Spearman"
+    assert remarks(found)[0].startswith("nDCG@10 and Spearman: mean over data sets and seeds on dev; ")
+    assert (
+        "graded (symmetric): trained on 90 queries, Spearman measured on 4,800 dev pairs, the same" in remarks(found)[3]
+    )
+    page = render_page(found)
+    assert "<figcaption>nDCG@10 and Spearman of each variant minus" in page
+    assert ">nDCG@10 and Spearman, variant minus recipe</text>" in page
 
 
 def test_the_terminal_table_shows_every_row() -> None:

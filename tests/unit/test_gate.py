@@ -346,8 +346,8 @@ def test_classes_are_tried_at_thresholds_of_the_other_half(compare):
 
 
 def test_a_class_that_is_too_rare_for_thresholds_is_said(compare):
-    dataset = couples([*CLASSES[:6], "entailment", "contradiction", "neutral"][:8] + ["contradiction"], kind="classes")
-    compare(Says(couples=range(9)), Says("cosine", couples=range(9)), (dataset, "symmetric"))
+    dataset = couples(CLASSES[:6], kind="classes")
+    compare(Says(couples=range(6)), Says("cosine", couples=range(6)), (dataset, "symmetric"))
     rare = couples(["contradiction", "neutral", "entailment", "contradiction", "neutral"], kind="classes")
     with pytest.raises(InputError, match="no pair of the dev split is 'entailment'"):
         compare(Says("b", couples=range(5)), Says("c", couples=range(5)), (rare, "symmetric"))
@@ -402,7 +402,7 @@ def test_sets_of_one_measure_are_pooled_and_others_are_not(compare):
     [
         (couples(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tried"),
         (couples(["1", "1"]), DataFormatError, "no negative pair"),
-        (couples(["red", "blue"], kind="classes"), DataFormatError, "class 'red'"),
+        (couples(["red", "blue"], kind="classes"), DataFormatError, "natural language inference: entailment, "),
     ],
 )
 def test_pairs_that_cannot_be_measured_are_an_error(dataset, error, message):
@@ -418,12 +418,9 @@ def test_a_closed_pair_set_is_trained_on_its_own_targets_whatever_the_teacher_sa
     plan = make_plan(plan_of_pairs(prepared, "train", num_easy=0, seed=0))
     source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
     key = {"prompt": "none", "dataset": "couples"}
-    contrary = LabelStore(tmp_path / "labels", teacher="told", **key)
-    contrary.write(
-        [
-            QueryLabels(e.query_id, e.passage_ids, np.array([9 * (0.5 - t) for t in e.targets], np.float32))
-            for e in plan.entries
-        ]
+    all_yes = LabelStore(tmp_path / "labels", teacher="told", **key)
+    all_yes.write(
+        [QueryLabels(e.query_id, e.passage_ids, np.full(len(e.targets), 5, np.float32)) for e in plan.entries]
     )
     closed = LabelledSource.join(source, LabelStore(tmp_path / "labels", teacher="none", **key), keep_unlabelled=True)
     assert len(closed.entries) == len(plan.entries)
@@ -434,7 +431,7 @@ def test_a_closed_pair_set_is_trained_on_its_own_targets_whatever_the_teacher_sa
     def losses(joined, share):
         ((of, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
         batch = collate(of, draws)
-        logits = torch.linspace(-2, 2, batch.positive.size).reshape(batch.positive.shape)
+        logits = torch.linspace(0.5, 3, batch.positive.size).reshape(batch.positive.shape)
         found = batch_losses(PairScores(logits, logits / 2, None), batch, LossWeights(teacher_share=share))
         return {name: value.item() for name, value in found.items()}
 

@@ -44,8 +44,8 @@ img-src data:; base-uri 'none'; form-action 'none'">
 <figure class="wide">
 <div class="scroll" tabindex="0" role="region" aria-label="Differences to the recipe">{{ plot | safe }}</div>
 <figcaption>{{ report.measure }} of each variant minus the recipe's with the same seed, on the same dev queries or
-pairs. Large dot: mean; line: 95 % interval over seeds (Student's t); small dots: the seeds. Right of 0 the change helps.
-Coloured where the interval leaves out 0; that is not corrected for the number of variants.</figcaption>
+pairs. Large dot: mean; line: 95 % interval over seeds (Student's t); small dots: the seeds. Right of 0 the change
+helps. Coloured where the interval leaves out 0; that is not corrected for the number of variants.</figcaption>
 </figure>
 {% else %}
 <p>There is no variant yet with a seed that the recipe has too.</p>
