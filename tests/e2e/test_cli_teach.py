@@ -10,7 +10,7 @@ import pytest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.models.judge import identify_judge
 from d2llm.pipeline.gate import read_gate
-from e2e.command_line import fail, succeed, succeed_with_report
+from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_the_gate_is_tried_on_dev_and_kept(run):
     folder, arguments = run
     result, report = succeed_with_report("gate", *arguments, folder=folder)
     found = report["result"]
-    assert [(row["name"], row["num_queries"]) for row in found["sets"]] == [("everyday", 4)]
+    assert [(row["name"], row["num_items"]) for row in found["sets"]] == [("everyday", 4)]
     # Four queries give no p below 0.05, whatever the teacher.
     assert found["sets"][0]["is_open"] is False
     for text in ("everyday", "closed", f"{found['sets'][0]['teacher']:.4f}", f"{found['sets'][0]['p_value']:.4f}"):
@@ -71,6 +71,38 @@ def test_where_the_gate_is_closed_the_student_learns_from_the_data_set_alone(run
     assert manifest["closed_gates"] == ["everyday"]
     result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
     assert "label" not in report["result"]
+
+
+def test_labelled_pairs_are_tried_too_and_learnt_from_their_own_labels_where_closed(run, place, tmp_path):
+    folder, _ = run
+    (tmp_path / "couples").mkdir()
+    for split, count in (("train", 8), ("dev", 4)):
+        pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
+        write_lines(tmp_path / "couples" / f"{split}.jsonl", pairs)
+    recipe = closed_recipe(tmp_path / "pairs.toml", place, "labels")
+    data = f'[[data]]\npath = "{tmp_path / "couples"}"\ntask = "symmetric"\n[mining]'
+    recipe.write_text(recipe.read_text().replace("[mining]", data))
+    options = ("--out", tmp_path / "run", "--dtype", "float32")
+    succeed("gate", *run[1])
+    shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
+    shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
+    shutil.copy(folder / "run" / "gate.json", tmp_path / "run")
+    # The verdict that is there says nothing of the pairs, so the teacher is tried again.
+    result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
+    found = report["result"]["gate"]
+    assert [(row["name"], row["measure"], row["num_items"]) for row in found["sets"]] == [
+        ("everyday", "nDCG@10", 4),
+        ("couples", "AP", 4),
+    ]
+    assert [(row["name"], row["measure"]) for row in found["tasks"]] == [("asymmetric", "nDCG@10"), ("symmetric", "AP")]
+    assert not any(row["is_open"] for row in found["sets"])  # four of each give no p below 0.05
+    assert "the gate is closed for couples, everyday: trained on their own judgements" in result.stderr
+    assert "label" not in report["result"]
+    manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
+    assert manifest["closed_gates"] == ["couples", "everyday"]
+    assert report["result"]["distill"]["unlabelled_queries"] == report["result"]["distill"]["queries"] == 12 + 8
+    again = succeed("run", recipe, *options)
+    assert "gate: the verdict on this teacher is in" in again.stderr
 
 
 def closed_recipe(path, place, when_closed):

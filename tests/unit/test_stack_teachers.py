@@ -114,6 +114,12 @@ def test_one_member_is_calibrated_and_its_figures_are_honest(tmp_path, judges):
     assert report.num_judged == len(pairs)
 
 
+def test_without_a_retrieval_set_there_is_nothing_to_fit_on(tmp_path, judges):
+    with pytest.raises(InputError, match="there is no retrieval set"):
+        stack_teachers([], tmp_path / "stack", members=[TeacherConfig(model="llm")], student=FakeStudent())
+    assert not (tmp_path / "stack").exists()
+
+
 def test_weights_are_of_each_task(tmp_path, judges):
     judged = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
     report = stacked(tmp_path / "stack", "llm", "cosine", judged=judged, num_queries=6)
