@@ -13,6 +13,9 @@ import pytest
 
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
 from d2llm.core.recipe import DataConfig, LossWeights, Recipe
+from d2llm.core.variants import find_variant
+from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
 from d2llm.ops.significance import Interval
 from d2llm.pipeline import ablate as verb
@@ -21,7 +24,7 @@ from d2llm.pipeline import distill as distill_verb
 from d2llm.pipeline.ablate import ablate
 from d2llm.pipeline.ablation_report import AblationReport, RunResult
 from d2llm.pipeline.ablation_run import RunSettings
-from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_data import make_plan, tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import tiny_student_config
 
@@ -367,6 +370,23 @@ class TestData:
         report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])
         assert report.settings["teacher"] is None
         assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
+
+    def test_every_set_has_its_measure(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
+        trained()
+        rows = [LabelledPair(str(n), f"query {n}", f"passage {n}", None, float(n)) for n in range(6)]
+        pairs = PairDataset("graded", Path("graded"), "scores", (), {"train": tuple(rows), "dev": tuple(rows)}, ())
+        prepared = read_pair_training_set(pairs)
+        plan = make_plan(plan_of_pairs(prepared, "train", num_easy=0, seed=0))
+        source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
+        recipe = find_variant("no-imitation").apply(small_recipe(place))
+        options: dict[str, Any] = {"recipe": recipe, "variants": [], "num_seeds": 1}
+        report = run(place, tmp_path, sources=[place.source, source], **options)
+        assert report.measure == "nDCG@10 and Spearman"
+        assert [(one.name, one.measure, one.num_queries) for one in report.sets] == [
+            ("tiny", "nDCG@10", 8),
+            ("graded", "Spearman", 6),
+        ]
+        assert run(place, tmp_path, sources=[place.source], **options).measure == "nDCG@10"
 
 
 class TestWrongInput:

@@ -340,7 +340,7 @@ class GateConfig(_Section):
     """Whether the teacher may teach: tried against the cosine on dev queries of each data set."""
 
     queries: int = Field(default=200, ge=2)
-    """Dev queries of each data set, or all where there are fewer."""
+    """Dev queries of each data set, or all where there are fewer; ten times as many labelled pairs."""
     depth: int = Field(default=20, ge=1)
     """Candidates: the first ``depth`` of BM25 and of the cosine."""
     alpha: float = Field(default=0.05, gt=0, lt=1)

@@ -28,10 +28,11 @@ from d2llm.pipeline.ablation_report import (
     AblationReport,
     FailedRun,
     MeasuredSet,
+    named_measures,
     summarise,
 )
 from d2llm.pipeline.ablation_run import RunSettings, fingerprint_sets, read_result, train_and_measure
-from d2llm.pipeline.dev import make_dev_set
+from d2llm.pipeline.dev import DevSet, PairDevSet, make_dev_set
 
 DEV_QUERIES = 500
 """Dev queries of each data set, at most, that every run is measured on."""
@@ -137,13 +138,11 @@ def ablate(
             _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
         seconds.append(time.monotonic() - begun)
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
+    sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
     return AblationReport(
         recipe=recipe.name,
-        measure=MEASURE,
-        sets=tuple(
-            MeasuredSet(dev.name, dev.task, dev.num_items, dev.num_passages, len(source.plan.entries))
-            for dev, source in zip(dev_sets, sources, strict=True)
-        ),
+        measure=named_measures(sets),
+        sets=sets,
         seeds=tuple(seeds),
         base=base,
         rows=rows,
@@ -268,6 +267,11 @@ def _settings(
         "device": target.type,
         "dtype": str(choose_dtype(target, dtype)).removeprefix("torch."),
     }
+
+
+def _measured_set(dev: DevSet | PairDevSet, source: TrainingSource) -> MeasuredSet:
+    measure = dev.gold.main_measure if isinstance(dev, PairDevSet) else MEASURE
+    return MeasuredSet(dev.name, dev.task, dev.num_items, dev.num_passages, len(source.plan.entries), measure)
 
 
 def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequence[float]) -> str:
