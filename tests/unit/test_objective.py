@@ -115,7 +115,9 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
 
 
 PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
-LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "list_temperature", "teacher_share"}]
+LOSS_NAMES = [
+    n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "list_temperature", "teacher_share"}
+]
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)

@@ -285,6 +285,9 @@ class ResidualConfig(_Section):
     num_random: int = Field(default=20, ge=0)
     bound_price: float = Field(default=0.0, ge=0)
     """Added to the loss for each unit of the bound B: a smaller bound certifies a ranking sooner."""
+    quiet_price: float = Field(default=0.0, ge=0)
+    """Added to the loss for each unit of squared change that one task's interaction makes to rankings of the other
+    task's texts: an interaction should leave alone what it was not taught."""
 
 
 class TrainingConfig(_Section):

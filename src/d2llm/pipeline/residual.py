@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
-from d2llm.data.collation import Draw, LabelledSource, collate_lists
-from d2llm.models.interaction import TASKS, Interaction
+from d2llm.core.types import Task
+from d2llm.data.collation import DistillationBatch, Draw, LabelledSource, collate_lists
+from d2llm.models.interaction import TASKS, Interaction, PairScores
 from d2llm.models.student import Student
+from d2llm.ops.losses import masked_mean
 from d2llm.pipeline.dev import (
     DevResult,
     DevSet,
@@ -47,6 +49,16 @@ class _Vectors:
     row: dict[str, int]
     near: NDArray[np.int64] | None
     """[q, depth] rows with the largest inner products; None for labelled pairs, which have no others."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores of queries against lists of passages, what these are to each other, and the vectors of both."""
+
+    scores: PairScores
+    batch: DistillationBatch
+    queries: Tensor
+    passages: Tensor
 
 
 def train_residual(
@@ -104,7 +116,11 @@ def train_residual(
                 torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
                 head.train()
                 offset = offsets(found.labelled)
-                loss = _loss(student, head, found, positions, config, weights, offset, f"{recipe.seed}:{epoch}")
+                seed = f"{recipe.seed}:{epoch}"
+                loss = _loss(student, head, found, positions, config, weights, offset, seed)
+                if config.quiet_price:
+                    change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
+                    loss = loss + config.quiet_price * change
                 loss.backward()
                 factor = learning_rate_factor(step, warmup_steps=config.warmup_steps, total_steps=total)
                 optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
@@ -170,6 +186,50 @@ def _loss(
     offset: Tensor | None,
     seed: str,
 ) -> Tensor:
+    task = found.labelled.source.task
+    scored = _score(student, head, found, positions, config, task, seed)
+    loss = weighted_sum(batch_losses(scored.scores, scored.batch, weights, offset=offset), weights)
+    if not config.bound_price:
+        return loss
+    reach = head.query_reach(scored.queries, task).mean() * head.passage_reach(scored.passages).mean()
+    return loss + config.bound_price * reach
+
+
+def _change_elsewhere(
+    student: Student, head: Interaction, sets: Sequence[_Vectors], found: _Vectors, config: ResidualConfig, seed: str
+) -> Tensor:
+    """Mean square of what the interaction of one task changes in the ranking of another task's texts.
+
+    Their own task says nothing of how they should be ranked in this one; all that is known is that the inner product
+    has not been shown to be wrong. 0 where all data sets are of one task.
+    """
+    task = found.labelled.source.task
+    others = [other for other in sets if other.labelled.source.task != task]
+    if not others:
+        return torch.zeros((), device=student.backbone.device)
+    rng = random.Random(seed)
+    other = rng.choice(others)
+    count = min(config.batch_queries, len(other.labelled.entries))
+    positions = rng.sample(range(len(other.labelled.entries)), count)
+    scored = _score(student, head, other, positions, config, task, seed)
+    scores, batch = scored.scores, scored.batch
+    assert scores.anchor is not None
+    change = scores.logits.float() - scores.anchor.float()
+    listed = torch.from_numpy(batch.positive | batch.hard | batch.easy).to(change.device)
+    moved = change - masked_mean(change, listed)[:, None]  # what all candidates have in common moves none
+    return masked_mean(moved.square(), listed).mean()
+
+
+def _score(
+    student: Student,
+    head: Interaction,
+    found: _Vectors,
+    positions: Sequence[int],
+    config: ResidualConfig,
+    task: Task,
+    seed: str,
+) -> _Scored:
+    """Queries at ``positions`` against lists drawn for each, scored by the branch of ``task``."""
     draws = [_draw(found, position, config, seed) for position in positions]
     batch = collate_lists(found.labelled, draws)
     width = batch.positive.shape[1]
@@ -178,12 +238,7 @@ def _loss(
     device, dtype = student.backbone.device, student.backbone.compute_dtype
     queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        scores = head.score_lists(queries, passages, found.labelled.source.task)
-    loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
-    if not config.bound_price:
-        return loss
-    task = found.labelled.source.task
-    return loss + config.bound_price * head.query_reach(queries, task).mean() * head.passage_reach(passages).mean()
+        return _Scored(head.score_lists(queries, passages, task), batch, queries, passages)
 
 
 def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> Draw:
