@@ -127,7 +127,7 @@ def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/squad-sent"))
-    parser.add_argument("--plan", type=Path, default=Path("runs/d2llm-minilm/plans/squad-sent"))
+    parser.add_argument("--plan", type=Path, default=Path("runs/d2llm/plans/squad-sent"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--queries", type=int, default=32, help="of a batch")
     parser.add_argument("--batches", type=int, default=4)

@@ -103,7 +103,7 @@ class TestBadInput:
 
     def test_recipe_that_does_not_exist(self, tmp_path):
         fail("label", tmp_path / "r.toml", containing=[f"{tmp_path / 'r.toml'}: cannot be read"])
-        fail("label", "papre", containing=["no recipe 'papre'", "d2llm-minilm, "])
+        fail("label", "papre", containing=["no recipe 'papre'", "d2llm-pairs, "])
 
     @pytest.mark.parametrize("verb", ["tune-teacher", "label", "distill"])
     def test_step_before_its_time(self, place, tmp_path, verb):

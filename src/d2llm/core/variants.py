@@ -110,6 +110,7 @@ _ALL = (
     Variant(
         "one-branch", "published", "one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})
     ),
+    Variant("without-li", "own", "without list imitation: cross-entropy alone", _without("list_imitation")),
     Variant("paper-head", "own", "head `paper` for `anchored`, same features", _student(interaction={"head": "paper"})),
     Variant(
         "anchored-head", "own", "head `anchored` for `paper`, same features", _student(interaction={"head": "anchored"})
@@ -129,6 +130,7 @@ _ALL = (
     Variant("cold-start", "own", "PMA alone, no warm start", _student(pooling={"warm_start": False})),
     Variant("warm-start", "own", "PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
     Variant("one-stage", "own", "vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
+    Variant("not-quiet", "own", "no price on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
     Variant("two-stages", "own", "first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
     Variant("gates", "own", "gates of query and passage on the bound", _student(interaction={"gates": True})),
     Variant("no-gates", "own", "one bound for every pair", _student(interaction={"gates": False})),
