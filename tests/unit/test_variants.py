@@ -36,7 +36,6 @@ UNCHANGED = {
         "rich",
         "warm-start",
         "width-512",
-        "two-stages",
         "gates",
         "without-ci",
         "without-ph",
