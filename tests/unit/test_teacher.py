@@ -44,7 +44,7 @@ def plain_log_odds(location, pairs, task, teacher: Teacher):
     assert len(yes) == len(no) == 1
     log_odds, features = [], []
     for query, passage in pairs:
-        parts = [prompt.head, query, prompt.middle, passage, prompt.tail]
+        parts = [prompt.head, prompt.space + query, prompt.middle, prompt.space + passage, prompt.tail]
         ids = tokenizer("")["input_ids"] + [
             token_id for part in parts for token_id in tokenizer(part, add_special_tokens=False)["input_ids"]
         ]
