@@ -9,8 +9,6 @@ from typer.testing import CliRunner
 from d2llm.apps.cli import app
 from e2e.small_corpus import SENTENCES
 
-MAIN = "import sys; from d2llm.apps.cli import main; sys.argv[0] = 'd2llm'; main()"
-
 
 def d2llm(*arguments):
     # A width of its own: some libraries set the variable in a process that they are imported into.

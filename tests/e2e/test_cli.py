@@ -15,7 +15,7 @@ from d2llm.apps.cli import app
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
-from e2e.command_line import MAIN, d2llm, fail, succeed, succeed_with_report, write_recipe
+from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
 
 VERBS = [
@@ -171,7 +171,7 @@ class TestSearch:
         assert {ranking["num_candidates"] for ranking in rankings} == {60}
 
     def test_as_a_program_it_prints_the_answer_and_nothing_else(self, index):
-        command = [sys.executable, "-c", MAIN, "search", str(index), "ships at sea", "--top-k", "2"]
+        command = [sys.executable, "-m", "d2llm", "search", str(index), "ships at sea", "--top-k", "2"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         lines = result.stdout.splitlines()
         assert lines[0].strip() == "ships at sea"

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from d2llm.models.student import Student
-from e2e.command_line import MAIN, d2llm, fail, succeed, write_data, write_qrels, write_recipe
+from e2e.command_line import d2llm, fail, succeed, write_data, write_qrels, write_recipe
 from tiny_models import tiny_student_config
 
 
@@ -168,7 +168,7 @@ class TestBadInput:
         assert "--top-k" in result.stderr  # the nearest right one
 
     def test_as_a_program(self, tmp_path):
-        command = [sys.executable, "-c", MAIN, "mine", str(tmp_path / "r.toml")]
+        command = [sys.executable, "-m", "d2llm", "mine", str(tmp_path / "r.toml")]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (2, "")
         assert (
