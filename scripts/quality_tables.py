@@ -3,8 +3,8 @@
     python scripts/quality_tables.py
 
 Reads benchmarks/results/quality/<student>/*.json; writes, between their markers, the tables of docs/quality.md and the
-short ones in README.md and in the cards of the shipped students. No figure in them is typed by hand: each comes from a file, and the
-command that made the file stands beside it.
+short ones in README.md and in the cards of the shipped students. No figure in them is typed by hand: each comes from a
+file, and the command that made the file stands beside it.
 """
 
 from __future__ import annotations
