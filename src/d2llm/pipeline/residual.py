@@ -18,10 +18,9 @@ from torch import Tensor
 
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
 from d2llm.core.types import Task
-from d2llm.data.collation import DistillationBatch, Draw, LabelledSource, collate_lists
+from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import TASKS, Interaction, PairScores
 from d2llm.models.student import Student
-from d2llm.ops.losses import masked_mean
 from d2llm.pipeline.dev import (
     DevResult,
     DevSet,
@@ -49,16 +48,8 @@ class _Vectors:
     row: dict[str, int]
     near: NDArray[np.int64] | None
     """[q, depth] rows with the largest inner products; None for labelled pairs, which have no others."""
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Scores of queries against lists of passages, what these are to each other, and the vectors of both."""
-
-    scores: PairScores
-    batch: DistillationBatch
-    queries: Tensor
-    passages: Tensor
+    near_queries: NDArray[np.int64] | None
+    """The same among the queries, each itself included; None where nothing asks for it."""
 
 
 def train_residual(
@@ -152,8 +143,11 @@ def _read(student: Student, source: LabelledSource, config: ResidualConfig, show
         passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
     is_pairs = any(entry.targets for entry in source.entries)
     near = None if is_pairs else _nearest(student.anchor_queries(queries, source.source.task), passages, config.depth)
+    near_queries: NDArray[np.int64] | None = None
+    if config.quiet_price and source.source.task == "asymmetric":
+        near_queries = _nearest(student.anchor_queries(queries, "symmetric"), queries, config.num_near)
     rows = {passage_id: row for row, passage_id in enumerate(ids)}
-    return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near)
+    return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
 
 
 def _nearest(queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int) -> NDArray[np.int64]:
@@ -186,13 +180,24 @@ def _loss(
     offset: Tensor | None,
     seed: str,
 ) -> Tensor:
-    task = found.labelled.source.task
-    scored = _score(student, head, found, positions, config, task, seed)
-    loss = weighted_sum(batch_losses(scored.scores, scored.batch, weights, offset=offset), weights)
+    draws = [_draw(found, position, config, seed) for position in positions]
+    batch = collate_lists(found.labelled, draws)
+    width = batch.positive.shape[1]
+    lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
+    rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
+    task, device = found.labelled.source.task, student.backbone.device
+    queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
+    scores = _score_lists(student, head, queries, passages, task)
+    loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
     if not config.bound_price:
         return loss
-    reach = head.query_reach(scored.queries, task).mean() * head.passage_reach(scored.passages).mean()
-    return loss + config.bound_price * reach
+    return loss + config.bound_price * head.query_reach(queries, task).mean() * head.passage_reach(passages).mean()
+
+
+def _score_lists(student: Student, head: Interaction, queries: Tensor, passages: Tensor, task: Task) -> PairScores:
+    dtype = student.backbone.compute_dtype
+    with torch.autocast(queries.device.type, dtype, enabled=dtype != torch.float32):
+        return head.score_lists(queries, passages, task)
 
 
 def _change_elsewhere(
@@ -201,44 +206,26 @@ def _change_elsewhere(
     """Mean square of what the interaction of one task changes in the ranking of another task's texts.
 
     Their own task says nothing of how they should be ranked in this one; all that is known is that the inner product
-    has not been shown to be wrong. 0 where all data sets are of one task.
+    has not been shown to be wrong. Symmetric pairs are texts of one kind: a query stands against itself and the
+    queries nearest to it, where it stands against passages in the asymmetric task. 0 where all sets are of one task.
     """
-    task = found.labelled.source.task
+    task, device = found.labelled.source.task, student.backbone.device
     others = [other for other in sets if other.labelled.source.task != task]
     if not others:
-        return torch.zeros((), device=student.backbone.device)
+        return torch.zeros((), device=device)
     rng = random.Random(seed)
     other = rng.choice(others)
-    count = min(config.batch_queries, len(other.labelled.entries))
-    positions = rng.sample(range(len(other.labelled.entries)), count)
-    scored = _score(student, head, other, positions, config, task, seed)
-    scores, batch = scored.scores, scored.batch
+    pool, near = (other.queries, other.near_queries) if task == "symmetric" else (other.passages, other.near)
+    if near is None:
+        return torch.zeros((), device=device)
+    chosen = rng.sample(range(len(near)), min(config.batch_queries, len(near)))
+    width = min(config.num_near, near.shape[1])
+    rows = [near[row, sorted(rng.sample(range(near.shape[1]), width))] for row in chosen]
+    queries, passages = other.queries[chosen].to(device), pool[torch.from_numpy(np.stack(rows))].to(device)
+    scores = _score_lists(student, head, queries, passages, task)
     assert scores.anchor is not None
     change = scores.logits.float() - scores.anchor.float()
-    listed = torch.from_numpy(batch.positive | batch.hard | batch.easy).to(change.device)
-    moved = change - masked_mean(change, listed)[:, None]  # what all candidates have in common moves none
-    return masked_mean(moved.square(), listed).mean()
-
-
-def _score(
-    student: Student,
-    head: Interaction,
-    found: _Vectors,
-    positions: Sequence[int],
-    config: ResidualConfig,
-    task: Task,
-    seed: str,
-) -> _Scored:
-    """Queries at ``positions`` against lists drawn for each, scored by the branch of ``task``."""
-    draws = [_draw(found, position, config, seed) for position in positions]
-    batch = collate_lists(found.labelled, draws)
-    width = batch.positive.shape[1]
-    lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
-    rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
-    device, dtype = student.backbone.device, student.backbone.compute_dtype
-    queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return _Scored(head.score_lists(queries, passages, task), batch, queries, passages)
+    return (change - change.mean(dim=1, keepdim=True)).square().mean()  # what all have in common moves none
 
 
 def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> Draw:
