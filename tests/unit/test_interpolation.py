@@ -62,6 +62,18 @@ def test_the_share_that_is_kept(by_share: dict[float, tuple[float, float]], kept
     assert set(results) == set(by_share) | ({0.0} if kept == 0 else set())
 
 
+def test_no_more_is_kept_than_the_largest_share() -> None:
+    start = items_at_best_weight({"a": result(0.5)})
+
+    def measure(share: float) -> dict[str, DevResult]:
+        return {"a": result(0.5 + 0.4 * share)}  # ever better
+
+    share, results = sufficient_share([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
+    assert share == 0.6
+    assert set(results) == {0.25, 0.5, 0.6}
+    assert sufficient_share([], measure, start, seed=0, largest=0.5)[0] == 0.5
+
+
 def test_a_weight_that_costs_one_set_is_not_taken_for_another_s_gain() -> None:
     start = items_at_best_weight({"a": result(0.5), "b": result(0.5), "c": result(0.5, task="symmetric")})
     results = {"a": result(0.5, 0.9), "b": result(0.5, 0.4), "c": result(0.4, 0.6, task="symmetric")}

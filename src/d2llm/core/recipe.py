@@ -334,6 +334,9 @@ class TrainingConfig(_Section):
     interpolation: tuple[float, ...] = ()
     """Shares (0 to 1) of the way from the start to the best state that are tried at the end: the smallest one is kept
     whose dev results are not significantly worse than the whole way's. Keeps what the backbone could do before."""
+    largest_share: float = Field(default=1.0, gt=0, le=1)
+    """No more of the way than this is kept: a dev set of the training's own data sees what tuning gains there, and not
+    what it loses on other texts."""
     trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = "auto"
     """Where the run's log goes besides ``log.jsonl``; ``auto``: to TensorBoard files in the run folder where
     `tensorboard` is installed."""

@@ -160,8 +160,8 @@ class DistillRun:
 
     def step_back(self) -> None:
         """Take back as much of the change as dev does not miss (``training.interpolation``)."""
-        shares, progress = self.recipe.training.interpolation, self.progress
-        if not shares or progress.best_step == 0:
+        training, progress = self.recipe.training, self.progress
+        if progress.best_step == 0 or not (training.interpolation or training.largest_share < 1):
             return
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -172,7 +172,13 @@ class DistillRun:
             )
 
         self.student.eval()
-        share, results = sufficient_share(shares, measure, progress.start_items, seed=self.recipe.seed)
+        share, results = sufficient_share(
+            training.interpolation,
+            measure,
+            progress.start_items,
+            seed=self.recipe.seed,
+            largest=training.largest_share,
+        )
         put_between(self.parameters, self.start, end, share)
         self._adopt(results[share])
         self._set_residual_weights()
@@ -292,7 +298,7 @@ class DistillRun:
             progress.start_items = items
         # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
         # the end, that step will see to it.
-        steps_back = bool(self.recipe.training.interpolation)
+        steps_back = bool(self.recipe.training.interpolation) or self.recipe.training.largest_share < 1
         is_sound = steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
         if is_sound and value > progress.best_dev:
             progress.best_dev, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0

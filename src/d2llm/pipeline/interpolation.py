@@ -42,6 +42,7 @@ def sufficient_share(
     start: Mapping[str, Mapping[str, float]],
     *,
     seed: int,
+    largest: float = 1.0,
 ) -> tuple[float, dict[float, dict[str, DevResult]]]:
     """The share of the way that is kept: never worse than the start, as good as any, and no more of it than needed.
 
@@ -50,15 +51,16 @@ def sufficient_share(
     share will do, it is 0, the start itself.
 
     Args:
-        shares: to try, each in (0, 1]; the whole way is always among them.
+        shares: to try, each in (0, 1]; ``largest`` is always among them, and none beyond it.
         measure: the dev results of a share.
         start: the value of each query or pair of each dev set at the start (``items_at_best_weight``).
         seed: of the paired randomisation tests, one-sided at .05 (``ops.gating.never_worse``).
+        largest: share that may be kept.
 
     Returns:
         The share, and the dev results of all that were tried.
     """
-    results = {share: measure(share) for share in sorted({*shares, 1.0})}
+    results = {share: measure(share) for share in sorted({s for s in shares if s < largest} | {largest})}
     items: dict[float, Items] = {share: items_at_best_weight(found) for share, found in results.items()}
     sound = [share for share in results if not worse_sets(start, items[share], seed=seed)]
     if not sound:
