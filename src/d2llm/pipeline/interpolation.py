@@ -79,9 +79,10 @@ def worse_sets(
 def sound_weights(
     results: Mapping[str, DevResult], start: Mapping[str, Mapping[str, float]], *, seed: int
 ) -> dict[Task, float]:
-    """For each task the interaction's weight r with the best mean that is on none of its sets worse than the start.
+    """For each task the interaction's weight r with the best mean that is on none of its sets significantly worse.
 
-    Where none is (the vectors alone have lost something), the smallest.
+    Worse than the start, and worse than the vectors alone (r = 0): a gain on one data set does not pay for another's
+    loss. Where no weight will do (the vectors alone have lost something), the smallest.
     """
     chosen: dict[Task, float] = {}
     tasks: list[Task] = sorted({result.task for result in results.values()})
@@ -92,7 +93,8 @@ def sound_weights(
         sound: list[float] = []
         for weight in weights:
             after = {name: by_place(result.by_item[weight]) for name, result in of_task.items()}
-            if not worse_sets(before, after, seed=seed):
+            alone = {name: by_place(result.by_item[weights[0]]) for name, result in of_task.items()}
+            if not worse_sets(before, after, seed=seed) and not worse_sets(alone, after, seed=seed):
                 sound.append(weight)
         chosen[task] = max(sound or weights[:1], key=lambda w: sum(result.values[w] for result in of_task.values()))
     return chosen
