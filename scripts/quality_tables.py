@@ -263,10 +263,13 @@ def ratio(value: float | None) -> str:
 def command(arguments: dict[str, Any]) -> str:
     """The command line that made a result; only options that differ from their defaults are named."""
     words = ["d2llm evaluate", str(arguments["data"])]
-    defaults = {"split": "test", "task": "asymmetric", "teacher_depth": 50, "teacher_queries": 100}
+    defaults = {"student": SHIPPED, "split": "test", "task": "asymmetric", "teacher": None}
+    defaults |= {"teacher_depth": 50, "teacher_queries": 100}
     for name, default in defaults.items():
         if arguments.get(name) != default:
             words += [f"--{name.replace('_', '-')}", str(arguments[name])]
+    if arguments.get("no_teacher"):
+        words.append("--no-teacher")
     return " ".join(words)
 
 

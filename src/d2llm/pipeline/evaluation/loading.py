@@ -148,7 +148,7 @@ def _gate_notes(folder: Path) -> tuple[str, ...]:
             "judgements"
         )
     if (share := manifest.get("share_kept", 1.0)) < 1:
-        limit = manifest["recipe"]["training"].get("largest_share", 1.0)
+        limit = manifest["recipe"].get("training", {}).get("largest_share", 1.0)
         why = "its recipe keeps no more" if share == limit else "more was no better on dev"
         notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
     off = [task for task, weight in manifest.get("residual_weights", {}).items() if weight == 0]
