@@ -37,6 +37,7 @@ def test_recipe_and_variants_are_trained_and_compared(place, reports, ablated):
             "num_queries": 4,
             "num_passages": 60,
             "num_training_queries": 12,
+            "measure": "nDCG@10",
         }
     ]
     assert found["folder"].startswith(str(folder / "run" / "ablation"))

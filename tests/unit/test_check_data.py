@@ -329,7 +329,7 @@ class TestVerb:
     def test_limits_of_the_shipped_student(self, tmp_path):
         folder = write_pairs(tmp_path / "p", train=[("a", "b", 1)])
         report = check_data(folder)
-        assert [of.limit for of in report.lengths] == [64, 128]
+        assert [of.limit for of in report.lengths] == [64, 256]
         assert report.lengths[0].percentiles[50] == 3  # [CLS] a [SEP]
 
     def test_bad_arguments(self, tmp_path, tokenizer):

@@ -98,7 +98,7 @@ def gate(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Is the teacher better than the cosine? Tried on dev queries and pairs.
+    """Is the teacher better than the cosine? Tried on the dev split.
 
     Comes before label. [gate] in the recipe says how many queries (ten times as many pairs), and what becomes of a data
     set whose gate is closed.
