@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -92,26 +93,16 @@ def unseen(retrieval: list[dict[str, Any]]) -> list[str]:
     """Means over the English retrieval sets that took no part in the training."""
     reports = [file["result"] for file in retrieval]
     reports = [report for report in reports if not trained(report) and report["dataset"] not in CHINESE]
-    kinds = [kind for kind in KINDS if kind != "hybrid"]
-    means = {
-        kind: sum(value_of(report, kind) or 0.0 for report in reports) / len(reports)
-        for kind in kinds
-        if all(value_of(report, kind) is not None for report in reports)
-    }
-    behind = [
-        report["dataset"] for report in reports if (value_of(report, "d2llm") or 0) < (value_of(report, "bm25") or 0)
-    ]
+    values = [values_by_kind(report) for report in reports]
+    kinds = [kind for kind in KINDS if kind != "hybrid" and all(kind in of_set for of_set in values)]
+    means = {kind: fmean(of_set[kind] for of_set in values) for kind in kinds}
+    behind = [report["dataset"] for report, v in zip(reports, values, strict=True) if v["d2llm"] < v["bm25"]]
     names = ", ".join(report["dataset"] for report in reports)
     figures = ", ".join(f"{KINDS[kind]} {mean:.3f}" for kind, mean in means.items())
     return [
         f"Mean nDCG@10 over the {len(reports)} English retrieval sets that were not trained on ({names}): {figures}. "
         "D2LLM is " + (f"behind BM25 on {', '.join(behind)} of them." if behind else "ahead of BM25 on each of them.")
     ]
-
-
-def value_of(report: Report, kind: str) -> float | None:
-    """The main measure of a row, by its kind."""
-    return values_by_kind(report).get(kind)
 
 
 def values_by_kind(report: Report) -> dict[str, float]:

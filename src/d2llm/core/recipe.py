@@ -341,6 +341,11 @@ class TrainingConfig(_Section):
     """Where the run's log goes besides ``log.jsonl``; ``auto``: to TensorBoard files in the run folder where
     `tensorboard` is installed."""
 
+    @property
+    def steps_back(self) -> bool:
+        """Whether, at the end, only a share of the change may be kept."""
+        return bool(self.interpolation) or self.largest_share < 1
+
 
 class GateConfig(_Section):
     """Whether the teacher may teach: tried against the cosine on dev queries of each data set."""

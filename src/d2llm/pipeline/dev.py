@@ -24,8 +24,9 @@ from d2llm.ops.ranking import top_k
 from d2llm.pipeline.evaluation.gold import Gold, read_gold
 
 RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PAIRS_PER_QUERY = 10
+"""Pairs of a dev set for each query that a dev set of queries would have."""
 _LEXICAL_DEPTH = 10
-_PAIRS_PER_QUERY = 10  # pairs of a dev set for each query that a dev set of queries would have
 _MEASURE, _DEPTH = "nDCG@10", 10
 
 
@@ -93,7 +94,7 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
         DataFormatError: the classes of the dev pairs cannot be measured.
     """
     if source.pairs is not None:
-        return _make_pair_dev_set(source, source.pairs, num_pairs=_PAIRS_PER_QUERY * num_queries, seed=seed)
+        return _make_pair_dev_set(source, source.pairs, num_pairs=PAIRS_PER_QUERY * num_queries, seed=seed)
     dataset = source.dataset
     judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
     positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}

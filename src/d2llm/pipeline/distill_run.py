@@ -161,7 +161,7 @@ class DistillRun:
     def step_back(self) -> None:
         """Take back as much of the change as dev does not miss (``training.interpolation``)."""
         training, progress = self.recipe.training, self.progress
-        if progress.best_step == 0 or not (training.interpolation or training.largest_share < 1):
+        if progress.best_step == 0 or not training.steps_back:
             return
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -298,8 +298,7 @@ class DistillRun:
             progress.start_items = items
         # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
         # the end, that step will see to it.
-        steps_back = bool(self.recipe.training.interpolation) or self.recipe.training.largest_share < 1
-        is_sound = steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
+        is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
         if is_sound and value > progress.best_dev:
             progress.best_dev, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
             self._adopt(results)

@@ -26,6 +26,7 @@ from d2llm.models.stacked_teacher import stacked_queries
 from d2llm.models.student import Student
 from d2llm.ops.gating import better
 from d2llm.ops.measures import per_query_measures
+from d2llm.pipeline.dev import PAIRS_PER_QUERY
 from d2llm.pipeline.dev_lists import DevLists, DevPairs, dev_queries, judge_dev, make_dev_lists, make_dev_pairs
 from d2llm.pipeline.evaluation.gold import Gold, NliGold
 from d2llm.pipeline.evaluation.judging import Judged
@@ -34,7 +35,6 @@ from d2llm.pipeline.protocols import PairJudge
 GATE_FILE = "gate.json"
 _KIND, _FORMAT_VERSION = "gate", 1
 _MEASURE = "nDCG@10"
-_PAIRS_PER_QUERY = 10  # dev pairs for each query of ``GateConfig.queries``, as in ``pipeline.dev``
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _sample(
     dataset: Dataset | PairDataset, task: Task, student: Student, settings: GateConfig, seed: int, show: bool | None
 ) -> DevLists | DevPairs:
     if isinstance(dataset, PairDataset):
-        return make_dev_pairs(dataset, task, num_pairs=_PAIRS_PER_QUERY * settings.queries, seed=seed)
+        return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)
     queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
     return make_dev_lists(
         dataset, task, queries, student=student, depth=settings.depth, with_positives=False, show_progress=show

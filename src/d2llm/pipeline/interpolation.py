@@ -90,10 +90,10 @@ def sound_weights(
         of_task = {name: result for name, result in results.items() if result.task == task}
         weights = sorted(next(iter(of_task.values())).values)
         before = {name: start[name] for name in of_task}
+        alone = {name: by_place(result.by_item[weights[0]]) for name, result in of_task.items()}
         sound: list[float] = []
         for weight in weights:
             after = {name: by_place(result.by_item[weight]) for name, result in of_task.items()}
-            alone = {name: by_place(result.by_item[weights[0]]) for name, result in of_task.items()}
             if not worse_sets(before, after, seed=seed) and not worse_sets(alone, after, seed=seed):
                 sound.append(weight)
         chosen[task] = max(sound or weights[:1], key=lambda w: sum(result.values[w] for result in of_task.values()))

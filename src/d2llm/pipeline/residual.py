@@ -84,7 +84,9 @@ def train_residual(
     head = student.interaction
     assert isinstance(head, Interaction)
     student.eval()
-    sets = [_read(student, source, config, show_progress) for source in sources if source.entries]
+    # Only the symmetric interaction is asked to leave the queries of asymmetric sets alone.
+    is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
+    sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
     dev = [encode_dev(student, dev_set) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
@@ -134,7 +136,9 @@ def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult
     return {found.dev.name: measure_dev(student, found) for found in dev}
 
 
-def _read(student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None) -> _Vectors:
+def _read(
+    student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None, *, with_near_queries: bool
+) -> _Vectors:
     ids = list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
     texts = [source.source.query_text(entry.query_id) for entry in source.entries]
     name = source.source.dataset.name
@@ -144,7 +148,7 @@ def _read(student: Student, source: LabelledSource, config: ResidualConfig, show
     is_pairs = any(entry.targets for entry in source.entries)
     near = None if is_pairs else _nearest(student.anchor_queries(queries, source.source.task), passages, config.depth)
     near_queries: NDArray[np.int64] | None = None
-    if config.quiet_price and source.source.task == "asymmetric":
+    if with_near_queries and source.source.task == "asymmetric":
         near_queries = _nearest(student.anchor_queries(queries, "symmetric"), queries, config.num_near)
     rows = {passage_id: row for row, passage_id in enumerate(ids)}
     return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
