@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
-from d2llm.core.recipe import DataConfig, LossWeights, Recipe
+from d2llm.core.recipe import DataConfig, LossWeights, Recipe, ResidualConfig
 from d2llm.core.variants import find_variant
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import LabelledPair, PairDataset
@@ -142,6 +142,14 @@ class TestRealRuns:
         # Here both samples are all eight dev queries, so the measured value is the one that training saw.
         weight = str(direct.residual_weights["asymmetric"])
         assert resumed.by_set == {"tiny": pytest.approx(direct.dev["tiny"]["by_weight"][weight], abs=1e-6)}
+
+    def test_a_recipe_of_two_stages_is_measured_with_its_interaction(self, place: Place, tmp_path: Path) -> None:
+        recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=1, batch_queries=4))
+        report = run(place, tmp_path, recipe=recipe, variants=["one-stage"], num_seeds=1)
+        staged, joint = report.base.runs[0], report.rows[0].runs[0]
+        assert staged.steps == joint.steps == 4  # of the vectors; the interaction's own steps come on top
+        assert staged.best_step <= 4
+        assert staged.fingerprint != joint.fingerprint
 
     def test_what_is_left_behind(self, history: SimpleNamespace) -> None:
         student = Path(history.whole.folder) / "recipe" / "seed-0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -91,16 +91,15 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
     by_set = value_by_set(evaluate_dev(student, shared.dev_sets), weights)
     head = student.interaction
     has_weight = head.has_anchor and not isinstance(head, CosineHead)
-    lines = list(_log_lines(folder))
     result = RunResult(
         variant=name,
         seed=seed,
         ndcg=fmean(by_set.values()),
         by_set=by_set,
         residual_weights=weights if has_weight else {},
-        steps=max((line["step"] for line in lines), default=0),
-        best_step=_best_step(lines, manifest["dev"]),
-        seconds=_seconds(lines),
+        steps=manifest["steps"],
+        best_step=manifest["best_step"],
+        seconds=_seconds(_log_lines(folder)),
         fingerprint=student.fingerprint,
     )
     write_json(_record(folder), {"measured_on": shared.measured_on, "result": asdict(result)})
@@ -118,13 +117,7 @@ def _log_lines(student: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def _best_step(lines: Sequence[Mapping[str, Any]], dev: Mapping[str, Mapping[str, Any]]) -> int:
-    """The first step whose dev evaluation is that of the student written."""
-    kept = {name: {weight: round(v, 5) for weight, v in of["by_weight"].items()} for name, of in dev.items()}
-    return next(line["step"] for line in lines if line.get("dev") == kept)
-
-
-def _seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+def _seconds(lines: Iterable[Mapping[str, Any]]) -> float:
     """The time of training; the log's clock begins anew with every session."""
     total = before = 0.0
     for line in lines:

@@ -126,6 +126,8 @@ def distill(
                 "recipe": recipe.model_dump(),
                 "teacher": identity.fingerprint,
                 "tasks": sorted({source.task for source in sources}),
+                "steps": report.steps,
+                "best_step": report.best_step,
                 "dev": report.dev,
                 "residual_weights": report.residual_weights,
                 "share_kept": report.share_kept,
