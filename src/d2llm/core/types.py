@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 Task = Literal["symmetric", "asymmetric"]
@@ -29,13 +30,26 @@ class Query:
     text: str
 
 
+MetadataValue = str | int | float | bool | datetime | None
+"""What a metadata field of a passage may hold."""
+
+_NO_METADATA: Mapping[str, MetadataValue] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A text that may answer."""
+    """A text that may answer.
+
+    ``document_id`` and ``position`` say of which document it is a part, and the how-manieth; ``metadata`` holds what
+    filters ask about.
+    """
 
     id: str
     text: str
     title: str = ""
+    document_id: str = ""
+    position: int = 0
+    metadata: Mapping[str, MetadataValue] = field(default_factory=lambda: _NO_METADATA, hash=False)
 
     @property
     def full_text(self) -> str:
