@@ -28,6 +28,8 @@ def test_every_error_stands_in_the_documented_tree():
         (errors.AnswerTokenError, errors.ModelError),
         (errors.IndexMismatchError, errors.MismatchError),
         (errors.LabelMismatchError, errors.MismatchError),
+        (errors.StorageError, errors.D2LLMError),
+        (errors.IndexLockedError, errors.StorageError),
         (errors.TrainingDivergedError, errors.D2LLMError),
         (errors.MissingExtraError, ImportError),
     ],

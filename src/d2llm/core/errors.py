@@ -11,6 +11,8 @@ D2LLMError
 ├── MismatchError           two artifacts do not belong together
 │   ├── IndexMismatchError  the index was made by another student
 │   └── LabelMismatchError  labels of another teacher or prompt
+├── StorageError            an index cannot be written (disk full, no right to write)
+│   └── IndexLockedError    another process is writing to it
 ├── TrainingDivergedError   the loss became NaN or infinite
 └── MissingExtraError       an optional dependency is not installed
 """
@@ -75,6 +77,14 @@ class IndexMismatchError(MismatchError):
 
 class LabelMismatchError(MismatchError):
     """Teacher labels belong to another teacher or prompt."""
+
+
+class StorageError(D2LLMError):
+    """An index cannot be written; what was committed before is kept."""
+
+
+class IndexLockedError(StorageError):
+    """Another process is writing to the index."""
 
 
 class TrainingDivergedError(D2LLMError):

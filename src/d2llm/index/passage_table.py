@@ -1,0 +1,273 @@
+"""The table of an index: ids, texts, metadata, vectors and row numbers in LanceDB, which versions every change.
+
+Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
+its generation in the upper bits), d2_hash (of title and text), d2_truncated (the student read it in part), d2_vector
+(codes of the vector, as in the vector file).
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from d2llm.core.errors import DataFormatError, InputError, StorageError
+from d2llm.core.types import Passage
+
+NAME = "passages"
+TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
+INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
+_ALL = 1 << 40  # LanceDB's default limit is 10
+_ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
+_DELETED_AT_ONCE = 10_000
+_SCANNED_AT_ONCE = 16_384
+
+
+def table_schema(metadata: Iterable[pa.Field], code_size: int) -> pa.Schema:
+    """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes."""
+    return pa.schema(
+        [
+            *(pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "document_id")),
+            pa.field("position", pa.int32(), nullable=False),
+            *metadata,
+            pa.field("d2_row", pa.int64(), nullable=False),
+            pa.field("d2_hash", pa.string(), nullable=False),
+            pa.field("d2_truncated", pa.bool_(), nullable=False),
+            pa.field("d2_vector", pa.list_(pa.uint8(), code_size), nullable=False),
+        ]
+    )
+
+
+def text_hash(passage: Passage) -> str:
+    """What tells whether a text must be encoded again: a hash of title and text (xxh3, 128 bits)."""
+    digest = xxhash.xxh3_128(len(passage.title).to_bytes(8, "little"))
+    digest.update(passage.title.encode())
+    digest.update(passage.text.encode())
+    return digest.hexdigest()
+
+
+def quoted(value: str) -> str:
+    """A string as an SQL literal."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+class PassageTable:
+    """One version of the table, opened for reading; the methods that write are for the holder of the write lock."""
+
+    def __init__(self, folder: Path, table: Any) -> None:
+        self.folder = folder
+        self._table = table
+
+    @classmethod
+    def create(cls, folder: Path, schema: pa.Schema) -> PassageTable:
+        """A new table without rows."""
+        with storage_errors(folder):
+            return cls(folder, _connect(folder).create_table(NAME, schema=schema))
+
+    @classmethod
+    def open(cls, folder: Path, version: int | None = None) -> PassageTable:
+        """The table at a version, the latest by default. It stays there, whatever is written meanwhile.
+
+        Raises:
+            DataFormatError: there is no table, it is damaged, or it has no such version any more.
+        """
+        try:
+            table = _connect(folder).open_table(NAME)
+            table.checkout(table.version if version is None else version)
+            table.count_rows()
+        except Exception as error:
+            what = "its table" if version is None else f"version {version} of its table"
+            raise DataFormatError(folder, f"{what} cannot be opened ({_first_line(error)})") from error
+        return cls(folder, table)
+
+    @property
+    def version(self) -> int:
+        """The version that this is."""
+        return cast(int, self._table.version)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+        return cast(pa.Schema, self._table.schema)
+
+    @property
+    def metadata_fields(self) -> list[pa.Field]:
+        """The user's columns."""
+        return [field for field in self.schema if field.name not in (*TEXT_COLUMNS, *INTERNAL_COLUMNS)]
+
+    def __len__(self) -> int:
+        return cast(int, self._table.count_rows())
+
+    def columns(self, names: Sequence[str], where: str | None = None) -> pa.Table:
+        """Some columns of all rows, or of those that fit an SQL condition."""
+        query = self._table.search().select(list(names)).limit(_ALL)
+        return self._read(query.where(where) if where else query)
+
+    def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Some columns (all by default) of all rows, a few thousand rows at a time."""
+        query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
+        yield from query.to_batches(_SCANNED_AT_ONCE)
+
+    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
+        """Columns of the rows with these ids, those that there are, in no order."""
+        conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
+        return self._join((self.columns(names, where) for where in conditions), names)
+
+    def by_rows(self, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
+        """Columns of the passages with these row numbers (d2_row), in their order.
+
+        Raises:
+            DataFormatError: one is not there.
+        """
+        conditions = (f"d2_row IN ({', '.join(map(str, some))})" for some in _parts(rows, _ASKED_AT_ONCE))
+        found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
+        places = pc.index_in(pa.array(rows, pa.int64()), value_set=found["d2_row"].combine_chunks())
+        if places.null_count:
+            raise DataFormatError(self.folder, f"its table lacks {places.null_count} of {len(rows)} rows asked for")
+        return found.take(places).select(list(names))
+
+    def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:
+        """BM25: columns id, d2_row and _score of the best passages for a query; the filter comes first."""
+        from lancedb.query import MatchQuery, MultiMatchQuery
+
+        indexed = [name for name in ("title", "text") if f"{name}_idx" in self.indices]
+        if not indexed or not text.strip():
+            return pa.table({"id": pa.array([], pa.string()), "d2_row": pa.array([], pa.int64()),
+                             "_score": pa.array([], pa.float32())})  # fmt: skip
+        asked = MatchQuery(text, indexed[0]) if len(indexed) == 1 else MultiMatchQuery(text, indexed)
+        query = self._table.search(asked, query_type="fts").select(["id", "d2_row", "_score"]).limit(top_k)
+        return self._read(query.where(where, prefilter=True) if where else query)
+
+    @property
+    def indices(self) -> dict[str, int]:
+        """Indices by name, with the number of rows that each does not yet cover."""
+        found = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
+        return {name: stats.num_unindexed_rows if stats else 0 for name, stats in found.items()}
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def put(self, rows: pa.Table, *, replaces: bool) -> None:
+        """Add rows in one commit; with ``replaces``, rows of the same id go in the same commit."""
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            if replaces:
+                merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+                merge.execute(rows)
+            else:
+                self._table.add(rows)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete the passages with these ids; returns how many there were. Ten thousand go in one commit."""
+        before = 0
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            before = len(self)
+            for some in _parts(ids, _DELETED_AT_ONCE):
+                self._table.delete(f"id IN ({', '.join(map(quoted, some))})")
+        return before - len(self)
+
+    def add_columns(self, fields: Sequence[pa.Field]) -> None:
+        """Add metadata columns; they are null in the rows that are there."""
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            self._table.add_columns(pa.schema(fields))
+
+    def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+        """Put other rows in the place of all rows, in one commit. Earlier versions stay readable."""
+        with storage_errors(self.folder):
+            reader = pa.RecordBatchReader.from_batches(schema, batches)
+            self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
+
+    def build_indices(self) -> None:
+        """Make the indices on id, row and texts that are missing."""
+        from lancedb.index import FTS, BTree
+
+        # ICU splits words in every script, Chinese and mixed text included. No stop words: titles are made of them.
+        texts = FTS(base_tokenizer="icu", language="English", stem=True, remove_stop_words=False, max_token_length=None)
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            present = self.indices
+            for name, config in (("id", BTree()), ("d2_row", BTree()), ("title", texts), ("text", texts)):
+                if f"{name}_idx" not in present:
+                    self._table.create_index(name, config=config)
+
+    def optimize(self, keep: timedelta) -> None:
+        """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
+        with storage_errors(self.folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a reader of a version forgotten now would fail
+            self._table.checkout_latest()
+            self._table.optimize(cleanup_older_than=keep)
+
+    def versions(self) -> list[int]:
+        """The versions that can still be opened."""
+        return sorted(entry["version"] for entry in self._table.list_versions())
+
+    def _read(self, query: Any) -> pa.Table:
+        try:
+            return cast(pa.Table, query.to_arrow())
+        except Exception as error:
+            raise DataFormatError(
+                self.folder,
+                f"version {self.version} of its table cannot be read ({_first_line(error)}); refresh or open it again, "
+                "and run `d2llm index ... verify` if that does not help",
+            ) from error
+
+    def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
+        found = list(tables)
+        return pa.concat_tables(found) if found else self.schema.empty_table().select(list(names))
+
+
+def link_table(source: Path, target: Path) -> None:
+    """A copy of the latest version of a table in another folder, by hard links, which take no space.
+
+    The files of a table never change, so the copy does not either. Where links are impossible, files are copied.
+    """
+    with storage_errors(target):
+        shutil.copytree(source / f"{NAME}.lance", target / f"{NAME}.lance", copy_function=link_or_copy)
+    copy = PassageTable(target, _connect(target).open_table(NAME))
+    copy.optimize(timedelta(0))
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Another name for a file; its content again where the file system has no links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Generator[None]:
+    """What a store says when it cannot write, as an error of d2llm."""
+    try:
+        yield
+    except (InputError, StorageError):
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StorageError(
+            f"{folder}: the index cannot be written ({_first_line(error)}). What was committed before is kept; make room "
+            "or give the right to write, then give the same command again"
+        ) from error
+
+
+def _connect(folder: Path) -> Any:
+    import lancedb
+
+    return lancedb.connect(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,161 @@
+"""An append-only file of vectors, memory-mapped for reading: the fast copy of what a passage table holds.
+
+vectors-<generation>.bin    HEADER_BYTES of nothing, then the codes of row 0, row 1, ... (``code_size`` bytes each)
+vectors-<generation>.json   code_size and extents: which rows were written together, with a checksum of their bytes
+
+A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
+that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows that
+no table names; the next writer goes on behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.files import write_json
+
+HEADER_BYTES = 4_096
+"""Room in front of row 0, for the head that FAISS wants to read in front of the codes (``index.scan``)."""
+_JOINED_ROWS = 16_384  # small additions share an extent up to this size, so that the list of extents stays short
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Rows ``start`` to ``start + count`` and the checksum (xxh3, 64 bits) of their codes."""
+
+    start: int
+    count: int
+    checksum: str
+
+    @property
+    def end(self) -> int:
+        """The row behind the last."""
+        return self.start + self.count
+
+
+class VectorFile:
+    """The vectors of one generation of an index. ``append`` is for the holder of the index's write lock alone."""
+
+    def __init__(self, path: Path, code_size: int, extents: list[Extent]) -> None:
+        self.path = path
+        self.code_size = code_size
+        self.extents = extents
+
+    @classmethod
+    def create(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
+        """A new file without rows; one that is there (left by a crash) is replaced."""
+        file = cls(path_of(folder, generation), code_size, [])
+        with file.path.open("wb") as stream:
+            stream.truncate(HEADER_BYTES)
+            stream.flush()
+            os.fsync(stream.fileno())
+        file._write_extents()
+        return file
+
+    @classmethod
+    def open(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
+        """The file as its list of extents describes it; checksums are not looked at.
+
+        Raises:
+            DataFormatError: a part is missing, too short, or does not fit ``code_size``.
+        """
+        path = path_of(folder, generation)
+        try:
+            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            extents = [Extent(*extent) for extent in record["extents"]]
+            if record["code_size"] != code_size or any(a.end != b.start for a, b in zip(extents, extents[1:])):  # noqa: B905, RUF007
+                raise ValueError("does not describe these vectors")
+            file = cls(path, code_size, extents)
+            if path.stat().st_size < file.num_bytes:
+                raise ValueError(f"{path.name} is shorter than it says")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataFormatError(path, f"its vectors cannot be used ({error}); rebuild them from the table") from error
+        return file
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows, dead ones included."""
+        return self.extents[-1].end if self.extents else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the rows and the header take."""
+        return HEADER_BYTES + self.capacity * self.code_size
+
+    def append(self, codes: NDArray[np.uint8]) -> int:
+        """Write codes [n, code_size] as the next rows, durably; returns the first row's number."""
+        first = self.capacity
+        content = np.ascontiguousarray(codes)
+        with self.path.open("r+b") as stream:
+            stream.seek(HEADER_BYTES + first * self.code_size)
+            stream.write(content.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._extend(content)
+        self._write_extents()
+        return first
+
+    def codes(self) -> NDArray[np.uint8]:
+        """All rows [capacity, code_size], mapped and read-only."""
+        shape = (self.capacity, self.code_size)
+        if not self.capacity:
+            return np.zeros(shape, np.uint8)  # an empty file cannot be mapped
+        return np.memmap(self.path, np.uint8, "r", offset=HEADER_BYTES, shape=shape)
+
+    def damaged(self) -> list[Extent]:
+        """The extents whose bytes are not those that were written. Reads the whole file."""
+        codes = self.codes()
+        return [extent for extent in self.extents if _checksum(codes[extent.start : extent.end]) != extent.checksum]
+
+    def _extend(self, content: NDArray[np.uint8]) -> None:
+        last = self.extents[-1] if self.extents else None
+        if last is None or last.count + len(content) > _JOINED_ROWS:
+            self.extents.append(Extent(self.capacity, len(content), _checksum(content)))
+            return
+        before = np.fromfile(
+            self.path, np.uint8, last.count * self.code_size, offset=HEADER_BYTES + last.start * self.code_size
+        )
+        digest = xxhash.xxh3_64(before)
+        digest.update(content.reshape(-1))
+        self.extents[-1] = Extent(last.start, last.count + len(content), digest.hexdigest())
+
+    def _write_extents(self) -> None:
+        extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
+        write_json(self.path.with_suffix(".json"), {"code_size": self.code_size, "extents": extents})
+
+
+def path_of(folder: Path, generation: int) -> Path:
+    """Where the vectors of a generation lie."""
+    return folder / f"vectors-{generation}.bin"
+
+
+def generations(folder: Path) -> Iterator[int]:
+    """The generations of which there are files."""
+    for path in folder.glob("vectors-*.bin"):
+        number = path.stem.removeprefix("vectors-")
+        if number.isdecimal():
+            yield int(number)
+
+
+def remove(folder: Path, generation: int) -> int:
+    """Remove the files of a generation; returns the bytes they took. A reader that has them mapped keeps them."""
+    freed = 0
+    for path in (path_of(folder, generation), path_of(folder, generation).with_suffix(".json")):
+        if path.is_file():
+            freed += path.stat().st_size
+            path.unlink()
+    return freed
+
+
+def _checksum(codes: NDArray[Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(codes).data)
