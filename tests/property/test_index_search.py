@@ -58,7 +58,7 @@ def test_top_rows_equals_sorting_everything(scores, top_k, shuffle):
     ids = [f"{n:02d}" for n in range(len(scores))]
     shuffle.shuffle(ids)
     expected = sorted(range(len(scores)), key=lambda row: (-scores[row], ids[row]))[:top_k]
-    assert top_rows(np.array(scores, np.float32), top_k, ids.__getitem__).tolist() == expected
+    assert top_rows(np.array(scores, np.float32), top_k, lambda rows: [ids[row] for row in rows]).tolist() == expected
 
 
 texts_of_any_kind = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

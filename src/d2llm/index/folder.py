@@ -239,7 +239,7 @@ class FolderIndex:
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
         scores = self._inner_products(anchor_query)
-        rows = top_rows(scores, top_k, self.id)
+        rows = top_rows(scores, top_k, lambda rows: [self.id(int(row)) for row in rows])
         return CandidateRows(rows, scores[rows])
 
     def _inner_products(self, anchor_query: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Candidate, Passage
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import ids_at, top_rows
 
 K1 = 1.2
 B = 0.75
@@ -101,7 +101,8 @@ class LexicalIndex:
     def _search_one(self, text: str, top_k: int) -> list[Candidate]:
         scores = self.scores(text)
         matching = np.flatnonzero(scores > 0)
-        best = matching[top_rows(scores[matching], top_k, lambda row: self._ids[int(matching[row])])]
+        places = top_rows(scores[matching], top_k, lambda places: ids_at(self._ids, matching[places]))
+        best = matching[places]
         return [Candidate(self._ids[row], float(scores[row])) for row in best.tolist()]
 
 

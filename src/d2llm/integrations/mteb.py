@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ from d2llm.integrations.mteb_meta import model_meta
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.cosine import AnchorStudent
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.protocols import EncodedBatch, SearchStudent
@@ -255,7 +256,7 @@ class D2LLMModel:
             passages = self._index.vectors([row_of[passage_id] for passage_id in ids])
             scores = self._student.score(vector, passages, task)
             _refuse_nan(scores, f"query {query.id!r}")
-            places = top_rows(scores, top_k, ids.__getitem__).tolist()
+            places = top_rows(scores, top_k, partial(ids_at, ids)).tolist()
             rankings[query.id] = _falling([(ids[place], float(scores[place])) for place in places])
         return rankings
 

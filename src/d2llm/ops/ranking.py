@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import ids_at, top_rows
 
 __all__ = ["kendall_tau", "reciprocal_rank_fusion", "top_k"]
 
@@ -42,7 +43,7 @@ def top_k(
     if k < 0:
         raise InputError(f"k is {k}, but it counts results: give 0 or more")
     _refuse_nan(values, ids)
-    rows: list[int] = top_rows(values, k, lambda row: ids[row]).tolist()
+    rows: list[int] = top_rows(values, k, partial(ids_at, ids)).tolist()
     return [(ids[row], float(values[row])) for row in rows]
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def top_rows(scores: NDArray[np.floating[Any]], top_k: int, id_of: Callable[[int], str]) -> NDArray[np.int64]:
+def top_rows(
+    scores: NDArray[np.floating[Any]], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]]
+) -> NDArray[np.int64]:
     """Rows of the ``top_k`` highest scores, best first; equal scores in the order of their ids.
 
     The result is a prefix of the result for any larger ``top_k``. Cost O(n) for the selection plus O(k log k) for the
@@ -20,7 +21,7 @@ def top_rows(scores: NDArray[np.floating[Any]], top_k: int, id_of: Callable[[int
     Args:
         scores: [n], no NaN; infinities are allowed.
         top_k: how many, at least 0; all rows when it is at least n.
-        id_of: the id of a row; asked only for rows whose score is not unique among the best.
+        ids_of: the ids of some rows; asked at most once, for those whose score is not unique among the best.
 
     Returns:
         [min(top_k, n)] row numbers.
@@ -30,14 +31,20 @@ def top_rows(scores: NDArray[np.floating[Any]], top_k: int, id_of: Callable[[int
         return np.zeros(0, np.int64)
     border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]  # the lowest score that is still chosen
     rows = np.flatnonzero(scores >= border).astype(np.int64)
-    above, level = rows[scores[rows] > border], rows[scores[rows] == border]
-    above = above[np.argsort(-scores[above], kind="stable")]
-    ordered = scores[above]
-    edges = [0, *(np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist(), len(above)]
-    for start, end in pairwise(edges):
-        if end - start > 1:
-            above[start:end] = sorted(above[start:end].tolist(), key=id_of)
-    if len(level) > 1:
+    rows = rows[np.argsort(-scores[rows], kind="stable")]
+    ordered = scores[rows]
+    follows = np.concatenate(([False], ordered[1:] == ordered[:-1], [False]))
+    tied = np.flatnonzero(follows[1:] | follows[:-1])
+    if len(tied):
+        ids, levels = ids_of(rows[tied]), (-ordered[tied]).tolist()
         # Of those level with the border, which may be the whole corpus, only the smallest ids still fit.
-        level = np.array(heapq.nsmallest(top_k - len(above), level.tolist(), key=id_of), np.int64)
-    return np.concatenate((above, level))
+        num_fitting = int(np.searchsorted(tied, top_k))
+        by_id = heapq.nsmallest(num_fitting, range(len(tied)), key=lambda place: (levels[place], ids[place]))
+        rows[tied[:num_fitting]] = rows[tied[by_id]]
+    return rows[:top_k]
+
+
+def ids_at(ids: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
+    """The ids of some rows, of ids held in the rows' order; ``partial(ids_at, ids)`` is what ``top_rows`` asks for."""
+    places: list[int] = rows.tolist()
+    return [ids[row] for row in places]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
 from d2llm.data.same_text import SameText
 from d2llm.index.lexical import LexicalIndex
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.cosine import CosineStudent
 from d2llm.pipeline.dev import PairDevSet
 from d2llm.pipeline.evaluation.gold import read_gold
@@ -211,4 +212,4 @@ def _nearest(
     if not (np.isfinite(passages).all() and np.isfinite(asked).all()):
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
     ids = list(dataset.passages)
-    return [[ids[row] for row in top_rows(passages @ query, depth, ids.__getitem__).tolist()] for query in asked]
+    return [ids_at(ids, top_rows(passages @ query, depth, partial(ids_at, ids))) for query in asked]

@@ -116,7 +116,7 @@ class Searcher:
         proposed = time.perf_counter()
         scores = self._score(vector, candidates)
         _refuse_nan(scores, query)
-        places = top_rows(scores, self._top_k, lambda place: index.id(int(candidates[place])))
+        places = top_rows(scores, self._top_k, lambda places: [index.id(int(row)) for row in candidates[places]])
         rows = candidates[places]
         anchor_scores = [None] * len(rows) if anchor is None else (index.vectors(rows) @ anchor).tolist()
         found = zip(index.passages(rows), scores[places].tolist(), anchor_scores, strict=True)

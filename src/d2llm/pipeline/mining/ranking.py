@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import Passage, Query, Task
 from d2llm.index.lexical import LexicalIndex
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.mining.vectors import PassageSequence, encode_to_file, finite
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import SearchStudent
@@ -99,7 +100,7 @@ class EncoderRanking:
         return self._student.score(self._queries[query], self._vectors[rows], self._task)
 
     def _best_ids(self, rows: NDArray[np.int64], scores: NDArray[np.float32], top_k: int) -> list[str]:
-        places = top_rows(scores, top_k, lambda place: self._ids[int(rows[place])])
+        places = top_rows(scores, top_k, lambda places: ids_at(self._ids, rows[places]))
         return [self._ids[int(rows[place])] for place in places]
 
     def _candidates(self, top_k: int) -> list[NDArray[np.int64]]:
@@ -134,5 +135,5 @@ def nearest_rows(
     found: list[NDArray[np.int64]] = []
     for start in range(0, len(queries), num_queries):
         scores = queries[start : start + num_queries] @ passages.T
-        found += [top_rows(of_query, top_k, lambda row: ids[row]) for of_query in scores]
+        found += [top_rows(of_query, top_k, partial(ids_at, ids)) for of_query in scores]
     return found
