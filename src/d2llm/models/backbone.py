@@ -39,10 +39,15 @@ TextKind = Literal["query", "passage"]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
-    """Token ids of each text, with special tokens, cut to the limit; ``num_truncated`` texts lost their end."""
+    """Token ids of each text, with special tokens, cut to the limit; the texts at ``truncated`` lost their end."""
 
     ids: list[list[int]]
-    num_truncated: int
+    truncated: tuple[int, ...] = ()
+
+    @property
+    def num_truncated(self) -> int:
+        """How many texts lost their end."""
+        return len(self.truncated)
 
     @property
     def lengths(self) -> list[int]:
@@ -169,7 +174,7 @@ class Backbone(nn.Module):
         limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
         prefixed = [prefix + text for text in texts]
         if not prefixed:
-            return TokenizedTexts([], 0)
+            return TokenizedTexts([])
         # Tokenizing twice is only for texts over the limit: the tokenizer itself then keeps its closing special token.
         ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
         too_long = [index for index, row in enumerate(ids) if len(row) > limit]
@@ -179,7 +184,7 @@ class Backbone(nn.Module):
                 ids[index] = row
         # A tokenizer without special tokens gives nothing for an empty text; a model needs one token to read.
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
-        return TokenizedTexts([row or [cast(int, fallback)] for row in ids], len(too_long))
+        return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
         """Token ids as one right-padded tensor, and its mask."""

@@ -44,11 +44,16 @@ _RESTORE = "restore the student's folder"
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """Vectors of n texts, how many texts lost their end to the length limit, and how many tokens were read."""
+    """Vectors of n texts, the places of those that lost their end to the length limit, and how many tokens were read."""
 
     vectors: Float32[np.ndarray, "texts dim"]
-    num_truncated: int
+    truncated: tuple[int, ...]
     num_tokens: int
+
+    @property
+    def num_truncated(self) -> int:
+        """How many texts lost their end."""
+        return len(self.truncated)
 
 
 class Student(nn.Module):
@@ -241,7 +246,7 @@ class Student(nn.Module):
             vectors[batch] = encoded.cpu().numpy()
             if advance is not None:
                 advance(len(batch))
-        return EncodedTexts(vectors, tokenized.num_truncated, sum(tokenized.lengths))
+        return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths))
 
     def _head_state(self) -> dict[str, Tensor]:
         parts = {"pooling": self.pooling, "interaction": self.interaction}
