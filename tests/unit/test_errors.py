@@ -12,7 +12,7 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubcla
 
 
 def test_every_error_stands_in_the_documented_tree():
-    assert len(ALL) == 13
+    assert len(ALL) == 14
     for cls in ALL:
         assert cls.__name__ in errors.__doc__.split()
         assert cls.__doc__
@@ -23,6 +23,7 @@ def test_every_error_stands_in_the_documented_tree():
     [
         (errors.DataFormatError, errors.InputError),
         (errors.DuplicateIdError, errors.DataFormatError),
+        (errors.FilterError, errors.InputError),
         (errors.RecipeError, errors.InputError),
         (errors.ModelNotFoundError, errors.ModelError),
         (errors.AnswerTokenError, errors.ModelError),

@@ -4,6 +4,7 @@ D2LLMError
 ├── InputError              the user's files or arguments are wrong
 │   ├── DataFormatError     a file cannot be read as what it should be (names file and line)
 │   ├── DuplicateIdError    an id occurs twice
+│   ├── FilterError         a filter cannot be read, or asks for what the index has not
 │   └── RecipeError         a recipe has an unknown key or a bad value
 ├── ModelError              a model cannot be found, loaded or used
 │   ├── ModelNotFoundError  no weights where the name points to
@@ -49,6 +50,10 @@ class DataFormatError(InputError):
 
 class DuplicateIdError(DataFormatError):
     """An id occurs twice in one file."""
+
+
+class FilterError(InputError):
+    """A filter cannot be read, or does not fit the fields of the index."""
 
 
 class RecipeError(InputError):
