@@ -1,0 +1,332 @@
+"""The metadata columns of an index: which fields its passages have, and of which type each is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Literal, cast, get_args
+
+import pyarrow as pa
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Passage
+
+FieldType = Literal["string", "integer", "number", "boolean", "timestamp"]
+"""``integer`` is an int64, ``number`` a float64, ``timestamp`` a point in time to the microsecond, kept in UTC."""
+
+RESERVED = ("id", "title", "text", "document_id", "position")
+"""Names that a metadata field may not have: the other columns of a passage."""
+
+FILTER_WORDS = ("AND", "OR", "NOT", "IN", "BETWEEN", "LIKE", "IS", "NULL", "TRUE", "FALSE")
+"""Names that a metadata field may not have: the words of the filter language."""
+
+_TYPES: tuple[FieldType, ...] = get_args(FieldType)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_TIMESTAMP = re.compile(
+    r"(?P<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"
+    r"(?:[T ](?P<minutes>[0-9]{2}:[0-9]{2})(?::(?P<seconds>[0-9]{2})(?:\.(?P<fraction>[0-9]{1,6}))?)?"
+    r"(?P<zone>[Zz]|[+-][0-9]{2}:?[0-9]{2})?)?"
+)
+_NO_FIELDS: Mapping[str, FieldType] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataSchema:
+    """The metadata fields of an index, by name and in the order of its columns. Every field may be empty (null).
+
+    Raises:
+        InputError: a name cannot be a column's, two differ only in upper and lower case, or a type is unknown.
+    """
+
+    fields: Mapping[str, FieldType] = field(default_factory=lambda: _NO_FIELDS, hash=False)
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for name, kind in self.fields.items():
+            _check_name(name)
+            if kind not in _TYPES:
+                raise InputError(f"metadata field '{name}': there is no type {kind!r}; use one of {', '.join(_TYPES)}")
+            if (other := seen.setdefault(name.lower(), name)) != name:
+                raise InputError(f"metadata fields '{other}' and '{name}' differ only in case; rename one of them")
+        object.__setattr__(self, "fields", dict(self.fields))
+
+    @classmethod
+    def infer(cls, passages: Iterable[Passage], known: MetadataSchema | None = None) -> MetadataSchema:
+        """The fields of ``known``, then those that the passages have besides, with the types of their values.
+
+        Strings stay strings, whatever they look like. Integers and numbers together are numbers. Values of known
+        fields are checked against the known type. A field without any value has no type to find: it has to be declared.
+
+        Raises:
+            InputError: a value does not fit, values of one field differ in type, or a field never has a value.
+        """
+        declared: Mapping[str, FieldType] = known.fields if known is not None else {}
+        found: dict[str, tuple[FieldType, str]] = {}  # the type so far, and the first passage that has it
+        empty: dict[str, str] = {}
+        for passage in passages:
+            for name, value in passage.metadata.items():
+                where = f"passage '{passage.id}', metadata field '{name}'"
+                if name in declared:
+                    _convert(value, declared[name], where)
+                elif value is None:
+                    empty.setdefault(name, passage.id)
+                else:
+                    kind = _type_of(value, where)
+                    _convert(value, kind, where)
+                    found[name] = _widen(name, found.get(name), kind, passage.id)
+        for name, passage_id in empty.items():
+            if name not in found:
+                raise InputError(
+                    f"metadata field '{name}' has no value in any passage (the first is '{passage_id}'), so its type "
+                    f"is unknown; declare it, as in '{name}:string'"
+                )
+        inferred: dict[str, FieldType] = {name: kind for name, (kind, _) in found.items()}
+        return cls({**declared, **inferred})
+
+    @classmethod
+    def parse(cls, declarations: Sequence[str]) -> MetadataSchema:
+        """Read declarations as written on a command line: ``["year:integer", "language:string"]``.
+
+        Raises:
+            InputError: not ``name:type``, or a name twice.
+        """
+        fields: dict[str, FieldType] = {}
+        for declaration in declarations:
+            name, colon, kind = declaration.partition(":")
+            name = name.strip()
+            if not colon:
+                raise InputError(f"metadata field {declaration!r}: write name:type, as in 'year:integer'")
+            if name in fields:
+                raise InputError(f"metadata field '{name}' is declared twice; leave one of them out")
+            fields[name] = cast("FieldType", kind.strip())  # checked by the class
+        return cls(fields)
+
+    @classmethod
+    def from_json(cls, value: object) -> MetadataSchema:
+        """The schema that ``to_json`` wrote.
+
+        Raises:
+            InputError: it is no such object.
+        """
+        if not isinstance(value, dict):
+            raise InputError(f"metadata fields should be an object of names and types, not {value!r}")
+        return cls(cast("dict[str, FieldType]", value))
+
+    @classmethod
+    def from_arrow(cls, fields: Iterable[pa.Field]) -> MetadataSchema:  # pyright: ignore[reportUnknownParameterType]
+        """The schema whose ``arrow_fields`` these are.
+
+        Raises:
+            InputError: a column has a type that no metadata field has.
+        """
+        kinds: dict[pa.DataType, FieldType] = {arrow: kind for kind, arrow in _ARROW_TYPES.items()}
+        found: dict[str, FieldType] = {}
+        for column in fields:
+            if column.type not in kinds:
+                raise InputError(f"metadata field '{column.name}': no metadata field has the Arrow type {column.type}")
+            found[column.name] = kinds[column.type]
+        return cls(found)
+
+    def to_json(self) -> dict[str, str]:
+        """Name and type of every field, for a manifest."""
+        return dict(self.fields)
+
+    def extend(self, other: MetadataSchema) -> MetadataSchema:
+        """The fields of this schema, then the new ones of ``other``.
+
+        A type never changes, since columns that are written keep theirs. Integers do fit a field of numbers, so there
+        ``other`` may say integer, and the field stays a number.
+
+        Raises:
+            InputError: a field has another type in ``other``.
+        """
+        for name, kind in other.fields.items():
+            own = self.fields.get(name, kind)
+            if own != kind and (own, kind) != ("number", "integer"):
+                raise InputError(
+                    f"metadata field '{name}' is {own} in this index and cannot become {kind}; "
+                    "use another name, or build a new index"
+                )
+        return MetadataSchema(
+            {**self.fields, **{name: kind for name, kind in other.fields.items() if name not in self.fields}}
+        )
+
+    def arrow_fields(self) -> list[pa.Field]:  # pyright: ignore[reportUnknownParameterType]
+        """One nullable Arrow field for each metadata field."""
+        return [pa.field(name, _ARROW_TYPES[kind]) for name, kind in self.fields.items()]
+
+    def check(self, passage: Passage) -> None:
+        """See that the passage's metadata fits.
+
+        Raises:
+            InputError: an unknown field, or a value that is not of the field's type.
+        """
+        for name, value in passage.metadata.items():
+            where = f"passage '{passage.id}', metadata field '{name}'"
+            if name not in self.fields:
+                known = ", ".join(self.fields) or "none"
+                raise InputError(f"{where}: the index has no such field (it has: {known}); declare it or leave it out")
+            _convert(value, self.fields[name], where)
+
+    def columns(self, passages: Sequence[Passage]) -> dict[str, pa.Array]:  # pyright: ignore[reportUnknownParameterType]
+        """One Arrow array for each field, with a row for each passage; what a passage lacks is null.
+
+        Raises:
+            InputError: as ``check``.
+        """
+        for passage in passages:
+            self.check(passage)
+        return {
+            name: pa.array([_convert(passage.metadata.get(name), kind, "") for passage in passages], _ARROW_TYPES[kind])
+            for name, kind in self.fields.items()
+        }
+
+
+def parse_timestamp(text: str) -> datetime:
+    """A point in time from ISO 8601, in UTC: a date, and after ``T`` or a space a time; without a zone it is UTC.
+
+    Raises:
+        ValueError: it is something else, or no date of the calendar; or it is finer than a microsecond.
+    """
+    match = _TIMESTAMP.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no time; write it as '2024-05-31' or '2024-05-31T12:30:00Z'")
+    # Python 3.10 reads neither Z, nor +0100, nor fractions of other lengths than 3 and 6.
+    fraction = (match["fraction"] or "").ljust(6, "0")
+    zone = (match["zone"] or "Z").upper().replace("Z", "+00:00")
+    zone = zone if ":" in zone else f"{zone[:3]}:{zone[3:]}"
+    iso = f"{match['date']}T{match['minutes'] or '00:00'}:{match['seconds'] or '00'}.{fraction}{zone}"
+    return _utc(datetime.fromisoformat(iso))
+
+
+def _utc(moment: datetime) -> datetime:
+    if moment.utcoffset() is None:
+        return moment.replace(tzinfo=timezone.utc)
+    try:
+        return moment.astimezone(timezone.utc)
+    except OverflowError:
+        raise ValueError(f"{moment.isoformat()} is outside the years 1 to 9999 in UTC") from None
+
+
+def _check_name(name: object) -> None:
+    """Raise an InputError if a field cannot be called so."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        problem = "a name has letters a-z, digits and _, begins with a letter, and is at most 64 characters long"
+    elif name.startswith("_") or name.lower().startswith("d2_"):
+        problem = "names that begin with _ or d2_ are kept for the index itself"
+    elif name.lower() in RESERVED:
+        problem = f"these are columns of every passage: {', '.join(RESERVED)}"
+    elif name.upper() in FILTER_WORDS:
+        problem = f"these are words of the filter language: {', '.join(FILTER_WORDS)}"
+    else:
+        return
+    raise InputError(f"metadata field {name!r} has to be renamed: {problem}")
+
+
+def _type_of(value: object, where: str) -> FieldType:
+    for python_type, kind in _PYTHON_TYPES:
+        if isinstance(value, python_type):
+            return kind
+    raise InputError(
+        f"{where}: a value of type {type(value).__name__} cannot be kept; "
+        "use a string, an integer, a number, true or false, or a datetime (a list or an object: several fields)"
+    )
+
+
+def _widen(name: str, before: tuple[FieldType, str] | None, kind: FieldType, passage_id: str) -> tuple[FieldType, str]:
+    """The type of a field that was ``before`` (with the first passage that showed it) and now also is ``kind``."""
+    if before is None or before[0] == kind:
+        return before or (kind, passage_id)
+    if {before[0], kind} == {"integer", "number"}:
+        return ("number", before[1] if before[0] == "number" else passage_id)
+    raise InputError(
+        f"metadata field '{name}' is {before[0]} in passage '{before[1]}' but {kind} in passage '{passage_id}'; "
+        "make them the same"
+    )
+
+
+def _convert(value: object, kind: FieldType, where: str) -> object:
+    """The value as its column keeps it; an InputError if it does not fit."""
+    if value is None:
+        return None
+    try:
+        return _CONVERSIONS[kind](value)
+    except ValueError as error:
+        raise InputError(f"{where} ({kind}): {error}") from None
+
+
+def _misfit(value: object, wanted: str) -> ValueError:
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+    return ValueError(f"{shown} is no {wanted}; correct it or leave it out")
+
+
+def _to_string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _misfit(value, "string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _misfit(value, "text that UTF-8 can write (it has half of a surrogate pair)") from None
+    return value
+
+
+def _to_integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _misfit(value, "whole number")
+    if not -(2**63) <= value < 2**63:
+        raise _misfit(value, "whole number of 64 bits")
+    return value
+
+
+def _to_number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _misfit(value, "number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _misfit(value, "number that 64 bits can hold") from None
+    if not math.isfinite(number):
+        raise _misfit(value, "finite number")
+    if number != value:  # Python compares a whole number with a float exactly
+        raise _misfit(value, "number that a 64-bit float holds exactly")
+    return number
+
+
+def _to_boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _misfit(value, "true or false")
+    return value
+
+
+def _to_timestamp(value: Any) -> datetime:
+    if isinstance(value, str):
+        return parse_timestamp(value)
+    if not isinstance(value, datetime):
+        raise _misfit(value, "datetime or ISO 8601 string")
+    return _utc(value)
+
+
+_PYTHON_TYPES: tuple[tuple[type, FieldType], ...] = (
+    (bool, "boolean"),  # before int, of which it is a kind
+    (str, "string"),
+    (int, "integer"),
+    (float, "number"),
+    (datetime, "timestamp"),
+)
+_CONVERSIONS: dict[FieldType, Callable[[Any], object]] = {
+    "string": _to_string,
+    "integer": _to_integer,
+    "number": _to_number,
+    "boolean": _to_boolean,
+    "timestamp": _to_timestamp,
+}
+_ARROW_TYPES: dict[FieldType, pa.DataType] = {
+    "string": pa.string(),
+    "integer": pa.int64(),
+    "number": pa.float64(),
+    "boolean": pa.bool_(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+}
