@@ -1,9 +1,10 @@
 """How fast the student scores passages, beside the plain procedure and the machine's own limit.
 
-One run, the same inputs: a query against N passages with the default head (anchored, rich features), in pairs a second:
-- the reference: every pair's features written out, [a; b; a * b; |a - b|], through the unsplit network in float32;
-- `Student.score`: query half once, product part folded into the passage's weights, the machine's fast number format;
-- the limit: bare matrix products of exactly the shapes that the network has, in the same number format.
+One run, the same inputs, seconds of the process in one thread (other work on the machine counts little):
+- a query against N passages with the default head (anchored, rich features): every pair's features written out,
+  [a; b; a * b; |a - b|], through the unsplit network in float32; `Student.score`, from float32 and from bfloat16
+  vectors; and bare matrix products of exactly the shapes that scoring needs, in the same number format (the limit);
+- what each choice of features and width costs: pairs a second at N, and the latency of 1,000 passages in two threads.
 """
 
 from __future__ import annotations
@@ -17,11 +18,22 @@ import numpy as np
 import torch
 
 from d2llm import Student
-from d2llm.core.recipe import StudentConfig
+from d2llm.core.recipe import InteractionConfig
+from d2llm.models.device import choose_dtype
+from d2llm.models.interaction import Interaction
+from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.models.student import SCORE_BLOCK
 from d2llm.ops.scoring import Linear, multilayer_perceptron, pair_features
 
 NUM_PASSAGES = 10_000
-REPEATS = 7
+NUM_CANDIDATES = 1_000
+REPEATS = 9
+LIMIT_BLOCKS = (256, 512, 1024, NUM_PASSAGES)
+HEADS = [("paper", "concat", 256, 512)] + [
+    ("anchored", features, 384, hidden)
+    for features in ("concat", "product", "difference", "rich")
+    for hidden in (128, 256, 512)
+]
 RESULT = Path(__file__).parent / "results" / "scoring.json"
 
 
@@ -30,20 +42,45 @@ def seconds(work: Callable[[], object]) -> float:
     work()
     times: list[float] = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return float(np.median(times))
 
 
-def main() -> None:
-    """Measure, print a table, write the JSON."""
-    student = Student.create(StudentConfig())
+def limit_seconds(shapes: list[tuple[int, int]], dtype: torch.dtype) -> float:
+    """Bare products of N rows with weights of these shapes, in the blocks that are fastest."""
+    weights = [torch.randn(into, outof, dtype=dtype) for into, outof in shapes]
+
+    def products(block: int) -> Callable[[], None]:
+        inputs = [torch.randn(block, into, dtype=dtype) for into, _ in shapes]
+        outputs = [torch.empty(block, outof, dtype=dtype) for _, outof in shapes]
+
+        def work() -> None:
+            with torch.inference_mode():
+                for _ in range(NUM_PASSAGES // block):
+                    for left, right, out in zip(inputs, weights, outputs, strict=True):
+                        torch.mm(left, right, out=out)
+
+        return work
+
+    return min(seconds(products(block)) * NUM_PASSAGES / (NUM_PASSAGES // block * block) for block in LIMIT_BLOCKS)
+
+
+def shapes_of(dim: int, hidden: int, features: str) -> list[tuple[int, int]]:
+    """(in, out) of the products that scoring takes of a passage."""
+    return [(dim * (2 if features in ("difference", "rich") else 1), hidden), (hidden, hidden), (hidden, hidden)]
+
+
+def default_head(rng: np.random.Generator) -> tuple[dict[str, float], int]:
+    """Seconds of N passages by each way of scoring with the default student, and its width."""
+    student = Student.load("d2llm-minilm")
     dim, interaction, dtype = student.vector_dim, student.interaction, student.backbone.compute_dtype
-    rng = np.random.default_rng(0)
+    assert isinstance(interaction, Interaction)
     query = rng.standard_normal(dim, dtype=np.float32)
     passages = rng.standard_normal((NUM_PASSAGES, dim), dtype=np.float32)
-    branch = interaction.branches["asymmetric"]
+    stored = torch.from_numpy(passages).to(torch.bfloat16)
+    branch = interaction.branches["symmetric"]
     linears = [interaction.first, interaction.shared, branch[0], branch[2], interaction.output]  # type: ignore[index]
     layers = [Linear(layer.weight, layer.bias) for layer in linears]
 
@@ -53,29 +90,75 @@ def main() -> None:
                 block = torch.from_numpy(passages[start : start + 1000])
                 multilayer_perceptron(pair_features(torch.from_numpy(query).expand_as(block), block, "rich"), layers)
 
-    shapes = [(dim, layers[0].weight.shape[0])] * 2 + [tuple(reversed(layer.weight.shape)) for layer in layers[1:]]
-    products = [(torch.randn(NUM_PASSAGES, a, dtype=dtype), torch.randn(a, b, dtype=dtype)) for a, b in shapes]
-
-    def limit() -> None:
-        with torch.inference_mode():
-            for left, right in products:
-                torch.mm(left, right)
-
-    times = {
+    name = str(dtype).removeprefix("torch.")
+    return {
         "reference, float32": seconds(reference),
-        f"Student.score, {str(dtype).removeprefix('torch.')}": seconds(
-            lambda: student.score(query, passages, "asymmetric")
-        ),
-        "bare products (limit)": seconds(limit),
+        f"Student.score in {name}, of float32": seconds(lambda: student.score(query, passages, "symmetric")),
+        f"Student.score in {name}, of bfloat16": seconds(lambda: student.score(query, stored, "symmetric")),
+        "bare products (limit)": limit_seconds(shapes_of(dim, interaction.config.hidden_dim, "rich"), dtype),
+    }, dim
+
+
+def cost(rng: np.random.Generator, head: str, features: str, dim: int, hidden: int) -> dict[str, str | float]:
+    """What one choice of head, features and widths costs."""
+    dtype = choose_dtype(torch.device("cpu"))
+    config = InteractionConfig(head=head, features=features, hidden_dim=hidden, feature_dim=hidden)  # type: ignore[arg-type]
+    module = Interaction(config, dim)
+    query = torch.from_numpy(rng.standard_normal(dim, dtype=np.float32))
+    passages = torch.from_numpy(rng.standard_normal((NUM_PASSAGES, dim), dtype=np.float32)).to(torch.bfloat16)
+    with torch.inference_mode():
+        weights = HeadWeights(module, "symmetric", dtype)
+
+    def score(num: int) -> None:
+        QueryScorer(module, weights, query, "symmetric", SCORE_BLOCK)(passages[:num])
+
+    taken, limit = seconds(lambda: score(NUM_PASSAGES)), limit_seconds(shapes_of(dim, hidden, features), dtype)
+    one_thread = seconds(lambda: score(NUM_CANDIDATES))
+    torch.set_num_threads(2)
+    walls: list[float] = []  # the least of many: what other work on the machine disturbed least
+    for _ in range(10 * REPEATS):
+        start = time.perf_counter()
+        score(NUM_CANDIDATES)
+        walls.append(time.perf_counter() - start)
+    two_threads = min(walls)
+    torch.set_num_threads(1)
+    return {
+        "head": head,
+        "features": features,
+        "dim": dim,
+        "hidden": hidden,
+        "pairs_per_second": NUM_PASSAGES / taken,
+        "share_of_limit": limit / taken,
+        "candidates_ms_one_thread": one_thread * 1e3,
+        "candidates_ms_two_threads_wall": two_threads * 1e3,
     }
-    base = times["reference, float32"]
-    result = {
-        name: {"pairs_per_second": NUM_PASSAGES / value, "ratio_to_reference": base / value}
+
+
+def main() -> None:
+    """Measure, print tables, write the JSON."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    times, dim = default_head(rng)
+    base, limit = times["reference, float32"], times["bare products (limit)"]
+    rows = {
+        name: {
+            "pairs_per_second": NUM_PASSAGES / value,
+            "ratio_to_reference": base / value,
+            "share_of_limit": limit / value,
+        }
         for name, value in times.items()
     }
-    for name, row in result.items():
-        print(f"{name:28} {row['pairs_per_second']:12,.0f} pairs/s   {row['ratio_to_reference']:5.2f} x")
-    RESULT.write_text(json.dumps({"num_passages": NUM_PASSAGES, "dim": dim, "rows": result}, indent=2) + "\n")
+    for name, row in rows.items():
+        speed = f"{row['pairs_per_second']:10,.0f} pairs/s {row['ratio_to_reference']:5.2f} x"
+        print(f"{name:38} {speed} {row['share_of_limit']:5.0%} of the limit")
+    heads = [cost(rng, head, features, dim, hidden) for head, features, dim, hidden in HEADS]
+    print(f"\n{'head':9}{'features':11}{'dim x hidden':14}{'pairs/s':>9} {'of limit':>9}   1,000: 1 thread, 2 threads")
+    for row in heads:
+        name = f"{row['head']:9}{row['features']:11}{row['dim']} x {row['hidden']:<8}"
+        latency = f"{row['candidates_ms_one_thread']:6.2f} ms {row['candidates_ms_two_threads_wall']:6.2f} ms"
+        print(f"{name}{row['pairs_per_second']:9,.0f} {row['share_of_limit']:9.0%} {latency:>24}")
+    result = {"num_passages": NUM_PASSAGES, "dim": dim, "rows": rows, "heads": heads}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.core.variants import VARIANTS
 from d2llm.models.interaction import TASKS, CosineHead, make_head
 from d2llm.models.pooling import TextPooling
+from d2llm.models.scorer import QueryScorer
 from d2llm.models.student import Student
 from d2llm.pipeline.cosine import AnchorStudent, CosineStudent, untuned_config
 from fake_models import FakeStudent
@@ -70,7 +71,8 @@ def test_the_head_by_hand():
         torch.testing.assert_close(found.logits, 20 * cosines)
         assert found.features is None
         assert torch.equal(found.anchor, found.logits)
-        torch.testing.assert_close(head.score_passages(queries[1], passages, task), 20 * cosines[1])
+        searched = QueryScorer(head, None, queries[1], task, 2)(passages)
+        torch.testing.assert_close(torch.from_numpy(searched), 20 * cosines[1])
         torch.testing.assert_close(head.anchor_queries(queries, task) @ passages.T, 20 * cosines)
     with torch.no_grad():
         head.log_scale.fill_(np.log(7))

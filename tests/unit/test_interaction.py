@@ -9,6 +9,7 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.models.interaction import TASKS, Interaction
+from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.scoring import Linear, anchor_logit, anchored_logit, multilayer_perceptron, pair_features
 from tiny_models import randomise
 
@@ -30,6 +31,13 @@ def make(head="anchored", features="rich", *, trained=True, **settings) -> Inter
     if trained:
         randomise(module)
     return module
+
+
+def search_scores(module: Interaction, query, passages, task) -> np.ndarray:
+    """As a search scores, but in float64."""
+    with torch.inference_mode():
+        weights = HeadWeights(module, task, torch.float64)
+    return QueryScorer(module, weights, query, task, 3)(passages)
 
 
 def vectors(num, seed):
@@ -80,8 +88,8 @@ def test_split_equals_unsplit(head, features, branches, task):
         expected_features, anchor, logits = reference(module, query.expand(4, -1), passages, task)
         np.testing.assert_allclose(scores.features[i].detach(), expected_features.detach(), rtol=0, atol=1e-12)
         np.testing.assert_allclose(scores.logits[i].detach(), logits.detach(), rtol=0, atol=1e-12)
-        searched = module.score_passages(query, passages, task)
-        np.testing.assert_allclose(searched.detach(), logits.detach(), rtol=0, atol=1e-12)
+        searched = search_scores(module, query, passages, task)
+        np.testing.assert_allclose(searched, logits.detach(), rtol=0, atol=1e-12)
         if anchor is None:
             assert scores.anchor is None
         else:
@@ -139,7 +147,8 @@ def test_gates_narrow_the_bound_of_each_pair(task):
     expected = ungated.anchor + (ungated.logits - ungated.anchor) * gates
     torch.testing.assert_close(gated.logits, expected, rtol=0, atol=1e-12)
     for row, query in enumerate(queries):
-        torch.testing.assert_close(module.score_passages(query, passages, task), expected[row], rtol=0, atol=1e-12)
+        searched = search_scores(module, query, passages, task)
+        np.testing.assert_allclose(searched, expected[row].detach(), rtol=0, atol=1e-12)
     reach = module.query_reach(queries, task)[:, None] * module.passage_reach(passages)
     torch.testing.assert_close(reach, module.bound(task) * gates, rtol=0, atol=1e-12)
     assert bool(((gated.logits - gated.anchor).abs() <= reach).all())
@@ -189,7 +198,8 @@ def test_weight_zero_leaves_the_anchor_alone(task):
     module.residual_weight(task).fill_(0.0)
     scores = module(queries, passages, task)
     assert torch.equal(scores.logits, scores.anchor)
-    torch.testing.assert_close(module.score_passages(queries[0], passages, task), scores.anchor[0])
+    searched = search_scores(module, queries[0], passages, task)
+    np.testing.assert_allclose(searched, scores.anchor[0].detach(), rtol=0, atol=1e-12)
     untouched = module(queries, passages, other)
     assert not torch.equal(untouched.logits, untouched.anchor)
 

@@ -2,12 +2,13 @@
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.2. The first layer is linear in what it sees of the query and of the
 passage, so each half is computed once: W [a; b] = W_q a + W_p b, and with rich features the product part joins the
-passage half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product a query.
+passage half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product a query (``models.scorer``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
-from d2llm.ops.scoring import anchored_logit
+from d2llm.ops.scoring import Linear, anchored_logit
 
 TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
+_LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}
 _OPEN = 3.0  # sigmoid(3) = 0.95
 _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature 0.05 of contrastive training
 
@@ -36,6 +38,23 @@ class PairScores:
     logits: Float[Tensor, "queries passages"]
     anchor: Float[Tensor, "queries passages"] | None
     features: Float[Tensor, "queries passages feature_dim"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLayers:
+    """An interaction's weights in one task: of the first layer the columns that see a, b, a * b and |a - b|.
+
+    After the first layer and each of ``inner`` comes a ReLU; then the logit is ``last`` times that, plus ``constant``.
+    """
+
+    query: Float[Tensor, "hidden dim"]
+    passage: Float[Tensor, "hidden dim"]
+    bias: Float[Tensor, " hidden"]
+    inner: tuple[Linear, ...]
+    last: Float[Tensor, " hidden"]
+    constant: Float[Tensor, ""]
+    product: Float[Tensor, "hidden dim"] | None = None
+    difference: Float[Tensor, "hidden dim"] | None = None
 
 
 class _Anchor(nn.Module):
@@ -112,12 +131,12 @@ class Interaction(nn.Module):
     def query_reach(self, queries: Float[Tensor, "*queries dim"], task: Task) -> Float[Tensor, "*queries"]:
         """The query's part of the bound of a pair, r B r_q(a)."""
         gate = torch.ones_like(queries[..., 0]) if self.query_gate is None else _gate(self.query_gate, queries)
-        return self.bound(task) * _at_least_float32(gate)
+        return self.bound(task) * at_least_float32(gate)
 
     def passage_reach(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages"]:
         """The passage's part of the bound of a pair, r_p(b); 1 without gates."""
         gate = torch.ones_like(passages[..., 0]) if self.passage_gate is None else _gate(self.passage_gate, passages)
-        return _at_least_float32(gate)
+        return at_least_float32(gate)
 
     def residual_weight(self, task: Task) -> Tensor:
         """The weight r of the interaction in one task."""
@@ -149,8 +168,8 @@ class Interaction(nn.Module):
         anchor = None
         if self.anchors is not None:
             with torch.autocast(queries.device.type, enabled=False):
-                asked = self.anchor_queries(_at_least_float32(queries), task)
-                anchor = (_at_least_float32(passages) @ asked.unsqueeze(2)).squeeze(2)
+                asked = self.anchor_queries(at_least_float32(queries), task)
+                anchor = (at_least_float32(passages) @ asked.unsqueeze(2)).squeeze(2)
         return self._score(queries.unsqueeze(1), passages, anchor, task)
 
     def score_anchors(
@@ -173,34 +192,37 @@ class Interaction(nn.Module):
         if "|a - b|" in self._places:
             hidden = hidden + (queries - passages).abs() @ self._part("|a - b|").T
         features = self._after_first(hidden, task)
-        logits = _at_least_float32(self.output(self.dropout(features)).squeeze(-1))
+        logits = at_least_float32(self.output(self.dropout(features)).squeeze(-1))
         if anchor is None:
             return PairScores(logits, None, features)
         reach = self.query_reach(queries, task) * self.passage_reach(passages)
         return PairScores(anchored_logit(anchor, logits, reach), anchor, features)
 
-    def score_passages(
-        self, query: Float[Tensor, " dim"], passages: Float[Tensor, "passages dim"], task: Task
-    ) -> Float[Tensor, " passages"]:
-        """Logits of one query against a block of passages: the search path, one or two products a passage."""
-        weight = self._part("b")
-        if "a * b" in self._places:
-            weight = weight + self._part("a * b") * query
-        hidden = self._query_half(query) + passages @ weight.T
-        if "|a - b|" in self._places:
-            hidden = hidden + (query - passages).abs() @ self._part("|a - b|").T
-        logits = _at_least_float32(self.output(self._after_first(hidden, task)).squeeze(-1))
-        if self.anchors is None:
-            return logits
-        reach = self.query_reach(query, task) * self.passage_reach(passages)
-        return anchored_logit(self._anchor_logits(query[None], passages, task)[0], logits, reach)
+    def split_layers(self, task: Task) -> SplitLayers:
+        """The weights as a search uses them (``models.scorer``), without dropout.
+
+        No ReLU follows a branch's last layer, so for the logit alone it and the output layer are one vector.
+        """
+        hidden, features = self._branch_layers(task)
+        output = self.output.weight[0]
+        return SplitLayers(
+            **{_LAYER_NAMES[name]: self._part(name) for name in self._places},
+            bias=self.first.bias,
+            inner=tuple(Linear(layer.weight, layer.bias) for layer in (self.shared, hidden)),
+            last=output @ features.weight,
+            constant=output @ features.bias + self.output.bias[0],
+        )
+
+    def _branch_layers(self, task: Task) -> tuple[nn.Linear, nn.Linear]:
+        hidden, _, features = cast(nn.Sequential, self.branches[self._branch(task)])
+        return cast(nn.Linear, hidden), cast(nn.Linear, features)
 
     def _anchor_logits(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> Float[Tensor, "queries passages"]:
         # In full precision whatever the autocast around: this is the score that an index follows.
         with torch.autocast(queries.device.type, enabled=False):
-            return self.anchor_queries(_at_least_float32(queries), task) @ _at_least_float32(passages).T
+            return self.anchor_queries(at_least_float32(queries), task) @ at_least_float32(passages).T
 
     def _part(self, name: str) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer that see a, b, a * b or |a - b|."""
@@ -244,14 +266,8 @@ class CosineHead(nn.Module):
     ) -> PairScores:
         """Score every query against every passage."""
         with torch.autocast(queries.device.type, enabled=False):
-            logits = self.anchor_queries(_at_least_float32(queries), task) @ _at_least_float32(passages).T
+            logits = self.anchor_queries(at_least_float32(queries), task) @ at_least_float32(passages).T
         return PairScores(logits, logits, None)
-
-    def score_passages(
-        self, query: Float[Tensor, " dim"], passages: Float[Tensor, "passages dim"], task: Task
-    ) -> Float[Tensor, " passages"]:
-        """Logits of one query against a block of passages."""
-        return self(query[None], passages, task).logits[0]
 
 
 def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
@@ -270,8 +286,9 @@ def _open_gate(dim: int) -> nn.Linear:
 def _gate(gate: nn.Linear, vectors: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
     # In full precision whatever the autocast around: it is part of a bound that must hold.
     with torch.autocast(vectors.device.type, enabled=False):
-        return torch.sigmoid(gate(_at_least_float32(vectors)).squeeze(-1))
+        return torch.sigmoid(gate(at_least_float32(vectors)).squeeze(-1))
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The same values in float32, or as they are where they are wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

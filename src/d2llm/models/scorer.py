@@ -1,0 +1,185 @@
+"""One query against many passages by the interaction (IEM): what a search calls.
+
+What depends on the weights alone is folded and cast once for each state of the weights, what depends on the query once
+a query. Of a passage it then takes one product with [b; |a - b|] (with b alone where the features have no difference)
+and one for each inner layer, in the number format that the machine multiplies fastest, in blocks whose activations stay
+in the cache. The anchor, the bound and the last layer's sum are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from d2llm.core.types import Task
+from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
+from d2llm.ops.scoring import Linear, anchored_logit
+
+_MKLDNN: Any = torch.ops.mkldnn
+_ROWS = 32  # a block is filled up to a multiple: products of very few rows are summed in another order
+
+
+class HeadWeights:
+    """An interaction's weights in one task, folded and cast for scoring; ``is_of`` says if they are up to date."""
+
+    def __init__(self, head: Interaction, task: Task, dtype: torch.dtype) -> None:
+        layers = head.split_layers(task)
+        self.query = Linear(layers.query, layers.bias)
+        self.passage = layers.passage
+        self.product = layers.product
+        self.difference = None if layers.difference is None else layers.difference.to(dtype)
+        self.inner = [_ReluLayer(layer.weight.to(dtype), _cast(layer.bias, dtype)) for layer in layers.inner]
+        self.last, self.constant = layers.last, layers.constant
+        self.dtype = dtype
+        self._state = _state(head)
+
+    def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
+        """Whether the head's weights are still those that were folded, and the number format that one."""
+        return dtype == self.dtype and self._state == _state(head)
+
+
+class _ReluLayer:
+    """relu(W x + b), in bfloat16 on a CPU by oneDNN's fused operation with W reordered once.
+
+    Plain torch gives the same values, but reorders W in each call and passes over the result again, a tenth more time.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self._weight, self._bias = weight, bias
+        self._packed: Tensor | None = None
+        # What torch's own compiler puts here. It is not part of the public interface, so it is looked for first.
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and hasattr(_MKLDNN, "_linear_pointwise"):
+            self._packed = _MKLDNN._reorder_linear_weight(weight, None)
+
+    def __call__(self, seen: Tensor) -> Tensor:
+        if self._packed is None:
+            return nn.functional.linear(seen, self._weight, self._bias).relu_()
+        return _MKLDNN._linear_pointwise(seen, self._packed, self._bias, "relu", [], "")
+
+
+class QueryScorer:
+    """The full score of one query with any passages, by their vectors.
+
+    ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 where the anchor is the whole score. ``block`` is
+    how many passages are scored at a time.
+    """
+
+    def __init__(
+        self,
+        head: Interaction | CosineHead,
+        weights: HeadWeights | None,
+        query: Float[Tensor, " dim"],
+        task: Task,
+        block: int,
+    ) -> None:
+        self._head = head
+        self._weights = weights
+        self._query = query
+        self._block = block
+        with torch.inference_mode():
+            self._anchor = head.anchor_queries(query[None], task) if head.has_anchor else None
+            self.reach = 0.0
+            if isinstance(head, Interaction) and head.has_anchor:
+                self.reach = head.query_reach(query, task).item()
+            self._first = _first_layer(weights, query) if weights and (self.reach or self._anchor is None) else None
+
+    @property
+    def anchor_query(self) -> Float[np.ndarray, " dim"] | None:
+        """Its inner product with a passage's vector is the anchor logit; None for head ``paper``."""
+        return None if self._anchor is None else self._anchor[0].cpu().numpy()
+
+    def __call__(
+        self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
+    ) -> Float[np.ndarray, " passages"]:
+        """Final logits of the query with passages: arrays, or tensors of any float format (bfloat16 is fastest)."""
+        return self._by_block(passages, self._logits)
+
+    def change(
+        self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
+    ) -> Float[np.ndarray, " passages"]:
+        """tanh(g) in [-1, 1], with which logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``)."""
+        return self._by_block(passages, self._change)
+
+    def _by_block(
+        self,
+        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
+        work: Callable[[Tensor, _Buffers | None], Tensor],
+    ) -> Float[np.ndarray, " passages"]:
+        vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
+        device = self._query.device
+        with torch.inference_mode():
+            buffers = None
+            if self._weights is not None and self._first is not None:
+                buffers = _Buffers(self._weights, self._first, min(self._block, len(vectors)), device)
+            return torch.cat([work(block.to(device), buffers).cpu() for block in vectors.split(self._block)]).numpy()
+
+    def _logits(self, block: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+        if self._anchor is None:
+            return self._interaction(block, buffers)
+        wide = at_least_float32(block)
+        anchors = (self._anchor @ wide.T)[0]
+        if not self.reach:
+            return anchors
+        assert isinstance(self._head, Interaction)
+        return anchored_logit(anchors, self._interaction(block, buffers), self.reach * self._head.passage_reach(wide))
+
+    def _change(self, block: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+        if not self.reach:
+            return torch.zeros(len(block))
+        return torch.tanh(self._interaction(block, buffers)).clamp(-1, 1)
+
+    def _interaction(
+        self, block: Float[Tensor, "passages dim"], buffers: _Buffers | None
+    ) -> Float[Tensor, " passages"]:
+        """What the IEM alone says, g."""
+        weights, first = self._weights, self._first
+        assert weights is not None
+        assert first is not None
+        assert buffers is not None
+        num, dim = block.shape
+        rows = _filled_up(num)
+        seen = buffers.seen[:rows]
+        seen[:num, :dim] = block
+        if weights.difference is not None:
+            seen[:num, dim:] = torch.sub(block, self._query).abs_()
+        seen = nn.functional.linear(seen, first.weight, first.bias).relu_()
+        for layer in weights.inner:
+            seen = layer(seen)
+        return torch.mv(buffers.wide[:rows].copy_(seen), weights.last)[:num] + weights.constant
+
+
+class _Buffers:
+    """Memory that the blocks of one call share: new pages for each cost a tenth of the time."""
+
+    def __init__(self, weights: HeadWeights, first: Linear, num: int, device: torch.device) -> None:
+        rows = _filled_up(num)
+        self.seen = torch.zeros(rows, first.weight.shape[1], dtype=weights.dtype, device=device)
+        self.wide = torch.empty(rows, len(weights.last), dtype=weights.last.dtype, device=device)
+
+
+def _filled_up(num: int) -> int:
+    return -(-num // _ROWS) * _ROWS
+
+
+def _first_layer(weights: HeadWeights, query: Float[Tensor, " dim"]) -> Linear:
+    """The first layer as one query leaves it: of b, or of [b; |a - b|]; the query's own half is its bias."""
+    passage = weights.passage if weights.product is None else torch.addcmul(weights.passage, weights.product, query)
+    parts = [passage.to(weights.dtype), *([] if weights.difference is None else [weights.difference])]
+    return Linear(torch.cat(parts, dim=1), _cast(nn.functional.linear(query, *weights.query), weights.dtype))
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert bias is not None
+    return bias.to(dtype)
+
+
+def _state(head: Interaction) -> list[tuple[int, int]]:
+    """What changes with any weight: where it lies, and how often it was written to."""
+    weights = [*head.parameters(), *head.buffers()]
+    # Tensors made in inference mode count no writes; they cannot be trained either.
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]  # pyright: ignore[reportPrivateUsage]

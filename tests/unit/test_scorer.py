@@ -1,0 +1,218 @@
+"""The fast scoring of one query against many passages, against the formula written out in numpy float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.recipe import InteractionConfig
+from d2llm.models import scorer
+from d2llm.models.interaction import TASKS, CosineHead, Interaction
+from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.models.student import Student
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+DIM, HIDDEN = 24, 40
+FEATURES = ("concat", "product", "difference", "rich")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def make(head="anchored", features="rich", **settings) -> Interaction:
+    torch.manual_seed(0)
+    config = InteractionConfig(head=head, features=features, hidden_dim=HIDDEN, feature_dim=16, **settings)
+    module = Interaction(config, DIM).eval()
+    randomise(module, scale=0.2)
+    return module
+
+
+def vectors(num, seed):
+    return np.random.default_rng(seed).standard_normal((num, DIM)).astype(np.float32)
+
+
+def prepare(module, query, *, task="symmetric", dtype=torch.float32, block=64) -> QueryScorer:
+    with torch.inference_mode():
+        weights = HeadWeights(module, task, dtype)
+    return QueryScorer(module, weights, torch.from_numpy(query), task, block)
+
+
+def by_numpy(module: Interaction, a, passages, task):
+    """The published form, pair by pair: nothing split, nothing folded."""
+    weights = {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
+    features = module.config.features
+
+    def layer(name, x):
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    scores = []
+    a = a.astype(np.float64)
+    for b in passages.astype(np.float64):
+        seen = [a, b]
+        if features in ("product", "rich"):
+            seen.append(a * b)
+        if features in ("difference", "rich"):
+            seen.append(abs(a - b))
+        hidden = np.maximum(layer("first", np.concatenate(seen)), 0)
+        hidden = np.maximum(layer("shared", hidden), 0)
+        hidden = np.maximum(layer(f"branches.{task}.0", hidden), 0)
+        g = layer("output", layer(f"branches.{task}.2", hidden))[0]
+        if not module.has_anchor:
+            scores.append(g)
+            continue
+        maps = [weights[f"anchors.{task}.{name}_map"] for name in ("query", "passage")]
+        anchor = np.exp(weights[f"anchors.{task}.log_scale"]) * (maps[0] @ a) @ (maps[1] @ b) / DIM
+        bound = weights[f"residual_{task}"] * module.config.max_bound / (1 + np.exp(-weights["raw_bound"]))
+        if module.config.gates:
+            for gate, vector in (("query_gate", a), ("passage_gate", b)):
+                bound = bound / (1 + np.exp(-layer(gate, vector)[0]))
+        scores.append(anchor + bound * np.tanh(g))
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(("head", "gates"), [("paper", False), ("anchored", False), ("anchored", True)])
+def test_equals_the_formula(head, gates, features, dtype):
+    module, (query,), passages = make(head, features, gates=gates), vectors(1, 1), vectors(37, 2)
+    for task in TASKS:
+        expected = by_numpy(module, query, passages, task)
+        found = prepare(module, query, task=task, dtype=dtype)(passages)
+        assert found.dtype == np.float32
+        # Of the largest score; in bfloat16 only the interaction is rounded, which changes a score by 4 at most.
+        largest = max(1, abs(expected).max()) if head == "paper" or dtype == torch.float32 else 4
+        tolerance = TOLERANCE[dtype] * largest
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+        if head == "anchored":  # and the interaction takes part: more than the tolerance
+            anchors = passages @ prepare(module, query, task=task).anchor_query
+            assert abs(found - anchors).max() > 5 * tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_bfloat16_is_scored_as_it_is(dtype):
+    module, (query,) = make(), vectors(1, 1)
+    stored = torch.from_numpy(vectors(50, 2)).bfloat16()
+    score = prepare(module, query, dtype=dtype)
+    np.testing.assert_allclose(score(stored), score(stored.float().numpy()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_blocks_and_threads_do_not_matter(dtype, num_threads, monkeypatch):
+    module, (query,), passages = make(gates=True), vectors(1, 1), vectors(203, 2)
+    module = module.eval()
+    before = torch.get_num_threads()
+    expected = prepare(module, query, dtype=dtype, block=512)(passages)
+    order = np.random.default_rng(3).permutation(203)
+    torch.set_num_threads(num_threads)
+    try:
+        found = [prepare(module, query, dtype=dtype, block=block)(passages) for block in (1, 7, 32, 100, 512)]
+        shuffled = prepare(module, query, dtype=dtype, block=50)(passages[order])
+    finally:
+        torch.set_num_threads(before)
+    for scores in found:
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+        assert (np.argsort(-scores, kind="stable") == np.argsort(-expected, kind="stable")).all()
+    np.testing.assert_allclose(shuffled, expected[order], rtol=0, atol=1e-5)
+
+
+def test_the_change_is_what_the_interaction_adds():
+    module, (query,), passages = make(gates=True, max_bound=3.0), vectors(1, 1), vectors(60, 2)
+    module.residual_weight("asymmetric").fill_(0.5)
+    score = prepare(module, query, task="asymmetric")
+    change = score.change(passages)
+    assert change.min() >= -1
+    assert change.max() <= 1
+    assert np.ptp(change) > 0.1
+    with torch.inference_mode():
+        reach = module.passage_reach(torch.from_numpy(passages)).numpy()
+        assert score.reach == pytest.approx(module.query_reach(torch.from_numpy(query), "asymmetric").item())
+    np.testing.assert_allclose(passages @ score.anchor_query + score.reach * reach * change, score(passages), atol=1e-5)
+
+
+def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
+    module, (query,), passages = make(), vectors(1, 1), vectors(9, 2)
+    module.residual_weight("symmetric").fill_(0.0)
+    monkeypatch.setattr(QueryScorer, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
+    score = prepare(module, query)
+    assert score.reach == 0
+    np.testing.assert_allclose(score(passages), passages @ score.anchor_query, rtol=0, atol=1e-5)
+    assert (score.change(passages) == 0).all()
+
+
+def test_the_cosine_head_is_its_anchor():
+    head, (query,), passages = CosineHead(DIM), vectors(1, 1), vectors(9, 2)
+    score = QueryScorer(head, None, torch.from_numpy(query), "symmetric", 4)
+    np.testing.assert_allclose(score(passages), 20 * passages @ query / DIM, rtol=0, atol=1e-5)
+    assert score.reach == 0
+
+
+def test_without_onednns_fused_layer_the_scores_are_the_same(monkeypatch):
+    module, (query,), passages = make(), vectors(1, 1), vectors(70, 2)
+    fused = prepare(module, query, dtype=torch.bfloat16)(passages)
+    monkeypatch.setattr(scorer, "_MKLDNN", None)
+    np.testing.assert_allclose(prepare(module, query, dtype=torch.bfloat16)(passages), fused, rtol=0, atol=1e-3)
+
+
+def test_the_paper_heads_scores_are_finer_than_bfloat16():
+    """The last sum is float32: with bfloat16's eight bits a thousand passages would share a few hundred scores."""
+    module, (query,), passages = make("paper"), vectors(1, 1), vectors(1000, 2)
+    scores = prepare(module, query, dtype=torch.bfloat16)(passages)
+    assert len(set(scores.tolist())) > 990
+
+
+def test_nothing_to_score():
+    module, (query,) = make(), vectors(1, 1)
+    assert prepare(module, query)(vectors(0, 2)).shape == (0,)
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
+    student = Student.create(tiny_student_config(folder), device="cpu", dtype="float32")
+    student.prepare_training()
+    randomise(student, scale=0.05)
+    return student.eval()
+
+
+def full(student, queries, passages, task):
+    """By the network as training runs it."""
+    with torch.inference_mode():
+        return student.interaction(torch.from_numpy(queries), torch.from_numpy(passages), task).logits.numpy()
+
+
+def test_prepared_once_scored_often(student):
+    queries, passages = student.encode_queries(TEXTS[:3]).vectors, student.encode_passages(TEXTS).vectors
+    for task in TASKS:
+        expected = full(student, queries, passages, task)
+        prepared = student.prepare(queries[1], task)
+        np.testing.assert_allclose(prepared(passages), expected[1], rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(prepared(passages), student.score(queries[1], passages, task))
+        np.testing.assert_allclose(student.score_many(queries, passages, task), expected, rtol=0, atol=1e-4)
+        assert student.score_many(queries[:0], passages, task).shape == (0, len(TEXTS))
+
+
+@pytest.mark.parametrize("change", ["optimizer", "fill", "load"])
+def test_changed_weights_are_noticed(student, change):
+    queries, passages = student.encode_queries(TEXTS[:1]).vectors, student.encode_passages(TEXTS).vectors
+    before = student.score(queries[0], passages, "symmetric")
+    head = student.interaction
+    if change == "optimizer":
+        head.shared.weight.grad = torch.ones_like(head.shared.weight)
+        torch.optim.AdamW([head.shared.weight], lr=0.1).step()
+        head.shared.weight.grad = None
+    elif change == "fill":
+        with torch.no_grad():
+            head.output.weight.mul_(3)
+    else:
+        head.load_state_dict({name: tensor * 1.1 for name, tensor in head.state_dict().items()})
+    after = student.score(queries[0], passages, "symmetric")
+    assert abs(after - before).max() > 1e-3
+    np.testing.assert_allclose(after, full(student, queries, passages, "symmetric")[0], rtol=0, atol=1e-4)
+
+
+def test_the_reach_of_passages(student):
+    passages = student.encode_passages(TEXTS).vectors
+    assert (student.passage_reach(passages) == 1).all()  # no gates
