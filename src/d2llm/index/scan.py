@@ -1,0 +1,185 @@
+"""Exact inner products of a query with all stored rows: the best of them, where they lie.
+
+FAISS scans the rows without a copy: an empty index of the right type is pointed at them, memory-mapped or not. Its
+float32 sums are good enough to propose, not to decide: their last bits depend on the processor and on how the rows are
+blocked. So some more rows than asked for are taken, their products are summed again in float64, in one fixed way, and
+the search is widened until no row left out can belong to the best, by a bound of the float32 error. Ranking and scores
+thus depend neither on FAISS nor on its threads; without FAISS the same answer comes from numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.index.vectors import VectorFormat
+from d2llm.ops.selection import top_rows
+
+IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
+"""The ids of some rows, in their order."""
+
+_FLOAT32_ERROR = 2.0**-24
+_SPARE_ROWS = 32  # taken beyond top_k (or an eighth of it), so that one pass is nearly always enough
+_WIDEN = 4
+_BLOCK_ROWS = 2_048  # rows that numpy widens at a time: they stay in the cache
+_GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot leave rows out
+
+
+class RowScan:
+    """The scan over rows ``codes`` [capacity, code_size], C-contiguous, mapped or in memory; they are not copied."""
+
+    def __init__(
+        self,
+        codes: NDArray[np.uint8],
+        vector_format: VectorFormat,
+        *,
+        path: Path | None = None,
+        use_faiss: bool = True,
+    ) -> None:
+        del path  # rows are scanned where they lie, so their file need not be known
+        self._codes = codes
+        self._format = vector_format
+        self._faiss: Any = _import_faiss() if use_faiss else None
+        self._index = self._index_over(codes)
+
+    def search(
+        self,
+        query: NDArray[np.float32],
+        top_k: int,
+        mask: NDArray[np.bool_] | None = None,
+        *,
+        ids_of: IdsOf,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The rows with the highest inner products, best first; equal products in the order of their ids.
+
+        Args:
+            query: [dim].
+            top_k: how many, at least 1.
+            mask: [capacity], the rows that may be returned; None means all.
+            ids_of: the ids of some rows; asked only for rows whose product is not unique among the best.
+
+        Returns:
+            Rows int64 [k] and their products float32 [k]; k is ``top_k``, or the number of allowed rows if less.
+
+        Raises:
+            InputError: ``top_k`` < 1, or the query is of another width or not finite.
+        """
+        if query.shape != (self._format.dim,) or not np.isfinite(query).all():
+            raise InputError(f"the query vector must be {self._format.dim} finite numbers, not {query.shape}")
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        query = np.ascontiguousarray(query, np.float32)
+        num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
+        if num_allowed == 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        take = top_k + max(_SPARE_ROWS, top_k // 8)
+        while True:
+            rows, lowest = self._propose(query, min(take, num_allowed), mask)
+            scores = self.products(query, rows)
+            if take >= num_allowed:
+                break
+            border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+            if lowest + self._error(query) < border:
+                break
+            take *= _WIDEN
+        best = top_rows(scores, top_k, lambda places: ids_of(rows[places]))
+        return rows[best], scores[best]
+
+    def products(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Inner products of a query [dim] with some rows: float64 sums, each in the same order, as float32."""
+        turned = self._format.turn(query)
+        scores = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            levels = self._format.levels(self._codes[rows[start : start + _BLOCK_ROWS]])
+            # Not a matrix product: BLAS sums a row in an order that depends on how many rows there are.
+            scores[start : start + len(levels)] = np.einsum("ij,j->i", levels.astype(np.float64), turned)
+        return scores
+
+    def _error(self, query: NDArray[np.float32]) -> float:
+        """How far a proposing product may be from the final one (Higham, "Accuracy and Stability", section 3.1).
+
+        n float32 products summed in any order are off by at most n 2^-24 |query| |row|, to first order; the rest pays
+        for rounding query and levels, and the final score.
+        """
+        norm = float(np.linalg.norm(query.astype(np.float64)))
+        return (2 * self._format.dim + 64) * _FLOAT32_ERROR * norm * self._largest_norm
+
+    @cached_property
+    def _largest_norm(self) -> float:
+        return self._format.largest_norm(self._codes)
+
+    def _propose(
+        self, query: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], float]:
+        """``take`` rows with the highest products by float32, in any order, and the lowest of these products."""
+        if self._index is None:
+            return self._propose_with_numpy(query, take, mask)
+        faiss_query = self._format.faiss_query(query)
+        if mask is None:
+            scores, rows = self._index.search(faiss_query, take)
+        elif self._format.selects:
+            allowed = self._faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
+            parameters = self._faiss.SearchParameters(sel=allowed)
+            scores, rows = self._index.search(faiss_query, take, params=parameters)
+        else:
+            return self._propose_gathered(faiss_query, take, np.flatnonzero(mask))
+        return rows[0], float(scores[0, -1])
+
+    def _propose_gathered(
+        self, faiss_query: NDArray[np.float32], take: int, allowed: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], float]:
+        rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        for start in range(0, len(allowed), _GATHER_ROWS):
+            part = allowed[start : start + _GATHER_ROWS]
+            whole = part[-1] - part[0] + 1 == len(part)
+            codes = self._codes[part[0] : part[-1] + 1] if whole else self._codes[part]
+            part_scores, places = self._index_over(codes).search(faiss_query, min(take, len(part)))
+            rows, scores = np.concatenate((rows, part[places[0]])), np.concatenate((scores, part_scores[0]))
+            if len(scores) > take:
+                best = np.argpartition(scores, len(scores) - take)[len(scores) - take :]
+                rows, scores = rows[best], scores[best]
+        return rows, float(scores.min())
+
+    def _propose_with_numpy(
+        self, query: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], float]:
+        turned = self._format.turn(query).astype(np.float32)
+        scores = np.empty(len(self._codes), np.float32)
+        for start in range(0, len(scores), _BLOCK_ROWS):
+            end = start + _BLOCK_ROWS
+            scores[start:end] = self._format.levels(np.asarray(self._codes[start:end])) @ turned
+        if mask is not None:
+            scores[~mask] = -np.inf
+        rows = np.argpartition(scores, len(scores) - take)[len(scores) - take :]
+        return rows, float(scores[rows].min())
+
+    def _index_over(self, codes: NDArray[np.uint8]) -> Any:
+        """A FAISS index whose codes are this array itself, which must outlive it; None where FAISS cannot."""
+        if self._faiss is None:
+            return None
+        try:
+            index = self._format.empty_faiss_index(self._faiss)
+            view = index.codes
+            pointer = self._faiss.swig_ptr(codes.reshape(-1))
+            # What MaybeOwnedVector::create_view does, which is out of reach from Python (it wants a shared_ptr).
+            view.is_owned = False
+            view.view_data = view.c_ptr = pointer
+            view.view_size = view.c_size = codes.size
+            index.ntotal = len(codes)
+        except AttributeError:  # FAISS before this type, or before such views
+            return None
+        return index
+
+
+def _import_faiss() -> Any:
+    try:
+        return importlib.import_module("faiss")
+    except ImportError:
+        return None

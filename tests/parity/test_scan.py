@@ -1,0 +1,97 @@
+"""The scan in FAISS and the one in numpy give the same rows and the same scores, to the last bit."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from d2llm.index.scan import RowScan
+from d2llm.index.vectors import FORMATS, make_format
+
+faiss = pytest.importorskip("faiss")
+
+
+def names(rows):
+    return [str(row) for row in rows.tolist()]
+
+
+def some_codes(name, num, dim):
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((num, dim))
+    vectors *= np.sqrt(dim) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[num // 2 :: 7] = vectors[0]  # ties
+    kind = make_format(name, dim)
+    return kind, kind.encode(vectors.astype(np.float32), [""] * num), rng
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dim", [20, 384])
+def test_the_empty_faiss_index_reads_our_rows(name, dim):
+    kind, codes, rng = some_codes(name, 500, dim)
+    index = kind.empty_faiss_index(faiss)
+    assert index.sa_code_size() == kind.code_size
+    index.add_sa_codes(codes)
+    query = rng.standard_normal(dim).astype(np.float32)
+    scores, rows = index.search(kind.faiss_query(query), 500)
+    expected = kind.decode(codes).astype(np.float64) @ query
+    assert sorted(rows[0].tolist()) == list(range(500))
+    np.testing.assert_allclose(scores[0], expected[rows[0]], atol=1e-5 * dim)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dim", [20, 384])
+@pytest.mark.parametrize("top_k", [1, 10, 1000])
+def test_faiss_and_numpy_agree(name, dim, top_k):
+    kind, codes, rng = some_codes(name, 5000, dim)
+    fast, plain = RowScan(codes, kind), RowScan(codes, kind, use_faiss=False)
+    assert fast._index is not None
+    assert plain._index is None
+    for share in (None, 0.01, 0.6):
+        query = rng.standard_normal(dim).astype(np.float32)
+        mask = None if share is None else rng.random(5000) < share
+        results = [scan.search(query, top_k, mask, ids_of=names) for scan in (fast, plain)]
+        np.testing.assert_array_equal(results[0][0], results[1][0])
+        np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_error_of_faiss_is_within_the_bound(name):
+    kind, codes, rng = some_codes(name, 5000, 384)
+    scan = RowScan(codes, kind)
+    for scale in (0.01, 1, 100):
+        query = (scale * rng.standard_normal(384)).astype(np.float32)
+        scores, rows = scan._index.search(kind.faiss_query(query), 5000)
+        exact = scan.products(query, rows[0])
+        assert np.abs(scores[0] - exact).max() < scan._error(query)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_threads_of_faiss_change_nothing(name):
+    kind, codes, rng = some_codes(name, 20_000, 64)
+    scan = RowScan(codes, kind)
+    query = rng.standard_normal(64).astype(np.float32)
+    before = faiss.omp_get_max_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            faiss.omp_set_num_threads(threads)
+            results.append(scan.search(query, 300, ids_of=names))
+    finally:
+        faiss.omp_set_num_threads(before)
+    for rows, scores in results[1:]:
+        np.testing.assert_array_equal(rows, results[0][0])
+        np.testing.assert_array_equal(scores, results[0][1])
+
+
+def test_without_faiss_or_the_type_in_it_numpy_answers(monkeypatch):
+    kind, codes, rng = some_codes("bfloat16", 1000, 32)
+    query = rng.standard_normal(32).astype(np.float32)
+    expected = RowScan(codes, kind).search(query, 20, ids_of=names)
+    monkeypatch.delattr(faiss.ScalarQuantizer, "QT_bf16")
+    without_type = RowScan(codes, kind)
+    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    for scan in (without_type, RowScan(codes, kind)):
+        assert scan._index is None
+        rows, scores = scan.search(query, 20, ids_of=names)
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_array_equal(scores, expected[1])
