@@ -125,3 +125,9 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; a file of several names counts once."""
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (p.stat() for p in folder.rglob("*") if p.is_file())}
+    return sum(files.values())

@@ -5,53 +5,32 @@ its generation in the upper bits), d2_hash (of title and text), d2_truncated (th
 (codes of the vector, as in the vector file).
 """
 
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
+from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, InputError, StorageError
-from d2llm.core.types import Passage
+from d2llm.index.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 
 NAME = "passages"
-TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
-INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
-_ALL = 1 << 40  # LanceDB's default limit is 10
+_ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
 _DELETED_AT_ONCE = 10_000
 _SCANNED_AT_ONCE = 16_384
-
-
-def table_schema(metadata: Iterable[pa.Field], code_size: int) -> pa.Schema:
-    """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes."""
-    return pa.schema(
-        [
-            *(pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "document_id")),
-            pa.field("position", pa.int32(), nullable=False),
-            *metadata,
-            pa.field("d2_row", pa.int64(), nullable=False),
-            pa.field("d2_hash", pa.string(), nullable=False),
-            pa.field("d2_truncated", pa.bool_(), nullable=False),
-            pa.field("d2_vector", pa.list_(pa.uint8(), code_size), nullable=False),
-        ]
-    )
-
-
-def text_hash(passage: Passage) -> str:
-    """What tells whether a text must be encoded again: a hash of title and text (xxh3, 128 bits)."""
-    digest = xxhash.xxh3_128(len(passage.title).to_bytes(8, "little"))
-    digest.update(passage.title.encode())
-    digest.update(passage.text.encode())
-    return digest.hexdigest()
 
 
 def quoted(value: str) -> str:
@@ -111,10 +90,24 @@ class PassageTable:
         query = self._table.search().select(list(names)).limit(_ALL)
         return self._read(query.where(where) if where else query)
 
+    def any_row(self) -> int | None:
+        """The row number (d2_row) of some passage; None without passages."""
+        found = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
+        return cast(int, found[0]) if found else None
+
     def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Some columns (all by default) of all rows, a few thousand rows at a time."""
         query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
         yield from query.to_batches(_SCANNED_AT_ONCE)
+
+    def codes(self) -> NDArray[np.uint8]:
+        """The codes of all vectors by row [largest row + 1, code_size]; rows that this version lacks are zeros."""
+        rows = np.asarray(self.columns(["d2_row"])["d2_row"]) & ROW_MASK
+        size = self.schema.field("d2_vector").type.list_size
+        codes = np.zeros((int(rows.max()) + 1 if len(rows) else 0, size), np.uint8)
+        for batch in self.batches(["d2_row", "d2_vector"]):
+            codes[np.asarray(batch.column("d2_row")) & ROW_MASK] = codes_of(batch)
+        return codes
 
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
         """Columns of the rows with these ids, those that there are, in no order."""
@@ -129,20 +122,20 @@ class PassageTable:
         """
         conditions = (f"d2_row IN ({', '.join(map(str, some))})" for some in _parts(rows, _ASKED_AT_ONCE))
         found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
-        places = pc.index_in(pa.array(rows, pa.int64()), value_set=found["d2_row"].combine_chunks())
-        if places.null_count:
-            raise DataFormatError(self.folder, f"its table lacks {places.null_count} of {len(rows)} rows asked for")
-        return found.take(places).select(list(names))
+        place_of = {row: place for place, row in enumerate(found["d2_row"].to_pylist())}
+        missing = sum(row not in place_of for row in rows)
+        if missing:
+            raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} rows asked for")
+        return found.take([place_of[row] for row in rows]).select(list(names))
 
     def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:
         """BM25: columns id, d2_row and _score of the best passages for a query; the filter comes first."""
-        from lancedb.query import MatchQuery, MultiMatchQuery
-
+        queries: Any = import_module("lancedb.query")
         indexed = [name for name in ("title", "text") if f"{name}_idx" in self.indices]
         if not indexed or not text.strip():
             return pa.table({"id": pa.array([], pa.string()), "d2_row": pa.array([], pa.int64()),
                              "_score": pa.array([], pa.float32())})  # fmt: skip
-        asked = MatchQuery(text, indexed[0]) if len(indexed) == 1 else MultiMatchQuery(text, indexed)
+        asked = queries.MatchQuery(text, indexed[0]) if len(indexed) == 1 else queries.MultiMatchQuery(text, indexed)
         query = self._table.search(asked, query_type="fts").select(["id", "d2_row", "_score"]).limit(top_k)
         return self._read(query.where(where, prefilter=True) if where else query)
 
@@ -253,8 +246,8 @@ def storage_errors(folder: Path) -> Generator[None]:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise StorageError(
-            f"{folder}: the index cannot be written ({_first_line(error)}). What was committed before is kept; make room "
-            "or give the right to write, then give the same command again"
+            f"{folder}: the index cannot be written ({_first_line(error)}). What was committed before is kept; make "
+            "room or give the right to write, then give the same command again"
         ) from error
 
 

@@ -1,11 +1,13 @@
 """An append-only file of vectors, memory-mapped for reading: the fast copy of what a passage table holds.
 
 vectors-<generation>.bin    HEADER_BYTES of nothing, then the codes of row 0, row 1, ... (``code_size`` bytes each)
-vectors-<generation>.json   code_size and extents: which rows were written together, with a checksum of their bytes
+vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
+                            were written together, with a checksum of their bytes
 
 A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
-that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows that
-no table names; the next writer goes on behind them.
+that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
+that no table names; the next writer goes on behind them. A file that was rebuilt from the table lacks the rows that
+only earlier versions have, hence ``since``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -43,18 +46,26 @@ class Extent:
         return self.start + self.count
 
 
+class VectorRows(NamedTuple):
+    """Codes [capacity, code_size] of all rows, and the file they are mapped from (None: they are in memory)."""
+
+    codes: NDArray[np.uint8]
+    path: Path | None
+
+
 class VectorFile:
     """The vectors of one generation of an index. ``append`` is for the holder of the index's write lock alone."""
 
-    def __init__(self, path: Path, code_size: int, extents: list[Extent]) -> None:
+    def __init__(self, path: Path, code_size: int, extents: list[Extent], since: int = 0) -> None:
         self.path = path
         self.code_size = code_size
         self.extents = extents
+        self.since = since
 
     @classmethod
-    def create(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
+    def create(cls, folder: Path, generation: int, code_size: int, *, since: int = 0) -> VectorFile:
         """A new file without rows; one that is there (left by a crash) is replaced."""
-        file = cls(path_of(folder, generation), code_size, [])
+        file = cls(path_of(folder, generation), code_size, [], since)
         with file.path.open("wb") as stream:
             stream.truncate(HEADER_BYTES)
             stream.flush()
@@ -73,9 +84,9 @@ class VectorFile:
         try:
             record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             extents = [Extent(*extent) for extent in record["extents"]]
-            if record["code_size"] != code_size or any(a.end != b.start for a, b in zip(extents, extents[1:])):  # noqa: B905, RUF007
+            if record["code_size"] != code_size or any(a.end != b.start for a, b in pairwise(extents)):
                 raise ValueError("does not describe these vectors")
-            file = cls(path, code_size, extents)
+            file = cls(path, code_size, extents, record["since"])
             if path.stat().st_size < file.num_bytes:
                 raise ValueError(f"{path.name} is shorter than it says")
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -125,13 +136,15 @@ class VectorFile:
         before = np.fromfile(
             self.path, np.uint8, last.count * self.code_size, offset=HEADER_BYTES + last.start * self.code_size
         )
-        digest = xxhash.xxh3_64(before)
-        digest.update(content.reshape(-1))
+        digest = xxhash.xxh3_64(before.tobytes())
+        digest.update(content.tobytes())
         self.extents[-1] = Extent(last.start, last.count + len(content), digest.hexdigest())
 
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
-        write_json(self.path.with_suffix(".json"), {"code_size": self.code_size, "extents": extents})
+        write_json(
+            self.path.with_suffix(".json"), {"code_size": self.code_size, "since": self.since, "extents": extents}
+        )
 
 
 def path_of(folder: Path, generation: int) -> Path:

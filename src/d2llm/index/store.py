@@ -1,0 +1,397 @@
+"""A durable store of passages and their vectors that one writer changes while many readers search.
+
+INDEX/
+  manifest.json         kind "index": student, task, vector format; written once
+  passages.lance        the table (``passage_table``): the source of truth, with versions
+  vectors-<g>.bin/json  the vectors of generation g (``vector_file``): derived, rebuilt from the table when need be
+  snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
+  write.lock            held by the writer
+
+Every write is one commit of the table: before it nothing is seen, after it everything. Vectors are on disk before the
+commit that names their rows.
+"""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError, IndexLockedError, InputError, StorageError
+from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
+from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.types import Passage, Task
+from d2llm.index import vector_file
+from d2llm.index.blocks import check_passages, codes_of, is_text, other_columns, table_block, table_schema, text_hash
+from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, storage_errors
+from d2llm.index.schema import MetadataSchema
+from d2llm.index.vector_file import VectorFile, VectorRows
+from d2llm.index.vectors import VectorFormat, make_format
+
+_log = logging.getLogger(__name__)
+KIND = "index"
+FORMAT_VERSION = 2
+KEEP_VERSIONS = timedelta(hours=1)
+"""How long ``compact`` leaves an old version to the readers that have it open."""
+_SNAPSHOTS = "snapshots"
+_LOCK = "write.lock"
+_SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
+_UNINDEXED_ROWS = 20_000  # so many are searched without an index before the indices are brought up to date
+
+
+class PassageStore:
+    """The store in a folder. Reading goes through ``view`` (``index.view``); writing needs ``writing``."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
+        self._lock = filelock.FileLock(folder / _LOCK, timeout=0)
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *,
+        student_fingerprint: str,
+        dim: int,
+        task: Task = "asymmetric",
+        vector_format: str = "bfloat16",
+        metadata: MetadataSchema | None = None,
+        student_config: Mapping[str, Any] | None = None,
+        student_source: str | None = None,
+    ) -> PassageStore:
+        """A new store without passages; it appears at ``folder`` when it is complete.
+
+        Raises:
+            InputError: something is there already, or the format is unknown.
+            StorageError: it cannot be written.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: is there already; open it, or give another folder")
+        code_size = make_format(vector_format, dim).code_size
+        with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
+            fields = (metadata or MetadataSchema()).arrow_fields()
+            PassageTable.create(draft, table_schema(fields, code_size))
+            VectorFile.create(draft, 0, code_size)
+            content = {
+                "student": student_fingerprint,
+                "student_config": dict(student_config or {}),
+                "student_source": student_source,
+                "task": task,
+                "dim": dim,
+                "vector_format": vector_format,
+                "snapshot": None,
+            }
+            write_manifest(draft, KIND, FORMAT_VERSION, content)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> PassageStore:
+        """The store in a folder.
+
+        Raises:
+            DataFormatError: there is none, or its manifest is damaged or of another format.
+        """
+        manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+        if manifest["format_version"] < FORMAT_VERSION:
+            raise DataFormatError(folder, "is an index of the first format, which cannot be changed; encode it again")
+        wanted = {"student": str, "task": str, "dim": int, "vector_format": str}
+        wrong = [key for key, kind in wanted.items() if not isinstance(manifest.get(key), kind)]
+        if wrong:
+            raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
+        return cls(folder, manifest)
+
+    def table(self, version: int | None = None) -> PassageTable:
+        """The table at a version, the latest by default."""
+        return PassageTable.open(self.folder, version)
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields, as the latest version of the table has them."""
+        return MetadataSchema.from_arrow(self.table().metadata_fields)
+
+    @contextmanager
+    def writing(self) -> Generator[None]:
+        """Hold the write lock; may be nested.
+
+        Raises:
+            IndexLockedError: another process or thread holds it.
+            InputError: this is a snapshot.
+            StorageError: the folder cannot be written.
+        """
+        if self.manifest.get("snapshot"):
+            raise InputError(f"{self.folder}: is the snapshot {self.manifest['snapshot']!r}, which never changes")
+        with storage_errors(self.folder):
+            try:
+                self._lock.acquire()
+            except filelock.Timeout as error:
+                raise IndexLockedError(
+                    f"{self.folder}: another process is writing to this index; wait until it is done, then try again"
+                ) from error
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # Changing passages ---------------------------------------------------------------------------------------------
+
+    def compare(self, passages: Sequence[Passage]) -> Changes:
+        """What is new, what has another text, what differs in the rest, what is as it is.
+
+        Raises:
+            DuplicateIdError: two of the passages share an id.
+            InputError: a passage does not fit the schema, or has no id.
+        """
+        table = self.table()
+        schema = MetadataSchema.from_arrow(table.metadata_fields)
+        check_passages(passages, schema, self.folder)
+        there = self._present(table, [passage.id for passage in passages]) if len(table) else {}
+        texts: list[Passage] = []
+        others: list[tuple[Passage, int, bool]] = []
+        num_unchanged = 0
+        others_now = pa.table(other_columns(passages, schema)).to_pylist()
+        for passage, fields in zip(passages, others_now, strict=True):
+            found = there.get(passage.id)
+            if found is None or found["d2_hash"] != text_hash(passage):
+                texts.append(passage)
+            elif any(found[name] != value for name, value in fields.items()):
+                others.append((passage, found["d2_row"], found["d2_truncated"]))
+            else:
+                num_unchanged += 1
+        return Changes(texts, sum(passage.id not in there for passage in texts), others, num_unchanged)
+
+    def write(self, changes: Changes, vectors: NDArray[np.float32], truncated: Sequence[int] = ()) -> int:
+        """Make the changes in one commit; returns the version that has them.
+
+        Args:
+            changes: what ``compare`` found, under the same lock.
+            vectors: [len(changes.texts), dim].
+            truncated: places in ``changes.texts`` that the student read in part.
+
+        Raises:
+            InputError: a vector is not finite, or their number or width is wrong.
+            StorageError: it cannot be written; nothing of these changes is in the index.
+        """
+        if vectors.shape != (len(changes.texts), self.manifest["dim"]):
+            raise InputError(
+                f"vectors of shape {vectors.shape} were given for {len(changes.texts)} texts, but this index holds "
+                f"[n, {self.manifest['dim']}]"
+            )
+        codes = self.format.encode(vectors, [passage.id for passage in changes.texts])
+        with self.writing():
+            table = self.table()
+            if not changes.texts and not changes.others:
+                return table.version
+            file, generation = self._file_to_extend(table), self.generation(table)
+            kept_rows = np.array([row for _, row, _ in changes.others], np.int64)
+            kept_codes = file.codes()[kept_rows & ROW_MASK] if len(kept_rows) else codes[:0]
+            with storage_errors(self.folder):
+                first = file.append(codes) if len(codes) else file.capacity
+            rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
+            cut = set(truncated)
+            flags = [*(place in cut for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
+            metadata = MetadataSchema.from_arrow(table.metadata_fields)
+            passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
+            block = table_block(passages, table.schema, metadata, rows, flags, np.concatenate([codes, kept_codes]))
+            table.put(block, replaces=len(passages) > changes.num_new)
+            return table.version
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete the passages with these ids from every result at once; returns how many there were."""
+        for wrong in (value for value in ids if not is_text(value)):
+            raise InputError(f"{wrong!r} cannot be a passage's id; give strings of valid Unicode")
+        with self.writing():
+            return self.table().delete(list(dict.fromkeys(ids)))
+
+    def add_fields(self, fields: MetadataSchema) -> None:
+        """Add metadata fields; the passages that are there have no value in them."""
+        with self.writing():
+            self.table().add_columns(fields.arrow_fields())
+
+    def settle(self) -> None:
+        """Build indices that are missing and bring those up to date that lag behind."""
+        with self.writing():
+            table = self.table()
+            if not len(table):
+                return
+            table.build_indices()
+            if max(self.table().indices.values(), default=0) > _UNINDEXED_ROWS:
+                table.optimize(KEEP_VERSIONS)
+
+    # Keeping -------------------------------------------------------------------------------------------------------
+
+    def snapshot_folder(self, name: str) -> Path:
+        """Where the snapshot of this name is; it is an index folder of its own.
+
+        Raises:
+            InputError: the name cannot be a folder's.
+        """
+        if not _SNAPSHOT_NAME.fullmatch(name):
+            raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
+        return self.folder / _SNAPSHOTS / name
+
+    def snapshots(self) -> list[str]:
+        """The names of the snapshots, in order."""
+        folder = self.folder / _SNAPSHOTS
+        return sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST_NAME}"))
+
+    def snapshot(self, name: str) -> Path:
+        """Keep the latest version under a name. It shares its files with the index, so it takes hardly any space.
+
+        Raises:
+            InputError: there is one of this name.
+        """
+        target = self.snapshot_folder(name)
+        with self.writing():
+            if target.exists():
+                raise InputError(f"{self.folder}: there is a snapshot {name!r} already; choose another name")
+            with storage_errors(target), new_folder(target, kind=KIND) as draft:
+                link_table(self.folder, draft)
+                vectors = self._file_to_extend(self.table()).path
+                link_or_copy(vectors, draft / vectors.name)
+                shutil.copy2(vectors.with_suffix(".json"), draft / vectors.with_suffix(".json").name)
+                content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
+                write_manifest(draft, KIND, FORMAT_VERSION, content | {"snapshot": name})
+        return target
+
+    def drop_snapshot(self, name: str) -> None:
+        """Forget a snapshot.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        with self.writing():
+            folder = self._existing_snapshot(name)
+            retired = folder.with_name(f".{folder.name}.old")
+            folder.rename(retired)
+            shutil.rmtree(retired)
+
+    def restore(self, name: str) -> int:
+        """Make the passages of a snapshot those of the index, in one commit; returns how many they are.
+
+        What the index held before stays in its earlier version for a while (``compact`` ends that).
+        """
+        with self.writing():
+            source = PassageTable.open(self._existing_snapshot(name))
+            self._rewrite(source)
+            self.settle()
+            return len(source)
+
+    def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
+        """Free the space of what is no longer there; returns the bytes of the index before and after.
+
+        Args:
+            keep: versions younger than this stay for the readers that have them open.
+            dense: write the vectors anew without holes; by default when a quarter of the rows are holes.
+        """
+        with self.writing(), storage_errors(self.folder):
+            before = folder_bytes(self.folder)
+            table = self.table()
+            if dense or (dense is None and len(table) < 0.75 * self._file_to_extend(table).capacity):
+                self._rewrite(table)
+            self.settle()
+            self.table().optimize(keep)
+            used = {self.generation(self.table(version)) for version in self.table().versions()}
+            for generation in set(vector_file.generations(self.folder)) - used:
+                vector_file.remove(self.folder, generation)
+            return before, folder_bytes(self.folder)
+
+    def _rewrite(self, source: PassageTable) -> None:
+        """All rows of ``source``, with their vectors in a file of a new generation, in the place of the table's."""
+        generation = max(vector_file.generations(self.folder), default=-1) + 1
+        file = VectorFile.create(self.folder, generation, self.format.code_size)
+        place = source.schema.get_field_index("d2_row")
+        field = source.schema.field(place)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for batch in source.batches():
+                first = file.append(codes_of(batch))
+                rows = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
+                yield batch.set_column(place, field, pa.array(rows, pa.int64()))
+
+        self.table().replace_all(source.schema, batches())
+
+    def _existing_snapshot(self, name: str) -> Path:
+        folder = self.snapshot_folder(name)
+        if not (folder / MANIFEST_NAME).is_file():
+            there = ", ".join(self.snapshots()) or "none"
+            raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {there}")
+        return folder
+
+    # Vectors -------------------------------------------------------------------------------------------------------
+
+    def vectors(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
+        """The vectors of a version with these live rows (d2_row).
+
+        Where the file is missing, damaged or lacks rows, it is written anew from the table; where that is impossible
+        (no right to write, another writer at work, an old version), the vectors are held in memory.
+        """
+        generation = self.generation(table)
+        needed = int(rows.max() & ROW_MASK) + 1 if len(rows) else 0
+        try:
+            file = VectorFile.open(self.folder, generation, self.format.code_size)
+            if file.capacity >= needed and file.since <= table.version:
+                return VectorRows(file.codes(), file.path)
+        except DataFormatError as error:
+            _log.warning("%s: %s", self.folder, error)
+        return self.rebuild(table)
+
+    def rebuild(self, table: PassageTable) -> VectorRows:
+        """The vectors of a version, read from the table again, and written for later readers where that is possible."""
+        latest = self.table()
+        if table.version == latest.version and not self.manifest.get("snapshot"):
+            try:
+                with self.writing():
+                    file = self._write_file(self.table())
+                    return VectorRows(file.codes(), file.path)
+            except StorageError as error:
+                _log.warning("%s: its vectors are held in memory (%s)", self.folder, error)
+        return VectorRows(table.codes(), None)
+
+    def _write_file(self, table: PassageTable) -> VectorFile:
+        """The vector file of the latest version, anew. Rows that it lacks are zeros, so the file says since when."""
+        generation = self.generation(table)
+        codes = table.codes()
+        draft = self.folder / f".vectors-{generation}.new"
+        with storage_errors(self.folder):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            try:
+                file = VectorFile.create(draft, generation, self.format.code_size, since=table.version)
+                if len(codes):
+                    file.append(codes)
+                for path in (file.path, file.path.with_suffix(".json")):
+                    path.replace(self.folder / path.name)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return VectorFile.open(self.folder, generation, self.format.code_size)
+
+    def _file_to_extend(self, table: PassageTable) -> VectorFile:
+        try:
+            return VectorFile.open(self.folder, self.generation(table), self.format.code_size)
+        except DataFormatError as error:
+            _log.warning("%s: %s", self.folder, error)
+            return self._write_file(table)
+
+    def generation(self, table: PassageTable) -> int:
+        """Of the vectors of a version. All its rows are of one; a version without rows goes on with the newest."""
+        row = table.any_row()
+        return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
+
+    def _present(self, table: PassageTable, ids: list[str]) -> dict[str, dict[str, Any]]:
+        names = [name for name in table.schema.names if name not in ("title", "text", "d2_vector")]
+        return {row["id"]: row for row in table.by_ids(ids, names).to_pylist()}

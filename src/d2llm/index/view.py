@@ -1,0 +1,180 @@
+"""What a search reads: a store at one version, whatever is written meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.types import Passage, Task
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS
+from d2llm.index.filters import parse_filter
+from d2llm.index.scan import RowScan
+from d2llm.index.schema import MetadataSchema
+from d2llm.index.store import PassageStore
+from d2llm.index.vector_file import VectorFile
+from d2llm.ops.selection import top_rows
+
+_log = logging.getLogger(__name__)
+_ALL_IDS_FROM = 20_000  # so many ids are read faster in one pass over the column
+
+
+class CandidateRows(NamedTuple):
+    """Rows that a source proposes, best first, with its scores: int64 [k] and float32 [k]."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+class PassageView:
+    """One version of a store. A row is a passage's place in the vector file; ``live`` says which rows are passages.
+
+    ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None where every row is live.
+    """
+
+    def __init__(self, store: PassageStore, version: int | None = None) -> None:
+        self.store = store
+        self.format = store.format
+        self._table = store.table(version)
+        stored_rows = np.asarray(self._table.columns(["d2_row"])["d2_row"], np.int64)
+        self._generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
+        self._len = len(stored_rows)
+        self._vectors = store.vectors(self._table, stored_rows)
+        self.capacity = len(self._vectors.codes)
+        self.live: NDArray[np.bool_] | None = None
+        if self._len < self.capacity:
+            self.live = np.zeros(self.capacity, np.bool_)
+            self.live[stored_rows & ROW_MASK] = True
+        self._scan: RowScan | None = None
+
+    def __len__(self) -> int:
+        return self._len
+
+    @property
+    def version(self) -> int:
+        """The version of the table."""
+        return self._table.version
+
+    @property
+    def dim(self) -> int:
+        """Width of a vector."""
+        return cast(int, self.store.manifest["dim"])
+
+    @property
+    def task(self) -> Task:
+        """The task of a search that does not name one."""
+        return cast(Task, self.store.manifest["task"])
+
+    @property
+    def student_fingerprint(self) -> str:
+        """Fingerprint of the student that made the vectors."""
+        return cast(str, self.store.manifest["student"])
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        return MetadataSchema.from_arrow(self._table.metadata_fields)
+
+    def check_student(self, fingerprint: str) -> None:
+        """Make sure that the vectors are of the student with this fingerprint.
+
+        Raises:
+            IndexMismatchError: they are another student's.
+        """
+        if fingerprint != self.student_fingerprint:
+            raise IndexMismatchError(
+                f"{self.store.folder}: the index was made by student {self.student_fingerprint}, but the student given "
+                f"is {fingerprint}; search with the student that made it, or index the corpus again with this one"
+            )
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of the passages at some rows, in their order."""
+        if len(rows) < _ALL_IDS_FROM:
+            return cast(list[str], self._table.by_rows(self._stored(rows), ["id"])["id"].to_pylist())
+        found = self._table.columns(["id", "d2_row"])
+        place = np.full(self.capacity, -1, np.int64)
+        place[np.asarray(found["d2_row"]) & ROW_MASK] = np.arange(len(found))
+        return cast(list[str], found["id"].take(place[rows]).to_pylist())
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows, in their order; metadata without a value are left out."""
+        names = [*TEXT_COLUMNS, *(field.name for field in self._table.metadata_fields)]
+        return [as_passage(record) for record in self._table.by_rows(self._stored(rows), names).to_pylist()]
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows, float32 [len(rows), dim]."""
+        self._check()
+        return self.format.decode(self._vectors.codes[rows])
+
+    def block(self, start: int, end: int) -> NDArray[np.float32]:
+        """The vectors of the rows from ``start`` to ``end``, dead rows included, float32 [end - start, dim]."""
+        self._check()
+        return self.format.decode(np.asarray(self._vectors.codes[start:end]))
+
+    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CandidateRows:
+        """The live rows with the highest inner products with ``query`` [dim], ties by id. Exact for what is stored.
+
+        Raises:
+            InputError: the query has another width than the index, or ``top_k`` < 1.
+        """
+        if query.shape != (self.dim,):
+            raise InputError(f"the query vector has shape {query.shape}, but the index holds [{self.dim}]")
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        scan = self._check()
+        rows, scores = scan.search(query, top_k, self.mask(allowed), ids_of=self.ids)
+        return CandidateRows(rows, scores)
+
+    def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
+        """The passages that BM25 finds for a text, best first, ties by id; the filter comes before the choice."""
+        found = self._table.match(text, top_k, self._condition(filter))
+        rows, scores = np.asarray(found["d2_row"], np.int64) & ROW_MASK, np.asarray(found["_score"], np.float32)
+        ids = cast(list[str], found["id"].to_pylist())
+        best = top_rows(scores, top_k, lambda places: [ids[int(place)] for place in places])
+        return CandidateRows(rows[best], scores[best])
+
+    def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
+        """The rows that a filter allows, as a mask [capacity]; None without a filter.
+
+        Raises:
+            FilterError: the filter cannot be read, or does not fit the metadata.
+        """
+        condition = self._condition(filter)
+        if condition is None:
+            return None
+        allowed = np.zeros(self.capacity, np.bool_)
+        allowed[np.asarray(self._table.columns(["d2_row"], condition)["d2_row"]) & ROW_MASK] = True
+        return allowed
+
+    def mask(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """The live rows among the allowed ones; None means all rows."""
+        if allowed is None or self.live is None:
+            return self.live if allowed is None else allowed
+        return allowed & self.live
+
+    def _condition(self, filter: str | None) -> str | None:  # noqa: A002
+        return None if filter is None else parse_filter(filter, self.metadata).sql
+
+    def _stored(self, rows: NDArray[np.int64]) -> Sequence[int]:
+        return cast(list[int], (np.asarray(rows, np.int64) | self._generation << GENERATION_SHIFT).tolist())
+
+    def _check(self) -> RowScan:
+        """Before the first use of the vectors: are they what was written? Else they are read from the table again."""
+        if self._scan is None:
+            path = self._vectors.path
+            if path is not None and VectorFile.open(path.parent, self._generation, self.format.code_size).damaged():
+                _log.warning("%s: the vectors in %s are damaged and are read from the table again", path.parent, path)
+                self._vectors = self.store.rebuild(self._table)
+            self._scan = RowScan(self._vectors.codes, self.format)
+        return self._scan
+
+
+def as_passage(record: dict[str, Any]) -> Passage:
+    """A row of the table as a passage."""
+    values = {name: record[name] for name in TEXT_COLUMNS}
+    metadata = {name: value for name, value in record.items() if name not in TEXT_COLUMNS and value is not None}
+    return Passage(**values, metadata=metadata)
