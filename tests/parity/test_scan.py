@@ -1,6 +1,7 @@
 """The scan in FAISS and the one in numpy give the same rows and the same scores, to the last bit."""
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -65,22 +66,23 @@ def test_the_error_of_faiss_is_within_the_bound(name):
         assert np.abs(scores[0] - exact).max() < scan._error(query)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_threads_of_faiss_change_nothing(name):
-    kind, codes, rng = some_codes(name, 20_000, 64)
+def test_searches_at_the_same_time_and_threads_of_faiss_change_nothing():
+    kind, codes, rng = some_codes("bfloat16", 20_000, 64)
     scan = RowScan(codes, kind)
-    query = rng.standard_normal(64).astype(np.float32)
+    queries = rng.standard_normal((24, 64)).astype(np.float32)
+    expected = [scan.search(query, 300, ids_of=names) for query in queries]
     before = faiss.omp_get_max_threads()
     try:
-        results = []
-        for threads in (1, 2, 5):
-            faiss.omp_set_num_threads(threads)
-            results.append(scan.search(query, 300, ids_of=names))
+        faiss.omp_set_num_threads(5)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda query: scan.search(query, 300, ids_of=names), queries))
+        assert scan.search(queries[0], 300, ids_of=names)[0].tolist() == expected[0][0].tolist()
+        assert faiss.omp_get_max_threads() == 5  # as the caller set it
     finally:
         faiss.omp_set_num_threads(before)
-    for rows, scores in results[1:]:
-        np.testing.assert_array_equal(rows, results[0][0])
-        np.testing.assert_array_equal(scores, results[0][1])
+    for found, right in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(found[0], right[0])
+        np.testing.assert_array_equal(found[1], right[1])
 
 
 def test_without_faiss_or_the_type_in_it_numpy_answers(monkeypatch):

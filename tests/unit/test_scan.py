@@ -68,12 +68,12 @@ def test_products_that_float32_cannot_tell_apart_are_told_apart(use_faiss):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("share", [None, 0.0003, 0.02, 0.5, 0.98])
 def test_best_rows_of_every_format_against_all_products(name, share):
-    vectors, query = normal(6000, 48), normal(1, 48, seed=7)[0]
+    vectors, query = normal(9000, 48), normal(1, 48, seed=7)[0]
     scan = scan_of(vectors, name)
     kind = make_format(name, 48)
-    products = kind.decode(kind.encode(vectors, [""] * 6000)).astype(np.float64) @ query
-    mask = None if share is None else np.random.default_rng(3).random(6000) < share
-    allowed = np.flatnonzero(mask) if mask is not None else np.arange(6000)
+    products = kind.decode(kind.encode(vectors, [""] * 9000)).astype(np.float64) @ query
+    mask = None if share is None else np.random.default_rng(3).random(9000) < share
+    allowed = np.flatnonzero(mask) if mask is not None else np.arange(9000)
     rows, scores = scan.search(query, 50, mask, ids_of=ids_against_rows)
     assert len(rows) == min(50, len(allowed))
     np.testing.assert_allclose(scores, np.sort(products[allowed])[::-1][:50], atol=2e-5)
