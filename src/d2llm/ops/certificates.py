@@ -8,9 +8,11 @@ no passage left can then be among the first k.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 
@@ -42,3 +44,24 @@ def num_rescored(
         else:
             heapq.heappushpop(best, float(final_scores[row]))
     return len(order)
+
+
+def from_the_highest(bounds: NDArray[np.float32], first: int) -> Iterator[NDArray[np.int64]]:
+    """All rows from the highest bound to the lowest, in sorted parts: ``first`` rows, then twice as many each time.
+
+    Whoever stops early has paid a selection in O(n) and the order of what was taken, not the order of all.
+
+    Args:
+        bounds: [n], no NaN; infinities are allowed.
+        first: rows of the first part, at least 1.
+    """
+    left = np.arange(len(bounds), dtype=np.int64)
+    size = first
+    while len(left):
+        if size < len(left):
+            places = np.argpartition(-bounds[left], size - 1)
+            part, left = left[places[:size]], left[places[size:]]
+        else:
+            part, left = left, left[:0]
+        yield part[np.argsort(-bounds[part], kind="stable")]
+        size *= 2

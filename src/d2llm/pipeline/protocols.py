@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,41 @@ class SearchStudent(TextEncoder, Protocol):
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
         """[dim], [n, dim] -> final logits [n]."""
+        ...
+
+
+class PairScorer(Protocol):
+    """One query, ready to be scored with passages: anchor + reach * r_p * change."""
+
+    @property
+    def anchor_query(self) -> NDArray[np.float32] | None:
+        """[dim], whose inner product with a passage's vector is the anchor; None where the score has none."""
+        ...
+
+    @property
+    def reach(self) -> float:
+        """The query's part of the bound of a pair, at least 0; 0 where the anchor is the whole score."""
+        ...
+
+    def __call__(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dim] -> final logits [n]."""
+        ...
+
+    def change(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dim] -> what the interaction makes of its reach, [n] in [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class BoundedStudent(Protocol):
+    """What a ``SearchStudent`` has besides if its score is an inner product and a bounded change (``Student`` has)."""
+
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
+        """What scores one query [dim]."""
+        ...
+
+    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dim] -> r_p [n], the passages' part of the bound of a pair, at least 0."""
         ...
 
 

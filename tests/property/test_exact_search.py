@@ -1,0 +1,243 @@
+"""The certified top k against scoring everything, with real interactions, ties, filters, dead rows and wild floats."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import InteractionConfig
+from d2llm.models.interaction import TASKS, Interaction
+from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.ops.certificates import from_the_highest
+from d2llm.ops.selection import top_rows
+from d2llm.pipeline import exact_search
+from d2llm.pipeline.exact_search import certified_top_k, passage_reaches
+from fake_models import FakeStudent
+from tiny_models import randomise
+
+DIM = 8
+
+
+class TinyStudent:
+    """A real interaction without a backbone."""
+
+    def __init__(self, head="anchored", *, seed=0, gates=True, weight=1.0, features="rich", dtype=torch.float32):
+        torch.manual_seed(seed)
+        config = InteractionConfig(head=head, features=features, hidden_dim=8, feature_dim=4, gates=gates)
+        self.interaction = Interaction(config, DIM).eval()
+        randomise(self.interaction, seed=seed, scale=0.5)
+        self.has_anchor = head == "anchored"
+        if self.has_anchor:
+            for task in TASKS:
+                self.interaction.residual_weight(task).fill_(weight)
+        with torch.inference_mode():
+            self._weights = {task: HeadWeights(self.interaction, task, dtype) for task in TASKS}
+        self.num_scored = 0
+
+    def prepare(self, query_vector, task):
+        return QueryScorer(self.interaction, self._weights[task], torch.from_numpy(query_vector), task, 64)
+
+    def passage_reach(self, vectors):
+        with torch.inference_mode():
+            return self.interaction.passage_reach(torch.from_numpy(vectors)).numpy()
+
+
+class ArrayView:
+    """Vectors in memory, as an index shows them."""
+
+    def __init__(self, vectors, *, live=None, ids=None):
+        self._vectors, self.live, self.capacity = vectors, live, len(vectors)
+        self._ids = ids or [f"{row * 7919 % 1009:04d}" for row in range(len(vectors))]
+
+    def ids(self, rows):
+        return [self._ids[row] for row in rows]
+
+    def vectors(self, rows):
+        return self._vectors[rows]
+
+    def block(self, start, end):
+        return self._vectors[start:end]
+
+    def matching(self, allowed):
+        mask = np.ones(self.capacity, bool) if self.live is None else self.live
+        return np.flatnonzero(mask if allowed is None else mask & allowed)
+
+    def scan(self, query, top_k, allowed=None):
+        rows, scores = self.matching(allowed), self._vectors @ query
+        best = rows[top_rows(scores[rows], top_k, lambda places: self.ids(rows[places]))]
+        return exact_search.CertifiedRows(best, scores[best], None, None)
+
+
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(1, 201))
+    vectors = rng.standard_normal((capacity, DIM)).astype(np.float32)
+    if rng.random() < 0.5:  # copies, so that scores tie
+        vectors = vectors[rng.integers(0, max(1, capacity // 5), capacity)]
+    vectors *= np.float32(10.0 ** rng.choice([-20, -3, 0, 0, 0, 0, 2, 12]))
+    live = None if rng.random() < 0.4 else rng.random(capacity) < rng.choice([0.2, 0.9])
+    allowed = None if rng.random() < 0.5 else rng.random(capacity) < rng.choice([0.0, 0.3, 0.9])
+    query = rng.standard_normal(DIM).astype(np.float32) * np.float32(rng.choice([1e-3, 1, 1, 30]))
+    return ArrayView(vectors, live=live), query, allowed, int(rng.choice([1, 2, 5, 10, 50, 300])), rng
+
+
+def brute_force(view, student, query, task, top_k, allowed):
+    """Every passage's score in the arithmetic that the module names, sorted."""
+    score, rows = student.prepare(query, task), view.matching(allowed)
+    if score.anchor_query is None:
+        values = score(view.block(0, view.capacity))
+    else:
+        vectors = view.block(0, view.capacity)
+        reach = np.float32(score.reach) * student.passage_reach(vectors)
+        values = vectors @ score.anchor_query + reach * score.change(vectors)
+    assert values.dtype == np.float32
+    order = sorted(rows.tolist(), key=lambda row: (-values[row], view.ids([row])[0]))[:top_k]
+    return order, values
+
+
+PAPER, WEIGHTLESS = TinyStudent("paper", seed=5), TinyStudent(seed=6, weight=0.0)
+STUDENTS = [
+    TinyStudent(),
+    TinyStudent(seed=1, weight=0.25),
+    TinyStudent(seed=2, gates=False, features="product"),
+    TinyStudent(seed=3, dtype=torch.bfloat16),
+    TinyStudent(seed=4, weight=0.02),
+    PAPER,
+    WEIGHTLESS,
+]
+
+
+def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
+    monkeypatch.setattr(exact_search, "_FIRST", 8)  # so that small corpora are not scored in one piece
+    monkeypatch.setattr(exact_search, "_LARGEST", 32)
+    tied = early = 0
+    for seed in range(1050):
+        student = STUDENTS[seed % len(STUDENTS)]
+        view, query, allowed, top_k, rng = random_case(seed)
+        task = TASKS[seed % 2]
+        expected, values = brute_force(view, student, query, task, top_k, allowed)
+        reaches = passage_reaches(view, student) if rng.random() < 0.5 else None
+        found = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
+        assert found.rows.tolist() == expected, seed
+        assert found.scores.tolist() == values[expected].tolist(), seed
+        certificate, total = found.certificate, len(view.matching(allowed))
+        assert certificate.proved == len(expected) == min(top_k, total)
+        assert certificate.num_scored + certificate.num_left == total
+        assert certificate.kth_score == (values[expected[-1]] if expected else -math.inf)
+        left = sorted(set(view.matching(allowed).tolist()) - set(expected))
+        if certificate.num_left and student not in (PAPER, WEIGHTLESS):
+            early += 1
+            assert certificate.highest_bound_left < certificate.kth_score
+        assert student is not PAPER or certificate.num_left == 0
+        if expected and left:
+            tied += bool((values[left] == certificate.kth_score).any())
+    assert tied > 100  # ties across the border of the ranking did occur,
+    assert early > 100  # and proofs before the end
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0, 1, 2, 3, 4]))
+def test_no_score_is_above_its_bound(seed, number):
+    """In float64, by the network itself: |score - anchor| <= R_q r_p."""
+    student, (view, query, _, _, _) = STUDENTS[number], random_case(seed)
+    vectors = view.block(0, view.capacity)
+    query = query / max(1, np.abs(query).max())
+    module = TinyStudent(seed=seed).interaction.double()
+    with torch.inference_mode():
+        queries, passages = torch.from_numpy(query)[None].double(), torch.from_numpy(vectors).double()
+        scores = module(queries, passages, "symmetric")
+        reach = (module.query_reach(queries, "symmetric")[:, None] * module.passage_reach(passages)).numpy()
+        change = (scores.logits - scores.anchor).numpy()
+        assert (np.abs(change) <= reach + 1e-14 * np.abs(scores.anchor.numpy())).all()
+        single = student.prepare(query, "symmetric")
+    anchors = vectors @ single.anchor_query
+    reach = np.float32(single.reach) * student.passage_reach(vectors)
+    finals = anchors + reach * single.change(vectors)
+    assert (finals <= anchors + reach).all()
+
+
+@pytest.mark.parametrize("head", ["anchored", "paper"])
+def test_with_a_budget_the_proved_places_are_the_exact_ones(head, monkeypatch):
+    monkeypatch.setattr(exact_search, "_FIRST", 4)
+    monkeypatch.setattr(exact_search, "_LARGEST", 8)
+    monkeypatch.setattr(exact_search, "_FEWEST", 1)
+    student, partly, none = TinyStudent(head, weight=0.05), 0, 0
+    for seed in range(160):
+        view, query, allowed, _, rng = random_case(seed)
+        top_k = int(rng.integers(1, 8))
+        expected, _ = brute_force(view, student, query, "symmetric", top_k, allowed)
+        monkeypatch.setattr(exact_search._Clock, "num_fitting", mock.Mock(side_effect=[5] * (seed % 6) + [0]))
+        found = certified_top_k(view, student, query, "symmetric", top_k, allowed=allowed, budget_ms=1)
+        proved = found.certificate.proved
+        assert len(found.rows) == len(expected)
+        assert found.rows[:proved].tolist() == expected[:proved]
+        if found.certificate.num_left and head == "paper":
+            assert proved == 0
+        partly += 0 < proved < len(expected)
+        none += proved == 0 < len(expected)
+    assert none > 5
+    assert partly > 5 or head == "paper"
+
+
+def test_a_budget_is_kept():
+    vectors = np.random.default_rng(0).standard_normal((60_000, DIM)).astype(np.float32)
+    student, query = TinyStudent(), np.ones(DIM, np.float32)
+    view = ArrayView(vectors, ids=[str(row) for row in range(60_000)])
+    found = certified_top_k(view, student, query, "symmetric", 10, budget_ms=0.0)
+    assert found.certificate.num_scored == 256
+    assert len(found.rows) == 10
+    assert certified_top_k(view, student, query, "symmetric", 10, budget_ms=1e9).certificate.proved == 10
+
+
+def test_without_weight_only_the_scan_is_asked(monkeypatch):
+    student, (view, query, _, _, _) = TinyStudent(weight=0.0), random_case(7)
+    monkeypatch.setattr(QueryScorer, "change", lambda *_: pytest.fail("the interaction was asked"))
+    monkeypatch.setattr(view, "block", lambda *_: pytest.fail("the vectors were read again"))
+    found = certified_top_k(view, student, query, "symmetric", 5)
+    assert found.certificate.proved == 5
+    assert found.certificate.highest_bound_left <= found.certificate.kth_score
+    assert found.anchors is found.scores
+
+
+def test_a_student_without_bounds_is_scanned_in_full():
+    student = FakeStudent(dim=DIM)
+    vectors = np.random.default_rng(0).standard_normal((50, DIM)).astype(np.float32)
+    query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
+    found = certified_top_k(ArrayView(vectors), student, query, "asymmetric", 3)
+    scores = student.score(query, vectors, "asymmetric")
+    assert found.rows.tolist() == np.argsort(-scores)[:3].tolist()
+    assert found.certificate.num_scored == 50
+    np.testing.assert_allclose(found.anchors, 2 * vectors[found.rows] @ query, rtol=1e-5)
+
+
+def test_what_cannot_be_answered():
+    student, (view, query, _, _, _) = TinyStudent(), random_case(3)
+    with pytest.raises(InputError, match="top_k is 0"):
+        certified_top_k(view, student, query, "symmetric", 0)
+    for budget in (-1.0, math.nan):
+        with pytest.raises(InputError, match="the budget is"):
+            certified_top_k(view, student, query, "symmetric", 1, budget_ms=budget)
+    with pytest.raises(InputError, match="a mask of rows has shape"):
+        certified_top_k(view, student, query, "symmetric", 1, allowed=np.ones(view.capacity + 1, bool))
+    with pytest.raises(ModelError, match="are NaN"):
+        certified_top_k(view, student, np.full(DIM, np.nan, np.float32), "symmetric", 1)
+    nothing = certified_top_k(ArrayView(np.zeros((0, DIM), np.float32)), student, query, "symmetric", 4)
+    assert len(nothing.rows) == nothing.certificate.proved == 0
+    assert nothing.certificate.highest_bound_left == -math.inf
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.5, -3.0, math.inf, -math.inf]), max_size=70), st.integers(1, 9))
+def test_from_the_highest_bound_to_the_lowest(bounds, first):
+    values = np.array(bounds, np.float32)
+    parts = list(from_the_highest(values, first))
+    order = np.concatenate([np.zeros(0, np.int64), *parts])
+    assert sorted(order.tolist()) == list(range(len(bounds)))
+    assert values[order].tolist() == sorted(bounds, reverse=True)
+    assert [len(part) for part in parts[:-1]] == [first * 2**n for n in range(len(parts) - 1)]
