@@ -35,7 +35,18 @@ from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.types import Passage, Task
 from d2llm.index import vector_file
-from d2llm.index.blocks import check_passages, codes_of, is_text, other_columns, table_block, table_schema, text_hash
+from d2llm.index.blocks import (
+    GENERATION_SHIFT,
+    ROW_MASK,
+    Changes,
+    check_passages,
+    codes_of,
+    is_text,
+    other_columns,
+    table_block,
+    table_schema,
+    text_hash,
+)
 from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, storage_errors
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.vector_file import VectorFile, VectorRows
