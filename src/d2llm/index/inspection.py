@@ -13,7 +13,7 @@ from d2llm.core.files import folder_bytes
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of, text_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.schema import MetadataSchema
-from d2llm.index.store import PassageStore
+from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.view import as_passage
 
@@ -66,7 +66,7 @@ class VerifyReport:
         return asdict(self)
 
 
-def stats(store: PassageStore) -> IndexStats:
+def stats(store: IndexStore) -> IndexStats:
     """Facts about the latest version."""
     table = store.table()
     vectors = store.vectors(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
@@ -92,7 +92,7 @@ def stats(store: PassageStore) -> IndexStats:
     )
 
 
-def verify(store: PassageStore, *, repair: bool = False) -> VerifyReport:
+def verify(store: IndexStore, *, repair: bool = False) -> VerifyReport:
     """Read everything and compare: texts with their hashes, row numbers, the vector file with the table, snapshots.
 
     Args:
@@ -140,7 +140,7 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
         yield str(error)
 
 
-def _vector_problems(store: PassageStore, table: PassageTable) -> Iterator[str]:
+def _vector_problems(store: IndexStore, table: PassageTable) -> Iterator[str]:
     generation = store.generation(table)
     try:
         file = VectorFile.open(store.folder, generation, store.format.code_size)
@@ -159,9 +159,9 @@ def _vector_problems(store: PassageStore, table: PassageTable) -> Iterator[str]:
         yield f"{file.path.name}: {differing} vectors are not those of the table"
 
 
-def _snapshot_problems(store: PassageStore, name: str) -> Iterator[str]:
+def _snapshot_problems(store: IndexStore, name: str) -> Iterator[str]:
     try:
-        snapshot = PassageStore.open(store.snapshot_folder(name))
+        snapshot = IndexStore.open(store.snapshot_folder(name))
         table = snapshot.table()
         yield from _table_problems(table)
         yield from _vector_problems(snapshot, table)

@@ -63,7 +63,7 @@ _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
 _UNINDEXED_ROWS = 20_000  # so many are searched without an index before the indices are brought up to date
 
 
-class PassageStore:
+class IndexStore:
     """The store in a folder. Reading goes through ``view`` (``index.view``); writing needs ``writing``."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class PassageStore:
         metadata: MetadataSchema | None = None,
         student_config: Mapping[str, Any] | None = None,
         student_source: str | None = None,
-    ) -> PassageStore:
+    ) -> IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
         Raises:
@@ -111,7 +111,7 @@ class PassageStore:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: Path) -> PassageStore:
+    def open(cls, folder: Path) -> IndexStore:
         """The store in a folder.
 
         Raises:

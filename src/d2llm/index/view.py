@@ -15,7 +15,7 @@ from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS
 from d2llm.index.filters import parse_filter
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
-from d2llm.index.store import PassageStore
+from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
 from d2llm.ops.selection import top_rows
 
@@ -36,7 +36,7 @@ class PassageView:
     ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None where every row is live.
     """
 
-    def __init__(self, store: PassageStore, version: int | None = None) -> None:
+    def __init__(self, store: IndexStore, version: int | None = None) -> None:
         self.store = store
         self.format = store.format
         self._table = store.table(version)
