@@ -29,7 +29,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
 
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
-_FIRST, _LARGEST = 256, 4_096  # passages scored at a time: few at first, as the proof may come early
+_FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
 _FEWEST = 64  # not worth a call when the time ends
 _NO_LIMIT = 1 << 62
 
