@@ -13,7 +13,6 @@ import importlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,15 +36,7 @@ _FEW_LEFT_OUT = 4_096  # unless it is quicker to search for so many more and dro
 class RowScan:
     """The scan over rows ``codes`` [capacity, code_size], C-contiguous, mapped or in memory; they are not copied."""
 
-    def __init__(
-        self,
-        codes: NDArray[np.uint8],
-        vector_format: VectorFormat,
-        *,
-        path: Path | None = None,
-        use_faiss: bool = True,
-    ) -> None:
-        del path  # rows are scanned where they lie, so their file need not be known
+    def __init__(self, codes: NDArray[np.uint8], vector_format: VectorFormat, *, use_faiss: bool = True) -> None:
         self._codes = codes
         self._format = vector_format
         self._faiss: Any = _import_faiss() if use_faiss else None
