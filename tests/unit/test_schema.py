@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import date, datetime, timedelta, timezone
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,7 +18,7 @@ UTC = timezone.utc
 NOON = datetime(2024, 5, 31, 12, tzinfo=UTC)
 
 
-def passages(*metadata: dict[str, object]) -> list[Passage]:
+def passages(*metadata: dict[str, Any]) -> list[Passage]:
     return [Passage(f"p{number}", "text", metadata=fields) for number, fields in enumerate(metadata)]
 
 
