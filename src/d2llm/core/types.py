@@ -66,6 +66,22 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a passage stands where it does.
+
+    ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None where the head has no anchor).
+    ``source_ranks`` and ``source_scores`` are those of the sources that proposed it; ``terms`` counts the query's terms
+    (stems, as BM25 sees them) in the passage.
+    """
+
+    anchor: float | None
+    interaction: float | None
+    source_ranks: Mapping[str, int]
+    source_scores: Mapping[str, float]
+    terms: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class RankedPassage:
     """One place of a ranking.
 
@@ -76,16 +92,42 @@ class RankedPassage:
     passage: Passage
     score: float
     anchor_score: float | None = None
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What is proved of a ranking.
+
+    Attributes:
+        num_scored: passages that got the full score.
+        num_left: passages that did not (of those that the search may return).
+        highest_bound_left: no passage left has a higher score; -inf when none is left.
+        kth_score: of the last place of the ranking; -inf when the ranking is empty.
+        proved: how many of the first places are the exact ranking's, for certain. All of them without a budget.
+    """
+
+    num_scored: int
+    num_left: int
+    highest_bound_left: float
+    kth_score: float
+    proved: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The answer to one query, best first; ties are broken by passage id."""
+    """The answer to one query, best first; ties are broken by passage id.
+
+    ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with an
+    index that has versions.
+    """
 
     query: Query
     passages: tuple[RankedPassage, ...]
     num_candidates: int
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    certificate: Certificate | None = None
+    index_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

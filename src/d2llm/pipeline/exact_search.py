@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import Task
+from d2llm.core.types import Certificate, Task
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
@@ -76,25 +75,6 @@ class VectorView(Protocol):
     def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> FoundRows:
         """The live, allowed rows with the highest inner products, ties by id."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What is proved of a ranking.
-
-    Attributes:
-        num_scored: passages that got the full score.
-        num_left: passages that did not (of those live and allowed).
-        highest_bound_left: no passage left has a higher score; -inf when none is left.
-        kth_score: of the last place of the ranking; -inf when the ranking is empty.
-        proved: how many of the first places are the exact ranking's, for certain. All of them without a budget.
-    """
-
-    num_scored: int
-    num_left: int
-    highest_bound_left: float
-    kth_score: float
-    proved: int
 
 
 class CertifiedRows(NamedTuple):
