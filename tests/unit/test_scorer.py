@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -211,6 +213,21 @@ def test_changed_weights_are_noticed(student, change):
     after = student.score(queries[0], passages, "symmetric")
     assert abs(after - before).max() > 1e-3
     np.testing.assert_allclose(after, full(student, queries, passages, "symmetric")[0], rtol=0, atol=1e-4)
+
+
+def test_a_student_that_has_scored_can_be_copied(student):
+    queries, passages = student.encode_queries(TEXTS[:1]).vectors, student.encode_passages(TEXTS).vectors
+    student.backbone.compute_dtype, kept = torch.bfloat16, student.backbone.compute_dtype
+    try:
+        expected = student.score(queries[0], passages, "symmetric")
+        copied = copy.deepcopy(student)
+        np.testing.assert_array_equal(copied.score(queries[0], passages, "symmetric"), expected)
+        with torch.no_grad():
+            copied.interaction.output.weight.mul_(3)
+        assert (copied.score(queries[0], passages, "symmetric") != expected).any()
+        np.testing.assert_array_equal(student.score(queries[0], passages, "symmetric"), expected)
+    finally:
+        student.backbone.compute_dtype = kept
 
 
 def test_the_reach_of_passages(student):

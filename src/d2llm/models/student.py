@@ -262,6 +262,10 @@ class Student(nn.Module):
         scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
         return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy casts its weights itself: oneDNN's own layout can neither be copied nor pickled."""
+        return {**self.__dict__, "_kept_weights": {}}
+
     def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
         kept = self._kept_weights.get(task)
         if kept is None or not kept.is_of(head, self.backbone.compute_dtype):
