@@ -5,24 +5,33 @@ highest upper bound down until no other can be among the first ten (``ops.certif
 interaction gives a narrower bound, and another ranking; this draws one against the other, on dev queries.
 
     python benchmarks/certificate.py STUDENT DATA_SET --task symmetric --json result.json
+
+With ``--speed N`` the time instead, of ``pipeline.exact_search`` on N real passages of the data set, all in memory: the
+exact scan of inner products, the certified top ten and the full score of every passage, seconds of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from d2llm.core.files import write_bytes
+from d2llm.core.types import Certificate, Task
 from d2llm.data.beir import read_beir
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.ops.certificates import num_rescored
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
+from d2llm.ops.selection import ids_at, top_rows
+from d2llm.pipeline.exact_search import CertifiedRows, certified_top_k, passage_reaches
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
@@ -67,6 +76,68 @@ def measure(student: Student, place: Path, task: str, split: str, num_queries: i
     return rows
 
 
+class ArrayView:
+    """Vectors in memory, as ``certified_top_k`` reads them."""
+
+    live = None
+
+    def __init__(self, vectors: NDArray[np.float32], ids: list[str]) -> None:
+        self._vectors, self._ids, self.capacity = vectors, ids, len(vectors)
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        return ids_at(self._ids, rows)
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._vectors[rows]
+
+    def block(self, start: int, end: int) -> NDArray[np.float32]:
+        return self._vectors[start:end]
+
+    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CertifiedRows:
+        assert allowed is None
+        scores = self._vectors @ query
+        rows = top_rows(scores, top_k, self.ids)
+        return CertifiedRows(rows, scores[rows], None, Certificate(0, 0, 0, 0, 0))
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Of the process, so that other work on the machine counts little."""
+    start = time.process_time()
+    work()
+    return (time.process_time() - start) * 1e3
+
+
+def measure_speed(
+    student: Student, place: Path, task: Task, split: str, num_queries: int, num_passages: int
+) -> list[dict[str, float]]:
+    """For each weight r: mean milliseconds of the scan, the certified top ten and the full scan; the share scored."""
+    head = student.interaction
+    assert isinstance(head, Interaction)
+    dataset = read_beir(place)
+    ids = list(dataset.passages)[:num_passages]
+    passages = student.encode_passages([dataset.passages[passage_id].full_text for passage_id in ids]).vectors
+    chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]
+    queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
+    view = ArrayView(passages, ids)
+    reaches = passage_reaches(view, student)
+    residual = head.residual_weight(task)
+    rows: list[dict[str, float]] = []
+    for weight in WEIGHTS:
+        residual.fill_(weight)
+        times: dict[str, list[float]] = {"scan_ms": [], "certified_ms": [], "full_ms": [], "share": []}
+        student.score(queries[0], passages, task)  # casts the changed weights, once
+        for query in queries:
+            anchor_query = student.anchor_queries(query[None], task)[0]
+            times["scan_ms"].append(milliseconds(lambda: view.scan(anchor_query, TOP_K)))  # noqa: B023 - used at once
+            start = time.process_time()
+            found = certified_top_k(view, student, query, task, TOP_K, reaches=reaches)
+            times["certified_ms"].append((time.process_time() - start) * 1e3)
+            times["full_ms"].append(milliseconds(lambda: student.score(query, passages, task)))  # noqa: B023
+            times["share"].append(found.certificate.num_scored / len(ids))
+        rows.append({"weight": weight, **{name: float(np.mean(values)) for name, values in times.items()}})
+    return rows
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,14 +146,23 @@ def main() -> None:
     parser.add_argument("--task", choices=["symmetric", "asymmetric"], default="asymmetric")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--speed", type=int, metavar="N")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     student = Student.load(options.student)
-    rows = measure(student, options.data, options.task, options.split, options.queries)
-    print(f"{'r':>6} {'bound':>7} {'nDCG@10':>8} {'rescored':>9} {'p95':>7}")
-    for row in rows:
-        values = f"{row['weight']:6.3f} {row['bound']:7.2f} {row['ndcg']:8.4f}"
-        print(f"{values} {row['share_mean']:8.2%} {row['share_p95']:6.1%}")
+    if options.speed:
+        torch.set_num_threads(1)
+        rows = measure_speed(student, options.data, options.task, options.split, options.queries, options.speed)
+        print(f"{'r':>6} {'scan ms':>8} {'certified':>10} {'all':>8} {'scored':>8}")
+        for row in rows:
+            values = f"{row['weight']:6.3f} {row['scan_ms']:8.2f} {row['certified_ms']:10.2f} {row['full_ms']:8.2f}"
+            print(f"{values} {row['share']:8.2%}")
+    else:
+        rows = measure(student, options.data, options.task, options.split, options.queries)
+        print(f"{'r':>6} {'bound':>7} {'nDCG@10':>8} {'rescored':>9} {'p95':>7}")
+        for row in rows:
+            values = f"{row['weight']:6.3f} {row['bound']:7.2f} {row['ndcg']:8.4f}"
+            print(f"{values} {row['share_mean']:8.2%} {row['share_p95']:6.1%}")
     if options.json:
         content = {
             "student": student.fingerprint,
@@ -90,6 +170,7 @@ def main() -> None:
             "task": options.task,
             "split": options.split,
             "queries": options.queries,
+            "speed_of_passages": options.speed,
             "rows": rows,
         }
         write_bytes(options.json, (json.dumps(content, indent=1) + "\n").encode())

@@ -58,10 +58,9 @@ def from_the_highest(bounds: NDArray[np.float32], first: int) -> Iterator[NDArra
     left = np.arange(len(bounds), dtype=np.int64)
     size = first
     while len(left):
-        if size < len(left):
-            places = np.argpartition(-bounds[left], size - 1)
-            part, left = left[places[:size]], left[places[size:]]
-        else:
-            part, left = left, left[:0]
+        size = min(size, len(left))
+        places = np.argpartition(-bounds[left], size - 1)
+        part = left[places[:size]]
         yield part[np.argsort(-bounds[part], kind="stable")]
+        left = left[places[size:]]
         size *= 2
