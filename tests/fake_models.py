@@ -14,8 +14,12 @@ from d2llm.core.recipe import InteractionConfig, StudentConfig
 @dataclass(frozen=True)
 class FakeEncoded:
     vectors: np.ndarray
-    num_truncated: int
+    truncated: tuple[int, ...]
     num_tokens: int
+
+    @property
+    def num_truncated(self):
+        return len(self.truncated)
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,8 @@ class FakeStudent:
         if advance is not None:
             advance(len(texts))
         lengths = [len(of_text) for of_text in words]
-        return FakeEncoded(
-            vectors, sum(n > self.max_words for n in lengths), sum(min(n, self.max_words) for n in lengths)
-        )
+        cut = tuple(place for place, n in enumerate(lengths) if n > self.max_words)
+        return FakeEncoded(vectors, cut, sum(min(n, self.max_words) for n in lengths))
 
     def encode_queries(self, texts, *, advance=None):
         return self._encode(texts, advance)
@@ -84,7 +87,9 @@ class FakeStudent:
 
     def score(self, query_vector, passage_vectors, task):
         sign = 1 if task == "asymmetric" else -1
-        return 2 * passage_vectors @ query_vector + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
+        # Not a matrix product: BLAS sums a row in an order that depends on how many rows there are.
+        anchor = 2 * np.einsum("ij,j->i", passage_vectors, query_vector)
+        return anchor + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
 
 
 class FakeTeacher:

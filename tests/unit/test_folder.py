@@ -25,11 +25,11 @@ def test_roundtrip(index):
     opened = FolderIndex.open(index.folder, student_fingerprint="abc")
     assert len(opened) == 4
     assert opened.dim == 3
-    assert list(opened.ids) == ["p1", "p2", "p3", "p0"]
+    assert list(opened.all_ids) == ["p1", "p2", "p3", "p0"]
     assert opened.passages([3, 0, 1]) == [PASSAGES[3], PASSAGES[0], PASSAGES[1]]
     assert opened.passage(2) == PASSAGES[2]
     np.testing.assert_array_equal(opened.vectors([3, 0]), VECTORS[[3, 0]])
-    np.testing.assert_array_equal(np.concatenate(list(opened.blocks(3))), VECTORS)
+    np.testing.assert_array_equal(np.concatenate([opened.block(0, 3), opened.block(3, 4)]), VECTORS)
 
 
 def test_manifest_says_what_it_is(tmp_path):
@@ -81,13 +81,13 @@ def test_other_student(index):
 
 
 def test_candidates_are_exact_and_ordered(index):
-    found = index.candidates(np.array([1, 0.5, 0], np.float32), 3)
+    found = index.scan(np.array([1, 0.5, 0], np.float32), 3)
     assert found.rows.tolist() == [3, 0, 2]  # 500.001, 2, 0, -1.9
     np.testing.assert_allclose(found.scores, [500.001, 2, 0], rtol=1e-6)
 
 
 def test_equal_candidates_go_by_id(index):
-    assert index.candidates(np.zeros(3, np.float32), 3).rows.tolist() == [3, 0, 1]  # p0, p1, p2
+    assert index.scan(np.zeros(3, np.float32), 3).rows.tolist() == [3, 0, 1]  # p0, p1, p2
 
 
 def test_bfloat16_candidates_rank_like_float32_up_to_rounding(tmp_path):
@@ -100,7 +100,7 @@ def test_bfloat16_candidates_rank_like_float32_up_to_rounding(tmp_path):
     passages = [Passage(f"{n:05d}", "") for n in range(num)]
     index = FolderIndex.write(tmp_path / "i", passages, vectors, student_fingerprint="s")
 
-    found = index.candidates(query, 200)
+    found = index.scan(query, 200)
     stored = index.vectors(np.arange(num)).astype(np.float64)
     np.testing.assert_allclose(found.scores, (stored @ query.astype(np.float64))[found.rows], atol=2e-6)
     truth = vectors.astype(np.float64) @ query.astype(np.float64)
@@ -110,13 +110,13 @@ def test_bfloat16_candidates_rank_like_float32_up_to_rounding(tmp_path):
     assert len(set(found.rows.tolist()) & set(np.argsort(-truth)[:200].tolist())) >= 195
     # The same scan over float32 vectors gives the true order.
     exact = FolderIndex.write(tmp_path / "e", passages, vectors, student_fingerprint="s", dtype="float32")
-    assert exact.candidates(query, 50).rows.tolist() == np.argsort(-truth)[:50].tolist()
+    assert exact.scan(query, 50).rows.tolist() == np.argsort(-truth)[:50].tolist()
 
 
 @pytest.mark.parametrize(("query", "top_k", "message"), [([1, 2], 3, r"\(2,\).*\[3\]"), ([1, 2, 3], 0, "top_k is 0")])
 def test_bad_candidate_requests(index, query, top_k, message):
     with pytest.raises(InputError, match=message):
-        index.candidates(np.array(query, np.float32), top_k)
+        index.scan(np.array(query, np.float32), top_k)
 
 
 def test_no_passages(tmp_path):

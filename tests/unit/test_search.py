@@ -71,7 +71,7 @@ def test_texts_get_numbers_as_ids(index, student):
 
 def test_only_the_candidates_are_scored(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=2, num_candidates=2)
-    anchors = index.candidates(student.anchor_queries(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
+    anchors = index.scan(student.anchor_queries(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
     assert {place for place, _ in pairs(ranking)} == {index.id(int(row)) for row in anchors.rows}
 
 

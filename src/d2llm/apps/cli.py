@@ -16,6 +16,7 @@ from d2llm.apps import (
     commands_ablate,
     commands_data,
     commands_evaluate,
+    commands_index,
     commands_look,
     commands_search,
     commands_teach,
@@ -95,6 +96,7 @@ def prepare(
 for _commands in (
     commands_train,
     commands_teach,
+    commands_index,
     commands_search,
     commands_evaluate,
     commands_ablate,

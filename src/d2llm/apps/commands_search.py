@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,11 +17,10 @@ from d2llm.apps.options import (
     StudentOption,
 )
 from d2llm.apps.session import session_of
-from d2llm.core.types import Task
+from d2llm.core.types import SourceName, Task
 
 if TYPE_CHECKING:
-    from d2llm.core.types import Query
-    from d2llm.index.folder import FolderIndex
+    from d2llm.core.types import Certificate, Query
 
 _QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
 
@@ -78,7 +77,9 @@ def encode(
 
 def search(
     context: typer.Context,
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="What encode made.", show_default=False)],
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="What index or encode made, or a snapshot.", show_default=False)
+    ],
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="QUERY", help="What to look for.", show_default=False)
     ] = None,
@@ -96,10 +97,32 @@ def search(
         ),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many passages to show.")] = 5,
+    filter: Annotated[  # noqa: A002 - the word of the field
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="CONDITION",
+            help="Only passages whose metadata fit, as in \"year >= 2020 AND language = 'en'\".",
+            show_default=False,
+        ),
+    ] = None,
     num_candidates: Annotated[
         int, typer.Option("--candidates", min=1, help="Passages that get the full score; more is slower and surer.")
     ] = 1000,
-    exact: Annotated[bool, typer.Option("--exact", help="Give every passage the full score.")] = False,
+    source: Annotated[
+        Literal["vectors", "bm25", "both"], typer.Option("--source", help="Who proposes passages for the full score.")
+    ] = "vectors",
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Candidates of both sources, and ranks fused with those of BM25.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="The exact ranking of all passages, proved.")] = False,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-ms", min=0, help="With --exact: stop in time and say what is proved.", show_default=False
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each passage stands where it does.")] = False,
     task: Annotated[
         Task | None, typer.Option("--task", help="What the queries ask.", show_default="the index's")
     ] = None,
@@ -108,27 +131,38 @@ def search(
     json_path: JsonOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
-    from d2llm.apps.tables import ranking_table
-    from d2llm.index.folder import FolderIndex
-    from d2llm.models.student import Student
-    from d2llm.pipeline.search import search
+    from d2llm.apps.tables import explanation_table, ranking_table
+    from d2llm.pipeline.index import open_searchable
+    from d2llm.pipeline.search import SearchSettings, search
 
     session = session_of(context)
     asked = _questions(texts or [], queries)
-    opened = FolderIndex.open(index)
-    model = Student.load(student or _student_of(opened), device=device, dtype=dtype)
-    rankings = search(
-        opened,
-        model,
-        asked,
+    sources: dict[str, tuple[SourceName, ...]] = {
+        "both": ("vectors", "bm25"),
+        "bm25": ("bm25",),
+        "vectors": ("vectors",),
+    }
+    settings = SearchSettings(
         task=task,
         top_k=top_k,
         num_candidates=num_candidates,
+        filter=filter,
+        sources=sources["both" if hybrid else source],
+        fuse=hybrid,
         exact=exact,
-        show_progress=session.show_progress if len(asked) > _QUICK_QUERIES else False,
+        budget_ms=budget_ms,
+        explain=explain,
     )
+    settings.check()
+    opened, model = open_searchable(index, student, device=device, dtype=dtype)
+    show = session.show_progress if len(asked) > _QUICK_QUERIES else False
+    rankings = search(opened, model, asked, settings, show_progress=show)
     for ranking in rankings:
         session.show(ranking_table(ranking))
+        if explain:
+            session.show(explanation_table(ranking))
+        if ranking.certificate is not None:
+            session.say(_proof(ranking.certificate, len(ranking.passages)))
     session.write_report(context, json_path, {"student": model.fingerprint, "rankings": rankings})
 
 
@@ -149,17 +183,15 @@ def _questions(texts: list[str], file: Path | None) -> list[Query]:
     return asked + (list(read_queries(file).values()) if file is not None else [])
 
 
-def _student_of(index: FolderIndex) -> str:
-    """The student that the index remembers.
-
-    Raises:
-        InputError: it remembers none, or a folder that is no longer there.
-    """
-    from d2llm.core.errors import InputError
-
-    source = index.student_source
-    if source is None:
-        raise InputError(f"{index.folder}: the index does not know where its student is; name it with --student")
-    if Path(source).is_absolute() and not Path(source).is_dir():
-        raise InputError(f"{index.folder}: its student was in {source}, which is not there; name it with --student")
-    return source
+def _proof(certificate: Certificate, num_places: int) -> str:
+    of_all = certificate.num_scored + certificate.num_left
+    proved = "all" if certificate.proved == num_places else f"the first {certificate.proved}"
+    return (
+        f"exact: {proved} of {num_places} places are proved; {certificate.num_scored:,} of {of_all:,} passages got the "
+        f"full score"
+        + (
+            f", none of the others can have more than {certificate.highest_bound_left:.3f}"
+            if certificate.num_left
+            else ""
+        )
+    )

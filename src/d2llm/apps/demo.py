@@ -215,7 +215,7 @@ def _make_system(
 
 
 def _answer(cosine: _System, d2llm: _System) -> tuple[DemoAnswer, ...]:
-    ids = set(d2llm.index.ids)
+    ids = set(d2llm.index.all_ids)
     rankings = zip(QUESTIONS, cosine.rank(QUESTIONS, DEPTH), d2llm.rank(QUESTIONS, DEPTH), strict=True)
     return tuple(
         DemoAnswer(

@@ -100,6 +100,27 @@ def ranking_table(ranking: Ranking) -> Table:
     return table
 
 
+def explanation_table(ranking: Ranking) -> Table:
+    """Why the passages of a ranking stand where they do."""
+    table = Table(box=None, title=Text("why"), title_justify="left")
+    for name in ("rank", "inner product", "interaction", "ranks of sources", "terms of the query"):
+        table.add_column(name, justify="left" if name.startswith(("ranks", "terms")) else "right")
+    for place in ranking.passages:
+        why = place.explanation
+        if why is None:
+            continue
+        ranks = ", ".join(f"{name} {rank} ({why.source_scores[name]:.3f})" for name, rank in why.source_ranks.items())
+        terms = ", ".join(f"{term} {count}" for term, count in sorted(why.terms.items(), key=lambda item: -item[1]))
+        table.add_row(
+            str(place.rank),
+            "-" if why.anchor is None else f"{why.anchor:.3f}",
+            "-" if why.interaction is None else f"{why.interaction:+.3f}",
+            ranks or "-",
+            Text(terms or "-"),
+        )
+    return table
+
+
 def judgement_table(query: str, passages: Sequence[str], log_odds: Sequence[float]) -> Table:
     """What a teacher said of some passages, in the order given: probability of yes, log-odds, text."""
     table = Table(title=Text(query), title_justify="left", title_style="bold", box=None)

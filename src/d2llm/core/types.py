@@ -15,6 +15,9 @@ SystemKind = Literal[
 ]
 """What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone."""
 
+SourceName = Literal["vectors", "bm25"]
+"""Who proposes candidates: the highest inner products, or BM25."""
+
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""
 
@@ -118,8 +121,8 @@ class Certificate:
 class Ranking:
     """The answer to one query, best first; ties are broken by passage id.
 
-    ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with an
-    index that has versions.
+    ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with
+    an index that has versions.
     """
 
     query: Query

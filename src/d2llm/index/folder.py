@@ -54,6 +54,9 @@ class CandidateRows(NamedTuple):
 class FolderIndex:
     """An index on disk, opened for reading. Make one with ``write``, open it with ``open``."""
 
+    live = None
+    version = None
+
     def __init__(
         self, folder: Path, manifest: Mapping[str, Any], vectors: NDArray[Any], columns: Mapping[str, Any]
     ) -> None:
@@ -160,6 +163,11 @@ class FolderIndex:
         return cast(int, self.manifest["count"])
 
     @property
+    def capacity(self) -> int:
+        """Rows; every one is a passage (``live`` is None)."""
+        return len(self)
+
+    @property
     def dim(self) -> int:
         """Width of a vector."""
         return cast(int, self.manifest["dim"])
@@ -200,9 +208,13 @@ class FolderIndex:
         return self.dim * self._stored.itemsize
 
     @cached_property
-    def ids(self) -> Sequence[str]:
+    def all_ids(self) -> Sequence[str]:
         """All passage ids, in the rows' order (read once, then kept)."""
         return cast(list[str], self._columns["id"].to_pylist())
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The passage ids of some rows, in their order."""
+        return [self.id(int(row)) for row in rows]
 
     def id(self, row: int) -> str:
         """The passage id of one row."""
@@ -210,8 +222,7 @@ class FolderIndex:
 
     def passage(self, row: int) -> Passage:
         """The passage of one row."""
-        values = {name: cast(str, column[row].as_py()) for name, column in self._columns.items()}
-        return Passage(**values)
+        return Passage(**{name: column[row].as_py() for name, column in self._columns.items()})
 
     def passages(self, rows: Iterable[int]) -> list[Passage]:
         """The passages of several rows, in their order."""
@@ -221,26 +232,44 @@ class FolderIndex:
         """The vectors of several rows, float32 [len(rows), dim]."""
         return expand(np.asarray(self._stored[np.asarray(rows, np.int64)]), self.dtype)
 
-    def blocks(self, rows: int = 8_192) -> Iterator[NDArray[np.float32]]:
-        """All vectors in order, float32 [at most ``rows``, dim] at a time."""
-        for start in range(0, len(self), rows):
-            yield expand(np.asarray(self._stored[start : start + rows]), self.dtype)
+    def block(self, start: int, end: int) -> NDArray[np.float32]:
+        """The vectors of the rows from ``start`` to ``end``, float32 [end - start, dim]."""
+        return expand(np.asarray(self._stored[start:end]), self.dtype)
 
-    def candidates(self, anchor_query: NDArray[np.float32], top_k: int) -> CandidateRows:
-        """The rows with the highest inner product with ``anchor_query`` [dim]; ties by passage id.
+    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CandidateRows:
+        """The rows with the highest inner product with ``query`` [dim]; ties by passage id.
 
         The scan is exact: every product is taken in float32 of the stored values.
 
         Raises:
             InputError: the query has another width than the index, or ``top_k`` < 1.
         """
-        if anchor_query.shape != (self.dim,):
-            raise InputError(f"the query vector has shape {anchor_query.shape}, but the index holds [{self.dim}]")
+        if query.shape != (self.dim,):
+            raise InputError(f"the query vector has shape {query.shape}, but the index holds [{self.dim}]")
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
-        scores = self._inner_products(anchor_query)
-        rows = top_rows(scores, top_k, lambda rows: [self.id(int(row)) for row in rows])
-        return CandidateRows(rows, scores[rows])
+        scores = self._inner_products(query)
+        rows = np.arange(len(self)) if allowed is None else np.flatnonzero(allowed)
+        best = rows[top_rows(scores[rows], top_k, lambda places: self.ids(rows[places]))]
+        return CandidateRows(best, scores[best])
+
+    def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002, ARG002
+        """Not to be had: an index that ``encode`` made has no BM25.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{self.folder}: an index made by `d2llm encode` has no BM25; make one with `d2llm index`")
+
+    def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
+        """None without a filter.
+
+        Raises:
+            InputError: there is a filter; an index that ``encode`` made has no metadata.
+        """
+        if filter is None:
+            return None
+        raise InputError(f"{self.folder}: an index made by `d2llm encode` has no metadata; make one with `d2llm index`")
 
     def _inner_products(self, anchor_query: NDArray[np.float32]) -> NDArray[np.float32]:
         query = torch.from_numpy(np.array(anchor_query, dtype=np.float32))

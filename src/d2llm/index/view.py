@@ -9,17 +9,17 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.types import Passage, Task
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
 from d2llm.index.filters import parse_filter
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
-from d2llm.index.vector_file import VectorFile
 from d2llm.ops.selection import top_rows
 
 _log = logging.getLogger(__name__)
+_SPARE_MATCHES = 16  # taken beyond top_k, to see whether passages tie for the last place
 _ALL_IDS_FROM = 20_000  # so many ids are read faster in one pass over the column
 
 
@@ -98,12 +98,23 @@ class PassageView:
         found = self._table.columns(["id", "d2_row"])
         place = np.full(self.capacity, -1, np.int64)
         place[np.asarray(found["d2_row"]) & ROW_MASK] = np.arange(len(found))
+        if (place[rows] < 0).any():
+            raise DataFormatError(self.store.folder, "its table lacks rows asked for")
         return cast(list[str], found["id"].take(place[rows]).to_pylist())
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages at some rows, in their order; metadata without a value are left out."""
-        names = [*TEXT_COLUMNS, *(field.name for field in self._table.metadata_fields)]
-        return [as_passage(record) for record in self._table.by_rows(self._stored(rows), names).to_pylist()]
+        return [as_passage(record) for record in self._table.by_rows(self._stored(rows), self._columns).to_pylist()]
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids, in their order; those that are not there are left out."""
+        wanted = list(dict.fromkeys(ids))
+        found = {record["id"]: as_passage(record) for record in self._table.by_ids(wanted, self._columns).to_pylist()}
+        return [found[passage_id] for passage_id in wanted if passage_id in found]
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*TEXT_COLUMNS, *(field.name for field in self._table.metadata_fields)]
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The vectors of some rows, float32 [len(rows), dim]."""
@@ -130,8 +141,23 @@ class PassageView:
         return CandidateRows(rows, scores)
 
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
-        """The passages that BM25 finds for a text, best first, ties by id; the filter comes before the choice."""
-        found = self._table.match(text, top_k, self._condition(filter))
+        """The passages that BM25 finds for a text, best first, ties by id; the filter comes before the choice.
+
+        Raises:
+            InputError: ``top_k`` < 1, or the text is no valid Unicode.
+            FilterError: the filter cannot be read, or does not fit the metadata.
+        """
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        if not is_text(text):
+            raise InputError(f"the query {text!r} is not valid Unicode text")
+        condition, take = self._condition(filter), top_k + _SPARE_MATCHES
+        found = self._table.match(text, take, condition)
+        # LanceDB takes any of those that tie for the last place, so it is asked on until the first k do not.
+        while len(found) == take and found["_score"][top_k - 1] == found["_score"][take - 1]:
+            take *= 4
+            found = self._table.match(text, take, condition)
+        top_k = min(top_k, len(found))
         rows, scores = np.asarray(found["d2_row"], np.int64) & ROW_MASK, np.asarray(found["_score"], np.float32)
         ids = cast(list[str], found["id"].to_pylist())
         best = top_rows(scores, top_k, lambda places: [ids[int(place)] for place in places])
@@ -165,9 +191,9 @@ class PassageView:
     def _check(self) -> RowScan:
         """Before the first use of the vectors: are they what was written? Else they are read from the table again."""
         if self._scan is None:
-            path = self._vectors.path
-            if path is not None and VectorFile.open(path.parent, self._generation, self.format.code_size).damaged():
-                _log.warning("%s: the vectors in %s are damaged and are read from the table again", path.parent, path)
+            codes, file = self._vectors
+            if file is not None and file.damaged(codes):
+                _log.warning("%s: the vectors are damaged and are read from the table again", file.path)
                 self._vectors = self.store.rebuild(self._table)
             self._scan = RowScan(self._vectors.codes, self.format)
         return self._scan

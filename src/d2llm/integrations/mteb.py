@@ -31,7 +31,7 @@ from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.cosine import AnchorStudent
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.protocols import EncodedBatch, SearchStudent
-from d2llm.pipeline.search import Searcher
+from d2llm.pipeline.search import Searcher, SearchSettings
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -163,7 +163,7 @@ class D2LLMModel:
         task = branch_of(task_metadata, self._tasks)
         if top_ranked is not None:
             return self._rerank(asked, top_ranked, task, top_k)
-        searcher = Searcher(self._index, self._student, task=task, top_k=top_k, num_candidates=self._num_candidates)
+        searcher = Searcher(self._index, self._student, SearchSettings(task, top_k, self._num_candidates))
         show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
         return {
             ranking.query.id: _falling([(place.passage.id, place.score) for place in ranking.passages])
@@ -239,7 +239,7 @@ class D2LLMModel:
         self, queries: Sequence[Query], top_ranked: Mapping[str, Sequence[str]], task: Task, top_k: int
     ) -> dict[str, dict[str, float]]:
         assert self._index is not None
-        row_of = {passage_id: row for row, passage_id in enumerate(self._index.ids)}
+        row_of = {passage_id: row for row, passage_id in enumerate(self._index.all_ids)}
         without = sum(not top_ranked.get(query.id) for query in queries)
         if without:
             _log.warning("%d of %d queries have no passages to rerank; they get no ranking", without, len(queries))

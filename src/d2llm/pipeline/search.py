@@ -3,79 +3,147 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import Query, RankedPassage, Ranking, Task
-from d2llm.index.folder import FolderIndex
+from d2llm.core.types import Certificate, Explanation, Query, RankedPassage, Ranking, SourceName, Task
 from d2llm.ops.selection import top_rows
+from d2llm.pipeline.candidates import (
+    CandidateSource,
+    LexicalSource,
+    SearchableIndex,
+    VectorSource,
+    fuse_rows,
+)
+from d2llm.pipeline.exact_search import FoundRows, certified_top_k, passage_reaches
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
 
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
 
 
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How to search.
+
+    Attributes:
+        task: which branch of the IEM; None means the index's own.
+        top_k: length of a ranking; every passage when it is beyond the corpus.
+        num_candidates: passages that each source proposes; when it is below ``top_k``, ``top_k`` are proposed.
+        filter: an SQL-like condition on metadata (``index.filters``); it is applied before the choice of the first k.
+        sources: who proposes candidates; several are united, and all get the student's full score.
+        fuse: rank by reciprocal-rank fusion of the student's ranking and BM25's, not by the student's score alone.
+        exact: the exact ranking of all passages by the full score, with its certificate. A head without an
+            inner-product part ("paper") is always searched so.
+        budget_ms: of an exact search: stop scoring in time; the certificate says what is proved.
+        explain: say of each passage why it stands where it does.
+    """
+
+    task: Task | None = None
+    top_k: int = 10
+    num_candidates: int = 1000
+    filter: str | None = None
+    sources: tuple[SourceName, ...] = ("vectors",)
+    fuse: bool = False
+    exact: bool = False
+    budget_ms: float | None = None
+    explain: bool = False
+
+    def check(self) -> None:
+        """Make sure that the settings go together.
+
+        Raises:
+            InputError: they do not.
+        """
+        if self.top_k < 1 or self.num_candidates < 1:
+            raise InputError(
+                f"top_k is {self.top_k} and num_candidates is {self.num_candidates}; both must be at least 1"
+            )
+        if not self.sources:
+            raise InputError("sources is empty; name 'vectors', 'bm25' or both")
+        if self.exact and (self.fuse or self.sources != ("vectors",)):
+            raise InputError("an exact search ranks all passages by the student's score: leave fuse and sources alone")
+        if self.budget_ms is not None and not self.exact:
+            raise InputError("budget_ms is for an exact search; set exact as well, or leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """A ranking of rows: final scores (what it is sorted by), the student's scores, and who proposed what."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    student_scores: NDArray[np.float32]
+    num_scored: int
+    proposals: Mapping[str, FoundRows]
+    certificate: Certificate | None
+
+
 def search(
-    index: FolderIndex,
+    index: SearchableIndex,
     student: SearchStudent,
     queries: Sequence[Query] | Sequence[str],
+    settings: SearchSettings | None = None,
     *,
-    task: Task | None = None,
-    top_k: int = 10,
-    num_candidates: int = 1000,
-    exact: bool = False,
     show_progress: bool | None = False,
+    **changes: Any,
 ) -> list[Ranking]:
-    """Rank the passages of an index for each query: inner-product candidates, then the student's full score (IEM).
+    """Rank the passages of an index for each query: candidates, then the student's full score (IEM).
 
     Args:
         index: made by this student.
         student: encodes the queries and scores.
         queries: texts, or queries with ids; texts get the ids "1", "2", ...
-        task: which branch of the IEM; by default the index's own.
-        top_k: length of a ranking; every passage when it is beyond the corpus.
-        num_candidates: passages that get the full score; when it is below ``top_k``, ``top_k`` passages get it.
-        exact: give every passage the full score. So does a head without an inner-product part ("paper").
+        settings: how to search.
         show_progress: None means: if standard error is a terminal.
+        changes: single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
         One ranking per query, best first, ties by passage id. ``seconds`` holds "encode" (the mean over queries encoded
         together), "candidates" and "score".
 
     Raises:
-        InputError: ``top_k`` or ``num_candidates`` below 1, or a query without text.
+        InputError: settings that do not go together, or a query without text.
+        FilterError: the filter cannot be read, or does not fit the metadata.
         IndexMismatchError: the index was made by another student.
         ModelError: the student gave a score that is not a number.
     """
-    searcher = Searcher(index, student, task=task, top_k=top_k, num_candidates=num_candidates, exact=exact)
+    searcher = Searcher(index, student, replace(settings or SearchSettings(), **changes))
     return searcher.rank(queries, show_progress=show_progress)
 
 
 class Searcher:
-    """``search`` for many calls: what does not depend on the queries is checked once. Arguments as there."""
+    """``search`` for many calls: what does not depend on the queries is done once. Arguments as there."""
 
     def __init__(
         self,
-        index: FolderIndex,
+        index: SearchableIndex,
         student: SearchStudent,
+        settings: SearchSettings | None = None,
         *,
-        task: Task | None = None,
-        top_k: int = 10,
-        num_candidates: int = 1000,
-        exact: bool = False,
+        reaches: NDArray[np.float32] | None = None,
     ) -> None:
-        if top_k < 1 or num_candidates < 1:
-            raise InputError(f"top_k is {top_k} and num_candidates is {num_candidates}; both must be at least 1")
+        """Args: ``reaches``, for exact searches, as ``passage_reaches`` gives them; else they are computed once."""
+        self.settings = settings or SearchSettings()
+        self.settings.check()
         index.check_student(student.fingerprint)
         self._index = index
         self._student = student
-        self._task: Task = task or index.task
-        self._top_k = top_k
-        self._num_candidates = max(num_candidates, top_k)
-        self._scan_all = exact or not student.has_anchor
+        self._task: Task = self.settings.task or index.task
+        self._allowed = index.select(self.settings.filter)
+        self._exact = self.settings.exact or not (student.has_anchor or "vectors" not in self.settings.sources)
+        self._reaches = reaches
+        self._sources: list[CandidateSource] = []
+        if "vectors" in self.settings.sources and not self._exact:
+            self._sources.append(VectorSource(index, self._allowed))
+        if "bm25" in self.settings.sources or self.settings.fuse:
+            self._sources.append(LexicalSource(index, self.settings.filter))
 
     def rank(
         self,
@@ -107,32 +175,96 @@ class Searcher:
     def _rank_one(
         self, query: Query, vector: NDArray[np.float32], anchor: NDArray[np.float32] | None, encode_seconds: float
     ) -> Ranking:
-        index = self._index
         begin = time.perf_counter()
-        candidates = np.arange(len(index))
-        if anchor is not None and not self._scan_all:
-            # In the rows' order the vectors are read from the disk in one direction; the final order is made below.
-            candidates = np.sort(index.candidates(anchor, self._num_candidates).rows)
+        proposals = {
+            source.name: source.propose(query, anchor, max(self.settings.num_candidates, self.settings.top_k))
+            for source in self._sources
+        }
         proposed = time.perf_counter()
-        scores = self._score(vector, candidates)
-        _refuse_nan(scores, query)
-        places = top_rows(scores, self._top_k, lambda places: [index.id(int(row)) for row in candidates[places]])
-        rows = candidates[places]
-        anchor_scores = [None] * len(rows) if anchor is None else (index.vectors(rows) @ anchor).tolist()
-        found = zip(index.passages(rows), scores[places].tolist(), anchor_scores, strict=True)
-        passages = tuple(RankedPassage(rank, *values) for rank, values in enumerate(found, start=1))
+        ranked = (
+            self._rank_exactly(query, vector, proposals) if self._exact else self._rescore(query, vector, proposals)
+        )
+        anchor_scores = [None] * len(ranked.rows)
+        if anchor is not None and len(ranked.rows):
+            anchor_scores = (self._index.vectors(ranked.rows) @ anchor).tolist()
+        passages = tuple(
+            RankedPassage(rank, passage, score, anchor_score)
+            for rank, (passage, score, anchor_score) in enumerate(
+                zip(self._index.passages(ranked.rows), ranked.scores.tolist(), anchor_scores, strict=True), start=1
+            )
+        )
+        if self.settings.explain:
+            passages = _explained(query, passages, ranked)
         seconds = {
             "encode": encode_seconds,
             "candidates": proposed - begin,
             "score": time.perf_counter() - proposed,
         }
-        return Ranking(query, passages, len(candidates), seconds)
+        return Ranking(query, passages, ranked.num_scored, seconds, ranked.certificate, self._index.version)
 
-    def _score(self, vector: NDArray[np.float32], candidates: NDArray[np.int64]) -> NDArray[np.float32]:
-        if len(candidates) < len(self._index):
-            return self._student.score(vector, self._index.vectors(candidates), self._task)
-        blocks = self._index.blocks()
-        return np.concatenate([self._student.score(vector, block, self._task) for block in blocks])
+    def _rescore(self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows]) -> _Ranked:
+        # In the rows' order the vectors are read from the disk in one direction; the final order is made below.
+        rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
+        scores = self._student.score(vector, self._index.vectors(rows), self._task) if len(rows) else _NOTHING
+        _refuse_nan(scores, query)
+        return self._chosen(rows, scores, proposals, len(rows), None)
+
+    def _rank_exactly(self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows]) -> _Ranked:
+        if self._reaches is None and isinstance(self._student, BoundedStudent):
+            self._reaches = passage_reaches(self._index, self._student)
+        top_k = max(self.settings.num_candidates, self.settings.top_k) if self.settings.fuse else self.settings.top_k
+        try:
+            found = certified_top_k(
+                self._index, self._student, vector, self._task, top_k,
+                allowed=self._allowed, budget_ms=self.settings.budget_ms, reaches=self._reaches,
+            )  # fmt: skip
+        except ModelError as error:
+            raise ModelError(f"query {query.id!r}: {error}") from error
+        return self._chosen(found.rows, found.scores, proposals, found.certificate.num_scored, found.certificate)
+
+    def _chosen(
+        self,
+        rows: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        proposals: Mapping[str, FoundRows],
+        num_scored: int,
+        certificate: Certificate | None,
+    ) -> _Ranked:
+        """The first ``top_k`` by the student's score, or by its fusion with BM25."""
+
+        def ids_of(places: NDArray[np.int64]) -> Sequence[str]:
+            return self._index.ids(rows[places])
+
+        final = scores
+        if self.settings.fuse:
+            by_score = top_rows(scores, len(scores), ids_of)
+            fused = fuse_rows([rows[by_score], proposals["bm25"].rows])
+            final = np.array([fused[row] for row in rows.tolist()], np.float32)
+        best = top_rows(final, self.settings.top_k, ids_of)
+        return _Ranked(rows[best], final[best], scores[best], num_scored, proposals, certificate)
+
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+def _explained(query: Query, passages: tuple[RankedPassage, ...], ranked: _Ranked) -> tuple[RankedPassage, ...]:
+    from d2llm.index.lexical import tokenize
+
+    asked = set(tokenize(query.text))
+    places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in ranked.proposals.items()}
+    explained: list[RankedPassage] = []
+    for place, row, score in zip(passages, ranked.rows.tolist(), ranked.student_scores.tolist(), strict=True):
+        at = {name: rows[row] for name, rows in places.items() if row in rows}
+        counts = Counter(term for term in tokenize(place.passage.full_text) if term in asked)
+        why = Explanation(
+            anchor=place.anchor_score,
+            interaction=None if place.anchor_score is None else score - place.anchor_score,
+            source_ranks={name: found + 1 for name, found in at.items()},
+            source_scores={name: float(ranked.proposals[name].scores[found]) for name, found in at.items()},
+            terms=dict(counts),
+        )
+        explained.append(replace(place, explanation=why))
+    return tuple(explained)
 
 
 def _as_queries(queries: Sequence[Query] | Sequence[str]) -> list[Query]:

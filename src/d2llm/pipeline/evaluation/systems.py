@@ -17,7 +17,7 @@ from d2llm.pipeline.evaluation.memory import peak_memory
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.report import Cost, Milliseconds
-from d2llm.pipeline.search import Searcher
+from d2llm.pipeline.search import Searcher, SearchSettings
 
 Scored = tuple[tuple[str, float], ...]
 """Passage ids with their scores, best first."""
@@ -117,7 +117,7 @@ def student_system(
     passages_per_second: float | None,
 ) -> System:
     """Rank by a student's search."""
-    searcher = Searcher(index, student, task=trial.task, top_k=trial.top_k, num_candidates=num_candidates)
+    searcher = Searcher(index, student, SearchSettings(trial.task, trial.top_k, num_candidates))
     with peak_memory() as peak:
         rankings = {
             ranking.query.id: tuple((place.passage.id, place.score) for place in ranking.passages)

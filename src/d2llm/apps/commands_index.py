@@ -1,0 +1,305 @@
+"""The verb ``index`` and its own verbs: an index that lives and changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from d2llm.apps.options import DEFAULT_STUDENT, SEARCH, DeviceOption, DtypeOption, JsonOption
+from d2llm.apps.session import session_of
+from d2llm.core.types import Task
+
+if TYPE_CHECKING:
+    from d2llm.pipeline.index import Index
+
+_FOLDER = "d2llm.index"
+
+CorpusArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CORPUS", help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one.", show_default=False
+    ),
+]
+IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.", show_default=False)]
+IdsFileOption = Annotated[
+    Path | None,
+    typer.Option("--ids", metavar="FILE", help="A file with one id per line.", show_default=False),
+]
+MakerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--student",
+        metavar="NAME_OR_FOLDER",
+        help="The student whose vectors it holds.",
+        show_default=f"the index's own; of a new one {DEFAULT_STUDENT}",
+    ),
+]
+NewTaskOption = Annotated[
+    Task, typer.Option("--task", help="Of a new index: what searches ask, an answer or the same said.")
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--vectors", metavar="FORMAT", help="Of a new index: float32, bfloat16, float16, int8, int3 or binary vectors."
+    ),
+]
+FieldOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--field",
+        metavar="NAME:TYPE",
+        help="Of a new index: a metadata field (string, integer, number, boolean, timestamp); repeat for more.",
+        show_default="by the first values",
+    ),
+]
+PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")]
+
+index_app = typer.Typer(
+    name="index",
+    help="Keep a corpus that changes: add, change and delete passages, snapshots.",
+    no_args_is_help=True,
+    epilog="As in: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@index_app.callback()
+def choose(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.", show_default=False)],
+) -> None:
+    """Remember which index is meant."""
+    context.meta[_FOLDER] = folder
+
+
+@index_app.command("add")
+def add(
+    context: typer.Context,
+    corpus: CorpusArgument,
+    student: MakerOption = None,
+    task: NewTaskOption = "asymmetric",
+    vectors: FormatOption = "bfloat16",
+    field: FieldOption = None,
+    no_metadata: PlainOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Add passages, none of which is there; makes the index where there is none.
+
+    Stopped, give upsert to go on: what is there already is not encoded again.
+    """
+    index = _open_or_create(context, student, task, vectors, field, device, dtype)
+    _write(context, index, corpus, only_new=True, no_metadata=no_metadata, json_path=json_path)
+
+
+@index_app.command("upsert")
+def upsert(
+    context: typer.Context,
+    corpus: CorpusArgument,
+    student: MakerOption = None,
+    task: NewTaskOption = "asymmetric",
+    vectors: FormatOption = "bfloat16",
+    field: FieldOption = None,
+    no_metadata: PlainOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Add passages, and change those that are there; makes the index where there is none.
+
+    Only new and changed texts are encoded. Stopped, it goes on where it was when given again.
+    """
+    index = _open_or_create(context, student, task, vectors, field, device, dtype)
+    _write(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
+
+
+@index_app.command("delete")
+def delete(
+    context: typer.Context, ids: IdsArgument = None, ids_file: IdsFileOption = None, json_path: JsonOption = None
+) -> None:
+    """Delete passages by id."""
+    from d2llm.pipeline.index import Index
+
+    asked = _ids(ids, ids_file)
+    num_deleted = Index.open(_folder(context)).delete(asked)
+    session_of(context).say(f"index: {num_deleted:,} of {len(asked):,} passages deleted from {_folder(context)}")
+    session_of(context).write_report(context, json_path, {"num_asked": len(asked), "num_deleted": num_deleted})
+
+
+@index_app.command("get")
+def get(
+    context: typer.Context, ids: IdsArgument = None, ids_file: IdsFileOption = None, json_path: JsonOption = None
+) -> None:
+    """Show passages by id."""
+    from d2llm.apps.index_tables import passage_panel
+    from d2llm.pipeline.index import Index
+
+    asked = _ids(ids, ids_file)
+    passages = Index.open(_folder(context)).get(asked)
+    for passage in passages:
+        session_of(context).show(passage_panel(passage))
+    if len(passages) < len(set(asked)):
+        session_of(context).complain("warning", f"{len(set(asked)) - len(passages)} of the ids are not in the index")
+    session_of(context).write_report(context, json_path, {"passages": passages})
+
+
+@index_app.command("stats")
+def stats(context: typer.Context, json_path: JsonOption = None) -> None:
+    """Say what it holds, and how many bytes it takes."""
+    from d2llm.apps.index_tables import stats_table
+    from d2llm.pipeline.index import Index
+
+    found = Index.open(_folder(context)).stats()
+    session_of(context).show(stats_table(found))
+    session_of(context).write_report(context, json_path, found)
+
+
+@index_app.command("compact")
+def compact(
+    context: typer.Context,
+    keep_minutes: Annotated[
+        float, typer.Option("--keep-minutes", min=0, help="Leave younger versions to the readers that have them open.")
+    ] = 60.0,
+    dense: Annotated[
+        bool | None,
+        typer.Option(
+            "--dense/--no-dense", help="Write the vectors anew without holes.", show_default="if a quarter are holes"
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Free the space of what was deleted or changed."""
+    from datetime import timedelta
+
+    from d2llm.pipeline.index import Index
+
+    before, after = Index.open(_folder(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
+    session_of(context).say(
+        f"index: {before:,} bytes before, {after:,} after; versions of the last {keep_minutes:g} minutes are kept"
+    )
+    session_of(context).write_report(context, json_path, {"bytes_before": before, "bytes_after": after})
+
+
+@index_app.command("snapshot")
+def snapshot(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.", show_default=False)],
+    drop: Annotated[bool, typer.Option("--drop", help="Forget the snapshot of this name.")] = False,
+) -> None:
+    """Keep what it holds now under a name; `stats` lists them.
+
+    A snapshot is a folder that search takes, in snapshots/ of the index.
+    """
+    from d2llm.pipeline.index import Index
+
+    index = Index.open(_folder(context))
+    if drop:
+        index.store.drop_snapshot(name)
+        session_of(context).say(f"index: the snapshot {name!r} is gone")
+    else:
+        session_of(context).say(f"index: {len(index):,} passages are kept in {index.snapshot(name)}")
+
+
+@index_app.command("restore")
+def restore(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the snapshot.", show_default=False)],
+) -> None:
+    """Put a snapshot's passages in the place of the index's."""
+    from d2llm.pipeline.index import Index
+
+    num_passages = Index.open(_folder(context)).restore(name)
+    session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
+
+
+@index_app.command("verify")
+def verify(
+    context: typer.Context,
+    repair: Annotated[bool, typer.Option("--repair", help="Write damaged vectors anew from the table.")] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Read everything and say what is not as it was written."""
+    from d2llm.pipeline.index import Index
+
+    session = session_of(context)
+    report = Index.open(_folder(context)).verify(repair=repair)
+    for problem in report.problems:
+        session.complain("problem", problem)
+    session.say(
+        f"index: {report.num_passages:,} passages and {report.num_snapshots} snapshots looked at, "
+        f"{len(report.problems)} problems"
+    )
+    session.write_report(context, json_path, report)
+    if report.problems and not repair:
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this verb to the program."""
+    app.add_typer(index_app, rich_help_panel=SEARCH)
+
+
+def _folder(context: typer.Context) -> Path:
+    return cast(Path, context.meta[_FOLDER])
+
+
+def _open_or_create(
+    context: typer.Context,
+    student: str | None,
+    task: Task,
+    vectors: str,
+    fields: list[str] | None,
+    device: str | None,
+    dtype: str | None,
+) -> Index:
+    from d2llm.core.errors import InputError
+    from d2llm.core.files import MANIFEST_NAME
+    from d2llm.index.schema import MetadataSchema
+    from d2llm.pipeline.index import Index
+
+    folder = _folder(context)
+    if not (folder / MANIFEST_NAME).is_file():
+        declared = MetadataSchema.parse(fields or []).fields
+        return Index.create(
+            folder, student or DEFAULT_STUDENT, task=task, vector_format=vectors, metadata=declared, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+    for given, option in ((fields, "--field"), (vectors != "bfloat16", "--vectors"), (task != "asymmetric", "--task")):
+        if given:
+            raise InputError(f"{folder}: is there already, and {option} is for a new index; leave it out")
+    return Index.open(folder, student, device=device, dtype=dtype)
+
+
+def _write(
+    context: typer.Context, index: Index, corpus: Path, *, only_new: bool, no_metadata: bool, json_path: Path | None
+) -> None:
+    from d2llm.data.indexed_corpus import count_lines, iter_corpus
+
+    session = session_of(context)
+    report = index.upsert(
+        iter_corpus(corpus, with_metadata=not no_metadata),
+        only_new=only_new,
+        num_passages=count_lines(corpus),
+        show_progress=session.show_progress,
+    )
+    session.say(
+        f"index: {report.num_added:,} passages added, {report.num_updated:,} with another text, "
+        f"{report.num_metadata:,} with other metadata, {report.num_unchanged:,} as they were; {report.num_truncated:,} "
+        f"truncated; {report.seconds:,.1f} s, in {index.folder}"
+    )
+    session.write_report(context, json_path, report)
+
+
+def _ids(ids: list[str] | None, file: Path | None) -> list[str]:
+    from d2llm.core.errors import InputError
+    from d2llm.data.lines import read_lines
+
+    asked = list(ids or [])
+    if file is not None:
+        asked += [text for _, text in read_lines(file) if text]
+    if not asked:
+        raise InputError("there is no id; write ids behind the verb, or give a file with --ids")
+    return asked

@@ -1,0 +1,47 @@
+"""What the verb ``index`` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from d2llm.core.types import Passage
+    from d2llm.index.inspection import IndexStats
+
+
+def stats_table(stats: IndexStats) -> Table:
+    """The facts about an index, one per line."""
+    table = Table(title=Text(stats.folder), title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(style="cyan")
+    table.add_column()
+    fields = ", ".join(f"{name}: {kind}" for name, kind in stats.metadata.items())
+    holes = stats.num_rows - stats.num_passages
+    rows = {
+        "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them read in part",
+        "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each; {holes:,} holes",
+        "metadata": fields or "none",
+        "student": f"{stats.student}, task {stats.task}",
+        "version": f"{stats.version:,}; {stats.num_versions:,} can still be read",
+        "snapshots": ", ".join(stats.snapshots) or "none",
+        "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "
+        "per passage in all",
+    }
+    if stats.unindexed:
+        lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
+        rows["not indexed"] = f"{lag} (searched all the same, more slowly; compact brings the indices up to date)"
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def passage_panel(passage: Passage) -> Panel:
+    """A passage with all that is known of it."""
+    about = {**({"document": f"{passage.document_id} [{passage.position}]"} if passage.document_id else {})}
+    about |= {name: str(value) for name, value in passage.metadata.items()}
+    head = "  ".join(f"{name}: {value}" for name, value in about.items())
+    body = "\n".join(part for part in (passage.title, passage.text) if part)
+    return Panel(Text(body), title=Text(passage.id), title_align="left", subtitle=Text(head) if head else None)

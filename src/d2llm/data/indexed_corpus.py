@@ -1,0 +1,73 @@
+"""Reading a corpus for an index, one passage after another: with documents and metadata, and never all at once.
+
+A line of ``corpus.jsonl[.gz]``: ``{"_id": ..., "text": ..., "title": ..., "document_id": ..., "position": ...,
+"metadata": {...}}``; only ``_id`` and ``text`` must be there. Fields of other names are metadata too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import tee
+from pathlib import Path
+from typing import Any, cast
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.types import MetadataValue, Passage
+from d2llm.data.beir import iter_passages
+from d2llm.data.lines import Record, read_lines, read_records, type_name, wrong_type
+
+_FILES = ("corpus.jsonl", "corpus.jsonl.gz")
+_KNOWN = ("_id", "text", "title", "document_id", "position", "metadata")
+
+
+def corpus_file(path: Path) -> Path:
+    """The corpus file that a path means: itself, or the one in the folder.
+
+    Raises:
+        DataFormatError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name
+    raise DataFormatError(path, f"has no {' or '.join(_FILES)}; give the file or a folder that holds one")
+
+
+def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
+    """The passages of a corpus file (or of a folder that holds one), in order.
+
+    Args:
+        path: ``corpus.jsonl[.gz]`` or its folder.
+        with_metadata: without, only id, title and text are read.
+
+    Raises:
+        DataFormatError: the file is missing, empty, or a line is malformed (names the line).
+    """
+    file = corpus_file(path)
+    records, again = tee(read_records(file))  # in step, so that only one record is held
+    for (line, passage), (_, record) in zip(iter_passages(file, records), again, strict=True):
+        yield _with_metadata(file, line, record, passage) if with_metadata else passage
+
+
+def _with_metadata(file: Path, line: int, record: Record, passage: Passage) -> Passage:
+    document_id, position = record.get("document_id"), record.get("position")
+    if not isinstance(document_id, str | None):
+        raise wrong_type(file, line, "document_id", document_id)
+    if not isinstance(position, int | None) or isinstance(position, bool):
+        raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
+    nested = record.get("metadata")
+    if not isinstance(nested, dict | None):
+        raise DataFormatError(file, f"field 'metadata' must be an object, found {type_name(nested)}", line=line)
+    values: dict[str, Any] = {name: value for name, value in record.items() if name not in _KNOWN}
+    for name, value in cast("dict[str, Any]", nested or {}).items():
+        if name in values:
+            raise DataFormatError(file, f"field '{name}' is there twice, also in 'metadata'; keep one", line=line)
+        values[name] = value
+    metadata = cast("dict[str, MetadataValue]", values)
+    return Passage(passage.id, passage.text, passage.title, document_id or "", position or 0, metadata)
+
+
+def count_lines(path: Path) -> int:
+    """The lines of a corpus file that hold something, for a progress bar."""
+    return sum(bool(text.strip()) for _, text in read_lines(corpus_file(path)))

@@ -1,0 +1,100 @@
+"""Where candidates come from: what an index offers a search, and the sources that propose passages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.types import Passage, Query, Task
+from d2llm.pipeline.exact_search import FoundRows, VectorView
+
+
+class SearchableIndex(VectorView, Protocol):
+    """What a search reads of an index (``index.view.PassageView`` and ``index.folder.FolderIndex`` fit)."""
+
+    def __len__(self) -> int:
+        """Passages."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """The task of a search that does not name one."""
+        ...
+
+    @property
+    def version(self) -> int | None:
+        """The version that is read, of an index that has versions."""
+        ...
+
+    def check_student(self, fingerprint: str) -> None:
+        """Raise an IndexMismatchError unless the student with this fingerprint made the vectors."""
+        ...
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows, in their order."""
+        ...
+
+    def match(self, text: str, top_k: int, filter: str | None = None) -> FoundRows:  # noqa: A002
+        """What BM25 finds, best first, ties by id."""
+        ...
+
+    def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
+        """The rows that a filter allows, as a mask [capacity]; None without a filter."""
+        ...
+
+
+class CandidateSource(Protocol):
+    """Proposes passages for a query. A new one is a class like those below and a line in ``sources_of``."""
+
+    @property
+    def name(self) -> str:
+        """What an explanation calls it."""
+        ...
+
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+        """At most ``top_k`` rows, best first. ``anchor`` [dim] is the query for an inner product."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSource:
+    """The highest inner products: an exact scan of what is stored. Nothing for a head without an anchor."""
+
+    index: SearchableIndex
+    allowed: NDArray[np.bool_] | None
+    name: str = "vectors"
+
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+        """The rows with the highest inner products."""
+        del query
+        assert anchor is not None, "a search without an anchor has no vector source"
+        return self.index.scan(anchor, top_k, self.allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class LexicalSource:
+    """BM25."""
+
+    index: SearchableIndex
+    filter: str | None
+    name: str = "bm25"
+
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+        """The rows that BM25 finds."""
+        del anchor
+        return self.index.match(query.text, top_k, self.filter)
+
+
+def fuse_rows(rankings: list[NDArray[np.int64]], *, k: int = 60) -> dict[int, float]:
+    """Reciprocal-rank fusion of rankings of rows: sum of 1 / (k + rank) over the rankings that hold a row.
+
+    Source: Cormack et al., "Reciprocal rank fusion outperforms Condorcet", SIGIR 2009.
+    """
+    fused: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, row in enumerate(ranking.tolist(), start=1):
+            fused[row] = fused.get(row, 0.0) + 1 / (k + rank)
+    return fused

@@ -1,0 +1,364 @@
+"""An index that lives: a durable store of passages with the student that reads them and searches them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.manifest import read_manifest
+from d2llm.core.types import Passage, Query, Ranking, Task
+from d2llm.index.folder import FolderIndex
+from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.index.schema import FieldType, MetadataSchema
+from d2llm.index.store import FORMAT_VERSION, KEEP_VERSIONS, KIND, IndexStore
+from d2llm.index.view import PassageView
+from d2llm.models.student import Student
+from d2llm.pipeline.candidates import SearchableIndex
+from d2llm.pipeline.exact_search import passage_reaches
+from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.search import Searcher, SearchSettings
+
+_log = logging.getLogger(__name__)
+BLOCK_PASSAGES = 2_048
+"""Passages in one commit: what an interruption can cost at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertReport:
+    """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
+
+    Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
+    ``num_tokens`` were read, padding not counted.
+    """
+
+    folder: Path
+    version: int
+    num_passages: int = 0
+    num_added: int = 0
+    num_updated: int = 0
+    num_metadata: int = 0
+    num_unchanged: int = 0
+    num_truncated: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+class Index:
+    """Passages that can be searched while they change. Make one with ``create``, open it with ``open``.
+
+    Readers see one version until ``refresh``; a write through this object refreshes it.
+    """
+
+    def __init__(self, store: IndexStore, student: Student | str | Path | None, **loading: Any) -> None:
+        self.store = store
+        self._given = student
+        self._loading = loading
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        student: Student | str | Path,
+        *,
+        task: Task = "asymmetric",
+        vector_format: str = "bfloat16",
+        metadata: Mapping[str, FieldType] | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> Index:
+        """A new index without passages.
+
+        Args:
+            folder: where; must not exist, or be empty.
+            student: whose vectors it holds: a student, its folder, or the name of a shipped one.
+            task: what a search asks unless told otherwise.
+            vector_format: how vectors are stored (``index.vectors.FORMATS``).
+            metadata: fields with their types; fields that come later are inferred from their values all the same.
+            device: of the student, if it is to be loaded.
+            dtype: its number format.
+
+        Raises:
+            InputError: something is in the way, or a format, field or type is unknown.
+            ModelError: the student cannot be loaded.
+        """
+        loaded = student if isinstance(student, Student) else Student.load(student, device=device, dtype=dtype)
+        store = IndexStore.create(
+            Path(folder),
+            student_fingerprint=loaded.fingerprint,
+            dim=loaded.vector_dim,
+            task=task,
+            vector_format=vector_format,
+            metadata=MetadataSchema(metadata or {}),
+            student_config=loaded.config.model_dump(mode="json"),
+            student_source=None if isinstance(student, Student) else _source_of(student),
+        )
+        return cls(store, loaded)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        student: Student | str | Path | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> Index:
+        """An index that is there. Its student is loaded when it is first needed.
+
+        Args:
+            folder: of an index, or of a snapshot of one.
+            student: the student that made it, if it is no longer where it was then.
+            device: of the student.
+            dtype: its number format.
+
+        Raises:
+            DataFormatError: there is no index, or it is damaged.
+        """
+        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype)
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.store.folder
+
+    @cached_property
+    def student(self) -> Student:
+        """The student that made the vectors.
+
+        Raises:
+            InputError: the index does not know where it is.
+            IndexMismatchError: the one given, or found, is another.
+        """
+        given = (
+            self._given if self._given is not None else _found(self.store.manifest.get("student_source"), self.folder)
+        )
+        student = given if isinstance(given, Student) else Student.load(given, **self._loading)
+        self.view.check_student(student.fingerprint)
+        return student
+
+    @cached_property
+    def view(self) -> PassageView:
+        """The version that this object reads."""
+        return PassageView(self.store)
+
+    @cached_property
+    def _reaches(self) -> NDArray[np.float32]:
+        return passage_reaches(self.view, self.student)
+
+    def refresh(self) -> None:
+        """Read the latest version from now on."""
+        for kept in ("view", "_reaches"):
+            self.__dict__.pop(kept, None)
+
+    # Changing ------------------------------------------------------------------------------------------------------
+
+    def add(self, passages: Iterable[Passage], **options: Any) -> UpsertReport:
+        """``upsert`` of passages none of which may be there.
+
+        Raises:
+            DuplicateIdError: one is; the blocks before it are kept.
+        """
+        return self.upsert(passages, only_new=True, **options)
+
+    def upsert(
+        self,
+        passages: Iterable[Passage],
+        *,
+        only_new: bool = False,
+        num_passages: int | None = None,
+        show_progress: bool | None = False,
+    ) -> UpsertReport:
+        """Add passages, and change those whose id is there. Texts that are as they were are not encoded again.
+
+        Every 2,048 passages are one commit. Interrupted, the same call goes on behind the last.
+
+        Args:
+            passages: read one after another, never held together.
+            only_new: refuse passages whose id is there.
+            num_passages: how many will come, for the progress bar.
+            show_progress: None means: if standard error is a terminal.
+
+        Raises:
+            DuplicateIdError: two passages share an id.
+            InputError: a passage cannot be stored, or its metadata do not fit; the blocks before it are kept.
+            IndexLockedError: another process is writing.
+            StorageError: it cannot be written; the blocks before are kept.
+        """
+        begin = time.perf_counter()
+        report = UpsertReport(self.folder, 0)
+        seen: set[int] = set()
+        student = self.student
+        with self.store.writing(), progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
+            try:
+                for block in _blocks(passages):
+                    _refuse_repeated(block, seen, self.folder)
+                    report = self._write_block(student, block, report, only_new=only_new)
+                    advance(len(block))
+                self.store.settle()
+            finally:
+                self.refresh()
+            version = self.store.table().version
+        return replace(report, version=version, seconds=time.perf_counter() - begin)
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Delete passages from vectors, BM25 and results at once; returns how many there were.
+
+        Raises:
+            InputError: an id is no valid text.
+            IndexLockedError: another process is writing.
+        """
+        num_deleted = self.store.delete(list(ids))
+        self.refresh()
+        return num_deleted
+
+    def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
+        """Free the space of what is no longer there; bytes before and after. Arguments: ``IndexStore.compact``."""
+        sizes = self.store.compact(keep, dense=dense)
+        self.refresh()
+        return sizes
+
+    def snapshot(self, name: str) -> Path:
+        """Keep the latest version under a name, as a folder that ``open`` takes; it takes hardly any space."""
+        return self.store.snapshot(name)
+
+    def restore(self, name: str) -> int:
+        """Make a snapshot's passages those of the index; returns how many they are."""
+        num_passages = self.store.restore(name)
+        self.refresh()
+        return num_passages
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids, in their order; those that are not there are left out."""
+        return self.view.get(ids)
+
+    def search(
+        self, queries: Sequence[Query] | Sequence[str] | str, settings: SearchSettings | None = None, **changes: Any
+    ) -> list[Ranking]:
+        """Rank the passages for each query; ``changes`` are single fields of the settings (``SearchSettings``).
+
+        Raises:
+            InputError: a setting or query is wrong.
+            FilterError: the filter cannot be read, or does not fit the metadata.
+        """
+        asked = [queries] if isinstance(queries, str) else queries
+        wanted = replace(settings or SearchSettings(), **changes)
+        reaches = self._reaches if wanted.exact else None
+        return Searcher(self.view, self.student, wanted, reaches=reaches).rank(asked)
+
+    def stats(self) -> IndexStats:
+        """What the latest version holds, and how many bytes it takes."""
+        return stats(self.store)
+
+    def verify(self, *, repair: bool = False) -> VerifyReport:
+        """Whether all is as it was written; ``repair`` writes damaged vectors anew from the table."""
+        report = verify(self.store, repair=repair)
+        self.refresh()
+        return report
+
+    def _write_block(
+        self, student: Student, block: list[Passage], report: UpsertReport, *, only_new: bool
+    ) -> UpsertReport:
+        self._add_new_fields(block)
+        changes = self.store.compare(block)
+        if only_new and changes.num_new < len(block):
+            there = self.store.table().by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+            problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
+            raise DuplicateIdError(self.folder, problem)
+        vectors, truncated, num_tokens = np.zeros((0, student.vector_dim), np.float32), (), 0
+        if changes.texts:
+            encoded = student.encode_passages([passage.full_text for passage in changes.texts])
+            vectors, truncated, num_tokens = encoded.vectors, encoded.truncated, encoded.num_tokens
+        self.store.write(changes, vectors, truncated)
+        return replace(
+            report,
+            num_passages=report.num_passages + len(block),
+            num_added=report.num_added + changes.num_new,
+            num_updated=report.num_updated + len(changes.texts) - changes.num_new,
+            num_metadata=report.num_metadata + len(changes.others),
+            num_unchanged=report.num_unchanged + changes.num_unchanged,
+            num_truncated=report.num_truncated + len(truncated),
+            num_tokens=report.num_tokens + num_tokens,
+        )
+
+    def _add_new_fields(self, block: list[Passage]) -> None:
+        known = self.store.metadata
+        inferred = MetadataSchema.infer(block, known)
+        new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
+        if new:
+            self.store.add_fields(MetadataSchema(new))
+
+
+def open_searchable(
+    folder: Path, student: str | Path | None = None, *, device: str | None = None, dtype: str | None = None
+) -> tuple[SearchableIndex, Student]:
+    """An index of either kind, one that lives or one that ``encode`` made, for reading, with its student.
+
+    Raises:
+        DataFormatError: there is no index, or it is damaged.
+        InputError: the student is no longer where it was.
+        IndexMismatchError: the student is another than the index's.
+    """
+    if read_manifest(folder, KIND, FORMAT_VERSION)["format_version"] == FORMAT_VERSION:
+        index = Index.open(folder, student, device=device, dtype=dtype)
+        return index.view, index.student
+    frozen = FolderIndex.open(folder)
+    model = Student.load(student or _found(frozen.student_source, folder), device=device, dtype=dtype)
+    return frozen, model
+
+
+def _found(source: object, folder: Path) -> str:
+    """The student that an index remembers."""
+    if not isinstance(source, str):
+        raise InputError(f"{folder}: the index does not know where its student is; name it with --student")
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise InputError(f"{folder}: its student was in {source}, which is not there; name it with --student")
+    return source
+
+
+def _source_of(student: str | Path) -> str:
+    return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
+
+
+def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    rest = iter(passages)
+    while block := list(islice(rest, BLOCK_PASSAGES)):
+        yield block
+
+
+def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None:
+    """An id that comes twice in one call is a mistake: the second text would silently win."""
+    for passage in block:
+        digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
+        if digest in seen:
+            raise DuplicateIdError(folder, f"two of the passages given share the id {passage.id!r}; keep one of them")
+        seen.add(digest)
