@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +64,7 @@ def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder
 
     Raises:
         DuplicateIdError: two share an id.
-        InputError: an id is empty, a text is no valid Unicode, or the metadata do not fit.
+        InputError: an id is empty, a text is no valid Unicode, a position too large, or the metadata do not fit.
     """
     seen: set[str] = set()
     for passage in passages:
@@ -74,6 +75,9 @@ def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder
         for name in ("id", "title", "text", "document_id"):
             if not is_text(getattr(passage, name)):
                 raise InputError(f"passage {passage.id!r}: its {name} is not valid Unicode text; mend or remove it")
+        position: object = passage.position
+        if type(position) is not int or not -(2**31) <= position < 2**31:
+            raise InputError(f"passage {passage.id!r}: its position is {position!r}; give a whole number of 32 bits")
         if passage.id in seen:
             raise DuplicateIdError(folder, f"two of the passages given share the id {passage.id!r}; keep one of them")
         seen.add(passage.id)
@@ -91,10 +95,28 @@ def is_text(value: object) -> bool:
     return True
 
 
-def codes_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
-    """The codes [n, code_size] in a batch's vector column."""
-    column = batch.column("d2_vector")
-    return np.asarray(column.flatten()).reshape(len(column), -1)
+def codes_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.uint8]:
+    """The codes [n, code_size] in the vector column."""
+    column = rows.column("d2_vector")
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return np.asarray(whole.flatten()).reshape(len(whole), whole.type.list_size)
+
+
+def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]], metadata: MetadataSchema) -> Changes:
+    """What passages would change; ``stored`` has the columns of those that are there, by id."""
+    texts: list[Passage] = []
+    others: list[tuple[Passage, int, bool]] = []
+    num_unchanged = 0
+    others_now = pa.table(other_columns(passages, metadata)).to_pylist()
+    for passage, fields in zip(passages, others_now, strict=True):
+        found = stored.get(passage.id)
+        if found is None or found["d2_hash"] != text_hash(passage):
+            texts.append(passage)
+        elif any(found[name] != value for name, value in fields.items()):
+            others.append((passage, found["d2_row"], found["d2_truncated"]))
+        else:
+            num_unchanged += 1
+    return Changes(texts, sum(passage.id not in stored for passage in texts), others, num_unchanged)
 
 
 def other_columns(passages: Sequence[Passage], metadata: MetadataSchema) -> dict[str, pa.Array]:

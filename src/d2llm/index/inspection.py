@@ -147,10 +147,10 @@ def _vector_problems(store: IndexStore, table: PassageTable) -> Iterator[str]:
     except DataFormatError as error:
         yield str(error)
         return
-    damaged = file.damaged()
+    codes, differing = file.codes(), 0
+    damaged = file.damaged(codes)
     if damaged:
         yield f"{file.path.name}: {len(damaged)} of {len(file.extents)} parts are not what was written"
-    codes, differing = file.codes(), 0
     for batch in table.batches(["d2_row", "d2_vector"]):
         rows = np.asarray(batch.column("d2_row")) & ROW_MASK
         inside = rows < len(codes)

@@ -27,6 +27,7 @@ from d2llm.core.errors import DataFormatError, InputError, StorageError
 from d2llm.index.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 
 NAME = "passages"
+_WORDS = ("title", "text")  # the columns of words that are searched
 _ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
 _DELETED_AT_ONCE = 10_000
@@ -95,10 +96,17 @@ class PassageTable:
         found = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
         return cast(int, found[0]) if found else None
 
+    def has_rows_from(self, row: int) -> bool:
+        """Whether a passage has this row number (d2_row) or a higher one."""
+        return len(self._read(self._table.search().select(["d2_row"]).where(f"d2_row >= {row}").limit(1))) > 0
+
     def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Some columns (all by default) of all rows, a few thousand rows at a time."""
         query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
-        yield from query.to_batches(_SCANNED_AT_ONCE)
+        try:
+            yield from query.to_batches(_SCANNED_AT_ONCE)
+        except Exception as error:
+            raise self._unreadable(error) from error
 
     def codes(self) -> NDArray[np.uint8]:
         """The codes of all vectors by row [largest row + 1, code_size]; rows that this version lacks are zeros."""
@@ -126,16 +134,26 @@ class PassageTable:
         missing = sum(row not in place_of for row in rows)
         if missing:
             raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} rows asked for")
-        return found.take([place_of[row] for row in rows]).select(list(names))
+        return found.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
 
     def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:
-        """BM25: columns id, d2_row and _score of the best passages for a query; the filter comes first."""
-        queries: Any = import_module("lancedb.query")
-        indexed = [name for name in ("title", "text") if f"{name}_idx" in self.indices]
-        if not indexed or not text.strip():
+        """BM25: columns id, d2_row and _score of the best passages for a query; the filter comes first.
+
+        Raises:
+            DataFormatError: the indices of the words are not there (yet).
+        """
+        if not text.strip() or not len(self):
             return pa.table({"id": pa.array([], pa.string()), "d2_row": pa.array([], pa.int64()),
                              "_score": pa.array([], pa.float32())})  # fmt: skip
-        asked = queries.MatchQuery(text, indexed[0]) if len(indexed) == 1 else queries.MultiMatchQuery(text, indexed)
+        queries: Any = import_module("lancedb.query")
+        present = self.indices
+        if any(f"{name}_idx" not in present for name in _WORDS):
+            raise DataFormatError(
+                self.folder,
+                f"version {self.version} has no index of its words yet; open it again when the writer is done, or run "
+                "`d2llm index ... compact` if a writer was interrupted",
+            )
+        asked = queries.MultiMatchQuery(text, list(_WORDS))
         query = self._table.search(asked, query_type="fts").select(["id", "d2_row", "_score"]).limit(top_k)
         return self._read(query.where(where, prefilter=True) if where else query)
 
@@ -175,9 +193,21 @@ class PassageTable:
 
     def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
         """Put other rows in the place of all rows, in one commit. Earlier versions stay readable."""
+        failures: list[Exception] = []  # what goes wrong in ``batches`` comes back as text alone
+
+        def noted() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from batches
+            except Exception as error:
+                failures.append(error)
+                raise
+
         with storage_errors(self.folder):
-            reader = pa.RecordBatchReader.from_batches(schema, batches)
-            self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
+            reader = pa.RecordBatchReader.from_batches(schema, noted())
+            try:
+                self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
+            except RuntimeError as error:
+                raise failures[0] if failures else error from None
 
     def build_indices(self) -> None:
         """Make the indices on id, row and texts that are missing."""
@@ -207,11 +237,14 @@ class PassageTable:
         try:
             return cast(pa.Table, query.to_arrow())
         except Exception as error:
-            raise DataFormatError(
-                self.folder,
-                f"version {self.version} of its table cannot be read ({_first_line(error)}); refresh or open it again, "
-                "and run `d2llm index ... verify` if that does not help",
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataFormatError:
+        return DataFormatError(
+            self.folder,
+            f"version {self.version} of its table cannot be read ({_first_line(error)}); refresh or open it again, and "
+            "run `d2llm index ... verify` if that does not help",
+        )
 
     def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
         found = list(tables)

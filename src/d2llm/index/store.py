@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -41,11 +41,10 @@ from d2llm.index.blocks import (
     Changes,
     check_passages,
     codes_of,
+    compare,
     is_text,
-    other_columns,
     table_block,
     table_schema,
-    text_hash,
 )
 from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, storage_errors
 from d2llm.index.schema import MetadataSchema
@@ -98,16 +97,9 @@ class IndexStore:
             fields = (metadata or MetadataSchema()).arrow_fields()
             PassageTable.create(draft, table_schema(fields, code_size))
             VectorFile.create(draft, 0, code_size)
-            content = {
-                "student": student_fingerprint,
-                "student_config": dict(student_config or {}),
-                "student_source": student_source,
-                "task": task,
-                "dim": dim,
-                "vector_format": vector_format,
-                "snapshot": None,
-            }
-            write_manifest(draft, KIND, FORMAT_VERSION, content)
+            student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
+            content = {"task": task, "dim": dim, "vector_format": vector_format, "snapshot": None}
+            write_manifest(draft, KIND, FORMAT_VERSION, student | {"student_source": student_source} | content)
         return cls.open(folder)
 
     @classmethod
@@ -124,11 +116,21 @@ class IndexStore:
         wrong = [key for key, kind in wanted.items() if not isinstance(manifest.get(key), kind)]
         if wrong:
             raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
-        return cls(folder, manifest)
+        try:
+            return cls(folder, manifest)
+        except InputError as error:
+            raise DataFormatError(folder / MANIFEST_NAME, f"is damaged ({error}); restore it from a copy") from error
 
     def table(self, version: int | None = None) -> PassageTable:
-        """The table at a version, the latest by default."""
-        return PassageTable.open(self.folder, version)
+        """The table at a version, the latest by default.
+
+        Raises:
+            DataFormatError: it cannot be opened, or is not of this index.
+        """
+        table = PassageTable.open(self.folder, version)
+        if not table.schema.equals(table_schema(table.metadata_fields, self.format.code_size)):
+            raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
+        return table
 
     @property
     def metadata(self) -> MetadataSchema:
@@ -170,22 +172,11 @@ class IndexStore:
         table = self.table()
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
-        there = self._present(table, [passage.id for passage in passages]) if len(table) else {}
-        texts: list[Passage] = []
-        others: list[tuple[Passage, int, bool]] = []
-        num_unchanged = 0
-        others_now = pa.table(other_columns(passages, schema)).to_pylist()
-        for passage, fields in zip(passages, others_now, strict=True):
-            found = there.get(passage.id)
-            if found is None or found["d2_hash"] != text_hash(passage):
-                texts.append(passage)
-            elif any(found[name] != value for name, value in fields.items()):
-                others.append((passage, found["d2_row"], found["d2_truncated"]))
-            else:
-                num_unchanged += 1
-        return Changes(texts, sum(passage.id not in there for passage in texts), others, num_unchanged)
+        names = [name for name in table.schema.names if name not in ("title", "text", "d2_vector")]
+        found = table.by_ids([passage.id for passage in passages], names) if len(table) else pa.table({})
+        return compare(passages, {row["id"]: row for row in found.to_pylist()}, schema)
 
-    def write(self, changes: Changes, vectors: NDArray[np.float32], truncated: Sequence[int] = ()) -> int:
+    def write(self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = ()) -> int:
         """Make the changes in one commit; returns the version that has them.
 
         Args:
@@ -209,12 +200,11 @@ class IndexStore:
                 return table.version
             file, generation = self._file_to_extend(table), self.generation(table)
             kept_rows = np.array([row for _, row, _ in changes.others], np.int64)
-            kept_codes = file.codes()[kept_rows & ROW_MASK] if len(kept_rows) else codes[:0]
+            kept_codes = codes_of(table.by_rows(kept_rows.tolist(), ["d2_vector"]))
             with storage_errors(self.folder):
                 first = file.append(codes) if len(codes) else file.capacity
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
-            cut = set(truncated)
-            flags = [*(place in cut for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
+            flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
             passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
             block = table_block(passages, table.schema, metadata, rows, flags, np.concatenate([codes, kept_codes]))
@@ -229,9 +219,14 @@ class IndexStore:
             return self.table().delete(list(dict.fromkeys(ids)))
 
     def add_fields(self, fields: MetadataSchema) -> None:
-        """Add metadata fields; the passages that are there have no value in them."""
+        """Add metadata fields, those that are not there; the passages that are there have no value in them.
+
+        Raises:
+            InputError: one is there with another type, or under a name that differs in case.
+        """
         with self.writing():
-            self.table().add_columns(fields.arrow_fields())
+            known = self.metadata
+            self.table().add_columns(known.extend(fields).arrow_fields()[len(known.fields) :])
 
     def settle(self) -> None:
         """Build indices that are missing and bring those up to date that lag behind."""
@@ -273,8 +268,8 @@ class IndexStore:
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 link_table(self.folder, draft)
                 vectors = self._file_to_extend(self.table()).path
-                link_or_copy(vectors, draft / vectors.name)
-                shutil.copy2(vectors.with_suffix(".json"), draft / vectors.with_suffix(".json").name)
+                for path in (vectors, vectors.with_suffix(".json")):
+                    link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
                 write_manifest(draft, KIND, FORMAT_VERSION, content | {"snapshot": name})
         return target
@@ -287,9 +282,11 @@ class IndexStore:
         """
         with self.writing():
             folder = self._existing_snapshot(name)
-            retired = folder.with_name(f".{folder.name}.old")
-            folder.rename(retired)
-            shutil.rmtree(retired)
+            with storage_errors(folder):
+                retired = folder.with_name(f".{folder.name}.old")
+                shutil.rmtree(retired, ignore_errors=True)  # of a removal that was interrupted
+                folder.rename(retired)
+                shutil.rmtree(retired)
 
     def restore(self, name: str) -> int:
         """Make the passages of a snapshot those of the index, in one commit; returns how many they are.
@@ -319,28 +316,34 @@ class IndexStore:
             used = {self.generation(self.table(version)) for version in self.table().versions()}
             for generation in set(vector_file.generations(self.folder)) - used:
                 vector_file.remove(self.folder, generation)
+            self._sweep()
             return before, folder_bytes(self.folder)
 
     def _rewrite(self, source: PassageTable) -> None:
         """All rows of ``source``, with their vectors in a file of a new generation, in the place of the table's."""
-        generation = max(vector_file.generations(self.folder), default=-1) + 1
-        file = VectorFile.create(self.folder, generation, self.format.code_size)
-        place = source.schema.get_field_index("d2_row")
-        field = source.schema.field(place)
+        table = self.table()
+        generation = max(self.generation(table), *vector_file.generations(self.folder), 0) + 1
+        # No version before the commit may read the file, not even one whose own file of this number was lost.
+        file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
 
         def batches() -> Iterator[pa.RecordBatch]:
             for batch in source.batches():
                 first = file.append(codes_of(batch))
                 rows = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
-                yield batch.set_column(place, field, pa.array(rows, pa.int64()))
+                place = batch.schema.get_field_index("d2_row")
+                yield batch.set_column(place, batch.schema.field(place), pa.array(rows, pa.int64()))
 
-        self.table().replace_all(source.schema, batches())
+        table.replace_all(source.schema, batches())
+
+    def _sweep(self) -> None:
+        """Remove what interrupted writers left."""
+        for path in [*self.folder.glob(".vectors-*.new*"), *(self.folder / _SNAPSHOTS).glob(".*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _existing_snapshot(self, name: str) -> Path:
-        folder = self.snapshot_folder(name)
-        if not (folder / MANIFEST_NAME).is_file():
-            there = ", ".join(self.snapshots()) or "none"
-            raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {there}")
+        folder, there = self.snapshot_folder(name), self.snapshots()
+        if name not in there:
+            raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {', '.join(there) or 'none'}")
         return folder
 
     # Vectors -------------------------------------------------------------------------------------------------------
@@ -351,58 +354,46 @@ class IndexStore:
         Where the file is missing, damaged or lacks rows, it is written anew from the table; where that is impossible
         (no right to write, another writer at work, an old version), the vectors are held in memory.
         """
-        generation = self.generation(table)
         needed = int(rows.max() & ROW_MASK) + 1 if len(rows) else 0
         try:
-            file = VectorFile.open(self.folder, generation, self.format.code_size)
+            file = VectorFile.open(self.folder, self.generation(table), self.format.code_size)
             if file.capacity >= needed and file.since <= table.version:
-                return VectorRows(file.codes(), file.path)
-        except DataFormatError as error:
+                return VectorRows(file.codes(), file)
+        except (DataFormatError, OSError, ValueError) as error:  # the last two: replaced while it was opened
             _log.warning("%s: %s", self.folder, error)
         return self.rebuild(table)
 
     def rebuild(self, table: PassageTable) -> VectorRows:
         """The vectors of a version, read from the table again, and written for later readers where that is possible."""
-        latest = self.table()
-        if table.version == latest.version and not self.manifest.get("snapshot"):
+        if not self.manifest.get("snapshot") and table.version == self.table().version:
             try:
                 with self.writing():
-                    file = self._write_file(self.table())
-                    return VectorRows(file.codes(), file.path)
+                    if table.version == self.table().version:  # none has been written meanwhile
+                        file = self._write_file(table)
+                        return VectorRows(file.codes(), file)
             except StorageError as error:
                 _log.warning("%s: its vectors are held in memory (%s)", self.folder, error)
         return VectorRows(table.codes(), None)
 
     def _write_file(self, table: PassageTable) -> VectorFile:
         """The vector file of the latest version, anew. Rows that it lacks are zeros, so the file says since when."""
-        generation = self.generation(table)
-        codes = table.codes()
-        draft = self.folder / f".vectors-{generation}.new"
         with storage_errors(self.folder):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-            try:
-                file = VectorFile.create(draft, generation, self.format.code_size, since=table.version)
-                if len(codes):
-                    file.append(codes)
-                for path in (file.path, file.path.with_suffix(".json")):
-                    path.replace(self.folder / path.name)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-        return VectorFile.open(self.folder, generation, self.format.code_size)
+            return VectorFile.replace(self.folder, self.generation(table), table.codes(), since=table.version)
 
     def _file_to_extend(self, table: PassageTable) -> VectorFile:
+        """The file of the latest version. It must hold all of its rows, else new ones would get their numbers."""
+        generation = self.generation(table)
         try:
-            return VectorFile.open(self.folder, self.generation(table), self.format.code_size)
+            file = VectorFile.open(self.folder, generation, self.format.code_size)
+            if file.since <= table.version and not table.has_rows_from(generation << GENERATION_SHIFT | file.capacity):
+                return file
+            problem = f"{file.path.name} is not of this version; it is written anew"
         except DataFormatError as error:
-            _log.warning("%s: %s", self.folder, error)
-            return self._write_file(table)
+            problem = error.problem
+        _log.warning("%s: %s", self.folder, problem)
+        return self._write_file(table)
 
     def generation(self, table: PassageTable) -> int:
         """Of the vectors of a version. All its rows are of one; a version without rows goes on with the newest."""
         row = table.any_row()
         return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
-
-    def _present(self, table: PassageTable, ids: list[str]) -> dict[str, dict[str, Any]]:
-        names = [name for name in table.schema.names if name not in ("title", "text", "d2_vector")]
-        return {row["id"]: row for row in table.by_ids(ids, names).to_pylist()}

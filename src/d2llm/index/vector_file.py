@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class VectorRows(NamedTuple):
     """Codes [capacity, code_size] of all rows, and the file they are mapped from (None: they are in memory)."""
 
     codes: NDArray[np.uint8]
-    path: Path | None
+    file: VectorFile | None
 
 
 class VectorFile:
@@ -66,12 +66,30 @@ class VectorFile:
     def create(cls, folder: Path, generation: int, code_size: int, *, since: int = 0) -> VectorFile:
         """A new file without rows; one that is there (left by a crash) is replaced."""
         file = cls(path_of(folder, generation), code_size, [], since)
+        file.path.unlink(missing_ok=True)  # not emptied: a snapshot or a reader may have it under another name
         with file.path.open("wb") as stream:
             stream.truncate(HEADER_BYTES)
             stream.flush()
             os.fsync(stream.fileno())
         file._write_extents()
         return file
+
+    @classmethod
+    def replace(cls, folder: Path, generation: int, codes: NDArray[np.uint8], *, since: int) -> VectorFile:
+        """A file with these rows in the place of one that is missing or damaged."""
+        draft = folder / f".vectors-{generation}.new"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            file = cls.create(draft, generation, codes.shape[1], since=since)
+            if len(codes):
+                file.append(codes)
+            # Killed between the two, the checksums tell that the parts do not belong together.
+            for path in (file.path, file.path.with_suffix(".json")):
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return cls.open(folder, generation, codes.shape[1])
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
@@ -84,8 +102,8 @@ class VectorFile:
         try:
             record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             extents = [Extent(*extent) for extent in record["extents"]]
-            if record["code_size"] != code_size or any(a.end != b.start for a, b in pairwise(extents)):
-                raise ValueError("does not describe these vectors")
+            if record["code_size"] != code_size or type(record["since"]) is not int or not _fit(extents):
+                raise ValueError(f"{path.stem}.json does not describe these vectors")
             file = cls(path, code_size, extents, record["since"])
             if path.stat().st_size < file.num_bytes:
                 raise ValueError(f"{path.name} is shorter than it says")
@@ -123,22 +141,22 @@ class VectorFile:
             return np.zeros(shape, np.uint8)  # an empty file cannot be mapped
         return np.memmap(self.path, np.uint8, "r", offset=HEADER_BYTES, shape=shape)
 
-    def damaged(self) -> list[Extent]:
-        """The extents whose bytes are not those that were written. Reads the whole file."""
-        codes = self.codes()
+    def damaged(self, codes: NDArray[np.uint8]) -> list[Extent]:
+        """The extents whose bytes in ``codes``, all rows, are not those that were written."""
         return [extent for extent in self.extents if _checksum(codes[extent.start : extent.end]) != extent.checksum]
 
     def _extend(self, content: NDArray[np.uint8]) -> None:
         last = self.extents[-1] if self.extents else None
-        if last is None or last.count + len(content) > _JOINED_ROWS:
-            self.extents.append(Extent(self.capacity, len(content), _checksum(content)))
-            return
-        before = np.fromfile(
-            self.path, np.uint8, last.count * self.code_size, offset=HEADER_BYTES + last.start * self.code_size
-        )
-        digest = xxhash.xxh3_64(before.tobytes())
-        digest.update(content.tobytes())
-        self.extents[-1] = Extent(last.start, last.count + len(content), digest.hexdigest())
+        if last is not None and last.count + len(content) <= _JOINED_ROWS:
+            before = np.fromfile(
+                self.path, np.uint8, last.count * self.code_size, offset=HEADER_BYTES + last.start * self.code_size
+            )
+            digest = xxhash.xxh3_64(before.tobytes())
+            if digest.hexdigest() == last.checksum:  # else a joint checksum would hide the damage
+                digest.update(content.tobytes())
+                self.extents[-1] = Extent(last.start, last.count + len(content), digest.hexdigest())
+                return
+        self.extents.append(Extent(self.capacity, len(content), _checksum(content)))
 
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
@@ -168,6 +186,16 @@ def remove(folder: Path, generation: int) -> int:
             freed += path.stat().st_size
             path.unlink()
     return freed
+
+
+def _fit(extents: list[Extent]) -> bool:
+    """Whether these are extents from row 0 on, one behind the other."""
+    start = 0
+    for extent in extents:
+        if type(extent.start) is not int or type(extent.count) is not int or extent.start != start or extent.count < 1:
+            return False
+        start = extent.end
+    return True
 
 
 def _checksum(codes: NDArray[Any]) -> str:
