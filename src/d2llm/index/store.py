@@ -128,7 +128,8 @@ class IndexStore:
             DataFormatError: it cannot be opened, or is not of this index.
         """
         table = PassageTable.open(self.folder, version)
-        if not table.schema.equals(table_schema(table.metadata_fields, self.format.code_size)):
+        # As sets: a metadata field that came later stands behind the rest.
+        if set(table.schema) != set(table_schema(table.metadata_fields, self.format.code_size)):
             raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
         return table
 

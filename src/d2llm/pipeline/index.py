@@ -29,6 +29,7 @@ from d2llm.models.student import Student
 from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.exact_search import passage_reaches
 from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.protocols import BoundedStudent, IndexStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Index:
     Readers see one version until ``refresh``; a write through this object refreshes it.
     """
 
-    def __init__(self, store: IndexStore, student: Student | str | Path | None, **loading: Any) -> None:
+    def __init__(self, store: IndexStore, student: IndexStudent | str | Path | None, **loading: Any) -> None:
         self.store = store
         self._given = student
         self._loading = loading
@@ -75,7 +76,7 @@ class Index:
     def create(
         cls,
         folder: str | Path,
-        student: Student | str | Path,
+        student: IndexStudent | str | Path,
         *,
         task: Task = "asymmetric",
         vector_format: str = "bfloat16",
@@ -98,7 +99,8 @@ class Index:
             InputError: something is in the way, or a format, field or type is unknown.
             ModelError: the student cannot be loaded.
         """
-        loaded = student if isinstance(student, Student) else Student.load(student, device=device, dtype=dtype)
+        name = student if isinstance(student, str | Path) else None
+        loaded = Student.load(student, device=device, dtype=dtype) if isinstance(student, str | Path) else student
         store = IndexStore.create(
             Path(folder),
             student_fingerprint=loaded.fingerprint,
@@ -107,7 +109,7 @@ class Index:
             vector_format=vector_format,
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
-            student_source=None if isinstance(student, Student) else _source_of(student),
+            student_source=None if name is None else _source_of(name),
         )
         return cls(store, loaded)
 
@@ -115,7 +117,7 @@ class Index:
     def open(
         cls,
         folder: str | Path,
-        student: Student | str | Path | None = None,
+        student: IndexStudent | str | Path | None = None,
         *,
         device: str | None = None,
         dtype: str | None = None,
@@ -150,7 +152,7 @@ class Index:
         return self.store.folder
 
     @cached_property
-    def student(self) -> Student:
+    def student(self) -> IndexStudent:
         """The student that made the vectors.
 
         Raises:
@@ -160,7 +162,7 @@ class Index:
         given = (
             self._given if self._given is not None else _found(self.store.manifest.get("student_source"), self.folder)
         )
-        student = given if isinstance(given, Student) else Student.load(given, **self._loading)
+        student = Student.load(given, **self._loading) if isinstance(given, str | Path) else given
         self.view.check_student(student.fingerprint)
         return student
 
@@ -170,8 +172,8 @@ class Index:
         return PassageView(self.store)
 
     @cached_property
-    def _reaches(self) -> NDArray[np.float32]:
-        return passage_reaches(self.view, self.student)
+    def _reaches(self) -> NDArray[np.float32] | None:
+        return passage_reaches(self.view, self.student) if isinstance(self.student, BoundedStudent) else None
 
     def refresh(self) -> None:
         """Read the latest version from now on."""
@@ -286,7 +288,7 @@ class Index:
         return report
 
     def _write_block(
-        self, student: Student, block: list[Passage], report: UpsertReport, *, only_new: bool
+        self, student: IndexStudent, block: list[Passage], report: UpsertReport, *, only_new: bool
     ) -> UpsertReport:
         self._add_new_fields(block)
         changes = self.store.compare(block)
@@ -320,7 +322,7 @@ class Index:
 
 def open_searchable(
     folder: Path, student: str | Path | None = None, *, device: str | None = None, dtype: str | None = None
-) -> tuple[SearchableIndex, Student]:
+) -> tuple[SearchableIndex, IndexStudent]:
     """An index of either kind, one that lives or one that ``encode`` made, for reading, with its student.
 
     Raises:

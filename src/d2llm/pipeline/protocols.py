@@ -79,6 +79,28 @@ class SearchStudent(TextEncoder, Protocol):
         ...
 
 
+class EncodedPassages(EncodedBatch, Protocol):
+    """Vectors of passages, with those that were cut."""
+
+    @property
+    def truncated(self) -> Sequence[int]:
+        """Places of the texts that were longer than the limit."""
+        ...
+
+
+class IndexStudent(SearchStudent, Protocol):
+    """What an index that lives asks of its student."""
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of a text's vector."""
+        ...
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedPassages:
+        """Encode passages (title and text as one string)."""
+        ...
+
+
 class PairScorer(Protocol):
     """One query, ready to be scored with passages: anchor + reach * r_p * change."""
 
