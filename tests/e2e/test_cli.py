@@ -168,7 +168,8 @@ class TestSearch:
         _, report = succeed_with_report(*arguments, folder=place)
         rankings = report["result"]["rankings"]
         assert [ranking["query"]["id"] for ranking in rankings] == [f"q{n}" for n in range(20)]
-        assert {ranking["num_candidates"] for ranking in rankings} == {60}
+        for certificate in (ranking["certificate"] for ranking in rankings):
+            assert (certificate["num_scored"] + certificate["num_left"], certificate["proved"]) == (60, 1)
 
     def test_as_a_program_it_prints_the_answer_and_nothing_else(self, index):
         command = [sys.executable, "-m", "d2llm", "search", str(index), "ships at sea", "--top-k", "2"]
@@ -205,5 +206,6 @@ def test_report_takes_what_verbs_return():
     from d2llm.core.types import Passage
 
     value = {"p": Passage("1", "t"), "a": np.float32(0.5), "b": np.arange(2), 3: (Path("x"), float("nan"), None, True)}
-    expected = {"p": {"id": "1", "text": "t", "title": ""}, "a": 0.5, "b": [0, 1], "3": ["x", None, None, True]}
+    passage = {"id": "1", "text": "t", "title": "", "document_id": "", "position": 0, "metadata": {}}
+    expected = {"p": passage, "a": 0.5, "b": [0, 1], "3": ["x", None, None, True]}
     assert _plain(value) == expected

@@ -58,7 +58,7 @@ PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title
 
 index_app = typer.Typer(
     name="index",
-    help="Keep a corpus that changes: add, change and delete passages, snapshots.",
+    help="Keep a corpus that changes, its versions and snapshots.",
     no_args_is_help=True,
     epilog="As in: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
     context_settings={"help_option_names": ["-h", "--help"]},

