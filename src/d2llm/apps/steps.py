@@ -192,9 +192,9 @@ def closed_gates(job: Job) -> list[str]:
 
 
 def _say_teacher(job: Job, verb: str) -> None:
-    tuned = is_finished(job.run.teacher)
-    named = f"{job.run.teacher}" if tuned else f"'{job.recipe.teacher.model}' as it is ({job.run.teacher} is not there)"
-    job.session.say(f"{verb}: the teacher is {named}")
+    named, asked = job.teacher.model, job.recipe.teacher.model
+    untuned = f"'{asked}' as it is ({job.run.teacher} is not there)"
+    job.session.say(f"{verb}: the teacher is {untuned if named == asked else named}")
 
 
 def _put_aside(job: Job, student: Path) -> None:
