@@ -1,0 +1,148 @@
+"""A writer killed at any point leaves what it had committed, whole, and the lock free."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.types import Passage
+from d2llm.index.inspection import verify
+from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
+from store_writer import passages_of
+from tiny_store import check_contents, live_rows, new_store, put, vector_of
+
+TESTS = Path(__file__).parents[1]
+
+
+class Writers:
+    """Processes that write, one after another, all forked from one that has the libraries loaded."""
+
+    def __init__(self) -> None:
+        self.mother = subprocess.Popen(
+            [sys.executable, str(TESTS / "store_writer.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])},
+        )
+        assert self.answer() == "ready"
+
+    def answer(self) -> str:
+        assert self.mother.stdout is not None
+        return self.mother.stdout.readline().strip()
+
+    def run(self, task: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        """Let a writer work, kill it after some seconds if it has not killed itself; returns the last it said."""
+        assert self.mother.stdin is not None
+        self.mother.stdin.write(json.dumps(task) + "\n")
+        self.mother.stdin.flush()
+        pid = int(self.answer())
+        select.select([self.mother.stdout], [], [], seconds)
+        os.kill(pid, signal.SIGKILL)
+        assert self.answer() == "ended"
+        self.mother.stdin.write("\n")
+        self.mother.stdin.flush()
+        assert os.WTERMSIG(int(self.answer())) == signal.SIGKILL, "the writer failed instead of being killed"
+        lines = Path(task["log"]).read_text().splitlines() if Path(task["log"]).exists() else []
+        return json.loads(lines[-1]) if lines else {"now": task["state"]}
+
+
+@pytest.fixture(scope="module")
+def writers() -> Iterator[Writers]:
+    made = Writers()
+    yield made
+    made.mother.kill()
+    made.mother.wait()
+
+
+def _as_passages(state: dict[str, list[Any]]) -> dict[str, Passage]:
+    return {passage.id: passage for passage in passages_of(state)}
+
+
+def _check_snapshots(store: IndexStore, last: dict[str, Any]) -> dict[str, Any]:
+    """Those of before or after the last step are there with their contents; returns them."""
+    after = last.get("next", last["now"])
+    names = store.snapshots()
+    assert set(names) in (set(last["now"]["snapshots"]), set(after["snapshots"]))
+    known = last["now"]["snapshots"] | after["snapshots"]
+    for name in names:
+        check_contents(PassageView(IndexStore.open(store.snapshot_folder(name))), _as_passages(known[name]))
+    return {name: known[name] for name in names}
+
+
+def _check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
+    """The store is whole, holds what was there before or after the last step, and can be searched and written."""
+    store = IndexStore.open(folder)
+    assert verify(store).problems == []
+    view = PassageView(store)
+    states = [last["now"]["passages"], last.get("next", last["now"])["passages"]]
+    there = {passage.id: passage for passage in view.passages(live_rows(view))}
+    state = next((some for some in states if _as_passages(some) == there), None)
+    assert state is not None, f"{sorted(there)} is neither {sorted(states[0])} nor {sorted(states[1])}"
+    check_contents(view, _as_passages(state))
+    if len(view):
+        first = _as_passages(state)[min(state)]
+        found = view.scan(vector_of(first), len(view))
+        assert sorted(view.ids(found.rows)) == sorted(state)
+        if store.table().indices.keys() >= {"title_idx", "text_idx"}:
+            assert sorted(view.ids(view.match("word", 100).rows)) == sorted(state)
+        else:  # killed between a commit and its indices
+            with pytest.raises(DataFormatError, match="no index of its words yet"):
+                view.match("word", 100)
+    snapshots = _check_snapshots(store, last)
+    new = {"after": [f"word after {view.version}", 1]}
+    put(store, passages_of(new))  # the lock is free at once
+    state = state | new
+    store.settle()
+    after = PassageView(store)
+    assert sorted(after.ids(after.match("word", 100).rows)) == sorted(state)
+    check_contents(after, _as_passages(state))
+    return {"passages": state, "snapshots": snapshots}
+
+
+def _start(folder: Path) -> dict[str, Any]:
+    new_store(folder)
+    return {"passages": {}, "snapshots": {}}
+
+
+def test_killed_at_any_time(tmp_path, writers):
+    seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
+    chance = random.Random(seed)
+    folder, log = tmp_path / "index", tmp_path / "log"
+    state, hit = _start(folder), []
+    for number in range(30):
+        log.unlink(missing_ok=True)
+        task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
+        last = writers.run(task, seconds=chance.uniform(0.02, 0.4))
+        print("seed", task["seed"], "killed in", last.get("does", "between two steps"))
+        hit.append(last.get("does"))
+        state = _check_after(folder, last)
+    assert len(set(hit)) >= 5  # kinds of writing
+
+
+def test_killed_at_each_function_that_writes(tmp_path, writers):
+    seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
+    chance = random.Random(seed)
+    folder, log = tmp_path / "index", tmp_path / "log"
+    state, hit = _start(folder), []
+    for number in range(40):
+        log.unlink(missing_ok=True)
+        task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
+        task |= {"kill_at": chance.randint(1, 40), "after": chance.random() < 0.5}
+        last = writers.run(task, seconds=20)
+        print(task["seed"], "killed", "after" if task["after"] else "before", task["kill_at"], "in", last["does"])
+        hit.append(last["does"])
+        state = _check_after(folder, last)
+    assert len(set(hit)) >= 5

@@ -1,0 +1,74 @@
+"""A store with vectors that follow from the text alone, and what it should hold, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.types import Passage
+from d2llm.index.schema import MetadataSchema
+from d2llm.index.store import IndexStore
+from d2llm.index.vectors import make_format
+from d2llm.index.view import PassageView
+
+DIM = 8
+FIELDS = MetadataSchema({"year": "integer", "language": "string"})
+
+
+def new_store(folder: Path, vector_format: str = "bfloat16", fields: MetadataSchema = FIELDS) -> IndexStore:
+    return IndexStore.create(
+        folder, student_fingerprint="student", dim=DIM, vector_format=vector_format, metadata=fields
+    )
+
+
+def vector_of(passage: Passage) -> NDArray[np.float32]:
+    """What a student might say of this text: normal numbers, the same for the same text."""
+    seed = xxhash.xxh3_64_intdigest(passage.full_text.encode())
+    return np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+
+
+def vectors_of(passages: Iterable[Passage]) -> NDArray[np.float32]:
+    vectors = [vector_of(passage) for passage in passages]
+    return np.array(vectors, np.float32).reshape(len(vectors), DIM)
+
+
+def stored_vectors(passages: Iterable[Passage], vector_format: str) -> NDArray[np.float32]:
+    """Their vectors as a store of this format gives them back."""
+    made, given = make_format(vector_format, DIM), list(passages)
+    return made.decode(made.encode(vectors_of(given), [passage.id for passage in given]))
+
+
+def put(store: IndexStore, passages: Iterable[Passage]) -> int:
+    """Upsert; returns the version."""
+    given = list(passages)
+    with store.writing():
+        changes = store.compare(given)
+        return store.write(changes, vectors_of(changes.texts))
+
+
+def live_rows(view: PassageView) -> NDArray[np.int64]:
+    return np.arange(view.capacity) if view.live is None else np.flatnonzero(view.live)
+
+
+def check_contents(view: PassageView, expected: Mapping[str, Passage]) -> None:
+    """The view holds exactly these passages, each with its own vector, bit by bit."""
+    rows = live_rows(view)
+    passages = view.passages(rows)
+    assert len(view) == len(expected)
+    assert {passage.id: passage for passage in passages} == dict(expected)
+    assert view.ids(rows) == [passage.id for passage in passages]
+    wanted = stored_vectors(passages, view.format.name)
+    np.testing.assert_array_equal(view.vectors(rows), wanted)
+    np.testing.assert_array_equal(view.block(0, view.capacity)[rows], wanted)
+
+
+def few_passages(number: int, start: int = 0, word: str = "word") -> dict[str, Passage]:
+    """Passages p<start>, ...: their texts share two words, and each has one of its own."""
+    return {
+        f"p{n}": Passage(f"p{n}", f"common {word} own{n}", f"title {n}", metadata={"year": 2000 + n})
+        for n in range(start, start + number)
+    }
