@@ -1,0 +1,202 @@
+"""Any sequence of changes leaves a store that says what a plain dictionary says."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Passage
+from d2llm.index.inspection import stats, verify
+from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
+from tiny_store import DIM, check_contents, exact_products, new_store, put
+
+WORDS = ("apple", "pear", "quince", "中文", "文本")
+IDS = st.one_of(st.sampled_from([f"p{n}" for n in range(12)]), st.text(min_size=1, max_size=4))
+PASSAGES = st.builds(
+    Passage,
+    id=IDS,
+    text=st.lists(st.sampled_from(WORDS), max_size=3).map(" ".join),
+    title=st.sampled_from(["", "", "a title", "apple"]),
+    document_id=st.sampled_from(["", "d1"]),
+    position=st.integers(0, 3),
+    metadata=st.fixed_dictionaries(
+        {}, optional={"year": st.none() | st.integers(-3, 3), "language": st.sampled_from(["de", "it's"])}
+    ),
+)
+BLOCKS = st.lists(PASSAGES, max_size=8, unique_by=lambda passage: passage.id)
+Model = dict[str, Passage]
+
+
+def _bare(passage: Passage) -> Passage:
+    """As a store gives it back: a field without value is no field."""
+    return replace(passage, metadata={name: value for name, value in passage.metadata.items() if value is not None})
+
+
+class StoreMachine(RuleBasedStateMachine):
+    vector_format = "bfloat16"
+    views = Bundle("views")
+    names = Bundle("names")
+
+    @initialize()
+    def create(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="store-"))
+        self.store = new_store(self.folder / "index", self.vector_format)
+        self.model: Model = {}
+        self.snapshots: dict[str, Model] = {}
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    # Changes
+
+    @rule(passages=BLOCKS)
+    def upsert(self, passages: list[Passage]) -> None:
+        before = self.store.table().version
+        changed = any(self.model.get(passage.id) != _bare(passage) for passage in passages)
+        version = put(self.store, passages)
+        assert version == before + 1 if changed else version == before
+        self.model = self.model | {passage.id: _bare(passage) for passage in passages}
+
+    @rule(ids=st.lists(IDS, max_size=6))
+    def delete(self, ids: list[str]) -> None:
+        assert self.store.delete(ids) == len(set(ids) & self.model.keys())
+        self.model = {key: value for key, value in self.model.items() if key not in ids}
+
+    @rule()
+    def delete_all(self) -> None:
+        assert self.store.delete(list(self.model)) == len(self.model)
+        self.model = {}
+
+    @rule(dense=st.sampled_from([None, True, False]))
+    def compact(self, dense: bool | None) -> None:
+        self.store.compact(dense=dense)
+
+    @rule()
+    def settle(self) -> None:
+        self.store.settle()
+
+    @rule()
+    def reopen(self) -> None:
+        self.store = IndexStore.open(self.store.folder)
+
+    @rule()
+    def lose_vectors(self) -> None:
+        for path in self.store.folder.glob("vectors-*"):
+            path.unlink()
+
+    # Snapshots
+
+    @rule(target=names, name=st.sampled_from(["a", "b", "ü.1"]))
+    def snapshot(self, name: str) -> Any:
+        if name in self.snapshots:
+            with pytest.raises(InputError, match="already"):
+                self.store.snapshot(name)
+            return multiple()
+        self.store.snapshot(name)
+        self.snapshots[name] = self.model
+        return name
+
+    @rule(name=names)
+    def restore(self, name: str) -> None:
+        assert self.store.restore(name) == len(self.snapshots[name])
+        self.model = self.snapshots[name]
+
+    @rule(name=consumes(names))
+    def drop(self, name: str) -> None:
+        self.store.drop_snapshot(name)
+        del self.snapshots[name]
+
+    @rule(name=names)
+    def read_snapshot(self, name: str) -> None:
+        snapshot = IndexStore.open(self.store.snapshot_folder(name))
+        check_contents(PassageView(snapshot), self.snapshots[name])
+
+    # Reading
+
+    @rule(target=views)
+    def pin(self) -> tuple[PassageView, Model]:
+        return PassageView(self.store), self.model
+
+    @rule(pinned=views)
+    def read_pinned(self, pinned: tuple[PassageView, Model]) -> None:
+        check_contents(*pinned)
+
+    @rule(pinned=views)
+    def open_at_version(self, pinned: tuple[PassageView, Model]) -> None:
+        view, model = pinned
+        check_contents(PassageView(self.store, view.version), model)
+
+    @rule(seed=st.integers(0, 99), top_k=st.integers(1, 12), year=st.none() | st.integers(-3, 3))
+    def scan(self, seed: int, top_k: int, year: int | None) -> None:
+        query = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+        view = PassageView(self.store)
+        allowed = view.select(None if year is None else f"year >= {year}")
+        found = view.scan(query, top_k, allowed)
+        chosen = self._chosen(year)
+        scores = exact_products(chosen, self.vector_format, query)
+        best = sorted(range(len(chosen)), key=lambda place: (-scores[place], chosen[place].id))[:top_k]
+        assert view.ids(found.rows) == [chosen[place].id for place in best]  # equal texts: in the order of their ids
+        np.testing.assert_array_equal(found.scores, scores[best])
+        assert view.passages(found.rows) == [self.model[passage_id] for passage_id in view.ids(found.rows)]
+
+    @rule(word=st.sampled_from(WORDS), top_k=st.integers(1, 6), year=st.none() | st.integers(-3, 3))
+    def match(self, word: str, top_k: int, year: int | None) -> None:
+        self.store.settle()
+        view = PassageView(self.store)
+        found = view.match(word, top_k, None if year is None else f"year >= {year}")
+        having = {p.id for p in self._chosen(year) if word in p.text.split() or word in p.title.split()}
+        ids = view.ids(found.rows)
+        assert set(ids) <= having
+        assert len(ids) == min(top_k, len(having))
+        order = sorted(zip((-found.scores).tolist(), ids, strict=True))
+        assert [passage_id for _, passage_id in order] == ids
+        everything = view.match(word, 1000, None if year is None else f"year >= {year}")
+        assert view.ids(everything.rows)[: len(ids)] == ids
+
+    @rule(ids=st.lists(IDS, max_size=5))
+    def get(self, ids: list[str]) -> None:
+        wanted = [self.model[key] for key in dict.fromkeys(ids) if key in self.model]
+        assert PassageView(self.store).get(ids) == wanted
+
+    def _chosen(self, year: int | None) -> list[Passage]:
+        return [p for p in self.model.values() if year is None or ("year" in p.metadata and p.metadata["year"] >= year)]
+
+    @rule()
+    def inspect(self) -> None:
+        report, facts = verify(self.store, repair=True), stats(self.store)
+        assert verify(self.store).problems == []
+        assert report.num_passages == facts.num_passages == len(self.model)
+        assert facts.snapshots == sorted(self.snapshots)
+
+    @invariant()
+    def holds_what_the_model_holds(self) -> None:
+        assert self.store.snapshots() == sorted(self.snapshots)
+        check_contents(PassageView(self.store), self.model)
+
+
+class Int8Machine(StoreMachine):
+    vector_format = "int8"
+
+
+class BinaryMachine(StoreMachine):
+    vector_format = "binary"
+
+
+_BUDGET = settings(max_examples=8, stateful_step_count=20, suppress_health_check=list(HealthCheck), derandomize=True)
+TestBfloat16 = StoreMachine.TestCase
+TestBfloat16.settings = _BUDGET
+TestInt8 = Int8Machine.TestCase
+TestInt8.settings = settings(_BUDGET, max_examples=4)
+TestBinary = BinaryMachine.TestCase
+TestBinary.settings = settings(_BUDGET, max_examples=4)
