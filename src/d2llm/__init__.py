@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
     from d2llm.core.recipe import Recipe
     from d2llm.core.recipe_file import load_recipe
-    from d2llm.core.types import Candidate, Passage, Query, RankedPassage, Ranking, Task, TeacherLabel
+    from d2llm.core.types import (
+        Candidate,
+        Certificate,
+        Explanation,
+        Passage,
+        Query,
+        RankedPassage,
+        Ranking,
+        Task,
+        TeacherLabel,
+    )
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
@@ -30,9 +40,10 @@ if TYPE_CHECKING:
     from d2llm.pipeline.evaluation.loading import load_contenders
     from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
     from d2llm.pipeline.gate import gate, read_gate
+    from d2llm.pipeline.index import Index
     from d2llm.pipeline.label import label
     from d2llm.pipeline.mine import mine
-    from d2llm.pipeline.search import search
+    from d2llm.pipeline.search import SearchSettings, search
     from d2llm.pipeline.stack_teachers import stack_teachers
     from d2llm.pipeline.tune_teacher import tune_teacher
 
@@ -41,17 +52,21 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "Candidate",
+    "Certificate",
     "Contenders",
     "D2LLMError",
     "Dataset",
     "EvaluationSettings",
+    "Explanation",
     "FolderIndex",
+    "Index",
     "PairDataset",
     "Passage",
     "Query",
     "RankedPassage",
     "Ranking",
     "Recipe",
+    "SearchSettings",
     "Student",
     "Task",
     "Teacher",
@@ -81,7 +96,17 @@ _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
     "d2llm.core.recipe": ("Recipe",),
     "d2llm.core.recipe_file": ("load_recipe",),
-    "d2llm.core.types": ("Candidate", "Passage", "Query", "RankedPassage", "Ranking", "Task", "TeacherLabel"),
+    "d2llm.core.types": (
+        "Candidate",
+        "Certificate",
+        "Explanation",
+        "Passage",
+        "Query",
+        "RankedPassage",
+        "Ranking",
+        "Task",
+        "TeacherLabel",
+    ),
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
@@ -98,9 +123,10 @@ _HOMES = {
     "d2llm.pipeline.evaluation.loading": ("load_contenders",),
     "d2llm.pipeline.evaluation.setting": ("Contenders", "EvaluationSettings"),
     "d2llm.pipeline.gate": ("gate", "read_gate"),
+    "d2llm.pipeline.index": ("Index",),
     "d2llm.pipeline.label": ("label",),
     "d2llm.pipeline.mine": ("mine",),
-    "d2llm.pipeline.search": ("search",),
+    "d2llm.pipeline.search": ("SearchSettings", "search"),
     "d2llm.pipeline.stack_teachers": ("stack_teachers",),
     "d2llm.pipeline.tune_teacher": ("tune_teacher",),
 }
