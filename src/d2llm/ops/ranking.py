@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
 from d2llm.ops.selection import ids_at, top_rows
 
-__all__ = ["kendall_tau", "reciprocal_rank_fusion", "top_k"]
+__all__ = ["kendall_tau", "reciprocal_rank_fusion", "reciprocal_rank_scores", "top_k"]
+
+_Item = TypeVar("_Item", bound=Hashable)
 
 
 def top_k(
@@ -48,7 +51,16 @@ def top_k(
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, k: int = 60) -> list[Candidate]:
-    """Fuse rankings by rank alone, so that their scores need not be comparable.
+    """Fuse rankings by rank alone: every passage of any ranking, best first, equal scores by ascending id.
+
+    Arguments and errors: ``reciprocal_rank_scores``.
+    """
+    fused = [Candidate(passage_id, score) for passage_id, score in reciprocal_rank_scores(rankings, k=k).items()]
+    return sorted(fused, key=lambda candidate: (-candidate.score, candidate.passage_id))
+
+
+def reciprocal_rank_scores(rankings: Sequence[Sequence[_Item]], *, k: int = 60) -> dict[_Item, float]:
+    """The fused score of every item of any ranking, by rank alone, so that their scores need not be comparable.
 
     score(p) = sum over the rankings that contain p of 1 / (k + rank(p)), rank counted from 1.
 
@@ -56,28 +68,24 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, k: int = 60) ->
     SIGIR 2009 (k = 60 is theirs). The order of the rankings does not matter.
 
     Args:
-        rankings: passage ids, best first; they may have different lengths and members.
+        rankings: passage ids or rows, best first; they may have different lengths and members.
         k: how much the first places are levelled, at least 0.
 
-    Returns:
-        Every passage of any ranking, best first, equal scores by ascending id.
-
     Raises:
-        InputError: k is negative, or a ranking holds an id twice.
+        InputError: k is negative, or a ranking holds an item twice.
     """
     if k < 0:
         raise InputError(f"k is {k}, but 1 / (k + rank) needs 0 or more")
-    shares: defaultdict[str, list[float]] = defaultdict(list)
+    shares: defaultdict[_Item, list[float]] = defaultdict(list)
     for number, ranking in enumerate(rankings, start=1):
-        seen: set[str] = set()
-        for rank, passage_id in enumerate(ranking, start=1):
-            if passage_id in seen:
-                raise InputError(f"ranking {number} holds '{passage_id}' twice (again at rank {rank}); keep one")
-            seen.add(passage_id)
-            shares[passage_id].append(1.0 / (k + rank))
+        seen: set[_Item] = set()
+        for rank, item in enumerate(ranking, start=1):
+            if item in seen:
+                raise InputError(f"ranking {number} holds '{item}' twice (again at rank {rank}); keep one")
+            seen.add(item)
+            shares[item].append(1.0 / (k + rank))
     # fsum rounds once, so equal sets of ranks give equal scores whatever ranking they come from.
-    fused = [Candidate(passage_id, math.fsum(share)) for passage_id, share in shares.items()]
-    return sorted(fused, key=lambda candidate: (-candidate.score, candidate.passage_id))
+    return {item: math.fsum(share) for item, share in shares.items()}
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:

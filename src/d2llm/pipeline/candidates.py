@@ -86,15 +86,3 @@ class LexicalSource:
         """The rows that BM25 finds."""
         del anchor
         return self.index.match(query.text, top_k, self.filter)
-
-
-def fuse_rows(rankings: list[NDArray[np.int64]], *, k: int = 60) -> dict[int, float]:
-    """Reciprocal-rank fusion of rankings of rows: sum of 1 / (k + rank) over the rankings that hold a row.
-
-    Source: Cormack et al., "Reciprocal rank fusion outperforms Condorcet", SIGIR 2009.
-    """
-    fused: dict[int, float] = {}
-    for ranking in rankings:
-        for rank, row in enumerate(ranking.tolist(), start=1):
-            fused[row] = fused.get(row, 0.0) + 1 / (k + rank)
-    return fused

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Certificate, Explanation, Query, RankedPassage, Ranking, SourceName, Task
+from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.candidates import (
     CandidateSource,
     LexicalSource,
     SearchableIndex,
     VectorSource,
-    fuse_rows,
 )
 from d2llm.pipeline.exact_search import FoundRows, certified_top_k, passage_reaches
 from d2llm.pipeline.progress import progress_bar
@@ -238,7 +238,7 @@ class Searcher:
         final = scores
         if self.settings.fuse:
             by_score = top_rows(scores, len(scores), ids_of)
-            fused = fuse_rows([rows[by_score], proposals["bm25"].rows])
+            fused = reciprocal_rank_scores([rows[by_score].tolist(), proposals["bm25"].rows.tolist()])
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         best = top_rows(final, self.settings.top_k, ids_of)
         return _Ranked(rows[best], final[best], scores[best], num_scored, proposals, certificate)
