@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
 GENERATION_SHIFT = 40
 """d2_row = generation << 40 | row."""
 ROW_MASK = (1 << GENERATION_SHIFT) - 1
+TEXT_HASH_LENGTH = 32
+COMPARED = ("id", "d2_row", "d2_hash", "d2_truncated")
+"""The columns that ``compare`` looks at."""
 INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
 
 
@@ -51,12 +56,19 @@ def table_schema(metadata: Iterable[pa.Field], code_size: int) -> pa.Schema:
     )
 
 
-def text_hash(passage: Passage) -> str:
-    """What tells whether a text must be encoded again: a hash of title and text (xxh3, 128 bits)."""
-    digest = xxhash.xxh3_128(len(passage.title).to_bytes(8, "little"))
-    digest.update(passage.title.encode())
-    digest.update(passage.text.encode())
-    return digest.hexdigest()
+def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any]) -> str:
+    """What tells whether a passage has changed, or a row is damaged.
+
+    The first TEXT_HASH_LENGTH characters are a hash of id, title and text (xxh3, 128 bits): where they differ, the text
+    must be encoded again. The rest is a hash of the other columns (64 bits); those without a value do not count.
+    """
+    digest = xxhash.xxh3_128()
+    for part in (passage_id.encode(), title.encode(), text.encode()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    given = {name: value for name, value in others.items() if value is not None}
+    rest = json.dumps(given, sort_keys=True, default=datetime.isoformat)
+    return digest.hexdigest() + xxhash.xxh3_64_hexdigest(rest.encode())
 
 
 def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder: Path) -> None:
@@ -103,16 +115,16 @@ def codes_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.uint8]:
 
 
 def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]], metadata: MetadataSchema) -> Changes:
-    """What passages would change; ``stored`` has the columns of those that are there, by id."""
+    """What passages would change; ``stored`` has the columns COMPARED of those that are there, by id."""
     texts: list[Passage] = []
     others: list[tuple[Passage, int, bool]] = []
     num_unchanged = 0
-    others_now = pa.table(other_columns(passages, metadata)).to_pylist()
-    for passage, fields in zip(passages, others_now, strict=True):
+    hashes = _hashes(passages, other_columns(passages, metadata))
+    for passage, now in zip(passages, hashes, strict=True):
         found = stored.get(passage.id)
-        if found is None or found["d2_hash"] != text_hash(passage):
+        if found is None or found["d2_hash"][:TEXT_HASH_LENGTH] != now[:TEXT_HASH_LENGTH]:
             texts.append(passage)
-        elif any(found[name] != value for name, value in fields.items()):
+        elif found["d2_hash"] != now:
             others.append((passage, found["d2_row"], found["d2_truncated"]))
         else:
             num_unchanged += 1
@@ -128,6 +140,11 @@ def other_columns(passages: Sequence[Passage], metadata: MetadataSchema) -> dict
     }
 
 
+def _hashes(passages: Sequence[Passage], others: Mapping[str, pa.Array]) -> list[str]:
+    records = pa.table(dict(others)).to_pylist()
+    return [row_hash(p.id, p.title, p.text, record) for p, record in zip(passages, records, strict=True)]
+
+
 def table_block(
     passages: Sequence[Passage],
     schema: pa.Schema,
@@ -137,14 +154,15 @@ def table_block(
     codes: NDArray[np.uint8],
 ) -> pa.Table:
     """Passages as rows of a table: with their row numbers, flags and codes [n, code_size]."""
+    others = other_columns(passages, metadata)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1), pa.uint8()), codes.shape[1])
     columns = {
         "id": pa.array([passage.id for passage in passages], pa.string()),
         "title": pa.array([passage.title for passage in passages], pa.string()),
         "text": pa.array([passage.text for passage in passages], pa.string()),
-        **other_columns(passages, metadata),
+        **others,
         "d2_row": pa.array(rows, pa.int64()),
-        "d2_hash": pa.array([text_hash(passage) for passage in passages], pa.string()),
+        "d2_hash": pa.array(_hashes(passages, others), pa.string()),
         "d2_truncated": pa.array(truncated, pa.bool_()),
         "d2_vector": vectors,
     }

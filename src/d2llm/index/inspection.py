@@ -10,12 +10,11 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError, DataFormatError
 from d2llm.core.files import folder_bytes
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of, text_hash
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, codes_of, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
-from d2llm.index.view import as_passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +127,32 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
             yield f"{len(ids) - len(ids.unique())} ids occur twice in the table"
         if len(np.unique(rows)) != len(rows) or len(np.unique(rows >> GENERATION_SHIFT)) > 1:
             yield "row numbers in the table are not distinct, or of several generations"
-        changed = [
-            record["id"]
-            for batch in table.batches([*TEXT_COLUMNS, "d2_hash"])
-            for record in batch.to_pylist()
-            if text_hash(as_passage({name: record[name] for name in TEXT_COLUMNS})) != record["d2_hash"]
-        ]
+        names = [name for name in table.schema.names if name not in ("d2_row", "d2_truncated", "d2_vector")]
+        records = (record for batch in table.batches(names) for record in batch.to_pylist())
+        changed = [record["id"] for record in records if not _is_as_written(record)]
         if changed:
-            yield f"{len(changed)} texts in the table are not those that were written, the first is {changed[0]!r}"
+            yield f"{len(changed)} passages in the table are not what was written, the first is {changed[0]!r}"
+        yield from _index_problems(table, ids.to_pylist(), rows.tolist())
     except D2LLMError as error:
         yield str(error)
+
+
+def _is_as_written(record: dict[str, Any]) -> bool:
+    others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
+    return row_hash(record["id"], record["title"], record["text"], others) == record["d2_hash"]
+
+
+def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
+    """Whether the indices find every id and row; of those of words, whether they can be read at all."""
+    advice = "`d2llm index ... compact --dense` makes them anew"
+    try:
+        if sorted(table.by_ids(ids, ["id"])["id"].to_pylist()) != sorted(ids):
+            yield f"the index of ids does not find all of them; {advice}"
+        table.by_rows(rows, ["id"])
+        if {"title_idx", "text_idx"} <= table.indices.keys():
+            table.match("a", 1)
+    except DataFormatError as error:
+        yield f"an index of the table is damaged ({error.problem}); {advice}"
 
 
 def _vector_problems(store: IndexStore, table: PassageTable) -> Iterator[str]:

@@ -36,6 +36,7 @@ from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.types import Passage, Task
 from d2llm.index import vector_file
 from d2llm.index.blocks import (
+    COMPARED,
     GENERATION_SHIFT,
     ROW_MASK,
     Changes,
@@ -173,8 +174,7 @@ class IndexStore:
         table = self.table()
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
-        names = [name for name in table.schema.names if name not in ("title", "text", "d2_vector")]
-        found = table.by_ids([passage.id for passage in passages], names) if len(table) else pa.table({})
+        found = table.by_ids([passage.id for passage in passages], COMPARED) if len(table) else pa.table({})
         return compare(passages, {row["id"]: row for row in found.to_pylist()}, schema)
 
     def write(self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = ()) -> int:
@@ -308,8 +308,7 @@ class IndexStore:
             dense: write the vectors anew without holes; by default when a quarter of the rows are holes.
         """
         with self.writing(), storage_errors(self.folder):
-            before = folder_bytes(self.folder)
-            table = self.table()
+            before, table = folder_bytes(self.folder), self.table()
             if dense or (dense is None and len(table) < 0.75 * self._file_to_extend(table).capacity):
                 self._rewrite(table)
             self.settle()
