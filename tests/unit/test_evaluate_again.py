@@ -191,3 +191,14 @@ def test_names_that_rows_would_share():
         Contenders(FakeStudent(), bi_encoders={"x": encoder}, runs=[run("x", {"q1": ["a"]})])
     with pytest.raises(InputError, match="share: BM25; rename one"):
         Contenders(FakeStudent(), runs=[run("BM25", {"q1": ["a"]})])
+
+
+def test_vectors_in_fewer_bits_are_rows_of_their_own(few):
+    report = measure(few, everyone(), stored_as=("float32", "float16"))
+    by_name = {row.name: row for row in report.rows}
+    plain, coded = by_name["D2LLM"], by_name["D2LLM, float32 vectors"]
+    assert (coded.kind, plain.kind) == ("shortcut", "d2llm")
+    assert coded.cost.bytes_per_passage == 2 * plain.cost.bytes_per_passage
+    assert figures(coded)["nDCG@10"] == pytest.approx(figures(plain)["nDCG@10"], abs=0.05)
+    with pytest.raises(InputError, match=r"no vector format 'int7'.*int8"):
+        EvaluationSettings(stored_as=("int7",))

@@ -83,6 +83,15 @@ def evaluate(
     num_candidates: Annotated[
         int, typer.Option("--candidates", min=1, help="Passages that get the student's full score.")
     ] = 1000,
+    stored_as: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stored-as",
+            metavar="FORMAT",
+            help="Also with vectors in fewer bits (int8, int3, binary, ...): a row each. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -141,6 +150,7 @@ def evaluate(
         teacher_queries=teacher_queries or None,
         baseline=baseline,
         seed=seed,
+        stored_as=tuple(stored_as or ()),
     )
     dataset = open_data(data)
     if save_runs is not None and isinstance(dataset, PairDataset):

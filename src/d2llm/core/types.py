@@ -11,9 +11,19 @@ Task = Literal["symmetric", "asymmetric"]
 """``symmetric``: do two texts say the same. ``asymmetric``: does the passage answer the query."""
 
 SystemKind = Literal[
-    "bm25", "hybrid", "cosine_untuned", "cosine_tuned", "paper_head", "anchor", "d2llm", "teacher", "external"
+    "bm25",
+    "hybrid",
+    "cosine_untuned",
+    "cosine_tuned",
+    "paper_head",
+    "anchor",
+    "d2llm",
+    "shortcut",
+    "teacher",
+    "external",
 ]
-"""What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone."""
+"""What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone, a ``shortcut`` the same
+student where something makes its search cheaper."""
 
 SourceName = Literal["vectors", "bm25"]
 """Who proposes candidates: the highest inner products, or BM25."""

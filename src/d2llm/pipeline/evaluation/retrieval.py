@@ -19,6 +19,7 @@ from d2llm.pipeline.encode import encode
 from d2llm.pipeline.evaluation import setting, shown
 from d2llm.pipeline.evaluation.judging import Pool, interleaved, judge_pool
 from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.pipeline.evaluation.shortcuts import StoredAs
 from d2llm.pipeline.evaluation.statistics import Values, compare_means, mean_row
 from d2llm.pipeline.evaluation.store import MeasuredStore
 from d2llm.pipeline.evaluation.systems import (
@@ -63,6 +64,7 @@ def evaluate_retrieval(
     students = contenders.students(settings.num_candidates, settings.top_k)
     searched = [_search(work, row) for row in students]
     subject = searched[[row.kind for row in students].index("d2llm")]
+    shortcuts = [_stored_as(work, name, contenders.student) for name in dict.fromkeys(settings.stored_as)]
     lexical = work.store.system(
         work.key(setting.NAME_BM25), lambda: lexical_system(setting.NAME_BM25, work.passages, trial)
     )
@@ -78,7 +80,7 @@ def evaluate_retrieval(
     }
     judges = contenders.judges(settings.teacher_depth)
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
-    systems = [lexical, *fused, *searched, *(system for system, _ in judged), *runs]
+    systems = [lexical, *fused, *searched, *shortcuts, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
     followers: dict[str, shown.Scores] = {}
     if teacher_scores is not None:
@@ -167,6 +169,19 @@ def _search(work: _Work, row: Row) -> System:
 
     model = row.model
     return work.store.system(work.key(row.name, model.fingerprint, row.num_candidates, work.settings.dtype), measure)
+
+
+def _stored_as(work: _Work, vector_format: str, student: SearchStudent) -> System:
+    """The student with its vectors in another format."""
+    name, num_candidates = f"{setting.NAME_D2LLM}, {vector_format} vectors", work.settings.num_candidates
+
+    def measure() -> System:
+        index = StoredAs(work.index(student)[0], vector_format)
+        return student_system(
+            name, "shortcut", index, student, work.trial, num_candidates=num_candidates, passages_per_second=None
+        )
+
+    return work.store.system(work.key(name, student.fingerprint, num_candidates), measure)
 
 
 def _judge(

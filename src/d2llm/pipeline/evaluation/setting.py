@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from d2llm.core.errors import InputError
 from d2llm.core.types import SystemKind, Task
 from d2llm.data.trec import TrecRun
-from d2llm.index.vectors import VectorDtype
+from d2llm.index.vectors import FORMATS, VectorDtype
 from d2llm.pipeline.cosine import AnchorStudent, CosineStudent
 from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder
 from d2llm.pipeline.report import EvaluationRow, MissingRow
@@ -120,9 +120,10 @@ class EvaluationSettings:
             else BM25.
         seed: of the samples and the significance tests.
         dtype: how vectors are stored.
+        stored_as: formats of vectors (``index.vectors.FORMATS``) that the student is measured with besides, a row each.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range, or an unknown format.
     """
 
     split: str = "test"
@@ -135,8 +136,12 @@ class EvaluationSettings:
     baseline: SystemKind | None = None
     seed: int = 0
     dtype: VectorDtype = "bfloat16"
+    stored_as: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.stored_as:
+            if name not in FORMATS:
+                raise InputError(f"there is no vector format {name!r}; use one of {', '.join(FORMATS)}")
         limits = {
             "top_k": (self.top_k, RECALL_DEPTH),
             "num_candidates": (self.num_candidates, 1),

@@ -14,6 +14,7 @@ from d2llm.index.folder import FolderIndex
 from d2llm.index.lexical import LexicalIndex
 from d2llm.ops.ranking import reciprocal_rank_fusion
 from d2llm.pipeline.evaluation.memory import peak_memory
+from d2llm.pipeline.evaluation.shortcuts import StoredAs
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.report import Cost, Milliseconds
@@ -109,7 +110,7 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
 def student_system(
     name: str,
     kind: SystemKind,
-    index: FolderIndex,
+    index: FolderIndex | StoredAs,
     student: SearchStudent,
     trial: Trial,
     *,
