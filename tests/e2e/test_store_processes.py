@@ -1,0 +1,140 @@
+"""Other processes read a store while it is written, and where they may not write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.core.errors import IndexLockedError
+from d2llm.index import vector_file
+from d2llm.index.inspection import verify
+from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
+from store_reader import read, search
+from tiny_store import check_contents, few_passages, new_store, put
+
+TESTS = Path(__file__).parents[1]
+NOBODY = 65_534
+
+
+class Reader:
+    """A process of its own, that may be another user's."""
+
+    def __init__(self, folder: Path, user: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "store_reader.py"), str(folder), *([str(user)] if user else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])},
+        )
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, line: str) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_readers_keep_their_version_while_a_writer_goes_on(tmp_path):
+    store, passages = new_store(tmp_path / "index"), few_passages(20)
+    put(store, passages.values())
+    store.settle()
+    readers = [Reader(store.folder) for _ in range(2)]
+    try:
+        assert [reader.answer() for reader in readers] == ["ready"] * 2
+        versions = [read(PassageView(store))] * 2
+        for step in range(4):
+            put(store, few_passages(6, start=5 * step, word=f"step{step}").values())
+            store.delete([f"p{3 * step}"])
+            store.compact(dense=step % 2 == 0)
+            store.snapshot(f"s{step}")
+            now = read(PassageView(store))
+            for number, reader in enumerate(readers):
+                assert reader.ask("read") == versions[number]
+                assert reader.ask("search common")[1]
+            fresh = readers[step % 2]
+            assert fresh.ask("open") == len(now)
+            versions[step % 2] = now
+            assert fresh.ask("read") == now
+            assert fresh.ask(f"search own{5 * step + 1}") == search(PassageView(store), f"own{5 * step + 1}")
+        with store.writing():
+            assert all("IndexLockedError" in answer for answer in readers[0].ask("write"))
+        readers[0].ask("write")  # the lock is free again
+        assert verify(store).problems == []
+    finally:
+        for reader in readers:
+            reader.end()
+
+
+@pytest.mark.parametrize("vectors", ["whole", "missing", "damaged"])
+def test_who_may_not_write_can_read(vectors):
+    folder = Path(tempfile.mkdtemp(prefix="store-"))  # pytest's own folders are closed to others
+    store, passages = new_store(folder / "index"), few_passages(20)
+    put(store, passages.values())
+    store.settle()
+    store.snapshot("a")
+    expected, found = read(PassageView(store)), search(PassageView(store), "own7")
+    if vectors == "missing":
+        vector_file.remove(store.folder, 0)
+    elif vectors == "damaged":
+        path = vector_file.path_of(store.folder, 0)
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:-3] + b"xyz")
+    files = sorted(folder.rglob("*"))
+    as_root = os.geteuid() == 0
+    for path in [folder, *files]:
+        path.chmod((0o755 if path.is_dir() else 0o644) & (0o777 if as_root else 0o555))
+    reader = Reader(store.folder, NOBODY if as_root else None)
+    try:
+        assert reader.answer() == "ready"
+        assert reader.ask("read") == expected
+        assert reader.ask("search own7") == found
+        for answer in reader.ask("write"):
+            assert answer.startswith("StorageError: ")
+            assert str(store.folder) in answer
+            assert "Permission denied" in answer
+            assert "What was committed before is kept" in answer
+        assert sorted(folder.rglob("*")) == files
+    finally:
+        reader.end()
+        for path in [folder, *files]:
+            path.chmod(0o755)
+    check_contents(PassageView(store), passages)
+    assert verify(store).problems == []
+    shutil.rmtree(folder)
+
+
+def test_the_lock_of_another_process(tmp_path):
+    store = new_store(tmp_path / "index")
+    put(store, few_passages(3).values())
+    held = "import sys; from pathlib import Path; from d2llm.index.store import IndexStore\n"
+    held += "with IndexStore.open(Path(sys.argv[1])).writing(): print('held', flush=True); sys.stdin.read()"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", held, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "held\n"
+    with pytest.raises(IndexLockedError, match="another process is writing"):
+        store.delete(["p1"])
+    check_contents(PassageView(store), few_passages(3))
+    writer.kill()
+    writer.wait()
+    assert IndexStore.open(store.folder).delete(["p1"]) == 1

@@ -1,0 +1,87 @@
+"""A process that opens a store and does what each line of its input says; each answer is a line of JSON.
+
+Arguments: the folder, and the number of the user to become once all libraries are loaded.
+Lines: ``open`` (the latest version from now on), ``read``, ``search WORD``, ``write``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss  # noqa: F401
+import lancedb  # noqa: F401
+import numpy as np
+
+from d2llm.core.errors import D2LLMError
+from d2llm.core.types import Passage
+from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
+from tiny_store import DIM, live_rows, put
+
+
+def read(view: PassageView) -> dict[str, Any]:
+    """Texts and vectors by id."""
+    rows = live_rows(view)
+    passages, vectors = view.passages(rows), view.vectors(rows)
+    return {passage.id: [passage.text, vector.tolist()] for passage, vector in zip(passages, vectors, strict=True)}
+
+
+def search(view: PassageView, word: str) -> list[list[str]]:
+    """Ids that a scan and the words find."""
+    query = np.ones(DIM, np.float32)
+    return [view.ids(found.rows) for found in (view.scan(query, 5), view.match(word, 5))]
+
+
+def write(store: IndexStore) -> list[str]:
+    """What each kind of writing says."""
+    calls: list[Callable[[], object]] = [
+        lambda: put(store, [Passage("new", "text")]),
+        lambda: store.delete(["p1"]),
+        lambda: store.compact(dense=True),
+        lambda: store.snapshot("b"),
+        lambda: store.restore("a"),
+        lambda: store.drop_snapshot("a"),
+        store.settle,
+    ]
+    answers: list[str] = []
+    for call in calls:
+        try:
+            call()
+            answers.append("done")
+        except D2LLMError as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
+
+
+def answer(store: IndexStore, view: PassageView, what: str, word: str) -> object:
+    """What one line asks for."""
+    if what == "read":
+        return read(view)
+    if what == "search":
+        return search(view, word)
+    return write(store) if what == "write" else len(view)
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    if len(sys.argv) > 2:
+        os.setgroups([])
+        os.setgid(int(sys.argv[2]))
+        os.setuid(int(sys.argv[2]))
+    store = IndexStore.open(Path(sys.argv[1]))
+    view = PassageView(store)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        what, _, word = line.strip().partition(" ")
+        if what == "open":
+            view = PassageView(store)
+        print(json.dumps(answer(store, view, what, word)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
