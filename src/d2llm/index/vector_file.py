@@ -67,11 +67,11 @@ class VectorFile:
         """A new file without rows; one that is there (left by a crash) is replaced."""
         file = cls(path_of(folder, generation), code_size, [], since)
         file.path.unlink(missing_ok=True)  # not emptied: a snapshot or a reader may have it under another name
+        file._write_extents()  # first, since a generation counts as soon as its .bin is there
         with file.path.open("wb") as stream:
             stream.truncate(HEADER_BYTES)
             stream.flush()
             os.fsync(stream.fileno())
-        file._write_extents()
         return file
 
     @classmethod
