@@ -163,3 +163,13 @@ def test_generations(tmp_path):
     empty = VectorFile.open(tmp_path, 0, SIZE)
     assert empty.codes().shape == (0, SIZE)
     assert empty.damaged(empty.codes()) == []
+
+
+def test_a_generation_counts_only_when_both_parts_are_there(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VectorFile, "_write_extents", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        VectorFile.create(tmp_path, 1, SIZE)
+    assert list(vector_file.generations(tmp_path)) == []
