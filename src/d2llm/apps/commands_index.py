@@ -183,6 +183,46 @@ def compact(
     session_of(context).write_report(context, json_path, {"bytes_before": before, "bytes_after": after})
 
 
+@index_app.command("ann")
+def ann(
+    context: typer.Context,
+    recall: Annotated[
+        float, typer.Option("--recall", min=0, max=1, help="The share of the exact candidates that it is to find.")
+    ] = 0.99,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="The number of candidates of a search.")] = 1000,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            "--queries",
+            metavar="FILE",
+            help="queries.jsonl or queries.jsonl.gz to measure recall with.",
+            show_default="passages of the index, each to find others",
+        ),
+    ] = None,
+    student: MakerOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Build an approximate index for large corpora; `search --source ann` uses it.
+
+    Passages that come later are found all the same; build it again when they are many.
+    """
+    from d2llm.apps.index_tables import ann_remark
+    from d2llm.data.beir import read_queries
+    from d2llm.pipeline.build_ann import build_ann
+    from d2llm.pipeline.index import Index
+
+    session = session_of(context)
+    index = Index.open(_folder(context), student, device=device, dtype=dtype)
+    texts = None if queries is None else [query.text for query in read_queries(queries).values()]
+    report = build_ann(
+        index.store, index.student, recall=recall, depth=depth, queries=texts, show_progress=session.show_progress
+    )
+    session.say(ann_remark(report))
+    session.write_report(context, json_path, report)
+
+
 @index_app.command("snapshot")
 def snapshot(
     context: typer.Context,

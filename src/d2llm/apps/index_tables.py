@@ -11,6 +11,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from d2llm.core.types import Passage
     from d2llm.index.inspection import IndexStats
+    from d2llm.pipeline.build_ann import AnnReport
 
 
 def stats_table(stats: IndexStats) -> Table:
@@ -45,3 +46,15 @@ def passage_panel(passage: Passage) -> Panel:
     head = "  ".join(f"{name}: {value}" for name, value in about.items())
     body = "\n".join(part for part in (passage.title, passage.text) if part)
     return Panel(Text(body), title=Text(passage.id), title_align="left", subtitle=Text(head) if head else None)
+
+
+def ann_remark(report: AnnReport) -> str:
+    """What was built, and how good and how quick it is."""
+    found = ", ".join(f"{one.recall:.4f} of the first {one.depth:,} (>= {one.at_least:.4f})" for one in report.recalls)
+    asked = "given queries" if report.queries == "given" else "passages asked as queries"
+    slower = "" if report.ms < report.exact_ms else "; the exact scan is quicker here, leave this out"
+    return (
+        f"ann: {report.num_passages:,} passages in {report.num_lists:,} lists, {report.bytes_per_passage:,.0f} bytes "
+        f"each, built in {report.seconds:,.1f} s. It finds {found}, measured with {report.num_queries:,} {asked}; "
+        f"{report.ms:.2f} ms a search, {report.exact_ms:.2f} ms exactly{slower}"
+    )

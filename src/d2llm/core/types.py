@@ -25,8 +25,8 @@ SystemKind = Literal[
 """What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone, a ``shortcut`` the same
 student where something makes its search cheaper."""
 
-SourceName = Literal["vectors", "bm25"]
-"""Who proposes candidates: the highest inner products, or BM25."""
+SourceName = Literal["vectors", "ann", "bm25"]
+"""Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
 
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.types import Passage, Task
+from d2llm.index.ann import AnnBase, AnnIndex
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
 from d2llm.index.filters import parse_filter
 from d2llm.index.scan import RowScan
@@ -139,6 +141,23 @@ class PassageView:
         scan = self._check()
         rows, scores = scan.search(query, top_k, self.mask(allowed), ids_of=self.ids)
         return CandidateRows(rows, scores)
+
+    @cached_property
+    def ann_base(self) -> AnnBase | None:
+        """What an approximate index of this version is over; None where the vectors are in memory alone."""
+        scan = self._check()
+        codes, file = self._vectors
+        if file is None:
+            return None
+        return AnnBase(
+            self.store.folder, self.student_fingerprint, self._generation, self.version, file.since, self.format, codes,
+            scan,
+        )  # fmt: skip
+
+    @cached_property
+    def ann(self) -> AnnIndex | None:
+        """The approximate index that serves this version, if one was built."""
+        return None if self.ann_base is None else AnnIndex.open(self.ann_base)
 
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
         """The passages that BM25 finds for a text, best first, ties by id; the filter comes before the choice.

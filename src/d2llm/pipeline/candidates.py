@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Passage, Query, Task
+from d2llm.index.ann import AnnSearch
+from d2llm.index.view import CandidateRows, PassageView
 from d2llm.pipeline.exact_search import FoundRows, VectorView
+
+_log = logging.getLogger(__name__)
 
 
 class SearchableIndex(VectorView, Protocol):
@@ -72,6 +77,27 @@ class VectorSource:
         del query
         assert anchor is not None, "a search without an anchor has no vector source"
         return self.index.scan(anchor, top_k, self.allowed)
+
+
+class AnnSource:
+    """About the highest inner products, by an approximate index; by the exact scan where that is as quick."""
+
+    name = "ann"
+
+    def __init__(self, index: SearchableIndex, allowed: NDArray[np.bool_] | None) -> None:
+        self._exact = VectorSource(index, allowed)
+        self._search: AnnSearch | None = None
+        if isinstance(index, PassageView) and index.ann is not None:
+            self._search = AnnSearch(index.ann, index.mask(allowed), index.ids)
+        else:
+            _log.warning("no approximate index fits (d2llm index INDEX ann builds one); the exact scan answers")
+
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+        """The rows found, with exact inner products."""
+        found = None
+        if self._search is not None and anchor is not None:
+            found = self._search.search(anchor, top_k)
+        return self._exact.propose(query, anchor, top_k) if found is None else CandidateRows(*found)
 
 
 @dataclass(frozen=True, slots=True)

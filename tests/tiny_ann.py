@@ -1,0 +1,67 @@
+"""A store over given vectors and a student that encodes nothing, to build approximate indices on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2llm.core.types import Passage
+from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
+
+DIM = 32
+
+
+@dataclass
+class Vectors:
+    vectors: np.ndarray
+
+
+class PlainStudent:
+    """A query is the number of one of its vectors."""
+
+    def __init__(self, vectors=None, *, has_anchor=True):
+        self.fingerprint = "student"
+        self.has_anchor = has_anchor
+        self.vectors = vectors
+        self.asked: list[str] = []
+
+    def anchor_queries(self, vectors, task):
+        del task
+        return vectors
+
+    def encode_queries(self, texts):
+        self.asked += texts
+        return Vectors(self.vectors[[int(text) for text in texts]])
+
+
+def clustered(num, seed=0, dim=DIM, num_clusters=25):
+    """Vectors of norm sqrt(dim) around centres that are always the same."""
+    centres = np.random.default_rng(99).standard_normal((num_clusters, dim))
+    random = np.random.default_rng(seed)
+    vectors = centres[random.integers(0, num_clusters, num)] + 0.7 * random.standard_normal((num, dim))
+    return (vectors * np.sqrt(dim) / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def put_vectors(store: IndexStore, first: int, vectors: np.ndarray, text: str = "text") -> None:
+    """Upsert passages p<first>, ... with these vectors."""
+    passages = [Passage(f"p{first + place:06d}", f"{text} {first + place}") for place in range(len(vectors))]
+    with store.writing():
+        changes = store.compare(passages)
+        assert len(changes.texts) == len(passages)
+        store.write(changes, vectors)
+
+
+def new_ann_store(folder: Path, vectors: np.ndarray, vector_format: str = "bfloat16") -> IndexStore:
+    dim: Any = vectors.shape[1]
+    store = IndexStore.create(folder, student_fingerprint="student", dim=dim, vector_format=vector_format)
+    put_vectors(store, 0, vectors)
+    return store
+
+
+def products(view: PassageView, query: np.ndarray) -> np.ndarray:
+    """Inner products of all rows as they are stored."""
+    return view.vectors(np.arange(view.capacity)).astype(np.float64) @ query
