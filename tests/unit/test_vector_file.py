@@ -10,7 +10,7 @@ import xxhash
 
 from d2llm.core.errors import DataFormatError
 from d2llm.index import vector_file
-from d2llm.index.vector_file import HEADER_BYTES, VectorFile
+from d2llm.index.vector_file import VectorFile
 
 SIZE = 6
 
@@ -34,7 +34,7 @@ def _change(file, **changes):
 
 def test_layout(file, tmp_path):
     rows = np.concatenate([_codes(5), _codes(2, seed=1)])
-    assert (tmp_path / "vectors-3.bin").read_bytes() == bytes(HEADER_BYTES) + rows.tobytes()
+    assert (tmp_path / "vectors-3.bin").read_bytes() == rows.tobytes()
     record = json.loads((tmp_path / "vectors-3.json").read_text())
     checksum = xxhash.xxh3_64_hexdigest(rows.tobytes())
     assert record == {"code_size": SIZE, "since": 0, "extents": [[0, 7, checksum]]}
@@ -63,7 +63,7 @@ def test_what_a_crash_left_behind_the_last_row_is_overwritten(file, tmp_path):
     assert again.damaged(again.codes()) == []
 
 
-@pytest.mark.parametrize("place", [HEADER_BYTES, HEADER_BYTES + 3 * SIZE, HEADER_BYTES + 7 * SIZE - 1])
+@pytest.mark.parametrize("place", [0, 3 * SIZE, 7 * SIZE - 1])
 def test_a_flipped_byte_is_noticed_and_later_rows_do_not_hide_it(file, place):
     content = bytearray(file.path.read_bytes())
     content[place] ^= 1
@@ -74,13 +74,6 @@ def test_a_flipped_byte_is_noticed_and_later_rows_do_not_hide_it(file, place):
     again.append(_codes(4, seed=5))
     assert [(extent.start, extent.count) for extent in again.extents] == [(0, 7), (7, 4)]
     assert again.damaged(again.codes()) == damaged
-
-
-def test_the_header_holds_nothing(file):
-    content = bytearray(file.path.read_bytes())
-    content[10] ^= 1
-    file.path.write_bytes(content)
-    assert file.damaged(file.codes()) == []
 
 
 @pytest.mark.parametrize(
@@ -157,7 +150,7 @@ def test_generations(tmp_path):
         VectorFile.create(tmp_path, number, SIZE)
     (tmp_path / "vectors-x.bin").touch()
     assert sorted(vector_file.generations(tmp_path)) == [0, 12]
-    assert vector_file.remove(tmp_path, 12) > HEADER_BYTES
+    assert vector_file.remove(tmp_path, 12) > 0
     assert vector_file.remove(tmp_path, 12) == 0
     assert list(vector_file.generations(tmp_path)) == [0]
     empty = VectorFile.open(tmp_path, 0, SIZE)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -146,8 +147,7 @@ class PassageTable:
             return pa.table({"id": pa.array([], pa.string()), "d2_row": pa.array([], pa.int64()),
                              "_score": pa.array([], pa.float32())})  # fmt: skip
         queries: Any = import_module("lancedb.query")
-        present = self.indices
-        if any(f"{name}_idx" not in present for name in _WORDS):
+        if any(f"{name}_idx" not in self._index_names for name in _WORDS):
             raise DataFormatError(
                 self.folder,
                 f"version {self.version} has no index of its words yet; open it again when the writer is done, or run "
@@ -232,6 +232,10 @@ class PassageTable:
     def versions(self) -> list[int]:
         """The versions that can still be opened."""
         return sorted(entry["version"] for entry in self._table.list_versions())
+
+    @cached_property
+    def _index_names(self) -> set[str]:
+        return {index.name for index in self._table.list_indices()}  # of a version, so they do not change
 
     def _read(self, query: Any) -> pa.Table:
         try:

@@ -60,7 +60,7 @@ KEEP_VERSIONS = timedelta(hours=1)
 _SNAPSHOTS = "snapshots"
 _LOCK = "write.lock"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
-_UNINDEXED_ROWS = 20_000  # so many are searched without an index before the indices are brought up to date
+_UNINDEXED_ROWS = 4_000  # so many are searched without an index before the indices are brought up to date
 
 
 class IndexStore:

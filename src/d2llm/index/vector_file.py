@@ -1,6 +1,6 @@
 """An append-only file of vectors, memory-mapped for reading: the fast copy of what a passage table holds.
 
-vectors-<generation>.bin    HEADER_BYTES of nothing, then the codes of row 0, row 1, ... (``code_size`` bytes each)
+vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
                             were written together, with a checksum of their bytes
 
@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
 
-HEADER_BYTES = 4_096
-"""Room in front of row 0, for the head that FAISS wants to read in front of the codes (``index.scan``)."""
 _JOINED_ROWS = 16_384  # small additions share an extent up to this size, so that the list of extents stays short
 
 
@@ -69,7 +67,6 @@ class VectorFile:
         file.path.unlink(missing_ok=True)  # not emptied: a snapshot or a reader may have it under another name
         file._write_extents()  # first, since a generation counts as soon as its .bin is there
         with file.path.open("wb") as stream:
-            stream.truncate(HEADER_BYTES)
             stream.flush()
             os.fsync(stream.fileno())
         return file
@@ -118,15 +115,15 @@ class VectorFile:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the rows and the header take."""
-        return HEADER_BYTES + self.capacity * self.code_size
+        """Bytes that the rows take."""
+        return self.capacity * self.code_size
 
     def append(self, codes: NDArray[np.uint8]) -> int:
         """Write codes [n, code_size] as the next rows, durably; returns the first row's number."""
         first = self.capacity
         content = np.ascontiguousarray(codes)
         with self.path.open("r+b") as stream:
-            stream.seek(HEADER_BYTES + first * self.code_size)
+            stream.seek(first * self.code_size)
             stream.write(content.data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -139,7 +136,7 @@ class VectorFile:
         shape = (self.capacity, self.code_size)
         if not self.capacity:
             return np.zeros(shape, np.uint8)  # an empty file cannot be mapped
-        return np.memmap(self.path, np.uint8, "r", offset=HEADER_BYTES, shape=shape)
+        return np.memmap(self.path, np.uint8, "r", shape=shape)
 
     def damaged(self, codes: NDArray[np.uint8]) -> list[Extent]:
         """The extents whose bytes in ``codes``, all rows, are not those that were written."""
@@ -148,9 +145,7 @@ class VectorFile:
     def _extend(self, content: NDArray[np.uint8]) -> None:
         last = self.extents[-1] if self.extents else None
         if last is not None and last.count + len(content) <= _JOINED_ROWS:
-            before = np.fromfile(
-                self.path, np.uint8, last.count * self.code_size, offset=HEADER_BYTES + last.start * self.code_size
-            )
+            before = np.fromfile(self.path, np.uint8, last.count * self.code_size, offset=last.start * self.code_size)
             digest = xxhash.xxh3_64(before.tobytes())
             if digest.hexdigest() == last.checksum:  # else a joint checksum would hide the damage
                 digest.update(content.tobytes())

@@ -56,7 +56,7 @@ class PassageView:
     def __len__(self) -> int:
         return self._len
 
-    @property
+    @cached_property
     def version(self) -> int:
         """The version of the table."""
         return self._table.version
@@ -76,7 +76,7 @@ class PassageView:
         """Fingerprint of the student that made the vectors."""
         return cast(str, self.store.manifest["student"])
 
-    @property
+    @cached_property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
         return MetadataSchema.from_arrow(self._table.metadata_fields)
@@ -114,9 +114,9 @@ class PassageView:
         found = {record["id"]: as_passage(record) for record in self._table.by_ids(wanted, self._columns).to_pylist()}
         return [found[passage_id] for passage_id in wanted if passage_id in found]
 
-    @property
+    @cached_property
     def _columns(self) -> list[str]:
-        return [*TEXT_COLUMNS, *(field.name for field in self._table.metadata_fields)]
+        return [*TEXT_COLUMNS, *self.metadata.fields]
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The vectors of some rows, float32 [len(rows), dim]."""
