@@ -188,7 +188,7 @@ def ann(
     context: typer.Context,
     recall: Annotated[
         float, typer.Option("--recall", min=0, max=1, help="The share of the exact candidates that it is to find.")
-    ] = 0.99,
+    ] = 0.95,
     depth: Annotated[int, typer.Option("--depth", min=1, help="The number of candidates of a search.")] = 1000,
     queries: Annotated[
         Path | None,
