@@ -55,7 +55,7 @@ def ann_remark(report: AnnReport) -> str:
     slower = "" if report.ms < report.exact_ms else "; the exact scan is quicker here, leave this out"
     return (
         f"ann: {report.num_passages:,} passages in {report.num_lists:,} lists, {report.bytes_per_passage:,.0f} bytes "
-        f"each, built in {report.seconds:,.1f} s. It finds {found.recall:.4f} (at least "
-        f"{found.at_least:.4f}) of the first {found.depth:,} and {report.first_ten:.4f} of the first ten, measured with {report.num_queries:,} {asked}; "
-        f"{report.ms:.2f} ms a search, {report.exact_ms:.2f} ms exactly{slower}"
+        f"each, built in {report.seconds:,.1f} s. It finds {found.recall:.4f} (at least {found.at_least:.4f}) of the "
+        f"first {found.depth:,} and {report.first_ten:.4f} of the first ten, measured with {report.num_queries:,} "
+        f"{asked}; {report.ms:.2f} ms a search, {report.exact_ms:.2f} ms exactly{slower}"
     )
