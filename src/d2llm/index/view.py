@@ -42,6 +42,7 @@ class PassageView:
         self.store = store
         self.format = store.format
         self._table = store.table(version)
+        self._version = self._table.version
         stored_rows = np.asarray(self._table.columns(["d2_row"])["d2_row"], np.int64)
         self._generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
         self._len = len(stored_rows)
@@ -56,10 +57,10 @@ class PassageView:
     def __len__(self) -> int:
         return self._len
 
-    @cached_property
+    @property
     def version(self) -> int:
         """The version of the table."""
-        return self._table.version
+        return self._version
 
     @property
     def dim(self) -> int:
