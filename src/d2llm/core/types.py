@@ -95,10 +95,35 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """The document that a place stands for, in a ranking of documents.
+
+    ``passage_score`` is its best passage's own score; ``others`` are its next best with theirs. ``num_scored`` of its
+    passages were among the candidates.
+    """
+
+    id: str
+    passage_score: float
+    num_scored: int
+    others: tuple[tuple[Passage, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RankedPassage:
     """One place of a ranking.
 
-    ``score`` is what the list is sorted by; ``anchor_score`` is its inner-product part, where the head has one.
+    Attributes:
+        rank: from 1.
+        passage: in a ranking of documents, the document's best.
+        score: what the list is sorted by. After a cascade it is log-odds: the teacher's or, where it did not read,
+            those to be expected from the student's score.
+        anchor_score: inner-product part of the student's score, where the head has one.
+        explanation: why it stands here, if asked for.
+        document: in a ranking of documents.
+        before: passages before it in its document, in order, if asked for.
+        after: passages after it.
+        log_odds: of the teacher, if a cascade made it read this passage.
+        student_rank: among the student's candidates, in a cascade.
     """
 
     rank: int
@@ -106,6 +131,11 @@ class RankedPassage:
     score: float
     anchor_score: float | None = None
     explanation: Explanation | None = None
+    document: RankedDocument | None = None
+    before: tuple[Passage, ...] = ()
+    after: tuple[Passage, ...] = ()
+    log_odds: float | None = None
+    student_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +158,30 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True)
+class CascadeReport:
+    """What a teacher changed in a student's ranking.
+
+    Attributes:
+        read: the student's ranks that the teacher read, in the order of reading.
+        unsure: the student's ranks whose order the student was unsure of, before anything was read.
+        moved: (student's rank, rank now) of the first passages that changed place.
+        num_truncated: passages that the teacher read in part.
+        seconds: what choosing and reading took.
+    """
+
+    read: tuple[int, ...]
+    unsure: tuple[int, ...]
+    moved: tuple[tuple[int, int], ...]
+    num_truncated: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
     """The answer to one query, best first; ties are broken by passage id.
 
     ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with
-    an index that has versions.
+    an index that has versions, ``cascade`` with a teacher that read again.
     """
 
     query: Query
@@ -141,6 +190,7 @@ class Ranking:
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     certificate: Certificate | None = None
     index_version: int | None = None
+    cascade: CascadeReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ NAME = "passages"
 _WORDS = ("title", "text")  # the columns of words that are searched
 _ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
+_SPANS_AT_ONCE = 64  # in one condition
 _DELETED_AT_ONCE = 10_000
 _SCANNED_AT_ONCE = 16_384
 
@@ -136,6 +137,27 @@ class PassageTable:
         if missing:
             raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} rows asked for")
         return found.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
+
+    def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
+        """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
+        low, high = -(1 << 31), (1 << 31) - 1  # what the column holds; LanceDB refuses other numbers
+        wanted = [
+            f"(document_id = {quoted(document)} AND position BETWEEN {max(position - distance, low)} AND "
+            f"{min(position + distance, high)})"
+            for document, position in dict.fromkeys(places)
+        ]
+        conditions = (" OR ".join(some) for some in _parts(wanted, _SPANS_AT_ONCE))
+        found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
+        _, first = np.unique(np.asarray(found["d2_row"]), return_index=True)  # spans may overlap
+        return found.take(first).select(list(names))
+
+    def parts(self, documents: Sequence[str]) -> list[str]:
+        """Ids of the passages that have one of these document_ids, or one of these as id."""
+        found: list[str] = []
+        for some in _parts(documents, _ASKED_AT_ONCE):
+            listed = ", ".join(map(quoted, some))
+            found += self.columns(["id"], f"document_id IN ({listed}) OR id IN ({listed})")["id"].to_pylist()
+        return found
 
     def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:
         """BM25: columns id, d2_row and _score of the best passages for a query; the filter comes first.

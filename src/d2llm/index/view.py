@@ -115,6 +115,25 @@ class PassageView:
         found = {record["id"]: as_passage(record) for record in self._table.by_ids(wanted, self._columns).to_pylist()}
         return [found[passage_id] for passage_id in wanted if passage_id in found]
 
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The document of each passage at some rows: its document_id, or its own id where it has none."""
+        found = self._table.by_rows(self._stored(rows), ["id", "document_id"])
+        ids, names = (cast(list[str], found[name].to_pylist()) for name in ("id", "document_id"))
+        return [name or own for own, name in zip(ids, names, strict=True)]
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """The passages of the same documents at most ``distance`` positions away, by document and position.
+
+        Those given are among them. A passage without a document_id has no neighbours.
+        """
+        places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
+        found = self._table.around(places, distance, self._columns).to_pylist()
+        return sorted(map(as_passage, found), key=lambda passage: (passage.document_id, passage.position, passage.id))
+
+    def parts(self, documents: Sequence[str]) -> list[str]:
+        """The ids of the passages whose document_id is one of these, or that have one of these as their own id."""
+        return self._table.parts(documents)
+
     @cached_property
     def _columns(self) -> list[str]:
         return [*TEXT_COLUMNS, *self.metadata.fields]

@@ -1,0 +1,194 @@
+"""A cascade: the student ranks, and its teacher reads again only what the student is unsure of, within a budget."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from d2llm.core.errors import DataFormatError, InputError, ModelError
+from d2llm.core.files import write_json
+from d2llm.core.types import Task
+from d2llm.ops.rereading import Doubt, StudentError, doubt, on_one_scale
+from d2llm.pipeline.protocols import PairJudge
+
+ERRORS_FILE = "student-errors.json"
+_FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
+_ERRORS = TypeAdapter(dict[str, StudentError])
+
+
+@dataclass(frozen=True, slots=True)
+class Reread:
+    """Scores after the teacher read some passages again.
+
+    Attributes:
+        scores: [n] log-odds, of the teacher for what it read, else expected from the student's score; the order of the
+            passages is theirs.
+        read: [m] places that the teacher read, in the order of reading.
+        log_odds: [m] what it said.
+        unsure: places whose order the student was unsure of, before anything was read.
+        seconds: what choosing and reading took.
+        num_truncated: passages that the teacher read in part.
+    """
+
+    scores: NDArray[np.float64]
+    read: NDArray[np.int64]
+    log_odds: NDArray[np.float64]
+    unsure: NDArray[np.int64]
+    seconds: float
+    num_truncated: int
+
+
+class Cascade:
+    """Reads again where a wrong order is likely and matters most (``ops.rereading``), and after each batch looks anew.
+
+    The time that a pair takes is measured and kept from query to query.
+    """
+
+    def __init__(
+        self,
+        judge: PairJudge,
+        error: StudentError,
+        budget_passages: int | None = None,
+        budget_ms: float | None = None,
+        *,
+        depth: int = 50,
+        batch_passages: int = 8,
+        unsure_from: float = 0.05,
+    ) -> None:
+        """Prepare to read again.
+
+        Args:
+            judge: the teacher.
+            error: of the student that ranks against this teacher (``calibrate_error``, ``measure_error``).
+            budget_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
+            budget_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
+                the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
+            depth: of the student's first so many passages.
+            batch_passages: read in one call; fewer look anew more often.
+            unsure_from: a pair is sure when it is the wrong way round with less than this probability.
+
+        Raises:
+            InputError: a number out of range.
+        """
+        least = {"budget_passages": 0, "budget_ms": 0, "depth": 1, "batch_passages": 1, "unsure_from": 0}
+        given = {"budget_passages": budget_passages, "budget_ms": budget_ms, "depth": depth,
+                 "batch_passages": batch_passages, "unsure_from": unsure_from}  # fmt: skip
+        for name, value in given.items():
+            if value is not None and not value >= least[name]:
+                raise InputError(f"{name} is {value}, but must be at least {least[name]}")
+        self.judge = judge
+        self.error = error
+        self.budget_passages = budget_passages
+        self.budget_ms = budget_ms
+        self.depth = depth
+        self.batch_passages = batch_passages
+        self.unsure_from = unsure_from
+        self._pair_seconds: float | None = None
+
+    def rerank(
+        self,
+        query: str,
+        scores: NDArray[np.float32],
+        texts: Callable[[NDArray[np.int64]], Sequence[str]],
+        task: Task,
+        top_k: int = 10,
+    ) -> Reread:
+        """Read again some of the passages that the student scored for a query.
+
+        Args:
+            query: its text.
+            scores: [n] the student's.
+            texts: full texts of the passages at some places; asked for what is read.
+            task: what to ask the teacher.
+            top_k: how many places matter.
+
+        Raises:
+            ModelError: the teacher said something that is no finite number.
+        """
+        begin = time.perf_counter()
+        deep = np.argsort(-scores, kind="stable")[: self.depth]
+        unread = np.zeros(len(scores), np.bool_)
+        unread[deep] = True
+        read, said, num_truncated = np.zeros(0, np.int64), np.zeros(0), 0
+        now = on_one_scale(scores, read, said, self.error)
+        asked = found = self._doubt(now, deep, unread, top_k)
+        while len(batch := deep[found.choose(self._room(len(read), time.perf_counter() - begin))]):
+            values, num_cut = self._read(query, texts(batch), task)
+            read, said, num_truncated = np.append(read, batch), np.append(said, values), num_truncated + num_cut
+            unread[batch] = False
+            now = on_one_scale(scores, read, said, self.error)
+            found = self._doubt(now, deep, unread, top_k)
+        seconds = time.perf_counter() - begin
+        return Reread(now, read, said, deep[asked.unsure], seconds, num_truncated)
+
+    def _doubt(
+        self, log_odds: NDArray[np.float64], deep: NDArray[np.int64], unread: NDArray[np.bool_], top_k: int
+    ) -> Doubt:
+        return doubt(log_odds[deep], unread[deep], self.error.sigma, top_k, unsure_from=self.unsure_from)
+
+    def _room(self, num_read: int, seconds: float) -> int:
+        """How many passages the next batch may have."""
+        room = self.batch_passages
+        if self.budget_passages is not None:
+            room = min(room, self.budget_passages - num_read)
+        if self.budget_ms is not None:
+            left = self.budget_ms / 1e3 - seconds
+            fitting = int(left / self._pair_seconds) if self._pair_seconds else 0
+            # One is always read: a time that was once too long would else never be measured again.
+            room = 0 if left <= 0 else min(room, max(fitting, int(num_read == 0)))
+        return room
+
+    def _read(self, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+        begin = time.perf_counter()
+        judged = self.judge.judge([(query, text) for text in texts], task)
+        took = (time.perf_counter() - begin) / len(texts)
+        before = self._pair_seconds
+        self._pair_seconds = took if before is None else _FORGETTING * before + (1 - _FORGETTING) * took
+        values = np.asarray(judged.log_odds, np.float64)
+        if not np.isfinite(values).all():
+            raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
+        return values, judged.num_truncated
+
+
+def write_error(folder: Path, judge: PairJudge, task: Task, error: StudentError) -> Path:
+    """Keep an error beside an index, for this teacher and task; errors of others stay. Returns the file."""
+    file = folder / ERRORS_FILE
+    known = _read_errors(file) if file.is_file() else {}
+    known[_key(judge, task)] = error
+    write_json(file, {key: asdict(value) for key, value in known.items()})
+    return file
+
+
+def read_error(folder: Path, judge: PairJudge, task: Task) -> StudentError:
+    """The error that ``write_error`` kept.
+
+    Raises:
+        InputError: none for this teacher and task.
+        DataFormatError: the file cannot be read.
+    """
+    file = folder / ERRORS_FILE
+    found = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task))
+    if found is None:
+        raise InputError(
+            f"{folder}: it is not known how far its student errs against this teacher ({task}); measure it with "
+            "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
+        )
+    return found
+
+
+def _read_errors(file: Path) -> dict[str, StudentError]:
+    try:
+        return _ERRORS.validate_python(json.loads(file.read_text(encoding="utf-8")))
+    except (ValidationError, ValueError, InputError) as error:
+        raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
+
+
+def _key(judge: PairJudge, task: Task) -> str:
+    return f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
