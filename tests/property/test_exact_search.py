@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from unittest import mock
 
@@ -117,8 +118,14 @@ STUDENTS = [
 def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 8)  # so that small corpora are not scored in one piece
     monkeypatch.setattr(exact_search, "_LARGEST", 32)
+    by_scans = mock.Mock(wraps=exact_search._by_scans)
+    monkeypatch.setattr(exact_search, "_by_scans", by_scans)
+    monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
+    whole = mock.Mock(wraps=exact_search._pass)
+    monkeypatch.setattr(exact_search, "_pass", whole)
     tied = early = 0
     for seed in range(1050):
+        monkeypatch.setattr(exact_search, "_SCANS", [(), (6, 30), (20,)][seed % 3])
         student = STUDENTS[seed % len(STUDENTS)]
         view, query, allowed, top_k, rng = random_case(seed)
         task = TASKS[seed % 2]
@@ -139,7 +146,9 @@ def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
         if expected and left:
             tied += bool((values[left] == certificate.kth_score).any())
     assert tied > 100  # ties across the border of the ranking did occur,
-    assert early > 100  # and proofs before the end
+    assert early > 100  # and proofs before the end,
+    assert whole.call_count > 100  # with all vectors read
+    assert by_scans.call_count - whole.call_count > 100  # and with scans alone
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,7 +182,10 @@ def test_with_a_budget_the_proved_places_are_the_exact_ones(head, monkeypatch):
         view, query, allowed, _, rng = random_case(seed)
         top_k = int(rng.integers(1, 8))
         expected, _ = brute_force(view, student, query, "symmetric", top_k, allowed)
-        monkeypatch.setattr(exact_search._Clock, "num_fitting", mock.Mock(side_effect=[5] * (seed % 6) + [0]))
+        monkeypatch.setattr(exact_search, "_SCANS", [(), (6, 30)][seed % 2])
+        monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
+        fitting = itertools.chain([5] * (seed % 6), itertools.repeat(0))
+        monkeypatch.setattr(exact_search._Clock, "num_fitting", mock.Mock(side_effect=fitting))
         found = certified_top_k(view, student, query, "symmetric", top_k, allowed=allowed, budget_ms=1)
         proved = found.certificate.proved
         assert len(found.rows) == len(expected)

@@ -1,14 +1,15 @@
 """The exact top k of a corpus, proved without giving every passage the full score.
 
 A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so no score is above its bound,
-anchor + R_q r_p. One pass over the vectors gives every bound; passages are then scored from the highest bound down,
-until the k-th best score is above the bound of every passage left.
+anchor + R_q r_p. Passages are scored from the highest bound down, until the k-th best score is above the bound of every
+passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an anchor above the
+last one's. Where that proves nothing, one pass over all vectors gives every bound.
 
 What exact means: the ranking (ties by id) is that of all passages scored in the same arithmetic, in which
-score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with anchor and reach of the one
-pass and -1 <= change <= 1. Rounding keeps order, so score <= bound holds in that arithmetic however coarsely the change
-was computed. From ``Student.score`` these scores differ by float32 rounding at most, where a product over another
-number of rows is summed in another order.
+score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with anchors of the scan, or all
+of the one pass, and -1 <= change <= 1. Rounding keeps order, so score <= bound holds in that arithmetic however
+coarsely the change was computed. From ``Student.score`` these scores differ by float32 rounding at most, where a
+product over another number of rows is summed in another order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +30,9 @@ from d2llm.ops.selection import top_rows
 from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
 
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
+_SCANS = (1_024, 8_192)
+"""The highest anchors that are tried before all vectors are read, which takes as long as six scans."""
+_SCANNED_SHARE = 8  # of fewer passages than so many times a scan's, all are read at once
 _FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
 _FEWEST = 64  # not worth a call when the time ends
 _NO_LIMIT = 1 << 62
@@ -121,7 +126,7 @@ def certified_top_k(
         task: which branch of the IEM.
         top_k: at least 1; every passage when it is beyond the corpus.
         allowed: [capacity], a filter's rows; None allows all.
-        budget_ms: stop scoring in time, with ``certificate.proved`` places certain. The pass over the vectors and the
+        budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
             first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
         reaches: of ``passage_reaches``; without it they are computed in the pass.
 
@@ -135,13 +140,14 @@ def certified_top_k(
     if budget_ms is not None and not budget_ms >= 0:
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
     clock = _Clock(begin, budget_ms)
-    rows = _matching(view, allowed)
+    _check_masks(view, allowed)
     scorer = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
     if scorer is None or scorer.anchor_query is None:
 
         def whole(_: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
             return student.score(query_vector, vectors, task) if scorer is None else scorer(vectors)
 
+        rows = _matching(view, allowed)
         bounds = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
         found = _score_from_the_top(view, rows, bounds, in_order, whole, top_k, clock)
@@ -149,25 +155,35 @@ def certified_top_k(
             anchor_query = student.anchor_queries(query_vector[None], task)[0]
             return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
         return found
+    total = _num_matching(view, allowed)
     if scorer.reach == 0:
-        return _scan(view, scorer.anchor_query, len(rows), top_k, allowed)
+        return _scan(view, scorer.anchor_query, total, top_k, allowed)
     assert isinstance(student, BoundedStudent)
+    early = _by_scans(view, student, scorer, scorer.anchor_query, total, top_k, allowed, reaches, clock)
+    if early is not None:
+        return early
+    rows = _matching(view, allowed)
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
     bounds = _numbers((anchors + reach)[rows])
-
-    def final(chosen: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        change = np.clip(scorer.change(vectors), -1, 1).astype(np.float32, copy=False)
-        return np.add(anchors[chosen], reach[chosen] * change, dtype=np.float32)
-
     parts = from_the_highest(bounds, max(_LARGEST, top_k))
-    found = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
+    found = _score_from_the_top(view, rows, bounds, parts, _finals(scorer, anchors, reach), top_k, clock)
     return found._replace(anchors=anchors[found.rows])
 
 
-def _matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+def _check_masks(view: VectorView, allowed: NDArray[np.bool_] | None) -> None:
     for mask in (view.live, allowed):
         if mask is not None and mask.shape != (view.capacity,):
             raise InputError(f"a mask of rows has shape {mask.shape}, but the index has {view.capacity} rows")
+
+
+def _num_matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> int:
+    if view.live is None or allowed is None:
+        mask = allowed if view.live is None else view.live
+        return view.capacity if mask is None else int(np.count_nonzero(mask))
+    return int(np.count_nonzero(view.live & allowed))
+
+
+def _matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
     if view.live is None or allowed is None:
         mask = allowed if view.live is None else view.live
         return np.arange(view.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
@@ -184,6 +200,59 @@ def _scan(
     kth_score = float(scores[-1]) if len(scores) else -math.inf
     certificate = Certificate(len(rows), total - len(rows), next_score, kth_score, len(rows))
     return CertifiedRows(rows, scores, scores, certificate)
+
+
+def _by_scans(
+    view: VectorView,
+    student: BoundedStudent,
+    scorer: PairScorer,
+    anchor_query: NDArray[np.float32],
+    total: int,
+    top_k: int,
+    allowed: NDArray[np.bool_] | None,
+    reaches: NDArray[np.float32] | None,
+    clock: _Clock,
+) -> CertifiedRows | None:
+    """The first ``top_k`` from the passages with the highest anchors; None where those do not prove it."""
+    largest = np.float32(scorer.reach) * np.float32(1 if reaches is None else reaches.max(initial=0))
+    for num_scanned in _SCANS:
+        if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(anchor_query).all():
+            return None
+        scanned = view.scan(anchor_query, max(num_scanned, top_k), allowed)
+        order = np.argsort(scanned.rows)
+        rows, anchors = scanned.rows[order], scanned.scores[order]
+        reach = student.passage_reach(view.vectors(rows)) if reaches is None else reaches[rows]
+        reach = np.float32(scorer.reach) * reach
+        bounds = _numbers(anchors + reach)
+        parts = from_the_highest(bounds, max(_LARGEST, top_k))
+        final = _finals(scorer, anchors, reach, rows)
+        found = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
+        highest_left = max(found.certificate.highest_bound_left, float(anchors.min() + largest))
+        if found.certificate.kth_score > highest_left or clock.num_fitting() == 0:
+            certificate = replace(
+                found.certificate,
+                num_left=total - found.certificate.num_scored,
+                highest_bound_left=highest_left,
+                proved=int((found.scores > highest_left).sum()),
+            )
+            return CertifiedRows(found.rows, found.scores, anchors[np.searchsorted(rows, found.rows)], certificate)
+    return None
+
+
+def _finals(
+    scorer: PairScorer,
+    anchors: NDArray[np.float32],
+    reach: NDArray[np.float32],
+    rows: NDArray[np.int64] | None = None,
+) -> Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]:
+    """What gives some rows their final scores; anchors and reach are of ``rows``, in rising order, or of all."""
+
+    def final(chosen: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        places = chosen if rows is None else np.searchsorted(rows, chosen)
+        change = np.clip(scorer.change(vectors), -1, 1).astype(np.float32, copy=False)
+        return np.add(anchors[places], reach[places] * change, dtype=np.float32)
+
+    return final
 
 
 def _pass(

@@ -132,7 +132,7 @@ class BoundedStudent(Protocol):
         ...
 
     def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, dim] -> r_p [n], the passages' part of the bound of a pair, at least 0."""
+        """[n, dim] -> r_p [n] in [0, 1], the passages' part of the bound of a pair."""
         ...
 
 
