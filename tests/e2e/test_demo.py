@@ -88,7 +88,7 @@ class TestFirstRun:
         report, _ = first
         assert report.num_passages == len(corpus.passages)
         index = FolderIndex.open(place / "d2llm", student_fingerprint=report.student_fingerprint)
-        assert list(index.ids) == [passage.id for passage in corpus.passages]
+        assert list(index.all_ids) == [passage.id for passage in corpus.passages]
         assert index.manifest["student_source"] == student
         assert report.sizes.vector_per_passage == 2 * 384
         assert report.sizes.index > report.num_passages * (2 * 384 + report.sizes.text_per_passage)
