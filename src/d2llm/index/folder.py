@@ -216,15 +216,6 @@ class FolderIndex:
         """The passage ids of some rows, in their order."""
         return [self.id(int(row)) for row in rows]
 
-    def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage: this kind of index knows none, so each is its own."""
-        return self.ids(rows)
-
-    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
-        """The passages around others in their documents: none, since this kind of index knows no documents."""
-        del passages, distance
-        return []
-
     def id(self, row: int) -> str:
         """The passage id of one row."""
         return cast(str, self._columns["id"][row].as_py())

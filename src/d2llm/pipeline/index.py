@@ -27,6 +27,7 @@ from d2llm.index.store import FORMAT_VERSION, KEEP_VERSIONS, KIND, IndexStore
 from d2llm.index.view import PassageView
 from d2llm.models.student import Student
 from d2llm.pipeline.candidates import SearchableIndex
+from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.exact_search import passage_reaches
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import BoundedStudent, IndexStudent
@@ -264,9 +265,16 @@ class Index:
         return self.view.get(ids)
 
     def search(
-        self, queries: Sequence[Query] | Sequence[str] | str, settings: SearchSettings | None = None, **changes: Any
+        self,
+        queries: Sequence[Query] | Sequence[str] | str,
+        settings: SearchSettings | None = None,
+        *,
+        cascade: Cascade | None = None,
+        **changes: Any,
     ) -> list[Ranking]:
         """Rank the passages for each query; ``changes`` are single fields of the settings (``SearchSettings``).
+
+        With a ``cascade``, a teacher reads again what the student is unsure of.
 
         Raises:
             InputError: a setting or query is wrong.
@@ -275,7 +283,7 @@ class Index:
         asked = [queries] if isinstance(queries, str) else queries
         wanted = replace(settings or SearchSettings(), **changes)
         reaches = self._reaches if wanted.exact else None
-        return Searcher(self.view, self.student, wanted, reaches=reaches).rank(asked)
+        return Searcher(self.view, self.student, wanted, reaches=reaches, cascade=cascade).rank(asked)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""

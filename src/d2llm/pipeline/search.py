@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import Certificate, Explanation, Query, RankedPassage, Ranking, SourceName, Task
+from d2llm.core.types import Query, Ranking, SourceName, Task
 from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.candidates import (
     AnnSource,
     CandidateSource,
+    DocumentIndex,
     LexicalSource,
     SearchableIndex,
     VectorSource,
 )
+from d2llm.pipeline.cascade import Cascade
+from d2llm.pipeline.documents import Grouping, group_passages
 from d2llm.pipeline.exact_search import FoundRows, certified_top_k, passage_reaches
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
+from d2llm.pipeline.results import Order, Scored, cascade_report, show
 
+_WIDENED = 4  # times as many candidates, where those found are of too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
 
 
@@ -45,6 +49,11 @@ class SearchSettings:
             inner-product part ("paper") is always searched so.
         budget_ms: of an exact search: stop scoring in time; the certificate says what is proved.
         explain: say of each passage why it stands where it does.
+        group: rank documents (``Passage.document_id``; a passage without one is its own) by their "best" passage, or by
+            the "sum" of their best passages' odds. ``top_k`` then counts documents, and more candidates are taken where
+            there are too few documents among them.
+        document_passages: passages of a document that are shown, and with "sum" summed.
+        neighbours: also give the passages at most so many positions before and after each in its document.
     """
 
     task: Task | None = None
@@ -56,6 +65,9 @@ class SearchSettings:
     exact: bool = False
     budget_ms: float | None = None
     explain: bool = False
+    group: Grouping = "passage"
+    document_passages: int = 3
+    neighbours: int = 0
 
     def check(self) -> None:
         """Make sure that the settings go together.
@@ -73,18 +85,17 @@ class SearchSettings:
             raise InputError("an exact search ranks all passages by the student's score: leave fuse and sources alone")
         if self.budget_ms is not None and not self.exact:
             raise InputError("budget_ms is for an exact search; set exact as well, or leave it out")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranked:
-    """A ranking of rows: final scores (what it is sorted by), the student's scores, and who proposed what."""
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    student_scores: NDArray[np.float32]
-    num_scored: int
-    proposals: Mapping[str, FoundRows]
-    certificate: Certificate | None
+        if self.group not in get_args(Grouping):
+            raise InputError(f"group is {self.group!r}, but must be one of {', '.join(get_args(Grouping))}")
+        if self.document_passages < 1 or self.neighbours < 0:
+            raise InputError(
+                f"document_passages is {self.document_passages} and neighbours is {self.neighbours}; they must be at "
+                "least 1 and 0"
+            )
+        if self.exact and self.group != "passage":
+            raise InputError("an exact search proves a ranking of passages: leave group alone, or exact")
+        if self.fuse and self.group == "sum":
+            raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
 
 
 def search(
@@ -93,6 +104,7 @@ def search(
     queries: Sequence[Query] | Sequence[str],
     settings: SearchSettings | None = None,
     *,
+    cascade: Cascade | None = None,
     show_progress: bool | None = False,
     **changes: Any,
 ) -> list[Ranking]:
@@ -103,12 +115,13 @@ def search(
         student: encodes the queries and scores.
         queries: texts, or queries with ids; texts get the ids "1", "2", ...
         settings: how to search.
+        cascade: has a teacher read again what the student is unsure of.
         show_progress: None means: if standard error is a terminal.
         changes: single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
         One ranking per query, best first, ties by passage id. ``seconds`` holds "encode" (the mean over queries encoded
-        together), "candidates" and "score".
+        together), "candidates", "score" and, with a cascade, "teacher".
 
     Raises:
         InputError: settings that do not go together, or a query without text.
@@ -116,7 +129,7 @@ def search(
         IndexMismatchError: the index was made by another student.
         ModelError: the student gave a score that is not a number.
     """
-    searcher = Searcher(index, student, replace(settings or SearchSettings(), **changes))
+    searcher = Searcher(index, student, replace(settings or SearchSettings(), **changes), cascade=cascade)
     return searcher.rank(queries, show_progress=show_progress)
 
 
@@ -130,11 +143,20 @@ class Searcher:
         settings: SearchSettings | None = None,
         *,
         reaches: NDArray[np.float32] | None = None,
+        cascade: Cascade | None = None,
     ) -> None:
         """Args: ``reaches``, for exact searches, as ``passage_reaches`` gives them; else they are computed once."""
         self.settings = settings or SearchSettings()
         self.settings.check()
+        if cascade is not None and (self.settings.exact or self.settings.fuse):
+            raise InputError("a cascade goes by the student's scores alone and changes its order: leave exact and fuse")
         index.check_student(student.fingerprint)
+        knows = isinstance(index, DocumentIndex)
+        if not knows and (self.settings.group != "passage" or self.settings.neighbours):
+            raise InputError(
+                "this kind of index knows no documents; leave group and neighbours, or index with `d2llm index`"
+            )
+        self._documents = index if knows and self.settings.group != "passage" else None
         self._index = index
         self._student = student
         self._task: Task = self.settings.task or index.task
@@ -142,6 +164,7 @@ class Searcher:
         by_vectors = not {"vectors", "ann"}.isdisjoint(self.settings.sources)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
         self._reaches = reaches
+        self._cascade = cascade
         self._sources: list[CandidateSource] = []
         if "vectors" in self.settings.sources and not self._exact:
             self._sources.append(VectorSource(index, self._allowed))
@@ -180,44 +203,65 @@ class Searcher:
     def _rank_one(
         self, query: Query, vector: NDArray[np.float32], anchor: NDArray[np.float32] | None, encode_seconds: float
     ) -> Ranking:
+        seconds = {"encode": encode_seconds, "candidates": 0.0, "score": 0.0}
+        depth = max(self.settings.num_candidates, self.settings.top_k)
+        while True:
+            scored = self._candidates(query, vector, anchor, depth, seconds)
+            documents = None if self._documents is None else self._documents.documents(scored.rows)
+            if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
+                break
+            depth *= _WIDENED
+        ranked = self._ranked(query, scored, documents)
         begin = time.perf_counter()
-        proposals = {
-            source.name: source.propose(query, anchor, max(self.settings.num_candidates, self.settings.top_k))
-            for source in self._sources
-        }
-        proposed = time.perf_counter()
-        ranked = (
-            self._rank_exactly(query, vector, proposals) if self._exact else self._rescore(query, vector, proposals)
-        )
-        anchor_scores = [None] * len(ranked.rows)
-        if anchor is not None and len(ranked.rows):
-            anchor_scores = (self._index.vectors(ranked.rows) @ anchor).tolist()
-        passages = tuple(
-            RankedPassage(rank, passage, score, anchor_score)
-            for rank, (passage, score, anchor_score) in enumerate(
-                zip(self._index.passages(ranked.rows), ranked.scores.tolist(), anchor_scores, strict=True), start=1
-            )
-        )
-        if self.settings.explain:
-            passages = _explained(query, passages, ranked)
-        seconds = {
-            "encode": encode_seconds,
-            "candidates": proposed - begin,
-            "score": time.perf_counter() - proposed,
-        }
-        return Ranking(query, passages, ranked.num_scored, seconds, ranked.certificate, self._index.version)
+        passages = show(
+            self._index, query, anchor, ranked, explain=self.settings.explain,
+            document_passages=self.settings.document_passages, neighbours=self.settings.neighbours,
+        )  # fmt: skip
+        seconds["score"] += time.perf_counter() - begin
+        report = None
+        if ranked.reread is not None:
+            report, seconds["teacher"] = cascade_report(ranked), ranked.reread.seconds
+        return Ranking(
+            query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report
+        )  # fmt: skip
 
-    def _rescore(self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows]) -> _Ranked:
+    def _candidates(
+        self,
+        query: Query,
+        vector: NDArray[np.float32],
+        anchor: NDArray[np.float32] | None,
+        depth: int,
+        seconds: dict[str, float],
+    ) -> Scored:
+        """At least ``depth`` candidates with the student's scores, if there are so many."""
+        begin = time.perf_counter()
+        proposals = {source.name: source.propose(query, anchor, depth) for source in self._sources}
+        proposed = time.perf_counter()
+        if self._exact:
+            scored = self._score_exactly(query, vector, proposals, depth)
+        else:
+            scored = self._score(query, vector, proposals, depth)
+        seconds["candidates"] += proposed - begin
+        seconds["score"] += time.perf_counter() - proposed
+        return scored
+
+    def _score(
+        self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int
+    ) -> Scored:
         # In the rows' order the vectors are read from the disk in one direction; the final order is made below.
         rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
         scores = self._student.score(vector, self._index.vectors(rows), self._task) if len(rows) else _NOTHING
         _refuse_nan(scores, query)
-        return self._chosen(rows, scores, proposals, len(rows), None)
+        is_all = all(len(found.rows) < depth for found in proposals.values())
+        return Scored(rows, scores, len(rows), proposals, None, is_all)
 
-    def _rank_exactly(self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows]) -> _Ranked:
+    def _score_exactly(
+        self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int
+    ) -> Scored:
         if self._reaches is None and isinstance(self._student, BoundedStudent):
             self._reaches = passage_reaches(self._index, self._student)
-        top_k = max(self.settings.num_candidates, self.settings.top_k) if self.settings.fuse else self.settings.top_k
+        reordered = self.settings.fuse or self._cascade is not None or self.settings.group != "passage"
+        top_k = depth if reordered else self.settings.top_k
         try:
             found = certified_top_k(
                 self._index, self._student, vector, self._task, top_k,
@@ -225,51 +269,42 @@ class Searcher:
             )  # fmt: skip
         except ModelError as error:
             raise ModelError(f"query {query.id!r}: {error}") from error
-        return self._chosen(found.rows, found.scores, proposals, found.certificate.num_scored, found.certificate)
+        is_own_order = self._cascade is None and self.settings.group == "passage"
+        certificate = found.certificate if is_own_order else None  # it proves the student's order of passages
+        num_scored, is_all = found.certificate.num_scored, len(found.rows) < top_k
+        return Scored(found.rows, found.scores, num_scored, proposals, certificate, is_all)
 
-    def _chosen(
-        self,
-        rows: NDArray[np.int64],
-        scores: NDArray[np.float32],
-        proposals: Mapping[str, FoundRows],
-        num_scored: int,
-        certificate: Certificate | None,
-    ) -> _Ranked:
-        """The first ``top_k`` by the student's score, or by its fusion with BM25."""
+    def _ranked(self, query: Query, scored: Scored, documents: Sequence[str] | None) -> Order:
+        """The first ``top_k`` by the student's score, by its fusion with BM25, or after the cascade; or documents."""
+        rows, top_k = scored.rows, self.settings.top_k
 
-        def ids_of(places: NDArray[np.int64]) -> Sequence[str]:
-            return self._index.ids(rows[places])
+        def best(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
+            return top_rows(scores, count, lambda places: self._index.ids(rows[places]))
 
-        final = scores
+        final: NDArray[np.floating[Any]] = scored.scores
+        reread, student_ranks = None, None
         if self.settings.fuse:
-            by_score = top_rows(scores, len(scores), ids_of)
-            fused = reciprocal_rank_scores([rows[by_score].tolist(), proposals["bm25"].rows.tolist()])
+            by_score = best(final, len(rows))
+            fused = reciprocal_rank_scores([rows[by_score].tolist(), scored.proposals["bm25"].rows.tolist()])
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
-        best = top_rows(final, self.settings.top_k, ids_of)
-        return _Ranked(rows[best], final[best], scores[best], num_scored, proposals, certificate)
+        if self._cascade is not None:
+            student_ranks = np.empty(len(rows), np.int64)
+            student_ranks[best(final, len(rows))] = np.arange(1, len(rows) + 1)
+            reread = self._cascade.rerank(
+                query.text, scored.scores, lambda places: self._texts(rows[places]), self._task, top_k
+            )
+            final = reread.scores
+        if documents is None:
+            return Order(scored, final, best(final, top_k), None, reread, student_ranks)
+        order, how = best(final, len(rows)), self.settings.group
+        found = group_passages(final, order, documents, how, self.settings.document_passages)
+        return Order(scored, final, order[:top_k], found[:top_k], reread, student_ranks)
+
+    def _texts(self, rows: NDArray[np.int64]) -> list[str]:
+        return [passage.full_text for passage in self._index.passages(rows)]
 
 
 _NOTHING = np.zeros(0, np.float32)
-
-
-def _explained(query: Query, passages: tuple[RankedPassage, ...], ranked: _Ranked) -> tuple[RankedPassage, ...]:
-    from d2llm.index.lexical import tokenize
-
-    asked = set(tokenize(query.text))
-    places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in ranked.proposals.items()}
-    explained: list[RankedPassage] = []
-    for place, row, score in zip(passages, ranked.rows.tolist(), ranked.student_scores.tolist(), strict=True):
-        at = {name: rows[row] for name, rows in places.items() if row in rows}
-        counts = Counter(term for term in tokenize(place.passage.full_text) if term in asked)
-        why = Explanation(
-            anchor=place.anchor_score,
-            interaction=None if place.anchor_score is None else score - place.anchor_score,
-            source_ranks={name: found + 1 for name, found in at.items()},
-            source_scores={name: float(ranked.proposals[name].scores[found]) for name, found in at.items()},
-            terms=dict(counts),
-        )
-        explained.append(replace(place, explanation=why))
-    return tuple(explained)
 
 
 def _as_queries(queries: Sequence[Query] | Sequence[str]) -> list[Query]:
