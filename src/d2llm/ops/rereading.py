@@ -3,9 +3,8 @@
 The teacher's log-odds of a passage are taken as  slope * score + intercept + query's offset + passage's error,  both
 errors normal. The offset moves all passages of a query alike; only the passages' own errors change their order.
 
-Sources: analysis of covariance with random groups, Searle et al., "Variance Components", 1992, sections 3.5 to 3.7 (the
-moments) and 7.4 (the offset of a group of which some are known); expected improvement, Jones et al., "Efficient Global
-Optimization of Expensive Black-Box Functions", Journal of Global Optimization 13, 1998, equation 15.
+Sources: analysis of covariance with random groups, Searle et al., "Variance Components", 1992, chapters 3 (the
+moments) and 7 (the offset of a group of which some are known); ``reading_gains`` has its own.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from d2llm.core.errors import InputError
@@ -94,7 +92,7 @@ def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[st
 def on_one_scale(
     scores: ArrayLike, read: NDArray[np.int64], log_odds: NDArray[np.float64], error: StudentError
 ) -> NDArray[np.float64]:
-    """Log-odds [n] of all passages of a query: the teacher's where it read them, else what is to be expected.
+    """The teacher's log-odds [n] of all passages of a query: what it said, else the mean of what it may say.
 
     The passages read also tell of the query's offset: it is their mean residual, shrunk by
     n query_sigma^2 / (n query_sigma^2 + sigma^2).
@@ -114,74 +112,53 @@ def on_one_scale(
     return expected
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """The pairs of a ranking whose order may be wrong and matters.
+def expected_log_odds(log_odds: NDArray[np.float64], unread: NDArray[np.bool_], sigma: float) -> NDArray[np.float64]:
+    """Log-odds [n] of the probability to be expected: logit E[sigmoid(x)], x normal about ``log_odds`` if unread.
 
-    ``alone`` [n, n] is the gain to be expected of reading i if j is not read, ``both`` of reading both; 0 where their
-    order is sure enough or does not matter. Gains are in log-odds times the discount that nDCG gives to a place.
+    A ranking by them has the highest expected DCG. Where the teacher has read they are its own.
     """
-
-    alone: NDArray[np.float64]
-    both: NDArray[np.float64]
-    unread: NDArray[np.bool_]
-
-    @property
-    def unsure(self) -> NDArray[np.int64]:
-        """Places of the passages that reading could move within the first k, into them or out of them."""
-        return np.flatnonzero(self.unread & (self.both.sum(axis=1) > 0))
-
-    def choose(self, num: int) -> NDArray[np.int64]:
-        """At most ``num`` unread passages that together promise most, chosen one after another; unsure ones only."""
-        allowed, gains = self.unread.copy(), self.alone.sum(axis=1)
-        chosen: list[int] = []
-        while len(chosen) < num and allowed.any():
-            best = int(np.argmax(np.where(allowed, gains, -np.inf)))
-            if gains[best] <= 0:
-                break
-            chosen.append(best)
-            allowed[best] = False
-            gains += self.both[:, best] - 2 * self.alone[:, best]
-        return np.array(chosen, np.int64)
+    possible = log_odds[:, None] + sigma * _NODES
+    yes, no = (np.logaddexp.reduce(np.log(_WEIGHTS) - np.logaddexp(0, sign * possible), axis=1) for sign in (-1, 1))
+    return np.where(unread, yes - no, log_odds)
 
 
-def doubt(
-    log_odds: NDArray[np.float64], unread: NDArray[np.bool_], sigma: float, top_k: int, *, unsure_from: float = 0.05
-) -> Doubt:
-    """Where the order of passages may be wrong.
+def reading_gains(
+    log_odds: NDArray[np.float64], unread: NDArray[np.bool_], sigma: float, top_k: int
+) -> NDArray[np.float64]:
+    """By how much the DCG of the first k can be expected to rise when the teacher reads a passage, for each [n].
 
-    Two passages with a margin m, whose difference has the standard deviation s, are the wrong way round with
-    probability Phi(-m / s). Knowing the difference gains s phi(m / s) - m Phi(-m / s) log-odds on average, and that
-    counts by how much more the higher of their places is worth, 1 / log2(1 + rank) in the first k and else 0.
+    The gain of a passage is its probability; a ranking goes by the expected one. Reading a passage replaces it by what
+    the teacher says, and the passage moves to where that belongs: the mean over what it may say, less the DCG before.
+    It is the greater the more likely the passage then stands on another side of its neighbours, and the more their
+    places count. 0 for what is read already.
 
     Args:
-        log_odds: [n] as far as they are known.
-        unread: [n] which are the student's, with standard deviation ``sigma``; the others are the teacher's.
-        sigma: standard deviation of an unread passage's error.
-        top_k: how many places matter.
-        unsure_from: pairs less likely than this to be the wrong way round are taken as sure.
+        log_odds: [n] as ``on_one_scale`` gives them.
+        unread: [n] which of them are the student's.
+        sigma: standard deviation of an unread passage's own error.
+        top_k: how many places count, by 1 / log2(1 + rank).
+
+    Source: the knowledge gradient, Frazier et al., "A knowledge-gradient policy for sequential information collection",
+    SIAM Journal on Control and Optimization 47, 2008.
     """
-    rank = np.empty(len(log_odds), np.int64)
-    rank[np.argsort(-log_odds, kind="stable")] = np.arange(len(log_odds))
-    worth = np.where(rank < top_k, 1 / np.log2(rank + 2), 0.0)
-    margin = np.abs(log_odds[:, None] - log_odds)
-    num_unread = unread[:, None].astype(np.int64) + unread
-    wrong = _normal_tail(margin, sigma * np.sqrt(num_unread))
-    matters = np.where(wrong >= unsure_from, np.abs(worth[:, None] - worth), 0.0)
-    np.fill_diagonal(matters, 0.0)
-    one, two = (matters * _expected_improvement(margin, sigma * count**0.5) for count in (1, 2))
-    return Doubt(one * unread[:, None], np.where(num_unread == 2, two, one * (num_unread > 0)), unread)
+    worth = 1 / np.log2(np.arange(min(top_k, len(log_odds))) + 2)
+    now = _sigmoid(expected_log_odds(log_odds, unread, sigma))
+    places = np.flatnonzero(unread)
+    said = np.tile(now, (len(places), len(_NODES), 1))
+    said[np.arange(len(places)), :, places] = _sigmoid(log_odds[places, None] + sigma * _NODES)
+    gains = np.zeros(len(log_odds))
+    gains[places] = (_best(said, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
+    return gains
 
 
-def _expected_improvement(margin: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
-    if deviation == 0:
-        return np.zeros_like(margin)
-    ratio = margin / deviation
-    density = np.exp(-(ratio**2) / 2) / np.sqrt(2 * np.pi)
-    return deviation * density - margin * torch.special.ndtr(torch.from_numpy(-ratio)).numpy()
+_NODES, _GAUSS = np.polynomial.hermite_e.hermegauss(12)
+_WEIGHTS = _GAUSS / _GAUSS.sum()  # with the nodes: the mean over a normal distribution
 
 
-def _normal_tail(margin: NDArray[np.float64], deviation: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Phi(-margin / deviation); 0 where nothing deviates."""
-    ratio = np.divide(margin, deviation, out=np.full_like(margin, np.inf), where=deviation > 0)
-    return torch.special.ndtr(torch.from_numpy(-ratio)).numpy()
+def _best(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The highest of the last axis, in falling order."""
+    return -np.sort(-values, axis=-1)[..., :count]
+
+
+def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (1 + np.tanh(values / 2)) / 2

@@ -14,9 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError, ModelError
 from d2llm.core.files import write_json
-from d2llm.core.types import Task
-from d2llm.ops.rereading import Doubt, StudentError, doubt, on_one_scale
-from d2llm.pipeline.protocols import PairJudge
+from d2llm.core.types import Query, Task
+from d2llm.ops.rereading import StudentError, calibrate_error, expected_log_odds, on_one_scale, reading_gains
+from d2llm.pipeline.candidates import SearchableIndex
+from d2llm.pipeline.protocols import PairJudge, SearchStudent
 
 ERRORS_FILE = "student-errors.json"
 _FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
@@ -28,7 +29,7 @@ class Reread:
     """Scores after the teacher read some passages again.
 
     Attributes:
-        scores: [n] log-odds, of the teacher for what it read, else expected from the student's score; the order of the
+        scores: [n] log-odds, of the teacher for what it read, else of the probability to be expected; the order of the
             passages is theirs.
         read: [m] places that the teacher read, in the order of reading.
         log_odds: [m] what it said.
@@ -46,9 +47,11 @@ class Reread:
 
 
 class Cascade:
-    """Reads again where a wrong order is likely and matters most (``ops.rereading``), and after each batch looks anew.
+    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen anew.
 
-    The time that a pair takes is measured and kept from query to query.
+    The student is unsure of a passage if reading it can be expected to better the first results by ``min_gain`` of DCG:
+    its margin to others is small against the student's error, and their places count. The time that a pair takes is
+    measured and kept from query to query.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Cascade:
         *,
         depth: int = 50,
         batch_passages: int = 8,
-        unsure_from: float = 0.05,
+        min_gain: float = 0.001,
     ) -> None:
         """Prepare to read again.
 
@@ -72,14 +75,14 @@ class Cascade:
                 the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
             depth: of the student's first so many passages.
             batch_passages: read in one call; fewer look anew more often.
-            unsure_from: a pair is sure when it is the wrong way round with less than this probability.
+            min_gain: of DCG, in probabilities, that reading a passage must promise.
 
         Raises:
             InputError: a number out of range.
         """
-        least = {"budget_passages": 0, "budget_ms": 0, "depth": 1, "batch_passages": 1, "unsure_from": 0}
+        least = {"budget_passages": 0, "budget_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
         given = {"budget_passages": budget_passages, "budget_ms": budget_ms, "depth": depth,
-                 "batch_passages": batch_passages, "unsure_from": unsure_from}  # fmt: skip
+                 "batch_passages": batch_passages, "min_gain": min_gain}  # fmt: skip
         for name, value in given.items():
             if value is not None and not value >= least[name]:
                 raise InputError(f"{name} is {value}, but must be at least {least[name]}")
@@ -89,7 +92,7 @@ class Cascade:
         self.budget_ms = budget_ms
         self.depth = depth
         self.batch_passages = batch_passages
-        self.unsure_from = unsure_from
+        self.min_gain = min_gain
         self._pair_seconds: float | None = None
 
     def rerank(
@@ -117,21 +120,31 @@ class Cascade:
         unread = np.zeros(len(scores), np.bool_)
         unread[deep] = True
         read, said, num_truncated = np.zeros(0, np.int64), np.zeros(0), 0
-        now = on_one_scale(scores, read, said, self.error)
-        asked = found = self._doubt(now, deep, unread, top_k)
-        while len(batch := deep[found.choose(self._room(len(read), time.perf_counter() - begin))]):
+        unsure = order = self._unsure(scores, read, said, deep, unread, top_k)
+        while len(batch := order[: self._room(len(read), time.perf_counter() - begin)]):
             values, num_cut = self._read(query, texts(batch), task)
             read, said, num_truncated = np.append(read, batch), np.append(said, values), num_truncated + num_cut
             unread[batch] = False
-            now = on_one_scale(scores, read, said, self.error)
-            found = self._doubt(now, deep, unread, top_k)
-        seconds = time.perf_counter() - begin
-        return Reread(now, read, said, deep[asked.unsure], seconds, num_truncated)
+            order = self._unsure(scores, read, said, deep, unread, top_k)
+        unread[:] = True
+        unread[read] = False
+        now = expected_log_odds(on_one_scale(scores, read, said, self.error), unread, self.error.sigma)
+        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated)
 
-    def _doubt(
-        self, log_odds: NDArray[np.float64], deep: NDArray[np.int64], unread: NDArray[np.bool_], top_k: int
-    ) -> Doubt:
-        return doubt(log_odds[deep], unread[deep], self.error.sigma, top_k, unsure_from=self.unsure_from)
+    def _unsure(
+        self,
+        scores: NDArray[np.float32],
+        read: NDArray[np.int64],
+        said: NDArray[np.float64],
+        deep: NDArray[np.int64],
+        unread: NDArray[np.bool_],
+        top_k: int,
+    ) -> NDArray[np.int64]:
+        """Places of the passages that are worth reading, those that promise most first."""
+        log_odds = on_one_scale(scores, read, said, self.error)
+        gains = reading_gains(log_odds[deep], unread[deep], self.error.sigma, top_k)
+        best = np.argsort(-gains, kind="stable")
+        return deep[best[(gains[best] >= self.min_gain) & unread[deep][best]]]
 
     def _room(self, num_read: int, seconds: float) -> int:
         """How many passages the next batch may have."""
@@ -155,6 +168,45 @@ class Cascade:
         if not np.isfinite(values).all():
             raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
         return values, judged.num_truncated
+
+
+def measure_error(
+    index: SearchableIndex,
+    student: SearchStudent,
+    judge: PairJudge,
+    queries: Sequence[Query] | Sequence[str],
+    *,
+    task: Task | None = None,
+    depth: int = 50,
+    num_passages: int = 10,
+) -> StudentError:
+    """How far a student errs against a teacher on what it finds in an index; needs queries, but no judgements.
+
+    Args:
+        index: made by the student.
+        student: ranks.
+        judge: reads ``num_passages`` of each query's first ``depth``, at even distances from the first to the last.
+        queries: like those to come; some 40 are plenty.
+        task: what to ask; None means the index's own.
+        depth: as that of the cascade.
+        num_passages: of a query, at least 2.
+
+    Raises:
+        InputError: too few queries or passages, or the student's scores do not go up with the teacher's.
+    """
+    from d2llm.pipeline.search import search  # which itself takes a cascade
+
+    asked: Task = task or index.task
+    pairs: list[tuple[str, str]] = []
+    scores: list[float] = []
+    names: list[str] = []
+    for number, ranking in enumerate(search(index, student, queries, top_k=depth, task=asked)):
+        found = ranking.passages
+        for place in np.unique(np.linspace(0, len(found) - 1, min(num_passages, len(found))).astype(np.int64)):
+            pairs.append((ranking.query.text, found[place].passage.full_text))
+            scores.append(found[place].score)
+            names.append(str(number))
+    return calibrate_error(scores, judge.judge(pairs, asked).log_odds, names)
 
 
 def write_error(folder: Path, judge: PairJudge, task: Task, error: StudentError) -> Path:
