@@ -299,7 +299,7 @@ def _next_commands(student: str, index: Path) -> tuple[tuple[str, str], ...]:
     option = "" if student == DEFAULT_STUDENT else f" --student {shlex.quote(student)}"
     return (
         ("ask the same index", f'd2llm search {shlex.quote(str(index))} "how do I sort a list by two keys?"'),
-        ("index your own texts", f"d2llm encode my-corpus.jsonl --out my-index{option}"),
+        ("index your own texts", f"d2llm index my-index upsert my-corpus.jsonl{option}"),
         (
             "measure on your own judged queries, beside BM25 and cosine",
             f"d2llm evaluate my-data-in-beir-layout{option}",
