@@ -174,7 +174,10 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def remove(folder: Path, generation: int) -> int:
-    """Remove the files of a generation, its approximate index (``ann``) included; returns the bytes they took. A reader that has them mapped keeps them."""
+    """Remove the files of a generation, its approximate index (``ann``) included; returns the bytes they took.
+
+    A reader that has them mapped keeps them.
+    """
     freed = 0
     vectors, ann = path_of(folder, generation), folder / f"ann-{generation}.faiss"
     for path in (vectors, vectors.with_suffix(".json"), ann, ann.with_suffix(".json")):
