@@ -148,7 +148,7 @@ def reading_gains(
     said[np.arange(len(places)), :, places] = _sigmoid(log_odds[places, None] + sigma * _NODES)
     gains = np.zeros(len(log_odds))
     gains[places] = (_best(said, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
-    return gains
+    return np.maximum(gains, 0.0)  # they are never below, but for rounding
 
 
 _NODES, _GAUSS = np.polynomial.hermite_e.hermegauss(12)
