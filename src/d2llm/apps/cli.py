@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from d2llm import __version__
 from d2llm.apps import (
     commands_ablate,
+    commands_cascade,
     commands_data,
     commands_evaluate,
     commands_index,
@@ -97,6 +98,7 @@ for _commands in (
     commands_train,
     commands_teach,
     commands_index,
+    commands_cascade,
     commands_search,
     commands_evaluate,
     commands_ablate,

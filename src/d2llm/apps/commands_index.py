@@ -54,6 +54,19 @@ FieldOption = Annotated[
         show_default="by the first values",
     ),
 ]
+ChunkOption = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-tokens",
+        metavar="N",
+        min=1,
+        help="Split texts into passages of at most N tokens, title included; search --group ranks whole texts.",
+        show_default=False,
+    ),
+]
+OverlapOption = Annotated[
+    int, typer.Option("--chunk-overlap", metavar="N", min=0, help="Tokens that a passage repeats of the one before.")
+]
 PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")]
 
 index_app = typer.Typer(
@@ -104,6 +117,8 @@ def upsert(
     vectors: FormatOption = "bfloat16",
     field: FieldOption = None,
     no_metadata: PlainOption = False,
+    chunk_tokens: ChunkOption = None,
+    chunk_overlap: OverlapOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -113,7 +128,10 @@ def upsert(
     Only new and changed texts are encoded. Stopped, it goes on where it was when given again.
     """
     index = _open_or_create(context, student, task, vectors, field, device, dtype)
-    _write(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
+    if chunk_tokens is None:
+        _write(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
+    else:
+        _write_documents(context, index, corpus, chunk_tokens, chunk_overlap, no_metadata, json_path)
 
 
 @index_app.command("delete")
@@ -124,8 +142,8 @@ def delete(
     from d2llm.pipeline.index import Index
 
     asked = _ids(ids, ids_file)
-    num_deleted = Index.open(_folder(context)).delete(asked)
-    session_of(context).say(f"index: {num_deleted:,} of {len(asked):,} passages deleted from {_folder(context)}")
+    num_deleted = Index.open(folder_of(context)).delete(asked)
+    session_of(context).say(f"index: {num_deleted:,} of {len(asked):,} passages deleted from {folder_of(context)}")
     session_of(context).write_report(context, json_path, {"num_asked": len(asked), "num_deleted": num_deleted})
 
 
@@ -138,7 +156,7 @@ def get(
     from d2llm.pipeline.index import Index
 
     asked = _ids(ids, ids_file)
-    passages = Index.open(_folder(context)).get(asked)
+    passages = Index.open(folder_of(context)).get(asked)
     for passage in passages:
         session_of(context).show(passage_panel(passage))
     if len(passages) < len(set(asked)):
@@ -152,7 +170,7 @@ def stats(context: typer.Context, json_path: JsonOption = None) -> None:
     from d2llm.apps.index_tables import stats_table
     from d2llm.pipeline.index import Index
 
-    found = Index.open(_folder(context)).stats()
+    found = Index.open(folder_of(context)).stats()
     session_of(context).show(stats_table(found))
     session_of(context).write_report(context, json_path, found)
 
@@ -176,7 +194,7 @@ def compact(
 
     from d2llm.pipeline.index import Index
 
-    before, after = Index.open(_folder(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
+    before, after = Index.open(folder_of(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
     session_of(context).say(
         f"index: {before:,} bytes before, {after:,} after; versions of the last {keep_minutes:g} minutes are kept"
     )
@@ -214,7 +232,7 @@ def ann(
     from d2llm.pipeline.index import Index
 
     session = session_of(context)
-    index = Index.open(_folder(context), student, device=device, dtype=dtype)
+    index = Index.open(folder_of(context), student, device=device, dtype=dtype)
     texts = None if queries is None else [query.text for query in read_queries(queries).values()]
     report = build_ann(
         index.store, index.student, recall=recall, depth=depth, queries=texts, show_progress=session.show_progress
@@ -235,7 +253,7 @@ def snapshot(
     """
     from d2llm.pipeline.index import Index
 
-    index = Index.open(_folder(context))
+    index = Index.open(folder_of(context))
     if drop:
         index.store.drop_snapshot(name)
         session_of(context).say(f"index: the snapshot {name!r} is gone")
@@ -251,7 +269,7 @@ def restore(
     """Put a snapshot's passages in the place of the index's."""
     from d2llm.pipeline.index import Index
 
-    num_passages = Index.open(_folder(context)).restore(name)
+    num_passages = Index.open(folder_of(context)).restore(name)
     session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
 
 
@@ -265,7 +283,7 @@ def verify(
     from d2llm.pipeline.index import Index
 
     session = session_of(context)
-    report = Index.open(_folder(context)).verify(repair=repair)
+    report = Index.open(folder_of(context)).verify(repair=repair)
     for problem in report.problems:
         session.complain("problem", problem)
     session.say(
@@ -282,7 +300,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(index_app, rich_help_panel=SEARCH)
 
 
-def _folder(context: typer.Context) -> Path:
+def folder_of(context: typer.Context) -> Path:
+    """The index that the verb is about."""
     return cast(Path, context.meta[_FOLDER])
 
 
@@ -300,7 +319,7 @@ def _open_or_create(
     from d2llm.index.schema import MetadataSchema
     from d2llm.pipeline.index import Index
 
-    folder = _folder(context)
+    folder = folder_of(context)
     if not (folder / MANIFEST_NAME).is_file():
         declared = MetadataSchema.parse(fields or []).fields
         return Index.create(
@@ -329,6 +348,33 @@ def _write(
         f"index: {report.num_added:,} passages added, {report.num_updated:,} with another text, "
         f"{report.num_metadata:,} with other metadata, {report.num_unchanged:,} as they were; {report.num_truncated:,} "
         f"truncated; {report.seconds:,.1f} s, in {index.folder}"
+    )
+    session.write_report(context, json_path, report)
+
+
+def _write_documents(
+    context: typer.Context,
+    index: Index,
+    corpus: Path,
+    chunk_tokens: int,
+    chunk_overlap: int,
+    no_metadata: bool,
+    json_path: Path | None,
+) -> None:
+    from d2llm.data.indexed_corpus import iter_corpus
+    from d2llm.models.student import Student
+    from d2llm.pipeline.chunking import Chunker, upsert_documents
+
+    session = session_of(context)
+    chunker = Chunker(cast(Student, index.student), chunk_tokens, chunk_overlap)
+    documents = iter_corpus(corpus, with_metadata=not no_metadata)
+    report = upsert_documents(index, documents, chunker, show_progress=session.show_progress)
+    made = report.passages
+    session.say(
+        f"index: {report.num_documents:,} documents in {made.num_passages:,} passages: {made.num_added:,} added, "
+        f"{made.num_updated:,} with another text, {made.num_metadata:,} with other metadata, "
+        f"{made.num_unchanged:,} as they were, {report.num_deleted:,} deleted; {made.num_truncated:,} truncated; "
+        f"{made.seconds:,.1f} s, in {index.folder}"
     )
     session.write_report(context, json_path, report)
 

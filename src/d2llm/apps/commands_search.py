@@ -14,10 +14,11 @@ from d2llm.apps.options import (
     DtypeOption,
     JsonOption,
     NumberFormat,
+    PromptOption,
     StudentOption,
 )
 from d2llm.apps.session import session_of
-from d2llm.core.types import SourceName, Task
+from d2llm.core.types import Grouping, SourceName, Task
 
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query
@@ -124,6 +125,30 @@ def search(
         ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each passage stands where it does.")] = False,
+    group: Annotated[
+        Grouping,
+        typer.Option("--group", help="Rank documents by their best passage, or by the sum of their three best."),
+    ] = "passage",
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", min=0, help="Also show so many passages before and after, of the document.")
+    ] = 0,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            help="Reads again what the student is unsure of; `d2llm index INDEX calibrate` comes first.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher_passages: Annotated[
+        int, typer.Option("--teacher-passages", min=0, help="It reads at most so many for a query.")
+    ] = 10,
+    teacher_ms: Annotated[
+        float | None,
+        typer.Option("--teacher-ms", min=0, help="It reads for so long at most.", show_default=False),
+    ] = None,
+    prompt: PromptOption = None,
     task: Annotated[
         Task | None, typer.Option("--task", help="What the queries ask.", show_default="the index's")
     ] = None,
@@ -132,6 +157,7 @@ def search(
     json_path: JsonOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
+    from d2llm.apps.commands_cascade import cascade_line, load_cascade
     from d2llm.apps.tables import explanation_table, ranking_table
     from d2llm.pipeline.index import open_searchable
     from d2llm.pipeline.search import SearchSettings, search
@@ -154,15 +180,24 @@ def search(
         exact=exact,
         budget_ms=budget_ms,
         explain=explain,
+        group=group,
+        neighbours=neighbours,
     )
     settings.check()
     opened, model = open_searchable(index, student, device=device, dtype=dtype)
+    cascade = None
+    if teacher is not None:
+        cascade = load_cascade(
+            index, task or opened.task, teacher, prompt, teacher_passages, teacher_ms, device, dtype
+        )  # fmt: skip
     show = session.show_progress if len(asked) > _QUICK_QUERIES else False
-    rankings = search(opened, model, asked, settings, show_progress=show)
+    rankings = search(opened, model, asked, settings, cascade=cascade, show_progress=show)
     for ranking in rankings:
         session.show(ranking_table(ranking))
         if explain:
             session.show(explanation_table(ranking))
+        if ranking.cascade is not None:
+            session.say(cascade_line(ranking.cascade))
         if ranking.certificate is not None:
             session.say(_proof(ranking.certificate, len(ranking.passages)))
     session.write_report(context, json_path, {"student": model.fingerprint, "rankings": rankings})

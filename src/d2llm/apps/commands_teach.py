@@ -63,7 +63,7 @@ def stack(
 
     session = session_of(context)
     job = job_of(session, recipe, out, data, device, dtype)
-    named = [_named_teacher(member, job.recipe.teacher) for member in members]
+    named = [named_teacher(member, job.recipe.teacher) for member in members]
     report = steps.stack(job, named, num_queries=queries, depth=depth)
     for part in stack_tables(report):
         session.show(part)
@@ -110,7 +110,7 @@ def gate(
 
     session = session_of(context)
     job = job_of(session, recipe, out, data, device, dtype)
-    named = _named_teacher(teacher, job.recipe.teacher) if teacher is not None else None
+    named = named_teacher(teacher, job.recipe.teacher) if teacher is not None else None
     report = steps.try_the_teacher(job, teacher=named, student=student)
     session.write_report(context, json_path, report)
     if not isinstance(report, GateReport):
@@ -121,7 +121,7 @@ def gate(
     session.say(gate_advice(report))
 
 
-def _named_teacher(text: str, base: TeacherConfig) -> TeacherConfig:
+def named_teacher(text: str, base: TeacherConfig) -> TeacherConfig:
     """The teacher that ``KIND:MODEL`` or ``MODEL`` names, asked as the recipe's teacher (``base``) is."""
     kind, colon, model = text.partition(":")
     if colon and model and kind in get_args(type(base).model_fields["kind"].annotation):

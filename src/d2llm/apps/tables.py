@@ -88,7 +88,7 @@ def _agreement(report: EvaluationReport) -> Table:
 
 
 def ranking_table(ranking: Ranking) -> Table:
-    """One query with its passages, best first: rank, score, id and the beginning of the text."""
+    """One query with its passages, best first: rank, score, id and the beginning of the text; neighbours in grey."""
     table = Table(title=Text(ranking.query.text), title_justify="left", title_style="bold", box=None, show_header=False)
     table.add_column(justify="right")
     table.add_column(justify="right", no_wrap=True)
@@ -96,7 +96,11 @@ def ranking_table(ranking: Ranking) -> Table:
     table.add_column(ratio=1)
     for place in ranking.passages:
         text = Text(_beginning(place.passage.full_text))
+        for passage in place.before:
+            table.add_row("", "", Text(passage.id), Text(_beginning(passage.text)), style="dim")
         table.add_row(str(place.rank), f"{place.score:.3f}", Text(place.passage.id), text)
+        for passage in place.after:
+            table.add_row("", "", Text(passage.id), Text(_beginning(passage.text)), style="dim")
     return table
 
 

@@ -28,6 +28,9 @@ student where something makes its search cheaper."""
 SourceName = Literal["vectors", "ann", "bm25"]
 """Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
 
+Grouping = Literal["passage", "best", "sum"]
+"""What a ranking is of: passages, or documents by their best passage or by the summed odds of their best passages."""
+
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""
 

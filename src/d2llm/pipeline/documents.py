@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import Passage, RankedPassage
-
-Grouping = Literal["passage", "best", "sum"]
-"""``best``: a document has its best passage's score. ``sum``: the log of the summed odds of its best passages."""
+from d2llm.core.types import Grouping, Passage, RankedPassage
 
 
 @dataclass(frozen=True, slots=True)

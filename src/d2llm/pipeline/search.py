@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import Query, Ranking, SourceName, Task
+from d2llm.core.types import Grouping, Query, Ranking, SourceName, Task
 from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.candidates import (
@@ -23,7 +23,7 @@ from d2llm.pipeline.candidates import (
     VectorSource,
 )
 from d2llm.pipeline.cascade import Cascade
-from d2llm.pipeline.documents import Grouping, group_passages
+from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.exact_search import FoundRows, certified_top_k, passage_reaches
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
