@@ -1,0 +1,148 @@
+"""A corpus of any size that stands to its queries as a real one does.
+
+Real passages are encoded by the student; they come first. Further ones are variations of them: the vector between that
+of a passage and that of one of its eight nearest neighbours, with some noise, at the norm that the student gives; the
+text the beginning of the one with the end of the other. So norms, neighbourhoods, words and lengths are those of real
+passages; what a million different passages would have besides, more topics, it has not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm import Student
+from d2llm.core.types import Passage, Task
+from d2llm.data.beir import read_beir
+from d2llm.models.student import EncodedTexts
+
+SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # of the real passages
+ASKED: dict[Task, str] = {"symmetric": "quora", "asymmetric": "squad-sent"}  # whose dev queries
+BLOCK = 16_384
+_NEIGHBOURS = 8
+_NOISE = 0.3  # of a vector's norm; alone it leaves a cosine of .96 to the vector without it
+
+
+class Queries(NamedTuple):
+    """Queries of one task: texts and vectors [q, dim]."""
+
+    texts: list[str]
+    vectors: NDArray[np.float32]
+
+
+class Corpus:
+    """``size`` passages and their vectors, made block by block, always the same."""
+
+    def __init__(
+        self, passages: Sequence[Passage], vectors: NDArray[np.float32], size: int, *, longer: int = 1
+    ) -> None:
+        """Args: the real ones; ``longer``, how many times each text is repeated."""
+        self._real = passages
+        self._vectors = vectors
+        self._longer = longer
+        self.size = size
+        search = faiss.IndexFlatIP(vectors.shape[1])
+        search.add(vectors)
+        self._neighbours = search.search(vectors, _NEIGHBOURS + 1)[1][:, 1:]
+
+    def blocks(self) -> Iterator[tuple[list[Passage], NDArray[np.float32]]]:
+        """All passages with their vectors, ``BLOCK`` at a time."""
+        for start in range(0, self.size, BLOCK):
+            yield self._block(start, min(start + BLOCK, self.size))
+
+    def vectors(self) -> NDArray[np.float32]:
+        """All vectors [size, dim]."""
+        vectors = np.empty((self.size, self._vectors.shape[1]), np.float32)
+        for start, (_, block) in zip(range(0, self.size, BLOCK), self.blocks(), strict=True):
+            vectors[start : start + len(block)] = block
+        return vectors
+
+    def _block(self, start: int, end: int) -> tuple[list[Passage], NDArray[np.float32]]:
+        random = np.random.default_rng(start)
+        rows = np.arange(start, end)
+        source = rows % len(self._real)
+        other = self._neighbours[source, random.integers(_NEIGHBOURS, size=len(rows))]
+        share = np.where(rows < len(self._real), 0, random.uniform(0, 0.5, len(rows))).astype(np.float32)
+        noise = random.standard_normal((len(rows), self._vectors.shape[1]), np.float32)
+        made = (1 - share[:, None]) * self._vectors[source] + share[:, None] * self._vectors[other]
+        made /= np.linalg.norm(made, axis=1, keepdims=True)
+        made += _NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+        made *= np.linalg.norm(self._vectors[source], axis=1, keepdims=True) / np.linalg.norm(made, axis=1)[:, None]
+        made[rows < len(self._real)] = self._vectors[source[rows < len(self._real)]]
+        parts = zip(rows.tolist(), source.tolist(), other.tolist(), share.tolist(), strict=True)
+        return [self._passage(*part) for part in parts], made
+
+    def _passage(self, row: int, source: int, other: int, share: float) -> Passage:
+        one = self._real[source]
+        words, ending = one.text.split(), self._real[other].text.split()
+        kept = len(words) - int(share * len(words))
+        text = " ".join([*words[:kept], *ending[len(ending) - int(share * len(ending)) :]])
+        return Passage(f"passage-{row:07}", " ".join([text] * self._longer), one.title)
+
+
+class KnownVectors:
+    """A student that reads nothing: it gives the vectors that it was given, and scores as the real one does."""
+
+    has_anchor = True
+
+    def __init__(self, student: Student, queries: Sequence[Queries]) -> None:
+        self._student = student
+        self.fingerprint, self.config, self.vector_dim = student.fingerprint, student.config, student.vector_dim
+        self.anchor_queries, self.score = student.anchor_queries, student.score
+        self._queries = {text: vector for asked in queries for text, vector in zip(*asked, strict=True)}
+        self._coming: NDArray[np.float32] = np.zeros((0, student.vector_dim), np.float32)
+
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> Any:
+        return self._student.prepare(query_vector, task)
+
+    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._student.passage_reach(passage_vectors)
+
+    def passages_of(self, corpus: Corpus) -> Iterator[Passage]:
+        """The passages of a corpus, their vectors laid ready for ``encode_passages``."""
+        for passages, vectors in corpus.blocks():
+            self._coming = np.concatenate((self._coming, vectors))
+            yield from passages
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+        del advance
+        vectors, self._coming = self._coming[: len(texts)], self._coming[len(texts) :]
+        return EncodedTexts(vectors, (), 0)
+
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+        del advance
+        return EncodedTexts(np.stack([self._queries[text] for text in texts]), (), 0)
+
+
+def read_real(
+    student: Student, data: Path, num_passages: int, num_queries: int, cache: Path | None
+) -> tuple[list[Passage], NDArray[np.float32], dict[Task, Queries]]:
+    """Real passages with their vectors and dev queries with theirs; from ``cache`` where they are in it."""
+    passages: list[Passage] = []
+    texts: dict[Task, list[str]] = {}
+    for name, share in SHARES.items():
+        content = read_beir(data / name, splits=["dev"])
+        passages += list(content.passages.values())[: round(share * num_passages)]
+        for task in (task for task, asked in ASKED.items() if asked == name):
+            texts[task] = [content.queries[query_id].text for query_id in list(content.qrels["dev"])[:num_queries]]
+    known = None if cache is None else cache / f"vectors-{student.fingerprint}-{num_passages}-{num_queries}.npz"
+    if known is not None and known.is_file():
+        with np.load(known) as stored:
+            return passages, stored["passages"], {task: Queries(texts[task], stored[task]) for task in texts}
+    vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
+    queries = {task: Queries(asked, student.encode_queries(asked).vectors) for task, asked in texts.items()}
+    if known is not None:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(known, passages=vectors, **{task: asked.vectors for task, asked in queries.items()})
+    return passages, vectors, queries
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,207 @@
+"""Searches that are measured side by side, each query alone, on one thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm import Student
+from d2llm.core.types import Query, Task
+from d2llm.index.ann import AnnSearch
+from d2llm.index.scan import RowScan
+from d2llm.index.vectors import make_format
+from d2llm.index.view import PassageView
+from d2llm.ops.selection import top_rows
+from d2llm.pipeline.exact_search import CertifiedRows, certified_top_k, passage_reaches
+from d2llm.pipeline.search import Searcher, SearchSettings
+from scaling.corpus import BLOCK, KnownVectors, Queries
+
+TOP_K = 10
+DEPTHS = (1000, 200)
+PROBES = (8, 32, 128)
+
+Search = Callable[[int], Sequence[int]]
+"""The number of a query -> the rows of its first ten, best first."""
+
+
+class ArrayView:
+    """Vectors in memory, as ``certified_top_k`` reads them: for the true ranking."""
+
+    live = None
+
+    def __init__(self, vectors: NDArray[np.float32]) -> None:
+        self._vectors, self.capacity = vectors, len(vectors)
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        return [f"{row:09}" for row in rows.tolist()]
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._vectors[rows]
+
+    def block(self, start: int, end: int) -> NDArray[np.float32]:
+        return self._vectors[start:end]
+
+    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CertifiedRows:
+        assert allowed is None
+        scores = self._vectors @ query
+        rows = top_rows(scores, top_k, self.ids)
+        return CertifiedRows(rows, scores[rows], None, None)  # pyright: ignore[reportArgumentType]
+
+
+class Truth(NamedTuple):
+    """The first ten of all passages by the full score, for each query; ``share`` of the passages were scored for it."""
+
+    rows: list[list[int]]
+    share: float
+
+
+def true_rankings(
+    student: Student, vectors: NDArray[np.float32], asked: Queries, task: Task, num_checked: int
+) -> Truth:
+    """By the certified search on float32 vectors; for the first queries compared with the score of every passage.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    view = ArrayView(vectors)
+    reaches = passage_reaches(view, student)
+    rows: list[list[int]] = []
+    shares: list[float] = []
+    for number, query in enumerate(asked.vectors):
+        found = certified_top_k(view, student, query, task, TOP_K, reaches=reaches)
+        rows.append(found.rows.tolist())
+        shares.append(found.certificate.num_scored / len(vectors))
+        if number < num_checked:
+            blocks = (student.score(query, vectors[at : at + 65_536], task) for at in range(0, len(vectors), 65_536))
+            best = np.sort(np.concatenate(list(blocks)))[::-1][:TOP_K]
+            assert np.allclose(best, found.scores, atol=1e-3), f"certified {found.scores}, all {best}"
+    return Truth(rows, float(np.mean(shares)))
+
+
+def our_searches(
+    view: PassageView, student: Student, known: KnownVectors, asked: Queries, task: Task
+) -> dict[str, Search]:
+    """The searches of a store. "whole" is all that a user waits for but the encoding: texts too."""
+    anchors = student.anchor_queries(asked.vectors, task)
+    reaches = passage_reaches(view, student)
+    queries = [Query(str(number), text) for number, text in enumerate(asked.texts)]
+    approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
+
+    def rescored(number: int, rows: NDArray[np.int64]) -> Sequence[int]:
+        ordered = np.sort(rows)
+        scores = student.score(asked.vectors[number], view.vectors(ordered), task)
+        return ordered[top_rows(scores, TOP_K, lambda places: view.ids(ordered[places]))].tolist()
+
+    def near(number: int, depth: int) -> NDArray[np.int64]:
+        found = None if approximate is None else approximate.search(anchors[number], depth)
+        return view.scan(anchors[number], depth).rows if found is None else found[0]
+
+    def certified(number: int) -> Sequence[int]:
+        return certified_top_k(view, student, asked.vectors[number], task, TOP_K, reaches=reaches).rows.tolist()
+
+    def whole(**settings: Any) -> Search:
+        searcher = Searcher(view, known, SearchSettings(task=task, top_k=TOP_K, **settings), reaches=reaches)
+        return lambda number: [_row(place.passage.id) for place in searcher.rank([queries[number]])[0].passages]
+
+    searches: dict[str, Search] = {
+        "d2llm, inner products alone": lambda number: view.scan(anchors[number], TOP_K).rows.tolist()
+    }
+    for depth in DEPTHS:
+        searches[f"d2llm, scan {depth} + IEM"] = lambda number, depth=depth: rescored(
+            number, view.scan(anchors[number], depth).rows
+        )
+    searches["d2llm, certified"] = certified
+    searches["d2llm, scan 1000 + IEM, whole"] = whole()
+    searches["d2llm, certified, whole"] = whole(exact=True)
+    searches["d2llm, BM25 alone"] = lambda number: view.match(asked.texts[number], TOP_K).rows.tolist()
+    if approximate is not None:
+        for depth in DEPTHS:
+            searches[f"d2llm, ann {depth} + IEM"] = lambda number, depth=depth: rescored(number, near(number, depth))
+        searches["d2llm, ann 1000 + IEM, whole"] = whole(sources=("ann",))
+    return searches
+
+
+def format_searches(
+    vectors: NDArray[np.float32], names: Sequence[str], student: Student, asked: Queries, task: Task
+) -> dict[str, Search]:
+    """The vectors in other formats, in memory: what a store in that format would find."""
+    anchors = student.anchor_queries(asked.vectors, task)
+    searches: dict[str, Search] = {}
+    for name in names:
+        stored = make_format(name, vectors.shape[1])
+        codes = np.empty((len(vectors), stored.code_size), np.uint8)
+        for start in range(0, len(vectors), BLOCK):
+            codes[start : start + BLOCK] = stored.encode(vectors[start : start + BLOCK], [""] * BLOCK)
+        scan = RowScan(codes, stored)
+
+        def search(number: int, scan: RowScan = scan, codes: NDArray[np.uint8] = codes, stored: Any = stored) -> Any:
+            rows = np.sort(scan.search(anchors[number], DEPTHS[0], ids_of=lambda rows: rows.astype(str).tolist())[0])
+            scores = student.score(asked.vectors[number], stored.decode(codes[rows]), task)
+            return rows[np.argsort(-scores, kind="stable")[:TOP_K]].tolist()
+
+        searches[f"d2llm, {name}, scan 1000 + IEM"] = search
+    return searches
+
+
+def faiss_searches(
+    flat: Any, inverted: Any, student: Student, asked: Queries, task: Task, dim: int
+) -> dict[str, Search]:
+    """FAISS on the same vectors in float32, asked by the anchor, alone or with the IEM behind it."""
+    anchors = student.anchor_queries(asked.vectors, task)
+    vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * dim).reshape(-1, dim)
+
+    def first(index: Any, number: int, depth: int, **options: Any) -> NDArray[np.int64]:
+        found = index.search(anchors[number][None], depth, **options)[1][0]
+        return found[found >= 0]
+
+    def rescored(index: Any, number: int, **options: Any) -> Sequence[int]:
+        rows = np.sort(first(index, number, DEPTHS[0], **options))
+        scores = student.score(asked.vectors[number], vectors[rows], task)
+        return rows[np.argsort(-scores, kind="stable")[:TOP_K]].tolist()
+
+    searches: dict[str, Search] = {
+        "FAISS flat": lambda number: first(flat, number, TOP_K).tolist(),
+        "FAISS flat 1000 + IEM": lambda number: rescored(flat, number),
+    }
+    for probes in PROBES if inverted is not None else ():
+        options = {"params": faiss.SearchParametersIVF(nprobe=probes)}
+        searches[f"FAISS IVF, {probes} probes"] = lambda number, options=options: first(
+            inverted, number, TOP_K, **options
+        ).tolist()
+        searches[f"FAISS IVF, {probes} probes, 1000 + IEM"] = lambda number, options=options: rescored(
+            inverted, number, **options
+        )
+    return searches
+
+
+def measure(searches: Mapping[str, Search], truth: Sequence[Sequence[int]]) -> dict[str, dict[str, float]]:
+    """Recall and times of each. All searches of a query follow each other, so that each meets the machine alike."""
+    kept: dict[str, list[tuple[float, float, float]]] = {name: [] for name in searches}
+    for search in searches.values():
+        search(0)  # what is done once is not counted
+    for number, right in enumerate(truth):
+        for name, search in searches.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            found = search(number)
+            processor, wall = time.process_time() - processor, time.perf_counter() - wall
+            kept[name].append((1e3 * wall, 1e3 * processor, len({*found} & {*right}) / len(right)))
+    rows: dict[str, dict[str, float]] = {}
+    for name, values in kept.items():
+        walls, processors, recalls = np.array(values).T
+        rows[name] = {
+            "recall": float(recalls.mean()),
+            "qps": 1e3 / float(processors.mean()),
+            "cpu_ms": float(processors.mean()),
+            "p50_ms": float(np.percentile(walls, 50)),
+            "p99_ms": float(np.percentile(walls, 99)),
+        }
+    return rows
+
+
+def _row(passage_id: str) -> int:
+    return int(passage_id.removeprefix("passage-"))

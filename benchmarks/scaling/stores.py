@@ -1,0 +1,153 @@
+"""Other stores on the same vectors: LanceDB's own vector search, and Chroma as a server where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2llm import Student
+from d2llm.core.files import folder_bytes
+from d2llm.core.types import Passage, Task
+from d2llm.index.store import IndexStore
+from d2llm.pipeline.index import Index
+from scaling.corpus import BLOCK, Corpus, KnownVectors, Queries
+from scaling.searches import PROBES, TOP_K, Search
+
+_ADDED_AT_ONCE = 2_000
+
+
+def build(folder: Path, corpus: Corpus, student: KnownVectors, vector_format: str) -> dict[str, float]:
+    """Write a corpus as a user does (``Index.add``), without the encoding; what it took and takes."""
+    index = Index.create(folder, student, vector_format=vector_format)
+    wall, processor = time.perf_counter(), time.process_time()
+    text_bytes = 0
+
+    def passages() -> Iterator[Passage]:
+        nonlocal text_bytes
+        for passage in student.passages_of(corpus):
+            text_bytes += len(passage.full_text.encode())
+            yield passage
+
+    index.add(passages())
+    processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    after_build = folder_bytes(folder)
+    begin = time.process_time()
+    index.compact(timedelta(0))
+    facts = IndexStore.open(folder), index.stats()
+    size = corpus.size
+    return {
+        "rows": size,
+        "seconds": wall,
+        "cpu_seconds": processor,
+        "rows_per_cpu_second": size / processor,
+        "compact_cpu_seconds": time.process_time() - begin,
+        "bytes_before_compact": after_build / size,
+        "vector_bytes": facts[0].format.code_size,
+        "table_bytes": facts[1].table_bytes / size,
+        "vector_file_bytes": facts[1].vector_file_bytes / size,
+        "bytes": folder_bytes(folder) / size,
+        "text_bytes": text_bytes / size,
+    }
+
+
+def lance_searches(
+    folder: Path, vectors: NDArray[np.float32], student: Student, asked: Queries, task: Task
+) -> tuple[dict[str, Search], dict[str, float]]:
+    """A LanceDB table of the vectors in float32: flat, then with an IVF-PQ index. Seconds of the processor to build."""
+    anchors = student.anchor_queries(asked.vectors, task)
+    shutil.rmtree(folder, ignore_errors=True)
+    begin = time.process_time()
+    schema = pa.schema({"row": pa.int64(), "vector": pa.list_(pa.float32(), vectors.shape[1])})
+
+    def batches() -> Generator[pa.RecordBatch]:
+        for start in range(0, len(vectors), BLOCK):
+            part = vectors[start : start + BLOCK]
+            column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), part.shape[1])
+            yield pa.record_batch([pa.array(np.arange(start, start + len(part))), column], schema=schema)
+
+    database = lancedb.connect(folder)
+    flat: Any = database.create_table("flat", pa.RecordBatchReader.from_batches(schema, batches()))
+    inverted: Any = database.create_table("ivf", pa.RecordBatchReader.from_batches(schema, batches()))
+    written = time.process_time() - begin
+    begin = time.process_time()
+    inverted.create_index(metric="dot", index_type="IVF_PQ", num_sub_vectors=48, vector_column_name="vector")
+    times = {"write": written / 2, "ivf_pq": time.process_time() - begin}
+
+    def found(query: Any) -> list[int]:
+        return query.limit(TOP_K).select(["row", "_distance"]).to_arrow()["row"].to_pylist()
+
+    searches: dict[str, Search] = {
+        "LanceDB flat": lambda number: found(flat.search(anchors[number]).distance_type("dot"))
+    }
+    for probes in PROBES[1:]:
+        searches[f"LanceDB IVF-PQ, {probes} probes, re-ranked"] = lambda number, probes=probes: found(
+            inverted.search(anchors[number]).distance_type("dot").nprobes(probes).refine_factor(10)
+        )
+    return searches, times
+
+
+@contextmanager
+def chroma_search(
+    folder: Path, python: str | None, vectors: NDArray[np.float32], student: Student, asked: Queries, task: Task
+) -> Generator[tuple[dict[str, Search], dict[str, Any]]]:
+    """Chroma's server on this machine, asked over HTTP; nothing and the reason where it is not installed.
+
+    ``python``: one that has ``chromadb``, if this one has not; its folder of packages is added behind ours.
+    """
+    anchors = student.anchor_queries(asked.vectors, task)
+    program = Path(python or sys.executable).parent / "chroma"
+    if python is not None:
+        sys.path += [str(path) for path in Path(python).parents[1].glob("lib/python*/site-packages")]
+    if importlib.util.find_spec("chromadb") is None or not program.is_file():
+        yield {}, {"skipped": "chromadb is not installed (pip install chromadb)"}
+        return
+    import chromadb
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shutil.rmtree(folder, ignore_errors=True)
+    server = subprocess.Popen(
+        [str(program), "run", "--path", str(folder), "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        client = _wait(lambda: chromadb.HttpClient("127.0.0.1", port))
+        begin = time.perf_counter()
+        made = client.create_collection("scale", metadata={"hnsw:space": "ip"})
+        for start in range(0, len(vectors), _ADDED_AT_ONCE):
+            part = vectors[start : start + _ADDED_AT_ONCE]
+            made.add(ids=[str(start + place) for place in range(len(part))], embeddings=part)
+        seconds = time.perf_counter() - begin
+
+        def search(number: int) -> list[int]:
+            found = made.query(query_embeddings=anchors[number][None], n_results=TOP_K, include=["distances"])
+            return [int(row) for row in found["ids"][0]]
+
+        yield {"Chroma server (HNSW)": search}, {"build_seconds": seconds, "version": chromadb.__version__}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait(connect: Any) -> Any:
+    for _ in range(100):
+        try:
+            return connect()
+        except ValueError:
+            time.sleep(0.2)
+    raise RuntimeError("the server did not come up within 20 seconds")
