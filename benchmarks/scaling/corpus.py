@@ -9,6 +9,7 @@ passages; what a million different passages would have besides, more topics, it 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,8 +123,11 @@ class KnownVectors:
 
 def read_real(
     student: Student, data: Path, num_passages: int, num_queries: int, cache: Path | None
-) -> tuple[list[Passage], NDArray[np.float32], dict[Task, Queries]]:
-    """Real passages with their vectors and dev queries with theirs; from ``cache`` where they are in it."""
+) -> tuple[list[Passage], NDArray[np.float32], dict[Task, Queries], float]:
+    """Real passages with their vectors, dev queries with theirs, and seconds of the processor for reading them.
+
+    From ``cache`` where they are in it.
+    """
     passages: list[Passage] = []
     texts: dict[Task, list[str]] = {}
     for name, share in SHARES.items():
@@ -134,13 +138,16 @@ def read_real(
     known = None if cache is None else cache / f"vectors-{student.fingerprint}-{num_passages}-{num_queries}.npz"
     if known is not None and known.is_file():
         with np.load(known) as stored:
-            return passages, stored["passages"], {task: Queries(texts[task], stored[task]) for task in texts}
+            queries = {task: Queries(texts[task], stored[task]) for task in texts}
+            return passages, stored["passages"], queries, float(stored["seconds"])
+    begin = time.process_time()
     vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
     queries = {task: Queries(asked, student.encode_queries(asked).vectors) for task, asked in texts.items()}
+    seconds = time.process_time() - begin
     if known is not None:
         known.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(known, passages=vectors, **{task: asked.vectors for task, asked in queries.items()})
-    return passages, vectors, queries
+        np.savez(known, passages=vectors, seconds=seconds, **{task: asked.vectors for task, asked in queries.items()})
+    return passages, vectors, queries, seconds
 
 
 def write_json(path: Path, content: object) -> None:

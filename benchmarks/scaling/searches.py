@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import faiss
@@ -179,8 +179,13 @@ def faiss_searches(
     return searches
 
 
-def measure(searches: Mapping[str, Search], truth: Sequence[Sequence[int]]) -> dict[str, dict[str, float]]:
-    """Recall and times of each. All searches of a query follow each other, so that each meets the machine alike."""
+def measure(
+    searches: Mapping[str, Search], truth: Sequence[Sequence[int]], elsewhere: Collection[str] = ()
+) -> dict[str, dict[str, float | None]]:
+    """Recall and times of each; of those ``elsewhere``, in another process, by the clock alone.
+
+    All searches of a query follow each other, so that each meets the machine alike.
+    """
     kept: dict[str, list[tuple[float, float, float]]] = {name: [] for name in searches}
     for search in searches.values():
         search(0)  # what is done once is not counted
@@ -190,13 +195,13 @@ def measure(searches: Mapping[str, Search], truth: Sequence[Sequence[int]]) -> d
             found = search(number)
             processor, wall = time.process_time() - processor, time.perf_counter() - wall
             kept[name].append((1e3 * wall, 1e3 * processor, len({*found} & {*right}) / len(right)))
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float | None]] = {}
     for name, values in kept.items():
         walls, processors, recalls = np.array(values).T
         rows[name] = {
             "recall": float(recalls.mean()),
-            "qps": 1e3 / float(processors.mean()),
-            "cpu_ms": float(processors.mean()),
+            "qps": None if name in elsewhere else 1e3 / float(processors.mean()),
+            "cpu_ms": None if name in elsewhere else float(processors.mean()),
             "p50_ms": float(np.percentile(walls, 50)),
             "p99_ms": float(np.percentile(walls, 99)),
         }

@@ -1,0 +1,107 @@
+"""Documents ranked by their passages, and long texts split into passages or cut off.
+
+One run with the student `d2llm-minilm` on dev splits. covidqa (Apache-2.0): the article that holds the answer, out of
+98 that lie in the index as 2,612 passages, by the best passage and by the sum of the best 2 to 10. covidqa and pubmedqa
+(MIT): each passage of the set taken as a document of its own, cut off after the student's 256 tokens or split into
+passages of at most 256 or 128 tokens, ranked by both rules. All that is printed is nDCG@10.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d2llm import Student
+from d2llm.core.types import Passage, Qrels, Query
+from d2llm.data.beir import read_beir
+from d2llm.ops.measures import per_query_measures
+from d2llm.pipeline.chunking import Chunker, upsert_documents
+from d2llm.pipeline.index import Index
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SPLITS = ((256, 0), (128, 0), (128, 32))
+SUMMED = (2, 3, 5, 10)
+RESULT = Path(__file__).parent / "results" / "documents.json"
+
+
+def ndcg(index: Index, queries: list[Query], qrels: Qrels, **settings: object) -> dict[str, float]:
+    """nDCG@10 of a search for documents, and its time."""
+    start = time.perf_counter()
+    found = index.search(queries, **settings)
+    ms = 1e3 * (time.perf_counter() - start) / len(queries)
+    rankings = {
+        ranking.query.id: [
+            place.document.id if place.document else place.passage.document_id or place.passage.id
+            for place in ranking.passages
+        ]
+        for ranking in found
+    }
+    values = per_query_measures(rankings, qrels)["nDCG@10"].values()
+    return {"ndcg_at_10": float(np.mean(list(values))), "ms_per_query": ms}
+
+
+def articles(student: Student, folder: Path) -> dict[str, dict[str, float]]:
+    """The articles of covidqa by their passages."""
+    data = read_beir(DATA / "covidqa", splits=["dev"])
+    queries = [Query(i, data.queries[i].text) for i in data.qrels["dev"]]
+    qrels = {i: {passage.split("-")[0]: 1 for passage in data.qrels["dev"][i]} for i in data.qrels["dev"]}
+    index = Index.create(folder / "articles", student)
+    index.upsert(_as_parts(data.passages.values()))
+    found = {"best": ndcg(index, queries, qrels, group="best")}
+    for count in SUMMED:
+        found[f"sum of {count}"] = ndcg(index, queries, qrels, group="sum", document_passages=count)
+    return found
+
+
+def _as_parts(passages: Iterable[Passage]) -> Iterable[Passage]:
+    for passage in passages:
+        article, number = passage.id.split("-")
+        yield replace(passage, document_id=article, position=int(number))
+
+
+def long_texts(student: Student, folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """The passages of a set, cut off or split."""
+    data = read_beir(DATA / name, splits=["dev"])
+    queries, qrels = [Query(i, data.queries[i].text) for i in data.qrels["dev"]], data.qrels["dev"]
+    whole = Index.create(folder / name, student)
+    report = whole.upsert(data.passages.values())
+    rows = {"cut at 256": ndcg(whole, queries, qrels) | _cost(report.num_passages, report.num_truncated)}
+    for tokens, overlap in SPLITS:
+        index = Index.create(folder / f"{name}-{tokens}-{overlap}", student)
+        made = upsert_documents(index, data.passages.values(), Chunker(student, tokens, overlap)).passages
+        for group in ("best", "sum"):
+            row = f"split at {tokens}, overlap {overlap}, {group}"
+            rows[row] = ndcg(index, queries, qrels, group=group) | _cost(made.num_passages, made.num_truncated)
+    return rows
+
+
+def _cost(num_passages: int, num_truncated: int) -> dict[str, float]:
+    return {"passages": num_passages, "truncated": num_truncated}
+
+
+def main() -> None:
+    """Measure, print, write the JSON."""
+    torch.set_num_threads(1)
+    student = Student.load("d2llm-minilm")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        result = {"covidqa articles": articles(student, folder)}
+        for name in ("covidqa", "pubmedqa"):
+            result[name] = long_texts(student, folder, name)
+    for name, rows in result.items():
+        print(name)
+        for row, values in rows.items():
+            cost = f"{values['ms_per_query']:.1f} ms   {values.get('passages', '')}"
+            print(f"  {row:32} {values['ndcg_at_10']:.4f}   {cost}")
+    RESULT.write_text(json.dumps({"student": "d2llm-minilm", "split": "dev", "sets": result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
