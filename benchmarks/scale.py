@@ -100,9 +100,8 @@ class Run:
             f"{facts['compact_cpu_seconds']:.1f} s: {facts['bytes']:.0f} B a passage"
         )
         asked = self.queries["asymmetric"]
-        self.result["fresh"] = {
-            name: measure_fresh(folder, STUDENT, asked, cold=name == "cold") for name in ("cold", "warm")
-        }
+        caches = ("cold", "warm") if self.options.passages >= PART else ("cold",)
+        self.result["fresh"] = {name: measure_fresh(folder, STUDENT, asked, cold=name == "cold") for name in caches}
         for name, fresh in self.result["fresh"].items():
             print(
                 f"{name}: imports {fresh['import_s']:.2f} s, opened in {fresh['open_s']:.2f} s, "
@@ -228,13 +227,14 @@ def main() -> None:
     parser.add_argument("--real", type=int, help="real passages among them; the rest are variations")
     parser.add_argument("--queries", type=int, help="of each task")
     parser.add_argument("--checked", type=int, default=5, help="queries whose truth is compared with a full scan")
-    parser.add_argument("--others", type=int, default=OTHERS_PART, help="passages for the other stores")
+    parser.add_argument("--others", type=int, help="passages for the other stores")
     parser.add_argument("--chroma-python", help="a Python that has chromadb")
     parser.add_argument("--cache", type=Path, help="a folder that keeps the real passages' vectors")
     parser.add_argument("--work", type=Path, help="where the indices are made; by default a temporary folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.real = options.real or (28_000 if options.passages >= PART else 1_000)
+    options.others = options.others or (OTHERS_PART if options.passages >= PART else 5_000)
     options.queries = options.queries or (200 if options.passages >= PART else 20)
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
