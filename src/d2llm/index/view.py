@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from d2llm.core.types import Passage, Task
 from d2llm.index.ann import AnnBase, AnnIndex
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
 from d2llm.index.filters import parse_filter
+from d2llm.index.folder import CandidateRows
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
@@ -23,13 +24,6 @@ from d2llm.ops.selection import top_rows
 _log = logging.getLogger(__name__)
 _SPARE_MATCHES = 16  # taken beyond top_k, to see whether passages tie for the last place
 _ALL_IDS_FROM = 20_000  # so many ids are read faster in one pass over the column
-
-
-class CandidateRows(NamedTuple):
-    """Rows that a source proposes, best first, with its scores: int64 [k] and float32 [k]."""
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
 
 
 class PassageView:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_corpus
+from d2llm.data.indexed_corpus import corpus_file
 from d2llm.index.folder import FORMAT_VERSION, FolderIndex, check_passages, check_target, content_hash
 from d2llm.index.vectors import VectorDtype, check_dtype, compress, expand
 from d2llm.pipeline.progress import Advance, progress_bar
@@ -103,7 +103,7 @@ def encode(
     folder = Path(folder)
     check_target(folder, overwrite=overwrite)
     check_dtype(dtype)
-    passages = _read(Path(corpus)) if isinstance(corpus, str | Path) else list(corpus)
+    passages = list(read_corpus(corpus_file(Path(corpus))).values() if isinstance(corpus, str | Path) else corpus)
     check_passages(passages, where=Path(corpus) if isinstance(corpus, str | Path) else folder)
     work = _work_folder(folder, student, passages, dtype)
     starts = range(0, len(passages), BLOCK_PASSAGES)
@@ -143,15 +143,6 @@ def encode(
         vector_bytes_per_passage=index.vector_bytes_per_passage,
         text_bytes_per_passage=float(index.manifest["bytes_per_passage"]["texts"]),
     )
-
-
-def _read(corpus: Path) -> list[Passage]:
-    if not corpus.is_dir():
-        return list(read_corpus(corpus).values())
-    for name in ("corpus.jsonl", "corpus.jsonl.gz"):
-        if (corpus / name).is_file():
-            return list(read_corpus(corpus / name).values())
-    raise DataFormatError(corpus, "has no corpus.jsonl or corpus.jsonl.gz; give the file or a folder that holds one")
 
 
 def _encode_block(student: TextEncoder, passages: list[Passage], dtype: VectorDtype, advance: Advance) -> _Block:
