@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
-    from d2llm.index.folder import FolderIndex
     from d2llm.models.backbone import Backbone
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
     from d2llm.ops.gating import never_worse
     from d2llm.pipeline.ablate import ablate
+    from d2llm.pipeline.build_ann import build_ann
+    from d2llm.pipeline.cascade import Cascade, measure_error
     from d2llm.pipeline.check_data import check_data
+    from d2llm.pipeline.chunking import Chunker, upsert_documents
     from d2llm.pipeline.distill import distill
     from d2llm.pipeline.encode import encode
     from d2llm.pipeline.evaluate import evaluate
@@ -52,13 +54,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "Candidate",
+    "Cascade",
     "Certificate",
+    "Chunker",
     "Contenders",
     "D2LLMError",
     "Dataset",
     "EvaluationSettings",
     "Explanation",
-    "FolderIndex",
     "Index",
     "PairDataset",
     "Passage",
@@ -73,6 +76,7 @@ __all__ = [
     "TeacherLabel",
     "__version__",
     "ablate",
+    "build_ann",
     "check_data",
     "distill",
     "encode",
@@ -81,6 +85,7 @@ __all__ = [
     "label",
     "load_contenders",
     "load_recipe",
+    "measure_error",
     "mine",
     "never_worse",
     "open_data",
@@ -90,6 +95,7 @@ __all__ = [
     "search",
     "stack_teachers",
     "tune_teacher",
+    "upsert_documents",
 ]
 
 _HOMES = {
@@ -110,13 +116,15 @@ _HOMES = {
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
-    "d2llm.index.folder": ("FolderIndex",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teacher": ("Teacher",),
     "d2llm.ops.gating": ("never_worse",),
     "d2llm.pipeline.ablate": ("ablate",),
+    "d2llm.pipeline.build_ann": ("build_ann",),
+    "d2llm.pipeline.cascade": ("Cascade", "measure_error"),
     "d2llm.pipeline.check_data": ("check_data",),
+    "d2llm.pipeline.chunking": ("Chunker", "upsert_documents"),
     "d2llm.pipeline.distill": ("distill",),
     "d2llm.pipeline.encode": ("encode",),
     "d2llm.pipeline.evaluate": ("evaluate",),

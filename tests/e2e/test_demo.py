@@ -19,8 +19,8 @@ from d2llm.apps.demo_corpus import build_corpus
 from d2llm.apps.demo_questions import JUDGED, QUESTIONS, without_piece
 from d2llm.core.errors import InputError, MissingExtraError, ModelNotFoundError
 from d2llm.core.recipe import StudentConfig
-from d2llm.index.folder import FolderIndex
 from d2llm.models.student import Student
+from d2llm.pipeline.index import Index
 from e2e.command_line import succeed, succeed_with_report
 
 needs_models = pytest.mark.skipif(
@@ -87,11 +87,12 @@ class TestFirstRun:
     def test_the_corpus_and_its_index(self, first, place, corpus, student):
         report, _ = first
         assert report.num_passages == len(corpus.passages)
-        index = FolderIndex.open(place / "d2llm", student_fingerprint=report.student_fingerprint)
-        assert list(index.all_ids) == [passage.id for passage in corpus.passages]
-        assert index.manifest["student_source"] == student
+        index = Index.open(place / "d2llm").view
+        assert index.ids(index.live_rows()) == [passage.id for passage in corpus.passages]
+        assert index.store.manifest["student_source"] == student
         assert report.sizes.vector_per_passage == 2 * 384
-        assert report.sizes.index > report.num_passages * (2 * 384 + report.sizes.text_per_passage)
+        assert report.sizes.index > report.num_passages * 2 * 2 * 384
+        assert report.sizes.per_passage == pytest.approx(report.sizes.index / report.num_passages, rel=0.01)
         assert report.sizes.student > 1_000_000
 
     def test_places_of_both_lists_fit_together(self, first):
@@ -169,7 +170,7 @@ def test_another_corpus_or_student_gets_a_new_index(tmp_path, student, corpus):
 def test_what_lies_in_the_folder_is_not_replaced(tmp_path, student, corpus):
     (tmp_path / "d2llm").mkdir()
     (tmp_path / "d2llm" / "thesis.txt").write_text("ten years of work")
-    with pytest.raises(InputError, match="not a d2llm index"):
+    with pytest.raises(InputError, match="files that d2llm did not make"):
         run(tmp_path, student, corpus)
     assert (tmp_path / "d2llm" / "thesis.txt").read_text() == "ten years of work"
 

@@ -9,12 +9,12 @@ import pytest
 from d2llm.core.errors import IndexMismatchError
 from d2llm.core.recipe import StudentConfig, TeacherConfig
 from d2llm.data.beir import read_beir
-from d2llm.index.folder import FolderIndex
 from d2llm.models.student import Student
 from d2llm.pipeline.cosine import untuned_config
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.evaluate import evaluate
 from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES, write_beir
 
@@ -38,7 +38,7 @@ def index(student, folder):
     report = encode(folder, student, folder.parent / "index")
     assert (report.num_passages, report.num_truncated) == (60, 0)
     assert report.vector_bytes_per_passage == 2 * student.vector_dim
-    return FolderIndex.open(folder.parent / "index", student_fingerprint=student.fingerprint)
+    return Index.open(folder.parent / "index").view
 
 
 def test_questions_find_their_sentences(index, student):

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from d2llm import Passage, Student
-from d2llm.index.folder import FolderIndex
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES
 
@@ -45,8 +45,8 @@ def rankings() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "index"
         passages = [Passage(str(n), text) for n, text in enumerate(SENTENCES)]
-        encode(passages, student, target, task="asymmetric", dtype="float32")
-        found = search(FolderIndex.open(target), student, questions, top_k=3, exact=True)
+        encode(passages, student, target, task="asymmetric", vector_format="float32")
+        found = search(Index.open(target).view, student, questions, top_k=3, exact=True)
     return [
         {
             "question": ranking.query.text,

@@ -13,7 +13,6 @@ import pytest
 from d2llm.core.errors import IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.index.ann import AnnSearch
-from d2llm.index.folder import FolderIndex
 from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
 from d2llm.pipeline import build_ann as module
@@ -353,12 +352,12 @@ class TestSearch:
 
     def test_an_index_that_cannot_have_one(self, tmp_path, caplog):
         encode([Passage("a", "cat"), Passage("b", "dog")], FakeStudent(), tmp_path / "i")
-        (found,) = search(FolderIndex.open(tmp_path / "i"), FakeStudent(), ["dog"], sources=("ann",))
+        (found,) = search(Index.open(tmp_path / "i").view, FakeStudent(), ["dog"], sources=("ann",))
         assert found.passages[0].passage.id == "b"
         assert "the exact scan answers" in caplog.text
 
     def test_a_head_without_an_inner_product_is_searched_exactly(self, tmp_path):
         student = FakeStudent(head="paper")
         encode([Passage("a", "cat"), Passage("b", "dog")], student, tmp_path / "i")
-        (found,) = search(FolderIndex.open(tmp_path / "i"), student, ["dog"], sources=("ann",))
+        (found,) = search(Index.open(tmp_path / "i").view, student, ["dog"], sources=("ann",))
         assert found.certificate is not None

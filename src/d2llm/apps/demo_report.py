@@ -73,8 +73,8 @@ class DemoSizes:
     """Bytes: of D2LLM's index on disk, of what it keeps of one passage, and of the student's own files."""
 
     index: int
+    per_passage: float
     vector_per_passage: int
-    text_per_passage: float
     student: int
 
 

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from d2llm.apps.demo_corpus import MIN_WORDS, Corpus
 from d2llm.apps.demo_report import Agreement, DemoAnswer, DemoPlace, DemoReport, TeacherOpinion
-from d2llm.index.folder import FolderIndex
 from d2llm.index.lexical import tokenize
+from d2llm.pipeline.index import Index
 
 MAX_WIDTH = 100
 NUM_STEPS = 5
@@ -69,12 +69,13 @@ class DemoView:
             f"in {folder}, so a second demo starts at once."
         )
 
-    def index(self, name: str, index: FolderIndex, seconds: float | None) -> None:
+    def index(self, name: str, index: Index, seconds: float | None) -> None:
         """One finished index; ``seconds`` is None where it was there already."""
         if seconds is None:
             self._say(f"{name}: same corpus and same model as last time, so the index of then is used again.")
             return
-        cut = f", {index.num_truncated:,} of them cut to the length limit" if index.num_truncated else ""
+        num_truncated = index.stats().num_truncated
+        cut = f", {num_truncated:,} of them cut to the length limit" if num_truncated else ""
         rate = len(index) / max(seconds, 1e-9)
         self._say(f"{name}: {len(index):,} passages{cut}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
 
@@ -140,8 +141,8 @@ class DemoView:
         self._print(table)
         sizes = report.sizes
         self._say(
-            f"Index: {sizes.index / _MEGABYTE:.1f} MB; a passage takes {sizes.vector_per_passage:,} bytes of vector "
-            f"and {sizes.text_per_passage:,.0f} of text. Student: {sizes.student / _MEGABYTE:.1f} MB."
+            f"Index: {sizes.index / _MEGABYTE:.1f} MB, {sizes.per_passage:,.0f} bytes a passage, of which a vector has "
+            f"{sizes.vector_per_passage:,}. Student: {sizes.student / _MEGABYTE:.1f} MB."
         )
         self._print(Text("Next:", style="bold"))
         for purpose, command in report.next_commands:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from d2llm.core.types import Passage
+
 _LENGTH = 16  # hexadecimal digits: 64 bits, ample for telling apart the artifacts of one project
 
 
@@ -20,6 +22,16 @@ def fingerprint_json(value: Any) -> str:
 def fingerprint_files(paths: Iterable[Path]) -> str:
     """Fingerprint of the names and contents of files; neither their order nor their folders matter."""
     return fingerprint_json(sorted((path.name, _content_hash(path)) for path in paths))
+
+
+def fingerprint_passages(passages: Iterable[Passage]) -> str:
+    """Fingerprint of ids, titles and texts, in order."""
+    digest = hashlib.sha256()
+    for passage in passages:
+        for field in (passage.id, passage.title, passage.text):
+            content = field.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()[:_LENGTH]
 
 
 def _content_hash(path: Path) -> str:

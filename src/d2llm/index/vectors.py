@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import scipy.fft
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 
-VectorDtype = Literal["bfloat16", "float16", "float32"]
 STORED_AS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 """The array type in the file; bfloat16 goes as its 16 bits, because .npy has no such type."""
 _FAISS_FLOATS = {"bfloat16": "QT_bf16", "float16": "QT_fp16"}
@@ -287,27 +286,3 @@ def _rotate_back(vectors: NDArray[Any]) -> NDArray[Any]:
 def _signs(dim: int) -> NDArray[np.float32]:
     digest = hashlib.shake_256(b"d2llm rotation").digest(-(-dim // 8))
     return 2 * np.unpackbits(np.frombuffer(digest, np.uint8), count=dim).astype(np.float32) - 1
-
-
-def check_dtype(dtype: str) -> None:
-    """Make sure that vectors can be stored as ``dtype``.
-
-    Raises:
-        InputError: they cannot.
-    """
-    if dtype not in STORED_AS:
-        raise InputError(f"vector dtype {dtype!r} is unknown; use one of {', '.join(STORED_AS)}")
-
-
-def compress(vectors: NDArray[np.float32], dtype: VectorDtype, ids: Sequence[str]) -> NDArray[Any]:
-    """Vectors as they are stored; bfloat16 as uint16. ``ids`` name the rows in an error.
-
-    Raises:
-        InputError: a value is not finite, or not in ``dtype``.
-    """
-    return FloatFormat(dtype, vectors.shape[1]).encode(vectors, ids).view(STORED_AS[dtype])
-
-
-def expand(stored: NDArray[Any], dtype: VectorDtype) -> NDArray[np.float32]:
-    """Stored vectors as float32; exact."""
-    return FloatFormat(dtype, stored.shape[1]).decode(np.ascontiguousarray(stored).view(np.uint8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from d2llm.core.types import Passage, Task
 from d2llm.index.ann import AnnBase, AnnIndex
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
 from d2llm.index.filters import parse_filter
-from d2llm.index.folder import CandidateRows
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
@@ -24,6 +23,13 @@ from d2llm.ops.selection import top_rows
 _log = logging.getLogger(__name__)
 _SPARE_MATCHES = 16  # taken beyond top_k, to see whether passages tie for the last place
 _ALL_IDS_FROM = 20_000  # so many ids are read faster in one pass over the column
+
+
+class CandidateRows(NamedTuple):
+    """Passages proposed for a query, by row, best first, with their scores: int64 [k] and float32 [k]."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
 
 
 class PassageView:
@@ -98,6 +104,22 @@ class PassageView:
         if (place[rows] < 0).any():
             raise DataFormatError(self.store.folder, "its table lacks rows asked for")
         return cast(list[str], found["id"].take(place[rows]).to_pylist())
+
+    def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of the passages with these ids, in their order.
+
+        Raises:
+            InputError: one is not there.
+        """
+        found = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
+        row_of = dict(zip(found["id"].to_pylist(), np.asarray(found["d2_row"]) & ROW_MASK, strict=True))
+        missing = [passage_id for passage_id in ids if passage_id not in row_of]
+        if missing:
+            raise InputError(
+                f"{self.store.folder}: {len(missing)} of {len(ids)} passages are not in the index, the first is "
+                f"{missing[0]!r}"
+            )
+        return np.array([row_of[passage_id] for passage_id in ids], np.int64)
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages at some rows, in their order; metadata without a value are left out."""
@@ -208,6 +230,11 @@ class PassageView:
         allowed = np.zeros(self.capacity, np.bool_)
         allowed[np.asarray(self._table.columns(["d2_row"], condition)["d2_row"]) & ROW_MASK] = True
         return allowed
+
+    def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """The rows that are passages, or those of the allowed ones, in order."""
+        mask = self.mask(allowed)
+        return np.arange(self.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
 
     def mask(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         """The live rows among the allowed ones; None means all rows."""

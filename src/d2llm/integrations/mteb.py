@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
+from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.types import Passage, Query, Task
-from d2llm.index.folder import FolderIndex, content_hash
-from d2llm.index.vectors import VectorDtype, check_dtype
+from d2llm.index.store import FORMAT_VERSION
+from d2llm.index.vectors import make_format
 from d2llm.integrations.mteb_meta import model_meta
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.models.interaction import TASKS
@@ -30,6 +31,7 @@ from d2llm.models.student import Student
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.cosine import AnchorStudent
 from d2llm.pipeline.encode import encode
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import EncodedBatch, SearchStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_CANDIDATES, _DEFAULT_DTYPE = 1000, "bfloat16"
+_DEFAULT_CANDIDATES, _DEFAULT_FORMAT = 1000, "bfloat16"
 _Side = Literal["query", "passage"]
 
 
@@ -68,7 +70,7 @@ class D2LLMModel:
         student: encodes and scores.
         meta: what mteb writes down about the model.
         num_candidates: passages that get the full score, per query; at least as many as mteb asks for (1,000).
-        vector_dtype: how the vectors of a corpus are stored.
+        vector_format: how the vectors of a corpus are stored.
         tasks: name of an mteb task -> branch of the IEM, where ``mteb_tasks.branch_of`` is wrong.
         work_folder: where the indexes are kept, and found again; None means a temporary folder for each.
 
@@ -82,22 +84,22 @@ class D2LLMModel:
         meta: ModelMeta,
         *,
         num_candidates: int = _DEFAULT_CANDIDATES,
-        vector_dtype: VectorDtype = _DEFAULT_DTYPE,
+        vector_format: str = _DEFAULT_FORMAT,
         tasks: Mapping[str, Task] | None = None,
         work_folder: Path | None = None,
     ) -> None:
-        check_dtype(vector_dtype)
+        make_format(vector_format, student.vector_dim)
         for name, task in (tasks or {}).items():
             if task not in TASKS:
                 raise InputError(f"task {name!r}: {task!r} is no branch of the IEM; use one of {', '.join(TASKS)}")
         self._student = student
         self._meta = meta
         self._num_candidates = num_candidates
-        self._vector_dtype: VectorDtype = vector_dtype
+        self._vector_format = vector_format
         self._tasks: dict[str, Task] = dict(tasks or {})
         self._work_folder = work_folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._index: FolderIndex | None = None
+        self._index: Index | None = None
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
@@ -123,14 +125,15 @@ class D2LLMModel:
         """
         _refuse_precision(encode_kwargs)
         passages = [Passage(row["id"], row["text"], row.get("title") or "") for row in corpus]
-        name = f"{self._student.fingerprint}-{content_hash(passages)}-{self._vector_dtype}"
+        content = fingerprint_passages(passages)
+        name = f"{self._student.fingerprint}-{content}-{self._vector_format}-{FORMAT_VERSION}"
         target = self._index_parent() / name
         if not target.exists():
             # mteb's own default is to show progress, which is ours in a terminal
             show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
-            encode(passages, self._student, target, dtype=self._vector_dtype, show_progress=show_progress)
-        self._index = FolderIndex.open(target, student_fingerprint=self._student.fingerprint)
-        _report_truncated(self._index.num_truncated, len(passages), task_metadata)
+            encode(passages, self._student, target, vector_format=self._vector_format, show_progress=show_progress)
+        self._index = Index.open(target, self._student)
+        _report_truncated(self._index.stats().num_truncated, len(passages), task_metadata)
 
     def search(
         self,
@@ -163,7 +166,7 @@ class D2LLMModel:
         task = branch_of(task_metadata, self._tasks)
         if top_ranked is not None:
             return self._rerank(asked, top_ranked, task, top_k)
-        searcher = Searcher(self._index, self._student, SearchSettings(task, top_k, self._num_candidates))
+        searcher = Searcher(self._index.view, self._student, SearchSettings(task, top_k, self._num_candidates))
         show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
         return {
             ranking.query.id: _falling([(place.passage.id, place.score) for place in ranking.passages])
@@ -239,7 +242,8 @@ class D2LLMModel:
         self, queries: Sequence[Query], top_ranked: Mapping[str, Sequence[str]], task: Task, top_k: int
     ) -> dict[str, dict[str, float]]:
         assert self._index is not None
-        row_of = {passage_id: row for row, passage_id in enumerate(self._index.all_ids)}
+        view = self._index.view
+        known = set(view.ids(view.live_rows()))
         without = sum(not top_ranked.get(query.id) for query in queries)
         if without:
             _log.warning("%d of %d queries have no passages to rerank; they get no ranking", without, len(queries))
@@ -247,14 +251,13 @@ class D2LLMModel:
         rankings: dict[str, dict[str, float]] = {}
         for query, vector in zip(queries, vectors, strict=True):
             ids = list(dict.fromkeys(top_ranked.get(query.id, ())))
-            unknown = [passage_id for passage_id in ids if passage_id not in row_of]
+            unknown = [passage_id for passage_id in ids if passage_id not in known]
             if unknown:
                 raise InputError(
                     f"query {query.id!r}: {len(unknown)} passages to rerank, the first {unknown[0]!r}, "
                     "are not in the corpus; check the task's data"
                 )
-            passages = self._index.vectors([row_of[passage_id] for passage_id in ids])
-            scores = self._student.score(vector, passages, task)
+            scores = self._student.score(vector, view.vectors(view.rows(ids)), task)
             _refuse_nan(scores, f"query {query.id!r}")
             places = top_rows(scores, top_k, partial(ids_at, ids)).tolist()
             rankings[query.id] = _falling([(ids[place], float(scores[place])) for place in places])
@@ -272,7 +275,7 @@ def load_mteb_model(
     *,
     device: str | None = None,
     num_candidates: int = _DEFAULT_CANDIDATES,
-    vector_dtype: VectorDtype = _DEFAULT_DTYPE,
+    vector_format: str = _DEFAULT_FORMAT,
     interaction: bool = True,
     tasks: Mapping[str, Task] | None = None,
     work_folder: Path | None = None,
@@ -286,7 +289,7 @@ def load_mteb_model(
         folder_or_name: what ``d2llm distill`` wrote, or the name of a shipped student.
         device: None means the best one there is.
         num_candidates: passages that get the full score, per query.
-        vector_dtype: how the vectors of a corpus are stored.
+        vector_format: how the vectors of a corpus are stored.
         interaction: False leaves the inner-product part alone: what the IEM is measured against.
         tasks: as for ``D2LLMModel``.
         work_folder: as for ``D2LLMModel``.
@@ -304,7 +307,7 @@ def load_mteb_model(
         raise InputError("this student has the head 'paper', which scores by the interaction alone; keep it on")
     settings = {
         "num_candidates": (num_candidates, _DEFAULT_CANDIDATES),
-        "vector_dtype": (vector_dtype, _DEFAULT_DTYPE),
+        "vector_format": (vector_format, _DEFAULT_FORMAT),
         "interaction": (interaction, True),
         "tasks": (dict(tasks or {}), {}),
     }
@@ -313,7 +316,7 @@ def load_mteb_model(
         student if interaction else AnchorStudent(student),
         model_meta(student, folder_or_name, changed, meta or {}),
         num_candidates=num_candidates,
-        vector_dtype=vector_dtype,
+        vector_format=vector_format,
         tasks=tasks,
         work_folder=work_folder,
     )

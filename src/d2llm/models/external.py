@@ -22,6 +22,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.sources import fingerprint_model, locate_model, quiet_transformers
+from d2llm.models.student import EncodedTexts
 
 _BLOCK = 256  # texts between two reports of progress
 _BATCH = 32
@@ -30,15 +31,6 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # The similarity of vectors whose inner product is what an index can follow.
 _SIMILARITIES = ("cosine", "dot")
-
-
-@dataclass(frozen=True, slots=True)
-class ExternalVectors:
-    """Vectors [n, dim] of n texts, and what it took."""
-
-    vectors: NDArray[np.float32]
-    num_truncated: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +78,13 @@ class ExternalBiEncoder:
         self.name = name
         self.fingerprint = fingerprint
         self.config = ExternalConfig(name, similarity)
+        self.vector_dim = int(model.get_embedding_dimension())
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> ExternalVectors:
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode with the model's prompt for queries; ``advance`` is called with the number of texts finished."""
         return self._encode(self._model.encode_query, "query", ("query",), texts, advance)
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> ExternalVectors:
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode with the model's prompt for passages (title and text as one string)."""
         names = ("document", "passage", "corpus")
         return self._encode(self._model.encode_document, "document", names, texts, advance)
@@ -120,14 +113,16 @@ class ExternalBiEncoder:
         prompt_names: tuple[str, ...],
         texts: Sequence[str],
         advance: Callable[[int], None] | None,
-    ) -> ExternalVectors:
+    ) -> EncodedTexts:
         prompt = _prompt(self._model, prompt_names)
-        blocks = [np.empty((0, int(self._model.get_embedding_dimension())), np.float32)]
-        num_truncated = num_tokens = 0
+        blocks = [np.empty((0, self.vector_dim), np.float32)]
+        truncated: list[int] = []
+        num_tokens = 0
         for start in range(0, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
-            truncated, tokens = _count_tokens(self._model, block, prompt, task=route)
-            num_truncated, num_tokens = num_truncated + truncated, num_tokens + tokens
+            cut, tokens = _count_tokens(self._model, block, prompt, task=route)
+            truncated += [start + place for place in cut]
+            num_tokens += tokens
             vectors = encode(
                 block,
                 prompt=prompt,
@@ -138,7 +133,7 @@ class ExternalBiEncoder:
             blocks.append(np.asarray(vectors, np.float32))
             if advance is not None:
                 advance(len(block))
-        return ExternalVectors(np.concatenate(blocks), num_truncated, num_tokens)
+        return EncodedTexts(np.concatenate(blocks), tuple(truncated), num_tokens)
 
 
 class ExternalCrossEncoder:
@@ -179,8 +174,8 @@ class ExternalCrossEncoder:
         prompt = _prompt(self._model, ())
         for start in range(0, len(pairs), _BLOCK):
             block = [list(pair) for pair in pairs[start : start + _BLOCK]]
-            truncated, tokens = _count_tokens(self._model, block, prompt)
-            num_truncated, num_tokens = num_truncated + truncated, num_tokens + tokens
+            cut, tokens = _count_tokens(self._model, block, prompt)
+            num_truncated, num_tokens = num_truncated + len(cut), num_tokens + tokens
             logits = self._model.predict(
                 block, batch_size=_BATCH, show_progress_bar=False, activation_fn=torch.nn.Identity()
             )
@@ -320,17 +315,17 @@ def _prompt(model: Any, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _count_tokens(model: Any, inputs: list[Any], prompt: str | None, **route: str) -> tuple[int, int]:
-    """How many of ``inputs`` will be cut, and how many tokens are left of all."""
+def _count_tokens(model: Any, inputs: list[Any], prompt: str | None, **route: str) -> tuple[list[int], int]:
+    """The places of the ``inputs`` that will be cut, and how many tokens are left of all."""
     uncut = {"truncation": False, "verbose": False}  # a text that is too long is counted here and not worth a warning
     features = model.preprocess(inputs, prompt=prompt, processing_kwargs={"text": uncut}, **route)
     if "attention_mask" not in features:  # static embeddings, which read any length
-        return 0, int(features["input_ids"].numel())
+        return [], int(features["input_ids"].numel())
     lengths: NDArray[np.int64] = features["attention_mask"].sum(dim=1).cpu().numpy()
     limit = model.get_max_seq_length()
     if limit is None:
-        return 0, int(lengths.sum())
-    return int((lengths > limit).sum()), int(np.minimum(lengths, limit).sum())
+        return [], int(lengths.sum())
+    return np.flatnonzero(lengths > limit).tolist(), int(np.minimum(lengths, limit).sum())
 
 
 def _entailment_output(model: Any, name: str) -> int | None:

@@ -118,7 +118,7 @@ def build_ann(
     view = PassageView(store)
     base = _checked(view, student, recall, depth)
     random = np.random.default_rng(seed)
-    live = np.arange(view.capacity) if view.live is None else np.flatnonzero(view.live)
+    live = view.live_rows()
     asked = _asked(view, student, queries, live, random)
     num_lists = num_lists or round(_LISTS * len(live) ** 0.5)
     with progress_bar("building", len(live) + len(asked.anchors), show=show_progress) as advance:

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class SearchableIndex(VectorView, Protocol):
-    """What a search reads of an index (``index.view.PassageView`` and ``index.folder.FolderIndex`` fit)."""
+    """What a search reads of an index (``index.view.PassageView`` fits)."""
 
     def __len__(self) -> int:
         """Passages."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.core.types import Task
+from d2llm.models.student import EncodedTexts
 from d2llm.pipeline.protocols import Describable, EncodedBatch, SearchStudent, TextEncoder
 
 
@@ -20,13 +20,6 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
         pooling=PoolingConfig(method="backbone"),
         interaction=InteractionConfig(head="cosine"),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _UnitVectors:
-    vectors: NDArray[np.float32]
-    num_truncated: int
-    num_tokens: int
 
 
 class CosineStudent:
@@ -46,6 +39,11 @@ class CosineStudent:
     def config(self) -> Describable:
         """The encoder's."""
         return self._encoder.config
+
+    @property
+    def vector_dim(self) -> int:
+        """The encoder's."""
+        return self._encoder.vector_dim
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
         """Query vectors of length one."""
@@ -91,6 +89,11 @@ class AnchorStudent:
         """The student's."""
         return self._student.config
 
+    @property
+    def vector_dim(self) -> int:
+        """The student's."""
+        return self._student.vector_dim
+
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
         """The student's query vectors."""
         return self._student.encode_queries(texts, advance=advance)
@@ -113,8 +116,8 @@ class AnchorStudent:
         return passage_vectors @ self._student.anchor_queries(query_vector[None], task)[0]
 
 
-def _unit(encoded: EncodedBatch) -> EncodedBatch:
+def _unit(encoded: EncodedBatch) -> EncodedTexts:
     lengths = np.linalg.norm(encoded.vectors, axis=1, keepdims=True)
     # A vector of zeros (no direction) stays one: its cosine with anything is 0.
     vectors = np.divide(encoded.vectors, np.where(lengths > 0, lengths, 1), dtype=np.float32)
-    return _UnitVectors(vectors, encoded.num_truncated, encoded.num_tokens)
+    return EncodedTexts(vectors, tuple(encoded.truncated), encoded.num_tokens)

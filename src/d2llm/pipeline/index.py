@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,22 +17,18 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DuplicateIdError, InputError
-from d2llm.core.manifest import read_manifest
 from d2llm.core.types import Passage, Query, Ranking, Task
-from d2llm.index.folder import FolderIndex
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.index.schema import FieldType, MetadataSchema
-from d2llm.index.store import FORMAT_VERSION, KEEP_VERSIONS, KIND, IndexStore
+from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.view import PassageView
 from d2llm.models.student import Student
-from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.exact_search import passage_reaches
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import BoundedStudent, IndexStudent
+from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
-_log = logging.getLogger(__name__)
 BLOCK_PASSAGES = 2_048
 """Passages in one commit: what an interruption can cost at most."""
 
@@ -68,7 +63,7 @@ class Index:
     Readers see one version until ``refresh``; a write through this object refreshes it.
     """
 
-    def __init__(self, store: IndexStore, student: IndexStudent | str | Path | None, **loading: Any) -> None:
+    def __init__(self, store: IndexStore, student: SearchStudent | str | Path | None, **loading: Any) -> None:
         self.store = store
         self._given = student
         self._loading = loading
@@ -77,11 +72,12 @@ class Index:
     def create(
         cls,
         folder: str | Path,
-        student: IndexStudent | str | Path,
+        student: SearchStudent | str | Path,
         *,
         task: Task = "asymmetric",
         vector_format: str = "bfloat16",
         metadata: Mapping[str, FieldType] | None = None,
+        student_source: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
     ) -> Index:
@@ -93,6 +89,8 @@ class Index:
             task: what a search asks unless told otherwise.
             vector_format: how vectors are stored (``index.vectors.FORMATS``).
             metadata: fields with their types; fields that come later are inferred from their values all the same.
+            student_source: where the student was loaded from, so that ``open`` finds it again; known where ``student``
+                is a folder or name.
             device: of the student, if it is to be loaded.
             dtype: its number format.
 
@@ -110,7 +108,7 @@ class Index:
             vector_format=vector_format,
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
-            student_source=None if name is None else _source_of(name),
+            student_source=student_source if name is None else source_of(name),
         )
         return cls(store, loaded)
 
@@ -118,7 +116,7 @@ class Index:
     def open(
         cls,
         folder: str | Path,
-        student: IndexStudent | str | Path | None = None,
+        student: SearchStudent | str | Path | None = None,
         *,
         device: str | None = None,
         dtype: str | None = None,
@@ -153,7 +151,7 @@ class Index:
         return self.store.folder
 
     @cached_property
-    def student(self) -> IndexStudent:
+    def student(self) -> SearchStudent:
         """The student that made the vectors.
 
         Raises:
@@ -296,7 +294,7 @@ class Index:
         return report
 
     def _write_block(
-        self, student: IndexStudent, block: list[Passage], report: UpsertReport, *, only_new: bool
+        self, student: SearchStudent, block: list[Passage], report: UpsertReport, *, only_new: bool
     ) -> UpsertReport:
         self._add_new_fields(block)
         changes = self.store.compare(block)
@@ -328,24 +326,6 @@ class Index:
             self.store.add_fields(MetadataSchema(new))
 
 
-def open_searchable(
-    folder: Path, student: str | Path | None = None, *, device: str | None = None, dtype: str | None = None
-) -> tuple[SearchableIndex, IndexStudent]:
-    """An index of either kind, one that lives or one that ``encode`` made, for reading, with its student.
-
-    Raises:
-        DataFormatError: there is no index, or it is damaged.
-        InputError: the student is no longer where it was.
-        IndexMismatchError: the student is another than the index's.
-    """
-    if read_manifest(folder, KIND, FORMAT_VERSION)["format_version"] == FORMAT_VERSION:
-        index = Index.open(folder, student, device=device, dtype=dtype)
-        return index.view, index.student
-    frozen = FolderIndex.open(folder)
-    model = Student.load(student or _found(frozen.student_source, folder), device=device, dtype=dtype)
-    return frozen, model
-
-
 def _found(source: object, folder: Path) -> str:
     """The student that an index remembers."""
     if not isinstance(source, str):
@@ -355,7 +335,8 @@ def _found(source: object, folder: Path) -> str:
     return source
 
 
-def _source_of(student: str | Path) -> str:
+def source_of(student: str | Path) -> str:
+    """What an index remembers of where its student was loaded from."""
     return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
 
 

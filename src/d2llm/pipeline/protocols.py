@@ -28,8 +28,13 @@ class EncodedBatch(Protocol):
         ...
 
     @property
+    def truncated(self) -> Sequence[int]:
+        """Places of the texts that were longer than the limit."""
+        ...
+
+    @property
     def num_truncated(self) -> int:
-        """Texts that were longer than the limit."""
+        """How many they are."""
         ...
 
     @property
@@ -49,6 +54,11 @@ class TextEncoder(Protocol):
     @property
     def config(self) -> Describable:
         """What the encoder is built of."""
+        ...
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of a text's vector."""
         ...
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
@@ -76,28 +86,6 @@ class SearchStudent(TextEncoder, Protocol):
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
         """[dim], [n, dim] -> final logits [n]."""
-        ...
-
-
-class EncodedPassages(EncodedBatch, Protocol):
-    """Vectors of passages, with those that were cut."""
-
-    @property
-    def truncated(self) -> Sequence[int]:
-        """Places of the texts that were longer than the limit."""
-        ...
-
-
-class IndexStudent(SearchStudent, Protocol):
-    """What an index that lives asks of its student."""
-
-    @property
-    def vector_dim(self) -> int:
-        """Width of a text's vector."""
-        ...
-
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedPassages:
-        """Encode passages (title and text as one string)."""
         ...
 
 

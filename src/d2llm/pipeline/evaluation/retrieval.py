@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import Passage, Query, SystemKind
+from d2llm.core.types import Query, SystemKind
 from d2llm.data.beir import Dataset
-from d2llm.index.folder import FolderIndex, content_hash
 from d2llm.ops.measures import per_query_measures
-from d2llm.pipeline.encode import encode
 from d2llm.pipeline.evaluation import setting, shown
 from d2llm.pipeline.evaluation.judging import Pool, interleaved, judge_pool
+from d2llm.pipeline.evaluation.retrieval_work import RetrievalWork
 from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings, Row
-from d2llm.pipeline.evaluation.shortcuts import StoredAs
+from d2llm.pipeline.evaluation.shortcuts import Shortcuts, measure_shortcuts
 from d2llm.pipeline.evaluation.statistics import Values, compare_means, mean_row
-from d2llm.pipeline.evaluation.store import MeasuredStore
 from d2llm.pipeline.evaluation.systems import (
     System,
     Trial,
@@ -29,11 +26,10 @@ from d2llm.pipeline.evaluation.systems import (
     lexical_system,
     reranked,
     run_system,
-    student_system,
     timed,
     with_first_stages,
 )
-from d2llm.pipeline.protocols import PairJudge, SearchStudent
+from d2llm.pipeline.protocols import PairJudge
 from d2llm.pipeline.report import Details, EvaluationReport, EvaluationRow
 
 MAIN_MEASURE = "nDCG@10"
@@ -60,11 +56,12 @@ def evaluate_retrieval(
     queries, num_left_out = _judged_queries(dataset, settings.split)
     probes = sample(queries, settings.latency_queries, settings.seed)
     trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
-    work = _Work(dataset, settings, trial, sample(queries, settings.teacher_queries, settings.seed), folder, labels)
+    sampled = sample(queries, settings.teacher_queries, settings.seed)
+    work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
     students = contenders.students(settings.num_candidates, settings.top_k)
     searched = [_search(work, row) for row in students]
     subject = searched[[row.kind for row in students].index("d2llm")]
-    shortcuts = [_stored_as(work, name, contenders.student) for name in dict.fromkeys(settings.stored_as)]
+    shortcuts = measure_shortcuts(work, contenders, subject)
     lexical = work.store.system(
         work.key(setting.NAME_BM25), lambda: lexical_system(setting.NAME_BM25, work.passages, trial)
     )
@@ -80,13 +77,13 @@ def evaluate_retrieval(
     }
     judges = contenders.judges(settings.teacher_depth)
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
-    systems = [lexical, *fused, *searched, *shortcuts, *(system for system, _ in judged), *runs]
+    systems = [lexical, *fused, *searched, *shortcuts.systems, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
     followers: dict[str, shown.Scores] = {}
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
     names = [name for name, _, _ in judges]
-    return _report(work, contenders, systems, names, subject, teacher_scores, followers, num_left_out)
+    return _report(work, contenders, systems, names, shortcuts, subject, teacher_scores, followers, num_left_out)
 
 
 def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
@@ -95,51 +92,6 @@ def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]
         return list(queries)
     chosen = np.random.default_rng(seed).choice(len(queries), size, replace=False)
     return [queries[position] for position in sorted(chosen.tolist())]
-
-
-@dataclass
-class _Work:
-    """What every system of one evaluation is measured with; ``sampled`` are the queries that judges are asked."""
-
-    dataset: Dataset
-    settings: EvaluationSettings
-    trial: Trial
-    sampled: Sequence[Query]
-    folder: Path
-    labels: Path | None
-
-    def __post_init__(self) -> None:
-        self.passages: list[Passage] = list(self.dataset.passages.values())
-        self.corpus = content_hash(self.passages)
-        self.store = MeasuredStore(self.folder / "measured")
-        self.notes: list[str] = []
-
-    def key(self, name: str, *parts: object) -> list[object]:
-        """What a measured system depends on: its name, ``parts``, the corpus and what is asked."""
-        trial = self.trial
-        asked = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
-        return [name, *parts, self.corpus, fingerprint_json(asked), trial.task, trial.top_k]
-
-    def index(self, model: SearchStudent) -> tuple[FolderIndex, float | None]:
-        """The index of a model, and the passages a second if it had to be made just now."""
-        dtype, rate = self.settings.dtype, None
-        target = self.folder / "indexes" / f"{model.fingerprint}-{self.corpus}-{dtype}"
-        if not target.exists():
-            report = encode(self.passages, model, target, dtype=dtype, show_progress=self.trial.show_progress)
-            rate = report.passages_per_second
-        return FolderIndex.open(target, student_fingerprint=model.fingerprint), rate
-
-    @cached_property
-    def relevant(self) -> dict[str, frozenset[str]]:
-        return {query_id: frozenset(ids) for query_id, ids in self.dataset.positives(self.settings.split).items()}
-
-    @cached_property
-    def qrels(self) -> dict[str, dict[str, int]]:
-        judged = self.dataset.qrels[self.settings.split]
-        return {
-            query.id: {p: grade for p, grade in judged[query.id].items() if p in self.dataset.passages}
-            for query in self.trial.queries
-        }
 
 
 def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
@@ -154,38 +106,18 @@ def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
     return queries, len(dataset.qrels[split]) - len(queries)
 
 
-def _search(work: _Work, row: Row) -> System:
+def _search(work: RetrievalWork, row: Row) -> System:
     def measure() -> System:
         index, rate = work.index(row.model)
-        return student_system(
-            row.name,
-            row.kind,
-            index,
-            row.model,
-            work.trial,
-            num_candidates=row.num_candidates,
-            passages_per_second=rate,
-        )
+        settings = work.search_settings(row.num_candidates)
+        return work.measure(row.name, row.kind, index, settings, passages_per_second=rate)
 
     model = row.model
     return work.store.system(work.key(row.name, model.fingerprint, row.num_candidates, work.settings.dtype), measure)
 
 
-def _stored_as(work: _Work, vector_format: str, student: SearchStudent) -> System:
-    """The student with its vectors in another format."""
-    name, num_candidates = f"{setting.NAME_D2LLM}, {vector_format} vectors", work.settings.num_candidates
-
-    def measure() -> System:
-        index = StoredAs(work.index(student)[0], vector_format)
-        return student_system(
-            name, "shortcut", index, student, work.trial, num_candidates=num_candidates, passages_per_second=None
-        )
-
-    return work.store.system(work.key(name, student.fingerprint, num_candidates), measure)
-
-
 def _judge(
-    work: _Work, name: str, kind: SystemKind, judge: PairJudge, pool: Pool, lexical: System, subject: System
+    work: RetrievalWork, name: str, kind: SystemKind, judge: PairJudge, pool: Pool, lexical: System, subject: System
 ) -> tuple[System, shown.Scores]:
     """The system that a judge makes of the pool, and its scores."""
     texts = {query.id: query.text for query in work.sampled}
@@ -221,17 +153,16 @@ def _judge(
     return with_first_stages(system, seconds, (lexical, subject)), judged.scores
 
 
-def _pool_scores(work: _Work, row: Row, pool: Pool) -> shown.Scores:
+def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> shown.Scores:
     """What a student says of the passages that the teacher judged."""
     texts = {query.id: query.text for query in work.sampled}
-    index, _ = work.index(row.model)
+    view = work.index(row.model)[0].view
 
     def score() -> dict[str, dict[str, float]]:
-        places = {index.id(place): place for place in range(len(index))}
         vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
         found: dict[str, dict[str, float]] = {}
         for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
-            scores = row.model.score(vector, index.vectors([places[p] for p in ids]), work.settings.task)
+            scores = row.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
             found[query_id] = dict(zip(ids, scores.tolist(), strict=True))
         return found
 
@@ -240,10 +171,11 @@ def _pool_scores(work: _Work, row: Row, pool: Pool) -> shown.Scores:
 
 
 def _report(
-    work: _Work,
+    work: RetrievalWork,
     contenders: Contenders,
     systems: Sequence[System],
     judges: Sequence[str],
+    shortcuts: Shortcuts,
     subject: System,
     teacher_scores: shown.Scores | None,
     followers: Mapping[str, shown.Scores],
@@ -251,14 +183,19 @@ def _report(
 ) -> EvaluationReport:
     settings, seed = work.settings, work.settings.seed
     all_ids, sampled_ids = ([query.id for query in queries] for queries in (work.trial.queries, work.sampled))
-    asked = {system.name: sampled_ids if system.name in judges else all_ids for system in systems}
+    asked = {system.name: all_ids for system in systems} | dict.fromkeys(judges, sampled_ids) | shortcuts.asked
     values: dict[str, Values] = {
-        system.name: per_query_measures({q: system.ids(q) for q in system.rankings}, work.qrels) for system in systems
+        system.name: per_query_measures(
+            {query_id: system.ids(query_id) for query_id in system.rankings},
+            shortcuts.qrels.get(system.name, work.qrels),
+        )
+        for system in systems
     }
+    comparable = [system for system in systems if system.name not in shortcuts.qrels]
     rows = [mean_row(system, values[system.name], asked[system.name], seed=seed) for system in systems]
     sample_rows: list[EvaluationRow] = []
     if judges and len(sampled_ids) < len(all_ids):
-        sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in systems]
+        sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in comparable]
     baseline = setting.choose_baseline(rows, settings.baseline)
 
     def on_baselines(name: str) -> dict[str, float]:
@@ -301,9 +238,11 @@ def _report(
         subject=subject.name,
         baseline=baseline,
         rows=tuple(rows),
-        missing=tuple(contenders.missing_rows(settings.teacher_depth)),
+        missing=(*contenders.missing_rows(settings.teacher_depth), *shortcuts.missing),
         sample_rows=tuple(sample_rows),
-        comparisons=tuple(compare_means(values, baseline, asked, seed=seed)),
+        comparisons=tuple(
+            compare_means(values, baseline, {system.name: asked[system.name] for system in comparable}, seed=seed)
+        ),
         agreement=tuple(agreements),
         calibration=tuple(calibrations),
         histograms=tuple(histogram for histogram in histograms if histogram is not None),
@@ -323,7 +262,7 @@ def _report(
             values={
                 name: {measure: tuple(by_query[q] for q in all_ids) for measure, by_query in of_row.items()}
                 for name, of_row in values.items()
-                if name not in judges
+                if asked[name] is all_ids
             },
             wins=wins,
             losses=losses,

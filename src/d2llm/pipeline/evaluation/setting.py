@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from d2llm.core.errors import InputError
 from d2llm.core.types import SystemKind, Task
 from d2llm.data.trec import TrecRun
-from d2llm.index.vectors import FORMATS, VectorDtype
+from d2llm.index.vectors import FORMATS
 from d2llm.pipeline.cosine import AnchorStudent, CosineStudent
 from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder
 from d2llm.pipeline.report import EvaluationRow, MissingRow
@@ -119,8 +119,12 @@ class EvaluationSettings:
         baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
             else BM25.
         seed: of the samples and the significance tests.
-        dtype: how vectors are stored.
-        stored_as: formats of vectors (``index.vectors.FORMATS``) that the student is measured with besides, a row each.
+        dtype: how vectors are stored (``index.vectors.FORMATS``).
+        stored_as: formats that the student is measured with besides, a row each.
+        exact: measure the exact search too.
+        ann_recall: measure candidates of an approximate index too, tuned to find this share of the first ones.
+        cascade_passages: measure the student with a teacher that reads again at most so many passages of a query.
+        filter: measure a search for passages that fit a condition (``index.filters``) too.
 
     Raises:
         InputError: a number out of range, or an unknown format.
@@ -135,11 +139,15 @@ class EvaluationSettings:
     latency_queries: int = 50
     baseline: SystemKind | None = None
     seed: int = 0
-    dtype: VectorDtype = "bfloat16"
+    dtype: str = "bfloat16"
     stored_as: tuple[str, ...] = ()
+    exact: bool = False
+    ann_recall: float | None = None
+    cascade_passages: int | None = None
+    filter: str | None = None
 
     def __post_init__(self) -> None:
-        for name in self.stored_as:
+        for name in (self.dtype, *self.stored_as):
             if name not in FORMATS:
                 raise InputError(f"there is no vector format {name!r}; use one of {', '.join(FORMATS)}")
         limits = {
@@ -147,11 +155,14 @@ class EvaluationSettings:
             "num_candidates": (self.num_candidates, 1),
             "teacher_depth": (self.teacher_depth, 1),
             "teacher_queries": (1 if self.teacher_queries is None else self.teacher_queries, 1),
+            "cascade_passages": (1 if self.cascade_passages is None else self.cascade_passages, 1),
             "latency_queries": (self.latency_queries, 1),
         }
         for name, (value, least) in limits.items():
             if value < least:
                 raise InputError(f"{name} is {value}, but must be at least {least}")
+        if self.ann_recall is not None and not 0 < self.ann_recall <= 1:
+            raise InputError(f"ann_recall is {self.ann_recall}, but must be above 0 and at most 1")
 
 
 def teacher_name(depth: int | None) -> str:

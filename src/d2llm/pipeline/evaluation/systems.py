@@ -10,15 +10,12 @@ import numpy as np
 
 from d2llm.core.types import Passage, Query, SystemKind, Task
 from d2llm.data.trec import TrecRun
-from d2llm.index.folder import FolderIndex
 from d2llm.index.lexical import LexicalIndex
 from d2llm.ops.ranking import reciprocal_rank_fusion
 from d2llm.pipeline.evaluation.memory import peak_memory
-from d2llm.pipeline.evaluation.shortcuts import StoredAs
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.report import Cost, Milliseconds
-from d2llm.pipeline.search import Searcher, SearchSettings
+from d2llm.pipeline.search import Searcher
 
 Scored = tuple[tuple[str, float], ...]
 """Passage ids with their scores, best first."""
@@ -107,18 +104,8 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
         )
 
 
-def student_system(
-    name: str,
-    kind: SystemKind,
-    index: FolderIndex | StoredAs,
-    student: SearchStudent,
-    trial: Trial,
-    *,
-    num_candidates: int,
-    passages_per_second: float | None,
-) -> System:
+def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial) -> System:
     """Rank by a student's search."""
-    searcher = Searcher(index, student, SearchSettings(trial.task, trial.top_k, num_candidates))
     with peak_memory() as peak:
         rankings = {
             ranking.query.id: tuple((place.passage.id, place.score) for place in ranking.passages)
@@ -132,12 +119,8 @@ def student_system(
             kind,
             rankings,
             {"total": totals, **parts},
-            passages_per_second=passages_per_second,
             pairs_per_second=sum(ranking.num_candidates for ranking in asked) / max(sum(parts["score"]), 1e-9),
-            bytes_per_passage=index.vector_bytes_per_passage,
             peak_memory_mib=peak(),
-            fingerprint=student.fingerprint,
-            num_truncated=index.num_truncated,
         )
 
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import ModelError
 from d2llm.core.files import write_json
-from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage
-from d2llm.index.folder import content_hash
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import TextEncoder
 
@@ -49,7 +48,7 @@ def encode_to_file(
         ModelError: a vector is not finite.
     """
     texts = (passages[passage_id] for passage_id in ids)
-    key = fingerprint_json([encoder.fingerprint, content_hash(texts)]) if resumable else "once"
+    key = fingerprint_json([encoder.fingerprint, fingerprint_passages(texts)]) if resumable else "once"
     path, state = folder / f"vectors-{key}.npy", folder / f"vectors-{key}.json"
     finished = int(json.loads(state.read_text(encoding="utf-8"))["rows"]) if state.is_file() else 0
     target: Any = np.load(path, mmap_mode="r+") if finished else None

@@ -1,0 +1,101 @@
+"""What every system that ranks a corpus is measured with, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.types import Passage, Query, SystemKind
+from d2llm.data.beir import Dataset
+from d2llm.index.store import FORMAT_VERSION
+from d2llm.index.view import PassageView
+from d2llm.pipeline.cascade import Cascade
+from d2llm.pipeline.encode import encode
+from d2llm.pipeline.evaluation.setting import EvaluationSettings
+from d2llm.pipeline.evaluation.store import MeasuredStore
+from d2llm.pipeline.evaluation.stored_as import StoredAs
+from d2llm.pipeline.evaluation.systems import System, Trial, student_system
+from d2llm.pipeline.index import Index
+from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.search import Searcher, SearchSettings
+
+
+@dataclass
+class RetrievalWork:
+    """One evaluation. Judges are asked ``sampled`` queries; ``folder`` keeps indexes and what is measured."""
+
+    dataset: Dataset
+    settings: EvaluationSettings
+    trial: Trial
+    sampled: Sequence[Query]
+    folder: Path
+    labels: Path | None
+
+    def __post_init__(self) -> None:
+        self.passages: list[Passage] = list(self.dataset.passages.values())
+        self.corpus = fingerprint_passages(self.passages)
+        self.store = MeasuredStore(self.folder / "measured")
+        self.notes: list[str] = []
+
+    def key(self, name: str, *parts: object) -> list[object]:
+        """What a measured system depends on: its name, ``parts``, the corpus and what is asked."""
+        trial = self.trial
+        asked = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
+        return [name, *parts, self.corpus, fingerprint_json(asked), trial.task, trial.top_k]
+
+    def index(self, model: SearchStudent) -> tuple[Index, float | None]:
+        """The index of a model, and the passages a second if it had to be made just now."""
+        dtype, rate = self.settings.dtype, None
+        target = self.folder / "indexes" / f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}"
+        if not target.exists():
+            report = encode(self.passages, model, target, vector_format=dtype, show_progress=self.trial.show_progress)
+            rate = report.passages_per_second
+        return Index.open(target, model), rate
+
+    def measure(
+        self,
+        name: str,
+        kind: SystemKind,
+        index: Index,
+        settings: SearchSettings,
+        *,
+        view: PassageView | StoredAs | None = None,
+        trial: Trial | None = None,
+        cascade: Cascade | None = None,
+        passages_per_second: float | None = None,
+    ) -> System:
+        """Rank by an index's student; ``view`` is searched in the place of the index, ``trial`` asked in that of all.
+
+        ``passages_per_second`` is what the encoding did.
+        """
+        searched = view or index.view
+        searcher = Searcher(searched, index.student, settings, cascade=cascade)
+        system = student_system(name, kind, searcher, trial or self.trial)
+        return replace(
+            system,
+            passages_per_second=passages_per_second,
+            bytes_per_passage=searched.format.code_size,
+            fingerprint=index.student.fingerprint,
+            num_truncated=index.stats().num_truncated,
+        )
+
+    def search_settings(self, num_candidates: int) -> SearchSettings:
+        """How a row searches: ``num_candidates`` passages get the full score."""
+        return SearchSettings(self.trial.task, self.trial.top_k, num_candidates)
+
+    @cached_property
+    def relevant(self) -> dict[str, frozenset[str]]:
+        """The relevant passages of each query."""
+        return {query_id: frozenset(ids) for query_id, ids in self.dataset.positives(self.settings.split).items()}
+
+    @cached_property
+    def qrels(self) -> dict[str, dict[str, int]]:
+        """The grades of the judged passages that are in the corpus, of each query."""
+        judged = self.dataset.qrels[self.settings.split]
+        return {
+            query.id: {p: grade for p, grade in judged[query.id].items() if p in self.dataset.passages}
+            for query in self.trial.queries
+        }
