@@ -217,7 +217,7 @@ def test_a_rebuild_while_the_store_goes_on_is_in_memory(store, monkeypatch):
         return writing(self)
 
     monkeypatch.setattr(IndexStore, "writing", late)
-    rebuilt = store.rebuild(table)
+    rebuilt = store.vectors.recover(table, "lost")
     assert rebuilt.file is None
     np.testing.assert_array_equal(rebuilt.codes, table.codes())
     assert rebuilt.codes[0].any()
