@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                                    20,000 passages, less than a minute
     python benchmarks/scale.py --passages 1000000 --json benchmarks/results/scale.json
+    python benchmarks/scale.py --passages 1000000 --vector-copies 1 --no-searches      vectors kept once: the bytes
 
 The passages are real ones and variations of them (`scaling.corpus` says how). Recall is that of the first ten against
 the full score of every passage, from float32 vectors. One thread; each query alone; queries a second are of processor
@@ -60,7 +61,7 @@ class Run:
             "setting": {
                 "student": STUDENT, "passages": options.passages, "real": len(self.real), "dim": self.vectors.shape[1],
                 "queries": {task: len(asked.texts) for task, asked in self.queries.items()}, "asked": dict(ASKED),
-                "threads": 1, "encode_cpu_s": seconds,
+                "threads": 1, "encode_cpu_s": seconds, "vector_copies": options.vector_copies,
             }
         }  # fmt: skip
 
@@ -72,7 +73,7 @@ class Run:
         size = min(PART, self.options.passages)
         self.result["formats"] = {}
         for name in FORMATS:
-            facts = build(self.work / f"part-{name}", self.corpus(size), self.known, name)
+            facts = build(self.work / f"part-{name}", self.corpus(size), self.known, name, self.options.vector_copies)
             self.result["formats"][name] = facts
             print(
                 f"{name:9} {size:9,} passages: vector {facts['vector_bytes']:4} B; table {facts['table_bytes']:6.0f}, "
@@ -80,7 +81,7 @@ class Run:
                 f"(texts {facts['text_bytes']:.0f} B)"
             )
         longer = self.work / "part-longer"
-        build(longer, self.corpus(size, longer=4), self.known, "bfloat16")
+        build(longer, self.corpus(size, longer=4), self.known, "bfloat16", self.options.vector_copies)
         asked = self.queries["asymmetric"]
         self.result["texts"] = {
             name: measure_fresh(folder, STUDENT, asked)
@@ -92,7 +93,7 @@ class Run:
     def measure_store(self) -> Path:
         """Building, opening, memory of the whole."""
         folder = self.work / "index"
-        facts = build(folder, self.corpus(self.options.passages), self.known, "bfloat16")
+        facts = build(folder, self.corpus(self.options.passages), self.known, "bfloat16", self.options.vector_copies)
         self.result["build"] = facts
         print(
             f"built {facts['rows']:,} passages in {facts['cpu_seconds']:.0f} s of the processor "
@@ -178,7 +179,7 @@ def goals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         reached = value >= limit if at_least else value <= limit
         found[name] = {"value": value, "limit": limit, "reached": bool(reached)}
 
-    for task, searched in result["searches"].items():
+    for task, searched in result.get("searches", {}).items():
         rows = searched["rows"]
         goal(
             f"recall@10 against the exact IEM from bfloat16, {task}",
@@ -230,6 +231,8 @@ def main() -> None:
     parser.add_argument("--others", type=int, help="passages for the other stores")
     parser.add_argument("--chroma-python", help="a Python that has chromadb")
     parser.add_argument("--cache", type=Path, help="a folder that keeps the real passages' vectors")
+    parser.add_argument("--vector-copies", type=int, choices=(1, 2), default=2, help="1: keep vectors once")
+    parser.add_argument("--no-searches", action="store_true", help="measure building, bytes, opening and memory alone")
     parser.add_argument("--work", type=Path, help="where the indices are made; by default a temporary folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -241,8 +244,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         run = Run(options, Path(work))
         run.measure_parts()
-        run.measure_searches(run.measure_store())
-        run.measure_others()
+        folder = run.measure_store()
+        if not options.no_searches:
+            run.measure_searches(folder)
+            run.measure_others()
     run.result["goals"] = goals(run.result)
     print()
     for name, found in run.result["goals"].items():

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from d2llm.core.types import Passage
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
+from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
 from d2llm.index.view import PassageView
 
@@ -19,9 +20,16 @@ DIM = 8
 FIELDS = MetadataSchema({"year": "integer", "language": "string"})
 
 
-def new_store(folder: Path, vector_format: str = "bfloat16", fields: MetadataSchema = FIELDS) -> IndexStore:
+def new_store(
+    folder: Path, vector_format: str = "bfloat16", fields: MetadataSchema = FIELDS, vector_copies: VectorCopies = 2
+) -> IndexStore:
     return IndexStore.create(
-        folder, student_fingerprint="student", dim=DIM, vector_format=vector_format, metadata=fields
+        folder,
+        student_fingerprint="student",
+        dim=DIM,
+        vector_format=vector_format,
+        vector_copies=vector_copies,
+        metadata=fields,
     )
 
 

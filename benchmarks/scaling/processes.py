@@ -37,10 +37,11 @@ def measure_fresh(folder: Path, student: str, queries: Queries, *, cold: bool = 
         forget(folder)
     asked = json.dumps({"folder": str(folder), "student": student, "queries": queries.texts[:101]})
     begin = time.perf_counter()
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     code = "import sys; from scaling.processes import main; main(sys.stdin.read())"
     done = subprocess.run(
         [sys.executable, "-c", code], input=asked, text=True, capture_output=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the fresh process failed: {done.stderr[-2000:]}")

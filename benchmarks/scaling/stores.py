@@ -23,6 +23,7 @@ from d2llm import Student
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage, Task
 from d2llm.index.store import IndexStore
+from d2llm.index.stored_vectors import VectorCopies
 from d2llm.pipeline.index import Index
 from scaling.corpus import BLOCK, Corpus, KnownVectors, Queries
 from scaling.searches import PROBES, TOP_K, Search
@@ -30,9 +31,11 @@ from scaling.searches import PROBES, TOP_K, Search
 _ADDED_AT_ONCE = 2_000
 
 
-def build(folder: Path, corpus: Corpus, student: KnownVectors, vector_format: str) -> dict[str, float]:
+def build(
+    folder: Path, corpus: Corpus, student: KnownVectors, vector_format: str, vector_copies: VectorCopies = 2
+) -> dict[str, float]:
     """Write a corpus as a user does (``Index.add``), without the encoding; what it took and takes."""
-    index = Index.create(folder, student, vector_format=vector_format)
+    index = Index.create(folder, student, vector_format=vector_format, vector_copies=vector_copies)
     wall, processor = time.perf_counter(), time.process_time()
     text_bytes = 0
 
@@ -56,6 +59,7 @@ def build(folder: Path, corpus: Corpus, student: KnownVectors, vector_format: st
         "rows_per_cpu_second": size / processor,
         "compact_cpu_seconds": time.process_time() - begin,
         "bytes_before_compact": after_build / size,
+        "vector_copies": vector_copies,
         "vector_bytes": facts[0].format.code_size,
         "table_bytes": facts[1].table_bytes / size,
         "vector_file_bytes": facts[1].vector_file_bytes / size,

@@ -19,6 +19,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.types import Passage
 from d2llm.index.inspection import verify
 from d2llm.index.store import IndexStore
+from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
 from store_writer import passages_of
 from tiny_store import check_contents, live_rows, new_store, put, vector_of
@@ -113,17 +114,18 @@ def _check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
     return {"passages": state, "snapshots": snapshots}
 
 
-def _start(folder: Path) -> dict[str, Any]:
-    new_store(folder)
+def _start(folder: Path, vector_copies: VectorCopies) -> dict[str, Any]:
+    new_store(folder, vector_copies=vector_copies)
     return {"passages": {}, "snapshots": {}}
 
 
-def test_killed_at_any_time(tmp_path, writers):
+@pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 17), (1, 13)])
+def test_killed_at_any_time(tmp_path, writers, vector_copies, num_kills):
     seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
     chance = random.Random(seed)
     folder, log = tmp_path / "index", tmp_path / "log"
-    state, hit = _start(folder), []
-    for number in range(30):
+    state, hit = _start(folder, vector_copies), []
+    for number in range(num_kills):
         log.unlink(missing_ok=True)
         task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
         last = writers.run(task, seconds=chance.uniform(0.02, 0.4))
@@ -133,12 +135,13 @@ def test_killed_at_any_time(tmp_path, writers):
     assert len(set(hit)) >= 3  # kinds of writing
 
 
-def test_killed_at_each_function_that_writes(tmp_path, writers):
+@pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 22), (1, 18)])
+def test_killed_at_each_function_that_writes(tmp_path, writers, vector_copies, num_kills):
     seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
     chance = random.Random(seed)
     folder, log = tmp_path / "index", tmp_path / "log"
-    state, hit = _start(folder), []
-    for number in range(40):
+    state, hit = _start(folder, vector_copies), []
+    for number in range(num_kills):
         log.unlink(missing_ok=True)
         task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
         task |= {"kill_at": chance.randint(1, 40), "after": chance.random() < 0.5}

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.index.inspection import stats, verify
 from d2llm.index.store import IndexStore
+from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
-from tiny_store import DIM, check_contents, exact_products, new_store, put
+from tiny_store import DIM, check_contents, exact_products, new_store, put, vectors_of
 
 WORDS = ("apple", "pear", "quince", "中文", "文本")
 IDS = st.one_of(st.sampled_from([f"p{n}" for n in range(12)]), st.text(min_size=1, max_size=4))
@@ -45,13 +46,14 @@ def _bare(passage: Passage) -> Passage:
 
 class StoreMachine(RuleBasedStateMachine):
     vector_format = "bfloat16"
+    vector_copies: VectorCopies = 2
     views = Bundle("views")
     names = Bundle("names")
 
     @initialize()
     def create(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="store-"))
-        self.store = new_store(self.folder / "index", self.vector_format)
+        self.store = new_store(self.folder / "index", self.vector_format, vector_copies=self.vector_copies)
         self.model: Model = {}
         self.snapshots: dict[str, Model] = {}
 
@@ -90,10 +92,15 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.store = IndexStore.open(self.store.folder)
 
-    @rule()
-    def lose_vectors(self) -> None:
-        for path in self.store.folder.glob("vectors-*"):
-            path.unlink()
+    @rule(how=st.sampled_from(["missing", "list missing", "cut", "flipped"]))
+    def lose_vectors(self, how: str) -> None:
+        for path in self.store.folder.glob("vectors-*.bin"):
+            content = path.read_bytes()
+            (path.with_suffix(".json") if how == "list missing" else path).unlink()
+            if how == "cut":
+                path.write_bytes(content[: len(content) // 2])
+            elif how == "flipped":
+                path.write_bytes(bytes(byte ^ (place == 20) for place, byte in enumerate(content)))
 
     # Snapshots
 
@@ -185,6 +192,35 @@ class StoreMachine(RuleBasedStateMachine):
         check_contents(PassageView(self.store), self.model)
 
 
+class OneCopyMachine(StoreMachine):
+    """Lost vectors are no longer read, but encoded again; versions from before then may be without theirs."""
+
+    vector_copies = 1
+    lost_before = 0
+
+    @rule(how=st.sampled_from(["missing", "list missing", "cut", "flipped"]))
+    def lose_vectors(self, how: str) -> None:
+        super().lose_vectors(how)
+        lost = bool(list(self.store.vectors.problems(self.store.table())))
+        assert bool(verify(self.store).problems) == lost
+        if lost and self.model:
+            with pytest.raises(DataFormatError, match="verify --repair"):
+                check_contents(PassageView(self.store), self.model)
+            with pytest.raises(DataFormatError, match="verify --repair"):
+                self.store.compact(dense=True)
+        self.lost_before = self.store.table().version
+        verify(self.store, repair=True, encode=vectors_of)
+        assert verify(self.store).problems == []
+
+    @rule(pinned=StoreMachine.views)
+    def open_at_version(self, pinned: tuple[PassageView, Model]) -> None:
+        try:
+            super().open_at_version(pinned)
+        except DataFormatError as error:
+            if pinned[0].version >= self.lost_before or "open the index again" not in str(error):
+                raise
+
+
 class Int8Machine(StoreMachine):
     vector_format = "int8"
 
@@ -196,6 +232,8 @@ class BinaryMachine(StoreMachine):
 _BUDGET = settings(max_examples=8, stateful_step_count=20, suppress_health_check=list(HealthCheck), derandomize=True)
 TestBfloat16 = StoreMachine.TestCase
 TestBfloat16.settings = _BUDGET
+TestOneCopy = OneCopyMachine.TestCase
+TestOneCopy.settings = settings(_BUDGET, max_examples=6)
 TestInt8 = Int8Machine.TestCase
 TestInt8.settings = settings(_BUDGET, max_examples=4)
 TestBinary = BinaryMachine.TestCase

@@ -30,9 +30,12 @@ from tiny_store import DIM, check_contents, few_passages, new_store, put, vector
 PASSAGES = few_passages(12)
 
 
+BOTH_FORMS = pytest.mark.parametrize("store", [2, 1], indirect=True, ids=["two copies", "one copy"])
+
+
 @pytest.fixture
-def store(tmp_path):
-    made = new_store(tmp_path / "index")
+def store(tmp_path, request):
+    made = new_store(tmp_path / "index", vector_copies=getattr(request, "param", 2))
     put(made, PASSAGES.values())
     return made
 
@@ -56,6 +59,7 @@ def _largest_file(num_bytes):
 # What is written
 
 
+@BOTH_FORMS
 def test_changes_are_told_apart(store):
     changed = [
         PASSAGES["p0"],
@@ -76,6 +80,7 @@ def test_changes_are_told_apart(store):
     _check(store, PASSAGES | {passage.id: passage for passage in changed} | {"p4": gone})
 
 
+@BOTH_FORMS
 def test_what_is_as_it_was_writes_nothing(store):
     version, files = store.table().version, sorted(store.folder.rglob("*"))
     assert put(store, PASSAGES.values()) == version
@@ -83,6 +88,7 @@ def test_what_is_as_it_was_writes_nothing(store):
     assert sorted(store.folder.rglob("*")) == files
 
 
+@BOTH_FORMS
 def test_other_metadata_keep_row_vector_and_flag(store):
     with store.writing():
         changes = store.compare([Passage("long", "very long")])
@@ -143,6 +149,7 @@ def test_a_new_generation_serves_no_earlier_version(store):
     _check(store, few_passages(3, start=50) | few_passages(1, start=50, word="changed"))
 
 
+@BOTH_FORMS
 def test_a_rewrite_that_fails_is_not_taken_for_the_table(store, monkeypatch):
     def refuse(*_):
         raise StorageError("full")
@@ -215,6 +222,7 @@ def test_one_id_twice(store):
         store.compare([Passage("a", "1"), Passage("b", "2"), Passage("a", "3")])
 
 
+@BOTH_FORMS
 def test_deleting(store):
     assert store.delete(["p1", "nobody", "p1", "p4"]) == 2
     assert store.delete([]) == 0
@@ -223,6 +231,7 @@ def test_deleting(store):
     _check(store, {key: value for key, value in PASSAGES.items() if key not in ("p1", "p4")})
 
 
+@BOTH_FORMS
 def test_fields_can_be_added(store):
     store.add_fields(MetadataSchema({"score": "number", "year": "integer"}))
     assert dict(store.metadata.fields) == {"year": "integer", "language": "string", "score": "number"}
@@ -237,6 +246,7 @@ def test_fields_can_be_added(store):
 # Snapshots
 
 
+@BOTH_FORMS
 def test_snapshots(store):
     folder = store.snapshot("first")
     put(store, few_passages(5, start=8, word="changed").values())
@@ -358,6 +368,7 @@ def _commit(store):
     put(store, [Passage("big", "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 20_000))))])
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize(
     ("change", "room"),
     [
@@ -381,6 +392,7 @@ def test_no_room(store, change, room):
     assert verify(store).problems == []
 
 
+@BOTH_FORMS
 def test_no_room_for_a_restore(store):
     store.snapshot("a")
     put(store, [Passage("new", "text")])
@@ -424,6 +436,9 @@ def test_create_needs_an_empty_place(store, tmp_path):
         ({"dim": "8"}, "no valid dim"),
         ({"student": None, "task": 3}, "no valid student, task"),
         ({"vector_format": "int7"}, "int7"),
+        ({"vector_copies": 3}, "no valid vector_copies"),
+        ({"vector_copies": []}, "no valid vector_copies"),
+        ({"vector_copies": 1}, "other columns than its manifest"),
         ({"dim": 16}, "other columns than its manifest"),
         ({"vector_format": "int8"}, "other columns than its manifest"),
     ],

@@ -7,67 +7,28 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from d2llm.apps.index_options import (
+    ChunkOption,
+    CopiesOption,
+    CorpusArgument,
+    FieldOption,
+    FormatOption,
+    IdsArgument,
+    IdsFileOption,
+    MakerOption,
+    NewTaskOption,
+    OverlapOption,
+    PlainOption,
+)
 from d2llm.apps.options import DEFAULT_STUDENT, SEARCH, DeviceOption, DtypeOption, JsonOption
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
 
 if TYPE_CHECKING:
+    from d2llm.index.stored_vectors import VectorCopies
     from d2llm.pipeline.index import Index
 
 _FOLDER = "d2llm.index"
-
-CorpusArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CORPUS", help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one.", show_default=False
-    ),
-]
-IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.", show_default=False)]
-IdsFileOption = Annotated[
-    Path | None,
-    typer.Option("--ids", metavar="FILE", help="A file with one id per line.", show_default=False),
-]
-MakerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--student",
-        metavar="NAME_OR_FOLDER",
-        help="The student whose vectors it holds.",
-        show_default=f"the index's own; of a new one {DEFAULT_STUDENT}",
-    ),
-]
-NewTaskOption = Annotated[
-    Task, typer.Option("--task", help="Of a new index: what searches ask, an answer or the same said.")
-]
-FormatOption = Annotated[
-    str,
-    typer.Option(
-        "--vectors", metavar="FORMAT", help="Of a new index: float32, bfloat16, float16, int8, int3 or binary vectors."
-    ),
-]
-FieldOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--field",
-        metavar="NAME:TYPE",
-        help="Of a new index: a metadata field (string, integer, number, boolean, timestamp); repeat for more.",
-        show_default="by the first values",
-    ),
-]
-ChunkOption = Annotated[
-    int | None,
-    typer.Option(
-        "--chunk-tokens",
-        metavar="N",
-        min=1,
-        help="Split texts into passages of at most N tokens, title included; search --group ranks whole texts.",
-        show_default=False,
-    ),
-]
-OverlapOption = Annotated[
-    int, typer.Option("--chunk-overlap", metavar="N", min=0, help="Tokens that a passage repeats of the one before.")
-]
-PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")]
 
 index_app = typer.Typer(
     name="index",
@@ -94,6 +55,7 @@ def add(
     student: MakerOption = None,
     task: NewTaskOption = "asymmetric",
     vectors: FormatOption = "bfloat16",
+    vector_copies: CopiesOption = 2,
     field: FieldOption = None,
     no_metadata: PlainOption = False,
     device: DeviceOption = None,
@@ -104,7 +66,7 @@ def add(
 
     Stopped, give upsert to go on: what is there already is not encoded again.
     """
-    index = _open_or_create(context, student, task, vectors, field, device, dtype)
+    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype)
     _write(context, index, corpus, only_new=True, no_metadata=no_metadata, json_path=json_path)
 
 
@@ -115,6 +77,7 @@ def upsert(
     student: MakerOption = None,
     task: NewTaskOption = "asymmetric",
     vectors: FormatOption = "bfloat16",
+    vector_copies: CopiesOption = 2,
     field: FieldOption = None,
     no_metadata: PlainOption = False,
     chunk_tokens: ChunkOption = None,
@@ -127,7 +90,7 @@ def upsert(
 
     Only new and changed texts are encoded. Stopped, it goes on where it was when given again.
     """
-    index = _open_or_create(context, student, task, vectors, field, device, dtype)
+    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype)
     if chunk_tokens is None:
         _write(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
     else:
@@ -276,14 +239,21 @@ def restore(
 @index_app.command("verify")
 def verify(
     context: typer.Context,
-    repair: Annotated[bool, typer.Option("--repair", help="Write damaged vectors anew from the table.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Make damaged vectors anew: from the table, or where kept once, by encoding."),
+    ] = False,
+    student: MakerOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Read everything and say what is not as it was written."""
     from d2llm.pipeline.index import Index
 
     session = session_of(context)
-    report = Index.open(folder_of(context)).verify(repair=repair)
+    index = Index.open(folder_of(context), student, device=device, dtype=dtype)
+    report = index.verify(repair=repair, show_progress=session.show_progress)
     for problem in report.problems:
         session.complain("problem", problem)
     session.say(
@@ -310,6 +280,7 @@ def _open_or_create(
     student: str | None,
     task: Task,
     vectors: str,
+    vector_copies: int,
     fields: list[str] | None,
     device: str | None,
     dtype: str | None,
@@ -323,10 +294,16 @@ def _open_or_create(
     if not (folder / MANIFEST_NAME).is_file():
         declared = MetadataSchema.parse(fields or []).fields
         return Index.create(
-            folder, student or DEFAULT_STUDENT, task=task, vector_format=vectors, metadata=declared, device=device,
-            dtype=dtype,
+            folder, student or DEFAULT_STUDENT, task=task, vector_format=vectors,
+            vector_copies=cast("VectorCopies", vector_copies), metadata=declared, device=device, dtype=dtype,
         )  # fmt: skip
-    for given, option in ((fields, "--field"), (vectors != "bfloat16", "--vectors"), (task != "asymmetric", "--task")):
+    for_a_new_one = {
+        "--field": fields,
+        "--vectors": vectors != "bfloat16",
+        "--vector-copies": vector_copies != 2,
+        "--task": task != "asymmetric",
+    }
+    for option, given in for_a_new_one.items():
         if given:
             raise InputError(f"{folder}: is there already, and {option} is for a new index; leave it out")
     return Index.open(folder, student, device=device, dtype=dtype)

@@ -21,9 +21,11 @@ def stats_table(stats: IndexStats) -> Table:
     table.add_column()
     fields = ", ".join(f"{name}: {kind}" for name, kind in stats.metadata.items())
     holes = stats.num_rows - stats.num_passages
+    copies = "once" if stats.vector_copies == 1 else "twice"
     rows = {
         "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them read in part",
-        "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each; {holes:,} holes",
+        "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each, kept {copies}; "
+        f"{holes:,} holes",
         "metadata": fields or "none",
         "student": f"{stats.student}, task {stats.task}",
         "version": f"{stats.version:,}; {stats.num_versions:,} can still be read",

@@ -41,8 +41,11 @@ class Changes:
     num_unchanged: int
 
 
-def table_schema(metadata: Iterable[pa.Field], code_size: int) -> pa.Schema:
-    """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes."""
+def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Schema:
+    """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes.
+
+    None: it has no vectors.
+    """
     return pa.schema(
         [
             *(pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "document_id")),
@@ -51,7 +54,7 @@ def table_schema(metadata: Iterable[pa.Field], code_size: int) -> pa.Schema:
             pa.field("d2_row", pa.int64(), nullable=False),
             pa.field("d2_hash", pa.string(), nullable=False),
             pa.field("d2_truncated", pa.bool_(), nullable=False),
-            pa.field("d2_vector", pa.list_(pa.uint8(), code_size), nullable=False),
+            *([] if code_size is None else [pa.field("d2_vector", pa.list_(pa.uint8(), code_size), nullable=False)]),
         ]
     )
 
@@ -151,11 +154,10 @@ def table_block(
     metadata: MetadataSchema,
     rows: NDArray[np.int64],
     truncated: Sequence[bool],
-    codes: NDArray[np.uint8],
+    codes: NDArray[np.uint8] | None,
 ) -> pa.Table:
-    """Passages as rows of a table: with their row numbers, flags and codes [n, code_size]."""
+    """Passages as rows of a table: with their row numbers, flags and codes [n, code_size] (None: it has none)."""
     others = other_columns(passages, metadata)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1), pa.uint8()), codes.shape[1])
     columns = {
         "id": pa.array([passage.id for passage in passages], pa.string()),
         "title": pa.array([passage.title for passage in passages], pa.string()),
@@ -164,6 +166,8 @@ def table_block(
         "d2_row": pa.array(rows, pa.int64()),
         "d2_hash": pa.array(_hashes(passages, others), pa.string()),
         "d2_truncated": pa.array(truncated, pa.bool_()),
-        "d2_vector": vectors,
     }
+    if codes is not None:
+        flat = pa.array(codes.reshape(-1), pa.uint8())
+        columns["d2_vector"] = pa.FixedSizeListArray.from_arrays(flat, codes.shape[1])
     return pa.table([columns[name] for name in schema.names], schema=schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,20 +11,20 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError, DataFormatError
 from d2llm.core.files import folder_bytes
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, codes_of, row_hash
+from d2llm.index.blocks import GENERATION_SHIFT, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
-from d2llm.index.vector_file import VectorFile
+from d2llm.index.stored_vectors import Encode
 
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
     """What an index holds. ``num_rows`` counts the vectors in the file, those of deleted passages included.
 
-    Bytes: of the table with its indices and old versions, of the vector files, and of everything (snapshots included)
-    per passage. ``unindexed`` names indices with the number of passages that they do not cover yet; those are searched
-    all the same, more slowly.
+    Each vector stands in ``vector_copies`` places. Bytes: of the table with its indices and old versions, of the vector
+    files, and of everything (snapshots included) per passage. ``unindexed`` names indices with the number of passages
+    that they do not cover yet; those are searched all the same, more slowly.
     """
 
     folder: str
@@ -38,6 +39,7 @@ class IndexStats:
     dim: int
     vector_format: str
     vector_bytes: int
+    vector_copies: int
     metadata: dict[str, str]
     table_bytes: int
     vector_file_bytes: int
@@ -68,7 +70,7 @@ class VerifyReport:
 def stats(store: IndexStore) -> IndexStats:
     """Facts about the latest version."""
     table = store.table()
-    vectors = store.vectors(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
+    vectors = store.vectors.read(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
     table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
     return IndexStats(
         folder=str(store.folder),
@@ -83,6 +85,7 @@ def stats(store: IndexStore) -> IndexStats:
         dim=store.manifest["dim"],
         vector_format=store.manifest["vector_format"],
         vector_bytes=store.format.code_size,
+        vector_copies=store.vector_copies,
         metadata=MetadataSchema.from_arrow(table.metadata_fields).to_json(),
         table_bytes=table_bytes,
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
@@ -91,25 +94,26 @@ def stats(store: IndexStore) -> IndexStats:
     )
 
 
-def verify(store: IndexStore, *, repair: bool = False) -> VerifyReport:
-    """Read everything and compare: texts with their hashes, row numbers, the vector file with the table, snapshots.
+def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = None) -> VerifyReport:
+    """Read everything and compare: texts with their hashes, row numbers, the vectors with what was written, snapshots.
 
     Args:
         store: what to look at; its latest version and its snapshots.
-        repair: write the vector file anew from the table where it is damaged. The table itself is the source of truth
-            and cannot be repaired, only restored from a snapshot.
+        repair: write vector files anew where they are damaged: from the table, or where the vectors are kept once, by
+            encoding what is lost. Texts and metadata cannot be repaired, only restored from a snapshot.
+        encode: what encodes, where the vectors are kept once.
+
+    Raises:
+        IndexLockedError: another process is writing, and there is to be repaired.
+        InputError: vectors are to be encoded again, and ``encode`` is not given.
+        StorageError: a repaired file cannot be written.
     """
-    table = store.table()
-    problems = [*_table_problems(table)]
-    if not problems:
-        found = list(_vector_problems(store, table))
-        if found and repair:
-            store.rebuild(table)
-            found = [f"{found[0]}; it was written anew", *_vector_problems(store, table)]
-        problems += found
-    snapshots = store.snapshots()
-    for name in snapshots:
-        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name)]
+    with store.locked() if repair else nullcontext():
+        table = store.table()
+        problems = [*_problems(store, table, repair, encode)]
+        snapshots = store.snapshots()
+        for name in snapshots:
+            problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, repair, encode)]
     return VerifyReport(
         folder=str(store.folder),
         version=table.version,
@@ -118,6 +122,18 @@ def verify(store: IndexStore, *, repair: bool = False) -> VerifyReport:
         num_snapshots=len(snapshots),
         problems=problems,
     )
+
+
+def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Encode | None) -> list[str]:
+    """Of a store or a snapshot. Vectors are looked at where the table is whole, since they are made anew from it."""
+    problems = list(_table_problems(table))
+    if problems:
+        return problems
+    problems = list(store.vectors.problems(table))
+    if problems and repair:
+        store.vectors.repair(table, encode)
+        problems = [f"{problems[0]}; it was written anew", *store.vectors.problems(table)]
+    return problems
 
 
 def _table_problems(table: PassageTable) -> Iterator[str]:
@@ -155,30 +171,10 @@ def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Ite
         yield f"an index of the table is damaged ({error.problem}); {advice}"
 
 
-def _vector_problems(store: IndexStore, table: PassageTable) -> Iterator[str]:
-    generation = store.generation(table)
-    try:
-        file = VectorFile.open(store.folder, generation, store.format.code_size)
-    except DataFormatError as error:
-        yield str(error)
-        return
-    codes, differing = file.codes(), 0
-    damaged = file.damaged(codes)
-    if damaged:
-        yield f"{file.path.name}: {len(damaged)} of {len(file.extents)} parts are not what was written"
-    for batch in table.batches(["d2_row", "d2_vector"]):
-        rows = np.asarray(batch.column("d2_row")) & ROW_MASK
-        inside = rows < len(codes)
-        differing += int((~inside).sum()) + int((codes[rows[inside]] != codes_of(batch)[inside]).any(axis=1).sum())
-    if differing and not damaged:
-        yield f"{file.path.name}: {differing} vectors are not those of the table"
-
-
-def _snapshot_problems(store: IndexStore, name: str) -> Iterator[str]:
+def _snapshot_problems(store: IndexStore, name: str, repair: bool, encode: Encode | None) -> Iterator[str]:
     try:
         snapshot = IndexStore.open(store.snapshot_folder(name))
-        table = snapshot.table()
-        yield from _table_problems(table)
-        yield from _vector_problems(snapshot, table)
-    except D2LLMError as error:
+        with snapshot.locked() if repair else nullcontext():
+            yield from _problems(snapshot, snapshot.table(), repair, encode)
+    except DataFormatError as error:
         yield str(error)

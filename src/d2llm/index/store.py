@@ -3,7 +3,8 @@
 INDEX/
   manifest.json         kind "index": student, task, vector format; written once
   passages.lance        the table (``passage_table``): the source of truth, with versions
-  vectors-<g>.bin/json  the vectors of generation g (``vector_file``): derived, rebuilt from the table when need be
+  vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
+                        (``stored_vectors``)
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
 
@@ -16,7 +17,6 @@ commit that names their rows.
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, IndexLockedError, InputError, StorageError
+from d2llm.core.errors import DataFormatError, IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.types import Passage, Task
@@ -38,10 +38,8 @@ from d2llm.index import vector_file
 from d2llm.index.blocks import (
     COMPARED,
     GENERATION_SHIFT,
-    ROW_MASK,
     Changes,
     check_passages,
-    codes_of,
     compare,
     is_text,
     table_block,
@@ -49,12 +47,16 @@ from d2llm.index.blocks import (
 )
 from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, storage_errors
 from d2llm.index.schema import MetadataSchema
-from d2llm.index.vector_file import VectorFile, VectorRows
+from d2llm.index.stored_vectors import StoredVectors, VectorCopies, stored_vectors
+from d2llm.index.vector_file import VectorFile
 from d2llm.index.vectors import VectorFormat, make_format
 
-_log = logging.getLogger(__name__)
 KIND = "index"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""The newest format that is read."""
+FIRST_FORMAT_VERSION = 2
+"""The first format of a store; before it there was ``index.folder`` alone."""
+_FORMATS: dict[VectorCopies, int] = {2: 2, 1: 3}  # by copies of the vectors, so that d2llm before 3 reads what it can
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
 _SNAPSHOTS = "snapshots"
@@ -70,6 +72,8 @@ class IndexStore:
         self.folder = folder
         self.manifest = manifest
         self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
+        self.vector_copies: VectorCopies = manifest.get("vector_copies", 2)
+        self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
         self._lock = filelock.FileLock(folder / _LOCK, timeout=0)
 
     @classmethod
@@ -81,26 +85,33 @@ class IndexStore:
         dim: int,
         task: Task = "asymmetric",
         vector_format: str = "bfloat16",
+        vector_copies: VectorCopies = 2,
         metadata: MetadataSchema | None = None,
         student_config: Mapping[str, Any] | None = None,
         student_source: str | None = None,
     ) -> IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
+        ``vector_copies``: 2, in the table too, so that a damaged vector file is read from there; 1, in the file alone,
+        which takes less space, and what is damaged must be encoded again.
+
         Raises:
-            InputError: something is there already, or the format is unknown.
+            InputError: something is there already, or the format or number of copies is unknown.
             StorageError: it cannot be written.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: is there already; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
+        if vector_copies not in _FORMATS:
+            raise InputError(f"{vector_copies!r} copies of the vectors cannot be kept; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
-            PassageTable.create(draft, table_schema(fields, code_size))
+            PassageTable.create(draft, table_schema(fields, code_size if vector_copies == 2 else None))
             VectorFile.create(draft, 0, code_size)
             student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
-            content = {"task": task, "dim": dim, "vector_format": vector_format, "snapshot": None}
-            write_manifest(draft, KIND, FORMAT_VERSION, student | {"student_source": student_source} | content)
+            vectors = {"dim": dim, "vector_format": vector_format, "vector_copies": vector_copies}
+            content = {"student_source": student_source, "task": task, **vectors, "snapshot": None}
+            write_manifest(draft, KIND, _FORMATS[vector_copies], student | content)
         return cls.open(folder)
 
     @classmethod
@@ -111,10 +122,12 @@ class IndexStore:
             DataFormatError: there is none, or its manifest is damaged or of another format.
         """
         manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-        if manifest["format_version"] < FORMAT_VERSION:
+        if manifest["format_version"] < FIRST_FORMAT_VERSION:
             raise DataFormatError(folder, "is an index of the first format, which cannot be changed; encode it again")
         wanted = {"student": str, "task": str, "dim": int, "vector_format": str}
         wrong = [key for key, kind in wanted.items() if not isinstance(manifest.get(key), kind)]
+        if manifest.get("vector_copies", 2) not in (1, 2):
+            wrong.append("vector_copies")
         if wrong:
             raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
         try:
@@ -129,8 +142,9 @@ class IndexStore:
             DataFormatError: it cannot be opened, or is not of this index.
         """
         table = PassageTable.open(self.folder, version)
+        code_size = self.format.code_size if self.vector_copies == 2 else None
         # As sets: a metadata field that came later stands behind the rest.
-        if set(table.schema) != set(table_schema(table.metadata_fields, self.format.code_size)):
+        if set(table.schema) != set(table_schema(table.metadata_fields, code_size)):
             raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
         return table
 
@@ -138,6 +152,23 @@ class IndexStore:
     def metadata(self) -> MetadataSchema:
         """The metadata fields, as the latest version of the table has them."""
         return MetadataSchema.from_arrow(self.table().metadata_fields)
+
+    def check_student(self, fingerprint: str) -> None:
+        """Make sure that the vectors are of the student with this fingerprint.
+
+        Raises:
+            IndexMismatchError: they are another student's.
+        """
+        if fingerprint != self.manifest["student"]:
+            raise IndexMismatchError(
+                f"{self.folder}: the index was made by student {self.manifest['student']}, but the student given is "
+                f"{fingerprint}; search with the student that made it, or index the corpus again with this one"
+            )
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether this is a snapshot of an index."""
+        return bool(self.manifest.get("snapshot"))
 
     @contextmanager
     def writing(self) -> Generator[None]:
@@ -148,8 +179,14 @@ class IndexStore:
             InputError: this is a snapshot.
             StorageError: the folder cannot be written.
         """
-        if self.manifest.get("snapshot"):
+        if self.is_snapshot:
             raise InputError(f"{self.folder}: is the snapshot {self.manifest['snapshot']!r}, which never changes")
+        with self.locked():
+            yield
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """``writing``, also for a snapshot: its passages never change, but its vectors can be repaired."""
         with storage_errors(self.folder):
             try:
                 self._lock.acquire()
@@ -199,16 +236,16 @@ class IndexStore:
             table = self.table()
             if not changes.texts and not changes.others:
                 return table.version
-            file, generation = self._file_to_extend(table), self.generation(table)
+            file, generation = self.vectors.file_to_extend(table), self.vectors.generation(table)
             kept_rows = np.array([row for _, row, _ in changes.others], np.int64)
-            kept_codes = codes_of(table.by_rows(kept_rows.tolist(), ["d2_vector"]))
+            column = self.vectors.column(table, codes, kept_rows.tolist())
             with storage_errors(self.folder):
                 first = file.append(codes) if len(codes) else file.capacity
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
             flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
             passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
-            block = table_block(passages, table.schema, metadata, rows, flags, np.concatenate([codes, kept_codes]))
+            block = table_block(passages, table.schema, metadata, rows, flags, column)
             table.put(block, replaces=len(passages) > changes.num_new)
             return table.version
 
@@ -268,11 +305,11 @@ class IndexStore:
                 raise InputError(f"{self.folder}: there is a snapshot {name!r} already; choose another name")
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 link_table(self.folder, draft)
-                vectors = self._file_to_extend(self.table()).path
+                vectors = self.vectors.file_to_extend(self.table()).path
                 for path in (vectors, vectors.with_suffix(".json")):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
-                write_manifest(draft, KIND, FORMAT_VERSION, content | {"snapshot": name})
+                write_manifest(draft, KIND, _FORMATS[self.vector_copies], content | {"snapshot": name})
         return target
 
     def drop_snapshot(self, name: str) -> None:
@@ -295,10 +332,10 @@ class IndexStore:
         What the index held before stays in its earlier version for a while (``compact`` ends that).
         """
         with self.writing():
-            source = PassageTable.open(self._existing_snapshot(name))
-            self._rewrite(source)
+            source = IndexStore.open(self._existing_snapshot(name))
+            num_passages = self._rewrite(source)
             self.settle()
-            return len(source)
+            return num_passages
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of what is no longer there; returns the bytes of the index before and after.
@@ -309,31 +346,36 @@ class IndexStore:
         """
         with self.writing(), storage_errors(self.folder):
             before, table = folder_bytes(self.folder), self.table()
-            if dense or (dense is None and len(table) < 0.75 * self._file_to_extend(table).capacity):
-                self._rewrite(table)
+            if dense or (dense is None and len(table) < 0.75 * self.vectors.file_to_extend(table).capacity):
+                self._rewrite(self)
             self.settle()
             self.table().optimize(keep)
-            used = {self.generation(self.table(version)) for version in self.table().versions()}
+            used = {self.vectors.generation(self.table(version)) for version in self.table().versions()}
             for generation in set(vector_file.generations(self.folder)) - used:
                 vector_file.remove(self.folder, generation)
             self._sweep()
             return before, folder_bytes(self.folder)
 
-    def _rewrite(self, source: PassageTable) -> None:
-        """All rows of ``source``, with their vectors in a file of a new generation, in the place of the table's."""
-        table = self.table()
-        generation = max(self.generation(table), *vector_file.generations(self.folder), 0) + 1
+    def _rewrite(self, source: IndexStore) -> int:
+        """All rows of ``source``, with their vectors in a file of a new generation, in the place of the table's.
+
+        Returns how many they are.
+        """
+        table, rows = self.table(), source.table()
+        codes_of_batch = source.vectors.codes_of_batches(rows)
+        generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one whose own file of this number was lost.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for batch in source.batches():
-                first = file.append(codes_of(batch))
-                rows = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
+            for batch in rows.batches():
+                first = file.append(codes_of_batch(batch))
+                numbers = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
                 place = batch.schema.get_field_index("d2_row")
-                yield batch.set_column(place, batch.schema.field(place), pa.array(rows, pa.int64()))
+                yield batch.set_column(place, batch.schema.field(place), pa.array(numbers, pa.int64()))
 
-        table.replace_all(source.schema, batches())
+        table.replace_all(rows.schema, batches())
+        return len(rows)
 
     def _sweep(self) -> None:
         """Remove what interrupted writers left."""
@@ -345,55 +387,3 @@ class IndexStore:
         if name not in there:
             raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {', '.join(there) or 'none'}")
         return folder
-
-    # Vectors -------------------------------------------------------------------------------------------------------
-
-    def vectors(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
-        """The vectors of a version with these live rows (d2_row).
-
-        Where the file is missing, damaged or lacks rows, it is written anew from the table; where that is impossible
-        (no right to write, another writer at work, an old version), the vectors are held in memory.
-        """
-        needed = int(rows.max() & ROW_MASK) + 1 if len(rows) else 0
-        try:
-            file = VectorFile.open(self.folder, self.generation(table), self.format.code_size)
-            if file.capacity >= needed and file.since <= table.version:
-                return VectorRows(file.codes(), file)
-        except (DataFormatError, OSError, ValueError) as error:  # the last two: replaced while it was opened
-            _log.warning("%s: %s", self.folder, error)
-        return self.rebuild(table)
-
-    def rebuild(self, table: PassageTable) -> VectorRows:
-        """The vectors of a version, read from the table again, and written for later readers where that is possible."""
-        if not self.manifest.get("snapshot") and table.version == self.table().version:
-            try:
-                with self.writing():
-                    if table.version == self.table().version:  # none has been written meanwhile
-                        file = self._write_file(table)
-                        return VectorRows(file.codes(), file)
-            except StorageError as error:
-                _log.warning("%s: its vectors are held in memory (%s)", self.folder, error)
-        return VectorRows(table.codes(), None)
-
-    def _write_file(self, table: PassageTable) -> VectorFile:
-        """The vector file of the latest version, anew. Rows that it lacks are zeros, so the file says since when."""
-        with storage_errors(self.folder):
-            return VectorFile.replace(self.folder, self.generation(table), table.codes(), since=table.version)
-
-    def _file_to_extend(self, table: PassageTable) -> VectorFile:
-        """The file of the latest version. It must hold all of its rows, else new ones would get their numbers."""
-        generation = self.generation(table)
-        try:
-            file = VectorFile.open(self.folder, generation, self.format.code_size)
-            if file.since <= table.version and not table.has_rows_from(generation << GENERATION_SHIFT | file.capacity):
-                return file
-            problem = f"{file.path.name} is not of this version; it is written anew"
-        except DataFormatError as error:
-            problem = error.problem
-        _log.warning("%s: %s", self.folder, problem)
-        return self._write_file(table)
-
-    def generation(self, table: PassageTable) -> int:
-        """Of the vectors of a version. All its rows are of one; a version without rows goes on with the newest."""
-        row = table.any_row()
-        return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT

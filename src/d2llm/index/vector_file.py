@@ -1,4 +1,4 @@
-"""An append-only file of vectors, memory-mapped for reading: the fast copy of what a passage table holds.
+"""An append-only file of vectors, memory-mapped for reading.
 
 vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
@@ -6,8 +6,8 @@ vectors-<generation>.json   code_size; since: the first version of the table tha
 
 A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
 that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
-that no table names; the next writer goes on behind them. A file that was rebuilt from the table lacks the rows that
-only earlier versions have, hence ``since``.
+that no table names; the next writer goes on behind them. A file that was written anew (``stored_vectors``) lacks the
+rows that only earlier versions have, hence ``since``.
 """
 
 from __future__ import annotations
@@ -51,6 +51,14 @@ class VectorRows(NamedTuple):
     file: VectorFile | None
 
 
+class Salvage(NamedTuple):
+    """What can be used of a file: codes as far as there are bytes, which of those rows are whole [n], what is wrong."""
+
+    codes: NDArray[np.uint8]
+    whole: NDArray[np.bool_]
+    problem: str | None
+
+
 class VectorFile:
     """The vectors of one generation of an index. ``append`` is for the holder of the index's write lock alone."""
 
@@ -74,19 +82,44 @@ class VectorFile:
     @classmethod
     def replace(cls, folder: Path, generation: int, codes: NDArray[np.uint8], *, since: int) -> VectorFile:
         """A file with these rows in the place of one that is missing or damaged."""
-        draft = folder / f".vectors-{generation}.new"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
         try:
-            file = cls.create(draft, generation, codes.shape[1], since=since)
+            file = cls.begin(folder, generation, codes.shape[1], since=since)
             if len(codes):
                 file.append(codes)
-            # Killed between the two, the checksums tell that the parts do not belong together.
-            for path in (file.path, file.path.with_suffix(".json")):
-                path.replace(folder / path.name)
+            return file.take_place(folder)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return cls.open(folder, generation, codes.shape[1])
+            shutil.rmtree(_draft_of(folder, generation), ignore_errors=True)
+
+    @classmethod
+    def begin(cls, folder: Path, generation: int, code_size: int, *, since: int, purpose: str = "") -> VectorFile:
+        """A file that is to take the place of another (``take_place``) when its rows have been appended.
+
+        Args:
+            folder: of the index; until then the file is in a hidden folder there.
+            generation: whose file it will be.
+            code_size: bytes of a row.
+            since: the first version that it serves.
+            purpose: given, the file that an interrupted replacement left for the same purpose is gone on with.
+        """
+        draft = _draft_of(folder, generation, purpose)
+        if purpose:
+            try:
+                left = cls.open(draft, generation, code_size)
+                if left.since == since and not left.damaged(left.codes()):
+                    return left
+            except DataFormatError:
+                pass  # there is none, or it cannot be used
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        return cls.create(draft, generation, code_size, since=since)
+
+    def take_place(self, folder: Path) -> VectorFile:
+        """Put a file that was begun in the place of that of its generation."""
+        # Killed between the two, the checksums tell that the parts do not belong together.
+        for path in (self.path, self.path.with_suffix(".json")):
+            path.replace(folder / path.name)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        return VectorFile(folder / self.path.name, self.code_size, self.extents, self.since)
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
@@ -95,18 +128,26 @@ class VectorFile:
         Raises:
             DataFormatError: a part is missing, too short, or does not fit ``code_size``.
         """
+        file = cls._described(folder, generation, code_size)
+        try:
+            if file.path.stat().st_size < file.num_bytes:
+                raise ValueError(f"{file.path.name} is shorter than it says")
+        except (OSError, ValueError) as error:
+            raise _unusable(file.path, error) from error
+        return file
+
+    @classmethod
+    def _described(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
+        """The file as its list of extents describes it, whether the rows are there or not."""
         path = path_of(folder, generation)
         try:
             record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             extents = [Extent(*extent) for extent in record["extents"]]
             if record["code_size"] != code_size or type(record["since"]) is not int or not _fit(extents):
                 raise ValueError(f"{path.stem}.json does not describe these vectors")
-            file = cls(path, code_size, extents, record["since"])
-            if path.stat().st_size < file.num_bytes:
-                raise ValueError(f"{path.name} is shorter than it says")
+            return cls(path, code_size, extents, record["since"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataFormatError(path, f"its vectors cannot be used ({error}); rebuild them from the table") from error
-        return file
+            raise _unusable(path, error) from error
 
     @property
     def capacity(self) -> int:
@@ -160,6 +201,27 @@ class VectorFile:
         )
 
 
+def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> Salvage:
+    """What a version of the table can use of a file that may be damaged, too short or missing."""
+    try:
+        file = VectorFile._described(folder, generation, code_size)  # pyright: ignore[reportPrivateUsage]
+        num_rows = min(file.path.stat().st_size // code_size, file.capacity)
+    except (DataFormatError, OSError) as error:
+        return Salvage(np.zeros((0, code_size), np.uint8), np.zeros(0, np.bool_), str(error))
+    shape, whole = (num_rows, code_size), np.zeros(num_rows, np.bool_)
+    codes = np.memmap(file.path, np.uint8, "r", shape=shape) if num_rows else np.zeros(shape, np.uint8)
+    if file.since > version:
+        return Salvage(codes, whole, f"{file.path.name} is of a later version")
+    num_damaged = 0
+    for extent in file.extents:
+        if extent.end <= num_rows and _checksum(codes[extent.start : extent.end]) == extent.checksum:
+            whole[extent.start : extent.end] = True
+        else:
+            num_damaged += 1
+    parts = f"{file.path.name}: {num_damaged} of {len(file.extents)} parts are not what was written"
+    return Salvage(codes, whole, parts if num_damaged else None)
+
+
 def path_of(folder: Path, generation: int) -> Path:
     """Where the vectors of a generation lie."""
     return folder / f"vectors-{generation}.bin"
@@ -185,6 +247,15 @@ def remove(folder: Path, generation: int) -> int:
             freed += path.stat().st_size
             path.unlink()
     return freed
+
+
+def _draft_of(folder: Path, generation: int, purpose: str = "") -> Path:
+    return folder / f".vectors-{generation}.new{purpose}"
+
+
+def _unusable(path: Path, error: Exception) -> DataFormatError:
+    advice = "`d2llm index ... verify --repair` makes them anew"
+    return DataFormatError(path, f"its vectors cannot be used ({error}); {advice}")
 
 
 def _fit(extents: list[Extent]) -> bool:

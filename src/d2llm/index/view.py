@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
+from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, Task
 from d2llm.index.ann import AnnBase, AnnIndex
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
@@ -20,7 +19,6 @@ from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.ops.selection import top_rows
 
-_log = logging.getLogger(__name__)
 _SPARE_MATCHES = 16  # taken beyond top_k, to see whether passages tie for the last place
 _ALL_IDS_FROM = 20_000  # so many ids are read faster in one pass over the column
 
@@ -46,7 +44,7 @@ class PassageView:
         stored_rows = np.asarray(self._table.columns(["d2_row"])["d2_row"], np.int64)
         self._generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
         self._len = len(stored_rows)
-        self._vectors = store.vectors(self._table, stored_rows)
+        self._vectors = store.vectors.read(self._table, stored_rows)
         self.capacity = len(self._vectors.codes)
         self.live: NDArray[np.bool_] | None = None
         if self._len < self.capacity:
@@ -88,11 +86,7 @@ class PassageView:
         Raises:
             IndexMismatchError: they are another student's.
         """
-        if fingerprint != self.student_fingerprint:
-            raise IndexMismatchError(
-                f"{self.store.folder}: the index was made by student {self.student_fingerprint}, but the student given "
-                f"is {fingerprint}; search with the student that made it, or index the corpus again with this one"
-            )
+        self.store.check_student(fingerprint)
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
         """The ids of the passages at some rows, in their order."""
@@ -249,12 +243,11 @@ class PassageView:
         return cast(list[int], (np.asarray(rows, np.int64) | self._generation << GENERATION_SHIFT).tolist())
 
     def _check(self) -> RowScan:
-        """Before the first use of the vectors: are they what was written? Else they are read from the table again."""
+        """Before the first use of the vectors: are they what was written? Else the table may have them."""
         if self._scan is None:
             codes, file = self._vectors
             if file is not None and file.damaged(codes):
-                _log.warning("%s: the vectors are damaged and are read from the table again", file.path)
-                self._vectors = self.store.rebuild(self._table)
+                self._vectors = self.store.vectors.recover(self._table, f"{file.path.name} is damaged")
             self._scan = RowScan(self._vectors.codes, self.format)
         return self._scan
 

@@ -140,7 +140,7 @@ def build_ann(
         _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
     ann = _tuned(view, AnnIndex(base, index, record), asked, exact, depth)
     with store.writing(), storage_errors(store.folder):
-        if store.generation(store.table()) != base.generation:
+        if store.vectors.generation(store.table()) != base.generation:
             raise InputError(f"{store.folder}: was compacted or restored meanwhile; build again")
         record = write_ann(ann)
     ms, exact_ms = _times(view, ann, asked, depth)

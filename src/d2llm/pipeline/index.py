@@ -21,6 +21,7 @@ from d2llm.core.types import Passage, Query, Ranking, Task
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
+from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
 from d2llm.models.student import Student
 from d2llm.pipeline.cascade import Cascade
@@ -76,6 +77,7 @@ class Index:
         *,
         task: Task = "asymmetric",
         vector_format: str = "bfloat16",
+        vector_copies: VectorCopies = 2,
         metadata: Mapping[str, FieldType] | None = None,
         student_source: str | None = None,
         device: str | None = None,
@@ -88,6 +90,8 @@ class Index:
             student: whose vectors it holds: a student, its folder, or the name of a shipped one.
             task: what a search asks unless told otherwise.
             vector_format: how vectors are stored (``index.vectors.FORMATS``).
+            vector_copies: 2, so that a damaged copy is made good from the other; 1 takes less space, and what is
+                damaged must be encoded again (``verify``).
             metadata: fields with their types; fields that come later are inferred from their values all the same.
             student_source: where the student was loaded from, so that ``open`` finds it again; known where ``student``
                 is a folder or name.
@@ -106,6 +110,7 @@ class Index:
             dim=loaded.vector_dim,
             task=task,
             vector_format=vector_format,
+            vector_copies=vector_copies,
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
             student_source=student_source if name is None else source_of(name),
@@ -162,7 +167,7 @@ class Index:
             self._given if self._given is not None else _found(self.store.manifest.get("student_source"), self.folder)
         )
         student = Student.load(given, **self._loading) if isinstance(given, str | Path) else given
-        self.view.check_student(student.fingerprint)
+        self.store.check_student(student.fingerprint)
         return student
 
     @cached_property
@@ -287,9 +292,24 @@ class Index:
         """What the latest version holds, and how many bytes it takes."""
         return stats(self.store)
 
-    def verify(self, *, repair: bool = False) -> VerifyReport:
-        """Whether all is as it was written; ``repair`` writes damaged vectors anew from the table."""
-        report = verify(self.store, repair=repair)
+    def verify(self, *, repair: bool = False, show_progress: bool | None = False) -> VerifyReport:
+        """Whether all is as it was written; ``repair`` writes damaged vector files anew.
+
+        It takes the vectors from the table. Where they are kept once, the student encodes again those that are lost;
+        interrupted, the same call goes on where it was. ``show_progress`` None means: if standard error is a terminal.
+
+        Raises:
+            IndexLockedError: another process is writing, and there is to be repaired.
+            StorageError: a repaired file cannot be written.
+        """
+        with progress_bar("encoding again", None, show=show_progress if repair else False) as advance:
+
+            def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
+                encoded = self.student.encode_passages([passage.full_text for passage in passages])
+                advance(len(passages))
+                return encoded.vectors
+
+            report = verify(self.store, repair=repair, encode=encode)
         self.refresh()
         return report
 

@@ -17,8 +17,11 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress_bar(description: str, total: int, *, show: bool | None = None) -> Generator[Advance]:
-    """Show a bar with rate and remaining time on standard error; ``show=None`` means: if that is a terminal."""
+def progress_bar(description: str, total: int | None, *, show: bool | None = None) -> Generator[Advance]:
+    """Show a bar with rate and remaining time on standard error; ``show=None`` means: if that is a terminal.
+
+    ``total`` None: nobody knows, so it shows what is finished.
+    """
     if not (sys.stderr.isatty() if show is None else show):
         yield _ignore
         return
