@@ -55,7 +55,7 @@ KIND = "index"
 FORMAT_VERSION = 3
 """The newest format that is read."""
 FIRST_FORMAT_VERSION = 2
-"""The first format of a store; before it there was ``index.folder`` alone."""
+"""The first format that can be changed."""
 _FORMATS: dict[VectorCopies, int] = {2: 2, 1: 3}  # by copies of the vectors, so that d2llm before 3 reads what it can
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
