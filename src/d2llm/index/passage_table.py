@@ -121,6 +121,7 @@ class PassageTable:
 
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
         """Columns of the rows with these ids, those that there are, in no order."""
+        ids = ids if len(self) else []
         conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
         return self._join((self.columns(names, where) for where in conditions), names)
 

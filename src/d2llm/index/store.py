@@ -95,8 +95,7 @@ class IndexStore:
             raise InputError(f"{folder}: is there already; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
-            fields = (metadata or MetadataSchema()).arrow_fields()
-            PassageTable.create(draft, table_schema(fields, code_size))
+            PassageTable.create(draft, table_schema((metadata or MetadataSchema()).arrow_fields(), code_size))
             VectorFile.create(draft, 0, code_size)
             student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
             content = {"task": task, "dim": dim, "vector_format": vector_format, "snapshot": None}
@@ -154,9 +153,8 @@ class IndexStore:
             try:
                 self._lock.acquire()
             except filelock.Timeout as error:
-                raise IndexLockedError(
-                    f"{self.folder}: another process is writing to this index; wait until it is done, then try again"
-                ) from error
+                problem = "another process is writing to this index; wait until it is done, then try again"
+                raise IndexLockedError(f"{self.folder}: {problem}") from error
         try:
             yield
         finally:
@@ -164,39 +162,45 @@ class IndexStore:
 
     # Changing passages ---------------------------------------------------------------------------------------------
 
-    def compare(self, passages: Sequence[Passage]) -> Changes:
+    def compare(
+        self, passages: Sequence[Passage], table: PassageTable | None = None, *, before: PassageTable | None = None
+    ) -> Changes:
         """What is new, what has another text, what differs in the rest, what is as it is.
+
+        ``table`` is the latest version, opened under the lock. ``before`` is an earlier one that agrees with it about
+        these ids and is asked for them: where its ids are indexed, that takes no longer however many rows came since.
 
         Raises:
             DuplicateIdError: two of the passages share an id.
             InputError: a passage does not fit the schema, or has no id.
         """
-        table = self.table()
+        table = table or self.table()
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
-        found = table.by_ids([passage.id for passage in passages], COMPARED) if len(table) else pa.table({})
-        return compare(passages, {row["id"]: row for row in found.to_pylist()}, schema)
+        found = (before or table).by_ids([passage.id for passage in passages], COMPARED).to_pylist()
+        return compare(passages, {row["id"]: row for row in found}, schema)
 
-    def write(self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = ()) -> int:
+    def write(
+        self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = (),
+        table: PassageTable | None = None,
+    ) -> int:  # fmt: skip
         """Make the changes in one commit; returns the version that has them.
 
         Args:
             changes: what ``compare`` found, under the same lock.
             vectors: [len(changes.texts), dim].
             truncated: places in ``changes.texts`` that the student read in part.
+            table: the latest version, opened under the same lock; it then moves to the new one.
 
         Raises:
             InputError: a vector is not finite, or their number or width is wrong.
             StorageError: it cannot be written; nothing of these changes is in the index.
         """
-        if vectors.shape != (len(changes.texts), self.manifest["dim"]):
-            raise InputError(
-                f"vectors of shape {vectors.shape} were given for {len(changes.texts)} texts, but this index holds "
-                f"[n, {self.manifest['dim']}]"
-            )
+        if vectors.shape != (wanted := (len(changes.texts), self.manifest["dim"])):
+            raise InputError(f"vectors of shape {vectors.shape} were given, but in this index the texts need {wanted}")
         codes = self.format.encode(vectors, [passage.id for passage in changes.texts])
         with self.writing():
-            table = self.table()
+            table = table or self.table()
             if not changes.texts and not changes.others:
                 return table.version
             file, generation = self._file_to_extend(table), self.generation(table)
@@ -233,11 +237,10 @@ class IndexStore:
         """Build indices that are missing and bring those up to date that lag behind."""
         with self.writing():
             table = self.table()
-            if not len(table):
-                return
-            table.build_indices()
-            if max(self.table().indices.values(), default=0) > _UNINDEXED_ROWS:
-                table.optimize(KEEP_VERSIONS)
+            if len(table):
+                table.build_indices()
+                if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
+                    table.optimize(KEEP_VERSIONS)
 
     # Keeping -------------------------------------------------------------------------------------------------------
 
@@ -316,7 +319,8 @@ class IndexStore:
             used = {self.generation(self.table(version)) for version in self.table().versions()}
             for generation in set(vector_file.generations(self.folder)) - used:
                 vector_file.remove(self.folder, generation)
-            self._sweep()
+            for left in [*self.folder.glob(".vectors-*.new*"), *(self.folder / _SNAPSHOTS).glob(".*")]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()  # by interrupted writers
             return before, folder_bytes(self.folder)
 
     def _rewrite(self, source: PassageTable) -> None:
@@ -334,11 +338,6 @@ class IndexStore:
                 yield batch.set_column(place, batch.schema.field(place), pa.array(rows, pa.int64()))
 
         table.replace_all(source.schema, batches())
-
-    def _sweep(self) -> None:
-        """Remove what interrupted writers left."""
-        for path in [*self.folder.glob(".vectors-*.new*"), *(self.folder / _SNAPSHOTS).glob(".*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _existing_snapshot(self, name: str) -> Path:
         folder, there = self.snapshot_folder(name), self.snapshots()

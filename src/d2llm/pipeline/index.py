@@ -22,6 +22,7 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.types import Passage, Query, Ranking, Task
 from d2llm.index.folder import FolderIndex
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.store import FORMAT_VERSION, KEEP_VERSIONS, KIND, IndexStore
 from d2llm.index.view import PassageView
@@ -221,9 +222,18 @@ class Index:
         student = self.student
         with self.store.writing(), progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
             try:
+                # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table
+                # itself, whose new rows are not, each block would take longer than the last.
+                self.store.settle()
+                before = self.store.table()
+                written = before.version
                 for block in _blocks(passages):
                     _refuse_repeated(block, seen, self.folder)
-                    report = self._write_block(student, block, report, only_new=only_new)
+                    table = self.store.table()
+                    if table.version != written:  # whoever gives the passages has changed the index meanwhile
+                        before = self.store.table()
+                    report = self._write_block(student, block, report, table, before, only_new=only_new)
+                    written = report.version
                     advance(len(block))
                 self.store.settle()
             finally:
@@ -296,21 +306,30 @@ class Index:
         return report
 
     def _write_block(
-        self, student: IndexStudent, block: list[Passage], report: UpsertReport, *, only_new: bool
+        self,
+        student: IndexStudent,
+        block: list[Passage],
+        report: UpsertReport,
+        table: PassageTable,
+        before: PassageTable,
+        *,
+        only_new: bool,
     ) -> UpsertReport:
-        self._add_new_fields(block)
-        changes = self.store.compare(block)
+        """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
+        table = self._with_new_fields(block, table)
+        changes = self.store.compare(block, table, before=before)
         if only_new and changes.num_new < len(block):
-            there = self.store.table().by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+            there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
             problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
             raise DuplicateIdError(self.folder, problem)
         vectors, truncated, num_tokens = np.zeros((0, student.vector_dim), np.float32), (), 0
         if changes.texts:
             encoded = student.encode_passages([passage.full_text for passage in changes.texts])
             vectors, truncated, num_tokens = encoded.vectors, encoded.truncated, encoded.num_tokens
-        self.store.write(changes, vectors, truncated)
+        version = self.store.write(changes, vectors, truncated, table)
         return replace(
             report,
+            version=version,
             num_passages=report.num_passages + len(block),
             num_added=report.num_added + changes.num_new,
             num_updated=report.num_updated + len(changes.texts) - changes.num_new,
@@ -320,12 +339,14 @@ class Index:
             num_tokens=report.num_tokens + num_tokens,
         )
 
-    def _add_new_fields(self, block: list[Passage]) -> None:
-        known = self.store.metadata
+    def _with_new_fields(self, block: list[Passage], table: PassageTable) -> PassageTable:
+        known = MetadataSchema.from_arrow(table.metadata_fields)
         inferred = MetadataSchema.infer(block, known)
         new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
-        if new:
-            self.store.add_fields(MetadataSchema(new))
+        if not new:
+            return table
+        self.store.add_fields(MetadataSchema(new))
+        return self.store.table()
 
 
 def open_searchable(
