@@ -253,6 +253,12 @@ class FolderIndex:
         best = rows[top_rows(scores[rows], top_k, lambda places: self.ids(rows[places]))]
         return CandidateRows(best, scores[best])
 
+    def scan_together(
+        self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> list[CandidateRows]:
+        """``scan`` for each of several queries [q, dim]."""
+        return [self.scan(query, top_k, allowed) for query in queries]
+
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002, ARG002
         """Not to be had: an index that ``encode`` made has no BM25.
 

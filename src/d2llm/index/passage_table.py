@@ -136,8 +136,27 @@ class PassageTable:
         place_of = {row: place for place, row in enumerate(found["d2_row"].to_pylist())}
         missing = sum(row not in place_of for row in rows)
         if missing:
-            raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} rows asked for")
+            raise self._lacks(missing, len(rows))
         return found.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Of every passage its row number (d2_row), and LanceDB's id of its row in this version, for ``take``."""
+        found = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
+        return np.asarray(found["d2_row"], np.int64), np.asarray(found["_rowid"], np.uint64)
+
+    def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
+        """Columns of the passages with these ids of rows (``rows``), in their order: no search, hence quick.
+
+        Raises:
+            DataFormatError: one is not there.
+        """
+        wanted, places = np.unique(row_ids, return_inverse=True)
+        found = self._read(self._table.take_row_ids(wanted.tolist()).select(list(names)).with_row_id())
+        there = np.asarray(found["_rowid"], np.uint64)
+        order = np.argsort(there)
+        if not np.array_equal(there[order], wanted):
+            raise self._lacks(len(wanted) - len(there), len(wanted))
+        return found.take(order[places]).select(list(names))
 
     def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
         """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
@@ -265,6 +284,9 @@ class PassageTable:
             return cast(pa.Table, query.to_arrow())
         except Exception as error:
             raise self._unreadable(error) from error
+
+    def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
+        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} rows asked for")
 
     def _unreadable(self, error: Exception) -> DataFormatError:
         return DataFormatError(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.manifest import read_manifest
@@ -29,9 +28,9 @@ from d2llm.index.view import PassageView
 from d2llm.models.student import Student
 from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.cascade import Cascade
-from d2llm.pipeline.exact_search import passage_reaches
+from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import BoundedStudent, IndexStudent
+from d2llm.pipeline.protocols import IndexStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
 _log = logging.getLogger(__name__)
@@ -174,8 +173,8 @@ class Index:
         return PassageView(self.store)
 
     @cached_property
-    def _reaches(self) -> NDArray[np.float32] | None:
-        return passage_reaches(self.view, self.student) if isinstance(self.student, BoundedStudent) else None
+    def _reaches(self) -> KeptReaches:
+        return KeptReaches()
 
     def refresh(self) -> None:
         """Read the latest version from now on."""
@@ -292,8 +291,7 @@ class Index:
         """
         asked = [queries] if isinstance(queries, str) else queries
         wanted = replace(settings or SearchSettings(), **changes)
-        reaches = self._reaches if wanted.exact else None
-        return Searcher(self.view, self.student, wanted, reaches=reaches, cascade=cascade).rank(asked)
+        return Searcher(self.view, self.student, wanted, reaches=self._reaches, cascade=cascade).rank(asked)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""
