@@ -21,6 +21,7 @@ from d2llm.pipeline.index import Index, open_searchable
 from d2llm.pipeline.search import SearchSettings, search
 from fake_models import FakeStudent, Interruption
 
+INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id", "title", "text")]
 TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog"]
 
 
@@ -106,7 +107,7 @@ class TestUpsert:
         assert index.store.table().indices == {}
         with pytest.raises(Interruption):
             index.upsert(passages())
-        assert set(index.store.table().indices) == {"id_idx", "d2_row_idx", "title_idx", "text_idx"}
+        assert set(index.store.table().indices) == set(INDICES)
 
     def test_a_new_text_is_found_at_once_and_the_old_one_no_more(self, index):
         assert found(index, "cat sleeps", top_k=1) == ["p0"]

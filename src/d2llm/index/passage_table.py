@@ -252,7 +252,7 @@ class PassageTable:
                 raise failures[0] if failures else error from None
 
     def build_indices(self) -> None:
-        """Make the indices on id, row and texts that are missing."""
+        """Make the indices on id, row, document and texts that are missing."""
         from lancedb.index import FTS, BTree
 
         # ICU splits words in every script, Chinese and mixed text included. No stop words: titles are made of them.
@@ -260,9 +260,9 @@ class PassageTable:
         with storage_errors(self.folder):
             self._table.checkout_latest()
             present = self.indices
-            for name, config in (("id", BTree()), ("d2_row", BTree()), ("title", texts), ("text", texts)):
+            for name in ("id", "d2_row", "document_id", *_WORDS):
                 if f"{name}_idx" not in present:
-                    self._table.create_index(name, config=config)
+                    self._table.create_index(name, config=texts if name in _WORDS else BTree())
 
     def optimize(self, keep: timedelta) -> None:
         """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
