@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scaling.data_sets import DATA, require
 
 from d2llm import Student
 from d2llm.core.recipe import TeacherConfig
@@ -33,7 +34,6 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
 from d2llm.pipeline.cascade import Cascade
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS: dict[str, Task] = {"squad-sent": "asymmetric", "wikiqa": "asymmetric"}
 CALIBRATION_QUERIES, QUERIES, CANDIDATES = 40, 120, 50
 BUDGETS = (5, 10, 20, 50)
@@ -190,6 +190,10 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
+    require(*(DATA / name for name in SETS))
+    if len(sys.argv) < 2:
+        print("skipped: give the run folder with the stacked teacher (python benchmarks/cascade.py RUN_FOLDER)")
+        return
     torch.set_num_threads(1)
     config = TeacherConfig(model=str(Path(sys.argv[1]) / "stack"))
     student, judge, fitted = Student.load("d2llm-minilm"), load_judge(config), stacked_queries(config)

@@ -4,6 +4,7 @@ The interaction of an anchored student changes a score by at most B r_q r_p, so 
 highest upper bound down until no other can be among the first ten (``ops.certificates``). A smaller weight r of the
 interaction gives a narrower bound, and another ranking; this draws one against the other, on dev queries.
 
+    python benchmarks/certificate.py                                  the shipped student on banking77
     python benchmarks/certificate.py STUDENT DATA_SET --task symmetric --json result.json
 
 With ``--speed N`` the time instead, of ``pipeline.exact_search`` on N real passages of the data set, all in memory: the
@@ -20,18 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from scaling.array_view import ArrayView
+from scaling.data_sets import DATA, require
 
 from d2llm.core.files import write_bytes
-from d2llm.core.types import Certificate, Task
+from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.ops.certificates import num_rescored
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
-from d2llm.ops.selection import ids_at, top_rows
-from d2llm.pipeline.exact_search import CertifiedRows, certified_top_k, passage_reaches
+from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
@@ -76,30 +77,6 @@ def measure(student: Student, place: Path, task: str, split: str, num_queries: i
     return rows
 
 
-class ArrayView:
-    """Vectors in memory, as ``certified_top_k`` reads them."""
-
-    live = None
-
-    def __init__(self, vectors: NDArray[np.float32], ids: list[str]) -> None:
-        self._vectors, self._ids, self.capacity = vectors, ids, len(vectors)
-
-    def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        return ids_at(self._ids, rows)
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._vectors[rows]
-
-    def block(self, start: int, end: int) -> NDArray[np.float32]:
-        return self._vectors[start:end]
-
-    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CertifiedRows:
-        assert allowed is None
-        scores = self._vectors @ query
-        rows = top_rows(scores, top_k, self.ids)
-        return CertifiedRows(rows, scores[rows], None, Certificate(0, 0, 0, 0, 0))
-
-
 def milliseconds(work: Callable[[], object]) -> float:
     """Of the process, so that other work on the machine counts little."""
     start = time.process_time()
@@ -118,8 +95,8 @@ def measure_speed(
     passages = student.encode_passages([dataset.passages[passage_id].full_text for passage_id in ids]).vectors
     chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
-    view = ArrayView(passages, ids)
-    reaches = passage_reaches(view, student)
+    view = ArrayView(passages)
+    reaches = KeptReaches(passage_reaches(view, student))
     residual = head.residual_weight(task)
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:
@@ -141,14 +118,15 @@ def measure_speed(
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--task", choices=["symmetric", "asymmetric"], default="asymmetric")
+    parser.add_argument("student", nargs="?", default="d2llm-minilm")
+    parser.add_argument("data", type=Path, nargs="?", default=DATA / "banking77")
+    parser.add_argument("--task", choices=["symmetric", "asymmetric"], default="symmetric")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--speed", type=int, metavar="N")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    require(options.data)
     student = Student.load(options.student)
     if options.speed:
         torch.set_num_threads(1)

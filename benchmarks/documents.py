@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scaling.data_sets import DATA, require
 
 from d2llm import Student
 from d2llm.core.types import Passage, Qrels, Query
@@ -25,7 +26,6 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline.chunking import Chunker, upsert_documents
 from d2llm.pipeline.index import Index
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 SPLITS = ((256, 0), (128, 0), (128, 32))
 SUMMED = (2, 3, 5, 10)
 RESULT = Path(__file__).parent / "results" / "documents.json"
@@ -88,6 +88,7 @@ def _cost(num_passages: int, num_truncated: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, write the JSON."""
+    require(*(DATA / name for name in ("covidqa", "pubmedqa")))
     torch.set_num_threads(1)
     student = Student.load("d2llm-minilm")
     with tempfile.TemporaryDirectory() as temporary:

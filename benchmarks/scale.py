@@ -26,7 +26,8 @@ os.environ.setdefault("LANCE_CPU_THREADS", "1")
 import faiss
 import numpy as np
 import torch
-from scaling.corpus import ASKED, Corpus, KnownVectors, read_real, write_json
+from scaling.corpus import ASKED, SHARES, Corpus, KnownVectors, read_real, write_json
+from scaling.data_sets import DATA, require
 from scaling.processes import measure_fresh
 from scaling.searches import faiss_searches, format_searches, measure, our_searches, true_rankings
 from scaling.stores import build, chroma_search, lance_searches
@@ -37,7 +38,6 @@ from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
 from d2llm.pipeline.build_ann import MIN_PASSAGES, build_ann
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 STUDENT = "d2llm-minilm"
 PART = 100_000  # of the comparisons that need no more
 OTHERS_PART = 100_000  # of the other stores
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the indices are made; by default a temporary folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    require(*(DATA / name for name in SHARES))
     options.real = options.real or (28_000 if options.passages >= PART else 1_000)
     options.others = options.others or (OTHERS_PART if options.passages >= PART else 5_000)
     options.queries = options.queries or (200 if options.passages >= PART else 20)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import torch
+from scaling.data_sets import DATA, require
 
 from d2llm import Student
 from d2llm.core.types import Task
@@ -28,7 +29,6 @@ from d2llm.index.scan import RowScan
 from d2llm.index.vectors import FORMATS, make_format
 from d2llm.ops.measures import per_query_measures
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS: dict[str, Task] = {
     "squad-sent": "asymmetric",
     "banking77": "symmetric",
@@ -117,6 +117,7 @@ def scan_times(dim: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
+    require(*(DATA / name for name in SETS))
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
     student = Student.load("d2llm-minilm")

@@ -92,6 +92,39 @@ class FakeStudent:
         return anchor + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
 
 
+class AnchorStudent(FakeStudent):
+    """The anchor is the whole score, and inner products have no rounding: vectors are in quarters."""
+
+    def _encode(self, texts, advance):
+        encoded = super()._encode(texts, advance)
+        return FakeEncoded(np.round(4 * encoded.vectors) / 4, encoded.truncated, encoded.num_tokens)
+
+    def score(self, query_vector, passage_vectors, task):
+        return 2 * np.einsum("ij,j->i", passage_vectors, query_vector)
+
+
+class PreparedAnchorStudent(AnchorStudent):
+    """The same with what tells a search that the interaction has no weight; it must not be asked for scores."""
+
+    def prepare(self, query_vector, task):
+        return FakeScorer(self.anchor_queries(query_vector[None], task)[0])
+
+    def passage_reach(self, passage_vectors):
+        return np.ones(len(passage_vectors), np.float32)
+
+
+@dataclass(frozen=True)
+class FakeScorer:
+    anchor_query: np.ndarray
+    reach: float = 0.0
+
+    def __call__(self, passages):
+        return passages @ self.anchor_query
+
+    def change(self, passages):
+        raise AssertionError("an interaction without weight was asked")
+
+
 class FakeTeacher:
     """Log-odds = shared words; keeps the pairs that it was asked. With ``fail_after`` it raises instead of more."""
 

@@ -17,8 +17,9 @@ from d2llm.index.scan import RowScan
 from d2llm.index.vectors import make_format
 from d2llm.index.view import PassageView
 from d2llm.ops.selection import top_rows
-from d2llm.pipeline.exact_search import CertifiedRows, certified_top_k, passage_reaches
+from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
 from d2llm.pipeline.search import Searcher, SearchSettings
+from scaling.array_view import ArrayView
 from scaling.corpus import BLOCK, KnownVectors, Queries
 
 TOP_K = 10
@@ -27,30 +28,6 @@ PROBES = (8, 32, 128)
 
 Search = Callable[[int], Sequence[int]]
 """The number of a query -> the rows of its first ten, best first."""
-
-
-class ArrayView:
-    """Vectors in memory, as ``certified_top_k`` reads them: for the true ranking."""
-
-    live = None
-
-    def __init__(self, vectors: NDArray[np.float32]) -> None:
-        self._vectors, self.capacity = vectors, len(vectors)
-
-    def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        return [f"{row:09}" for row in rows.tolist()]
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._vectors[rows]
-
-    def block(self, start: int, end: int) -> NDArray[np.float32]:
-        return self._vectors[start:end]
-
-    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CertifiedRows:
-        assert allowed is None
-        scores = self._vectors @ query
-        rows = top_rows(scores, top_k, self.ids)
-        return CertifiedRows(rows, scores[rows], None, None)  # pyright: ignore[reportArgumentType]
 
 
 class Truth(NamedTuple):
@@ -69,7 +46,7 @@ def true_rankings(
         AssertionError: they differ.
     """
     view = ArrayView(vectors)
-    reaches = passage_reaches(view, student)
+    reaches = KeptReaches(passage_reaches(view, student))
     rows: list[list[int]] = []
     shares: list[float] = []
     for number, query in enumerate(asked.vectors):
@@ -88,7 +65,7 @@ def our_searches(
 ) -> dict[str, Search]:
     """The searches of a store. "whole" is all that a user waits for but the encoding: texts too."""
     anchors = student.anchor_queries(asked.vectors, task)
-    reaches = passage_reaches(view, student)
+    reaches = KeptReaches(passage_reaches(view, student))
     queries = [Query(str(number), text) for number, text in enumerate(asked.texts)]
     approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
 

@@ -2,10 +2,13 @@
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from d2llm.core.errors import InputError
+from d2llm.index import scan as module
 from d2llm.index.scan import RowScan
 from d2llm.index.vectors import FORMATS, make_format
 
@@ -97,3 +100,42 @@ def test_without_faiss_or_the_type_in_it_numpy_answers(monkeypatch):
         rows, scores = scan.search(query, 20, ids_of=names)
         np.testing.assert_array_equal(rows, expected[0])
         np.testing.assert_array_equal(scores, expected[1])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("top_k", [1, 10, 1000])
+def test_queries_together_get_the_answers_that_each_gets_alone(name, top_k, monkeypatch):
+    monkeypatch.setattr(module, "_TOGETHER", 8)
+    monkeypatch.setattr(module, "_FEWEST_TOGETHER", 3)
+    kind, codes, rng = some_codes(name, 5000, 40)
+    queries = rng.standard_normal((21, 40)).astype(np.float32)  # 8, 8 and 5
+    queries[1] = queries[0]
+    part = np.zeros(5000, bool)
+    part[1100:1400] = True  # whole blocks of rows have none
+    for use_faiss in (True, False):
+        scan = RowScan(codes, kind, use_faiss=use_faiss)
+        for mask in (None, rng.random(5000) < 0.01, rng.random(5000) < 0.6, part, np.zeros(5000, bool)):
+            expected = [scan.search(query, top_k, mask, ids_of=names) for query in queries]
+            found = scan.search_together(queries, top_k, mask, ids_of=names)
+            for (rows, scores), (right_rows, right_scores) in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(rows, right_rows)
+                np.testing.assert_array_equal(scores, right_scores)
+
+
+def test_queries_together_are_asked_alone_where_many_rows_are_level(monkeypatch):
+    monkeypatch.setattr(module, "_FEWEST_TOGETHER", 1)
+    codes = np.tile(make_format("bfloat16", 8).encode(np.ones((1, 8), np.float32), [""]), (3000, 1))
+    scan = RowScan(codes, make_format("bfloat16", 8))
+    alone = mock.Mock(wraps=scan.search)
+    monkeypatch.setattr(scan, "search", alone)
+    ((rows, _),) = scan.search_together(np.ones((1, 8), np.float32), 5, ids_of=lambda rows: [f"{n:04}" for n in rows])
+    assert rows.tolist() == [0, 1, 2, 3, 4]
+    assert alone.call_count == 1
+
+
+def test_wrong_queries_are_refused_together_as_alone():
+    scan = RowScan(np.zeros((3, 16), np.uint8), make_format("bfloat16", 8))
+    with pytest.raises(InputError, match="top_k is 0"):
+        scan.search_together(np.ones((2, 8), np.float32), 0, ids_of=names)
+    with pytest.raises(InputError, match="must be 8 finite numbers"):
+        scan.search_together(np.full((2, 8), np.nan, np.float32), 1, ids_of=names)

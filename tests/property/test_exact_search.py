@@ -19,7 +19,7 @@ from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline import exact_search
-from d2llm.pipeline.exact_search import certified_top_k, passage_reaches
+from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
 from fake_models import FakeStudent
 from tiny_models import randomise
 
@@ -130,7 +130,7 @@ def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
         view, query, allowed, top_k, rng = random_case(seed)
         task = TASKS[seed % 2]
         expected, values = brute_force(view, student, query, task, top_k, allowed)
-        reaches = passage_reaches(view, student) if rng.random() < 0.5 else None
+        reaches = KeptReaches(passage_reaches(view, student)) if rng.random() < 0.5 else None
         found = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
         assert found.rows.tolist() == expected, seed
         assert found.scores.tolist() == values[expected].tolist(), seed
@@ -216,6 +216,33 @@ def test_without_weight_only_the_scan_is_asked(monkeypatch):
     assert found.certificate.proved == 5
     assert found.certificate.highest_bound_left <= found.certificate.kth_score
     assert found.anchors is found.scores
+
+
+def test_reaches_of_all_rows_are_computed_once_and_only_where_the_scans_do_not_do(monkeypatch):
+    monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
+    generator = np.random.default_rng(3)
+    view = ArrayView(generator.standard_normal((9_000, DIM)).astype(np.float32))
+    query, kept = generator.standard_normal(DIM).astype(np.float32), KeptReaches()
+    gated = TinyStudent(weight=0.01)
+    certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
+    assert kept.of_all is None
+    monkeypatch.setattr(exact_search, "_SCANS", ())
+    first = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
+    np.testing.assert_allclose(kept.of_all, passage_reaches(view, gated), rtol=1e-6)
+    monkeypatch.setattr(gated, "passage_reach", lambda _: pytest.fail("computed again"))
+    again = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
+    assert (first.rows.tolist(), first.scores.tolist()) == (again.rows.tolist(), again.scores.tolist())
+
+
+def test_without_gates_kept_reaches_take_no_memory(monkeypatch):
+    monkeypatch.setattr(exact_search, "_SCANS", ())
+    student, (view, query, _, _, _), kept = TinyStudent(gates=False), random_case(11), KeptReaches()
+    expected, values = brute_force(view, student, query, "symmetric", 4, None)
+    for _ in range(2):
+        found = certified_top_k(view, student, query, "symmetric", 4, reaches=kept)
+        assert (found.rows.tolist(), found.scores.tolist()) == (expected, values[expected].tolist())
+        assert (kept.of_all == 1).all()
+        assert kept.of_all.base.nbytes == 4
 
 
 def test_a_student_without_bounds_is_scanned_in_full():

@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
-from fake_models import FakeStudent
+from fake_models import AnchorStudent, FakeScorer, FakeStudent, PreparedAnchorStudent
 
 WORDS = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
@@ -47,6 +49,61 @@ def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact)
 def test_enough_candidates_give_the_exact_scan(index, student, text, top_k, num_candidates):
     proposed = answer(index, student, text, top_k=top_k, num_candidates=num_candidates)
     assert proposed == answer(index, student, text, top_k=top_k, exact=True)
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory):
+    index = Index.create(tmp_path_factory.mktemp("living") / "i", AnchorStudent(), vector_format="float32")
+    generator = np.random.default_rng(8)
+    index.upsert(Passage(f"{n}", " ".join(generator.choice(WORDS, 2)), metadata={"n": n % 3}) for n in range(200))
+    index.delete([str(n) for n in range(0, 200, 9)])
+    return index
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    asked=st.lists(texts, min_size=1, max_size=40),
+    top_k=st.integers(1, 210),
+    num_candidates=st.sampled_from([210, 400]),
+    condition=st.sampled_from([None, "n = 1", "n > 5"]),
+    explain=st.booleans(),
+)
+def test_where_the_anchor_is_the_score_the_scan_is_the_ranking(
+    living, asked, top_k, num_candidates, condition, explain
+):
+    options = {"top_k": top_k, "num_candidates": num_candidates, "filter": condition, "explain": explain}
+    slow = search(living.view, AnchorStudent(), asked, **options)
+    with mock.patch.object(FakeScorer, "__call__", side_effect=AssertionError("scored again")):
+        fast = search(living.view, PreparedAnchorStudent(), asked, **options)
+    assert [ranking.query.text for ranking in fast] == asked
+    for one, other in zip(fast, slow, strict=True):
+        assert one.passages == other.passages
+        assert one.num_candidates == len(one.passages)
+        assert {"encode", "candidates", "score"} == set(one.seconds)
+
+
+@pytest.mark.parametrize(
+    "options", [{"fuse": True}, {"sources": ("vectors", "bm25")}, {"group": "best"}, {"sources": ("bm25",)}]
+)
+def test_what_needs_more_than_the_first_passages_gets_it(living, options):
+    asked = ["cat sleeps", "dog fish runs"]
+    for fast, slow in zip(
+        search(living.view, PreparedAnchorStudent(), asked, top_k=4, **options),
+        search(living.view, AnchorStudent(), asked, top_k=4, **options),
+        strict=True,
+    ):
+        assert fast.passages == slow.passages
+        assert fast.num_candidates == slow.num_candidates > 4
+
+
+@settings(max_examples=15, deadline=None)
+@given(asked=st.lists(texts, min_size=2, max_size=70), group=st.sampled_from(["passage", "best"]))
+def test_queries_together_are_ranked_as_each_alone(living, asked, group):
+    student = FakeStudent()
+    together = search(living.view, student, asked, num_candidates=20, group=group)
+    for ranking, text in zip(together, asked, strict=True):
+        (alone,) = search(living.view, student, [text], num_candidates=20, group=group)
+        assert ranking.passages == alone.passages
 
 
 @settings(max_examples=100, deadline=None)

@@ -21,7 +21,7 @@ from d2llm.pipeline.candidates import AnnSource
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
-from fake_models import FakeStudent
+from fake_models import AnchorStudent, FakeStudent, PreparedAnchorStudent
 from tiny_ann import DIM, PlainStudent, clustered, new_ann_store, products, put_vectors
 
 NUM = 4_000
@@ -349,6 +349,21 @@ class TestSearch:
         assert len(few.passages) == 18
         (both,) = index.search("cat runs", sources=("ann", "bm25"), explain=True, **options)
         assert {name for place in both.passages for name in place.explanation.source_ranks} == {"ann", "bm25"}
+
+    def test_where_the_anchor_is_the_score_nothing_is_scored_again(self, tmp_path):
+        student = AnchorStudent(dim=DIM)
+        words = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
+        random = np.random.default_rng(1)
+        index = Index.create(tmp_path / "i", student, vector_format="float32")
+        index.upsert([Passage(f"{n}", " ".join(random.choice(words, 3))) for n in range(600)])
+        build_ann(index.store, student, recall=0.9, depth=20)
+        index.refresh()
+        for asked in ("cat runs", "horse eats fish"):
+            options = {"num_candidates": 20, "top_k": 5, "sources": ("ann",)}
+            (slow,) = search(index.view, AnchorStudent(dim=DIM), [asked], **options)
+            (fast,) = search(index.view, PreparedAnchorStudent(dim=DIM), [asked], **options)
+            assert fast.passages == slow.passages
+            assert (fast.num_candidates, slow.num_candidates) == (5, 20)
 
     def test_an_index_that_cannot_have_one(self, tmp_path, caplog):
         encode([Passage("a", "cat"), Passage("b", "dog")], FakeStudent(), tmp_path / "i")

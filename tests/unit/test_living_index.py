@@ -14,10 +14,13 @@ from d2llm.core.errors import (
 )
 from d2llm.core.types import Passage
 from d2llm.data.indexed_corpus import count_lines, iter_corpus
+from d2llm.index.passage_table import PassageTable
+from d2llm.index.store import IndexStore
 from d2llm.pipeline import index as module
 from d2llm.pipeline.index import Index
 from fake_models import FakeStudent, Interruption
 
+INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id", "title", "text")]
 TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog"]
 
 
@@ -59,6 +62,51 @@ class TestUpsert:
         version = index.view.version
         report = index.upsert(passages())
         assert (report.version, report.num_unchanged) == (version, 6)
+
+    def test_ids_are_looked_up_in_what_was_there_before_not_in_what_grows(self, index, monkeypatch):
+        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        asked, opened = [], []
+        by_ids, open_table = PassageTable.by_ids, IndexStore.table
+        monkeypatch.setattr(
+            PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
+        )
+        monkeypatch.setattr(IndexStore, "table", lambda store, *at: opened.append(at) or open_table(store, *at))
+        opened_before_blocks = 0
+
+        def given():
+            nonlocal opened_before_blocks
+            opened_before_blocks = len(opened)
+            yield from [Passage(f"new{n}", f"text {n}", metadata={"year": n}) for n in range(5)]
+            yield from [Passage("p1", "the dog sleeps"), Passage("p2", TEXTS[2], metadata={"year": 1})]
+            yield Passage("p3", TEXTS[3], metadata={"year": 2003})
+
+        report = index.upsert(given())
+        assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (5, 1, 1, 1)
+        assert asked == [6, 6, 6, 6]
+        assert len(opened) - opened_before_blocks == 4 + 2  # once a block; to settle and for the report
+
+    def test_who_gives_the_passages_may_change_the_index_meanwhile(self, index, monkeypatch):
+        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+
+        def given():
+            yield from passages()[:2]
+            index.delete(["p2", "p5"])
+            yield from passages()[2:]
+
+        report = index.upsert(given())
+        assert (report.num_added, report.num_unchanged) == (2, 4)
+        assert {passage.id for passage in index.get([f"p{n}" for n in range(6)])} == {f"p{n}" for n in range(6)}
+
+    def test_what_an_interrupted_writer_left_is_indexed_before_ids_are_looked_up(self, student, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        index = Index.create(tmp_path / "cut", student)
+        student.fail_after = 4
+        with pytest.raises(Interruption):
+            index.upsert(passages())
+        assert index.store.table().indices == {}
+        with pytest.raises(Interruption):
+            index.upsert(passages())
+        assert set(index.store.table().indices) == set(INDICES)
 
     def test_a_new_text_is_found_at_once_and_the_old_one_no_more(self, index):
         assert found(index, "cat sleeps", top_k=1) == ["p0"]

@@ -10,6 +10,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, FilterError, IndexMismatchError, InputError
 from d2llm.core.types import Passage
 from d2llm.index import vector_file
+from d2llm.index.blocks import ROW_MASK
 from d2llm.index.inspection import verify
 from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
@@ -129,15 +130,20 @@ def test_an_empty_store(tmp_path):
         assert verify(store).problems == []
 
 
-def test_ids_of_many_rows(store, monkeypatch):
+def test_rows_are_taken_in_the_order_asked_for(store):
     store.delete(["p5"])
+    put(store, few_passages(3, start=40, word="later").values())  # another file of the table
     view = PassageView(store)
-    rows = live_rows(view)[::-1]
-    few = view.ids(rows)
-    monkeypatch.setattr("d2llm.index.view._ALL_IDS_FROM", 3)
-    assert view.ids(rows) == few
-    with pytest.raises(DataFormatError, match="lacks rows"):
-        view.ids(np.array([1, 2, 3, 5]))
+    stored = view._table.columns(["id", "d2_row"])
+    id_of = dict(zip((np.asarray(stored["d2_row"]) & ROW_MASK).tolist(), stored["id"].to_pylist(), strict=True))
+    rows = np.random.default_rng(0).permutation(np.tile(live_rows(view), 2))
+    assert view.ids(rows) == [id_of[row] for row in rows.tolist()]
+    assert [passage.id for passage in view.passages(rows)] == [id_of[row] for row in rows.tolist()]
+    assert view.ids(np.zeros(0, np.int64)) == []
+    dead = next(row for row in range(view.capacity) if row not in id_of)
+    for wrong in (dead, -1, view.capacity):
+        with pytest.raises(DataFormatError, match="lacks 1 of 3 rows"):
+            view.ids(np.array([1, 2, wrong]))
 
 
 def test_a_version_is_pinned(store):

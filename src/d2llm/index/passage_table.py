@@ -121,6 +121,7 @@ class PassageTable:
 
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
         """Columns of the rows with these ids, those that there are, in no order."""
+        ids = ids if len(self) else []
         conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
         return self._join((self.columns(names, where) for where in conditions), names)
 
@@ -135,8 +136,27 @@ class PassageTable:
         place_of = {row: place for place, row in enumerate(found["d2_row"].to_pylist())}
         missing = sum(row not in place_of for row in rows)
         if missing:
-            raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} rows asked for")
+            raise self._lacks(missing, len(rows))
         return found.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Of every passage its row number (d2_row), and LanceDB's id of its row in this version, for ``take``."""
+        found = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
+        return np.asarray(found["d2_row"], np.int64), np.asarray(found["_rowid"], np.uint64)
+
+    def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
+        """Columns of the passages with these ids of rows (``rows``), in their order: no search, hence quick.
+
+        Raises:
+            DataFormatError: one is not there.
+        """
+        wanted, places = np.unique(row_ids, return_inverse=True)
+        found = self._read(self._table.take_row_ids(wanted.tolist()).select(list(names)).with_row_id())
+        there = np.asarray(found["_rowid"], np.uint64)
+        order = np.argsort(there)
+        if not np.array_equal(there[order], wanted):
+            raise self._lacks(len(wanted) - len(there), len(wanted))
+        return found.take(order[places]).select(list(names))
 
     def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
         """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
@@ -232,7 +252,7 @@ class PassageTable:
                 raise failures[0] if failures else error from None
 
     def build_indices(self) -> None:
-        """Make the indices on id, row and texts that are missing."""
+        """Make the indices on id, row, document and texts that are missing."""
         from lancedb.index import FTS, BTree
 
         # ICU splits words in every script, Chinese and mixed text included. No stop words: titles are made of them.
@@ -240,9 +260,9 @@ class PassageTable:
         with storage_errors(self.folder):
             self._table.checkout_latest()
             present = self.indices
-            for name, config in (("id", BTree()), ("d2_row", BTree()), ("title", texts), ("text", texts)):
+            for name in ("id", "d2_row", "document_id", *_WORDS):
                 if f"{name}_idx" not in present:
-                    self._table.create_index(name, config=config)
+                    self._table.create_index(name, config=texts if name in _WORDS else BTree())
 
     def optimize(self, keep: timedelta) -> None:
         """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
@@ -264,6 +284,9 @@ class PassageTable:
             return cast(pa.Table, query.to_arrow())
         except Exception as error:
             raise self._unreadable(error) from error
+
+    def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
+        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} rows asked for")
 
     def _unreadable(self, error: Exception) -> DataFormatError:
         return DataFormatError(

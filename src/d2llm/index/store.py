@@ -191,9 +191,8 @@ class IndexStore:
             try:
                 self._lock.acquire()
             except filelock.Timeout as error:
-                raise IndexLockedError(
-                    f"{self.folder}: another process is writing to this index; wait until it is done, then try again"
-                ) from error
+                problem = "another process is writing to this index; wait until it is done, then try again"
+                raise IndexLockedError(f"{self.folder}: {problem}") from error
         try:
             yield
         finally:
@@ -201,39 +200,45 @@ class IndexStore:
 
     # Changing passages ---------------------------------------------------------------------------------------------
 
-    def compare(self, passages: Sequence[Passage]) -> Changes:
+    def compare(
+        self, passages: Sequence[Passage], table: PassageTable | None = None, *, before: PassageTable | None = None
+    ) -> Changes:
         """What is new, what has another text, what differs in the rest, what is as it is.
+
+        ``table`` is the latest version, opened under the lock. ``before`` is an earlier one that agrees with it about
+        these ids and is asked for them: where its ids are indexed, that takes no longer however many rows came since.
 
         Raises:
             DuplicateIdError: two of the passages share an id.
             InputError: a passage does not fit the schema, or has no id.
         """
-        table = self.table()
+        table = table or self.table()
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
-        found = table.by_ids([passage.id for passage in passages], COMPARED) if len(table) else pa.table({})
-        return compare(passages, {row["id"]: row for row in found.to_pylist()}, schema)
+        found = (before or table).by_ids([passage.id for passage in passages], COMPARED).to_pylist()
+        return compare(passages, {row["id"]: row for row in found}, schema)
 
-    def write(self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = ()) -> int:
+    def write(
+        self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = (),
+        table: PassageTable | None = None,
+    ) -> int:  # fmt: skip
         """Make the changes in one commit; returns the version that has them.
 
         Args:
             changes: what ``compare`` found, under the same lock.
             vectors: [len(changes.texts), dim].
             truncated: places in ``changes.texts`` that the student read in part.
+            table: the latest version, opened under the same lock; it then moves to the new one.
 
         Raises:
             InputError: a vector is not finite, or their number or width is wrong.
             StorageError: it cannot be written; nothing of these changes is in the index.
         """
-        if vectors.shape != (len(changes.texts), self.manifest["dim"]):
-            raise InputError(
-                f"vectors of shape {vectors.shape} were given for {len(changes.texts)} texts, but this index holds "
-                f"[n, {self.manifest['dim']}]"
-            )
+        if vectors.shape != (wanted := (len(changes.texts), self.manifest["dim"])):
+            raise InputError(f"vectors of shape {vectors.shape} were given, but in this index the texts need {wanted}")
         codes = self.format.encode(vectors, [passage.id for passage in changes.texts])
         with self.writing():
-            table = self.table()
+            table = table or self.table()
             if not changes.texts and not changes.others:
                 return table.version
             file, generation = self.vectors.file_to_extend(table), self.vectors.generation(table)
@@ -270,11 +275,10 @@ class IndexStore:
         """Build indices that are missing and bring those up to date that lag behind."""
         with self.writing():
             table = self.table()
-            if not len(table):
-                return
-            table.build_indices()
-            if max(self.table().indices.values(), default=0) > _UNINDEXED_ROWS:
-                table.optimize(KEEP_VERSIONS)
+            if len(table):
+                table.build_indices()
+                if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
+                    table.optimize(KEEP_VERSIONS)
 
     # Keeping -------------------------------------------------------------------------------------------------------
 

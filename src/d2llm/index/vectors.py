@@ -143,7 +143,7 @@ class FloatFormat:
         """Vectors [n, dim]; exact."""
         stored = np.ascontiguousarray(codes).view(STORED_AS[self.name])
         if self.name == "bfloat16":
-            return (stored.astype(np.uint32) << 16).view(np.float32)
+            return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
         return stored.astype(np.float32)
 
     levels = decode

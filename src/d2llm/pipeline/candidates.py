@@ -43,6 +43,12 @@ class SearchableIndex(VectorView, Protocol):
         """The passages at some rows, in their order."""
         ...
 
+    def scan_together(
+        self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> Sequence[FoundRows]:
+        """``scan`` for each of several queries [q, dim], with the same answers."""
+        ...
+
     def match(self, text: str, top_k: int, filter: str | None = None) -> FoundRows:  # noqa: A002
         """What BM25 finds, best first, ties by id."""
         ...
@@ -91,6 +97,10 @@ class VectorSource:
         del query
         assert anchor is not None, "a search without an anchor has no vector source"
         return self.index.scan(anchor, top_k, self.allowed)
+
+    def propose_together(self, anchors: NDArray[np.float32], top_k: int) -> Sequence[FoundRows]:
+        """``propose`` for each of several queries [q, dim]."""
+        return self.index.scan_together(anchors, top_k, self.allowed)
 
 
 class AnnSource:

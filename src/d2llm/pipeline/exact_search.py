@@ -91,11 +91,23 @@ class CertifiedRows(NamedTuple):
     certificate: Certificate
 
 
-def passage_reaches(view: VectorView, student: BoundedStudent) -> NDArray[np.float32]:
-    """r_p of every row, float32 [capacity]: 4 bytes a row, of the passages alone.
+class KeptReaches:
+    """r_p of a view's rows, kept from the first search that needed those of all rows: 4 bytes a row.
 
-    Keep it beside a view that answers many queries, of either task, and give it to ``certified_top_k``.
+    Most searches need those of some rows alone. Keep it beside a view that answers many queries, of either task.
+    ``of_all`` is float32 [capacity], or None as long as none needed it.
     """
+
+    def __init__(self, of_all: NDArray[np.float32] | None = None) -> None:
+        self.of_all = of_all
+
+    def keep(self, of_all: NDArray[np.float32]) -> None:
+        """Keep those of all rows; where all are 1, as without gates, that takes no memory."""
+        self.of_all = np.broadcast_to(np.float32(1), of_all.shape) if (of_all == 1).all() else of_all
+
+
+def passage_reaches(view: VectorView, student: BoundedStudent) -> NDArray[np.float32]:
+    """r_p of every row, float32 [capacity], of the passages alone."""
     reaches = np.empty(view.capacity, np.float32)
     for start in range(0, view.capacity, _PASS_ROWS):
         end = min(start + _PASS_ROWS, view.capacity)
@@ -112,7 +124,7 @@ def certified_top_k(
     *,
     allowed: NDArray[np.bool_] | None = None,
     budget_ms: float | None = None,
-    reaches: NDArray[np.float32] | None = None,
+    reaches: KeptReaches | None = None,
 ) -> CertifiedRows:
     """The ``top_k`` passages with the highest final scores of all that are live and allowed, proved, ties by id.
 
@@ -128,7 +140,7 @@ def certified_top_k(
         allowed: [capacity], a filter's rows; None allows all.
         budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
             first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
-        reaches: of ``passage_reaches``; without it they are computed in the pass.
+        reaches: what earlier searches of this view had to compute; what this one has to is kept in it.
 
     Raises:
         InputError: ``top_k`` is below 1, or the budget is negative or no number.
@@ -139,7 +151,7 @@ def certified_top_k(
         raise InputError(f"top_k is {top_k}, but must be at least 1")
     if budget_ms is not None and not budget_ms >= 0:
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
-    clock = _Clock(begin, budget_ms)
+    clock, reaches = _Clock(begin, budget_ms), reaches or KeptReaches()
     _check_masks(view, allowed)
     scorer = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
     if scorer is None or scorer.anchor_query is None:
@@ -159,7 +171,7 @@ def certified_top_k(
     if scorer.reach == 0:
         return _scan(view, scorer.anchor_query, total, top_k, allowed)
     assert isinstance(student, BoundedStudent)
-    early = _by_scans(view, student, scorer, scorer.anchor_query, total, top_k, allowed, reaches, clock)
+    early = _by_scans(view, student, scorer, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock)
     if early is not None:
         return early
     rows = _matching(view, allowed)
@@ -260,16 +272,19 @@ def _pass(
     student: BoundedStudent,
     scorer: PairScorer,
     anchor_query: NDArray[np.float32],
-    reaches: NDArray[np.float32] | None,
+    reaches: KeptReaches,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Anchor and R_q r_p of every row, float32 [capacity]; of dead rows anything."""
     anchors = np.empty(view.capacity, np.float32)
-    reach = np.empty(view.capacity, np.float32)
+    reach = np.empty(view.capacity, np.float32) if reaches.of_all is None else reaches.of_all
     for start in range(0, view.capacity, _PASS_ROWS):
         end = min(start + _PASS_ROWS, view.capacity)
         block = view.block(start, end)
         anchors[start:end] = block @ anchor_query
-        reach[start:end] = student.passage_reach(block) if reaches is None else reaches[start:end]
+        if reaches.of_all is None:
+            reach[start:end] = student.passage_reach(block)
+    if reaches.of_all is None:
+        reaches.keep(reach)
     return anchors, np.float32(scorer.reach) * reach
 
 

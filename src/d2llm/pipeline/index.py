@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import Passage, Query, Ranking, Task
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
 from d2llm.models.student import Student
 from d2llm.pipeline.cascade import Cascade
-from d2llm.pipeline.exact_search import passage_reaches
+from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
+from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
 BLOCK_PASSAGES = 2_048
@@ -176,8 +177,8 @@ class Index:
         return PassageView(self.store)
 
     @cached_property
-    def _reaches(self) -> NDArray[np.float32] | None:
-        return passage_reaches(self.view, self.student) if isinstance(self.student, BoundedStudent) else None
+    def _reaches(self) -> KeptReaches:
+        return KeptReaches()
 
     def refresh(self) -> None:
         """Read the latest version from now on."""
@@ -224,9 +225,18 @@ class Index:
         student = self.student
         with self.store.writing(), progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
             try:
+                # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table
+                # itself, whose new rows are not, each block would take longer than the last.
+                self.store.settle()
+                before = self.store.table()
+                written = before.version
                 for block in _blocks(passages):
                     _refuse_repeated(block, seen, self.folder)
-                    report = self._write_block(student, block, report, only_new=only_new)
+                    table = self.store.table()
+                    if table.version != written:  # whoever gives the passages has changed the index meanwhile
+                        before = self.store.table()
+                    report = self._write_block(student, block, report, table, before, only_new=only_new)
+                    written = report.version
                     advance(len(block))
                 self.store.settle()
             finally:
@@ -285,8 +295,7 @@ class Index:
         """
         asked = [queries] if isinstance(queries, str) else queries
         wanted = replace(settings or SearchSettings(), **changes)
-        reaches = self._reaches if wanted.exact else None
-        return Searcher(self.view, self.student, wanted, reaches=reaches, cascade=cascade).rank(asked)
+        return Searcher(self.view, self.student, wanted, reaches=self._reaches, cascade=cascade).rank(asked)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""
@@ -314,21 +323,30 @@ class Index:
         return report
 
     def _write_block(
-        self, student: SearchStudent, block: list[Passage], report: UpsertReport, *, only_new: bool
+        self,
+        student: SearchStudent,
+        block: list[Passage],
+        report: UpsertReport,
+        table: PassageTable,
+        before: PassageTable,
+        *,
+        only_new: bool,
     ) -> UpsertReport:
-        self._add_new_fields(block)
-        changes = self.store.compare(block)
+        """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
+        table = self._with_new_fields(block, table)
+        changes = self.store.compare(block, table, before=before)
         if only_new and changes.num_new < len(block):
-            there = self.store.table().by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+            there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
             problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
             raise DuplicateIdError(self.folder, problem)
         vectors, truncated, num_tokens = np.zeros((0, student.vector_dim), np.float32), (), 0
         if changes.texts:
             encoded = student.encode_passages([passage.full_text for passage in changes.texts])
             vectors, truncated, num_tokens = encoded.vectors, encoded.truncated, encoded.num_tokens
-        self.store.write(changes, vectors, truncated)
+        version = self.store.write(changes, vectors, truncated, table)
         return replace(
             report,
+            version=version,
             num_passages=report.num_passages + len(block),
             num_added=report.num_added + changes.num_new,
             num_updated=report.num_updated + len(changes.texts) - changes.num_new,
@@ -338,12 +356,14 @@ class Index:
             num_tokens=report.num_tokens + num_tokens,
         )
 
-    def _add_new_fields(self, block: list[Passage]) -> None:
-        known = self.store.metadata
+    def _with_new_fields(self, block: list[Passage], table: PassageTable) -> PassageTable:
+        known = MetadataSchema.from_arrow(table.metadata_fields)
         inferred = MetadataSchema.infer(block, known)
         new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
-        if new:
-            self.store.add_fields(MetadataSchema(new))
+        if not new:
+            return table
+        self.store.add_fields(MetadataSchema(new))
+        return self.store.table()
 
 
 def _found(source: object, folder: Path) -> str:

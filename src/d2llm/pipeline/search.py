@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -24,13 +24,14 @@ from d2llm.pipeline.candidates import (
 )
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.documents import group_passages
-from d2llm.pipeline.exact_search import FoundRows, certified_top_k, passage_reaches
+from d2llm.pipeline.exact_search import FoundRows, KeptReaches, certified_top_k
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
+from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
 
 _WIDENED = 4  # times as many candidates, where those found are of too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
+_SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,9 @@ def search(
         changes: single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
-        One ranking per query, best first, ties by passage id. ``seconds`` holds "encode" (the mean over queries encoded
-        together), "candidates", "score" and, with a cascade, "teacher".
+        One ranking per query, best first, ties by passage id. ``seconds`` holds "encode", "candidates", "score" and,
+        with a cascade, "teacher"; of what is done for several queries together (encoding for 256, the exact scan for
+        32) each has the mean.
 
     Raises:
         InputError: settings that do not go together, or a query without text.
@@ -133,6 +135,29 @@ def search(
     return searcher.rank(queries, show_progress=show_progress)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A query on its way.
+
+    Attributes:
+        query: as it was asked.
+        vector: [dim].
+        anchor: [dim], for inner products; None for a head without.
+        scorer: the query ready to be scored; None where the student is to be asked.
+        depth: of the candidates that are looked for first.
+        scanned: the result of a scan to that depth that it had with others; None where it had none.
+        seconds: as a ranking has them.
+    """
+
+    query: Query
+    vector: NDArray[np.float32]
+    anchor: NDArray[np.float32] | None
+    scorer: PairScorer | None
+    depth: int
+    scanned: FoundRows | None
+    seconds: dict[str, float]
+
+
 class Searcher:
     """``search`` for many calls: what does not depend on the queries is done once. Arguments as there."""
 
@@ -142,10 +167,10 @@ class Searcher:
         student: SearchStudent,
         settings: SearchSettings | None = None,
         *,
-        reaches: NDArray[np.float32] | None = None,
+        reaches: KeptReaches | None = None,
         cascade: Cascade | None = None,
     ) -> None:
-        """Args: ``reaches``, for exact searches, as ``passage_reaches`` gives them; else they are computed once."""
+        """Args: ``reaches``, what exact searches of this version had to compute."""
         self.settings = settings or SearchSettings()
         self.settings.check()
         if cascade is not None and (self.settings.exact or self.settings.fuse):
@@ -163,7 +188,7 @@ class Searcher:
         self._allowed = index.select(self.settings.filter)
         by_vectors = not {"vectors", "ann"}.isdisjoint(self.settings.sources)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
-        self._reaches = reaches
+        self._reaches = reaches or KeptReaches()
         self._cascade = cascade
         self._sources: list[CandidateSource] = []
         if "vectors" in self.settings.sources and not self._exact:
@@ -172,6 +197,7 @@ class Searcher:
             self._sources.append(AnnSource(index, self._allowed))
         if "bm25" in self.settings.sources or self.settings.fuse:
             self._sources.append(LexicalSource(index, self.settings.filter))
+        self._in_students_order = cascade is None and not self.settings.fuse and self.settings.group == "passage"
 
     def rank(
         self,
@@ -190,23 +216,55 @@ class Searcher:
                 vectors = self._student.encode_queries([query.text for query in block]).vectors
                 anchors = self._anchors(vectors)
                 seconds = (time.perf_counter() - begin) / len(block)
-                for query, vector, anchor in zip(block, vectors, anchors, strict=True):
-                    rankings.append(self._rank_one(query, vector, anchor, seconds))
-                    advance(1)
+                for at in range(0, len(block), _SCANNED_AT_ONCE):
+                    part = slice(at, at + _SCANNED_AT_ONCE)
+                    for one in self._prepared(block[part], vectors[part], anchors[part], seconds):
+                        rankings.append(self._rank_one(one))
+                        advance(1)
         return rankings
+
+    def _prepared(
+        self,
+        queries: Sequence[Query],
+        vectors: NDArray[np.float32],
+        anchors: Sequence[NDArray[np.float32] | None],
+        encode_seconds: float,
+    ) -> Iterator[_Asked]:
+        """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
+        begin = time.perf_counter()
+        scorers: list[PairScorer | None] = [None] * len(queries)
+        if isinstance(self._student, BoundedStudent) and not self._exact:
+            scorers = [self._student.prepare(vector, self._task) for vector in vectors]
+        score_seconds = (time.perf_counter() - begin) / len(queries)
+        begin = time.perf_counter()
+        source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
+        # A scan's order is that of the anchors. Where they are the scores, it need not go deeper than the ranking.
+        final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
+        depth = self.settings.top_k if final else max(self.settings.num_candidates, self.settings.top_k)
+        scanned: Sequence[FoundRows | None] = [None] * len(queries)
+        together = [anchor for anchor in anchors if anchor is not None]
+        if source is not None and len(together) > 1:
+            scanned = source.propose_together(np.stack(together), depth)
+        scan_seconds = (time.perf_counter() - begin) / len(queries)
+        for query, vector, anchor, scorer, found in zip(queries, vectors, anchors, scorers, scanned, strict=True):
+            seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
+            yield _Asked(query, vector, anchor, scorer, depth, found, seconds)
+
+    def _anchor_is_score(self, scorer: PairScorer | None) -> bool:
+        """Whether candidates come with their final scores, the inner products, and nothing else changes the order."""
+        if scorer is None or scorer.anchor_query is None or scorer.reach != 0 or not self._in_students_order:
+            return False
+        return len(self._sources) == 1 and isinstance(self._sources[0], VectorSource | AnnSource)
 
     def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
         if not self._student.has_anchor:
             return [None] * len(vectors)
         return list(self._student.anchor_queries(vectors, self._task))
 
-    def _rank_one(
-        self, query: Query, vector: NDArray[np.float32], anchor: NDArray[np.float32] | None, encode_seconds: float
-    ) -> Ranking:
-        seconds = {"encode": encode_seconds, "candidates": 0.0, "score": 0.0}
-        depth = max(self.settings.num_candidates, self.settings.top_k)
+    def _rank_one(self, asked: _Asked) -> Ranking:
+        query, seconds, depth = asked.query, asked.seconds, asked.depth
         while True:
-            scored = self._candidates(query, vector, anchor, depth, seconds)
+            scored = self._candidates(asked, depth)
             documents = None if self._documents is None else self._documents.documents(scored.rows)
             if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
                 break
@@ -214,7 +272,7 @@ class Searcher:
         ranked = self._ranked(query, scored, documents)
         begin = time.perf_counter()
         passages = show(
-            self._index, query, anchor, ranked, explain=self.settings.explain,
+            self._index, query, asked.anchor, ranked, explain=self.settings.explain,
             document_passages=self.settings.document_passages, neighbours=self.settings.neighbours,
         )  # fmt: skip
         seconds["score"] += time.perf_counter() - begin
@@ -225,43 +283,47 @@ class Searcher:
             query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report
         )  # fmt: skip
 
-    def _candidates(
-        self,
-        query: Query,
-        vector: NDArray[np.float32],
-        anchor: NDArray[np.float32] | None,
-        depth: int,
-        seconds: dict[str, float],
-    ) -> Scored:
+    def _candidates(self, asked: _Asked, depth: int) -> Scored:
         """At least ``depth`` candidates with the student's scores, if there are so many."""
         begin = time.perf_counter()
-        proposals = {source.name: source.propose(query, anchor, depth) for source in self._sources}
+        proposals: dict[str, FoundRows] = {}
+        for source in self._sources:
+            if isinstance(source, VectorSource) and asked.scanned is not None and depth == asked.depth:
+                proposals[source.name] = asked.scanned
+            else:
+                proposals[source.name] = source.propose(asked.query, asked.anchor, depth)
         proposed = time.perf_counter()
         if self._exact:
-            scored = self._score_exactly(query, vector, proposals, depth)
+            scored = self._score_exactly(asked.query, asked.vector, proposals, depth)
         else:
-            scored = self._score(query, vector, proposals, depth)
-        seconds["candidates"] += proposed - begin
-        seconds["score"] += time.perf_counter() - proposed
+            scored = self._score(asked, proposals, depth)
+        asked.seconds["candidates"] += proposed - begin
+        asked.seconds["score"] += time.perf_counter() - proposed
         return scored
 
-    def _score(
-        self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int
-    ) -> Scored:
+    def _score(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> Scored:
+        if self._anchor_is_score(asked.scorer):
+            (found,), top_k = proposals.values(), self.settings.top_k
+            rows, scores = found.rows[:top_k], found.scores[:top_k]
+            _refuse_nan(scores, asked.query)
+            return Scored(rows, scores, len(rows), proposals, None, len(found.rows) < depth)
         # In the rows' order the vectors are read from the disk in one direction; the final order is made below.
         rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
-        scores = self._student.score(vector, self._index.vectors(rows), self._task) if len(rows) else _NOTHING
-        _refuse_nan(scores, query)
+        scores = self._scores(asked, rows) if len(rows) else _NOTHING
+        _refuse_nan(scores, asked.query)
         is_all = all(len(found.rows) < depth for found in proposals.values())
         return Scored(rows, scores, len(rows), proposals, None, is_all)
+
+    def _scores(self, asked: _Asked, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        vectors = self._index.vectors(rows)
+        if asked.scorer is None:
+            return self._student.score(asked.vector, vectors, self._task)
+        return asked.scorer(vectors)
 
     def _score_exactly(
         self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int
     ) -> Scored:
-        if self._reaches is None and isinstance(self._student, BoundedStudent):
-            self._reaches = passage_reaches(self._index, self._student)
-        reordered = self.settings.fuse or self._cascade is not None or self.settings.group != "passage"
-        top_k = depth if reordered else self.settings.top_k
+        top_k = self.settings.top_k if self._in_students_order else depth
         try:
             found = certified_top_k(
                 self._index, self._student, vector, self._task, top_k,

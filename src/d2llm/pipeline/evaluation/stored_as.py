@@ -68,6 +68,12 @@ class StoredAs:
         rows, scores = self._scan.search(query, top_k, allowed, ids_of=self.ids)
         return CandidateRows(rows, scores)
 
+    def scan_together(
+        self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> list[CandidateRows]:
+        """``scan`` for each of several queries [q, dim], with the same answers."""
+        return [CandidateRows(*found) for found in self._scan.search_together(queries, top_k, allowed, ids_of=self.ids)]
+
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
         """As the index does."""
         return self._index.match(text, top_k, filter)
