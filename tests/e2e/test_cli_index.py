@@ -108,6 +108,29 @@ def test_damage_is_found_and_mended(place):
     assert "0 problems" in succeed("index", place / "i", "verify").stderr
 
 
+def test_vectors_kept_once(place, tmp_path):
+    folder = tmp_path / "once"
+    succeed("index", folder, "upsert", place / "corpus.jsonl", "--vector-copies", "1")
+    facts = report_of(place, "index", folder, "stats")
+    assert (facts["vector_copies"], report_of(place, "index", place / "i", "stats")["vector_copies"]) == (1, 2)
+    assert "768 bytes each, kept once" in succeed("index", folder, "stats").stdout
+    asked = ("search", folder, SENTENCES[7], "--top-k", "5")
+    before = ids_of(report_of(place, *asked))
+    vectors = folder / "vectors-0.bin"
+    content = bytearray(vectors.read_bytes())
+    content[7 * 768 + 1] ^= 64
+    vectors.write_bytes(content)
+    fail(*asked, containing=["vectors are lost", f"d2llm index {folder} verify --repair"])
+    found = d2llm("index", folder, "verify")
+    assert found.exit_code == 1
+    assert f"{len(SENTENCES)} of {len(SENTENCES)} passages have lost their vectors" in " ".join(found.stderr.split())
+    assert "it was written anew" in succeed("index", folder, "verify", "--repair").stderr
+    assert "0 problems" in succeed("index", folder, "verify").stderr
+    assert ids_of(report_of(place, *asked)) == before
+    assert d2llm("index", tmp_path / "new", "add", place / "corpus.jsonl", "--vector-copies", "3").exit_code == 2
+    fail("index", place / "i", "upsert", place, "--vector-copies", "1", containing=["--vector-copies", "new index"])
+
+
 def test_what_is_wrong_is_said(place, tmp_path):
     fail(
         "index",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -27,7 +28,7 @@ from d2llm.index.view import PassageView
 from d2llm.models.student import Student
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.exact_search import KeptReaches
-from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
@@ -311,11 +312,14 @@ class Index:
             IndexLockedError: another process is writing, and there is to be repaired.
             StorageError: a repaired file cannot be written.
         """
-        with progress_bar("encoding again", None, show=show_progress if repair else False) as advance:
+        with ExitStack() as stack:
+            advances: list[Advance] = []  # one, when there is something to encode
 
             def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
+                if not advances:
+                    advances.append(stack.enter_context(progress_bar("encoding again", None, show=show_progress)))
                 encoded = self.student.encode_passages([passage.full_text for passage in passages])
-                advance(len(passages))
+                advances[0](len(passages))
                 return encoded.vectors
 
             report = verify(self.store, repair=repair, encode=encode)
