@@ -12,18 +12,19 @@ from d2llm.core.errors import D2LLMError, DataFormatError
 from d2llm.core.files import folder_bytes
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, codes_of, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
+from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
-from d2llm.index.vector_file import VectorFile
+from d2llm.index.vector_file import DERIVED, VectorFile, path_of
 
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
     """What an index holds. ``num_rows`` counts the vectors in the file, those of deleted passages included.
 
-    Bytes: of the table with its indices and old versions, of the vector files, and of everything (snapshots included)
-    per passage. ``unindexed`` names indices with the number of passages that they do not cover yet; those are searched
-    all the same, more slowly.
+    Bytes: of the table with its indices and old versions, of the vector files, of one stored projection (0 where there
+    are none; ``num_projections`` counts them), and of everything (snapshots included) per passage. ``unindexed`` names
+    indices with the number of passages that they do not cover yet; those are searched all the same, more slowly.
     """
 
     folder: str
@@ -41,6 +42,8 @@ class IndexStats:
     metadata: dict[str, str]
     table_bytes: int
     vector_file_bytes: int
+    num_projections: int
+    projection_bytes: int
     bytes_per_passage: float
     unindexed: dict[str, int]
 
@@ -70,6 +73,7 @@ def stats(store: IndexStore) -> IndexStats:
     table = store.table()
     vectors = store.vectors(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
     table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
+    projections = None if vectors.file is None else _projections(store, table, vectors.file)
     return IndexStats(
         folder=str(store.folder),
         num_passages=len(table),
@@ -86,6 +90,8 @@ def stats(store: IndexStore) -> IndexStats:
         metadata=MetadataSchema.from_arrow(table.metadata_fields).to_json(),
         table_bytes=table_bytes,
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
+        num_projections=0 if projections is None else projections.capacity,
+        projection_bytes=0 if projections is None else projections.code_size,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
     )
@@ -94,10 +100,13 @@ def stats(store: IndexStore) -> IndexStats:
 def verify(store: IndexStore, *, repair: bool = False) -> VerifyReport:
     """Read everything and compare: texts with their hashes, row numbers, the vector file with the table, snapshots.
 
+    Stored projections are compared with their checksums.
+
     Args:
         store: what to look at; its latest version and its snapshots.
-        repair: write the vector file anew from the table where it is damaged. The table itself is the source of truth
-            and cannot be repaired, only restored from a snapshot.
+        repair: write the vector file anew from the table where it is damaged, and remove stored projections that are
+            damaged or of other vectors. The table itself is the source of truth and cannot be repaired, only restored
+            from a snapshot.
     """
     table = store.table()
     problems = [*_table_problems(table)]
@@ -107,6 +116,7 @@ def verify(store: IndexStore, *, repair: bool = False) -> VerifyReport:
             store.rebuild(table)
             found = [f"{found[0]}; it was written anew", *_vector_problems(store, table)]
         problems += found
+        problems += _projection_problems(store, table, repair=repair)
     snapshots = store.snapshots()
     for name in snapshots:
         problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name)]
@@ -118,6 +128,15 @@ def verify(store: IndexStore, *, repair: bool = False) -> VerifyReport:
         num_snapshots=len(snapshots),
         problems=problems,
     )
+
+
+def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) -> VectorFile | None:
+    """The file of projections that belongs to these vectors, if there is one and it fits."""
+    made_of = projections_of(store.manifest["student"], store.format.name)
+    try:
+        return open_file(vectors, store.generation(table), made_of)
+    except DataFormatError:
+        return None
 
 
 def _table_problems(table: PassageTable) -> Iterator[str]:
@@ -172,6 +191,21 @@ def _vector_problems(store: IndexStore, table: PassageTable) -> Iterator[str]:
         differing += int((~inside).sum()) + int((codes[rows[inside]] != codes_of(batch)[inside]).any(axis=1).sum())
     if differing and not damaged:
         yield f"{file.path.name}: {differing} vectors are not those of the table"
+
+
+def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
+    """Whether stored projections are what was written for these vectors; without a student no more can be said."""
+    generation = store.generation(table)
+    path = path_of(store.folder, generation, DERIVED)
+    if not path.is_file():
+        return
+    try:
+        vectors = VectorFile.open(store.folder, generation, store.format.code_size)
+        StoredProjections.load(vectors, generation, projections_of(store.manifest["student"], store.format.name))
+    except DataFormatError as error:
+        if repair:
+            remove_file(store.folder, generation)
+        yield f"{error}{'; it was removed' if repair else ''}"
 
 
 def _snapshot_problems(store: IndexStore, name: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 INDEX/
   manifest.json         kind "index": student, task, vector format; written once
   passages.lance        the table (``passage_table``): the source of truth, with versions
-  vectors-<g>.bin/json  the vectors of generation g (``vector_file``): derived, rebuilt from the table when need be
+  vectors-<g>.bin/json  the vectors of generation g (``vector_file``); ``ann``, ``projections``: derived, never trusted
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
 

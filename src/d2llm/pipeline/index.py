@@ -30,6 +30,7 @@ from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.exact_search import passage_reaches
 from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import BoundedStudent, IndexStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
@@ -226,6 +227,7 @@ class Index:
                     report = self._write_block(student, block, report, only_new=only_new)
                     advance(len(block))
                 self.store.settle()
+                extend_projections(self.store, student)
             finally:
                 self.refresh()
             version = self.store.table().version

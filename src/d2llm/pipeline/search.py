@@ -28,6 +28,7 @@ from d2llm.pipeline.exact_search import FoundRows, certified_top_k, passage_reac
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import BoundedStudent, SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
+from d2llm.pipeline.row_scorer import RowScorer
 
 _WIDENED = 4  # times as many candidates, where those found are of too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
@@ -248,9 +249,9 @@ class Searcher:
     def _score(
         self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int
     ) -> Scored:
-        # In the rows' order the vectors are read from the disk in one direction; the final order is made below.
+        # In the rows' order what is stored is read from the disk in one direction; the final order is made below.
         rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
-        scores = self._student.score(vector, self._index.vectors(rows), self._task) if len(rows) else _NOTHING
+        scores = RowScorer(self._index, self._student, vector, self._task)(rows) if len(rows) else _NOTHING
         _refuse_nan(scores, query)
         is_all = all(len(found.rows) < depth for found in proposals.values())
         return Scored(rows, scores, len(rows), proposals, None, is_all)
