@@ -40,7 +40,9 @@ def test_store_search_and_go_on(world):
     assert (index / "projections-0.bin").stat().st_size == 6 * 32
     assert "of 6 rows, 32 bytes each" in succeed("index", index, "stats").stdout
     after = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=world)[1]
-    rankings = [[place["passage"]["id"] for place in report["result"]["rankings"][0]["passages"]] for report in (before, after)]
+    rankings = [
+        [place["passage"]["id"] for place in report["result"]["rankings"][0]["passages"]] for report in (before, after)
+    ]
     assert rankings[0] == rankings[1]
     succeed("index", index, "upsert", world / "more.jsonl")
     assert "0 rows added, 8 were there" in succeed("index", index, "project").stderr
