@@ -4,12 +4,19 @@ One run, the same inputs, seconds of the process in one thread (other work on th
 - a query against N passages with the default head (anchored, rich features): every pair's features written out,
   [a; b; a * b; |a - b|], through the unsplit network in float32; `Student.score`, from float32 and from bfloat16
   vectors; and bare matrix products of exactly the shapes that scoring needs, in the same number format (the limit);
-- what each choice of features and width costs: pairs a second at N, and the latency of 1,000 passages in two threads.
+- what each choice of features and width costs: pairs a second at N, and the latency of 1,000 passages in two threads;
+- the published head at 256 x 512 with W_p b stored (`d2llm index ... project`): 1,000 of 100,000 rows, scored from
+  vectors and from projections, in memory and read from the mapped file, beside the bare products that each needs.
+
+Where the CPU has no bfloat16 products everything is float32, and the result goes into a file of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +26,9 @@ import torch
 
 from d2llm import Student
 from d2llm.core.recipe import InteractionConfig
+from d2llm.index.projections import StoredProjections, as_codes, create_file
+from d2llm.index.vector_file import VectorFile
+from d2llm.index.vectors import make_format
 from d2llm.models.device import choose_dtype
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
@@ -34,7 +44,8 @@ HEADS = [("paper", "concat", 256, 512)] + [
     for features in ("concat", "product", "difference", "rich")
     for hidden in (128, 256, 512)
 ]
-RESULT = Path(__file__).parent / "results" / "scoring.json"
+NUM_STORED = 100_000
+RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -46,6 +57,28 @@ def seconds(work: Callable[[], object]) -> float:
         work()
         times.append(time.process_time() - start)
     return float(np.median(times))
+
+
+def least_wall_seconds(work: Callable[[], object]) -> float:
+    """The least wall time of many calls: what other work on the machine disturbed least. Ends after ten seconds."""
+    walls: list[float] = []
+    begin = time.perf_counter()
+    while len(walls) < 10 * REPEATS and time.perf_counter() - begin < 10:
+        start = time.perf_counter()
+        work()
+        walls.append(time.perf_counter() - start)
+    return min(walls)
+
+
+def least_seconds_in_turn(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The least processor time of each of several things done in turn, so that other work disturbs all alike."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(10 * REPEATS):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            times[name].append(time.process_time() - start)
+    return {name: min(taken) for name, taken in times.items()}
 
 
 def limit_seconds(shapes: list[tuple[int, int]], dtype: torch.dtype) -> float:
@@ -115,12 +148,7 @@ def cost(rng: np.random.Generator, head: str, features: str, dim: int, hidden: i
     taken, limit = seconds(lambda: score(NUM_PASSAGES)), limit_seconds(shapes_of(dim, hidden, features), dtype)
     one_thread = seconds(lambda: score(NUM_CANDIDATES))
     torch.set_num_threads(2)
-    walls: list[float] = []  # the least of many: what other work on the machine disturbed least
-    for _ in range(10 * REPEATS):
-        start = time.perf_counter()
-        score(NUM_CANDIDATES)
-        walls.append(time.perf_counter() - start)
-    two_threads = min(walls)
+    two_threads = least_wall_seconds(lambda: score(NUM_CANDIDATES))
     torch.set_num_threads(1)
     return {
         "head": head,
@@ -134,10 +162,67 @@ def cost(rng: np.random.Generator, head: str, features: str, dim: int, hidden: i
     }
 
 
-def main() -> None:
-    """Measure, print tables, write the JSON."""
+def stored(rng: np.random.Generator, folder: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of 1,000 passages by the published head from what an index stores, in one thread and in two."""
+    dim, hidden = 256, 512
+    dtype = choose_dtype(torch.device("cpu"))
+    module = Interaction(InteractionConfig(head="paper", features="concat", hidden_dim=hidden, feature_dim=hidden), dim)
+    vector_format = make_format("bfloat16", dim)
+    vectors = VectorFile.create(folder, 0, vector_format.code_size)
+    file = create_file(vectors, 0, "benchmark", hidden)
+    with torch.inference_mode():
+        weights = HeadWeights(module, "symmetric", dtype)
+        for _ in range(0, NUM_STORED, NUM_PASSAGES):
+            block = rng.standard_normal((NUM_PASSAGES, dim), dtype=np.float32)
+            vectors.append(vector_format.encode(block, []))
+            file.append(as_codes(module.project_passages(torch.from_numpy(block)).to(torch.bfloat16)))
+    codes, projections = vectors.codes(), StoredProjections.load(vectors, 0, "benchmark")
+    rows = np.sort(rng.choice(NUM_STORED, NUM_CANDIDATES, replace=False))
+    query = torch.from_numpy(rng.standard_normal(dim, dtype=np.float32))
+    scorer = QueryScorer(module, weights, query, "symmetric", SCORE_BLOCK)
+    of_vectors = torch.from_numpy(vector_format.decode(codes[rows])).to(torch.bfloat16)
+    of_projections = projections.read(rows)
+    plain, quick = scorer(of_vectors), scorer(None, of_projections)
+    print(f"scores with and without: {np.abs(plain - quick).max() / plain.std():.4f} of their spread apart at most")
+    both = {
+        "vectors in memory": lambda: scorer(of_vectors),
+        "vectors of the file": lambda: scorer(vector_format.decode(codes[rows])),
+        "projections in memory": lambda: scorer(None, of_projections),
+        "projections of the file": lambda: scorer(None, projections.read(rows)),
+        "reading projections alone": lambda: projections.read(rows),
+        "bare products with the first": products_of(shapes_of(dim, hidden, "concat"), dtype),
+        "bare products without": products_of(shapes_of(dim, hidden, "concat")[1:], dtype),
+    }
+    one_thread = least_seconds_in_turn(both)
+    result: dict[str, dict[str, float]] = {name: {"ms_one_thread": 1e3 * one_thread[name]} for name in both}
+    if os.getloadavg()[0] > (os.cpu_count() or 1):
+        print("other work keeps all cores busy: two threads are not measured, they would wait for each other")
+        return result
+    torch.set_num_threads(2)
+    for name, work in both.items():
+        result[name]["ms_two_threads_wall"] = 1e3 * least_wall_seconds(work)
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
+    return result
+
+
+def products_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
+    """Bare products of 1,000 rows with weights of these shapes, in blocks as they are scored."""
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    inputs = [torch.randn(SCORE_BLOCK, into, dtype=dtype) for into, _ in shapes]
+    outputs = [torch.empty(SCORE_BLOCK, outof, dtype=dtype) for _, outof in shapes]
+
+    def work() -> None:
+        with torch.inference_mode():
+            for start in range(0, NUM_CANDIDATES, SCORE_BLOCK):
+                num = min(SCORE_BLOCK, NUM_CANDIDATES - start)
+                for left, right, out in zip(inputs, weights, outputs, strict=True):
+                    torch.mm(left[:num], right, out=out[:num])
+
+    return work
+
+
+def everything(rng: np.random.Generator) -> dict[str, object]:
+    """The default student beside the plain procedure and the limit, and what each choice of head costs; printed."""
     times, dim = default_head(rng)
     base, limit = times["reference, float32"], times["bare products (limit)"]
     rows = {
@@ -157,8 +242,27 @@ def main() -> None:
         name = f"{row['head']:9}{row['features']:11}{row['dim']} x {row['hidden']:<8}"
         latency = f"{row['candidates_ms_one_thread']:6.2f} ms {row['candidates_ms_two_threads_wall']:6.2f} ms"
         print(f"{name}{row['pairs_per_second']:9,.0f} {row['share_of_limit']:9.0%} {latency:>24}")
-    result = {"num_passages": NUM_PASSAGES, "dim": dim, "rows": rows, "heads": heads}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    return {"num_passages": NUM_PASSAGES, "dim": dim, "rows": rows, "heads": heads}
+
+
+def main() -> None:
+    """Measure, print tables, write what was measured into the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only-stored", action="store_true", help="measure scoring from stored projections alone")
+    only_stored = parser.parse_args().only_stored
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    dtype = str(choose_dtype(torch.device("cpu"))).removeprefix("torch.")
+    measured = {} if only_stored else everything(rng)
+    with tempfile.TemporaryDirectory() as folder:
+        of_stored = stored(rng, Path(folder))
+    print(f"\n{'paper, concat, 256 x 512: 1,000 passages':43}1 thread (least), 2 threads")
+    for name, row in of_stored.items():
+        print(f"{name:38}" + " ".join(f"{ms:9.2f} ms" for ms in row.values()))
+    path = RESULTS / ("scoring.json" if dtype == "bfloat16" else f"scoring-{dtype}.json")
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    result = before | measured | {"number_format": dtype, "stored": of_stored}
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

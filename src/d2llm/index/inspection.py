@@ -13,9 +13,11 @@ from d2llm.core.errors import D2LLMError, DataFormatError
 from d2llm.core.files import folder_bytes
 from d2llm.index.blocks import GENERATION_SHIFT, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
+from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
+from d2llm.index.vector_file import DERIVED, VectorFile, path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,9 @@ class IndexStats:
     """What an index holds. ``num_rows`` counts the vectors in the file, those of deleted passages included.
 
     Each vector stands in ``vector_copies`` places. Bytes: of the table with its indices and old versions, of the vector
-    files, and of everything (snapshots included) per passage. ``unindexed`` names indices with the number of passages
-    that they do not cover yet; those are searched all the same, more slowly.
+    files, of one stored projection (0 where there are none; ``num_projections`` counts them), and of everything
+    (snapshots included) per passage. ``unindexed`` names indices with the number of passages that they do not cover
+    yet; those are searched all the same, more slowly.
     """
 
     folder: str
@@ -43,6 +46,8 @@ class IndexStats:
     metadata: dict[str, str]
     table_bytes: int
     vector_file_bytes: int
+    num_projections: int
+    projection_bytes: int
     bytes_per_passage: float
     unindexed: dict[str, int]
 
@@ -72,6 +77,7 @@ def stats(store: IndexStore) -> IndexStats:
     table = store.table()
     vectors = store.vectors.read(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
     table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
+    projections = None if vectors.file is None else _projections(store, table, vectors.file)
     return IndexStats(
         folder=str(store.folder),
         num_passages=len(table),
@@ -89,6 +95,8 @@ def stats(store: IndexStore) -> IndexStats:
         metadata=MetadataSchema.from_arrow(table.metadata_fields).to_json(),
         table_bytes=table_bytes,
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
+        num_projections=0 if projections is None else projections.capacity,
+        projection_bytes=0 if projections is None else projections.code_size,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
     )
@@ -97,10 +105,13 @@ def stats(store: IndexStore) -> IndexStats:
 def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = None) -> VerifyReport:
     """Read everything and compare: texts with their hashes, row numbers, the vectors with what was written, snapshots.
 
+    Stored projections are compared with their checksums.
+
     Args:
         store: what to look at; its latest version and its snapshots.
         repair: write vector files anew where they are damaged: from the table, or where the vectors are kept once, by
-            encoding what is lost. Texts and metadata cannot be repaired, only restored from a snapshot.
+            encoding what is lost. Texts and metadata cannot be repaired, only restored from a snapshot. Stored
+            projections that are damaged or of other vectors are removed.
         encode: what encodes, where the vectors are kept once.
 
     Raises:
@@ -133,7 +144,16 @@ def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Enco
     if problems and repair:
         store.vectors.repair(table, encode)
         problems = [f"{problems[0]}; it was written anew", *store.vectors.problems(table)]
-    return problems
+    return [*problems, *_projection_problems(store, table, repair=repair)]
+
+
+def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) -> VectorFile | None:
+    """The file of projections that belongs to these vectors, if there is one and it fits."""
+    made_of = projections_of(store.manifest["student"], store.format.name)
+    try:
+        return open_file(vectors, store.vectors.generation(table), made_of)
+    except DataFormatError:
+        return None
 
 
 def _table_problems(table: PassageTable) -> Iterator[str]:
@@ -169,6 +189,21 @@ def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Ite
             table.match("a", 1)
     except DataFormatError as error:
         yield f"an index of the table is damaged ({error.problem}); {advice}"
+
+
+def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
+    """Whether stored projections are what was written for these vectors; without a student no more can be said."""
+    generation = store.vectors.generation(table)
+    path = path_of(store.folder, generation, DERIVED)
+    if not path.is_file():
+        return
+    try:
+        vectors = VectorFile.open(store.folder, generation, store.format.code_size)
+        StoredProjections.load(vectors, generation, projections_of(store.manifest["student"], store.format.name))
+    except DataFormatError as error:
+        if repair:
+            remove_file(store.folder, generation)
+        yield f"{error}{'; it was removed' if repair else ''}"
 
 
 def _snapshot_problems(store: IndexStore, name: str, repair: bool, encode: Encode | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ INDEX/
   manifest.json         kind "index": student, task, vector format; written once
   passages.lance        the table (``passage_table``): the source of truth, with versions
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
-                        (``stored_vectors``)
+                        (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
 

@@ -4,6 +4,9 @@ vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes 
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
                             were written together, with a checksum of their bytes
 
+What is derived from the vectors row by row lies beside them in a file of the same kind under another name
+(``projections``), whose ``made_of`` says what its rows were computed from.
+
 A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
 that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
 that no table names; the next writer goes on behind them. A file that was written anew (``stored_vectors``) lacks the
@@ -27,6 +30,12 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
 
+NAME = "vectors"
+DERIVED = "projections"
+_REMEDIES = {
+    NAME: "`d2llm index ... verify --repair` makes them anew",
+    DERIVED: "`d2llm index ... project` makes them anew",
+}
 _JOINED_ROWS = 16_384  # small additions share an extent up to this size, so that the list of extents stays short
 
 
@@ -62,16 +71,19 @@ class Salvage(NamedTuple):
 class VectorFile:
     """The vectors of one generation of an index. ``append`` is for the holder of the index's write lock alone."""
 
-    def __init__(self, path: Path, code_size: int, extents: list[Extent], since: int = 0) -> None:
+    def __init__(self, path: Path, code_size: int, extents: list[Extent], since: int = 0, made_of: str = "") -> None:
         self.path = path
         self.code_size = code_size
         self.extents = extents
         self.since = since
+        self.made_of = made_of
 
     @classmethod
-    def create(cls, folder: Path, generation: int, code_size: int, *, since: int = 0) -> VectorFile:
+    def create(
+        cls, folder: Path, generation: int, code_size: int, *, since: int = 0, name: str = NAME, made_of: str = ""
+    ) -> VectorFile:
         """A new file without rows; one that is there (left by a crash) is replaced."""
-        file = cls(path_of(folder, generation), code_size, [], since)
+        file = cls(path_of(folder, generation, name), code_size, [], since, made_of)
         file.path.unlink(missing_ok=True)  # not emptied: a snapshot or a reader may have it under another name
         file._write_extents()  # first, since a generation counts as soon as its .bin is there
         with file.path.open("wb") as stream:
@@ -122,32 +134,35 @@ class VectorFile:
         return VectorFile(folder / self.path.name, self.code_size, self.extents, self.since)
 
     @classmethod
-    def open(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
+    def open(cls, folder: Path, generation: int, code_size: int | None, *, name: str = NAME) -> VectorFile:
         """The file as its list of extents describes it; checksums are not looked at.
+
+        ``code_size`` None takes the size that the file has.
 
         Raises:
             DataFormatError: a part is missing, too short, or does not fit ``code_size``.
         """
-        file = cls._described(folder, generation, code_size)
+        file = cls._described(folder, generation, code_size, name)
         try:
             if file.path.stat().st_size < file.num_bytes:
                 raise ValueError(f"{file.path.name} is shorter than it says")
         except (OSError, ValueError) as error:
-            raise _unusable(file.path, error) from error
+            raise _unusable(file.path, name, error) from error
         return file
 
     @classmethod
-    def _described(cls, folder: Path, generation: int, code_size: int) -> VectorFile:
+    def _described(cls, folder: Path, generation: int, code_size: int | None, name: str = NAME) -> VectorFile:
         """The file as its list of extents describes it, whether the rows are there or not."""
-        path = path_of(folder, generation)
+        path = path_of(folder, generation, name)
         try:
             record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             extents = [Extent(*extent) for extent in record["extents"]]
-            if record["code_size"] != code_size or type(record["since"]) is not int or not _fit(extents):
+            size, since, made_of = record["code_size"], record["since"], record.get("made_of", "")
+            if size != (code_size or size) or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
                 raise ValueError(f"{path.stem}.json does not describe these vectors")
-            return cls(path, code_size, extents, record["since"])
+            return cls(path, size, extents, since, made_of)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise _unusable(path, error) from error
+            raise _unusable(path, name, error) from error
 
     @property
     def capacity(self) -> int:
@@ -196,9 +211,8 @@ class VectorFile:
 
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
-        write_json(
-            self.path.with_suffix(".json"), {"code_size": self.code_size, "since": self.since, "extents": extents}
-        )
+        record = {"code_size": self.code_size, "since": self.since, "extents": extents}
+        write_json(self.path.with_suffix(".json"), record | ({"made_of": self.made_of} if self.made_of else {}))
 
 
 def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> Salvage:
@@ -222,9 +236,9 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
     return Salvage(codes, whole, parts if num_damaged else None)
 
 
-def path_of(folder: Path, generation: int) -> Path:
-    """Where the vectors of a generation lie."""
-    return folder / f"vectors-{generation}.bin"
+def path_of(folder: Path, generation: int, name: str = NAME) -> Path:
+    """Where the vectors of a generation lie, or what is derived from them under another name."""
+    return folder / f"{name}-{generation}.bin"
 
 
 def generations(folder: Path) -> Iterator[int]:
@@ -236,16 +250,16 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def remove(folder: Path, generation: int) -> int:
-    """Remove the files of a generation, its approximate index (``ann``) included; returns the bytes they took.
+    """Remove the files of a generation and what is derived from them (``ann``, ``projections``); returns their bytes.
 
     A reader that has them mapped keeps them.
     """
     freed = 0
-    vectors, ann = path_of(folder, generation), folder / f"ann-{generation}.faiss"
-    for path in (vectors, vectors.with_suffix(".json"), ann, ann.with_suffix(".json")):
-        if path.is_file():
-            freed += path.stat().st_size
-            path.unlink()
+    for path in (path_of(folder, generation), path_of(folder, generation, DERIVED), folder / f"ann-{generation}.faiss"):
+        for part in (path, path.with_suffix(".json")):
+            if part.is_file():
+                freed += part.stat().st_size
+                part.unlink()
     return freed
 
 
@@ -253,9 +267,8 @@ def _draft_of(folder: Path, generation: int, purpose: str = "") -> Path:
     return folder / f".vectors-{generation}.new{purpose}"
 
 
-def _unusable(path: Path, error: Exception) -> DataFormatError:
-    advice = "`d2llm index ... verify --repair` makes them anew"
-    return DataFormatError(path, f"its vectors cannot be used ({error}); {advice}")
+def _unusable(path: Path, name: str, error: Exception) -> DataFormatError:
+    return DataFormatError(path, f"its {name} cannot be used ({error}); {_REMEDIES[name]}")
 
 
 def _fit(extents: list[Extent]) -> bool:

@@ -18,9 +18,11 @@ from d2llm.core.types import Passage, Task
 from d2llm.index.ann import AnnBase, AnnIndex
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
 from d2llm.index.filters import parse_filter
+from d2llm.index.projections import StoredProjections, projections_of
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
+from d2llm.index.vector_file import VectorFile
 from d2llm.ops.selection import top_rows
 
 _SPARE_MATCHES = 16  # taken beyond top_k, to see whether passages tie for the last place
@@ -181,19 +183,37 @@ class PassageView:
     @cached_property
     def ann_base(self) -> AnnBase | None:
         """What an approximate index of this version is over; None where the vectors are in memory alone."""
-        scan = self._check()
-        codes, file = self._vectors
+        scan, file = self._check(), self.vector_file
         if file is None:
             return None
         return AnnBase(
-            self.store.folder, self.student_fingerprint, self._generation, self.version, file.since, self.format, codes,
-            scan,
+            self.store.folder, self.student_fingerprint, self._generation, self.version, file.since, self.format,
+            self._vectors.codes, scan,
         )  # fmt: skip
 
     @cached_property
     def ann(self) -> AnnIndex | None:
         """The approximate index that serves this version, if one was built."""
         return None if self.ann_base is None else AnnIndex.open(self.ann_base)
+
+    @property
+    def generation(self) -> int:
+        """Of the vectors: another has other row numbers."""
+        return self._generation
+
+    @property
+    def vector_file(self) -> VectorFile | None:
+        """Where the vectors lie; None where they are in memory alone."""
+        self._check()
+        return self._vectors.file
+
+    @cached_property
+    def projections(self) -> StoredProjections | None:
+        """What is stored of the interaction's first layer, if ``pipeline.project`` put it there."""
+        if self.vector_file is None:
+            return None
+        made_of = projections_of(self.student_fingerprint, self.format.name)
+        return StoredProjections.open(self.vector_file, self._generation, made_of)
 
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
         """The passages that BM25 finds for a text, best first, ties by id; the filter comes before the choice.

@@ -142,6 +142,10 @@ class Interaction(nn.Module):
         """The weight r of the interaction in one task."""
         return self.get_buffer(f"residual_{task}")
 
+    def project_passages(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
+        """W_p b, what the first layer makes of the passages' vectors alone; the same for both tasks."""
+        return nn.functional.linear(passages, self._part("b"))
+
     def anchor_queries(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
         """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
 
@@ -186,7 +190,7 @@ class Interaction(nn.Module):
         anchor: Float[Tensor, "queries passages"] | None,
         task: Task,
     ) -> PairScores:
-        hidden = self._query_half(queries) + self._passage_half(passages)
+        hidden = self._query_half(queries) + self.project_passages(passages)
         if "a * b" in self._places:
             hidden = hidden + (queries * passages) @ self._part("a * b").T
         if "|a - b|" in self._places:
@@ -231,9 +235,6 @@ class Interaction(nn.Module):
 
     def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
         return nn.functional.linear(queries, self._part("a"), self.first.bias)
-
-    def _passage_half(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
-        return nn.functional.linear(passages, self._part("b"))
 
     def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
         shared = torch.relu(self.shared(self.dropout(torch.relu(hidden))))

@@ -4,11 +4,15 @@ What depends on the weights alone is folded and cast once for each state of the 
 a query. Of a passage it then takes one product with [b; |a - b|] (with b alone where the features have no difference)
 and one for each inner layer, in the number format that the machine multiplies fastest, in blocks whose activations stay
 in the cache. The anchor, the bound and the last layer's sum are float32.
+
+With the features ``concat`` the first product, W_p b, is of the passage alone. Where it is given, computed before, a
+passage takes the inner layers alone, and its vector is read only for the anchor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
 from d2llm.ops.scoring import Linear, anchored_logit
@@ -37,6 +42,11 @@ class HeadWeights:
         self.last, self.constant = layers.last, layers.constant
         self.dtype = dtype
         self._state = _state(head)
+
+    @property
+    def can_project(self) -> bool:
+        """Whether the first layer sees of a passage its vector alone, so that W_p b can be computed before."""
+        return self.product is None and self.difference is None
 
     def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
         """Whether the head's weights are still those that were folded, and the number format that one."""
@@ -94,71 +104,119 @@ class QueryScorer:
         return None if self._anchor is None else self._anchor[0].cpu().numpy()
 
     def __call__(
-        self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
+        self,
+        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
+        projections: Float[Tensor, "passages hidden"] | None = None,
     ) -> Float[np.ndarray, " passages"]:
-        """Final logits of the query with passages: arrays, or tensors of any float format (bfloat16 is fastest)."""
-        return self._by_block(passages, self._logits)
+        """Final logits of the query with passages.
+
+        Args:
+            passages: vectors, arrays or tensors of any float format (bfloat16 is fastest); None where the score has no
+                anchor and ``projections`` are given.
+            projections: W_p b of the same passages (``Student.project_passages``), which saves the first product.
+
+        Raises:
+            InputError: vectors that the score needs are missing, or projections are given to a head without them.
+        """
+        return self._by_block(passages, projections, self._logits)
 
     def change(
-        self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
+        self,
+        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
+        projections: Float[Tensor, "passages hidden"] | None = None,
     ) -> Float[np.ndarray, " passages"]:
-        """tanh(g) in [-1, 1], with which logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``)."""
-        return self._by_block(passages, self._change)
+        """tanh(g) in [-1, 1], with which logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``).
+
+        Arguments and errors as of a call; with ``projections`` no vectors are needed.
+        """
+        return self._by_block(passages, projections, self._change)
 
     def _by_block(
         self,
-        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
-        work: Callable[[Tensor, _Buffers | None], Tensor],
+        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
+        projections: Float[Tensor, "passages hidden"] | None,
+        work: Callable[[_Block, _Buffers | None], Tensor],
     ) -> Float[np.ndarray, " passages"]:
         vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
+        given = vectors if projections is None else projections
+        if given is None:
+            raise InputError("there are neither vectors nor projections of passages; give one of them")
+        if projections is not None and not (self._weights is not None and self._weights.can_project):
+            raise InputError("projections of passages were given, but this head has none; give vectors alone")
         device = self._query.device
         with torch.inference_mode():
             buffers = None
             if self._weights is not None and self._first is not None:
-                buffers = _Buffers(self._weights, self._first, min(self._block, len(vectors)), device)
-            return torch.cat([work(block.to(device), buffers).cpu() for block in vectors.split(self._block)]).numpy()
+                width = given.shape[1] if projections is not None else self._first.weight.shape[1]
+                buffers = _Buffers(self._weights, width, min(self._block, len(given)), device)
+            scores: list[Tensor] = []
+            for start in range(0, max(len(given), 1), self._block):
+                rows = slice(start, start + self._block)
+                block = _Block(*(None if part is None else part[rows].to(device) for part in (vectors, projections)))
+                scores.append(work(block, buffers).cpu())
+            return torch.cat(scores).numpy()
 
-    def _logits(self, block: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+    def _logits(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         if self._anchor is None:
             return self._interaction(block, buffers)
-        wide = at_least_float32(block)
+        if block.vectors is None:
+            raise InputError("this score has an inner product, which projections do not give; give the vectors too")
+        wide = at_least_float32(block.vectors)
         anchors = (self._anchor @ wide.T)[0]
         if not self.reach:
             return anchors
         assert isinstance(self._head, Interaction)
         return anchored_logit(anchors, self._interaction(block, buffers), self.reach * self._head.passage_reach(wide))
 
-    def _change(self, block: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+    def _change(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         if not self.reach:
             return torch.zeros(len(block))
         return torch.tanh(self._interaction(block, buffers)).clamp(-1, 1)
 
-    def _interaction(
-        self, block: Float[Tensor, "passages dim"], buffers: _Buffers | None
-    ) -> Float[Tensor, " passages"]:
+    def _interaction(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         """What the IEM alone says, g."""
         weights, first = self._weights, self._first
         assert weights is not None
         assert first is not None
         assert buffers is not None
-        num, dim = block.shape
-        rows = _filled_up(num)
+        num, rows = len(block), _filled_up(len(block))
         seen = buffers.seen[:rows]
-        seen[:num, :dim] = block
-        if weights.difference is not None:
-            seen[:num, dim:] = torch.sub(block, self._query).abs_()
-        seen = nn.functional.linear(seen, first.weight, first.bias).relu_()
+        if block.projections is not None:
+            assert first.bias is not None
+            # Widened first: an addition of two number formats takes half as long again.
+            torch.add(block.projections.to(seen.dtype), first.bias, out=seen[:num]).relu_()
+        else:
+            assert block.vectors is not None
+            dim = block.vectors.shape[1]
+            seen[:num, :dim] = block.vectors
+            if weights.difference is not None:
+                seen[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
+            seen = nn.functional.linear(seen, first.weight, first.bias).relu_()
         for layer in weights.inner:
             seen = layer(seen)
-        return torch.mv(buffers.wide[:rows].copy_(seen), weights.last)[:num] + weights.constant
+        wide = seen if seen.dtype == weights.last.dtype else buffers.wide[:rows].copy_(seen)
+        return torch.mv(wide, weights.last)[:num] + weights.constant
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some passages: vectors [n, dim], projections [n, hidden], one of them at least."""
+
+    vectors: Tensor | None
+    projections: Tensor | None
+
+    def __len__(self) -> int:
+        given = self.vectors if self.projections is None else self.projections
+        assert given is not None
+        return len(given)
 
 
 class _Buffers:
     """Memory that the blocks of one call share: new pages for each cost a tenth of the time."""
 
-    def __init__(self, weights: HeadWeights, first: Linear, num: int, device: torch.device) -> None:
+    def __init__(self, weights: HeadWeights, width: int, num: int, device: torch.device) -> None:
         rows = _filled_up(num)
-        self.seen = torch.zeros(rows, first.weight.shape[1], dtype=weights.dtype, device=device)
+        self.seen = torch.zeros(rows, width, dtype=weights.dtype, device=device)
         self.wide = torch.empty(rows, len(weights.last), dtype=weights.last.dtype, device=device)
 
 

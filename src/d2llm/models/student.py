@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import BFloat16, Bool, Float, Float32, Int
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -229,6 +229,34 @@ class Student(nn.Module):
             return np.ones(len(passage_vectors), np.float32)
         with inference(self):
             return head.passage_reach(torch.from_numpy(passage_vectors).to(self.backbone.device)).cpu().numpy()
+
+    @property
+    def can_project(self) -> bool:
+        """Whether ``project_passages`` saves anything: the interaction's features are ``concat``."""
+        return isinstance(self.interaction, Interaction) and self.interaction.config.features == "concat"
+
+    def project_passages(
+        self, passage_vectors: Float[np.ndarray, "passages dim"]
+    ) -> BFloat16[Tensor, "passages hidden"]:
+        """W_p b, what the interaction's first layer makes of passages whatever the query; the same for both tasks.
+
+        ``QueryScorer`` takes it. Summed in float32, kept as bfloat16.
+
+        Raises:
+            InputError: the head is ``cosine``, or its features have a part that depends on the query too.
+        """
+        head = self.interaction
+        if not self.can_project or isinstance(head, CosineHead):
+            seen = (
+                "an inner product alone" if isinstance(head, CosineHead) else f"the features '{head.config.features}'"
+            )
+            raise InputError(
+                f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
+                "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
+            )
+        with inference(self):
+            vectors = torch.from_numpy(passage_vectors).to(self.backbone.device)
+            return head.project_passages(vectors).to(torch.bfloat16).cpu()
 
     def prepare(self, query_vector: Float32[np.ndarray, " dim"], task: Task) -> QueryScorer:
         """What scores this query with any passages; all that depends on the query alone is computed here.

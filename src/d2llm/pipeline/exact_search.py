@@ -28,6 +28,7 @@ from d2llm.core.types import Certificate, Task
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
+from d2llm.pipeline.row_scorer import RowScorer
 
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
 _SCANS = (1_024, 8_192)
@@ -153,16 +154,13 @@ def certified_top_k(
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
     clock, reaches = _Clock(begin, budget_ms), reaches or KeptReaches()
     _check_masks(view, allowed)
-    scorer = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
+    row_scorer = RowScorer(view, student, query_vector, task)
+    scorer = row_scorer.prepared
     if scorer is None or scorer.anchor_query is None:
-
-        def whole(_: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-            return student.score(query_vector, vectors, task) if scorer is None else scorer(vectors)
-
         rows = _matching(view, allowed)
         bounds = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
-        found = _score_from_the_top(view, rows, bounds, in_order, whole, top_k, clock)
+        found = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
         if student.has_anchor:
             anchor_query = student.anchor_queries(query_vector[None], task)[0]
             return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
@@ -171,14 +169,16 @@ def certified_top_k(
     if scorer.reach == 0:
         return _scan(view, scorer.anchor_query, total, top_k, allowed)
     assert isinstance(student, BoundedStudent)
-    early = _by_scans(view, student, scorer, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock)
+    early = _by_scans(
+        view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock
+    )
     if early is not None:
         return early
     rows = _matching(view, allowed)
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
     bounds = _numbers((anchors + reach)[rows])
     parts = from_the_highest(bounds, max(_LARGEST, top_k))
-    found = _score_from_the_top(view, rows, bounds, parts, _finals(scorer, anchors, reach), top_k, clock)
+    found = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
     return found._replace(anchors=anchors[found.rows])
 
 
@@ -217,7 +217,8 @@ def _scan(
 def _by_scans(
     view: VectorView,
     student: BoundedStudent,
-    scorer: PairScorer,
+    row_scorer: RowScorer,
+    query_reach: float,
     anchor_query: NDArray[np.float32],
     total: int,
     top_k: int,
@@ -226,7 +227,7 @@ def _by_scans(
     clock: _Clock,
 ) -> CertifiedRows | None:
     """The first ``top_k`` from the passages with the highest anchors; None where those do not prove it."""
-    largest = np.float32(scorer.reach) * np.float32(1 if reaches is None else reaches.max(initial=0))
+    largest = np.float32(query_reach) * np.float32(1 if reaches is None else reaches.max(initial=0))
     for num_scanned in _SCANS:
         if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(anchor_query).all():
             return None
@@ -234,10 +235,10 @@ def _by_scans(
         order = np.argsort(scanned.rows)
         rows, anchors = scanned.rows[order], scanned.scores[order]
         reach = student.passage_reach(view.vectors(rows)) if reaches is None else reaches[rows]
-        reach = np.float32(scorer.reach) * reach
+        reach = np.float32(query_reach) * reach
         bounds = _numbers(anchors + reach)
         parts = from_the_highest(bounds, max(_LARGEST, top_k))
-        final = _finals(scorer, anchors, reach, rows)
+        final = _finals(row_scorer, anchors, reach, rows)
         found = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
         highest_left = max(found.certificate.highest_bound_left, float(anchors.min() + largest))
         if found.certificate.kth_score > highest_left or clock.num_fitting() == 0:
@@ -252,16 +253,16 @@ def _by_scans(
 
 
 def _finals(
-    scorer: PairScorer,
+    row_scorer: RowScorer,
     anchors: NDArray[np.float32],
     reach: NDArray[np.float32],
     rows: NDArray[np.int64] | None = None,
-) -> Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]:
+) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
     """What gives some rows their final scores; anchors and reach are of ``rows``, in rising order, or of all."""
 
-    def final(chosen: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)
-        change = np.clip(scorer.change(vectors), -1, 1).astype(np.float32, copy=False)
+        change = np.clip(row_scorer.change(chosen), -1, 1).astype(np.float32, copy=False)
         return np.add(anchors[places], reach[places] * change, dtype=np.float32)
 
     return final
@@ -293,7 +294,7 @@ def _score_from_the_top(
     rows: NDArray[np.int64],
     bounds: NDArray[np.float32],
     parts: Iterator[NDArray[np.int64]],
-    score: Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]],
+    score: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     top_k: int,
     clock: _Clock,
 ) -> CertifiedRows:
@@ -313,7 +314,7 @@ def _score_from_the_top(
                 return _ranked(view, scored, scores, top_k, len(rows), highest_left)
             chosen = np.sort(rows[part[start : start + fitting]])  # the vectors are read in one direction
             began = time.perf_counter()
-            new = _numbers(score(chosen, view.vectors(chosen)))
+            new = _numbers(score(chosen))
             clock.seconds_per_passage = (time.perf_counter() - began) / len(chosen)
             scored.append(chosen)
             scores.append(new)

@@ -29,6 +29,7 @@ from d2llm.models.student import Student
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
+from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.search import Searcher, SearchSettings
 
@@ -240,6 +241,7 @@ class Index:
                     written = report.version
                     advance(len(block))
                 self.store.settle()
+                extend_projections(self.store, student)
             finally:
                 self.refresh()
             version = self.store.table().version

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from d2llm.core.types import Task
 
@@ -102,12 +103,16 @@ class PairScorer(Protocol):
         """The query's part of the bound of a pair, at least 0; 0 where the anchor is the whole score."""
         ...
 
-    def __call__(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, dim] -> final logits [n]."""
+    def __call__(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
+        """[n, dim] -> final logits [n].
+
+        With ``projections`` [n, hidden] of the same passages (``ProjectingStudent``) the vectors are for the anchor
+        alone, and None where there is none.
+        """
         ...
 
-    def change(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, dim] -> what the interaction makes of its reach, [n] in [-1, 1]."""
+    def change(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
+        """[n, dim], or projections -> what the interaction makes of its reach, [n] in [-1, 1]."""
         ...
 
 
@@ -121,6 +126,25 @@ class BoundedStudent(Protocol):
 
     def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """[n, dim] -> r_p [n] in [0, 1], the passages' part of the bound of a pair."""
+        ...
+
+
+@runtime_checkable
+class ProjectingStudent(Protocol):
+    """What a ``SearchStudent`` has if part of its score can be computed of a passage alone (``Student`` has)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two students are the same."""
+        ...
+
+    @property
+    def can_project(self) -> bool:
+        """Whether this student's head has such a part."""
+        ...
+
+    def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
+        """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError where the head has no such part."""
         ...
 
 

@@ -26,8 +26,9 @@ from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.exact_search import FoundRows, KeptReaches, certified_top_k
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
+from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
+from d2llm.pipeline.row_scorer import RowScorer
 
 _WIDENED = 4  # times as many candidates, where those found are of too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
@@ -143,7 +144,7 @@ class _Asked:
         query: as it was asked.
         vector: [dim].
         anchor: [dim], for inner products; None for a head without.
-        scorer: the query ready to be scored; None where the student is to be asked.
+        scorer: scores rows for it; None in an exact search, which has its own.
         depth: of the candidates that are looked for first.
         scanned: the result of a scan to that depth that it had with others; None where it had none.
         seconds: as a ranking has them.
@@ -152,7 +153,7 @@ class _Asked:
     query: Query
     vector: NDArray[np.float32]
     anchor: NDArray[np.float32] | None
-    scorer: PairScorer | None
+    scorer: RowScorer | None
     depth: int
     scanned: FoundRows | None
     seconds: dict[str, float]
@@ -232,9 +233,9 @@ class Searcher:
     ) -> Iterator[_Asked]:
         """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
         begin = time.perf_counter()
-        scorers: list[PairScorer | None] = [None] * len(queries)
-        if isinstance(self._student, BoundedStudent) and not self._exact:
-            scorers = [self._student.prepare(vector, self._task) for vector in vectors]
+        scorers: Sequence[RowScorer | None] = [None] * len(queries)
+        if not self._exact:
+            scorers = [RowScorer(self._index, self._student, vector, self._task) for vector in vectors]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
@@ -250,9 +251,10 @@ class Searcher:
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
             yield _Asked(query, vector, anchor, scorer, depth, found, seconds)
 
-    def _anchor_is_score(self, scorer: PairScorer | None) -> bool:
+    def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
         """Whether candidates come with their final scores, the inner products, and nothing else changes the order."""
-        if scorer is None or scorer.anchor_query is None or scorer.reach != 0 or not self._in_students_order:
+        prepared = None if scorer is None else scorer.prepared
+        if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
             return False
         return len(self._sources) == 1 and isinstance(self._sources[0], VectorSource | AnnSource)
 
@@ -307,18 +309,13 @@ class Searcher:
             rows, scores = found.rows[:top_k], found.scores[:top_k]
             _refuse_nan(scores, asked.query)
             return Scored(rows, scores, len(rows), proposals, None, len(found.rows) < depth)
-        # In the rows' order the vectors are read from the disk in one direction; the final order is made below.
+        assert asked.scorer is not None
+        # In the rows' order what is stored is read from the disk in one direction; the final order is made below.
         rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
-        scores = self._scores(asked, rows) if len(rows) else _NOTHING
+        scores = asked.scorer(rows) if len(rows) else _NOTHING
         _refuse_nan(scores, asked.query)
         is_all = all(len(found.rows) < depth for found in proposals.values())
         return Scored(rows, scores, len(rows), proposals, None, is_all)
-
-    def _scores(self, asked: _Asked, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        vectors = self._index.vectors(rows)
-        if asked.scorer is None:
-            return self._student.score(asked.vector, vectors, self._task)
-        return asked.scorer(vectors)
 
     def _score_exactly(
         self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int

@@ -1,0 +1,55 @@
+"""``d2llm index INDEX project``: what it says, what it leaves, and that searches go on as before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from d2llm.models.student import Student
+from e2e.command_line import fail, succeed, succeed_with_report, write_lines
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+
+def save_student(folder, features):
+    config = tiny_student_config(write_tiny_model(folder / "llama"))
+    interaction = config.interaction.model_copy(update={"head": "paper", "features": features})
+    student = Student.create(config.model_copy(update={"interaction": interaction}), device="cpu", dtype="float32")
+    randomise(student.interaction, scale=0.5)
+    student.save(folder / features)
+    return folder / features
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with an index of a concat student, and a corpus that has two passages more."""
+    folder = tmp_path_factory.mktemp("project")
+    lines = [{"_id": f"p{n}", "text": text} for n, text in enumerate(TEXTS)]
+    write_lines(folder / "corpus.jsonl", lines[:6])
+    write_lines(folder / "more.jsonl", lines)
+    succeed("index", folder / "i", "upsert", folder / "corpus.jsonl", "--student", save_student(folder, "concat"))
+    return folder
+
+
+def test_store_search_and_go_on(world):
+    index = world / "i"
+    before = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=world)[1]
+    said = succeed("index", index, "project", "--json", world / "project.json")
+    assert "project: 6 rows added, 0 were there, 16 numbers and 32 bytes each" in said.stderr
+    assert json.loads((world / "project.json").read_text())["result"]["num_rows"] == 6
+    assert (index / "projections-0.bin").stat().st_size == 6 * 32
+    assert "of 6 rows, 32 bytes each" in succeed("index", index, "stats").stdout
+    after = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=world)[1]
+    rankings = [
+        [place["passage"]["id"] for place in report["result"]["rankings"][0]["passages"]] for report in (before, after)
+    ]
+    assert rankings[0] == rankings[1]
+    succeed("index", index, "upsert", world / "more.jsonl")
+    assert "0 rows added, 8 were there" in succeed("index", index, "project").stderr
+    assert "0 problems" in succeed("index", index, "verify").stderr
+
+
+def test_a_head_that_gains_nothing_is_one_line(world):
+    student = save_student(world, "rich")
+    succeed("index", world / "rich-index", "upsert", world / "corpus.jsonl", "--student", student)
+    fail("index", world / "rich-index", "project", containing=["the features 'rich'", "nothing is gained", "'concat'"])
