@@ -94,7 +94,7 @@ def test_words_need_their_index(table, tmp_path):
     assert len(table.match("word", 3)) == 3
     assert table.match("word", 9, "year >= 3")["id"].to_pylist() in (["p3", "p4"], ["p4", "p3"])
     assert len(table.match("  ", 3)) == 0
-    assert table.indices == {"id_idx": 0, "d2_row_idx": 0, "title_idx": 0, "text_idx": 0}
+    assert table.indices == {"id_idx": 0, "d2_row_idx": 0, "document_id_idx": 0, "title_idx": 0, "text_idx": 0}
     table.put(_block([Passage("later", "own3 sonne")], first_row=5), replaces=False)
     assert sorted(PassageTable.open(tmp_path).match("own3", 9)["id"].to_pylist()) == ["later", "p3"]
 
