@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import Passage, Task
+from d2llm.core.types import LateChunk, Passage, Task
 from d2llm.data.beir import read_corpus
 from d2llm.data.indexed_corpus import corpus_file
 from d2llm.index.folder import FORMAT_VERSION, FolderIndex, check_passages, check_target, content_hash
@@ -96,7 +97,7 @@ def encode(
         show_progress: None means: if standard error is a terminal.
 
     Raises:
-        InputError: no passages, ``folder`` in the way, or a vector is not finite.
+        InputError: no passages, late chunks, ``folder`` in the way, or a vector is not finite.
         DataFormatError: the corpus file is missing or malformed (names file and line).
         DuplicateIdError: two passages share an id.
     """
@@ -105,6 +106,8 @@ def encode(
     check_dtype(dtype)
     passages = list(read_corpus(corpus_file(Path(corpus))).values() if isinstance(corpus, str | Path) else corpus)
     check_passages(passages, where=Path(corpus) if isinstance(corpus, str | Path) else folder)
+    if any(isinstance(passage, LateChunk) for passage in passages):
+        raise InputError(f"{folder}: only an index that changes reads late chunks; use Index.upsert, or chunk early")
     work = _work_folder(folder, student, passages, dtype)
     starts = range(0, len(passages), BLOCK_PASSAGES)
     finished = [start for start in starts if _block_path(work, start).is_file()]

@@ -31,6 +31,7 @@ from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.exact_search import passage_reaches
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import BoundedStudent, IndexStudent
+from d2llm.pipeline.reading import read_passages
 from d2llm.pipeline.search import Searcher, SearchSettings
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class UpsertReport:
     """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
 
     Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
-    ``num_tokens`` were read, padding not counted.
+    ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
+    of late chunks were read in ``num_windows`` windows.
     """
 
     folder: Path
@@ -55,6 +57,7 @@ class UpsertReport:
     num_unchanged: int = 0
     num_truncated: int = 0
     num_tokens: int = 0
+    num_windows: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -201,7 +204,8 @@ class Index:
     ) -> UpsertReport:
         """Add passages, and change those whose id is there. Texts that are as they were are not encoded again.
 
-        Every 2,048 passages are one commit. Interrupted, the same call goes on behind the last.
+        A late chunk is as it was if all of its document is. Every 2,048 passages are one commit. Interrupted, the same
+        call goes on behind the last.
 
         Args:
             passages: read one after another, never held together.
@@ -304,11 +308,8 @@ class Index:
             there = self.store.table().by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
             problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
             raise DuplicateIdError(self.folder, problem)
-        vectors, truncated, num_tokens = np.zeros((0, student.vector_dim), np.float32), (), 0
-        if changes.texts:
-            encoded = student.encode_passages([passage.full_text for passage in changes.texts])
-            vectors, truncated, num_tokens = encoded.vectors, encoded.truncated, encoded.num_tokens
-        self.store.write(changes, vectors, truncated)
+        read = read_passages(student, changes.texts)
+        self.store.write(changes, read.vectors, read.truncated)
         return replace(
             report,
             num_passages=report.num_passages + len(block),
@@ -316,8 +317,9 @@ class Index:
             num_updated=report.num_updated + len(changes.texts) - changes.num_new,
             num_metadata=report.num_metadata + len(changes.others),
             num_unchanged=report.num_unchanged + changes.num_unchanged,
-            num_truncated=report.num_truncated + len(truncated),
-            num_tokens=report.num_tokens + num_tokens,
+            num_truncated=report.num_truncated + len(read.truncated),
+            num_tokens=report.num_tokens + read.num_tokens,
+            num_windows=report.num_windows + read.num_windows,
         )
 
     def _add_new_fields(self, block: list[Passage]) -> None:

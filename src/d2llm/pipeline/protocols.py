@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import Task
+from d2llm.core.types import Task, WholeText
 
 
 class Describable(Protocol):
@@ -98,6 +98,24 @@ class IndexStudent(SearchStudent, Protocol):
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedPassages:
         """Encode passages (title and text as one string)."""
+        ...
+
+
+class EncodedParts(EncodedPassages, Protocol):
+    """Vectors of parts of long texts."""
+
+    @property
+    def num_windows(self) -> int:
+        """In how many windows the texts were read."""
+        ...
+
+
+@runtime_checkable
+class ChunkStudent(Protocol):
+    """What an ``IndexStudent`` has besides if it reads parts of a text with the rest around them (``Student`` has)."""
+
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedParts:
+        """Encode parts of texts, given by the characters where they begin and end."""
         ...
 
 
