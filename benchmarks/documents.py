@@ -3,11 +3,15 @@
 One run with the student `d2llm-minilm` on dev splits. covidqa (Apache-2.0): the article that holds the answer, out of
 98 that lie in the index as 2,612 passages, by the best passage and by the sum of the best 2 to 10. covidqa and pubmedqa
 (MIT): each passage of the set taken as a document of its own, cut off after the student's 256 tokens or split into
-passages of at most 256 or 128 tokens, ranked by both rules. All that is printed is nDCG@10.
+passages of at most 256 or 128 tokens, ranked by both rules; those of covidqa also as late chunks, each read with the
+whole document. All that is printed is nDCG@10.
+
+    python benchmarks/documents.py [--only late]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
@@ -21,12 +25,13 @@ from scaling.data_sets import DATA, require
 
 from d2llm import Student
 from d2llm.core.types import Passage, Qrels, Query
-from d2llm.data.beir import read_beir
+from d2llm.data.beir import Dataset, read_beir
 from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline.chunking import Chunker, upsert_documents
 from d2llm.pipeline.index import Index
 
 SPLITS = ((256, 0), (128, 0), (128, 32))
+LATE = (256, 128)
 SUMMED = (2, 3, 5, 10)
 RESULT = Path(__file__).parent / "results" / "documents.json"
 
@@ -74,12 +79,27 @@ def long_texts(student: Student, folder: Path, name: str) -> dict[str, dict[str,
     report = whole.upsert(data.passages.values())
     rows = {"cut at 256": ndcg(whole, queries, qrels) | _cost(report.num_passages, report.num_truncated)}
     for tokens, overlap in SPLITS:
-        index = Index.create(folder / f"{name}-{tokens}-{overlap}", student)
-        made = upsert_documents(index, data.passages.values(), Chunker(student, tokens, overlap)).passages
-        for group in ("best", "sum"):
-            row = f"split at {tokens}, overlap {overlap}, {group}"
-            rows[row] = ndcg(index, queries, qrels, group=group) | _cost(made.num_passages, made.num_truncated)
+        rows |= _split(
+            student, folder, data, f"split at {tokens}, overlap {overlap}", Chunker(student, tokens, overlap)
+        )
     return rows
+
+
+def late_chunks(student: Student, folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """The passages of a set split, and each piece read with the whole passage."""
+    data = read_beir(DATA / name, splits=["dev"])
+    rows: dict[str, dict[str, float]] = {}
+    for tokens in LATE:
+        rows |= _split(student, folder, data, f"late chunks of {tokens}", Chunker(student, tokens, late=True))
+    return rows
+
+
+def _split(student: Student, folder: Path, data: Dataset, row: str, chunker: Chunker) -> dict[str, dict[str, float]]:
+    queries, qrels = [Query(i, data.queries[i].text) for i in data.qrels["dev"]], data.qrels["dev"]
+    index = Index.create(Path(tempfile.mkdtemp(dir=folder)) / "index", student)
+    made = upsert_documents(index, data.passages.values(), chunker).passages
+    cost = _cost(made.num_passages, made.num_truncated) | {"tokens_read": made.num_tokens}
+    return {f"{row}, {group}": ndcg(index, queries, qrels, group=group) | cost for group in ("best", "sum")}
 
 
 def _cost(num_passages: int, num_truncated: int) -> dict[str, float]:
@@ -88,14 +108,21 @@ def _cost(num_passages: int, num_truncated: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["late"], help="measure late chunks, and leave the other rows as they are")
+    only_late = parser.parse_args().only == "late"
     require(*(DATA / name for name in ("covidqa", "pubmedqa")))
     torch.set_num_threads(1)
     student = Student.load("d2llm-minilm")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        result = {"covidqa articles": articles(student, folder)}
-        for name in ("covidqa", "pubmedqa"):
-            result[name] = long_texts(student, folder, name)
+        if only_late:
+            result = json.loads(RESULT.read_text())["sets"]
+        else:
+            result = {"covidqa articles": articles(student, folder)}
+            for name in ("covidqa", "pubmedqa"):
+                result[name] = long_texts(student, folder, name)
+        result["covidqa"] |= late_chunks(student, folder, "covidqa")
     for name, rows in result.items():
         print(name)
         for row, values in rows.items():

@@ -31,8 +31,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def ranking_of(place, *options):
-    result = succeed("search", place / "i", QUESTION, *options, "--json", place / "report.json")
+def ranking_of(place, *options, index=None):
+    result = succeed("search", index or place / "i", QUESTION, *options, "--json", place / "report.json")
     return json.loads((place / "report.json").read_text())["result"]["rankings"][0], result
 
 
@@ -63,3 +63,29 @@ def test_a_teacher_reads_again(place):
     )
     assert ranking["certificate"] is None
     fail("search", place / "i", "x", *teacher, "--exact", containing=["leave exact"])
+
+
+def test_late_chunks(place, tmp_path):
+    """The same passages with other vectors; one word changed reads one document again, and nothing else."""
+    upsert = ("upsert", place / "corpus.jsonl", "--chunk-tokens", "32", "--late")
+    said = succeed("index", tmp_path / "i", *upsert).stderr
+    assert "6 documents in" in said
+    assert "0 truncated; read in 6 windows" in said
+    first, again = ranking_of(place)[0], ranking_of(place, index=tmp_path / "i")[0]
+    assert {found["passage"]["id"] for found in first["passages"]} & {
+        found["passage"]["id"] for found in again["passages"]
+    }
+    assert [found["score"] for found in first["passages"]] != [found["score"] for found in again["passages"]]
+    lines = (place / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = [json.loads(line) for line in lines]
+    changed[2]["text"] = changed[2]["text"].replace("cold", "flu", 1)
+    write_lines(tmp_path / "changed.jsonl", changed)
+    said = succeed("index", tmp_path / "i", "upsert", tmp_path / "changed.jsonl", *upsert[2:]).stderr
+    assert "read in 1 windows" in said
+    assert " 0 added" in said
+    assert "0 deleted" in said
+    said = succeed("index", tmp_path / "i", *upsert, "--late-window", "64").stderr
+    assert "0 as they were" in said
+    assert "0 problems" in succeed("index", tmp_path / "i", "verify").stderr
+    fail("index", tmp_path / "i", "upsert", place / "corpus.jsonl", "--late", containing=["give --chunk-tokens"])
+    fail("index", tmp_path / "i", *upsert, "--late-window", "600", containing=["'minilm' reads up to 512"])

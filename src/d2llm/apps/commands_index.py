@@ -15,11 +15,14 @@ from d2llm.apps.index_options import (
     FormatOption,
     IdsArgument,
     IdsFileOption,
+    LateOption,
     MakerOption,
     NewTaskOption,
     OverlapOption,
     PlainOption,
+    WindowOption,
 )
+from d2llm.apps.index_writing import write_documents, write_passages
 from d2llm.apps.options import DEFAULT_STUDENT, SEARCH, DeviceOption, DtypeOption, JsonOption
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
@@ -67,7 +70,7 @@ def add(
     Stopped, give upsert to go on: what is there already is not encoded again.
     """
     index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype)
-    _write(context, index, corpus, only_new=True, no_metadata=no_metadata, json_path=json_path)
+    write_passages(context, index, corpus, only_new=True, no_metadata=no_metadata, json_path=json_path)
 
 
 @index_app.command("upsert")
@@ -82,6 +85,8 @@ def upsert(
     no_metadata: PlainOption = False,
     chunk_tokens: ChunkOption = None,
     chunk_overlap: OverlapOption = 0,
+    late: LateOption = False,
+    late_window: WindowOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -90,11 +95,20 @@ def upsert(
 
     Only new and changed texts are encoded. Stopped, it goes on where it was when given again.
     """
+    from d2llm.core.errors import InputError
+    from d2llm.models.student import Student
+    from d2llm.pipeline.chunking import Chunker
+
+    if chunk_tokens is None and (late or chunk_overlap or late_window is not None):
+        raise InputError("--chunk-overlap, --late and --late-window are for texts that are split; give --chunk-tokens")
     index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype)
     if chunk_tokens is None:
-        _write(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
+        write_passages(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
     else:
-        _write_documents(context, index, corpus, chunk_tokens, chunk_overlap, no_metadata, json_path)
+        chunker = Chunker(
+            cast(Student, index.student), chunk_tokens, chunk_overlap, late=late, window_tokens=late_window
+        )
+        write_documents(context, index, corpus, chunker, no_metadata=no_metadata, json_path=json_path)
 
 
 @index_app.command("delete")
@@ -307,53 +321,6 @@ def _open_or_create(
         if given:
             raise InputError(f"{folder}: is there already, and {option} is for a new index; leave it out")
     return Index.open(folder, student, device=device, dtype=dtype)
-
-
-def _write(
-    context: typer.Context, index: Index, corpus: Path, *, only_new: bool, no_metadata: bool, json_path: Path | None
-) -> None:
-    from d2llm.data.indexed_corpus import count_lines, iter_corpus
-
-    session = session_of(context)
-    report = index.upsert(
-        iter_corpus(corpus, with_metadata=not no_metadata),
-        only_new=only_new,
-        num_passages=count_lines(corpus),
-        show_progress=session.show_progress,
-    )
-    session.say(
-        f"index: {report.num_added:,} passages added, {report.num_updated:,} with another text, "
-        f"{report.num_metadata:,} with other metadata, {report.num_unchanged:,} as they were; {report.num_truncated:,} "
-        f"truncated; {report.seconds:,.1f} s, in {index.folder}"
-    )
-    session.write_report(context, json_path, report)
-
-
-def _write_documents(
-    context: typer.Context,
-    index: Index,
-    corpus: Path,
-    chunk_tokens: int,
-    chunk_overlap: int,
-    no_metadata: bool,
-    json_path: Path | None,
-) -> None:
-    from d2llm.data.indexed_corpus import iter_corpus
-    from d2llm.models.student import Student
-    from d2llm.pipeline.chunking import Chunker, upsert_documents
-
-    session = session_of(context)
-    chunker = Chunker(cast(Student, index.student), chunk_tokens, chunk_overlap)
-    documents = iter_corpus(corpus, with_metadata=not no_metadata)
-    report = upsert_documents(index, documents, chunker, show_progress=session.show_progress)
-    made = report.passages
-    session.say(
-        f"index: {report.num_documents:,} documents in {made.num_passages:,} passages: {made.num_added:,} added, "
-        f"{made.num_updated:,} with another text, {made.num_metadata:,} with other metadata, "
-        f"{made.num_unchanged:,} as they were, {report.num_deleted:,} deleted; {made.num_truncated:,} truncated; "
-        f"{made.seconds:,.1f} s, in {index.folder}"
-    )
-    session.write_report(context, json_path, report)
 
 
 def _ids(ids: list[str] | None, file: Path | None) -> list[str]:

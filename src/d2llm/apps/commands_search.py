@@ -57,7 +57,7 @@ def encode(
     """
     from d2llm.models.student import Student
     from d2llm.pipeline.encode import encode
-    from d2llm.pipeline.index import source_of
+    from d2llm.pipeline.student_source import source_of
 
     session = session_of(context)
     model = Student.load(student, device=device, dtype=dtype)

@@ -41,8 +41,9 @@ from d2llm.models.teacher_identity import find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
 from d2llm.pipeline.cosine import CosineStudent, untuned_config
 from d2llm.pipeline.encode import encode
-from d2llm.pipeline.index import Index, source_of
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.student_source import source_of
 
 TOP_K = 3
 JUDGED_TOP_K = 5

@@ -72,3 +72,17 @@ OverlapOption = Annotated[
     int, typer.Option("--chunk-overlap", metavar="N", min=0, help="Tokens that a passage repeats of the one before.")
 ]
 PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")]
+LateOption = Annotated[
+    bool,
+    typer.Option("--late", help="Read each text whole, and pool its passages from it (late chunking)."),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--late-window",
+        metavar="N",
+        min=1,
+        help="Tokens read at once for --late.",
+        show_default="as many as the backbone can",
+    ),
+]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Literal
 
 Task = Literal["symmetric", "asymmetric"]
@@ -71,6 +73,43 @@ class Passage:
     def full_text(self) -> str:
         """Title and text as one string, as the encoders and BM25 read it."""
         return f"{self.title}\n{self.text}" if self.title else self.text
+
+    @property
+    def context(self) -> str:
+        """What its vector depends on besides title and text; empty where it is read alone."""
+        return ""
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """A document's text with its title; at most ``window`` tokens are read at once (None: as many as can be)."""
+
+    text: str
+    title: str = ""
+    window: int | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all of it, 128 bits."""
+        digest = hashlib.blake2b(f"{self.window}".encode(), digest_size=16)
+        for part in (self.title, self.text):
+            content = part.encode(errors="surrogatepass")
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class LateChunk(Passage):
+    """A passage that is read with the whole of its document around it: characters ``start`` to ``end`` of its text."""
+
+    whole: WholeText = field(default=WholeText(""), repr=False)
+    start: int = 0
+    end: int = 0
+
+    @property
+    def context(self) -> str:
+        """The document, by its hash, and the place in it."""
+        return f"{self.whole.digest}:{self.start}:{self.end}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,9 @@ GENERATION_SHIFT = 40
 """d2_row = generation << 40 | row."""
 ROW_MASK = (1 << GENERATION_SHIFT) - 1
 TEXT_HASH_LENGTH = 32
+"""Of a hash of id, title and text: xxh3, 128 bits."""
+ROW_HASH_LENGTH = 48
+"""With a hash of the other columns: 64 bits. What follows in d2_hash is the passage's context."""
 COMPARED = ("id", "d2_row", "d2_hash", "d2_truncated")
 """The columns that ``compare`` looks at."""
 INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
@@ -59,11 +62,12 @@ def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Sche
     )
 
 
-def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any]) -> str:
+def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], context: str = "") -> str:
     """What tells whether a passage has changed, or a row is damaged.
 
-    The first TEXT_HASH_LENGTH characters are a hash of id, title and text (xxh3, 128 bits): where they differ, the text
-    must be encoded again. The rest is a hash of the other columns (64 bits); those without a value do not count.
+    The first TEXT_HASH_LENGTH characters are a hash of id, title and text; up to ROW_HASH_LENGTH follows a hash of the
+    other columns (those without a value do not count) and of the context; then the context (``Passage.context``), which
+    cannot be had from the other columns. Where the first or the last part differs, the text must be encoded again.
     """
     digest = xxhash.xxh3_128()
     for part in (passage_id.encode(), title.encode(), text.encode()):
@@ -71,7 +75,7 @@ def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any]) 
         digest.update(part)
     given = {name: value for name, value in others.items() if value is not None}
     rest = json.dumps(given, sort_keys=True, default=datetime.isoformat)
-    return digest.hexdigest() + xxhash.xxh3_64_hexdigest(rest.encode())
+    return digest.hexdigest() + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
 
 
 def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder: Path) -> None:
@@ -125,7 +129,7 @@ def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]]
     hashes = _hashes(passages, other_columns(passages, metadata))
     for passage, now in zip(passages, hashes, strict=True):
         found = stored.get(passage.id)
-        if found is None or found["d2_hash"][:TEXT_HASH_LENGTH] != now[:TEXT_HASH_LENGTH]:
+        if found is None or _as_read(found["d2_hash"]) != _as_read(now):
             texts.append(passage)
         elif found["d2_hash"] != now:
             others.append((passage, found["d2_row"], found["d2_truncated"]))
@@ -143,9 +147,14 @@ def other_columns(passages: Sequence[Passage], metadata: MetadataSchema) -> dict
     }
 
 
+def _as_read(stored_hash: str) -> tuple[str, str]:
+    """The parts of a row's hash on which its vector depends."""
+    return stored_hash[:TEXT_HASH_LENGTH], stored_hash[ROW_HASH_LENGTH:]
+
+
 def _hashes(passages: Sequence[Passage], others: Mapping[str, pa.Array]) -> list[str]:
     records = pa.table(dict(others)).to_pylist()
-    return [row_hash(p.id, p.title, p.text, record) for p, record in zip(passages, records, strict=True)]
+    return [row_hash(p.id, p.title, p.text, record, p.context) for p, record in zip(passages, records, strict=True)]
 
 
 def table_block(

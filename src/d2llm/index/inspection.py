@@ -11,7 +11,7 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError, DataFormatError
 from d2llm.core.files import folder_bytes
-from d2llm.index.blocks import GENERATION_SHIFT, row_hash
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_HASH_LENGTH, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.schema import MetadataSchema
@@ -175,7 +175,8 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
 
 def _is_as_written(record: dict[str, Any]) -> bool:
     others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
-    return row_hash(record["id"], record["title"], record["text"], others) == record["d2_hash"]
+    stored: str = record["d2_hash"]
+    return row_hash(record["id"], record["title"], record["text"], others, stored[ROW_HASH_LENGTH:]) == stored
 
 
 def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The table of an index: ids, texts, metadata, vectors and row numbers in LanceDB, which versions every change.
 
 Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
-its generation in the upper bits), d2_hash (of all that the user gave), d2_truncated (the student read it in part),
-d2_vector (codes of the vector, as in the vector file; not where an index keeps its vectors once).
+its generation in the upper bits), d2_hash (of all that the user gave: ``blocks.row_hash``), d2_truncated (the student
+read it in part), d2_vector (codes of the vector, as in the vector file; not where an index keeps its vectors once).
 """
 
 # pyright: reportUnknownParameterType=false

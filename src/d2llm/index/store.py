@@ -215,6 +215,9 @@ class IndexStore:
         table = table or self.table()
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
+        if self.vector_copies == 1 and any(passage.context for passage in passages):
+            problem = "keeps its vectors once, and those of late chunks could not be encoded again from its table"
+            raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
         found = (before or table).by_ids([passage.id for passage in passages], COMPARED).to_pylist()
         return compare(passages, {row["id"]: row for row in found}, schema)
 

@@ -87,6 +87,11 @@ class TextPooling(nn.Module):
         self.pma = MultiheadAttentionPooling(config, dim) if has_pma else None
         self.gate = nn.Parameter(torch.zeros(())) if has_pma and config.warm_start else None
 
+    @property
+    def uses_own(self) -> bool:
+        """Whether the backbone's own pooling takes part."""
+        return self.pma is None or self.gate is not None
+
     def forward(
         self,
         states: Float[Tensor, "batch tokens dim"],

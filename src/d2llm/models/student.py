@@ -6,7 +6,7 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.shipped import shipped_models
-from d2llm.core.types import Task
+from d2llm.core.types import Task, WholeText
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
+from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sources import load_tensors
@@ -198,7 +199,10 @@ class Student(nn.Module):
 
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
-        states, mask = self.backbone(token_ids, mask)
+        return self.pool(*self.backbone(token_ids, mask))
+
+    def pool(self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
+        """Vectors [batch, dim] of the backbone's states, right-padded."""
         vectors = self.pooling(states, mask, self.backbone.pool(states, mask))
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
@@ -209,6 +213,20 @@ class Student(nn.Module):
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
         return self._encode(texts, "passage", advance)
+
+    @property
+    def chunk_reader(self) -> ChunkReader:
+        """Reads long texts whole and pools parts of them (late chunking).
+
+        Raises:
+            InputError: this student's pooling or tokenizer cannot.
+        """
+        return ChunkReader(self.backbone, self.pooling, self.pool)
+
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[Span]]]) -> EncodedChunks:
+        """Vectors of parts of long texts, each with all of its text around it (``ChunkReader.encode``)."""
+        with inference(self):
+            return self.chunk_reader.encode(texts)
 
     def anchor_queries(
         self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"

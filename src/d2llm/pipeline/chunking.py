@@ -8,7 +8,7 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
-from d2llm.core.types import Passage
+from d2llm.core.types import LateChunk, Passage, WholeText
 from d2llm.models.student import Student
 from d2llm.pipeline.index import Index, UpsertReport
 
@@ -21,18 +21,32 @@ class Chunker:
 
     A piece ends at the end of a chapter, paragraph, sentence or word, the first of these that fits, by Unicode's rules,
     which hold for every script. Nothing is lost but white space between pieces.
+
+    Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that have
+    seen the rest (``models.late_chunking``). When anything in a document changes, all of it is encoded again.
     """
 
-    def __init__(self, student: Student, max_tokens: int, overlap_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        student: Student,
+        max_tokens: int,
+        overlap_tokens: int = 0,
+        *,
+        late: bool = False,
+        window_tokens: int | None = None,
+    ) -> None:
         """Prepare to split.
 
         Args:
             student: whose tokens are counted.
             max_tokens: of a passage with its title and the model's own tokens, as the student reads it.
             overlap_tokens: at most so many are repeated from the passage before, in whole sentences or words.
+            late: make late chunks.
+            window_tokens: of a document read at once for late chunks; by default as many as the backbone can.
 
         Raises:
-            InputError: fewer than 8 tokens, more than the student reads, or as much overlap as text.
+            InputError: fewer than 8 tokens, more than the student reads, or as much overlap as text; the student cannot
+                read late chunks, or a window is smaller than a passage or larger than the backbone reads.
             MissingExtraError: semantic-text-splitter is not installed.
         """
         limit = student.config.backbone.max_passage_tokens
@@ -45,6 +59,16 @@ class Chunker:
             raise InputError(
                 f"the overlap is {overlap_tokens} tokens, but must be at least 0 and less than half of {max_tokens}"
             )
+        if window_tokens is not None and not late:
+            raise InputError(
+                f"a window of {window_tokens} tokens is for late chunks alone; ask for these, or leave it out"
+            )
+        if window_tokens is not None and window_tokens < max_tokens:
+            raise InputError(
+                f"a window of {window_tokens} tokens does not hold a passage of {max_tokens}; give more, or none"
+            )
+        self.window_tokens = student.chunk_reader.window(window_tokens) if late else None
+        self.late = late
         self.max_tokens = max_tokens
         self.overlap_tokens = overlap_tokens
         self._tokenizer: Any = student.backbone.tokenizer
@@ -64,10 +88,18 @@ class Chunker:
             raise InputError(
                 f"passage {document.id!r} is a part of document {document.document_id!r} already; index it as it is"
             )
-        pieces: list[str] = self._splitter(document.title).chunks(document.text) or [document.text]
-        return [
+        splitter = self._splitter(document.title)
+        pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text) or [(0, document.text)]
+        passages = [
             replace(document, id=f"{document.id}#{n}", text=text, document_id=document.id, position=n)
-            for n, text in enumerate(pieces, start=1)
+            for n, (_, text) in enumerate(pieces, start=1)
+        ]
+        if not self.late:
+            return passages
+        whole = WholeText(document.text, document.title, self.window_tokens)
+        return [
+            LateChunk(p.id, p.text, p.title, p.document_id, p.position, p.metadata, whole, start, start + len(p.text))
+            for p, (start, _) in zip(passages, pieces, strict=True)
         ]
 
     def _splitter(self, title: str) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.errors import DuplicateIdError
 from d2llm.core.types import Passage, Query, Ranking, Task
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.index.passage_table import PassageTable
@@ -31,7 +31,9 @@ from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.reading import read_passages
 from d2llm.pipeline.search import Searcher, SearchSettings
+from d2llm.pipeline.student_source import find_source, source_of
 
 BLOCK_PASSAGES = 2_048
 """Passages in one commit: what an interruption can cost at most."""
@@ -42,7 +44,8 @@ class UpsertReport:
     """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
 
     Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
-    ``num_tokens`` were read, padding not counted.
+    ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
+    of late chunks were read in ``num_windows`` windows.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class UpsertReport:
     num_unchanged: int = 0
     num_truncated: int = 0
     num_tokens: int = 0
+    num_windows: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +171,9 @@ class Index:
             IndexMismatchError: the one given, or found, is another.
         """
         given = (
-            self._given if self._given is not None else _found(self.store.manifest.get("student_source"), self.folder)
+            self._given
+            if self._given is not None
+            else find_source(self.store.manifest.get("student_source"), self.folder)
         )
         student = Student.load(given, **self._loading) if isinstance(given, str | Path) else given
         self.store.check_student(student.fingerprint)
@@ -207,7 +213,8 @@ class Index:
     ) -> UpsertReport:
         """Add passages, and change those whose id is there. Texts that are as they were are not encoded again.
 
-        Every 2,048 passages are one commit. Interrupted, the same call goes on behind the last.
+        A late chunk is as it was if all of its document is. Every 2,048 passages are one commit. Interrupted, the same
+        call goes on behind the last.
 
         Args:
             passages: read one after another, never held together.
@@ -237,9 +244,8 @@ class Index:
                     table = self.store.table()
                     if table.version != written:  # whoever gives the passages has changed the index meanwhile
                         before = self.store.table()
-                    report = self._write_block(student, block, report, table, before, only_new=only_new)
+                    report = self._write_block(student, block, report, table, before, advance, only_new=only_new)
                     written = report.version
-                    advance(len(block))
                 self.store.settle()
                 extend_projections(self.store, student)
             finally:
@@ -335,6 +341,7 @@ class Index:
         report: UpsertReport,
         table: PassageTable,
         before: PassageTable,
+        advance: Advance,
         *,
         only_new: bool,
     ) -> UpsertReport:
@@ -345,11 +352,9 @@ class Index:
             there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
             problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
             raise DuplicateIdError(self.folder, problem)
-        vectors, truncated, num_tokens = np.zeros((0, student.vector_dim), np.float32), (), 0
-        if changes.texts:
-            encoded = student.encode_passages([passage.full_text for passage in changes.texts])
-            vectors, truncated, num_tokens = encoded.vectors, encoded.truncated, encoded.num_tokens
-        version = self.store.write(changes, vectors, truncated, table)
+        advance(len(block) - len(changes.texts))
+        read = read_passages(student, changes.texts, advance)
+        version = self.store.write(changes, read.vectors, read.truncated, table)
         return replace(
             report,
             version=version,
@@ -358,8 +363,9 @@ class Index:
             num_updated=report.num_updated + len(changes.texts) - changes.num_new,
             num_metadata=report.num_metadata + len(changes.others),
             num_unchanged=report.num_unchanged + changes.num_unchanged,
-            num_truncated=report.num_truncated + len(truncated),
-            num_tokens=report.num_tokens + num_tokens,
+            num_truncated=report.num_truncated + len(read.truncated),
+            num_tokens=report.num_tokens + read.num_tokens,
+            num_windows=report.num_windows + read.num_windows,
         )
 
     def _with_new_fields(self, block: list[Passage], table: PassageTable) -> PassageTable:
@@ -370,20 +376,6 @@ class Index:
             return table
         self.store.add_fields(MetadataSchema(new))
         return self.store.table()
-
-
-def _found(source: object, folder: Path) -> str:
-    """The student that an index remembers."""
-    if not isinstance(source, str):
-        raise InputError(f"{folder}: the index does not know where its student is; name it with --student")
-    if Path(source).is_absolute() and not Path(source).is_dir():
-        raise InputError(f"{folder}: its student was in {source}, which is not there; name it with --student")
-    return source
-
-
-def source_of(student: str | Path) -> str:
-    """What an index remembers of where its student was loaded from."""
-    return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
 
 
 def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2llm.core.types import Task
+from d2llm.core.types import Task, WholeText
 
 
 class Describable(Protocol):
@@ -87,6 +87,24 @@ class SearchStudent(TextEncoder, Protocol):
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
         """[dim], [n, dim] -> final logits [n]."""
+        ...
+
+
+class EncodedParts(EncodedBatch, Protocol):
+    """Vectors of parts of long texts."""
+
+    @property
+    def num_windows(self) -> int:
+        """In how many windows the texts were read."""
+        ...
+
+
+@runtime_checkable
+class ChunkStudent(Protocol):
+    """What a ``SearchStudent`` has besides if it reads parts of a text with the rest around them (``Student`` has)."""
+
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedParts:
+        """Encode parts of texts, given by the characters where they begin and end."""
         ...
 
 
