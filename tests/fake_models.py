@@ -118,10 +118,11 @@ class FakeScorer:
     anchor_query: np.ndarray
     reach: float = 0.0
 
-    def __call__(self, passages):
+    def __call__(self, passages, projections=None):
+        assert projections is None
         return passages @ self.anchor_query
 
-    def change(self, passages):
+    def change(self, passages, projections=None):
         raise AssertionError("an interaction without weight was asked")
 
 

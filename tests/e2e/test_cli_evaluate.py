@@ -247,7 +247,7 @@ class TestBadInput:
             content = json.loads(manifest.read_text())
             manifest.write_text(json.dumps(content | {"student": "somebody"}))
         arguments = (*evaluated.arguments, "--work", tmp_path / "work")
-        fail(*arguments, containing=["the index was made by student somebody", "encode the corpus again"])
+        fail(*arguments, containing=["the index was made by student somebody", "index the corpus again"])
 
     def test_baselines(self, alone, data):
         message = "the baseline 'teacher' is not among the rows of this report: anchor, bm25, cosine_untuned, d2llm"

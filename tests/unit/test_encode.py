@@ -137,7 +137,7 @@ def test_bad_input(tmp_path):
     student = FakeStudent()
     with pytest.raises(InputError, match="no passages"):
         encode([], student, tmp_path / "i")
-    with pytest.raises(DuplicateIdError, match="'p0'"):
+    with pytest.raises(DuplicateIdError, match="share the id 'p0', the second is number 24"):
         encode([*PASSAGES, PASSAGES[0]], student, tmp_path / "i")
     with pytest.raises(DataFormatError, match=r"no corpus\.jsonl"):
         encode(tmp_path, student, tmp_path / "i")

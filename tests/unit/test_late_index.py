@@ -184,7 +184,7 @@ def test_refusals(student, tmp_path):
     chunks = late(student).split(CATS)
     with pytest.raises(InputError, match="FakeStudent cannot read parts"):
         Index.create(tmp_path / "fake", FakeStudent()).upsert(chunks)
-    with pytest.raises(InputError, match="keeps its vectors once.*chunk early"):
+    with pytest.raises(InputError, match=r"keeps its vectors once.*chunk early"):
         Index.create(tmp_path / "once", student, vector_copies=1).upsert(chunks)
 
 

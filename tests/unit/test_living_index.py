@@ -13,7 +13,7 @@ from d2llm.core.errors import (
     InputError,
 )
 from d2llm.core.types import Passage
-from d2llm.data.indexed_corpus import count_lines, iter_corpus
+from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.store import IndexStore
 from d2llm.pipeline import index as module
@@ -304,7 +304,7 @@ class TestCorpusFiles:
         file = self.write(tmp_path, record, {"_id": "b", "text": "u"})
         assert list(iter_corpus(file)) == [Passage("a", "t", "T", "d", 2, {"year": 1, "x": "y"}), Passage("b", "u")]
         assert list(iter_corpus(tmp_path, with_metadata=False)) == [Passage("a", "t", "T"), Passage("b", "u")]
-        assert count_lines(tmp_path) == 2
+        assert check_corpus(tmp_path) == 2
 
     @pytest.mark.parametrize(
         ("record", "message"),

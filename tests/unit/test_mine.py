@@ -21,6 +21,7 @@ from d2llm.pipeline.mining.ranking import nearest_rows
 @dataclass(frozen=True)
 class Encoded:
     vectors: NDArray[np.float32]
+    truncated: tuple[int, ...] = ()
     num_truncated: int = 0
     num_tokens: int = 0
 

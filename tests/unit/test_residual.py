@@ -21,7 +21,7 @@ from tiny_models import tiny_student_config, write_tiny_model
 def trained(folder: Path, tasks: dict[str, Task], quiet_price: float) -> dict[str, DevResult]:
     """Dev results after the second stage alone, on the data sets' own judgements: what belongs is the next topic."""
     stage = ResidualConfig(
-        epochs=12,
+        epochs=20,
         learning_rate=1e-2,
         warmup_steps=0,
         batch_queries=8,

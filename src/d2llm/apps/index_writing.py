@@ -18,13 +18,14 @@ def write_passages(
     context: typer.Context, index: Index, corpus: Path, *, only_new: bool, no_metadata: bool, json_path: Path | None
 ) -> None:
     """Upsert the passages of a corpus, or add them."""
-    from d2llm.data.indexed_corpus import count_lines, iter_corpus
+    from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 
     session = session_of(context)
+    num_passages = check_corpus(corpus, with_metadata=not no_metadata)
     report = index.upsert(
         iter_corpus(corpus, with_metadata=not no_metadata),
         only_new=only_new,
-        num_passages=count_lines(corpus),
+        num_passages=num_passages,
         show_progress=session.show_progress,
     )
     session.say(
@@ -39,10 +40,11 @@ def write_documents(
     context: typer.Context, index: Index, corpus: Path, chunker: Chunker, *, no_metadata: bool, json_path: Path | None
 ) -> None:
     """Split the documents of a corpus and upsert their passages."""
-    from d2llm.data.indexed_corpus import iter_corpus
+    from d2llm.data.indexed_corpus import check_corpus, iter_corpus
     from d2llm.pipeline.chunking import upsert_documents
 
     session = session_of(context)
+    check_corpus(corpus, with_metadata=not no_metadata)
     documents = iter_corpus(corpus, with_metadata=not no_metadata)
     report = upsert_documents(index, documents, chunker, show_progress=session.show_progress)
     made = report.passages

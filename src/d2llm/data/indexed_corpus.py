@@ -14,7 +14,7 @@ from typing import Any, cast
 from d2llm.core.errors import DataFormatError
 from d2llm.core.types import MetadataValue, Passage
 from d2llm.data.beir import iter_passages
-from d2llm.data.lines import Record, read_lines, read_records, type_name, wrong_type
+from d2llm.data.lines import Record, read_records, refuse_duplicate, type_name, wrong_type
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
 _KNOWN = ("_id", "text", "title", "document_id", "position", "metadata")
@@ -44,10 +44,30 @@ def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
     Raises:
         DataFormatError: the file is missing, empty, or a line is malformed (names the line).
     """
-    file = corpus_file(path)
+    return (passage for _, passage in _numbered(corpus_file(path), with_metadata=with_metadata))
+
+
+def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
+    """Read a corpus once, so that what is wrong with it is known before hours of encoding; returns its passages.
+
+    Args:
+        path: ``corpus.jsonl[.gz]`` or its folder.
+        with_metadata: without, only id, title and text are looked at.
+
+    Raises:
+        DataFormatError: the file is missing, empty, or a line is malformed (names the line).
+        DuplicateIdError: two lines have the same id (names both).
+    """
+    file, first_lines = corpus_file(path), dict[str, int]()
+    for line, passage in _numbered(file, with_metadata=with_metadata):
+        refuse_duplicate(file, line, passage.id, first_lines)
+    return len(first_lines)
+
+
+def _numbered(file: Path, *, with_metadata: bool) -> Iterator[tuple[int, Passage]]:
     records, again = tee(read_records(file))  # in step, so that only one record is held
     for (line, passage), (_, record) in zip(iter_passages(file, records), again, strict=True):
-        yield _with_metadata(file, line, record, passage) if with_metadata else passage
+        yield line, _with_metadata(file, line, record, passage) if with_metadata else passage
 
 
 def _with_metadata(file: Path, line: int, record: Record, passage: Passage) -> Passage:
@@ -66,8 +86,3 @@ def _with_metadata(file: Path, line: int, record: Record, passage: Passage) -> P
         values[name] = value
     metadata = cast("dict[str, MetadataValue]", values)
     return Passage(passage.id, passage.text, passage.title, document_id or "", position or 0, metadata)
-
-
-def count_lines(path: Path) -> int:
-    """The lines of a corpus file that hold something, for a progress bar."""
-    return sum(bool(text.strip()) for _, text in read_lines(corpus_file(path)))

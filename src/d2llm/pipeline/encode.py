@@ -12,7 +12,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Task
-from d2llm.data.indexed_corpus import corpus_file, count_lines, iter_corpus
+from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
 from d2llm.index.store import FORMAT_VERSION, KIND
 from d2llm.index.vectors import make_format
 from d2llm.pipeline.index import Index
@@ -78,7 +78,7 @@ def encode(
     make_format(vector_format, student.vector_dim)
     if isinstance(corpus, str | Path):
         file = corpus_file(Path(corpus))
-        passages, num_passages, content = iter_corpus(file), count_lines(file), fingerprint_files([file])
+        passages, num_passages, content = iter_corpus(file), check_corpus(file), fingerprint_files([file])
     else:
         passages = list(corpus)
         num_passages, content = len(passages), fingerprint_passages(passages)

@@ -389,5 +389,6 @@ def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None
     for passage in block:
         digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
         if digest in seen:
-            raise DuplicateIdError(folder, f"two of the passages given share the id {passage.id!r}; keep one of them")
+            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen) + 1:,}"
+            raise DuplicateIdError(folder, f"{which}; keep one of them")
         seen.add(digest)
