@@ -35,6 +35,10 @@ def stats_table(stats: IndexStats) -> Table:
     }
     if stats.num_projections:
         rows["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
+    if stats.ann_passages:
+        later = stats.num_passages - stats.ann_passages
+        rows["approximate"] = f"{stats.ann_passages:,} passages, made to find {stats.ann_recall:.0%} of the candidates"
+        rows["approximate"] += f"; {later:,} more are scanned" if later > 0 else ""
     if stats.unindexed:
         lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
         rows["not indexed"] = f"{lag} (searched all the same, more slowly; compact brings the indices up to date)"

@@ -106,8 +106,8 @@ class AnnBase:
 
     @property
     def path(self) -> Path:
-        """Where the approximate index of this generation lies, with its record beside it."""
-        return self.folder / f"ann-{self.generation}.faiss"
+        """Where the approximate index lies."""
+        return path_of(self.folder, self.generation)
 
 
 class AnnIndex:
@@ -281,17 +281,40 @@ def _read_record(base: AnnBase) -> AnnRecord:
     Raises:
         ValueError: they do not; the message says why.
     """
-    values = json.loads(base.path.with_suffix(".json").read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
-        raise ValueError("its record has other fields than this version of d2llm writes; build it again")
-    record = AnnRecord(**values)
+    record = read_record(base.path)
     if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
         raise ValueError("it was built over other vectors; build it again")
     if record.covered > len(base.codes) or record.version > base.version:
         raise ValueError(f"it was built over version {record.version}, and this is version {base.version}")
-    if base.path.stat().st_size != record.num_bytes or _checksum(base.path) != record.checksum:
-        raise ValueError("the file is not what was written; build it again")
+    check_file(base.path, record)
     return record
+
+
+def path_of(folder: Path, generation: int) -> Path:
+    """Where the approximate index of a generation lies, with its record beside it."""
+    return folder / f"ann-{generation}.faiss"
+
+
+def read_record(path: Path) -> AnnRecord:
+    """The record beside the file of an approximate index.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
+        raise ValueError("its record has other fields than this version of d2llm writes; build it again")
+    return AnnRecord(**values)
+
+
+def check_file(path: Path, record: AnnRecord) -> None:
+    """Make sure that the file is what was written.
+
+    Raises:
+        OSError, ValueError: it is not.
+    """
+    if path.stat().st_size != record.num_bytes or _checksum(path) != record.checksum:
+        raise ValueError("the file is not what was written; build it again")
 
 
 def _faiss() -> Any:

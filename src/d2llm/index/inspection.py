@@ -11,6 +11,7 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError, DataFormatError
 from d2llm.core.files import folder_bytes
+from d2llm.index import ann
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_HASH_LENGTH, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
@@ -26,7 +27,8 @@ class IndexStats:
 
     Each vector stands in ``vector_copies`` places. Bytes: of the table with its indices and old versions, of the vector
     files, of one stored projection (0 where there are none; ``num_projections`` counts them), and of everything
-    (snapshots included) per passage. ``unindexed`` names indices with the number of passages that they do not cover
+    (snapshots included) per passage. ``ann_passages`` are in an approximate index that was tuned to find the share
+    ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
     yet; those are searched all the same, more slowly.
     """
 
@@ -48,6 +50,8 @@ class IndexStats:
     vector_file_bytes: int
     num_projections: int
     projection_bytes: int
+    ann_passages: int
+    ann_recall: float | None
     bytes_per_passage: float
     unindexed: dict[str, int]
 
@@ -78,6 +82,7 @@ def stats(store: IndexStore) -> IndexStats:
     vectors = store.vectors.read(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
     table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
     projections = None if vectors.file is None else _projections(store, table, vectors.file)
+    record = _ann_record(store, table)
     return IndexStats(
         folder=str(store.folder),
         num_passages=len(table),
@@ -97,6 +102,8 @@ def stats(store: IndexStore) -> IndexStats:
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
         num_projections=0 if projections is None else projections.capacity,
         projection_bytes=0 if projections is None else projections.code_size,
+        ann_passages=0 if record is None else record.num_rows,
+        ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
     )
@@ -105,13 +112,13 @@ def stats(store: IndexStore) -> IndexStats:
 def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = None) -> VerifyReport:
     """Read everything and compare: texts with their hashes, row numbers, the vectors with what was written, snapshots.
 
-    Stored projections are compared with their checksums.
+    Stored projections and an approximate index are compared with their checksums.
 
     Args:
         store: what to look at; its latest version and its snapshots.
         repair: write vector files anew where they are damaged: from the table, or where the vectors are kept once, by
             encoding what is lost. Texts and metadata cannot be repaired, only restored from a snapshot. Stored
-            projections that are damaged or of other vectors are removed.
+            projections and an approximate index that are damaged or of other vectors are removed.
         encode: what encodes, where the vectors are kept once.
 
     Raises:
@@ -144,7 +151,7 @@ def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Enco
     if problems and repair:
         store.vectors.repair(table, encode)
         problems = [f"{problems[0]}; it was written anew", *store.vectors.problems(table)]
-    return [*problems, *_projection_problems(store, table, repair=repair)]
+    return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
 
 
 def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) -> VectorFile | None:
@@ -153,6 +160,14 @@ def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) ->
     try:
         return open_file(vectors, store.vectors.generation(table), made_of)
     except DataFormatError:
+        return None
+
+
+def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
+    """What the approximate index of the latest vectors says of itself, if there is one."""
+    try:
+        return ann.read_record(ann.path_of(store.folder, store.vectors.generation(table)))
+    except (OSError, ValueError):
         return None
 
 
@@ -205,6 +220,23 @@ def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool
         if repair:
             remove_file(store.folder, generation)
         yield f"{error}{'; it was removed' if repair else ''}"
+
+
+def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
+    """Whether the approximate index is what was written for this student's vectors."""
+    path = ann.path_of(store.folder, store.vectors.generation(table))
+    if not path.is_file():
+        return
+    try:
+        record = ann.read_record(path)
+        if (record.student, record.vector_format) != (store.manifest["student"], store.format.name):
+            raise ValueError("it was built over other vectors; build it again")
+        ann.check_file(path, record)
+    except (OSError, ValueError) as error:
+        if repair:
+            for part in (path, path.with_suffix(".json")):
+                part.unlink(missing_ok=True)
+        yield f"{path.name}: {error}{'; it was removed' if repair else ''}"
 
 
 def _snapshot_problems(store: IndexStore, name: str, repair: bool, encode: Encode | None) -> Iterator[str]:

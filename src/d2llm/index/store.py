@@ -57,6 +57,7 @@ FORMAT_VERSION = 3
 FIRST_FORMAT_VERSION = 2
 """The first format that can be changed."""
 _FORMATS: dict[VectorCopies, int] = {2: 2, 1: 3}  # by copies of the vectors, so that d2llm before 3 reads what it can
+ERRORS_FILE = "student-errors.json"  # of ``pipeline.cascade``; snapshots take it along
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
 _SNAPSHOTS = "snapshots"
@@ -312,8 +313,9 @@ class IndexStore:
                 raise InputError(f"{self.folder}: there is a snapshot {name!r} already; choose another name")
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 link_table(self.folder, draft)
-                vectors = self.vectors.file_to_extend(self.table()).path
-                for path in (vectors, vectors.with_suffix(".json")):
+                self.vectors.file_to_extend(table := self.table())  # makes sure that it is whole
+                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
+                for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
                 write_manifest(draft, KIND, _FORMATS[self.vector_copies], content | {"snapshot": name})

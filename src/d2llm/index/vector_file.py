@@ -249,17 +249,25 @@ def generations(folder: Path) -> Iterator[int]:
             yield int(number)
 
 
+def files_of(folder: Path, generation: int) -> list[Path]:
+    """The files of a generation: its vectors, and what is derived from them (``ann``, ``projections``)."""
+    files = (
+        path_of(folder, generation),
+        path_of(folder, generation, DERIVED),
+        folder / f"ann-{generation}.faiss",
+    )  # see ``ann``
+    return [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
+
+
 def remove(folder: Path, generation: int) -> int:
-    """Remove the files of a generation and what is derived from them (``ann``, ``projections``); returns their bytes.
+    """Remove the files of a generation; returns the bytes they took.
 
     A reader that has them mapped keeps them.
     """
     freed = 0
-    for path in (path_of(folder, generation), path_of(folder, generation, DERIVED), folder / f"ann-{generation}.faiss"):
-        for part in (path, path.with_suffix(".json")):
-            if part.is_file():
-                freed += part.stat().st_size
-                part.unlink()
+    for path in files_of(folder, generation):
+        freed += path.stat().st_size
+        path.unlink()
     return freed
 
 

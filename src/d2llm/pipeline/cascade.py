@@ -15,11 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from d2llm.core.errors import DataFormatError, InputError, ModelError
 from d2llm.core.files import write_json
 from d2llm.core.types import Query, Task
+from d2llm.index.store import ERRORS_FILE
 from d2llm.ops.rereading import StudentError, calibrate_error, expected_log_odds, on_one_scale, reading_gains
 from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.protocols import PairJudge, SearchStudent
 
-ERRORS_FILE = "student-errors.json"
 _FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
 _ERRORS = TypeAdapter(dict[str, StudentError])
 
