@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from d2llm.ops.gating import never_worse
     from d2llm.pipeline.ablate import ablate
     from d2llm.pipeline.build_ann import build_ann
-    from d2llm.pipeline.cascade import Cascade, measure_error
+    from d2llm.pipeline.calibrate import measure_error
+    from d2llm.pipeline.cascade import Cascade
     from d2llm.pipeline.check_data import check_data
     from d2llm.pipeline.chunking import Chunker, upsert_documents
     from d2llm.pipeline.distill import distill
@@ -122,7 +123,8 @@ _HOMES = {
     "d2llm.ops.gating": ("never_worse",),
     "d2llm.pipeline.ablate": ("ablate",),
     "d2llm.pipeline.build_ann": ("build_ann",),
-    "d2llm.pipeline.cascade": ("Cascade", "measure_error"),
+    "d2llm.pipeline.calibrate": ("measure_error",),
+    "d2llm.pipeline.cascade": ("Cascade",),
     "d2llm.pipeline.check_data": ("check_data",),
     "d2llm.pipeline.chunking": ("Chunker", "upsert_documents"),
     "d2llm.pipeline.distill": ("distill",),

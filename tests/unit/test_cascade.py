@@ -7,10 +7,12 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, ModelError
 from d2llm.core.types import Passage
+from d2llm.index.store import ERRORS_FILE
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline import cascade as module
-from d2llm.pipeline.cascade import ERRORS_FILE, Cascade, measure_error, read_error, write_error
+from d2llm.pipeline.calibrate import measure_error, read_error, write_error
+from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import Searcher, SearchSettings
 from fake_models import FakeStudent, FakeTeacher

@@ -14,10 +14,7 @@ from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.chunking import Chunker, upsert_documents
 from d2llm.pipeline.documents import group_passages
-from d2llm.pipeline.encode import encode
-from d2llm.pipeline.evaluation.stored_as import StoredAs
 from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import search
 from fake_models import FakeStudent, FakeTeacher
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
@@ -138,13 +135,6 @@ class TestSearch:
     def test_refusals(self, index, changes, message):
         with pytest.raises(InputError, match=message):
             index.search("cat", **changes)
-
-    def test_an_index_without_documents(self, tmp_path):
-        encode(PASSAGES[:3], FakeStudent(), tmp_path / "i")
-        without = StoredAs(Index.open(tmp_path / "i").view, "float32")
-        for changes in ({"group": "best"}, {"neighbours": 1}):
-            with pytest.raises(InputError, match="knows no documents"):
-                search(without, FakeStudent(), ["cat"], **changes)
 
 
 @pytest.fixture(scope="module")

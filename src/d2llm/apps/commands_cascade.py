@@ -55,7 +55,7 @@ def calibrate(
 
     from d2llm.data.beir import read_queries
     from d2llm.models.judge import load_judge
-    from d2llm.pipeline.cascade import measure_error, write_error
+    from d2llm.pipeline.calibrate import measure_error, write_error
     from d2llm.pipeline.index import Index
 
     session = session_of(context)
@@ -84,7 +84,8 @@ def load_cascade(
 ) -> Cascade:
     """The cascade that the options of a search name; the student's error is the one kept beside the index."""
     from d2llm.models.judge import load_judge
-    from d2llm.pipeline.cascade import Cascade, read_error
+    from d2llm.pipeline.calibrate import read_error
+    from d2llm.pipeline.cascade import Cascade
 
     judge = load_judge(named_teacher(teacher, teacher_config("", prompt)), device=device, dtype=dtype)
     return Cascade(judge, read_error(folder, judge, task), num_passages, budget_ms)

@@ -57,7 +57,7 @@ FORMAT_VERSION = 3
 FIRST_FORMAT_VERSION = 2
 """The first format that can be changed."""
 _FORMATS: dict[VectorCopies, int] = {2: 2, 1: 3}  # by copies of the vectors, so that d2llm before 3 reads what it can
-ERRORS_FILE = "student-errors.json"  # of ``pipeline.cascade``; snapshots take it along
+ERRORS_FILE = "student-errors.json"  # of ``pipeline.calibrate``; snapshots take it along
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
 _SNAPSHOTS = "snapshots"

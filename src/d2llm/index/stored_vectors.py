@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NoReturn
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal, NoReturn, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +28,7 @@ from d2llm.index import vector_file
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.index.passage_table import PassageTable, storage_errors
 from d2llm.index.vector_file import Salvage, VectorFile, VectorRows
-
-if TYPE_CHECKING:
-    from d2llm.index.store import IndexStore
+from d2llm.index.vectors import VectorFormat
 
 _log = logging.getLogger(__name__)
 _REPAIRED_ROWS = 2_048  # in one step of a repair: what an interruption can cost at most
@@ -38,10 +38,30 @@ Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
 """The student's vectors [n, dim] of some passages, of which id, title and text can be relied on."""
 
 
+class VectorOwner(Protocol):
+    """The store that the vectors are of (``index.store.IndexStore``)."""
+
+    folder: Path
+    format: VectorFormat
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it never changes."""
+        ...
+
+    def table(self, version: int | None = None) -> PassageTable:
+        """The table at a version, the latest by default."""
+        ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Hold the write lock."""
+        ...
+
+
 class StoredVectors(ABC):
     """The vectors of a store's folder. What changes files is for the holder of the write lock."""
 
-    def __init__(self, store: IndexStore) -> None:
+    def __init__(self, store: VectorOwner) -> None:
         self.store = store
         self.folder = store.folder
         self.code_size = store.format.code_size
@@ -278,7 +298,7 @@ class SoleVectors(StoredVectors):
         raise DataFormatError(self.folder, what)
 
 
-def stored_vectors(store: IndexStore, copies: VectorCopies) -> StoredVectors:
+def stored_vectors(store: VectorOwner, copies: VectorCopies) -> StoredVectors:
     """The vectors of a store that keeps so many copies of them."""
     return SoleVectors(store) if copies == 1 else CopiedVectors(store)
 

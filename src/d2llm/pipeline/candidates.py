@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +56,6 @@ class SearchableIndex(VectorView, Protocol):
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """The rows that a filter allows, as a mask [capacity]; None without a filter."""
         ...
-
-
-@runtime_checkable
-class DocumentIndex(Protocol):
-    """What an index has besides if it knows which passages belong together (``PassageView`` has)."""
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id where it has none."""

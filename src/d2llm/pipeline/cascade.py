@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
-from d2llm.core.errors import DataFormatError, InputError, ModelError
-from d2llm.core.files import write_json
-from d2llm.core.types import Query, Task
-from d2llm.index.store import ERRORS_FILE
-from d2llm.ops.rereading import StudentError, calibrate_error, expected_log_odds, on_one_scale, reading_gains
-from d2llm.pipeline.candidates import SearchableIndex
-from d2llm.pipeline.protocols import PairJudge, SearchStudent
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.types import Task
+from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
+from d2llm.pipeline.protocols import PairJudge
 
 _FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
-_ERRORS = TypeAdapter(dict[str, StudentError])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,7 @@ class Cascade:
 
         Args:
             judge: the teacher.
-            error: of the student that ranks against this teacher (``calibrate_error``, ``measure_error``).
+            error: of the student that ranks against this teacher (``pipeline.calibrate``).
             budget_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
             budget_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
                 the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
@@ -168,79 +161,3 @@ class Cascade:
         if not np.isfinite(values).all():
             raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
         return values, judged.num_truncated
-
-
-def measure_error(
-    index: SearchableIndex,
-    student: SearchStudent,
-    judge: PairJudge,
-    queries: Sequence[Query] | Sequence[str],
-    *,
-    task: Task | None = None,
-    depth: int = 50,
-    num_passages: int = 10,
-) -> StudentError:
-    """How far a student errs against a teacher on what it finds in an index; needs queries, but no judgements.
-
-    Args:
-        index: made by the student.
-        student: ranks.
-        judge: reads ``num_passages`` of each query's first ``depth``, at even distances from the first to the last.
-        queries: like those to come; some 40 are plenty.
-        task: what to ask; None means the index's own.
-        depth: as that of the cascade.
-        num_passages: of a query, at least 2.
-
-    Raises:
-        InputError: too few queries or passages, or the student's scores do not go up with the teacher's.
-    """
-    from d2llm.pipeline.search import search  # which itself takes a cascade
-
-    asked: Task = task or index.task
-    pairs: list[tuple[str, str]] = []
-    scores: list[float] = []
-    names: list[str] = []
-    for number, ranking in enumerate(search(index, student, queries, top_k=depth, task=asked)):
-        found = ranking.passages
-        for place in np.unique(np.linspace(0, len(found) - 1, min(num_passages, len(found))).astype(np.int64)):
-            pairs.append((ranking.query.text, found[place].passage.full_text))
-            scores.append(found[place].score)
-            names.append(str(number))
-    return calibrate_error(scores, judge.judge(pairs, asked).log_odds, names)
-
-
-def write_error(folder: Path, judge: PairJudge, task: Task, error: StudentError) -> Path:
-    """Keep an error beside an index, for this teacher and task; errors of others stay. Returns the file."""
-    file = folder / ERRORS_FILE
-    known = _read_errors(file) if file.is_file() else {}
-    known[_key(judge, task)] = error
-    write_json(file, {key: asdict(value) for key, value in known.items()})
-    return file
-
-
-def read_error(folder: Path, judge: PairJudge, task: Task) -> StudentError:
-    """The error that ``write_error`` kept.
-
-    Raises:
-        InputError: none for this teacher and task.
-        DataFormatError: the file cannot be read.
-    """
-    file = folder / ERRORS_FILE
-    found = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task))
-    if found is None:
-        raise InputError(
-            f"{folder}: it is not known how far its student errs against this teacher ({task}); measure it with "
-            "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
-        )
-    return found
-
-
-def _read_errors(file: Path) -> dict[str, StudentError]:
-    try:
-        return _ERRORS.validate_python(json.loads(file.read_text(encoding="utf-8")))
-    except (ValidationError, ValueError, InputError) as error:
-        raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
-
-
-def _key(judge: PairJudge, task: Task) -> str:
-    return f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import CascadeReport, Certificate, Explanation, Query, RankedDocument, RankedPassage
-from d2llm.pipeline.candidates import DocumentIndex, SearchableIndex
+from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.cascade import Reread
 from d2llm.pipeline.documents import FoundDocument, with_neighbours
 from d2llm.pipeline.exact_search import FoundRows
@@ -77,7 +77,6 @@ def show(
     if explain:
         shown = _explained(query, shown, order)
     if neighbours:
-        assert isinstance(index, DocumentIndex)
         shown = with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 

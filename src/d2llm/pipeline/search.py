@@ -17,7 +17,6 @@ from d2llm.ops.selection import top_rows
 from d2llm.pipeline.candidates import (
     AnnSource,
     CandidateSource,
-    DocumentIndex,
     LexicalSource,
     SearchableIndex,
     VectorSource,
@@ -177,12 +176,6 @@ class Searcher:
         if cascade is not None and (self.settings.exact or self.settings.fuse):
             raise InputError("a cascade goes by the student's scores alone and changes its order: leave exact and fuse")
         index.check_student(student.fingerprint)
-        knows = isinstance(index, DocumentIndex)
-        if not knows and (self.settings.group != "passage" or self.settings.neighbours):
-            raise InputError(
-                "this kind of index knows no documents; leave group and neighbours, or index with `d2llm index`"
-            )
-        self._documents = index if knows and self.settings.group != "passage" else None
         self._index = index
         self._student = student
         self._task: Task = self.settings.task or index.task
@@ -267,7 +260,7 @@ class Searcher:
         query, seconds, depth = asked.query, asked.seconds, asked.depth
         while True:
             scored = self._candidates(asked, depth)
-            documents = None if self._documents is None else self._documents.documents(scored.rows)
+            documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
             if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
                 break
             depth *= _WIDENED

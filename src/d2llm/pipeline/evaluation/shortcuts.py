@@ -13,7 +13,8 @@ from d2llm.core.types import Query
 from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.build_ann import build_ann
-from d2llm.pipeline.cascade import Cascade, measure_error
+from d2llm.pipeline.calibrate import measure_error
+from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.evaluation.retrieval_work import RetrievalWork
 from d2llm.pipeline.evaluation.setting import NAME_D2LLM, Contenders
 from d2llm.pipeline.evaluation.stored_as import StoredAs

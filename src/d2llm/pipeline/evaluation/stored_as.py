@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,6 +56,14 @@ class StoredAs:
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages of some rows."""
         return self._index.passages(rows)
+
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The documents of some rows."""
+        return self._index.documents(rows)
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """As the index gives them."""
+        return self._index.neighbours(passages, distance)
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The stored vectors of some rows, float32 [len(rows), dim]."""
