@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import FilterError, InputError
 from d2llm.core.types import Query
 from d2llm.data.beir import read_beir
+from d2llm.data.pairs import PairDataset
 from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline import build_ann as building
 from fake_models import FakeStudent, FakeTeacher
@@ -163,3 +165,9 @@ def test_settings_out_of_range(words, wrong):
     (name,) = wrong
     with pytest.raises(InputError, match=name):
         measure(words, everyone(), **wrong)
+
+
+def test_pairs_have_no_searches():
+    pairs = PairDataset("p", Path("p"), "scores", (), {"test": ()}, ())
+    with pytest.raises(InputError, match=r"single pairs.*leave exact, filter out"):
+        measure(pairs, everyone(), exact=True, filter="year = 1")

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from d2llm.core.errors import DataFormatError
+from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
@@ -48,12 +48,16 @@ def evaluate(
     Raises:
         DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` holds no
             label store.
-        InputError: the baseline is not among the rows.
+        InputError: the baseline is not among the rows, or rows of a search were asked for and the data set has pairs.
     """
     if labels is not None and not (labels / MANIFEST).is_file():
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
     chosen = settings or EvaluationSettings()
+    if isinstance(dataset, PairDataset) and chosen.shortcuts:
+        raise InputError(
+            f"'{dataset.name}' has single pairs, in which nothing is searched; leave {', '.join(chosen.shortcuts)} out"
+        )
     with nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if isinstance(dataset, Dataset):

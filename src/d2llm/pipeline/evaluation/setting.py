@@ -146,6 +146,12 @@ class EvaluationSettings:
     cascade_passages: int | None = None
     filter: str | None = None
 
+    @property
+    def shortcuts(self) -> list[str]:
+        """Those settings that ask for rows of other searches, by name."""
+        names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter")
+        return [name for name in names if getattr(self, name) not in (None, False, ())]
+
     def __post_init__(self) -> None:
         for name in (self.dtype, *self.stored_as):
             if name not in FORMATS:
