@@ -85,6 +85,15 @@ class TestUpsert:
         assert asked == [6, 6, 6, 6]
         assert len(opened) - opened_before_blocks == 4 + 2  # once a block; to settle and for the report
 
+    def test_so_are_those_of_a_new_index(self, student, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        asked, by_ids = [], PassageTable.by_ids
+        monkeypatch.setattr(
+            PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
+        )
+        assert Index.create(tmp_path / "new", student).upsert(passages()).num_added == 6
+        assert asked == [0, 0, 0]
+
     def test_who_gives_the_passages_may_change_the_index_meanwhile(self, index, monkeypatch):
         monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
 

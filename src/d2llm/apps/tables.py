@@ -118,7 +118,7 @@ def explanation_table(ranking: Ranking) -> Table:
         table.add_row(
             str(place.rank),
             "-" if why.anchor is None else f"{why.anchor:.3f}",
-            "-" if why.interaction is None else f"{why.interaction:+.3f}",
+            "-" if why.interaction is None else f"{round(why.interaction, 3) or 0.0:+.3f}",  # no -0.000
             ranks or "-",
             Text(terms or "-"),
         )

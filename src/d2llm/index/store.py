@@ -213,13 +213,14 @@ class IndexStore:
             DuplicateIdError: two of the passages share an id.
             InputError: a passage does not fit the schema, or has no id.
         """
-        table = table or self.table()
+        table = self.table() if table is None else table  # an empty one is falsy
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
         if self.vector_copies == 1 and any(passage.context for passage in passages):
             problem = "keeps its vectors once, and those of late chunks could not be encoded again from its table"
             raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
-        found = (before or table).by_ids([passage.id for passage in passages], COMPARED).to_pylist()
+        asked = table if before is None else before
+        found = asked.by_ids([passage.id for passage in passages], COMPARED).to_pylist()
         return compare(passages, {row["id"]: row for row in found}, schema)
 
     def write(
@@ -242,7 +243,7 @@ class IndexStore:
             raise InputError(f"vectors of shape {vectors.shape} were given, but in this index the texts need {wanted}")
         codes = self.format.encode(vectors, [passage.id for passage in changes.texts])
         with self.writing():
-            table = table or self.table()
+            table = self.table() if table is None else table
             if not changes.texts and not changes.others:
                 return table.version
             file, generation = self.vectors.file_to_extend(table), self.vectors.generation(table)
