@@ -91,6 +91,14 @@ def test_blocks_of_another_run_are_not_taken_over(tmp_path, change):
     assert student.encoded_passages == 23
 
 
+def test_vectors_kept_once(tmp_path):
+    twice = encode(PASSAGES, FakeStudent(), tmp_path / "twice", vector_format="float32")
+    once = encode(PASSAGES, FakeStudent(), tmp_path / "once", vector_format="float32", vector_copies=1)
+    assert Index.open(tmp_path / "once").stats().vector_copies == 1
+    assert once.bytes_per_passage < twice.bytes_per_passage
+    assert contents(tmp_path / "once")[1] == contents(tmp_path / "twice")[1]
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_corpus_file_and_folder(tmp_path, compressed):
     data = tmp_path / "data"

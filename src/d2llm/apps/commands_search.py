@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from d2llm.apps.index_options import CopiesOption, CorpusArgument, FormatOption, NewTaskOption
 from d2llm.apps.options import (
     DEFAULT_STUDENT,
     SEARCH,
@@ -21,30 +22,19 @@ from d2llm.core.types import Grouping, SourceName, Task
 
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query
+    from d2llm.index.stored_vectors import VectorCopies
 
 _QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
 
 
 def encode(
     context: typer.Context,
-    corpus: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CORPUS",
-            help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one.",
-            show_default=False,
-        ),
-    ],
+    corpus: CorpusArgument,
     out: Annotated[Path, typer.Option("--out", metavar="INDEX", help="Where the index goes.", show_default=False)],
     student: StudentOption = DEFAULT_STUDENT,
-    task: Annotated[
-        Task,
-        typer.Option("--task", help="What searches on it ask: an answer (asymmetric), or the same said (symmetric)."),
-    ] = "asymmetric",
-    vectors: Annotated[
-        str,
-        typer.Option("--vectors", metavar="FORMAT", help="float32, bfloat16, float16, int8, int3 or binary vectors."),
-    ] = "bfloat16",
+    task: NewTaskOption = "asymmetric",
+    vectors: FormatOption = "bfloat16",
+    vector_copies: CopiesOption = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -67,6 +57,7 @@ def encode(
         out,
         task=task,
         vector_format=vectors,
+        vector_copies=cast("VectorCopies", vector_copies),
         student_source=source_of(student),
         overwrite=overwrite,
         show_progress=session.show_progress,

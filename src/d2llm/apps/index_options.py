@@ -31,7 +31,10 @@ MakerOption = Annotated[
     ),
 ]
 NewTaskOption = Annotated[
-    Task, typer.Option("--task", help="Of a new index: what searches ask, an answer or the same said.")
+    Task,
+    typer.Option(
+        "--task", help="Of a new index: what searches ask, an answer (asymmetric) or the same said (symmetric)."
+    ),
 ]
 FormatOption = Annotated[
     str,

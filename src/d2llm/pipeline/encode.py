@@ -14,6 +14,7 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerpr
 from d2llm.core.types import Passage, Task
 from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
 from d2llm.index.store import FORMAT_VERSION, KIND
+from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import SearchStudent
@@ -50,6 +51,7 @@ def encode(
     *,
     task: Task = "asymmetric",
     vector_format: str = "bfloat16",
+    vector_copies: VectorCopies = 2,
     student_source: str | None = None,
     overwrite: bool = False,
     show_progress: bool | None = None,
@@ -64,6 +66,7 @@ def encode(
         folder: where the index goes. Until it is complete, it lies in a hidden folder beside that.
         task: what a search on this index does unless told otherwise.
         vector_format: how the vectors are stored (``index.vectors.FORMATS``).
+        vector_copies: in how many places each stands (``Index.create``).
         student_source: the folder or name that the student was loaded from, kept so that a search can find it again.
         overwrite: replace an index at ``folder``; its snapshots go with it.
         show_progress: None means: if standard error is a terminal.
@@ -85,13 +88,20 @@ def encode(
     if not num_passages:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     # Another student, corpus or storage gets another folder, so runs never mix.
-    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, task, vector_format])
+    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, task, vector_format, vector_copies])
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
         index = Index.open(draft, student)
     else:
-        index = Index.create(draft, student, task=task, vector_format=vector_format, student_source=student_source)
+        index = Index.create(
+            draft,
+            student,
+            task=task,
+            vector_format=vector_format,
+            vector_copies=vector_copies,
+            student_source=student_source,
+        )
     report = index.upsert(passages, num_passages=num_passages, show_progress=show_progress)
     facts = index.stats()
     replace_folder(draft, folder)
