@@ -88,6 +88,15 @@ def test_it_works_inside_a_notebooks_event_loop():
         assert asyncio.run(cell(remote_teacher(endpoint))) == [1.0, 1.0]
 
 
+@pytest.fixture
+def _ctrl_c_interrupts():
+    """Python leaves SIGINT ignored where the shell that started the tests in the background had it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_ctrl_c_does_not_wait_for_what_is_under_way():
     with local_endpoint(always(PLAIN, delay=8)) as endpoint:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
