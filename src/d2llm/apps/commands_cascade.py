@@ -9,7 +9,7 @@ import typer
 
 from d2llm.apps.commands_index import MakerOption, folder_of, index_app
 from d2llm.apps.commands_teach import named_teacher
-from d2llm.apps.options import DeviceOption, DtypeOption, JsonOption, PromptOption, teacher_config
+from d2llm.apps.options import DeviceOption, DtypeOption, JsonOption, PromptOption, QueryTaskOption, teacher_config
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
 
@@ -40,9 +40,7 @@ def calibrate(
     ] = 40,
     prompt: PromptOption = None,
     student: MakerOption = None,
-    task: Annotated[
-        Task | None, typer.Option("--task", help="What the queries ask.", show_default="the index's")
-    ] = None,
+    task: QueryTaskOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,

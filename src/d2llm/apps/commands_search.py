@@ -15,10 +15,11 @@ from d2llm.apps.options import (
     DtypeOption,
     JsonOption,
     PromptOption,
+    QueryTaskOption,
     StudentOption,
 )
 from d2llm.apps.session import session_of
-from d2llm.core.types import Grouping, SourceName, Task
+from d2llm.core.types import Grouping, SourceName
 
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query
@@ -142,9 +143,7 @@ def search(
         typer.Option("--teacher-ms", min=0, help="It reads for so long at most.", show_default=False),
     ] = None,
     prompt: PromptOption = None,
-    task: Annotated[
-        Task | None, typer.Option("--task", help="What the queries ask.", show_default="the index's")
-    ] = None,
+    task: QueryTaskOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,

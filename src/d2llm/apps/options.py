@@ -67,6 +67,9 @@ JsonOption = Annotated[
 TaskOption = Annotated[
     Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
 ]
+QueryTaskOption = Annotated[
+    Task | None, typer.Option("--task", help="What the queries ask.", show_default="the index's")
+]
 PromptOption = Annotated[
     str | None,
     typer.Option(

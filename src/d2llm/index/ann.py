@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.files import write_json
 from d2llm.index.scan import IdsOf, RowScan
+from d2llm.index.vector_file import ann_path_of
 from d2llm.index.vectors import VectorFormat
 from d2llm.ops.selection import top_rows
 
@@ -107,7 +108,7 @@ class AnnBase:
     @property
     def path(self) -> Path:
         """Where the approximate index lies."""
-        return path_of(self.folder, self.generation)
+        return ann_path_of(self.folder, self.generation)
 
 
 class AnnIndex:
@@ -271,7 +272,7 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
 def remove_other_anns(folder: Path, generation: int) -> None:
     """Remove the approximate indices of other generations; a reader that has one mapped keeps it."""
     for path in folder.glob("ann-*"):
-        if path.suffix in (".faiss", ".json") and path.stem != f"ann-{generation}":
+        if path.suffix in (".faiss", ".json") and path.stem != ann_path_of(folder, generation).stem:
             path.unlink()
 
 
@@ -288,11 +289,6 @@ def _read_record(base: AnnBase) -> AnnRecord:
         raise ValueError(f"it was built over version {record.version}, and this is version {base.version}")
     check_file(base.path, record)
     return record
-
-
-def path_of(folder: Path, generation: int) -> Path:
-    """Where the approximate index of a generation lies, with its record beside it."""
-    return folder / f"ann-{generation}.faiss"
 
 
 def read_record(path: Path) -> AnnRecord:

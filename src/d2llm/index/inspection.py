@@ -18,7 +18,7 @@ from d2llm.index.projections import StoredProjections, open_file, projections_of
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
-from d2llm.index.vector_file import DERIVED, VectorFile, path_of
+from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) ->
 def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
     """What the approximate index of the latest vectors says of itself, if there is one."""
     try:
-        return ann.read_record(ann.path_of(store.folder, store.vectors.generation(table)))
+        return ann.read_record(ann_path_of(store.folder, store.vectors.generation(table)))
     except (OSError, ValueError):
         return None
 
@@ -224,7 +224,7 @@ def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool
 
 def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
     """Whether the approximate index is what was written for this student's vectors."""
-    path = ann.path_of(store.folder, store.vectors.generation(table))
+    path = ann_path_of(store.folder, store.vectors.generation(table))
     if not path.is_file():
         return
     try:

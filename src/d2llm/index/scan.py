@@ -33,9 +33,7 @@ _FLOAT32_ERROR = 2.0**-24
 _SPARE_ROWS = 32  # taken beyond top_k (or an eighth of it), so that one pass is nearly always enough
 _WIDEN = 4
 _BLOCK_ROWS = 1_024  # rows that numpy widens at a time: they stay in the cache
-_PRODUCT_ROWS = (
-    256  # that are summed in float64 at a time: larger arrays are new pages of memory each, 4 times the time
-)
+_PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays are new pages of memory, which takes 4 times as long
 _TOGETHER = 32  # queries of one matrix product: more are hardly faster, and each has its candidates in memory
 _FEWEST_TOGETHER = 8  # fewer are as fast one by one
 _GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot leave rows out,

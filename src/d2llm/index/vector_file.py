@@ -241,6 +241,11 @@ def path_of(folder: Path, generation: int, name: str = NAME) -> Path:
     return folder / f"{name}-{generation}.bin"
 
 
+def ann_path_of(folder: Path, generation: int) -> Path:
+    """Where the approximate index of a generation lies (``ann``), with its record beside it."""
+    return folder / f"ann-{generation}.faiss"
+
+
 def generations(folder: Path) -> Iterator[int]:
     """The generations of which there are files."""
     for path in folder.glob("vectors-*.bin"):
@@ -251,11 +256,7 @@ def generations(folder: Path) -> Iterator[int]:
 
 def files_of(folder: Path, generation: int) -> list[Path]:
     """The files of a generation: its vectors, and what is derived from them (``ann``, ``projections``)."""
-    files = (
-        path_of(folder, generation),
-        path_of(folder, generation, DERIVED),
-        folder / f"ann-{generation}.faiss",
-    )  # see ``ann``
+    files = (path_of(folder, generation), path_of(folder, generation, DERIVED), ann_path_of(folder, generation))
     return [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
 
 

@@ -243,7 +243,8 @@ class D2LLMModel:
     ) -> dict[str, dict[str, float]]:
         assert self._index is not None
         view = self._index.view
-        known = set(view.ids(view.live_rows()))
+        rows = view.live_rows()
+        row_of = dict(zip(view.ids(rows), rows.tolist(), strict=True))
         without = sum(not top_ranked.get(query.id) for query in queries)
         if without:
             _log.warning("%d of %d queries have no passages to rerank; they get no ranking", without, len(queries))
@@ -251,13 +252,14 @@ class D2LLMModel:
         rankings: dict[str, dict[str, float]] = {}
         for query, vector in zip(queries, vectors, strict=True):
             ids = list(dict.fromkeys(top_ranked.get(query.id, ())))
-            unknown = [passage_id for passage_id in ids if passage_id not in known]
+            unknown = [passage_id for passage_id in ids if passage_id not in row_of]
             if unknown:
                 raise InputError(
                     f"query {query.id!r}: {len(unknown)} passages to rerank, the first {unknown[0]!r}, "
                     "are not in the corpus; check the task's data"
                 )
-            scores = self._student.score(vector, view.vectors(view.rows(ids)), task)
+            passages = view.vectors(np.array([row_of[passage_id] for passage_id in ids], np.int64))
+            scores = self._student.score(vector, passages, task)
             _refuse_nan(scores, f"query {query.id!r}")
             places = top_rows(scores, top_k, partial(ids_at, ids)).tolist()
             rankings[query.id] = _falling([(ids[place], float(scores[place])) for place in places])

@@ -188,18 +188,21 @@ def _check_masks(view: VectorView, allowed: NDArray[np.bool_] | None) -> None:
             raise InputError(f"a mask of rows has shape {mask.shape}, but the index has {view.capacity} rows")
 
 
-def _num_matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> int:
+def _mask(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """The live rows among the allowed ones; None means all rows."""
     if view.live is None or allowed is None:
-        mask = allowed if view.live is None else view.live
-        return view.capacity if mask is None else int(np.count_nonzero(mask))
-    return int(np.count_nonzero(view.live & allowed))
+        return allowed if view.live is None else view.live
+    return view.live & allowed
+
+
+def _num_matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> int:
+    mask = _mask(view, allowed)
+    return view.capacity if mask is None else int(np.count_nonzero(mask))
 
 
 def _matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    if view.live is None or allowed is None:
-        mask = allowed if view.live is None else view.live
-        return np.arange(view.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
-    return np.flatnonzero(view.live & allowed)
+    mask = _mask(view, allowed)
+    return np.arange(view.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
 
 
 def _scan(
