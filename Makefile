@@ -2,18 +2,20 @@
 #
 # Variables: PYTHON  the Python that the virtual environment is made with   (make PYTHON=python3.12 ...)
 #            TORCH   what pip installs as torch, with options               (make TORCH="torch --index-url URL" ...)
+#            EXTRAS  the extras of pyproject.toml that are installed        (make setup EXTRAS=serve)
 #            WORKERS processes that share the tests                         (make test WORKERS=4)
 #            ARGS    more arguments for the program that is run             (make test ARGS="-k recipe")
 
 PYTHON ?= python3
 TORCH_PINNED := $(shell grep '^torch==' constraints.txt)
 TORCH ?= $(TORCH_PINNED)
+EXTRAS ?= train,gguf,dev
 WORKERS ?= 2
 BIN := .venv/bin
-export PYTHON TORCH TORCH_PINNED
+export PYTHON TORCH TORCH_PINNED EXTRAS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-remote check bench clean
+.PHONY: help setup demo test test-remote check fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +27,7 @@ demo: setup ## set up and see D2LLM search the documentation of your Python's st
 	@$(BIN)/d2llm demo $(ARGS)
 
 test: setup ## set up and run all tests
+	@sh scripts/browser.sh
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
@@ -44,6 +47,9 @@ check: setup ## set up and check format, lint, types and the order of imports
 	@$(BIN)/pyright -p pyproject.toml
 	@echo "==> checking the order of imports (import-linter)"
 	@$(BIN)/lint-imports
+
+fuzz: setup ## set up and send the server what its OpenAPI description allows, and what not
+	@$(BIN)/python scripts/fuzz_api.py $(ARGS)
 
 bench: setup ## set up and run every benchmark, printing its table
 	@set -e; found=; for script in benchmarks/*.py; do \

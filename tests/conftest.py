@@ -15,6 +15,8 @@ settings.load_profile("d2llm")
 if os.environ.get("D2LLM_TEST_NETWORK") != "1":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing model is told at once, not after retries
 
+os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
+
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -23,6 +23,7 @@ from d2llm.core.recipe import (
     StudentConfig,
     TeacherConfig,
 )
+from d2llm.models.student import Student
 
 DIM = 32
 MAX_TOKENS = 512
@@ -129,6 +130,22 @@ def tiny_student_config(model: Path | str, **backbone: Any) -> StudentConfig:
         pooling=PoolingConfig(num_heads=4),
         interaction=InteractionConfig(hidden_dim=16, feature_dim=8),
     )
+
+
+def write_trained_student(root: Path, **backbone: Any) -> Path:
+    """Write a student as good as trained, whose two sides and two branches all differ; its folder."""
+    student = Student.create(
+        tiny_student_config(write_tiny_model(root / "backbone"), **backbone), device="cpu", dtype="float32"
+    )
+    student.prepare_training()
+    randomise(student, scale=0.1)
+    with torch.no_grad():
+        for name, scale in student.interaction.named_parameters():
+            if name.endswith("log_scale"):
+                scale.sub_(3)  # so that the interaction changes the order, not only the scores
+    student.eval()
+    student.save(root / "tiny-student")
+    return root / "tiny-student"
 
 
 def tiny_teacher_config(model: Path | str, **settings: Any) -> TeacherConfig:

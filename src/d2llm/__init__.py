@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.evaluate import evaluate
     from d2llm.pipeline.evaluation.loading import load_contenders
     from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
+    from d2llm.pipeline.export import export
     from d2llm.pipeline.gate import gate, read_gate
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.label import label
@@ -82,6 +83,7 @@ __all__ = [
     "distill",
     "encode",
     "evaluate",
+    "export",
     "gate",
     "label",
     "load_contenders",
@@ -132,6 +134,7 @@ _HOMES = {
     "d2llm.pipeline.evaluate": ("evaluate",),
     "d2llm.pipeline.evaluation.loading": ("load_contenders",),
     "d2llm.pipeline.evaluation.setting": ("Contenders", "EvaluationSettings"),
+    "d2llm.pipeline.export": ("export",),
     "d2llm.pipeline.gate": ("gate", "read_gate"),
     "d2llm.pipeline.index": ("Index",),
     "d2llm.pipeline.label": ("label",),

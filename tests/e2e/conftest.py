@@ -1,6 +1,9 @@
-"""One run from a folder of texts to an index, made by the command line and shared by its tests."""
+"""What the tests share: one run from a folder of texts to an index, made by the command line, and a browser."""
 
 from __future__ import annotations
+
+import shutil
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -38,3 +41,57 @@ def index(place, reports):
     assert report["result"]["num_passages"] == 60
     assert report["arguments"]["vectors"] == "bfloat16"
     return place / "index"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that asks nothing of a network by itself.
+
+    Of a module, as Playwright leaves an event loop in this thread, in which other tests cannot start one.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'd2llm[dev]'")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs Chromium, and there is no chromium, chromium-browser or google-chrome to be found")
+    flags = (
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    )
+    with playwright.sync_playwright() as driver:
+        # Playwright itself gives the browser an empty profile of its own.
+        chromium = driver.chromium.launch(executable_path=found, args=flags, chromium_sandbox=False)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages; afterwards nothing may have been asked of another host, said on the console, or run."""
+    contexts, hosts, complaints, allowed = [], set(), [], []
+
+    def open_page(address, width=1280, colours="light", expected=(), ready=True):
+        allowed.extend(expected)
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page.goto(address)
+        hosts_allowed.add(urlsplit(address).netloc)
+        if ready:
+            page.wait_for_selector("#facts div", state="attached", timeout=60_000)
+        return page
+
+    hosts_allowed = {""}
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [text for text in complaints if not any(part in text for part in allowed)] == []
+    assert hosts <= hosts_allowed

@@ -20,14 +20,15 @@ from e2e.small_corpus import SENTENCES
 
 VERBS = [
     *("run", "mine", "tune-teacher", "stack", "gate", "label", "distill"),
-    *("encode", "search", "evaluate", "ablate", "demo", "judge"),
+    *("encode", "search", "serve", "evaluate", "ablate", "demo", "judge"),
+    *("export", "push", "doctor"),
 ]
 
 
 class TestHelp:
     def test_the_program_lists_every_verb_under_a_heading(self):
         text = succeed("--help").stdout
-        assert [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Measure", "Look")]
+        assert [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Look")]
         for verb in VERBS:
             assert f"│ {verb} " in text
         assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,27 +10,6 @@ from d2llm.apps.report_html import render_html
 from report_samples import hostile_report, pairs_report, retrieval_report
 
 WIDE, PHONE = 1200, 360
-FLAGS = (
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'd2llm[dev]'")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("needs Chromium, and there is no chromium, chromium-browser or google-chrome to be found")
-    with playwright.sync_playwright() as driver:
-        # Playwright itself gives the browser an empty profile of its own.
-        chromium = driver.chromium.launch(executable_path=found, args=FLAGS, chromium_sandbox=False)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

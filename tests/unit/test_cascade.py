@@ -12,7 +12,7 @@ from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline import cascade as module
 from d2llm.pipeline.calibrate import measure_error, read_error, write_error
-from d2llm.pipeline.cascade import Cascade
+from d2llm.pipeline.cascade import Cascade, TeacherReading
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import Searcher, SearchSettings
 from fake_models import FakeStudent, FakeTeacher
@@ -220,3 +220,29 @@ def test_the_shipped_student_with_a_teacher_that_knows(tmp_path):
     assert alone.passages[0].passage.id == "0"
     assert (found.passages[0].passage.id, found.passages[0].score) == ("3", 6.0)
     assert (found.passages[0].student_rank, 1) in found.cascade.moved
+
+
+def test_a_teacher_that_reads_the_first_of_a_ranking_orders_them():
+    said = np.cos(np.arange(20.0))
+    oracle = Oracle(said)
+    found = rerank(TeacherReading(oracle, depth=12))
+    np.testing.assert_array_equal(found.read, np.arange(12))
+    np.testing.assert_array_equal(found.scores[:12], said[:12])
+    assert (found.scores[12:] <= found.scores[:12].min()).all()  # unread: behind, in the student's order
+    assert (np.diff(found.scores[12:]) < 0).all()
+    assert oracle.batches == [8, 4]
+    assert found.num_truncated == 2
+
+
+def test_the_teacher_reads_at_least_what_is_shown_and_not_more_than_there_is():
+    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), depth=2), top_k=7).read) == 7
+    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), depth=99)).read) == 20
+
+
+def test_the_teacher_begins_no_batch_after_its_time(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    found = rerank(TeacherReading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, budget_ms=900, batch_passages=4))
+    assert len(found.read) == 12  # begun at 0, .4 and .8 s
+    with pytest.raises(InputError, match="depth"):
+        TeacherReading(Oracle([]), depth=0)

@@ -19,7 +19,7 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.search import search
-from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
 mteb = pytest.importorskip("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python 3.11 or newer)")
 
@@ -69,18 +69,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A student as good as trained, whose two sides and two branches all differ."""
-    root = tmp_path_factory.mktemp("mteb")
-    config = tiny_student_config(write_tiny_model(root / "backbone"), query_prefix="rain ", max_query_tokens=10)
-    student = Student.create(config, device="cpu", dtype="float32")
-    student.prepare_training()
-    randomise(student, scale=0.1)
-    with torch.no_grad():
-        for anchor in student.interaction.anchors.values():
-            anchor.log_scale.sub_(3)  # so that the interaction changes the order, not only the scores
-    student.eval()
-    student.save(root / "tiny-student")
-    return root / "tiny-student"
+    return write_trained_student(tmp_path_factory.mktemp("mteb"), query_prefix="rain ", max_query_tokens=10)
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +300,26 @@ def test_texts_of_other_tasks_are_passages_unless_they_are_queries(model, studen
     np.testing.assert_allclose(np.asarray(model.similarity(vectors, vectors)), unit @ unit.T, atol=1e-5)
     with pytest.raises(InputError, match="do not say which texts"):
         model.similarity_pairwise(vectors, vectors)
+
+
+def test_every_kind_of_task_in_one_run(model, folder, tmp_path):
+    given = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(8)}
+    tasks = [
+        retrieval_task(),
+        retrieval_task("LocalReranking", "Reranking", top_ranked=given),
+        sts_task(),
+        class_task(),
+    ]
+    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    own = []
+    for one in (model, bare):
+        cache = ResultCache(tmp_path / "results")
+        results = mteb.evaluate(one, tasks, cache=cache, show_progress_bar=False, co2_tracker=False)
+        own.append(scores_with_interaction(results, tasks))
+        assert not results.exceptions
+    with_it, without = own
+    assert set(with_it) == set(without) == {"LocalRetrieval", "LocalReranking", "LocalSTS", "LocalPairs"}
+    assert all(with_it[name] != without[name] for name in with_it)
 
 
 def test_what_mteb_writes_down(model, student, folder):

@@ -14,7 +14,19 @@ import d2llm
 SOURCE = Path(d2llm.__file__).parent
 PUBLIC = sorted(set(d2llm.__all__) - {"__version__"})
 FUNCTIONS = [
-    *("ablate", "check_data", "distill", "encode", "evaluate", "gate", "label", "mine", "search", "stack_teachers"),
+    *(
+        "ablate",
+        "check_data",
+        "distill",
+        "encode",
+        "evaluate",
+        "export",
+        "gate",
+        "label",
+        "mine",
+        "search",
+        "stack_teachers",
+    ),
     "tune_teacher",
 ]
 
@@ -96,12 +108,18 @@ def test_every_imported_package_is_a_declared_dependency(repository: Path):
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in requirements}
+    declared |= {IMPORTED_AS[name] for name in declared & IMPORTED_AS.keys()}
     imported = {package for path in SOURCE.rglob("*.py") for package in imported_packages(path)}
     assert imported - declared - set(sys.stdlib_module_names) - {"d2llm"} == INDIRECT & imported
 
 
-# Packages that a declared one is built on and that come with it in every version we allow.
-INDIRECT = {"huggingface_hub", "tokenizers", "pydantic_core", "click"}
+# Packages whose modules have another name.
+IMPORTED_AS = {"haystack_ai": "haystack", "llama_index_core": "llama_index"}
+
+# Packages that a declared one is built on and that come with it in every version we allow; "opentelemetry" is the
+# namespace of those that are declared one by one.
+INDIRECT = {"huggingface_hub", "packaging", "tokenizers", "pydantic_core", "typing_extensions", "click", "starlette"}
+INDIRECT |= {"opentelemetry"}
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
-from d2llm.ops.ranking import kendall_tau, reciprocal_rank_fusion, top_k
+from d2llm.ops.ranking import kendall_tau, reciprocal_rank_fusion, reciprocal_rank_scores, top_k
 
 IDS = ["d", "b", "a", "c", "e"]
 
@@ -142,3 +142,15 @@ def test_kendall_tau_refuses_what_cannot_be_compared() -> None:
         kendall_tau([1.0, 2.0], [1.0])
     with pytest.raises(InputError, match="NaN"):
         kendall_tau([1.0, math.nan], [1.0, 2.0])
+
+
+def test_weights_shift_a_fusion_from_one_ranking_to_the_other() -> None:
+    one, other = ["a", "b"], ["b", "a"]
+    assert reciprocal_rank_scores([one, other], k=1, weights=[2.0, 1.0]) == pytest.approx(
+        {"a": 1 + 1 / 3, "b": 2 / 3 + 1 / 2}
+    )
+    assert reciprocal_rank_scores([one, other], weights=[1.0, 1.0]) == reciprocal_rank_scores([one, other])
+    assert reciprocal_rank_scores([["a"], ["b"]], weights=[0.0, 1.0])["a"] == 0
+    for weights in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(InputError, match="weights"):
+            reciprocal_rank_scores([one, other], weights=weights)

@@ -16,11 +16,16 @@ from d2llm.apps import (
     commands_ablate,
     commands_cascade,
     commands_data,
+    commands_doctor,
     commands_evaluate,
+    commands_export,
+    commands_hub,
     commands_index,
+    commands_keys,
     commands_look,
     commands_project,
     commands_search,
+    commands_serve,
     commands_teach,
     commands_train,
 )
@@ -102,10 +107,15 @@ for _commands in (
     commands_cascade,
     commands_project,
     commands_search,
+    commands_serve,
+    commands_keys,
     commands_evaluate,
+    commands_export,
     commands_ablate,
     commands_data,
+    commands_hub,
     commands_look,
+    commands_doctor,
 ):
     _commands.register(app)
 

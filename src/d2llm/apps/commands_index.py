@@ -23,11 +23,12 @@ from d2llm.apps.index_options import (
     WindowOption,
 )
 from d2llm.apps.index_writing import write_documents, write_passages
-from d2llm.apps.options import DEFAULT_STUDENT, SEARCH, DeviceOption, DtypeOption, JsonOption
+from d2llm.apps.options import DEFAULT_STUDENT, SEARCH, DeviceOption, DtypeOption, EngineOption, JsonOption
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
 
 if TYPE_CHECKING:
+    from d2llm.core.types import EngineName
     from d2llm.index.stored_vectors import VectorCopies
     from d2llm.pipeline.index import Index
 
@@ -63,13 +64,14 @@ def add(
     no_metadata: PlainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
     """Add passages, none of which is there; makes the index where there is none.
 
     Stopped, give upsert to go on: what is there already is not encoded again.
     """
-    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype)
+    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype, engine)
     write_passages(context, index, corpus, only_new=True, no_metadata=no_metadata, json_path=json_path)
 
 
@@ -89,6 +91,7 @@ def upsert(
     late_window: WindowOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
     """Add passages, and change those that are there; makes the index where there is none.
@@ -101,7 +104,7 @@ def upsert(
 
     if chunk_tokens is None and (late or chunk_overlap or late_window is not None):
         raise InputError("--chunk-overlap, --late and --late-window are for texts that are split; give --chunk-tokens")
-    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype)
+    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype, engine)
     if chunk_tokens is None:
         write_passages(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
     else:
@@ -298,6 +301,7 @@ def _open_or_create(
     fields: list[str] | None,
     device: str | None,
     dtype: str | None,
+    engine: EngineName,
 ) -> Index:
     from d2llm.core.errors import InputError
     from d2llm.core.files import MANIFEST_NAME
@@ -310,6 +314,7 @@ def _open_or_create(
         return Index.create(
             folder, student or DEFAULT_STUDENT, task=task, vector_format=vectors,
             vector_copies=cast("VectorCopies", vector_copies), metadata=declared, device=device, dtype=dtype,
+            engine=engine,
         )  # fmt: skip
     for_a_new_one = {
         "--field": fields,
@@ -320,7 +325,7 @@ def _open_or_create(
     for option, given in for_a_new_one.items():
         if given:
             raise InputError(f"{folder}: is there already, and {option} is for a new index; leave it out")
-    return Index.open(folder, student, device=device, dtype=dtype)
+    return Index.open(folder, student, device=device, dtype=dtype, engine=engine)
 
 
 def _ids(ids: list[str] | None, file: Path | None) -> list[str]:

@@ -13,6 +13,7 @@ from d2llm.apps.options import (
     SEARCH,
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     PromptOption,
     QueryTaskOption,
@@ -39,6 +40,7 @@ def encode(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
     """Turn a whole corpus into a new index, at once.
@@ -51,7 +53,7 @@ def encode(
     from d2llm.pipeline.student_source import source_of
 
     session = session_of(context)
-    model = Student.load(student, device=device, dtype=dtype)
+    model = Student.load(student, device=device, dtype=dtype, engine=engine)
     report = encode(
         corpus,
         model,
@@ -146,6 +148,7 @@ def search(
     task: QueryTaskOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
@@ -176,7 +179,7 @@ def search(
         neighbours=neighbours,
     )
     settings.check()
-    opened = Index.open(index, student, device=device, dtype=dtype)
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
     model = opened.student
     cascade = None
     if teacher is not None:

@@ -33,7 +33,7 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig, TeacherConfig
 from d2llm.core.types import Passage, RankedPassage, Ranking
-from d2llm.models import student as student_files
+from d2llm.models import student_files
 from d2llm.models import teacher as teacher_files
 from d2llm.models.student import Student, find_student
 from d2llm.models.teacher import Teacher

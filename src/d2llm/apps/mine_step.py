@@ -56,7 +56,7 @@ class _Miners:
 
         mining, place = job.recipe.mining, {"device": job.device, "dtype": job.dtype}
         asks = mining.teacher_margin is not None and mining.teacher_labels == "judge"
-        student = None if mining.student is None else Student.load(mining.student, **place)
+        student = None if mining.student is None else Student.load(mining.student, device=job.device, dtype=job.dtype)
         ranks = "encoder" in mining.sources
         return cls(
             encoder=job.new_student() if ranks and student is None else None,

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from d2llm.core.shipped import shipped_recipes
-from d2llm.core.types import Task
+from d2llm.core.types import EngineName, Task
 
 if TYPE_CHECKING:
     from d2llm.core.recipe import TeacherConfig
 
 DEFAULT_STUDENT = "d2llm-minilm"
-DISTIL, SEARCH, MEASURE, LOOK = "Distil", "Search", "Measure", "Look"
+DISTIL, SEARCH, SERVE, MEASURE, LOOK = "Distil", "Search", "Serve", "Measure", "Look"
 """Headings of the help."""
 
 NumberFormat = Literal["float32", "bfloat16", "float16"]
@@ -59,6 +59,14 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     NumberFormat | None,
     typer.Option("--dtype", help="Number format of the models.", show_default="what is fast here"),
+]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine",
+        help="What encodes texts: auto takes the fastest here that gives the same vectors; those with int8 "
+        "are faster and change them a little.",
+    ),
 ]
 JsonOption = Annotated[
     Path | None,

@@ -29,12 +29,17 @@ def _sibling(path: Path, label: str) -> Path:
     return path.with_name(f".{path.name}.{label}-{secrets.token_hex(6)}")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically: temporary name in the same folder, fsync, rename."""
+def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write ``content`` to ``path`` atomically: temporary name in the same folder, fsync, rename.
+
+    ``mode`` are the file's permissions, such as 0o600 for what is its owner's alone; None leaves them to the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "new")
     try:
         with temporary.open("xb") as file:
+            if mode is not None:
+                temporary.chmod(mode)  # while it is empty: nobody else opens it in between
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

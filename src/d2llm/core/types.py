@@ -27,6 +27,9 @@ SystemKind = Literal[
 """What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone, a ``shortcut`` the same
 student where something makes its search cheaper."""
 
+EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
+"""What encodes texts (``models.engines``); ``auto``: the fastest here that gives the same vectors."""
+
 SourceName = Literal["vectors", "ann", "bm25"]
 """Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
 

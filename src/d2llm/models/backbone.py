@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, cast
 
 import torch
@@ -35,6 +36,9 @@ from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
 
 TextKind = Literal["query", "passage"]
+
+TOKENIZING = Lock()
+"""Held while a student's tokenizer works: whether it truncates is its state, which threads change for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,26 +166,30 @@ class Backbone(nn.Module):
         """All weights as the plain model's, adapters merged."""
         return merged_state_dict(self.model)
 
-    def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
+    def tokenize(self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None) -> TokenizedTexts:
         """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted.
+
+        ``prefix`` None means the one that the configuration has for the kind. Threads may tokenize at once.
 
         Raises:
             InputError: one text where a list of texts is needed.
         """
         if isinstance(texts, str):
             raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
-        prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
+        if prefix is None:
+            prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
         prefixed = [prefix + text for text in texts]
         if not prefixed:
             return TokenizedTexts([])
         # Tokenizing twice is only for texts over the limit: the tokenizer itself then keeps its closing special token.
-        ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
-        too_long = [index for index, row in enumerate(ids) if len(row) > limit]
-        if too_long:
-            cut = self.tokenizer([prefixed[index] for index in too_long], truncation=True, max_length=limit)
-            for index, row in zip(too_long, cast("list[list[int]]", cut["input_ids"]), strict=True):
-                ids[index] = row
+        with TOKENIZING:
+            ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
+            too_long = [index for index, row in enumerate(ids) if len(row) > limit]
+            if too_long:
+                cut = self.tokenizer([prefixed[index] for index in too_long], truncation=True, max_length=limit)
+                for index, row in zip(too_long, cast("list[list[int]]", cut["input_ids"]), strict=True):
+                    ids[index] = row
         # A tokenizer without special tokens gives nothing for an empty text; a model needs one token to read.
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
         return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))

@@ -18,7 +18,8 @@ from d2llm.core.types import Task
 from d2llm.models.backbone import TextKind
 from d2llm.models.judge import Judgements, TextPair
 from d2llm.models.sources import fingerprint_model, locate_model
-from d2llm.models.student import FORMAT_VERSION, KIND, Student, find_student
+from d2llm.models.student import Student, find_student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teacher_identity import TeacherIdentity
 
 _KEPT_NUMBERS = 1 << 24  # of vectors that are kept for the next call: 64 MB of float32

@@ -21,8 +21,8 @@ from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.models.sources import fingerprint_model, locate_model, quiet_transformers
-from d2llm.models.student import EncodedTexts
 
 _BLOCK = 256  # texts between two reports of progress
 _BATCH = 32

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import WholeText
-from d2llm.models.backbone import Backbone
+from d2llm.models.backbone import TOKENIZING, Backbone
 from d2llm.models.pooling import TextPooling
 from d2llm.models.sources import readable_tokens
 from d2llm.ops.batching import pad_right, token_budget_batches
@@ -190,13 +190,14 @@ class ChunkReader:
     def _tokenize(self, whole: WholeText, limit: int | None) -> _Tokens:
         before = self._backbone.config.passage_prefix + (whole.title + "\n" if whole.title else "")
         tokenizer = cast(Any, self._backbone.tokenizer)
-        found = tokenizer(
-            before + whole.text,
-            truncation=False,
-            verbose=False,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-        )
+        with TOKENIZING:
+            found = tokenizer(
+                before + whole.text,
+                truncation=False,
+                verbose=False,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
         ids: list[int] = found["input_ids"]
         special: list[int] = found["special_tokens_mask"]
         places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2) - len(before)

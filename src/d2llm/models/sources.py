@@ -78,6 +78,11 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
     return name
 
 
+def hub_name(name: str) -> str:
+    """What the Hub calls a model: the name itself, or that of a model that a package carries."""
+    return _PACKAGED[name].hub_name if name in _PACKAGED else name
+
+
 def fingerprint_model(location: str) -> str:
     """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
 

@@ -5,60 +5,45 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError, ModelNotFoundError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import new_folder
-from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.shipped import shipped_models
-from d2llm.core.types import Task, WholeText
+from d2llm.core.types import EngineName, Task, WholeText
+from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
+from d2llm.models.core_workers import map_on_cores
 from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.encoded_texts import EncodedTexts
+from d2llm.models.engines import Engine, choose_engine, open_engine
+from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
+from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
-KIND = "student"
-FORMAT_VERSION = 1
-_HEAD_FILE, _ADAPTER_FILE, _BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 _BATCH_TOKENS, _BATCH_TEXTS = 8192, 256
+# On a CPU: enough for the products; what lies between two layers stays in a core's cache, and little is padded.
+_CPU_BATCH_TOKENS = 512
 # Passages that the interaction scores at a time. At width 512 in bfloat16 the activations of 512 are 512 KB, half of a
 # core's own cache in today's servers.
 SCORE_BLOCK = 512
 _ACCELERATOR_BLOCK = 32_768
-_RESTORE = "restore the student's folder"
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTexts:
-    """Vectors of n texts, the places of those cut to the length limit, and how many tokens were read."""
-
-    vectors: Float32[np.ndarray, "texts dim"]
-    truncated: tuple[int, ...]
-    num_tokens: int
-
-    @property
-    def num_truncated(self) -> int:
-        """How many texts lost their end."""
-        return len(self.truncated)
 
 
 class Student(nn.Module):
@@ -75,6 +60,7 @@ class Student(nn.Module):
         self._saved_fingerprint: str | None = None
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
+        self._engine: Engine | None = None
         self.eval()
 
     @classmethod
@@ -96,44 +82,92 @@ class Student(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        engine: EngineName = "torch",
     ) -> Student:
-        """Load what ``save`` wrote: a folder, or the name of a student shipped with d2llm. Needs no ``peft``.
+        """Load what ``save`` wrote: a folder, a student shipped with d2llm by its name, or one on the Hub.
+
+        A name on the Hub is ``owner/name`` or ``owner/name@revision``; ``find_student`` says when it is asked.
+
+        Args:
+            folder_or_name: which student.
+            device: where to compute, by default the best here.
+            dtype: number format of the products, by default what is fast here.
+            engine: what encodes texts (``models.engines``).
 
         Raises:
-            ModelNotFoundError: no such folder and no shipped student of that name.
+            InputError: the engine cannot be used with this device or number format.
+            MissingExtraError: the engine is not installed.
+            ModelNotFoundError: no such folder, no shipped student of that name, and none on the Hub that can be read.
             DataFormatError: its manifest is not a student's.
             ModelError: its weights cannot be read, or do not fit its configuration.
             MismatchError: the pretrained backbone is not the one that the student was trained on.
         """
         folder = find_student(folder_or_name)
-        manifest, config = _read_student_manifest(folder)
-        merged = (folder / _BACKBONE_FOLDER).is_dir()
-        chosen = choose_device(device)
-        source = folder / _BACKBONE_FOLDER if merged else config.backbone.model
+        manifest, config = files.read_student_manifest(folder)
+        merged = (folder / files.BACKBONE_FOLDER).is_dir()
+        chosen, engine = choose_device(device), choose_engine(engine, device=device, dtype=dtype)
+        if engine != "torch":
+            chosen, dtype = torch.device("cpu"), "float32"
+        source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
         backbone = Backbone(
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
             device=chosen,
             compute_dtype=choose_dtype(chosen, dtype),
         )
         if not merged:
-            _require_same_base(folder, manifest, backbone)
-            if (folder / _ADAPTER_FILE).is_file():
-                backbone.load_tuned_state(load_tensors(folder / _ADAPTER_FILE, remedy=_RESTORE), merge=True)
+            files.require_same_base(folder, manifest, backbone)
+            if (folder / files.ADAPTER_FILE).is_file():
+                backbone.load_tuned_state(load_tensors(folder / files.ADAPTER_FILE, remedy=files.RESTORE), merge=True)
         student = cls(config, backbone)
-        head = load_tensors(folder / _HEAD_FILE, remedy=_RESTORE)
+        head = load_tensors(folder / files.HEAD_FILE, remedy=files.RESTORE)
         try:
             student._load_head(head)
         except RuntimeError as error:
             raise ModelError(
-                f"{folder / _HEAD_FILE} does not fit the student's configuration ({' '.join(str(error).split())}); "
-                "restore the student's folder"
+                f"{folder / files.HEAD_FILE} does not fit the student's configuration "
+                f"({' '.join(str(error).split())}); {files.RESTORE}"
             ) from error
         student._saved_fingerprint = manifest["fingerprint"]
         student._has_merged_weights = merged
+        student.use_engine(engine)
         return student
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Student:
+        """``load``, with the name's revision and the account's token given apart (``hub.fetch_student``).
+
+        Raises:
+            InputError: a revision of a folder, which has none.
+        """
+        local = Path(repo_id_or_folder).is_dir()
+        if local and revision is not None:
+            raise InputError(
+                f"{repo_id_or_folder}: is a folder, which has no revisions; leave out revision='{revision}'"
+            )
+        asks_hub = not local and (revision is not None or token is not None)
+        found = fetch_student(str(repo_id_or_folder), revision=revision, token=token) if asks_hub else repo_id_or_folder
+        return cls.load(found, device=device, dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
+        """Put the student on the Hub; ``merge`` is ``save``'s, ``options`` are ``hub.push_student``'s.
+
+        Raises:
+            InputError: the repository cannot be written, or others could not load what would be there.
+        """
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder) / files.KIND, merge=merge)
+            return push_student(Path(folder) / files.KIND, repo_id, **options)
+
     def save(self, folder: Path, *, merge: bool | None = None, content: dict[str, Any] | None = None) -> None:
-        """Write the student as a folder, atomically: safetensors, ``manifest.json`` and tokenizer.
+        """Write the student as a folder, atomically: safetensors, ``manifest.json``, tokenizer and card.
 
         Args:
             folder: where to write; a student already there is replaced.
@@ -147,40 +181,32 @@ class Student(nn.Module):
         merge = self._has_merged_weights or self.config.backbone.tuning == "full" if merge is None else merge
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
-        with new_folder(folder, kind=KIND) as temporary:
-            save_file(self._head_state(), temporary / _HEAD_FILE)
-            self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / _BACKBONE_FOLDER)
+        with new_folder(folder, kind=files.KIND) as temporary:
+            save_file(self._head_state(), temporary / files.HEAD_FILE)
+            self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:
-                self.backbone.model.config.save_pretrained(temporary / _BACKBONE_FOLDER)
+                self.backbone.model.config.save_pretrained(temporary / files.BACKBONE_FOLDER)
                 weights = {name: tensor.contiguous() for name, tensor in self.backbone.merged_weights().items()}
-                save_file(weights, temporary / _BACKBONE_FOLDER / "model.safetensors", metadata={"format": "pt"})
+                save_file(weights, temporary / files.BACKBONE_FOLDER / "model.safetensors", metadata={"format": "pt"})
             elif adapter := self.backbone.tuned_state():
-                save_file(adapter, temporary / _ADAPTER_FILE)
-            write_manifest(
-                temporary,
-                KIND,
-                FORMAT_VERSION,
-                {
-                    **(content or {}),
-                    "fingerprint": self.fingerprint,
-                    "config": self.config.model_dump(),
-                    "pooling": self.backbone.pooling,
-                    "base_fingerprint": self.backbone.fingerprint_base(),
-                },
-            )
+                save_file(adapter, temporary / files.ADAPTER_FILE)
+            manifest = {
+                **(content or {}),
+                "fingerprint": self.fingerprint,
+                "config": self.config.model_dump(mode="json"),
+                "pooling": self.backbone.pooling,
+                "base_fingerprint": self.backbone.fingerprint_base(),
+            }
+            write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
+            (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:
         """Content hash of configuration and weights; the same for a merged and an unmerged copy."""
         if self._saved_fingerprint is not None:
             return self._saved_fingerprint
-        digest = hashlib.sha256()
-        for name, tensor in sorted((self._head_state() | self.backbone.tuned_state()).items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        config = self.config.model_dump(mode="json")
-        config["backbone"]["model"] = self.backbone.fingerprint_base()
-        return fingerprint_json([config, digest.hexdigest()])
+        tensors = self._head_state() | self.backbone.tuned_state()
+        return files.fingerprint_student(self.config.model_dump(mode="json"), self.backbone.fingerprint_base(), tensors)
 
     @property
     def vector_dim(self) -> int:
@@ -194,8 +220,17 @@ class Student(nn.Module):
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        self._saved_fingerprint = None  # from here on it is another student
+        self._saved_fingerprint, self._engine = None, None  # from here on it is another student
         self.backbone.prepare_training(seed=seed)
+
+    def use_engine(self, name: EngineName) -> None:
+        """Let this engine encode texts from now on, of the weights as they are now; scoring stays torch's.
+
+        Raises:
+            InputError: the weights are not float32 on the CPU, as every engine but torch needs them.
+            MissingExtraError: it is not installed.
+        """
+        self._engine = open_engine(self, name)
 
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
@@ -309,8 +344,8 @@ class Student(nn.Module):
         return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy casts its weights itself: oneDNN's own layout can neither be copied nor pickled."""
-        return {**self.__dict__, "_kept_weights": {}}
+        """A copy casts its weights itself and encodes with torch: what is compiled cannot be copied."""
+        return {**self.__dict__, "_kept_weights": {}, "_engine": None}
 
     def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
         kept = self._kept_weights.get(task)
@@ -326,13 +361,23 @@ class Student(nn.Module):
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
         tokenized = self.tokenize(texts, kind)
         vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
-        for batch in token_budget_batches(tokenized.lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_TEXTS):
-            with inference(self):
-                encoded: Float[Tensor, "batch dim"] = self(*self.backbone.pad([tokenized.ids[i] for i in batch]))
-            vectors[batch] = encoded.cpu().numpy()
-            if advance is not None:
-                advance(len(batch))
-        return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths))
+        on_cpu = self.backbone.device.type == "cpu"
+        budget, over_batches = (_CPU_BATCH_TOKENS, map_on_cores) if on_cpu else (_BATCH_TOKENS, map)
+        batches = list(token_budget_batches(tokenized.lengths, max_tokens=budget, max_items=_BATCH_TEXTS))
+
+        def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
+            ids = [tokenized.ids[index] for index in batch]
+            if self._engine is not None:
+                return self._engine(ids)
+            with torch.inference_mode():
+                return self(*self.backbone.pad(ids)).cpu().numpy()
+
+        with inference(self):
+            for batch, encoded in zip(batches, over_batches(read, batches), strict=True):
+                vectors[batch] = encoded
+                if advance is not None:
+                    advance(len(batch))
+        return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths), tuple(tokenized.lengths))
 
     def _head_state(self) -> dict[str, Tensor]:
         parts = {"pooling": self.pooling, "interaction": self.interaction}
@@ -346,44 +391,3 @@ class Student(nn.Module):
         for part, module in (("pooling", self.pooling), ("interaction", self.interaction)):
             prefix = part + "."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-
-
-def find_student(folder_or_name: str | Path) -> Path:
-    """The folder of a student: what ``save`` wrote, or a student shipped with d2llm by its name.
-
-    Raises:
-        ModelNotFoundError: neither.
-    """
-    folder = Path(folder_or_name)
-    if (folder / MANIFEST).is_file():
-        return folder
-    shipped = shipped_models("students")
-    if str(folder_or_name) in shipped:
-        return shipped[str(folder_or_name)]
-    raise ModelNotFoundError(
-        f"no student at '{folder_or_name}': give a folder that `d2llm distill` wrote"
-        + (f", or one of the shipped students: {', '.join(shipped)}" if shipped else "")
-    )
-
-
-def _read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
-    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    missing = {"config", "fingerprint", "base_fingerprint", "pooling"} - manifest.keys()
-    if missing:
-        raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; restore the student's folder")
-    try:
-        return manifest, StudentConfig.model_validate(manifest["config"])
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise DataFormatError(
-            folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
-        ) from error
-
-
-def _require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
-    found = backbone.fingerprint_base()
-    if found != manifest["base_fingerprint"]:
-        raise MismatchError(
-            f"{folder}: the student was trained on backbone weights {manifest['base_fingerprint']} of "
-            f"'{manifest['config']['backbone']['model']}', but here that name gives {found}; install the same weights"
-        )

@@ -41,7 +41,7 @@ def pool(
     if name == "first":
         return states[:, 0]
     if name == "last":
-        rows = torch.arange(len(states), device=states.device)
+        rows = torch.arange(states.shape[0], device=states.device)  # not len: a traced graph would keep the number
         return states[rows, last_positions(mask)]
     kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: what stands in the padding may be no number
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)

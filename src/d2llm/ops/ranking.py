@@ -59,10 +59,12 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, k: int = 60) ->
     return sorted(fused, key=lambda candidate: (-candidate.score, candidate.passage_id))
 
 
-def reciprocal_rank_scores(rankings: Sequence[Sequence[_Item]], *, k: int = 60) -> dict[_Item, float]:
+def reciprocal_rank_scores(
+    rankings: Sequence[Sequence[_Item]], *, k: int = 60, weights: Sequence[float] | None = None
+) -> dict[_Item, float]:
     """The fused score of every item of any ranking, by rank alone, so that their scores need not be comparable.
 
-    score(p) = sum over the rankings that contain p of 1 / (k + rank(p)), rank counted from 1.
+    score(p) = sum over the rankings that contain p of weight / (k + rank(p)), rank counted from 1.
 
     Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods",
     SIGIR 2009 (k = 60 is theirs). The order of the rankings does not matter.
@@ -70,20 +72,25 @@ def reciprocal_rank_scores(rankings: Sequence[Sequence[_Item]], *, k: int = 60) 
     Args:
         rankings: passage ids or rows, best first; they may have different lengths and members.
         k: how much the first places are levelled, at least 0.
+        weights: of the rankings, at least 0; 1 each by default, as in the paper.
 
     Raises:
-        InputError: k is negative, or a ranking holds an item twice.
+        InputError: k or a weight is negative, there are not as many weights as rankings, or a ranking holds an item
+            twice.
     """
     if k < 0:
         raise InputError(f"k is {k}, but 1 / (k + rank) needs 0 or more")
+    given = [1.0] * len(rankings) if weights is None else list(weights)
+    if len(given) != len(rankings) or not all(weight >= 0 for weight in given):
+        raise InputError(f"the weights of {len(rankings)} rankings are {given}; give each one of at least 0")
     shares: defaultdict[_Item, list[float]] = defaultdict(list)
-    for number, ranking in enumerate(rankings, start=1):
+    for number, (ranking, weight) in enumerate(zip(rankings, given, strict=True), start=1):
         seen: set[_Item] = set()
         for rank, item in enumerate(ranking, start=1):
             if item in seen:
                 raise InputError(f"ranking {number} holds '{item}' twice (again at rank {rank}); keep one")
             seen.add(item)
-            shares[item].append(1.0 / (k + rank))
+            shares[item].append(weight / (k + rank))
     # fsum rounds once, so equal sets of ranks give equal scores whatever ranking they come from.
     return {item: math.fsum(share) for item, share in shares.items()}
 

@@ -16,7 +16,8 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import CosineHead
-from d2llm.models.student import FORMAT_VERSION, KIND, Student
+from d2llm.models.student import Student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.pipeline.ablation_report import RunResult
 from d2llm.pipeline.dev import DevSet, PairDevSet, evaluate_dev, value_by_set
 from d2llm.pipeline.distill import distill

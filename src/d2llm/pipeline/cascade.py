@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,21 @@ class Reread:
     unsure: NDArray[np.int64]
     seconds: float
     num_truncated: int
+
+
+class Rereader(Protocol):
+    """Puts a query's passages in another order than the student's, by what a teacher says of some of them."""
+
+    def rerank(
+        self,
+        query: str,
+        scores: NDArray[np.float32],
+        texts: Callable[[NDArray[np.int64]], Sequence[str]],
+        task: Task,
+        top_k: int = 10,
+    ) -> Reread:
+        """Read again some of the passages that the student scored [n]; ``texts`` gives full texts at some places."""
+        ...
 
 
 class Cascade:
@@ -153,11 +169,60 @@ class Cascade:
 
     def _read(self, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
         begin = time.perf_counter()
-        judged = self.judge.judge([(query, text) for text in texts], task)
+        values, num_cut = _judged(self.judge, query, texts, task)
         took = (time.perf_counter() - begin) / len(texts)
         before = self._pair_seconds
         self._pair_seconds = took if before is None else _FORGETTING * before + (1 - _FORGETTING) * took
-        values = np.asarray(judged.log_odds, np.float64)
-        if not np.isfinite(values).all():
-            raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
-        return values, judged.num_truncated
+        return values, num_cut
+
+
+class TeacherReading:
+    """The teacher reads the first passages of the student's ranking, sure or not, and its order is the ranking's.
+
+    Args: ``depth``, how many of them; ``budget_ms``, no batch of ``batch_passages`` is begun after so long. Passages
+    that it did not come to stay in the student's order behind those that it read: their scores are the student's, moved
+    below the lowest log-odds.
+    """
+
+    def __init__(
+        self, judge: PairJudge, depth: int = 20, budget_ms: float | None = None, *, batch_passages: int = 8
+    ) -> None:
+        if depth < 1 or batch_passages < 1 or (budget_ms is not None and budget_ms < 0):
+            raise InputError(f"depth is {depth}, batch_passages {batch_passages}, budget_ms {budget_ms}; give more")
+        self.judge = judge
+        self.depth = depth
+        self.budget_ms = budget_ms
+        self.batch_passages = batch_passages
+
+    def rerank(
+        self,
+        query: str,
+        scores: NDArray[np.float32],
+        texts: Callable[[NDArray[np.int64]], Sequence[str]],
+        task: Task,
+        top_k: int = 10,
+    ) -> Reread:
+        """Arguments and errors: ``Cascade.rerank``; at least ``top_k`` are read, if there is time."""
+        begin = time.perf_counter()
+        order = np.argsort(-scores, kind="stable")
+        wanted, said, num_truncated = order[: max(self.depth, top_k)], np.zeros(0), 0
+        for start in range(0, len(wanted), self.batch_passages):
+            if start and self.budget_ms is not None and time.perf_counter() - begin > self.budget_ms / 1e3:
+                break
+            values, num_cut = _judged(self.judge, query, texts(wanted[start : start + self.batch_passages]), task)
+            said, num_truncated = np.append(said, values), num_truncated + num_cut
+        read, unread = order[: len(said)], order[len(said) :]
+        now = scores.astype(np.float64)
+        now[read] = said
+        if len(read) and len(unread):
+            now[unread] -= max(0.0, float(now[unread[0]] - said.min()))
+        return Reread(now, read, said, np.zeros(0, np.int64), time.perf_counter() - begin, num_truncated)
+
+
+def _judged(judge: PairJudge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+    """The teacher's log-odds [n] of a query with passages, and how many passages it read in part."""
+    judged = judge.judge([(query, text) for text in texts], task)
+    values = np.asarray(judged.log_odds, np.float64)
+    if not np.isfinite(values).all():
+        raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
+    return values, judged.num_truncated

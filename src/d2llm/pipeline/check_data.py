@@ -19,7 +19,7 @@ from d2llm.data.check_report import DataReport
 from d2llm.data.check_texts import CountTokens, Sample, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
 from d2llm.models.sources import load_tokenizer, locate_model
-from d2llm.models.student import FORMAT_VERSION, KIND
+from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.pipeline.progress import progress_bar
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
 from d2llm.pipeline.index import Index, UpsertReport
 
@@ -71,8 +73,8 @@ class Chunker:
         self.late = late
         self.max_tokens = max_tokens
         self.overlap_tokens = overlap_tokens
-        self._tokenizer: Any = student.backbone.tokenizer
-        self._around = len(student.tokenize([""], "passage").ids[0])
+        self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # two threads must not share one
+        self._around = len(self._tokenizer(student.config.backbone.passage_prefix, verbose=False)["input_ids"])
         self._splitters: dict[int, Any] = {}
 
     def split(self, document: Passage) -> list[Passage]:
@@ -108,13 +110,15 @@ class Chunker:
         if room not in self._splitters:
             package = require("semantic_text_splitter", extra="documents", purpose="splitting long texts")
             overlap = min(self.overlap_tokens, room - 1)
-            self._splitters[room] = package.TextSplitter.from_huggingface_tokenizer(
-                self._tokenizer.backend_tokenizer, room, overlap
-            )
+            with TOKENIZING:
+                self._splitters[room] = package.TextSplitter.from_huggingface_tokenizer(
+                    self._tokenizer.backend_tokenizer, room, overlap
+                )
         return self._splitters[room]
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with TOKENIZING:
+            return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.core.types import Task
-from d2llm.models.student import EncodedTexts
+from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.pipeline.protocols import Describable, EncodedBatch, SearchStudent, TextEncoder
 
 

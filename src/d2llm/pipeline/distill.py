@@ -18,7 +18,8 @@ from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.judge import identify_judge
-from d2llm.models.student import KIND, Student
+from d2llm.models.student import Student
+from d2llm.models.student_files import KIND
 from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import (
     make_dev_set,

@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DuplicateIdError
-from d2llm.core.types import Passage, Query, Ranking, Task
+from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
@@ -26,7 +26,7 @@ from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
 from d2llm.models.student import Student
-from d2llm.pipeline.cascade import Cascade
+from d2llm.pipeline.cascade import Rereader
 from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.project import extend_projections
@@ -89,6 +89,7 @@ class Index:
         student_source: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        engine: EngineName = "torch",
     ) -> Index:
         """A new index without passages.
 
@@ -104,13 +105,14 @@ class Index:
                 is a folder or name.
             device: of the student, if it is to be loaded.
             dtype: its number format.
+            engine: what encodes texts with it (``models.engines``).
 
         Raises:
             InputError: something is in the way, or a format, field or type is unknown.
             ModelError: the student cannot be loaded.
         """
-        name = student if isinstance(student, str | Path) else None
-        loaded = Student.load(student, device=device, dtype=dtype) if isinstance(student, str | Path) else student
+        is_named = isinstance(student, str | Path)
+        loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
         store = IndexStore.create(
             Path(folder),
             student_fingerprint=loaded.fingerprint,
@@ -120,7 +122,7 @@ class Index:
             vector_copies=vector_copies,
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
-            student_source=student_source if name is None else source_of(name),
+            student_source=source_of(student) if is_named else student_source,
         )
         return cls(store, loaded)
 
@@ -132,6 +134,7 @@ class Index:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        engine: EngineName = "torch",
     ) -> Index:
         """An index that is there. Its student is loaded when it is first needed.
 
@@ -140,11 +143,12 @@ class Index:
             student: the student that made it, if it is no longer where it was then.
             device: of the student.
             dtype: its number format.
+            engine: what encodes texts with it (``models.engines``).
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
         """
-        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype)
+        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine)
 
     def __enter__(self) -> Index:
         return self
@@ -170,11 +174,9 @@ class Index:
             InputError: the index does not know where it is.
             IndexMismatchError: the one given, or found, is another.
         """
-        given = (
-            self._given
-            if self._given is not None
-            else find_source(self.store.manifest.get("student_source"), self.folder)
-        )
+        given = self._given
+        if given is None:
+            given = find_source(self.store.manifest.get("student_source"), self.folder)
         student = Student.load(given, **self._loading) if isinstance(given, str | Path) else given
         self.store.check_student(student.fingerprint)
         return student
@@ -291,7 +293,7 @@ class Index:
         queries: Sequence[Query] | Sequence[str] | str,
         settings: SearchSettings | None = None,
         *,
-        cascade: Cascade | None = None,
+        cascade: Rereader | None = None,
         **changes: Any,
     ) -> list[Ranking]:
         """Rank the passages for each query; ``changes`` are single fields of the settings (``SearchSettings``).

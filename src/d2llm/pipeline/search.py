@@ -21,7 +21,7 @@ from d2llm.pipeline.candidates import (
     SearchableIndex,
     VectorSource,
 )
-from d2llm.pipeline.cascade import Cascade
+from d2llm.pipeline.cascade import Rereader
 from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.exact_search import FoundRows, KeptReaches, certified_top_k
 from d2llm.pipeline.progress import progress_bar
@@ -46,6 +46,7 @@ class SearchSettings:
         sources: who proposes candidates; several are united, and all get the student's full score. "ann" is "vectors"
             by an approximate index (``build_ann``): quicker, with the recall that was measured when it was built.
         fuse: rank by reciprocal-rank fusion of the student's ranking and BM25's, not by the student's score alone.
+        lexical_weight: BM25's share in that fusion, 0 to 1.
         exact: the exact ranking of all passages by the full score, with its certificate. A head without an
             inner-product part ("paper") is always searched so.
         budget_ms: of an exact search: stop scoring in time; the certificate says what is proved.
@@ -63,6 +64,7 @@ class SearchSettings:
     filter: str | None = None
     sources: tuple[SourceName, ...] = ("vectors",)
     fuse: bool = False
+    lexical_weight: float = 0.5
     exact: bool = False
     budget_ms: float | None = None
     explain: bool = False
@@ -82,6 +84,8 @@ class SearchSettings:
             )
         if not self.sources:
             raise InputError("sources is empty; name 'vectors', 'ann', 'bm25' or several")
+        if not 0 <= self.lexical_weight <= 1:
+            raise InputError(f"lexical_weight is {self.lexical_weight}; BM25's share must be between 0 and 1")
         if self.exact and (self.fuse or self.sources != ("vectors",)):
             raise InputError("an exact search ranks all passages by the student's score: leave fuse and sources alone")
         if self.budget_ms is not None and not self.exact:
@@ -105,7 +109,7 @@ def search(
     queries: Sequence[Query] | Sequence[str],
     settings: SearchSettings | None = None,
     *,
-    cascade: Cascade | None = None,
+    cascade: Rereader | None = None,
     show_progress: bool | None = False,
     **changes: Any,
 ) -> list[Ranking]:
@@ -116,7 +120,8 @@ def search(
         student: encodes the queries and scores.
         queries: texts, or queries with ids; texts get the ids "1", "2", ...
         settings: how to search.
-        cascade: has a teacher read again what the student is unsure of.
+        cascade: has a teacher read again what the student is unsure of (``Cascade``), or the first of its ranking
+            (``TeacherReading``).
         show_progress: None means: if standard error is a terminal.
         changes: single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
@@ -168,7 +173,7 @@ class Searcher:
         settings: SearchSettings | None = None,
         *,
         reaches: KeptReaches | None = None,
-        cascade: Cascade | None = None,
+        cascade: Rereader | None = None,
     ) -> None:
         """Args: ``reaches``, what exact searches of this version had to compute."""
         self.settings = settings or SearchSettings()
@@ -197,22 +202,34 @@ class Searcher:
         self,
         queries: Sequence[Query] | Sequence[str],
         *,
+        vectors: NDArray[np.float32] | None = None,
         show_progress: bool | None = False,
         title: str = "searching",
     ) -> list[Ranking]:
-        """Rank the passages for each query; ``title`` is the progress bar's."""
+        """Rank the passages for each query; ``title`` is the progress bar's.
+
+        ``vectors`` [n, dim] are those of the queries, where they are encoded already.
+        """
         asked = _as_queries(queries)
+        if vectors is not None and vectors.shape != (len(asked), self._student.vector_dim):
+            raise InputError(
+                f"vectors have the shape {vectors.shape}, but the {len(asked)} queries need "
+                f"({len(asked)}, {self._student.vector_dim})"
+            )
         rankings: list[Ranking] = []
         with progress_bar(title, len(asked), show=show_progress) as advance:
             for start in range(0, len(asked), _ENCODED_AT_ONCE):
                 block = asked[start : start + _ENCODED_AT_ONCE]
                 begin = time.perf_counter()
-                vectors = self._student.encode_queries([query.text for query in block]).vectors
-                anchors = self._anchors(vectors)
+                if vectors is None:
+                    encoded = self._student.encode_queries([query.text for query in block]).vectors
+                else:
+                    encoded = vectors[start : start + _ENCODED_AT_ONCE]
+                anchors = self._anchors(encoded)
                 seconds = (time.perf_counter() - begin) / len(block)
                 for at in range(0, len(block), _SCANNED_AT_ONCE):
                     part = slice(at, at + _SCANNED_AT_ONCE)
-                    for one in self._prepared(block[part], vectors[part], anchors[part], seconds):
+                    for one in self._prepared(block[part], encoded[part], anchors[part], seconds):
                         rankings.append(self._rank_one(one))
                         advance(1)
         return rankings
@@ -337,7 +354,11 @@ class Searcher:
         reread, student_ranks = None, None
         if self.settings.fuse:
             by_score = best(final, len(rows))
-            fused = reciprocal_rank_scores([rows[by_score].tolist(), scored.proposals["bm25"].rows.tolist()])
+            share = self.settings.lexical_weight
+            fused = reciprocal_rank_scores(
+                [rows[by_score].tolist(), scored.proposals["bm25"].rows.tolist()],
+                weights=[2.0 * (1 - share), 2.0 * share],
+            )
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         if self._cascade is not None:
             student_ranks = np.empty(len(rows), np.int64)

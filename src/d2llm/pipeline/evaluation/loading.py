@@ -16,7 +16,8 @@ from d2llm.core.types import SystemKind
 from d2llm.data.trec import TrecRun, read_run
 from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.judge import Judge, identify_judge, load_judge
-from d2llm.models.student import FORMAT_VERSION, KIND, Student, find_student
+from d2llm.models.student import Student, find_student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.pipeline.cosine import untuned_config
 from d2llm.pipeline.evaluation.setting import OWN_NAMES, Contenders
 from d2llm.pipeline.protocols import PairJudge, SearchStudent, TextEncoder

@@ -1,0 +1,120 @@
+"""How fast texts are encoded, beside sentence-transformers with the same backbone and the same texts.
+
+One run on all cores (or --threads), the rows in turn on an otherwise idle machine, the least of
+the repeats. Texts are real passages of several data sets, of mixed lengths, cut to the same number of tokens by all;
+every row is given the texts and gives vectors, tokenizing included. Beside the speed: how far the vectors are from
+torch's in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d2llm import Student
+from d2llm.core.manifest import package_versions
+from d2llm.core.types import EngineName
+from d2llm.data.beir import Dataset
+from d2llm.data.open_data import open_data
+from d2llm.models.device import cpu_has_fast_bfloat16
+from d2llm.models.sources import locate_model
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+RESULT = Path(__file__).parent / "results" / "encoding.json"
+ENGINES: tuple[EngineName, ...] = ("onnx", "openvino", "onnx-int8", "openvino-int8")
+Encode = Callable[[list[str]], np.ndarray]
+
+
+def read_texts(folders: list[Path], number: int) -> list[str]:
+    """As many passages of each data set, drawn with a fixed seed."""
+    texts: list[str] = []
+    for folder in folders:
+        dataset = open_data(folder)
+        assert isinstance(dataset, Dataset)
+        passages = list(dataset.passages.values())
+        drawn = np.random.default_rng(0).choice(len(passages), -(-number // len(folders)), replace=False)
+        texts += [f"{passages[place].title} {passages[place].text}".strip() for place in drawn]
+    return texts
+
+
+def rows(student_name: str) -> dict[str, Encode]:
+    """What encodes, by name; sentence-transformers first."""
+    from sentence_transformers import SentenceTransformer
+
+    torch_student = Student.load(student_name, device="cpu", dtype="float32")
+    peer = SentenceTransformer(locate_model(torch_student.config.backbone.model), device="cpu")
+    peer.max_seq_length = torch_student.config.backbone.max_passage_tokens
+    encoders: dict[str, Encode] = {
+        "sentence-transformers": lambda texts: np.asarray(peer.encode(texts, show_progress_bar=False)),
+        "torch": lambda texts: torch_student.encode_passages(texts).vectors,
+    }
+    students = {engine: Student.load(student_name, engine=engine) for engine in ENGINES}
+    if cpu_has_fast_bfloat16():
+        students["torch bfloat16"] = Student.load(student_name, device="cpu", dtype="bfloat16")
+    for name, student in students.items():
+        encoders[name] = lambda texts, student=student: student.encode_passages(texts).vectors
+    return encoders
+
+
+def measure(encoders: dict[str, Encode], texts: list[str], repeats: int) -> dict[str, dict[str, float]]:
+    """Each row's texts a second, its ratio to the first row, and how its vectors differ from torch's."""
+    seconds: dict[str, float] = dict.fromkeys(encoders, float("inf"))
+    vectors: dict[str, np.ndarray] = {}
+    for encode in encoders.values():
+        encode(texts[:8])
+    for _ in range(repeats):
+        for name, encode in encoders.items():
+            begin = time.perf_counter()
+            vectors[name] = encode(texts)
+            seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    first, exact = seconds["sentence-transformers"], vectors["torch"]
+    found: dict[str, dict[str, float]] = {}
+    for name in encoders:
+        found[name] = {"texts_per_second": len(texts) / seconds[name], "ratio": first / seconds[name]}
+        if name != "sentence-transformers":  # which has its own pooling, without PMA
+            norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(vectors[name], axis=1)
+            found[name] |= {
+                "largest_difference": float(abs(vectors[name] - exact).max()),
+                "least_cosine": float(((exact * vectors[name]).sum(1) / norms).min()),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", default="d2llm-minilm")
+    parser.add_argument("--data", type=Path, nargs="*", default=[DATA / n for n in ("wikiqa", "nfcorpus", "stackfaq")])
+    parser.add_argument("--texts", type=int, default=240)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    texts = read_texts(arguments.data, arguments.texts)
+    encoders = rows(arguments.student)
+    lengths = Student.load(arguments.student).tokenize(texts, "passage").lengths
+    found = measure(encoders, texts, arguments.repeats)
+    for name, row in found.items():
+        print(f"{name:24} {row['texts_per_second']:8.1f} texts/s  x{row['ratio']:.2f}  {row.get('least_cosine', '')}")
+    result = {
+        "student": arguments.student,
+        "data": [folder.name for folder in arguments.data],
+        "texts": len(texts),
+        "tokens": {"mean": float(np.mean(lengths)), "longest": max(lengths)},
+        "threads": arguments.threads,
+        "bfloat16_products": cpu_has_fast_bfloat16(),
+        "packages": package_versions(),
+        "rows": found,
+    }
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What an engine changes in rankings: nDCG@10 on dev queries, each engine encoding queries and passages alike.
+
+Of each data set the first dev queries, with all their relevant passages and as many others as asked for, drawn with a
+fixed seed: fewer passages than the whole corpus make every figure higher, so only the differences between rows count.
+Every passage gets the full score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from d2llm import Student
+from d2llm.core.manifest import package_versions
+from d2llm.core.types import EngineName
+from d2llm.data.beir import Dataset
+from d2llm.data.open_data import open_data
+from d2llm.ops.measures import per_query_measures
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+RESULT = Path(__file__).parent / "results" / "engine-quality.json"
+ENGINES: tuple[EngineName, ...] = ("torch", "onnx", "openvino", "onnx-int8", "openvino-int8")
+
+
+def sample(dataset: Dataset, num_queries: int, num_passages: int) -> tuple[list[str], list[str]]:
+    """Ids of queries, and of passages to rank for each of them."""
+    positives = {query: found for query, found in dataset.positives("dev").items() if found}
+    queries = list(positives)[:num_queries]
+    relevant = dict.fromkeys(passage for query in queries for passage in positives[query])
+    others = [passage for passage in dataset.passages if passage not in relevant]
+    drawn = np.random.default_rng(0).permutation(len(others))[:num_passages]
+    return queries, [*relevant, *(others[place] for place in drawn)]
+
+
+def quality(student: Student, dataset: Dataset, queries: list[str], passages: list[str]) -> float:
+    """nDCG@10 of the full score, mean over the queries."""
+    texts = [f"{dataset.passages[name].title} {dataset.passages[name].text}".strip() for name in passages]
+    vectors = student.encode_passages(texts).vectors
+    asked = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
+    scores = student.score_many(asked, vectors, "asymmetric")
+    rankings = {name: [passages[at] for at in np.argsort(-row)] for name, row in zip(queries, scores, strict=True)}
+    qrels = {name: dataset.qrels["dev"][name] for name in queries}
+    return float(np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values())))
+
+
+def measure(student: Student, dataset: Dataset, num_queries: int, num_passages: int) -> dict[str, float]:
+    """nDCG@10 by engine."""
+    queries, passages = sample(dataset, num_queries, num_passages)
+    found: dict[str, float] = {}
+    for engine in ENGINES:
+        student.use_engine(engine)
+        found[engine] = quality(student, dataset, queries, passages)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", default="d2llm-minilm")
+    parser.add_argument("--data", type=Path, nargs="*", default=[DATA / n for n in ("wikiqa", "nfcorpus", "stackfaq")])
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--passages", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    student = Student.load(arguments.student, device="cpu", dtype="float32")
+    rows: dict[str, dict[str, float]] = {}
+    for folder in arguments.data:
+        dataset = open_data(folder, splits=["dev"])
+        assert isinstance(dataset, Dataset)
+        rows[folder.name] = measure(student, dataset, arguments.queries, arguments.passages)
+        print(folder.name, {name: round(value, 4) for name, value in rows[folder.name].items()})
+    result = {"student": arguments.student, "queries": arguments.queries, "passages": arguments.passages}
+    arguments.out.write_text(
+        json.dumps({**result, "packages": package_versions(), "nDCG@10": rows}, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

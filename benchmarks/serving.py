@@ -1,0 +1,139 @@
+"""What serving costs: texts a second and latency over HTTP beside the library's own calls, in one run.
+
+Encoding: the library encodes all texts in one call; then 32 clients send the same texts, in requests of 32, 8 and 1, to
+a server in a process of its own. Searching: the library searches one by one and in one call; then the clients search.
+Overload: 32 clients against a queue with room for few; what is admitted should take as long as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+
+from d2llm import Index, Passage, Student
+from d2llm.apps.demo_corpus import build_corpus
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+CLIENTS = 32
+
+
+@contextmanager
+def served(index: Path, **settings: Any) -> Iterator[str]:
+    """A server in its own process; its address."""
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "d2llm", "serve", str(index), "--port", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            yield next(word for word in ready.split() if word.startswith("http://")).rstrip("/")
+        finally:
+            process.terminate()
+
+
+async def load(address: str, path: str, bodies: Sequence[dict[str, Any]], clients: int) -> dict[str, float]:
+    """Send all bodies through so many clients; requests a second, latencies, and how many were refused."""
+    left, times, refused = iter(bodies), [], 0
+    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=120) as http:
+
+        async def client() -> None:
+            nonlocal refused
+            for body in left:
+                begin = time.perf_counter()
+                answer = await http.post(path, json=body)
+                if answer.status_code == 429:
+                    refused += 1
+                else:
+                    answer.raise_for_status()
+                    times.append(time.perf_counter() - begin)
+
+        begin, own = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        seconds, own = time.perf_counter() - begin, time.process_time() - own
+    p50, p99 = np.percentile(times, [50, 99])
+    return {
+        "requests_per_second": round(len(times) / seconds, 1),
+        "p50_ms": round(1e3 * p50, 1),
+        "p99_ms": round(1e3 * p99, 1),
+        "refused": refused,
+        "clients_share_of_cores": round(own / seconds / (os.cpu_count() or 1), 3),
+        "seconds": seconds,
+    }
+
+
+def best_of(runs: int, work: Callable[[], Any]) -> float:
+    """The shortest time of several."""
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--passages", type=int, default=2_000)
+    parser.add_argument("--texts", type=int, default=1_024)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    passages = build_corpus().passages[: arguments.passages]
+    texts = [passage.full_text for passage in passages[: arguments.texts]]
+    queries = [passage.title or passage.text[:60] for passage in passages[: arguments.texts]]
+    student = Student.load("d2llm-minilm", engine="auto")  # what the server takes
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        index = Index.create(Path(folder) / "index", student, student_source="d2llm-minilm")
+        index.upsert([Passage(str(n), p.text, p.title) for n, p in enumerate(passages)])
+        student.encode_passages(texts[:64])
+        seconds = best_of(arguments.runs, lambda: student.encode_passages(texts))
+        rows["library, one call"] = {"texts_per_second": round(len(texts) / seconds, 1)}
+        index.search(queries[:8])
+        few = queries[:128]
+        seconds = best_of(arguments.runs, lambda: [index.search(query) for query in few])
+        rows["library, searches one by one"] = {"requests_per_second": round(len(few) / seconds, 1)}
+        seconds = best_of(arguments.runs, lambda: index.search(few))
+        rows["library, searches in one call"] = {"requests_per_second": round(len(few) / seconds, 1)}
+        del index, student
+        with served(Path(folder) / "index") as address:
+            for size in (32, 8, 1):
+                bodies = [{"texts": texts[at : at + size], "kind": "passage"} for at in range(0, len(texts), size)]
+                found = [asyncio.run(load(address, "/v1/encode", bodies, CLIENTS)) for _ in range(arguments.runs)]
+                row = min(found, key=lambda one: one["seconds"])
+                row["texts_per_second"] = round(len(texts) / row["seconds"], 1)
+                row["share_of_library"] = round(
+                    row["texts_per_second"] / rows["library, one call"]["texts_per_second"], 3
+                )
+                rows[f"served, {CLIENTS} clients, {size} texts a request"] = row
+            for clients in (1, CLIENTS):
+                bodies = [{"query": query} for query in (few if clients == 1 else queries[:512])]
+                found = [asyncio.run(load(address, "/v1/search", bodies, clients)) for _ in range(arguments.runs)]
+                rows[f"served, {clients} clients, searches"] = min(found, key=lambda one: one["seconds"])
+        with served(Path(folder) / "index", queue_texts=8) as address:
+            bodies = [{"query": query} for query in queries[:512]]
+            rows[f"served, {CLIENTS} clients, searches, room for 8"] = asyncio.run(
+                load(address, "/v1/search", bodies, CLIENTS)
+            )
+    for name, row in rows.items():
+        row.pop("seconds", None)
+        print(f"{name:<48}" + "  ".join(f"{key} {value}" for key, value in row.items()))
+    result = {"clients": CLIENTS, "cores": os.cpu_count(), "texts": len(texts), "rows": rows}
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

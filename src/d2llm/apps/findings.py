@@ -1,0 +1,53 @@
+"""What a check of ``d2llm doctor`` found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from d2llm.core.errors import D2LLMError
+
+Level = Literal["ok", "note", "problem"]
+_STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: what was found, and what to do where that is not as it should be.
+
+    A ``problem`` keeps something from working; a ``note`` is slower, missing or unusual, and may be meant.
+    """
+
+    area: str
+    what: str
+    level: Level
+    found: str
+    advice: str = ""
+
+
+def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:
+    """An error of d2llm as a finding; most of its messages end with what to do, ``otherwise`` stands for the others."""
+    found, _, advice = str(error).rpartition("; ")
+    return Finding(area, what, "problem", found, advice) if found else Finding(area, what, "problem", advice, otherwise)
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """All findings, the areas in their order."""
+    table = Table(box=None, header_style="bold")
+    for heading in ("", "", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    area = ""
+    for finding in findings:
+        table.add_row(
+            Text("" if finding.area == area else finding.area, style="bold"),
+            Text(finding.what),
+            Text(finding.level, style=_STYLES[finding.level]),
+            Text(finding.found),
+            Text(finding.advice),
+        )
+        area = finding.area
+    return table

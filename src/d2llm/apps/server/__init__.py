@@ -1,0 +1,1 @@
+"""The server: an index and its student behind HTTP."""

@@ -1,0 +1,198 @@
+"""What the dialects have in common: names of models, limits, kinds of texts, orders of scores, bodies of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from scipy.special import expit
+
+from d2llm.apps.server.errors import Problem, ServingError
+from d2llm.apps.server.model_service import Encoded, ModelService, TextKind
+from d2llm.apps.server.services import Services
+from d2llm.core.types import Task
+
+Truncate = Literal["NONE", "END"]
+SUFFIXES: tuple[TextKind, ...] = ("query", "passage")
+
+
+class StrictBody(BaseModel):
+    """A request's body: true is no number, and a field that the dialect does not know is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class OpenBody(BaseModel):
+    """The same for dialects that ignore what they do not know."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Answer(BaseModel):
+    """What answers have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class DocumentText(Answer):
+    """A document."""
+
+    text: str
+
+
+class RerankResult(Answer):
+    """A document's place: ``index`` in the request, and its probability."""
+
+    index: int
+    relevance_score: float = Field(ge=0, le=1)
+    document: DocumentText | None = None
+
+
+def _readable(value: Any) -> Any:
+    """Say plainly what is wrong with a text or list of texts; a union's own errors name every alternative."""
+    if not isinstance(value, list):
+        if not isinstance(value, str) or not value:
+            raise ValueError("it is empty" if value == "" else "it is neither a text nor a list of texts")
+        return value
+    texts = cast("list[Any]", value)
+    if not texts:
+        raise ValueError("the list is empty; give at least one text")
+    if all(isinstance(text, int | list) and not isinstance(text, bool) for text in texts):
+        raise ValueError("token ids are not read here; send texts (LangChain: check_embedding_ctx_length=False)")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"number {place} is " + ("empty" if text == "" else "no text"))
+    return texts
+
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(_readable)]
+"""A text or several."""
+TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(_readable)]
+
+
+def as_list(texts: str | list[str]) -> list[str]:
+    """One text as a list of one."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What a route says of its errors in the API's description."""
+    return {
+        "4XX": {"model": model, "description": "The request cannot be answered as it is"},
+        "5XX": {"model": model, "description": "The server is not ready, or failed"},
+    }
+
+
+def status_of(problem: Problem, invalid: int) -> int:
+    """A problem's status where everything wrong with a body's content has the status ``invalid``."""
+    of_content = problem.kind == "invalid_request" or (problem.kind == "too_large" and problem.field is not None)
+    return invalid if of_content else problem.status
+
+
+def find_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
+    """Check the name of a model; the kind of texts that its suffix names (":query"), if any.
+
+    Raises:
+        ServingError: 404, there is no such model.
+    """
+    if name is None or name == models.name:
+        return None
+    offered = [models.name, *(f"{models.name}:{suffix}" for suffix in SUFFIXES)] if suffixes else [models.name]
+    if name not in offered:
+        message = f"the model {name!r} does not exist; there is {', '.join(offered)}"
+        raise ServingError(Problem(404, "not_found", message, "model"))
+    return cast(TextKind, name.rpartition(":")[2])
+
+
+def check_size(services: Services, texts: str | Sequence[str], field: str) -> None:
+    """Hold a request to the server's limits.
+
+    Raises:
+        ServingError: 413, too many texts, or one too long.
+    """
+    settings = services.settings
+    if isinstance(texts, str):
+        _check_length({field: texts}, settings.max_text_chars)
+        return
+    if len(texts) > settings.max_texts:
+        message = f"{field}: {len(texts):,} texts; a request may have {settings.max_texts:,}"
+        raise ServingError(Problem(413, "too_large", message, field))
+    _check_length({f"{field}.{place}": text for place, text in enumerate(texts)}, settings.max_text_chars)
+
+
+def _check_length(texts: Mapping[str, str], limit: int) -> None:
+    for field, text in texts.items():
+        if len(text) > limit:
+            message = f"{field}: {len(text):,} characters; {limit:,} are allowed"
+            raise ServingError(Problem(413, "too_large", message, field))
+
+
+def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit: int, remedy: str) -> None:
+    """Refuse texts of which the student would not read all; ``remedy`` says how to have them cut.
+
+    Raises:
+        ServingError: 413, with the first place and the limit.
+    """
+    if places:
+        where = field if isinstance(texts, str) else f"{field}.{places[0]}"
+        more = f" ({len(places) - 1} more are)" if len(places) > 1 else ""
+        message = f"{where}: longer than the {limit} tokens that the model reads{more}; {remedy}"
+        raise ServingError(Problem(413, "too_large", message, where))
+
+
+async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
+    """Vectors of texts, ready for inner products: queries as the anchor of the student's head has them."""
+    models = services.models
+    encoded = await models.encode(texts, kind)
+    if kind == "passage" or not models.student.has_anchor:
+        return encoded
+    vectors = await models.anchor_queries(encoded.vectors, task_of(services))
+    return Encoded(vectors, encoded.num_tokens, encoded.truncated)
+
+
+def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors [n, dim] divided by their lengths; a vector of zeros stays."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
+
+
+def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The sigmoid of logits, in [0, 1]."""
+    return cast("NDArray[np.float64]", expit(logits.astype(np.float64)))
+
+
+def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]:
+    """Places by falling score, equal ones as they came; the first ``top`` of them."""
+    return np.argsort(-logits, kind="stable")[:top].tolist()
+
+
+def cut_warnings(query_cut: bool, places: Sequence[int], models: ModelService) -> list[str]:
+    """What to tell a client whose texts were cut."""
+    found: list[str] = []
+    if query_cut:
+        found.append(f"the query was cut to {models.max_query_tokens} tokens")
+    if places:
+        numbers = ", ".join(str(place) for place in places)
+        found.append(f"documents were cut to {models.max_passage_tokens} tokens: {numbers}")
+    return found
+
+
+def task_of(services: Services) -> Task:
+    """What is asked of a pair: what the index is made for, else whether the passage answers the query."""
+    return "asymmetric" if services.index is None else services.index.current.view.task
+
+
+def rerank_results(
+    logits: NDArray[np.float32], documents: Sequence[str], top: int | None, *, with_texts: bool
+) -> list[dict[str, Any]]:
+    """The ``RerankResult`` of each of the ``top`` documents (None: of all), best first."""
+    scores = probabilities(logits).tolist()
+    results: list[dict[str, Any]] = []
+    for place in best_first(logits, top):
+        result: dict[str, Any] = {"index": place, "relevance_score": scores[place]}
+        results.append(result | ({"document": {"text": documents[place]}} if with_texts else {}))
+    return results

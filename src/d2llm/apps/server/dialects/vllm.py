@@ -1,0 +1,144 @@
+"""vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``. Its ``/v1/rerank`` is Jina's."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from numpy.typing import NDArray
+from pydantic import AliasChoices, Field
+
+from d2llm.apps.server.dialects.shared import (
+    Answer,
+    OpenBody,
+    Texts,
+    as_list,
+    check_size,
+    errors,
+    find_model,
+    probabilities,
+    refuse_cut,
+    status_of,
+    task_of,
+)
+from d2llm.apps.server.errors import Problem, invalid
+from d2llm.apps.server.fast_json import FastJSONResponse
+from d2llm.apps.server.services import Services, services_of
+
+PATHS = ("/score", "/v1/score")
+_CUT = "shorten it, or send truncate_prompt_tokens: -1"
+
+
+class ScoreRequest(OpenBody):
+    """Pairs of texts: one with one, one with each of several, or each with its counterpart."""
+
+    text_1: Texts = Field(
+        validation_alias=AliasChoices("text_1", "queries", "data_1"),
+        description="A query or several; may also be called queries or data_1.",
+    )
+    text_2: Texts = Field(
+        validation_alias=AliasChoices("text_2", "documents", "items", "data_2"),
+        description="A passage or several; may also be called documents, items or data_2.",
+    )
+    model: str | None = None
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        None, description="-1: a text that is too long is cut to what the model reads; null: it is an error."
+    )
+    use_activation: bool | None = Field(None, description="false: logits in place of probabilities.")
+
+
+class Score(Answer):
+    """A pair's score."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreUsage(Answer):
+    """Tokens that were read, a text counted as often as it is in a pair."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+
+
+class ScoreAnswer(Answer):
+    """The pairs' scores, in the order of the request."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: ScoreUsage
+
+
+class VLLMErrorDetail(Answer):
+    """What was wrong; ``code`` is the status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VLLMError(Answer):
+    """Every error of this interface."""
+
+    error: VLLMErrorDetail
+
+
+router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
+
+
+@router.post("/v1/score", response_model=ScoreAnswer)
+@router.post("/score", response_model=ScoreAnswer)
+async def score(body: ScoreRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+    """How well passages answer queries, pair by pair."""
+    models = services.models
+    find_model(models, body.model)
+    queries, passages = as_list(body.text_1), as_list(body.text_2)
+    check_size(services, body.text_1, "text_1")
+    check_size(services, body.text_2, "text_2")
+    if len(queries) not in (1, len(passages)):
+        message = (
+            f"text_1 has {len(queries)} texts and text_2 {len(passages)}; they must be 1 and 1, 1 and n, or n and n"
+        )
+        raise invalid(message, "text_1")
+    read = await models.encode(queries, "query")
+    passages_read = await models.encode(passages, "passage")
+    if body.truncate_prompt_tokens is None:
+        refuse_cut(body.text_1, read.truncated, "text_1", models.max_query_tokens, _CUT)
+        refuse_cut(body.text_2, passages_read.truncated, "text_2", models.max_passage_tokens, _CUT)
+    places_of: dict[str, list[int]] = {}
+    for place in range(len(passages)):
+        places_of.setdefault(queries[place % len(queries)], []).append(place)
+    logits: NDArray[np.float32] = np.empty(len(passages), np.float32)
+    for places in places_of.values():
+        query = read.vectors[places[0] % len(queries)]
+        logits[places] = await models.score_vectors(query, passages_read.vectors[places], task_of(services))
+    scores = (logits if body.use_activation is False else probabilities(logits)).tolist()
+    num_tokens = sum(read.num_tokens) * (len(passages) // len(queries)) + sum(passages_read.num_tokens)
+    return FastJSONResponse(
+        {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": models.name,
+            "data": [{"index": place, "object": "score", "score": value} for place, value in enumerate(scores)],
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
+        }
+    )
+
+
+def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """A problem as vLLM tells it."""
+    status = status_of(problem, invalid=400)
+    types = {400: "BadRequestError", 404: "NotFoundError"}
+    kind = types.get(status, HTTPStatus(status).phrase)
+    return status, {"error": {"message": problem.message, "type": kind, "param": problem.field, "code": status}}

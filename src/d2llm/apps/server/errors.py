@@ -1,0 +1,228 @@
+"""What went wrong with a request, and how each interface says so: one ``Problem``, a shape for each family of paths."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from d2llm.core.errors import D2LLMError, IndexLockedError, InputError, MissingExtraError, StorageError
+
+_log = logging.getLogger(__name__)
+
+ProblemKind = Literal[
+    "invalid_request",
+    "unauthorized",
+    "forbidden",
+    "not_found",
+    "method_not_allowed",
+    "conflict",
+    "too_large",
+    "unsupported_media_type",
+    "rate_limited",
+    "overloaded",
+    "not_ready",
+    "internal",
+]
+
+_KINDS: dict[int, ProblemKind] = {
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "rate_limited",
+    503: "not_ready",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a request was not answered.
+
+    Attributes:
+        status: of HTTP.
+        kind: for programs.
+        message: for people: what, where, what to do.
+        field: of the body that is wrong, as in "passages.0.text".
+        request_id: to look it up in the logs.
+        retry_after: seconds, where trying again later helps.
+        headers: of the answer, besides those that follow from the rest.
+    """
+
+    status: int
+    kind: ProblemKind
+    message: str
+    field: str | None = None
+    request_id: str = ""
+    retry_after: float | None = None
+    headers: Mapping[str, str] | None = None
+
+
+Shape = Callable[[Problem], tuple[int, dict[str, Any]]]
+"""The status and body that an interface gives for a problem."""
+
+
+class ServingError(D2LLMError):
+    """A request that cannot be answered as it is, with its ``Problem``."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(problem.message)
+
+
+class OverloadedError(ServingError):
+    """The queue is full."""
+
+    def __init__(self, retry_after: float) -> None:
+        message = f"the server is at its limit; try again in {math.ceil(retry_after)} s"
+        super().__init__(Problem(429, "overloaded", message, retry_after=retry_after))
+
+
+class NotReadyError(ServingError):
+    """The server is starting, stopping or broken."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(Problem(503, "not_ready", message, retry_after=retry_after))
+
+
+class NotFoundError(ServingError):
+    """There is no such thing."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Problem(404, "not_found", message))
+
+
+class ForbiddenError(ServingError):
+    """The server, or the key, does not allow it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Problem(403, "forbidden", message))
+
+
+def invalid(message: str, field: str | None = None) -> ServingError:
+    """A request whose content is wrong."""
+    return ServingError(Problem(400, "invalid_request", message, field))
+
+
+_shapes: dict[str, Shape] = {}
+
+
+def register_error_shape(paths: tuple[str, ...], shape: Shape) -> None:
+    """Problems of these paths, and of those below them, get this shape."""
+    _shapes.update(dict.fromkeys(paths, shape))
+
+
+def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """The shape of d2llm's own interface."""
+    error = {
+        "kind": problem.kind,
+        "message": problem.message,
+        "field": problem.field,
+        "request_id": problem.request_id,
+    }
+    return problem.status, {"error": error}
+
+
+def problem_response(path: str, problem: Problem) -> Response:
+    """The answer to a request for ``path``, in the shape of its interface."""
+    status, body = _shape_of(path)(problem)
+    headers = dict(problem.headers or {})
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
+    return JSONResponse(body, status, headers)
+
+
+def problem_of(error: Exception) -> Problem:
+    """What an exception means to a client; those that are not meant for it are told without their text."""
+    if isinstance(error, ServingError):
+        return error.problem
+    if isinstance(error, RequestValidationError):
+        return _problem_of_validation(error)
+    if isinstance(error, HTTPException):
+        kind = _KINDS.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal")
+        return Problem(error.status_code, kind, str(error.detail), headers=error.headers)
+    if isinstance(error, IndexLockedError):
+        return Problem(503, "not_ready", str(error), retry_after=1.0)
+    if isinstance(error, InputError):
+        return Problem(400, "invalid_request", str(error))
+    if isinstance(error, MissingExtraError):
+        return Problem(501, "internal", str(error))
+    if isinstance(error, StorageError):
+        return Problem(507, "internal", str(error))
+    return Problem(500, "internal", "the server failed; its log has the reason under this request's id")
+
+
+def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
+    """Let every error of a request become an answer in its interface's shape.
+
+    Of the ``private`` folders and files a client is told the name alone, not where they are.
+    """
+
+    async def answer(request: Request, error: Exception) -> Response:
+        problem = problem_of(error)
+        told = without_places(problem.message, private)
+        problem = replace(problem, message=told, request_id=request_id_of(request))
+        if problem.status == 405:
+            allowed = ", ".join(_methods(app, request.url.path)) or (problem.headers or {}).get("Allow", "")
+            problem = replace(problem, headers={"Allow": allowed})
+        if problem.status >= 500 and problem.status != 503:
+            _log.error("request %s failed", problem.request_id, exc_info=error)
+        return problem_response(request.url.path, problem)
+
+    for kind in (RequestValidationError, HTTPException, D2LLMError, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def without_places(text: str, private: Sequence[Path]) -> str:
+    """A text where paths of the server are the names at their ends."""
+    for path in private:
+        for written in (str(path.absolute()), str(path)):
+            text = text.replace(written, path.name)
+    return text
+
+
+def request_id_of(request: Request) -> str:
+    """The id that the middleware gave to a request."""
+    return str(getattr(request.state, "request_id", ""))
+
+
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """All methods that the description has for a path; Starlette itself names those of one route."""
+    found: set[str] = set()
+    for template, operations in cast("dict[str, dict[str, Any]]", app.openapi()["paths"]).items():
+        if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(template)), path):
+            found |= {method.upper() for method in operations}
+    return sorted(found)
+
+
+def _shape_of(path: str) -> Shape:
+    matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
+    return _shapes[max(matching, key=len)] if matching else plain_shape
+
+
+def _problem_of_validation(error: RequestValidationError) -> Problem:
+    """The first wrong field in full, and how many others there are."""
+    problems = cast("list[dict[str, Any]]", error.errors())
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
+        return Problem(400, "invalid_request", f"the body is no valid JSON ({reason})")
+    text = f"{where}: {message}" if where else message
+    if len(problems) > 1:
+        text += f" (and {len(problems) - 1} more)"
+    return Problem(422, "invalid_request", text, where)

@@ -1,0 +1,377 @@
+"""d2llm's own interface over HTTP: search, explain, passages, documents, the index, vectors and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, cast
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from d2llm import __version__
+from d2llm.apps.server.errors import ForbiddenError, NotFoundError, invalid, request_id_of
+from d2llm.apps.server.fast_json import FastJSONResponse
+from d2llm.apps.server.index_service import IndexService, Reading
+from d2llm.apps.server.lifecycle import Lifecycle
+from d2llm.apps.server.schemas import (
+    CascadeAnswer,
+    DeletedAnswer,
+    DocumentsAnswer,
+    DocumentsRequest,
+    EncodeAnswer,
+    EncodeRequest,
+    ErrorAnswer,
+    ExplainAnswer,
+    ExplainRequest,
+    HealthAnswer,
+    IndexAnswer,
+    PassageAnswer,
+    PassagesAnswer,
+    PassagesRequest,
+    ReloadAnswer,
+    RescoreAnswer,
+    RescoreRequest,
+    SearchAnswer,
+    SearchRequest,
+    SnapshotAnswer,
+    SnapshotRequest,
+    StudentAnswer,
+    TeacherAnswer,
+    WordAnswer,
+)
+from d2llm.apps.server.services import Services, index_of, services_of
+from d2llm.apps.server.settings import ServeSettings
+from d2llm.core.types import Passage, RankedPassage, Ranking, SourceName
+from d2llm.pipeline.index import UpsertReport
+from d2llm.pipeline.search import SearchSettings
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": description}
+    for status, description in {
+        400: "The request is wrong",
+        401: "No key, or an unknown one",
+        403: "Not allowed",
+        404: "There is no such thing",
+        409: "In the way of something else",
+        413: "Too large",
+        415: "Not JSON",
+        422: "The body does not fit the schema",
+        429: "Too many requests",
+        500: "The server failed",
+        503: "Not ready",
+        507: "It cannot be stored",
+    }.items()
+}
+_SOURCES: dict[str, tuple[SourceName, ...]] = {
+    "vectors": ("vectors",),
+    "ann": ("ann",),
+    "bm25": ("bm25",),
+    "both": ("vectors", "bm25"),
+}
+
+router = APIRouter(tags=["d2llm"], responses=_ERRORS)
+health_router = APIRouter(tags=["operations"])
+TheServices = Annotated[Services, Depends(services_of)]
+TheIndex = Annotated[IndexService, Depends(index_of)]
+
+
+@router.post("/v1/search", response_model=SearchAnswer)
+async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
+    """Find the passages that answer a query, best first."""
+    limits = services.settings
+    _at_most(body.top_k, limits.max_top_k, "top_k")
+    _at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
+    _short_enough([body.query], limits, "query")
+    ranking = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
+    answer = _ranking_json(ranking) | {
+        "index": {"version": ranking.index_version, "fingerprint": services.models.fingerprint},
+        "request_id": request_id_of(request),
+    }
+    return FastJSONResponse(answer)
+
+
+@router.post("/v1/explain")
+async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainAnswer:
+    """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
+    _short_enough([body.query], services.settings, "query")
+    passage, found = await index.explain(body.query, body.passage_id, body.task)
+    teacher = None
+    if body.teacher:
+        said = await index.judge_pair(body.query, passage, body.task)
+        probability = float(expit(said.log_odds))
+        teacher = TeacherAnswer(
+            log_odds=said.log_odds, probability=probability, seconds=said.seconds, truncated=said.truncated
+        )
+    return ExplainAnswer(
+        id=passage.id,
+        title=passage.title,
+        text=passage.text,
+        score=found.score,
+        anchor=found.anchor,
+        interaction=found.interaction,
+        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
+        truncated=found.truncated,
+        teacher=teacher,
+    )
+
+
+@router.post("/v1/passages")
+async def upsert_passages(body: PassagesRequest, services: TheServices, index: TheIndex) -> PassagesAnswer:
+    """Add passages, and change those whose id is there; searches find them when this is answered."""
+    _writable(services)
+    _at_most(len(body.passages), services.settings.max_texts, "passages")
+    _short_enough([passage.text for passage in body.passages], services.settings, "passages")
+    passages = [Passage(**passage.model_dump()) for passage in body.passages]
+    return PassagesAnswer(**_upserted(await index.upsert(passages)))
+
+
+@router.post("/v1/documents")
+async def upsert_documents(body: DocumentsRequest, services: TheServices, index: TheIndex) -> DocumentsAnswer:
+    """Split long texts into passages and add these; passages that a document no longer has are deleted."""
+    _writable(services)
+    _at_most(len(body.documents), services.settings.max_texts, "documents")
+    documents = [Passage(**document.model_dump()) for document in body.documents]
+    report = await index.upsert_documents(documents, body.chunk_tokens, body.chunk_overlap)
+    return DocumentsAnswer(
+        **_upserted(report.passages), num_documents=report.num_documents, num_deleted=report.num_deleted
+    )
+
+
+@router.get("/v1/passages/{passage_id:path}")
+async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
+    """A passage by its id."""
+    return PassageAnswer(**_passage_json(await index.get(passage_id)))
+
+
+@router.delete("/v1/passages/{passage_id:path}")
+async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
+    """Delete a passage; no search finds it when this is answered."""
+    _writable(services)
+    num_deleted = await index.delete([passage_id])
+    if not num_deleted:
+        raise NotFoundError(f"there is no passage {passage_id!r} in the index")
+    return DeletedAnswer(num_deleted=num_deleted, version=index.current.view.version)
+
+
+@router.get("/v1/index")
+async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
+    """What the index holds, and what can be asked of it here."""
+    stats, student = await index.stats(), services.models.student
+    return IndexAnswer(
+        name=index.folder.name,
+        version=stats.version,
+        num_passages=stats.num_passages,
+        num_bytes=round(stats.bytes_per_passage * max(stats.num_passages, 1)),
+        bytes_per_passage=stats.bytes_per_passage,
+        vector_format=stats.vector_format,
+        vector_copies=stats.vector_copies,
+        task=index.current.view.task,
+        student=StudentAnswer(
+            name=services.models.name,
+            fingerprint=services.models.fingerprint,
+            dim=services.models.dim,
+            head=student.config.interaction.head,
+            backbone=student.config.backbone.model,
+            max_query_tokens=services.models.max_query_tokens,
+            max_passage_tokens=services.models.max_passage_tokens,
+        ),
+        teacher=index.teacher_name,
+        fields=stats.metadata,
+        has_ann=stats.ann_passages > 0,
+        has_projections=stats.num_projections > 0,
+        snapshots=stats.snapshots,
+        rescore=index.ways_to_rescore(),
+        writable=services.settings.writable,
+        d2llm=__version__,
+    )
+
+
+@router.post("/v1/index/snapshots")
+async def take_snapshot(body: SnapshotRequest, services: TheServices, index: TheIndex) -> SnapshotAnswer:
+    """Keep the index as it is now under a name."""
+    _writable(services)
+    await index.snapshot(body.name)
+    return SnapshotAnswer(snapshots=(await index.stats()).snapshots)
+
+
+@router.post("/v1/index/reload")
+async def reload_index(index: TheIndex) -> ReloadAnswer:
+    """Read what now lies in the index's folder; requests that have begun end with what they began with."""
+    changed = await index.reload()
+    return ReloadAnswer(version=index.current.view.version, changed=changed)
+
+
+@router.post("/v1/encode", response_model=EncodeAnswer)
+async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
+    """The student's vectors of texts, for use with its interaction elsewhere."""
+    _at_most(len(body.texts), services.settings.max_texts, "texts")
+    _short_enough(body.texts, services.settings, "texts")
+    encoded = await services.models.encode(body.texts, body.kind)
+    return FastJSONResponse(
+        {
+            "vectors": encoded.vectors,
+            "num_tokens": encoded.num_tokens,
+            "truncated": encoded.truncated,
+            "dim": services.models.dim,
+            "fingerprint": services.models.fingerprint,
+        }
+    )
+
+
+@router.post("/v1/rescore")
+async def rescore(body: RescoreRequest, request: Request, services: TheServices) -> RescoreAnswer:
+    """The interaction's scores of a query with passages, by their texts, ids or vectors."""
+    models, index = services.models, services.index
+    if body.query_vector is not None:
+        query = _vectors([body.query_vector], models.dim, "query_vector")[0]
+    else:
+        assert body.query is not None
+        _short_enough([body.query], services.settings, "query")
+        query = (await models.encode([body.query], "query")).vectors[0]
+    if body.passages is not None:
+        _at_most(len(body.passages), services.settings.max_texts, "passages")
+        _short_enough(body.passages, services.settings, "passages")
+        passages = (await models.encode(body.passages, "passage")).vectors
+    elif body.passage_ids is not None:
+        _at_most(len(body.passage_ids), services.settings.max_num_candidates, "passage_ids")
+        passages = await index_of(request).vectors(body.passage_ids)
+    else:
+        assert body.passage_vectors is not None
+        _at_most(len(body.passage_vectors), services.settings.max_num_candidates, "passage_vectors")
+        passages = _vectors(body.passage_vectors, models.dim, "passage_vectors")
+    task = body.task or ("asymmetric" if index is None else index.current.view.task)
+    logits = await models.score_vectors(query, passages, task)
+    return RescoreAnswer(scores=logits.tolist(), fingerprint=models.fingerprint)
+
+
+@health_router.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
+async def health(request: Request) -> JSONResponse:
+    """Whether the server can answer: 200 when it is ready, else 503."""
+    lifecycle = cast(Lifecycle, request.app.state.lifecycle)
+    answer = {"status": lifecycle.state, "message": lifecycle.message}
+    return JSONResponse(answer, 200 if lifecycle.state == "ready" else 503)
+
+
+def _settings_of(body: SearchRequest) -> SearchSettings:
+    return SearchSettings(
+        task=body.task,
+        top_k=body.top_k,
+        num_candidates=body.num_candidates,
+        filter=body.filter,
+        sources=_SOURCES[body.source] if body.hybrid is None else ("vectors", "bm25"),
+        fuse=body.hybrid is not None,
+        lexical_weight=0.5 if body.hybrid is None else body.hybrid,
+        exact=body.exact,
+        budget_ms=body.budget_ms if body.exact else None,
+        explain=body.explain,
+        group=body.group,
+        neighbours=body.neighbours,
+    )
+
+
+def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
+    if body.rescore not in ("teacher", "cascade"):
+        if body.budget_ms is not None and not body.exact:
+            raise invalid("budget_ms is for an exact search or a teacher; leave it out", "budget_ms")
+        return None
+    budget = limits.teacher_budget_ms if body.budget_ms is None else min(body.budget_ms, limits.teacher_budget_ms)
+    return Reading(body.teacher_passages, budget)
+
+
+def _ranking_json(ranking: Ranking) -> dict[str, Any]:
+    certificate, cascade = ranking.certificate, ranking.cascade
+    return {
+        "query": ranking.query.text,
+        "passages": [_ranked_json(place) for place in ranking.passages],
+        "num_candidates": ranking.num_candidates,
+        "seconds": dict(ranking.seconds),
+        "certificate": None
+        if certificate is None
+        else asdict(certificate)
+        | {
+            "highest_bound_left": _finite(certificate.highest_bound_left),
+            "kth_score": _finite(certificate.kth_score),
+        },
+        "cascade": None if cascade is None else CascadeAnswer(**asdict(cascade)).model_dump(),
+    }
+
+
+def _ranked_json(place: RankedPassage) -> dict[str, Any]:
+    document = place.document
+    return _passage_json(place.passage) | {
+        "rank": place.rank,
+        "score": place.score,
+        "anchor_score": place.anchor_score,
+        "log_odds": place.log_odds,
+        "student_rank": place.student_rank,
+        "explanation": None if place.explanation is None else asdict(place.explanation),
+        "document": None
+        if document is None
+        else {
+            "id": document.id,
+            "passage_score": document.passage_score,
+            "num_scored": document.num_scored,
+            "others": [_short_json(passage) | {"score": score} for passage, score in document.others],
+        },
+        "before": [_short_json(passage) for passage in place.before],
+        "after": [_short_json(passage) for passage in place.after],
+    }
+
+
+def _passage_json(passage: Passage) -> dict[str, Any]:
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "document_id": passage.document_id,
+        "position": passage.position,
+        "metadata": {
+            name: value if isinstance(value, str | int | float | bool | None) else value.isoformat()
+            for name, value in passage.metadata.items()
+        },
+    }
+
+
+def _short_json(passage: Passage) -> dict[str, Any]:
+    return {"id": passage.id, "title": passage.title, "text": passage.text, "score": None}
+
+
+def _upserted(report: UpsertReport) -> dict[str, Any]:
+    return {name: getattr(report, name) for name in PassagesAnswer.model_fields}
+
+
+def _vectors(values: Sequence[Sequence[float]], dim: int, name: str) -> NDArray[np.float32]:
+    for place, value in enumerate(values):
+        if len(value) != dim:
+            raise invalid(f"{name}: number {place} has {len(value)} components, but the student's have {dim}", name)
+    with np.errstate(over="ignore"):
+        vectors = np.array(values, np.float32)
+    if not np.isfinite(vectors).all():
+        raise invalid(f"{name}: a component is beyond what float32 holds", name)
+    return vectors
+
+
+def _writable(services: Services) -> None:
+    if not services.settings.writable:
+        raise ForbiddenError("this server does not change its index (writable = false)")
+
+
+def _at_most(number: int, limit: int, name: str) -> None:
+    if number > limit:
+        raise invalid(f"{name}: {number:,} is more than this server allows ({limit:,})", name)
+
+
+def _short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None:
+    for place, text in enumerate(texts):
+        if len(text) > limits.max_text_chars:
+            where = name if len(texts) == 1 else f"{name}.{place}"
+            raise invalid(f"{where}: {len(text):,} characters; this server takes {limits.max_text_chars:,}", where)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

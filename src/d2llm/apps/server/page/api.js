@@ -1,0 +1,56 @@
+// Asking the server. The API key stays in this tab (sessionStorage) and goes into a header, never into an address.
+
+const KEY = "d2llm-api-key";
+
+/** An answer that is an error; `kind`, `field` and `requestId` are the server's, `retryAfter` is in seconds. */
+export class ApiError extends Error {
+  constructor(status, error, retryAfter) {
+    super(error.message || `the server answered ${status}`);
+    this.name = "ApiError";
+    this.status = status;
+    this.kind = error.kind || "internal";
+    this.field = error.field || null;
+    this.requestId = error.request_id || "";
+    this.retryAfter = retryAfter;
+  }
+}
+
+export function apiKey() {
+  return sessionStorage.getItem(KEY) || "";
+}
+
+export function keepApiKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+/** A response, whatever its type; an `ApiError` where it is not good. */
+export async function fetchAnswer(path, { method = "GET", body, signal } = {}) {
+  const headers = {};
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
+  let response;
+  try {
+    response = await fetch(path, {
+      method,
+      headers,
+      signal,
+      body: body === undefined ? undefined : JSON.stringify(body),
+      cache: "no-store",
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, { kind: "unreachable", message: "The server cannot be reached. Is it running?" });
+  }
+  if (!response.ok) {
+    const said = await response.json().catch(() => ({}));
+    const retryAfter = Number(response.headers.get("Retry-After")) || null;
+    throw new ApiError(response.status, said.error || {}, retryAfter);
+  }
+  return response;
+}
+
+/** The JSON of a response. With a body it is a POST. */
+export async function ask(path, body, signal) {
+  return (await fetchAnswer(path, { method: body === undefined ? "GET" : "POST", body, signal })).json();
+}

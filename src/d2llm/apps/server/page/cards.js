@@ -1,0 +1,155 @@
+// Cards of a ranking, and what stands above it: how long it took and what is proved.
+
+import { counted, element, milliseconds } from "./dom.js";
+import { markTerms } from "./highlight.js";
+import { whyPanel } from "./why.js";
+
+const STAGES = ["queue", "encode", "candidates", "score", "teacher", "transfer"];
+let numbered = 0;
+
+/** The card of one place. `before` is its rank in the ranking to the left: undefined without one, null if not there. */
+export function card(passage, context, before) {
+  const identity = `card-${(numbered += 1)}`;
+  const stems = Object.keys(passage.explanation?.terms || {});
+  const title = element("h3", { id: `${identity}-title`, dir: "auto" });
+  if (!passage.title) title.classList.add("identity");
+  const text = element("p", { class: "text", dir: "auto" });
+  const show = (words) => {
+    title.replaceChildren(...(passage.title ? words.title : [passage.id]));
+    text.replaceChildren(...words.text);
+  };
+  const plain = () => ({ title: markTerms(passage.title, stems), text: markTerms(passage.text, stems) });
+  show(plain());
+  const button = element(
+    "button",
+    { type: "button", class: "small toggle-why", "aria-expanded": "false", "aria-controls": `${identity}-why` },
+    "Why",
+    element("span", { class: "hidden" }, ` is ${passage.title || passage.id} here?`),
+  );
+  const made = element(
+    "article",
+    { class: "card", tabindex: "0", "aria-labelledby": `${identity}-title`, "data-id": passage.id },
+    element(
+      "header",
+      {},
+      element("span", { class: "rank" }, element("span", { class: "hidden" }, "Rank "), String(passage.rank)),
+      title,
+      movement(passage.rank, before),
+    ),
+    text,
+    context.compact ? null : metadata(passage, context),
+    element(
+      "footer",
+      {},
+      element("span", { class: "score" }, "score ", element("b", {}, passage.score.toFixed(3))),
+      passage.title && passage.title !== passage.id ? element("span", { class: "source-id", dir: "auto" }, passage.id) : null,
+      button,
+    ),
+  );
+  button.addEventListener("click", () => toggle(made, passage, context, { button, identity, show, plain }));
+  return made;
+}
+
+function toggle(made, passage, context, { button, identity, show, plain }) {
+  const open = made.querySelector(".why");
+  button.setAttribute("aria-expanded", String(!open));
+  made.classList.toggle("open", !open);
+  if (open) {
+    open.remove();
+    show(plain());
+  } else {
+    const onWords = (words) => {
+      if (made.classList.contains("open")) show(words);
+    };
+    const options = { onWords, labelledBy: `${identity}-title`, id: `${identity}-why` };
+    made.append(whyPanel(passage, context, options));
+  }
+  made.dispatchEvent(new CustomEvent("card-resized", { bubbles: true }));
+}
+
+function movement(rank, before) {
+  if (before === undefined) return null;
+  if (before === null) return element("span", { class: "moved new" }, "new");
+  if (before === rank) {
+    return element("span", { class: "moved same" }, "=", element("span", { class: "hidden" }, " same rank"));
+  }
+  const direction = before > rank ? "up" : "down";
+  return element(
+    "span",
+    { class: `moved ${direction}` },
+    element("span", { "aria-hidden": "true" }, direction === "up" ? "▲ " : "▼ "),
+    `${before} → ${rank}`,
+    element("span", { class: "hidden" }, `, ${direction}`),
+  );
+}
+
+function metadata(passage, context) {
+  const pairs = Object.entries(passage.metadata).filter(([, value]) => value !== null && value !== "");
+  if (passage.document_id && passage.document_id !== passage.id) {
+    pairs.unshift(["document_id", passage.document_id]);
+  }
+  if (!pairs.length) return null;
+  const items = pairs.map(([name, value]) =>
+    element(
+      "div",
+      {},
+      element("dt", {}, name),
+      element(
+        "dd",
+        {},
+        element(
+          "button",
+          {
+            type: "button",
+            class: "value",
+            dir: "auto",
+            title: "Filter by this value",
+            on: { click: () => context.onValue(name, value) },
+          },
+          String(value),
+        ),
+      ),
+    ),
+  );
+  return element("dl", { class: "metadata" }, items);
+}
+
+/** The time of a search by stage: a stacked bar, and the same as numbers. */
+export function latency(seconds, total) {
+  const known = STAGES.map((stage) => [stage, seconds[stage] || 0]);
+  const inside = known.reduce((sum, [, value]) => sum + value, 0);
+  known[STAGES.length - 1][1] = Math.max(0, total - inside);
+  const shown = known.filter(([, value]) => value > 0);
+  const bar = element("span", { class: "latency-bar", "aria-hidden": "true" });
+  for (const [stage, value] of shown) {
+    const piece = element("span", { class: `stage ${stage}` });
+    piece.style.flexGrow = String(value);
+    bar.append(piece);
+  }
+  const numbers = shown.map(([stage, value]) =>
+    element("li", {}, element("span", { class: `swatch ${stage}`, "aria-hidden": "true" }), `${stage} `, element("b", {}, milliseconds(value))),
+  );
+  return element("div", { class: "latency" }, bar, element("ul", { "aria-label": "Time by stage" }, numbers));
+}
+
+/** What an exact search proves, in words. */
+export function certificateText(certificate, numPlaces) {
+  const all = certificate.num_scored + certificate.num_left;
+  const proved = certificate.proved === numPlaces ? `All ${numPlaces}` : `The first ${certificate.proved} of ${numPlaces}`;
+  let text = `${proved} places are proved: ${certificate.num_scored.toLocaleString("en")} of ${counted(all, "passage")} got the full score`;
+  if (certificate.num_left > 0 && certificate.highest_bound_left !== null) {
+    text += `, and none of the others can have more than ${certificate.highest_bound_left.toFixed(3)}`;
+  }
+  if (certificate.num_left > 0 && certificate.kth_score !== null) {
+    text += ` (the last place has ${certificate.kth_score.toFixed(3)})`;
+  }
+  return `${text}.`;
+}
+
+/** What a teacher read, in words. */
+export function readingText(cascade, rank) {
+  const read = counted(cascade.read.length, "passage");
+  const which = rank === "cascade" ? `${read} that the student was unsure of` : `the first ${read}`;
+  const cut = cascade.num_truncated ? `, ${cascade.num_truncated} of them in part` : "";
+  return `The teacher read ${which}${cut}, in ${milliseconds(cascade.seconds)}.`;
+}

@@ -1,0 +1,235 @@
+// The API as /openapi.json describes it: operations, bodies with their fields, answers, and a box to try each.
+
+import { apiKey, fetchAnswer } from "./api.js";
+import { byId, element, milliseconds } from "./dom.js";
+import { installTheme } from "./theme.js";
+
+const METHODS = ["get", "post", "put", "patch", "delete"];
+const DEEPEST = 6; // schemas within schemas
+let api;
+
+async function show() {
+  try {
+    api = await (await fetchAnswer("/openapi.json")).json();
+  } catch (error) {
+    byId("operations").replaceChildren(element("p", { class: "problem" }, error.message));
+    return;
+  }
+  byId("title").textContent = `${api.info.title} ${api.info.version}`;
+  byId("summary").textContent = api.info.summary || "";
+  const groups = new Map();
+  for (const [path, methods] of Object.entries(api.paths)) {
+    for (const method of METHODS.filter((name) => methods[name])) {
+      const tag = methods[method].tags?.[0] || "others";
+      if (!groups.has(tag)) groups.set(tag, []);
+      groups.get(tag).push({ path, method, about: methods[method] });
+    }
+  }
+  byId("contents").replaceChildren(
+    ...[...groups.keys()].map((tag) => element("a", { href: `#group-${tag}` }, tag)),
+  );
+  byId("operations").replaceChildren(
+    ...[...groups].map(([tag, operations]) =>
+      element("section", { id: `group-${tag}` }, element("h2", {}, tag), operations.map(operationOf)),
+    ),
+  );
+}
+
+function operationOf({ path, method, about }) {
+  const body = about.requestBody?.content?.["application/json"]?.schema;
+  const answers = Object.entries(about.responses || {});
+  return element(
+    "details",
+    { class: "operation" },
+    element(
+      "summary",
+      {},
+      element("span", { class: `method ${method}` }, method.toUpperCase()),
+      element("code", { class: "path" }, path),
+      element("span", { class: "quiet" }, firstSentence(about.description || about.summary || "")),
+    ),
+    element("p", {}, about.description || about.summary || ""),
+    parameters(about.parameters || []),
+    body ? [element("h3", {}, "Body"), fieldsOf(body, 0)] : null,
+    element("h3", {}, "Answers"),
+    answers.map(([status, answer]) => answerOf(status, answer)),
+    trial(path, method, about.parameters || [], body),
+  );
+}
+
+function firstSentence(text) {
+  return text.split(/[.:\n]/, 1)[0];
+}
+
+function parameters(given) {
+  if (!given.length) return null;
+  const rows = given.map((one) => row(one.name, one.schema || {}, one.required, `in the ${one.in}`));
+  return [element("h3", {}, "Parameters"), element("dl", { class: "fields" }, rows)];
+}
+
+function answerOf(status, answer) {
+  const schema = answer.content?.["application/json"]?.schema;
+  const heading = [element("b", {}, status), ` ${answer.description || ""}`];
+  if (!schema || !Object.keys(schema).length) return element("p", { class: "answer" }, heading);
+  const open = status.startsWith("2");
+  return element("details", { class: "answer", open }, element("summary", {}, heading), fieldsOf(schema, 0));
+}
+
+/** A schema with its references followed and one of "it or null" taken apart. */
+function resolved(schema) {
+  let found = schema;
+  while (found.$ref) {
+    const target = found.$ref.split("/").slice(1).reduce((place, name) => place?.[name], api);
+    found = { ...target, ...Object.fromEntries(Object.entries(found).filter(([name]) => name !== "$ref")) };
+  }
+  return found;
+}
+
+function fieldsOf(schema, depth) {
+  const found = resolved(schema);
+  const inside = innerOf(found);
+  if (!inside || depth >= DEEPEST) return element("p", { class: "type" }, typeOf(found));
+  const required = new Set(inside.required || []);
+  const rows = Object.entries(inside.properties).map(([name, one]) => row(name, one, required.has(name), "", depth));
+  return element("dl", { class: "fields" }, rows);
+}
+
+/** The object that a schema is, is a list of, or may be besides null. */
+function innerOf(schema) {
+  const found = resolved(schema);
+  if (found.properties) return found;
+  if (found.items) return innerOf(found.items);
+  for (const one of found.anyOf || found.oneOf || []) {
+    const inner = innerOf(one);
+    if (inner) return inner;
+  }
+  return null;
+}
+
+function row(name, schema, required, where, depth = 0) {
+  const found = resolved(schema);
+  const remarks = [where, required ? "required" : "", ...limitsOf(found)].filter(Boolean).join(", ");
+  const inner = innerOf(found);
+  return element(
+    "div",
+    {},
+    element("dt", {}, element("code", {}, name), element("span", { class: "type" }, ` ${typeOf(found)}`)),
+    element(
+      "dd",
+      {},
+      found.description ? element("p", {}, found.description) : null,
+      remarks ? element("p", { class: "quiet" }, remarks) : null,
+      inner && depth < DEEPEST
+        ? element("details", {}, element("summary", {}, inner.title || "fields"), fieldsOf(inner, depth + 1))
+        : null,
+    ),
+  );
+}
+
+function typeOf(schema) {
+  const found = resolved(schema);
+  if (found.const !== undefined) return JSON.stringify(found.const);
+  if (found.enum) return found.enum.map((value) => JSON.stringify(value)).join(" | ");
+  const several = found.anyOf || found.oneOf;
+  if (several) return several.map(typeOf).join(" | ");
+  if (found.type === "array") return `${typeOf(found.items || {})}[]`;
+  if (found.properties) return found.title || "object";
+  if (found.additionalProperties && typeof found.additionalProperties === "object") {
+    return `{name: ${typeOf(found.additionalProperties)}}`;
+  }
+  return found.type || "anything";
+}
+
+function limitsOf(schema) {
+  const words = {
+    default: "by default",
+    minimum: "at least",
+    maximum: "at most",
+    exclusiveMinimum: "more than",
+    minLength: "characters at least",
+    maxLength: "characters at most",
+    minItems: "items at least",
+    maxItems: "items at most",
+    pattern: "pattern",
+  };
+  const parts = [schema, ...(schema.anyOf || [])];
+  return Object.entries(words).flatMap(([name, word]) => {
+    const value = parts.map((one) => one[name]).find((one) => one !== undefined && one !== null);
+    return value === undefined ? [] : [`${word} ${JSON.stringify(value)}`];
+  });
+}
+
+/** A value that fits a schema, to begin with. */
+function exampleOf(schema, depth = 0) {
+  const found = resolved(schema);
+  if (found.examples?.length) return found.examples[0];
+  if (found.example !== undefined) return found.example;
+  if (found.default !== undefined) return found.default;
+  if (found.const !== undefined) return found.const;
+  if (found.enum) return found.enum[0];
+  if (found.anyOf || found.oneOf) return exampleOf((found.anyOf || found.oneOf)[0], depth);
+  if (found.properties) {
+    const needed = (found.required || Object.keys(found.properties)).filter((name) => found.properties[name]);
+    return depth < DEEPEST ? Object.fromEntries(needed.map((name) => [name, exampleOf(found.properties[name], depth + 1)])) : {};
+  }
+  if (found.type === "array") return [exampleOf(found.items || {}, depth + 1)];
+  return { string: "text", integer: found.minimum ?? 1, number: 0.5, boolean: false, object: {} }[found.type] ?? null;
+}
+
+function trial(path, method, parameters, body) {
+  const inputs = parameters
+    .filter((one) => one.in === "path" || one.in === "query")
+    .map((one) => ({ about: one, input: element("input", { type: "text", "aria-label": `Parameter ${one.name}` }) }));
+  const area = body
+    ? element("textarea", { rows: 8, spellcheck: "false", "aria-label": `Body of ${method} ${path}` }, JSON.stringify(exampleOf(body), null, 2))
+    : null;
+  const output = element("pre", { class: "output", tabindex: "0", "aria-label": "Answer", hidden: true });
+  const heading = element("p", { role: "status", class: "quiet" }, apiKey() ? "Sent with this tab’s API key." : "");
+  const button = element("button", { type: "button", class: "strong" }, "Send");
+  button.addEventListener("click", () => send(path, method, inputs, area, output, heading));
+  return element(
+    "section",
+    { class: "trial" },
+    element("h3", {}, "Try it"),
+    inputs.map(({ about, input }) => element("label", {}, `${about.name} `, input)),
+    area,
+    element("p", {}, button),
+    heading,
+    output,
+  );
+}
+
+async function send(path, method, inputs, area, output, heading) {
+  const query = new URLSearchParams();
+  let address = path;
+  for (const { about, input } of inputs) {
+    if (about.in === "path") address = address.replace(`{${about.name}}`, encodeURIComponent(input.value));
+    else if (input.value) query.set(about.name, input.value);
+  }
+  if ([...query].length) address += `?${query}`;
+  const headers = apiKey() ? { Authorization: `Bearer ${apiKey()}` } : {};
+  if (area) headers["Content-Type"] = "application/json";
+  heading.textContent = "Waiting …";
+  const began = performance.now();
+  try {
+    // What was written is sent as it is: that a wrong body gives an error is worth trying, too.
+    const response = await fetch(address, { method: method.toUpperCase(), headers, body: area?.value });
+    const text = await response.text();
+    heading.textContent = `${response.status} ${response.statusText}, ${milliseconds((performance.now() - began) / 1000)}`;
+    output.textContent = pretty(text);
+    output.hidden = false;
+  } catch {
+    heading.textContent = "The server cannot be reached.";
+  }
+}
+
+function pretty(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text;
+  }
+}
+
+installTheme(byId("theme"));
+show();

@@ -1,0 +1,29 @@
+// Facts about the index.
+
+import { bytes, element } from "./dom.js";
+
+const HEADS = { iem: "IEM", cosine: "cosine" };
+
+/** The list of an index's facts. */
+export function factList(index) {
+  const { student } = index;
+  const fields = Object.entries(index.fields).map(([name, type]) => `${name} (${type})`);
+  const facts = [
+    ["Index", index.name],
+    ["Passages", index.num_passages.toLocaleString("en")],
+    ["Version", String(index.version)],
+    ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} a passage`],
+    ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", kept twice" : ""}`],
+    ["Student", `${student.name}, head ${HEADS[student.head] || student.head}`],
+    ["Backbone", student.backbone],
+    ["Teacher", index.teacher || "none"],
+    ["Fields", fields.join(", ") || "none"],
+    ["Shortcuts", [index.has_ann && "approximate index", index.has_projections && "projections"].filter(Boolean).join(", ") || "none"],
+    ["Snapshots", index.snapshots.join(", ") || "none"],
+    ["Task", index.task],
+    ["d2llm", index.d2llm],
+  ];
+  return facts.map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, element("bdi", {}, value))),
+  );
+}

@@ -1,0 +1,230 @@
+// The page: puts its parts together, and keeps what is asked in the address.
+
+import { readAddress, writeAddress } from "./address.js";
+import { apiKey, ask, keepApiKey } from "./api.js";
+import { byId, counted, element } from "./dom.js";
+import { factList } from "./facts.js";
+import { conditionFor, FilterBuilder, joined } from "./filters.js";
+import { installKeyboard } from "./keyboard.js";
+import { Results } from "./results.js";
+import { RANK_NAMES, Search } from "./search.js";
+import { installTheme } from "./theme.js";
+import { Upload } from "./upload.js";
+
+const TYPING_PAUSE = 160; // milliseconds without a key before a search
+const MOST_CHUNK_TOKENS = 128; // of a passage of an added document
+const STARTING_PAUSE = 1000; // between questions to a server that is starting
+
+let state = readAddress(location.search);
+let index = null; // GET /v1/index
+let limits = { max_texts: 512, max_body_bytes: 16_000_000 };
+
+const box = byId("query");
+const status = byId("status");
+const results = new Results({ area: byId("results"), status }, { onValue: filterByValue });
+const search = new Search({
+  onStart: () => results.loading(),
+  onDone: showAnswers,
+});
+const builder = new FilterBuilder(
+  { field: byId("field"), operator: byId("operator"), value: byId("value"), add: byId("add") },
+  (written) => change({ filter: joined(state.filter, written) }),
+);
+
+function showAnswers(asked, answers) {
+  showFilterError("");
+  if (!answers.length) {
+    welcome();
+    return;
+  }
+  const failed = answers.filter((one) => one.error);
+  if (failed.some((one) => one.error.name === "AbortError")) return;
+  if (failed.length && failed.length === answers.length) showProblem(failed[0].error);
+  else results.show(asked, answers, { hasTeacher: index.teacher !== null });
+}
+
+function showProblem(error) {
+  if (error.status === 401) askForKey(error.message);
+  if (error.field === "filter" || error.message.startsWith("filter")) {
+    showFilterError(error.message);
+    results.message("The filter cannot be used", "What is wrong stands beside it.", "error");
+  } else {
+    const request = error.requestId ? ` (request ${error.requestId})` : "";
+    results.message(error.status === 401 ? "A key is needed" : "That did not work", error.message + request, "error");
+  }
+  status.textContent = error.message;
+}
+
+function showFilterError(message) {
+  byId("filter-error").textContent = message;
+  byId("filter").setAttribute("aria-invalid", String(Boolean(message)));
+  if (message) byId("filters").open = true;
+}
+
+function welcome() {
+  if (index.num_passages === 0) {
+    results.message("This index is empty", index.writable ? "Add documents: drop a folder onto the page’s box for them." : "");
+  } else {
+    results.message("Ask something", `${counted(index.num_passages, "passage")} are here to be searched. A sentence works better than keywords.`);
+  }
+  status.textContent = "";
+}
+
+function filterByValue(name, value) {
+  const type = name === "document_id" ? "string" : index.fields[name];
+  change({ filter: joined(state.filter, conditionFor(name, type, value)) });
+  byId("filters").open = true;
+}
+
+/** Change what is asked, show it in the controls and in the address, and search. */
+function change(parts, { wait = 0 } = {}) {
+  state = { ...state, ...parts };
+  history.replaceState(null, "", writeAddress(state));
+  showState();
+  if (!index) return;
+  if (wait) search.soon(state, index.rescore, wait);
+  else search.now(state, index.rescore);
+}
+
+function showState() {
+  const set = (input, value) => {
+    if (input.value !== value) input.value = value;
+  };
+  set(box, state.q);
+  set(byId("filter"), state.filter);
+  byId("clear").hidden = !state.filter;
+  byId("filters-count").textContent = state.filter.trim() ? " (on)" : "";
+  for (const input of document.querySelectorAll("input[name=rank]")) input.checked = input.value === state.rank;
+  byId("beside").checked = state.beside;
+  byId("exact").checked = state.exact;
+  byId("hybrid-on").checked = state.hybrid !== null;
+  byId("hybrid").hidden = state.hybrid === null;
+  set(byId("hybrid"), String(state.hybrid ?? 50));
+  byId("hybrid-share").textContent = state.hybrid === null ? "" : `${state.hybrid}% BM25`;
+  set(byId("source"), state.source);
+  byId("source").disabled = state.hybrid !== null || state.exact;
+  set(byId("k"), String(state.k));
+  document.title = state.q ? `${state.q} – d2llm` : "d2llm search";
+  document.body.classList.toggle("comparing", state.beside);
+}
+
+function listen() {
+  box.addEventListener("input", () => change({ q: box.value }, { wait: TYPING_PAUSE }));
+  byId("search").addEventListener("submit", (event) => {
+    event.preventDefault();
+    change({ q: box.value });
+  });
+  byId("filter").addEventListener("input", () => change({ filter: byId("filter").value }, { wait: 3 * TYPING_PAUSE }));
+  byId("clear").addEventListener("click", () => {
+    change({ filter: "" });
+    byId("filter").focus();
+  });
+  byId("beside").addEventListener("change", (event) => change({ beside: event.target.checked }));
+  byId("exact").addEventListener("change", (event) => change({ exact: event.target.checked }));
+  byId("hybrid-on").addEventListener("change", (event) => change({ hybrid: event.target.checked ? 50 : null }));
+  byId("hybrid").addEventListener("input", (event) => change({ hybrid: Number(event.target.value) }, { wait: TYPING_PAUSE }));
+  byId("source").addEventListener("change", (event) => change({ source: event.target.value }));
+  byId("k").addEventListener("change", (event) => change({ k: places(event.target) }));
+  byId("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    keepApiKey(byId("key").value.trim());
+    byId("key").value = "";
+    byId("key-dialog").close();
+    begin();
+  });
+  byId("key-cancel").addEventListener("click", () => byId("key-dialog").close());
+  byId("key-forget").addEventListener("click", () => {
+    keepApiKey("");
+    byId("key-dialog").close();
+    begin();
+  });
+  byId("key-open").addEventListener("click", () => askForKey(""));
+  addEventListener("popstate", () => {
+    state = readAddress(location.search);
+    change({});
+  });
+}
+
+function places(input) {
+  const wanted = Math.round(Number(input.value)) || 10;
+  return Math.max(1, Math.min(wanted, Number(input.max)));
+}
+
+function askForKey(message) {
+  byId("key-message").textContent = message;
+  byId("key-forget").hidden = !apiKey();
+  byId("key-open").hidden = false;
+  if (!byId("key-dialog").open) byId("key-dialog").showModal();
+}
+
+function showRanks() {
+  const choices = index.rescore.map((rank) =>
+    element(
+      "label",
+      {},
+      element("input", { type: "radio", name: "rank", value: rank, on: { change: () => change({ rank }) } }),
+      element("span", {}, RANK_NAMES[rank]),
+    ),
+  );
+  byId("ranks").replaceChildren(...choices);
+  byId("beside-label").hidden = index.rescore.length < 2;
+  if (!index.rescore.includes(state.rank)) state.rank = "iem";
+  if (index.rescore.length < 2) state.beside = false;
+  byId("source").querySelector("[value=ann]").disabled = !index.has_ann;
+}
+
+async function readIndex() {
+  index = await ask("/v1/index");
+  byId("facts").replaceChildren(...factList(index));
+  byId("index-name").textContent = index.name;
+  byId("adding").hidden = !index.writable;
+  byId("key-open").hidden = !apiKey();
+  builder.setFields(index.fields);
+  showRanks();
+}
+
+/** Read what the index is, then search for what the address says. */
+async function begin() {
+  try {
+    limits = await ask("/page/settings.json");
+    byId("report-link").hidden = !limits.has_report;
+    byId("k").max = String(Math.min(limits.max_top_k, 1000));
+    await readIndex();
+  } catch (error) {
+    if (error.status === 503) {
+      results.message("Not ready yet", error.message);
+      setTimeout(begin, STARTING_PAUSE);
+    } else if (error.status === 404) {
+      results.message("No index is served here", `${error.message}. What this server does is on its API page.`);
+    } else {
+      showProblem(error);
+    }
+    return;
+  }
+  change({});
+}
+
+installTheme(byId("theme"));
+installKeyboard(box, byId("results"));
+new Upload(
+  {
+    place: byId("adding"),
+    folder: byId("folder"),
+    files: byId("files"),
+    stop: byId("upload-stop"),
+    bar: byId("upload-bar"),
+    report: byId("upload-report"),
+  },
+  {
+    types: () => index.fields,
+    limits: () => limits,
+    chunkTokens: () => Math.min(MOST_CHUNK_TOKENS, index.student.max_passage_tokens),
+    onDone: async () => {
+      await readIndex();
+      change({});
+    },
+  },
+);
+listen();
+showState();
+begin();

@@ -1,0 +1,76 @@
+// Searching as somebody types: one search at a time, or one for each ranking side by side.
+
+import { ask } from "./api.js";
+
+export const RANK_NAMES = { none: "Inner product", iem: "IEM", teacher: "Teacher", cascade: "Cascade" };
+
+/** The rankings that a state asks for, left to right. */
+export function rankingsOf(state, offered) {
+  if (!state.beside) return [offered.includes(state.rank) ? state.rank : "iem"];
+  const last = state.rank === "teacher" ? "teacher" : "cascade";
+  return ["none", "iem", last].filter((rank) => offered.includes(rank));
+}
+
+/** The body of a search request. What a ranking cannot be combined with is left out, and named by `leftOut`. */
+export function requestOf(state, rank) {
+  const body = { query: state.q, top_k: state.k, rescore: rank, explain: true };
+  const reads = rank === "teacher" || rank === "cascade";
+  if (state.filter.trim()) body.filter = state.filter;
+  if (state.exact && rank === "iem") body.exact = true;
+  else if (state.hybrid !== null && !reads) body.hybrid = state.hybrid / 100;
+  else if (state.hybrid === null && state.source !== "vectors") body.source = state.source;
+  return body;
+}
+
+/** What a state asks for and a ranking does not do, in words; empty where it does all. */
+export function leftOut(state, rank) {
+  const reads = rank === "teacher" || rank === "cascade";
+  if (state.exact && rank !== "iem") return "Not exact: only the IEM’s ranking is proved.";
+  if (state.exact && state.hybrid !== null) return "Not fused with BM25: exact is by the IEM alone.";
+  if (state.hybrid !== null && reads) return "Not fused with BM25: a teacher goes by the student’s scores.";
+  return "";
+}
+
+/** Searches; a new one cancels the one before, and an answer that comes late is never shown. */
+export class Search {
+  constructor({ onStart, onDone }) {
+    Object.assign(this, { onStart, onDone, number: 0, controller: null, timer: null });
+  }
+
+  /** Search soon: when nothing else was asked for so many milliseconds. */
+  soon(state, offered, wait) {
+    clearTimeout(this.timer);
+    this.cancel();
+    this.timer = setTimeout(() => this.now(state, offered), wait);
+  }
+
+  async now(state, offered) {
+    clearTimeout(this.timer);
+    this.cancel();
+    if (!state.q.trim()) {
+      this.onDone(state, []);
+      return;
+    }
+    const number = this.number;
+    this.controller = new AbortController();
+    const { signal } = this.controller;
+    this.onStart(state);
+    const answers = await Promise.all(rankingsOf(state, offered).map((rank) => one(state, rank, signal)));
+    if (number === this.number) this.onDone(state, answers);
+  }
+
+  cancel() {
+    this.number += 1;
+    this.controller?.abort();
+  }
+}
+
+async function one(state, rank, signal) {
+  const began = performance.now();
+  try {
+    const answer = await ask("/v1/search", requestOf(state, rank), signal);
+    return { rank, answer, error: null, total: (performance.now() - began) / 1000 };
+  } catch (error) {
+    return { rank, answer: null, error, total: 0 };
+  }
+}

@@ -1,0 +1,102 @@
+// Why a passage stands where it does: the parts of its score, its words, who proposed it, what the teacher says.
+
+import { ask } from "./api.js";
+import { element, milliseconds, signed } from "./dom.js";
+import { markWeights } from "./highlight.js";
+
+const SOURCE_NAMES = { vectors: "inner product", ann: "approximate index", bm25: "BM25" };
+
+/** The panel of a card. `passage` is a place of a ranking, `context` has query and whether there is a teacher. */
+export function whyPanel(passage, context, { onWords, labelledBy, id }) {
+  const words = element("p", { class: "quiet", "aria-live": "polite" }, "Weighing words …");
+  const panel = element(
+    "section",
+    { class: "why", id, "aria-labelledby": labelledBy },
+    scoreParts(passage),
+    proposers(passage),
+    words,
+    context.hasTeacher ? verdict(passage, context) : null,
+  );
+  weigh(passage, context, words, onWords);
+  return panel;
+}
+
+async function weigh(passage, context, place, onWords) {
+  try {
+    const found = await ask("/v1/explain", { query: context.query, passage_id: passage.id });
+    onWords(markWeights(found.title, found.text, found.words));
+    place.replaceChildren(
+      "Words that ",
+      element("mark", { class: "weight for level-4" }, "raise"),
+      " the score are shaded, words that ",
+      element("mark", { class: "weight against level-4" }, "lower"),
+      " it are underlined: the stronger, the more.",
+      found.truncated ? " The end of this passage was too long for the student and was not read." : "",
+    );
+  } catch (error) {
+    place.replaceChildren(`Words could not be weighed: ${error.message}`);
+  }
+}
+
+function scoreParts(passage) {
+  const { anchor, interaction } = passage.explanation || {};
+  if (anchor === null || anchor === undefined || interaction === null || interaction === undefined) {
+    return element("p", {}, `Score ${passage.score.toFixed(3)}. It has no parts: nothing was added to it.`);
+  }
+  const most = Math.max(Math.abs(anchor), Math.abs(interaction), 1e-9);
+  return element(
+    "dl",
+    { class: "parts" },
+    part("Inner product", anchor, most, "what two vectors alone say"),
+    part("IEM", interaction, most, "what the interaction adds"),
+    element("div", { class: "sum" }, element("dt", {}, "Student’s score"), element("dd", {}, signed(anchor + interaction))),
+  );
+}
+
+function part(name, value, most, hint) {
+  const bar = element("span", { class: `bar ${value < 0 ? "minus" : "plus"}` });
+  bar.style.setProperty("--share", `${(Math.abs(value) / most) * 50}%`);
+  return element(
+    "div",
+    {},
+    element("dt", {}, name, element("small", {}, ` ${hint}`)),
+    element("dd", {}, element("span", { class: "track", "aria-hidden": "true" }, bar), signed(value)),
+  );
+}
+
+function proposers(passage) {
+  const explanation = passage.explanation || { source_ranks: {}, source_scores: {}, terms: {} };
+  const lines = Object.entries(explanation.source_ranks).map(([source, rank]) => {
+    const score = explanation.source_scores[source];
+    const name = SOURCE_NAMES[source] || source;
+    return element("li", {}, `${name}: rank ${rank}${score === undefined ? "" : `, score ${score.toFixed(2)}`}`);
+  });
+  if (passage.student_rank !== null && passage.student_rank !== passage.rank) {
+    lines.push(element("li", {}, `student: rank ${passage.student_rank}`));
+  }
+  if (passage.log_odds !== null) lines.push(element("li", {}, `teacher: log-odds ${signed(passage.log_odds)}`));
+  const terms = Object.entries(explanation.terms).map(([term, count]) => (count > 1 ? `${term} ×${count}` : term));
+  if (terms.length) lines.push(element("li", {}, `stems of the query in it: ${terms.join(", ")}`));
+  return lines.length ? element("ul", { class: "sources", "aria-label": "Who ranked it where" }, lines) : null;
+}
+
+function verdict(passage, context) {
+  const said = element("span", { class: "verdict", role: "status" });
+  const button = element("button", { type: "button", class: "small" }, "Ask the teacher");
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    said.textContent = "The teacher is reading …";
+    try {
+      const asked = { query: context.query, passage_id: passage.id, teacher: true };
+      const { teacher } = await ask("/v1/explain", asked);
+      const share = Math.round(teacher.probability * 100);
+      said.textContent =
+        `${share}% that it answers the query (log-odds ${signed(teacher.log_odds)}, ${milliseconds(teacher.seconds)})` +
+        (teacher.truncated ? "; it read the passage only in part" : "");
+    } catch (error) {
+      said.textContent = error.message;
+      button.disabled = false;
+    }
+  });
+  return element("p", { class: "ask-teacher" }, button, said);
+}

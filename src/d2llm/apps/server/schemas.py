@@ -1,0 +1,383 @@
+"""The bodies of d2llm's own interface. Types are strict, unknown fields are errors, numbers are finite."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from typing_extensions import Self
+
+from d2llm.apps.server.index_service import Rescore
+from d2llm.apps.server.model_service import TextKind
+from d2llm.core.types import Grouping, Task
+
+
+def _with_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("there is no text")
+    return text
+
+
+NonEmpty = Annotated[str, AfterValidator(_with_text), Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
+PassageId = Annotated[str, StringConstraints(min_length=1)]
+Metadata = dict[str, str | int | float | bool | None]
+Vector = Annotated[list[float], Field(min_length=1)]
+SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+
+
+class Body(BaseModel):
+    """What requests have in common."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Answer(BaseModel):
+    """What answers have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# Requests ---------------------------------------------------------------------------------------------------------
+
+
+class SearchRequest(Body):
+    """A query, and how to search for it."""
+
+    query: NonEmpty = Field(description="What to look for.", examples=["how do I read a file line by line?"])
+    top_k: int = Field(10, ge=1, description="Length of the ranking.")
+    num_candidates: int = Field(1_000, ge=1, description="Passages that get the full score.")
+    filter: str | None = Field(
+        None, description="A condition on metadata.", examples=["year >= 2020 AND language = 'en'"]
+    )
+    source: Literal["vectors", "ann", "bm25", "both"] = Field("vectors", description="Who proposes candidates.")
+    hybrid: float | None = Field(
+        None, ge=0, le=1, description="Rank by fusion with BM25, and BM25's share in it; null: by the score alone."
+    )
+    exact: bool = Field(False, description="The exact ranking of all passages, with its certificate.")
+    explain: bool = Field(False, description="Say of each passage why it stands where it does.")
+    rescore: Rescore = Field(
+        "iem",
+        description="Who orders the candidates: none (the inner product), iem, teacher (it reads the first of them) or "
+        "cascade (it reads those that the IEM is unsure of).",
+    )
+    budget_ms: float | None = Field(None, ge=0, description="Of an exact search, or of the teacher.")
+    teacher_passages: int = Field(20, ge=1, le=200, description="The teacher reads at most so many.")
+    task: Task | None = Field(None, description="What is asked; null: what the index is made for.")
+    group: Grouping = Field("passage", description="Rank passages, or documents by their best or summed passages.")
+    neighbours: int = Field(0, ge=0, le=10, description="Passages before and after each, of its document.")
+
+
+class ExplainRequest(Body):
+    """A query and a passage of the index."""
+
+    query: NonEmpty
+    passage_id: PassageId
+    task: Task | None = None
+    teacher: bool = Field(False, description="Also ask the teacher.")
+
+
+class PassageBody(Body):
+    """A passage."""
+
+    id: PassageId
+    text: NonEmpty
+    title: str = ""
+    document_id: str = ""
+    position: int = Field(0, ge=0, le=2**31 - 1)
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class PassagesRequest(Body):
+    """Passages to add, or to change where the id is there."""
+
+    passages: list[PassageBody] = Field(min_length=1)
+
+
+class DocumentBody(Body):
+    """A text of any length."""
+
+    id: PassageId
+    text: NonEmpty
+    title: str = ""
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class DocumentsRequest(Body):
+    """Long texts to split into passages."""
+
+    documents: list[DocumentBody] = Field(min_length=1)
+    chunk_tokens: int = Field(128, ge=8, description="Most tokens of a passage.")
+    chunk_overlap: int = Field(0, ge=0, description="Tokens that a passage repeats of the one before.")
+
+
+class SnapshotRequest(Body):
+    """The name of a snapshot to take."""
+
+    name: SnapshotName
+
+
+class EncodeRequest(Body):
+    """Texts to encode."""
+
+    texts: list[NonEmpty] = Field(min_length=1)
+    kind: TextKind
+
+
+class RescoreRequest(Body):
+    """A query and passages, each as text or as the vector that it was encoded to."""
+
+    query: NonEmpty | None = None
+    query_vector: Vector | None = None
+    passages: list[NonEmpty] | None = Field(None, min_length=1)
+    passage_ids: list[PassageId] | None = Field(None, min_length=1)
+    passage_vectors: list[Vector] | None = Field(None, min_length=1)
+    task: Task | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.query is None) == (self.query_vector is None):
+            raise ValueError("give either query or query_vector")
+        given = [part for part in (self.passages, self.passage_ids, self.passage_vectors) if part is not None]
+        if len(given) != 1:
+            raise ValueError("give one of passages, passage_ids and passage_vectors")
+        return self
+
+
+# Answers ----------------------------------------------------------------------------------------------------------
+
+
+class ErrorDetail(Answer):
+    """What was wrong."""
+
+    kind: str
+    message: str
+    field: str | None
+    request_id: str
+
+
+class ErrorAnswer(Answer):
+    """Every error of this interface."""
+
+    error: ErrorDetail
+
+
+class ShortPassage(Answer):
+    """A passage beside another."""
+
+    id: str
+    title: str
+    text: str
+    score: float | None = None
+
+
+class ExplanationAnswer(Answer):
+    """Why a passage stands where it does: its score is ``anchor`` + ``interaction``."""
+
+    anchor: float | None
+    interaction: float | None
+    source_ranks: dict[str, int]
+    source_scores: dict[str, float]
+    terms: dict[str, int]
+
+
+class DocumentAnswer(Answer):
+    """The document that a place stands for, with its next best passages."""
+
+    id: str
+    passage_score: float
+    num_scored: int
+    others: list[ShortPassage]
+
+
+class PassageAnswer(Answer):
+    """A passage of the index."""
+
+    id: str
+    title: str
+    text: str
+    document_id: str
+    position: int
+    metadata: dict[str, str | int | float | bool | None]
+
+
+class RankedAnswer(PassageAnswer):
+    """One place of a ranking."""
+
+    rank: int
+    score: float
+    anchor_score: float | None
+    log_odds: float | None
+    student_rank: int | None
+    explanation: ExplanationAnswer | None
+    document: DocumentAnswer | None
+    before: list[ShortPassage]
+    after: list[ShortPassage]
+
+
+class CertificateAnswer(Answer):
+    """What is proved of a ranking; null stands for minus infinity."""
+
+    num_scored: int
+    num_left: int
+    highest_bound_left: float | None
+    kth_score: float | None
+    proved: int
+
+
+class CascadeAnswer(Answer):
+    """What the teacher changed, in the student's ranks."""
+
+    read: list[int]
+    unsure: list[int]
+    moved: list[tuple[int, int]]
+    num_truncated: int
+    seconds: float
+
+
+class IndexVersion(Answer):
+    """Which index answered."""
+
+    version: int | None
+    fingerprint: str
+
+
+class SearchAnswer(Answer):
+    """A ranking, best first. ``seconds`` by stage: queue, encode, candidates, score, teacher."""
+
+    query: str
+    passages: list[RankedAnswer]
+    num_candidates: int
+    seconds: dict[str, float]
+    certificate: CertificateAnswer | None
+    cascade: CascadeAnswer | None
+    index: IndexVersion
+    request_id: str
+
+
+class WordAnswer(Answer):
+    """Characters of the passage's full text, and what they add to the score."""
+
+    start: int
+    end: int
+    weight: float
+
+
+class TeacherAnswer(Answer):
+    """What the teacher says of a pair."""
+
+    log_odds: float
+    probability: float
+    seconds: float
+    truncated: bool
+
+
+class ExplainAnswer(Answer):
+    """A query's score with a passage, in parts; places count in title, line break and text."""
+
+    id: str
+    title: str
+    text: str
+    score: float
+    anchor: float | None
+    interaction: float | None
+    words: list[WordAnswer]
+    truncated: bool
+    teacher: TeacherAnswer | None
+
+
+class PassagesAnswer(Answer):
+    """What became of the passages given."""
+
+    num_passages: int
+    num_added: int
+    num_updated: int
+    num_metadata: int
+    num_unchanged: int
+    num_truncated: int
+    version: int
+    seconds: float
+
+
+class DocumentsAnswer(PassagesAnswer):
+    """What became of the documents given and of their passages."""
+
+    num_documents: int
+    num_deleted: int
+
+
+class DeletedAnswer(Answer):
+    """How many passages were deleted, and the version since."""
+
+    num_deleted: int
+    version: int | None
+
+
+class StudentAnswer(Answer):
+    """The student."""
+
+    name: str
+    fingerprint: str
+    dim: int
+    head: str
+    backbone: str
+    max_query_tokens: int
+    max_passage_tokens: int
+
+
+class IndexAnswer(Answer):
+    """Facts about the index."""
+
+    name: str
+    version: int
+    num_passages: int
+    num_bytes: int
+    bytes_per_passage: float
+    vector_format: str
+    vector_copies: int
+    task: Task
+    student: StudentAnswer
+    teacher: str | None
+    fields: dict[str, str]
+    has_ann: bool
+    has_projections: bool
+    snapshots: list[str]
+    rescore: list[Rescore]
+    writable: bool
+    d2llm: str
+
+
+class ReloadAnswer(Answer):
+    """Whether another version is read now, and which."""
+
+    version: int | None
+    changed: bool
+
+
+class SnapshotAnswer(Answer):
+    """All snapshots."""
+
+    snapshots: list[str]
+
+
+class EncodeAnswer(Answer):
+    """Vectors as the student gives them, not of unit length, and what of the texts was read."""
+
+    vectors: list[list[float]]
+    num_tokens: list[int]
+    truncated: list[int]
+    dim: int
+    fingerprint: str
+
+
+class RescoreAnswer(Answer):
+    """The IEM's logits, in the passages' order."""
+
+    scores: list[float]
+    fingerprint: str
+
+
+class HealthAnswer(Answer):
+    """Whether the server can answer."""
+
+    status: Literal["starting", "ready", "broken", "stopping"]
+    message: str

@@ -1,0 +1,290 @@
+"""d2llm in Haystack: embedders, a ranker and a retriever over an index, as components of a pipeline.
+
+Components are written down with names and folders. ``Pipeline.loads`` reads them back if d2llm's modules are allowed:
+``Pipeline.loads(text, allowed_modules=["d2llm.*"])``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+from d2llm.core.types import RankedPassage, Task
+from d2llm.integrations.haystack_filters import as_condition
+from d2llm.integrations.texts import (
+    check_top_k,
+    embed_passages,
+    embed_queries,
+    passage_metadata,
+    passage_text,
+    rank_texts,
+)
+from d2llm.models.student import Student
+from d2llm.pipeline.index import Index
+from d2llm.pipeline.search import SearchSettings
+
+require("haystack", extra="haystack", purpose="d2llm in Haystack")
+
+from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402
+
+# Components of a pipeline that name the same student share it, for as long as one of them has it.
+_loaded: WeakValueDictionary[tuple[str, str | None, str | None], Student] = WeakValueDictionary()
+
+
+class _Component:
+    """What the components have in common."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Any:
+        """The component that ``to_dict`` wrote down."""
+        return default_from_dict(cls, data)
+
+
+class _StudentComponent(_Component):
+    """A component that needs nothing but a student, which it loads when it is first used."""
+
+    student: str
+    device: str | None
+    dtype: str | None
+    _model: Student | None = None
+
+    def warm_up(self) -> None:
+        """Load the student."""
+        self._ready()
+
+    def _ready(self) -> Student:
+        self._model = self._model or _load(self.student, self.device, self.dtype)
+        return self._model
+
+
+@component
+class D2LLMTextEmbedder(_StudentComponent):
+    """The vector of a query, whose inner product with a passage's vector is the anchor logit.
+
+    Args:
+        student: a student's folder, or the name of a shipped one.
+        task: which branch of the head.
+        device: where it computes; None chooses.
+        dtype: its number format; None chooses.
+    """
+
+    def __init__(
+        self,
+        student: str = "d2llm-minilm",
+        *,
+        task: Task = "asymmetric",
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.student = str(student)
+        self.task: Task = task
+        self.device = device
+        self.dtype = dtype
+
+    @component.output_types(embedding=list[float])
+    def run(self, text: str) -> dict[str, Any]:
+        """Embed a query.
+
+        Raises:
+            InputError: it is no text, or the student's head has no inner product.
+        """
+        return {"embedding": embed_queries(self._ready(), [text], self.task)[0].tolist()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component as plain values."""
+        return default_to_dict(self, student=self.student, task=self.task, device=self.device, dtype=self.dtype)
+
+
+@component
+class D2LLMDocumentEmbedder(_StudentComponent):
+    """The vectors of documents: of the ``title`` in their meta, if they have one, and their content.
+
+    Args:
+        student: a student's folder, or the name of a shipped one.
+        device: where it computes; None chooses.
+        dtype: its number format; None chooses.
+    """
+
+    def __init__(self, student: str = "d2llm-minilm", *, device: str | None = None, dtype: str | None = None) -> None:
+        self.student = str(student)
+        self.device = device
+        self.dtype = dtype
+
+    @component.output_types(documents=list[Document])
+    def run(self, documents: list[Document]) -> dict[str, Any]:
+        """Copies of the documents, with embeddings.
+
+        Raises:
+            InputError: a document has no text.
+        """
+        vectors = embed_passages(self._ready(), [_text(document) for document in documents])
+        both = zip(documents, vectors, strict=True)
+        return {"documents": [replace(document, embedding=vector.tolist()) for document, vector in both]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component as plain values."""
+        return default_to_dict(self, student=self.student, device=self.device, dtype=self.dtype)
+
+
+@component
+class D2LLMRanker(_StudentComponent):
+    """Orders documents by the student's full score (IEM).
+
+    Args:
+        student: a student's folder, or the name of a shipped one.
+        top_k: how many documents stay; None means all.
+        task: which branch of the IEM.
+        device: where it computes; None chooses.
+        dtype: its number format; None chooses.
+
+    Raises:
+        InputError: ``top_k`` is below 1.
+    """
+
+    def __init__(
+        self,
+        student: str = "d2llm-minilm",
+        *,
+        top_k: int | None = 10,
+        task: Task = "asymmetric",
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        check_top_k(top_k)
+        self.student = str(student)
+        self.top_k = top_k
+        self.task: Task = task
+        self.device = device
+        self.dtype = dtype
+
+    @component.output_types(documents=list[Document])
+    def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, Any]:
+        """The best documents, best first, as copies with their scores; ``top_k`` None means the component's own.
+
+        Raises:
+            InputError: a document has no text, or ``top_k`` is below 1.
+        """
+        texts = [_text(document) for document in documents]
+        ranked = rank_texts(self._ready(), query, texts, self.task, self.top_k if top_k is None else top_k)
+        return {"documents": [replace(documents[place], score=score) for place, score in ranked]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component as plain values."""
+        return default_to_dict(
+            self, student=self.student, top_k=self.top_k, task=self.task, device=self.device, dtype=self.dtype
+        )
+
+
+@component
+class D2LLMRetriever(_Component):
+    """Searches an index: candidates, then the student's full score, as ``Index.search`` does.
+
+    Args:
+        index: the index's folder.
+        top_k: how many documents.
+        filters: in Haystack's language, on metadata fields (``meta.year``), ``id`` and ``meta.title``.
+        settings: other fields of ``SearchSettings``, such as ``{"exact": True}``; a ``filter`` there, in d2llm's own
+            language, holds besides ``filters``.
+        student: the student that made the index, if it is not where it was then.
+        device: where it computes; None chooses.
+        dtype: its number format; None chooses.
+
+    Raises:
+        InputError: settings that do not go together.
+        FilterError: ``filters`` cannot be read.
+    """
+
+    def __init__(
+        self,
+        index: str,
+        *,
+        top_k: int = 10,
+        filters: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
+        student: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.index = str(index)
+        self.top_k = top_k
+        self.filters = filters
+        self.settings = dict(settings or {})
+        self.student = student
+        self.device = device
+        self.dtype = dtype
+        self._index: Index | None = None
+        self._wanted(top_k, filters).check()
+
+    def warm_up(self) -> None:
+        """Open the index and load its student."""
+        self._ready()
+
+    @component.output_types(documents=list[Document])
+    def run(self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None) -> dict[str, Any]:
+        """The best passages as documents, best first; what is None is the component's own.
+
+        Raises:
+            InputError: there is no text, or ``top_k`` is below 1.
+            FilterError: ``filters`` cannot be read, or do not fit the metadata.
+        """
+        wanted = self._wanted(self.top_k if top_k is None else top_k, self.filters if filters is None else filters)
+        (ranking,) = self._ready().search([query], wanted)
+        return {"documents": [_document(place) for place in ranking.passages]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component as plain values."""
+        return default_to_dict(
+            self,
+            index=self.index,
+            top_k=self.top_k,
+            filters=self.filters,
+            settings=self.settings,
+            student=self.student,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def _ready(self) -> Index:
+        if self._index is None:
+            student = None if self.student is None else _load(self.student, self.device, self.dtype)
+            index = Index.open(Path(self.index), student, device=self.device, dtype=self.dtype)
+            _ = index.student  # loaded now, not with the first query
+            self._index = index
+        return self._index
+
+    def _wanted(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
+        try:
+            settings = SearchSettings(**_tuples(self.settings))
+        except TypeError as error:
+            raise InputError(f"settings are fields of SearchSettings: {error}") from None
+        conditions = [part for part in (settings.filter, as_condition(filters) if filters else None) if part]
+        return replace(settings, top_k=top_k, filter=" AND ".join(f"({part})" for part in conditions) or None)
+
+
+def _load(student: str, device: str | None, dtype: str | None) -> Student:
+    key = (student, device, dtype)
+    loaded = _loaded.get(key)
+    if loaded is None:
+        loaded = _loaded[key] = Student.load(student, device=device, dtype=dtype)
+    return loaded
+
+
+def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, which is what a tuple becomes when it is written down, as tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def _text(document: Document) -> str:
+    if document.content is None:
+        raise InputError(f"document {document.id!r} has no text; d2llm reads nothing else, so leave it out")
+    return passage_text(document.content, document.meta)
+
+
+def _document(place: RankedPassage) -> Document:
+    passage = place.passage
+    return Document(id=passage.id, content=passage.text, meta=passage_metadata(passage), score=place.score)

@@ -1,0 +1,67 @@
+"""Haystack's filters as conditions of d2llm's filter language (``index.filters``).
+
+Haystack's nulls are Python's: a missing value differs from every other, and a negation holds wherever its condition
+does not. In SQL neither is so; every comparison written here is therefore either true or false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+from d2llm.core.errors import FilterError
+
+_COMPARISONS = {"==": "=", ">": ">", ">=": ">=", "<": "<", "<=": "<="}
+
+
+def as_condition(filters: Mapping[str, Any]) -> str:
+    """A condition that says the same.
+
+    Raises:
+        FilterError: the filter is not as Haystack documents it, or asks for what an index has not.
+    """
+    operator = filters.get("operator")
+    if "conditions" in filters and operator in ("AND", "OR", "NOT"):
+        parts = [as_condition(condition) for condition in filters["conditions"]]
+        if not parts:
+            raise FilterError(f"filters: {operator} has no conditions; give it one")
+        joined = f" {'OR' if operator == 'OR' else 'AND'} ".join(parts)
+        return f"NOT ({joined})" if operator == "NOT" else f"({joined})"
+    if not {"field", "operator", "value"} <= filters.keys():
+        raise FilterError(
+            f"filters {dict(filters)!r:.100}: give field, operator and value, or the operator AND, OR or NOT with "
+            "conditions"
+        )
+    return _comparison(str(filters["field"]).removeprefix("meta."), operator, filters["value"])
+
+
+def _comparison(field: str, operator: object, value: Any) -> str:
+    if field in ("content", "score", "embedding", "blob"):
+        raise FilterError(f"filters: '{field}' cannot be asked for; use metadata fields, id or title")
+    if operator == "!=":
+        return f"NOT {_comparison(field, '==', value)}"
+    if operator == "not in":
+        return f"NOT {_comparison(field, 'in', value)}"
+    if operator == "in":
+        if not isinstance(value, list | tuple | set) or not value:
+            raise FilterError(f"filters: 'in' on '{field}' needs a list with values, but has {value!r:.60}")
+        return f"({field} IN ({', '.join(_written(field, one) for one in value)}) AND {field} IS NOT NULL)"
+    if operator not in _COMPARISONS:
+        raise FilterError(
+            f"filters: there is no operator {operator!r}; use {', '.join(_COMPARISONS)}, !=, in, not in, AND, OR or NOT"
+        )
+    if value is None and operator == "==":
+        return f"({field} IS NULL)"
+    return f"({field} {_COMPARISONS[str(operator)]} {_written(field, value)} AND {field} IS NOT NULL)"
+
+
+def _written(field: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "TRUE" if value else "FALSE"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | date):
+        text = value if isinstance(value, str) else value.isoformat()
+        return "'" + text.replace("'", "''") + "'"
+    raise FilterError(f"filters: '{field}' is compared with {value!r:.60}; use a text, number, truth value or time")

@@ -1,0 +1,129 @@
+"""d2llm in LangChain: embeddings, a reranker (document compressor) and a retriever over an index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from d2llm.core.extras import require
+from d2llm.core.types import RankedPassage, Task
+from d2llm.integrations.texts import (
+    embed_passages,
+    embed_queries,
+    passage_metadata,
+    passage_text,
+    rank_texts,
+    require_anchor,
+)
+from d2llm.models.student import Student
+from d2llm.pipeline.index import Index
+from d2llm.pipeline.search import SearchSettings
+
+require("langchain_core", extra="langchain", purpose="d2llm in LangChain")
+
+from langchain_core.callbacks import (  # noqa: E402
+    AsyncCallbackManagerForRetrieverRun,
+    CallbackManagerForRetrieverRun,
+    Callbacks,
+)
+from langchain_core.documents import BaseDocumentCompressor, Document  # noqa: E402
+from langchain_core.embeddings import Embeddings  # noqa: E402
+from langchain_core.retrievers import BaseRetriever  # noqa: E402
+from langchain_core.runnables import run_in_executor  # noqa: E402
+
+SCORE = "relevance_score"
+"""Where LangChain's rerankers put the score in a document's metadata, and so do these."""
+
+
+class D2LLMEmbeddings(Embeddings):
+    """A student's vectors. Their inner product is the anchor logit, so a vector store must compare by inner product.
+
+    Args:
+        student: encodes.
+        task: which branch of the head.
+
+    Raises:
+        InputError: the student's head has no inner product.
+    """
+
+    def __init__(self, student: Student, *, task: Task = "asymmetric") -> None:
+        require_anchor(student)
+        self.student = student
+        self.task: Task = task
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of passages."""
+        return embed_passages(self.student, texts).tolist()
+
+    def embed_query(self, text: str) -> list[float]:
+        """The vector of a query, whose inner product with a passage's vector is the anchor logit."""
+        return embed_queries(self.student, [text], self.task)[0].tolist()
+
+
+class D2LLMReranker(BaseDocumentCompressor):
+    """Orders documents by the student's full score (IEM), which stands in the metadata as ``relevance_score``.
+
+    A document is read as its ``title`` in the metadata, if it has one, and its text.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    student: Student
+    task: Task = "asymmetric"
+    top_k: int | None = Field(default=None, ge=1)
+
+    def compress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,  # noqa: ARG002 - part of the interface
+    ) -> list[Document]:
+        """The best ``top_k`` documents (None: all), best first, as copies with their scores.
+
+        Raises:
+            InputError: something is not a text.
+        """
+        texts = [passage_text(document.page_content, document.metadata) for document in documents]
+        ranked = rank_texts(self.student, query, texts, self.task, self.top_k)
+        return [
+            documents[place].model_copy(update={"metadata": {**documents[place].metadata, SCORE: score}})
+            for place, score in ranked
+        ]
+
+
+class D2LLMRetriever(BaseRetriever):
+    """Searches an index: candidates, then the student's full score, as ``Index.search`` does.
+
+    Single settings may differ in a call: ``retriever.invoke(query, top_k=3, filter="year >= 2020")``.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    index: Index
+    settings: SearchSettings = SearchSettings()
+
+    def _get_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,  # noqa: ARG002 - part of the interface
+        **changes: Any,
+    ) -> list[Document]:
+        (ranking,) = self.index.search([query], replace(self.settings, **changes))
+        return [_document(place) for place in ranking.passages]
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **changes: Any
+    ) -> list[Document]:
+        manager = run_manager.get_sync()
+        return await run_in_executor(None, self._get_relevant_documents, query, run_manager=manager, **changes)
+
+
+def _document(place: RankedPassage) -> Document:
+    passage = place.passage
+    return Document(
+        page_content=passage.text, id=passage.id, metadata={**passage_metadata(passage), SCORE: place.score}
+    )

@@ -1,0 +1,135 @@
+"""d2llm in LlamaIndex: an embedding, a reranker (node postprocessor) and a retriever over an index."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+from d2llm.core.types import RankedPassage, Task
+from d2llm.integrations.texts import (
+    embed_passages,
+    embed_queries,
+    passage_metadata,
+    passage_text,
+    rank_texts,
+    require_anchor,
+)
+from d2llm.models.student import Student
+from d2llm.pipeline.index import Index
+from d2llm.pipeline.search import SearchSettings
+
+require("llama_index.core", extra="llama-index", purpose="d2llm in LlamaIndex")
+
+from llama_index.core.base.embeddings.base import BaseEmbedding  # noqa: E402
+from llama_index.core.bridge.pydantic import Field  # noqa: E402
+from llama_index.core.postprocessor.types import BaseNodePostprocessor  # noqa: E402
+from llama_index.core.retrievers import BaseRetriever  # noqa: E402
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode  # noqa: E402
+
+
+class D2LLMEmbedding(BaseEmbedding):
+    """A student's vectors. Their inner product is the anchor logit, so a vector store must compare by inner product.
+
+    LlamaIndex itself puts a node's metadata before its text (``excluded_embed_metadata_keys`` leaves some out).
+
+    Args:
+        student: encodes.
+        task: which branch of the head.
+        options: of LlamaIndex's ``BaseEmbedding``.
+
+    Raises:
+        InputError: the student's head has no inner product, or there is a cache: LlamaIndex's keeps one vector for a
+            text, but a query and a passage of the same text have different ones.
+    """
+
+    student: Student = Field(exclude=True)
+    task: Task = "asymmetric"
+
+    def __init__(self, *, student: Student, task: Task = "asymmetric", **options: Any) -> None:
+        if options.get("embeddings_cache") is not None:
+            raise InputError("embeddings_cache mixes up queries and passages of the same text; leave it out")
+        if isinstance(student, Student):  # pyright: ignore[reportUnnecessaryIsInstance] - pydantic reports the rest
+            require_anchor(student)
+            options = {"model_name": f"d2llm-{student.fingerprint}"} | options
+        super().__init__(student=student, task=task, **options)  # pyright: ignore[reportCallIssue] - fields of this class
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex writes down."""
+        return "D2LLMEmbedding"
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return embed_queries(self.student, [query], self.task)[0].tolist()
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return embed_passages(self.student, texts).tolist()
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+
+class D2LLMRerank(BaseNodePostprocessor):
+    """Orders nodes by the student's full score (IEM).
+
+    A node is read as its ``title`` in the metadata, if it has one, and its text; other metadata play no part.
+    """
+
+    student: Student = Field(exclude=True)
+    task: Task = "asymmetric"
+    top_n: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex writes down."""
+        return "D2LLMRerank"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if query_bundle is None:
+            raise InputError("there is no query to rank the nodes for; give query_str or query_bundle")
+        texts = [passage_text(given.node.get_content(MetadataMode.NONE), given.node.metadata) for given in nodes]
+        ranked = rank_texts(self.student, query_bundle.query_str, texts, self.task, self.top_n)
+        return [NodeWithScore(node=nodes[place].node, score=score) for place, score in ranked]
+
+
+class D2LLMRetriever(BaseRetriever):
+    """Searches an index: candidates, then the student's full score, as ``Index.search`` does.
+
+    Args:
+        index: what is searched.
+        settings: how to search.
+        changes: single fields of the settings, as in ``D2LLMRetriever(index, top_k=3, filter="year >= 2020")``.
+
+    Raises:
+        InputError: settings that do not go together.
+    """
+
+    def __init__(self, index: Index, settings: SearchSettings | None = None, **changes: Any) -> None:
+        super().__init__()
+        self.index = index
+        self.settings = replace(settings or SearchSettings(), **changes)
+        self.settings.check()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        (ranking,) = self.index.search([query_bundle.query_str], self.settings)
+        return [NodeWithScore(node=_node(place), score=place.score) for place in ranking.passages]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _node(place: RankedPassage) -> TextNode:
+    return TextNode(id_=place.passage.id, text=place.passage.text, metadata=passage_metadata(place.passage))

@@ -1,0 +1,289 @@
+"""A student as a ``SentenceTransformer`` (its vectors), and its interaction (IEM) in the place of a ``CrossEncoder``.
+
+A saved model is a folder of the usual kind. Its first module is a class of this package, which the library imports only
+when told so: ``SentenceTransformer(folder, trust_remote_code=True)``. No code comes from the folder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+from d2llm.core.types import Task
+from d2llm.integrations.texts import rank_texts, require_anchor, score_pairs
+from d2llm.models.student import Student
+
+require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
+
+from sentence_transformers import CrossEncoderModelCardData, SentenceTransformer  # noqa: E402
+from sentence_transformers.base.modules import InputModule  # noqa: E402
+
+_log = logging.getLogger(__name__)
+_STUDENT_FOLDER = "student"
+
+
+class StudentModule(InputModule):
+    """Backbone, pooling (PMA) and the anchor's side of queries, as one module of a ``SentenceTransformer``.
+
+    What ``encode_query`` gives is ``Student.anchor_queries``; anything else is read as a passage.
+
+    Args:
+        student: encodes.
+        task: which branch of the head queries are meant for.
+
+    Raises:
+        InputError: the student's head has no inner product.
+    """
+
+    save_in_root = False
+    config_keys: list[str] = ["task"]  # noqa: RUF012 - as the library declares it
+
+    def __init__(self, student: Student, task: Task = "asymmetric") -> None:
+        super().__init__()
+        require_anchor(student)
+        self.student = student
+        self.task: Task = task
+        self.tokenizer = student.backbone.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a passage that are read; the rest is cut, and the log says so."""
+        return self.student.config.backbone.max_passage_tokens
+
+    def get_embedding_dimension(self) -> int:
+        """Width of a text's vector."""
+        return self.student.vector_dim
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        task: str | None = None,
+        **kwargs: Any,  # noqa: ARG002 - part of the interface
+    ) -> dict[str, Any]:
+        """Token ids of texts after the prompt (None: the student's own prefix), cut to the limit of their kind.
+
+        Raises:
+            InputError: something is not a text.
+        """
+        for text in inputs:
+            if not isinstance(text, str):
+                raise InputError(f"a text is needed, but {type(text).__name__} was given ({text!r:.60})")
+        kind = "query" if task == "query" else "passage"
+        tokenized = self.student.backbone.tokenize(inputs, kind, prefix=prompt)
+        if tokenized.num_truncated:
+            _log.warning(
+                "%d of %d texts were too long and were read in part", tokenized.num_truncated, len(tokenized.ids)
+            )
+        ids, mask = self.student.backbone.pad(tokenized.ids)
+        return {"input_ids": ids, "attention_mask": mask, "is_query": kind == "query"}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # noqa: ARG002 - the interface's
+        """Add the vectors [texts, dim] as ``sentence_embedding``, and the states as ``token_embeddings``."""
+        states, mask = self.student.backbone(features["input_ids"], features["attention_mask"])
+        vectors: Tensor = self.student.pool(states, mask)
+        if features["is_query"]:
+            vectors = self.student.interaction.anchor_queries(vectors, self.task)
+        return {**features, "token_embeddings": states, "attention_mask": mask, "sentence_embedding": vectors}
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:  # noqa: ARG002
+        """Write the student with all its weights, always as safetensors, and the task."""
+        self.student.save(Path(output_path) / _STUDENT_FOLDER, merge=True)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,  # noqa: ARG003 - part of the interface
+        **kwargs: Any,
+    ) -> StudentModule:
+        """Read what ``save`` wrote; of ``model_kwargs`` the ``dtype`` is used.
+
+        Raises:
+            ModelNotFoundError: there is no student.
+        """
+        where: dict[str, Any] = {
+            "subfolder": subfolder,
+            "token": token,
+            "cache_folder": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        config = cls.load_config(model_name_or_path, **where)
+        folder = Path(cls.load_dir_path(model_name_or_path, **where) or model_name_or_path)
+        dtype = (kwargs.get("model_kwargs") or {}).get("dtype")
+        return cls(Student.load(folder / _STUDENT_FOLDER, dtype=None if dtype == "auto" else dtype), **config)
+
+
+def as_sentence_transformer(student: Student, *, task: Task = "asymmetric") -> SentenceTransformer:
+    """A student as a model of sentence-transformers, whose similarity of query and passage is the anchor logit.
+
+    Use ``encode_query`` for queries and ``encode_document`` for passages; plain ``encode`` reads passages. The
+    interaction takes no part: ``StudentCrossEncoder`` has it.
+
+    Args:
+        student: as it is; the model shares its weights.
+        task: which branch of the head.
+
+    Raises:
+        InputError: the student's head has no inner product.
+    """
+    backbone = student.config.backbone
+    return SentenceTransformer(
+        modules=[StudentModule(student, task)],
+        device=str(student.backbone.device),
+        prompts={"query": backbone.query_prefix, "document": backbone.passage_prefix},
+        similarity_fn_name="dot",
+    )
+
+
+class StudentCrossEncoder:
+    """The student's full score (IEM) with the methods of the library's ``CrossEncoder``.
+
+    Unlike a cross-encoder it reads each distinct text once, alone. Scores are logits, as of a cross-encoder with one
+    output and no activation.
+
+    Args:
+        student: encodes and scores.
+        task: which branch of the IEM.
+        activation_fn: what is made of logits (a tensor) by default.
+    """
+
+    num_labels = 1
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        task: Task = "asymmetric",
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.student = student
+        self.task: Task = task
+        self.activation_fn: Callable[[Tensor], Tensor] = activation_fn or torch.nn.Identity()
+        self.model_card_data = CrossEncoderModelCardData()  # where the library's evaluators note what they found
+
+    def predict(
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,  # noqa: ARG002 - the student has its own batches
+        show_progress_bar: bool | None = None,  # noqa: ARG002
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        apply_softmax: bool | None = False,  # noqa: ARG002 - of one output there is nothing to share out
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        pool: object = None,
+        chunk_size: int | None = None,
+    ) -> NDArray[np.float32] | Tensor | list[Tensor] | np.float32:
+        """Scores [n] of (query, passage) pairs; of a single pair one number.
+
+        ``batch_size``, ``show_progress_bar`` and ``apply_softmax`` play no part.
+
+        Args:
+            inputs: a list (or array) of pairs, or one pair.
+            prompt_name: refused, as all that is None by default but the activation.
+            prompt: refused.
+            batch_size: plays no part.
+            show_progress_bar: plays no part.
+            activation_fn: instead of the model's own.
+            apply_softmax: plays no part.
+            convert_to_numpy: an array rather than a list of tensors.
+            convert_to_tensor: one tensor.
+            device: refused.
+            pool: refused.
+            chunk_size: refused.
+
+        Raises:
+            InputError: something is no pair of texts, or a refused argument is given.
+            ModelError: a score is not a number.
+        """
+        _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)
+        given: list[Any] = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
+        is_single = bool(given) and isinstance(given[0], str)
+        pairs = [_pair(pair) for pair in ([given] if is_single else given)]
+        with torch.inference_mode():
+            logits = torch.from_numpy(score_pairs(self.student, pairs, self.task))
+            scores = (activation_fn or self.activation_fn)(logits)
+        if convert_to_tensor:
+            return scores[0] if is_single else scores
+        if convert_to_numpy:
+            return scores.numpy()[0] if is_single else scores.numpy()
+        return scores[0] if is_single else list(scores)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,  # noqa: ARG002 - the student has its own batches
+        show_progress_bar: bool | None = None,  # noqa: ARG002
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        device: str | None = None,
+        pool: object = None,
+        chunk_size: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Documents by their score for a query, best first: ``corpus_id`` (the place given), ``score``, ``text``.
+
+        What is refused and what plays no part is as in ``predict``.
+
+        Args:
+            query: a text.
+            documents: texts.
+            top_k: how many; None means all.
+            return_documents: whether the ``text`` is to be there.
+            prompt_name: refused.
+            prompt: refused.
+            batch_size: plays no part.
+            show_progress_bar: plays no part.
+            activation_fn: of the scores; the order is that of the logits.
+            device: refused.
+            pool: refused.
+            chunk_size: refused.
+
+        Raises:
+            InputError: something is not a text, ``top_k`` is below 1, or a refused argument is given.
+            ModelError: a score is not a number.
+        """
+        _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)
+        ranked = rank_texts(self.student, query, documents, self.task, top_k)
+        scores: list[float] = (activation_fn or self.activation_fn)(torch.tensor([s for _, s in ranked])).tolist()
+        return [
+            {"corpus_id": place, "score": score} | ({"text": documents[place]} if return_documents else {})
+            for (place, _), score in zip(ranked, scores, strict=True)
+        ]
+
+
+def _refuse(**arguments: object) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: not for a student, which has its own prefixes and computes where it was loaded; "
+            "leave it out"
+        )
+
+
+def _pair(given: Any) -> tuple[str, str]:
+    if isinstance(given, str) or len(given) != 2:
+        raise InputError(f"a pair of two texts is needed, but {given!r:.80} was given")
+    return given[0], given[1]

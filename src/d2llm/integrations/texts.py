@@ -1,0 +1,129 @@
+"""What the adapters share: texts as d2llm reads them, their vectors, and pairs scored with each text read once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.types import Passage, Task
+from d2llm.pipeline.protocols import EncodedBatch, SearchStudent
+
+_log = logging.getLogger(__name__)
+
+
+def passage_text(text: str, metadata: Mapping[str, Any]) -> str:
+    """Title (the metadata's ``title``, if any) and text as one string, as an index reads a passage."""
+    return Passage("", text, str(metadata.get("title") or "")).full_text
+
+
+def passage_metadata(passage: Passage) -> dict[str, Any]:
+    """A passage's metadata, and its ``title``, ``document_id`` and ``position``, if it has them."""
+    known: dict[str, Any] = {"title": passage.title} if passage.title else {}
+    if passage.document_id:
+        known |= {"document_id": passage.document_id, "position": passage.position}
+    return {**passage.metadata, **known}
+
+
+def embed_passages(student: SearchStudent, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Vectors [n, dim] of passages; how many were too long is logged.
+
+    Raises:
+        InputError: something is not a text.
+    """
+    _require_texts(texts)
+    return _read(student.encode_passages(texts), "passages")
+
+
+def embed_queries(student: SearchStudent, texts: Sequence[str], task: Task) -> NDArray[np.float32]:
+    """Vectors [n, dim] of queries, whose inner product with a passage's vector is the anchor logit.
+
+    Raises:
+        InputError: something is not a text, or the student's head has no inner product.
+    """
+    require_anchor(student)
+    _require_texts(texts)
+    return student.anchor_queries(_read(student.encode_queries(texts), "queries"), task)
+
+
+def require_anchor(student: SearchStudent) -> None:
+    """Make sure that vectors alone say something.
+
+    Raises:
+        InputError: the student's head has no inner-product part.
+    """
+    if not student.has_anchor:
+        raise InputError(
+            "this student has the head 'paper', which no inner product of vectors follows; use it to rerank instead"
+        )
+
+
+def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task) -> NDArray[np.float32]:
+    """The student's logits [n] of (query, passage) pairs of texts, each distinct text read once on its side.
+
+    Raises:
+        InputError: something is not a text.
+        ModelError: a score is not a number.
+    """
+    _require_texts([text for pair in pairs for text in pair])
+    places_of: dict[str, list[int]] = {}
+    for place, (query, _) in enumerate(pairs):
+        places_of.setdefault(query, []).append(place)
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
+    queries = _read(student.encode_queries(list(places_of)), "queries")
+    passages = _read(student.encode_passages(list(row_of)), "passages")
+    scores = np.empty(len(pairs), np.float32)
+    for query, places in zip(queries, places_of.values(), strict=True):
+        rows = [row_of[pairs[place][1]] for place in places]
+        scores[places] = student.score(query, passages[rows], task)
+    num_wrong = int(np.isnan(scores).sum())
+    if num_wrong:
+        raise ModelError(f"{num_wrong} of {len(scores)} scores are NaN; check the student")
+    return scores
+
+
+def rank_texts(
+    student: SearchStudent, query: str, texts: Sequence[str], task: Task, top_k: int | None = None
+) -> list[tuple[int, float]]:
+    """Place in ``texts`` and score of the first ``top_k`` (None: all), best first, ties in the order given.
+
+    Raises:
+        InputError: something is not a text, or ``top_k`` is below 1.
+        ModelError: a score is not a number.
+    """
+    check_top_k(top_k)
+    _require_texts([query])
+    _require_texts(texts)
+    scores = score_pairs(student, [(query, text) for text in texts], task)
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [(int(place), float(scores[place])) for place in order]
+
+
+def check_top_k(top_k: int | None) -> None:
+    """Make sure that at least one place is asked for.
+
+    Raises:
+        InputError: it is not.
+    """
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}, but must be at least 1; leave it out for all")
+
+
+def _read(encoded: EncodedBatch, what: str) -> NDArray[np.float32]:
+    if encoded.num_truncated:
+        _log.warning(
+            "%d of %d %s were too long and were read in part", encoded.num_truncated, len(encoded.vectors), what
+        )
+    return encoded.vectors
+
+
+def _require_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
+    for text in texts:
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - other libraries give anything
+            raise InputError(f"a text is needed, but {type(text).__name__} was given ({text!r:.60})")

@@ -1,0 +1,109 @@
+"""Which words of a passage matter to its score with a query.
+
+The score is followed back through interaction and pooling to the token states of the backbone's last layer: a token's
+weight is <dz / dh, h>, to first order what the score would lose without it ("gradient x input", Shrikumar et al.,
+"Not Just a Black Box", 2016). States have seen the whole passage, so a word also stands for what it means there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Task
+from d2llm.models.inference import inference
+from d2llm.models.student import Student
+
+# A sign of a script without spaces is a word of its own; else a run of letters and digits is.
+_OWN = "\u2e80-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_OWN}]|[^\W{_OWN}]+")
+
+
+@dataclass(frozen=True, slots=True)
+class WordWeight:
+    """Characters ``start`` to ``end`` of the passage, and what they add to the score: negative where they lower it."""
+
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """A query's score with a passage, in parts.
+
+    Attributes:
+        score: final logit.
+        anchor: its inner-product part; None where the head has none.
+        interaction: what the IEM added; None where the head has no anchor.
+        words: of the passage as far as it was read, in its order; their weights are in logits.
+        truncated: whether the passage's end was not read.
+    """
+
+    score: float
+    anchor: float | None
+    interaction: float | None
+    words: tuple[WordWeight, ...]
+    truncated: bool
+
+
+def attribute(student: Student, query: str, passage: str, task: Task) -> Attribution:
+    """What each word of a passage adds to its score with a query.
+
+    Args:
+        student: that scores.
+        query: its text.
+        passage: its full text (title and text as one string).
+        task: which branch of the IEM.
+
+    Raises:
+        InputError: the student's tokenizer does not say where its tokens are.
+    """
+    tokenizer: Any = student.backbone.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("this student's tokenizer does not say where its tokens are, so words cannot be weighed")
+    prefix = student.config.backbone.passage_prefix
+    tokenized = student.tokenize([passage], "passage")
+    offsets = tokenizer(
+        prefix + passage,
+        truncation=True,
+        max_length=student.config.backbone.max_passage_tokens,
+        return_offsets_mapping=True,
+    )["offset_mapping"]
+    asked = torch.from_numpy(student.encode_queries([query]).vectors).to(student.backbone.device)
+    with inference(student):
+        read, mask = student.backbone(*student.backbone.pad(tokenized.ids))
+    states = read.float().clone().requires_grad_()
+    scores = student.interaction(asked, student.pool(states, mask.clone()), task)
+    logit = scores.logits[0, 0]
+    (slope,) = cast("tuple[Tensor]", torch.autograd.grad(logit, states))
+    weights: Float[Tensor, " tokens"] = (slope * states).sum(-1)[0].detach()
+    score = logit.item()
+    anchor = None if scores.anchor is None else scores.anchor[0, 0].item()
+    return Attribution(
+        score=score,
+        anchor=anchor,
+        interaction=None if anchor is None else score - anchor,
+        words=_words(passage, [(start - len(prefix), end - len(prefix)) for start, end in offsets], weights.tolist()),
+        truncated=bool(tokenized.truncated),
+    )
+
+
+def _words(text: str, places: list[tuple[int, int]], weights: list[float]) -> tuple[WordWeight, ...]:
+    """The words that were read, each with the weights of its tokens; a token of several words counts for the first."""
+    read_to = max((end for _, end in places), default=0)
+    words = [match.span() for match in _WORD.finditer(text, 0, max(0, read_to))]
+    sums = [0.0] * len(words)
+    at = 0
+    for (start, end), weight in zip(places, weights, strict=False):
+        while at < len(words) and words[at][1] <= start:
+            at += 1
+        if at < len(words) and words[at][0] < end and end > start:
+            sums[at] += weight
+    return tuple(WordWeight(start, end, weight) for (start, end), weight in zip(words, sums, strict=True))

@@ -1,0 +1,138 @@
+"""The card of a student: a README.md whose YAML front matter the Hub reads, and a body that people read.
+
+Nothing in it is measured here: the figures are those that the manifest recorded while the student was trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from d2llm.models.sources import hub_name
+from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_DATA = "hf://"
+_TAGS = ["d2llm", "semantic-search", "dense-retrieval", "reranking"]
+_HEADS = {
+    "anchored": "an inner product of the two vectors, which any vector index can follow, plus a bounded interaction",
+    "paper": "an interaction network on the two vectors (the head of the D2LLM paper)",
+    "cosine": "the cosine of the two vectors",
+}
+
+_USE = """```python
+from d2llm import Student
+
+student = Student.from_pretrained("...")  # the name of this repository, or a folder with these files
+query = student.encode_queries(["how do I read a file line by line?"]).vectors[0]
+passages = student.encode_passages(["Iterating over an open file gives its lines."]).vectors
+print(student.score(query, passages, task="asymmetric"))
+```"""
+
+
+def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None = None) -> str:
+    """The text of README.md for the student in ``folder``.
+
+    What a card that is there says stays; of its front matter only what is missing is added. ``licence``: an identifier
+    of the Hub ("apache-2.0"), taken instead of the card's.
+    """
+    path = folder / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else _body(manifest)
+    card = ModelCard(text) if text.startswith("---\n") else None
+    said: dict[str, Any] = card.data.to_dict() if card is not None else {}
+    body: str = card.text if card is not None else text
+    fields: dict[str, Any] = _front_matter(folder, manifest) | said
+    if licence is not None:
+        fields["license"] = licence
+    return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n\n{body.lstrip()}"
+
+
+def card_licence(card: str) -> str | None:
+    """The licence that the front matter of a card names."""
+    licence: object = ModelCard(card).data.to_dict().get("license")
+    return None if licence is None else str(licence)
+
+
+def _front_matter(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    base = hub_name(str(manifest["config"]["backbone"]["model"]))
+    paths = [str(source["path"]) for source in _recorded(manifest, "recipe", "data")]
+    data = [path.removeprefix(_HUB_DATA).partition(":")[0] for path in paths if path.startswith(_HUB_DATA)]
+    fields: dict[str, Any] = {"library_name": "d2llm", "pipeline_tag": "sentence-similarity", "tags": list(_TAGS)}
+    if HUB_ID.fullmatch(base):
+        fields["base_model"] = base
+        if (folder / BACKBONE_FOLDER).is_dir():
+            fields["base_model_relation"] = "finetune"
+        elif (folder / ADAPTER_FILE).is_file():
+            fields["base_model_relation"] = "adapter"
+    if data:
+        fields["datasets"] = list(dict.fromkeys(data))
+    return fields
+
+
+def _recorded(manifest: Mapping[str, Any], *keys: str) -> Any:
+    """What a manifest says under nested keys; an empty list where it does not: students can be saved without a run."""
+    value: Any = manifest
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if value is not None else []
+
+
+def _body(manifest: Mapping[str, Any]) -> str:
+    config = manifest["config"]
+    backbone, head = config["backbone"], config["interaction"]["head"]
+    base = hub_name(str(backbone["model"]))
+    what = (
+        "A model for semantic search. It reads each text once, alone, and scores a query with a passage from two "
+        f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm, after the method of D2LLM (Liao et al., ACL 2024, "
+        "[arXiv 2406.17262](https://arxiv.org/abs/2406.17262))."
+    )
+    # Of a folder its last name alone: where it lies on somebody's machine is nobody else's business.
+    facts = (
+        f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}\n"
+        f"- Reads at most {backbone['max_query_tokens']} tokens of a query and {backbone['max_passage_tokens']} of a "
+        f"passage; what is longer is cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
+    )
+    return (
+        "\n\n".join(["# A d2llm student", what, facts, "## Use", _USE, *_training(manifest), *_figures(manifest)])
+        + "\n"
+    )
+
+
+def _training(manifest: Mapping[str, Any]) -> list[str]:
+    sources: Sequence[Mapping[str, Any]] = _recorded(manifest, "recipe", "data")
+    if not sources:
+        return []
+    rows = [f"- {_name(str(source['path']))} ({source.get('task', 'asymmetric')})" for source in sources]
+    return ["## Training data", "\n".join(rows)]
+
+
+def _figures(manifest: Mapping[str, Any]) -> list[str]:
+    """The dev measures that training recorded; none are made up where it recorded none."""
+    measured: Mapping[str, Mapping[str, Any]] = _recorded(manifest, "dev")
+    if not measured:
+        return ["## Figures", "None were recorded with this student."]
+    weights: Mapping[str, float] = _recorded(manifest, "residual_weights") or {}
+    tasks = {
+        _name(str(source["path"])): source.get("task", "asymmetric") for source in _recorded(manifest, "recipe", "data")
+    }
+    lines = ["| dev set | before training | as kept |", "|---|---|---|"]
+    for name, found in measured.items():
+        kept = found.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))
+        lines.append(f"| {name} | {_figure(found.get('start'))} | {_figure(kept)} |")
+    told = (
+        "Dev measures that training recorded (nDCG@10 of retrieval sets; of sets of pairs the measure that steps were "
+        "chosen by). Steps and the weight of the interaction were chosen on these sets, so they flatter."
+    )
+    return ["## Figures", told, "\n".join(lines)]
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+
+
+def _name(path: str) -> str:
+    return path if path.startswith(_HUB_DATA) else Path(path).name

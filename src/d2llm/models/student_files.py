@@ -1,0 +1,113 @@
+"""What a student's folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from d2llm.core.errors import DataFormatError, MismatchError, ModelError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import StudentConfig
+from d2llm.models.backbone import Backbone
+from d2llm.models.sources import load_tensors
+
+KIND = "student"
+FORMAT_VERSION = 1
+HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
+CARD_FILE = "README.md"
+RESTORE = "restore the student's folder"
+
+
+def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
+    """The manifest of a student's folder, and the configuration in it.
+
+    Raises:
+        DataFormatError: there is none, it is another kind of artifact's, or lacks something.
+    """
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    missing = {"config", "fingerprint", "base_fingerprint", "pooling"} - manifest.keys()
+    if missing:
+        raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; {RESTORE}")
+    try:
+        return manifest, StudentConfig.model_validate(manifest["config"])
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataFormatError(
+            folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
+        ) from error
+
+
+def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
+    """Make sure that the backbone of that name is the one that the student was trained on.
+
+    Raises:
+        MismatchError: it has other weights.
+    """
+    found = backbone.fingerprint_base()
+    if found != manifest["base_fingerprint"]:
+        raise MismatchError(
+            f"{folder}: the student was trained on backbone weights {manifest['base_fingerprint']} of "
+            f"'{manifest['config']['backbone']['model']}', but here that name gives {found}; install the same weights"
+        )
+
+
+def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]) -> str:
+    """Content hash of a student.
+
+    Args:
+        config: its configuration, as JSON has it.
+        base_fingerprint: of the pretrained backbone, in the place of its name.
+        tensors: the head and what tuning changed, by name, on the CPU.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    named = {**config, "backbone": {**config["backbone"], "model": base_fingerprint}}
+    return fingerprint_json([named, digest.hexdigest()])
+
+
+def check_weights(folder: Path) -> None:
+    """Make sure that the weights in a student's folder are those that its fingerprint was taken of.
+
+    Of a merged copy the fingerprint cannot be taken again, since it is of the adapter that is merged: there, the
+    merged weights must have the hash that was written down when the copy was put on the Hub, where one was.
+
+    Raises:
+        DataFormatError: there is no manifest, or it is damaged.
+        ModelError: the weights cannot be read, or are others.
+    """
+    manifest, _ = read_student_manifest(folder)
+    if (folder / BACKBONE_FOLDER).is_dir():
+        wanted = manifest.get("merged_sha256")
+        found = wanted if wanted is None else merged_sha256(folder)
+    else:
+        tensors = load_tensors(folder / HEAD_FILE, remedy=RESTORE)
+        if (folder / ADAPTER_FILE).is_file():
+            tensors |= load_tensors(folder / ADAPTER_FILE, remedy=RESTORE)
+        wanted = manifest["fingerprint"]
+        found = fingerprint_student(manifest["config"], manifest["base_fingerprint"], tensors)
+    if found != wanted:
+        raise ModelError(
+            f"{folder}: the weights have the fingerprint {found}, but the manifest says {wanted}: they are damaged, or "
+            "another student's; fetch or restore the folder again"
+        )
+
+
+def merged_sha256(folder: Path) -> str:
+    """SHA-256 of all weights of a merged copy, head and backbone, file by file in the order of their names."""
+    digest = hashlib.sha256()
+    for path in (folder / HEAD_FILE, *sorted((folder / BACKBONE_FOLDER).glob("*.safetensors"))):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

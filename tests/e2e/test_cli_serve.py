@@ -1,0 +1,138 @@
+"""`d2llm serve` as a user runs it: a process of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from d2llm.apps.server.keys import add_key
+from d2llm.apps.server.running import listen
+from e2e.command_line import fail
+from tiny_server import tiny_passages, write_tiny_index
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "d2llm", "serve", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_index(tmp_path_factory.mktemp("serve"))
+
+
+class Server:
+    def __init__(self, index: Path, folder: Path) -> None:
+        self.keys_file, self.report = folder / "keys.json", folder / "report.json"
+        self.key = add_key(self.keys_file, "writer", "write")
+        arguments = ("--port", 0, "--keys-file", self.keys_file, "--json", self.report, "--set", "log_format=json")
+        self.process = start(index, *arguments)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        self.url = json.loads(self.report.read_text())["result"]["url"]
+
+    def ask(self, path: str, body: object = None) -> httpx2.Response:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        if body is None:
+            return httpx2.get(self.url + path, headers=headers)
+        return httpx2.post(self.url + path, json=body, headers=headers)
+
+
+@pytest.fixture
+def server(index: Path, tmp_path: Path) -> Iterator[Server]:
+    found = Server(index, tmp_path)
+    yield found
+    found.process.kill()
+    found.process.communicate()
+
+
+def test_it_serves_from_the_line_that_says_so_until_it_is_told_to_stop(server: Server, index: Path):
+    assert re.fullmatch(
+        rf"d2llm serves {re.escape(str(index))} on {server.url} \(page {server.url}/, API {server.url}/docs\)\n",
+        server.line,
+    )
+    assert httpx2.get(server.url + "/health").json()["status"] == "ready"
+    assert httpx2.post(server.url + "/v1/search", json={"query": "the cat"}).status_code == 401
+    found = server.ask("/v1/search", {"query": "the cat by the sea", "top_k": 3})
+    assert len(found.json()["passages"]) == 3
+    written = server.ask("/v1/passages", {"passages": [{"id": "new", "text": "the dog by the house"}]})
+    assert written.json()["num_added"] == 1
+    assert server.ask("/v1/index/reload", {}).status_code == 403
+
+    families = text_string_to_metric_families(server.ask("/metrics").text)
+    samples = {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert samples["d2llm_index_passages",] == len(tiny_passages()) + 1
+    assert samples["d2llm_http_requests_total", "POST", "/v1/search", "200"] == 1
+    assert samples["d2llm_stage_seconds_count", "encode"] >= 1
+
+    server.process.send_signal(signal.SIGHUP)
+    server.process.send_signal(signal.SIGTERM)
+    _, errors = server.process.communicate(timeout=60)
+    assert server.process.returncode == 0
+    records = [json.loads(line) for line in errors.splitlines()]
+    requests = {
+        record["route"]: record for record in records if record["event"] == "request" if record["status"] == 200
+    }
+    assert (requests["/v1/search"]["key"], requests["/v1/search"]["num_items"]) == ("writer", 1)
+    assert requests["/v1/passages"]["num_items"] == 1
+    assert "ready" in [record["event"] for record in records]
+    for secret in ("the cat", "the dog", server.key):
+        assert secret not in errors
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded():
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        fail("serve", "no-such-index", "--port", port, containing=[f"port {port} of 127.0.0.1 is in use"])
+
+
+@pytest.mark.parametrize("arguments", [["no-such-index"], ["--student", "no-such-student"]])
+def test_what_cannot_be_loaded_ends_it_with_the_reason(arguments: list[str]):
+    fail("serve", *arguments, "--port", 0, containing=[arguments[-1]])
+
+
+def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
+    fail("serve", index, "--keys-file", tmp_path / "none.json", "--port", 0, containing=["none.json", "d2llm keys"])
+
+
+def test_others_are_let_in_only_on_purpose(index: Path):
+    fail("serve", index, "--host", "0.0.0.0", containing=["0.0.0.0", "d2llm keys", "allow_unauthenticated"])
+
+
+def test_what_is_open_without_a_key_changes_nothing_and_tells_nothing_of_the_index(server: Server):
+    """Every route of the real server but these asks for a key: a new one does, unless somebody lists it here."""
+    schema = httpx2.get(server.url + "/openapi.json").json()
+    open_routes = set()
+    for path, methods in schema["paths"].items():
+        for method in methods:
+            address = server.url + path.replace("{", "").replace("}", "")
+            answer = httpx2.request(method.upper(), address, json={} if method == "post" else None)
+            if answer.status_code != 401:
+                open_routes.add((method, path))
+    assert open_routes == {("get", "/health")}
+    for path in ("/", "/docs", "/page/main.js"):
+        assert httpx2.get(server.url + path).status_code == 200
+    assert httpx2.get(server.url + "/evaluation").status_code == 401

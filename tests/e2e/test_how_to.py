@@ -1,0 +1,92 @@
+"""The examples of docs/how-to run as they stand there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import MissingExtraError
+from how_to import asks_server, python_blocks, run_page
+
+RUN_ELSEWHERE = {"clients", "stores"}  # in test_server_dialects.py and test_stores.py
+PAGES = [
+    page
+    for page in sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
+    if page.stem not in RUN_ELSEWHERE and python_blocks(page)
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+    from d2llm import Index
+    from d2llm.apps.server.app import make_app
+    from d2llm.apps.server.settings import ServeSettings
+    from live_server import serve, wait_until_ready
+
+    index = Index.create(tmp_path_factory.mktemp("served") / "docs.index", "d2llm-minilm")
+    with serve(make_app(ServeSettings(index=index.folder))) as address:
+        wait_until_ready(address)
+        yield address
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page, tmp_path, request):
+    address = request.getfixturevalue("server") if asks_server(page) else ""
+    try:
+        run_page(page, tmp_path, address)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+
+
+def write(folder: Path, text: str) -> Path:
+    page = folder / "page.md"
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def test_blocks_share_names_and_run_in_the_folder(tmp_path):
+    text = """
+```python
+from pathlib import Path
+text = "written"
+```
+
+```sh
+exit 1
+```
+
+```python
+Path("file.txt").write_text(text)
+print("done")
+```
+```output
+done
+```
+"""
+    page = write(tmp_path, text)
+    (tmp_path / "empty").mkdir()
+    run_page(page, tmp_path / "empty")
+    assert (tmp_path / "empty" / "file.txt").read_text() == "written"
+
+
+def test_an_error_points_into_the_page(tmp_path):
+    page = write(tmp_path, "# A page\n\n```python\na = 1\na / 0\n```\n")
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_page(page, tmp_path)
+    last = caught.traceback[-1]
+    assert (str(last.path), last.lineno + 1) == (str(page), 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("```python\nprint(1)\n```\n```output\n2\n```\n", "prints something else"),
+        ("only words", "no python block"),
+        ("```python\n```\nwords\n```output\n2\n```\n", "has to follow"),
+    ],
+)
+def test_a_page_can_be_wrong(tmp_path, text, problem):
+    with pytest.raises(AssertionError, match=problem):
+        run_page(write(tmp_path, text), tmp_path)

@@ -1,0 +1,417 @@
+"""The page as somebody at a browser sees it: the real server, a real index, headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import time
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from d2llm.apps.report_html import render_html
+from page_server import HOSTILE_QUERY, PHONE, asked, overflow, search, until, write_page_index
+from report_samples import retrieval_report
+from tiny_server import tiny_settings, write_tiny_index
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+
+from d2llm.apps.server.app import make_app
+from live_server import serve, wait_until_ready
+
+QUESTION = "How do I keep pasta from sticking?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    report = folder / "report.html"
+    report.write_text(render_html(retrieval_report(12)), encoding="utf-8")
+    with serve(make_app(tiny_settings(write_page_index(folder), report=report))) as found:
+        wait_until_ready(found)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A student with random heads, whose IEM moves passages far; the index may not be changed."""
+    index = write_tiny_index(tmp_path_factory.mktemp("tiny"))
+    with serve(make_app(tiny_settings(index, writable=False))) as found:
+        wait_until_ready(found)
+        yield found
+
+
+def state_of(page):
+    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
+
+
+def test_search_as_you_type(visit, address):
+    page = visit(address)
+    assert page.locator(".message h2").inner_text() == "Ask something"
+    search(page, QUESTION)
+    first = page.locator(".card").first
+    assert "Boiling pasta in plenty of salted water" in first.locator(".text").inner_text()
+    assert {mark.lower() for mark in first.locator("mark").all_inner_texts()} >= {"pasta", "sticking"}
+    assert first.locator(".rank").inner_text().endswith("1")
+    assert first.locator(".metadata").inner_text().split() == ["subject", "kitchen", "year", "2002", "checked", "true"]
+    assert page.locator("#status").inner_text().startswith("10 passages, the first: ")
+    assert {"encode", "candidates", "score"} <= set(
+        page.locator(".latency li").first.locator("..").inner_text().split()
+    )
+    assert state_of(page) == {"q": QUESTION}
+    page.locator("#query").fill("")
+    page.wait_for_selector(".message")
+    assert urlsplit(page.url).query == ""
+
+
+def test_a_late_answer_never_shows_over_a_newer_one(visit, address):
+    page = visit(address)
+
+    def slow_for_the_first(route):
+        if asked(route.request).get("query") == "trains":
+            time.sleep(0.8)
+        route.continue_()
+
+    page.route("**/v1/search", slow_for_the_first)
+    page.locator("#query").fill("trains")
+    page.wait_for_timeout(300)
+    page.locator("#query").fill(QUESTION)
+    page.wait_for_selector(".card")
+    page.wait_for_timeout(1500)
+    assert "pasta" in page.locator(".card .text").first.inner_text()
+    assert page.locator("#query").input_value() == QUESTION
+
+
+def test_typing_asks_once_for_a_pause(visit, address):
+    page = visit(address)
+    queries = []
+    page.on("request", lambda request: queries.append(asked(request).get("query")))
+    page.locator("#query").press_sequentially("pasta water", delay=15)
+    page.wait_for_selector(".card")
+    assert [query for query in queries if query] == ["pasta water"]
+
+
+def test_a_link_shows_the_same_search(visit, address):
+    page = visit(f"{address}/?q=flowers&filter=year+%3E%3D+2010&k=3&exact=1")
+    page.wait_for_selector(".card")
+    assert page.locator(".card").count() == 3
+    assert page.locator("#filter").input_value() == "year >= 2010"
+    assert "All 3 places are proved" in page.locator(".note").inner_text()
+    assert page.title() == "flowers – d2llm"
+
+
+def test_filters_by_controls_by_value_and_by_hand(visit, address):
+    page = visit(f"{address}/?q=water")
+    page.wait_for_selector(".card")
+    page.locator("#filters > summary").click()
+    page.locator("#field").select_option("subject")
+    page.locator("#value").fill("garden")
+    page.locator("#add").click()
+    until(page, "[...document.querySelectorAll('.metadata')].every(one => one.textContent.includes('garden'))")
+    page.locator("#field").select_option("year")
+    page.locator("#operator").select_option(">=")
+    page.locator("#value").fill("2012")
+    page.locator("#value").press("Enter")
+    assert page.locator("#filter").input_value() == "subject = 'garden' AND year >= 2012"
+    until(page, "document.querySelectorAll('.card').length === 3")
+    page.locator("#clear").click()
+    until(page, "document.querySelectorAll('.card').length === 10")
+    page.locator(".metadata .value").first.click()
+    subject = page.locator(".metadata .value").first.inner_text()
+    assert page.locator("#filter").input_value() == f"subject = '{subject}'"
+
+
+def test_a_wrong_filter_is_told_beside_its_box(visit, address):
+    page = visit(f"{address}/?q=water", expected=["400 (Bad Request)"])
+    page.wait_for_selector(".card")
+    page.locator("#filters > summary").click()
+    page.locator("#filter").fill("colour = 'red'")
+    until(page, "document.getElementById('filter-error').textContent.includes('colour')")
+    assert page.locator("#filter").get_attribute("aria-invalid") == "true"
+    page.locator("#filter").fill("subject LIKE '%it''s%'")
+    page.wait_for_selector(".column .quiet")
+    assert page.locator("#filter-error").inner_text() == ""
+    assert "No passage fits the filter." in page.locator(".column").inner_text()
+
+
+def test_quotes_and_patterns_of_values_are_escaped(visit, address):
+    page = visit(f"{address}/?q=bread")
+    page.wait_for_selector(".card")
+    page.locator("#filters > summary").click()
+    page.locator("#field").select_option("note")
+    page.locator("#operator").select_option("contains")
+    page.locator("#value").fill("it's <b>")
+    page.locator("#add").click()
+    until(page, "document.querySelectorAll('.card').length === 1")
+    assert page.locator("#filter").input_value() == "note LIKE '%it''s <b>%'"
+    assert "it's <b>bold</b>" in page.locator(".metadata").inner_text()
+    page.locator("#clear").click()
+    page.locator("#value").fill("100%_")
+    page.locator("#add").click()
+    assert page.locator("#filter").input_value() == r"note LIKE '%100\%\_%'"
+    page.wait_for_selector(".column .quiet")
+
+
+def test_why_has_parts_words_and_sources(visit, address):
+    page = visit(f"{address}/?q={QUESTION}")
+    card = page.locator(".card").first
+    card.locator(".toggle-why").click()
+    page.wait_for_selector(".text mark.weight")
+    assert card.locator(".toggle-why").get_attribute("aria-expanded") == "true"
+    parts = card.locator(".parts").inner_text()
+    assert "Inner product" in parts
+    assert "IEM" in parts
+    strongest = card.locator(".text mark.for.level-5").all_inner_texts()
+    assert {"pasta", "sticking"} & {word.lower() for word in strongest}
+    assert "inner product: rank 1" in card.locator(".sources").inner_text()
+    assert card.get_by_role("button", name="Ask the teacher").count() == 0  # there is none
+    card.locator(".toggle-why").click()
+    assert card.locator(".why").count() == 0
+    assert card.locator("mark.weight").count() == 0
+
+
+def test_words_are_found_after_signs_of_two_units(visit, address):
+    page = visit(f"{address}/?q={HOSTILE_QUERY}")
+    card = page.locator(".card", has_text="🦓").first
+    card.locator(".toggle-why").click()
+    card.locator(".text mark.weight").first.wait_for()
+    words = {word for word in card.locator(":is(h3, .text) mark.weight").all_inner_texts() if word.isascii()}
+    assert words <= {"b", "onclick", "alert", "zebra", "hostile", "4", "5", "7"}
+    assert "zebra" in words
+
+
+def test_two_rankings_side_by_side_with_what_moved(visit, tiny):
+    page = visit(f"{tiny}/?q=the+cat+by+the+sea&beside=1")
+    page.wait_for_selector(".columns-2 .card")
+    columns = page.locator(".column")
+    assert columns.locator("h2").all_inner_texts() == ["Ranked by Inner product", "Ranked by IEM"]
+    ranks = [
+        {card.get_attribute("data-id"): n for n, card in enumerate(column.locator(".card").all(), 1)}
+        for column in columns.all()
+    ]
+    both = set(ranks[0]) & set(ranks[1])
+    assert both
+    assert any(ranks[0][name] != ranks[1][name] for name in both)
+    lines = page.locator("svg.lines .line")
+    assert {line.get_attribute("data-id") for line in lines.all()} == both
+    for name, now in ranks[1].items():
+        said = columns.nth(1).locator(f'.card[data-id="{name}"] .moved').inner_text()
+        before = ranks[0].get(name)
+        expected = "new" if before is None else "=" if before == now else f"{before} → {now}"
+        assert expected in said
+    for name in both:  # a line begins and ends at its cards
+        path = page.locator(f'.line[data-id="{name}"] path').bounding_box()
+        tops = [columns.nth(n).locator(f'.card[data-id="{name}"]').bounding_box()["y"] for n in (0, 1)]
+        assert min(tops) <= path["y"] <= min(tops) + 60
+    columns.nth(1).locator(".card").first.focus()
+    assert page.locator(".line.traced").count() <= 1
+    assert page.locator("svg.lines").get_attribute("aria-hidden") == "true"
+    assert state_of(page)["beside"] == "1"
+
+
+def test_one_ranking_at_a_time(visit, tiny):
+    page = visit(f"{tiny}/?q=the+cat+by+the+sea")
+    page.wait_for_selector(".card")
+    order = "[...document.querySelectorAll('.card')].map(card => card.dataset.id).join()"
+    by_iem = page.evaluate(order)
+    page.get_by_role("radio", name="Inner product").check()
+    until(page, f"{order} !== '{by_iem}'")
+    assert state_of(page)["rank"] == "none"
+    assert not page.locator("#adding").is_visible()  # this server does not change its index
+
+
+def test_hybrid_is_a_share(visit, address):
+    page = visit(f"{address}/?q=pasta")
+    page.wait_for_selector(".card")
+    with page.expect_response(lambda answer: asked(answer.request).get("hybrid") == 0.5):
+        page.get_by_label("Hybrid").check()
+    page.locator("#hybrid").focus()
+    with page.expect_response(lambda answer: asked(answer.request).get("hybrid") == 0.55):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#hybrid-share").inner_text() == "55% BM25"
+    assert state_of(page)["hybrid"] == "55"
+
+
+def test_all_of_it_by_keyboard(visit, address):
+    page = visit(address)
+    page.locator("#theme").focus()
+    page.keyboard.press("/")
+    focused = "document.activeElement.id || document.activeElement.dataset.id"
+    assert page.evaluate(focused) == "query"
+    page.keyboard.type("pasta")
+    page.wait_for_selector(".card")
+    ids = [card.get_attribute("data-id") for card in page.locator(".card").all()]
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(focused) == ids[0]
+    page.keyboard.press("j")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("k")
+    assert page.evaluate(focused) == ids[1]
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".why")
+    page.keyboard.press("Escape")
+    assert page.locator(".why").count() == 0
+    assert page.evaluate(focused) == ids[1]
+    page.keyboard.press("/")
+    page.keyboard.press("Escape")
+    assert page.locator("#query").input_value() == ""
+
+
+def test_every_control_is_reached_by_tab_and_has_a_name(visit, address):
+    page = visit(f"{address}/?q=pasta")
+    page.wait_for_selector(".card")
+    page.locator("#filters > summary").click()
+    named = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        found = page.evaluate("document.activeElement.id || document.activeElement.className")
+        named.add(found)
+    wanted = {
+        "field",
+        "operator",
+        "value",
+        "filter",
+        "add",
+        "exact",
+        "beside",
+        "hybrid-on",
+        "source",
+        "k",
+        "card",
+        "theme",
+    }
+    assert wanted <= named
+    roles = (
+        "button",
+        "textbox",
+        "searchbox",
+        "checkbox",
+        "radio",
+        "slider",
+        "combobox",
+        "spinbutton",
+        "link",
+        "article",
+    )
+    for role in roles:
+        for one in page.get_by_role(role).all():
+            assert f'{role} "' in one.aria_snapshot() or role == "article", one.evaluate("one => one.outerHTML")
+    snapshot = page.locator("body").aria_snapshot()
+    for landmark in ("banner", "main", "search", 'complementary "Index"', 'navigation "Pages"', "status"):
+        assert f"- {landmark}" in snapshot
+    assert page.locator("html").get_attribute("lang") == "en"
+    assert page.locator("h1").count() == 1
+
+
+def contrasts(page):
+    """(text, contrast) of each visible text with its background, by the formula of WCAG 2."""
+    return page.evaluate(
+        """() => {
+            const parse = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+            const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+                .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                .reduce((sum, v, place) => sum + v * [0.2126, 0.7152, 0.0722][place], 0);
+            const background = (one) => {
+                const layers = [];
+                for (let at = one; at; at = at.parentElement) {
+                    const [r, g, b, alpha = 1] = parse(getComputedStyle(at).backgroundColor);
+                    layers.push([r, g, b, alpha]);
+                    if (alpha === 1) break;
+                }
+                const over = (below, above) => below.map((value, place) => value + (above[place] - value) * above[3]);
+                return layers.reverse().reduce(over, [255, 255, 255]);
+            };
+            const found = [];
+            const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+            for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+                const one = node.parentElement;
+                const exempt = ".hidden, option, :disabled, noscript";
+                if (!node.data.trim() || !one.checkVisibility() || one.closest(exempt)) continue;
+                const [a, b] = [light(parse(getComputedStyle(one).color)), light(background(one))];
+                found.push([node.data.trim().slice(0, 40), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]);
+            }
+            return found;
+        }"""
+    )
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_texts_can_be_read_in_light_and_dark(visit, address, colours):
+    page = visit(f"{address}/?q={QUESTION}", colours=colours)
+    page.locator(".toggle-why").first.click()
+    page.wait_for_selector(".text mark.weight")
+    page.locator("#filters > summary").click()
+    measured = contrasts(page)
+    assert len(measured) > 60
+    assert [one for one in measured if one[1] < 4.5] == []
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, paper[4:-1].split(","))) < 150) == (colours == "dark")
+
+
+def test_a_chosen_theme_wins_over_the_system_and_stays(visit, address):
+    page = visit(address, colours="dark")
+    page.locator("#theme").click()
+    assert page.locator("#theme").inner_text() == "Theme: light"
+    page.reload()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 246)"
+
+
+def test_hostile_texts_make_no_element_and_run_nothing(visit, address):
+    page = visit(f"{address}/?q={HOSTILE_QUERY}", width=PHONE)
+    page.wait_for_selector(".card")
+    texts = page.locator(".card .text").all_text_contents()
+    assert any("<script>alert('run')</script>" in text for text in texts)
+    assert sum("hostile zebra" in text for text in texts) == 6
+    for button in page.locator(".toggle-why").all():
+        button.click()
+    until(page, "document.querySelectorAll('.text mark.weight').length > 10")
+    assert page.locator("#results :is(script, img, iframe, style, a, b[onclick], [onerror], [onload])").count() == 0
+    assert overflow(page) == 0
+
+
+@pytest.mark.parametrize("query", ["", f"?q={QUESTION}", f"?q={HOSTILE_QUERY}&beside=1&exact=1&hybrid=40"])
+def test_a_phone_never_scrolls_sideways(visit, address, query):
+    page = visit(f"{address}/{query}", width=PHONE)
+    page.wait_for_selector(".card, .message")
+    page.locator("#filters > summary").click()
+    assert overflow(page) == 0
+
+
+def test_motion_can_be_turned_off(visit, address):
+    page = visit(address)
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate("getComputedStyle(document.getElementById('results')).transitionProperty") == "none"
+
+
+def test_the_api_pages_describe_every_operation_and_can_try_it(visit, address):
+    page = visit(f"{address}/docs", ready=False)
+    page.wait_for_selector(".operation")
+    paths = set(page.locator(".operation > summary .path").all_inner_texts())
+    assert {"/v1/search", "/v1/documents", "/v1/passages/{passage_id}", "/health"} <= paths
+    search_operation = page.locator(".operation", has=page.locator(".path", has_text="/v1/search")).first
+    search_operation.locator("summary").first.click()
+    fields = search_operation.locator("dl.fields").first.inner_text()
+    assert "num_candidates" in fields
+    assert "required" in fields
+    search_operation.locator("textarea").fill('{"query": "pasta", "top_k": 1}')
+    search_operation.get_by_role("button", name="Send").click()
+    until(page, "document.querySelector('.output:not([hidden])') !== null")
+    assert json.loads(search_operation.locator(".output").inner_text())["query"] == "pasta"
+    assert page.locator(".problem").count() == 0
+    page.set_viewport_size({"width": PHONE, "height": 800})
+    assert overflow(page) == 0
+
+
+def test_the_report_stands_in_a_frame_with_its_styles(visit, address):
+    page = visit(address)
+    page.get_by_role("link", name="Evaluation").click()
+    frame = page.frame_locator("iframe.report")
+    frame.locator("svg#plot-quality-cost").wait_for()
+    assert page.locator("iframe.report").get_attribute("sandbox") == ""
+    assert frame.locator("body").evaluate("body => getComputedStyle(body).maxWidth") == "1088px"  # its own style
+    assert overflow(page) == 0

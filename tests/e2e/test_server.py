@@ -1,0 +1,421 @@
+"""The server as its clients see it: the library's answers, changes, swaps, trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import httpx2
+import numpy as np
+import pytest
+
+from d2llm import Index, Passage, encode
+from d2llm.apps.commands_teach import named_teacher
+from d2llm.apps.options import teacher_config
+from d2llm.models.judge import load_judge
+from d2llm.ops.rereading import StudentError
+from d2llm.pipeline.calibrate import write_error
+from tiny_models import write_tiny_model
+from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+
+from d2llm.apps.server.app import make_app
+from live_server import serve, wait_until_ready
+
+QUERY = "the cat by the sea"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def index(folder):
+    return write_tiny_index(folder)
+
+
+@pytest.fixture(scope="module")
+def address(index):
+    with serve(make_app(tiny_settings(index))) as found:
+        wait_until_ready(found)
+        yield found
+
+
+@pytest.fixture
+def post(address):
+    def ask(path, body, status=200):
+        answer = httpx2.post(address + path, json=body, timeout=60)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("body", "settings"),
+    [
+        ({}, {}),
+        (
+            {"top_k": 3, "filter": "year > 2004 AND language = 'en'"},
+            {"top_k": 3, "filter": "year > 2004 AND language = 'en'"},
+        ),
+        ({"exact": True, "top_k": 5}, {"exact": True, "top_k": 5}),
+        ({"hybrid": 0.5}, {"fuse": True, "sources": ("vectors", "bm25")}),
+        ({"hybrid": 0.0}, {"fuse": True, "sources": ("vectors", "bm25"), "lexical_weight": 0.0}),
+        ({"source": "bm25", "num_candidates": 20}, {"sources": ("bm25",), "num_candidates": 20}),
+        ({"group": "best", "top_k": 4}, {"group": "best", "top_k": 4}),
+        ({"task": "symmetric", "neighbours": 1}, {"task": "symmetric", "neighbours": 1}),
+    ],
+    ids=lambda value: "-".join(value) or "plain",
+)
+def test_a_search_answers_what_the_library_answers(index, post, body, settings):
+    answer = post("/v1/search", {"query": QUERY, "explain": True} | body)
+    ranking = Index.open(index, dtype="float32").search(QUERY, explain=True, **settings)[0]
+    assert [place["id"] for place in answer["passages"]] == [place.passage.id for place in ranking.passages]
+    np.testing.assert_allclose(
+        [place["score"] for place in answer["passages"]], [place.score for place in ranking.passages], atol=1e-4
+    )
+    assert [place["explanation"]["terms"] for place in answer["passages"]] == [
+        place.explanation.terms for place in ranking.passages
+    ]
+    assert [[one["id"] for one in place["after"]] for place in answer["passages"]] == [
+        [one.id for one in place.after] for place in ranking.passages
+    ]
+    assert answer["seconds"].keys() >= {"queue", "encode", "candidates", "score"}
+    assert answer["index"]["version"] == ranking.index_version
+    assert (answer["certificate"] is None) == (ranking.certificate is None)
+
+
+def test_without_the_interaction_the_inner_product_orders(index, post):
+    answer = post("/v1/search", {"query": QUERY, "rescore": "none", "top_k": 60})
+    scores = [place["score"] for place in answer["passages"]]
+    np.testing.assert_allclose(scores, [place["anchor_score"] for place in answer["passages"]], atol=1e-4)
+    with_it = post("/v1/search", {"query": QUERY, "top_k": 60})
+    assert [place["id"] for place in with_it["passages"]] != [place["id"] for place in answer["passages"]]
+
+
+def test_many_clients_at_once_get_each_their_own_answer(index, address):
+    library = Index.open(index, dtype="float32")
+    asked = [(f"the {word} number {n}", n % 4 + 1) for n, word in enumerate(["cat", "ship", "snow", "bread"] * 10)]
+
+    async def main():
+        async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
+            return await asyncio.gather(
+                *(http.post("/v1/search", json={"query": query, "top_k": top_k}) for query, top_k in asked)
+            )
+
+    for (query, top_k), answer in zip(asked, asyncio.run(main()), strict=True):
+        expected = [place.passage.id for place in library.search(query, top_k=top_k)[0].passages]
+        assert [place["id"] for place in answer.json()["passages"]] == expected
+
+
+def test_an_explanation_has_the_score_in_parts(index, post):
+    ranking = Index.open(index, dtype="float32").search(QUERY, top_k=1, explain=True)[0]
+    place = ranking.passages[0]
+    answer = post("/v1/explain", {"query": QUERY, "passage_id": place.passage.id})
+    assert answer["score"] == pytest.approx(place.score, rel=0.01)  # the index holds bfloat16
+    assert answer["anchor"] + answer["interaction"] == pytest.approx(answer["score"], abs=1e-4)
+    text = f"{answer['title']}\n{answer['text']}" if answer["title"] else answer["text"]
+    assert [text[word["start"] : word["end"]] for word in answer["words"]][:2] == text.split()[:2]
+    assert answer["teacher"] is None
+
+
+def test_vectors_and_scores_are_the_students(index, post):
+    texts = [passage.full_text for passage in tiny_passages(3)]
+    student = Index.open(index, dtype="float32").student
+    query = post("/v1/encode", {"texts": [QUERY], "kind": "query"})["vectors"][0]
+    answer = post("/v1/encode", {"texts": texts, "kind": "passage"})
+    vectors = student.encode_passages(texts).vectors
+    np.testing.assert_allclose(answer["vectors"], vectors, atol=1e-4)
+    expected = student.score(np.array(query, np.float32), vectors, "asymmetric")
+    for passages in ({"passages": texts}, {"passage_vectors": answer["vectors"]}):
+        for asked in ({"query": QUERY}, {"query_vector": query}):
+            np.testing.assert_allclose(post("/v1/rescore", passages | asked)["scores"], expected, atol=1e-4)
+    stored = post("/v1/rescore", {"query": QUERY, "passage_ids": ["p0", "p1", "p2"]})["scores"]
+    np.testing.assert_allclose(stored, expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/search", {}, 422, "query"),
+        ("/v1/search", {"query": "  "}, 422, "no text"),
+        ("/v1/search", {"query": "cat", "top_k": "3"}, 422, "top_k"),
+        ("/v1/search", {"query": "cat", "top_k": 10**6}, 400, "top_k"),
+        ("/v1/search", {"query": "cat", "topk": 3}, 422, "topk"),
+        ("/v1/search", {"query": "cat", "filter": "yeer > 3"}, 400, "did you mean 'year'"),
+        ("/v1/search", {"query": "cat", "filter": "year >"}, 400, "filter"),
+        ("/v1/search", {"query": "cat", "exact": True, "hybrid": 0.5}, 400, "exact"),
+        ("/v1/search", {"query": "cat", "budget_ms": 5}, 400, "budget_ms"),
+        ("/v1/search", {"query": "cat", "rescore": "teacher"}, 400, "no teacher"),
+        ("/v1/search", {"query": "cat" * 50_000}, 400, "characters"),
+        ("/v1/explain", {"query": "cat", "passage_id": "nowhere"}, 404, "nowhere"),
+        ("/v1/encode", {"texts": [], "kind": "query"}, 422, "texts"),
+        ("/v1/encode", {"texts": ["a"] * 600, "kind": "query"}, 400, "600"),
+        ("/v1/encode", {"texts": ["a"], "kind": "answer"}, 422, "kind"),
+        ("/v1/rescore", {"query": "cat", "passage_vectors": [[1.0, 2.0]]}, 400, "components"),
+        ("/v1/rescore", {"query": "cat", "passage_vectors": [[1e300] * 32]}, 400, "float32"),
+        ("/v1/rescore", {"query": "cat"}, 422, "one of"),
+        ("/v1/passages", {"passages": []}, 422, "passages"),
+        ("/v1/passages", {"passages": [{"id": "a", "text": "b"}] * 2}, 400, "share the id"),
+        ("/v1/passages", {"passages": [{"id": "a", "text": "b", "metadata": {"year": "soon"}}]}, 400, "year"),
+        ("/v1/passages", {"passages": [{"id": "a", "text": "b", "metadata": {"year": [1]}}]}, 422, "metadata"),
+        ("/v1/documents", {"documents": [{"id": "a", "text": "b"}], "chunk_tokens": 10**6}, 400, "tokens"),
+        ("/v1/index/snapshots", {"name": "../up"}, 422, "name"),
+    ],
+)
+def test_bad_bodies_are_told_what_is_wrong(post, path, body, status, words):
+    error = post(path, body, status)["error"]
+    assert words in error["message"]
+    assert error["kind"] in {"invalid_request", "not_found"}
+    assert error["request_id"]
+
+
+def test_wrong_methods_paths_types_and_json_are_told_too(address):
+    for send, status in (
+        (lambda: httpx2.get(f"{address}/v1/search"), 405),
+        (lambda: httpx2.get(f"{address}/v1/nothing"), 404),
+        (lambda: httpx2.post(f"{address}/v1/search", content=b"{", headers={"Content-Type": "application/json"}), 400),
+        (lambda: httpx2.post(f"{address}/v1/search", content=b"x", headers={"Content-Type": "text/plain"}), 415),
+        (
+            lambda: httpx2.post(
+                f"{address}/v1/rescore",
+                content=b'{"query": "a", "passage_vectors": [[NaN]]}',
+                headers={"Content-Type": "application/json"},
+            ),
+            422,
+        ),
+    ):
+        answer = send()
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+def test_what_is_written_is_found_and_what_is_deleted_is_not(tmp_path):
+    with serve(make_app(tiny_settings(write_tiny_index(tmp_path)))) as address:
+        wait_until_ready(address)
+        with httpx2.Client(base_url=address, timeout=60) as http:
+            before = http.get("/v1/index").json()
+            new = {"id": "new/1", "text": "stars and planets over the sea", "metadata": {"year": 1999}}
+            report = http.post("/v1/passages", json={"passages": [new]}).json()
+            assert report["num_added"] == 1
+            assert report["version"] > before["version"]
+            found = http.post("/v1/search", json={"query": "stars", "filter": "year = 1999"}).json()
+            assert [place["id"] for place in found["passages"]] == ["new/1"]
+            assert http.get("/v1/passages/new/1").json()["text"] == new["text"]
+            long = {"id": "long", "text": " ".join(passage.text + "." for passage in tiny_passages(10))}
+            made = http.post("/v1/documents", json={"documents": [long], "chunk_tokens": 32}).json()
+            assert made["num_documents"] == 1
+            assert made["num_added"] > 3
+            assert http.delete("/v1/passages/new/1").json()["num_deleted"] == 1
+            assert http.delete("/v1/passages/new/1").status_code == 404
+            assert http.get("/v1/passages/new/1").status_code == 404
+            assert http.post("/v1/index/snapshots", json={"name": "then"}).json()["snapshots"] == ["then"]
+            after = http.get("/v1/index").json()
+            assert after["num_passages"] == before["num_passages"] + made["num_added"]
+
+
+def test_a_server_that_is_not_writable_changes_nothing(index):
+    with serve(make_app(tiny_settings(index, writable=False))) as address:
+        wait_until_ready(address)
+        for method, path, body in (
+            ("POST", "/v1/passages", {"passages": [{"id": "a", "text": "b"}]}),
+            ("POST", "/v1/documents", {"documents": [{"id": "a", "text": "b"}]}),
+            ("POST", "/v1/index/snapshots", {"name": "a"}),
+            ("DELETE", "/v1/passages/p0", None),
+        ):
+            answer = httpx2.request(method, address + path, json=body)
+            assert answer.status_code == 403
+            assert "writable" in answer.json()["error"]["message"]
+
+
+def test_new_versions_and_a_new_index_are_read_without_a_failed_request(tmp_path):
+    folder = write_tiny_index(tmp_path)
+    answers, stop = [], threading.Event()
+
+    def ask(address):
+        with httpx2.Client(base_url=address, timeout=60) as http:
+            while not stop.is_set():
+                answers.append(http.post("/v1/search", json={"query": QUERY, "top_k": 5}))
+
+    with serve(make_app(tiny_settings(folder))) as address:
+        wait_until_ready(address)
+        threads = [threading.Thread(target=ask, args=(address,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+
+        def wait_for(num_passages):
+            for _ in range(200):
+                if httpx2.get(f"{address}/v1/index").json()["num_passages"] == num_passages:
+                    return
+                time.sleep(0.05)
+            raise AssertionError(f"{num_passages} passages were never served")
+
+        try:
+            other = Index.open(folder, dtype="float32")  # as another process would
+            other.upsert([Passage("later", "the cat by the sea")])
+            wait_for(61)
+            other.delete(["p1", "p2"])
+            other.compact(dense=True)
+            wait_for(59)
+            corpus = tmp_path / "corpus.jsonl"
+            corpus.write_text('{"_id": "only", "text": "the cat by the sea"}\n', encoding="utf-8")
+            encode(corpus, other.student, folder, student_source=str(tmp_path / "student-0"), overwrite=True)
+            wait_for(1)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert {answer.status_code for answer in answers} == {200}
+    sizes = {len(answer.json()["passages"]) for answer in answers}
+    assert sizes == {5, 1}
+
+
+def test_an_index_that_breaks_later_goes_on_answering_and_says_so(tmp_path):
+    folder = write_tiny_index(tmp_path)
+    with serve(make_app(tiny_settings(folder))) as address:
+        wait_until_ready(address)
+        folder.rename(tmp_path / "elsewhere")
+        time.sleep(0.5)
+        health = httpx2.get(f"{address}/health")
+        assert health.status_code == 200
+        assert "cannot be read" in health.json()["message"]
+        (tmp_path / "elsewhere").rename(folder)
+        time.sleep(0.5)
+        assert httpx2.get(f"{address}/health").json()["message"] == ""
+
+
+def test_a_server_without_its_index_is_broken_and_says_why(tmp_path):
+    with serve(make_app(tiny_settings(tmp_path / "nothing"))) as address:
+        health = wait_until_ready(address, "broken")
+        assert "nothing" in health["message"]
+        answer = httpx2.post(f"{address}/v1/search", json={"query": "cat"})
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"]
+        assert answer.json()["error"]["kind"] == "not_ready"
+
+
+def test_a_student_alone_is_served_without_an_index(folder, index):
+    with serve(make_app(tiny_settings(None, student=str(folder / "student-0")))) as address:
+        wait_until_ready(address)
+        assert httpx2.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
+        answer = httpx2.post(f"{address}/v1/search", json={"query": "cat"})
+        assert answer.status_code == 404
+        assert "no index" in answer.json()["error"]["message"]
+
+
+def test_another_student_is_refused_at_the_start(folder, index):
+    settings = tiny_settings(index, student=str(write_tiny_student(folder, seed=1)))
+    with serve(make_app(settings)) as address:
+        assert "student" in wait_until_ready(address, "broken")["message"]
+
+
+def test_a_teacher_reads_again(tmp_path):
+    folder = write_tiny_index(tmp_path)
+    teacher = write_tiny_model(tmp_path / "teacher", "llama")
+    judge = load_judge(named_teacher(str(teacher), teacher_config("", "short")), dtype="float32")
+    write_error(folder, judge, "asymmetric", StudentError(1.0, 0.0, 2.0))
+    passages = {passage.id: passage for passage in tiny_passages()}
+    with serve(
+        make_app(tiny_settings(folder, teacher=str(teacher), prompt="short", teacher_budget_ms=60_000))
+    ) as address:
+        wait_until_ready(address)
+        with httpx2.Client(base_url=address, timeout=120) as http:
+            facts = http.get("/v1/index").json()
+            assert facts["rescore"] == ["none", "iem", "teacher", "cascade"]
+            body = {"query": QUERY, "top_k": 5}
+            read = http.post("/v1/search", json=body | {"rescore": "teacher", "teacher_passages": 12}).json()
+            said = [place["log_odds"] for place in read["passages"]]
+            assert said == sorted(said, reverse=True)
+            pairs = [(QUERY, passages[place["id"]].full_text) for place in read["passages"]]
+            np.testing.assert_allclose(said, judge.judge(pairs, "asymmetric").log_odds, atol=1e-3)
+            assert len(read["cascade"]["read"]) == 12
+            assert "teacher" in read["seconds"]
+            cascade = http.post("/v1/search", json=body | {"rescore": "cascade", "teacher_passages": 3}).json()
+            assert len(cascade["cascade"]["read"]) <= 3
+            best = read["passages"][0]
+            why = http.post("/v1/explain", json={"query": QUERY, "passage_id": best["id"], "teacher": True}).json()
+            assert why["teacher"]["log_odds"] == pytest.approx(best["log_odds"], abs=1e-3)
+            assert 0 <= why["teacher"]["probability"] <= 1
+
+
+def test_overload_is_refused_while_what_is_admitted_is_answered(index):
+    with serve(make_app(tiny_settings(index, queue_texts=4))) as address:
+        wait_until_ready(address)
+
+        async def main():
+            async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
+                texts = [tiny_passages()[0].text] * 200
+                return await asyncio.gather(
+                    *(http.post("/v1/encode", json={"texts": texts, "kind": "passage"}) for _ in range(12))
+                )
+
+        answers = asyncio.run(main())
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused
+        assert len(refused) < len(answers)
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+        assert {answer.status_code for answer in answers} == {200, 429}
+
+
+def test_a_client_that_goes_away_frees_its_place(index):
+    app = make_app(tiny_settings(index))
+    with serve(app) as address:
+        wait_until_ready(address)
+        texts = [passage.text for passage in tiny_passages()] * 8
+        with pytest.raises(httpx2.TimeoutException), httpx2.Client(base_url=address) as http:
+            http.post("/v1/encode", json={"texts": texts, "kind": "passage"}, timeout=0.05)
+        for _ in range(100):
+            if app.state.services.models.num_queued == 0:
+                break
+            time.sleep(0.01)
+        begin = time.perf_counter()
+        assert httpx2.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
+        assert app.state.services.models.num_queued == 0
+        assert time.perf_counter() - begin < 5
+
+
+def test_what_was_accepted_is_answered_when_the_server_stops(index):
+    answers = []
+
+    def ask(address):
+        texts = [passage.text for passage in tiny_passages()] * 4
+        answers.append(httpx2.post(f"{address}/v1/encode", json={"texts": texts, "kind": "passage"}, timeout=60))
+
+    with serve(make_app(tiny_settings(index))) as address:
+        wait_until_ready(address)
+        thread = threading.Thread(target=ask, args=(address,))
+        thread.start()
+        time.sleep(0.05)
+    thread.join()
+    assert [answer.status_code for answer in answers] == [200]
+
+
+def test_clients_are_not_told_where_the_server_keeps_its_files(index, address, folder):
+    answer = httpx2.post(f"{address}/v1/rescore", json={"query": "cat", "passage_ids": ["nowhere"]})
+    assert answer.status_code == 400
+    assert "nowhere" in answer.json()["error"]["message"]
+    assert str(folder) not in answer.text
+    with serve(make_app(tiny_settings(folder / "absent"))) as broken:
+        assert str(folder) not in wait_until_ready(broken, "broken")["message"]
+
+
+def test_a_wrong_method_is_told_all_right_ones(address):
+    for path in ("/v1/passages/p1", "/v1/passages/with/slash"):
+        answer = httpx2.request("PATCH", address + path)
+        assert answer.status_code == 405
+        assert answer.headers["Allow"] == "DELETE, GET"
+    assert httpx2.get(f"{address}/v1/search").headers["Allow"] == "POST"
+
+
+def test_a_cascade_is_offered_when_the_students_error_is_known(tmp_path):
+    folder, teacher = write_tiny_index(tmp_path), write_tiny_model(tmp_path / "teacher", "llama")
+    with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short"))) as address:
+        wait_until_ready(address)
+        assert httpx2.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "teacher"]
+        answer = httpx2.post(f"{address}/v1/search", json={"query": "cat", "rescore": "cascade"})
+        assert answer.status_code == 400
+        assert "calibrate" in answer.json()["error"]["message"]

@@ -1,0 +1,60 @@
+"""A student as good as trained with an index of its passages, for the tests of adapters to other libraries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.types import Passage, Task
+from d2llm.models.student import Student
+from d2llm.pipeline.index import Index
+from tiny_models import TEXTS, write_trained_student
+
+PASSAGES = [
+    Passage(
+        f"p{n}",
+        text,
+        title=f"the {text.split()[1]}" if n % 2 else "",
+        document_id=f"d{n // 4}" if n >= 4 else "",
+        position=n % 4,
+        metadata={"year": 2000 + n, "language": "en"} if n else {"language": "de"},
+    )
+    for n, text in enumerate(TEXTS)
+]
+QUERIES = ["the cat reads a book", "snow falls on the train", "bread and salt"]
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Where a student and its index are, and both of them loaded."""
+
+    student_folder: Path
+    student: Student
+    index: Index
+
+    def scores(self, query: str, task: Task = "asymmetric") -> dict[str, float]:
+        """The full score of every passage, by the definition."""
+        vector = self.student.encode_queries([query]).vectors[0]
+        vectors = self.student.encode_passages([passage.full_text for passage in PASSAGES]).vectors
+        scores = self.student.score(vector, vectors, task)
+        return {passage.id: float(score) for passage, score in zip(PASSAGES, scores, strict=True)}
+
+    def anchors(self, query: str, texts: list[str]) -> list[float]:
+        """Inner products of the query's anchor vector with the passages' vectors."""
+        vector = self.student.anchor_queries(self.student.encode_queries([query]).vectors)[0]
+        return (self.student.encode_passages(texts).vectors @ vector).tolist()
+
+    def found(self, query: str, **settings: Any) -> list[tuple[str, float]]:
+        """What a search finds."""
+        (ranking,) = self.index.search(query, **settings)
+        return [(place.passage.id, place.score) for place in ranking.passages]
+
+
+def make_indexed(root: Path) -> Indexed:
+    """Write student and index below ``root``."""
+    folder = write_trained_student(root, query_prefix="rain ")
+    student = Student.load(folder, device="cpu", dtype="float32")
+    index = Index.create(root / "index", student, student_source=str(folder), vector_format="float32")
+    index.upsert(PASSAGES)
+    return Indexed(folder, student, index)

@@ -1,0 +1,202 @@
+"""Engines and exported graphs against torch: vectors and logits of the same texts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import InteractionConfig, PoolingConfig
+from d2llm.data.beir import Dataset
+from d2llm.data.open_data import open_data
+from d2llm.models import engines
+from d2llm.models.engines import choose_engine, open_engine
+from d2llm.models.interaction import TASKS
+from d2llm.models.student import Student
+from d2llm.ops.measures import per_query_measures
+from d2llm.pipeline.export import export
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+VECTORS = 2e-5  # largest difference of a number in vectors of norm near 6 (tiny) or 20 (shipped)
+LOGITS = 1e-4
+MIXED = [*TEXTS, "", "cat", " ".join(TEXTS[:4]), " ".join(TEXTS)]
+"""From one token to the limit."""
+POOLINGS = {
+    "warm": PoolingConfig(num_heads=4),
+    "cold": PoolingConfig(num_heads=4, warm_start=False),
+    "two-seeds": PoolingConfig(num_heads=4, num_seeds=2),
+    "own": PoolingConfig(method="backbone"),
+}
+MODELS = [("bert", "warm"), ("bert", "cold"), ("bert", "two-seeds"), ("modernbert", "warm"), ("llama", "warm")]
+MODELS += [("llama", "own"), ("qwen3", "cold"), ("gemma2", "warm")]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "user_cache_path", lambda _: tmp_path / "cache")
+
+
+def make(folder: Path, architecture="bert", pooling="warm", head="anchored") -> Student:
+    model = write_tiny_model(folder / architecture, architecture)
+    config = tiny_student_config(model).model_copy(
+        update={
+            "pooling": POOLINGS[pooling],
+            "interaction": InteractionConfig(head=head, hidden_dim=16, feature_dim=8, gates=head == "anchored"),
+        }
+    )
+    student = Student.create(config, device="cpu", dtype="float32")
+    student.prepare_training()
+    randomise(student, scale=0.05)
+    student.save(folder / "student", merge=True)
+    return Student.load(folder / "student", device="cpu", dtype="float32")
+
+
+def by(student: Student, engine, texts=MIXED):
+    student.use_engine(engine)
+    return student.encode_passages(texts).vectors
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+@pytest.mark.parametrize(("architecture", "pooling"), MODELS)
+def test_vectors_are_torchs(architecture, pooling, engine, tmp_path):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    student = make(tmp_path, architecture, pooling)
+    expected, fingerprint = by(student, "torch"), student.fingerprint
+    found = by(student, engine)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=VECTORS)
+    assert student.fingerprint == fingerprint
+    assert abs(expected - expected.mean(0)).max() > 0.1  # texts differ by far more
+
+
+@pytest.mark.parametrize("head", ["anchored", "paper", "cosine"])
+def test_logits_of_exported_graphs(head, tmp_path):
+    import onnxruntime
+
+    student = make(tmp_path, head=head)
+    report = export(student, tmp_path / "out", "onnx")
+    assert {"text.onnx", "score_symmetric.onnx", "score_asymmetric.onnx", "tokenizer.json"} <= set(report.files)
+    manifest = read_manifest(tmp_path / "out", "export", 1)
+    assert (manifest["student"], manifest["precision"], manifest["head"]) == (student.fingerprint, "float32", head)
+    assert manifest["max_passage_tokens"] == 64
+
+    passages = student.encode_passages(MIXED).vectors
+    queries = student.encode_queries(TEXTS[:3]).vectors
+    for task in TASKS:
+        session = onnxruntime.InferenceSession(
+            tmp_path / "out" / f"score_{task}.onnx", providers=["CPUExecutionProvider"]
+        )
+        (logits,) = session.run(None, {"query_vectors": queries, "passage_vectors": passages})
+        np.testing.assert_allclose(logits, student.score_many(queries, passages, task), rtol=0, atol=LOGITS)
+
+
+def test_openvinos_files_say_the_same(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    student = make(tmp_path)
+    report = export(student, tmp_path / "out", "openvino")
+    assert {"text.xml", "text.bin", "score_symmetric.xml"} <= set(report.files)
+    core = openvino.Core()
+    ids, mask = student.backbone.pad(student.tokenize(MIXED, "passage").ids)
+    with torch.inference_mode():
+        expected = student(ids, mask).numpy()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    text = core.compile_model(str(tmp_path / "out" / "text.xml"), "CPU", settings)
+    vectors = text({"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()})[0]
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=VECTORS)
+    score = core.compile_model(str(tmp_path / "out" / "score_asymmetric.xml"), "CPU", settings)
+    logits = score({"query_vectors": vectors[:1], "passage_vectors": vectors})[0]
+    np.testing.assert_allclose(logits[0], student.score(vectors[0], vectors, "asymmetric"), rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("engine", ["onnx-int8", "openvino-int8"])
+def test_eight_bits_change_vectors_a_little(engine, tmp_path):
+    pytest.importorskip("openvino")
+    student = make(tmp_path)
+    expected, found = by(student, "torch"), by(student, engine)
+    cosines = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
+    assert 0.97 < cosines.min() < 0.99999
+    export(student, tmp_path / "out", engine.removesuffix("-int8"), int8=True)
+    assert read_manifest(tmp_path / "out", "export", 1)["precision"] == "int8"
+
+
+def test_a_graph_is_recorded_once(tmp_path, monkeypatch):
+    student = make(tmp_path)
+    first = by(student, "onnx")
+    monkeypatch.setattr(engines, "write_text_graph", lambda *_, **__: pytest.fail("recorded again"))
+    again = Student.load(tmp_path / "student", engine="onnx")
+    np.testing.assert_array_equal(again.encode_passages(MIXED).vectors, first)
+    again.prepare_training()  # its weights will change, so torch encodes again
+    np.testing.assert_allclose(again.eval().encode_passages(MIXED).vectors, first, rtol=0, atol=VECTORS)
+
+
+def test_a_copy_encodes_with_torch(tmp_path):
+    student = make(tmp_path)
+    found = by(student, "onnx")
+    np.testing.assert_allclose(copy.deepcopy(student).encode_passages(MIXED).vectors, found, rtol=0, atol=VECTORS)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(InputError, match="unknown engine 'tensorrt'"):
+        choose_engine("tensorrt")
+    with pytest.raises(InputError, match="leave dtype out"):
+        choose_engine("onnx", dtype="bfloat16")
+    with pytest.raises(InputError, match="use engine 'torch'"):
+        choose_engine("openvino", device="meta")
+    assert choose_engine("auto", dtype="bfloat16") == "torch"
+    assert choose_engine("auto", device="meta") == "torch"
+    student = make(tmp_path)
+    student.backbone.compute_dtype = torch.bfloat16
+    with pytest.raises(InputError, match="float32"):
+        export(student, tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+    assert open_engine(student, "auto") is None
+
+
+def test_the_shipped_student(tmp_path):
+    pytest.importorskip("openvino")
+    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+    texts = ["where do ships sail to?", *TEXTS, " ".join(TEXTS * 5)]
+    expected = by(student, "torch", texts)
+    scores = {task: student.score(expected[0], expected[1:], task) for task in TASKS}
+    for engine in ("onnx", "openvino"):
+        found = by(student, engine, texts)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=VECTORS)
+        for task in TASKS:
+            logits = student.score(found[0], found[1:], task)
+            np.testing.assert_allclose(logits, scores[task], rtol=0, atol=LOGITS)
+
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "stackfaq"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data set in {DATA}")
+def test_rankings_of_real_questions_stay():
+    pytest.importorskip("openvino")
+    dataset = open_data(DATA, splits=["dev"])
+    assert isinstance(dataset, Dataset)
+    positives = {query: found for query, found in dataset.positives("dev").items() if found}
+    queries = list(positives)[:12]
+    passages = list(dict.fromkeys([*(positives[query][0] for query in queries), *list(dataset.passages)[:12]]))
+    qrels = {query: {positives[query][0]: 1} for query in queries}
+    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+    found = {}
+    for engine in ("torch", "openvino", "openvino-int8"):
+        vectors = by(student, engine, [dataset.passages[name].text for name in passages])
+        asked = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
+        scores = student.score_many(asked, vectors, "asymmetric")
+        rankings = {
+            query: [passages[at] for at in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
+        }
+        found[engine] = np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values()))
+    assert found["torch"] > 0.5
+    assert found["openvino"] == pytest.approx(found["torch"], abs=1e-6)
+    assert found["openvino-int8"] == pytest.approx(found["torch"], abs=0.03)

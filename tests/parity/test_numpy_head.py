@@ -1,0 +1,172 @@
+"""The head in numpy, as a program without d2llm runs it, against the student's own float32 scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import InteractionConfig
+from d2llm.models.head_weights import head_weights
+from d2llm.models.interaction import TASKS, CosineHead, make_head
+from d2llm.models.numpy_head import NumpyHead, load
+from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.models.student import Student
+from d2llm.pipeline.export import export
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+DIM = 24
+TOLERANCE = 2e-6  # of the largest score: two orders of the same float32 sums
+FEATURES = ("concat", "product", "difference", "rich")
+
+
+def make(head, features="rich", **settings):
+    torch.manual_seed(0)
+    module = make_head(InteractionConfig(head=head, features=features, hidden_dim=40, feature_dim=16, **settings), DIM)
+    randomise(module.eval(), scale=0.2)
+    return module
+
+
+def vectors(num, seed):
+    return np.random.default_rng(seed).standard_normal((num, DIM)).astype(np.float32)
+
+
+HEADS = {"cosine": {"head": "cosine"}} | {
+    "-".join((head, features, branches, *(["gates"] if gates else []))): {
+        "head": head,
+        "features": features,
+        "branches": branches,
+        "gates": gates,
+    }
+    for head, gates in (("paper", False), ("anchored", False), ("anchored", True))
+    for features in FEATURES
+    for branches in ("per_task", "shared")
+}
+
+
+def by_student(head, query, task):
+    with torch.inference_mode():
+        weights = None if isinstance(head, CosineHead) else HeadWeights(head, task, torch.float32)
+    return QueryScorer(head, weights, torch.from_numpy(query), task, 512)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_scores_as_the_student_does(name):
+    module, (query,), passages = make(**HEADS[name]), vectors(1, 1), vectors(1100, 2)
+    if name.startswith("anchored"):
+        module.residual_weight("asymmetric").fill_(0.5)
+    found = NumpyHead(head_weights(module))
+    for task in TASKS:
+        scorer = by_student(module, query, task)
+        expected = scorer(passages)
+        scores = found.score(query, passages, task)
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE * max(1, abs(expected).max()))
+        assert found.has_anchor == module.has_anchor
+        assert found.has_interaction == (name != "cosine")
+        if not found.has_anchor:
+            continue
+        asked = found.anchor_queries(query[None], task)[0]
+        np.testing.assert_allclose(asked, scorer.anchor_query, rtol=0, atol=TOLERANCE * abs(asked).max())
+        assert found.reach(query[None], task)[0] == pytest.approx(scorer.reach, rel=1e-6)
+        if name != "cosine":
+            assert abs(scores - passages @ asked).max() > 0.05  # the interaction takes part
+            reach = module.passage_reach(torch.from_numpy(passages)).detach()
+            np.testing.assert_allclose(found.passage_reach(passages), reach, rtol=0, atol=1e-6)
+
+
+def test_what_both_tasks_share_is_written_once():
+    weights = head_weights(make("anchored", gates=True))
+    assert weights["passage"].shape == (40, DIM)
+    assert weights["symmetric/inner_1_weight"].shape == weights["asymmetric/inner_1_weight"].shape == (40, 40)
+    assert "symmetric/passage" not in weights
+    assert "passage_gate_weight" in weights
+
+
+def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
+    module, (query,), passages = make("anchored"), vectors(1, 1), vectors(9, 2)
+    module.residual_weight("symmetric").fill_(0.0)
+    found = NumpyHead(head_weights(module))
+    monkeypatch.setattr(NumpyHead, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
+    expected = by_student(module, query, "symmetric")(passages)
+    np.testing.assert_allclose(found.score(query, passages, "symmetric"), expected, rtol=0, atol=1e-4)
+
+
+def test_wrong_arguments_are_refused():
+    query, passages = vectors(1, 1)[0], vectors(3, 2)
+    found = NumpyHead(head_weights(make("paper")))
+    with pytest.raises(ValueError, match="no inner product"):
+        found.anchor_queries(query[None], "symmetric")
+    with pytest.raises(ValueError, match="no task 'other'"):
+        found.score(query, passages, "other")
+    with pytest.raises(ValueError, match=r"not \[24\] and \[3, 23\]"):
+        found.score(query, passages[:, 1:], "symmetric")
+    assert found.score(query, passages[:0], "symmetric").shape == (0,)
+
+
+# --- the exported folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
+    student = Student.create(tiny_student_config(folder), device="cpu", dtype="float32")
+    student.prepare_training()
+    randomise(student, scale=0.05)
+    return student.eval()
+
+
+ALONE = """
+import sys
+for package in ("torch", "d2llm", "scipy"):
+    sys.modules[package] = None  # importing it fails
+import numpy, numpy_head
+head = numpy_head.load(".")
+vectors = numpy.load("vectors.npy", allow_pickle=False)
+numpy.save("scores.npy", head.score(vectors[0], vectors[1:], "asymmetric"))
+"""
+
+
+def test_the_folder_is_enough(student, tmp_path):
+    folder = tmp_path / "head"
+    report = export(student, folder, "numpy")
+    assert set(report.files) == {"head.npz", "numpy_head.py"}
+    manifest = read_manifest(folder, "export", 1)
+    assert manifest["student"] == student.fingerprint
+    assert (manifest["format"], manifest["head"], manifest["dim"]) == ("numpy", "anchored", 32)
+
+    vectors = student.encode_passages(TEXTS).vectors
+    np.save(folder / "vectors.npy", vectors)
+    subprocess.run([sys.executable, "-c", ALONE], cwd=folder, check=True)
+    expected = student.score(vectors[0], vectors[1:], "asymmetric")
+    np.testing.assert_allclose(np.load(folder / "scores.npy"), expected, rtol=0, atol=1e-4)
+
+
+def test_an_export_is_replaced_and_nothing_else(student, tmp_path):
+    export(student, tmp_path / "head", "numpy")
+    export(student, tmp_path / "head", "numpy")
+    assert load(tmp_path / "head").has_anchor
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="that d2llm did not make"):
+        export(student, tmp_path / "mine", "numpy")
+
+
+def test_the_head_has_no_eight_bits(student, tmp_path):
+    with pytest.raises(InputError, match="float32"):
+        export(student, tmp_path / "head", "numpy", int8=True)
+
+
+def test_the_shipped_student_scores_alike(tmp_path):
+    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+    export(student, tmp_path / "head", "numpy")
+    head, texts = load(tmp_path / "head"), [*TEXTS, *(f"{a}; {b}" for a in TEXTS for b in TEXTS)]
+    (query,), passages = student.encode_queries(["where do ships go?"]).vectors, student.encode_passages(texts).vectors
+    for task in TASKS:
+        expected = student.score(query, passages, task)
+        np.testing.assert_allclose(head.score(query, passages, task), expected, rtol=0, atol=1e-4)

@@ -1,0 +1,235 @@
+"""What ``d2llm doctor`` finds, each kind of damage made on purpose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import metadata
+
+import numpy as np
+import pytest
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
+
+from d2llm import Index, Passage
+from d2llm.apps import doctor, doctor_install, doctor_machine
+from d2llm.apps.doctor import examine
+from d2llm.apps.doctor_install import check_install
+from d2llm.apps.doctor_machine import available_memory, check_device, check_kernels, openmp_runtimes
+from d2llm.models.hub import find_student
+from e2e.command_line import d2llm, succeed_with_report
+from fake_hub import FakeHub
+from tiny_models import TEXTS
+
+STUDENT = "d2llm-minilm-cosine"
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("indexes") / "docs.index"
+    Index.create(folder, STUDENT).add([Passage(str(number), text) for number, text in enumerate(TEXTS)])
+    return folder
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Cache folders of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def look_at(findings, what: str):
+    [found] = [finding for finding in findings if finding.what == what]
+    return found
+
+
+class TestInstall:
+    def test_what_the_tests_run_with_is_fine(self):
+        findings = list(check_install())
+        assert [finding for finding in findings if finding.level == "problem"] == []
+        assert look_at(findings, "packages").level == "ok"
+
+    def test_a_missing_extra_is_a_note_with_its_command(self, monkeypatch):
+        pretend(monkeypatch, "fastapi", None)
+        found = look_at(check_install(), "extra serve")
+        assert (found.level, found.advice) == ("note", "if you want it: pip install 'd2llm[serve]'")
+        assert "fastapi is not installed" in found.found
+
+    @pytest.mark.parametrize(("version", "says"), [(None, "is not installed"), ("0.1", "is 0.1, but d2llm needs")])
+    def test_a_package_that_is_missing_or_too_old(self, monkeypatch, version, says):
+        pretend(monkeypatch, "scipy", version)
+        found = look_at(check_install(), "scipy")
+        assert found.level == "problem"
+        assert says in found.found
+        assert found.advice.startswith("pip install 'scipy>=1")
+
+    def test_without_a_package_that_cannot_be_imported_nothing_more_is_tried(self, monkeypatch):
+        real = doctor_install.importlib.import_module
+
+        def broken(name):
+            if name == "faiss":
+                raise ImportError("libgomp.so.1: cannot open shared object file")
+            return real(name)
+
+        monkeypatch.setattr(doctor_install.importlib, "import_module", broken)
+        findings = list(examine(student=STUDENT))
+        assert {finding.area for finding in findings} == {"install"}
+        assert look_at(findings, "import").advice == "pip install --force-reinstall faiss-cpu"
+        assert "libgomp.so.1" in look_at(findings, "import").found
+
+    def test_run_from_a_folder(self, monkeypatch):
+        def unknown(name):
+            raise metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(metadata, "requires", unknown)
+        monkeypatch.setattr(metadata, "metadata", unknown)
+        findings = list(check_install())
+        assert look_at(findings, "packages").level == "note"
+        assert look_at(findings, "Python").level == "ok"
+
+
+def pretend(monkeypatch, package: str, version: str | None) -> None:
+    real = metadata.version
+
+    def found(name):
+        if name != package:
+            return real(name)
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+
+
+class TestMachine:
+    def test_the_device_asked_for(self):
+        assert look_at(check_device("cpu"), "computes on").found.startswith("cpu in ")
+        assert look_at(check_device("cuda:99"), "computes on").level == "problem"
+
+    def test_more_threads_than_cores(self, monkeypatch):
+        monkeypatch.setattr(doctor_machine.torch, "get_num_threads", lambda: 64)
+        monkeypatch.setattr(doctor_machine, "_num_cpus", lambda: 4)
+        found = look_at(check_device("cpu"), "threads")
+        assert (found.level, found.advice) == ("note", "more threads than cores are slower: OMP_NUM_THREADS=4")
+
+    def test_two_openmp_libraries(self, monkeypatch):
+        both = {("gomp", "/torch/libgomp.so.1"), ("iomp5", "/faiss/libiomp5.so")}
+        monkeypatch.setattr(doctor_machine, "openmp_runtimes", lambda: both)
+        assert look_at(check_device("cpu"), "OpenMP").level == "note"
+
+    def test_openmp_libraries_of_this_process_are_found(self):
+        assert all(family in ("gomp", "iomp5", "omp") and path.startswith("/") for family, path in openmp_runtimes())
+
+    def test_little_memory(self, monkeypatch):
+        monkeypatch.setattr(doctor_machine, "available_memory", lambda: 1 << 29)
+        assert look_at(check_device("cpu"), "memory").level == "note"
+        assert look_at(check_device("cpu"), "memory").found == "0.5 GiB available"
+
+    def test_available_memory_is_a_plausible_number(self):
+        found = available_memory()
+        assert found is None or 1 << 20 < found < 1 << 50
+
+    def test_products_agree_here(self):
+        findings = list(check_kernels())
+        assert [finding.what for finding in findings] == ["product", "scan", "interaction", "speed"]
+        assert [finding for finding in findings if finding.level == "problem"] == []
+
+    @pytest.mark.parametrize("error", [0.5, float("nan")])
+    def test_products_that_do_not_agree(self, monkeypatch, error):
+        monkeypatch.setattr(doctor_machine, "_interaction_error", lambda query, passages: error)
+        assert look_at(check_kernels(), "interaction").level == "problem"
+
+    def test_wrong_rows_of_a_scan_are_noticed(self, monkeypatch):
+        import faiss
+
+        real = faiss.knn
+
+        def shifted(queries, passages, count, **options):
+            scores, rows = real(queries, passages, count, **options)
+            return scores, np.roll(rows, 1, axis=1)
+
+        monkeypatch.setattr(faiss, "knn", shifted)
+        assert look_at(check_kernels(), "scan").level == "problem"
+
+    def test_bfloat16_that_is_called_fast_and_is_slow(self, monkeypatch):
+        monkeypatch.setattr(doctor_machine, "cpu_has_fast_bfloat16", lambda: True)
+        monkeypatch.setattr(doctor_machine, "_rate", lambda dtype: 50.0 if "float32" in str(dtype) else 10.0)
+        assert look_at(check_kernels(), "speed").level == "note"
+
+
+class TestPlaces:
+    def test_a_cache_that_cannot_be_written(self, places, monkeypatch):
+        (places / "file").write_text("")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places / "file" / "hub"))
+        found = look_at(doctor._check_places(), "cache of the Hub")
+        assert found.level == "problem"
+        assert "HF_HOME" in found.advice
+
+    def test_the_hub_is_asked_unless_offline(self, places, monkeypatch):
+        hub = FakeHub()
+        set_client_factory(hub.client)
+        try:
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+            assert "HF_HUB_OFFLINE" in look_at(doctor._check_places(), "Hugging Face Hub").found
+            assert hub.log == []
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            assert look_at(doctor._check_places(), "Hugging Face Hub").level == "ok"
+            hub.reachable = False
+            assert look_at(doctor._check_places(), "Hugging Face Hub").level == "note"
+        finally:
+            set_client_factory(default_client_factory)
+
+
+class TestStudentAndIndex:
+    def test_a_good_student_and_its_index(self, index, places):
+        result, report = succeed_with_report("doctor", "--student", STUDENT, "--index", index, folder=places)
+        assert report["result"]["num_problems"] == 0
+        found = {(finding["area"], finding["what"]): finding for finding in report["result"]["findings"]}
+        assert found["index", "contents"]["found"].startswith("8 passages")
+        assert found["index", "search"]["level"] == "ok"
+        assert found["student", "scores"]["level"] == "ok"
+        assert "8 passages" in result.stdout
+
+    def test_a_student_that_is_not_there(self, places):
+        result = d2llm("doctor", "--student", "nobody", "--json", places / "report.json")
+        assert result.exit_code == 1
+        assert "1 problem: see the last column" in result.stderr
+        [problem] = problems_in(places)
+        assert (problem["area"], problem["what"]) == ("student", "nobody")
+        assert "no student at 'nobody'" in problem["found"]
+
+    def test_a_damaged_student(self, places):
+        folder = shutil.copytree(find_student(STUDENT), places / "student")
+        content = bytearray((folder / "adapter.safetensors").read_bytes())
+        content[-1] ^= 1
+        (folder / "adapter.safetensors").write_bytes(bytes(content))
+        [problem] = [f for f in examine(student=str(folder)) if f.level == "problem"]
+        assert "fingerprint" in problem.found
+        assert problem.advice == "fetch or restore the folder again"
+
+    def test_no_index(self, places):
+        d2llm("doctor", "--student", STUDENT, "--index", places / "none", "--json", places / "report.json")
+        [problem] = problems_in(places)
+        assert (problem["area"], problem["advice"]) == ("index", "check the path")
+
+    def test_an_index_of_another_student(self, index, places):
+        folder = shutil.copytree(index, places / "index")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["student"] = "0123456789abcdef"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        [problem] = [f for f in examine(student=STUDENT, index=folder) if f.level == "problem"]
+        assert "the index was made by student 0123456789abcdef" in problem.found
+        assert problem.advice.startswith("search with the student that made it")
+
+    def test_an_index_with_a_damaged_table(self, index, places):
+        folder = shutil.copytree(index, places / "index")
+        shutil.rmtree(folder / "passages.lance" / "_versions")
+        [problem] = [f for f in examine(student=STUDENT, index=folder) if f.level == "problem"]
+        assert problem.area == "index"
+        assert problem.advice
+
+
+def problems_in(folder):
+    findings = json.loads((folder / "report.json").read_text())["result"]["findings"]
+    return [finding for finding in findings if finding["level"] == "problem"]

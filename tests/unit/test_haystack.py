@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import FilterError, InputError, ModelNotFoundError
+from indexed_student import PASSAGES, QUERIES, make_indexed
+from tiny_models import DIM, TEXTS
+
+pytest.importorskip("haystack", reason="pip install 'd2llm[haystack]'")
+
+from haystack import Document, Pipeline
+from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
+from haystack.document_stores.in_memory import InMemoryDocumentStore
+from haystack.utils.filters import document_matches_filter
+
+from d2llm.integrations import haystack as module
+from d2llm.integrations.haystack import (
+    D2LLMDocumentEmbedder,
+    D2LLMRanker,
+    D2LLMRetriever,
+    D2LLMTextEmbedder,
+)
+from d2llm.integrations.haystack_filters import as_condition
+
+DOCUMENTS = [Document(id=p.id, content=p.text, meta={**p.metadata, "title": p.title}) for p in PASSAGES]
+FLOAT32 = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    return make_indexed(tmp_path_factory.mktemp("haystack"))
+
+
+@pytest.fixture
+def folder(indexed):
+    return str(indexed.student_folder)
+
+
+@pytest.fixture
+def retriever(indexed):
+    return D2LLMRetriever(str(indexed.index.folder), **FLOAT32)
+
+
+def as_pairs(found):
+    return [(document.id, document.score) for document in found["documents"]]
+
+
+class TestEmbedders:
+    def test_their_inner_product_is_the_anchor(self, indexed, folder):
+        embedded = D2LLMDocumentEmbedder(folder, **FLOAT32).run([Document(content=text) for text in TEXTS])["documents"]
+        assert [document.content for document in embedded] == TEXTS
+        vectors = np.array([document.embedding for document in embedded])
+        assert vectors.shape == (len(TEXTS), DIM)
+        for query in QUERIES:
+            vector = D2LLMTextEmbedder(folder, **FLOAT32).run(query)["embedding"]
+            np.testing.assert_allclose(vectors @ vector, indexed.anchors(query, TEXTS), rtol=1e-5, atol=1e-5)
+            assert D2LLMTextEmbedder(folder, task="symmetric", **FLOAT32).run(query)["embedding"] != vector
+
+    def test_titles_are_read_and_documents_are_copied(self, indexed, folder):
+        embedded = D2LLMDocumentEmbedder(folder, **FLOAT32).run(DOCUMENTS)["documents"]
+        expected = indexed.student.encode_passages([passage.full_text for passage in PASSAGES]).vectors
+        np.testing.assert_array_equal([document.embedding for document in embedded], expected)
+        assert {document.embedding for document in DOCUMENTS} == {None}
+        assert D2LLMDocumentEmbedder(folder).run([]) == {"documents": []}
+
+    def test_with_haystacks_own_retriever(self, indexed, folder):
+        store = InMemoryDocumentStore(embedding_similarity_function="dot_product")
+        store.write_documents(D2LLMDocumentEmbedder(folder, **FLOAT32).run(DOCUMENTS)["documents"])
+        pipeline = Pipeline()
+        pipeline.add_component("embedder", D2LLMTextEmbedder(folder, **FLOAT32))
+        pipeline.add_component("retriever", InMemoryEmbeddingRetriever(store, top_k=8, scale_score=False))
+        pipeline.connect("embedder.embedding", "retriever.query_embedding")
+        found = pipeline.run({"embedder": {"text": QUERIES[0]}})["retriever"]
+        anchors = indexed.anchors(QUERIES[0], [passage.full_text for passage in PASSAGES])
+        expected = sorted(zip([p.id for p in PASSAGES], anchors, strict=True), key=lambda pair: -pair[1])
+        assert [document for document, _ in as_pairs(found)] == [passage for passage, _ in expected]
+        np.testing.assert_allclose([s for _, s in as_pairs(found)], [s for _, s in expected], rtol=1e-4, atol=1e-5)
+
+
+class TestRanker:
+    @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
+    def test_documents_have_the_students_scores_best_first(self, indexed, folder, task):
+        found = D2LLMRanker(folder, task=task, **FLOAT32).run(QUERIES[0], DOCUMENTS)
+        scores = indexed.scores(QUERIES[0], task)
+        assert as_pairs(found) == sorted(scores.items(), key=lambda item: -item[1])
+        assert {document.score for document in DOCUMENTS} == {None}
+
+    def test_the_first_ones(self, folder):
+        ranker = D2LLMRanker(folder, top_k=2, **FLOAT32)
+        assert len(ranker.run(QUERIES[0], DOCUMENTS)["documents"]) == 2
+        assert len(ranker.run(QUERIES[0], DOCUMENTS, top_k=5)["documents"]) == 5
+        assert ranker.run(QUERIES[0], []) == {"documents": []}
+
+    def test_bad_requests(self, folder, tmp_path):
+        with pytest.raises(InputError, match="top_k is 0"):
+            D2LLMRanker(folder, top_k=0)
+        with pytest.raises(InputError, match="top_k is 0"):
+            D2LLMRanker(folder).run("rain", DOCUMENTS, top_k=0)
+        with pytest.raises(InputError, match="document 'empty' has no text"):
+            D2LLMRanker(folder).run("rain", [Document(id="empty")])
+        with pytest.raises(ModelNotFoundError):
+            D2LLMRanker(str(tmp_path / "nothing")).warm_up()
+
+
+class TestRetriever:
+    def test_it_finds_what_the_index_finds(self, indexed, retriever):
+        for query in QUERIES:
+            assert as_pairs(retriever.run(query)) == indexed.found(query)
+        (first,) = retriever.run(TEXTS[5], filters={"field": "id", "operator": "==", "value": "p5"})["documents"]
+        known = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
+        assert (first.id, first.content, first.meta) == ("p5", TEXTS[5], known)
+
+    def test_settings(self, indexed):
+        given = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "fuse": True}
+        filters = {"field": "meta.year", "operator": "<", "value": 2007}
+        made = D2LLMRetriever(str(indexed.index.folder), top_k=3, filters=filters, settings=given, **FLOAT32)
+        wanted = {"filter": "year >= 2002 AND year < 2007", "sources": ("vectors", "bm25"), "fuse": True}
+        assert as_pairs(made.run(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3, **wanted)
+        found = made.run(QUERIES[0], top_k=4, filters={"field": "year", "operator": "<", "value": 2006})
+        wanted["filter"] = "year >= 2002 AND year < 2006"
+        assert as_pairs(found) == indexed.found(QUERIES[0], top_k=4, **wanted)
+
+    def test_bad_settings(self, indexed, retriever, tmp_path):
+        folder = str(indexed.index.folder)
+        with pytest.raises(InputError, match="top_k is 0"):
+            D2LLMRetriever(folder, top_k=0)
+        with pytest.raises(InputError, match=r"fields of SearchSettings.*topk"):
+            D2LLMRetriever(folder, settings={"topk": 3})
+        with pytest.raises(FilterError, match="colour"):
+            retriever.run("rain", filters={"field": "colour", "operator": "==", "value": "red"})
+        with pytest.raises(InputError, match="nothing"):
+            D2LLMRetriever(str(tmp_path / "nothing")).warm_up()
+
+
+FILTERS = [
+    {"field": "meta.year", "operator": operator, "value": 2004} for operator in ("==", "!=", ">", ">=", "<", "<=")
+] + [
+    {"field": "meta.year", "operator": "in", "value": [2001, 2005]},
+    {"field": "meta.year", "operator": "not in", "value": [2001, 2005]},
+    {"field": "meta.language", "operator": "==", "value": "de"},
+    {"field": "meta.year", "operator": "==", "value": None},
+    {"field": "meta.year", "operator": "!=", "value": None},
+    {
+        "operator": "NOT",
+        "conditions": [
+            {"field": "meta.year", "operator": ">", "value": 2003},
+            {"field": "meta.language", "operator": "==", "value": "en"},
+        ],
+    },
+    {
+        "operator": "OR",
+        "conditions": [
+            {"field": "meta.title", "operator": "==", "value": "the reads"},
+            {
+                "operator": "AND",
+                "conditions": [
+                    {"field": "meta.year", "operator": "<", "value": 2006},
+                    {"operator": "NOT", "conditions": [{"field": "meta.year", "operator": "<", "value": 2004}]},
+                ],
+            },
+        ],
+    },
+]
+
+
+class TestFilters:
+    @pytest.mark.parametrize("filters", FILTERS, ids=str)
+    def test_they_mean_what_they_mean_to_haystack(self, retriever, filters):
+        expected = {document.id for document in DOCUMENTS if document_matches_filter(filters, document)}
+        assert 0 < len(expected) < len(DOCUMENTS)
+        assert {document for document, _ in as_pairs(retriever.run("rain", filters=filters))} == expected
+
+    def test_quotes(self):
+        assert as_condition({"field": "a", "operator": "==", "value": "it's"}) == "(a = 'it''s' AND a IS NOT NULL)"
+
+    @pytest.mark.parametrize(
+        ("filters", "message"),
+        [
+            ({"field": "a"}, "give field, operator and value"),
+            ({"field": "a", "operator": "~", "value": 1}, "no operator '~'"),
+            ({"field": "content", "operator": "==", "value": "x"}, "'content' cannot be asked for"),
+            ({"field": "a", "operator": "in", "value": []}, "needs a list"),
+            ({"field": "a", "operator": ">", "value": [1]}, "is compared with"),
+            ({"field": "a", "operator": ">", "value": None}, "is compared with None"),
+            ({"operator": "AND", "conditions": []}, "AND has no conditions"),
+        ],
+    )
+    def test_wrong_ones(self, filters, message):
+        with pytest.raises(FilterError, match=message):
+            as_condition(filters)
+
+
+class TestPipelines:
+    def test_search_and_rank_written_down_and_read_again(self, indexed, folder, retriever):
+        pipeline = Pipeline()
+        pipeline.add_component("retriever", retriever)
+        pipeline.add_component("ranker", D2LLMRanker(folder, task="symmetric", top_k=3, **FLOAT32))
+        pipeline.connect("retriever.documents", "ranker.documents")
+        data = {"retriever": {"query": QUERIES[1]}, "ranker": {"query": QUERIES[1]}}
+        found = as_pairs(pipeline.run(data)["ranker"])
+        scores = sorted(indexed.scores(QUERIES[1], "symmetric").items(), key=lambda item: -item[1])
+        assert [document for document, _ in found] == [passage for passage, _ in scores[:3]]
+        np.testing.assert_allclose([score for _, score in found], [score for _, score in scores[:3]], rtol=1e-5)
+        again = Pipeline.loads(pipeline.dumps(), allowed_modules=["d2llm.*"])
+        assert as_pairs(again.run(data)["ranker"]) == found
+        assert as_pairs(asyncio.run(again.run_async(data))["ranker"]) == found
+
+    @pytest.mark.parametrize(
+        "made",
+        [
+            lambda place: D2LLMTextEmbedder(place, task="symmetric", **FLOAT32),
+            lambda place: D2LLMDocumentEmbedder(place, **FLOAT32),
+            lambda place: D2LLMRanker(place, top_k=None, task="symmetric", **FLOAT32),
+            lambda place: D2LLMRetriever(
+                place, top_k=3, filters=FILTERS[0], settings={"sources": ["bm25"]}, student="s", **FLOAT32
+            ),
+        ],
+    )
+    def test_every_component_as_plain_values(self, made):
+        component = made("a/folder")
+        written = component.to_dict()
+        assert written["type"] == f"d2llm.integrations.haystack.{type(component).__name__}"
+        assert type(component).from_dict(written).to_dict() == written
+        assert written["init_parameters"]["device"] == "cpu"
+
+    def test_components_share_a_student_for_as_long_as_one_has_it(self, folder):
+        embedder, ranker = D2LLMTextEmbedder(folder, **FLOAT32), D2LLMRanker(folder, **FLOAT32)
+        embedder.warm_up()
+        ranker.warm_up()
+        key = (folder, "cpu", "float32")
+        assert embedder._ready() is ranker._ready() is module._loaded[key]
+        del embedder, ranker
+        gc.collect()
+        assert key not in module._loaded

