@@ -24,9 +24,9 @@ from d2llm.core.types import EngineName, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.core_workers import map_on_cores
-from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.device import choose_device
 from d2llm.models.encoded_texts import EncodedTexts
-from d2llm.models.engines import Engine, choose_engine, open_engine
+from d2llm.models.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
@@ -61,6 +61,7 @@ class Student(nn.Module):
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
+        self._products: torch.dtype | None = None
         self.eval()
 
     @classmethod
@@ -105,14 +106,14 @@ class Student(nn.Module):
         folder = find_student(folder_or_name)
         manifest, config = files.read_student_manifest(folder)
         merged = (folder / files.BACKBONE_FOLDER).is_dir()
-        chosen, engine = choose_device(device), choose_engine(engine, device=device, dtype=dtype)
-        if engine != "torch":
-            chosen, dtype = torch.device("cpu"), "float32"
+        engine = choose_engine(engine, device=device, dtype=dtype)
+        chosen = choose_device(device if engine == "torch" else "cpu")
+        products = choose_products(engine, chosen, dtype)
         source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
         backbone = Backbone(
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
             device=chosen,
-            compute_dtype=choose_dtype(chosen, dtype),
+            compute_dtype=products if engine == "torch" else torch.float32,  # which graphs are recorded from
         )
         if not merged:
             files.require_same_base(folder, manifest, backbone)
@@ -129,20 +130,14 @@ class Student(nn.Module):
             ) from error
         student._saved_fingerprint = manifest["fingerprint"]
         student._has_merged_weights = merged
-        student.use_engine(engine)
+        student.use_engine(engine, dtype=products)
         return student
 
     @classmethod
     def from_pretrained(
-        cls,
-        repo_id_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        cls, repo_id_or_folder: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
     ) -> Student:
-        """``load``, with the name's revision and the account's token given apart (``hub.fetch_student``).
+        """``load`` with its ``options``, the name's revision and the account's token apart (``hub.fetch_student``).
 
         Raises:
             InputError: a revision of a folder, which has none.
@@ -154,7 +149,7 @@ class Student(nn.Module):
             )
         asks_hub = not local and (revision is not None or token is not None)
         found = fetch_student(str(repo_id_or_folder), revision=revision, token=token) if asks_hub else repo_id_or_folder
-        return cls.load(found, device=device, dtype=dtype)
+        return cls.load(found, **options)
 
     def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
         """Put the student on the Hub; ``merge`` is ``save``'s, ``options`` are ``hub.push_student``'s.
@@ -214,23 +209,31 @@ class Student(nn.Module):
         return self.backbone.dim
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the products: those that encode a text, with any engine, and those that score."""
+        return self._products or self.backbone.compute_dtype
+
+    @property
     def has_anchor(self) -> bool:
         """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        self._saved_fingerprint, self._engine = None, None  # from here on it is another student
+        self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
         self.backbone.prepare_training(seed=seed)
 
-    def use_engine(self, name: EngineName) -> None:
+    def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
         """Let this engine encode texts from now on, of the weights as they are now; scoring stays torch's.
+
+        ``dtype`` is the number format of the products from now on, scoring's too; by default that of the weights.
 
         Raises:
             InputError: the weights are not float32 on the CPU, as every engine but torch needs them.
             MissingExtraError: it is not installed.
         """
-        self._engine = open_engine(self, name)
+        self._engine = open_engine(self, name, dtype=dtype or self.backbone.compute_dtype)
+        self._products = dtype
 
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
@@ -345,13 +348,13 @@ class Student(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy casts its weights itself and encodes with torch: what is compiled cannot be copied."""
-        return {**self.__dict__, "_kept_weights": {}, "_engine": None}
+        return {**self.__dict__, "_kept_weights": {}, "_engine": None, "_products": None}
 
     def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
         kept = self._kept_weights.get(task)
-        if kept is None or not kept.is_of(head, self.backbone.compute_dtype):
+        if kept is None or not kept.is_of(head, self.compute_dtype):
             with torch.inference_mode():
-                kept = self._kept_weights[task] = HeadWeights(head, task, self.backbone.compute_dtype)
+                kept = self._kept_weights[task] = HeadWeights(head, task, self.compute_dtype)
         return kept
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:

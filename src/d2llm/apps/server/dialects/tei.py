@@ -190,7 +190,7 @@ async def info(services: TheServices) -> InfoAnswer:
     return InfoAnswer(
         model_id=models.name,
         model_sha=models.fingerprint,
-        model_dtype=str(models.student.backbone.compute_dtype).removeprefix("torch."),
+        model_dtype=str(models.student.compute_dtype).removeprefix("torch."),
         model_type=EmbeddingKind(embedding=EmbeddingPooling(pooling=models.student.config.pooling.method)),
         max_concurrent_requests=settings.queue_texts,
         max_input_length=models.max_passage_tokens,
