@@ -214,6 +214,11 @@ class Student(nn.Module):
         return self._products or self.backbone.compute_dtype
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens, padding included, that one core or an accelerator encodes at once."""
+        return _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
+
+    @property
     def has_anchor(self) -> bool:
         """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
@@ -303,9 +308,7 @@ class Student(nn.Module):
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
-            seen = (
-                "an inner product alone" if isinstance(head, CosineHead) else f"the features '{head.config.features}'"
-            )
+            seen = "an inner product alone" if isinstance(head, CosineHead) else f"features '{head.config.features}'"
             raise InputError(
                 f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
                 "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
@@ -364,9 +367,8 @@ class Student(nn.Module):
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
         tokenized = self.tokenize(texts, kind)
         vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
-        on_cpu = self.backbone.device.type == "cpu"
-        budget, over_batches = (_CPU_BATCH_TOKENS, map_on_cores) if on_cpu else (_BATCH_TOKENS, map)
-        batches = list(token_budget_batches(tokenized.lengths, max_tokens=budget, max_items=_BATCH_TEXTS))
+        over_batches = map_on_cores if self.backbone.device.type == "cpu" else map
+        batches = list(token_budget_batches(tokenized.lengths, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             ids = [tokenized.ids[index] for index in batch]

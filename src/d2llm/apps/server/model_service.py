@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from d2llm.apps.server.batching import Batcher
 from d2llm.apps.server.facts import note_items
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Task
+from d2llm.models.core_workers import core_pool
 from d2llm.models.student import Student
 
 TextKind = Literal["query", "passage"]
@@ -75,7 +77,11 @@ class _Vector:
 
 
 class ModelService:
-    """One student, shared by all requests. ``name`` is what clients call it."""
+    """One student, shared by all requests. ``name`` is what clients call it.
+
+    On a CPU as many batches are encoded side by side as there are cores, each as large as the student's own; an
+    accelerator has one at a time. ``batch_tokens`` is how large, by default ``Student.batch_tokens``.
+    """
 
     def __init__(
         self,
@@ -83,7 +89,7 @@ class ModelService:
         name: str,
         *,
         queue_texts: int = 2_048,
-        batch_tokens: int = 8_192,
+        batch_tokens: int | None = None,
         batch_wait_seconds: float = 0.0,
         observe: Observe = lambda _stage, _seconds: None,
         observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
@@ -95,15 +101,19 @@ class ModelService:
         backbone = student.config.backbone
         self.max_query_tokens = backbone.max_query_tokens
         self.max_passage_tokens = backbone.max_passage_tokens
+        self.batch_tokens = batch_tokens or student.batch_tokens
         self._observe = observe
+        on_cpu = student.backbone.device.type == "cpu"
         self._texts: Batcher[_Text, _Vector] = Batcher(
             self._encode_batch,
             name="encode",
             max_queued=queue_texts,
-            max_batch=batch_tokens,
+            max_batch=self.batch_tokens,
             cost=lambda text: text.cost,
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
+            lanes=core_pool() if on_cpu else None,
+            num_lanes=torch.get_num_threads() if on_cpu else 1,
         )
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
 
@@ -166,9 +176,9 @@ class ModelService:
         """
         return await self._in_thread(lambda: self.student.anchor_queries(vectors, task))
 
-    async def between_batches(self, work: Callable[[], _Value]) -> _Value:
-        """Run something that uses the student's backbone or tokenizer, which two threads must not do at once."""
-        return await self._texts.between_batches(work)
+    async def in_lane(self, work: Callable[[], _Value]) -> _Value:
+        """Run something else that uses the student's backbone, in turn with batches of texts."""
+        return await self._texts.in_lane(work)
 
     async def _in_thread(self, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._scoring, work)

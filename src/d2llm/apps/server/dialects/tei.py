@@ -194,7 +194,7 @@ async def info(services: TheServices) -> InfoAnswer:
         model_type=EmbeddingKind(embedding=EmbeddingPooling(pooling=models.student.config.pooling.method)),
         max_concurrent_requests=settings.queue_texts,
         max_input_length=models.max_passage_tokens,
-        max_batch_tokens=settings.batch_tokens,
+        max_batch_tokens=models.batch_tokens,
         max_client_batch_size=settings.max_texts,
         auto_truncate=False,
         tokenization_workers=1,
