@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,29 @@ def test_a_graph_is_recorded_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.encode_passages(MIXED).vectors, first)
     again.prepare_training()  # its weights will change, so torch encodes again
     np.testing.assert_allclose(again.eval().encode_passages(MIXED).vectors, first, rtol=0, atol=VECTORS)
+
+
+def test_threads_may_come_at_once(tmp_path):
+    """In a fresh process: OpenVINO's first tensors, made by two threads at a time, blocked both for ever."""
+    pytest.importorskip("openvino")
+    make(tmp_path)
+    code = """
+import sys, threading
+from d2llm import Student
+student = Student.load(sys.argv[1], engine="openvino")
+sys.setswitchinterval(1e-6)
+start = threading.Barrier(8)
+threads = [threading.Thread(target=lambda: (start.wait(), student.encode_passages(["cat"]))) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("all came back")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "student")], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout == "all came back\n"
 
 
 def test_a_copy_encodes_with_torch(tmp_path):

@@ -148,6 +148,9 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
             of_thread.request = compiled.create_infer_request()
         return of_thread.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
 
+    # Once in one thread: where two make OpenVINO's first tensors at a time, one waits for Python's lock while it holds
+    # the lock of a C++ static that the other waits for, and neither goes on.
+    run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
     return run
 
 
