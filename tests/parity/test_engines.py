@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,12 @@ for thread in threads:
 print("all came back")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "student")], capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-c", code, str(tmp_path / "student")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert done.stdout == "all came back\n"
 
