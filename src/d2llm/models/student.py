@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Bool, Float, Float32, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
@@ -120,14 +120,7 @@ class Student(nn.Module):
             if (folder / files.ADAPTER_FILE).is_file():
                 backbone.load_tuned_state(load_tensors(folder / files.ADAPTER_FILE, remedy=files.RESTORE), merge=True)
         student = cls(config, backbone)
-        head = load_tensors(folder / files.HEAD_FILE, remedy=files.RESTORE)
-        try:
-            student._load_head(head)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{folder / files.HEAD_FILE} does not fit the student's configuration "
-                f"({' '.join(str(error).split())}); {files.RESTORE}"
-            ) from error
+        files.load_head(folder, student._head)
         student._saved_fingerprint = manifest["fingerprint"]
         student._has_merged_weights = merged
         student.use_engine(engine, dtype=products)
@@ -177,7 +170,7 @@ class Student(nn.Module):
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
         with new_folder(folder, kind=files.KIND) as temporary:
-            save_file(self._head_state(), temporary / files.HEAD_FILE)
+            save_file(files.head_tensors(self._head), temporary / files.HEAD_FILE)
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:
                 self.backbone.model.config.save_pretrained(temporary / files.BACKBONE_FOLDER)
@@ -200,8 +193,13 @@ class Student(nn.Module):
         """Content hash of configuration and weights; the same for a merged and an unmerged copy."""
         if self._saved_fingerprint is not None:
             return self._saved_fingerprint
-        tensors = self._head_state() | self.backbone.tuned_state()
+        tensors = files.head_tensors(self._head) | self.backbone.tuned_state()
         return files.fingerprint_student(self.config.model_dump(mode="json"), self.backbone.fingerprint_base(), tensors)
+
+    @property
+    def _head(self) -> dict[str, nn.Module]:
+        """What a student has beside its backbone."""
+        return {"pooling": self.pooling, "interaction": self.interaction}
 
     @property
     def vector_dim(self) -> int:
@@ -364,6 +362,13 @@ class Student(nn.Module):
         """Token ids of each text, cut to the limit of its kind; cuts are counted."""
         return self.backbone.tokenize(texts, kind)
 
+    def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
+        """Vectors of texts that ``tokenize`` read, as one batch; best of like length (``batch_tokens``)."""
+        if self._engine is not None:
+            return self._engine(ids)
+        with torch.inference_mode():
+            return self(*self.backbone.pad(ids)).cpu().numpy()
+
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
         tokenized = self.tokenize(texts, kind)
         vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
@@ -371,11 +376,7 @@ class Student(nn.Module):
         batches = list(token_budget_batches(tokenized.lengths, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
-            ids = [tokenized.ids[index] for index in batch]
-            if self._engine is not None:
-                return self._engine(ids)
-            with torch.inference_mode():
-                return self(*self.backbone.pad(ids)).cpu().numpy()
+            return self.encode_tokens([tokenized.ids[index] for index in batch])
 
         with inference(self):
             for batch, encoded in zip(batches, over_batches(read, batches), strict=True):
@@ -383,16 +384,3 @@ class Student(nn.Module):
                 if advance is not None:
                     advance(len(batch))
         return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths), tuple(tokenized.lengths))
-
-    def _head_state(self) -> dict[str, Tensor]:
-        parts = {"pooling": self.pooling, "interaction": self.interaction}
-        return {
-            f"{part}.{name}": tensor.detach().cpu().contiguous()
-            for part, module in parts.items()
-            for name, tensor in module.state_dict().items()
-        }
-
-    def _load_head(self, state: dict[str, Tensor]) -> None:
-        for part, module in (("pooling", self.pooling), ("interaction", self.interaction)):
-            prefix = part + "."
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

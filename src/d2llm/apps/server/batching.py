@@ -169,8 +169,8 @@ class Batcher(Generic[_Item, _Result]):
         """
         if self._closed:
             raise NotReadyError("the server is stopping")
-        if bounded and self._num_queued and self._num_queued + len(items) > self._max_queued:
-            raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds / self._num_lanes))
+        if bounded:
+            self.require_room(len(items))
         future: asyncio.Future[Done[_Result]] = asyncio.get_running_loop().create_future()
         group = _Group[_Item, _Result](items, future, time.perf_counter(), [*range(len(items))])
         self._groups.append(group)
@@ -181,6 +181,15 @@ class Batcher(Generic[_Item, _Result]):
             return await future
         finally:
             self._forget(group)
+
+    def require_room(self, num_items: int) -> None:
+        """Make sure that so many items may join the queue; it takes any number when it is empty.
+
+        Raises:
+            OverloadedError: it is full.
+        """
+        if self._num_queued and self._num_queued + num_items > self._max_queued:
+            raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds / self._num_lanes))
 
     async def in_lane(self, work: Callable[[], _Value]) -> _Value:
         """Run something else in a thread of those that batches run in."""
