@@ -1,23 +1,26 @@
 # A server in a container. It is set up by `make setup`, as a checkout is, with the server's packages instead of the developers'.
-#   docker build -t d2llm .          for CUDA: --build-arg TORCH="torch --index-url https://download.pytorch.org/whl/cu128"
+#   docker build -t d2llm .          for CUDA: --build-arg TORCH=torch==2.13.0
 #   docker compose up                compose.yaml has what it is run with; docs/how-to/deploy.md explains it
 FROM python:3.11-slim
 
 RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 1000 d2llm
+# A new volume takes over the owner of /data.
+RUN useradd --create-home --uid 1000 d2llm && install --directory --owner=d2llm --group=d2llm /data
 
 WORKDIR /app
 COPY Makefile constraints.txt pyproject.toml README.md LICENSE ./
 COPY scripts scripts
 COPY src src
-ARG TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+ARG TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 ENV PIP_NO_CACHE_DIR=1
 RUN make setup EXTRAS=serve TORCH="$TORCH"
 
 USER d2llm
-ENV PATH=/app/.venv/bin:$PATH
-VOLUME /index
+WORKDIR /data
+VOLUME /data
+# Settings, not options of CMD: options would win over what `docker run --env` or compose.yaml says.
+ENV PATH=/app/.venv/bin:$PATH D2LLM_SERVE_INDEX=docs.index D2LLM_SERVE_HOST=0.0.0.0
 EXPOSE 8000
 HEALTHCHECK --start-period=60s --interval=15s --timeout=5s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-CMD ["d2llm", "serve", "/index", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["d2llm", "serve"]

@@ -403,6 +403,19 @@ def test_clients_are_not_told_where_the_server_keeps_its_files(index, address, f
         assert str(folder) not in wait_until_ready(broken, "broken")["message"]
 
 
+def test_neither_are_they_where_the_index_was_given_by_its_name_alone(tmp_path, monkeypatch):
+    index = write_tiny_index(tmp_path)
+    (index / "write.lock").unlink()
+    (index / "write.lock").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with serve(make_app(tiny_settings(index.relative_to(tmp_path)))) as address:
+        wait_until_ready(address)
+        answer = httpx2.post(f"{address}/v1/passages", json={"passages": [{"id": "new", "text": "a cat"}]})
+        assert answer.status_code == 507
+        assert "write.lock" in answer.text
+        assert str(tmp_path) not in answer.text
+
+
 def test_a_wrong_method_is_told_all_right_ones(address):
     for path in ("/v1/passages/p1", "/v1/passages/with/slash"):
         answer = httpx2.request("PATCH", address + path)

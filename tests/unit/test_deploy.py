@@ -72,7 +72,16 @@ class TestDockerfile:
         assert instructions("USER") == [["d2llm"]]
         assert names.index("USER") < names.index("CMD")
         assert "/health" in " ".join(instructions("HEALTHCHECK")[0])
-        assert instructions("VOLUME") == [["/index"]]
+        assert instructions("VOLUME") == [["/data"]]
+        assert instructions("WORKDIR")[-1] == ["/data"]
+
+    def test_torch_is_the_tested_one(self):
+        constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+        [pinned] = re.findall(r"^torch==\S+", constraints, re.MULTILINE)
+        [[argument]] = instructions("ARG")
+        assert argument.startswith(f"TORCH={pinned} --index-url")
+        for name in ("Dockerfile", "docs/how-to/deploy.md"):
+            assert set(re.findall(r"torch==[\w.]+", (ROOT / name).read_text(encoding="utf-8"))) == {pinned}
 
     @NEEDS_SERVER
     def test_its_command_is_one_of_the_program(self):
@@ -120,10 +129,14 @@ class TestSetup:
 
 class TestCompose:
     def test_it_is_built_from_here_and_lets_only_this_machine_in(self):
-        [service] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"].values()
+        compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+        [service] = compose["services"].values()
         assert service["build"] == "."
         assert [port.rpartition(":")[0] for port in service["ports"]] == ["127.0.0.1:8000"]
-        assert service["volumes"][0].endswith(":/index")
+        [volume] = service["volumes"]
+        [name, folder] = re.fullmatch(r"\$\{D2LLM_DATA:-(\w+)\}:(.+)", volume).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        assert (list(compose["volumes"]), [[folder]]) == ([name], instructions("VOLUME"))
+        assert service["init"] is True
         assert service["environment"]["D2LLM_SERVE_ALLOW_UNAUTHENTICATED"] == "true"
 
 
@@ -170,7 +183,7 @@ def test_every_setting_named_is_one_of_the_server():
 
     text = "".join(
         (ROOT / name).read_text(encoding="utf-8")
-        for name in ("compose.yaml", "deploy/serve.env", "deploy/d2llm.service", "docs/how-to/deploy.md")
+        for name in ("Dockerfile", "compose.yaml", "deploy/serve.env", "deploy/d2llm.service", "docs/how-to/deploy.md")
     )
     named = {name.lower() for name in re.findall(r"D2LLM_SERVE_([A-Z_]+)", text)}
     assert named

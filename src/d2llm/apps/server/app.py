@@ -170,4 +170,4 @@ def _private_paths(settings: ServeSettings) -> list[Path]:
         settings.report,
         *map(Path, filter(None, (settings.student, settings.teacher))),
     )
-    return [path for path in given if path is not None and len(path.parts) > 1]
+    return [path for path in given if path is not None and path.name]
