@@ -174,6 +174,13 @@ def test_a_request_is_one_line(json_logs: Logs):
     }
 
 
+def test_a_health_check_that_found_all_well_is_no_line(json_logs: Logs):
+    assert json_logs.client.get("/health").status_code == 200
+    assert json_logs.client.post("/health").status_code == 405
+    (record,) = json_logs.records
+    assert (record["route"], record["status"]) == ("/health", 405)
+
+
 def test_logs_hold_no_text_path_query_or_key(json_logs: Logs):
     client = json_logs.client
     client.post("/v1/search", json={"texts": [SECRET]})
@@ -220,11 +227,11 @@ def test_the_systems_own_words_are_kept(json_logs: Logs):
 
 def test_text_lines(capsys: pytest.CaptureFixture[str]):
     stop = start_logs(ServeSettings())
-    tiny_client().get("/health")
+    tiny_client().get("/v1/passages/p1")
     logging.getLogger("uvicorn.error").info("Started")
     stop()
     first, second = capsys.readouterr().err.splitlines()
-    assert "route=/health" in first
+    assert "route=/v1/passages/{passage_id}" in first
     assert "status=200" in first
     assert "Started" in second
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, TextIO, cast
 
 import structlog
@@ -27,8 +28,12 @@ _access = cast(
 
 
 def log_request(facts: RequestFacts, route: str, method: str, status: int, seconds: float, *, texts: bool) -> None:
-    """The line of a request that was answered; ``texts`` adds what it was about."""
-    _access.info(
+    """The line of a request that was answered; ``texts`` adds what it was about.
+
+    A health check that found all well is a line for debugging: orchestrators ask every few seconds.
+    """
+    _access.log(
+        logging.DEBUG if route == "/health" and status < HTTPStatus.BAD_REQUEST else logging.INFO,
         "request",
         request_id=facts.request_id,
         method=method if method.isalpha() and len(method) < 10 else "OTHER",
