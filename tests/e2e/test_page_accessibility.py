@@ -10,12 +10,12 @@ from report_samples import retrieval_report
 from tiny_server import tiny_settings
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+from d2llm.apps.server.app import make_app
+from live_server import serve, wait_until_ready
+
 axe_playwright = pytest.importorskip(
     "axe_playwright_python.sync_playwright", reason="needs axe-core: pip install 'd2llm[dev]'"
 )
-
-from d2llm.apps.server.app import make_app
-from live_server import serve, wait_until_ready
 
 SEARCH = "?q=the+cat+by+the+sea&k=3"
 NARROW = 320

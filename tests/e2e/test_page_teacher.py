@@ -1,8 +1,9 @@
-"""The teacher on the page: the cascade beside the student's rankings, its verdict on demand, its time and its failures."""
+"""The teacher on the page: the cascade beside the student's rankings, verdicts on demand, its time and its failures."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import httpx2
 import pytest
@@ -124,7 +125,7 @@ def test_lines_join_the_places_of_a_passage_and_say_which_way_it_went(visit, add
     wait_for_columns(page)
     ids = [[place["id"] for place in answer_of(address, rescore)["passages"]] for rescore in RANKINGS]
     expected = []
-    for column, (left, right) in enumerate(zip(ids, ids[1:])):
+    for column, (left, right) in enumerate(itertools.pairwise(ids)):
         for now, name in enumerate(right):
             if name in left:
                 before = left.index(name)
@@ -325,4 +326,5 @@ def test_a_teacher_that_the_index_is_not_calibrated_for_has_no_cascade(visit, ad
 
 
 def facts_of(page):
-    return dict(zip(page.locator("#facts dt").all_inner_texts(), page.locator("#facts dd").all_inner_texts()))
+    names, values = (page.locator(f"#facts {part}").all_inner_texts() for part in ("dt", "dd"))
+    return dict(zip(names, values, strict=True))
