@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2llm.apps.report_html import render_html
-from page_server import WatchedTeacher, overflow, write_taught_index
+from page_server import WatchedTeacher, overflow, until, write_taught_index
 from report_samples import retrieval_report
 from tiny_server import tiny_settings
 
@@ -147,3 +147,37 @@ def test_the_report_and_its_frame(visit, address, report):
     check(page)
     # In its frame it may run no script, so axe cannot look at it there; nor can it tell what is behind a plot's text.
     check(visit(report.as_uri(), ready=False), measurable=False)
+
+
+def test_keys_of_one_letter_can_be_turned_off(visit, address):
+    page = visit(f"{address}/{SEARCH}")
+    page.wait_for_selector(".card")
+    focused = "document.activeElement.id || document.activeElement.dataset.id"
+    first = page.locator(".card").first
+    for turned_on in (False, True):
+        page.get_by_label("Keys of one letter").set_checked(turned_on)
+        page.reload()
+        first.focus()
+        page.keyboard.press("j")
+        assert (page.evaluate(focused) != first.get_attribute("data-id")) == turned_on
+        page.keyboard.press("/")
+        assert (page.evaluate(focused) == "query") == turned_on
+    first.focus()
+    page.get_by_label("Keys of one letter").uncheck()
+    first.focus()
+    page.keyboard.press("Enter")  # other keys go on
+    page.wait_for_selector(".why")
+
+
+def test_the_focus_stays_among_the_results_when_they_change(visit, address):
+    page = visit(f"{address}/{SEARCH}")
+    page.wait_for_selector(".card")
+    value = page.locator(".metadata .value").first
+    expected = value.inner_text()
+    value.focus()
+    page.keyboard.press("Enter")  # filters by it
+    page.locator("#filters-count", has_text="(on)").wait_for()
+    until(page, "document.activeElement.id === 'results'")
+    page.keyboard.press("Tab")
+    until(page, "document.activeElement === document.querySelector('.card')")
+    assert expected in page.locator(".card").first.locator(".metadata").inner_text()
