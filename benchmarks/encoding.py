@@ -29,6 +29,7 @@ from d2llm.models.sources import locate_model
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RESULT = Path(__file__).parent / "results" / "encoding.json"
 ENGINES: tuple[EngineName, ...] = ("onnx", "openvino", "onnx-int8", "openvino-int8")
+PEER = "sentence-transformers"
 Encode = Callable[[list[str]], np.ndarray]
 
 
@@ -49,22 +50,31 @@ def rows(student_name: str) -> dict[str, Encode]:
     from sentence_transformers import SentenceTransformer
 
     torch_student = Student.load(student_name, device="cpu", dtype="float32")
-    peer = SentenceTransformer(locate_model(torch_student.config.backbone.model), device="cpu")
-    peer.max_seq_length = torch_student.config.backbone.max_passage_tokens
-    encoders: dict[str, Encode] = {
-        "sentence-transformers": lambda texts: np.asarray(peer.encode(texts, show_progress_bar=False)),
-        "torch": lambda texts: torch_student.encode_passages(texts).vectors,
-    }
-    students = {engine: Student.load(student_name, engine=engine) for engine in ENGINES}
-    if cpu_has_fast_bfloat16():
-        students["torch bfloat16"] = Student.load(student_name, device="cpu", dtype="bfloat16")
+    backbone = torch_student.config.backbone
+    formats = ("float32", "bfloat16") if cpu_has_fast_bfloat16() else ("float32",)
+    encoders: dict[str, Encode] = {}
+    for dtype in formats:
+        peer = SentenceTransformer(locate_model(backbone.model), device="cpu", model_kwargs={"dtype": dtype})
+        peer.max_seq_length = backbone.max_passage_tokens
+        encoders[_name(PEER, dtype)] = lambda texts, peer=peer: np.asarray(peer.encode(texts, show_progress_bar=False))
+    students = {"torch": torch_student}
+    for engine in ENGINES:
+        students[engine] = Student.load(student_name, engine=engine, dtype="float32")
+    for dtype in formats[1:]:
+        students[_name("torch", dtype)] = Student.load(student_name, device="cpu", dtype=dtype)
+        for engine in ("openvino", "openvino-int8"):
+            students[_name(engine, dtype)] = Student.load(student_name, engine=engine, dtype=dtype)
     for name, student in students.items():
         encoders[name] = lambda texts, student=student: student.encode_passages(texts).vectors
     return encoders
 
 
+def _name(encoder: str, dtype: str) -> str:
+    return encoder if dtype == "float32" else f"{encoder} {dtype}"
+
+
 def measure(encoders: dict[str, Encode], texts: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """Each row's texts a second, its ratio to the first row, and how its vectors differ from torch's."""
+    """Each row's texts a second, its ratio to the peer in float32, and how its vectors differ from torch's."""
     seconds: dict[str, float] = dict.fromkeys(encoders, float("inf"))
     vectors: dict[str, np.ndarray] = {}
     for encode in encoders.values():
@@ -74,11 +84,11 @@ def measure(encoders: dict[str, Encode], texts: list[str], repeats: int) -> dict
             begin = time.perf_counter()
             vectors[name] = encode(texts)
             seconds[name] = min(seconds[name], time.perf_counter() - begin)
-    first, exact = seconds["sentence-transformers"], vectors["torch"]
+    first, exact = seconds[PEER], vectors["torch"]
     found: dict[str, dict[str, float]] = {}
     for name in encoders:
         found[name] = {"texts_per_second": len(texts) / seconds[name], "ratio": first / seconds[name]}
-        if name != "sentence-transformers":  # which has its own pooling, without PMA
+        if not name.startswith(PEER):  # which has its own pooling, without PMA
             norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(vectors[name], axis=1)
             found[name] |= {
                 "largest_difference": float(abs(vectors[name] - exact).max()),

@@ -12,17 +12,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from d2llm import Student
 from d2llm.core.manifest import package_versions
 from d2llm.core.types import EngineName
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
+from d2llm.models.device import cpu_has_fast_bfloat16
 from d2llm.ops.measures import per_query_measures
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RESULT = Path(__file__).parent / "results" / "engine-quality.json"
 ENGINES: tuple[EngineName, ...] = ("torch", "onnx", "openvino", "onnx-int8", "openvino-int8")
+IN_BFLOAT16: tuple[EngineName, ...] = ("openvino", "openvino-int8")
 
 
 def sample(dataset: Dataset, num_queries: int, num_passages: int) -> tuple[list[str], list[str]]:
@@ -53,6 +56,9 @@ def measure(student: Student, dataset: Dataset, num_queries: int, num_passages: 
     for engine in ENGINES:
         student.use_engine(engine)
         found[engine] = quality(student, dataset, queries, passages)
+    for engine in IN_BFLOAT16 if cpu_has_fast_bfloat16() else ():
+        student.use_engine(engine, dtype=torch.bfloat16)
+        found[f"{engine} bfloat16"] = quality(student, dataset, queries, passages)
     return found
 
 

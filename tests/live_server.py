@@ -21,7 +21,8 @@ def serve(app: Any, **settings: Any) -> Generator[str]:
 
     ``settings`` are uvicorn's. Its loop is asyncio's own, which is what the application's tests patch and time.
     """
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", loop="asyncio", **settings)
+    quiet = {"log_config": None, "access_log": False}  # the loggers are the whole process's: they stay as they are
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, loop="asyncio", **quiet, **settings)
     server = uvicorn.Server(config)
     failures: list[BaseException] = []
 

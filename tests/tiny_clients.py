@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm import Student
 from d2llm.apps.server.app import make_app
 from live_server import serve, wait_until_ready
 from tiny_server import tiny_settings
@@ -19,6 +20,8 @@ MAX_TOKENS = 64
 QUERY = "the cat by the sea"
 LONG = "the cat sat on the mat " * 40
 """Longer than the tiny student reads."""
+LONG_TOO = "documents were cut to 64 tokens: 1"
+"""What the answer says when the second text is ``LONG``."""
 
 
 @contextmanager
@@ -38,3 +41,16 @@ def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
 def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Their probabilities."""
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def logits_of(student: Student, query: str, passages: Sequence[str]) -> NDArray[np.float32]:
+    """The student's scores of a query with passages."""
+    vectors = student.encode_queries([query]).vectors[0], student.encode_passages(passages).vectors
+    return student.score(*vectors, "asymmetric")
+
+
+def ranking(student: Student, query: str, passages: Sequence[str]) -> tuple[list[int], NDArray[np.float64]]:
+    """The passages' places, best first, and their probabilities in that order."""
+    logits = logits_of(student, query, passages)
+    order = sorted(range(len(passages)), key=lambda place: (-logits[place], place))
+    return order, sigmoid(logits)[order]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -50,21 +49,22 @@ class TestHelp:
         assert summary.split()[0] in succeed(verb, "--help").stdout
 
     @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["--version"]])
-    def test_help_is_quick_and_imports_nothing_heavy(self, arguments):
+    def test_help_imports_little(self, arguments):
         code = f"""
 import sys
 from d2llm.apps.cli import main
 try:
     main({arguments!r})
 finally:
-    print(*sorted(module.partition(".")[0] for module in sys.modules), file=sys.stderr)
+    print(*sorted(sys.modules), file=sys.stderr)
 """
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert not {"torch", "transformers", "numpy", "pyarrow"} & set(result.stderr.split())
-        # Time of the processor rather than of the clock, which runs on while other programs have their turn.
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7
+        modules = result.stderr.split()
+        packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
+        assert "d2llm" in packages
+        assert not {"torch", "transformers", "numpy", "pyarrow", "lancedb", "fastapi", "scipy"} & packages
+        # What the help costs is importing, so the modules are counted: seconds depend on the machine's other work.
+        assert len(modules) < 550
 
     def test_version(self):
         from d2llm import __version__

@@ -56,12 +56,49 @@ class Server:
         return httpx2.post(self.url + path, json=body, headers=headers)
 
 
-@pytest.fixture
-def server(index: Path, tmp_path: Path) -> Iterator[Server]:
-    found = Server(index, tmp_path)
+@pytest.fixture(scope="module")
+def server(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests here; the last of them stops it."""
+    found = Server(index, tmp_path_factory.mktemp("server"))
     yield found
     found.process.kill()
     found.process.communicate()
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded():
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        fail("serve", "no-such-index", "--port", port, containing=[f"port {port} of 127.0.0.1 is in use"])
+
+
+@pytest.mark.parametrize("arguments", [["no-such-index"], ["--student", "no-such-student"]])
+def test_what_cannot_be_loaded_ends_it_with_the_reason(arguments: list[str]):
+    fail("serve", *arguments, "--port", 0, containing=[arguments[-1]])
+
+
+def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
+    fail("serve", index, "--keys-file", tmp_path / "none.json", "--port", 0, containing=["none.json", "d2llm keys"])
+
+
+def test_others_are_let_in_only_on_purpose(index: Path):
+    fail("serve", index, "--host", "0.0.0.0", containing=["0.0.0.0", "d2llm keys", "allow_unauthenticated"])
+
+
+def test_what_is_open_without_a_key_changes_nothing_and_tells_nothing_of_the_index(server: Server):
+    """Every route of the real server but these asks for a key: a new one does, unless somebody lists it here."""
+    schema = httpx2.get(server.url + "/openapi.json").json()
+    open_routes = set()
+    for path, methods in schema["paths"].items():
+        for method in methods:
+            address = server.url + path.replace("{", "").replace("}", "")
+            answer = httpx2.request(method.upper(), address, json={} if method == "post" else None)
+            if answer.status_code != 401:
+                open_routes.add((method, path))
+    assert open_routes == {("get", "/health")}
+    for path in ("/", "/docs", "/page/main.js"):
+        assert httpx2.get(server.url + path).status_code == 200
+    assert httpx2.get(server.url + "/evaluation").status_code == 401
 
 
 def test_it_serves_from_the_line_that_says_so_until_it_is_told_to_stop(server: Server, index: Path):
@@ -100,39 +137,3 @@ def test_it_serves_from_the_line_that_says_so_until_it_is_told_to_stop(server: S
     assert "ready" in [record["event"] for record in records]
     for secret in ("the cat", "the dog", server.key):
         assert secret not in errors
-
-
-def test_a_port_in_use_is_told_before_anything_is_loaded():
-    with listen("127.0.0.1", 0) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
-        fail("serve", "no-such-index", "--port", port, containing=[f"port {port} of 127.0.0.1 is in use"])
-
-
-@pytest.mark.parametrize("arguments", [["no-such-index"], ["--student", "no-such-student"]])
-def test_what_cannot_be_loaded_ends_it_with_the_reason(arguments: list[str]):
-    fail("serve", *arguments, "--port", 0, containing=[arguments[-1]])
-
-
-def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
-    fail("serve", index, "--keys-file", tmp_path / "none.json", "--port", 0, containing=["none.json", "d2llm keys"])
-
-
-def test_others_are_let_in_only_on_purpose(index: Path):
-    fail("serve", index, "--host", "0.0.0.0", containing=["0.0.0.0", "d2llm keys", "allow_unauthenticated"])
-
-
-def test_what_is_open_without_a_key_changes_nothing_and_tells_nothing_of_the_index(server: Server):
-    """Every route of the real server but these asks for a key: a new one does, unless somebody lists it here."""
-    schema = httpx2.get(server.url + "/openapi.json").json()
-    open_routes = set()
-    for path, methods in schema["paths"].items():
-        for method in methods:
-            address = server.url + path.replace("{", "").replace("}", "")
-            answer = httpx2.request(method.upper(), address, json={} if method == "post" else None)
-            if answer.status_code != 401:
-                open_routes.add((method, path))
-    assert open_routes == {("get", "/health")}
-    for path in ("/", "/docs", "/page/main.js"):
-        assert httpx2.get(server.url + path).status_code == 200
-    assert httpx2.get(server.url + "/evaluation").status_code == 401

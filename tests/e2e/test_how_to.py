@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import MissingExtraError
-from how_to import asks_server, python_blocks, run_page
+from how_to import SERVER, asks_server, python_blocks, run_page
 
-RUN_ELSEWHERE = {"clients", "stores"}  # in test_server_dialects.py and test_stores.py
-PAGES = [
-    page
-    for page in sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
-    if page.stem not in RUN_ELSEWHERE and python_blocks(page)
-]
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
+CLIENTS = HOW_TO / "clients.md"
+RUN_ELSEWHERE = {"clients", "stores"}  # below, and in test_stores.py
+PAGES = [page for page in sorted(HOW_TO.glob("*.md")) if page.stem not in RUN_ELSEWHERE and python_blocks(page)]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +37,18 @@ def test_a_page_runs(page, tmp_path, request):
         run_page(page, tmp_path, address)
     except MissingExtraError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("block", python_blocks(CLIENTS), ids=lambda block: f"line-{block.line}")
+def test_each_client_of_the_page_of_clients_runs(block, server, monkeypatch):
+    """Block by block, as each needs other packages."""
+    from huggingface_hub import constants
+
+    for module in re.findall(r"^(?:from|import) ([\w.]+)", block.code, re.MULTILINE):
+        pytest.importorskip(module)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # its client then asks this machine
+    assert SERVER in block.code
+    exec(compile("\n" * (block.line - 1) + block.code.replace(SERVER, server), str(CLIENTS), "exec"), {})
 
 
 def write(folder: Path, text: str) -> Path:

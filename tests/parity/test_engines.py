@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from d2llm.core.recipe import InteractionConfig, PoolingConfig
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.models import engines
+from d2llm.models.device import cpu_has_fast_bfloat16
 from d2llm.models.engines import choose_engine, open_engine
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
@@ -128,6 +132,23 @@ def test_eight_bits_change_vectors_a_little(engine, tmp_path):
     assert read_manifest(tmp_path / "out", "export", 1)["precision"] == "int8"
 
 
+@pytest.mark.skipif(not cpu_has_fast_bfloat16(), reason="this CPU has no products of bfloat16")
+def test_bfloat16_where_the_cpu_is_fast_with_it(tmp_path):
+    pytest.importorskip("openvino")
+    exact = make(tmp_path)
+    expected = exact.encode_passages(MIXED).vectors
+    student = Student.load(tmp_path / "student", device="cpu", engine="openvino")
+    assert student.compute_dtype == torch.bfloat16  # of scoring too
+    found = student.encode_passages(MIXED).vectors
+    difference = abs(found - expected).max()
+    assert VECTORS < difference < 0.1, "bfloat16 has three digits"
+    np.testing.assert_allclose(
+        student.score(found[0], found, "asymmetric"), exact.score(expected[0], expected, "asymmetric"), atol=0.1
+    )
+    in_float32 = Student.load(tmp_path / "student", device="cpu", engine="openvino", dtype="float32")
+    np.testing.assert_allclose(in_float32.encode_passages(MIXED).vectors, expected, rtol=0, atol=VECTORS)
+
+
 def test_a_graph_is_recorded_once(tmp_path, monkeypatch):
     student = make(tmp_path)
     first = by(student, "onnx")
@@ -136,6 +157,34 @@ def test_a_graph_is_recorded_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.encode_passages(MIXED).vectors, first)
     again.prepare_training()  # its weights will change, so torch encodes again
     np.testing.assert_allclose(again.eval().encode_passages(MIXED).vectors, first, rtol=0, atol=VECTORS)
+
+
+def test_threads_may_come_at_once(tmp_path):
+    """In a fresh process: OpenVINO's first tensors, made by two threads at a time, blocked both for ever."""
+    pytest.importorskip("openvino")
+    make(tmp_path)
+    code = """
+import sys, threading
+from d2llm import Student
+student = Student.load(sys.argv[1], engine="openvino")
+sys.setswitchinterval(1e-6)
+start = threading.Barrier(8)
+threads = [threading.Thread(target=lambda: (start.wait(), student.encode_passages(["cat"]))) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("all came back")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "student")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert done.stdout == "all came back\n"
 
 
 def test_a_copy_encodes_with_torch(tmp_path):
@@ -147,11 +196,14 @@ def test_a_copy_encodes_with_torch(tmp_path):
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(InputError, match="unknown engine 'tensorrt'"):
         choose_engine("tensorrt")
-    with pytest.raises(InputError, match="leave dtype out"):
-        choose_engine("onnx", dtype="bfloat16")
+    for engine in ("onnx", "onnx-int8"):
+        with pytest.raises(InputError, match="has no products in 'bfloat16'; leave dtype out"):
+            choose_engine(engine, dtype="bfloat16")
+    with pytest.raises(InputError, match="has no products in 'float16'"):
+        choose_engine("openvino", dtype="float16")
     with pytest.raises(InputError, match="use engine 'torch'"):
         choose_engine("openvino", device="meta")
-    assert choose_engine("auto", dtype="bfloat16") == "torch"
+    assert choose_engine("auto", dtype="float16") == "torch"
     assert choose_engine("auto", device="meta") == "torch"
     student = make(tmp_path)
     student.backbone.compute_dtype = torch.bfloat16

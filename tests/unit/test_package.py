@@ -35,17 +35,18 @@ def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
 
 
-def test_import_is_quick_and_leaves_the_heavy_packages_alone():
+def test_import_brings_little():
     code = """
-import sys, time
-start = time.perf_counter()
+import sys
+before = set(sys.modules)
 import d2llm
-print(time.perf_counter() - start)
-print(*sorted(module.partition(".")[0] for module in sys.modules))
+print(*sorted(set(sys.modules) - before))
 """
-    seconds, modules = run_python(code).stdout.splitlines()
-    assert float(seconds) < 0.3
-    assert not {"torch", "transformers", "pydantic", "rich", "typer", "numpy", "pyarrow"} & set(modules.split())
+    brought = run_python(code).stdout.split()
+    modules = {name.partition(".")[0] for name in brought}
+    assert "d2llm" in modules
+    assert len(brought) < 60  # what an import costs, whatever else the machine does
+    assert not {"torch", "transformers", "pydantic", "rich", "typer", "numpy", "pyarrow"} & modules
 
 
 @pytest.mark.parametrize("name", PUBLIC)

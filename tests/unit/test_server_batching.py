@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -85,8 +86,61 @@ def test_a_batch_holds_what_its_costs_allow_and_one_item_at_least():
         gate.open.set()
         work = batcher(gate, max_batch=10, cost=float)
         await work.submit([4, 4, 4, 30, 1])
-        assert gate.batches == [[4, 4], [4], [30], [1]]
+        assert gate.batches == [[4, 4], [4, 1], [30]]
         await work.stop()
+
+    asyncio.run(main())
+
+
+def test_a_batch_holds_what_is_most_like_its_first():
+    async def main():
+        gate = Gate()
+        work = batcher(gate, max_batch=20, cost=float)
+        asked = [asyncio.create_task(work.submit([1]))]
+        await asyncio.sleep(0.01)
+        asked += [asyncio.create_task(work.submit([cost])) for cost in (5, 20, 1, 4, 2, 5, 6, 1)]
+        await asyncio.sleep(0.01)
+        gate.open.set()
+        await asyncio.gather(*asked)
+        assert gate.batches[1:] == [[5, 5, 4], [20], [1, 1, 2], [6]]
+        await work.stop()
+
+    asyncio.run(main())
+
+
+def test_what_waits_longest_is_in_the_next_batch_whatever_comes():
+    async def main():
+        gate = Gate()
+        gate.open.set()
+        work = batcher(gate, max_batch=4, cost=float)
+        unlike = asyncio.create_task(work.submit([4]))
+        alike = [asyncio.create_task(work.submit([1] * 40)) for _ in range(4)]
+        await asyncio.gather(unlike, *alike)
+        assert [4] in gate.batches[:2]
+        await work.stop()
+
+    asyncio.run(main())
+
+
+def test_batches_run_side_by_side_and_one_alone_in_its_own_thread():
+    async def main():
+        threads, both = [], threading.Barrier(2)
+
+        def run(items):
+            threads.append(threading.current_thread().name)
+            if items != [0]:
+                both.wait(10)  # breaks unless two run at a time
+            return doubled(items)
+
+        with ThreadPoolExecutor(2, thread_name_prefix="lane") as lanes:
+            work = batcher(run, max_batch=1, lanes=lanes, num_lanes=2)
+            assert (await work.submit([0])).results == [0]
+            assert threads == ["test_0"]
+            assert (await work.submit(list(range(1, 9)))).results == doubled(range(1, 9))
+            assert all(name.startswith("lane") for name in threads[1:])
+            assert (await work.in_lane(lambda: threading.current_thread().name)).startswith("lane")
+            assert work.num_queued == 0
+            await asyncio.wait_for(work.stop(), 5)
 
     asyncio.run(main())
 

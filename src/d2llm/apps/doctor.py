@@ -95,7 +95,7 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         check_weights(folder)
         yield Finding("student", "weights", "ok", f"{folder}, as its manifest says")
         student = Student.load(folder, device=device)
-        base, dtype = student.backbone.location, str(student.backbone.compute_dtype).removeprefix("torch.")
+        base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")
         yield Finding("student", "backbone", "ok", f"{base}, {student.vector_dim} wide, in {dtype}")
         started = time.perf_counter()
         query = student.encode_queries([_QUESTION]).vectors[0]

@@ -25,10 +25,14 @@ def map_on_cores(work: Callable[[_Batch], _Result], batches: Sequence[_Batch]) -
     As many cores as ``torch.get_num_threads()`` says. ``work`` runs in other threads: what is set for a thread alone,
     as ``torch.inference_mode`` is, it must set itself.
     """
-    num_cores = torch.get_num_threads()
-    if num_cores == 1 or len(batches) == 1:
+    if torch.get_num_threads() == 1 or len(batches) == 1:
         return map(work, batches)
-    return _workers(num_cores, os.getpid()).map(work, batches)
+    return core_pool().map(work, batches)
+
+
+def core_pool() -> ThreadPoolExecutor:
+    """The threads of ``map_on_cores``, as many as ``torch.get_num_threads()`` says, in each of which torch uses one."""
+    return _workers(torch.get_num_threads(), os.getpid())
 
 
 @lru_cache(maxsize=2)

@@ -24,6 +24,7 @@ from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, write_manifest
 from d2llm.core.types import EngineName
+from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.eight_bits import OPENVINO_GROUP, Runtime
 from d2llm.models.graphs import OPSET, write_text_graph
 
@@ -42,46 +43,61 @@ def choose_engine(
 ) -> EngineName:
     """The engine asked for; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO where it is installed, the machine has no accelerator, and nothing else is asked for; else torch.
+    That is OpenVINO where it is installed and the machine has no accelerator, or none is asked for; else torch.
     Weights of eight bits change the vectors, so ``auto`` never means them.
 
     Raises:
         InputError: an unknown name, or an engine of the CPU for another device or number format.
     """
-    from d2llm.models.device import choose_device, choose_dtype
-
     if name not in get_args(EngineName):
         raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
     on_cpu = choose_device(device).type == "cpu"
-    in_float32 = dtype in (None, "float32", torch.float32)
     if name == "auto":
-        # Where the CPU multiplies bfloat16, torch is faster in it than any engine in float32.
-        fits = on_cpu and in_float32 and choose_dtype(torch.device("cpu"), dtype) == torch.float32
+        fits = on_cpu and _can_multiply("openvino", dtype)
         return "openvino" if fits and find_spec("openvino") and find_spec("onnx") else "torch"
     if name != "torch" and device is not None and not on_cpu:
         raise InputError(f"engine '{name}' computes on the CPU, but device '{device}' is asked for; use engine 'torch'")
-    if name != "torch" and not in_float32:
-        raise InputError(f"engine '{name}' starts from float32, but dtype '{dtype}' is asked for; leave dtype out")
+    if name != "torch" and not _can_multiply(name, dtype):
+        raise InputError(f"engine '{name}' has no products in '{dtype}'; leave dtype out, or use engine 'torch'")
     return cast(EngineName, name)
 
 
-def open_engine(student: Student, name: EngineName, *, cache: Path | None = None) -> Engine | None:
+def choose_products(engine: EngineName, device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+    """The number format in which an engine multiplies, by default what is fast here; ONNX Runtime has float32 alone."""
+    return torch.float32 if engine.startswith("onnx") else choose_dtype(device, dtype)
+
+
+def open_engine(
+    student: Student, name: EngineName, *, dtype: torch.dtype = torch.float32, cache: Path | None = None
+) -> Engine | None:
     """The compiled engine of a student, its graph taken from the cache or recorded now; None for torch.
+
+    Args:
+        student: with weights in float32 on the CPU, as graphs are recorded from.
+        name: of the engine.
+        dtype: of its products (``choose_products``).
+        cache: folder for graphs, by default the user's.
 
     Raises:
         InputError: the student's weights are not float32 on the CPU.
         MissingExtraError: the engine is not installed.
     """
-    name = choose_engine(name, device=student.backbone.device, dtype=student.backbone.compute_dtype)
+    has_graph = student.backbone.compute_dtype == torch.float32
+    name = choose_engine(name, device=student.backbone.device, dtype=dtype) if has_graph or name != "auto" else "torch"
     if name == "torch":
         return None
-    run = _RUNTIMES[name](_graph(student, _INT8.get(name), cache or user_cache_path("d2llm")))
+    run = _RUNTIMES[name](_graph(student, _INT8.get(name), cache or user_cache_path("d2llm")), dtype)
 
     def encode(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         token_ids, mask = student.backbone.pad(ids)
         return run(token_ids.numpy(), mask.long().numpy())
 
     return encode
+
+
+def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
+    formats = (None, "float32", torch.float32)
+    return dtype in ((*formats, "bfloat16", torch.bfloat16) if name.startswith("openvino") else formats)
 
 
 def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
@@ -102,7 +118,8 @@ def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
     return folder / _FILE
 
 
-def _onnx_runtime(file: Path) -> _Run:
+def _onnx_runtime(file: Path, dtype: torch.dtype) -> _Run:
+    assert dtype == torch.float32  # all that it multiplies fast on these CPUs
     runtime: Any = require("onnxruntime", extra="export", purpose="the engine onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1  # batches are on different cores (``core_workers``)
@@ -115,10 +132,10 @@ def _onnx_runtime(file: Path) -> _Run:
     return run
 
 
-def _openvino(file: Path) -> _Run:
+def _openvino(file: Path, dtype: torch.dtype) -> _Run:
     openvino: Any = require("openvino", extra="export", purpose="the engine openvino")
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": torch.get_num_threads(),  # batches are on different cores (``core_workers``)
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,  # for weights of eight bits alone
@@ -131,10 +148,13 @@ def _openvino(file: Path) -> _Run:
             of_thread.request = compiled.create_infer_request()
         return of_thread.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
 
+    # Once in one thread: where two make OpenVINO's first tensors at a time, one waits for Python's lock while it holds
+    # the lock of a C++ static that the other waits for, and neither goes on.
+    run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
     return run
 
 
-_RUNTIMES: dict[EngineName, Callable[[Path], _Run]] = {
+_RUNTIMES: dict[EngineName, Callable[[Path, torch.dtype], _Run]] = {
     "onnx": _onnx_runtime,
     "onnx-int8": _onnx_runtime,
     "openvino": _openvino,

@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Bool, Float, Float32, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
@@ -24,9 +24,9 @@ from d2llm.core.types import EngineName, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.core_workers import map_on_cores
-from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.device import choose_device
 from d2llm.models.encoded_texts import EncodedTexts
-from d2llm.models.engines import Engine, choose_engine, open_engine
+from d2llm.models.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
@@ -61,6 +61,7 @@ class Student(nn.Module):
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
+        self._products: torch.dtype | None = None
         self.eval()
 
     @classmethod
@@ -105,44 +106,31 @@ class Student(nn.Module):
         folder = find_student(folder_or_name)
         manifest, config = files.read_student_manifest(folder)
         merged = (folder / files.BACKBONE_FOLDER).is_dir()
-        chosen, engine = choose_device(device), choose_engine(engine, device=device, dtype=dtype)
-        if engine != "torch":
-            chosen, dtype = torch.device("cpu"), "float32"
+        engine = choose_engine(engine, device=device, dtype=dtype)
+        chosen = choose_device(device if engine == "torch" else "cpu")
+        products = choose_products(engine, chosen, dtype)
         source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
         backbone = Backbone(
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
             device=chosen,
-            compute_dtype=choose_dtype(chosen, dtype),
+            compute_dtype=products if engine == "torch" else torch.float32,  # which graphs are recorded from
         )
         if not merged:
             files.require_same_base(folder, manifest, backbone)
             if (folder / files.ADAPTER_FILE).is_file():
                 backbone.load_tuned_state(load_tensors(folder / files.ADAPTER_FILE, remedy=files.RESTORE), merge=True)
         student = cls(config, backbone)
-        head = load_tensors(folder / files.HEAD_FILE, remedy=files.RESTORE)
-        try:
-            student._load_head(head)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{folder / files.HEAD_FILE} does not fit the student's configuration "
-                f"({' '.join(str(error).split())}); {files.RESTORE}"
-            ) from error
+        files.load_head(folder, student._head)
         student._saved_fingerprint = manifest["fingerprint"]
         student._has_merged_weights = merged
-        student.use_engine(engine)
+        student.use_engine(engine, dtype=products)
         return student
 
     @classmethod
     def from_pretrained(
-        cls,
-        repo_id_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        cls, repo_id_or_folder: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
     ) -> Student:
-        """``load``, with the name's revision and the account's token given apart (``hub.fetch_student``).
+        """``load`` with its ``options``, the name's revision and the account's token apart (``hub.fetch_student``).
 
         Raises:
             InputError: a revision of a folder, which has none.
@@ -154,7 +142,7 @@ class Student(nn.Module):
             )
         asks_hub = not local and (revision is not None or token is not None)
         found = fetch_student(str(repo_id_or_folder), revision=revision, token=token) if asks_hub else repo_id_or_folder
-        return cls.load(found, device=device, dtype=dtype)
+        return cls.load(found, **options)
 
     def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
         """Put the student on the Hub; ``merge`` is ``save``'s, ``options`` are ``hub.push_student``'s.
@@ -182,7 +170,7 @@ class Student(nn.Module):
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
         with new_folder(folder, kind=files.KIND) as temporary:
-            save_file(self._head_state(), temporary / files.HEAD_FILE)
+            save_file(files.head_tensors(self._head), temporary / files.HEAD_FILE)
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:
                 self.backbone.model.config.save_pretrained(temporary / files.BACKBONE_FOLDER)
@@ -205,13 +193,28 @@ class Student(nn.Module):
         """Content hash of configuration and weights; the same for a merged and an unmerged copy."""
         if self._saved_fingerprint is not None:
             return self._saved_fingerprint
-        tensors = self._head_state() | self.backbone.tuned_state()
+        tensors = files.head_tensors(self._head) | self.backbone.tuned_state()
         return files.fingerprint_student(self.config.model_dump(mode="json"), self.backbone.fingerprint_base(), tensors)
+
+    @property
+    def _head(self) -> dict[str, nn.Module]:
+        """What a student has beside its backbone."""
+        return {"pooling": self.pooling, "interaction": self.interaction}
 
     @property
     def vector_dim(self) -> int:
         """Width of a text's vector."""
         return self.backbone.dim
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the products: those that encode a text, with any engine, and those that score."""
+        return self._products or self.backbone.compute_dtype
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens, padding included, that one core or an accelerator encodes at once."""
+        return _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
 
     @property
     def has_anchor(self) -> bool:
@@ -220,17 +223,20 @@ class Student(nn.Module):
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        self._saved_fingerprint, self._engine = None, None  # from here on it is another student
+        self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
         self.backbone.prepare_training(seed=seed)
 
-    def use_engine(self, name: EngineName) -> None:
+    def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
         """Let this engine encode texts from now on, of the weights as they are now; scoring stays torch's.
+
+        ``dtype`` is the number format of the products from now on, scoring's too; by default that of the weights.
 
         Raises:
             InputError: the weights are not float32 on the CPU, as every engine but torch needs them.
             MissingExtraError: it is not installed.
         """
-        self._engine = open_engine(self, name)
+        self._engine = open_engine(self, name, dtype=dtype or self.backbone.compute_dtype)
+        self._products = dtype
 
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
@@ -300,9 +306,7 @@ class Student(nn.Module):
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
-            seen = (
-                "an inner product alone" if isinstance(head, CosineHead) else f"the features '{head.config.features}'"
-            )
+            seen = "an inner product alone" if isinstance(head, CosineHead) else f"features '{head.config.features}'"
             raise InputError(
                 f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
                 "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
@@ -345,32 +349,34 @@ class Student(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy casts its weights itself and encodes with torch: what is compiled cannot be copied."""
-        return {**self.__dict__, "_kept_weights": {}, "_engine": None}
+        return {**self.__dict__, "_kept_weights": {}, "_engine": None, "_products": None}
 
     def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
         kept = self._kept_weights.get(task)
-        if kept is None or not kept.is_of(head, self.backbone.compute_dtype):
+        if kept is None or not kept.is_of(head, self.compute_dtype):
             with torch.inference_mode():
-                kept = self._kept_weights[task] = HeadWeights(head, task, self.backbone.compute_dtype)
+                kept = self._kept_weights[task] = HeadWeights(head, task, self.compute_dtype)
         return kept
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
         """Token ids of each text, cut to the limit of its kind; cuts are counted."""
         return self.backbone.tokenize(texts, kind)
 
+    def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
+        """Vectors of texts that ``tokenize`` read, as one batch; best of like length (``batch_tokens``)."""
+        if self._engine is not None:
+            return self._engine(ids)
+        with torch.inference_mode():
+            return self(*self.backbone.pad(ids)).cpu().numpy()
+
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
         tokenized = self.tokenize(texts, kind)
         vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
-        on_cpu = self.backbone.device.type == "cpu"
-        budget, over_batches = (_CPU_BATCH_TOKENS, map_on_cores) if on_cpu else (_BATCH_TOKENS, map)
-        batches = list(token_budget_batches(tokenized.lengths, max_tokens=budget, max_items=_BATCH_TEXTS))
+        over_batches = map_on_cores if self.backbone.device.type == "cpu" else map
+        batches = list(token_budget_batches(tokenized.lengths, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
-            ids = [tokenized.ids[index] for index in batch]
-            if self._engine is not None:
-                return self._engine(ids)
-            with torch.inference_mode():
-                return self(*self.backbone.pad(ids)).cpu().numpy()
+            return self.encode_tokens([tokenized.ids[index] for index in batch])
 
         with inference(self):
             for batch, encoded in zip(batches, over_batches(read, batches), strict=True):
@@ -378,16 +384,3 @@ class Student(nn.Module):
                 if advance is not None:
                     advance(len(batch))
         return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths), tuple(tokenized.lengths))
-
-    def _head_state(self) -> dict[str, Tensor]:
-        parts = {"pooling": self.pooling, "interaction": self.interaction}
-        return {
-            f"{part}.{name}": tensor.detach().cpu().contiguous()
-            for part, module in parts.items()
-            for name, tensor in module.state_dict().items()
-        }
-
-    def _load_head(self, state: dict[str, Tensor]) -> None:
-        for part, module in (("pooling", self.pooling), ("interaction", self.interaction)):
-            prefix = part + "."
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
@@ -42,6 +42,32 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DataFormatError(
             folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
+        ) from error
+
+
+def head_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of a student's parts beside its backbone, by the part's name and their own."""
+    return {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Give the parts beside the backbone the weights in a student's folder.
+
+    Raises:
+        ModelError: they cannot be read, or do not fit.
+    """
+    state = load_tensors(folder / HEAD_FILE, remedy=RESTORE)
+    try:
+        for part, module in parts.items():
+            prefix = part + "."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    except RuntimeError as error:
+        raise ModelError(
+            f"{folder / HEAD_FILE} does not fit the student's configuration ({' '.join(str(error).split())}); {RESTORE}"
         ) from error
 
 

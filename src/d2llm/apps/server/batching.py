@@ -1,8 +1,9 @@
-"""A bounded queue before one worker thread: what waits while a batch runs becomes the next batch.
+"""A bounded queue before worker threads: what waits while batches run becomes the next batches.
 
 No timer holds a lone request back. A request is a group of items that is admitted whole or not at all; groups take
-turns, so that a small one does not wait behind a large one. A group whose client goes away leaves the queue. A batch
-that fails is split until the bad item fails alone.
+turns, so that a small one does not wait behind a large one. A batch holds items of like cost, the one that waits
+longest among them. A group whose client goes away leaves the queue. A batch that fails is split until the bad item
+fails alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -23,8 +24,9 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Value = TypeVar("_Value")
 
-_FORGETTING = 0.2  # of the measured cost of an item at each batch
+_FORGETTING = 0.2  # of the measured seconds of an item at each batch
 _ITEMS_A_TURN = 16
+_BATCHES_IN_SIGHT = 16  # among whose items a batch finds those of like cost
 
 
 class Places:
@@ -54,18 +56,27 @@ class Done(Generic[_Result]):
 
 @dataclass(eq=False, slots=True)
 class _Group(Generic[_Item, _Result]):
-    """A request's items: ``results`` fills up while ``next`` moves through ``items``."""
+    """A request's items: ``results`` fills up while ``waiting``, the places of those not taken, runs out."""
 
     items: Sequence[_Item]
     future: asyncio.Future[Done[_Result]]
     came: float
+    waiting: list[int]
     results: dict[int, _Result] = field(default_factory=dict[int, _Result])
-    next: int = 0
     began: float | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class _Place(Generic[_Item, _Result]):
+    """An item of a group."""
+
+    group: _Group[_Item, _Result]
+    number: int
+    cost: float
+
     @property
-    def num_left(self) -> int:
-        return len(self.items) - self.next
+    def item(self) -> _Item:
+        return self.group.items[self.number]
 
 
 class Batcher(Generic[_Item, _Result]):
@@ -81,18 +92,23 @@ class Batcher(Generic[_Item, _Result]):
         cost: Callable[[_Item], float] = lambda _: 1.0,
         wait_seconds: float = 0.0,
         observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
+        lanes: Executor | None = None,
+        num_lanes: int = 1,
     ) -> None:
         """Start no thread yet: ``start`` does.
 
         Args:
-            run: items -> results, or errors, in their order; called in the worker thread. What it raises becomes the
+            run: items -> results, or errors, in their order; called in a worker thread. What it raises becomes the
                 error of the items that it cannot do alone.
             name: of the thread.
             max_queued: items that may wait; a group beyond that is refused.
-            max_batch: costs of a batch's items together, unless its first item alone is more.
+            max_batch: a batch's items times the greatest cost among them, unless one item alone is more.
             cost: of an item, for ``max_batch``.
             wait_seconds: how long to wait for more when there is something to do; 0 takes what is there.
             observe_batch: is told each batch's size and seconds.
+            lanes: threads for batches that run side by side; what finds nothing else to do runs in a thread of its
+                own, where it may have all cores.
+            num_lanes: batches that may run at a time.
         """
         self._run = run
         self._name = name
@@ -108,8 +124,11 @@ class Batcher(Generic[_Item, _Result]):
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
-        self._worker: asyncio.Task[None] | None = None
+        self._workers: list[asyncio.Task[None]] = []
+        self._num_running = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._lanes = lanes or self._thread
+        self._num_lanes = num_lanes
 
     @property
     def num_queued(self) -> int:
@@ -118,7 +137,8 @@ class Batcher(Generic[_Item, _Result]):
 
     def start(self) -> None:
         """Begin to work."""
-        self._worker = asyncio.get_running_loop().create_task(self._work(), name=self._name)
+        loop = asyncio.get_running_loop()
+        self._workers = [loop.create_task(self._work(), name=self._name) for _ in range(self._num_lanes)]
 
     async def stop(self, timeout: float | None = None) -> None:
         """Take nothing more, finish what was admitted and end; after ``timeout`` seconds give up the rest."""
@@ -127,8 +147,8 @@ class Batcher(Generic[_Item, _Result]):
             await asyncio.wait_for(self._idle.wait(), timeout)
         except TimeoutError:
             _log.warning("%s: %d items were given up", self._name, self._num_queued)
-        if self._worker is not None:
-            self._worker.cancel()
+        for worker in self._workers:
+            worker.cancel()
         while self._groups:
             group = self._groups.popleft()
             if not group.future.done():
@@ -149,10 +169,10 @@ class Batcher(Generic[_Item, _Result]):
         """
         if self._closed:
             raise NotReadyError("the server is stopping")
-        if bounded and self._num_queued and self._num_queued + len(items) > self._max_queued:
-            raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds))
+        if bounded:
+            self.require_room(len(items))
         future: asyncio.Future[Done[_Result]] = asyncio.get_running_loop().create_future()
-        group = _Group[_Item, _Result](items, future, time.perf_counter())
+        group = _Group[_Item, _Result](items, future, time.perf_counter(), [*range(len(items))])
         self._groups.append(group)
         self._num_queued += len(items)
         self._idle.clear()
@@ -162,56 +182,95 @@ class Batcher(Generic[_Item, _Result]):
         finally:
             self._forget(group)
 
-    async def between_batches(self, work: Callable[[], _Value]) -> _Value:
-        """Run something else in the worker thread, for what must not run beside a batch."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    def require_room(self, num_items: int) -> None:
+        """Make sure that so many items may join the queue; it takes any number when it is empty.
+
+        Raises:
+            OverloadedError: it is full.
+        """
+        if self._num_queued and self._num_queued + num_items > self._max_queued:
+            raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds / self._num_lanes))
+
+    async def in_lane(self, work: Callable[[], _Value]) -> _Value:
+        """Run something else in a thread of those that batches run in."""
+        return await asyncio.get_running_loop().run_in_executor(self._lanes, work)
 
     def _forget(self, group: _Group[_Item, _Result]) -> None:
         """Free the place of a group that nobody waits for any more."""
         if group in self._groups:
             self._groups.remove(group)
-            self._num_queued -= group.num_left
+            self._num_queued -= len(group.waiting)
 
     async def _work(self) -> None:
+        """One of the lanes: batch after batch."""
         loop = asyncio.get_running_loop()
         while True:
-            if not self._groups:
+            while not self._groups:
                 self._something.clear()
-                self._idle.set()
+                if not self._num_running:
+                    self._idle.set()
                 await self._something.wait()
             if self._wait_seconds:
                 await asyncio.sleep(self._wait_seconds)
             taken = self._take()
             if not taken:
                 continue
+            alone = not self._groups and not self._num_running
+            self._num_running += 1
             begin = time.perf_counter()
-            results = await loop.run_in_executor(self._thread, self._run_apart, [item for _, _, item in taken])
+            results = await loop.run_in_executor(
+                self._thread if alone else self._lanes, self._run_apart, [place.item for place in taken]
+            )
+            self._num_running -= 1
             seconds = time.perf_counter() - begin
             self._observe_batch(len(taken), seconds)
             latest = seconds / len(taken)
             self._item_seconds += _FORGETTING * (latest - self._item_seconds) if self._item_seconds else latest
-            for (group, place, _), result in zip(taken, results, strict=True):
-                _deliver(group, place, result)
+            for place, result in zip(taken, results, strict=True):
+                _deliver(place.group, place.number, result)
 
-    def _take(self) -> list[tuple[_Group[_Item, _Result], int, _Item]]:
-        """The next batch: a few items of each group in turn, as long as they fit."""
-        taken: list[tuple[_Group[_Item, _Result], int, _Item]] = []
-        room, now = self._max_batch, time.perf_counter()
-        while self._groups:
-            group = self._groups[0]
-            group.began = group.began or now
-            for place in range(group.next, min(group.next + _ITEMS_A_TURN, len(group.items))):
-                item = group.items[place]
-                room -= self._cost(item)
-                if room < 0 and taken:
-                    return taken
-                taken.append((group, place, item))
-                group.next += 1
-                self._num_queued -= 1
-            self._groups.popleft()
-            if group.num_left:
-                self._groups.append(group)
+    def _take(self) -> list[_Place[_Item, _Result]]:
+        """The next batch: the item that waits longest, and those in sight whose costs are most like its own."""
+        seen = self._in_sight()
+        if not seen:
+            return []
+        first = seen[0].cost
+        taken: list[_Place[_Item, _Result]] = []
+        most = 0.0
+        for place in sorted(seen, key=lambda place: abs(place.cost - first)):
+            most = max(most, place.cost)
+            if taken and most * (len(taken) + 1) > self._max_batch:
+                break
+            taken.append(place)
+        self._remove(taken)
         return taken
+
+    def _remove(self, taken: Sequence[_Place[_Item, _Result]]) -> None:
+        """Take these out of the queue; a group of which some are left goes behind the others."""
+        numbers: dict[_Group[_Item, _Result], set[int]] = {}
+        for place in taken:
+            numbers.setdefault(place.group, set()).add(place.number)
+        now = time.perf_counter()
+        for group, gone in numbers.items():
+            group.began = group.began or now
+            group.waiting = [number for number in group.waiting if number not in gone]
+            self._groups.remove(group)
+            if group.waiting:
+                self._groups.append(group)
+        self._num_queued -= len(taken)
+
+    def _in_sight(self) -> list[_Place[_Item, _Result]]:
+        """A few items of each group, as many as several batches hold, those that wait longest first."""
+        seen: list[_Place[_Item, _Result]] = []
+        room = self._max_batch * _BATCHES_IN_SIGHT
+        for group in self._groups:
+            for number in group.waiting[:_ITEMS_A_TURN]:
+                place = _Place(group, number, self._cost(group.items[number]))
+                room -= place.cost
+                seen.append(place)
+            if room < 0:
+                break
+        return seen
 
     def _run_apart(self, items: Sequence[_Item]) -> list[_Result | Exception]:
         """Run a batch; where it fails, its halves, so that only the items that cannot be done have an error."""

@@ -60,6 +60,8 @@ class Problem:
         request_id: to look it up in the logs.
         retry_after: seconds, where trying again later helps.
         headers: of the answer, besides those that follow from the rest.
+        reason: pydantic's name for what is wrong with the field, as in "missing"; None where it was not pydantic
+            that refused the body.
     """
 
     status: int
@@ -69,6 +71,7 @@ class Problem:
     request_id: str = ""
     retry_after: float | None = None
     headers: Mapping[str, str] | None = None
+    reason: str | None = None
 
 
 Shape = Callable[[Problem], tuple[int, dict[str, Any]]]
@@ -221,8 +224,8 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
-        return Problem(400, "invalid_request", f"the body is no valid JSON ({reason})")
+        return Problem(400, "invalid_request", f"the body is no valid JSON ({reason})", reason="json_invalid")
     text = f"{where}: {message}" if where else message
     if len(problems) > 1:
         text += f" (and {len(problems) - 1} more)"
-    return Problem(422, "invalid_request", text, where)
+    return Problem(422, "invalid_request", text, where, reason=str(first["type"]))

@@ -144,7 +144,7 @@ class IndexService:
         passage, version = await self.get(passage_id), self.current
         asked: Task = task or version.view.task
         with self._explaining:
-            found = await version.models.between_batches(
+            found = await version.models.in_lane(
                 lambda: attribute(version.models.student, query, passage.full_text, asked)
             )
         return passage, found

@@ -6,21 +6,22 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from d2llm.apps.server.batching import Batcher
 from d2llm.apps.server.facts import note_items
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Task
+from d2llm.models.backbone import TOKENIZING, TextKind, TokenizedTexts
+from d2llm.models.core_workers import core_pool
 from d2llm.models.student import Student
 
-TextKind = Literal["query", "passage"]
 Observe = Callable[[str, float], None]
-_CHARACTERS_A_TOKEN = 4  # about; a batch is made up before its texts are tokenized
-_AROUND = 4  # tokens that a model adds, and a short text's rounding
+_FEW_CHARACTERS = 10_000  # so many are tokenized in the event loop's thread, as going to another costs more
 _Value = TypeVar("_Value")
 
 
@@ -60,22 +61,12 @@ class Scored:
     query_truncated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    text: str
-    kind: TextKind
-    cost: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Vector:
-    vector: NDArray[np.float32]
-    num_tokens: int
-    truncated: bool
-
-
 class ModelService:
-    """One student, shared by all requests. ``name`` is what clients call it."""
+    """One student, shared by all requests. ``name`` is what clients call it.
+
+    On a CPU as many batches are encoded side by side as there are cores, each as large as the student's own; an
+    accelerator has one at a time. ``batch_tokens`` is how large, by default ``Student.batch_tokens``.
+    """
 
     def __init__(
         self,
@@ -83,7 +74,7 @@ class ModelService:
         name: str,
         *,
         queue_texts: int = 2_048,
-        batch_tokens: int = 8_192,
+        batch_tokens: int | None = None,
         batch_wait_seconds: float = 0.0,
         observe: Observe = lambda _stage, _seconds: None,
         observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
@@ -95,15 +86,19 @@ class ModelService:
         backbone = student.config.backbone
         self.max_query_tokens = backbone.max_query_tokens
         self.max_passage_tokens = backbone.max_passage_tokens
+        self.batch_tokens = batch_tokens or student.batch_tokens
         self._observe = observe
-        self._texts: Batcher[_Text, _Vector] = Batcher(
+        on_cpu = student.backbone.device.type == "cpu"
+        self._texts: Batcher[Sequence[int], NDArray[np.float32]] = Batcher(
             self._encode_batch,
             name="encode",
             max_queued=queue_texts,
-            max_batch=batch_tokens,
-            cost=lambda text: text.cost,
+            max_batch=self.batch_tokens,
+            cost=len,
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
+            lanes=core_pool() if on_cpu else None,
+            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,
         )
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
 
@@ -129,7 +124,7 @@ class ModelService:
             ModelError: a vector is not finite.
         """
         note_items(texts)
-        return await self._encode([self._text(text, kind) for text in texts], bounded=bounded)
+        return await self._encode([(texts, kind)], bounded=bounded)
 
     async def score(self, query: str, passages: Sequence[str], task: Task = "asymmetric") -> Scored:
         """The IEM's scores of a query with passages.
@@ -139,8 +134,7 @@ class ModelService:
             ModelError: a vector or score is not finite.
         """
         note_items((query, *passages))
-        texts = [self._text(query, "query"), *(self._text(passage, "passage") for passage in passages)]
-        encoded = await self._encode(texts)
+        encoded = await self._encode([([query], "query"), (passages, "passage")])
         logits = await self.score_vectors(encoded.vectors[0], encoded.vectors[1:], task)
         truncated = tuple(place - 1 for place in encoded.truncated if place)
         return Scored(logits, sum(encoded.num_tokens), truncated, 0 in encoded.truncated)
@@ -166,42 +160,39 @@ class ModelService:
         """
         return await self._in_thread(lambda: self.student.anchor_queries(vectors, task))
 
-    async def between_batches(self, work: Callable[[], _Value]) -> _Value:
-        """Run something that uses the student's backbone or tokenizer, which two threads must not do at once."""
-        return await self._texts.between_batches(work)
+    async def in_lane(self, work: Callable[[], _Value]) -> _Value:
+        """Run something else that uses the student's backbone, in turn with batches of texts."""
+        return await self._texts.in_lane(work)
 
     async def _in_thread(self, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
 
-    def _text(self, text: str, kind: TextKind) -> _Text:
-        limit = self.max_query_tokens if kind == "query" else self.max_passage_tokens
-        return _Text(text, kind, min(limit, len(text) // _CHARACTERS_A_TOKEN + _AROUND))
-
-    async def _encode(self, texts: Sequence[_Text], *, bounded: bool = True) -> Encoded:
-        if not texts:
+    async def _encode(self, parts: Sequence[tuple[Sequence[str], TextKind]], *, bounded: bool = True) -> Encoded:
+        """Vectors of the texts of all parts, one part after the other."""
+        num_texts = sum(len(texts) for texts, _ in parts)
+        if not num_texts:
             return Encoded(np.zeros((0, self.dim), np.float32), (), ())
-        done = await self._texts.submit(texts, bounded=bounded)
+        if bounded:
+            self._texts.require_room(num_texts)
+        ids: list[Sequence[int]] = []
+        truncated: list[int] = []
+        for texts, kind in parts:
+            tokenized = await self._tokenize(texts, kind)
+            truncated += [len(ids) + place for place in tokenized.truncated]
+            ids += tokenized.ids
+        done = await self._texts.submit(ids, bounded=bounded)
         self._observe("queue", done.queued)
         self._observe("encode", done.worked)
-        return Encoded(
-            np.stack([one.vector for one in done.results]),
-            tuple(one.num_tokens for one in done.results),
-            tuple(place for place, one in enumerate(done.results) if one.truncated),
-            done.queued,
-            done.worked,
-        )
+        vectors = np.stack(done.results)
+        return Encoded(vectors, tuple(map(len, ids)), tuple(truncated), done.queued, done.worked)
 
-    def _encode_batch(self, texts: Sequence[_Text]) -> list[_Vector]:
-        found: dict[int, _Vector] = {}
-        for kind in ("query", "passage"):
-            places = [place for place, text in enumerate(texts) if text.kind == kind]
-            if not places:
-                continue
-            encode = self.student.encode_queries if kind == "query" else self.student.encode_passages
-            encoded = encode([texts[place].text for place in places])
-            if not np.isfinite(encoded.vectors).all():
-                raise ModelError("the student's vector of a text is not finite; check the student")
-            cut = set(encoded.truncated)
-            for at, place in enumerate(places):
-                found[place] = _Vector(encoded.vectors[at], encoded.lengths[at], at in cut)
-        return [found[place] for place in range(len(texts))]
+    async def _tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
+        if TOKENIZING.locked() or sum(map(len, texts)) > _FEW_CHARACTERS:
+            return await asyncio.to_thread(self.student.tokenize, texts, kind)
+        return self.student.tokenize(texts, kind)
+
+    def _encode_batch(self, ids: Sequence[Sequence[int]]) -> Sequence[NDArray[np.float32]]:
+        vectors = self.student.encode_tokens(ids)
+        if not np.isfinite(vectors).all():
+            raise ModelError("the student's vector of a text is not finite; check the student")
+        return list(vectors)

@@ -239,7 +239,7 @@ async def rescore(body: RescoreRequest, request: Request, services: TheServices)
         passages = (await models.encode(body.passages, "passage")).vectors
     elif body.passage_ids is not None:
         _at_most(len(body.passage_ids), services.settings.max_num_candidates, "passage_ids")
-        passages = await index_of(request).vectors(body.passage_ids)
+        passages = await (await index_of(request)).vectors(body.passage_ids)
     else:
         assert body.passage_vectors is not None
         _at_most(len(body.passage_vectors), services.settings.max_num_candidates, "passage_vectors")

@@ -24,18 +24,21 @@ class Services:
     telemetry: Telemetry
 
 
-def services_of(request: Request) -> Services:
+# Both are coroutines as FastAPI runs plain functions in a thread, which costs a request more than they do.
+
+
+async def services_of(request: Request) -> Services:
     """The services of the server that a request came to."""
     return cast(Services, request.app.state.services)
 
 
-def index_of(request: Request) -> IndexService:
+async def index_of(request: Request) -> IndexService:
     """The index.
 
     Raises:
         NotFoundError: a student alone is served.
     """
-    index = services_of(request).index
+    index = (await services_of(request)).index
     if index is None:
         raise NotFoundError("this server has no index; start it with `d2llm serve INDEX`")
     return index

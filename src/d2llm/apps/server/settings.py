@@ -84,7 +84,9 @@ class ServeSettings(BaseSettings):
     max_top_k: Count = Field(default=1_000, description="Most passages of an answer.")
     max_num_candidates: Count = Field(default=10_000, description="Most candidates of a search.")
     queue_texts: Count = Field(default=2_048, description="Most texts that wait to be encoded; beyond, 429.")
-    batch_tokens: Count = Field(default=8_192, description="Most tokens that are encoded at once.")
+    batch_tokens: Count | None = Field(
+        default=None, description="Most tokens of a batch; by default 512 on each core, 8,192 on an accelerator."
+    )
     batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for more, in milliseconds.")
     teacher_budget_ms: Milliseconds = Field(default=2_000.0, description="Time of a teacher a search, in milliseconds.")
     reload_seconds: Seconds = Field(default=2.0, description="How often to look for a new version of the index.")

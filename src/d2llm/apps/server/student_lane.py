@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2llm.apps.server.model_service import ModelService, TextKind
+from d2llm.apps.server.model_service import ModelService
 from d2llm.core.types import Task
+from d2llm.models.backbone import TextKind
 from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.pipeline.protocols import Describable
 

@@ -1,4 +1,8 @@
-"""Cohere's interface: ``/v2/rerank``."""
+"""Cohere's interface: ``/v2/rerank``.
+
+Checked against Cohere's OpenAPI document and list of errors (cohere-developer-experience e814c8a, August 2026) and
+cohere 7.3.1. ``return_documents`` is the first version's, and vLLM's.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from d2llm.apps.server.dialects.shared import (
     StrictBody,
     Text,
     TextList,
+    check_limit,
     check_size,
     cut_warnings,
     errors,
@@ -23,7 +28,7 @@ from d2llm.apps.server.dialects.shared import (
     status_of,
     task_of,
 )
-from d2llm.apps.server.errors import Problem, invalid
+from d2llm.apps.server.errors import Problem
 from d2llm.apps.server.fast_json import FastJSONResponse
 from d2llm.apps.server.services import Services, services_of
 
@@ -97,9 +102,7 @@ async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depend
     find_model(models, body.model)
     check_size(services, body.query, "query")
     check_size(services, body.documents, "documents")
-    if body.max_tokens_per_doc is not None and body.max_tokens_per_doc < models.max_passage_tokens:
-        message = f"max_tokens_per_doc: documents are cut to {models.max_passage_tokens} tokens here; ask for no less"
-        raise invalid(message, "max_tokens_per_doc")
+    check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
     scored = await models.score(body.query, body.documents, task_of(services))
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
@@ -117,5 +120,6 @@ async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depend
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Cohere tells it."""
-    return status_of(problem, invalid=400), {"id": problem.request_id or str(uuid.uuid4()), "message": problem.message}
+    """A problem as Cohere tells it: 400 for what is wrong, but 422 for a field that there is not."""
+    status = 422 if problem.reason == "extra_forbidden" else status_of(problem, invalid=400)
+    return status, {"id": problem.request_id or str(uuid.uuid4()), "message": problem.message}

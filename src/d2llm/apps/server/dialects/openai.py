@@ -1,7 +1,11 @@
 """OpenAI's interface: ``/v1/embeddings`` and ``/v1/models``.
 
 Beyond OpenAI's: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` says which side of the search
-a text is on (without either: a passage); ``truncate`` says what to do with a text that is too long.
+a text is on (without either: a passage); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with a
+text that is too long.
+
+Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors that its users report, and
+openai 3.52.0.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ class EmbeddingsRequest(StrictBody):
     user: str | None = Field(None, description="Read over.")
     input_type: TextKind | None = Field(None, description="Which side of a search the texts are on.")
     truncate: Truncate = Field("NONE", description="NONE: too long a text is an error. END: it is cut.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: vLLM's way to say END.")
 
 
 class Embedding(Answer):
@@ -120,7 +125,7 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
     if body.dimensions is not None and body.dimensions > models.dim:
         raise invalid(f"dimensions: the model has {models.dim}, {body.dimensions} were asked for", "dimensions")
     encoded = await embed(services, texts, kind)
-    if body.truncate == "NONE":
+    if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
         limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
     vectors = unit_length(encoded.vectors[:, : body.dimensions])
@@ -152,7 +157,7 @@ async def get_model(model: str, services: TheServices) -> Model:
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
     """A problem as OpenAI tells it."""
     status = status_of(problem, invalid=400)
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "requests"}
+    kinds = {403: "permission_error", 429: "requests"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     codes = {"unauthorized": "invalid_api_key", "method_not_allowed": "method_not_supported"}
     code = codes.get(problem.kind)

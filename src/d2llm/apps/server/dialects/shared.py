@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 from scipy.special import expit
 
-from d2llm.apps.server.errors import Problem, ServingError
+from d2llm.apps.server.errors import Problem, ServingError, invalid
 from d2llm.apps.server.model_service import Encoded, ModelService, TextKind
 from d2llm.apps.server.services import Services
 from d2llm.core.types import Task
@@ -29,6 +30,29 @@ class OpenBody(BaseModel):
     """The same for dialects that ignore what they do not know."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class CutOptions(OpenBody):
+    """How vLLM is told to cut texts. What the student does not do is refused."""
+
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: cut to what the model reads.")
+    truncation_side: Literal["right"] | None = Field(None, description="Texts are cut at the right, and nowhere else.")
+    max_tokens_per_query: int | None = Field(None, ge=0, description="No less than the model reads; null or 0: all.")
+    max_tokens_per_doc: int | None = Field(
+        None,
+        ge=0,
+        validation_alias=AliasChoices("max_tokens_per_doc", "max_doc_length"),
+        description="No less than the model reads; null or 0: all. Jina's name for it is max_doc_length.",
+    )
+
+    def check_limits(self, models: ModelService) -> None:
+        """Refuse to cut to fewer tokens than the model reads.
+
+        Raises:
+            ServingError: 400, fewer are asked for.
+        """
+        check_limit(self.max_tokens_per_query, models.max_query_tokens, "max_tokens_per_query")
+        check_limit(self.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
 
 
 class Answer(BaseModel):
@@ -55,19 +79,25 @@ def _readable(value: Any) -> Any:
     """Say plainly what is wrong with a text or list of texts; a union's own errors name every alternative."""
     if not isinstance(value, list):
         if not isinstance(value, str) or not value:
-            raise ValueError("it is empty" if value == "" else "it is neither a text nor a list of texts")
+            if value == "":
+                raise PydanticCustomError("empty", "it is empty")
+            raise ValueError("it is neither a text nor a list of texts")
         return value
     texts = cast("list[Any]", value)
     if not texts:
-        raise ValueError("the list is empty; give at least one text")
+        raise PydanticCustomError("empty", "the list is empty; give at least one text")
     if all(isinstance(text, int | list) and not isinstance(text, bool) for text in texts):
         raise ValueError("token ids are not read here; send texts (LangChain: check_embedding_ctx_length=False)")
     for place, text in enumerate(texts):
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"number {place} is " + ("empty" if text == "" else "no text"))
+        if text == "":
+            raise PydanticCustomError("empty", "number {place} is empty", {"place": place})
+        if not isinstance(text, str):
+            raise ValueError(f"number {place} is no text")
     return texts
 
 
+EMPTY = frozenset({"empty", "string_too_short", "too_short"})
+"""The reasons of problems with a text or list that is empty."""
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(_readable)]
 """A text or several."""
@@ -144,6 +174,16 @@ def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit:
         raise ServingError(Problem(413, "too_large", message, where))
 
 
+def check_limit(asked: int | None, limit: int, field: str) -> None:
+    """Refuse to cut texts to fewer tokens than the model's ``limit``; 0 and None ask for nothing.
+
+    Raises:
+        ServingError: 400, fewer are asked for.
+    """
+    if asked and asked < limit:
+        raise invalid(f"{field}: texts are cut to {limit} tokens here; ask for no less", field)
+
+
 async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
     """Vectors of texts, ready for inner products: queries as the anchor of the student's head has them."""
     models = services.models
@@ -171,14 +211,14 @@ def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]
 
 
 def cut_warnings(query_cut: bool, places: Sequence[int], models: ModelService) -> list[str]:
-    """What to tell a client whose texts were cut."""
-    found: list[str] = []
-    if query_cut:
-        found.append(f"the query was cut to {models.max_query_tokens} tokens")
-    if places:
-        numbers = ", ".join(str(place) for place in places)
-        found.append(f"documents were cut to {models.max_passage_tokens} tokens: {numbers}")
-    return found
+    """What to tell a client whose query or documents were cut."""
+    query = [f"the query was cut to {models.max_query_tokens} tokens"] if query_cut else []
+    return query + texts_cut("documents", places, models.max_passage_tokens)
+
+
+def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
+    """What to tell a client some of whose texts were cut."""
+    return [f"{name} were cut to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
 def task_of(services: Services) -> Task:

@@ -1,19 +1,26 @@
 """The interface of Hugging Face's Text Embeddings Inference: ``/embed``, ``/rerank``, ``/similarity`` and ``/info``.
 
 Its ``/v1/embeddings`` is OpenAI's. The names of prompts are ``query`` and ``passage``, the sides of a search.
+vLLM has a ``/rerank`` too, which is Jina's: a body with ``documents`` is answered as ``/v1/rerank`` does.
+
+Checked against the source of its router (1.9.3 and main at 0d124dc, July 2026). As there, texts are cut unless
+``truncate`` is false; here a header ``X-Warning`` says which. Other than there, a failure of the server has a status of
+5xx, not 424, and every error is JSON.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Depends
 from numpy.typing import NDArray
-from pydantic import Field, RootModel
+from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
+from d2llm.apps.server.dialects import jina
 from d2llm.apps.server.dialects.shared import (
+    EMPTY,
     Answer,
     OpenBody,
     Text,
@@ -22,11 +29,14 @@ from d2llm.apps.server.dialects.shared import (
     as_list,
     best_first,
     check_size,
+    cut_warnings,
     embed,
     errors,
     probabilities,
     refuse_cut,
+    status_of,
     task_of,
+    texts_cut,
     unit_length,
 )
 from d2llm.apps.server.errors import Problem, invalid
@@ -35,9 +45,9 @@ from d2llm.apps.server.model_service import TextKind
 from d2llm.apps.server.services import Services, services_of
 
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
-_CUT = "shorten it, or send truncate: true"
+_CUT = "shorten it, or leave truncate out"
 
-Cut = Annotated[bool | None, Field(description="Cut a text that is too long; else it is an error.")]
+Cut = Annotated[bool | None, Field(description="false: a text that is too long is an error; else it is cut.")]
 Direction = Annotated[Literal["Right", "right"], Field(description="Texts are cut at the right, and nowhere else.")]
 PromptName = Annotated[TextKind | None, Field(description="Which side of a search the texts are on.")]
 
@@ -47,7 +57,7 @@ class EmbedRequest(OpenBody):
 
     inputs: Texts
     normalize: bool = Field(True, description="Vectors of length 1; else as the model gives them.")
-    truncate: Cut = False
+    truncate: Cut = None
     truncation_direction: Direction = "Right"
     prompt_name: PromptName = None
     dimensions: int | None = Field(None, ge=1, description="Keep the first so many components.")
@@ -64,8 +74,17 @@ class RerankRequest(OpenBody):
     texts: TextList
     raw_scores: bool = Field(False, description="Logits in place of probabilities.")
     return_text: bool = Field(False, description="Repeat the texts in the answer.")
-    truncate: Cut = False
+    truncate: Cut = None
     truncation_direction: Direction = "Right"
+
+
+def _by_its_names(body: Any, _handler: object) -> RerankRequest | jina.JinaRerankRequest:
+    kind = jina.JinaRerankRequest if isinstance(body, dict) and "documents" in body else RerankRequest
+    return kind.model_validate(body)
+
+
+EitherRerankRequest: TypeAlias = Annotated[RerankRequest | jina.JinaRerankRequest, WrapValidator(_by_its_names)]
+"""With ``documents`` it is Jina's and vLLM's. A union's own errors would name both."""
 
 
 class Rank(Answer):
@@ -90,7 +109,7 @@ class SimilarityInput(OpenBody):
 class SimilarityParameters(OpenBody):
     """How to compare."""
 
-    truncate: Cut = False
+    truncate: Cut = None
     truncation_direction: Direction = "Right"
     prompt_name: PromptName = None
 
@@ -124,21 +143,25 @@ class InfoAnswer(Answer):
     model_id: str
     model_sha: str
     model_dtype: str
+    served_model_name: str
     model_type: EmbeddingKind
     max_concurrent_requests: int
     max_input_length: int
     max_batch_tokens: int
+    max_batch_requests: int | None = None
     max_client_batch_size: int
     auto_truncate: bool
     tokenization_workers: int
     version: str
+    sha: str | None = None
+    docker_label: str | None = None
 
 
 class TEIError(Answer):
     """Every error of this interface."""
 
     error: str
-    error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
+    error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Empty"]
 
 
 router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError))
@@ -151,19 +174,21 @@ async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResp
     models = services.models
     if body.dimensions is not None and body.dimensions > models.dim:
         raise invalid(f"dimensions: the model has {models.dim}, {body.dimensions} were asked for", "dimensions")
-    vectors = await _vectors(services, body.inputs, "inputs", body)
+    vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
     vectors = np.ascontiguousarray(vectors[:, : body.dimensions])
-    return FastJSONResponse(unit_length(vectors) if body.normalize else vectors)
+    return _answer(unit_length(vectors) if body.normalize else vectors, warnings)
 
 
-@router.post("/rerank", response_model=RerankAnswer)
-async def rerank(body: RerankRequest, services: TheServices) -> FastJSONResponse:
-    """Order texts by how well they answer a query."""
+@router.post("/rerank", response_model=RerankAnswer | jina.JinaRerankAnswer)
+async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONResponse:
+    """Order texts by how well they answer a query; a body with ``documents`` is answered as ``/v1/rerank`` does."""
+    if isinstance(body, jina.JinaRerankRequest):
+        return await jina.rerank(body, services)
     models = services.models
     check_size(services, body.query, "query")
     check_size(services, body.texts, "texts")
     scored = await models.score(body.query, body.texts, task_of(services))
-    if not body.truncate:
+    if body.truncate is False:
         refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
         refuse_cut(body.texts, scored.truncated, "texts", models.max_passage_tokens, _CUT)
     scores = (scored.logits if body.raw_scores else probabilities(scored.logits)).tolist()
@@ -171,7 +196,7 @@ async def rerank(body: RerankRequest, services: TheServices) -> FastJSONResponse
     for place in best_first(scored.logits):
         rank: dict[str, Any] = {"index": place, "score": scores[place]}
         ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
-    return FastJSONResponse(ranks)
+    return _answer(ranks, cut_warnings(scored.query_truncated, scored.truncated, models))
 
 
 @router.post("/similarity", response_model=SimilarityAnswer)
@@ -179,8 +204,9 @@ async def similarity(body: SimilarityRequest, services: TheServices) -> FastJSON
     """The cosines of a text with others, all read as passages unless ``prompt_name`` says otherwise."""
     parameters = body.parameters or SimilarityParameters()
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
-    vectors = unit_length(await _vectors(services, texts, "inputs", parameters))
-    return FastJSONResponse(np.clip(vectors[1:] @ vectors[0], -1.0, 1.0))
+    vectors, warnings = await _vectors(services, texts, "inputs", parameters)
+    vectors = unit_length(vectors)
+    return _answer(np.clip(vectors[1:] @ vectors[0], -1.0, 1.0), warnings)
 
 
 @router.get("/info")
@@ -190,33 +216,41 @@ async def info(services: TheServices) -> InfoAnswer:
     return InfoAnswer(
         model_id=models.name,
         model_sha=models.fingerprint,
-        model_dtype=str(models.student.backbone.compute_dtype).removeprefix("torch."),
+        model_dtype=str(models.student.compute_dtype).removeprefix("torch."),
+        served_model_name=models.name,
         model_type=EmbeddingKind(embedding=EmbeddingPooling(pooling=models.student.config.pooling.method)),
         max_concurrent_requests=settings.queue_texts,
         max_input_length=models.max_passage_tokens,
-        max_batch_tokens=settings.batch_tokens,
+        max_batch_tokens=models.batch_tokens,
         max_client_batch_size=settings.max_texts,
-        auto_truncate=False,
+        auto_truncate=True,
         tokenization_workers=1,
         version=__version__,
     )
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Text Embeddings Inference tells it."""
-    kinds = {413: "Validation", 422: "Tokenizer", 429: "Overloaded", 503: "Unhealthy"}
-    kind = kinds.get(problem.status, "Validation" if problem.status < 500 else "Backend")
-    return problem.status, {"error": problem.message, "error_type": kind}
+    """A problem as Text Embeddings Inference tells it: 400 for an empty text and a body that is no JSON, else 422."""
+    is_empty = problem.reason in EMPTY
+    status = status_of(problem, invalid=400 if is_empty or problem.reason == "json_invalid" else 422)
+    kinds = {429: "Overloaded", 503: "Unhealthy"}
+    kind = "Empty" if is_empty else kinds.get(status, "Validation" if status < 500 else "Backend")
+    return status, {"error": problem.message, "error_type": kind}
+
+
+def _answer(content: Any, warnings: list[str]) -> FastJSONResponse:
+    return FastJSONResponse(content, headers={"X-Warning": "; ".join(warnings)} if warnings else None)
 
 
 async def _vectors(
     services: Services, texts: str | list[str], field: str, how: EmbedRequest | SimilarityParameters
-) -> NDArray[np.float32]:
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Vectors of texts, and what to tell of those that were cut."""
     check_size(services, texts, field)
     kind = how.prompt_name or "passage"
     encoded = await embed(services, as_list(texts), kind)
-    if not how.truncate:
-        models = services.models
-        limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
+    models = services.models
+    limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
+    if how.truncate is False:
         refuse_cut(texts, encoded.truncated, field, limit, _CUT)
-    return encoded.vectors
+    return encoded.vectors, texts_cut("texts", encoded.truncated, limit)

@@ -1,4 +1,10 @@
-"""vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``. Its ``/v1/rerank`` is Jina's."""
+"""vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``.
+
+Its ``/v1/rerank`` is Jina's, ``/rerank`` is told from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
+
+Checked against the source of vLLM 0.33.0 (``entrypoints/pooling/scoring``, ``entrypoints/serve/exception_handling``).
+Other than there, a server at its limit answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ from pydantic import AliasChoices, Field
 
 from d2llm.apps.server.dialects.shared import (
     Answer,
-    OpenBody,
+    CutOptions,
     Texts,
     as_list,
     check_size,
@@ -33,8 +39,11 @@ PATHS = ("/score", "/v1/score")
 _CUT = "shorten it, or send truncate_prompt_tokens: -1"
 
 
-class ScoreRequest(OpenBody):
-    """Pairs of texts: one with one, one with each of several, or each with its counterpart."""
+class ScoreRequest(CutOptions):
+    """Pairs of texts: one with one, one with each of several, or each with its counterpart.
+
+    A text that is too long is an error, unless one of the options says that it is to be cut.
+    """
 
     text_1: Texts = Field(
         validation_alias=AliasChoices("text_1", "queries", "data_1"),
@@ -45,9 +54,6 @@ class ScoreRequest(OpenBody):
         description="A passage or several; may also be called documents, items or data_2.",
     )
     model: str | None = None
-    truncate_prompt_tokens: Literal[-1] | None = Field(
-        None, description="-1: a text that is too long is cut to what the model reads; null: it is an error."
-    )
     use_activation: bool | None = Field(None, description="false: logits in place of probabilities.")
 
 
@@ -60,7 +66,7 @@ class Score(Answer):
 
 
 class ScoreUsage(Answer):
-    """Tokens that were read, a text counted as often as it is in a pair."""
+    """Tokens that were read; each text once, as vLLM counts where a model reads query and passage apart."""
 
     prompt_tokens: int
     total_tokens: int
@@ -102,6 +108,7 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
     """How well passages answer queries, pair by pair."""
     models = services.models
     find_model(models, body.model)
+    body.check_limits(models)
     queries, passages = as_list(body.text_1), as_list(body.text_2)
     check_size(services, body.text_1, "text_1")
     check_size(services, body.text_2, "text_2")
@@ -112,8 +119,9 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
         raise invalid(message, "text_1")
     read = await models.encode(queries, "query")
     passages_read = await models.encode(passages, "passage")
-    if body.truncate_prompt_tokens is None:
+    if body.truncate_prompt_tokens is None and not body.max_tokens_per_query:
         refuse_cut(body.text_1, read.truncated, "text_1", models.max_query_tokens, _CUT)
+    if body.truncate_prompt_tokens is None and not body.max_tokens_per_doc:
         refuse_cut(body.text_2, passages_read.truncated, "text_2", models.max_passage_tokens, _CUT)
     places_of: dict[str, list[int]] = {}
     for place in range(len(passages)):
@@ -123,7 +131,7 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
         query = read.vectors[places[0] % len(queries)]
         logits[places] = await models.score_vectors(query, passages_read.vectors[places], task_of(services))
     scores = (logits if body.use_activation is False else probabilities(logits)).tolist()
-    num_tokens = sum(read.num_tokens) * (len(passages) // len(queries)) + sum(passages_read.num_tokens)
+    num_tokens = sum(read.num_tokens) + sum(passages_read.num_tokens)
     return FastJSONResponse(
         {
             "id": f"score-{uuid.uuid4().hex}",
@@ -137,8 +145,10 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as vLLM tells it."""
+    """A problem as vLLM tells it: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
     status = status_of(problem, invalid=400)
-    types = {400: "BadRequestError", 404: "NotFoundError"}
+    types = {404: "NotFoundError", 500: "InternalServerError"}
+    if problem.reason is None:
+        types[400] = "BadRequestError"
     kind = types.get(status, HTTPStatus(status).phrase)
     return status, {"error": {"message": problem.message, "type": kind, "param": problem.field, "code": status}}

@@ -1,0 +1,94 @@
+"""What holds for all dialects: descriptions, keys, bodies that cannot be read, the versions that the guide names."""
+
+from __future__ import annotations
+
+import re
+
+import httpx2
+import pytest
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+from d2llm.apps.server.keys import add_key
+from tiny_clients import NAME, serving
+
+TAGS = {"OpenAI", "Cohere", "Jina", "Text Embeddings Inference", "vLLM"}
+ROUTES = {"/v1/embeddings", "/v1/models", "/v1/models/{model}", "/v2/rerank", "/v1/rerank"} | {
+    *("/embed", "/rerank", "/similarity", "/info", "/score", "/v1/score")
+}
+KEYS_OF_ERRORS = {
+    "/v1/embeddings": {"error"},
+    "/v2/rerank": {"id", "message"},
+    "/v1/rerank": {"detail"},
+    "/rerank": {"error", "error_type"},
+    "/score": {"error"},
+}
+
+
+def test_every_route_describes_its_answers_and_errors(post):
+    paths = post("/openapi.json")["paths"]
+    described = set()
+    for path, methods in paths.items():
+        for operation in methods.values():
+            if not TAGS & set(operation["tags"]):
+                continue
+            described.add(path)
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}, path
+            for answer in operation["responses"].values():
+                assert answer["content"]["application/json"]["schema"], path
+    assert described == ROUTES
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/v1/embeddings", 400), ("/v2/rerank", 400), ("/v1/rerank", 422), ("/rerank", 400), ("/score", 400)],
+)
+def test_a_body_that_is_no_json(address, path, status):
+    answer = httpx2.post(address + path, content=b"{", headers={"content-type": "application/json"})
+    assert answer.status_code == status
+    assert "no valid JSON" in answer.text
+
+
+@pytest.fixture(scope="module")
+def guarded(folder, student):
+    """The address of a server that wants a key, and the key."""
+    secret = add_key(folder / "keys.json", "client")
+    with serving(folder / "student-0", model_name=NAME, keys_file=folder / "keys.json") as address:
+        yield address, secret
+
+
+@pytest.mark.parametrize("path", KEYS_OF_ERRORS)
+def test_an_error_without_a_key(guarded, path):
+    answer = httpx2.post(guarded[0] + path, json={})
+    assert answer.status_code == 401
+    assert set(answer.json()) == KEYS_OF_ERRORS[path]
+    assert isinstance(answer.json().get("detail", ""), str)
+
+
+def test_openais_client_sends_the_key(guarded):
+    openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+    address, secret = guarded
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=secret) as client:
+        assert len(client.embeddings.create(model=NAME, input="text").data) == 1
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client.with_options(api_key="wrong").embeddings.create(model=NAME, input="text")
+    assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
+
+
+def test_coheres_client_sends_the_key(guarded):
+    cohere = pytest.importorskip("cohere", reason="needs Cohere's client: pip install cohere")
+    address, secret = guarded
+    body = {"model": NAME, "query": "text", "documents": ["a", "b"]}
+    assert len(cohere.ClientV2(api_key=secret, base_url=address).rerank(**body).results) == 2
+    with pytest.raises(cohere.UnauthorizedError):
+        cohere.ClientV2(api_key="wrong", base_url=address).rerank(**body)
+
+
+def test_the_guide_names_the_versions_that_are_tested(repository):
+    guide = (repository / "docs" / "how-to" / "clients.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([a-z0-9_-]+)` ([0-9.]+) \|", guide, re.MULTILINE)
+    pins = (repository / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {
+        name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.M)
+    }
+    assert len(named) >= 10
+    assert {name: pinned[name] for name, _ in named} == dict(named)

@@ -1,0 +1,156 @@
+"""Hugging Face's client, and what Haystack and LlamaIndex have for Text Embeddings Inference, against the server."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tiny_models import TEXTS
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+
+from tiny_clients import LONG, LONG_TOO, NAME, QUERY, logits_of, ranking, sigmoid, unit
+
+
+@pytest.fixture
+def client(online):
+    return InferenceClient(token="none")
+
+
+def test_feature_extraction(client, address, student):
+    url = f"{address}/embed"
+    plain = student.encode_passages(TEXTS).vectors
+    assert np.allclose(client.feature_extraction(TEXTS, model=url), unit(plain), atol=1e-6)
+    assert np.allclose(client.feature_extraction(TEXTS, model=url, normalize=False), plain, atol=1e-5)
+    found = client.feature_extraction(TEXTS, model=url, normalize=False, dimensions=4)
+    assert np.allclose(found, plain[:, :4], atol=1e-5)
+
+
+def test_inner_products_of_raw_vectors_are_the_anchors(client, address, student):
+    url = f"{address}/embed"
+    query = client.feature_extraction(QUERY, model=url, prompt_name="query", normalize=False)[0]
+    passages = client.feature_extraction(TEXTS, model=url, prompt_name="passage", normalize=False)
+    anchor = student.anchor_queries(student.encode_queries([QUERY]).vectors)[0]
+    assert np.allclose(passages @ query, student.encode_passages(TEXTS).vectors @ anchor, rtol=1e-4, atol=1e-3)
+
+
+def test_feature_extraction_of_long_texts(client, address, student):
+    url = f"{address}/embed"
+    cut = client.feature_extraction(["a cat", LONG], model=url)
+    assert np.allclose(cut, unit(student.encode_passages(["a cat", LONG]).vectors), atol=1e-6)
+    with pytest.raises(HfHubHTTPError) as caught:
+        client.feature_extraction(["a cat", LONG], model=url, truncate=False)
+    assert caught.value.response.status_code == 422
+    assert caught.value.response.json()["error_type"] == "Validation"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "warning"),
+    [
+        ("/embed", {"inputs": ["a", LONG]}, "texts were cut to 64 tokens: 1"),
+        (
+            "/similarity",
+            {"inputs": {"source_sentence": "a", "sentences": ["b", LONG]}},
+            "texts were cut to 64 tokens: 2",
+        ),
+        ("/rerank", {"query": LONG, "texts": ["a", LONG]}, f"the query was cut to 64 tokens; {LONG_TOO}"),
+        ("/rerank", {"query": QUERY, "texts": ["a"]}, None),
+    ],
+)
+def test_a_header_tells_what_was_cut(ask, path, body, warning):
+    assert ask(path, body).headers.get("x-warning") == warning
+
+
+def test_sentence_similarity(client, address, student):
+    vectors = unit(student.encode_passages(TEXTS).vectors)
+    found = client.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:], model=f"{address}/similarity")
+    assert np.allclose(found, vectors[1:] @ vectors[0], atol=1e-6)
+
+
+def test_haystack(address, student, online):
+    reason = "needs Haystack's components: pip install huggingface-api-haystack"
+    rankers = pytest.importorskip("haystack_integrations.components.rankers.huggingface_api", reason=reason)
+    from haystack import Document
+    from haystack_integrations.components.embedders.huggingface_api import HuggingFaceAPITextEmbedder
+
+    ranker = rankers.HuggingFaceTEIRanker(url=address, top_k=3, token=None, max_retries=1)
+    order, scores = ranking(student, QUERY, TEXTS)
+    found = ranker.run(query=QUERY, documents=[Document(content=text) for text in TEXTS])["documents"]
+    assert [document.content for document in found] == [TEXTS[place] for place in order[:3]]
+    assert np.allclose([document.score for document in found], scores[:3], atol=1e-6)
+    with pytest.raises(RuntimeError, match="33 texts; a request may have 32"):
+        ranker.run(query=QUERY, documents=[Document(content=f"text {number}") for number in range(33)])
+    embedder = HuggingFaceAPITextEmbedder(
+        "text_embeddings_inference", {"url": f"{address}/embed"}, token=None, normalize=True
+    )
+    vector = embedder.run(LONG)["embedding"]
+    assert np.allclose(vector, unit(student.encode_passages([LONG]).vectors)[0], atol=1e-6)
+
+
+def test_llama_index(address, student):
+    reason = "needs LlamaIndex's clients: pip install llama-index-postprocessor-tei-rerank"
+    rankers = pytest.importorskip("llama_index.postprocessor.tei_rerank", reason=reason)
+    embedders = pytest.importorskip("llama_index.embeddings.text_embeddings_inference", reason=reason)
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    passages = [*TEXTS, LONG]
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in passages]
+    found = rankers.TextEmbeddingInference(base_url=address, top_n=3).postprocess_nodes(nodes, query_str=QUERY)
+    assert np.allclose([node.score for node in found], ranking(student, QUERY, passages)[1][:3], atol=1e-6)
+    probabilities = dict(zip(passages, sigmoid(logits_of(student, QUERY, passages)), strict=True))
+    assert np.allclose([node.score for node in found], [probabilities[node.text] for node in found], atol=1e-6)
+    embedder = embedders.TextEmbeddingsInference(model_name=NAME, base_url=address)
+    vectors = unit(student.encode_passages(passages).vectors)
+    assert np.allclose(embedder.get_text_embedding_batch(passages), vectors, atol=1e-5)
+
+
+def test_rerank_gives_scores_and_texts_on_demand(post, student):
+    order, _ = ranking(student, QUERY, TEXTS)
+    answer = post("/rerank", {"query": QUERY, "texts": TEXTS, "raw_scores": True, "return_text": True})
+    assert [rank["index"] for rank in answer] == order
+    assert np.allclose([rank["score"] for rank in answer], logits_of(student, QUERY, TEXTS)[order], atol=1e-3)
+    assert [rank["text"] for rank in answer] == [TEXTS[place] for place in order]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "kind"),
+    [
+        ("/embed", {"inputs": []}, 400, "Empty"),
+        ("/embed", {"inputs": ""}, 400, "Empty"),
+        ("/embed", {"inputs": ["a", ""]}, 400, "Empty"),
+        ("/rerank", {"query": "", "texts": ["a"]}, 400, "Empty"),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "Empty"),
+        ("/embed", {"inputs": ["a"] * 33}, 422, "Validation"),
+        ("/embed", {"inputs": "a" * 2_001}, 422, "Validation"),
+        ("/embed", {"inputs": "a", "prompt_name": "title"}, 422, "Validation"),
+        ("/embed", {"inputs": "a", "truncation_direction": "Left"}, 422, "Validation"),
+        ("/embed", {"inputs": "a", "dimensions": 33}, 422, "Validation"),
+        ("/rerank", {"query": LONG, "texts": ["a"], "truncate": False}, 422, "Validation"),
+        ("/rerank", {"query": "a", "texts": ["a", LONG], "truncate": False}, 422, "Validation"),
+        ("/rerank", {"query": "a"}, 422, "Validation"),
+        ("/rerank", {"query": "a", "documents": 3}, 422, "Validation"),
+        ("/rerank", ["a"], 422, "Validation"),
+    ],
+)
+def test_errors(post, path, body, status, kind):
+    answer = post(path, body, status)
+    assert set(answer) == {"error", "error_type"}
+    assert answer["error_type"] == kind
+
+
+def test_errors_of_rerank_name_the_fields_of_one_interface(post):
+    assert post("/rerank", {"query": "a"}, 422)["error"] == "texts: Field required"
+    assert post("/rerank", {"documents": ["a"]}, 422)["error"] == "query: Field required"
+
+
+def test_overload(post, overloaded):
+    assert post("/embed", {"inputs": "a"}, 429)["error_type"] == "Overloaded"
+
+
+def test_info(ask, student):
+    answer = ask("/info").json()
+    assert (answer["model_id"], answer["model_sha"], answer["model_dtype"]) == (NAME, student.fingerprint, "float32")
+    assert (answer["max_client_batch_size"], answer["max_input_length"]) == (32, 64)
+    assert answer["auto_truncate"]
