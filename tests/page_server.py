@@ -1,4 +1,4 @@
-"""What the tests of the page search: sentences with metadata, documentation of functions, and hostile texts."""
+"""What the tests of the page search: sentences with metadata, documentation of functions, hostile texts; a teacher."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import inspect
 import json
 import shutil
 import statistics
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d2llm import Index, Passage
+from d2llm.apps.commands_teach import named_teacher
+from d2llm.apps.options import teacher_config
+from d2llm.core.types import Task
+from d2llm.models.judge import Judge, Judgements, TextPair, load_judge
+from d2llm.ops.rereading import StudentError
+from d2llm.pipeline.calibrate import write_error
 from e2e.small_corpus import SENTENCES
+from tiny_models import write_tiny_model
+from tiny_server import write_tiny_index
 
 PHONE = 360
 """Pixels."""
@@ -85,3 +95,42 @@ def until(page: Any, expression: str, seconds: float = 20.0) -> None:
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, f"{expression} did not become true"
         page.wait_for_timeout(30)
+
+
+class WatchedTeacher:
+    """A teacher that a test can hold up, slow down and let fail; ``num_calls`` counts how often it was asked."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self.may_answer = threading.Event()
+        self.reset()
+
+    def reset(self) -> None:
+        """Answer at once, from no calls on."""
+        self.error: Exception | None = None
+        self.num_calls = 0
+        self.seconds = 0.0
+        self.may_answer.set()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._judge.fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        return self._judge.prompt_fingerprint(task)
+
+    def judge(self, pairs: Sequence[TextPair], task: Task, **options: Any) -> Judgements:
+        self.num_calls += 1
+        assert self.may_answer.wait(30), "a test did not let the teacher answer"
+        time.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return self._judge.judge(pairs, task, **options)
+
+
+def write_taught_index(folder: Path) -> dict[str, Any]:
+    """Settings of a server over a tiny index whose student's error against a tiny language model is known."""
+    index, teacher = write_tiny_index(folder), str(write_tiny_model(folder / "teacher", "llama"))
+    judge = load_judge(named_teacher(teacher, teacher_config("", "short")), dtype="float32")
+    write_error(index, judge, "asymmetric", StudentError(0.1, 0.0, 0.5))  # unsure of some, not of all
+    return {"index": index, "teacher": teacher, "prompt": "short", "teacher_budget_ms": 60_000}

@@ -71,6 +71,7 @@ def test_budget_of_passages(budget, batches):
     found = rerank(Cascade(oracle, ERROR, budget, min_gain=0.0))
     assert oracle.batches == batches
     assert len(set(found.read.tolist())) == len(found.read) == sum(batches)
+    assert not found.out_of_time
 
 
 def test_only_the_first_are_read_in_the_students_order():
@@ -101,14 +102,17 @@ def clock(monkeypatch):
 def test_a_budget_in_time_is_overrun_by_one_batch_at_most(clock):
     oracle = Oracle(np.zeros(20), 0.0101, clock)
     cascade = Cascade(oracle, ERROR, None, 55.0, batch_passages=3, min_gain=0.0)
-    assert rerank(cascade).seconds == pytest.approx(5 * 0.0101)
+    found = rerank(cascade)
+    assert (found.seconds, found.out_of_time) == (pytest.approx(5 * 0.0101), True)
     assert oracle.batches == [1, 3, 1]  # nothing is known of its speed at first
     oracle.batches.clear()
     assert len(rerank(cascade).read) == 5
     assert oracle.batches == [3, 2]
     oracle.seconds = 0.04  # slower than it was: the first batch is late, and the last
     assert rerank(cascade).seconds == pytest.approx(3 * 0.04)
-    assert rerank(Cascade(oracle, ERROR, None, 0.0)).read.tolist() == []
+    found = rerank(Cascade(oracle, ERROR, None, 0.0))
+    assert (found.read.tolist(), found.out_of_time) == ([], True)
+    assert not rerank(Cascade(oracle, ERROR, 2, 1e6, min_gain=0.0)).out_of_time
 
 
 def test_a_teacher_that_was_slow_once_is_asked_again(clock):
@@ -232,6 +236,7 @@ def test_a_teacher_that_reads_the_first_of_a_ranking_orders_them():
     assert (np.diff(found.scores[12:]) < 0).all()
     assert oracle.batches == [8, 4]
     assert found.num_truncated == 2
+    assert not found.out_of_time
 
 
 def test_the_teacher_reads_at_least_what_is_shown_and_not_more_than_there_is():
@@ -244,5 +249,6 @@ def test_the_teacher_begins_no_batch_after_its_time(monkeypatch):
     monkeypatch.setattr(module, "time", clock)
     found = rerank(TeacherReading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, budget_ms=900, batch_passages=4))
     assert len(found.read) == 12  # begun at 0, .4 and .8 s
+    assert found.out_of_time
     with pytest.raises(InputError, match="depth"):
         TeacherReading(Oracle([]), depth=0)

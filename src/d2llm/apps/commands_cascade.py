@@ -93,6 +93,7 @@ def cascade_line(report: CascadeReport) -> str:
     """What a teacher did to a ranking, in one line."""
     moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
     cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
+    cut += ", until its time was up" if report.out_of_time else ""
     return (
         f"teacher: the student was unsure of {len(report.unsure)} passages; {len(report.read)} were read{cut}, in "
         f"{1e3 * report.seconds:,.0f} ms; " + (f"places: {moves}" if moves else "no place changed")

@@ -212,6 +212,7 @@ class CascadeReport:
         moved: (student's rank, rank now) of the first passages that changed place.
         num_truncated: passages that the teacher read in part.
         seconds: what choosing and reading took.
+        out_of_time: the teacher would have read more, had its budget of time not ended.
     """
 
     read: tuple[int, ...]
@@ -219,6 +220,7 @@ class CascadeReport:
     moved: tuple[tuple[int, int], ...]
     num_truncated: int
     seconds: float
+    out_of_time: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class Reread:
         unsure: places whose order the student was unsure of, before anything was read.
         seconds: what choosing and reading took.
         num_truncated: passages that the teacher read in part.
+        out_of_time: it would have read more, had its budget of time not ended.
     """
 
     scores: NDArray[np.float64]
@@ -38,6 +39,7 @@ class Reread:
     unsure: NDArray[np.int64]
     seconds: float
     num_truncated: int
+    out_of_time: bool
 
 
 class Rereader(Protocol):
@@ -135,10 +137,11 @@ class Cascade:
             read, said, num_truncated = np.append(read, batch), np.append(said, values), num_truncated + num_cut
             unread[batch] = False
             order = self._unsure(scores, read, said, deep, unread, top_k)
+        out_of_time = len(order) > 0 and (self.budget_passages is None or len(read) < self.budget_passages)
         unread[:] = True
         unread[read] = False
         now = expected_log_odds(on_one_scale(scores, read, said, self.error), unread, self.error.sigma)
-        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated)
+        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 
     def _unsure(
         self,
@@ -169,7 +172,7 @@ class Cascade:
 
     def _read(self, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
         begin = time.perf_counter()
-        values, num_cut = _judged(self.judge, query, texts, task)
+        values, num_cut = judge_passages(self.judge, query, texts, task)
         took = (time.perf_counter() - begin) / len(texts)
         before = self._pair_seconds
         self._pair_seconds = took if before is None else _FORGETTING * before + (1 - _FORGETTING) * took
@@ -209,18 +212,25 @@ class TeacherReading:
         for start in range(0, len(wanted), self.batch_passages):
             if start and self.budget_ms is not None and time.perf_counter() - begin > self.budget_ms / 1e3:
                 break
-            values, num_cut = _judged(self.judge, query, texts(wanted[start : start + self.batch_passages]), task)
+            values, num_cut = judge_passages(
+                self.judge, query, texts(wanted[start : start + self.batch_passages]), task
+            )
             said, num_truncated = np.append(said, values), num_truncated + num_cut
         read, unread = order[: len(said)], order[len(said) :]
         now = scores.astype(np.float64)
         now[read] = said
         if len(read) and len(unread):
             now[unread] -= max(0.0, float(now[unread[0]] - said.min()))
-        return Reread(now, read, said, np.zeros(0, np.int64), time.perf_counter() - begin, num_truncated)
+        unsure, out_of_time = np.zeros(0, np.int64), len(read) < len(wanted)
+        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 
 
-def _judged(judge: PairJudge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
-    """The teacher's log-odds [n] of a query with passages, and how many passages it read in part."""
+def judge_passages(judge: PairJudge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+    """The teacher's log-odds [n] of a query with passages, and how many passages it read in part.
+
+    Raises:
+        ModelError: the teacher said something that is no finite number.
+    """
     judged = judge.judge([(query, text) for text in texts], task)
     values = np.asarray(judged.log_odds, np.float64)
     if not np.isfinite(values).all():

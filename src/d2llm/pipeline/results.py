@@ -136,4 +136,4 @@ def cascade_report(order: Order) -> CascadeReport:
     ranks, reread = order.student_ranks, order.reread
     moved = tuple((int(before), now) for now, before in enumerate(ranks[order.best_first], start=1) if before != now)
     read, unsure = tuple(ranks[reread.read].tolist()), tuple(sorted(ranks[reread.unsure].tolist()))
-    return CascadeReport(read, unsure, moved, reread.num_truncated, reread.seconds)
+    return CascadeReport(read, unsure, moved, reread.num_truncated, reread.seconds, reread.out_of_time)

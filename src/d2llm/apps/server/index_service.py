@@ -25,7 +25,7 @@ from d2llm.core.types import Passage, Ranking, Task
 from d2llm.index.inspection import IndexStats
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.pipeline.calibrate import read_error
-from d2llm.pipeline.cascade import Cascade, Rereader, TeacherReading
+from d2llm.pipeline.cascade import Cascade, Rereader, TeacherReading, judge_passages
 from d2llm.pipeline.chunking import Chunker, DocumentsReport, upsert_documents
 from d2llm.pipeline.index import Index, UpsertReport
 from d2llm.pipeline.protocols import PairJudge
@@ -154,14 +154,15 @@ class IndexService:
 
         Raises:
             InputError: there is no teacher.
+            ModelError: it said something that is no finite number.
             OverloadedError: too many wait for it.
         """
         judge, asked = self._teacher(), task or self.current.view.task
 
         def work() -> PairVerdict:
             begin = time.perf_counter()
-            judged = judge.judge([(query, passage.full_text)], asked)
-            return PairVerdict(float(judged.log_odds[0]), judged.num_truncated > 0, time.perf_counter() - begin)
+            log_odds, num_truncated = judge_passages(judge, query, [passage.full_text], asked)
+            return PairVerdict(float(log_odds[0]), num_truncated > 0, time.perf_counter() - begin)
 
         done = await self._readings.submit([work])
         verdict = cast("PairVerdict", done.results[0])

@@ -225,13 +225,14 @@ class CertificateAnswer(Answer):
 
 
 class CascadeAnswer(Answer):
-    """What the teacher changed, in the student's ranks."""
+    """What the teacher changed, in the student's ranks; ``out_of_time``: its time ended before it had read all."""
 
     read: list[int]
     unsure: list[int]
     moved: list[tuple[int, int]]
     num_truncated: int
     seconds: float
+    out_of_time: bool
 
 
 class IndexVersion(Answer):

@@ -15,6 +15,11 @@ export class ApiError extends Error {
   }
 }
 
+/** What an error says, with what finds it in the server's log. */
+export function problemText(error) {
+  return error.requestId ? `${error.message} (request ${error.requestId})` : error.message;
+}
+
 export function apiKey() {
   return sessionStorage.getItem(KEY) || "";
 }

@@ -41,7 +41,7 @@ export function card(passage, context, before) {
     element(
       "footer",
       {},
-      element("span", { class: "score" }, "score ", element("b", {}, passage.score.toFixed(3))),
+      element("span", { class: "score" }, `${scoreName(passage, context.rank)} `, element("b", {}, passage.score.toFixed(3))),
       passage.title && passage.title !== passage.id ? element("span", { class: "source-id", dir: "auto" }, passage.id) : null,
       button,
     ),
@@ -65,6 +65,12 @@ function toggle(made, passage, context, { button, identity, show, plain }) {
     made.append(whyPanel(passage, context, options));
   }
   made.dispatchEvent(new CustomEvent("card-resized", { bubbles: true }));
+}
+
+/** What the number is that a ranking is sorted by. */
+function scoreName(passage, rank) {
+  if (passage.log_odds !== null) return "teacher’s log-odds";
+  return rank === "cascade" ? "expected log-odds" : "score";
 }
 
 function movement(rank, before) {
@@ -146,10 +152,17 @@ export function certificateText(certificate, numPlaces) {
   return `${text}.`;
 }
 
-/** What a teacher read, in words. */
+/** What a teacher read, and whether its time was enough, in words. */
 export function readingText(cascade, rank) {
+  if (!cascade.read.length) {
+    return cascade.out_of_time
+      ? "The teacher’s time was up before it could read: all stand where the student expects them."
+      : "The student was unsure of nothing, so the teacher read nothing.";
+  }
   const read = counted(cascade.read.length, "passage");
   const which = rank === "cascade" ? `${read} that the student was unsure of` : `the first ${read}`;
   const cut = cascade.num_truncated ? `, ${cascade.num_truncated} of them in part` : "";
-  return `The teacher read ${which}${cut}, in ${milliseconds(cascade.seconds)}.`;
+  const rest = rank === "cascade" ? "stand where the student expects them" : "follow in the student’s order";
+  const ended = cascade.out_of_time ? ` Then its time was up: the others ${rest}.` : "";
+  return `The teacher read ${which}${cut}, in ${milliseconds(cascade.seconds)}.${ended}`;
 }

@@ -46,15 +46,20 @@ function operationOf({ path, method, about }) {
       {},
       element("span", { class: `method ${method}` }, method.toUpperCase()),
       element("code", { class: "path" }, path),
-      element("span", { class: "quiet" }, firstSentence(about.description || about.summary || "")),
+      element("span", { class: "quiet" }, withCode(firstSentence(about.description || about.summary || ""))),
     ),
-    element("p", {}, about.description || about.summary || ""),
+    element("p", {}, withCode(about.description || about.summary || "")),
     parameters(about.parameters || []),
     body ? [element("h3", {}, "Body"), fieldsOf(body, 0)] : null,
     element("h3", {}, "Answers"),
     answers.map(([status, answer]) => answerOf(status, answer)),
     trial(path, method, about.parameters || [], body),
   );
+}
+
+/** A text whose ``names`` are written as code. */
+function withCode(text) {
+  return text.split("``").map((part, place) => (place % 2 ? element("code", {}, part) : part));
 }
 
 function firstSentence(text) {
@@ -117,7 +122,7 @@ function row(name, schema, required, where, depth = 0) {
     element(
       "dd",
       {},
-      found.description ? element("p", {}, found.description) : null,
+      found.description ? element("p", {}, withCode(found.description)) : null,
       remarks ? element("p", { class: "quiet" }, remarks) : null,
       inner && depth < DEEPEST
         ? element("details", {}, element("summary", {}, inner.title || "fields"), fieldsOf(inner, depth + 1))

@@ -44,7 +44,8 @@ export function bytes(count) {
 }
 
 export function signed(value) {
-  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+  const digits = Math.abs(value).toFixed(2);
+  return `${value < 0 && Number(digits) ? "−" : "+"}${digits}`;
 }
 
 export function counted(count, noun, plural = `${noun}s`) {

@@ -3,11 +3,13 @@
 import { bytes, element } from "./dom.js";
 
 const HEADS = { iem: "IEM", cosine: "cosine" };
+const MOST_FIELDS = 8; // the filter offers them all
 
 /** The list of an index's facts. */
 export function factList(index) {
   const { student } = index;
   const fields = Object.entries(index.fields).map(([name, type]) => `${name} (${type})`);
+  if (fields.length > MOST_FIELDS) fields.push(`and ${fields.splice(MOST_FIELDS).length} more`);
   const facts = [
     ["Index", index.name],
     ["Passages", index.num_passages.toLocaleString("en")],
@@ -16,7 +18,7 @@ export function factList(index) {
     ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", kept twice" : ""}`],
     ["Student", `${student.name}, head ${HEADS[student.head] || student.head}`],
     ["Backbone", student.backbone],
-    ["Teacher", index.teacher || "none"],
+    ["Teacher", teacherText(index)],
     ["Fields", fields.join(", ") || "none"],
     ["Shortcuts", [index.has_ann && "approximate index", index.has_projections && "projections"].filter(Boolean).join(", ") || "none"],
     ["Snapshots", index.snapshots.join(", ") || "none"],
@@ -26,4 +28,9 @@ export function factList(index) {
   return facts.map(([name, value]) =>
     element("div", {}, element("dt", {}, name), element("dd", {}, element("bdi", {}, value))),
   );
+}
+
+function teacherText({ teacher, rescore }) {
+  if (!teacher) return "none";
+  return rescore.includes("cascade") ? teacher : `${teacher}, not calibrated: no cascade`;
 }

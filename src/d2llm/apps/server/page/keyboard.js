@@ -1,10 +1,18 @@
 // All of it by keyboard: "/" the box, arrows or h j k l from card to card, Enter why, Escape closes.
 
+const KEPT = "d2llm-letters";
 const STEPS = { ArrowDown: [1, 0], j: [1, 0], ArrowUp: [-1, 0], k: [-1, 0], ArrowRight: [0, 1], l: [0, 1], ArrowLeft: [0, -1], h: [0, -1] };
 
-export function installKeyboard(box, results) {
+/** `letters` is the box that turns keys of one letter off, for those who speak to their computer or hit keys by accident. */
+export function installKeyboard(box, results, letters) {
+  letters.checked = localStorage.getItem(KEPT) !== "off";
+  letters.addEventListener("change", () => {
+    if (letters.checked) localStorage.removeItem(KEPT);
+    else localStorage.setItem(KEPT, "off");
+  });
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+    if (event.key.length === 1 && !letters.checked) return;
     const card = event.target.closest?.(".card") || null;
     if (event.key === "/" && !isTyping(event.target)) {
       event.preventDefault();

@@ -2,53 +2,55 @@
 
 import { svg } from "./dom.js";
 
-/** Draw the lines between columns into an SVG that covers them. */
-export function drawLines(area, canvas) {
+/** Draw the lines between columns, anew: one drawing for each gap, so that nothing lies over or under a text. */
+export function drawLines(area) {
+  for (const old of area.querySelectorAll(":scope > .lines")) old.remove();
   const columns = [...area.querySelectorAll(".column")];
   const frame = area.getBoundingClientRect();
-  canvas.replaceChildren();
-  canvas.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
-  canvas.setAttribute("width", frame.width);
-  canvas.setAttribute("height", frame.height);
-  columns.slice(1).forEach((right, place) => {
-    const left = columns[place];
-    if (right.getBoundingClientRect().left < left.getBoundingClientRect().right) return; // one below the other
-    const from = new Map([...left.querySelectorAll(".card")].map((one) => [one.dataset.id, one]));
-    for (const card of right.querySelectorAll(".card")) {
-      const other = from.get(card.dataset.id);
-      if (other) canvas.append(line(other, card, frame));
-    }
-  });
+  const drawings = columns.slice(1).map((right, place) => drawing(columns[place], right, frame, area.dataset.traced));
+  area.prepend(...drawings.filter(Boolean)); // after measuring: hundreds of lines would else each cost a layout
 }
 
-function line(left, right, frame) {
-  const [a, b] = [left.getBoundingClientRect(), right.getBoundingClientRect()];
-  const [x1, x2] = [a.right - frame.left, b.left - frame.left];
+/** The lines from a column to the next; null where one stands below the other. */
+function drawing(left, right, frame, traced) {
+  const [begin, end] = [left.getBoundingClientRect().right, right.getBoundingClientRect().left];
+  if (end <= begin) return null;
+  const from = new Map([...left.querySelectorAll(".card")].map((one) => [one.dataset.id, one]));
+  const lines = [...right.querySelectorAll(".card")]
+    .filter((card) => from.has(card.dataset.id))
+    .map((card) => line(from.get(card.dataset.id), card, { top: frame.top, width: end - begin }));
+  for (const one of lines) one.classList.toggle("traced", one.dataset.id === traced);
+  const size = { width: end - begin, height: frame.height };
+  const made = svg("svg", { class: "lines", ...size, "aria-hidden": "true", focusable: "false" }, lines);
+  made.style.left = `${begin - frame.left}px`;
+  return made;
+}
+
+function line(left, right, { top, width }) {
   const [y1, y2] = [left, right].map((card) => {
     const box = card.querySelector("header").getBoundingClientRect();
-    return box.top + box.height / 2 - frame.top;
+    return box.top + box.height / 2 - top;
   });
   const [before, now] = [left, right].map((card) => Number(card.querySelector(".rank").lastChild.data));
   const direction = now < before ? "up" : now > before ? "down" : "same";
-  const middle = (x1 + x2) / 2;
+  const middle = width / 2;
   return svg(
     "g",
     { class: `line ${direction}`, "data-id": right.dataset.id },
-    svg("path", { d: `M ${x1} ${y1} C ${middle} ${y1}, ${middle} ${y2}, ${x2} ${y2}` }),
-    svg("circle", { cx: x1, cy: y1, r: 3 }),
-    svg("circle", { cx: x2, cy: y2, r: 3 }),
+    svg("path", { d: `M 0 ${y1} C ${middle} ${y1}, ${middle} ${y2}, ${width} ${y2}` }),
+    svg("circle", { cx: 0, cy: y1, r: 3 }),
+    svg("circle", { cx: width, cy: y2, r: 3 }),
   );
 }
 
 /** Let a card's lines stand out while it has the pointer or the focus. */
-export function followCards(area, canvas) {
+export function followCards(area) {
   const show = (event) => {
-    const identity = event.target.closest?.(".card")?.dataset.id;
     const leaving = event.type === "pointerout" || event.type === "focusout";
-    area.classList.toggle("tracing", !leaving && identity !== undefined);
-    for (const one of canvas.querySelectorAll(".line")) {
-      one.classList.toggle("traced", !leaving && one.dataset.id === identity);
-    }
+    const identity = leaving ? undefined : event.target.closest?.(".card")?.dataset.id;
+    if (identity === undefined) delete area.dataset.traced;
+    else area.dataset.traced = identity;
+    for (const one of area.querySelectorAll(".line")) one.classList.toggle("traced", one.dataset.id === identity);
   };
   for (const event of ["pointerover", "pointerout", "focusin", "focusout"]) area.addEventListener(event, show);
 }

@@ -1,13 +1,13 @@
 // The page: puts its parts together, and keeps what is asked in the address.
 
 import { readAddress, writeAddress } from "./address.js";
-import { apiKey, ask, keepApiKey } from "./api.js";
+import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { factList } from "./facts.js";
 import { conditionFor, FilterBuilder, joined } from "./filters.js";
 import { installKeyboard } from "./keyboard.js";
 import { Results } from "./results.js";
-import { RANK_NAMES, Search } from "./search.js";
+import { lastOf, RANK_NAMES, Search } from "./search.js";
 import { installTheme } from "./theme.js";
 import { Upload } from "./upload.js";
 
@@ -23,7 +23,7 @@ const box = byId("query");
 const status = byId("status");
 const results = new Results({ area: byId("results"), status }, { onValue: filterByValue });
 const search = new Search({
-  onStart: () => results.loading(),
+  onStart: (teacher) => results.loading(teacher),
   onDone: showAnswers,
 });
 const builder = new FilterBuilder(
@@ -49,8 +49,7 @@ function showProblem(error) {
     showFilterError(error.message);
     results.message("The filter cannot be used", "What is wrong stands beside it.", "error");
   } else {
-    const request = error.requestId ? ` (request ${error.requestId})` : "";
-    results.message(error.status === 401 ? "A key is needed" : "That did not work", error.message + request, "error");
+    results.message(error.status === 401 ? "A key is needed" : "That did not work", problemText(error), "error");
   }
   status.textContent = error.message;
 }
@@ -94,7 +93,7 @@ function showState() {
   set(byId("filter"), state.filter);
   byId("clear").hidden = !state.filter;
   byId("filters-count").textContent = state.filter.trim() ? " (on)" : "";
-  for (const input of document.querySelectorAll("input[name=rank]")) input.checked = input.value === state.rank;
+  showRank();
   byId("beside").checked = state.beside;
   byId("exact").checked = state.exact;
   byId("hybrid-on").checked = state.hybrid !== null;
@@ -106,6 +105,16 @@ function showState() {
   set(byId("k"), String(state.k));
   document.title = state.q ? `${state.q} – d2llm` : "d2llm search";
   document.body.classList.toggle("comparing", state.beside);
+}
+
+/** The ranking that is chosen; what makes no difference side by side cannot be chosen there. */
+function showRank() {
+  const offered = index?.rescore || [];
+  const chosen = state.beside ? lastOf(state.rank, offered) : state.rank;
+  for (const input of document.querySelectorAll("input[name=rank]")) {
+    input.checked = input.value === chosen;
+    input.disabled = state.beside && lastOf(input.value, offered) !== input.value;
+  }
 }
 
 function listen() {
@@ -205,7 +214,7 @@ async function begin() {
 }
 
 installTheme(byId("theme"));
-installKeyboard(box, byId("results"));
+installKeyboard(box, byId("results"), byId("letters"));
 new Upload(
   {
     place: byId("adding"),

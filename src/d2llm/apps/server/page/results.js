@@ -1,53 +1,74 @@
 // Showing rankings: one, or several side by side with lines between them.
 
 import { card, certificateText, latency, readingText } from "./cards.js";
-import { counted, element, svg } from "./dom.js";
+import { counted, element } from "./dom.js";
 import { drawLines, followCards } from "./lines.js";
 import { leftOut, RANK_NAMES } from "./search.js";
+
+const READING = "The teacher is reading …";
 
 /** The part of the page that rankings are shown in. */
 export class Results {
   constructor({ area, status }, { onValue }) {
-    Object.assign(this, { area, status, onValue, canvas: null });
+    Object.assign(this, { area, status, onValue, answers: [] });
     area.addEventListener("card-resized", () => this.redraw());
+    followCards(area);
     new ResizeObserver(() => this.redraw()).observe(area);
   }
 
-  loading() {
+  /** Say that a search is under way, where it takes long enough to wonder. */
+  loading(teacher) {
     this.area.setAttribute("aria-busy", "true");
+    this.area.querySelector(":scope > .working")?.remove();
+    this.area.prepend(element("p", { class: "working" }, teacher ? READING : "Searching …"));
+    if (teacher) this.status.textContent = READING;
   }
 
   /** A message in place of results. */
   message(title, text, kind = "empty") {
     this.area.removeAttribute("aria-busy");
-    this.canvas = null;
+    this.answers = [];
     this.area.className = "results";
     this.area.replaceChildren(
       element("div", { class: `message ${kind}` }, element("h2", {}, title), text ? element("p", {}, text) : null),
     );
   }
 
-  /** Rankings, left to right. */
+  /** Rankings, left to right. One that was waiting takes its place without a change to the others. */
   show(state, answers, { hasTeacher }) {
     this.area.removeAttribute("aria-busy");
     const compact = answers.length > 1;
     const context = { query: state.q, hasTeacher, compact, onValue: this.onValue };
-    const columns = answers.map((found, place) => this.#column(state, found, answers[place - 1], context));
-    this.area.className = compact ? `results beside columns-${answers.length}` : "results";
-    this.canvas = compact ? svg("svg", { class: "lines", "aria-hidden": "true", focusable: "false" }) : null;
-    this.area.replaceChildren(...(this.canvas ? [this.canvas] : []), ...columns);
-    if (this.canvas) followCards(this.area, this.canvas);
-    this.redraw();
+    const make = (found, place) => this.#column(state, found, answers[place - 1], context);
+    const waiting = this.area.querySelector(":scope > .waiting");
+    const goesOn = waiting && this.answers.slice(0, -1).every((found, place) => found === answers[place]);
+    this.answers = answers;
     this.status.textContent = summary(answers);
+    if (goesOn) {
+      waiting.replaceWith(make(answers.at(-1), answers.length - 1));
+      this.redraw();
+      return;
+    }
+    const columns = answers.map(make);
+    this.area.className = compact ? `results beside columns-${answers.length}` : "results";
+    const hadFocus = this.area.contains(document.activeElement);
+    this.area.replaceChildren(...columns);
+    if (hadFocus) this.area.focus({ preventScroll: true }); // Tab goes on at the first card, not at the page's beginning
+    this.redraw();
   }
 
   redraw() {
-    if (this.canvas) drawLines(this.area, this.canvas);
+    drawLines(this.area);
   }
 
-  #column(state, { rank, answer, error, total }, left, context) {
+  #column(state, { rank, answer, error, total, waiting }, left, context) {
     const heading = element("h2", { class: context.compact ? "" : "hidden" }, `Ranked by ${RANK_NAMES[rank]}`);
     const column = element("section", { class: "column", "aria-label": `Ranked by ${RANK_NAMES[rank]}` }, heading);
+    if (waiting) {
+      column.classList.add("waiting");
+      column.append(element("p", { class: "working" }, READING));
+      return column;
+    }
     if (error) {
       column.append(element("p", { class: "problem", role: "alert" }, error.message));
       if (error.requestId) column.append(element("p", { class: "quiet" }, `Request ${error.requestId}`));
@@ -61,12 +82,7 @@ export class Results {
       element(
         "div",
         { class: "about" },
-        element(
-          "p",
-          { class: "count" },
-          `The first ${counted(answer.passages.length, "passage")} of ${counted(answer.num_candidates, "candidate")}`,
-          before ? element("b", {}, `. ${changes(answer.passages, before)}`) : null,
-        ),
+        answer.passages.length ? countOf(answer, before) : null,
         latency(answer.seconds, total),
         notes.filter(Boolean).map((note) => element("p", { class: "note" }, note)),
       ),
@@ -79,11 +95,16 @@ export class Results {
     }
     const cards = answer.passages.map((passage) => {
       const rankBefore = before ? (before.get(passage.id) ?? null) : undefined;
-      return element("li", {}, card(passage, context, rankBefore));
+      return element("li", {}, card(passage, { ...context, rank }, rankBefore));
     });
     column.append(element("ol", { class: "cards" }, cards));
     return column;
   }
+}
+
+function countOf({ passages, num_candidates }, before) {
+  const count = `The first ${counted(passages.length, "passage")} of ${counted(num_candidates, "candidate")}. `;
+  return element("p", { class: "count" }, count, before ? element("b", {}, changes(passages, before)) : null);
 }
 
 /** What a ranking changes of the one to its left, in words. */
@@ -96,8 +117,9 @@ function changes(passages, before) {
 
 function summary(answers) {
   return answers
-    .map(({ rank, answer, error }) => {
+    .map(({ rank, answer, error, waiting }) => {
       const name = answers.length > 1 ? `${RANK_NAMES[rank]}: ` : "";
+      if (waiting) return `${name}${READING}`;
       if (error) return `${name}${error.message}`;
       const first = answer.passages[0];
       if (!first) return `${name}no passages`;

@@ -4,34 +4,45 @@ import { ask } from "./api.js";
 
 export const RANK_NAMES = { none: "Inner product", iem: "IEM", teacher: "Teacher", cascade: "Cascade" };
 
-/** The rankings that a state asks for, left to right. */
+/** Whether a ranking waits for a teacher, which takes seconds. */
+export function asksTeacher(rank) {
+  return rank === "teacher" || rank === "cascade";
+}
+
+/** The rankings that a state asks for, left to right. Side by side, the chosen one is the last. */
 export function rankingsOf(state, offered) {
   if (!state.beside) return [offered.includes(state.rank) ? state.rank : "iem"];
-  const last = state.rank === "teacher" ? "teacher" : "cascade";
-  return ["none", "iem", last].filter((rank) => offered.includes(rank));
+  return [...new Set(["none", "iem", lastOf(state.rank, offered)])].filter((rank) => offered.includes(rank));
+}
+
+/** The last ranking side by side, where `rank` is chosen. */
+export function lastOf(rank, offered) {
+  if (rank === "teacher" && offered.includes(rank)) return rank;
+  return offered.includes("cascade") ? "cascade" : "iem";
 }
 
 /** The body of a search request. What a ranking cannot be combined with is left out, and named by `leftOut`. */
 export function requestOf(state, rank) {
   const body = { query: state.q, top_k: state.k, rescore: rank, explain: true };
-  const reads = rank === "teacher" || rank === "cascade";
   if (state.filter.trim()) body.filter = state.filter;
   if (state.exact && rank === "iem") body.exact = true;
-  else if (state.hybrid !== null && !reads) body.hybrid = state.hybrid / 100;
+  else if (state.hybrid !== null && !asksTeacher(rank)) body.hybrid = state.hybrid / 100;
   else if (state.hybrid === null && state.source !== "vectors") body.source = state.source;
   return body;
 }
 
 /** What a state asks for and a ranking does not do, in words; empty where it does all. */
 export function leftOut(state, rank) {
-  const reads = rank === "teacher" || rank === "cascade";
   if (state.exact && rank !== "iem") return "Not exact: only the IEM’s ranking is proved.";
   if (state.exact && state.hybrid !== null) return "Not fused with BM25: exact is by the IEM alone.";
-  if (state.hybrid !== null && reads) return "Not fused with BM25: a teacher goes by the student’s scores.";
+  if (state.hybrid !== null && asksTeacher(rank)) return "Not fused with BM25: a teacher goes by the student’s scores.";
   return "";
 }
 
-/** Searches; a new one cancels the one before, and an answer that comes late is never shown. */
+/**
+ * Searches; a new one cancels the one before, and an answer that comes late is never shown. `onDone` gets what was found;
+ * where a teacher reads for the last ranking, it first gets the others with a last one that is `waiting`.
+ */
 export class Search {
   constructor({ onStart, onDone }) {
     Object.assign(this, { onStart, onDone, number: 0, controller: null, timer: null });
@@ -54,8 +65,16 @@ export class Search {
     const number = this.number;
     this.controller = new AbortController();
     const { signal } = this.controller;
-    this.onStart(state);
-    const answers = await Promise.all(rankingsOf(state, offered).map((rank) => one(state, rank, signal)));
+    const ranks = rankingsOf(state, offered);
+    const last = ranks.at(-1);
+    this.onStart(asksTeacher(last) && ranks.length === 1);
+    const asked = ranks.map((rank) => one(state, rank, signal));
+    if (asksTeacher(last) && ranks.length > 1) {
+      const quick = await Promise.all(asked.slice(0, -1));
+      if (number !== this.number) return;
+      if (quick.some((found) => found.answer)) this.onDone(state, [...quick, { rank: last, waiting: true }]);
+    }
+    const answers = await Promise.all(asked);
     if (number === this.number) this.onDone(state, answers);
   }
 

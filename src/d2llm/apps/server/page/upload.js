@@ -105,6 +105,7 @@ export class Upload {
         [this.bar.max, this.bar.value] = [all, done];
         this.report.replaceChildren(`${done.toLocaleString("en")} of ${counted(all, "document")} sent …`);
       };
+      if (documents.length) onProgress(0, documents.length);
       const options = { chunkTokens: this.chunkTokens(), onProgress, signal: this.controller.signal };
       const sent = await sendDocuments(documents, this.limits(), options);
       this.#tell(sent, [...skipped, ...sent.skipped]);
@@ -143,8 +144,10 @@ export class Upload {
   #tell({ sum, problem, numLeft }, skipped) {
     const passages = sum.num_added + sum.num_updated + sum.num_unchanged;
     const lines = [
-      `${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ${sum.num_added} new, ` +
-        `${sum.num_updated} changed, ${sum.num_unchanged} as before.`,
+      sum.num_documents
+        ? `${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ${sum.num_added} new, ` +
+          `${sum.num_updated} changed, ${sum.num_unchanged} as before.`
+        : "No document was added.",
     ];
     if (sum.num_truncated) lines.push(`${counted(sum.num_truncated, "passage")} read only in part by the student.`);
     if (sum.num_deleted) lines.push(`${counted(sum.num_deleted, "passage")} deleted that the documents no longer have.`);

@@ -1,6 +1,6 @@
 // Why a passage stands where it does: the parts of its score, its words, who proposed it, what the teacher says.
 
-import { ask } from "./api.js";
+import { ask, problemText } from "./api.js";
 import { element, milliseconds, signed } from "./dom.js";
 import { markWeights } from "./highlight.js";
 
@@ -34,7 +34,7 @@ async function weigh(passage, context, place, onWords) {
       found.truncated ? " The end of this passage was too long for the student and was not read." : "",
     );
   } catch (error) {
-    place.replaceChildren(`Words could not be weighed: ${error.message}`);
+    place.replaceChildren(`Words could not be weighed: ${problemText(error)}`);
   }
 }
 
@@ -83,19 +83,26 @@ function proposers(passage) {
 function verdict(passage, context) {
   const said = element("span", { class: "verdict", role: "status" });
   const button = element("button", { type: "button", class: "small" }, "Ask the teacher");
+  const waiting = (now) => {
+    button.setAttribute("aria-disabled", String(now)); // not `disabled`, which would take the focus away
+    said.className = now ? "verdict working" : "verdict";
+  };
   button.addEventListener("click", async () => {
-    button.disabled = true;
+    if (button.getAttribute("aria-disabled") === "true") return;
+    waiting(true);
     said.textContent = "The teacher is reading …";
     try {
       const asked = { query: context.query, passage_id: passage.id, teacher: true };
       const { teacher } = await ask("/v1/explain", asked);
       const share = Math.round(teacher.probability * 100);
+      waiting(false);
       said.textContent =
         `${share}% that it answers the query (log-odds ${signed(teacher.log_odds)}, ${milliseconds(teacher.seconds)})` +
         (teacher.truncated ? "; it read the passage only in part" : "");
     } catch (error) {
-      said.textContent = error.message;
-      button.disabled = false;
+      waiting(false);
+      said.classList.add("problem");
+      said.textContent = `The teacher did not answer: ${problemText(error)}`;
     }
   });
   return element("p", { class: "ask-teacher" }, button, said);

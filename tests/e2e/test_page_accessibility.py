@@ -1,0 +1,183 @@
+"""WCAG 2.1 A and AA on the server's pages, as far as axe-core can tell: each state, in light and in dark."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2llm.apps.report_html import render_html
+from page_server import WatchedTeacher, overflow, until, write_taught_index
+from report_samples import retrieval_report
+from tiny_server import tiny_settings
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+from d2llm.apps.server.app import make_app
+from live_server import serve, wait_until_ready
+
+axe_playwright = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="needs axe-core: pip install 'd2llm[dev]'"
+)
+
+SEARCH = "?q=the+cat+by+the+sea&k=3"
+NARROW = 320
+"""Pixels at which WCAG wants a page without scrolling sideways (1.4.10)."""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render_html(retrieval_report(12)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, report):
+    """An address, and the teacher behind it."""
+    app = make_app(tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report))
+    with serve(app) as address:
+        wait_until_ready(address)
+        index = app.state.services.index
+        index.judge = WatchedTeacher(index.judge)
+        yield address, index.judge
+
+
+@pytest.fixture
+def address(served):
+    return served[0]
+
+
+def check(page, measurable=True):
+    """No rule is broken, and no contrast left unmeasured where it is ``measurable``: wide in light, narrow in dark."""
+    axe = axe_playwright.Axe()
+    for colours, width in (("light", 1280), ("dark", NARROW)):
+        page.emulate_media(color_scheme=colours, reduced_motion="reduce")
+        page.set_viewport_size({"width": width, "height": 900})
+        # It goes in through the browser's debugger, past the page's policy, which stays as it is.
+        found = axe.run(page, options={"resultTypes": ["violations", "incomplete"]}).response
+        unmeasured = [rule for rule in found["incomplete"] if rule["id"] == "color-contrast" and measurable]
+        told = [
+            (colours, width, rule["id"], node["target"], node["failureSummary"])
+            for rule in found["violations"] + unmeasured
+            for node in rule["nodes"]
+        ]
+        assert told == []
+        assert len(found["passes"]) > 10
+        assert overflow(page) == 0
+
+
+def test_start(visit, address):
+    page = visit(address)
+    page.locator(".message h2", has_text="Ask something").wait_for()
+    check(page)
+
+
+def test_results_with_filters(visit, address):
+    page = visit(f"{address}/{SEARCH}&filter=year+%3E+2000")
+    page.wait_for_selector(".card")
+    page.locator("#filters > summary").click()
+    page.locator(".card").first.focus()
+    check(page)
+
+
+def test_a_wrong_filter(visit, address):
+    page = visit(f"{address}/{SEARCH}&filter=colour+%3D+1", expected=["400 (Bad Request)"])
+    page.wait_for_selector(".message.error")
+    check(page)
+
+
+def test_rankings_side_by_side(visit, address):
+    page = visit(f"{address}/{SEARCH}&beside=1")
+    page.locator(".column").nth(2).locator(".card").first.wait_for()
+    check(page)
+
+
+def test_a_teacher_that_reads(visit, served):
+    address, teacher = served
+    teacher.may_answer.clear()
+    try:
+        page = visit(f"{address}/{SEARCH}&beside=1")
+        page.wait_for_selector(".column.waiting")
+        check(page)
+    finally:
+        teacher.reset()
+
+
+def test_why_with_the_teachers_verdict(visit, address):
+    page = visit(f"{address}/{SEARCH}")
+    page.locator(".toggle-why").first.click()
+    page.wait_for_selector(".text mark.weight")
+    page.get_by_role("button", name="Ask the teacher").click()
+    page.locator(".verdict", has_text="%").wait_for()
+    check(page)
+
+
+def test_adding_documents(visit, address):
+    pytest.importorskip("semantic_text_splitter", reason="needs the extra documents: pip install 'd2llm[documents]'")
+    page = visit(address)
+    named = {"a ship.txt": b"the ship of the winter sea", "picture.png": b"no text"}
+    page.locator("#files").set_input_files(
+        [{"name": name, "mimeType": "", "buffer": content} for name, content in named.items()]
+    )
+    page.wait_for_selector("#upload-report .skipped")
+    check(page)
+
+
+def test_a_key(visit, address):
+    page = visit(address)
+    page.evaluate("document.getElementById('key-open').hidden = false")  # as where the server wants one
+    page.locator("#key-open").click()
+    page.wait_for_selector("#key-dialog[open]")
+    check(page, measurable=False)  # axe takes the page under the dialog for a background
+
+
+def test_the_api_pages(visit, address):
+    page = visit(f"{address}/docs", ready=False)
+    page.wait_for_selector(".operation")
+    operation = page.locator(".operation", has=page.locator(".path", has_text="/v1/index")).first
+    operation.locator("summary").first.click()
+    operation.get_by_role("button", name="Send").click()
+    operation.locator(".output").wait_for()
+    # The others are alike: a few are enough, and much quicker.
+    page.evaluate("document.querySelectorAll('.operation:not([open])').forEach((one, n) => n > 2 && one.remove())")
+    check(page)
+
+
+def test_the_report_and_its_frame(visit, address, report):
+    page = visit(f"{address}/page/evaluation.html", ready=False)
+    page.wait_for_selector("iframe.report")
+    check(page)
+    # In its frame it may run no script, so axe cannot look at it there; nor can it tell what is behind a plot's text.
+    check(visit(report.as_uri(), ready=False), measurable=False)
+
+
+def test_keys_of_one_letter_can_be_turned_off(visit, address):
+    page = visit(f"{address}/{SEARCH}")
+    page.wait_for_selector(".card")
+    focused = "document.activeElement.id || document.activeElement.dataset.id"
+    first = page.locator(".card").first
+    for turned_on in (False, True):
+        page.get_by_label("Keys of one letter").set_checked(turned_on)
+        page.reload()
+        first.focus()
+        page.keyboard.press("j")
+        assert (page.evaluate(focused) != first.get_attribute("data-id")) == turned_on
+        page.keyboard.press("/")
+        assert (page.evaluate(focused) == "query") == turned_on
+    first.focus()
+    page.get_by_label("Keys of one letter").uncheck()
+    first.focus()
+    page.keyboard.press("Enter")  # other keys go on
+    page.wait_for_selector(".why")
+
+
+def test_the_focus_stays_among_the_results_when_they_change(visit, address):
+    page = visit(f"{address}/{SEARCH}")
+    page.wait_for_selector(".card")
+    value = page.locator(".metadata .value").first
+    expected = value.inner_text()
+    value.focus()
+    page.keyboard.press("Enter")  # filters by it
+    page.locator("#filters-count", has_text="(on)").wait_for()
+    until(page, "document.activeElement.id === 'results'")
+    page.keyboard.press("Tab")
+    until(page, "document.activeElement === document.querySelector('.card')")
+    assert expected in page.locator(".card").first.locator(".metadata").inner_text()
