@@ -98,7 +98,7 @@ class ModelService:
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
             lanes=core_pool() if on_cpu else None,
-            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,
+            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,  # one batch waits for the core that is free next
         )
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
 
