@@ -57,6 +57,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         401: "No key, or an unknown one",
         403: "Not allowed",
         404: "There is no such thing",
+        408: "Its body took too long",
         409: "In the way of something else",
         413: "Too large",
         415: "Not JSON",

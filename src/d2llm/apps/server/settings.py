@@ -79,6 +79,9 @@ class ServeSettings(BaseSettings):
     )
     cors_origins: Names = Field(default=(), description="Origins whose pages may ask from a browser, or `*`.")
     max_body_bytes: Count = Field(default=16 * 2**20, description="Largest body of a request.")
+    request_seconds: Seconds = Field(
+        default=30.0, description="How long a client may take to send a request's headers, and again its body."
+    )
     max_texts: Count = Field(default=512, description="Most texts of a request.")
     max_text_chars: Count = Field(default=100_000, description="Longest text, in characters.")
     max_top_k: Count = Field(default=1_000, description="Most passages of an answer.")
