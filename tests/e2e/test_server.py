@@ -369,12 +369,12 @@ def test_a_client_that_goes_away_frees_its_place(index):
         with pytest.raises(httpx2.TimeoutException), httpx2.Client(base_url=address) as http:
             http.post("/v1/encode", json={"texts": texts, "kind": "passage"}, timeout=0.05)
         for _ in range(100):
-            if app.state.services.models.num_queued == 0:
+            if app.state.serving.now().models.num_queued == 0:
                 break
             time.sleep(0.01)
         begin = time.perf_counter()
         assert httpx2.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
-        assert app.state.services.models.num_queued == 0
+        assert app.state.serving.now().models.num_queued == 0
         assert time.perf_counter() - begin < 5
 
 
