@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, encode
-from d2llm.apps.commands_teach import named_teacher
-from d2llm.apps.options import teacher_config
+from d2llm.core.recipe import TeacherConfig
 from d2llm.models.judge import load_judge
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.calibrate import write_error
@@ -316,7 +315,7 @@ def test_another_student_is_refused_at_the_start(folder, index):
 def test_a_teacher_reads_again(tmp_path):
     folder = write_tiny_index(tmp_path)
     teacher = write_tiny_model(tmp_path / "teacher", "llama")
-    judge = load_judge(named_teacher(str(teacher), teacher_config("", "short")), dtype="float32")
+    judge = load_judge(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
     write_error(folder, judge, "asymmetric", StudentError(1.0, 0.0, 2.0))
     passages = {passage.id: passage for passage in tiny_passages()}
     with serve(

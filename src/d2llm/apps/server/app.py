@@ -26,6 +26,7 @@ from d2llm.apps.server.services import Serving
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.apps.server.telemetry import Telemetry
 from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.recipe import TeacherConfig
 from d2llm.index.store import IndexStore
 from d2llm.models.hub import find_student
 from d2llm.models.judge import Judge, load_judge
@@ -181,11 +182,8 @@ def load_models(
 def _load_judge(settings: ServeSettings) -> Judge | None:
     if settings.teacher is None:
         return None
-    from d2llm.apps.commands_teach import named_teacher
-    from d2llm.apps.options import teacher_config
-
-    config = named_teacher(settings.teacher, teacher_config("", settings.prompt))
-    return load_judge(config, device=settings.device, dtype=settings.dtype)
+    asked = TeacherConfig() if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
+    return load_judge(asked.named(settings.teacher), device=settings.device, dtype=settings.dtype)
 
 
 def _named(models: ModelService) -> dict[str, str]:

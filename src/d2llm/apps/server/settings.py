@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from d2llm.apps.options import NumberFormat
 from d2llm.core.errors import InputError
-from d2llm.core.types import EngineName
+from d2llm.core.types import EngineName, NumberFormat
 
 if sys.version_info >= (3, 11):
     import tomllib
