@@ -237,14 +237,14 @@ def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tup
     with serve(app) as address:
         wait_until_ready(address)
         student, began = app.state.serving.now().models.student, threading.Event()
-        encode_passages = student.encode_passages
+        encode_tokens = student.encode_tokens
 
-        def slow(texts: list[str]) -> object:
+        def slow(ids: object) -> object:
             began.set()
             time.sleep(0.1)
-            return encode_passages(texts)
+            return encode_tokens(ids)
 
-        student.encode_passages = slow
+        student.encode_tokens = slow
         answers: list[httpx2.Response] = []
 
         def ask() -> None:
