@@ -56,12 +56,13 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
     """Put all of them around ``app``.
 
     Raises:
-        InputError: the file of API keys cannot be read.
+        InputError: the file of API keys cannot be read, or the storage of rate limits is no address of one.
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
+    storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
     app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
     app.add_middleware(
-        AccessMiddleware, ring=ring, limiter=RateLimiter(), requests_per_minute=settings.requests_per_minute
+        AccessMiddleware, ring=ring, limiter=RateLimiter(storage), requests_per_minute=settings.requests_per_minute
     )
     if settings.cors_origins:
         app.add_middleware(

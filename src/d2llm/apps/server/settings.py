@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from d2llm.core.errors import InputError
@@ -68,6 +68,10 @@ class ServeSettings(BaseSettings):
     )
     requests_per_minute: Count | None = Field(
         default=None, description="Most requests a minute of one key; without keys, of one client address."
+    )
+    rate_limit_storage: SecretStr | None = Field(
+        default=None,
+        description="Redis in which servers count requests together, as in redis://localhost:6379 (extra redis).",
     )
     allowed_hosts: Names = Field(
         default=LOOPBACK_NAMES,
