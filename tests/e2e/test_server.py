@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, encode
-from d2llm.apps.commands_teach import named_teacher
-from d2llm.apps.options import teacher_config
+from d2llm.core.recipe import TeacherConfig
 from d2llm.models.judge import load_judge
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.calibrate import write_error
@@ -316,7 +315,7 @@ def test_another_student_is_refused_at_the_start(folder, index):
 def test_a_teacher_reads_again(tmp_path):
     folder = write_tiny_index(tmp_path)
     teacher = write_tiny_model(tmp_path / "teacher", "llama")
-    judge = load_judge(named_teacher(str(teacher), teacher_config("", "short")), dtype="float32")
+    judge = load_judge(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
     write_error(folder, judge, "asymmetric", StudentError(1.0, 0.0, 2.0))
     passages = {passage.id: passage for passage in tiny_passages()}
     with serve(
@@ -369,12 +368,12 @@ def test_a_client_that_goes_away_frees_its_place(index):
         with pytest.raises(httpx2.TimeoutException), httpx2.Client(base_url=address) as http:
             http.post("/v1/encode", json={"texts": texts, "kind": "passage"}, timeout=0.05)
         for _ in range(100):
-            if app.state.services.models.num_queued == 0:
+            if app.state.serving.now().models.num_queued == 0:
                 break
             time.sleep(0.01)
         begin = time.perf_counter()
         assert httpx2.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
-        assert app.state.services.models.num_queued == 0
+        assert app.state.serving.now().models.num_queued == 0
         assert time.perf_counter() - begin < 5
 
 

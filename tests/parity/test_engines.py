@@ -132,6 +132,24 @@ def test_eight_bits_change_vectors_a_little(engine, tmp_path):
     assert read_manifest(tmp_path / "out", "export", 1)["precision"] == "int8"
 
 
+def test_writing_eight_bits_shows_only_its_own_line(tmp_path):
+    student = make(tmp_path)
+    student.save(tmp_path / "saved")
+    for runtime in ("onnx", "openvino"):
+        if runtime == "openvino":
+            pytest.importorskip("openvino")
+        command = ["export", tmp_path / "saved", "--to", runtime, "--int8", "--out", tmp_path / runtime]
+        done = subprocess.run(
+            [sys.executable, "-m", "d2llm", *map(str, command)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = (done.stdout + done.stderr).splitlines()
+        assert line.startswith("export: ")
+
+
 @pytest.mark.skipif(not cpu_has_fast_bfloat16(), reason="this CPU has no products of bfloat16")
 def test_bfloat16_where_the_cpu_is_fast_with_it(tmp_path):
     pytest.importorskip("openvino")

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
+from d2llm.core.errors import DataFormatError, DuplicateIdError, IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage
 from d2llm.pipeline import index as module
@@ -139,6 +139,28 @@ def test_an_interrupted_overwrite_leaves_the_old_index(tmp_path):
     with pytest.raises(Interrupted):
         encode(PASSAGES[:10], FailingStudent(1), tmp_path / "i", overwrite=True)
     assert contents(tmp_path / "i") == before
+
+
+def test_a_writer_of_the_index_before_does_not_write_into_the_new_one(tmp_path):
+    encode(PASSAGES[:10], FakeStudent(), tmp_path / "i")
+    before = Index.open(tmp_path / "i", FakeStudent())
+    assert len(before) == 10
+    encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
+    after = contents(tmp_path / "i")
+    for write in (lambda: before.upsert([Passage("other", "text")]), lambda: before.delete(["p1"]), before.compact):
+        with pytest.raises(IndexMismatchError, match="taken this one's place"):
+            write()
+    assert contents(tmp_path / "i") == after
+
+
+def test_an_index_is_not_replaced_while_it_is_written(tmp_path):
+    encode(PASSAGES[:10], FakeStudent(), tmp_path / "i")
+    before = contents(tmp_path / "i")
+    with Index.open(tmp_path / "i", FakeStudent()).store.writing(), pytest.raises(IndexLockedError):
+        encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
+    assert contents(tmp_path / "i") == before
+    report = encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
+    assert report.num_resumed == 23  # what was encoded is still there
 
 
 def test_bad_input(tmp_path):

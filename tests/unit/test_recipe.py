@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import Recipe
+from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import load_recipe, parse_recipe
 
 
@@ -146,3 +146,19 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: unknown key 'epochs'")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "model"),
+    [
+        ("smollm2", "auto", "smollm2"),
+        ("cosine:runs/student", "cosine", "runs/student"),
+        ("owner/name:free", "auto", "owner/name:free"),
+        ("cosine:", "auto", "cosine:"),
+    ],
+)
+def test_a_teacher_is_named_by_its_model_or_with_its_kind(text: str, kind: str, model: str):
+    base = TeacherConfig(model="before", kind="remote", prompt="short", max_tokens=64)
+    assert base.named(text) == TeacherConfig.model_validate(
+        {"model": model, "kind": kind, "prompt": "short", "max_tokens": 64}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 from d2llm.apps.server import limits
 from d2llm.apps.server.access import is_open, scope_needed
 from d2llm.apps.server.keys import add_key, remove_key
-from d2llm.apps.server.limits import RateLimiter
+from d2llm.apps.server.limits import Allowance, RateLimiter
 from tiny_app import tiny_client
 
 SEARCH = {"texts": ["q"]}
@@ -160,12 +161,16 @@ def test_requests_are_forgotten_after_a_minute(monkeypatch: pytest.MonkeyPatch):
     for module in (limits, sys.modules["limits.storage.memory"], sys.modules["limits.strategies"]):
         monkeypatch.setattr(f"{module.__name__}.time.time", lambda: now[0])
     limiter = RateLimiter()
-    assert [limiter.take("a", 2).allowed for _ in range(3)] == [True, True, False]
-    assert limiter.take("b", 2).allowed
+
+    def take(who: str) -> Allowance:
+        return asyncio.run(limiter.take(who, 2))
+
+    assert [take("a").allowed for _ in range(3)] == [True, True, False]
+    assert take("b").allowed
     now[0] += 30
-    assert limiter.take("a", 2).reset == pytest.approx(30, abs=1)
+    assert take("a").reset == pytest.approx(30, abs=1)
     now[0] += 31
-    assert limiter.take("a", 2).allowed
+    assert take("a").allowed
 
 
 def test_the_message_names_the_limit():

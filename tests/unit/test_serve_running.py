@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,85 +14,7 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.apps.server.running import listen, url_of
 from d2llm.core.errors import InputError
-
-PROGRAM = """
-import asyncio, sys
-from types import SimpleNamespace
-from d2llm.apps.server.logs import start_logs
-from d2llm.apps.server.running import listen, run_app, url_of
-from d2llm.apps.server.settings import ServeSettings
-from d2llm.core.errors import D2LLMError, InputError
-from tiny_app import tiny_app
-
-settings = ServeSettings(shutdown_seconds={shutdown_seconds}, max_body_bytes=1000)
-app = tiny_app(settings)
-
-@app.get("/slow/{{seconds}}")
-async def slow(seconds: float):
-    print("began", flush=True)
-    await asyncio.sleep(seconds)
-    return "done"
-
-async def reload():
-    print("reloaded", flush=True)
-    raise InputError("the new version is broken")
-
-state = SimpleNamespace(state="starting", message="")
-
-@app.get("/become/{{name}}")
-async def become(name: str):
-    state.state, state.message = name, "the student is not there"
-
-bound = listen("127.0.0.1", 0)
-start_logs(settings)
-print(url_of(bound), flush=True)
-state.state = "{state}"
-try:
-    run_app(app, settings, bound, state, on_ready=lambda: print("ready", flush=True), on_hangup=reload)
-except D2LLMError as error:
-    sys.exit(str(error))
-print("ended", flush=True)
-"""
-
-
-class Running:
-    """A program with a server, and what it prints."""
-
-    def __init__(self, *, state: str = "ready", shutdown_seconds: float = 10) -> None:
-        here = Path(__file__).parents[1]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(state=state, shutdown_seconds=shutdown_seconds)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        address = urlsplit(self.line())
-        self.host, self.port = address.hostname or "", address.port or 0
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def get(self, path: str) -> str:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        assert answer.status == 200
-        return answer.read().decode()
-
-    def get_when_listening(self, path: str) -> str:
-        for _ in range(200):
-            try:
-                return self.get(path)
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        return self.get(path)
-
-    def end(self) -> tuple[int, str, str]:
-        out, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, out, errors
+from running_server import Running, run
 
 
 @pytest.fixture
@@ -111,14 +27,6 @@ def running() -> Iterator[Running]:
 def shared() -> Iterator[Running]:
     """One that goes on."""
     yield from run()
-
-
-def run() -> Iterator[Running]:
-    server = Running()
-    assert server.line() == "ready"
-    yield server
-    server.process.kill()
-    server.process.communicate()
 
 
 # The port
@@ -222,7 +130,7 @@ def test_sighup_reloads_and_an_error_there_is_only_logged(running: Running):
 
 
 def exchange(server: Running, request: bytes, *more: bytes) -> bytes:
-    with socket.create_connection((server.host, server.port), timeout=10) as connection:
+    with server.connect() as connection:
         connection.sendall(request)
         for part in more:
             try:
@@ -265,7 +173,7 @@ def test_no_host_at_all_is_refused(shared: Running):
 
 
 def test_a_client_that_leaves_is_logged_as_that(running: Running):
-    with socket.create_connection((running.host, running.port), timeout=10) as connection:
+    with running.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 900\r\n\r\n{")
         time.sleep(0.3)
     time.sleep(0.3)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2llm.apps.commands_index import MakerOption, folder_of, index_app
-from d2llm.apps.commands_teach import named_teacher
 from d2llm.apps.options import DeviceOption, DtypeOption, JsonOption, PromptOption, QueryTaskOption, teacher_config
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
@@ -60,7 +59,7 @@ def calibrate(
     asked = list(read_queries(queries).values())
     chosen = random.Random(0).sample(asked, min(num_queries, len(asked)))
     index = Index.open(folder_of(context), student, device=device, dtype=dtype)
-    judge = load_judge(named_teacher(teacher, teacher_config("", prompt)), device=device, dtype=dtype)
+    judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     error = measure_error(index.view, index.student, judge, chosen, task=task)
     file = write_error(folder_of(context), judge, task or index.view.task, error)
     session.say(
@@ -85,7 +84,7 @@ def load_cascade(
     from d2llm.pipeline.calibrate import read_error
     from d2llm.pipeline.cascade import Cascade
 
-    judge = load_judge(named_teacher(teacher, teacher_config("", prompt)), device=device, dtype=dtype)
+    judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     return Cascade(judge, read_error(folder, judge, task), num_passages, budget_ms)
 
 

@@ -145,16 +145,16 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
         undo.callback(bound.close)
         undo.callback(start_logs(settings))
         from d2llm.apps.server.app import make_app  # takes seconds, and a port in use should be told at once
-        from d2llm.apps.server.services import Services
+        from d2llm.apps.server.services import Serving
 
         app = make_app(settings)
         if settings.otel:
             undo.callback(start_tracing(app, app.state.telemetry))
 
         async def reload() -> None:
-            services: Services | None = getattr(app.state, "services", None)
-            if services is not None and services.index is not None:
-                await services.index.reload()
+            serving: Serving | None = getattr(app.state, "serving", None)
+            if serving is not None and serving.index is not None:
+                await serving.index.served.reload()
 
         run_app(app, settings, bound, app.state.lifecycle, on_ready=say_ready, on_hangup=reload)
 

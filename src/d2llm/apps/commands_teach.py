@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from d2llm.apps.options import (
 )
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
-
-if TYPE_CHECKING:
-    from d2llm.core.recipe import TeacherConfig
 
 _HOW = "a folder, a name, or KIND:MODEL such as cosine:FOLDER for a student or a bi-encoder"
 
@@ -63,7 +60,7 @@ def stack(
 
     session = session_of(context)
     job = job_of(session, recipe, out, data, device, dtype)
-    named = [named_teacher(member, job.recipe.teacher) for member in members]
+    named = [job.recipe.teacher.named(member) for member in members]
     report = steps.stack(job, named, num_queries=queries, depth=depth)
     for part in stack_tables(report):
         session.show(part)
@@ -110,7 +107,7 @@ def gate(
 
     session = session_of(context)
     job = job_of(session, recipe, out, data, device, dtype)
-    named = named_teacher(teacher, job.recipe.teacher) if teacher is not None else None
+    named = job.recipe.teacher.named(teacher) if teacher is not None else None
     report = steps.try_the_teacher(job, teacher=named, student=student)
     session.write_report(context, json_path, report)
     if not isinstance(report, GateReport):
@@ -119,14 +116,6 @@ def gate(
     if report.closed and report.settings.when_closed == "stop":
         raise InputError(gate_advice(report))
     session.say(gate_advice(report))
-
-
-def named_teacher(text: str, base: TeacherConfig) -> TeacherConfig:
-    """The teacher that ``KIND:MODEL`` or ``MODEL`` names, asked as the recipe's teacher (``base``) is."""
-    kind, colon, model = text.partition(":")
-    if colon and model and kind in get_args(type(base).model_fields["kind"].annotation):
-        return base.model_copy(update={"model": model, "kind": kind})
-    return base.model_copy(update={"model": text, "kind": "auto"})
 
 
 def register(app: typer.Typer) -> None:

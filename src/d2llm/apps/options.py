@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2llm.core.shipped import shipped_recipes
-from d2llm.core.types import EngineName, Task
+from d2llm.core.types import EngineName, NumberFormat, Task
 
 if TYPE_CHECKING:
     from d2llm.core.recipe import TeacherConfig
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 DEFAULT_STUDENT = "d2llm-minilm"
 DISTIL, SEARCH, SERVE, MEASURE, LOOK = "Distil", "Search", "Serve", "Measure", "Look"
 """Headings of the help."""
-
-NumberFormat = Literal["float32", "bfloat16", "float16"]
 
 RecipeArgument = Annotated[
     str,
@@ -90,7 +88,7 @@ PromptOption = Annotated[
 
 
 def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
-    """The teacher that two options name."""
+    """The teacher that two options name; ``model`` may be ``KIND:MODEL``."""
     from d2llm.core.recipe import TeacherConfig
 
-    return TeacherConfig(model=model) if prompt is None else TeacherConfig(model=model, prompt=prompt)
+    return (TeacherConfig() if prompt is None else TeacherConfig(prompt=prompt)).named(model)

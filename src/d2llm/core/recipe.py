@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -129,6 +129,13 @@ class TeacherConfig(_Section):
     stack_with_cosine: bool = False
     """Learn from this teacher stacked with the tuned cosine of the run, calibrated on dev."""
     remote: RemoteConfig | None = None
+
+    def named(self, text: str) -> TeacherConfig:
+        """The teacher that ``KIND:MODEL`` or ``MODEL`` names, asked as this one is."""
+        kind, colon, model = text.partition(":")
+        if colon and model and kind in get_args(TeacherConfig.model_fields["kind"].annotation):
+            return self.model_copy(update={"model": model, "kind": kind})
+        return self.model_copy(update={"model": text, "kind": "auto"})
 
 
 class TeacherTuningConfig(_Section):

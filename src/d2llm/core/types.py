@@ -30,6 +30,9 @@ student where something makes its search cheaper."""
 EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
 """What encodes texts (``models.engines``); ``auto``: the fastest here that gives the same vectors."""
 
+NumberFormat = Literal["float32", "bfloat16", "float16"]
+"""In which models compute."""
+
 SourceName = Literal["vectors", "ann", "bm25"]
 """Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
 

@@ -125,8 +125,8 @@ class IndexStore:
         manifest = read_manifest(folder, KIND, FORMAT_VERSION)
         if manifest["format_version"] < FIRST_FORMAT_VERSION:
             raise DataFormatError(folder, "is an index of the first format, which cannot be changed; encode it again")
-        wanted = {"student": str, "task": str, "dim": int, "vector_format": str}
-        wrong = [key for key, kind in wanted.items() if not isinstance(manifest.get(key), kind)]
+        kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
+        wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
         if manifest.get("vector_copies", 2) not in (1, 2):
             wrong.append("vector_copies")
         if wrong:
@@ -177,6 +177,7 @@ class IndexStore:
 
         Raises:
             IndexLockedError: another process or thread holds it.
+            IndexMismatchError: another index has taken this one's place since it was opened.
             InputError: this is a snapshot.
             StorageError: the folder cannot be written.
         """
@@ -192,9 +193,11 @@ class IndexStore:
             try:
                 self._lock.acquire()
             except filelock.Timeout as error:
-                problem = "another process is writing to this index; wait until it is done, then try again"
-                raise IndexLockedError(f"{self.folder}: {problem}") from error
+                raise IndexLockedError(f"{self.folder}: another process is writing to it; try again later") from error
         try:
+            # Files are found by the folder's name, so they may be another index's by now.
+            if self._lock.lock_counter == 1 and read_manifest(self.folder, KIND, FORMAT_VERSION) != self.manifest:
+                raise IndexMismatchError(f"{self.folder}: another index has taken this one's place; open it again")
             yield
         finally:
             self._lock.release()
@@ -367,10 +370,7 @@ class IndexStore:
             return before, folder_bytes(self.folder)
 
     def _rewrite(self, source: IndexStore) -> int:
-        """All rows of ``source``, with their vectors in a file of a new generation, in the place of the table's.
-
-        Returns how many they are.
-        """
+        """All rows of ``source``, their vectors in a file of a new generation, in the table's place; how many."""
         table, rows = self.table(), source.table()
         codes_of_batch = source.vectors.codes_of_batches(rows)
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,14 +35,35 @@ def quantise(file: Path, runtime: Runtime) -> None:
 
 def _for_onnx_runtime(file: Path) -> None:
     tools: Any = require("onnxruntime.quantization", extra="export", purpose="writing weights of eight bits")
-    tools.quantize_dynamic(
-        file,
-        file,
-        per_channel=True,
-        weight_type=tools.QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        extra_options={"MatMulConstBOnly": True},  # those of attention are of two computed sides, and small
-    )
+    with _without_advice():
+        tools.quantize_dynamic(
+            file,
+            file,
+            per_channel=True,
+            weight_type=tools.QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"MatMulConstBOnly": True},  # those of attention are of two computed sides, and small
+        )
+
+
+@contextmanager
+def _without_advice() -> Generator[None]:
+    """Without ONNX Runtime's advice to run its pre-processing first, which fails on these graphs (docs/LOG.md).
+
+    It is logged by the root logger, which for that gets a handler of its own if it has none.
+    """
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "pre-processing before quantization" not in record.getMessage()
+
+    root.addFilter(is_other)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.removeFilter(is_other)
 
 
 def _for_openvino(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Task
 from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
-from d2llm.index.store import FORMAT_VERSION, KIND
+from d2llm.index.store import FORMAT_VERSION, KIND, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
 from d2llm.pipeline.index import Index
@@ -75,6 +76,7 @@ def encode(
         InputError: no passages, ``folder`` in the way, an unknown format, or a vector is not finite.
         DataFormatError: the corpus file is missing or malformed (names file and line).
         DuplicateIdError: two passages share an id.
+        IndexLockedError: when all is encoded, another process is writing to the index at ``folder``.
     """
     folder = Path(folder)
     _check_target(folder, overwrite=overwrite)
@@ -104,7 +106,8 @@ def encode(
         )
     report = index.upsert(passages, num_passages=num_passages, show_progress=show_progress)
     facts = index.stats()
-    replace_folder(draft, folder)
+    with _no_other_writer(folder):
+        replace_folder(draft, folder)
     seconds = time.perf_counter() - begin
     return EncodeReport(
         folder=folder,
@@ -117,6 +120,14 @@ def encode(
         vector_bytes_per_passage=facts.vector_bytes,
         bytes_per_passage=facts.bytes_per_passage,
     )
+
+
+def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
+    """Hold the write lock of the index that is to be replaced: half a write must not end up in the new one."""
+    try:
+        return IndexStore.open(folder).locked()
+    except InputError:  # nothing is there, or nothing that can be written
+        return nullcontext()
 
 
 def _check_target(folder: Path, *, overwrite: bool) -> None:

@@ -58,7 +58,7 @@ class AccessMiddleware:
             if problem is not None:
                 await answer_problem(scope, receive, send, problem)
                 return
-        allowance = self._count(scope, key)
+        allowance = await self._count(scope, key)
         if allowance is None:
             await self._app(scope, receive, send)
         elif allowance.allowed:
@@ -83,14 +83,14 @@ class AccessMiddleware:
             return None, Problem(403, "forbidden", message, headers={"WWW-Authenticate": challenge})
         return key, None
 
-    def _count(self, scope: Scope, key: ApiKey | None) -> Allowance | None:
+    async def _count(self, scope: Scope, key: ApiKey | None) -> Allowance | None:
         if key is not None and key.requests_per_minute is not None:
-            return self._limiter.take(f"key {key.name}", key.requests_per_minute)
+            return await self._limiter.take(f"key {key.name}", key.requests_per_minute)
         if self._requests_per_minute is None:
             return None
         client = scope.get("client")
         who = f"key {key.name}" if key is not None else f"address {client[0] if client else 'unknown'}"
-        return self._limiter.take(who, self._requests_per_minute)
+        return await self._limiter.take(who, self._requests_per_minute)
 
 
 def _is_below(path: str, tops: tuple[str, ...]) -> bool:

@@ -21,13 +21,17 @@ from d2llm.apps.server.index_service import IndexService
 from d2llm.apps.server.lifecycle import Lifecycle, ReadyGate
 from d2llm.apps.server.middleware import install_middleware
 from d2llm.apps.server.model_service import ModelService
-from d2llm.apps.server.open_version import OpenVersion
-from d2llm.apps.server.services import Services
+from d2llm.apps.server.served_version import ServedVersion
+from d2llm.apps.server.services import Serving
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.apps.server.telemetry import Telemetry
 from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.recipe import TeacherConfig
 from d2llm.index.store import IndexStore
+from d2llm.models.hub import find_student
+from d2llm.models.judge import Judge, load_judge
 from d2llm.models.student import Student
+from d2llm.models.student_files import read_student_manifest
 from d2llm.pipeline.student_source import find_source
 
 _log = logging.getLogger(__name__)
@@ -36,11 +40,11 @@ _KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clie
 
 def make_app(settings: ServeSettings) -> FastAPI:
     """The server as an ASGI application; it loads what it serves when it starts, and says so meanwhile."""
-    lifecycle, telemetry = Lifecycle(), Telemetry()
+    lifecycle, telemetry, private = Lifecycle(), Telemetry(), _private_paths(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        async with running(app, settings, lifecycle, telemetry):
+        async with running(app, settings, lifecycle, telemetry, private):
             yield
 
     app = FastAPI(
@@ -53,7 +57,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
         dependencies=[Depends(HTTPBearer(auto_error=False, description=_KEYS))] if settings.keys_file else [],
     )
     app.state.lifecycle, app.state.settings, app.state.telemetry = lifecycle, settings, telemetry
-    install_error_handlers(app, _private_paths(settings))
+    install_error_handlers(app, private)
     app.include_router(native.router)
     app.include_router(native.health_router)
     app.include_router(metrics_route.router)
@@ -69,10 +73,9 @@ def make_app(settings: ServeSettings) -> FastAPI:
 
 @asynccontextmanager
 async def running(
-    app: FastAPI, settings: ServeSettings, lifecycle: Lifecycle, telemetry: Telemetry
+    app: FastAPI, settings: ServeSettings, lifecycle: Lifecycle, telemetry: Telemetry, private: list[Path]
 ) -> AsyncGenerator[None]:
     """Load in the background, serve, and stop when what was accepted is answered."""
-    private = _private_paths(settings)
 
     def note(problem: str | None) -> None:  # the version in memory goes on answering
         told = without_places(problem or "", private)
@@ -80,13 +83,14 @@ async def running(
 
     async def start() -> None:
         try:
-            services = await asyncio.to_thread(load_services, settings, telemetry)
-            services.models.start()
-            if services.index is not None:
-                services.index.start()
-                watch_index(telemetry, services.index)
-            telemetry.watch_queue(lambda: services.models.num_queued)
-            app.state.services = services
+            serving = await asyncio.to_thread(load, settings, telemetry, private)
+            serving.now().models.start()
+            if serving.index is not None:
+                serving.index.start()
+                watch_index(telemetry, serving.index)
+            telemetry.watch_queue(lambda: serving.now().models.num_queued)
+            telemetry.watch_student(lambda: _named(serving.now().models))
+            app.state.serving = serving
             lifecycle.become("ready")
         except D2LLMError as error:
             lifecycle.become("broken", without_places(str(error), private))
@@ -95,8 +99,8 @@ async def running(
             lifecycle.become("broken", "it could not be started; its log says why")
             _log.exception("the server could not be started")
             return
-        if services.index is not None:
-            await services.index.watch(settings.reload_seconds, note)
+        if serving.index is not None:
+            await serving.index.served.watch(settings.reload_seconds, note)
 
     starting = asyncio.create_task(start(), name="start")
     try:
@@ -106,11 +110,11 @@ async def running(
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await starting
-        services: Services | None = getattr(app.state, "services", None)
-        if services is not None:
-            if services.index is not None:
-                await services.index.stop(settings.shutdown_seconds)
-            await services.models.stop(settings.shutdown_seconds)
+        serving: Serving | None = getattr(app.state, "serving", None)
+        if serving is not None:
+            if serving.index is not None:
+                await serving.index.stop(settings.shutdown_seconds)
+            await serving.now().models.stop(settings.shutdown_seconds)
 
 
 def watch_index(telemetry: Telemetry, index: IndexService) -> None:
@@ -118,21 +122,54 @@ def watch_index(telemetry: Telemetry, index: IndexService) -> None:
     telemetry.watch_index(lambda: index.current.view.version, lambda: len(index.current.view))
 
 
-def load_services(settings: ServeSettings, telemetry: Telemetry) -> Services:
-    """Load student, teacher and index.
+def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
+    """Load student, teacher and index; ``private`` is told of folders that no client is to know.
 
     Raises:
         InputError: there is neither a student nor an index.
         D2LLMError: one of them cannot be loaded, or they do not belong together.
     """
+
+    def load_student(store: IndexStore | None) -> ModelService:
+        return load_models(settings, telemetry, private, store)
+
+    if settings.index is None:
+        return Serving(settings, None, load_student(None))
+    models = load_student(IndexStore.open(settings.index))
+    index = IndexService(
+        ServedVersion(settings.index, models, load_student),
+        judge=_load_judge(settings),
+        teacher_name=settings.teacher,
+        queue=settings.queue_texts,
+        observe=telemetry.observe,
+    )
+    return Serving(settings, index)
+
+
+def load_models(
+    settings: ServeSettings, telemetry: Telemetry, private: list[Path], store: IndexStore | None
+) -> ModelService:
+    """Load the student that the settings name, or else the one that made the index.
+
+    Raises:
+        InputError: nothing names one, or the index does not know where its student is.
+        IndexMismatchError: the one that was named did not make the index.
+        D2LLMError: it cannot be loaded.
+    """
     name = settings.student
-    if settings.index is not None and name is None:
-        name = find_source(IndexStore.open(settings.index).manifest.get("student_source"), settings.index)
     if name is None:
-        raise InputError("there is nothing to serve; give an index, or a student")
-    student = Student.load(name, device=settings.device, dtype=settings.dtype, engine=settings.engine)
-    models = ModelService(
-        student,
+        if store is None:
+            raise InputError("there is nothing to serve; give an index, or a student")
+        source = store.manifest.get("student_source")
+        _hide(private, str(source))
+        name = find_source(source, store.folder)
+    folder = find_student(name)
+    manifest, config = read_student_manifest(folder)
+    _hide(private, str(folder), config.backbone.model)
+    if store is not None:
+        store.check_student(manifest["fingerprint"])  # before its weights are read
+    return ModelService(
+        Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine),
         settings.model_name or Path(name).name,
         queue_texts=settings.queue_texts,
         batch_tokens=settings.batch_tokens,
@@ -140,27 +177,21 @@ def load_services(settings: ServeSettings, telemetry: Telemetry) -> Services:
         observe=telemetry.observe,
         observe_batch=telemetry.observe_batch,
     )
-    return Services(settings, models, _load_index(settings, models, telemetry), telemetry)
 
 
-def _load_index(settings: ServeSettings, models: ModelService, telemetry: Telemetry) -> IndexService | None:
-    if settings.index is None:
+def _load_judge(settings: ServeSettings) -> Judge | None:
+    if settings.teacher is None:
         return None
-    judge = None
-    if settings.teacher is not None:
-        from d2llm.apps.commands_teach import named_teacher
-        from d2llm.apps.options import teacher_config
-        from d2llm.models.judge import load_judge
+    asked = TeacherConfig() if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
+    return load_judge(asked.named(settings.teacher), device=settings.device, dtype=settings.dtype)
 
-        config = named_teacher(settings.teacher, teacher_config("", settings.prompt))
-        judge = load_judge(config, device=settings.device, dtype=settings.dtype)
-    return IndexService(
-        OpenVersion(settings.index, models),
-        judge=judge,
-        teacher_name=settings.teacher,
-        queue=settings.queue_texts,
-        observe=telemetry.observe,
-    )
+
+def _named(models: ModelService) -> dict[str, str]:
+    return {"name": models.name, "fingerprint": models.fingerprint}
+
+
+def _hide(private: list[Path], *paths: str) -> None:
+    private += [path for path in map(Path, paths) if path.is_absolute() and path not in private]
 
 
 def _private_paths(settings: ServeSettings) -> list[Path]:

@@ -16,7 +16,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from d2llm.core.errors import D2LLMError, IndexLockedError, InputError, MissingExtraError, StorageError
+from d2llm.core.errors import (
+    D2LLMError,
+    DataFormatError,
+    DuplicateIdError,
+    IndexLockedError,
+    InputError,
+    MissingExtraError,
+    StorageError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +34,7 @@ ProblemKind = Literal[
     "forbidden",
     "not_found",
     "method_not_allowed",
+    "timeout",
     "conflict",
     "too_large",
     "unsupported_media_type",
@@ -40,6 +49,7 @@ _KINDS: dict[int, ProblemKind] = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    408: "timeout",
     409: "conflict",
     413: "too_large",
     415: "unsupported_media_type",
@@ -101,6 +111,13 @@ class NotReadyError(ServingError):
         super().__init__(Problem(503, "not_ready", message, retry_after=retry_after))
 
 
+class ConflictError(ServingError):
+    """Something else is in the way."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Problem(409, "conflict", message))
+
+
 class NotFoundError(ServingError):
     """There is no such thing."""
 
@@ -159,13 +176,20 @@ def problem_of(error: Exception) -> Problem:
         return Problem(error.status_code, kind, str(error.detail), headers=error.headers)
     if isinstance(error, IndexLockedError):
         return Problem(503, "not_ready", str(error), retry_after=1.0)
-    if isinstance(error, InputError):
+    if is_clients(error):
         return Problem(400, "invalid_request", str(error))
     if isinstance(error, MissingExtraError):
         return Problem(501, "internal", str(error))
     if isinstance(error, StorageError):
         return Problem(507, "internal", str(error))
     return Problem(500, "internal", "the server failed; its log has the reason under this request's id")
+
+
+def is_clients(error: Exception) -> bool:
+    """Whether what the request asks for is wrong. A file that cannot be read is the server's own."""
+    if isinstance(error, DataFormatError):
+        return isinstance(error, DuplicateIdError)
+    return isinstance(error, InputError)
 
 
 def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
@@ -192,7 +216,7 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
 def without_places(text: str, private: Sequence[Path]) -> str:
     """A text where paths of the server are the names at their ends."""
     for path in private:
-        for written in (str(path.absolute()), str(path)):
+        for written in (str(path.resolve()), str(path.absolute()), str(path)):
             text = text.replace(written, path.name)
     return text
 

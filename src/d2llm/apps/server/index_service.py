@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
@@ -15,15 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.apps.server.batching import Batcher, Done, Places
-from d2llm.apps.server.errors import NotFoundError, ServingError
+from d2llm.apps.server.errors import NotFoundError
 from d2llm.apps.server.facts import note_items
 from d2llm.apps.server.model_service import Observe
-from d2llm.apps.server.open_version import Asked, OpenVersion, identity_in, rank_again, rank_together
+from d2llm.apps.server.open_version import Asked, OpenVersion, rank_again, rank_together
+from d2llm.apps.server.served_version import ServedVersion
 from d2llm.apps.server.student_lane import StudentLane
-from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, Ranking, Task
+from d2llm.index import inspection
 from d2llm.index.inspection import IndexStats
+from d2llm.index.store import IndexStore
 from d2llm.models.attribution import Attribution, attribute
+from d2llm.models.student import Student
 from d2llm.pipeline.calibrate import read_error
 from d2llm.pipeline.cascade import Cascade, Rereader, TeacherReading, judge_passages
 from d2llm.pipeline.chunking import Chunker, DocumentsReport, upsert_documents
@@ -31,7 +34,6 @@ from d2llm.pipeline.index import Index, UpsertReport
 from d2llm.pipeline.protocols import PairJudge
 from d2llm.pipeline.search import SearchSettings
 
-_log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 Rescore = Literal["none", "iem", "teacher", "cascade"]
@@ -64,15 +66,15 @@ class IndexService:
 
     def __init__(
         self,
-        version: OpenVersion,
+        served: ServedVersion,
         *,
         judge: PairJudge | None = None,
         teacher_name: str | None = None,
         queue: int = 2_048,
         observe: Observe = lambda _stage, _seconds: None,
     ) -> None:
-        self.current = version
-        self.folder = version.index.folder
+        self.served = served
+        self.folder = served.folder
         self.judge = judge
         self.teacher_name = teacher_name
         self._observe = observe
@@ -88,7 +90,11 @@ class IndexService:
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._explaining, self._writing = Places(_WAITING), Places(_WAITING, retry_after=5.0)
-        self._reloading = asyncio.Lock()
+
+    @property
+    def current(self) -> OpenVersion:
+        """The version that requests which begin now read."""
+        return self.served.version
 
     def start(self) -> None:
         """Begin to answer; call it in the event loop."""
@@ -97,6 +103,7 @@ class IndexService:
 
     async def stop(self, timeout: float | None = None) -> None:
         """Finish what was admitted."""
+        self.served.stop()
         await asyncio.gather(self._ranks.stop(timeout), self._readings.stop(timeout))
         await asyncio.to_thread(self._writes.shutdown, wait=True)
         self._reads.shutdown(wait=False, cancel_futures=True)
@@ -105,51 +112,52 @@ class IndexService:
 
     async def search(
         self, query: str, settings: SearchSettings, rescore: Rescore = "iem", reading: Reading | None = None
-    ) -> Ranking:
-        """The ranking for one query; ``seconds`` also holds "queue". ``reading`` is for the teacher's ways to rescore.
+    ) -> tuple[Ranking, str]:
+        """The ranking for one query, and the fingerprint of the student that made it.
+
+        ``seconds`` also holds "queue"; ``reading`` is for the teacher's ways to rescore.
 
         Raises:
             InputError: settings that do not go together or do not fit the index.
             OverloadedError: a queue is full.
         """
-        encoded = await self.current.models.encode([query], "query")
-        vector = encoded.vectors[0]
-        rereader: Rereader | None = None
-        if rescore in ("teacher", "cascade"):
-            task = settings.task or self.current.view.task
-            rereader = self._rereader(rescore, task, reading or Reading(10, None))
 
-        async def rank(version: OpenVersion) -> Done[Ranking]:
-            asked = Asked(version, query, vector, settings, rescore != "none")
-            if (again := rereader) is None:
-                return await self._ranks.submit([asked])
-            return cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(asked, again)]))
+        async def rank(version: OpenVersion) -> tuple[Ranking, str]:
+            encoded = await version.models.encode([query], "query")
+            asked = Asked(version, query, encoded.vectors[0], settings, rescore != "none")
+            if rescore in ("teacher", "cascade"):
+                again = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
+                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(asked, again)]))
+            else:
+                done = await self._ranks.submit([asked])
+            (ranking,) = done.results
+            seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
+            seconds["encode"] += encoded.worked
+            return replace(ranking, seconds=seconds), version.models.fingerprint
 
-        done = await self._on_current(rank)
-        (ranking,) = done.results
-        seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
-        seconds["encode"] += encoded.worked
+        ranking, fingerprint = await self.served.work(rank)
         for stage in ("candidates", "score", "teacher"):
-            if stage in seconds:
-                self._observe(stage, seconds[stage])
-        return replace(ranking, seconds=seconds)
+            if stage in ranking.seconds:
+                self._observe(stage, ranking.seconds[stage])
+        return ranking, fingerprint
 
-    async def explain(self, query: str, passage_id: str, task: Task | None) -> tuple[Passage, Attribution]:
+    async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution]:
         """A passage, and what each of its words adds to the query's score.
 
         Raises:
             NotFoundError: there is no such passage.
             InputError: the student's tokenizer cannot say.
         """
-        passage, version = await self.get(passage_id), self.current
-        asked: Task = task or version.view.task
-        with self._explaining:
-            found = await version.models.in_lane(
-                lambda: attribute(version.models.student, query, passage.full_text, asked)
-            )
-        return passage, found
 
-    async def judge_pair(self, query: str, passage: Passage, task: Task | None) -> PairVerdict:
+        async def explain(version: OpenVersion) -> tuple[Passage, Attribution]:
+            (passage,) = await self._passages(version, [passage_id])
+            student = version.models.student
+            with self._explaining:
+                return passage, await version.models.in_lane(lambda: attribute(student, query, passage.full_text, task))
+
+        return await self.served.work(explain)
+
+    async def judge_pair(self, query: str, passage: Passage, task: Task) -> PairVerdict:
         """What the teacher says of a pair.
 
         Raises:
@@ -157,11 +165,11 @@ class IndexService:
             ModelError: it said something that is no finite number.
             OverloadedError: too many wait for it.
         """
-        judge, asked = self._teacher(), task or self.current.view.task
+        judge = self._teacher()
 
         def work() -> PairVerdict:
             begin = time.perf_counter()
-            log_odds, num_truncated = judge_passages(judge, query, [passage.full_text], asked)
+            log_odds, num_truncated = judge_passages(judge, query, [passage.full_text], task)
             return PairVerdict(float(log_odds[0]), num_truncated > 0, time.perf_counter() - begin)
 
         done = await self._readings.submit([work])
@@ -177,36 +185,36 @@ class IndexService:
         Raises:
             NotFoundError: there is none.
         """
-        return (await self.get_many([passage_id]))[0]
+        return (await self.served.work(lambda version: self._passages(version, [passage_id])))[0]
 
-    async def get_many(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order.
+    async def vectors(self, version: OpenVersion, ids: Sequence[str]) -> NDArray[np.float32]:
+        """The vectors [n, dim] that a version has of the passages with these ids.
 
         Raises:
-            NotFoundError: one of them is not there.
+            InputError: one of them is not there.
         """
-        passages = await self._on_current(lambda version: self._in(self._reads, lambda: version.view.get(ids)))
+        return await self._in(self._reads, lambda: version.view.vectors(version.view.rows(ids)))
+
+    async def stats(self) -> tuple[IndexStats, OpenVersion]:
+        """Facts about the latest version, and what is read of the same index."""
+
+        def read(version: OpenVersion) -> IndexStats:
+            store = IndexStore.open(self.folder)
+            store.check_student(version.models.fingerprint)
+            return inspection.stats(store)
+
+        async def look(version: OpenVersion) -> tuple[IndexStats, OpenVersion]:
+            return await self._in(self._reads, lambda: read(version)), version
+
+        return await self.served.work(look)
+
+    async def _passages(self, version: OpenVersion, ids: Sequence[str]) -> list[Passage]:
+        passages = await self._in(self._reads, lambda: version.view.get(ids))
         found = {passage.id: passage for passage in passages}
         missing = [passage_id for passage_id in ids if passage_id not in found]
         if missing:
             raise NotFoundError(f"there is no passage {missing[0]!r} in the index")
         return [found[passage_id] for passage_id in ids]
-
-    async def vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
-        """The stored vectors [n, dim] of the passages with these ids.
-
-        Raises:
-            InputError: one of them is not there.
-        """
-
-        async def read(version: OpenVersion) -> NDArray[np.float32]:
-            return await self._in(self._reads, lambda: version.view.vectors(version.view.rows(ids)))
-
-        return await self._on_current(read)
-
-    async def stats(self) -> IndexStats:
-        """Facts about the latest version."""
-        return await self._on_current(lambda version: self._in(self._reads, version.index.stats))
 
     # Changing ------------------------------------------------------------------------------------------------------
 
@@ -219,8 +227,8 @@ class IndexService:
             IndexLockedError: another process is writing.
         """
         note_items([passage.text for passage in passages])
-        report = await self._write(lambda index: index.upsert(passages))
-        await self.reload()
+        report = await self._write(lambda index, _student: index.upsert(passages))
+        await self.served.reload()
         return report
 
     async def upsert_documents(
@@ -228,19 +236,18 @@ class IndexService:
     ) -> DocumentsReport:
         """Split documents and add their passages; those that a document no longer has go. Errors as of ``upsert``."""
         note_items([document.text for document in documents])
-        student = self.current.models.student
 
-        def work(index: Index) -> DocumentsReport:
+        def work(index: Index, student: Student) -> DocumentsReport:
             return upsert_documents(index, documents, Chunker(student, chunk_tokens, overlap_tokens))
 
         report = await self._write(work)
-        await self.reload()
+        await self.served.reload()
         return report
 
     async def delete(self, ids: Sequence[str]) -> int:
         """Delete passages; returns how many there were."""
-        num_deleted = await self._write(lambda index: index.delete(ids))
-        await self.reload()
+        num_deleted = await self._write(lambda index, _student: index.delete(ids))
+        await self.served.reload()
         return num_deleted
 
     async def snapshot(self, name: str) -> None:
@@ -249,59 +256,15 @@ class IndexService:
         Raises:
             InputError: the name is taken, or none.
         """
-        await self._write(lambda index: index.snapshot(name))
+        await self._write(lambda index, _student: index.snapshot(name))
 
-    async def reload(self) -> bool:
-        """Read the latest version from now on, or the index that now lies in the folder; whether it is another.
-
-        Requests that have begun go on with the version that they began with.
-
-        Raises:
-            D2LLMError: it cannot be read; the version before goes on answering.
-        """
-        async with self._reloading:
-            before = self.current
-            if await asyncio.to_thread(identity_in, self.folder) == before.identity:
-                return False
-            self.current = await asyncio.to_thread(OpenVersion, self.folder, before.models)
-            _log.info("index version %s, %s passages", self.current.view.version, len(self.current.view))
-            return True
-
-    async def watch(self, seconds: float, on_change: Callable[[str | None], None] = lambda _problem: None) -> None:
-        """Look for a new version every so many seconds, until cancelled; ``on_change`` is told a problem, or None."""
-        problem: str | None = None
-        while True:
-            await asyncio.sleep(seconds)
-            try:
-                await self.reload()
-                found = None
-            except D2LLMError as error:
-                found = str(error)
-            if found != problem:
-                problem = found
-                on_change(problem)
-
-    async def _on_current(self, work: Callable[[OpenVersion], Awaitable[_Value]]) -> _Value:
-        """Work on the version that is read now; where its files have just been replaced, on the one that came."""
-        version = self.current
-        try:
-            return await work(version)
-        except ServingError:
-            raise
-        except Exception:  # whatever a file that is gone leads to
-            with contextlib.suppress(D2LLMError, OSError):
-                await self.reload()
-            if self.current is version:
-                raise
-            return await work(self.current)
-
-    def ways_to_rescore(self) -> list[Rescore]:
+    def ways_to_rescore(self, version: OpenVersion) -> list[Rescore]:
         """What a search can ask for here; a cascade needs a student whose error is measured."""
-        ways: list[Rescore] = ["none", "iem"] if self.current.models.student.has_anchor else ["iem"]
+        ways: list[Rescore] = ["none", "iem"] if version.models.student.has_anchor else ["iem"]
         if self.judge is not None:
             ways.append("teacher")
             with contextlib.suppress(InputError):
-                read_error(self.folder, self.judge, self.current.view.task)
+                read_error(version.index.folder, self.judge, version.view.task)
                 ways.append("cascade")
         return ways
 
@@ -310,16 +273,22 @@ class IndexService:
             raise InputError("this server has no teacher; start it with --teacher, or rescore with 'iem' or 'none'")
         return self.judge
 
-    def _rereader(self, rescore: Rescore, task: Task, reading: Reading) -> Rereader:
+    def _rereader(self, version: OpenVersion, rescore: Rescore, task: Task | None, reading: Reading) -> Rereader:
         judge = self._teacher()
         if rescore == "teacher":
             return TeacherReading(judge, reading.num_passages, reading.budget_ms)
-        return Cascade(judge, read_error(self.folder, judge, task), reading.num_passages, reading.budget_ms)
+        error = read_error(version.index.folder, judge, task or version.view.task)
+        return Cascade(judge, error, reading.num_passages, reading.budget_ms)
 
-    async def _write(self, work: Callable[[Index], _Value]) -> _Value:
-        lane = StudentLane(self.current.models, asyncio.get_running_loop())
+    async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
+        """Change the index by its name, with the student that takes turns with the clients."""
+        loop = asyncio.get_running_loop()
+
+        def write(version: OpenVersion) -> _Value:
+            return work(Index.open(self.folder.resolve(), StudentLane(version.models, loop)), version.models.student)
+
         with self._writing:
-            return await self._in(self._writes, lambda: work(Index.open(self.folder, lane)))
+            return await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(thread, work)

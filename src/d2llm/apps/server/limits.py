@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerMinute, WindowStats, aio
+from limits.errors import StorageError
 from limits.storage import MemoryStorage  # not limits.aio's, which visits every client in a thread at each request
 from limits.strategies import MovingWindowRateLimiter
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+
+_log = logging.getLogger(__name__)
+_SCHEMES = ("redis://", "rediss://")
+_PATIENCE = 1.0  # seconds for an answer of the storage
+_PAUSE = 5.0  # seconds until it is asked again
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +47,46 @@ class Allowance:
 
 
 class RateLimiter:
-    """Exact counts over the last sixty seconds, in this process's memory."""
+    """Exact counts over the last sixty seconds: in this process's memory, or in a Redis that several servers share.
 
-    def __init__(self) -> None:
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+    While that does not answer, this process counts alone, and asks it again every few seconds: nobody is let in without
+    a count, and nobody is kept out by a storage that is away.
+    """
 
-    def take(self, who: str, requests_per_minute: int) -> Allowance:
+    def __init__(self, storage: str | None = None) -> None:
+        """``storage`` is the address of the Redis: ``redis://HOST:PORT``, ``rediss://`` with TLS.
+
+        Raises:
+            InputError: it is none.
+            MissingExtraError: the extra ``redis`` is not installed.
+        """
+        self._alone = MovingWindowRateLimiter(MemoryStorage())
+        self._together: aio.strategies.MovingWindowRateLimiter | None = None
+        self._asked_from = 0.0
+        if storage is not None:
+            require("redis", extra="redis", purpose="counting the requests of several servers together")
+            if not storage.startswith(_SCHEMES):
+                raise InputError("rate_limit_storage: give the address of a Redis, as in redis://localhost:6379")
+            found = aio.storage.RedisStorage(f"async+{storage}", wrap_exceptions=True, implementation="redispy")
+            self._together = aio.strategies.MovingWindowRateLimiter(found)
+
+    async def take(self, who: str, requests_per_minute: int) -> Allowance:
         """Count a request of ``who``; refused ones do not count."""
         limit = RateLimitItemPerMinute(requests_per_minute)
-        allowed = self._limiter.hit(limit, who)
-        window = self._limiter.get_window_stats(limit, who)
-        return Allowance(allowed, requests_per_minute, window.remaining, max(0.0, window.reset_time - time.time()))
+        if self._together is not None and time.monotonic() >= self._asked_from:
+            try:
+                return await asyncio.wait_for(_take(self._together, limit, who), _PATIENCE)
+            except (StorageError, asyncio.TimeoutError) as error:
+                self._asked_from = time.monotonic() + _PAUSE
+                _log.error("rate limits: the storage does not answer (%s); counted alone", type(error).__name__)
+        allowed = self._alone.hit(limit, who)
+        return _allowance(allowed, limit, self._alone.get_window_stats(limit, who))
+
+
+async def _take(limiter: aio.strategies.MovingWindowRateLimiter, limit: RateLimitItem, who: str) -> Allowance:
+    allowed = await limiter.hit(limit, who)
+    return _allowance(allowed, limit, await limiter.get_window_stats(limit, who))
+
+
+def _allowance(allowed: bool, limit: RateLimitItem, window: WindowStats) -> Allowance:
+    return Allowance(allowed, limit.amount, window.remaining, max(0.0, window.reset_time - time.time()))

@@ -16,7 +16,7 @@ from structlog.types import EventDict, Processor
 from d2llm.apps.server.facts import RequestFacts
 from d2llm.apps.server.settings import ServeSettings
 
-_LOGGERS = ("d2llm", "uvicorn")
+_LOGGERS = ("d2llm", "uvicorn", "opentelemetry")
 _access = cast(
     structlog.stdlib.BoundLogger,
     structlog.wrap_logger(
@@ -47,7 +47,7 @@ def log_request(facts: RequestFacts, route: str, method: str, status: int, secon
 
 
 def start_logs(settings: ServeSettings, stream: TextIO | None = None) -> Callable[[], None]:
-    """Send what d2llm and uvicorn log to ``stream`` (standard error by default); returns what undoes it."""
+    """Send what d2llm, uvicorn and OpenTelemetry log to ``stream``, by default standard error; what undoes it."""
     out = stream or sys.stderr
     renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
     if settings.log_format == "text":

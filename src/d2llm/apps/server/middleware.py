@@ -6,6 +6,7 @@ variables and hides disconnects.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -46,6 +47,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 _PROBE = "/health"
 """Asked by orchestrators under the machine's address, so that no Host is refused."""
+_LAST = {"Connection": "close"}  # what was not read would be taken for the connection's next request
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 _CORS_EXPOSED = ("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 
@@ -54,12 +56,13 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
     """Put all of them around ``app``.
 
     Raises:
-        InputError: the file of API keys cannot be read.
+        InputError: the file of API keys cannot be read, or the storage of rate limits is no address of one.
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
-    app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes)
+    storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
+    app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
     app.add_middleware(
-        AccessMiddleware, ring=ring, limiter=RateLimiter(), requests_per_minute=settings.requests_per_minute
+        AccessMiddleware, ring=ring, limiter=RateLimiter(storage), requests_per_minute=settings.requests_per_minute
     )
     if settings.cors_origins:
         app.add_middleware(
@@ -149,14 +152,15 @@ class HostMiddleware:
 
 
 class BodyMiddleware:
-    """Reads a body as a whole before the application does, and refuses those that are too large or no JSON.
+    """Reads a body as a whole before the application does; refuses those that are too large, too slow or no JSON.
 
     Without a declared length it stops reading at the limit, so that a client cannot fill the memory.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -165,27 +169,35 @@ class BodyMiddleware:
             return
         headers = Headers(scope=scope)
         problem = self._problem_of_headers(scope["method"], headers)
+        messages: list[Message] = []
+        if problem is None and _has_body(headers):
+            try:
+                problem = await asyncio.wait_for(self._read(receive, messages), self._seconds)
+            except asyncio.TimeoutError:
+                problem = self._too_slow()
         if problem is not None:
             await answer_problem(scope, receive, send, problem)
             return
-        messages: list[Message] = []
-        num_bytes, more = 0, _has_body(headers)
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            messages.append(message)
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                await answer_problem(scope, receive, send, self._too_large())
-                return
-            more = message.get("more_body", False)
+        if messages and messages[-1]["type"] == "http.disconnect":
+            return
         messages.reverse()
 
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive, messages: list[Message]) -> Problem | None:
+        """Append what comes, to the end of the body or the connection."""
+        num_bytes, more = 0, True
+        while more:
+            message = await receive()
+            messages.append(message)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                return self._too_large()
+            more = message.get("more_body", False)
+        return None
 
     def _problem_of_headers(self, method: str, headers: Headers) -> Problem | None:
         length = headers.get("content-length", "0")
@@ -208,8 +220,14 @@ class BodyMiddleware:
             f"the body has more than {self._max_body_bytes:,} bytes, the most that this server reads (max_body_bytes); "
             "send fewer texts at a time"
         )
-        # What was not read would be taken for the next request of the connection.
-        return Problem(413, "too_large", message, headers={"Connection": "close"})
+        return Problem(413, "too_large", message, headers=_LAST)
+
+    def _too_slow(self) -> Problem:
+        message = (
+            f"the body did not arrive within {self._seconds:g} s, the most that this server waits (request_seconds); "
+            "send fewer texts at a time"
+        )
+        return Problem(408, "timeout", message, headers=_LAST)
 
 
 def _has_body(headers: Headers) -> bool:

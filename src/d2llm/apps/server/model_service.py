@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -101,6 +102,8 @@ class ModelService:
             num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,  # one batch waits for the core that is free next
         )
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._num_users = 0
+        self._left = asyncio.Event()
 
     @property
     def num_queued(self) -> int:
@@ -115,6 +118,23 @@ class ModelService:
         """Finish what was admitted."""
         await self._texts.stop(timeout)
         self._scoring.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def in_use(self) -> Generator[None]:
+        """Around what works with it: ``retire`` waits for its end."""
+        self._num_users += 1
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            self._left.set()
+
+    async def retire(self) -> None:
+        """Stop when nothing works with it any more."""
+        while self._num_users:
+            self._left.clear()
+            await self._left.wait()
+        await self.stop()
 
     async def encode(self, texts: Sequence[str], kind: TextKind, *, bounded: bool = True) -> Encoded:
         """Vectors of texts; ``bounded`` as in ``Batcher.submit``.

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Annotated, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from scipy.special import expit
 
 from d2llm import __version__
-from d2llm.apps.server.errors import ForbiddenError, NotFoundError, invalid, request_id_of
+from d2llm.apps.server.errors import ConflictError, ForbiddenError, NotFoundError, invalid, request_id_of
 from d2llm.apps.server.fast_json import FastJSONResponse
-from d2llm.apps.server.index_service import IndexService, Reading
+from d2llm.apps.server.index_service import Reading
 from d2llm.apps.server.lifecycle import Lifecycle
+from d2llm.apps.server.model_service import ModelService
+from d2llm.apps.server.open_version import OpenVersion
+from d2llm.apps.server.ranking_json import passage_json, ranking_json
 from d2llm.apps.server.schemas import (
-    CascadeAnswer,
     DeletedAnswer,
     DocumentsAnswer,
     DocumentsRequest,
@@ -44,9 +46,10 @@ from d2llm.apps.server.schemas import (
     TeacherAnswer,
     WordAnswer,
 )
-from d2llm.apps.server.services import Services, index_of, services_of
+from d2llm.apps.server.services import Services, Serving, TheIndex, TheServices, index_of
 from d2llm.apps.server.settings import ServeSettings
-from d2llm.core.types import Passage, RankedPassage, Ranking, SourceName
+from d2llm.core.errors import D2LLMError
+from d2llm.core.types import Passage, SourceName, Task
 from d2llm.pipeline.index import UpsertReport
 from d2llm.pipeline.search import SearchSettings
 
@@ -57,6 +60,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         401: "No key, or an unknown one",
         403: "Not allowed",
         404: "There is no such thing",
+        408: "Its body took too long",
         409: "In the way of something else",
         413: "Too large",
         415: "Not JSON",
@@ -74,10 +78,9 @@ _SOURCES: dict[str, tuple[SourceName, ...]] = {
     "both": ("vectors", "bm25"),
 }
 
+_log = logging.getLogger(__name__)
 router = APIRouter(tags=["d2llm"], responses=_ERRORS)
 health_router = APIRouter(tags=["operations"])
-TheServices = Annotated[Services, Depends(services_of)]
-TheIndex = Annotated[IndexService, Depends(index_of)]
 
 
 @router.post("/v1/search", response_model=SearchAnswer)
@@ -87,9 +90,9 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     _at_most(body.top_k, limits.max_top_k, "top_k")
     _at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
     _short_enough([body.query], limits, "query")
-    ranking = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
-    answer = _ranking_json(ranking) | {
-        "index": {"version": ranking.index_version, "fingerprint": services.models.fingerprint},
+    ranking, fingerprint = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
+    answer = ranking_json(ranking) | {
+        "index": {"version": ranking.index_version, "fingerprint": fingerprint},
         "request_id": request_id_of(request),
     }
     return FastJSONResponse(answer)
@@ -99,10 +102,11 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
 async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainAnswer:
     """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
     _short_enough([body.query], services.settings, "query")
-    passage, found = await index.explain(body.query, body.passage_id, body.task)
+    task = body.task or services.task
+    passage, found = await index.explain(body.query, body.passage_id, task)
     teacher = None
     if body.teacher:
-        said = await index.judge_pair(body.query, passage, body.task)
+        said = await index.judge_pair(body.query, passage, task)
         probability = float(expit(said.log_odds))
         teacher = TeacherAnswer(
             log_odds=said.log_odds, probability=probability, seconds=said.seconds, truncated=said.truncated
@@ -145,7 +149,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
 @router.get("/v1/passages/{passage_id:path}")
 async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
     """A passage by its id."""
-    return PassageAnswer(**_passage_json(await index.get(passage_id)))
+    return PassageAnswer(**passage_json(await index.get(passage_id)))
 
 
 @router.delete("/v1/passages/{passage_id:path}")
@@ -161,7 +165,8 @@ async def delete_passage(passage_id: str, services: TheServices, index: TheIndex
 @router.get("/v1/index")
 async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
     """What the index holds, and what can be asked of it here."""
-    stats, student = await index.stats(), services.models.student
+    stats, version = await index.stats()
+    models, config = version.models, version.models.student.config
     return IndexAnswer(
         name=index.folder.name,
         version=stats.version,
@@ -170,22 +175,22 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         bytes_per_passage=stats.bytes_per_passage,
         vector_format=stats.vector_format,
         vector_copies=stats.vector_copies,
-        task=index.current.view.task,
+        task=version.view.task,
         student=StudentAnswer(
-            name=services.models.name,
-            fingerprint=services.models.fingerprint,
-            dim=services.models.dim,
-            head=student.config.interaction.head,
-            backbone=student.config.backbone.model,
-            max_query_tokens=services.models.max_query_tokens,
-            max_passage_tokens=services.models.max_passage_tokens,
+            name=models.name,
+            fingerprint=models.fingerprint,
+            dim=models.dim,
+            head=config.interaction.head,
+            backbone=_name_of(config.backbone.model),
+            max_query_tokens=models.max_query_tokens,
+            max_passage_tokens=models.max_passage_tokens,
         ),
         teacher=index.teacher_name,
         fields=stats.metadata,
         has_ann=stats.ann_passages > 0,
         has_projections=stats.num_projections > 0,
         snapshots=stats.snapshots,
-        rescore=index.ways_to_rescore(),
+        rescore=index.ways_to_rescore(version),
         writable=services.settings.writable,
         d2llm=__version__,
     )
@@ -196,14 +201,22 @@ async def take_snapshot(body: SnapshotRequest, services: TheServices, index: The
     """Keep the index as it is now under a name."""
     _writable(services)
     await index.snapshot(body.name)
-    return SnapshotAnswer(snapshots=(await index.stats()).snapshots)
+    return SnapshotAnswer(snapshots=(await index.stats())[0].snapshots)
 
 
 @router.post("/v1/index/reload")
 async def reload_index(index: TheIndex) -> ReloadAnswer:
-    """Read what now lies in the index's folder; requests that have begun end with what they began with."""
-    changed = await index.reload()
-    return ReloadAnswer(version=index.current.view.version, changed=changed)
+    """Read what now lies in the index's folder; another student is loaded where another made it.
+
+    Requests that have begun end with what they began with. If it fails, 409 says why, and nothing has changed.
+    """
+    try:
+        changed = await index.served.reload()
+    except D2LLMError as error:
+        _log.error("the index is not taken over: %s", error)
+        raise ConflictError(f"what was served before goes on answering: {error}") from error
+    version = index.current
+    return ReloadAnswer(version=version.view.version, fingerprint=version.models.fingerprint, changed=changed)
 
 
 @router.post("/v1/encode", response_model=EncodeAnswer)
@@ -224,37 +237,50 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
 
 
 @router.post("/v1/rescore")
-async def rescore(body: RescoreRequest, request: Request, services: TheServices) -> RescoreAnswer:
+async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
     """The interaction's scores of a query with passages, by their texts, ids or vectors."""
-    models, index = services.models, services.index
-    if body.query_vector is not None:
-        query = _vectors([body.query_vector], models.dim, "query_vector")[0]
+    ids, texts, given, models = body.passage_ids, body.passages, body.passage_vectors, services.models
+    if ids is not None:
+        index = await index_of(services)
+        _at_most(len(ids), services.settings.max_num_candidates, "passage_ids")
+
+        async def of_ids(version: OpenVersion) -> RescoreAnswer:
+            stored = await index.vectors(version, ids)
+            return await _rescored(body, services, version.models, version.view.task, stored)
+
+        return await index.served.work(of_ids)
+    if texts is not None:
+        _at_most(len(texts), services.settings.max_texts, "passages")
+        _short_enough(texts, services.settings, "passages")
+        passages = (await models.encode(texts, "passage")).vectors
     else:
-        assert body.query is not None
-        _short_enough([body.query], services.settings, "query")
-        query = (await models.encode([body.query], "query")).vectors[0]
-    if body.passages is not None:
-        _at_most(len(body.passages), services.settings.max_texts, "passages")
-        _short_enough(body.passages, services.settings, "passages")
-        passages = (await models.encode(body.passages, "passage")).vectors
-    elif body.passage_ids is not None:
-        _at_most(len(body.passage_ids), services.settings.max_num_candidates, "passage_ids")
-        passages = await (await index_of(request)).vectors(body.passage_ids)
-    else:
-        assert body.passage_vectors is not None
-        _at_most(len(body.passage_vectors), services.settings.max_num_candidates, "passage_vectors")
-        passages = _vectors(body.passage_vectors, models.dim, "passage_vectors")
-    task = body.task or ("asymmetric" if index is None else index.current.view.task)
-    logits = await models.score_vectors(query, passages, task)
-    return RescoreAnswer(scores=logits.tolist(), fingerprint=models.fingerprint)
+        assert given is not None
+        _at_most(len(given), services.settings.max_num_candidates, "passage_vectors")
+        passages = _vectors(given, models.dim, "passage_vectors")
+    return await _rescored(body, services, models, services.task, passages)
 
 
 @health_router.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
 async def health(request: Request) -> JSONResponse:
     """Whether the server can answer: 200 when it is ready, else 503."""
     lifecycle = cast(Lifecycle, request.app.state.lifecycle)
-    answer = {"status": lifecycle.state, "message": lifecycle.message}
+    serving: Serving | None = getattr(request.app.state, "serving", None)
+    fingerprint = None if serving is None else serving.now().models.fingerprint
+    answer = {"status": lifecycle.state, "message": lifecycle.message, "fingerprint": fingerprint}
     return JSONResponse(answer, 200 if lifecycle.state == "ready" else 503)
+
+
+async def _rescored(
+    body: RescoreRequest, services: Services, models: ModelService, task: Task, passages: NDArray[np.float32]
+) -> RescoreAnswer:
+    if body.query_vector is not None:
+        query = _vectors([body.query_vector], models.dim, "query_vector")[0]
+    else:
+        assert body.query is not None
+        _short_enough([body.query], services.settings, "query")
+        query = (await models.encode([body.query], "query")).vectors[0]
+    logits = await models.score_vectors(query, passages, body.task or task)
+    return RescoreAnswer(scores=logits.tolist(), fingerprint=models.fingerprint)
 
 
 def _settings_of(body: SearchRequest) -> SearchSettings:
@@ -283,62 +309,9 @@ def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
     return Reading(body.teacher_passages, budget)
 
 
-def _ranking_json(ranking: Ranking) -> dict[str, Any]:
-    certificate, cascade = ranking.certificate, ranking.cascade
-    return {
-        "query": ranking.query.text,
-        "passages": [_ranked_json(place) for place in ranking.passages],
-        "num_candidates": ranking.num_candidates,
-        "seconds": dict(ranking.seconds),
-        "certificate": None
-        if certificate is None
-        else asdict(certificate)
-        | {
-            "highest_bound_left": _finite(certificate.highest_bound_left),
-            "kth_score": _finite(certificate.kth_score),
-        },
-        "cascade": None if cascade is None else CascadeAnswer(**asdict(cascade)).model_dump(),
-    }
-
-
-def _ranked_json(place: RankedPassage) -> dict[str, Any]:
-    document = place.document
-    return _passage_json(place.passage) | {
-        "rank": place.rank,
-        "score": place.score,
-        "anchor_score": place.anchor_score,
-        "log_odds": place.log_odds,
-        "student_rank": place.student_rank,
-        "explanation": None if place.explanation is None else asdict(place.explanation),
-        "document": None
-        if document is None
-        else {
-            "id": document.id,
-            "passage_score": document.passage_score,
-            "num_scored": document.num_scored,
-            "others": [_short_json(passage) | {"score": score} for passage, score in document.others],
-        },
-        "before": [_short_json(passage) for passage in place.before],
-        "after": [_short_json(passage) for passage in place.after],
-    }
-
-
-def _passage_json(passage: Passage) -> dict[str, Any]:
-    return {
-        "id": passage.id,
-        "title": passage.title,
-        "text": passage.text,
-        "document_id": passage.document_id,
-        "position": passage.position,
-        "metadata": {
-            name: value if isinstance(value, str | int | float | bool | None) else value.isoformat()
-            for name, value in passage.metadata.items()
-        },
-    }
-
-
-def _short_json(passage: Passage) -> dict[str, Any]:
-    return {"id": passage.id, "title": passage.title, "text": passage.text, "score": None}
+def _name_of(model: str) -> str:
+    """Without where it lies on this machine."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _upserted(report: UpsertReport) -> dict[str, Any]:
@@ -371,7 +344,3 @@ def _short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> Non
         if len(text) > limits.max_text_chars:
             where = name if len(texts) == 1 else f"{name}.{place}"
             raise invalid(f"{where}: {len(text):,} characters; this server takes {limits.max_text_chars:,}", where)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

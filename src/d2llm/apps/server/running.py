@@ -10,10 +10,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ from d2llm.core.errors import D2LLMError, InputError
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
+_TICKS_A_LOOK = 5
 _Value = TypeVar("_Value")
 _Handler = Callable[[int, FrameType | None], object]
 
@@ -108,7 +110,7 @@ def run_app(
         timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
     )
     with bound:
-        failure = _in_loop(_run(_Server(config, on_hangup), bound, state, on_ready), config)
+        failure = _in_loop(_run(_Server(config, settings.request_seconds, on_hangup), bound, state, on_ready), config)
     if failure is not None:
         raise D2LLMError(failure)
 
@@ -142,13 +144,43 @@ async def _watch(server: _Server, state: State, on_ready: Callable[[], None]) ->
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but a stop that was asked for ends the program as a success, and SIGHUP is heard."""
+    """uvicorn's, but a stop that was asked for ends the program as a success, and SIGHUP is heard.
 
-    def __init__(self, config: uvicorn.Config, on_hangup: Callable[[], Awaitable[object]]) -> None:
+    It also closes connections on which nothing moves. uvicorn waits for ever for a first request, for the rest of
+    headers of which some have come, and for a client that does not take its answer.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, request_seconds: float, on_hangup: Callable[[], Awaitable[object]]
+    ) -> None:
         super().__init__(config)
         self.failure: str | None = None
+        self._request_seconds = request_seconds
+        self._waiting: dict[Any, tuple[tuple[object, int], float]] = {}
         self._on_hangup = on_hangup
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop alone would forget them
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % _TICKS_A_LOOK == 0:
+            self._close_stuck(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_stuck(self, now: float) -> None:
+        """Close what has waited for the same request, or for the same bytes of an answer to be taken, for too long."""
+        waiting: dict[Any, tuple[tuple[object, int], float]] = {}
+        for connection in cast("set[Any]", self.server_state.connections):
+            cycle, num_left = connection.cycle, connection.transport.get_write_buffer_size()
+            if cycle is not None and not cycle.response_complete and not num_left:
+                continue  # it is being answered
+            state, since = (cycle, num_left), now
+            if connection in self._waiting and self._waiting[connection][0] == state:
+                since = self._waiting[connection][1]
+            if now - since > self._request_seconds:
+                _log.info("a connection was closed: its client sent no whole request, or took no answer")
+                connection.transport.abort()
+            waiting[connection] = state, since
+        self._waiting = waiting
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -348,9 +348,10 @@ class IndexAnswer(Answer):
 
 
 class ReloadAnswer(Answer):
-    """Whether another version is read now, and which."""
+    """Whether another version, or another student's index, is served now, and which."""
 
     version: int | None
+    fingerprint: str
     changed: bool
 
 
@@ -378,7 +379,8 @@ class RescoreAnswer(Answer):
 
 
 class HealthAnswer(Answer):
-    """Whether the server can answer."""
+    """Whether the server can answer, and with which student."""
 
     status: Literal["starting", "ready", "broken", "stopping"]
     message: str
+    fingerprint: str | None

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from d2llm.apps.options import NumberFormat
 from d2llm.core.errors import InputError
-from d2llm.core.types import EngineName
+from d2llm.core.types import EngineName, NumberFormat
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,6 +69,10 @@ class ServeSettings(BaseSettings):
     requests_per_minute: Count | None = Field(
         default=None, description="Most requests a minute of one key; without keys, of one client address."
     )
+    rate_limit_storage: SecretStr | None = Field(
+        default=None,
+        description="Redis in which servers count requests together, as in redis://localhost:6379 (extra redis).",
+    )
     allowed_hosts: Names = Field(
         default=LOOPBACK_NAMES,
         description="Host names that are answered; `*.example.com` and `*` are patterns.",
@@ -79,6 +82,9 @@ class ServeSettings(BaseSettings):
     )
     cors_origins: Names = Field(default=(), description="Origins whose pages may ask from a browser, or `*`.")
     max_body_bytes: Count = Field(default=16 * 2**20, description="Largest body of a request.")
+    request_seconds: Seconds = Field(
+        default=30.0, description="How long a client may take to send a request's headers, and again its body."
+    )
     max_texts: Count = Field(default=512, description="Most texts of a request.")
     max_text_chars: Count = Field(default=100_000, description="Longest text, in characters.")
     max_top_k: Count = Field(default=1_000, description="Most passages of an answer.")

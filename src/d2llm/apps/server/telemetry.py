@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -60,6 +60,7 @@ class Telemetry:
         self._index_passages = Gauge("d2llm_index_passages", "Passages in that version.", registry=self.registry)
         Info("d2llm_build", "What runs.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
+        self._refreshes: list[Callable[[], None]] = []
         self._stage_listeners: list[StageListener] = []
 
     def observe(self, stage: str, seconds: float) -> None:
@@ -88,6 +89,11 @@ class Telemetry:
         self._index_version.set_function(lambda: float(version()))
         self._index_passages.set_function(lambda: float(num_passages()))
 
+    def watch_student(self, named: Callable[[], Mapping[str, str]]) -> None:
+        """Ask for the name and fingerprint of the student at each exposition."""
+        info = Info("d2llm_student", "The student that is served.", registry=self.registry)
+        self._refreshes.append(lambda: info.info({**named()}))
+
     def begin_request(self) -> None:
         """A request came."""
         self._in_flight.inc()
@@ -100,4 +106,6 @@ class Telemetry:
 
     def exposition(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its content type."""
+        for refresh in self._refreshes:
+            refresh()
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -223,7 +223,7 @@ def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
 
 def task_of(services: Services) -> Task:
     """What is asked of a pair: what the index is made for, else whether the passage answers the query."""
-    return "asymmetric" if services.index is None else services.index.current.view.task
+    return services.task
 
 
 def rerank_results(
