@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 
 import httpx2
 import numpy as np
@@ -21,6 +22,7 @@ from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_ti
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.apps.server.app import make_app
+from d2llm.apps.server.model_service import ModelService
 from live_server import serve, wait_until_ready
 
 QUERY = "the cat by the sea"
@@ -358,6 +360,27 @@ def test_overload_is_refused_while_what_is_admitted_is_answered(index):
         assert len(refused) < len(answers)
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
         assert {answer.status_code for answer in answers} == {200, 429}
+
+
+def test_a_search_is_refused_before_its_query_is_encoded_or_not_at_all(index, monkeypatch):
+    encoded = []
+    encode = ModelService.encode
+
+    async def counted(self, texts, kind, **options):
+        encoded.extend(texts)
+        return await encode(self, texts, kind, **options)
+
+    monkeypatch.setattr(ModelService, "encode", counted)
+    with serve(make_app(tiny_settings(index, queue_texts=3))) as address:
+        wait_until_ready(address)
+
+        async def main():
+            async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
+                return await asyncio.gather(*(http.post("/v1/search", json={"query": QUERY}) for _ in range(40)))
+
+        answers = Counter(answer.status_code for answer in asyncio.run(main()))
+    assert answers.keys() == {200, 429}
+    assert len(encoded) == answers[200] >= 3
 
 
 def test_a_client_that_goes_away_frees_its_place(index):

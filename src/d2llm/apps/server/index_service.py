@@ -89,7 +89,8 @@ class IndexService:
         )
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._explaining, self._writing = Places(_WAITING), Places(_WAITING, retry_after=5.0)
+        self._searching, self._explaining = Places(queue), Places(_WAITING)
+        self._writing = Places(_WAITING, retry_after=5.0)
 
     @property
     def current(self) -> OpenVersion:
@@ -119,23 +120,27 @@ class IndexService:
 
         Raises:
             InputError: settings that do not go together or do not fit the index.
-            OverloadedError: a queue is full.
+            OverloadedError: too many searches are under way. It is told before the query is encoded: one that is
+                admitted is not refused halfway, when others have paid for its beginning.
         """
 
         async def rank(version: OpenVersion) -> tuple[Ranking, str]:
+            if rescore in ("teacher", "cascade"):
+                self._readings.require_room(1)
             encoded = await version.models.encode([query], "query")
             asked = Asked(version, query, encoded.vectors[0], settings, rescore != "none")
             if rescore in ("teacher", "cascade"):
                 again = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
                 done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(asked, again)]))
             else:
-                done = await self._ranks.submit([asked])
+                done = await self._ranks.submit([asked], bounded=False)
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
             return replace(ranking, seconds=seconds), version.models.fingerprint
 
-        ranking, fingerprint = await self.served.work(rank)
+        with self._searching:
+            ranking, fingerprint = await self.served.work(rank)
         for stage in ("candidates", "score", "teacher"):
             if stage in ranking.seconds:
                 self._observe(stage, ranking.seconds[stage])

@@ -89,7 +89,9 @@ class ServeSettings(BaseSettings):
     max_text_chars: Count = Field(default=100_000, description="Longest text, in characters.")
     max_top_k: Count = Field(default=1_000, description="Most passages of an answer.")
     max_num_candidates: Count = Field(default=10_000, description="Most candidates of a search.")
-    queue_texts: Count = Field(default=2_048, description="Most texts that wait to be encoded; beyond, 429.")
+    queue_texts: Count = Field(
+        default=2_048, description="Most texts that wait to be encoded, and searches under way; beyond, 429."
+    )
     batch_tokens: Count | None = Field(
         default=None, description="Most tokens of a batch; by default 512 on each core, 8,192 on an accelerator."
     )
