@@ -1,8 +1,9 @@
 """What serving costs: texts a second and latency over HTTP beside the library's own calls, in one run.
 
-Encoding: the library encodes all texts in one call; then 32 clients send the same texts, in requests of 32, 8 and 1, to
-a server in a process of its own. Searching: the library searches one by one and in one call; then the clients search.
-Overload: 32 clients against a queue with room for few; what is admitted should take as long as before.
+Encoding: the library encodes all texts in one call; 32 clients send the same texts, in requests of 32, 8 and 1, to a
+server in a process of its own. Searching: the library searches one by one and in one call; the clients search. All of
+that in turn, several times, of which the quickest counts. Overload: 32 clients against a queue with room for few; what
+is admitted should take as long as before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from d2llm.apps.demo_corpus import build_corpus
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 CLIENTS = 32
+SIZES = (32, 8, 1)
+LIBRARY = "library, one call"
 
 
 @contextmanager
@@ -92,14 +95,21 @@ def _request(host: str, path: str, body: dict[str, Any]) -> bytes:
     return f"{head}\r\n\r\n".encode() + content
 
 
-def best_of(runs: int, work: Callable[[], Any]) -> float:
-    """The shortest time of several."""
-    times = []
+def seconds_of(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def quickest(measures: Mapping[str, Callable[[], dict[str, float]]], runs: int) -> dict[str, dict[str, float]]:
+    """Each row's quickest run, the rows in turn, so that what else the machine does meets all of them."""
+    rows: dict[str, dict[str, float]] = {}
     for _ in range(runs):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+        for name, measure in measures.items():
+            found = measure()
+            if name not in rows or found["seconds"] < rows[name]["seconds"]:
+                rows[name] = found
+    return rows
 
 
 def main() -> None:
@@ -112,41 +122,39 @@ def main() -> None:
     texts = [passage.full_text for passage in passages[: arguments.texts]]
     queries = [passage.title or passage.text[:60] for passage in passages[: arguments.texts]]
     student = Student.load("d2llm-minilm", engine="auto")  # what the server takes
-    rows: dict[str, Any] = {}
+    few = queries[:128]
     with tempfile.TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "index", student, student_source="d2llm-minilm")
         index.upsert([Passage(str(n), p.text, p.title) for n, p in enumerate(passages)])
         student.encode_passages(texts[:64])
-        seconds = best_of(arguments.runs, lambda: student.encode_passages(texts))
-        rows["library, one call"] = {"texts_per_second": round(len(texts) / seconds, 1)}
-        index.search(queries[:8])
-        few = queries[:128]
-        seconds = best_of(arguments.runs, lambda: [index.search(query) for query in few])
-        rows["library, searches one by one"] = {"requests_per_second": round(len(few) / seconds, 1)}
-        seconds = best_of(arguments.runs, lambda: index.search(few))
-        rows["library, searches in one call"] = {"requests_per_second": round(len(few) / seconds, 1)}
-        del index, student
+        index.search(few[:8])
+        measures: dict[str, Callable[[], dict[str, float]]] = {
+            LIBRARY: lambda: {"seconds": seconds_of(lambda: student.encode_passages(texts))},
+            "library, searches one by one": lambda: {"seconds": seconds_of(lambda: [*map(index.search, few)])},
+            "library, searches in one call": lambda: {"seconds": seconds_of(lambda: index.search(few))},
+        }
         with served(Path(folder) / "index") as address:
-            for size in (32, 8, 1):
+
+            def ask(path: str, bodies: list[dict[str, Any]], clients: int = CLIENTS) -> Callable[[], dict[str, float]]:
+                return lambda: asyncio.run(load(address, path, bodies, clients))
+
+            for size in SIZES:
                 bodies = [{"texts": texts[at : at + size], "kind": "passage"} for at in range(0, len(texts), size)]
-                found = [asyncio.run(load(address, "/v1/encode", bodies, CLIENTS)) for _ in range(arguments.runs)]
-                row = min(found, key=lambda one: one["seconds"])
-                row["texts_per_second"] = round(len(texts) / row["seconds"], 1)
-                row["share_of_library"] = round(
-                    row["texts_per_second"] / rows["library, one call"]["texts_per_second"], 3
-                )
-                rows[f"served, {CLIENTS} clients, {size} texts a request"] = row
-            for clients in (1, CLIENTS):
-                bodies = [{"query": query} for query in (few if clients == 1 else queries[:512])]
-                found = [asyncio.run(load(address, "/v1/search", bodies, clients)) for _ in range(arguments.runs)]
-                rows[f"served, {clients} clients, searches"] = min(found, key=lambda one: one["seconds"])
+                measures[f"served, {CLIENTS} clients, {size} texts a request"] = ask("/v1/encode", bodies)
+            measures["served, 1 clients, searches"] = ask("/v1/search", [{"query": query} for query in few], 1)
+            searches = [{"query": query} for query in queries[:512]]
+            measures[f"served, {CLIENTS} clients, searches"] = ask("/v1/search", searches)
+            rows = quickest(measures, arguments.runs)
         with served(Path(folder) / "index", queue_texts=8) as address:
-            bodies = [{"query": query} for query in queries[:512]]
-            rows[f"served, {CLIENTS} clients, searches, room for 8"] = asyncio.run(
-                load(address, "/v1/search", bodies, CLIENTS)
-            )
+            rows[f"served, {CLIENTS} clients, searches, room for 8"] = ask("/v1/search", searches)()
     for name, row in rows.items():
-        row.pop("seconds", None)
+        if "searches" in name and name.startswith("library"):
+            row["requests_per_second"] = round(len(few) / row["seconds"], 1)
+        if name == LIBRARY or "texts a request" in name:
+            row["texts_per_second"] = round(len(texts) / row["seconds"], 1)
+            row["share_of_library"] = round(rows[LIBRARY]["seconds"] / row["seconds"], 3)
+    for name, row in rows.items():
+        del row["seconds"]
         print(f"{name:<48}" + "  ".join(f"{key} {value}" for key, value in row.items()))
     result = {"clients": CLIENTS, "cores": os.cpu_count(), "texts": len(texts), "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
