@@ -175,6 +175,24 @@ def test_bad_bodies_are_told_what_is_wrong(post, path, body, status, words):
     assert error["request_id"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/search", '{"query": "TEXT"}'),
+        ("/v1/explain", '{"query": "TEXT", "passage_id": "p1"}'),
+        ("/v1/encode", '{"texts": ["a", "TEXT"], "kind": "query"}'),
+        ("/v1/rescore", '{"query": "TEXT", "passage_ids": ["p1"]}'),
+        ("/v1/rescore", '{"query": "a", "passages": ["TEXT"]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "TEXT"}]}'),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(address, path, body):
+    content = body.replace("TEXT", "\\ud83d cat").encode()
+    answer = httpx2.post(address + path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert "surrogate" in answer.json()["error"]["message"]
+
+
 def test_wrong_methods_paths_types_and_json_are_told_too(address):
     for send, status in (
         (lambda: httpx2.get(f"{address}/v1/search"), 405),

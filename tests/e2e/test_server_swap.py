@@ -266,6 +266,34 @@ def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tup
         )
 
 
+def test_clients_that_have_left_do_not_keep_a_student(pairs: tuple[Pair, Pair], folder: Path):
+    pairs[1].write(folder.parent / "new")
+    app = make_app(tiny_settings(folder, reload_seconds=1_000))
+    with serve(app) as address:
+        wait_until_ready(address)
+        student = app.state.serving.now().models.student
+        encode_tokens = student.encode_tokens
+
+        def slow(ids: object) -> object:
+            time.sleep(0.1)
+            return encode_tokens(ids)
+
+        student.encode_tokens = slow
+        body = {"query": "cat", "texts": [f"a dog and {n} cats" for n in range(500)]}
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{address}/rerank", json=body, timeout=0.3)
+        served = weakref.ref(student)
+        del student, encode_tokens, slow
+        point(folder, "new")
+        assert httpx2.post(f"{address}/v1/index/reload", timeout=60).json()["changed"]
+        for _ in range(100):
+            gc.collect()
+            if served() is None:
+                break
+            time.sleep(0.05)
+        assert served() is None
+
+
 def test_another_students_index_without_its_student_is_refused_and_the_old_pair_serves_on(
     pairs: tuple[Pair, Pair], folder: Path, caplog: pytest.LogCaptureFixture
 ):

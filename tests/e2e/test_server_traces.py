@@ -125,6 +125,8 @@ def test_a_collector_receives_requests_with_their_stages_and_without_their_texts
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         body = {"query": "the sly confidential cat", "top_k": 2}
         assert httpx2.post(f"{address}/v1/search", json=body, headers=headers).status_code == 200
+        new = {"passages": [{"id": f"n{n}", "text": "a covert operation"} for n in range(3)]}
+        assert httpx2.post(f"{address}/v1/passages", json=new).status_code == 200
         wrong = {"query": "unseen", "filter": "yeer = 1"}
         assert httpx2.post(f"{address}/v1/search", json=wrong).status_code == 400
         assert httpx2.get(f"{address}/health").status_code == 200
@@ -149,8 +151,12 @@ def test_a_collector_receives_requests_with_their_stages_and_without_their_texts
     (other,) = [span for _, span in found if span.trace_id.hex() != TRACE and span.name == "POST /v1/search"]
     assert not other.parent_span_id
     assert values(other)["http.status_code"] == 400
-    assert {span.name for _, span in found} == of_client.keys()  # none of /health
-    for text in (b"sly", b"confidential", b"unseen", b"yeer"):
+    (written,) = [span for _, span in found if span.name == "POST /v1/passages"]
+    below = {span.name for _, span in found if span.parent_span_id == written.span_id}
+    assert below == {"queue", "encode"}
+    assert {span.name for _, span in found if not span.parent_span_id} == {"POST /v1/search", "POST /v1/passages"}
+    assert {span.name for _, span in found} == {*of_client, "POST /v1/passages"}  # none of /health
+    for text in (b"sly", b"covert", b"confidential", b"unseen", b"yeer"):
         assert all(text not in sent for sent in collector.bodies)
 
 

@@ -141,6 +141,25 @@ def test_a_half_edited_file_leaves_the_keys_as_they_were(file: Path, caplog: pyt
     assert "stay as they were" in caplog.text
 
 
+def test_a_file_that_could_not_be_read_is_read_when_its_permissions_change(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    add_key(file, "first")
+    ring = KeyRing(file)
+    secret = add_key(file, "second")
+    file.chmod(0o200)
+
+    def refuse(path: Path) -> tuple[ApiKey, ...]:
+        raise InputError(f"{path}: cannot be read")  # whoever runs the tests may be allowed all the same
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "read_keys", refuse)
+        assert ring.find(secret) is None
+    assert "stay as they were" in caplog.text
+    file.chmod(0o600)
+    assert ring.find(secret) is not None
+
+
 def test_without_its_file_nobody_is_let_in(file: Path, caplog: pytest.LogCaptureFixture):
     secret = add_key(file, "first")
     ring = KeyRing(file)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.apps.server.middleware import SECURITY_HEADERS
+from starlette.types import Message, Receive, Scope, Send
+
+from d2llm.apps.server.middleware import SECURITY_HEADERS, BodyMiddleware
 from tiny_app import tiny_client
 
 SEARCH = {"texts": ["q"]}
@@ -153,3 +157,29 @@ def test_a_compressed_body_is_refused():
     answer = tiny_client().post("/v1/search", content=b"...", headers=headers)
     assert answer.status_code == 415
     assert answer.headers["Accept-Encoding"] == "identity"
+
+
+def test_many_small_pieces_take_little_memory():
+    number = 100_000
+    told: list[bytes] = []
+
+    async def receive() -> Message:
+        nonlocal number
+        number -= 1
+        return {"type": "http.request", "body": b"x", "more_body": number > 0}
+
+    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
+        told.append((await receive())["body"])
+
+    async def send(_message: Message) -> None:
+        raise AssertionError("it was refused")
+
+    headers = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+    tracemalloc.start()
+    try:
+        asyncio.run(BodyMiddleware(app, max_body_bytes=number, seconds=60)(scope, receive, send))
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert told == [b"x" * 100_000]

@@ -241,3 +241,13 @@ def test_afterwards_loggers_are_as_before():
     before = (logger.handlers[:], logger.level, logger.propagate)
     start_logs(ServeSettings(), io.StringIO())()
     assert (logger.handlers, logger.level, logger.propagate) == before
+
+
+def test_the_student_is_told_as_it_is_now():
+    telemetry, students = Telemetry(), [{"name": "first", "fingerprint": "f1"}]
+    assert not any(name.startswith("d2llm_student") for name, _ in samples(telemetry))
+    for _ in range(2):  # an application that starts twice
+        telemetry.watch_student(lambda: students[-1])
+    students.append({"name": "second", "fingerprint": "f2"})
+    found = {labels for name, labels in samples(telemetry) if name == "d2llm_student_info"}
+    assert found == {(("fingerprint", "f2"), ("name", "second"))}

@@ -146,7 +146,7 @@ class Batcher(Generic[_Item, _Result]):
         self._closed = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
             _log.warning("%s: %d items were given up", self._name, self._num_queued)
         for worker in self._workers:
             worker.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,8 @@ class IndexService:
         """Finish what was admitted."""
         self.served.stop()
         await asyncio.gather(self._ranks.stop(timeout), self._readings.stop(timeout))
-        await asyncio.to_thread(self._writes.shutdown, wait=True)
+        with contextlib.suppress(asyncio.TimeoutError):  # what is then left of a write fails with the student's stop
+            await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
         self._reads.shutdown(wait=False, cancel_futures=True)
 
     # Searching -----------------------------------------------------------------------------------------------------
@@ -296,4 +298,5 @@ class IndexService:
             return await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], _Value]) -> _Value:
-        return await asyncio.get_running_loop().run_in_executor(thread, work)
+        # In the request's context, so that the student's work for a write is part of its trace.
+        return await asyncio.get_running_loop().run_in_executor(thread, contextvars.copy_context().run, work)

@@ -154,12 +154,13 @@ class KeyRing:
         else:
             _log.info("read %d API keys from %s", len(self._keys), self._path)
 
-    def _state(self) -> tuple[int, int, int] | None:
+    def _state(self) -> tuple[int, ...] | None:
         try:
             stat = self._path.stat()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        # The second also changes with its permissions: a file that could not be read may be readable since.
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def _hash(secret: str) -> str:

@@ -168,36 +168,38 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        problem = self._problem_of_headers(scope["method"], headers)
-        messages: list[Message] = []
-        if problem is None and _has_body(headers):
+        read: bytes | Problem | None = self._problem_of_headers(scope["method"], headers)
+        if read is None and _has_body(headers):
             try:
-                problem = await asyncio.wait_for(self._read(receive, messages), self._seconds)
+                read = await asyncio.wait_for(self._read(receive), self._seconds)
             except asyncio.TimeoutError:
-                problem = self._too_slow()
-        if problem is not None:
-            await answer_problem(scope, receive, send, problem)
+                read = self._too_slow()
+            if read is None:
+                return
+        if isinstance(read, Problem):
+            await answer_problem(scope, receive, send, read)
             return
-        if messages and messages[-1]["type"] == "http.disconnect":
-            return
-        messages.reverse()
+        messages: list[Message] = []
+        if read is not None:
+            messages.append({"type": "http.request", "body": read, "more_body": False})
 
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive, messages: list[Message]) -> Problem | None:
-        """Append what comes, to the end of the body or the connection."""
-        num_bytes, more = 0, True
+    async def _read(self, receive: Receive) -> bytes | Problem | None:
+        """All of it; None where the client has left."""
+        body, more = bytearray(), True  # not the messages: those of small pieces take many times the memory
         while more:
             message = await receive()
-            messages.append(message)
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
                 return self._too_large()
             more = message.get("more_body", False)
-        return None
+        return bytes(body)
 
     def _problem_of_headers(self, method: str, headers: Headers) -> Problem | None:
         length = headers.get("content-length", "0")

@@ -143,7 +143,8 @@ class ModelService:
             OverloadedError: the queue is full.
             ModelError: a vector is not finite.
         """
-        note_items(texts)
+        if bounded:  # those of a write are noted with all that it is about
+            note_items(texts)
         return await self._encode([(texts, kind)], bounded=bounded)
 
     async def score(self, query: str, passages: Sequence[str], task: Task = "asymmetric") -> Scored:

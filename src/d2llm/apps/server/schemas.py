@@ -15,6 +15,10 @@ from d2llm.core.types import Grouping, Task
 def _with_text(text: str) -> str:
     if not text.strip():
         raise ValueError("there is no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no text; leave it out") from error
     return text
 
 

@@ -60,7 +60,8 @@ class Telemetry:
         self._index_passages = Gauge("d2llm_index_passages", "Passages in that version.", registry=self.registry)
         Info("d2llm_build", "What runs.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
-        self._refreshes: list[Callable[[], None]] = []
+        self._student: Info | None = None
+        self._named: Callable[[], Mapping[str, str]] = dict
         self._stage_listeners: list[StageListener] = []
 
     def observe(self, stage: str, seconds: float) -> None:
@@ -91,8 +92,8 @@ class Telemetry:
 
     def watch_student(self, named: Callable[[], Mapping[str, str]]) -> None:
         """Ask for the name and fingerprint of the student at each exposition."""
-        info = Info("d2llm_student", "The student that is served.", registry=self.registry)
-        self._refreshes.append(lambda: info.info({**named()}))
+        self._student = self._student or Info("d2llm_student", "The student that is served.", registry=self.registry)
+        self._named = named
 
     def begin_request(self) -> None:
         """A request came."""
@@ -106,6 +107,6 @@ class Telemetry:
 
     def exposition(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its content type."""
-        for refresh in self._refreshes:
-            refresh()
+        if self._student is not None:
+            self._student.info({**self._named()})
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
