@@ -204,6 +204,29 @@ def test_a_bad_item_fails_alone():
     asyncio.run(main())
 
 
+def test_what_goes_wrong_around_a_batch_does_not_end_the_work():
+    async def main():
+        lost = [True]
+
+        def run(items):
+            return [] if lost[0] else doubled(items)
+
+        with ThreadPoolExecutor(1) as lanes:
+            work = batcher(run, lanes=lanes)
+            with pytest.raises(ValueError, match="0 results of 1 items"):
+                await work.submit([1])
+            lost[0] = False
+            assert (await work.submit([1])).results == [2]
+        work._thread.shutdown()  # no thread takes anything any more
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await asyncio.wait_for(work.submit([1]), 5)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await asyncio.wait_for(work.submit([1]), 5)
+        await asyncio.wait_for(work.stop(), 5)
+
+    asyncio.run(main())
+
+
 def test_the_rest_of_a_group_with_a_bad_item_is_not_worked_on():
     async def main():
         seen = []

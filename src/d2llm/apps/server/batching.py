@@ -219,10 +219,13 @@ class Batcher(Generic[_Item, _Result]):
             alone = not self._groups and not self._num_running
             self._num_running += 1
             begin = time.perf_counter()
-            results = await loop.run_in_executor(
-                self._thread if alone else self._lanes, self._run_apart, [place.item for place in taken]
-            )
-            self._num_running -= 1
+            thread, items = self._thread if alone else self._lanes, [place.item for place in taken]
+            try:
+                results = await loop.run_in_executor(thread, self._run_apart, items)
+            except Exception as error:  # noqa: BLE001 - no thread could be had; the next batch may find one
+                results = [error] * len(taken)
+            finally:
+                self._num_running -= 1
             seconds = time.perf_counter() - begin
             self._observe_batch(len(taken), seconds)
             latest = seconds / len(taken)
@@ -280,7 +283,10 @@ class Batcher(Generic[_Item, _Result]):
     def _run_apart(self, items: Sequence[_Item]) -> list[_Result | Exception]:
         """Run a batch; where it fails, its halves, so that only the items that cannot be done have an error."""
         try:
-            return [*self._run(items)]
+            results = [*self._run(items)]
+            if len(results) != len(items):
+                raise ValueError(f"{self._name}: {len(results)} results of {len(items)} items")
+            return results
         except Exception as error:  # noqa: BLE001 - it becomes the answer to whoever asked
             if len(items) == 1:
                 return [error]
