@@ -9,7 +9,9 @@ found() { command -v chromium || command -v chromium-browser || command -v googl
 found >/dev/null && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing Chromium for the tests of pages (Debian's package)"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1
+    wait="-o DPkg::Lock::Timeout=120" # another program may be installing something
+    said=$({ apt-get $wait update -qq && DEBIAN_FRONTEND=noninteractive apt-get $wait install -y -qq --no-install-recommends chromium; } 2>&1)
     found >/dev/null && exit 0
+    printf '%s\n' "$said" | tail -n 3
 fi
 say "there is no Chromium, so the tests of pages will be skipped; to run them: apt install chromium"
