@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm import Index, Passage
-from d2llm.apps.commands_teach import named_teacher
-from d2llm.apps.options import teacher_config
+from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.judge import Judge, Judgements, TextPair, load_judge
 from d2llm.ops.rereading import StudentError
@@ -131,6 +130,6 @@ class WatchedTeacher:
 def write_taught_index(folder: Path) -> dict[str, Any]:
     """Settings of a server over a tiny index whose student's error against a tiny language model is known."""
     index, teacher = write_tiny_index(folder), str(write_tiny_model(folder / "teacher", "llama"))
-    judge = load_judge(named_teacher(teacher, teacher_config("", "short")), dtype="float32")
+    judge = load_judge(TeacherConfig(prompt="short").named(teacher), dtype="float32")
     write_error(index, judge, "asymmetric", StudentError(0.1, 0.0, 0.5))  # unsure of some, not of all
     return {"index": index, "teacher": teacher, "prompt": "short", "teacher_budget_ms": 60_000}

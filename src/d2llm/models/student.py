@@ -306,7 +306,9 @@ class Student(nn.Module):
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
-            seen = "an inner product alone" if isinstance(head, CosineHead) else f"features '{head.config.features}'"
+            seen = (
+                "an inner product alone" if isinstance(head, CosineHead) else f"the features '{head.config.features}'"
+            )
             raise InputError(
                 f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
                 "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
