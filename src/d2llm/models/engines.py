@@ -82,8 +82,9 @@ def open_engine(
         InputError: the student's weights are not float32 on the CPU.
         MissingExtraError: the engine is not installed.
     """
-    has_graph = student.backbone.compute_dtype == torch.float32
-    name = choose_engine(name, device=student.backbone.device, dtype=dtype) if has_graph or name != "auto" else "torch"
+    if name == "auto" and student.backbone.compute_dtype != torch.float32:
+        name = "torch"
+    name = choose_engine(name, device=student.backbone.device, dtype=dtype)
     if name == "torch":
         return None
     run = _RUNTIMES[name](_graph(student, _INT8.get(name), cache or user_cache_path("d2llm")), dtype)

@@ -368,7 +368,7 @@ class Student(nn.Module):
         """Vectors of texts that ``tokenize`` read, as one batch; best of like length (``batch_tokens``)."""
         if self._engine is not None:
             return self._engine(ids)
-        with torch.inference_mode():
+        with inference(self):
             return self(*self.backbone.pad(ids)).cpu().numpy()
 
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:

@@ -36,8 +36,8 @@ from d2llm.apps.server.dialects.shared import (
 )
 from d2llm.apps.server.errors import Problem, invalid
 from d2llm.apps.server.fast_json import FastJSONResponse
-from d2llm.apps.server.model_service import TextKind
 from d2llm.apps.server.services import Services, services_of
+from d2llm.models.backbone import TextKind
 
 PATHS = ("/v1/embeddings", "/v1/models")
 _LOADED = int(time.time())

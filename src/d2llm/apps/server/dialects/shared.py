@@ -12,9 +12,10 @@ from pydantic_core import PydanticCustomError
 from scipy.special import expit
 
 from d2llm.apps.server.errors import Problem, ServingError, invalid
-from d2llm.apps.server.model_service import Encoded, ModelService, TextKind
+from d2llm.apps.server.model_service import Encoded, ModelService
 from d2llm.apps.server.services import Services
 from d2llm.core.types import Task
+from d2llm.models.backbone import TextKind
 
 Truncate = Literal["NONE", "END"]
 SUFFIXES: tuple[TextKind, ...] = ("query", "passage")

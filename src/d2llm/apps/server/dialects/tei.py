@@ -41,8 +41,8 @@ from d2llm.apps.server.dialects.shared import (
 )
 from d2llm.apps.server.errors import Problem, invalid
 from d2llm.apps.server.fast_json import FastJSONResponse
-from d2llm.apps.server.model_service import TextKind
 from d2llm.apps.server.services import Services, services_of
+from d2llm.models.backbone import TextKind
 
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
 _CUT = "shorten it, or leave truncate out"
