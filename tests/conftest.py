@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from plain_cpu import without_bfloat16
+
 # A test machine may be busy: a slow example is no failure, pytest-timeout catches what hangs.
 settings.register_profile("d2llm", deadline=None)
 settings.load_profile("d2llm")
@@ -47,3 +49,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data sets in {folder}, which does not exist")
     return folder
+
+
+@pytest.fixture(params=["this-cpu", "plain-cpu"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: with all that this CPU can do, and as on one without fast or fused bfloat16 products."""
+    if request.param == "plain-cpu":
+        without_bfloat16(monkeypatch)
+    return request.param

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib import metadata
 
 import numpy as np
@@ -14,11 +15,14 @@ from huggingface_hub.utils._http import default_client_factory
 from d2llm import Index, Passage
 from d2llm.apps import doctor, doctor_install, doctor_machine
 from d2llm.apps.doctor import examine
-from d2llm.apps.doctor_install import check_install
-from d2llm.apps.doctor_machine import available_memory, check_device, check_kernels, openmp_runtimes
+from d2llm.apps.doctor_install import install_checks
+from d2llm.apps.doctor_machine import available_memory, machine_checks, openmp_runtimes
+from d2llm.apps.findings import Check
+from d2llm.core.errors import ModelError
 from d2llm.models.hub import find_student
 from e2e.command_line import d2llm, succeed_with_report
 from fake_hub import FakeHub
+from plain_cpu import without_bfloat16
 from tiny_models import TEXTS
 
 STUDENT = "d2llm-minilm-cosine"
@@ -44,22 +48,79 @@ def look_at(findings, what: str):
     return found
 
 
+def machine(what: str, device: str | None = None):
+    """What the check of the machine with this name finds."""
+    [check] = [check for check in machine_checks(device) if check.what == what]
+    return look_at(check.findings(), what)
+
+
+def install():
+    return [finding for check in install_checks() for finding in check.findings()]
+
+
+NUM_CHECKS = 18  # of an examination with an index
+
+
+class TestChecksThatFail:
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("no such\n  product here"), KeyError("avx"), ModelError("away; look")]
+    )
+    @pytest.mark.parametrize("broken", range(NUM_CHECKS))
+    def test_each_is_a_finding_and_the_others_are_made(self, broken, error, places, index, monkeypatch):
+        made = []
+
+        def findings(check):
+            number = len(made)
+            made.append(check)
+            look = fail if number == broken else lambda: doctor_install.Finding(check.area, check.what, "ok", "good")
+            yield from real(Check(check.area, check.what, look))
+
+        def fail():
+            raise error
+
+        real = Check.findings
+        monkeypatch.setattr(Check, "findings", findings)
+        found = list(examine(student=STUDENT, index=index))
+        assert len(made) == NUM_CHECKS or made[broken].what == "import"  # without which nothing more can be tried
+        [problem] = [finding for finding in found if finding.level == "problem"]
+        assert (problem.area, problem.what) == (made[broken].area, made[broken].what)
+        assert problem.advice
+        words = {"RuntimeError": "this check failed: RuntimeError: no such product here", "KeyError": "KeyError: 'avx'"}
+        assert words.get(type(error).__name__, "away") in problem.found
+        assert len(found) == len(made)
+
+    def test_none_breaks_off_the_program(self, places, monkeypatch):
+        def broken():
+            raise RuntimeError("bf16 path needs the cpu support avx_ne_convert")
+
+        monkeypatch.setattr(doctor_machine, "_interaction", broken)
+        result = d2llm("doctor", "--student", STUDENT, "--json", places / "report.json")
+        assert result.exit_code == 1
+        [problem] = problems_in(places)
+        assert problem["found"] == "this check failed: RuntimeError: bf16 path needs the cpu support avx_ne_convert"
+
+    def test_machine_checks_that_cannot_be_imported(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "d2llm.apps.doctor_machine", None)
+        found = look_at(examine(student=STUDENT), "import")
+        assert (found.area, found.level) == ("device", "problem")
+
+
 class TestInstall:
     def test_what_the_tests_run_with_is_fine(self):
-        findings = list(check_install())
+        findings = install()
         assert [finding for finding in findings if finding.level == "problem"] == []
         assert look_at(findings, "packages").level == "ok"
 
     def test_a_missing_extra_is_a_note_with_its_command(self, monkeypatch):
         pretend(monkeypatch, "fastapi", None)
-        found = look_at(check_install(), "extra serve")
+        found = look_at(install(), "extra serve")
         assert (found.level, found.advice) == ("note", "if you want it: pip install 'd2llm[serve]'")
         assert "fastapi is not installed" in found.found
 
     @pytest.mark.parametrize(("version", "says"), [(None, "is not installed"), ("0.1", "is 0.1, but d2llm needs")])
     def test_a_package_that_is_missing_or_too_old(self, monkeypatch, version, says):
         pretend(monkeypatch, "scipy", version)
-        found = look_at(check_install(), "scipy")
+        found = look_at(install(), "scipy")
         assert found.level == "problem"
         assert says in found.found
         assert found.advice.startswith("pip install 'scipy>=1")
@@ -84,7 +145,7 @@ class TestInstall:
 
         monkeypatch.setattr(metadata, "requires", unknown)
         monkeypatch.setattr(metadata, "metadata", unknown)
-        findings = list(check_install())
+        findings = install()
         assert look_at(findings, "packages").level == "note"
         assert look_at(findings, "Python").level == "ok"
 
@@ -104,41 +165,46 @@ def pretend(monkeypatch, package: str, version: str | None) -> None:
 
 class TestMachine:
     def test_the_device_asked_for(self):
-        assert look_at(check_device("cpu"), "computes on").found.startswith("cpu in ")
-        assert look_at(check_device("cuda:99"), "computes on").level == "problem"
+        assert machine("computes on", "cpu").found.startswith("cpu in ")
+        assert machine("computes on", "cuda:99").level == "problem"
 
     def test_more_threads_than_cores(self, monkeypatch):
         monkeypatch.setattr(doctor_machine.torch, "get_num_threads", lambda: 64)
         monkeypatch.setattr(doctor_machine, "_num_cpus", lambda: 4)
-        found = look_at(check_device("cpu"), "threads")
+        found = machine("threads", "cpu")
         assert (found.level, found.advice) == ("note", "more threads than cores are slower: OMP_NUM_THREADS=4")
 
     def test_two_openmp_libraries(self, monkeypatch):
         both = {("gomp", "/torch/libgomp.so.1"), ("iomp5", "/faiss/libiomp5.so")}
         monkeypatch.setattr(doctor_machine, "openmp_runtimes", lambda: both)
-        assert look_at(check_device("cpu"), "OpenMP").level == "note"
+        assert machine("OpenMP", "cpu").level == "note"
 
     def test_openmp_libraries_of_this_process_are_found(self):
         assert all(family in ("gomp", "iomp5", "omp") and path.startswith("/") for family, path in openmp_runtimes())
 
     def test_little_memory(self, monkeypatch):
         monkeypatch.setattr(doctor_machine, "available_memory", lambda: 1 << 29)
-        assert look_at(check_device("cpu"), "memory").level == "note"
-        assert look_at(check_device("cpu"), "memory").found == "0.5 GiB available"
+        assert machine("memory", "cpu").level == "note"
+        assert machine("memory", "cpu").found == "0.5 GiB available"
 
     def test_available_memory_is_a_plausible_number(self):
         found = available_memory()
         assert found is None or 1 << 20 < found < 1 << 50
 
     def test_products_agree_here(self):
-        findings = list(check_kernels())
-        assert [finding.what for finding in findings] == ["product", "scan", "interaction", "speed"]
-        assert [finding for finding in findings if finding.level == "problem"] == []
+        for what in ("product", "scan", "interaction", "speed"):
+            assert machine(what).level != "problem"
+
+    def test_products_agree_on_a_cpu_without_bfloat16(self, monkeypatch):
+        without_bfloat16(monkeypatch)
+        found = machine("interaction")
+        assert found.level == "ok"
+        assert "computed in float32" in found.found
 
     @pytest.mark.parametrize("error", [0.5, float("nan")])
     def test_products_that_do_not_agree(self, monkeypatch, error):
         monkeypatch.setattr(doctor_machine, "_interaction_error", lambda query, passages: error)
-        assert look_at(check_kernels(), "interaction").level == "problem"
+        assert machine("interaction").level == "problem"
 
     def test_wrong_rows_of_a_scan_are_noticed(self, monkeypatch):
         import faiss
@@ -150,19 +216,19 @@ class TestMachine:
             return scores, np.roll(rows, 1, axis=1)
 
         monkeypatch.setattr(faiss, "knn", shifted)
-        assert look_at(check_kernels(), "scan").level == "problem"
+        assert machine("scan").level == "problem"
 
     def test_bfloat16_that_is_called_fast_and_is_slow(self, monkeypatch):
         monkeypatch.setattr(doctor_machine, "cpu_has_fast_bfloat16", lambda: True)
         monkeypatch.setattr(doctor_machine, "_rate", lambda dtype: 50.0 if "float32" in str(dtype) else 10.0)
-        assert look_at(check_kernels(), "speed").level == "note"
+        assert machine("speed").level == "note"
 
 
 class TestPlaces:
     def test_a_cache_that_cannot_be_written(self, places, monkeypatch):
         (places / "file").write_text("")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places / "file" / "hub"))
-        found = look_at(doctor._check_places(), "cache of the Hub")
+        found = doctor._hub_cache()
         assert found.level == "problem"
         assert "HF_HOME" in found.advice
 
@@ -171,12 +237,12 @@ class TestPlaces:
         set_client_factory(hub.client)
         try:
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-            assert "HF_HUB_OFFLINE" in look_at(doctor._check_places(), "Hugging Face Hub").found
+            assert "HF_HUB_OFFLINE" in doctor._hub().found
             assert hub.log == []
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-            assert look_at(doctor._check_places(), "Hugging Face Hub").level == "ok"
+            assert doctor._hub().level == "ok"
             hub.reachable = False
-            assert look_at(doctor._check_places(), "Hugging Face Hub").level == "note"
+            assert doctor._hub().level == "note"
         finally:
             set_client_factory(default_client_factory)
 

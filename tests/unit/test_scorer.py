@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from d2llm.core.recipe import InteractionConfig
-from d2llm.models import scorer
 from d2llm.models.interaction import TASKS, CosineHead, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import Student
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("cpu")
 
 DIM, HIDDEN = 24, 40
 FEATURES = ("concat", "product", "difference", "rich")
@@ -146,13 +147,6 @@ def test_the_cosine_head_is_its_anchor():
     score = QueryScorer(head, None, torch.from_numpy(query), "symmetric", 4)
     np.testing.assert_allclose(score(passages), 20 * passages @ query / DIM, rtol=0, atol=1e-5)
     assert score.reach == 0
-
-
-def test_without_onednns_fused_layer_the_scores_are_the_same(monkeypatch):
-    module, (query,), passages = make(), vectors(1, 1), vectors(70, 2)
-    fused = prepare(module, query, dtype=torch.bfloat16)(passages)
-    monkeypatch.setattr(scorer, "_MKLDNN", None)
-    np.testing.assert_allclose(prepare(module, query, dtype=torch.bfloat16)(passages), fused, rtol=0, atol=1e-3)
 
 
 def test_the_paper_heads_scores_are_finer_than_bfloat16():

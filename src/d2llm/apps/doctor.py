@@ -11,9 +11,8 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from d2llm.apps.doctor_install import check_install
-from d2llm.apps.doctor_machine import check_device, check_kernels
-from d2llm.apps.findings import Finding, problem_of
+from d2llm.apps.doctor_install import install_checks
+from d2llm.apps.findings import Check, Finding, problem_of
 from d2llm.core.errors import D2LLMError
 
 _GIB = 1 << 30
@@ -31,25 +30,40 @@ def examine(*, student: str, index: Path | None = None, device: str | None = Non
         index: a folder; it is opened, and searched with its own student.
         device: where the student computes.
     """
-    install = list(check_install())
-    yield from install
-    if any(finding.what == "import" and finding.level == "problem" for finding in install):
+    usable = True
+    for check in install_checks():
+        for finding in check.findings():
+            usable = usable and not (finding.what == "import" and finding.level == "problem")
+            yield finding
+    if not usable:
         return  # everything below needs these packages
-    yield from check_device(device)
-    yield from check_kernels()
-    yield from _check_places()
-    yield from _check_student(student, device)
+    checks = [
+        *_machine_checks(device),
+        Check("places", "cache folder", lambda: _writable("cache folder", user_cache_path("d2llm"))),
+        Check("places", "cache of the Hub", _hub_cache),
+        Check("places", "Hugging Face Hub", _hub),
+        Check("student", student, lambda: _check_student(student, device)),
+    ]
     if index is not None:
-        yield from _check_index(index, device)
+        checks.append(Check("index", str(index), lambda: _check_index(index, device)))
+    for check in checks:
+        yield from check.findings()
 
 
-def _check_places() -> Iterator[Finding]:
+def _machine_checks(device: str | None) -> list[Check]:
+    try:  # now, because it imports torch and faiss
+        from d2llm.apps.doctor_machine import machine_checks
+    except Exception as error:  # noqa: BLE001 - a library that cannot be imported raises what it likes
+        reason = f"{type(error).__name__}: {error}"
+        found = Finding("device", "import", "problem", reason, "install d2llm again, in a new environment")
+        return [Check("device", "import", lambda: found)]
+    return machine_checks(device)
+
+
+def _hub_cache() -> Finding:
     from huggingface_hub import constants
 
-    folders = {"cache folder": user_cache_path("d2llm"), "cache of the Hub": Path(constants.HF_HUB_CACHE)}
-    for what, folder in folders.items():
-        yield _writable(what, folder)
-    yield _hub()
+    return _writable("cache of the Hub", Path(constants.HF_HUB_CACHE))
 
 
 def _writable(what: str, folder: Path) -> Finding:

@@ -13,7 +13,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from d2llm.apps.findings import Finding
+from d2llm.apps.findings import Check, Finding
 
 # Those that bring libraries of their own, which can fail to load though pip says all is well.
 _HEAVY = ("numpy", "torch", "transformers", "pyarrow", "lancedb", "faiss", "safetensors")
@@ -21,21 +21,29 @@ _NOT_FOR_USERS = {"dev", "remote-test"}
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
 
 
-def check_install() -> Iterator[Finding]:
+def install_checks() -> list[Check]:
     """Python, each package that must be there, each extra, and whether the heavy packages can be imported."""
-    yield _python()
+    return [
+        Check("install", "Python", _python),
+        Check("install", "packages", _packages),
+        Check("install", "extras", _extras),
+        Check("install", "import", _imports),
+    ]
+
+
+def _requirements() -> list[Requirement]:
+    """What d2llm asks for; empty where it runs from a folder and is not installed."""
     try:
-        requirements = [Requirement(line) for line in metadata.requires("d2llm") or []]
+        return [Requirement(line) for line in metadata.requires("d2llm") or []]
     except metadata.PackageNotFoundError:
-        advice = "pip install . in the checkout, so that versions can be compared"
-        yield Finding("install", "packages", "note", "d2llm runs from a folder and is not installed", advice)
-        requirements = []
-    yield from _packages(requirements)
-    yield from _extras(requirements)
+        return []
+
+
+def _imports() -> Iterator[Finding]:
     for module in _HEAVY:
         try:
             importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - a broken library raises what it likes
             advice = f"pip install --force-reinstall {_package_of(module)}"
             yield Finding("install", "import", "problem", f"{module} cannot be imported ({error})", advice)
 
@@ -53,7 +61,11 @@ def _python() -> Finding:
     return Finding("install", "Python", "ok", found)
 
 
-def _packages(requirements: list[Requirement]) -> Iterator[Finding]:
+def _packages() -> Iterator[Finding]:
+    requirements = _requirements()
+    if not requirements:
+        advice = "pip install . in the checkout, so that versions can be compared"
+        yield Finding("install", "packages", "note", "d2llm runs from a folder and is not installed", advice)
     wanted = [r for r in requirements if not _extra_of(r) and (r.marker is None or r.marker.evaluate())]
     wrong = [finding for finding in map(_package, wanted) if finding is not None]
     yield from wrong
@@ -81,9 +93,9 @@ def _mismatch(requirement: Requirement) -> str | None:
     return f"is {found}, but d2llm needs {requirement.specifier}"
 
 
-def _extras(requirements: list[Requirement]) -> Iterator[Finding]:
+def _extras() -> Iterator[Finding]:
     by_extra: dict[str, list[Requirement]] = defaultdict(list)
-    for requirement in requirements:
+    for requirement in _requirements():
         extra = _extra_of(requirement)
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
         if extra and extra not in _NOT_FOR_USERS and requirement.name != "d2llm" and applies:

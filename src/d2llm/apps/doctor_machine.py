@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d2llm.apps.findings import Finding
+from d2llm.apps.findings import Check, Finding
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
-from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat16
+from d2llm.models.device import can_fuse_bfloat16_layers, choose_device, choose_dtype, cpu_has_fast_bfloat16
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 
@@ -36,11 +36,28 @@ _FEATURES = {
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
 
 
-def check_device(device: str | None = None) -> Iterator[Finding]:
-    """Processor, accelerators, memory and threads."""
+def machine_checks(device: str | None = None) -> list[Check]:
+    """Processor, accelerators, memory and threads; whether the products that scores are made of come out right."""
+    return [
+        Check("device", "processor", _processor),
+        Check("device", "computes on", lambda: _computes_on(device)),
+        Check("device", "memory", _memory),
+        Check("device", "threads", _threads),
+        Check("device", "OpenMP", _openmp),
+        Check("kernels", "product", _product),
+        Check("kernels", "scan", _scan),
+        Check("kernels", "interaction", _interaction),
+        Check("kernels", "speed", _speed),
+    ]
+
+
+def _processor() -> Finding:
     checks = {name: getattr(torch.cpu, check, lambda: False) for name, check in _FEATURES.items()}
     features = ", ".join(name for name, check in checks.items() if check()) or torch.backends.cpu.get_cpu_capability()
-    yield Finding("device", "processor", "ok", f"{platform.machine()}, {_num_cpus()} usable cores, {features}")
+    return Finding("device", "processor", "ok", f"{platform.machine()}, {_num_cpus()} usable cores, {features}")
+
+
+def _computes_on(device: str | None) -> Iterator[Finding]:
     try:
         chosen = choose_device(device)
     except InputError as error:
@@ -55,23 +72,30 @@ def check_device(device: str | None = None) -> Iterator[Finding]:
         advice = "" if level == "ok" else "end other programs on it, or use --device cpu"
         found = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
         yield Finding("device", "its memory", level, found, advice)
-    yield _memory()
-    yield from _threads()
 
 
-def check_kernels() -> Iterator[Finding]:
-    """Whether the products that scores are made of agree with plain ones, and how fast they are."""
-    rng = np.random.default_rng(0)
-    left, right = rng.standard_normal((2, _PASSAGES, _DIM), np.float32)
-    reference = left.astype(np.float64) @ right.T.astype(np.float64)
+def _product() -> Finding:
+    left, right, reference = _example()
     product = (torch.from_numpy(left) @ torch.from_numpy(right).T).numpy()
-    yield _agreement("product", float(np.abs(product - reference).max()), 1e-3, "of float32 with numpy's of float64")
-    yield _agreement("scan", _scan_error(left, right, reference), 1e-3, "of faiss's inner products with numpy's")
-    change = _interaction_error(left[0], right)
-    yield _agreement(
-        "interaction", change, 0.05, "of bfloat16, fused where oneDNN can, with float32; scores are in [-1, 1]"
-    )
-    yield _speed()
+    error = float(np.abs(product - reference).max())
+    return _agreement("product", error, 1e-3, "of float32 with numpy's of float64")
+
+
+def _scan() -> Finding:
+    return _agreement("scan", _scan_error(*_example()), 1e-3, "of faiss's inner products with numpy's")
+
+
+def _interaction() -> Finding:
+    left, right, _ = _example()
+    how = "fused by oneDNN" if can_fuse_bfloat16_layers() else "asked for and computed in float32"
+    error = _interaction_error(left[0], right)
+    return _agreement("interaction", error, 0.05, f"of bfloat16, {how}, with float32; scores are in [-1, 1]")
+
+
+def _example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two sets of vectors, and the products of each with each in float64."""
+    left, right = np.random.default_rng(0).standard_normal((2, _PASSAGES, _DIM), np.float32)
+    return left, right, left.astype(np.float64) @ right.T.astype(np.float64)
 
 
 def _num_cpus() -> int:
@@ -103,18 +127,20 @@ def available_memory() -> int | None:
     return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
 
 
-def _threads() -> Iterator[Finding]:
+def _threads() -> Finding:
     faiss = importlib.import_module("faiss")  # which has no types
     threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), _num_cpus()
     found = f"torch {threads}, faiss {scan}, of {cores} usable cores"
     if max(threads, scan) > cores:
-        yield Finding(
-            "device", "threads", "note", found, f"more threads than cores are slower: OMP_NUM_THREADS={cores}"
-        )
-    elif max(threads, scan) < cores and not os.environ.get("OMP_NUM_THREADS"):
-        yield Finding("device", "threads", "note", found, f"to use them all: OMP_NUM_THREADS={cores}")
-    else:
-        yield Finding("device", "threads", "ok", found)
+        advice = f"more threads than cores are slower: OMP_NUM_THREADS={cores}"
+        return Finding("device", "threads", "note", found, advice)
+    if max(threads, scan) < cores and not os.environ.get("OMP_NUM_THREADS"):
+        return Finding("device", "threads", "note", found, f"to use them all: OMP_NUM_THREADS={cores}")
+    return Finding("device", "threads", "ok", found)
+
+
+def _openmp() -> Iterator[Finding]:
+    importlib.import_module("faiss")  # which may bring one of its own
     runtimes = openmp_runtimes()
     if len({family for family, _ in runtimes}) > 1:
         names = ", ".join(sorted(path for _, path in runtimes))

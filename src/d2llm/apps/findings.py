@@ -1,8 +1,8 @@
-"""What a check of ``d2llm doctor`` found."""
+"""The checks of ``d2llm doctor``, and what they found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from d2llm.core.errors import D2LLMError
 
 Level = Literal["ok", "note", "problem"]
+_REPORT = "report it with the output of d2llm doctor --json; the other checks were made all the same"
 _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -27,6 +28,28 @@ class Finding:
     level: Level
     found: str
     advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at. Whatever goes wrong while looking is a finding too, so that the other checks are made."""
+
+    area: str
+    what: str
+    look: Callable[[], Finding | Iterable[Finding]]
+
+    def findings(self) -> Iterator[Finding]:
+        """What was found, and a problem where the check itself failed."""
+        try:
+            found = self.look()
+            yield from [found] if isinstance(found, Finding) else found
+        except D2LLMError as error:
+            yield problem_of(self.area, self.what, error, otherwise=_REPORT)
+        except Exception as error:  # noqa: BLE001 - a doctor looks at what is broken in ways that nobody foresaw
+            reason = " ".join(str(error).split()) or "without a message"
+            yield Finding(
+                self.area, self.what, "problem", f"this check failed: {type(error).__name__}: {reason}", _REPORT
+            )
 
 
 def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2llm.core.errors import InputError
 
@@ -31,10 +33,48 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device("cpu")
 
 
+@cache
 def cpu_has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), where it is several times faster."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), where it is several times faster.
+
+    oneDNN has to agree: ONEDNN_MAX_CPU_ISA can keep it from using what the CPU has. No is a safe answer, and the one
+    given for CPUs other than x86, where this was never measured.
+    """
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if not any(getattr(torch.cpu, flag, lambda: False)() for flag in flags):
+        return False
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # not in every version of torch; the flags must do
+        return torch.backends.mkldnn.is_available()
+
+
+@cache
+def can_fuse_bfloat16_layers() -> bool:
+    """Whether torch can run a bfloat16 layer and its ReLU on this CPU as one oneDNN operation on reordered weights.
+
+    The operation is what torch's compiler emits and not part of its public interface. It is missing from builds without
+    oneDNN (macOS, most aarch64 wheels) and refuses CPUs without AVX512 or AVX-NE-CONVERT, so it is tried once, on a
+    small layer, and counts as there only if its result is right.
+    """
+    weight = torch.linspace(-1, 1, 32 * 32).view(32, 32).bfloat16()
+    inputs, bias = weight.flip(0), weight[0].clone()
+    expected = torch.nn.functional.linear(inputs.float(), weight.float(), bias.float()).relu_()
+    try:
+        result = fused_bfloat16_layer(inputs, pack_bfloat16_weight(weight), bias)
+    except (AttributeError, RuntimeError):  # no such operation in this build; not on this CPU
+        return False
+    return bool((result.float() - expected).abs().max() <= 0.02 * expected.max())
+
+
+def pack_bfloat16_weight(weight: Tensor) -> Tensor:
+    """A layer's weights [out, in] in oneDNN's own order, for ``fused_bfloat16_layer`` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def fused_bfloat16_layer(inputs: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """relu(W x + b), where ``can_fuse_bfloat16_layers``: inputs [n, in], packed weights, bias [out] -> [n, out]."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "relu", [], "")
 
 
 def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +21,26 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
+from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, pack_bfloat16_weight
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
 from d2llm.ops.scoring import Linear, anchored_logit
 
-_MKLDNN: Any = torch.ops.mkldnn
 _ROWS = 32  # a block is filled up to a multiple: products of very few rows are summed in another order
 
 
 class HeadWeights:
-    """An interaction's weights in one task, folded and cast for scoring; ``is_of`` says if they are up to date."""
+    """An interaction's weights in one task, folded and cast for scoring; ``is_of`` says if they are up to date.
+
+    ``dtype`` is the number format of the products. Where bfloat16 is asked for and the CPU has no fused layer of it, it
+    is float32: torch's own bfloat16 product takes several times as long there (docs/LOG.md), and is less exact.
+    """
 
     def __init__(self, head: Interaction, task: Task, dtype: torch.dtype) -> None:
         layers = head.split_layers(task)
+        self._requested_dtype = dtype
+        on_cpu = layers.passage.device.type == "cpu"
+        if dtype == torch.bfloat16 and on_cpu and not can_fuse_bfloat16_layers():
+            dtype = torch.float32
         self.query = Linear(layers.query, layers.bias)
         self.passage = layers.passage
         self.product = layers.product
@@ -50,26 +57,24 @@ class HeadWeights:
 
     def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
         """Whether the head's weights are still those that were folded, and the number format that one."""
-        return dtype == self.dtype and self._state == _state(head)
+        return dtype == self._requested_dtype and self._state == _state(head)
 
 
 class _ReluLayer:
     """relu(W x + b), in bfloat16 on a CPU by oneDNN's fused operation with W reordered once.
 
-    Plain torch gives the same values, but reorders W in each call and passes over the result again, a tenth more time.
+    Plain torch reorders W in each call and passes over the result again, which takes a tenth more time.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight, self._bias = weight, bias
-        self._packed: Tensor | None = None
-        # What torch's own compiler puts here. It is not part of the public interface, so it is looked for first.
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and hasattr(_MKLDNN, "_linear_pointwise"):
-            self._packed = _MKLDNN._reorder_linear_weight(weight, None)
+        self._is_packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._weight = pack_bfloat16_weight(weight) if self._is_packed else weight
+        self._bias = bias
 
     def __call__(self, seen: Tensor) -> Tensor:
-        if self._packed is None:
-            return nn.functional.linear(seen, self._weight, self._bias).relu_()
-        return _MKLDNN._linear_pointwise(seen, self._packed, self._bias, "relu", [], "")
+        if self._is_packed:
+            return fused_bfloat16_layer(seen, self._weight, self._bias)
+        return nn.functional.linear(seen, self._weight, self._bias).relu_()
 
 
 class QueryScorer:
