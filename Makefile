@@ -15,10 +15,10 @@ BIN := .venv/bin
 export PYTHON TORCH TORCH_PINNED EXTRAS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-remote check fuzz bench clean
+.PHONY: help setup demo test test-avx2 test-remote check fuzz bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv ready (the others do it themselves)
 	@sh scripts/setup.sh
@@ -31,6 +31,12 @@ test: setup ## set up and run all tests
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
+
+test-avx2: setup ## run the tests of numbers as on a CPU with AVX2 alone, where this one has more
+	@echo "==> running the numeric tests with AVX2 alone in $(WORKERS) processes"
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_OPT_LEVEL=AVX2 \
+		OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m numeric $(ARGS)
 
 test-remote: setup ## install llama.cpp's server (compiles for minutes) and test the remote teacher against it
 	@echo "==> installing llama-cpp-python[server]"

@@ -22,8 +22,18 @@ os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 REPOSITORY = Path(__file__).parents[1]
 
 
+# Tests whose results depend on how the CPU multiplies; `make test-avx2` runs them as on one with AVX2 alone.
+NUMERIC_FOLDERS = ("golden", "parity", "property")
+NUMERIC_UNITS = (
+    "ann backbone calibration cosine_head device doctor gradient_cache interaction late_chunking lora losses pooling "
+    "projections ranking scan scorer student teacher teacher_sharing vector_file vectors view"
+).split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.parent.name in NUMERIC_FOLDERS or item.path.stem.removeprefix("test_") in NUMERIC_UNITS:
+            item.add_marker(pytest.mark.numeric)
         if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))
         if item.get_closest_marker("gpu") and not _has_gpu():
