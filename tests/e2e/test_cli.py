@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,23 @@ VERBS = [
     *("encode", "search", "serve", "evaluate", "ablate", "demo", "judge"),
     *("export", "push", "doctor"),
 ]
+
+
+def verbs_below(command, path=()):
+    """Every verb as its words, those of groups such as ("index", "get") too."""
+    if not hasattr(command, "commands"):
+        return [path]
+    return [verb for name, below in command.commands.items() for verb in verbs_below(below, (*path, name))]
+
+
+def verb_at(path):
+    command = typer.main.get_command(app)
+    for name in path:
+        command = command.commands[name]
+    return command
+
+
+ALL_VERBS = verbs_below(typer.main.get_command(app))
 
 
 class TestHelp:
@@ -47,6 +65,18 @@ class TestHelp:
             assert parameter.help.endswith(".")
         assert "json_path" in {parameter.name for parameter in command.params}
         assert summary.split()[0] in succeed(verb, "--help").stdout
+
+    @pytest.mark.parametrize("verb", ALL_VERBS, ids=" ".join)
+    def test_help_shows_every_word_that_is_written(self, verb):
+        command = verb_at(verb)
+        written = [inspect.getdoc(command.callback) or "", *(parameter.help or "" for parameter in command.params)]
+        place = ["PLACE"] if verb[0] in ("index", "keys") else []  # their verbs come after a folder or file
+        shown = succeed(verb[0], *place, *verb[1:], "--help").stdout
+        assert [word for text in written for word in text.split() if word not in shown] == []
+
+    def test_words_in_square_brackets_are_not_markup(self):
+        assert "[gate] in the recipe says how many queries" in succeed("gate", "--help").stdout
+        assert "model of [teacher] in a recipe" in succeed("stack", "--help").stdout
 
     @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["--version"]])
     def test_help_imports_little(self, arguments):
@@ -122,11 +152,20 @@ class TestDistil:
     def test_data_can_be_elsewhere(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "moved")
         recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
-        fail("mine", recipe, "--out", tmp_path / "run", containing=["not/here/everyday: no such file or folder"])
+        told = ["1 of 1 data sets of the recipe are not here: not/here/everyday", "--data everyday=FOLDER"]
+        fail("mine", recipe, "--out", tmp_path / "run", containing=told)
         places = ("--data", f"everyday={tmp_path / 'moved'}")
         _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", *places, folder=tmp_path)
         assert set(report["result"]) == {"moved"}
         fail("mine", recipe, "--data", "weekday=x", containing=["--data weekday=x", "NAME=FOLDER", "everyday"])
+
+    def test_one_folder_may_hold_all_data_sets(self, place, tmp_path):
+        shutil.copytree(place / "everyday", tmp_path / "all" / "everyday")
+        recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
+        run = ("mine", recipe, "--out", tmp_path / "run")
+        _, report = succeed_with_report(*run, "--data", tmp_path / "all", folder=tmp_path)
+        assert set(report["result"]) == {"everyday"}
+        fail(*run, "--data", place / "decoder", containing=["or give a folder that holds folders"])
 
     def test_quiet_says_nothing(self, place, reports):
         result = succeed("mine", place / "tiny.toml", "--out", place / "run", "--quiet")
@@ -137,6 +176,9 @@ class TestDistil:
         recipe = load_recipe(name)
         assert recipe.name == name
         assert recipe.data
+        for data in recipe.data:  # a name, not a place on one machine; and what it is, for who has to find it
+            assert "/" not in data.path
+            assert data.about
 
     def test_the_paper_s_recipe_has_the_published_settings(self):
         recipe = load_recipe("d2llm-paper")

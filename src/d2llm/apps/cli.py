@@ -5,6 +5,7 @@ Nothing heavy is imported here: each verb imports what it needs when it is calle
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,10 @@ _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 class _Program(TyperGroup):
     """Turns errors that d2llm raises on purpose into one paragraph and exit code 2."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        _tidy_help(self)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """``--verbose`` and ``--quiet`` may also follow the verb."""
         end = args.index("--") if "--" in args else len(args)
@@ -64,6 +69,27 @@ class _Program(TyperGroup):
             session = ctx.obj or Session()
             session.complain("stopped", "type the same command again to go on; finished parts are kept")
             raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _tidy_help(command: Any) -> None:
+    """Make the help of a verb, of those below it and of their options read as it is written.
+
+    Rich takes words in square brackets for markup, and typer breaks a paragraph where its source does.
+    """
+    from rich.markup import escape
+
+    for part in (command, *command.params):
+        for field in ("help", "short_help", "epilog"):
+            if isinstance(text := getattr(part, field, None), str):
+                setattr(part, field, escape(_joined_lines(text)))
+    for verb in getattr(command, "commands", {}).values():
+        _tidy_help(verb)
+
+
+def _joined_lines(text: str) -> str:
+    """Each paragraph on one line, but for those with indented lines, which are lists or examples."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in paragraphs)
 
 
 app = typer.Typer(

@@ -68,30 +68,55 @@ def job_of(
 
     Raises:
         RecipeError: no such recipe, or its data sets cannot be told apart.
-        InputError: ``data`` names a set that the recipe does not have.
+        InputError: ``data`` names a set that the recipe does not have, or a data set is not on this machine.
     """
     recipe = with_data(load_recipe(recipe_name), data or [])
     check_data(recipe)
+    require_data(recipe)
     name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
     return Job(recipe, RunFolder(out or Path("runs") / name), device=device, dtype=dtype, session=session)
 
 
 def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
-    """The recipe with other folders for its data sets; ``places`` are "name=folder", a name being the last part of a
-    path in the recipe.
+    """The recipe with other folders for its data sets.
+
+    ``places`` are "name=folder", a name being the last part of a path in the recipe, or folders that hold data sets by
+    their names.
 
     Raises:
-        InputError: no "=", or no data set of that name.
+        InputError: no data set of that name, or a folder that holds none of them.
     """
     data = {Path(item.path).name: item for item in recipe.data}
     for place in places:
         name, equals, folder = place.partition("=")
-        if not equals or not folder or name not in data:
+        if equals and folder and name in data:
+            paths = {name: folder}
+        else:
+            paths = {name: str(Path(place) / name) for name in data if (Path(place) / name).exists()}
+        if not paths:
             raise InputError(
-                f"--data {place}: write NAME=FOLDER, where NAME is one of the recipe's data sets: {', '.join(data)}"
+                f"--data {place}: write NAME=FOLDER, where NAME is one of the recipe's data sets: {', '.join(data)}; "
+                "or give a folder that holds folders of these names"
             )
-        data[name] = data[name].model_copy(update={"path": folder})
+        for name, path in paths.items():
+            data[name] = data[name].model_copy(update={"path": path})
     return recipe.model_copy(update={"data": tuple(data.values())}) if places else recipe
+
+
+def require_data(recipe: Recipe) -> None:
+    """Make sure that every data set of a recipe is on this machine, or named as one of the Hub.
+
+    Raises:
+        InputError: some are not; it lists them all, with what the recipe says of them.
+    """
+    missing = [item for item in recipe.data if not item.path.startswith("hf:/") and not Path(item.path).exists()]
+    if missing:
+        lines = [f"{item.path} ({item.about})" if item.about else item.path for item in missing]
+        raise InputError(
+            f"{len(missing)} of {len(recipe.data)} data sets of the recipe are not here: {'; '.join(lines)}. Give each "
+            f"with --data {Path(missing[0].path).name}=FOLDER, or all with --data FOLDER if it holds them by name; "
+            "docs/data-formats.md says what a data set looks like"
+        )
 
 
 def require_plans(job: Job) -> None:

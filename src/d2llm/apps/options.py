@@ -39,8 +39,9 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        metavar="NAME=FOLDER",
-        help="Where a data set of the recipe is on this machine; may be given several times.",
+        metavar="[NAME=]FOLDER",
+        help="Where a data set of the recipe is on this machine, or the folder that holds all of them by name; may be "
+        "given several times.",
         show_default=False,
     ),
 ]

@@ -171,6 +171,9 @@ class DataConfig(_Section):
     """One data set of a recipe: a retrieval set in BEIR layout, or a set of labelled pairs."""
 
     path: str
+    """Where it is; its name is the last part. ``--data`` says where it is on another machine."""
+    about: str = ""
+    """What it holds and under which licence: what somebody who does not have it needs to know."""
     task: Task = "asymmetric"
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
