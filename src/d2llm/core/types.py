@@ -86,6 +86,10 @@ class Passage:
         return ""
 
 
+Span = tuple[int, int]
+"""Where a part of a text begins and ends, in characters."""
+
+
 @dataclass(frozen=True)
 class WholeText:
     """A document's text with its title; at most ``window`` tokens are read at once (None: as many as can be)."""

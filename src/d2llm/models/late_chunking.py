@@ -17,14 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import WholeText
+from d2llm.core.types import Span, WholeText
 from d2llm.models.backbone import TOKENIZING, Backbone
 from d2llm.models.pooling import TextPooling
 from d2llm.models.sources import readable_tokens
 from d2llm.ops.batching import pad_right, token_budget_batches
-
-Span = tuple[int, int]
-"""Where a part of a text begins and ends, in characters."""
 
 _LEAST_WINDOW = 16
 _BATCH_TOKENS, _BATCH_ROWS = 8192, 256

@@ -20,7 +20,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.types import EngineName, Task, WholeText
+from d2llm.core.types import EngineName, Span, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.core_workers import map_on_cores
@@ -30,7 +30,7 @@ from d2llm.models.engines import Engine, choose_engine, choose_products, open_en
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
-from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
+from d2llm.models.late_chunking import ChunkReader, EncodedChunks
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.scorer import HeadWeights, QueryScorer

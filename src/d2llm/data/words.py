@@ -1,0 +1,85 @@
+"""Texts as words, sentences and windows: the same for BM25, for the windows that a student reads, and for mining."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from d2llm.core.types import Span
+
+_snowball: Any = importlib.import_module("Stemmer")  # ships no types
+
+# Scripts written without spaces between words (Han, Kana) or with many endings on a word (Hangul).
+_UNSPACED = (
+    "\u1100-\u11ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003fffd"
+)
+_TOKEN = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
+# A sentence ends at a line's end, after a full stop of an unspaced script, or after a Latin one that white space and
+# something other than a small letter follow ("e.g. this" goes on).
+_SENTENCE_END = re.compile(r"\n+|(?<=[。！？；])[”’」』）]*|(?<=[.!?;:])[\"'”’)\]]*\s+(?=[^\sa-z])")
+_LONGEST_SENTENCE = 400  # characters; a longer one is cut, so that tables and lists have windows too
+WINDOW_SENTENCES = 2
+
+
+def terms(text: str) -> list[str]:
+    """Terms of a text in order: lower-cased words, English ones stemmed; Han, Kana and Hangul characters and bigrams.
+
+    A run of those scripts gives each of its characters, then each pair of neighbours. Only words of the letters a-z are
+    stemmed.
+    """
+    # A stemmer must not be called from two threads at once, and a new one costs less than a microsecond.
+    stem: Callable[[str], str] = _snowball.Stemmer("english", 0).stemWord
+    found: list[str] = []
+    for match in _TOKEN.finditer(text.lower()):
+        run, word = match.groups()
+        if word is not None:
+            found.append(stem(word) if word.isascii() else word)
+        else:
+            found.extend(run)
+            found.extend(run[start : start + 2] for start in range(len(run) - 1))
+    return found
+
+
+def sentences(text: str) -> list[Span]:
+    """Where the sentences of a text begin and end; a text without any but white space has none."""
+    spans: list[Span] = []
+    start = 0
+    for match in _SENTENCE_END.finditer(text):
+        spans += _without_margins(text, start, match.start())
+        start = match.end()
+    return spans + _without_margins(text, start, len(text))
+
+
+def windows(text: str) -> list[Span]:
+    """Parts of a text that may answer by themselves: each two neighbouring sentences; a shorter text is one window.
+
+    An empty text has one too, which is empty, so that every passage has a window.
+    """
+    return join_windows(sentences(text))
+
+
+def join_windows(spans: Sequence[Span]) -> list[Span]:
+    """The windows of a text with these sentences."""
+    if len(spans) <= WINDOW_SENTENCES:
+        return [(spans[0][0], spans[-1][1])] if spans else [(0, 0)]
+    last = WINDOW_SENTENCES - 1
+    return [(spans[first][0], spans[first + last][1]) for first in range(len(spans) - last)]
+
+
+def _without_margins(text: str, start: int, end: int) -> list[Span]:
+    """A sentence without white space around it, in pieces where it is too long; none where nothing is left."""
+    pieces: list[Span] = []
+    while True:
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        end = start + len(text[start:end].rstrip())
+        if start >= end:
+            return pieces
+        cut = end
+        if end - start > _LONGEST_SENTENCE:
+            space = text.rfind(" ", start + _LONGEST_SENTENCE // 2, start + _LONGEST_SENTENCE)
+            cut = space if space > 0 else start + _LONGEST_SENTENCE
+        pieces.append((start, cut))
+        start = cut
