@@ -22,9 +22,8 @@ from wall_text import load_system
 
 from d2llm import Student
 from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig
-from d2llm.core.types import Passage
 from d2llm.data.minimal_pairs import DEFAULT_ITEMS, KINDS, MinimalPair, Split, make_minimal_pairs
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex
 from d2llm.ops.losses import in_batch_cross_entropy
 
 QUICK_ITEMS: dict[Split, int] = {"train": 200, "dev": 60, "test": 100}
@@ -80,11 +79,9 @@ def interval(cells: Sequence[Cell], kind: str, *, num_samples: int = 2000) -> tu
 
 def bm25_scores(items: Items) -> Tensor:
     texts = list(dict.fromkeys(text for item in items for text in (item.right, item.wrong)))
-    index = LexicalIndex([Passage(text, text) for text in texts])
-    found = index.search([item.query for item in items], len(texts))
-    tables = [{candidate.passage_id: candidate.score for candidate in candidates} for candidates in found]
-    pairs = zip(tables, items, strict=True)
-    return torch.tensor([[table.get(item.right, 0.0), table.get(item.wrong, 0.0)] for table, item in pairs])
+    index, row = WordIndex.from_texts(texts), {text: place for place, text in enumerate(texts)}
+    pairs = [index.score(index.query(item.query), np.array([row[item.right], row[item.wrong]]))[0] for item in items]
+    return torch.from_numpy(np.stack(pairs))
 
 
 def system_scores(name: str, items: Items) -> Tensor:

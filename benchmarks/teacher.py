@@ -22,7 +22,7 @@ import torch
 
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex, rank_passages
 from d2llm.models.judge import TextPair
 from d2llm.models.teacher import Teacher
 
@@ -50,7 +50,8 @@ def real_pairs(num_queries: int) -> tuple[str, list[TextPair]]:
     passages = list(dataset.passages.values())
     queries = list(dataset.qrels["train"])[:: max(1, len(dataset.qrels["train"]) // num_queries)][:num_queries]
     texts = [dataset.queries[query].text for query in queries]
-    found = LexicalIndex(passages).search(texts, NUM_CANDIDATES)
+    index = WordIndex.from_texts(passage.full_text for passage in passages)
+    found = rank_passages(index, [passage.id for passage in passages], texts, NUM_CANDIDATES)
     pairs: list[TextPair] = []
     for query, text, candidates in zip(queries, texts, found, strict=True):
         ids = list(dict.fromkeys([*dataset.qrels["train"][query], *(c.passage_id for c in candidates)]))

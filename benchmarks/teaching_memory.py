@@ -34,7 +34,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.passage_store import PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex
 from d2llm.models.judge import Judgements, TextPair
 from d2llm.pipeline.evaluation.memory import peak_memory
 from d2llm.pipeline.label import label
@@ -147,7 +147,8 @@ def measure(size: int, texts: str, part: str) -> dict[str, float]:
         passages: Any = PassageStore(make_passages(size)) if texts == "file" else {p.id: p for p in make_passages(size)}
         dataset = make_dataset(passages)
         if part == "bm25":
-            LexicalIndex(PassageSequence(dataset.passages, sorted(dataset.passages)))
+            passage_ids = sorted(dataset.passages)
+            WordIndex.from_texts(passage.full_text for passage in PassageSequence(dataset.passages, passage_ids))
         elif part == "mine":
             mine(dataset, "train", MiningConfig(), encoder=FakeEncoder(), seed=0, show_progress=False)
         elif part == "label":

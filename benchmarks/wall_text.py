@@ -19,7 +19,7 @@ from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimis
 
 from d2llm.core.recipe import StudentConfig
 from d2llm.data.wall import make_wall
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.pipeline.cosine import AnchorStudent, CosineStudent, untuned_config
@@ -61,13 +61,9 @@ def text_system(name: str) -> Cell:
     passages, queries, rows, relevant = text_world()
     test = rows["test"]
     if name == "BM25":
-        scores = torch.zeros(len(test), len(passages))
-        column = {passage.id: place for place, passage in enumerate(passages)}
-        found = LexicalIndex(passages).search([queries[row].text for row in test], len(passages))
-        for place, candidates in enumerate(found):
-            for candidate in candidates:
-                scores[place, column[candidate.passage_id]] = candidate.score
-        return measures(scores, relevant[test])
+        index = WordIndex.from_texts(passage.full_text for passage in passages)
+        scores = np.stack([index.scores(index.query(queries[row].text)) for row in test])
+        return measures(torch.from_numpy(scores), relevant[test])
     student = load_system(name)
     encoded = student.encode_passages([passage.text for passage in passages])
     passage_vectors = encoded.vectors

@@ -9,9 +9,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.types import Passage
 from d2llm.data.pairs import LabelledPair, PairDataset
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex
 from d2llm.ops.pair_measures import average_precision
 from d2llm.ops.significance import bootstrap_statistic, holm, paired_bootstrap_test
 from d2llm.pipeline.cosine import CosineStudent
@@ -85,9 +84,11 @@ def scores_by_hand(pairs):
         return 2 * query @ passage + np.tanh(passage[0] * query[1])
 
     passages = list(dict.fromkeys(pair.passage for pair in pairs))
-    lexical = LexicalIndex([Passage(text, text) for text in passages])
+    lexical = WordIndex.from_texts(passages)
     return {
-        "BM25": np.array([lexical.scores(p.query)[passages.index(p.passage)] for p in pairs], np.float64),
+        "BM25": np.array(
+            [lexical.scores(lexical.query(p.query))[passages.index(p.passage)] for p in pairs], np.float64
+        ),
         "cosine, untuned": student("base", cosine),
         "cosine, tuned": student("tuned", cosine),
         "D2LLM, paper head": student("paper", full),

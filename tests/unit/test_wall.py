@@ -15,7 +15,8 @@ from d2llm.core.errors import InputError
 from d2llm.data import wall as module
 from d2llm.data.beir import read_beir
 from d2llm.data.wall import all_pairs, largest_wall, make_wall, moment_curve, write_wall
-from d2llm.index.lexical import LexicalIndex, tokenize
+from d2llm.data.words import terms
+from d2llm.index.words import WordIndex, rank_passages
 
 
 def likes(text: str) -> set[str]:
@@ -60,14 +61,15 @@ def test_the_seed_decides():
 def test_every_word_stands_for_itself():
     """So BM25 can answer everything: no thing shares a stem with another, or with a name."""
     things, names = module._THINGS, [*module._FIRST_NAMES, *module._LAST_NAMES]
-    stems = [tuple(tokenize(word)) for word in (*things, *names)]
+    stems = [tuple(terms(word)) for word in (*things, *names)]
     assert all(len(stem) == 1 for stem in stems)
     assert len(set(stems)) == len(stems)
 
 
 def test_bm25_finds_both_answers():
     wall = make_wall(12, num_distractors=20)
-    found = LexicalIndex(wall.passages).search([query.text for query in wall.queries], 2)
+    index = WordIndex.from_texts(passage.full_text for passage in wall.passages)
+    found = rank_passages(index, [p.id for p in wall.passages], [query.text for query in wall.queries], 2)
     judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
     assert all(
         {candidate.passage_id for candidate in candidates} == judged[query.id]

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from d2llm.apps.demo_corpus import MIN_WORDS, Corpus
 from d2llm.apps.demo_report import Agreement, DemoAnswer, DemoPlace, DemoReport, TeacherOpinion
-from d2llm.index.lexical import tokenize
+from d2llm.data.words import terms
 from d2llm.pipeline.index import Index
 
 MAX_WIDTH = 100
@@ -26,7 +26,7 @@ _MEGABYTE = 1_000_000
 
 # Words of a question that say nothing about its subject; highlighting them would only distract.
 _FUNCTION_WORDS = frozenset(
-    tokenize(
+    terms(
         "a about all am an and are as at be by can did do does done for from had has have he how i if in into is it "
         "its itself my no not of on or other she should so some somebody that the their them then there these they "
         "this those to was we what when where which who why will with without would you your"
@@ -153,7 +153,7 @@ class DemoView:
         table = self._table(f"{number}. {answer.question}")
         table.add_column(f"cosine, untuned {baseline}", ratio=1)
         table.add_column("D2LLM", ratio=1)
-        words = set(tokenize(answer.question)) - _FUNCTION_WORDS
+        words = set(terms(answer.question)) - _FUNCTION_WORDS
         for ours, theirs in zip(answer.d2llm, answer.cosine, strict=True):
             left = self._place(theirs, "", words)
             right = self._place(ours, _movement(ours, len(answer.cosine), depth), words)
@@ -206,7 +206,7 @@ def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
     if len(text) <= length:
         return text
     starts = [0, *(match.end() for match in re.finditer(r"[.!?:;] ", text))]
-    found = {start: len(words & set(tokenize(text[start : start + length]))) for start in starts}
+    found = {start: len(words & set(terms(text[start : start + length]))) for start in starts}
     best = max(starts, key=lambda start: (found[start], -start))
     best = best if found[best] >= found[0] + 2 else 0
     part = text[best : best + length]
@@ -218,7 +218,7 @@ def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
 def _highlighted(text: str, words: set[str], *, style: str) -> Text:
     shown = Text(text, style=style)
     for match in _WORD.finditer(text):
-        if words & set(tokenize(match.group())):
+        if words & set(terms(match.group())):
             shown.stylize("bold yellow", *match.span())
     return shown
 

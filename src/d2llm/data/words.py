@@ -19,7 +19,8 @@ _UNSPACED = (
 _TOKEN = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
 # A sentence ends at a line's end, after a full stop of an unspaced script, or after a Latin one that white space and
 # something other than a small letter follow ("e.g. this" goes on).
-_SENTENCE_END = re.compile(r"\n+|(?<=[。！？；])[”’」』）]*|(?<=[.!?;:])[\"'”’)\]]*\s+(?=[^\sa-z])")
+# Closing quotes and brackets belong to it.
+_SENTENCE_END = re.compile(r"()\n+|(?<=[。！？；])([”’」』）]*)|(?<=[.!?;:])([\"'”’)\]]*)\s+(?=[^\sa-z])")
 _LONGEST_SENTENCE = 400  # characters; a longer one is cut, so that tables and lists have windows too
 WINDOW_SENTENCES = 2
 
@@ -48,7 +49,7 @@ def sentences(text: str) -> list[Span]:
     spans: list[Span] = []
     start = 0
     for match in _SENTENCE_END.finditer(text):
-        spans += _without_margins(text, start, match.start())
+        spans += _without_margins(text, start, match.end(match.lastindex or 0))
         start = match.end()
     return spans + _without_margins(text, start, len(text))
 

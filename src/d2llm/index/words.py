@@ -15,7 +15,7 @@ so that passages can come and go and every score is as if the index had been bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from d2llm.core.types import Candidate
 from d2llm.data.words import WINDOW_SENTENCES, sentences, terms
+from d2llm.ops.selection import ids_at, top_rows
 
 K1 = 1.2
 B = 0.75
@@ -92,11 +94,12 @@ class WordSegment:
         """The segment of the rows of all, in order."""
         vocabulary = np.unique(np.concatenate([segment.terms for segment in segments]))
         tokens: list[NDArray[np.uint32]] = []
-        offsets = [np.zeros(1, np.int64)]
+        offsets, num_tokens = [np.zeros(1, np.int64)], 0
         for segment in segments:
             places = np.append(np.searchsorted(vocabulary, segment.terms), len(vocabulary)).astype(np.uint32)
-            offsets.append(segment.offsets[1:] + offsets[-1][-1])
+            offsets.append(segment.offsets[1:] + num_tokens)
             tokens.append(places[segment.tokens])
+            num_tokens += len(segment.tokens)
         return cls._of_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets))
 
     @classmethod
@@ -187,8 +190,8 @@ class WordIndex:
     """BM25 over the live rows of some segments, whose rows are numbered through.
 
     nDCG@10 on dev splits with English stems (``english``; Snowball's ``porter``; no stems): squad-sent, 472 queries,
-    .653; .654; .640; banking77, 741 queries, .397; .403; .366. ``porter`` stems words of one and two letters too ("s" to
-    nothing, "is" to "i"); without that it has .654 and .396. No stop words are left out: titles are made of them.
+    .653; .654; .640; banking77, 741 queries, .397; .403; .366. ``porter`` stems words of one and two letters too ("s"
+    to nothing, "is" to "i"); without that it has .654 and .396. No stop words are left out: titles are made of them.
     Chinese (characters and bigrams; bigrams alone; characters alone): cmrc2018, 383 queries, .986; .982; .952; drcd,
     391 queries, .965; .955; .930.
     """
@@ -279,11 +282,11 @@ class WordIndex:
 
     def scores(self, query: QueryWords) -> _Scores:
         """BM25 of every row, dead ones too; 0 where no term is shared."""
-        return np.concatenate([np.zeros(0, np.float32), *(self._scores_in(at, query) for at in range(len(self._segments)))])
+        return np.concatenate(
+            [np.zeros(0, np.float32), *(self._scores_in(at, query) for at in range(len(self._segments)))]
+        )
 
-    def best(
-        self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None
-    ) -> tuple[_Rows, _Scores]:
+    def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, and those level with the last, in no order.
 
         Args:
@@ -376,6 +379,23 @@ class WordIndex:
         return passages, windows
 
 
+def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], top_k: int) -> Iterator[list[Candidate]]:
+    """For each text the best passages of an index in memory, best first, ties by id; those without a term are left out.
+
+    Args:
+        index: over passages.
+        ids: theirs, in the order of the rows.
+        texts: queries.
+        top_k: how many of each, at least 1.
+    """
+    for text in texts:
+        rows, scores = index.best(index.query(text), top_k)
+        best = top_rows(scores, top_k, lambda places, rows=rows: ids_at(ids, rows[places]))
+        yield [
+            Candidate(ids[row], score) for row, score in zip(rows[best].tolist(), scores[best].tolist(), strict=True)
+        ]
+
+
 def _hash(term: str) -> int:
     return xxhash.xxh3_64_intdigest(term.encode(errors="surrogatepass"))
 
@@ -419,7 +439,7 @@ def _windows(
     counts: NDArray[np.int64], lengths: NDArray[np.int64], of_row: _Rows
 ) -> tuple[_Rows, NDArray[np.int64], NDArray[np.int64]]:
     """Row, counts and length of each window, of sentences in the order of their rows."""
-    assert WINDOW_SENTENCES == 2  # noqa: PLR2004 - neighbours are added up here
+    assert WINDOW_SENTENCES == 2
     same = np.flatnonzero(of_row[1:] == of_row[:-1])
     alone = np.ones(len(of_row), bool)
     alone[same] = alone[same + 1] = False

@@ -16,7 +16,7 @@ from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex, rank_passages
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
@@ -278,5 +278,6 @@ def _make_pair_dev_set(source: TrainingSource, pairs: PairDataset, *, num_pairs:
 
 
 def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query]) -> set[str]:
-    found = LexicalIndex(list(dataset.passages.values())).search([query.text for query in queries], _LEXICAL_DEPTH)
+    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+    found = rank_passages(index, list(dataset.passages), (query.text for query in queries), _LEXICAL_DEPTH)
     return {candidate.passage_id for candidates in found for candidate in candidates}

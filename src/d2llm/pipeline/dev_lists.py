@@ -16,7 +16,7 @@ from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
 from d2llm.data.same_text import SameText
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex, rank_passages
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.cosine import CosineStudent
 from d2llm.pipeline.dev import PairDevSet
@@ -182,7 +182,8 @@ def make_dev_lists(
     Raises:
         ModelError: the student gave vectors that are not finite.
     """
-    lexical = LexicalIndex(list(dataset.passages.values())).search([query.text for query in queries], depth)
+    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+    lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
     nearest = _nearest(dataset, task, queries, student, depth, show_progress)
     same_text = SameText(dataset) if with_positives else None
     positives = dataset.positives("dev")

@@ -99,16 +99,16 @@ def _documents(
 
 
 def _explained(query: Query, passages: tuple[RankedPassage, ...], order: Order) -> tuple[RankedPassage, ...]:
-    from d2llm.index.lexical import tokenize
+    from d2llm.data.words import terms
 
-    asked = set(tokenize(query.text))
+    asked = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places
     places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
     for place, row, score in zip(passages, rows, scores, strict=True):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
-        counts = Counter(term for term in tokenize(place.passage.full_text) if term in asked)
+        counts = Counter(term for term in terms(place.passage.full_text) if term in asked)
         why = Explanation(
             anchor=place.anchor_score,
             interaction=None if place.anchor_score is None else score - place.anchor_score,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import Passage, SystemKind, Task
+from d2llm.core.types import SystemKind, Task
 from d2llm.data.pairs import LabelledPair, PairDataset
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex
 from d2llm.pipeline.evaluation import setting
 from d2llm.pipeline.evaluation.gold import Floats, Positions
 from d2llm.pipeline.evaluation.judging import judge_pool
@@ -105,10 +105,10 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
         if not passages:
             return []
         places = {text: place for place, text in enumerate(passages)}
-        index = LexicalIndex([Passage(str(place), text) for text, place in places.items()])
+        index = WordIndex.from_texts(passages)
         scores = np.zeros(len(pairs))
         for query, positions in _by_query(pairs).items():
-            of_query = index.scores(query)
+            of_query = index.scores(index.query(query))
             scores[positions] = of_query[[places[pairs[position].passage] for position in positions]]
         return scores.tolist()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from d2llm.core.types import Passage, Query, SystemKind, Task
 from d2llm.data.trec import TrecRun
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex, rank_passages
 from d2llm.ops.ranking import reciprocal_rank_fusion
 from d2llm.pipeline.evaluation.memory import peak_memory
 from d2llm.pipeline.progress import progress_bar
@@ -84,22 +84,22 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
     """Rank by BM25."""
     with peak_memory() as peak:
         begin = time.perf_counter()
-        lexical = LexicalIndex(passages)
+        index, ids = WordIndex.from_texts(passage.full_text for passage in passages), [p.id for p in passages]
         rate = len(passages) / (time.perf_counter() - begin)
         rankings: dict[str, Scored] = {}
         with progress_bar(f"ranking by {name}", len(trial.queries), show=trial.show_progress) as advance:
-            found = lexical.iterate([query.text for query in trial.queries], trial.top_k)
+            found = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
             for query, candidates in zip(trial.queries, found, strict=True):
                 rankings[query.id] = tuple((candidate.passage_id, candidate.score) for candidate in candidates)
                 advance(1)
-        totals = timed(lambda query: lexical.search([query.text], trial.top_k), trial.probes)
+        totals = timed(lambda query: list(rank_passages(index, ids, [query.text], trial.top_k)), trial.probes)
         return System(
             name,
             "bm25",
             rankings,
             {"total": totals},
             passages_per_second=rate,
-            bytes_per_passage=lexical.num_bytes / len(lexical),
+            bytes_per_passage=index.num_bytes / len(index),
             peak_memory_mib=peak(),
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Passage, Query, Task
-from d2llm.index.lexical import LexicalIndex
+from d2llm.index.words import WordIndex, rank_passages
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.pipeline.mining.vectors import PassageSequence, encode_to_file, finite
 from d2llm.pipeline.progress import progress_bar
@@ -30,10 +30,10 @@ def bm25_lists(
     passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, show: bool | None
 ) -> Lists:
     """The best of BM25; passages that share no term with a query are left out. The index is dropped at the end."""
-    index = LexicalIndex(PassageSequence(passages, ids))
+    index = WordIndex.from_texts(passage.full_text for passage in PassageSequence(passages, ids))
     lists: Lists = []
     with progress_bar("BM25", len(queries), show=show) as advance:
-        for candidates in index.iterate([query.text for query in queries], top_k):
+        for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
             lists.append([candidate.passage_id for candidate in candidates])
             advance(1)
     return lists
