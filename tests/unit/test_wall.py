@@ -15,8 +15,8 @@ from d2llm.core.errors import InputError
 from d2llm.data import wall as module
 from d2llm.data.beir import read_beir
 from d2llm.data.wall import all_pairs, largest_wall, make_wall, moment_curve, write_wall
-from d2llm.data.words import terms
 from d2llm.index.words import WordIndex, rank_passages
+from d2llm.ops.words import terms
 
 
 def likes(text: str) -> set[str]:

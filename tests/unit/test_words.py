@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2llm.data.words import sentences, terms, windows
 from d2llm.index.words import WordIndex, WordSegment, rank_passages
+from d2llm.ops.words import sentences, terms, windows
 
 TEXTS = {
     "d": "the cat sat on the mat",

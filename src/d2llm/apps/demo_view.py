@@ -15,7 +15,7 @@ from rich.text import Text
 
 from d2llm.apps.demo_corpus import MIN_WORDS, Corpus
 from d2llm.apps.demo_report import Agreement, DemoAnswer, DemoPlace, DemoReport, TeacherOpinion
-from d2llm.data.words import terms
+from d2llm.ops.words import terms
 from d2llm.pipeline.index import Index
 
 MAX_WIDTH = 100

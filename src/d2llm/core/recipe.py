@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from d2llm.core.types import Task
+from d2llm.core.types import EvidenceTerm, Task
 
 
 class _Section(BaseModel):
@@ -71,12 +71,60 @@ class InteractionConfig(_Section):
     certified ranking."""
 
 
+class EvidenceConfig(_Section):
+    """What the score stands on beside the vectors of whole texts; by default nothing.
+
+        z(q, p) = t <U y_q, V y_p> + sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p, e))
+
+    e are the parts that are switched on here: of windows the best inner product, of words BM25, each as it is and
+    divided by the query's limit. The weights w are fitted on dev, each task's own (``[training.evidence]``).
+    """
+
+    windows: Literal["none", "own", "late"] = "none"
+    """The best of a passage's windows, each two sentences: read on their own, or pooled from one reading of the whole
+    passage, which costs half as much."""
+    words: bool = False
+    """BM25 of the passage."""
+    window_words: bool = False
+    """BM25 of its best window."""
+    query_weights: bool = False
+    """Let the weights depend on the query: its vector, the number of its words and how rare they are."""
+    in_interaction: bool = False
+    """Let the interaction see the parts."""
+
+    @property
+    def terms(self) -> tuple[EvidenceTerm, ...]:
+        """The parts of the sum, in the order in which arrays hold them."""
+        on: dict[EvidenceTerm, bool] = {
+            "windows": self.windows != "none",
+            "words": self.words,
+            "words_share": self.words,
+            "window_words": self.window_words,
+            "window_words_share": self.window_words,
+        }
+        return tuple(term for term, is_on in on.items() if is_on)
+
+    @property
+    def uses_words(self) -> bool:
+        """Whether an index must count words."""
+        return self.words or self.window_words
+
+
 class StudentConfig(_Section):
     """Backbone + PMA + IEM. The defaults are ours; ``paper``, ``concat`` and no warm start are the publication's."""
 
     backbone: BackboneConfig = BackboneConfig()
     pooling: PoolingConfig = PoolingConfig()
     interaction: InteractionConfig = InteractionConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
+
+    @model_validator(mode="after")
+    def _evidence_needs_an_anchor(self) -> StudentConfig:
+        if self.evidence.terms and self.interaction.head == "paper":
+            raise ValueError("evidence is added to an inner product, which the head 'paper' has not; use 'anchored'")
+        if self.evidence.in_interaction and self.interaction.head != "anchored":
+            raise ValueError("evidence.in_interaction needs an interaction; use the head 'anchored'")
+        return self
 
 
 class RemoteConfig(_Section):

@@ -36,6 +36,10 @@ NumberFormat = Literal["float32", "bfloat16", "float16"]
 SourceName = Literal["vectors", "ann", "bm25"]
 """Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
 
+EvidenceTerm = Literal["windows", "words", "words_share", "window_words", "window_words_share"]
+"""A part of a student's score beside the vectors of whole texts: the best window's inner product, BM25 of the passage
+and of its best window, and both divided by the query's limit."""
+
 Grouping = Literal["passage", "best", "sum"]
 """What a ranking is of: passages, or documents by their best passage or by the summed odds of their best passages."""
 

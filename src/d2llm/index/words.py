@@ -4,7 +4,7 @@
     idf(t)      = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))
 
 k1 1.2, b 0.75; a term that the query repeats counts each time. Source: Kamphuis et al., "Which BM25 do you mean?", ECIR
-2020, the accurate Lucene variant. The best window of a passage (``data.words.windows``) is scored by the same formula,
+2020, the accurate Lucene variant. The best window of a passage (``ops.words.windows``) is scored by the same formula,
 with its own length, the mean length of all windows, and the idf of passages.
 
 The words of consecutive rows are a segment, which never changes and depends on the texts of its rows alone. It holds
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.types import Candidate
-from d2llm.data.words import WINDOW_SENTENCES, sentences, terms
 from d2llm.ops.selection import ids_at, top_rows
+from d2llm.ops.words import WINDOW_SENTENCES, sentences, terms
 
 K1 = 1.2
 B = 0.75
@@ -390,10 +390,9 @@ def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], to
     """
     for text in texts:
         rows, scores = index.best(index.query(text), top_k)
-        best = top_rows(scores, top_k, lambda places, rows=rows: ids_at(ids, rows[places]))
-        yield [
-            Candidate(ids[row], score) for row, score in zip(rows[best].tolist(), scores[best].tolist(), strict=True)
-        ]
+        names = ids_at(ids, rows)
+        best = top_rows(scores, top_k, partial(ids_at, names))
+        yield [Candidate(names[int(place)], float(scores[place])) for place in best]
 
 
 def _hash(term: str) -> int:

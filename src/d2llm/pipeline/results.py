@@ -99,7 +99,7 @@ def _documents(
 
 
 def _explained(query: Query, passages: tuple[RankedPassage, ...], order: Order) -> tuple[RankedPassage, ...]:
-    from d2llm.data.words import terms
+    from d2llm.ops.words import terms
 
     asked = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places
