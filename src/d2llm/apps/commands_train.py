@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -18,34 +18,49 @@ from d2llm.apps.options import (
 )
 from d2llm.apps.session import session_of
 
+_Step = Literal["mine", "tune-teacher", "stack", "gate", "distill"]
+"""Of a run, in their order; labels are kept by teacher and pair, and are never made again."""
+
 
 def run(
     context: typer.Context,
     recipe: RecipeArgument,
     out: RunOption = None,
     data: DataOption = None,
+    again: Annotated[
+        _Step | None,
+        typer.Option(
+            "--again",
+            metavar="STEP",
+            help=f"Do this step and those after it anew, keeping what was there aside: {', '.join(get_args(_Step))}.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Make a student from a recipe: the steps below in order.
 
-    What is finished in the run folder is skipped, so the same command goes on after an interruption.
+    What is finished in the run folder is skipped, so the same command goes on after an interruption. What was made with
+    other settings than the recipe has now is named; --again STEP makes it anew, and what comes after it.
     """
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
     from d2llm.apps.mine_step import mine_plans
 
     job = job_of(session_of(context), recipe, out, data, device, dtype)
+    order: tuple[str, ...] = get_args(_Step)
+    anew: tuple[str, ...] = order[order.index(again) :] if again else ()
     result = {
-        "mine": mine_plans(job),
-        "tune-teacher": steps.tune_the_teacher(job),
-        "stack": steps.stack_with_cosine(job),
-        "gate": steps.try_the_teacher(job, again=False),
+        "mine": mine_plans(job, again="mine" in anew),
+        "tune-teacher": steps.tune_the_teacher(job, again="tune-teacher" in anew),
+        "stack": steps.stack_with_cosine(job, again="stack" in anew, cosine_again="mine" in anew),
+        "gate": steps.try_the_teacher(job, again="gate" in anew),
     }
     if len(steps.closed_gates(job)) < len(job.recipe.data):
         result["label"] = steps.label_pairs(job)
-    result["distill"] = steps.distill_student(job)
+    result["distill"] = steps.distill_student(job, again="distill" in anew)
     session_of(context).write_report(context, json_path, result)
 
 
@@ -84,20 +99,21 @@ def tune_teacher(
     recipe: RecipeArgument,
     out: RunOption = None,
     data: DataOption = None,
+    again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Teach the language model to answer yes or no on your pairs.
 
-    Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is.
+    Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is. Stopped, it goes on
+    from its last checkpoint when the same command is given again.
     """
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
 
-    session_of(context).write_report(
-        context, json_path, steps.tune_the_teacher(job_of(session_of(context), recipe, out, data, device, dtype))
-    )
+    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    session_of(context).write_report(context, json_path, steps.tune_the_teacher(job, again=again))
 
 
 def label(

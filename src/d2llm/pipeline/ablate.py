@@ -285,8 +285,9 @@ def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> I
         yield "one seed only: there are no intervals, and chance cannot be told from effect"
     training = base.training
     steps = training.epochs * sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
-    if training.warmup_steps >= steps:
+    warmup = training.warmup_of(steps)
+    if warmup >= steps:
         yield (
-            f"the warm-up of {training.warmup_steps:,} steps is as long as the runs of at most {steps:,} steps or "
+            f"the warm-up of {warmup:,} steps is as long as the runs of at most {steps:,} steps or "
             "longer: the learning rate never reached its value"
         )
