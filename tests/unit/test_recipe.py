@@ -30,7 +30,7 @@ def test_an_empty_recipe_has_the_published_settings():
     lora = recipe.student.backbone.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (8, 8.0, 0.05)
     training = recipe.training
-    assert (training.learning_rate, training.warmup_steps, training.batch_queries) == (1e-4, 1000, 32)
+    assert (training.learning_rate, training.warmup_fraction, training.batch_queries) == (1e-4, 0.1, 32)
     assert (training.num_hard, training.epochs) == (8, 5)
     assert recipe.student.interaction.hidden_dim == 512
     assert recipe.student.backbone.max_passage_tokens == 250

@@ -209,5 +209,12 @@ def _run_settings(recipe: Recipe, sources: Sequence[LabelledSource], identity: T
         "teacher": identity.fingerprint,
         "prompts": dict(identity.prompts),
         "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
-        "labels": {s.source.dataset.name: [len(s.entries), s.num_unlabelled, s.labels.teacher] for s in sources},
+        "labels": {
+            s.source.dataset.name: {
+                "queries": len(s.entries),
+                "unlabelled": s.num_unlabelled,
+                "teacher": s.labels.teacher,
+            }
+            for s in sources
+        },
     }

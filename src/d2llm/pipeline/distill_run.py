@@ -129,14 +129,15 @@ class DistillRun:
         if processes.is_first:
             key = fingerprint_json(self.settings)
             trackers = open_trackers(recipe, folder, run_key=key, resume_step=self.progress.step)
-            self.log = RunLog(folder, resume_step=self.progress.step, trackers=trackers)
+            resume_step = -1 if checkpoint is None else checkpoint.step
+            self.log = RunLog(folder, resume_step=resume_step, trackers=trackers)
         self.per_epoch = batches_per_epoch(self.sources, recipe.training.batch_queries)
         self.total_steps = self.per_epoch * recipe.training.epochs
         self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
         self.eval_every = recipe.training.eval_every or min(_MOST_STEPS_BETWEEN, -(-self.total_steps // _LOOKS))
         self.room = graph_room(student, recipe.training)
         self.signals = StopSignals()
-        self.kept_step, self.kept_at = self.progress.step if checkpoint is not None else -1, time.monotonic()
+        self.kept_step, self.kept_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
     def train(self, show_progress: bool | None) -> bool:
         """Train to the end; returns whether dev stopped it early.

@@ -218,7 +218,7 @@ def require_finite(loss: Tensor, step: int, folder: Path) -> None:
 class RunLog:
     """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back.
 
-    Trackers get the numbers among the values.
+    ``resume_step`` is -1 for a new run, whose log begins empty. Trackers get the numbers among the values.
     """
 
     def __init__(self, folder: Path, *, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -226,7 +226,7 @@ class RunLog:
         self._trackers = trackers
         self._start = time.monotonic()
         kept: list[str] = []
-        if self._path.is_file() and resume_step:
+        if self._path.is_file():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= resume_step]
         write_bytes(self._path, "".join(line + "\n" for line in kept).encode())

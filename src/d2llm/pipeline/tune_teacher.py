@@ -121,7 +121,7 @@ def tune_teacher(
         losses, num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]
         num_finished, watch.best = checkpoint.state["num_finished"], Best(**checkpoint.state["best"])
         remarks.info("tune-teacher: goes on after step %d of an earlier run", len(losses))
-    log = RunLog(run_folder, resume_step=num_finished)
+    log = RunLog(run_folder, resume_step=-1 if checkpoint is None else num_finished)
     total, warmup = len(batches), int(tuning.warmup_fraction * len(batches))
     accumulate = _accumulate_lists if tuning.loss == "lists" else _accumulate_gradient
     signals, kept_at = StopSignals(), time.monotonic()
