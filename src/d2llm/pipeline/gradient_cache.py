@@ -24,7 +24,9 @@ from d2llm.pipeline.processes import ALONE, Processes
 from d2llm.pipeline.training_run import remarks
 
 _SEEDS_A_STEP = 1 << 20  # more than a batch has parts, so that no two parts of a run share their dropout
-_SHARE = 3  # of the free memory a third: the rest is for a part read again, gradients, and what the allocator loses
+_SHARE = 3  # of the free memory a third: the rest is for a part read again, gradients, dev, and other programs
+ALLOCATED = {"cpu": 1.7}
+"""Bytes taken for each byte of intermediate results: what is freed between them leaves holes (docs/LOG.md)."""
 _GIB = 1 << 30
 _UNKNOWN = 1 << 30  # room where the system does not say how much is free
 
@@ -95,7 +97,8 @@ def backpropagate(
             # The longest texts come first, and of longer texts a token takes more: what is measured here is the most.
             with _held_by_graph(student) as held:
                 encoded.append(encode(number, with_graph=True))
-            kept = _num_kept([parts[number] for number in own], lengths, held(), room)
+            taken = held() * ALLOCATED.get(student.backbone.device.type, 1.0)
+            kept = _num_kept([parts[number] for number in own], lengths, taken, room)
         else:
             encoded.append(encode(number, with_graph=place < kept))
     vectors = torch.zeros(len(ids), student.vector_dim, device=student.backbone.device)
@@ -135,7 +138,7 @@ def _held_by_graph(student: Student) -> Generator[Callable[[], int]]:
         yield lambda: sum(sizes.values())
 
 
-def _num_kept(parts: Sequence[Sequence[int]], lengths: Sequence[int], first_bytes: int, room: int) -> int:
+def _num_kept(parts: Sequence[Sequence[int]], lengths: Sequence[int], first_bytes: float, room: int) -> int:
     """How many of the parts fit into ``room`` if a token of each takes as much as one of the first; one at least.
 
     The first costs nothing: a part that is read again takes its place.
