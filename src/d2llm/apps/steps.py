@@ -25,6 +25,8 @@ def tune_the_teacher(job: Job, *, again: bool = False) -> Any:
     from d2llm.pipeline.tune_teacher import tune_teacher
 
     recipe, folder = job.recipe, job.run.teacher
+    if recipe.teacher_tuning.epochs == 0:
+        return skip(job, "tune-teacher: the recipe takes the teacher as it is (teacher_tuning.epochs is 0)")
     if again:
         put_aside(job, "tune-teacher", folder)
     elif is_finished(folder):

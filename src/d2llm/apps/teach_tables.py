@@ -128,7 +128,7 @@ def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
     else:
         advice = (
             f"It hardly moved in {report.steps:,} steps: raise training.learning_rate ({training.learning_rate:g} now) "
-            f"threefold, or training.epochs ({training.epochs} now)"
+            "threefold, or training.epochs"
         )
     few = [f"{name} {found['num_items']}" for name, found in report.dev.items() if found["num_items"] < _FEW]
     if few:

@@ -149,11 +149,11 @@ class TeacherTuningConfig(_Section):
     lora: LoraConfig = LoraConfig(rank=16, alpha=32)
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=0)
+    """0: the teacher is used as it is."""
     batch_pairs: int = Field(default=32, ge=1)
     part_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, padding included, that go through the model at a time; their gradients are added up. By default 512 on a
-    CPU and 2,048 elsewhere."""
+    """Tokens, padding included, that are read at a time; by default 512 on a CPU and 2,048 elsewhere."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
     max_queries: int | None = Field(default=None, ge=1)
@@ -163,8 +163,7 @@ class TeacherTuningConfig(_Section):
     patience: int = Field(default=5, ge=1)
     """Stop after this many looks without a better one."""
     dev_queries: int = Field(default=100, ge=1)
-    """Queries of the plan (per data set, at most a fifth of it) held out for this; their positives are never trained
-    as positives."""
+    """Queries of each plan held out for this, at most a fifth; their positives are never trained as positives."""
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
     """What is best: the lowest yes/no cross-entropy, or the highest mean reciprocal rank of the first positive."""
 
@@ -314,15 +313,17 @@ class ResidualConfig(WarmUpConfig):
 class TrainingConfig(WarmUpConfig):
     """How ``distill`` optimises."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
-    head_learning_rate: float | None = Field(default=None, gt=0)
-    """Rate of PMA and IEM; by default ``learning_rate``."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of adapters on a small model; large models want a third of it, all weights (``tuning = "full"``) a thirtieth."""
+    head_learning_rate: float = Field(default=2e-4, gt=0)
+    """Rate of PMA and IEM. Ten times as much saturates the interaction within a hundred steps."""
     weight_decay: float = Field(default=0.01, ge=0)
-    epochs: int = Field(default=5, ge=1)
-    batch_queries: int = Field(default=32, ge=1)
-    num_hard: int = Field(default=8, ge=0)
+    epochs: int | None = Field(default=None, ge=1)
+    """By default as many as make 60 steps, from 2 to 10."""
+    batch_queries: int = Field(default=16, ge=1)
+    num_hard: int = Field(default=4, ge=0)
     """Hard negatives of a query seen in one step, drawn anew each epoch from the plan's."""
-    num_easy: int = Field(default=4, ge=0)
+    num_easy: int = Field(default=1, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
     unlabelled: Literal["leave_out", "own_labels"] = "leave_out"
     """Queries of the plan that the teacher has not labelled: left out, or trained on the data set's own judgements."""
@@ -331,12 +332,12 @@ class TrainingConfig(WarmUpConfig):
     patience: int = Field(default=5, ge=1)
     """Stop after this many dev evaluations without a better one."""
     dev_queries: int = Field(default=200, ge=1)
-    dev_passages: int = Field(default=3000, ge=1)
+    dev_passages: int = Field(default=1000, ge=1)
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Most steps between checkpoints."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)
-    """Most minutes between checkpoints. One is also kept when the run is stopped by Ctrl-C or SIGTERM."""
+    """Most minutes between checkpoints; one is also kept when Ctrl-C or SIGTERM stops the run."""
     group_by_length: bool = False
     """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries; a data set of fewer
     than eight batches is left as it is."""
@@ -344,11 +345,10 @@ class TrainingConfig(WarmUpConfig):
     """T: a data set of n queries has a share of n^(1/T) in the batches. 1: in proportion; more: small sets come more
     often, large ones less, at the same number of batches."""
     part_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, padding included, that go through the backbone at a time; by default 512 on a CPU, where more at a time
-    are no faster, and 2,048 elsewhere."""
+    """Tokens, padding included, read at a time; by default 512 on a CPU (more are no faster) and 2,048 elsewhere."""
     gradient_caching: Literal["auto", "on", "off"] = "auto"
-    """Read the texts of a batch twice, part by part, so that memory holds the intermediate results of one part at a
-    time; the gradient is the same. ``auto``: those of the parts that ``graph_gib`` has no room for."""
+    """Read the texts of a batch twice, part by part: memory holds the intermediate results of one part at a time, the
+    gradient is the same. ``auto``: those parts alone that ``graph_gib`` has no room for."""
     graph_gib: float | None = Field(default=None, gt=0)
     """Memory for the intermediate results that ``auto`` keeps, in GiB; by default a third of what is free when the run
     starts. It changes speed, and nothing else."""

@@ -33,12 +33,24 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     """
     path = _find_recipe(path_or_name)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
-    return parse_recipe(values, where=str(path))
+    return load_recipe_text(text, where=str(path))
+
+
+def load_recipe_text(text: str, *, where: str) -> Recipe:
+    """Read the text of a TOML recipe; ``where`` names its origin in errors.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    try:
+        return parse_recipe(tomllib.loads(text), where=where)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:

@@ -33,6 +33,7 @@ from d2llm.pipeline.ablation_report import (
 )
 from d2llm.pipeline.ablation_run import RunSettings, fingerprint_sets, read_result, train_and_measure
 from d2llm.pipeline.dev import DevSet, PairDevSet, make_dev_set
+from d2llm.pipeline.training_run import epochs_of
 
 DEV_QUERIES = 500
 """Dev queries of each data set, at most, that every run is measured on."""
@@ -284,7 +285,8 @@ def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> I
     if num_seeds == 1:
         yield "one seed only: there are no intervals, and chance cannot be told from effect"
     training = base.training
-    steps = training.epochs * sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
+    per_epoch = sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
+    steps = per_epoch * epochs_of(training, per_epoch)
     warmup = training.warmup_of(steps)
     if warmup >= steps:
         yield (

@@ -57,6 +57,7 @@ from d2llm.pipeline.training_run import (
     RunLog,
     StopSignals,
     adamw,
+    epochs_of,
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
@@ -132,7 +133,7 @@ class DistillRun:
             resume_step = -1 if checkpoint is None else checkpoint.step
             self.log = RunLog(folder, resume_step=resume_step, trackers=trackers)
         self.per_epoch = batches_per_epoch(self.sources, recipe.training.batch_queries)
-        self.total_steps = self.per_epoch * recipe.training.epochs
+        self.total_steps = self.per_epoch * epochs_of(recipe.training, self.per_epoch)
         self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
         self.eval_every = recipe.training.eval_every or min(_MOST_STEPS_BETWEEN, -(-self.total_steps // _LOOKS))
         self.room = graph_room(student, recipe.training)
@@ -390,9 +391,8 @@ def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
 def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
     """AdamW with a rate for the backbone and one for the heads; vectors and scalars are not decayed."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
-    head_rate = training.head_learning_rate or training.learning_rate
     for name, parameter in parameters.items():
-        rate = training.learning_rate if name.startswith("backbone.") else head_rate
+        rate = training.learning_rate if name.startswith("backbone.") else training.head_learning_rate
         rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
         decay = training.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)

@@ -21,6 +21,7 @@ from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import TASKS, Interaction, PairScores
 from d2llm.models.student import Student
+from d2llm.ops.batching import even_batches
 from d2llm.pipeline.dev import (
     DevResult,
     DevSet,
@@ -170,7 +171,8 @@ def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tupl
     for found in sets:
         order = list(range(len(found.labelled.entries)))
         random.Random(f"{seed}:{found.labelled.source.dataset.name}").shuffle(order)
-        batches += [(found, order[start : start + batch_queries]) for start in range(0, len(order), batch_queries)]
+        _, size = even_batches(len(order), batch_queries)
+        batches += [(found, order[start : start + size]) for start in range(0, len(order), size)]
     random.Random(seed).shuffle(batches)
     return batches
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.files import write_bytes
-from d2llm.core.recipe import WarmUpConfig
+from d2llm.core.recipe import TrainingConfig, WarmUpConfig
 from d2llm.core.recipe_file import changed_settings
 from d2llm.pipeline.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
+_STEPS = 60  # at the default rate dev rises no more after so many, on 100 and 300 questions (docs/LOG.md)
 _log = logging.getLogger(__name__)
 remarks = logging.getLogger("d2llm.remarks")
 """What a user of the command line should be told in passing, and needs no warning."""
@@ -152,6 +153,11 @@ class StopSignals:
 
     def _raise(self, number: int) -> None:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:
+    """Epochs of a distillation: the recipe's, or as many as make 60 steps, from 2 to 10."""
+    return training.epochs or max(2, min(10, round(_STEPS / max(1, steps_of_an_epoch))))
 
 
 def warmup_steps(config: WarmUpConfig, total_steps: int) -> int:
