@@ -52,7 +52,7 @@ class Interrupted(Exception):
 
 def fail_at(monkeypatch, step, error=Interrupted, instead=None):
     """Break off in the middle of the given step, or give another loss there."""
-    whole = module._accumulate_gradient
+    whole = module.accumulate_pairs
     calls = []
 
     def accumulate(model, batch, part_tokens):
@@ -63,7 +63,7 @@ def fail_at(monkeypatch, step, error=Interrupted, instead=None):
             return instead, 0
         return whole(model, batch, part_tokens)
 
-    monkeypatch.setattr(module, "_accumulate_gradient", accumulate)
+    monkeypatch.setattr(module, "accumulate_pairs", accumulate)
     return calls
 
 

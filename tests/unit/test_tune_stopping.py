@@ -149,7 +149,7 @@ def test_a_resumed_run_stops_at_the_same_state(
 ) -> None:
     settings = {"eval_every": 2, "patience": 1, "epochs": 2, "dev_measure": "mrr", "dev_queries": 3}
     whole = tune(tiny_teacher_config(llama), tmp_path / "whole", **settings)
-    genuine = verb._accumulate_gradient
+    genuine = verb.accumulate_pairs
     calls: list[int] = []
 
     def interrupted(*inputs: Any) -> Any:
@@ -159,7 +159,7 @@ def test_a_resumed_run_stops_at_the_same_state(
         return genuine(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_accumulate_gradient", interrupted)
+        patch.setattr(verb, "accumulate_pairs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
     resumed = tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
@@ -282,7 +282,7 @@ def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> 
         LabelledPair("a dog runs", TEXTS[3], "symmetric", 0.0),
         LabelledPair("a dog runs", TEXTS[4], "symmetric", 1.0),
     ]
-    loss, _ = verb._accumulate_lists(model, pairs, 512)
+    loss, _ = verb.accumulate_lists(model, pairs, 512)
     odds = model.judge([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
     softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
     signs = np.array([1, -1, -1, -1, 1])
@@ -294,7 +294,7 @@ def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> 
     # Whatever their order, one list at a time, and lists that are longer than what may be read at a time.
     for order, part_tokens in ((-1, 512), (1, 64), (1, 1)):
         model.zero_grad()
-        found, _ = verb._accumulate_lists(model, pairs[::order], part_tokens)
+        found, _ = verb.accumulate_lists(model, pairs[::order], part_tokens)
         assert float(found) == pytest.approx(expected, rel=1e-4)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

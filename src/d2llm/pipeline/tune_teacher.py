@@ -123,7 +123,7 @@ def tune_teacher(
         remarks.info("tune-teacher: goes on after step %d of an earlier run", len(losses))
     log = RunLog(run_folder, resume_step=-1 if checkpoint is None else num_finished)
     total, warmup = len(batches), int(tuning.warmup_fraction * len(batches))
-    accumulate = _accumulate_lists if tuning.loss == "lists" else _accumulate_gradient
+    accumulate = accumulate_lists if tuning.loss == "lists" else accumulate_pairs
     signals, kept_at = StopSignals(), time.monotonic()
 
     def keep() -> None:
@@ -249,8 +249,8 @@ def _lists(pairs: list[LabelledPair]) -> list[list[LabelledPair]]:
     return list(lists.values())
 
 
-def _accumulate_lists(model: LocalTeacher, batch: list[LabelledPair], part_tokens: int) -> tuple[Tensor, int]:
-    """As ``_accumulate_gradient``, of lists: a softmax over each query's passages, and some of the yes/no loss."""
+def accumulate_lists(model: LocalTeacher, batch: list[LabelledPair], part_tokens: int) -> tuple[Tensor, int]:
+    """As ``accumulate_pairs``, of lists: a softmax over each query's passages, and some of the yes/no loss."""
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], batch[0].task)
     places: dict[str, list[int]] = {}
     for place, pair in enumerate(batch):
@@ -306,7 +306,7 @@ def _backpropagate(
     return loss.detach()
 
 
-def _accumulate_gradient(model: LocalTeacher, batch: list[LabelledPair], part_tokens: int) -> tuple[Tensor, int]:
+def accumulate_pairs(model: LocalTeacher, batch: list[LabelledPair], part_tokens: int) -> tuple[Tensor, int]:
     """Mean yes/no cross-entropy of a batch, with its gradient, in parts that bound memory; and the pairs cut short."""
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
