@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.mine import mine
     from d2llm.pipeline.search import SearchSettings, search
     from d2llm.pipeline.stack_teachers import stack_teachers
+    from d2llm.pipeline.starting_recipe import starting_recipe
     from d2llm.pipeline.tune_teacher import tune_teacher
 
 __version__ = "0.1.0"
@@ -97,6 +98,7 @@ __all__ = [
     "read_pairs",
     "search",
     "stack_teachers",
+    "starting_recipe",
     "tune_teacher",
     "upsert_documents",
 ]
@@ -141,6 +143,7 @@ _HOMES = {
     "d2llm.pipeline.mine": ("mine",),
     "d2llm.pipeline.search": ("SearchSettings", "search"),
     "d2llm.pipeline.stack_teachers": ("stack_teachers",),
+    "d2llm.pipeline.starting_recipe": ("starting_recipe",),
     "d2llm.pipeline.tune_teacher": ("tune_teacher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -16,6 +16,8 @@ D2LLMError
 │   └── IndexLockedError    another process is writing to it
 ├── TrainingDivergedError   the loss became NaN or infinite
 └── MissingExtraError       an optional dependency is not installed
+
+Beside it stands Terminated, a KeyboardInterrupt: the process was asked to end.
 """
 
 from __future__ import annotations
@@ -98,3 +100,7 @@ class TrainingDivergedError(D2LLMError):
 
 class MissingExtraError(D2LLMError, ImportError):
     """An optional dependency is not installed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): to every part of d2llm the same as Ctrl-C."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2llm.core.errors import InputError
+from d2llm.core.memory import available_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,6 +95,21 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
     if device.type == "cpu" and cpu_has_fast_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still take where ``device`` keeps its tensors; None where nobody says."""
+    if device.type == "cuda":
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return available_memory()
+
+
+def tokens_at_a_time(device: torch.device) -> int:
+    """Tokens of one forward and backward pass: of more at a time none is faster on a CPU, and all take memory."""
+    return 512 if device.type == "cpu" else 2048
 
 
 def use_plain_attention_on_cpu(model: Any) -> None:
