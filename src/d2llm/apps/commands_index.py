@@ -258,7 +258,10 @@ def verify(
     context: typer.Context,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Make damaged vectors anew: from the table, or where kept once, by encoding."),
+        typer.Option(
+            "--repair",
+            help="Make damaged indices and vectors anew, and take other files from snapshots or the version before.",
+        ),
     ] = False,
     student: MakerOption = None,
     device: DeviceOption = None,
@@ -273,12 +276,14 @@ def verify(
     report = index.verify(repair=repair, show_progress=session.show_progress)
     for problem in report.problems:
         session.complain("problem", problem)
+    left = index.verify().problems if repair and report.problems else report.problems
+    after = f", {len(left)} after the repair" if repair and report.problems else ""
     session.say(
         f"index: {report.num_passages:,} passages and {report.num_snapshots} snapshots looked at, "
-        f"{len(report.problems)} problems"
+        f"{len(report.problems)} problems{after}"
     )
     session.write_report(context, json_path, report)
-    if report.problems and not repair:
+    if left:
         raise typer.Exit(1)
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.core.errors import D2LLMError, DataFormatError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError
 from d2llm.core.files import folder_bytes
 from d2llm.index import ann
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_HASH_LENGTH, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
+from d2llm.index.repair import rebuild_record, repair_files
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
+from d2llm.index.table_files import remedy_for
 from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
 
 
@@ -29,7 +31,8 @@ class IndexStats:
     files, of one stored projection (0 where there are none; ``num_projections`` counts them), and of everything
     (snapshots included) per passage. ``ann_passages`` are in an approximate index that was tuned to find the share
     ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
-    yet; those are searched all the same, more slowly.
+    yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
+    write takes them where an earlier d2llm made the index.
     """
 
     folder: str
@@ -54,6 +57,7 @@ class IndexStats:
     ann_recall: float | None
     bytes_per_passage: float
     unindexed: dict[str, int]
+    checksums: bool
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values."""
@@ -106,19 +110,24 @@ def stats(store: IndexStore) -> IndexStats:
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
+        checksums=store.files.record() is not None,
     )
 
 
 def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = None) -> VerifyReport:
-    """Read everything and compare: texts with their hashes, row numbers, the vectors with what was written, snapshots.
+    """Read everything and compare: files with their checksums, and where they are whole, texts with their hashes, row
+    numbers, the vectors with what was written, snapshots.
 
+    LanceDB trusts the bytes that it reads, and some that are damaged end the process; so it reads none that are.
     Stored projections and an approximate index are compared with their checksums.
 
     Args:
-        store: what to look at; its latest version and its snapshots.
-        repair: write vector files anew where they are damaged: from the table, or where the vectors are kept once, by
-            encoding what is lost. Texts and metadata cannot be repaired, only restored from a snapshot. Stored
-            projections and an approximate index that are damaged or of other vectors are removed.
+        store: what to look at; its latest version with all of its contents, earlier ones and snapshots.
+        repair: of damaged files of the table, take those from snapshots that have them whole, make indices anew, or go
+            back to the last version that is whole (``index.repair``). Write vector files anew where they are damaged:
+            from the table, or where the vectors are kept once, by encoding what is lost. Texts and metadata cannot be
+            made again, only restored from a snapshot. Stored projections and an approximate index that are damaged or
+            of other vectors are removed.
         encode: what encodes, where the vectors are kept once.
 
     Raises:
@@ -126,20 +135,87 @@ def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = N
         InputError: vectors are to be encoded again, and ``encode`` is not given.
         StorageError: a repaired file cannot be written.
     """
-    with store.locked() if repair else nullcontext():
-        table = store.table()
-        problems = [*_problems(store, table, repair, encode)]
-        snapshots = store.snapshots()
-        for name in snapshots:
-            problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, repair, encode)]
+    table, problems = _look_at(store, repair, encode)
+    snapshots = store.snapshots()
+    for name in snapshots:
+        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, repair, encode)]
+    num_passages = 0 if table is None else len(table)
     return VerifyReport(
         folder=str(store.folder),
-        version=table.version,
-        num_passages=len(table),
-        num_vectors=len(table),
+        version=_version_of(store) if table is None else table.version,
+        num_passages=num_passages,
+        num_vectors=num_passages,
         num_snapshots=len(snapshots),
         problems=problems,
     )
+
+
+def _look_at(store: IndexStore, repair: bool, encode: Encode | None) -> tuple[PassageTable | None, list[str]]:
+    """The latest version of a store or a snapshot, None where LanceDB must not read it, and what is wrong."""
+    lacking = list(_lacking_checksums(store))
+    with store.locked() if repair else nullcontext():
+        damages = _damages(store)
+        if damages and repair:
+            done, left = _repair_files(store), _damages(store)
+            damages = [*(damage for damage in damages if damage not in left), *done, *left]
+            if left:
+                return None, damages
+        elif damages:
+            return None, damages
+        table = store.table()
+        problems = [*_problems(store, table, repair, encode)]
+        return store.table() if repair else table, [*lacking, *damages, *problems]
+
+
+def _version_of(store: IndexStore) -> int:
+    try:
+        return store.version
+    except DataFormatError:
+        return 0
+
+
+def _lacking_checksums(store: IndexStore) -> Iterator[str]:
+    """What an earlier d2llm wrote, and nobody can compare."""
+    remedy = "the next write, or `d2llm index ... verify --repair`, takes them"
+    try:
+        version, record = store.version, store.files.record()
+    except DamagedFileError:
+        return
+    if record is None:
+        yield f"the table's files have no checksums, as an earlier d2llm made the index or they are lost; {remedy}"
+    elif version > record.version:
+        yield f"version {version} was written by an earlier d2llm and has no checksums; {remedy}"
+
+
+def _damages(store: IndexStore) -> list[str]:
+    """The table's files that are not what was written, and what to do."""
+    try:
+        damages, record = store.files.damages(), store.files.record()
+    except DamagedFileError as error:
+        return [str(error)]
+    earlier = [damage for damage in damages if record and damage.versions and record.version not in damage.versions]
+    return [
+        f"{damage.path}: {damage.problem}"
+        + (f" (only earlier versions need it: {', '.join(map(str, damage.versions))})" if damage in earlier else "")
+        + f"; {remedy_for(damage.path)}"
+        for damage in damages
+    ]
+
+
+def _repair_files(store: IndexStore) -> list[str]:
+    try:
+        store.files.record()
+    except DamagedFileError:
+        # Read without checksums, as before there were any; whether the rows are whole their own hashes tell.
+        with store.files.unchecked():
+            problems = list(_table_problems(store.table()))
+        if problems:
+            return problems
+        rebuild_record(store.files)
+        return ["the checksums and the table's indices were made anew, after all of its rows were compared"]
+    owner = store.folder.parents[1] if store.is_snapshot else store.folder
+    relatives = [owner, *(owner / "snapshots").glob("[!.]*")]
+    return repair_files(store.files, [folder for folder in relatives if folder != store.folder])
 
 
 def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Encode | None) -> list[str]:
@@ -241,8 +317,7 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
 
 def _snapshot_problems(store: IndexStore, name: str, repair: bool, encode: Encode | None) -> Iterator[str]:
     try:
-        snapshot = IndexStore.open(store.snapshot_folder(name))
-        with snapshot.locked() if repair else nullcontext():
-            yield from _problems(snapshot, snapshot.table(), repair, encode)
+        _, problems = _look_at(IndexStore.open(store.snapshot_folder(name)), repair, encode)
+        yield from problems
     except DataFormatError as error:
         yield str(error)

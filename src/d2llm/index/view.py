@@ -52,10 +52,12 @@ class PassageView:
         self._len = len(stored_rows)
         self._vectors = store.vectors.read(self._table, stored_rows)
         self.capacity = len(self._vectors.codes)
-        self.live: NDArray[np.bool_] | None = None
-        if self._len < self.capacity:
-            self.live = np.zeros(self.capacity, np.bool_)
-            self.live[stored_rows & ROW_MASK] = True
+        live = np.zeros(self.capacity, np.bool_)
+        live[stored_rows & ROW_MASK] = True
+        if np.count_nonzero(live) < self._len or (self._len and np.ptp(stored_rows >> GENERATION_SHIFT)):
+            problem = "two passages of its table have the same row, or rows of two generations"
+            raise DataFormatError(store.folder, f"{problem}; restore a snapshot, or index the corpus again")
+        self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
         self._row_ids = np.full(self.capacity, _NO_ROW, np.uint64)
         self._row_ids[stored_rows & ROW_MASK] = row_ids
         self._scan: RowScan | None = None
