@@ -260,7 +260,14 @@ def verify(
         bool,
         typer.Option(
             "--repair",
-            help="Make damaged indices and vectors anew, and take other files from snapshots or the version before.",
+            help="Make damaged indices and vectors anew, and take other damaged files from snapshots.",
+        ),
+    ] = False,
+    go_back: Annotated[
+        bool,
+        typer.Option(
+            "--go-back",
+            help="With --repair, where passages are damaged: return to the last version that is whole.",
         ),
     ] = False,
     student: MakerOption = None,
@@ -273,7 +280,7 @@ def verify(
 
     session = session_of(context)
     index = Index.open(folder_of(context), student, device=device, dtype=dtype)
-    report = index.verify(repair=repair, show_progress=session.show_progress)
+    report = index.verify(repair=repair, go_back=go_back, show_progress=session.show_progress)
     for problem in report.problems:
         session.complain("problem", problem)
     left = index.verify().problems if repair and report.problems else report.problems

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.index import ann
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_HASH_LENGTH, row_hash
+from d2llm.index.blocks import GENERATION_SHIFT, is_as_written
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.repair import rebuild_record, repair_files
@@ -114,7 +114,9 @@ def stats(store: IndexStore) -> IndexStats:
     )
 
 
-def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = None) -> VerifyReport:
+def verify(
+    store: IndexStore, *, repair: bool = False, go_back: bool = False, encode: Encode | None = None
+) -> VerifyReport:
     """Read everything and compare: files with their checksums, and where they are whole, texts with their hashes, row
     numbers, the vectors with what was written, snapshots.
 
@@ -123,22 +125,26 @@ def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = N
 
     Args:
         store: what to look at; its latest version with all of its contents, earlier ones and snapshots.
-        repair: of damaged files of the table, take those from snapshots that have them whole, make indices anew, or go
-            back to the last version that is whole (``index.repair``). Write vector files anew where they are damaged:
-            from the table, or where the vectors are kept once, by encoding what is lost. Texts and metadata cannot be
-            made again, only restored from a snapshot. Stored projections and an approximate index that are damaged or
-            of other vectors are removed.
+        repair: of damaged files of the table, take those from snapshots that have them whole, and make indices anew
+            (``index.repair``). Write vector files anew where they are damaged: from the table, or where the vectors are
+            kept once, by encoding what is lost. Texts and metadata cannot be made again, only restored from a snapshot.
+            Stored projections and an approximate index that are damaged or of other vectors are removed.
+        go_back: with ``repair``, where passages are damaged: return to the last version that is whole, and lose what
+            came since.
         encode: what encodes, where the vectors are kept once.
 
     Raises:
         IndexLockedError: another process is writing, and there is to be repaired.
-        InputError: vectors are to be encoded again, and ``encode`` is not given.
+        InputError: vectors are to be encoded again, and ``encode`` is not given; or ``go_back`` without ``repair``.
         StorageError: a repaired file cannot be written.
     """
-    table, problems = _look_at(store, repair, encode)
+    if go_back and not repair:
+        raise InputError(f"{store.folder}: going back is part of a repair; ask for the repair too (--repair)")
+    effort = _Effort(repair, go_back, encode)
+    table, problems = _look_at(store, effort)
     snapshots = store.snapshots()
     for name in snapshots:
-        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, repair, encode)]
+        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, effort)]
     num_passages = 0 if table is None else len(table)
     return VerifyReport(
         folder=str(store.folder),
@@ -150,21 +156,29 @@ def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = N
     )
 
 
-def _look_at(store: IndexStore, repair: bool, encode: Encode | None) -> tuple[PassageTable | None, list[str]]:
+class _Effort(NamedTuple):
+    """What ``verify`` may do about problems, as its arguments say."""
+
+    repair: bool
+    go_back: bool
+    encode: Encode | None
+
+
+def _look_at(store: IndexStore, effort: _Effort) -> tuple[PassageTable | None, list[str]]:
     """The latest version of a store or a snapshot, None where LanceDB must not read it, and what is wrong."""
     lacking = list(_lacking_checksums(store))
-    with store.locked() if repair else nullcontext():
+    with store.locked() if effort.repair else nullcontext():
         damages = _damages(store)
-        if damages and repair:
-            done, left = _repair_files(store), _damages(store)
+        if damages and effort.repair:
+            done, left = _repair_files(store, effort.go_back), _damages(store)
             damages = [*(damage for damage in damages if damage not in left), *done, *left]
             if left:
                 return None, damages
         elif damages:
             return None, damages
         table = store.table()
-        problems = [*_problems(store, table, repair, encode)]
-        return store.table() if repair else table, [*lacking, *damages, *problems]
+        problems = [*_problems(store, table, effort.repair, effort.encode)]
+        return table, [*lacking, *damages, *problems]
 
 
 def _version_of(store: IndexStore) -> int:
@@ -202,7 +216,7 @@ def _damages(store: IndexStore) -> list[str]:
     ]
 
 
-def _repair_files(store: IndexStore) -> list[str]:
+def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
     try:
         store.files.record()
     except DamagedFileError:
@@ -215,7 +229,8 @@ def _repair_files(store: IndexStore) -> list[str]:
         return ["the checksums and the table's indices were made anew, after all of its rows were compared"]
     owner = store.folder.parents[1] if store.is_snapshot else store.folder
     relatives = [owner, *(owner / "snapshots").glob("[!.]*")]
-    return repair_files(store.files, [folder for folder in relatives if folder != store.folder])
+    others = [folder for folder in relatives if folder != store.folder]
+    return repair_files(store.files, others, go_back=go_back)
 
 
 def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Encode | None) -> list[str]:
@@ -256,18 +271,12 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
             yield "row numbers in the table are not distinct, or of several generations"
         names = [name for name in table.schema.names if name not in ("d2_row", "d2_truncated", "d2_vector")]
         records = (record for batch in table.batches(names) for record in batch.to_pylist())
-        changed = [record["id"] for record in records if not _is_as_written(record)]
+        changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
             yield f"{len(changed)} passages in the table are not what was written, the first is {changed[0]!r}"
         yield from _index_problems(table, ids.to_pylist(), rows.tolist())
     except D2LLMError as error:
         yield str(error)
-
-
-def _is_as_written(record: dict[str, Any]) -> bool:
-    others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
-    stored: str = record["d2_hash"]
-    return row_hash(record["id"], record["title"], record["text"], others, stored[ROW_HASH_LENGTH:]) == stored
 
 
 def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
@@ -315,9 +324,9 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
         yield f"{path.name}: {error}{'; it was removed' if repair else ''}"
 
 
-def _snapshot_problems(store: IndexStore, name: str, repair: bool, encode: Encode | None) -> Iterator[str]:
+def _snapshot_problems(store: IndexStore, name: str, effort: _Effort) -> Iterator[str]:
     try:
-        _, problems = _look_at(IndexStore.open(store.snapshot_folder(name)), repair, encode)
+        _, problems = _look_at(IndexStore.open(store.snapshot_folder(name)), effort._replace(go_back=False))
         yield from problems
     except DataFormatError as error:
         yield str(error)

@@ -1,7 +1,8 @@
 """What can be done about damaged files of a table: for the holder of the write lock.
 
 A file that a snapshot still has whole is taken from there. Indices are made anew from the rows. Where rows are damaged,
-the table goes back to the last version that is whole. Texts that no version and no snapshot has cannot be made again.
+the table can go back to the last version that is whole, which loses what came since, so it does when asked alone. Texts
+that no version and no snapshot has cannot be made again.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ _log = logging.getLogger(__name__)
 _NEW, _OLD, _TAKEN = ".passages.new", ".passages.old", ".passages.file"
 
 
-def repair_files(files: TableFiles, others: Iterable[Path]) -> list[str]:
+def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = False) -> list[str]:
     """Repair what can be of a table that has checksums; returns what was done.
 
     Args:
         files: of the table.
         others: folders of indices that share files with it, such as its snapshots.
+        go_back: where passages are damaged, return to the last version that is whole.
 
     Raises:
         StorageError: a file cannot be written.
@@ -39,11 +41,19 @@ def repair_files(files: TableFiles, others: Iterable[Path]) -> list[str]:
         if damages and all("/_indices/" in damage.path for damage in damages):
             _rebuild_indices(files, [damage.path for damage in damages])
             done.append(f"{len(damages)} of the table's files were damaged indices, which were made anew")
-        elif damages and (lost := _go_back(files)):
-            done.append(
-                f"the table is at version {files.latest()} again, the last that is whole; what came with "
-                f"{_listed(lost)} is lost: give those changes again"
-            )
+        elif damages and (version := _last_whole(files)) is not None:
+            if go_back:
+                lost = _go_back(files, version)
+                _build_indices(files)  # the version may be of before there were any
+                done.append(
+                    f"the table is what it was at version {version}, the last that is whole; what came with "
+                    f"{_listed(lost)} is lost: give those changes again"
+                )
+            else:
+                done.append(
+                    f"version {version} is the last that is whole; `d2llm index ... verify --repair --go-back` returns "
+                    "to it and loses what came since"
+                )
         if not _of_latest(files):
             if gone := _forget_earlier(files):
                 done.append(f"{_listed(gone)} of the table, earlier ones, were damaged and are gone")
@@ -62,8 +72,7 @@ def rebuild_record(files: TableFiles) -> None:
         try:
             table = PassageTable.open(files.folder, None, files)
             table.drop_indices(files.indices_of(table.version))
-            if len(table):
-                table.build_indices()
+            _build_indices(files)
         finally:
             files.expected = expected
         files.after_crash = False
@@ -134,22 +143,30 @@ def _rebuild_indices(files: TableFiles, damaged: Collection[str]) -> None:
     try:
         table = PassageTable.open(files.folder, None, files)
         table.drop_indices(files.indices_of(table.version, damaged))
-        table.build_indices()
+        _build_indices(files)
     finally:
         files.ignored = frozenset()
 
 
-def _go_back(files: TableFiles) -> list[int]:
-    """Make the last version that is whole the latest; returns the versions that are gone, none where none is whole."""
-    record, there = files.record(), manifests(files.table)
-    if record is None:
-        return []
-    for version in there:
-        if version < record.version and _is_whole(files, record, version):
-            lost = [number for number in {record.version, *there} if number > version]
-            _forget(files, lost, version)
-            return lost
-    return []
+def _build_indices(files: TableFiles) -> None:
+    table = PassageTable.open(files.folder, None, files)
+    if len(table):
+        table.build_indices()
+
+
+def _last_whole(files: TableFiles) -> int | None:
+    record = files.record()
+    earlier = [] if record is None else [each for each in manifests(files.table) if each < record.version]
+    return next((version for version in earlier if record is not None and _is_whole(files, record, version)), None)
+
+
+def _go_back(files: TableFiles, version: int) -> list[int]:
+    """Make an earlier version the latest; returns the versions that are gone."""
+    record = files.record()
+    known = [*manifests(files.table), *([] if record is None else [record.version])]
+    lost = sorted({number for number in known if number > version})
+    _forget(files, lost, version)
+    return lost
 
 
 def _is_whole(files: TableFiles, record: Record, version: int) -> bool:

@@ -379,8 +379,8 @@ def remedy_for(path: str) -> str:
     if path == RECORD_NAME or "/_indices/" in path:
         return "`d2llm index ... verify --repair` makes it anew from the table"
     return (
-        "`d2llm index ... verify --repair` takes it from a snapshot, or goes back to the last version that is whole; "
-        "else restore a snapshot, or index the corpus again"
+        "`d2llm index ... verify --repair` takes it from a snapshot that has it whole, with --go-back it returns to "
+        "the last version that is whole; else restore a snapshot, or index the corpus again"
     )
 
 
