@@ -98,7 +98,8 @@ def files_named(content: bytes) -> VersionFiles:
     if _MANIFEST["index_section"] in manifest:
         section = _number(manifest, _MANIFEST["index_section"])
         for index in map(_grouped, _messages(_grouped(_message(content, section)), 1)):
-            (uuid,) = _messages(_grouped(_messages(index, _INDEX["uuid"])[0]), 1)
+            (holder,) = _messages(index, _INDEX["uuid"])
+            (uuid,) = _messages(_grouped(holder), 1)
             folder = f"_indices/{UUID(bytes=uuid)}"
             names = [_text(_grouped(file), 1) for file in _messages(index, _INDEX["files"])] or [""]
             indices.setdefault(_text(index, _INDEX["name"]), []).extend(f"{folder}/{name}" for name in names)
