@@ -16,7 +16,7 @@ import xxhash
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError, StorageError
 from d2llm.core.types import Passage
-from d2llm.index import file_sums, table_files
+from d2llm.index import checksum_record, file_sums, table_files
 from d2llm.index.checked_json import read_checked
 from d2llm.index.file_sums import FileSums, problem_of, sample_blocks, take_sums
 from d2llm.index.inspection import stats, verify
@@ -64,7 +64,7 @@ def _small_blocks(monkeypatch, sampled):
     """As if the files were large: a block is 64 bytes, and so many are compared at opening besides the last."""
     with monkeypatch.context() as patch:
         patch.setattr(file_sums, "BLOCK_BYTES", 64)
-        patch.setattr(table_files, "BLOCK_BYTES", 64)
+        patch.setattr(checksum_record, "BLOCK_BYTES", 64)
         patch.setattr(file_sums, "_SAMPLED_BLOCKS", sampled)
         yield
 
@@ -293,7 +293,7 @@ def test_checksums_that_cannot_be_written(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_files, "write_checked", full)
+        patch.setattr(checksum_record, "write_checked", full)
         for change in (lambda: put(store, LATER.values()), lambda: store.delete(["p1"])):
             with pytest.raises(StorageError, match="No space left"):
                 change()

@@ -13,13 +13,13 @@ from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, Inp
 from d2llm.core.files import folder_bytes
 from d2llm.index import ann
 from d2llm.index.blocks import GENERATION_SHIFT, is_as_written
+from d2llm.index.checksum_record import remedy_for
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.repair import rebuild_record, repair_files
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
-from d2llm.index.table_files import remedy_for
 from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
 
 

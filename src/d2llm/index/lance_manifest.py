@@ -23,7 +23,7 @@ _MAGIC = b"LANC"
 _FOOTER_BYTES = 16  # i64 position of the manifest, two i16 of the format's version, the magic word
 
 # Numbers of fields in table.proto.
-_MANIFEST = {"fragments": 2, "version": 3, "index_section": 6, "transaction_file": 12}
+_MANIFEST = {"fragments": 2, "version": 3, "index_section": 6, "timestamp": 7, "transaction_file": 12}
 _FRAGMENT = {"id": 1, "files": 2, "deletion_file": 3}
 _DELETION = {"file_type": 1, "read_version": 2, "id": 3}
 _INDEX = {"uuid": 1, "name": 3, "files": 10}
@@ -37,12 +37,14 @@ class VersionFiles:
 
     Attributes:
         version: its number.
+        seconds: when it was written, since 1970.
         rows: of the columns, and of what was deleted of them.
         indices: by the index's name; a path that ends in "/" stands for all files of that folder.
         transaction: how the version came about, which nobody reads once it has; "" where there is none.
     """
 
     version: int
+    seconds: int
     rows: list[str]
     indices: dict[str, list[str]]
     transaction: str
@@ -104,8 +106,13 @@ def files_named(content: bytes) -> VersionFiles:
             names = [_text(_grouped(file), 1) for file in _messages(index, _INDEX["files"])] or [""]
             indices.setdefault(_text(index, _INDEX["name"]), []).extend(f"{folder}/{name}" for name in names)
     transaction = _text(manifest, _MANIFEST["transaction_file"])
+    times = [_number(_grouped(time), 1) for time in _messages(manifest, _MANIFEST["timestamp"])]
     return VersionFiles(
-        _number(manifest, _MANIFEST["version"]), rows, indices, f"_transactions/{transaction}" if transaction else ""
+        version=_number(manifest, _MANIFEST["version"]),
+        seconds=max(times, default=0),
+        rows=rows,
+        indices=indices,
+        transaction=f"_transactions/{transaction}" if transaction else "",
     )
 
 

@@ -13,7 +13,6 @@ read it in part), d2_vector (codes of the vector, as in the vector file; not whe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,8 +28,9 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError
 from d2llm.index.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.index.lance_manifest import manifests
+from d2llm.index.old_versions import remove_older
 from d2llm.index.storage import first_line, is_panic, storage_errors
-from d2llm.index.table_files import TABLE_FOLDER, TableFiles
+from d2llm.index.table_files import TableFiles
 
 NAME = "passages"
 _WORDS = ("title", "text")  # the columns of words that are searched
@@ -298,16 +298,14 @@ class PassageTable:
 
     def optimize(self, keep: timedelta) -> None:
         """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a reader of a version forgotten now would fail
-            # First without forgetting anything: what readers open is there until the next commit names another.
-            for age in (_FOR_EVER, keep):
-                with self._change(copies=True):
-                    self._table.optimize(cleanup_older_than=age)
+        with self._change(copies=True):
+            self._table.optimize(cleanup_older_than=_FOR_EVER)
+        with storage_errors(self.folder):
+            remove_older(self._files, keep)
 
     def versions(self) -> list[int]:
         """The versions that can still be opened."""
-        return sorted(manifests(self.folder / TABLE_FOLDER))
+        return sorted(manifests(self._files.table))
 
     @contextmanager
     def _change(self, *, copies: bool = False) -> Generator[None]:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
+from d2llm.index.checksum_record import RECORD_NAME, TABLE_FOLDER, Damage, Record
 from d2llm.index.file_sums import problem_of, take_sums
 from d2llm.index.lance_manifest import manifest_names, manifests
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.storage import storage_errors
-from d2llm.index.table_files import RECORD_NAME, TABLE_FOLDER, Damage, Record, TableFiles
+from d2llm.index.table_files import TableFiles
 
 _log = logging.getLogger(__name__)
 _NEW, _OLD, _TAKEN = ".passages.new", ".passages.old", ".passages.file"
@@ -170,7 +171,7 @@ def _go_back(files: TableFiles, version: int) -> list[int]:
 
 
 def _is_whole(files: TableFiles, record: Record, version: int) -> bool:
-    if not any(f"{TABLE_FOLDER}/{name}" in record.files for name in manifest_names(version)):
+    if record.manifest_of(version) is None:
         return False
     try:
         files.check(version, whole=True)

@@ -22,13 +22,19 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.index.checked_json import read_checked, write_checked
+from d2llm.index.checksum_record import (
+    RECORD_NAME,
+    TABLE_FOLDER,
+    Damage,
+    Record,
+    read_record,
+    remedy_for,
+    write_record,
+)
 from d2llm.index.file_sums import (
-    BLOCK_BYTES,
     FileState,
     FileSums,
     problem_of,
@@ -37,31 +43,14 @@ from d2llm.index.file_sums import (
     take_sums,
     unreadable,
 )
-from d2llm.index.lance_manifest import VersionFiles, files_named, manifest_names, manifests
+from d2llm.index.lance_manifest import VersionFiles, files_named, manifests
 from d2llm.index.storage import link_or_copy
 
-RECORD_NAME = "checksums.json"
 UNFINISHED_NAME = "write.unfinished"
-TABLE_FOLDER = "passages.lance"
 _FOLDERS = ("data", "_deletions", "_indices", "_versions")
 _WAIT_S, _LOOK_S = 10.0, 0.02  # for a writer that has removed old versions and is about to commit
 
 _log = logging.getLogger(__name__)
-
-
-class Record(NamedTuple):
-    """What ``checksums.json`` says: the version committed last, and the files by their paths in the index's folder."""
-
-    version: int
-    files: Mapping[str, FileSums]
-
-
-class Damage(NamedTuple):
-    """A file that is not what was written, what is wrong with it, and the versions that need it (none: all do)."""
-
-    path: str
-    problem: str
-    versions: list[int]
 
 
 class TableFiles:
@@ -94,7 +83,7 @@ class TableFiles:
         try:
             state = state_of(path)
             if self._record is None or self._record[0] != state:
-                self._record = state, _as_record(read_checked(path, required=True))
+                self._record = state, read_record(self.folder)
             return self._record[1]
         except FileNotFoundError:
             self._record = None
@@ -161,17 +150,17 @@ class TableFiles:
 
     def check(self, version: int, *, whole: bool = False) -> None:
         """Compare the files of a version with their checksums, those that have some. Raises as ``ready`` does."""
-        record, named = self.record(), self._named(version)
+        record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             paths = [MANIFEST_NAME, *self._paths(record.files, named.needed)]
-            self._compare(record, paths, whole or self.after_crash)
+            self._compare(record, version, paths, whole=whole or self.after_crash)
 
     def check_indices(self, version: int, names: Collection[str]) -> None:
         """Compare all of the indices of these names, before they are used. Raises as ``ready`` does."""
-        record, named = self.record(), self._named(version)
+        record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             needed = [path for name, paths in named.indices.items() if name in names for path in paths]
-            self._compare(record, self._paths(record.files, needed), True)
+            self._compare(record, version, self._paths(record.files, needed), whole=True)
 
     def indices_of(self, version: int, paths: Collection[str] | None = None) -> list[str]:
         """The names of the indices of a version, of those that some files belong to where ``paths`` are given.
@@ -179,7 +168,7 @@ class TableFiles:
         Raises:
             DamagedFileError: its manifest cannot be read.
         """
-        indices = self._parsed(f"{TABLE_FOLDER}/{manifests(self.table)[version]}").indices
+        indices = self.parsed(f"{TABLE_FOLDER}/{manifests(self.table)[version]}").indices
         return [name for name, needed in indices.items() if paths is None or self._paths(paths, needed)]
 
     def damages(self) -> list[Damage]:
@@ -199,7 +188,7 @@ class TableFiles:
         manifest = manifests(self.table).get(version)
         if manifest is None:
             raise self._damaged(TABLE_FOLDER, f"has no version {version}")
-        named = self._parsed(f"{TABLE_FOLDER}/{manifest}")
+        named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
         there = [*self._files_there(), f"{TABLE_FOLDER}/{named.transaction}"]
         return [f"{TABLE_FOLDER}/{manifest}", *self._paths(there, [*named.needed, named.transaction])]
 
@@ -261,7 +250,7 @@ class TableFiles:
             raise self._damaged(TABLE_FOLDER, "has no versions")
         known = {} if before is None else before.files
         version, manifest = next(iter(there.items()))
-        named = self._parsed(f"{TABLE_FOLDER}/{manifest}")
+        named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
         try:
             files = {path: known[path] if path in known else self._take(path) for path in self._files_there()}
             # Those that are named and missing are damage, which must not be forgotten.
@@ -276,24 +265,22 @@ class TableFiles:
 
     def replace(self, record: Record) -> None:
         """Put a record in the place of the one that is there."""
-        files = {path: [sums.num_bytes, sums.checksums] for path, sums in sorted(record.files.items())}
-        path = self.folder / RECORD_NAME
-        write_checked(path, {"version": record.version, "block_bytes": BLOCK_BYTES, "files": files})
-        self._record = state_of(path), record
+        write_record(self.folder, record)
+        self._record = state_of(self.folder / RECORD_NAME), record
 
     # Parts ---------------------------------------------------------------------------------------------------------
 
     def _damages(self, record: Record) -> Iterator[Damage]:
         needed: dict[str, list[int]] = {MANIFEST_NAME: []}
         for version in dict.fromkeys([record.version, *manifests(self.table)]):
-            manifest = _manifest_in(record, version)
+            manifest = record.manifest_of(version)
             if manifest is None:
                 continue
             needed[manifest] = [version]
             problem = problem_of(self.folder / manifest, record.files[manifest])
             if problem is None:
                 try:
-                    for path in self._paths(record.files, self._parsed(manifest).needed):
+                    for path in self._paths(record.files, self.parsed(manifest).needed):
                         needed.setdefault(path, []).append(version)
                 except DamagedFileError as error:
                     yield Damage(manifest, error.problem, [version])
@@ -301,22 +288,23 @@ class TableFiles:
             if path in record.files and (problem := problem_of(self.folder / path, record.files[path])) is not None:
                 yield Damage(path, problem, versions)
 
-    def _named(self, version: int) -> VersionFiles | None:
+    def named(self, version: int) -> VersionFiles | None:
         """What a version needs, its manifest compared; None where it has no checksums, or is an earlier one that went.
 
         Raises:
             DamagedFileError: the manifest is not what was written.
         """
         record = self.record()
-        manifest = None if record is None else _manifest_in(record, version)
+        manifest = None if record is None else record.manifest_of(version)
         if record is None or manifest is None:
             return None
         if version != record.version and not (self.folder / manifest).exists():
             return None
-        self._compare(record, [manifest], True)
-        return self._parsed(manifest)
+        self._compare(record, version, [manifest], whole=True)
+        return self.parsed(manifest)
 
-    def _parsed(self, path: str) -> VersionFiles:
+    def parsed(self, path: str) -> VersionFiles:
+        """What a manifest names, whether it has a checksum or not. Raises as ``named`` does."""
         try:
             return files_named((self.folder / path).read_bytes())
         except (OSError, ValueError, LookupError) as error:
@@ -329,8 +317,8 @@ class TableFiles:
         inside = [path for path in known if path.startswith(folders)] if folders else []
         return [path for path in (*paths, *inside) if path in known]
 
-    def _compare(self, record: Record, paths: Iterable[str], whole: bool) -> None:
-        """Compare files with their checksums; what this object has compared before is left out.
+    def _compare(self, record: Record, version: int, paths: Iterable[str], *, whole: bool) -> None:
+        """Compare files of a version with their checksums; what this object has compared before is left out.
 
         Raises:
             DamagedFileError: one is not what was written.
@@ -343,7 +331,7 @@ class TableFiles:
             try:
                 states[path] = state_of(self.folder / path)
             except OSError as error:
-                raise self._damaged(path, unreadable(error)) from error
+                raise self._damaged(path, unreadable(error), version, record) from error
             known = self._compared.get(path)
             if known is None or known[0] != states[path] or (whole and not known[1]):
                 left[path] = record.files[path]
@@ -352,7 +340,7 @@ class TableFiles:
         for path, sums in left.items():
             problem = problem_of(self.folder / path, sums, blocks[path])
             if problem is not None:
-                raise self._damaged(path, problem)
+                raise self._damaged(path, problem, version, record)
             self._compared[path] = states[path], len(blocks[path]) == sums.num_blocks
 
     def _take(self, path: str) -> FileSums:
@@ -368,29 +356,7 @@ class TableFiles:
             files += (self.table / name).rglob("*.manifest" if name == "_versions" else "*")
         return [path.relative_to(self.folder).as_posix() for path in files if path.is_file()]
 
-    def _damaged(self, path: str, problem: str) -> DamagedFileError:
+    def _damaged(self, path: str, problem: str, version: int = 0, record: Record | None = None) -> DamagedFileError:
+        if record is not None and version < record.version:
+            problem += f" (version {version}, which needs it, is an earlier one: refresh or open the index again)"
         return DamagedFileError(self.folder / path, f"{problem}; {remedy_for(path)}")
-
-
-def remedy_for(path: str) -> str:
-    """What to do about a damaged file of an index."""
-    if path == MANIFEST_NAME:
-        return "put it back from a copy, or index the corpus again"
-    if path == RECORD_NAME or "/_indices/" in path:
-        return "`d2llm index ... verify --repair` makes it anew from the table"
-    return (
-        "`d2llm index ... verify --repair` takes it from a snapshot that has it whole, with --go-back it returns to "
-        "the last version that is whole; else restore a snapshot, or index the corpus again"
-    )
-
-
-def _as_record(value: Any) -> Record:
-    if value["block_bytes"] != BLOCK_BYTES:
-        raise ValueError(f"its blocks have {value['block_bytes']} bytes; update d2llm")
-    return Record(value["version"], {path: FileSums(*sums) for path, sums in value["files"].items()})
-
-
-def _manifest_in(record: Record, version: int) -> str | None:
-    """The path of a version's manifest, if it has a checksum."""
-    paths = (f"{TABLE_FOLDER}/{name}" for name in manifest_names(version))
-    return next((path for path in paths if path in record.files), None)
