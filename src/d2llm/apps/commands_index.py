@@ -258,7 +258,17 @@ def verify(
     context: typer.Context,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Make damaged vectors anew: from the table, or where kept once, by encoding."),
+        typer.Option(
+            "--repair",
+            help="Make damaged indices and vectors anew, and take other damaged files from snapshots.",
+        ),
+    ] = False,
+    go_back: Annotated[
+        bool,
+        typer.Option(
+            "--go-back",
+            help="With --repair, where passages are damaged: return to the last version that is whole.",
+        ),
     ] = False,
     student: MakerOption = None,
     device: DeviceOption = None,
@@ -270,15 +280,17 @@ def verify(
 
     session = session_of(context)
     index = Index.open(folder_of(context), student, device=device, dtype=dtype)
-    report = index.verify(repair=repair, show_progress=session.show_progress)
+    report = index.verify(repair=repair, go_back=go_back, show_progress=session.show_progress)
     for problem in report.problems:
         session.complain("problem", problem)
+    left = index.verify().problems if repair and report.problems else report.problems
+    after = f", {len(left)} after the repair" if repair and report.problems else ""
     session.say(
         f"index: {report.num_passages:,} passages and {report.num_snapshots} snapshots looked at, "
-        f"{len(report.problems)} problems"
+        f"{len(report.problems)} problems{after}"
     )
     session.write_report(context, json_path, report)
-    if report.problems and not repair:
+    if left:
         raise typer.Exit(1)
 
 

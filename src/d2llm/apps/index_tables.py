@@ -33,6 +33,8 @@ def stats_table(stats: IndexStats) -> Table:
         "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "
         "per passage in all",
     }
+    if not stats.checksums:
+        rows["checksums"] = "none; the next write, or verify --repair, takes them"
     if stats.num_projections:
         rows["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
     if stats.ann_passages:

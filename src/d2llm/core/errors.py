@@ -3,6 +3,7 @@
 D2LLMError
 ├── InputError              the user's files or arguments are wrong
 │   ├── DataFormatError     a file cannot be read as what it should be (names file and line)
+│   ├── DamagedFileError    a file of an index is not what was written
 │   ├── DuplicateIdError    an id occurs twice
 │   ├── FilterError         a filter cannot be read, or asks for what the index has not
 │   └── RecipeError         a recipe has an unknown key or a bad value
@@ -48,6 +49,10 @@ class DataFormatError(InputError):
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is unpickled from its message alone, which fails when it comes from a worker process.
         return partial(type(self), self.path, self.problem, line=self.line), ()
+
+
+class DamagedFileError(DataFormatError):
+    """A file of an index is not what was written, or is missing."""
 
 
 class DuplicateIdError(DataFormatError):

@@ -14,7 +14,8 @@ from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Task
 from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
-from d2llm.index.store import FORMAT_VERSION, KIND, IndexStore
+from d2llm.index.index_manifest import FORMAT_VERSION, KIND
+from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
 from d2llm.pipeline.index import Index

@@ -312,11 +312,13 @@ class Index:
         """What the latest version holds, and how many bytes it takes."""
         return stats(self.store)
 
-    def verify(self, *, repair: bool = False, show_progress: bool | None = False) -> VerifyReport:
-        """Whether all is as it was written; ``repair`` writes damaged vector files anew.
+    def verify(
+        self, *, repair: bool = False, go_back: bool = False, show_progress: bool | None = False
+    ) -> VerifyReport:
+        """Whether all is as it was written; what ``repair`` and ``go_back`` do about it: ``index.inspection.verify``.
 
-        It takes the vectors from the table. Where they are kept once, the student encodes again those that are lost;
-        interrupted, the same call goes on where it was. ``show_progress`` None means: if standard error is a terminal.
+        Where the vectors are kept once, the student encodes again those that are lost; interrupted, the same call goes
+        on where it was. ``show_progress`` None means: if standard error is a terminal.
 
         Raises:
             IndexLockedError: another process is writing, and there is to be repaired.
@@ -332,7 +334,7 @@ class Index:
                 advances[0](len(passages))
                 return encoded.vectors
 
-            report = verify(self.store, repair=repair, encode=encode)
+            report = verify(self.store, repair=repair, go_back=go_back, encode=encode)
         self.refresh()
         return report
 
