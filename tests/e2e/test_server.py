@@ -183,7 +183,17 @@ def test_bad_bodies_are_told_what_is_wrong(post, path, body, status, words):
         ("/v1/encode", '{"texts": ["a", "TEXT"], "kind": "query"}'),
         ("/v1/rescore", '{"query": "TEXT", "passage_ids": ["p1"]}'),
         ("/v1/rescore", '{"query": "a", "passages": ["TEXT"]}'),
+        ("/v1/rescore", '{"query": "a", "passage_ids": ["p1", "TEXT"]}'),
         ("/v1/passages", '{"passages": [{"id": "a", "text": "TEXT"}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "title": "TEXT"}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "document_id": "TEXT"}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "metadata": {"language": "TEXT"}}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "metadata": {"TEXT": null}}]}'),
+        ("/v1/documents", '{"documents": [{"id": "a", "text": "b", "title": "TEXT"}], "chunk_tokens": 16}'),
+        ("/v1/documents", '{"documents": [{"id": "a", "text": "b", "metadata": {"TEXT": 1}}], "chunk_tokens": 16}'),
+        ("/v1/search", '{"query": "a", "filter": "language = \'TEXT\'"}'),
+        ("/v1/search", '{"query": "a", "TEXT": 1}'),
+        ("/v1/index/snapshots", '{"name": "TEXT"}'),
     ],
 )
 def test_half_a_surrogate_pair_is_no_text(address, path, body):
@@ -191,6 +201,7 @@ def test_half_a_surrogate_pair_is_no_text(address, path, body):
     answer = httpx2.post(address + path, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
     assert "surrogate" in answer.json()["error"]["message"]
+    assert "ud83d cat" in answer.json()["error"]["message"]
 
 
 def test_wrong_methods_paths_types_and_json_are_told_too(address):
