@@ -13,7 +13,7 @@ from typing import Any, cast
 from d2llm.apps.server.errors import Problem
 
 # The escape of a first half that no second follows, of a second that follows no first, or of a first after a backslash,
-# which may make plain text of it: then the parsed body tells. Each begins with the same two bytes: that is quick to scan.
+# which may make plain text of it: then the parsed body tells. Each begins with the same two bytes: quick to scan.
 _HALF_ESCAPED = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<=\\\\u[dD])[89abAB]|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])", re.DOTALL
 )
