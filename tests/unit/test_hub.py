@@ -87,6 +87,17 @@ class TestPush:
         assert loaded.fingerprint == student.fingerprint
         np.testing.assert_allclose(vectors(loaded), vectors(student), atol=1e-5)
 
+    def test_all_weights_are_put_there_where_the_library_can_then_load_it(self, hub, base):
+        config = tiny_student_config(base)
+        pooling = config.pooling.model_copy(update={"method": "backbone"})
+        made = Student.create(config.model_copy(update={"pooling": pooling}), device="cpu", dtype="float32")
+        report = made.push_to_hub(NAME, token=OWNER_TOKEN)
+        assert report.needs_d2llm is None
+        assert {"modules.json", "backbone/model.safetensors"} <= files_of(hub).keys()
+        card = ModelCard(files_of(hub)["README.md"].decode())
+        assert card.data.library_name == "d2llm"
+        assert "sentence-transformers" in card.data.tags
+
     def test_a_shipped_student_goes_there_and_back_bit_by_bit(self, hub):
         folder = find_student("d2llm-minilm-cosine")
         push_student(folder, NAME, token=OWNER_TOKEN)
@@ -297,7 +308,10 @@ class TestCard:
         (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n\n# Mine\n", encoding="utf-8")
         card = ModelCard(model_card(folder, read_student_manifest(folder)[0]))
         assert (card.data.license, card.data.language, card.data.library_name) == ("mit", "en", "d2llm")
-        assert card.text.strip() == "# Mine"
+        assert card.text.strip().startswith("# Mine\n\n<!-- sentence-transformers:begin -->\n## Without d2llm")
+        again = model_card(folder, read_student_manifest(folder)[0])
+        (folder / "README.md").write_text(again, encoding="utf-8")
+        assert model_card(folder, read_student_manifest(folder)[0]) == again  # the section is there once
         named = ModelCard(model_card(folder, read_student_manifest(folder)[0], licence="apache-2.0"))
         assert named.data.license == "apache-2.0"
 

@@ -23,6 +23,7 @@ KIND = "student"
 FORMAT_VERSION = 1
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 CARD_FILE = "README.md"
+MERGED_HASH = "merged_sha256"  # in the manifest of a merged copy that was put on the Hub
 RESTORE = "restore the student's folder"
 
 
@@ -113,7 +114,7 @@ def check_weights(folder: Path) -> None:
     """
     manifest, _ = read_student_manifest(folder)
     if (folder / BACKBONE_FOLDER).is_dir():
-        wanted = manifest.get("merged_sha256")
+        wanted = manifest.get(MERGED_HASH)
         found = wanted if wanted is None else merged_sha256(folder)
     else:
         tensors = load_tensors(folder / HEAD_FILE, remedy=RESTORE)

@@ -15,10 +15,6 @@ from d2llm.core.types import Grouping, Task
 def _with_text(text: str) -> str:
     if not text.strip():
         raise ValueError("there is no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair is no text; leave it out") from error
     return text
 
 
@@ -83,12 +79,12 @@ class ExplainRequest(Body):
 class PassageBody(Body):
     """A passage."""
 
-    id: PassageId
-    text: NonEmpty
-    title: str = ""
+    id: PassageId = Field(examples=["bread"])
+    text: NonEmpty = Field(examples=["Bread is baked from flour, water and salt."])
+    title: str = Field("", examples=["Bread"])
     document_id: str = ""
     position: int = Field(0, ge=0, le=2**31 - 1)
-    metadata: Metadata = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 2021}])
 
 
 class PassagesRequest(Body):
@@ -100,10 +96,10 @@ class PassagesRequest(Body):
 class DocumentBody(Body):
     """A text of any length."""
 
-    id: PassageId
-    text: NonEmpty
-    title: str = ""
-    metadata: Metadata = Field(default_factory=dict)
+    id: PassageId = Field(examples=["ships"])
+    text: NonEmpty = Field(examples=["Ships sail over the sea. They carry goods to far ports."])
+    title: str = Field("", examples=["Ships"])
+    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 1999}])
 
 
 class DocumentsRequest(Body):
