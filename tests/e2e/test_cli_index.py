@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from d2llm import Index
 from e2e.command_line import d2llm, fail, succeed, write_lines
 from e2e.small_corpus import SENTENCES
 
@@ -24,7 +25,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli-index")
     write_lines(folder / "corpus.jsonl", [record(number, text) for number, text in enumerate(SENTENCES)])
     result = succeed("index", folder / "i", "upsert", folder / "corpus.jsonl", "--device", "cpu")
-    assert f"{len(SENTENCES)} passages added" in result.stderr
+    assert f"{len(SENTENCES)} texts in {len(SENTENCES)} passages" in result.stderr
     return folder
 
 
@@ -41,9 +42,7 @@ def ids_of(found):
 
 def test_a_second_time_nothing_is_encoded(place):
     result = succeed("index", place / "i", "upsert", place / "corpus.jsonl")
-    assert (
-        f"0 passages added, 0 with another text, 0 with other metadata, {len(SENTENCES)} as they were" in result.stderr
-    )
+    assert f"0 added, 0 with another text, 0 with other metadata, {len(SENTENCES)} as they were" in result.stderr
 
 
 def test_search_explains_and_proves(place):
@@ -149,6 +148,41 @@ def test_what_is_wrong_is_said(place, tmp_path):
     write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "t", "year": "soon"}])
     fail("index", place / "i", "upsert", tmp_path, containing=["'a'", "year"])
     fail("index", tmp_path / "n", "upsert", tmp_path, "--field", "year:century", containing=["century", "integer"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        ([{"_id": "a", "text": "t", "position": "third"}], (), "position"),
+        ([{"_id": "a", "text": "t"}], ("--field", "year:century"), "century"),
+        ([{"_id": "a", "text": "t"}], ("--chunk-tokens", "4"), "8 to 256"),
+        ([{"_id": "a", "text": "t", "year": "soon"}], ("--field", "year:integer"), "'year'"),
+        ([{"_id": "a", "text": "t"}], ("--student", "nobody"), "nobody"),
+    ],
+)
+def test_a_failed_upsert_leaves_no_index_behind(tmp_path, lines, options, words):
+    write_lines(tmp_path / "corpus.jsonl", lines)
+    fail("index", tmp_path / "new", "upsert", tmp_path / "corpus.jsonl", *options, containing=[words])
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+    fail("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "made", "--chunk-tokens", "4", containing=["8 to"])
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_an_index_in_the_way_of_encode_names_the_option(place):
+    fail("encode", place / "corpus.jsonl", "--out", place / "i", containing=["--overwrite"])
+
+
+def test_an_index_of_nothing_is_told(place, tmp_path):
+    Index.create(tmp_path / "empty", "d2llm-minilm")
+    fail("search", tmp_path / "empty", "x", containing=["holds no passages", "upsert CORPUS"])
+    found = succeed("search", place / "i", "bread", "--filter", "year > 9000")
+    assert "warning: no passage was found for 'bread': no passage fits the filter" in found.stderr
+
+
+def test_no_folder_is_made_for_a_report(place, tmp_path):
+    report = tmp_path / "no" / "report.json"
+    fail("search", place / "i", "x", "--json", report, containing=[f"no folder {report.parent}", "make it first"])
+    assert not report.parent.exists()
 
 
 def test_the_help_reads_well():

@@ -17,6 +17,7 @@ from d2llm.apps.options import (
     PromptOption,
     StudentOption,
     TaskOption,
+    in_a_folder_that_is_there,
     teacher_config,
 )
 from d2llm.apps.session import session_of
@@ -144,10 +145,23 @@ def evaluate(
     dtype: DtypeOption = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="PATH", help="Write a page with plots and texts.", show_default=False),
+        typer.Option(
+            "--html",
+            metavar="PATH",
+            callback=in_a_folder_that_is_there,
+            help="Write a page with plots and texts.",
+            show_default=False,
+        ),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="PATH", help="Write the tables.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--markdown",
+            metavar="PATH",
+            callback=in_a_folder_that_is_there,
+            help="Write the tables.",
+            show_default=False,
+        ),
     ] = None,
     save_runs: Annotated[
         Path | None,

@@ -12,8 +12,8 @@ from d2llm.apps.options import (
     DataOption,
     DeviceOption,
     DtypeOption,
-    JsonOption,
     RecipeArgument,
+    RunJsonOption,
     RunOption,
 )
 from d2llm.apps.session import session_of
@@ -26,7 +26,7 @@ def run(
     data: DataOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Make a student from a recipe: the steps below in order.
 
@@ -66,7 +66,7 @@ def mine(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Choose answers and near misses for each training query.
 
@@ -86,7 +86,7 @@ def tune_teacher(
     data: DataOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Teach the language model to answer yes or no on your pairs.
 
@@ -107,7 +107,7 @@ def label(
     data: DataOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Let the teacher judge every pair that mine chose.
 
@@ -139,7 +139,7 @@ def distill(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Train the student on the teacher's judgements.
 

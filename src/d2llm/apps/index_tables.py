@@ -24,6 +24,7 @@ def stats_table(stats: IndexStats) -> Table:
     copies = "once" if stats.vector_copies == 1 else "twice"
     rows = {
         "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them read in part",
+        "documents": "none so far; passages alone" if stats.chunking is None else f"cut into {stats.chunking}",
         "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each, kept {copies}; "
         f"{holes:,} holes",
         "metadata": fields or "none",

@@ -16,6 +16,7 @@ from d2llm.index.blocks import GENERATION_SHIFT, ROW_HASH_LENGTH, row_hash
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
 from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
@@ -29,7 +30,8 @@ class IndexStats:
     files, of one stored projection (0 where there are none; ``num_projections`` counts them), and of everything
     (snapshots included) per passage. ``ann_passages`` are in an approximate index that was tuned to find the share
     ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
-    yet; those are searched all the same, more slowly.
+    yet; those are searched all the same, more slowly. ``chunking`` says how
+    documents were cut, where there were any.
     """
 
     folder: str
@@ -54,6 +56,7 @@ class IndexStats:
     ann_recall: float | None
     bytes_per_passage: float
     unindexed: dict[str, int]
+    chunking: Chunking | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values."""
@@ -106,6 +109,7 @@ def stats(store: IndexStore) -> IndexStats:
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
+        chunking=read_chunking(store.folder),
     )
 
 

@@ -5,6 +5,7 @@ INDEX/
   passages.lance        the table (``passage_table``): the source of truth, with versions
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
+  chunking.json         how documents were cut into passages, where they were (``side_files``)
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
 
@@ -47,6 +48,7 @@ from d2llm.index.blocks import (
 )
 from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, storage_errors
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.side_files import side_files
 from d2llm.index.stored_vectors import StoredVectors, VectorCopies, stored_vectors
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.vectors import VectorFormat, make_format
@@ -57,11 +59,9 @@ FORMAT_VERSION = 3
 FIRST_FORMAT_VERSION = 2
 """The first format that can be changed."""
 _FORMATS: dict[VectorCopies, int] = {2: 2, 1: 3}  # by copies of the vectors, so that d2llm before 3 reads what it can
-ERRORS_FILE = "student-errors.json"  # of ``pipeline.calibrate``; snapshots take it along
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
-_SNAPSHOTS = "snapshots"
-_LOCK = "write.lock"
+_SNAPSHOTS, _LOCK = "snapshots", "write.lock"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
 _UNINDEXED_ROWS = 4_000  # so many are searched without an index before the indices are brought up to date
 
@@ -318,7 +318,7 @@ class IndexStore:
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 link_table(self.folder, draft)
                 self.vectors.file_to_extend(table := self.table())  # makes sure that it is whole
-                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
+                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
