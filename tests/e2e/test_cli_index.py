@@ -74,11 +74,17 @@ def test_a_filter_and_both_sources(place):
 
 def test_get_delete_snapshot_restore_verify(place):
     succeed("index", place / "i", "snapshot", "one")
-    assert "1 of 2 passages deleted" in succeed("index", place / "i", "delete", "s5", "nobody").stderr
+    deleted = d2llm("index", place / "i", "delete", "s5", "nobody", "no one")
+    assert deleted.exit_code == 1
+    assert "1 of 3 passages deleted" in deleted.stderr
+    assert f"not in {place / 'i'}: 'nobody', 'no one'" in deleted.stderr
     assert "s5" not in ids_of(report_of(place, "search", place / "i", SENTENCES[5], "--top-k", "60"))
-    shown = succeed("index", place / "i", "get", "s4", "s5")
+    shown = d2llm("index", place / "i", "get", "s4", "s5", "--json", place / "got.json")
+    assert shown.exit_code == 1
     assert SENTENCES[4][:30] in shown.stdout
-    assert "1 of the ids are not in the index" in shown.stderr
+    assert "s4" in shown.stdout.splitlines()
+    assert f"not in {place / 'i'}: 's5'" in shown.stderr
+    assert json.loads((place / "got.json").read_text())["result"]["missing"] == ["s5"]
     assert ids_of(report_of(place, "search", place / "i" / "snapshots" / "one", SENTENCES[5]))[0] == "s5"
     fail("index", place / "i", "restore", "two", containing=["no snapshot 'two'", "one"])
     succeed("index", place / "i", "restore", "one")

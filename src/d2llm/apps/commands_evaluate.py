@@ -18,6 +18,7 @@ from d2llm.apps.options import (
     StudentOption,
     TaskOption,
     in_a_folder_that_is_there,
+    known_teacher,
     teacher_config,
 )
 from d2llm.apps.session import session_of
@@ -53,7 +54,13 @@ def evaluate(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", metavar="NAME_OR_FOLDER", help="Ask this one.", show_default="the student's own"),
+        typer.Option(
+            "--teacher",
+            metavar="NAME_OR_FOLDER",
+            callback=known_teacher,
+            help="Ask this one.",
+            show_default="the student's own",
+        ),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do without its row, the slowest.")] = False,
     teacher_depth: Annotated[

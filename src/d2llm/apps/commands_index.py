@@ -28,6 +28,7 @@ from d2llm.apps.options import SEARCH, DeviceOption, DtypeOption, EngineOption, 
 from d2llm.apps.session import session_of
 
 _FOLDER = "d2llm.index"
+_NAMED = 20  # of the ids that are not there
 
 index_app = typer.Typer(
     name="index",
@@ -129,10 +130,13 @@ def delete(
     """Delete passages by id."""
     from d2llm.pipeline.index import Index
 
-    asked = _ids(ids, ids_file)
-    num_deleted = Index.open(folder_of(context)).delete(asked)
+    asked, index = _ids(ids, ids_file), Index.open(folder_of(context))
+    missing = index.missing(asked)
+    num_deleted = index.delete(asked)
     session_of(context).say(f"index: {num_deleted:,} of {len(asked):,} passages deleted from {folder_of(context)}")
-    session_of(context).write_report(context, json_path, {"num_asked": len(asked), "num_deleted": num_deleted})
+    report = {"num_asked": len(asked), "num_deleted": num_deleted, "missing": missing}
+    session_of(context).write_report(context, json_path, report)
+    _complain_of_missing(context, missing)
 
 
 @index_app.command("get")
@@ -140,16 +144,15 @@ def get(
     context: typer.Context, ids: IdsArgument = None, ids_file: IdsFileOption = None, json_path: JsonOption = None
 ) -> None:
     """Show passages by id."""
-    from d2llm.apps.index_tables import passage_panel
+    from d2llm.apps.index_tables import passage_lines
     from d2llm.pipeline.index import Index
 
-    asked = _ids(ids, ids_file)
-    passages = Index.open(folder_of(context)).get(asked)
+    asked, index = _ids(ids, ids_file), Index.open(folder_of(context))
+    passages, missing = index.get(asked), index.missing(asked)
     for passage in passages:
-        session_of(context).show(passage_panel(passage))
-    if len(passages) < len(set(asked)):
-        session_of(context).complain("warning", f"{len(set(asked)) - len(passages)} of the ids are not in the index")
-    session_of(context).write_report(context, json_path, {"passages": passages})
+        session_of(context).show(passage_lines(passage))
+    session_of(context).write_report(context, json_path, {"passages": passages, "missing": missing})
+    _complain_of_missing(context, missing)
 
 
 @index_app.command("stats")
@@ -171,6 +174,15 @@ def register(app: typer.Typer) -> None:
 def folder_of(context: typer.Context) -> Path:
     """The index that the verb is about."""
     return cast(Path, context.meta[_FOLDER])
+
+
+def _complain_of_missing(context: typer.Context, missing: list[str]) -> None:
+    """Name what is not there, and end with exit code 1."""
+    if missing:
+        named = ", ".join(map(repr, missing[:_NAMED]))
+        named += f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
+        session_of(context).complain("warning", f"not in {folder_of(context)}: {named}")
+        raise typer.Exit(1)
 
 
 def _ids(ids: list[str] | None, file: Path | None) -> list[str]:

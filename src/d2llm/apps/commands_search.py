@@ -29,6 +29,8 @@ from d2llm.apps.options import (
     PromptOption,
     QueryTaskOption,
     StudentOption,
+    known_student,
+    known_teacher,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.types import Grouping, SourceName
@@ -110,6 +112,7 @@ def search(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="The student that made the index, if it is no longer where it was then.",
             show_default=False,
         ),
@@ -154,6 +157,7 @@ def search(
         typer.Option(
             "--teacher",
             metavar="MODEL",
+            callback=known_teacher,
             help="Reads again what the student is unsure of; `d2llm index INDEX calibrate` comes first.",
             show_default=False,
         ),
@@ -174,7 +178,7 @@ def search(
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
     from d2llm.apps.commands_cascade import cascade_line, load_cascade
-    from d2llm.apps.tables import explanation_table, ranking_table
+    from d2llm.apps.tables import explanation_table, ranking_list
     from d2llm.core.errors import InputError
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.search import SearchSettings, search
@@ -213,7 +217,7 @@ def search(
     show = session.show_progress if len(asked) > _QUICK_QUERIES else False
     rankings = search(opened.view, model, asked, settings, cascade=cascade, show_progress=show)
     for ranking in rankings:
-        session.show(ranking_table(ranking))
+        session.show(ranking_list(ranking))
         if not ranking.passages:
             session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
         if explain:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.apps.options import DEFAULT_STUDENT
+from d2llm.apps.options import DEFAULT_STUDENT, known_student
 from d2llm.core.types import Task
 
 CorpusArgument = Annotated[
@@ -26,6 +26,7 @@ MakerOption = Annotated[
     typer.Option(
         "--student",
         metavar="NAME_OR_FOLDER",
+        callback=known_student,
         help="The student whose vectors it holds.",
         show_default=f"the index's own; of a new one {DEFAULT_STUDENT}",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.panel import Panel
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -48,13 +48,13 @@ def stats_table(stats: IndexStats) -> Table:
     return table
 
 
-def passage_panel(passage: Passage) -> Panel:
-    """A passage with all that is known of it."""
+def passage_lines(passage: Passage) -> RenderableType:
+    """A passage with all that is known of it, its id on a line of its own, however long it is."""
     about = {**({"document": f"{passage.document_id} [{passage.position}]"} if passage.document_id else {})}
     about |= {name: str(value) for name, value in passage.metadata.items()}
-    head = "  ".join(f"{name}: {value}" for name, value in about.items())
+    facts = [Text(f"{name}: {value}", style="dim", no_wrap=True, overflow="ignore") for name, value in about.items()]
     body = "\n".join(part for part in (passage.title, passage.text) if part)
-    return Panel(Text(body), title=Text(passage.id), title_align="left", subtitle=Text(head) if head else None)
+    return Group(Text(passage.id, style="cyan", no_wrap=True, overflow="ignore"), *facts, Text(body), "")
 
 
 def ann_remark(report: AnnReport) -> str:

@@ -47,8 +47,39 @@ DataOption = Annotated[
     ),
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do it anew even if it is finished.")]
+
+
+def known_student(name: str | None) -> str | None:
+    """For an option that names a student: a wrong name is told before anything heavy is loaded.
+
+    Raises:
+        ModelNotFoundError: there is no such student.
+        ModelError: what the Hub has under that name is damaged, or could run code.
+    """
+    if name is not None:
+        from d2llm.models.hub import find_student
+
+        find_student(name)
+    return name
+
+
+def known_teacher(name: str | None) -> str | None:
+    """``known_student`` for an option that names a teacher."""
+    if name is not None:
+        from d2llm.models.teacher_identity import find_kind
+
+        find_kind(teacher_config(name, None))
+    return name
+
+
 StudentOption = Annotated[
-    str, typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one.")
+    str,
+    typer.Option(
+        "--student",
+        metavar="NAME_OR_FOLDER",
+        callback=known_student,
+        help="A student's folder, or the name of a shipped one.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None,

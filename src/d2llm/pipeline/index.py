@@ -281,6 +281,11 @@ class Index:
         """The passages with these ids, in their order; those that are not there are left out."""
         return self.view.get(ids)
 
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of the ids that the latest version does not have, in their order, each once."""
+        there = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
+        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in there]
+
     def search(
         self,
         queries: Sequence[Query] | Sequence[str] | str,
