@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
+    from d2llm.index.side_files import Chunking
     from d2llm.models.backbone import Backbone
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
@@ -60,6 +61,7 @@ __all__ = [
     "Cascade",
     "Certificate",
     "Chunker",
+    "Chunking",
     "Contenders",
     "D2LLMError",
     "Dataset",
@@ -121,6 +123,7 @@ _HOMES = {
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
+    "d2llm.index.side_files": ("Chunking",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teacher": ("Teacher",),

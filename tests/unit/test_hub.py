@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard, constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
+from d2llm.models import sources
 from d2llm.models.hub import find_student, push_student
 from d2llm.models.model_card import model_card
+from d2llm.models.sources import find_model
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_weights, read_student_manifest
 from fake_hub import OWNER_TOKEN, FakeHub, Repository
@@ -258,6 +260,50 @@ class TestFetch:
         with pytest.raises(ModelNotFoundError, match=r"is not a d2llm student: it has no manifest\.json"):
             Student.load(NAME)
         assert not any("resolve" in line for line in hub.log)
+
+
+class TestModels:
+    """Of backbones and teachers: whether one can be had is asked once, before libraries that ask for a minute."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_known(self):
+        sources._require_on_hub.cache_clear()
+
+    def test_one_that_is_there_is_asked_for_once(self, hub):
+        hub.repositories["somebody/model"] = Repository()
+        hub.repositories["somebody/model"].commit("main", {"config.json": b"{}"})
+        assert [find_model("somebody/model") for _ in range(2)] == ["somebody/model"] * 2
+        assert len(hub.log) == 1
+
+    def test_unknown_to_the_hub(self, hub):
+        with pytest.raises(ModelNotFoundError, match=r"'somebody/nothing'.*none that you may read; give a local"):
+            find_model("somebody/nothing")
+
+    def test_a_hub_that_cannot_be_reached_is_tried_once(self, hub):
+        hub.reachable = False
+        with pytest.raises(ModelNotFoundError, match=r"cannot be read \(no route to host\); check the network"):
+            find_model("somebody/model")
+        assert len(hub.log) == 1
+        with pytest.raises(ModelNotFoundError, match="no student 'somebody/else'"):
+            find_student("somebody/else")
+        assert len(hub.log) == 2
+
+    def test_offline_it_is_not_asked_but_a_copy_serves(self, hub, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set, so the Hub was not asked"):
+            find_model("somebody/model")
+        commit = Path(constants.HF_HUB_CACHE) / "models--somebody--model" / "snapshots" / "abc"
+        commit.mkdir(parents=True)
+        (commit / "config.json").write_text("{}")
+        (commit.parents[1] / "refs").mkdir()
+        (commit.parents[1] / "refs" / "main").write_text("abc")
+        assert find_model("somebody/model") == "somebody/model"
+        assert hub.log == []
+
+    @pytest.mark.parametrize("name", ["an impossible name", "-/-"])
+    def test_no_name_of_a_model(self, hub, name):
+        with pytest.raises(ModelNotFoundError, match="no model there can have that name"):
+            find_model(name)
 
 
 class TestFolders:

@@ -29,6 +29,7 @@ from d2llm.apps import (
     commands_serve,
     commands_teach,
     commands_train,
+    commands_upkeep,
 )
 from d2llm.apps.session import Session, start_logging
 from d2llm.core.errors import D2LLMError, Terminated
@@ -130,6 +131,7 @@ for _commands in (
     commands_train,
     commands_teach,
     commands_index,
+    commands_upkeep,
     commands_cascade,
     commands_project,
     commands_search,

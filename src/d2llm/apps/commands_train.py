@@ -15,6 +15,7 @@ from d2llm.apps.options import (
     DtypeOption,
     JsonOption,
     RecipeArgument,
+    RunJsonOption,
     RunOption,
 )
 from d2llm.apps.session import session_of
@@ -99,7 +100,7 @@ def run(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Make a student from a recipe: the steps below in order.
 
@@ -143,7 +144,7 @@ def mine(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Choose answers and near misses for each training query.
 
@@ -164,7 +165,7 @@ def tune_teacher(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Teach the language model to answer yes or no on your pairs.
 
@@ -185,7 +186,7 @@ def label(
     data: DataOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Let the teacher judge every pair that mine chose.
 
@@ -217,7 +218,7 @@ def distill(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Train the student on the teacher's judgements.
 

@@ -50,7 +50,8 @@ class Session:
 
     def show(self, result: RenderableType) -> None:
         """What was asked for."""
-        self._out.print(result, markup=False)
+        # Tables and wrapped texts know the width; what is wider is an id, which is to be copied whole.
+        self._out.print(result, markup=False, crop=False)
 
     def say(self, remark: str) -> None:
         """What is good to know; silent with ``--quiet``."""

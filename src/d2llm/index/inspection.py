@@ -18,6 +18,7 @@ from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.index.repair import rebuild_record, repair_files
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
 from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
@@ -32,7 +33,8 @@ class IndexStats:
     (snapshots included) per passage. ``ann_passages`` are in an approximate index that was tuned to find the share
     ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
     yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
-    write takes them where an earlier d2llm made the index.
+    write takes them where an earlier d2llm made the index. ``chunking`` says how documents were cut, where there were
+    any.
     """
 
     folder: str
@@ -58,6 +60,7 @@ class IndexStats:
     bytes_per_passage: float
     unindexed: dict[str, int]
     checksums: bool
+    chunking: Chunking | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values."""
@@ -111,6 +114,7 @@ def stats(store: IndexStore) -> IndexStats:
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
         checksums=store.files.record() is not None,
+        chunking=read_chunking(store.folder),
     )
 
 

@@ -194,12 +194,14 @@ class PassageTable:
         _, first = np.unique(np.asarray(found["d2_row"]), return_index=True)  # spans may overlap
         return found.take(first).select(list(names))
 
-    def parts(self, documents: Sequence[str]) -> list[str]:
-        """Ids of the passages that have one of these document_ids, or one of these as id."""
-        found: list[str] = []
-        for some in _parts(documents, _ASKED_AT_ONCE):
+    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
+        """(id, document_id, position) of passages with one of these document_ids, or one of these as id; no order."""
+        found: list[tuple[str, str, int]] = []
+        names = ["id", "document_id", "position"]
+        for some in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
             listed = ", ".join(map(quoted, some))
-            found += self.columns(["id"], f"document_id IN ({listed}) OR id IN ({listed})")["id"].to_pylist()
+            table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
+            found += zip(*(table[name].to_pylist() for name in names), strict=True)
         return found
 
     def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:

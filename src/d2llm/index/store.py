@@ -6,6 +6,7 @@ INDEX/
   checksums.json        of the table's files (``table_files``): the version that it names is the one that readers open
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
+  chunking.json         how documents were cut into passages, where they were (``side_files``)
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
 
@@ -47,6 +48,7 @@ from d2llm.index.blocks import (
 from d2llm.index.index_manifest import FORMATS, KIND, read_index_manifest, write_index_manifest
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.side_files import side_files
 from d2llm.index.storage import link_or_copy, storage_errors
 from d2llm.index.stored_vectors import StoredVectors, VectorCopies, stored_vectors
 from d2llm.index.table_files import TableFiles
@@ -54,7 +56,6 @@ from d2llm.index.vector_file import VectorFile
 from d2llm.index.vectors import VectorFormat, make_format
 from d2llm.index.write_lock import WriteLock
 
-ERRORS_FILE = "student-errors.json"  # of ``pipeline.calibrate``; snapshots take it along
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
 _SNAPSHOTS = "snapshots"
@@ -312,7 +313,7 @@ class IndexStore:
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 self.vectors.file_to_extend(table := self.table())  # makes sure that it is whole
                 self.files.link(table.version, draft)
-                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
+                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}

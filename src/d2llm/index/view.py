@@ -143,10 +143,6 @@ class PassageView:
         found = self._as_passages(self._table.around(places, distance, self._columns))
         return sorted(found, key=lambda passage: (passage.document_id, passage.position, passage.id))
 
-    def parts(self, documents: Sequence[str]) -> list[str]:
-        """The ids of the passages whose document_id is one of these, or that have one of these as their own id."""
-        return self._table.parts(documents)
-
     @cached_property
     def _columns(self) -> list[str]:
         return [*TEXT_COLUMNS, *self.metadata.fields, "d2_hash"]

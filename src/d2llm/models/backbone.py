@@ -27,11 +27,11 @@ from d2llm.models.lora import (
     train_adapters_only,
 )
 from d2llm.models.sources import (
+    find_model,
     find_model_file,
     fingerprint_model,
     load_pretrained,
     load_tokenizer,
-    locate_model,
     readable_tokens,
 )
 from d2llm.ops.batching import pad_right
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
         self.config = config
         self.compute_dtype = compute_dtype
-        self.location = locate_model(config.model)
+        self.location = find_model(config.model)
         self.tokenizer = load_tokenizer(self.location)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
         self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]

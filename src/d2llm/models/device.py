@@ -24,14 +24,25 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what each back end likes
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"device '{device}' cannot be used here ({reason}); try cpu, or name none") from error
+            there = devices_here()
+            # Of a device that is there the reason helps, such as a full memory; of one that is not it is pages long.
+            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in there}
+            reason = f" ({str(error).splitlines()[0].rstrip('.')})" if is_there else ""
+            raise InputError(
+                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(there)}), or none"
+            ) from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def devices_here() -> list[str]:
+    """The names of the devices of this machine that can be computed on."""
+    accelerators = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 @cache

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from d2llm.core.recipe import StudentConfig
 from d2llm.models.sentence_transformers_files import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.sources import hub_name
@@ -54,6 +52,8 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     sentence-transformers, between marks of its own, is written anew. ``licence``: an identifier of the Hub
     ("apache-2.0"), taken instead of the card's.
     """
+    from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need
+
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(manifest)
     card = ModelCard(text) if text.startswith("---\n") else None
@@ -85,6 +85,8 @@ def why_not_loadable(folder: Path, manifest: Mapping[str, Any]) -> str | None:
 
 def card_licence(card: str) -> str | None:
     """The licence that the front matter of a card names."""
+    from huggingface_hub import ModelCard
+
     licence: object = ModelCard(card).data.to_dict().get("license")
     return None if licence is None else str(licence)
 

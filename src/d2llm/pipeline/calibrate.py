@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Query, Task
 from d2llm.index.checked_json import read_checked, write_checked
-from d2llm.index.store import ERRORS_FILE
+from d2llm.index.side_files import ERRORS_FILE
 from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.protocols import PairJudge, SearchStudent

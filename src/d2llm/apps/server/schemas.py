@@ -10,6 +10,7 @@ from typing_extensions import Self
 from d2llm.apps.server.index_service import Rescore
 from d2llm.apps.server.model_service import TextKind
 from d2llm.core.types import Grouping, Task
+from d2llm.index.side_files import Chunking
 
 
 def _with_text(text: str) -> str:
@@ -106,8 +107,12 @@ class DocumentsRequest(Body):
     """Long texts to split into passages."""
 
     documents: list[DocumentBody] = Field(min_length=1)
-    chunk_tokens: int = Field(128, ge=8, description="Most tokens of a passage.")
-    chunk_overlap: int = Field(0, ge=0, description="Tokens that a passage repeats of the one before.")
+    chunk_tokens: int | None = Field(
+        None, ge=8, description="Most tokens of a passage; null: as the index cuts, or 128 for its first documents."
+    )
+    chunk_overlap: int | None = Field(
+        None, ge=0, description="Tokens that a passage repeats of the one before; null: as the index cuts, or none."
+    )
 
 
 class SnapshotRequest(Body):
@@ -336,6 +341,7 @@ class IndexAnswer(Answer):
     vector_format: str
     vector_copies: int
     task: Task
+    chunking: Chunking | None
     student: StudentAnswer
     teacher: str | None
     fields: dict[str, str]
