@@ -130,7 +130,7 @@ def test_a_recipe_cannot_be_changed():
             {"data": [{"path": "a", "zzz": 3}]},
             (
                 "r.toml: unknown key 'data.0.zzz'; "
-                "known keys here: exclude_shared_passages, max_labelled, max_queries, path, task"
+                "known keys here: about, exclude_shared_passages, max_labelled, max_queries, path, task"
             ),
         ),
     ],
