@@ -30,7 +30,7 @@ from d2llm.data.open_data import open_data
 from d2llm.data.plan import read_plan
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.pipeline.gradient_cache import backpropagate
+from d2llm.pipeline.gradient_cache import backpropagate, graph_room
 from d2llm.pipeline.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
 from d2llm.pipeline.training_run import trainable
 
@@ -100,7 +100,8 @@ def our_step(training: TrainingConfig) -> Callable[[Student, Work], None]:
 
     def step(student: Student, work: Work) -> None:
         ids = batch_tokens(student, work.batch)
-        backpropagate(student, ids, loss_of(student, work.batch), training=training, seed=0)
+        room = graph_room(student, training)
+        backpropagate(student, ids, loss_of(student, work.batch), training=training, room=room, seed=0)
 
     return step
 

@@ -1,5 +1,7 @@
 """Schemathesis against a real server: no 500, and no answer that its OpenAPI description does not have.
 
+`fuzz_hooks.py` lets it send half characters too, wherever a body has text.
+
 Not checked: that every body which fits the schema is accepted. Filters, fields that exclude each other, and ids that
 are not there cannot be told by a JSON schema.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from d2llm import Index, Passage
 
+HOOKS = Path(__file__).resolve().with_name("fuzz_hooks.py")
 TEXT = "iterating over an open file gives its lines, sockets send bytes, a list is sorted by a key"
 
 
@@ -50,7 +53,7 @@ def main() -> int:
                         *("--seed", str(arguments.seed), "--exclude-checks", "positive_data_acceptance"),
                         *("--continue-on-failure", "--generation-database", "none"),
                     ],
-                    env=os.environ | {"NO_COLOR": "1"},
+                    env=os.environ | {"NO_COLOR": "1", "SCHEMATHESIS_HOOKS": str(HOOKS)},
                     cwd=folder,
                 )
             finally:

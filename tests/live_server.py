@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
-import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import uvicorn
 
-_PATIENCE = 60.0  # seconds to start or to stop
+from d2llm import Student
+from waiting import PATIENCE, until
+
+patient = httpx2.Client(timeout=PATIENCE, limits=httpx2.Limits(max_keepalive_connections=0))
+"""A client that gives a busy machine time; each request has a connection of its own, as servers come and go."""
 
 
 @contextmanager
@@ -34,28 +40,77 @@ def serve(app: Any, **settings: Any) -> Generator[str]:
 
     thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()
-    deadline = time.monotonic() + _PATIENCE
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > deadline:
-            raise RuntimeError(f"the server did not start: {failures or 'it took too long'}")
-        time.sleep(0.005)
+    until(lambda: server.started or not thread.is_alive(), "a server that listens")
+    if not server.started:
+        raise RuntimeError(f"the server did not start: {failures}")
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(_PATIENCE)
+        thread.join(PATIENCE)
         if thread.is_alive():
             raise RuntimeError("the server did not stop")
 
 
 def wait_until_ready(address: str, state: str = "ready") -> dict[str, str]:
     """What ``/health`` says when it first says this state."""
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        answer: dict[str, str] = httpx2.get(f"{address}/health").json()
-        if answer["status"] == state:
-            return answer
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the server did not become {state}: {answer}")
-        time.sleep(0.02)
+    answer: dict[str, str] = {}
+
+    def is_there() -> bool:
+        answer.update(patient.get(f"{address}/health").json())
+        return answer["status"] == state
+
+    until(is_there, f"a server that is {state}")
+    return answer
+
+
+def wait_until_closed(address: str) -> None:
+    """Return when nobody takes connections there any more: the server has begun to stop."""
+    host, port = urlsplit(address).hostname, urlsplit(address).port
+    assert host is not None
+    assert port is not None
+
+    def is_closed() -> bool:
+        try:
+            socket.create_connection((host, port)).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    until(is_closed, "a server that stops")
+
+
+class HeldStudent:
+    """Lets no text through before ``may_end`` is set, by the test; ``began`` is set when the first are there."""
+
+    def __init__(self, student: Student) -> None:
+        self.began, self.may_end = threading.Event(), threading.Event()
+        encode = student.encode_tokens
+
+        def held(ids: Sequence[Sequence[int]]) -> Any:
+            self.began.set()
+            assert self.may_end.wait(PATIENCE), "a test did not let the texts through"
+            return encode(ids)
+
+        student.encode_tokens = held
+
+    def wait(self) -> None:
+        """Return when texts are held."""
+        assert self.began.wait(PATIENCE), "no text came"
+
+
+class LeavingClient:
+    """A request whose client goes away without an answer: it is sent, then ``leave`` closes the connection."""
+
+    def __init__(self, address: str, path: str, body: object) -> None:
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        self._connection = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port))
+        self._connection.sendall(head.encode() + content)
+
+    def leave(self) -> None:
+        self._connection.close()

@@ -7,15 +7,18 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from urllib.parse import urlsplit
 
+from waiting import PATIENCE, until
+
 PROGRAM = """
-import asyncio, sys
+import asyncio, sys, time
 from types import SimpleNamespace
 from fastapi import Response
+from d2llm.apps.server import running
 from d2llm.apps.server.logs import start_logs
 from d2llm.apps.server.running import listen, run_app, url_of
 from d2llm.apps.server.settings import ServeSettings
@@ -34,6 +37,38 @@ async def slow(seconds: float):
 @app.get("/large/{{num_bytes}}")
 async def large(num_bytes: int):
     return Response(b"x" * num_bytes)
+
+@app.get("/held")
+async def held():
+    print("began", flush=True)
+    while not clock.may_end:
+        await asyncio.sleep(0.01)
+    return "done"
+
+@app.get("/let-go")
+async def let_go():
+    clock.may_end = True
+
+clock = SimpleNamespace(ahead=0.0, looks=0, may_end=False)
+running.time = SimpleNamespace(monotonic=lambda: time.monotonic() + clock.ahead)
+running._TICKS_A_LOOK = 1
+look = running._Server._close_stuck
+
+def counted(server, now):
+    clock.looks += 1
+    look(server, now)
+
+running._Server._close_stuck = counted
+
+@app.get("/later/{{seconds}}")
+async def later(seconds: float):
+    looks = clock.looks
+    while clock.looks < looks + 2:
+        await asyncio.sleep(0.01)
+    clock.ahead += seconds
+    looks = clock.looks
+    while clock.looks < looks + 2:
+        await asyncio.sleep(0.01)
 
 async def reload():
     print("reloaded", flush=True)
@@ -62,11 +97,12 @@ class Running:
 
     def __init__(self, *, state: str = "ready", **settings: float) -> None:
         here = Path(__file__).parent
+        self._errors = TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which would fill up and hold the server
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(state=state, settings={"shutdown_seconds": 10, **settings})],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=environment,
         )
@@ -78,26 +114,39 @@ class Running:
         return self.process.stdout.readline().strip()
 
     def get(self, path: str) -> str:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
         connection.request("GET", path)
         answer = connection.getresponse()
         assert answer.status == 200
         return answer.read().decode()
 
     def get_when_listening(self, path: str) -> str:
-        for _ in range(200):
+        def ask() -> str:
             try:
                 return self.get(path)
             except ConnectionRefusedError:
-                time.sleep(0.05)
-        return self.get(path)
+                return ""
+
+        return until(ask, "a server that listens")
 
     def end(self) -> tuple[int, str, str]:
-        out, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, out, errors
+        out, _ = self.process.communicate(timeout=PATIENCE)
+        self._errors.seek(0)
+        return self.process.returncode, out, self._errors.read()
+
+    def later(self, seconds: float) -> None:
+        """Let the clock go on by which it closes connections on which nothing moves; it looks before and after."""
+        self.get(f"/later/{seconds}")
+
+    def in_flight(self) -> int:
+        """Requests that are being answered, without the one that asks."""
+        (line,) = [
+            line for line in self.get("/metrics").splitlines() if line.startswith("d2llm_http_requests_in_flight ")
+        ]
+        return int(float(line.split()[1])) - 1
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=20)
+        return socket.create_connection((self.host, self.port), timeout=PATIENCE)
 
 
 def run(**settings: float) -> Iterator[Running]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -87,3 +88,11 @@ def few_passages(number: int, start: int = 0, word: str = "word") -> dict[str, P
         f"p{n}": Passage(f"p{n}", f"common {word} own{n}", f"title {n}", metadata={"year": 2000 + n})
         for n in range(start, start + number)
     }
+
+
+def forget_checksums(folder: Path) -> None:
+    """Make an index, or a snapshot, what one is that a d2llm without checksums made."""
+    (folder / "checksums.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["checksums"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
+    from d2llm.index.side_files import Chunking
     from d2llm.models.backbone import Backbone
     from d2llm.models.student import Student
     from d2llm.models.teacher import Teacher
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.mine import mine
     from d2llm.pipeline.search import SearchSettings, search
     from d2llm.pipeline.stack_teachers import stack_teachers
+    from d2llm.pipeline.starting_recipe import starting_recipe
     from d2llm.pipeline.tune_teacher import tune_teacher
 
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ __all__ = [
     "Cascade",
     "Certificate",
     "Chunker",
+    "Chunking",
     "Contenders",
     "D2LLMError",
     "Dataset",
@@ -97,6 +100,7 @@ __all__ = [
     "read_pairs",
     "search",
     "stack_teachers",
+    "starting_recipe",
     "tune_teacher",
     "upsert_documents",
 ]
@@ -119,6 +123,7 @@ _HOMES = {
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
+    "d2llm.index.side_files": ("Chunking",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teacher": ("Teacher",),
@@ -141,6 +146,7 @@ _HOMES = {
     "d2llm.pipeline.mine": ("mine",),
     "d2llm.pipeline.search": ("SearchSettings", "search"),
     "d2llm.pipeline.stack_teachers": ("stack_teachers",),
+    "d2llm.pipeline.starting_recipe": ("starting_recipe",),
     "d2llm.pipeline.tune_teacher": ("tune_teacher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

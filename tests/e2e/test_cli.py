@@ -19,7 +19,7 @@ from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_re
 from e2e.small_corpus import SENTENCES
 
 VERBS = [
-    *("run", "mine", "tune-teacher", "stack", "gate", "label", "distill"),
+    *("init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill"),
     *("encode", "search", "serve", "evaluate", "ablate", "demo", "judge"),
     *("export", "push", "doctor"),
 ]
@@ -185,6 +185,7 @@ class TestDistil:
         lora, training, losses = recipe.student.backbone.lora, recipe.training, recipe.losses
         assert (lora.rank, lora.alpha, lora.dropout) == (8, 8, 0.05)
         assert (training.learning_rate, training.warmup_steps, training.batch_queries) == (1e-4, 1000, 32)
+        assert training.head_learning_rate == 1e-4
         assert (training.epochs, recipe.mining.num_hard, recipe.student.pooling.num_heads) == (5, 8, 32)
         assert (losses.contrastive_imitation, losses.rank_imitation_positive_hard) == (1, 1)
         assert (losses.rank_imitation_hard_easy, losses.feature_imitation) == (0.01, 0.001)

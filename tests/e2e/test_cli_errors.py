@@ -139,7 +139,7 @@ class TestBadInput:
     def test_not_an_index_and_an_index_in_the_way(self, place, index, tmp_path):
         fail("search", tmp_path, "x", containing=[str(tmp_path), "not a d2llm index folder"])
         arguments = ("encode", place / "everyday", "--student", place / "run" / "student", "--out", index)
-        fail(*arguments, containing=["already holds an index"])
+        fail(*arguments, containing=["holds an index already", "--overwrite"])
 
     def test_answer_word_of_two_tokens(self, place, tmp_path):
         prompt = tmp_path / "prompt.toml"

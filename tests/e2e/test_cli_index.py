@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from d2llm import Index
 from e2e.command_line import d2llm, fail, succeed, write_lines
 from e2e.small_corpus import SENTENCES
 
@@ -24,7 +25,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli-index")
     write_lines(folder / "corpus.jsonl", [record(number, text) for number, text in enumerate(SENTENCES)])
     result = succeed("index", folder / "i", "upsert", folder / "corpus.jsonl", "--device", "cpu")
-    assert f"{len(SENTENCES)} passages added" in result.stderr
+    assert f"{len(SENTENCES)} texts in {len(SENTENCES)} passages" in result.stderr
     return folder
 
 
@@ -41,9 +42,7 @@ def ids_of(found):
 
 def test_a_second_time_nothing_is_encoded(place):
     result = succeed("index", place / "i", "upsert", place / "corpus.jsonl")
-    assert (
-        f"0 passages added, 0 with another text, 0 with other metadata, {len(SENTENCES)} as they were" in result.stderr
-    )
+    assert f"0 added, 0 with another text, 0 with other metadata, {len(SENTENCES)} as they were" in result.stderr
 
 
 def test_search_explains_and_proves(place):
@@ -75,11 +74,17 @@ def test_a_filter_and_both_sources(place):
 
 def test_get_delete_snapshot_restore_verify(place):
     succeed("index", place / "i", "snapshot", "one")
-    assert "1 of 2 passages deleted" in succeed("index", place / "i", "delete", "s5", "nobody").stderr
+    deleted = d2llm("index", place / "i", "delete", "s5", "nobody", "no one")
+    assert deleted.exit_code == 1
+    assert "1 of 3 passages deleted" in deleted.stderr
+    assert f"not in {place / 'i'}: 'nobody', 'no one'" in deleted.stderr
     assert "s5" not in ids_of(report_of(place, "search", place / "i", SENTENCES[5], "--top-k", "60"))
-    shown = succeed("index", place / "i", "get", "s4", "s5")
+    shown = d2llm("index", place / "i", "get", "s4", "s5", "--json", place / "got.json")
+    assert shown.exit_code == 1
     assert SENTENCES[4][:30] in shown.stdout
-    assert "1 of the ids are not in the index" in shown.stderr
+    assert "s4" in shown.stdout.splitlines()
+    assert f"not in {place / 'i'}: 's5'" in shown.stderr
+    assert json.loads((place / "got.json").read_text())["result"]["missing"] == ["s5"]
     assert ids_of(report_of(place, "search", place / "i" / "snapshots" / "one", SENTENCES[5]))[0] == "s5"
     fail("index", place / "i", "restore", "two", containing=["no snapshot 'two'", "one"])
     succeed("index", place / "i", "restore", "one")
@@ -149,6 +154,41 @@ def test_what_is_wrong_is_said(place, tmp_path):
     write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "t", "year": "soon"}])
     fail("index", place / "i", "upsert", tmp_path, containing=["'a'", "year"])
     fail("index", tmp_path / "n", "upsert", tmp_path, "--field", "year:century", containing=["century", "integer"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        ([{"_id": "a", "text": "t", "position": "third"}], (), "position"),
+        ([{"_id": "a", "text": "t"}], ("--field", "year:century"), "century"),
+        ([{"_id": "a", "text": "t"}], ("--chunk-tokens", "4"), "8 to 256"),
+        ([{"_id": "a", "text": "t", "year": "soon"}], ("--field", "year:integer"), "'year'"),
+        ([{"_id": "a", "text": "t"}], ("--student", "nobody"), "nobody"),
+    ],
+)
+def test_a_failed_upsert_leaves_no_index_behind(tmp_path, lines, options, words):
+    write_lines(tmp_path / "corpus.jsonl", lines)
+    fail("index", tmp_path / "new", "upsert", tmp_path / "corpus.jsonl", *options, containing=[words])
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+    fail("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "made", "--chunk-tokens", "4", containing=["8 to"])
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_an_index_in_the_way_of_encode_names_the_option(place):
+    fail("encode", place / "corpus.jsonl", "--out", place / "i", containing=["--overwrite"])
+
+
+def test_an_index_of_nothing_is_told(place, tmp_path):
+    Index.create(tmp_path / "empty", "d2llm-minilm")
+    fail("search", tmp_path / "empty", "x", containing=["holds no passages", "upsert CORPUS"])
+    found = succeed("search", place / "i", "bread", "--filter", "year > 9000")
+    assert "warning: no passage was found for 'bread': no passage fits the filter" in found.stderr
+
+
+def test_no_folder_is_made_for_a_report(place, tmp_path):
+    report = tmp_path / "no" / "report.json"
+    fail("search", place / "i", "x", "--json", report, containing=[f"no folder {report.parent}", "make it first"])
+    assert not report.parent.exists()
 
 
 def test_the_help_reads_well():

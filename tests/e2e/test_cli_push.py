@@ -30,7 +30,9 @@ def hub(tmp_path, monkeypatch):
 def test_a_pushed_student_judges_by_its_name(hub, tmp_path):
     result, report = succeed_with_report("push", STUDENT, "me/mine", "--private", folder=tmp_path)
     assert report["result"]["url"].startswith("https://huggingface.co/me/mine/commit/")
-    assert "6 files" in result.stderr
+    num_files = len(hub.repositories["me/mine"].files("main")) - 1  # .gitattributes is the Hub's own
+    assert report["result"]["num_files"] == num_files > 6
+    assert f"{num_files} files" in result.stderr
     assert OWNER_TOKEN not in result.output + (tmp_path / "report.json").read_text()
     assert hub.repositories["me/mine"].private
     assert find_student("me/mine") != find_student(STUDENT)

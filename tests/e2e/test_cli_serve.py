@@ -81,6 +81,24 @@ def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
     fail("serve", index, "--keys-file", tmp_path / "none.json", "--port", 0, containing=["none.json", "d2llm keys"])
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "No such file"),
+        ("folder", "Is a directory"),
+        (b'{"verb": "evaluate"}', "no HTML"),
+        (b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_the_report_must_be_a_page(index: Path, tmp_path: Path, content: object, problem: str):
+    path = tmp_path / "report.html"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.mkdir()
+    fail("serve", index, "--report", path, "--port", 0, containing=["report.html", problem, "evaluate --html"])
+
+
 def test_others_are_let_in_only_on_purpose(index: Path):
     fail("serve", index, "--host", "0.0.0.0", containing=["0.0.0.0", "d2llm keys", "allow_unauthenticated"])
 

@@ -8,6 +8,7 @@ import itertools
 import httpx2
 import pytest
 
+import waiting
 from d2llm.core.errors import ModelError
 from page_server import WatchedTeacher, asked, until, write_taught_index
 from tiny_server import tiny_settings
@@ -15,7 +16,7 @@ from tiny_server import tiny_settings
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.apps.server.app import make_app
-from d2llm.index.store import ERRORS_FILE
+from d2llm.index.side_files import ERRORS_FILE
 from live_server import serve, wait_until_ready
 
 QUERY = "the cat by the sea"
@@ -87,9 +88,9 @@ def joined(page):
             return [...document.querySelectorAll("svg.lines .line")].map((line) => {
                 const [left, right] = line.querySelectorAll("circle");
                 const cards = [touched(left, "right"), touched(right, "left")];
-                const column = columns.indexOf(cards[0].closest(".column"));
+                const column = columns.indexOf(cards[0]?.closest(".column"));
                 const kind = line.classList[1];
-                return [column, ...cards.map((card) => card.dataset.id), kind, line.dataset.id];
+                return [column, ...cards.map((card) => card?.dataset.id ?? ""), kind, line.dataset.id];
             });
         }"""
     )
@@ -136,7 +137,7 @@ def test_lines_join_the_places_of_a_passage_and_say_which_way_it_went(visit, add
     # A card that opens pushes others down: their lines go along.
     page.locator(".column").nth(2).locator(".toggle-why").first.click()
     page.wait_for_selector(".why .sources")
-    assert sorted(joined(page)) == sorted(expected)
+    waiting.until(lambda: sorted(joined(page)) == sorted(expected), "the lines of the cards that moved")
 
 
 def test_the_last_column_can_be_the_teacher(visit, address):

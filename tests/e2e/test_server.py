@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 
 import httpx2
@@ -23,7 +22,8 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 
 from d2llm.apps.server.app import make_app
 from d2llm.apps.server.model_service import ModelService
-from live_server import serve, wait_until_ready
+from live_server import HeldStudent, LeavingClient, patient, serve, wait_until_closed, wait_until_ready
+from waiting import PATIENCE, until
 
 QUERY = "the cat by the sea"
 
@@ -48,7 +48,7 @@ def address(index):
 @pytest.fixture
 def post(address):
     def ask(path, body, status=200):
-        answer = httpx2.post(address + path, json=body, timeout=60)
+        answer = patient.post(address + path, json=body)
         assert answer.status_code == status, answer.text
         return answer.json()
 
@@ -103,7 +103,7 @@ def test_many_clients_at_once_get_each_their_own_answer(index, address):
     asked = [(f"the {word} number {n}", n % 4 + 1) for n, word in enumerate(["cat", "ship", "snow", "bread"] * 10)]
 
     async def main():
-        async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
+        async with httpx2.AsyncClient(base_url=address, timeout=PATIENCE) as http:
             return await asyncio.gather(
                 *(http.post("/v1/search", json={"query": query, "top_k": top_k}) for query, top_k in asked)
             )
@@ -183,24 +183,35 @@ def test_bad_bodies_are_told_what_is_wrong(post, path, body, status, words):
         ("/v1/encode", '{"texts": ["a", "TEXT"], "kind": "query"}'),
         ("/v1/rescore", '{"query": "TEXT", "passage_ids": ["p1"]}'),
         ("/v1/rescore", '{"query": "a", "passages": ["TEXT"]}'),
+        ("/v1/rescore", '{"query": "a", "passage_ids": ["p1", "TEXT"]}'),
         ("/v1/passages", '{"passages": [{"id": "a", "text": "TEXT"}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "title": "TEXT"}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "document_id": "TEXT"}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "metadata": {"language": "TEXT"}}]}'),
+        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "metadata": {"TEXT": null}}]}'),
+        ("/v1/documents", '{"documents": [{"id": "a", "text": "b", "title": "TEXT"}], "chunk_tokens": 16}'),
+        ("/v1/documents", '{"documents": [{"id": "a", "text": "b", "metadata": {"TEXT": 1}}], "chunk_tokens": 16}'),
+        ("/v1/search", '{"query": "a", "filter": "language = \'TEXT\'"}'),
+        ("/v1/search", '{"query": "a", "TEXT": 1}'),
+        ("/v1/index/snapshots", '{"name": "TEXT"}'),
     ],
 )
 def test_half_a_surrogate_pair_is_no_text(address, path, body):
     content = body.replace("TEXT", "\\ud83d cat").encode()
-    answer = httpx2.post(address + path, content=content, headers={"Content-Type": "application/json"})
+    answer = patient.post(address + path, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
     assert "surrogate" in answer.json()["error"]["message"]
+    assert "ud83d cat" in answer.json()["error"]["message"]
 
 
 def test_wrong_methods_paths_types_and_json_are_told_too(address):
     for send, status in (
-        (lambda: httpx2.get(f"{address}/v1/search"), 405),
-        (lambda: httpx2.get(f"{address}/v1/nothing"), 404),
-        (lambda: httpx2.post(f"{address}/v1/search", content=b"{", headers={"Content-Type": "application/json"}), 400),
-        (lambda: httpx2.post(f"{address}/v1/search", content=b"x", headers={"Content-Type": "text/plain"}), 415),
+        (lambda: patient.get(f"{address}/v1/search"), 405),
+        (lambda: patient.get(f"{address}/v1/nothing"), 404),
+        (lambda: patient.post(f"{address}/v1/search", content=b"{", headers={"Content-Type": "application/json"}), 400),
+        (lambda: patient.post(f"{address}/v1/search", content=b"x", headers={"Content-Type": "text/plain"}), 415),
         (
-            lambda: httpx2.post(
+            lambda: patient.post(
                 f"{address}/v1/rescore",
                 content=b'{"query": "a", "passage_vectors": [[NaN]]}',
                 headers={"Content-Type": "application/json"},
@@ -216,7 +227,7 @@ def test_wrong_methods_paths_types_and_json_are_told_too(address):
 def test_what_is_written_is_found_and_what_is_deleted_is_not(tmp_path):
     with serve(make_app(tiny_settings(write_tiny_index(tmp_path)))) as address:
         wait_until_ready(address)
-        with httpx2.Client(base_url=address, timeout=60) as http:
+        with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             before = http.get("/v1/index").json()
             new = {"id": "new/1", "text": "stars and planets over the sea", "metadata": {"year": 1999}}
             report = http.post("/v1/passages", json={"passages": [new]}).json()
@@ -246,7 +257,7 @@ def test_a_server_that_is_not_writable_changes_nothing(index):
             ("POST", "/v1/index/snapshots", {"name": "a"}),
             ("DELETE", "/v1/passages/p0", None),
         ):
-            answer = httpx2.request(method, address + path, json=body)
+            answer = patient.request(method, address + path, json=body)
             assert answer.status_code == 403
             assert "writable" in answer.json()["error"]["message"]
 
@@ -256,7 +267,7 @@ def test_new_versions_and_a_new_index_are_read_without_a_failed_request(tmp_path
     answers, stop = [], threading.Event()
 
     def ask(address):
-        with httpx2.Client(base_url=address, timeout=60) as http:
+        with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             while not stop.is_set():
                 answers.append(http.post("/v1/search", json={"query": QUERY, "top_k": 5}))
 
@@ -267,11 +278,10 @@ def test_new_versions_and_a_new_index_are_read_without_a_failed_request(tmp_path
             thread.start()
 
         def wait_for(num_passages):
-            for _ in range(200):
-                if httpx2.get(f"{address}/v1/index").json()["num_passages"] == num_passages:
-                    return
-                time.sleep(0.05)
-            raise AssertionError(f"{num_passages} passages were never served")
+            until(
+                lambda: patient.get(f"{address}/v1/index").json()["num_passages"] == num_passages,
+                f"an index of {num_passages} passages",
+            )
 
         try:
             other = Index.open(folder, dtype="float32")  # as another process would
@@ -298,20 +308,17 @@ def test_an_index_that_breaks_later_goes_on_answering_and_says_so(tmp_path):
     with serve(make_app(tiny_settings(folder))) as address:
         wait_until_ready(address)
         folder.rename(tmp_path / "elsewhere")
-        time.sleep(0.5)
-        health = httpx2.get(f"{address}/health")
-        assert health.status_code == 200
-        assert "cannot be read" in health.json()["message"]
+        until(lambda: "cannot be read" in patient.get(f"{address}/health").json()["message"], "a word of the trouble")
+        assert patient.get(f"{address}/health").status_code == 200
         (tmp_path / "elsewhere").rename(folder)
-        time.sleep(0.5)
-        assert httpx2.get(f"{address}/health").json()["message"] == ""
+        until(lambda: patient.get(f"{address}/health").json()["message"] == "", "the end of the trouble")
 
 
 def test_a_server_without_its_index_is_broken_and_says_why(tmp_path):
     with serve(make_app(tiny_settings(tmp_path / "nothing"))) as address:
         health = wait_until_ready(address, "broken")
         assert "nothing" in health["message"]
-        answer = httpx2.post(f"{address}/v1/search", json={"query": "cat"})
+        answer = patient.post(f"{address}/v1/search", json={"query": "cat"})
         assert answer.status_code == 503
         assert answer.headers["Retry-After"]
         assert answer.json()["error"]["kind"] == "not_ready"
@@ -320,8 +327,8 @@ def test_a_server_without_its_index_is_broken_and_says_why(tmp_path):
 def test_a_student_alone_is_served_without_an_index(folder, index):
     with serve(make_app(tiny_settings(None, student=str(folder / "student-0")))) as address:
         wait_until_ready(address)
-        assert httpx2.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
-        answer = httpx2.post(f"{address}/v1/search", json={"query": "cat"})
+        assert patient.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
+        answer = patient.post(f"{address}/v1/search", json={"query": "cat"})
         assert answer.status_code == 404
         assert "no index" in answer.json()["error"]["message"]
 
@@ -342,7 +349,7 @@ def test_a_teacher_reads_again(tmp_path):
         make_app(tiny_settings(folder, teacher=str(teacher), prompt="short", teacher_budget_ms=60_000))
     ) as address:
         wait_until_ready(address)
-        with httpx2.Client(base_url=address, timeout=120) as http:
+        with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             facts = http.get("/v1/index").json()
             assert facts["rescore"] == ["none", "iem", "teacher", "cascade"]
             body = {"query": QUERY, "top_k": 5}
@@ -361,23 +368,24 @@ def test_a_teacher_reads_again(tmp_path):
             assert 0 <= why["teacher"]["probability"] <= 1
 
 
+async def ask_at_once(address, number, path, body, held):
+    """So many answers; no text is encoded before the first of them is there."""
+    async with httpx2.AsyncClient(base_url=address, timeout=PATIENCE) as http:
+        asking = [asyncio.create_task(http.post(path, json=body)) for _ in range(number)]
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        held.may_end.set()
+        return await asyncio.gather(*asking)
+
+
 def test_overload_is_refused_while_what_is_admitted_is_answered(index):
-    with serve(make_app(tiny_settings(index, queue_texts=4))) as address:
+    app = make_app(tiny_settings(index, queue_texts=4))
+    with serve(app) as address:
         wait_until_ready(address)
-
-        async def main():
-            async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
-                texts = [tiny_passages()[0].text] * 200
-                return await asyncio.gather(
-                    *(http.post("/v1/encode", json={"texts": texts, "kind": "passage"}) for _ in range(12))
-                )
-
-        answers = asyncio.run(main())
-        refused = [answer for answer in answers if answer.status_code == 429]
-        assert refused
-        assert len(refused) < len(answers)
-        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
-        assert {answer.status_code for answer in answers} == {200, 429}
+        held = HeldStudent(app.state.serving.now().models.student)
+        body = {"texts": [tiny_passages()[0].text] * 200, "kind": "passage"}
+        answers = asyncio.run(ask_at_once(address, 12, "/v1/encode", body, held))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
 
 
 def test_a_search_is_refused_before_its_query_is_encoded_or_not_at_all(index, monkeypatch):
@@ -389,14 +397,12 @@ def test_a_search_is_refused_before_its_query_is_encoded_or_not_at_all(index, mo
         return await encode(self, texts, kind, **options)
 
     monkeypatch.setattr(ModelService, "encode", counted)
-    with serve(make_app(tiny_settings(index, queue_texts=3))) as address:
+    app = make_app(tiny_settings(index, queue_texts=3))
+    with serve(app) as address:
         wait_until_ready(address)
-
-        async def main():
-            async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
-                return await asyncio.gather(*(http.post("/v1/search", json={"query": QUERY}) for _ in range(40)))
-
-        answers = Counter(answer.status_code for answer in asyncio.run(main()))
+        held = HeldStudent(app.state.serving.now().models.student)
+        found = asyncio.run(ask_at_once(address, 40, "/v1/search", {"query": QUERY}, held))
+    answers = Counter(answer.status_code for answer in found)
     assert answers.keys() == {200, 429}
     assert len(encoded) == answers[200] >= 3
 
@@ -405,17 +411,17 @@ def test_a_client_that_goes_away_frees_its_place(index):
     app = make_app(tiny_settings(index))
     with serve(app) as address:
         wait_until_ready(address)
+        models = app.state.serving.now().models
+        held = HeldStudent(models.student)
         texts = [passage.text for passage in tiny_passages()] * 8
-        with pytest.raises(httpx2.TimeoutException), httpx2.Client(base_url=address) as http:
-            http.post("/v1/encode", json={"texts": texts, "kind": "passage"}, timeout=0.05)
-        for _ in range(100):
-            if app.state.serving.now().models.num_queued == 0:
-                break
-            time.sleep(0.01)
-        begin = time.perf_counter()
-        assert httpx2.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
-        assert app.state.serving.now().models.num_queued == 0
-        assert time.perf_counter() - begin < 5
+        client = LeavingClient(address, "/v1/encode", {"texts": texts, "kind": "passage"})
+        held.wait()
+        assert models.num_queued > 0
+        client.leave()
+        until(lambda: models.num_queued == 0, "an empty queue")  # though none of them has been encoded
+        held.may_end.set()
+        assert patient.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
+        assert models.num_queued == 0
 
 
 def test_what_was_accepted_is_answered_when_the_server_stops(index):
@@ -423,19 +429,27 @@ def test_what_was_accepted_is_answered_when_the_server_stops(index):
 
     def ask(address):
         texts = [passage.text for passage in tiny_passages()] * 4
-        answers.append(httpx2.post(f"{address}/v1/encode", json={"texts": texts, "kind": "passage"}, timeout=60))
+        answers.append(patient.post(f"{address}/v1/encode", json={"texts": texts, "kind": "passage"}))
 
-    with serve(make_app(tiny_settings(index))) as address:
+    def let_through_when_it_stops(address):
+        wait_until_closed(address)
+        held.may_end.set()
+
+    app = make_app(tiny_settings(index))
+    with serve(app) as address:
         wait_until_ready(address)
-        thread = threading.Thread(target=ask, args=(address,))
-        thread.start()
-        time.sleep(0.05)
-    thread.join()
+        held = HeldStudent(app.state.serving.now().models.student)
+        threads = [threading.Thread(target=work, args=(address,)) for work in (ask, let_through_when_it_stops)]
+        threads[0].start()
+        held.wait()
+        threads[1].start()
+    for thread in threads:
+        thread.join()
     assert [answer.status_code for answer in answers] == [200]
 
 
 def test_clients_are_not_told_where_the_server_keeps_its_files(index, address, folder):
-    answer = httpx2.post(f"{address}/v1/rescore", json={"query": "cat", "passage_ids": ["nowhere"]})
+    answer = patient.post(f"{address}/v1/rescore", json={"query": "cat", "passage_ids": ["nowhere"]})
     assert answer.status_code == 400
     assert "nowhere" in answer.json()["error"]["message"]
     assert str(folder) not in answer.text
@@ -450,7 +464,7 @@ def test_neither_are_they_where_the_index_was_given_by_its_name_alone(tmp_path, 
     monkeypatch.chdir(tmp_path)
     with serve(make_app(tiny_settings(index.relative_to(tmp_path)))) as address:
         wait_until_ready(address)
-        answer = httpx2.post(f"{address}/v1/passages", json={"passages": [{"id": "new", "text": "a cat"}]})
+        answer = patient.post(f"{address}/v1/passages", json={"passages": [{"id": "new", "text": "a cat"}]})
         assert answer.status_code == 507
         assert "write.lock" in answer.text
         assert str(tmp_path) not in answer.text
@@ -458,17 +472,17 @@ def test_neither_are_they_where_the_index_was_given_by_its_name_alone(tmp_path, 
 
 def test_a_wrong_method_is_told_all_right_ones(address):
     for path in ("/v1/passages/p1", "/v1/passages/with/slash"):
-        answer = httpx2.request("PATCH", address + path)
+        answer = patient.request("PATCH", address + path)
         assert answer.status_code == 405
         assert answer.headers["Allow"] == "DELETE, GET"
-    assert httpx2.get(f"{address}/v1/search").headers["Allow"] == "POST"
+    assert patient.get(f"{address}/v1/search").headers["Allow"] == "POST"
 
 
 def test_a_cascade_is_offered_when_the_students_error_is_known(tmp_path):
     folder, teacher = write_tiny_index(tmp_path), write_tiny_model(tmp_path / "teacher", "llama")
     with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short"))) as address:
         wait_until_ready(address)
-        assert httpx2.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "teacher"]
-        answer = httpx2.post(f"{address}/v1/search", json={"query": "cat", "rescore": "cascade"})
+        assert patient.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "teacher"]
+        answer = patient.post(f"{address}/v1/search", json={"query": "cat", "rescore": "cascade"})
         assert answer.status_code == 400
         assert "calibrate" in answer.json()["error"]["message"]

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
+from fastapi import FastAPI
+
 from d2llm import Index, Student, encode
 from d2llm.apps.server import app as app_module
 from d2llm.apps.server.app import make_app
-from live_server import serve, wait_until_ready
+from live_server import HeldStudent, LeavingClient, patient, serve, wait_until_ready
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_student
+from waiting import PATIENCE, until
 
 QUERIES = ["the cat by the sea", "bread and salt", "a ship in winter"]
 IDS = ["p1", "p5", "p9"]
@@ -94,12 +97,16 @@ class Clients:
             thread.join()
 
     def _ask(self, path: str) -> None:
-        with httpx2.Client(base_url=self._address, timeout=60) as http:
+        with httpx2.Client(base_url=self._address, timeout=PATIENCE) as http:
             for query in itertools.cycle(QUERIES):
-                if self._stop.is_set():
+                if self._stop.wait(0.005):  # or five threads that ask leave the server no time
                     return
                 answer = http.post(path, json=bodies(query)[path])
                 self.answers.append((time.monotonic(), query, answer))
+
+    def answered(self, since: float = 0.0) -> set[str]:
+        """The paths that have been answered since a time."""
+        return {answer.url.path for told, _, answer in self.answers if told > since}
 
 
 def check(clients: Clients, expected: dict[str, dict[str, dict[str, float]]], dims: dict[int, str]) -> set[str]:
@@ -131,30 +138,36 @@ def check(clients: Clients, expected: dict[str, dict[str, dict[str, float]]], di
     return seen
 
 
-def until(address: str, fingerprint: str) -> None:
-    for _ in range(600):
-        if httpx2.get(f"{address}/health").json()["fingerprint"] == fingerprint:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the new student was never served")
+def until_served(address: str, fingerprint: str) -> None:
+    until(lambda: patient.get(f"{address}/health").json()["fingerprint"] == fingerprint, "the new student")
+
+
+@dataclass
+class Loads:
+    """Students that were loaded: from when until when, each held until ``may_end`` says so of the time it began."""
+
+    may_end: Callable[[float], bool]
+    began: threading.Event
+    times: list[tuple[float, float]]
 
 
 @contextmanager
-def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[list[tuple[float, float]]]:
-    """Loading a student takes longer; when it was done, from and until."""
-    times: list[tuple[float, float]] = []
+def held_loads(monkeypatch: pytest.MonkeyPatch, may_end: Callable[[float], bool]) -> Iterator[Loads]:
+    """Loading a student takes as long as a test wants."""
+    loads = Loads(may_end, threading.Event(), [])
     load = Student.load
 
-    def slow(*args: object, **kwargs: object) -> Student:
+    def held(*args: object, **kwargs: object) -> Student:
         began = time.monotonic()
-        time.sleep(seconds)
+        loads.began.set()
+        until(lambda: loads.may_end(began), "the end of loading")
         student = load(*args, **kwargs)  # pyright: ignore[reportArgumentType]
-        times.append((began, time.monotonic()))
+        loads.times.append((began, time.monotonic()))
         return student
 
     with monkeypatch.context() as patch:
-        patch.setattr(app_module.Student, "load", slow)
-        yield times
+        patch.setattr(app_module.Student, "load", held)
+        yield loads
 
 
 def facts(pairs: tuple[Pair, Pair], folders: tuple[Path, Path]) -> tuple[dict, dict]:
@@ -179,25 +192,29 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
     else:
         old.write(link)
     app = make_app(tiny_settings(link, model_name="served"))
-    with serve(app) as address, httpx2.Client(base_url=address, timeout=60) as http:
+    with serve(app) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
         served = weakref.ref(app.state.serving.now().models.student)
         assert http.get("/health").json()["fingerprint"] == old.fingerprint
-        with slowly(monkeypatch, 1.0) as times, Clients(address) as clients:
-            time.sleep(0.5)
+        clients = Clients(address)
+        # The texts of an index that is removed cannot be read any more: who asks for them waits for the new pair.
+        unread = set() if way == "by a link" else {"/v1/search", "/v1/rescore"}
+
+        def all_were_answered(since: float) -> bool:
+            return clients.answered(since) >= {*bodies("")} - unread
+
+        with held_loads(monkeypatch, all_were_answered) as loads, clients:
+            until(lambda: clients.answered() == {*bodies("")}, "an answer to all")
             if way == "by a link":
-                (tmp_path / "next").symlink_to("new")
-                (tmp_path / "next").replace(link)
+                point(link, "new")
             else:
                 new.write(link)
-            until(address, new.fingerprint)
-            time.sleep(0.5)
+            until_served(address, new.fingerprint)
+            served_from = time.monotonic()
+            until(lambda: clients.answered(served_from) == {*bodies("")}, "an answer of the new pair to all")
         assert check(clients, expected, dims) == {old.fingerprint, new.fingerprint}
-        ((began, ended),) = times
+        ((began, ended),) = loads.times
         meanwhile = [answer for told, _, answer in clients.answers if began < told < ended]
-        paths = {answer.url.path for answer in meanwhile}
-        # The texts of an index that is removed cannot be read any more: who asks for them waits for the new pair.
-        assert paths >= {*bodies("")} - (set() if way == "by a link" else {"/v1/search", "/v1/rescore"})
         for answer in meanwhile:
             if answer.url.path == "/v1/encode":
                 assert answer.json()["fingerprint"] == old.fingerprint
@@ -216,17 +233,21 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
         assert served() is None
 
 
+def point(link: Path, target: str) -> None:
+    (link.parent / "next").symlink_to(target)
+    (link.parent / "next").replace(link)
+
+
+def requests_in_flight(app: FastAPI) -> float:
+    return app.state.telemetry.registry.get_sample_value("d2llm_http_requests_in_flight")
+
+
 @pytest.fixture
 def folder(pairs: tuple[Pair, Pair], tmp_path: Path) -> Path:
     """A link to an index of the old student."""
     pairs[0].write(tmp_path / "old")
     (tmp_path / "index").symlink_to("old")
     return tmp_path / "index"
-
-
-def point(link: Path, target: str) -> None:
-    (link.parent / "next").symlink_to(target)
-    (link.parent / "next").replace(link)
 
 
 def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tuple[Pair, Pair], folder: Path):
@@ -236,26 +257,19 @@ def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tup
     app = make_app(tiny_settings(folder, reload_seconds=1_000))
     with serve(app) as address:
         wait_until_ready(address)
-        student, began = app.state.serving.now().models.student, threading.Event()
-        encode_tokens = student.encode_tokens
-
-        def slow(ids: object) -> object:
-            began.set()
-            time.sleep(0.1)
-            return encode_tokens(ids)
-
-        student.encode_tokens = slow
+        held = HeldStudent(app.state.serving.now().models.student)
         answers: list[httpx2.Response] = []
 
         def ask() -> None:
-            answers.append(httpx2.post(f"{address}/rerank", json={"query": "cat", "texts": texts}, timeout=60))
+            answers.append(patient.post(f"{address}/rerank", json={"query": "cat", "texts": texts}))
 
         asking = threading.Thread(target=ask)
         asking.start()
-        assert began.wait(30)
+        held.wait()
         point(folder, "new")
-        assert httpx2.post(f"{address}/v1/index/reload", timeout=60).json()["fingerprint"] == new.fingerprint
+        assert patient.post(f"{address}/v1/index/reload").json()["fingerprint"] == new.fingerprint
         assert not answers  # the swap did not wait for it
+        held.may_end.set()
         asking.join()
         (answer,) = answers
         assert answer.status_code == 200
@@ -272,26 +286,18 @@ def test_clients_that_have_left_do_not_keep_a_student(pairs: tuple[Pair, Pair], 
     with serve(app) as address:
         wait_until_ready(address)
         student = app.state.serving.now().models.student
-        encode_tokens = student.encode_tokens
-
-        def slow(ids: object) -> object:
-            time.sleep(0.1)
-            return encode_tokens(ids)
-
-        student.encode_tokens = slow
-        body = {"query": "cat", "texts": [f"a dog and {n} cats" for n in range(500)]}
-        with pytest.raises(httpx2.TimeoutException):
-            httpx2.post(f"{address}/rerank", json=body, timeout=0.3)
-        served = weakref.ref(student)
-        del student, encode_tokens, slow
+        held, served = HeldStudent(student), weakref.ref(student)
+        del student
+        client = LeavingClient(
+            address, "/rerank", {"query": "cat", "texts": [f"a dog and {n} cats" for n in range(500)]}
+        )
+        held.wait()
         point(folder, "new")
-        assert httpx2.post(f"{address}/v1/index/reload", timeout=60).json()["changed"]
-        for _ in range(100):
-            gc.collect()
-            if served() is None:
-                break
-            time.sleep(0.05)
-        assert served() is None
+        assert patient.post(f"{address}/v1/index/reload").json()["changed"]
+        client.leave()
+        until(lambda: requests_in_flight(app) == 0, "that the server sees who has gone")
+        held.may_end.set()
+        until(lambda: gc.collect() >= 0 and served() is None, "the end of the old student")
 
 
 def test_another_students_index_without_its_student_is_refused_and_the_old_pair_serves_on(
@@ -299,7 +305,7 @@ def test_another_students_index_without_its_student_is_refused_and_the_old_pair_
 ):
     old, new = pairs
     Pair(new.student, folder.parent / "gone", 40).write(folder.parent / "new")
-    with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=60) as http:
+    with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
         with caplog.at_level(logging.ERROR):
             point(folder, "new")
@@ -310,11 +316,8 @@ def test_another_students_index_without_its_student_is_refused_and_the_old_pair_
         assert "gone" in told["message"]
         assert str(folder.parent) not in answer.text
         assert str(folder.parent / "gone") in caplog.text
-        for _ in range(100):
-            health = http.get("/health")
-            if health.json()["message"]:
-                break
-            time.sleep(0.05)
+        until(lambda: http.get("/health").json()["message"], "a word of the trouble")
+        health = http.get("/health")
         assert health.status_code == 200
         assert "gone" in health.json()["message"]
         assert str(folder.parent) not in health.text
@@ -330,7 +333,7 @@ def test_the_student_of_the_settings_is_not_exchanged_for_another(pairs: tuple[P
     old, new = pairs
     new.write(folder.parent / "new")
     settings = tiny_settings(folder, student=str(old.source), reload_seconds=1_000)
-    with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=60) as http:
+    with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
         point(folder, "new")
         answer = http.post("/v1/index/reload")
@@ -342,7 +345,10 @@ def test_the_student_of_the_settings_is_not_exchanged_for_another(pairs: tuple[P
 def test_an_index_removed_for_one_that_cannot_be_served_is_told_as_that(pairs: tuple[Pair, Pair], tmp_path: Path):
     old, new = pairs
     old.write(tmp_path / "index")
-    with serve(make_app(tiny_settings(tmp_path / "index"))) as address, httpx2.Client(base_url=address) as http:
+    with (
+        serve(make_app(tiny_settings(tmp_path / "index"))) as address,
+        httpx2.Client(base_url=address, timeout=PATIENCE) as http,
+    ):
         wait_until_ready(address)
         Pair(new.student, tmp_path / "gone", 40).write(tmp_path / "index")
         answer = http.post("/v1/search", json={"query": "cat"})
@@ -361,7 +367,7 @@ def test_what_is_written_after_the_index_was_replaced_is_of_the_new_student(pair
     _, new = pairs
     new.write(folder.parent / "new")
     settings = tiny_settings(folder, reload_seconds=1_000)
-    with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=60) as http:
+    with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
         point(folder, "new")
         passage = {"id": "x", "text": "bread is baked from flour"}
@@ -378,15 +384,19 @@ def test_a_student_is_loaded_once_though_who_asked_has_gone(
 ):
     _, new = pairs
     new.write(folder.parent / "new")
-    with serve(make_app(tiny_settings(folder, reload_seconds=1_000))) as address:
+    app, has_left = make_app(tiny_settings(folder, reload_seconds=1_000)), threading.Event()
+    with serve(app) as address:
         wait_until_ready(address)
         point(folder, "new")
-        with slowly(monkeypatch, 1.0) as times:
-            with pytest.raises(httpx2.TimeoutException):
-                httpx2.post(f"{address}/v1/index/reload", timeout=0.3)
-            answer = httpx2.post(f"{address}/v1/index/reload", timeout=60).json()
+        with held_loads(monkeypatch, lambda _: has_left.is_set()) as loads:
+            client = LeavingClient(address, "/v1/index/reload", {})
+            assert loads.began.wait(PATIENCE)
+            client.leave()
+            until(lambda: requests_in_flight(app) == 0, "that the server sees who has gone")
+            has_left.set()
+            answer = patient.post(f"{address}/v1/index/reload").json()
             assert (answer["fingerprint"], answer["changed"]) == (new.fingerprint, False)
-            assert len(times) == 1
+            assert len(loads.times) == 1
 
 
 def test_no_memory_for_another_student_is_an_answer_and_not_the_end_of_looking(
@@ -394,11 +404,14 @@ def test_no_memory_for_another_student_is_an_answer_and_not_the_end_of_looking(
 ):
     old, new = pairs
     new.write(folder.parent / "new")
-    with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=60) as http:
+    with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
         with monkeypatch.context() as patch:
+            num_tried = 0
 
             def fail(*_: object, **__: object) -> Student:
+                nonlocal num_tried
+                num_tried += 1
                 raise MemoryError
 
             patch.setattr(app_module.Student, "load", fail)
@@ -407,5 +420,5 @@ def test_no_memory_for_another_student_is_an_answer_and_not_the_end_of_looking(
             assert answer.status_code == 409
             assert "MemoryError" in answer.json()["error"]["message"]
             assert http.post("/v1/search", json={"query": "cat"}).json()["index"]["fingerprint"] == old.fingerprint
-            time.sleep(0.3)
-        until(address, new.fingerprint)
+            until(lambda: num_tried > 2, "that the server looks again by itself")
+        until_served(address, new.fingerprint)

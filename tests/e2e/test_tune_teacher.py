@@ -52,18 +52,18 @@ class Interrupted(Exception):
 
 def fail_at(monkeypatch, step, error=Interrupted, instead=None):
     """Break off in the middle of the given step, or give another loss there."""
-    whole = module._accumulate_gradient
+    whole = module.accumulate_pairs
     calls = []
 
-    def accumulate(model, batch):
+    def accumulate(model, batch, part_tokens):
         calls.append(batch)
         if len(calls) - 1 == step:
             if instead is None:
                 raise error
             return instead, 0
-        return whole(model, batch)
+        return whole(model, batch, part_tokens)
 
-    monkeypatch.setattr(module, "_accumulate_gradient", accumulate)
+    monkeypatch.setattr(module, "accumulate_pairs", accumulate)
     return calls
 
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkey
         with pytest.raises(Interrupted):
             tune(llama, sources, tmp_path / "teacher")
     for change in ({"seed": 1}, {"learning_rate": 1e-3}):
-        with pytest.raises(InputError, match="belongs to a run with another recipe"):
+        with pytest.raises(InputError, match="belongs to a run with other settings: recipe"):
             tune(llama, sources, tmp_path / "teacher", **change)
 
 

@@ -30,7 +30,7 @@ def recipe(models: Path) -> Recipe:
     config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
     student = config.model_copy(update={"interaction": config.interaction.model_copy(update={"dropout": 0.1})})
     rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
-    return tiny_recipe(student, epochs=1, patience=99, part_tokens=30, graph_tokens=60, **rates)
+    return tiny_recipe(student, epochs=1, patience=99, part_tokens=30, graph_gib=1e-4, **rates)
 
 
 def run(models: Path, folder: Path) -> DistillReport:

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, Terminated
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.pipeline import distill as verb
@@ -31,29 +33,23 @@ def sources() -> list[TrainingSource]:
     return [topics(name="one"), topics(name="two", task="symmetric")]
 
 
-def recipe(models: Path) -> Recipe:
+def recipe(models: Path, **training: object) -> Recipe:
     config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
     interaction = config.interaction.model_copy(update={"dropout": 0.1})
     student = config.model_copy(update={"interaction": interaction})
-    return tiny_recipe(
-        student,
-        epochs=2,
-        patience=99,
-        eval_every=4,
-        checkpoint_every=3,
-        learning_rate=1e-3,
-        head_learning_rate=1e-2,
-    )
+    settings = {"epochs": 2, "patience": 99, "eval_every": 4, "checkpoint_every": 3}
+    rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
+    return tiny_recipe(student, **(settings | rates | training))
 
 
-def run(models: Path, folder: Path) -> DistillReport:
+def run(models: Path, folder: Path, **training: object) -> DistillReport:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return distill(
             sources(),
             folder,
-            recipe=recipe(models),
+            recipe=recipe(models, **training),
             labels=models / "labels",
             teacher=tiny_teacher_config(models / "teacher"),
             device="cpu",
@@ -161,9 +157,68 @@ def test_resumed_after_the_last_checkpoint(
     assert_equal_runs(run(models, folder), folder, whole)
 
 
+def stop_in(patch: pytest.MonkeyPatch, name: str, calls: int, number: signal.Signals) -> None:
+    """Send a signal to this process in the given call of a function of the loop."""
+    original, count = getattr(distill_run, name), 0
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            signal.raise_signal(number)
+        return original(*arguments, **options)
+
+    patch.setattr(distill_run, name, stopping)
+
+
+# In the middle of step 7, 6 being whole; while step 6 is being taken, which is finished first; while dev is measured
+# after step 8 (the third time), which is then measured by the resumed run; while a new best state is being chosen.
+@pytest.mark.parametrize(
+    ("name", "calls", "step"),
+    [("weighted_sum", 7, 6), ("optimizer_step", 6, 6), ("evaluate_dev", 3, 8), ("items_at_best_weight", 3, 8)],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
+    models: Path,
+    whole: tuple[DistillReport, Path],
+    name: str,
+    calls: int,
+    step: int,
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No checkpoint is due in this run of few steps, but one is kept when it is stopped, and no step is taken twice."""
+    folder, rare = tmp_path / "student", {"checkpoint_every": 1000, "checkpoint_minutes": 1000}
+    with monkeypatch.context() as patch:
+        stop_in(patch, name, calls, number)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            run(models, folder, **rare)
+    assert isinstance(raised.value, Terminated) == (number == signal.SIGTERM)
+    with safe_open(tmp_path / "student.run" / "checkpoint.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == str(step)
+    taken: list[int] = []
+    genuine = distill_run.optimizer_step
+    monkeypatch.setattr(distill_run, "optimizer_step", lambda *a, **o: taken.append(1) or genuine(*a, **o))
+    report = run(models, folder, **rare)
+    assert len(taken) == STEPS - step
+    assert_equal_runs(report, folder, whole)
+
+
+def test_a_checkpoint_is_due_by_time_as_well(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose steps take a minute must not lose the most of a hundred of them."""
+    kept: list[int] = []
+    monkeypatch.setattr(distill_run, "save_checkpoint", lambda folder, step, *rest, **options: kept.append(step))
+    clock = iter(range(0, 100_000, 50))  # seconds; looked at after each step, and after each checkpoint
+    monkeypatch.setattr(distill_run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run(models, tmp_path / "student", checkpoint_every=1000, checkpoint_minutes=2.4, eval_every=1000)
+    assert kept == [0, 3, 6, 9, 12, 15, 16]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path[:0] = {path!r}
 import test_distill_resume as test
 from d2llm.pipeline import distill_run as verb
@@ -214,5 +269,7 @@ def test_a_checkpoint_of_other_labels_is_refused(models: Path, tmp_path: Path, m
         with pytest.raises(Interrupted):
             again()
     write_rule_labels(tmp_path / "labels", sources(), teacher)
-    with pytest.raises(InputError, match="belongs to a run with another recipe, data, labels or seed"):
+    with pytest.raises(
+        InputError, match=r"belongs to a run with other settings: labels\.one\.unlabelled \(was 13, is 0\)"
+    ):
         again()

@@ -13,6 +13,7 @@ import pytest
 from d2llm.core.errors import IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.index.ann import AnnSearch
+from d2llm.index.checked_json import read_checked, write_checked
 from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
 from d2llm.pipeline import build_ann as module
@@ -223,7 +224,7 @@ class TestDamage:
         elif how == "a list":
             record.write_text("[]")
         else:
-            record.write_text(json.dumps({**json.loads(record.read_text()), **how}))
+            write_checked(record, {**read_checked(record), **how})
 
     @pytest.mark.parametrize(
         ("how", "why"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from d2llm.index.inspection import stats, verify
-from d2llm.index.store import ERRORS_FILE, IndexStore
+from d2llm.index.side_files import ERRORS_FILE
+from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
 from d2llm.pipeline import build_ann as module
 from d2llm.pipeline.build_ann import build_ann

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.ops.batching import token_budget_batches
+from d2llm.ops.batching import even_batches, token_budget_batches
 
 
 def test_longest_first_within_both_limits() -> None:
@@ -38,3 +38,20 @@ def test_empty_texts_and_no_texts() -> None:
 def test_limits_below_one_are_refused(max_tokens: int, max_items: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         token_budget_batches([1], max_tokens=max_tokens, max_items=max_items)
+
+
+def test_even_batches_leave_no_query_alone() -> None:
+    assert [even_batches(count, 32) for count in (97, 96, 64, 33, 32, 1, 0)] == [
+        (4, 25),
+        (3, 32),
+        (2, 32),
+        (2, 17),
+        (1, 32),
+        (1, 1),
+        (0, 32),
+    ]
+    for num_items in range(1, 200):
+        for most in range(1, 40):
+            count, size = even_batches(num_items, most)
+            assert size <= most
+            assert (count - 1) * size < num_items <= count * size  # so many batches, none of them empty

@@ -7,7 +7,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, ModelError
 from d2llm.core.types import Passage
-from d2llm.index.store import ERRORS_FILE
+from d2llm.index.side_files import ERRORS_FILE
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline import cascade as module

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat16
+from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat16, devices_here
 from d2llm.models.inference import inference
 
 CPU = torch.device("cpu")
@@ -16,10 +16,14 @@ def test_a_device_asked_for_is_taken():
     assert choose_device() in (CPU, torch.device("cuda"), torch.device("mps"))
 
 
-@pytest.mark.parametrize("name", ["toaster", "cuda:99"])
-def test_a_device_that_is_not_there(name):
-    with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
+@pytest.mark.parametrize("name", ["toaster", "cuda:99", "mps", "xpu"])
+def test_a_device_that_is_not_there_is_told_in_one_line(name):
+    if name in devices_here():
+        pytest.skip("it is there")
+    with pytest.raises(InputError, match=f"device '{name}' cannot be used here") as told:
         choose_device(name)
+    assert f"name one that is here ({', '.join(devices_here())})" in str(told.value)
+    assert len(str(told.value)) < 120 or name == "cuda:99"
 
 
 def test_dtype_by_name_by_value_and_by_machine(monkeypatch):

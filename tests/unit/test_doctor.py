@@ -16,7 +16,7 @@ from d2llm import Index, Passage
 from d2llm.apps import doctor, doctor_install, doctor_machine
 from d2llm.apps.doctor import examine
 from d2llm.apps.doctor_install import install_checks
-from d2llm.apps.doctor_machine import available_memory, machine_checks, openmp_runtimes
+from d2llm.apps.doctor_machine import machine_checks, openmp_runtimes
 from d2llm.apps.findings import Check
 from d2llm.core.errors import ModelError
 from d2llm.models.hub import find_student
@@ -186,10 +186,6 @@ class TestMachine:
         monkeypatch.setattr(doctor_machine, "available_memory", lambda: 1 << 29)
         assert machine("memory", "cpu").level == "note"
         assert machine("memory", "cpu").found == "0.5 GiB available"
-
-    def test_available_memory_is_a_plausible_number(self):
-        found = available_memory()
-        assert found is None or 1 << 20 < found < 1 << 50
 
     def test_products_agree_here(self):
         for what in ("product", "scan", "interaction", "speed"):

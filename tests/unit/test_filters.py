@@ -227,12 +227,12 @@ def test_an_error_counts_characters_from_one_and_shows_the_piece() -> None:
     ids=range(11),
 )
 def test_limits(text: str, problem: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: other work on the machine does not count
     with pytest.raises(FilterError) as error:
         parse_filter(text, SCHEMA)
     assert problem in str(error.value)
     assert len(str(error.value)) < 400
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def nested(depth: int, width: int) -> str:

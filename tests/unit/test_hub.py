@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard, constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
+from d2llm.models import sources
 from d2llm.models.hub import find_student, push_student
 from d2llm.models.model_card import model_card
+from d2llm.models.sources import find_model
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_weights, read_student_manifest
 from fake_hub import OWNER_TOKEN, FakeHub, Repository
@@ -86,6 +88,17 @@ class TestPush:
         loaded = Student.from_pretrained(NAME, device="cpu", dtype="float32")
         assert loaded.fingerprint == student.fingerprint
         np.testing.assert_allclose(vectors(loaded), vectors(student), atol=1e-5)
+
+    def test_all_weights_are_put_there_where_the_library_can_then_load_it(self, hub, base):
+        config = tiny_student_config(base)
+        pooling = config.pooling.model_copy(update={"method": "backbone"})
+        made = Student.create(config.model_copy(update={"pooling": pooling}), device="cpu", dtype="float32")
+        report = made.push_to_hub(NAME, token=OWNER_TOKEN)
+        assert report.needs_d2llm is None
+        assert {"modules.json", "backbone/model.safetensors"} <= files_of(hub).keys()
+        card = ModelCard(files_of(hub)["README.md"].decode())
+        assert card.data.library_name == "d2llm"
+        assert "sentence-transformers" in card.data.tags
 
     def test_a_shipped_student_goes_there_and_back_bit_by_bit(self, hub):
         folder = find_student("d2llm-minilm-cosine")
@@ -249,6 +262,50 @@ class TestFetch:
         assert not any("resolve" in line for line in hub.log)
 
 
+class TestModels:
+    """Of backbones and teachers: whether one can be had is asked once, before libraries that ask for a minute."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_known(self):
+        sources._require_on_hub.cache_clear()
+
+    def test_one_that_is_there_is_asked_for_once(self, hub):
+        hub.repositories["somebody/model"] = Repository()
+        hub.repositories["somebody/model"].commit("main", {"config.json": b"{}"})
+        assert [find_model("somebody/model") for _ in range(2)] == ["somebody/model"] * 2
+        assert len(hub.log) == 1
+
+    def test_unknown_to_the_hub(self, hub):
+        with pytest.raises(ModelNotFoundError, match=r"'somebody/nothing'.*none that you may read; give a local"):
+            find_model("somebody/nothing")
+
+    def test_a_hub_that_cannot_be_reached_is_tried_once(self, hub):
+        hub.reachable = False
+        with pytest.raises(ModelNotFoundError, match=r"cannot be read \(no route to host\); check the network"):
+            find_model("somebody/model")
+        assert len(hub.log) == 1
+        with pytest.raises(ModelNotFoundError, match="no student 'somebody/else'"):
+            find_student("somebody/else")
+        assert len(hub.log) == 2
+
+    def test_offline_it_is_not_asked_but_a_copy_serves(self, hub, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set, so the Hub was not asked"):
+            find_model("somebody/model")
+        commit = Path(constants.HF_HUB_CACHE) / "models--somebody--model" / "snapshots" / "abc"
+        commit.mkdir(parents=True)
+        (commit / "config.json").write_text("{}")
+        (commit.parents[1] / "refs").mkdir()
+        (commit.parents[1] / "refs" / "main").write_text("abc")
+        assert find_model("somebody/model") == "somebody/model"
+        assert hub.log == []
+
+    @pytest.mark.parametrize("name", ["an impossible name", "-/-"])
+    def test_no_name_of_a_model(self, hub, name):
+        with pytest.raises(ModelNotFoundError, match="no model there can have that name"):
+            find_model(name)
+
+
 class TestFolders:
     @pytest.mark.parametrize("name", ["runs/student", "./student", "/nowhere/student", "a/b/c", "nothing"])
     def test_a_path_never_asks_the_hub(self, hub, tmp_path, monkeypatch, name):
@@ -297,7 +354,10 @@ class TestCard:
         (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n\n# Mine\n", encoding="utf-8")
         card = ModelCard(model_card(folder, read_student_manifest(folder)[0]))
         assert (card.data.license, card.data.language, card.data.library_name) == ("mit", "en", "d2llm")
-        assert card.text.strip() == "# Mine"
+        assert card.text.strip().startswith("# Mine\n\n<!-- sentence-transformers:begin -->\n## Without d2llm")
+        again = model_card(folder, read_student_manifest(folder)[0])
+        (folder / "README.md").write_text(again, encoding="utf-8")
+        assert model_card(folder, read_student_manifest(folder)[0]) == again  # the section is there once
         named = ModelCard(model_card(folder, read_student_manifest(folder)[0], licence="apache-2.0"))
         assert named.data.license == "apache-2.0"
 

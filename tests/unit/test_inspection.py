@@ -11,8 +11,9 @@ import pytest
 from d2llm.core.types import Passage
 from d2llm.index import vector_file
 from d2llm.index.inspection import stats, verify
+from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
-from tiny_store import check_contents, few_passages, new_store, put, vectors_of
+from tiny_store import check_contents, few_passages, forget_checksums, new_store, put, vectors_of
 
 PASSAGES = few_passages(20)
 
@@ -112,9 +113,13 @@ def test_ids_and_rows_that_occur_twice_are_found(store):
 
 
 def test_a_damaged_table_is_found(store):
-    for path in (store.folder / "passages.lance" / "data").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
+    (path,) = (store.folder / "passages.lance" / "data").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
     (problem,) = verify(store).problems
+    assert problem.startswith(f"passages.lance/data/{path.name}: has 100 bytes where ")
+    forget_checksums(store.folder)
+    lacking, problem = verify(IndexStore.open(store.folder)).problems
+    assert "have no checksums" in lacking
     assert f"{store.folder}: version 2 of its table cannot be read" in problem
 
 
@@ -122,12 +127,16 @@ def test_damaged_indices_are_found_and_made_anew(store):
     store.settle()
     for path in (store.folder / "passages.lance" / "_indices").rglob("*.lance"):
         path.write_bytes(b"")
-    (problem,) = verify(store).problems
-    assert "an index of the table is damaged" in problem
-    assert "compact --dense" in problem
-    store.compact(dense=True)
+    problems = verify(store).problems
+    assert len(problems) == 14
+    assert all("/_indices/" in problem and "verify --repair` makes it anew" in problem for problem in problems)
+    *_, done, earlier = verify(store, repair=True).problems
+    assert done == "14 of the table's files were damaged indices, which were made anew"
+    assert earlier == "versions 3, 4, 5, 6, 7, 8, 9, 10, 11 of the table, earlier ones, were damaged and are gone"
     assert verify(store).problems == []
-    check_contents(PassageView(store), PASSAGES)
+    view = PassageView(store)
+    check_contents(view, PASSAGES)
+    assert view.ids(view.match("own3", 3).rows) == ["p3"]
 
 
 def test_a_damaged_snapshot_is_found(store):

@@ -9,8 +9,9 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, WholeText
 from d2llm.index.blocks import ROW_HASH_LENGTH, row_hash
+from d2llm.index.side_files import Chunking
 from d2llm.models.student import Student
-from d2llm.pipeline import index as index_module
+from d2llm.pipeline import upserting
 from d2llm.pipeline.chunking import Chunker, upsert_documents
 from d2llm.pipeline.encode import encode
 from d2llm.pipeline.index import Index
@@ -23,7 +24,6 @@ SHIPS = Passage("ships", ". ".join(TEXTS[3:]), "On ships")
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    pytest.importorskip("semantic_text_splitter", reason="needs semantic-text-splitter")
     model = write_tiny_model(tmp_path_factory.mktemp("models") / "bert", "bert")
     return Student.create(tiny_student_config(model), device="cpu", dtype="float32")
 
@@ -37,7 +37,7 @@ def index(student, tmp_path):
 
 
 def late(student, **settings):
-    return Chunker(student, 32, late=True, **settings)
+    return Chunker(student, Chunking(32, late=True, **settings))
 
 
 def vectors_of(index):
@@ -62,15 +62,15 @@ def check_vectors(index, student, documents, **settings):
 
 def test_chunks_are_the_same_pieces_and_know_their_place(student):
     document = Passage("d", "  Éclairs 🐈‍⬛ sleep.\n\n猫 " + CATS.text, "On cats", metadata={"year": 1})
-    chunks, early = late(student).split(document), Chunker(student, 32).split(document)
+    chunks, early = late(student).split(document), Chunker(student, Chunking(32)).split(document)
     assert len(chunks) > 3
     for chunk, piece in zip(chunks, early, strict=True):
         assert isinstance(chunk, LateChunk)
         assert Passage(chunk.id, chunk.text, chunk.title, chunk.document_id, chunk.position, chunk.metadata) == piece
         assert document.text[chunk.start : chunk.end] == chunk.text
     assert {chunk.whole for chunk in chunks} == {WholeText(document.text, "On cats", 512)}
-    (nothing,) = late(student).split(Passage("d", ""))
-    assert (nothing.text, nothing.start, nothing.end) == ("", 0, 0)
+    short = Passage("d", "the cat sat on the mat", "On cats")
+    assert late(student).split(short) == [short]  # it is the whole that is around it
 
 
 def test_vectors_are_of_whole_documents(index, student):
@@ -81,7 +81,7 @@ def test_vectors_are_of_whole_documents(index, student):
 
 def test_what_is_as_it_was_is_not_read(index, student):
     version = index.store.table().version
-    report = upsert_documents(index, [CATS, SHIPS], late(student)).passages
+    report = upsert_documents(index, [CATS, SHIPS], late(student))
     assert (report.num_unchanged, report.num_tokens, report.num_windows) == (len(index), 0, 0)
     assert index.store.table().version == version
 
@@ -99,7 +99,7 @@ def test_a_change_reads_all_of_its_document_and_only_it(index, student, changed)
     num_cats = len(late(student).split(CATS))
     assert num_cats > 2
     assert len(late(student).split(changed)) == num_cats
-    report = upsert_documents(index, [changed, SHIPS], late(student)).passages
+    report = upsert_documents(index, [changed, SHIPS], late(student))
     assert (report.num_updated, report.num_added, report.num_windows) == (num_cats, 0, 1)
     assert report.num_unchanged == len(index) - num_cats
     check_vectors(index, student, [changed, SHIPS])
@@ -108,38 +108,31 @@ def test_a_change_reads_all_of_its_document_and_only_it(index, student, changed)
 def test_other_metadata_keep_the_vectors(index, student):
     before = vectors_of(index)
     documents = [Passage(d.id, d.text, d.title, metadata={"year": 1}) for d in (CATS, SHIPS)]
-    report = upsert_documents(index, documents, late(student)).passages
+    report = upsert_documents(index, documents, late(student))
     assert (report.num_metadata, report.num_tokens) == (len(index), 0)
     after = vectors_of(index)
     assert all((before[passage_id] == after[passage_id]).all() for passage_id in before)
-    assert upsert_documents(index, documents, late(student)).passages.num_unchanged == len(index)
+    assert upsert_documents(index, documents, late(student)).num_unchanged == len(index)
     assert index.verify().problems == []
 
 
-def test_late_and_early_chunks_take_turns(index, student):
-    """The texts are the same, the vectors are not: a passage is as it is asked for, never as it was before."""
-    early = Chunker(student, 32)
-    report = upsert_documents(index, [CATS], early).passages
-    assert report.num_updated == len(early.split(CATS)) == report.num_passages
-    found = vectors_of(index)
-    for piece in early.split(CATS):
-        alone = student.encode_passages([piece.full_text]).vectors[0]
-        np.testing.assert_allclose(found[piece.id], alone, atol=1e-5)
-    assert index.verify().problems == []
-    upsert_documents(index, [CATS], late(student))
+@pytest.mark.parametrize("other", [Chunking(32), Chunking(32, late=True, late_window=40)], ids=str)
+def test_late_and_early_chunks_or_other_windows_are_not_mixed(index, student, other):
+    """The texts would be the same, the vectors not."""
+    with pytest.raises(InputError, match="late chunks of at most 32 tokens, read in windows of 512 tokens, and cannot"):
+        index.upsert_documents([CATS], other)
     check_vectors(index, student, [CATS, SHIPS])
+    assert index.upsert_documents([CATS, SHIPS], Chunking(32, late=True, late_window=512)).num_tokens == 0
 
 
-def test_another_window_is_another_vector(index, student):
-    assert upsert_documents(index, [CATS], late(student, window_tokens=512)).passages.num_tokens == 0
-    report = upsert_documents(index, [CATS, SHIPS], late(student, window_tokens=40)).passages
-    assert report.num_updated == len(index)
-    assert report.num_windows > 2
-    check_vectors(index, student, [CATS, SHIPS], window_tokens=40)
+def test_smaller_windows(student, tmp_path):
+    index = Index.create(tmp_path / "i", student, vector_format="float32")
+    assert index.upsert_documents([CATS, SHIPS], Chunking(32, late=True, late_window=40)).num_windows > 2
+    check_vectors(index, student, [CATS, SHIPS], late_window=40)
 
 
 def test_a_document_may_lie_in_several_commits(student, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "BLOCK_PASSAGES", 2)
+    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
     index = Index.create(tmp_path / "i", student, vector_format="float32")
     upsert_documents(index, [CATS, SHIPS], late(student))
     check_vectors(index, student, [CATS, SHIPS])
@@ -176,11 +169,11 @@ def test_rows_of_passages_read_alone_have_the_hash_they_always_had():
 
 def test_refusals(student, tmp_path):
     with pytest.raises(InputError, match="for late chunks alone"):
-        Chunker(student, 32, window_tokens=64)
+        Chunker(student, Chunking(32, late_window=64))
     with pytest.raises(InputError, match="does not hold a passage of 32"):
-        late(student, window_tokens=31)
+        late(student, late_window=31)
     with pytest.raises(InputError, match="reads up to 512"):
-        late(student, window_tokens=513)
+        late(student, late_window=513)
     chunks = late(student).split(CATS)
     with pytest.raises(InputError, match="FakeStudent cannot read parts"):
         Index.create(tmp_path / "fake", FakeStudent()).upsert(chunks)

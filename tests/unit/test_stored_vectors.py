@@ -15,13 +15,15 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, S
 from d2llm.core.manifest import read_manifest
 from d2llm.core.types import Passage
 from d2llm.index import stored_vectors, vector_file
+from d2llm.index.checked_json import read_checked, write_checked
+from d2llm.index.index_manifest import KIND
 from d2llm.index.inspection import stats, verify
-from d2llm.index.store import KIND, IndexStore
+from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.view import PassageView
 from d2llm.pipeline.index import Index
 from fake_models import FakeStudent, Interruption
-from tiny_store import DIM, check_contents, few_passages, new_store, put, vectors_of
+from tiny_store import DIM, check_contents, few_passages, forget_checksums, new_store, put, vectors_of
 
 PASSAGES = few_passages(30)
 DELETED = ("p4", "p29")
@@ -94,10 +96,10 @@ def _damage(folder: Path, how: str) -> list[str]:
     elif how == "garbage list":
         record.write_text('{"extents": [["a", "b", "c"]], "since": "x"}')
     elif how == "of a later version":
-        record.write_text(json.dumps(json.loads(record.read_text()) | {"since": 99}))
+        write_checked(record, read_checked(record) | {"since": 99})
     elif how == "an older copy":
-        content = json.loads(record.read_text())
-        record.write_text(json.dumps(content | {"extents": content["extents"][:2]}))
+        content = read_checked(record)
+        write_checked(record, content | {"extents": content["extents"][:2]})
         lost = range(20, 30)
     return [f"p{n}" for n in lost if f"p{n}" in ALIVE]
 
@@ -151,6 +153,7 @@ def test_a_d2llm_that_does_not_know_it_refuses_it(store, tmp_path):
 
 def test_an_index_from_before_there_was_a_choice(tmp_path):
     put(new_store(tmp_path / "index"), PASSAGES.values())
+    forget_checksums(tmp_path / "index")
     path = tmp_path / "index" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["vector_copies"]

@@ -198,11 +198,14 @@ def test_merged_equals_unmerged(tmp_path, llama):
 
 
 def test_a_loaded_student_can_be_saved_again(tmp_path, llama):
-    trained(llama).save(tmp_path / "first")
+    trained(llama).save(tmp_path / "first", content={"tasks": ["symmetric"], "merged_sha256": "of other weights"})
     first = load(tmp_path / "first")
     for merge in (None, False, True):
         first.save(tmp_path / "second", merge=merge)
         second = load(tmp_path / "second")
+        recorded = json.loads((tmp_path / "second" / "manifest.json").read_text())
+        assert recorded["tasks"] == ["symmetric"]  # what training recorded goes along
+        assert "merged_sha256" not in recorded
         assert second.fingerprint == first.fingerprint
         np.testing.assert_allclose(all_scores(second), all_scores(first), rtol=0, atol=2e-4)
     second.save(tmp_path / "third")  # loaded from a merged copy: merged again
@@ -213,7 +216,7 @@ def test_a_loaded_student_can_be_saved_again(tmp_path, llama):
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_loaded_student_that_is_trained_on_is_another(tmp_path, llama, merge):
-    trained(llama).save(tmp_path / "first")
+    trained(llama).save(tmp_path / "first", content={"tasks": ["symmetric"]})
     student = load(tmp_path / "first")
     before = student.fingerprint
     student.prepare_training()
@@ -221,6 +224,7 @@ def test_a_loaded_student_that_is_trained_on_is_another(tmp_path, llama, merge):
     student.eval()
     assert student.fingerprint != before
     student.save(tmp_path / "second", merge=merge)
+    assert "tasks" not in json.loads((tmp_path / "second" / "manifest.json").read_text())
     loaded = load(tmp_path / "second")
     assert loaded.fingerprint == student.fingerprint
     np.testing.assert_allclose(all_scores(loaded), all_scores(student), rtol=0, atol=2e-4)

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from d2llm.apps.tables import evaluation_tables, judgement_table, ranking_table
+from d2llm.apps.index_tables import passage_lines
+from d2llm.apps.session import Session
+from d2llm.apps.tables import evaluation_tables, judgement_table, ranking_list
 from d2llm.core.types import Passage, Query, RankedPassage, Ranking
 from d2llm.pipeline.report import Comparison, Cost, Estimate, EvaluationRow, Milliseconds, MissingRow
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
@@ -153,9 +155,31 @@ def test_a_narrow_terminal_loses_no_row(width):
     assert "0.5000" in text
 
 
-def test_ranking_and_judgement_tables():
+@pytest.mark.parametrize("width", [20, 80])
+def test_an_id_is_never_broken(width):
+    """So that it can be copied, and found with grep, from a terminal of any width."""
+    ids = [f"{n}/a very long path/to a file/of which each part counts/file {n}.md#12" for n in range(4)]
+    first, before, after, other = (Passage(passage_id, "some words " * 30, metadata={"year": 1}) for passage_id in ids)
+    places = (RankedPassage(1, first, 2.5, before=(before,), after=(after,)), RankedPassage(2, other, 1.5))
+    lines = shown(ranking_list(Ranking(Query("q", "what?"), places, 1)), width).splitlines()
+    for passage_id in ids:
+        assert sum(line.endswith(passage_id) for line in lines) == 1
+    assert all(len(line) <= width for line in lines if "some words" in line)
+    assert ids[0] in shown(passage_lines(first), width).splitlines()
+
+
+def shown(result, width):
+    """As the command line shows it."""
+    out = io.StringIO()
+    session = Session()
+    session.__dict__["_out"] = Console(file=out, width=width)
+    session.show(result)
+    return out.getvalue()
+
+
+def test_ranking_and_judgement():
     passage = Passage("p[1]", "a long text " * 40)
-    text = drawn(ranking_table(Ranking(Query("q", "[b]what[/b]?"), (RankedPassage(1, passage, 2.5),), 1)), 100)
+    text = drawn(ranking_list(Ranking(Query("q", "[b]what[/b]?"), (RankedPassage(1, passage, 2.5),), 1)), 100)
     assert "[b]what[/b]?" in text
     assert "p[1]" in text
     assert "2.500" in text

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
+from d2llm.core.recipe import TrainingConfig
 from d2llm.pipeline.training_run import (
     CHECKPOINT,
     LOG,
     RunLog,
+    StopSignals,
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
@@ -19,6 +23,7 @@ from d2llm.pipeline.training_run import (
     restore,
     save_checkpoint,
     trainable,
+    warmup_steps,
 )
 
 DATA = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
@@ -27,7 +32,7 @@ DATA = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
 class Run:
     """A small training loop with dropout, as the verbs have it."""
 
-    def __init__(self, folder, key="run"):
+    def __init__(self, folder, settings=None):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 1), nn.LayerNorm(1))
         self.model[3].requires_grad_(False)
@@ -35,7 +40,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.1)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.folder, self.key, self.step, self.losses = folder, key, 0, []
+        self.folder, self.settings, self.step, self.losses = folder, settings or {"seed": 0}, 0, []
 
     def train(self, until, total=10):
         while self.step < until:
@@ -49,11 +54,11 @@ class Run:
 
     def keep(self):
         save_checkpoint(
-            self.folder, self.step, self.parameters, self.optimizer, {"losses": self.losses}, run_key=self.key
+            self.folder, self.step, self.parameters, self.optimizer, {"losses": self.losses}, settings=self.settings
         )
 
     def resume(self):
-        checkpoint = load_checkpoint(self.folder, run_key=self.key)
+        checkpoint = load_checkpoint(self.folder, settings=self.settings)
         restore(checkpoint, self.parameters, self.optimizer)
         self.step, self.losses = checkpoint.step, checkpoint.state["losses"]
 
@@ -85,14 +90,18 @@ def test_the_moments_matter(tmp_path):
 
 
 def test_no_checkpoint_yet(tmp_path):
-    assert load_checkpoint(tmp_path, run_key="any") is None
+    assert load_checkpoint(tmp_path, settings={}) is None
 
 
-def test_a_checkpoint_of_another_run(tmp_path):
-    run = Run(tmp_path, key="one")
+def test_a_checkpoint_of_another_run_says_what_differs(tmp_path):
+    run = Run(tmp_path, {"recipe": {"training": {"learning_rate": 0.1, "epochs": 2}, "names": ["a"]}, "seed": 0})
     run.keep()
-    with pytest.raises(InputError, match=r"checkpoint.safetensors belongs to a run with another recipe.*new output"):
-        load_checkpoint(tmp_path, run_key="two")
+    now = {"recipe": {"training": {"learning_rate": 0.2, "epochs": 2}, "names": ("a",)}, "seed": 1}
+    changes = r"recipe.training.learning_rate \(was 0.1, is 0.2\), seed \(was 0, is 1\); finish that run"
+    with pytest.raises(InputError, match=rf"checkpoint.safetensors belongs to a run with other settings: {changes}"):
+        load_checkpoint(tmp_path, settings=now)
+    with pytest.raises(InputError, match="written by another version"):
+        load_checkpoint(tmp_path, settings=run.settings | {"new": 1})
 
 
 def test_a_damaged_checkpoint(tmp_path):
@@ -100,7 +109,7 @@ def test_a_damaged_checkpoint(tmp_path):
     run.keep()
     (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:100])
     with pytest.raises(InputError, match=r"checkpoint.safetensors: cannot be read .*delete it to start the run anew"):
-        load_checkpoint(tmp_path, run_key="run")
+        load_checkpoint(tmp_path, settings=run.settings)
 
 
 def test_learning_rate_by_hand():
@@ -111,6 +120,74 @@ def test_learning_rate_by_hand():
     assert learning_rate_factor(4, warmup_steps=0, total_steps=5) == pytest.approx(1 / 5)
     # warm-up longer than the run
     assert learning_rate_factor(2, warmup_steps=1000, total_steps=3) == pytest.approx(3 / 1000)
+
+
+def test_the_warm_up_is_a_share_of_the_steps_unless_the_recipe_counts_them(caplog):
+    assert [warmup_steps(TrainingConfig(), total) for total in (20, 24, 1000)] == [2, 2, 100]
+    assert warmup_steps(TrainingConfig(warmup_steps=50, warmup_fraction=0.5), 100) == 50
+    assert caplog.text == ""
+    # The published number of steps in a run of 20: the rate would end at a fiftieth of its value.
+    assert warmup_steps(TrainingConfig(warmup_steps=1000), 20) == 1000
+    assert "the warm-up takes 20 of 20 steps, so the run hardly trains" in caplog.text
+
+
+class TestStopSignals:
+    @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+    def test_a_stop_waits_for_what_is_held(self, number, error):
+        before, done, signals = signal.getsignal(number), [], StopSignals()
+
+        def work():
+            with signals:
+                with signals.held():
+                    signal.raise_signal(number)
+                    done.append("held")
+                done.append("after")
+
+        with pytest.raises(error) as raised:
+            work()
+        assert type(raised.value) is error
+        assert done == ["held"]
+        assert signals.is_consistent
+        assert signal.getsignal(number) is before
+
+    def test_elsewhere_it_comes_at_once(self):
+        done = []
+
+        def work():
+            with StopSignals():
+                signal.raise_signal(signal.SIGINT)
+                done.append("after")
+
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert done == []
+
+    def test_an_error_in_a_change_leaves_no_state_to_keep(self):
+        with pytest.raises(ZeroDivisionError), StopSignals() as signals, signals.held():
+            _ = 1 / 0
+        assert not signals.is_consistent
+
+    def test_a_handler_of_someone_else_is_left_alone(self):
+        calls = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+        try:
+            with StopSignals():
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert calls == [signal.SIGTERM]
+
+    def test_other_threads_have_none(self):
+        found = []
+
+        def work():
+            with StopSignals() as signals, signals.held():
+                found.append(signal.getsignal(signal.SIGTERM))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert found == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_one_step_by_hand():
@@ -148,14 +225,21 @@ def read_log(folder):
 
 
 def test_the_log_goes_on_after_the_checkpoint(tmp_path):
-    log = RunLog(tmp_path, resume_step=0)
-    for step in (1, 2, 3, 4):
+    log = RunLog(tmp_path, resume_step=-1)
+    for step in (0, 1, 2, 3, 4):
         log.write(step, loss=step / 10)
     with (tmp_path / LOG).open("a") as file:
         file.write('{"step": 5, "sec')  # killed while writing
     again = RunLog(tmp_path, resume_step=2)
     again.write(3, loss=7.0)
-    assert [(record["step"], record["loss"]) for record in read_log(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 7.0)]
+    assert [(record["step"], record["loss"]) for record in read_log(tmp_path)] == [
+        (0, 0.0),
+        (1, 0.1),
+        (2, 0.2),
+        (3, 7.0),
+    ]
     assert all(record["seconds"] >= 0 for record in read_log(tmp_path))
     RunLog(tmp_path, resume_step=0)
+    assert [record["step"] for record in read_log(tmp_path)] == [0]
+    RunLog(tmp_path, resume_step=-1)
     assert read_log(tmp_path) == []

@@ -149,7 +149,7 @@ def test_a_resumed_run_stops_at_the_same_state(
 ) -> None:
     settings = {"eval_every": 2, "patience": 1, "epochs": 2, "dev_measure": "mrr", "dev_queries": 3}
     whole = tune(tiny_teacher_config(llama), tmp_path / "whole", **settings)
-    genuine = verb._accumulate_gradient
+    genuine = verb.accumulate_pairs
     calls: list[int] = []
 
     def interrupted(*inputs: Any) -> Any:
@@ -159,7 +159,7 @@ def test_a_resumed_run_stops_at_the_same_state(
         return genuine(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_accumulate_gradient", interrupted)
+        patch.setattr(verb, "accumulate_pairs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
     resumed = tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
@@ -282,7 +282,7 @@ def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> 
         LabelledPair("a dog runs", TEXTS[3], "symmetric", 0.0),
         LabelledPair("a dog runs", TEXTS[4], "symmetric", 1.0),
     ]
-    loss, _ = verb._accumulate_lists(model, pairs)
+    loss, _ = verb.accumulate_lists(model, pairs, 512)
     odds = model.judge([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
     softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
     signs = np.array([1, -1, -1, -1, 1])
@@ -291,7 +291,39 @@ def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> 
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert whole
     model.zero_grad()
-    verb._accumulate_lists(model, pairs[::-1])
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6)
+    # Whatever their order, one list at a time, and lists that are longer than what may be read at a time.
+    for order, part_tokens in ((-1, 512), (1, 64), (1, 1)):
+        model.zero_grad()
+        found, _ = verb.accumulate_lists(model, pairs[::order], part_tokens)
+        assert float(found) == pytest.approx(expected, rel=1e-4)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6)
+
+
+def test_both_readings_of_a_long_list_have_the_same_dropout(llama: Path) -> None:
+    model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model.prepare_training(LORA.model_copy(update={"dropout": 0.4}))
+    model.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    inputs, _ = model.tokenize([("the cat", text) for text in TEXTS[:3]], "symmetric")
+    read: list[torch.Tensor] = []
+    whole = type(model).forward
+
+    def forward(self: Teacher, *given: Any) -> Any:
+        log_odds, features = whole(self, *given)
+        read.append(log_odds.detach())
+        return log_odds, features
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", forward)
+        verb._backpropagate(model, inputs, "symmetric", lambda odds: odds.square().sum(), 1)
+    assert len(read) == 6
+    assert [float(odds) for odds in read[:3]] == [float(odds) for odds in read[3:]]
+    model.eval()
+    with torch.no_grad():
+        assert abs(float(model(*model.pad(inputs[:1]), "symmetric")[0]) - float(read[0])) > 1e-4  # there was dropout

@@ -29,16 +29,17 @@ from d2llm.apps import (
     commands_serve,
     commands_teach,
     commands_train,
+    commands_upkeep,
 )
 from d2llm.apps.session import Session, start_logging
-from d2llm.core.errors import D2LLMError
+from d2llm.core.errors import D2LLMError, Terminated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-"""What a shell reports for a program that was stopped with Ctrl-C."""
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+"""What a shell reports for a program that was stopped with Ctrl-C, and for one that was asked to end."""
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
@@ -68,7 +69,7 @@ class _Program(TyperGroup):
         except KeyboardInterrupt as error:
             session = ctx.obj or Session()
             session.complain("stopped", "type the same command again to go on; finished parts are kept")
-            raise typer.Exit(EXIT_INTERRUPTED) from error
+            raise typer.Exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED) from error
 
 
 def _tidy_help(command: Any) -> None:
@@ -130,6 +131,7 @@ for _commands in (
     commands_train,
     commands_teach,
     commands_index,
+    commands_upkeep,
     commands_cascade,
     commands_project,
     commands_search,

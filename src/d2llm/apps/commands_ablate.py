@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.apps.options import MEASURE, DataOption, DeviceOption, DtypeOption, JsonOption, RunOption
+from d2llm.apps.options import MEASURE, DataOption, DeviceOption, DtypeOption, RunJsonOption, RunOption
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import shipped_recipes
@@ -49,7 +49,7 @@ def ablate(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
     markdown_path: Annotated[
         Path | None,
         typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.", show_default=False),

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2llm.apps.commands_index import MakerOption, folder_of, index_app
-from d2llm.apps.options import DeviceOption, DtypeOption, JsonOption, PromptOption, QueryTaskOption, teacher_config
+from d2llm.apps.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    PromptOption,
+    QueryTaskOption,
+    known_teacher,
+    teacher_config,
+)
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
 
@@ -22,7 +30,11 @@ def calibrate(
     teacher: Annotated[
         str,
         typer.Option(
-            "--teacher", metavar="MODEL", help="A teacher: a folder, a name, or KIND:MODEL.", show_default=False
+            "--teacher",
+            metavar="MODEL",
+            callback=known_teacher,
+            help="A teacher: a folder, a name, or KIND:MODEL.",
+            show_default=False,
         ),
     ],
     queries: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.apps.options import DEFAULT_STUDENT, LOOK, DeviceOption, JsonOption, StudentOption
+from d2llm.apps.options import DEFAULT_STUDENT, LOOK, DeviceOption, JsonOption
 from d2llm.apps.session import session_of
 
 EXIT_PROBLEM = 1
@@ -15,7 +15,10 @@ EXIT_PROBLEM = 1
 
 def doctor(
     context: typer.Context,
-    student: StudentOption = DEFAULT_STUDENT,
+    student: Annotated[
+        str,
+        typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one."),
+    ] = DEFAULT_STUDENT,  # not StudentOption: a student that is not there is one of the findings
     index: Annotated[
         Path | None,
         typer.Option("--index", metavar="INDEX", help="Also look at an index, with its student.", show_default=False),

@@ -17,6 +17,8 @@ from d2llm.apps.options import (
     PromptOption,
     StudentOption,
     TaskOption,
+    in_a_folder_that_is_there,
+    known_teacher,
     teacher_config,
 )
 from d2llm.apps.session import session_of
@@ -52,7 +54,13 @@ def evaluate(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", metavar="NAME_OR_FOLDER", help="Ask this one.", show_default="the student's own"),
+        typer.Option(
+            "--teacher",
+            metavar="NAME_OR_FOLDER",
+            callback=known_teacher,
+            help="Ask this one.",
+            show_default="the student's own",
+        ),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do without its row, the slowest.")] = False,
     teacher_depth: Annotated[
@@ -144,10 +152,23 @@ def evaluate(
     dtype: DtypeOption = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="PATH", help="Write a page with plots and texts.", show_default=False),
+        typer.Option(
+            "--html",
+            metavar="PATH",
+            callback=in_a_folder_that_is_there,
+            help="Write a page with plots and texts.",
+            show_default=False,
+        ),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="PATH", help="Write the tables.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--markdown",
+            metavar="PATH",
+            callback=in_a_folder_that_is_there,
+            help="Write the tables.",
+            show_default=False,
+        ),
     ] = None,
     save_runs: Annotated[
         Path | None,

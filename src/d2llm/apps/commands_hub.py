@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from d2llm.apps.options import DISTIL, JsonOption
 from d2llm.apps.session import session_of
+from d2llm.core.errors import InputError
 
 
 def push(
@@ -37,23 +40,47 @@ def push(
             show_default="the card's",
         ),
     ] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge/--adapter",
+            help="Put all weights of the backbone there, or only what training changed.",
+            show_default="all where sentence-transformers can then load it",
+        ),
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Put a student on the Hugging Face Hub.
 
     The account is that of `hf auth login`, or of the token in HF_TOKEN. The manifest goes along, and with it the
-    recipe, paths of data sets included. Others then load it as owner/name.
+    recipe, paths of data sets included. Others then load it as owner/name; where its head and pooling allow,
+    sentence-transformers does so without d2llm.
     """
     from d2llm.models.hub import find_student, push_student
+    from d2llm.models.merged_copy import merge_student
     from d2llm.models.model_card import card_licence, model_card
-    from d2llm.models.student_files import read_student_manifest
+    from d2llm.models.sentence_transformers_files import MODULES_FILE, why_not_plain
+    from d2llm.models.student_files import BACKBONE_FOLDER, read_student_manifest
 
     session = session_of(context)
     folder = find_student(student)
-    if card_licence(model_card(folder, read_student_manifest(folder)[0], licence=licence)) is None:
+    manifest, config = read_student_manifest(folder)
+    if card_licence(model_card(folder, manifest, licence=licence)) is None:
         session.complain("warning", "no licence is named, so nobody may use the student; say --license")
-    report = push_student(folder, repo_id, private=private, revision=revision, licence=licence)
+    is_merged, plain = (folder / BACKBONE_FOLDER).is_dir(), why_not_plain(config) is None
+    if merge is False and is_merged:
+        raise InputError(f"{folder}: has all weights of its backbone, and no adapter to put there; leave out --adapter")
+    is_complete = is_merged and (not plain or (folder / MODULES_FILE).is_file())
+    with TemporaryDirectory() as temporary:
+        if (plain if merge is None else merge) and not is_complete:
+            merge_student(folder, Path(temporary) / "student")
+            folder = Path(temporary) / "student"
+        report = push_student(folder, repo_id, private=private, revision=revision, licence=licence)
     session.say(f"push: {report.num_files} files, {report.num_bytes / 1e6:,.1f} MB: {report.url}")
+    if report.needs_d2llm is None:
+        session.say("push: sentence-transformers can load it without d2llm")
+    else:
+        session.say(f"push: sentence-transformers cannot load it without d2llm: {report.needs_d2llm}")
     session.write_report(context, json_path, report)
 
 

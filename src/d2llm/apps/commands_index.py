@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -20,19 +20,15 @@ from d2llm.apps.index_options import (
     NewTaskOption,
     OverlapOption,
     PlainOption,
+    WholeOption,
     WindowOption,
 )
-from d2llm.apps.index_writing import write_documents, write_passages
-from d2llm.apps.options import DEFAULT_STUDENT, SEARCH, DeviceOption, DtypeOption, EngineOption, JsonOption
+from d2llm.apps.index_writing import Loading, Making, Splitting, write_corpus
+from d2llm.apps.options import SEARCH, DeviceOption, DtypeOption, EngineOption, JsonOption
 from d2llm.apps.session import session_of
-from d2llm.core.types import Task
-
-if TYPE_CHECKING:
-    from d2llm.core.types import EngineName
-    from d2llm.index.stored_vectors import VectorCopies
-    from d2llm.pipeline.index import Index
 
 _FOLDER = "d2llm.index"
+_NAMED = 20  # of the ids that are not there
 
 index_app = typer.Typer(
     name="index",
@@ -62,17 +58,31 @@ def add(
     vector_copies: CopiesOption = 2,
     field: FieldOption = None,
     no_metadata: PlainOption = False,
+    chunk_tokens: ChunkOption = None,
+    chunk_overlap: OverlapOption = None,
+    late: LateOption = False,
+    late_window: WindowOption = None,
+    whole: WholeOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
-    """Add passages, none of which is there; makes the index where there is none.
+    """Add texts, none of which is there; makes the index where there is none.
 
     Stopped, give upsert to go on: what is there already is not encoded again.
     """
-    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype, engine)
-    write_passages(context, index, corpus, only_new=True, no_metadata=no_metadata, json_path=json_path)
+    write_corpus(
+        context,
+        folder_of(context),
+        corpus,
+        making=Making(task, vectors, vector_copies, field or ()),
+        splitting=Splitting(chunk_tokens, chunk_overlap, late, late_window, whole),
+        loading=Loading(student, device, dtype, engine),
+        only_new=True,
+        no_metadata=no_metadata,
+        json_path=json_path,
+    )
 
 
 @index_app.command("upsert")
@@ -86,32 +96,31 @@ def upsert(
     field: FieldOption = None,
     no_metadata: PlainOption = False,
     chunk_tokens: ChunkOption = None,
-    chunk_overlap: OverlapOption = 0,
+    chunk_overlap: OverlapOption = None,
     late: LateOption = False,
     late_window: WindowOption = None,
+    whole: WholeOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
-    """Add passages, and change those that are there; makes the index where there is none.
+    """Add texts, and change those that are there; makes the index where there is none.
 
-    Only new and changed texts are encoded. Stopped, it goes on where it was when given again.
+    Long texts are split into passages, in the same way at every time. Only new and changed texts are encoded. Stopped,
+    it goes on where it was when given again.
     """
-    from d2llm.core.errors import InputError
-    from d2llm.models.student import Student
-    from d2llm.pipeline.chunking import Chunker
-
-    if chunk_tokens is None and (late or chunk_overlap or late_window is not None):
-        raise InputError("--chunk-overlap, --late and --late-window are for texts that are split; give --chunk-tokens")
-    index = _open_or_create(context, student, task, vectors, vector_copies, field, device, dtype, engine)
-    if chunk_tokens is None:
-        write_passages(context, index, corpus, only_new=False, no_metadata=no_metadata, json_path=json_path)
-    else:
-        chunker = Chunker(
-            cast(Student, index.student), chunk_tokens, chunk_overlap, late=late, window_tokens=late_window
-        )
-        write_documents(context, index, corpus, chunker, no_metadata=no_metadata, json_path=json_path)
+    write_corpus(
+        context,
+        folder_of(context),
+        corpus,
+        making=Making(task, vectors, vector_copies, field or ()),
+        splitting=Splitting(chunk_tokens, chunk_overlap, late, late_window, whole),
+        loading=Loading(student, device, dtype, engine),
+        only_new=False,
+        no_metadata=no_metadata,
+        json_path=json_path,
+    )
 
 
 @index_app.command("delete")
@@ -121,10 +130,13 @@ def delete(
     """Delete passages by id."""
     from d2llm.pipeline.index import Index
 
-    asked = _ids(ids, ids_file)
-    num_deleted = Index.open(folder_of(context)).delete(asked)
+    asked, index = _ids(ids, ids_file), Index.open(folder_of(context))
+    missing = index.missing(asked)
+    num_deleted = index.delete(asked)
     session_of(context).say(f"index: {num_deleted:,} of {len(asked):,} passages deleted from {folder_of(context)}")
-    session_of(context).write_report(context, json_path, {"num_asked": len(asked), "num_deleted": num_deleted})
+    report = {"num_asked": len(asked), "num_deleted": num_deleted, "missing": missing}
+    session_of(context).write_report(context, json_path, report)
+    _complain_of_missing(context, missing)
 
 
 @index_app.command("get")
@@ -132,16 +144,15 @@ def get(
     context: typer.Context, ids: IdsArgument = None, ids_file: IdsFileOption = None, json_path: JsonOption = None
 ) -> None:
     """Show passages by id."""
-    from d2llm.apps.index_tables import passage_panel
+    from d2llm.apps.index_tables import passage_lines
     from d2llm.pipeline.index import Index
 
-    asked = _ids(ids, ids_file)
-    passages = Index.open(folder_of(context)).get(asked)
+    asked, index = _ids(ids, ids_file), Index.open(folder_of(context))
+    passages, missing = index.get(asked), index.missing(asked)
     for passage in passages:
-        session_of(context).show(passage_panel(passage))
-    if len(passages) < len(set(asked)):
-        session_of(context).complain("warning", f"{len(set(asked)) - len(passages)} of the ids are not in the index")
-    session_of(context).write_report(context, json_path, {"passages": passages})
+        session_of(context).show(passage_lines(passage))
+    session_of(context).write_report(context, json_path, {"passages": passages, "missing": missing})
+    _complain_of_missing(context, missing)
 
 
 @index_app.command("stats")
@@ -155,133 +166,6 @@ def stats(context: typer.Context, json_path: JsonOption = None) -> None:
     session_of(context).write_report(context, json_path, found)
 
 
-@index_app.command("compact")
-def compact(
-    context: typer.Context,
-    keep_minutes: Annotated[
-        float, typer.Option("--keep-minutes", min=0, help="Leave younger versions to the readers that have them open.")
-    ] = 60.0,
-    dense: Annotated[
-        bool | None,
-        typer.Option(
-            "--dense/--no-dense", help="Write the vectors anew without holes.", show_default="if a quarter are holes"
-        ),
-    ] = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Free the space of what was deleted or changed."""
-    from datetime import timedelta
-
-    from d2llm.pipeline.index import Index
-
-    before, after = Index.open(folder_of(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
-    session_of(context).say(
-        f"index: {before:,} bytes before, {after:,} after; versions of the last {keep_minutes:g} minutes are kept"
-    )
-    session_of(context).write_report(context, json_path, {"bytes_before": before, "bytes_after": after})
-
-
-@index_app.command("ann")
-def ann(
-    context: typer.Context,
-    recall: Annotated[
-        float, typer.Option("--recall", min=0, max=1, help="The share of the exact candidates that it is to find.")
-    ] = 0.95,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="The number of candidates of a search.")] = 1000,
-    queries: Annotated[
-        Path | None,
-        typer.Option(
-            "--queries",
-            metavar="FILE",
-            help="queries.jsonl or queries.jsonl.gz to measure recall with.",
-            show_default="passages of the index, each to find others",
-        ),
-    ] = None,
-    student: MakerOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Build an approximate index for large corpora; `search --source ann` uses it.
-
-    Passages that come later are found all the same; build it again when they are many.
-    """
-    from d2llm.apps.index_tables import ann_remark
-    from d2llm.data.beir import read_queries
-    from d2llm.pipeline.build_ann import build_ann
-    from d2llm.pipeline.index import Index
-
-    session = session_of(context)
-    index = Index.open(folder_of(context), student, device=device, dtype=dtype)
-    texts = None if queries is None else [query.text for query in read_queries(queries).values()]
-    report = build_ann(
-        index.store, index.student, recall=recall, depth=depth, queries=texts, show_progress=session.show_progress
-    )
-    session.say(ann_remark(report))
-    session.write_report(context, json_path, report)
-
-
-@index_app.command("snapshot")
-def snapshot(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.", show_default=False)],
-    drop: Annotated[bool, typer.Option("--drop", help="Forget the snapshot of this name.")] = False,
-) -> None:
-    """Keep what it holds now under a name; `stats` lists them.
-
-    A snapshot is a folder that search takes, in snapshots/ of the index.
-    """
-    from d2llm.pipeline.index import Index
-
-    index = Index.open(folder_of(context))
-    if drop:
-        index.store.drop_snapshot(name)
-        session_of(context).say(f"index: the snapshot {name!r} is gone")
-    else:
-        session_of(context).say(f"index: {len(index):,} passages are kept in {index.snapshot(name)}")
-
-
-@index_app.command("restore")
-def restore(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the snapshot.", show_default=False)],
-) -> None:
-    """Put a snapshot's passages in the place of the index's."""
-    from d2llm.pipeline.index import Index
-
-    num_passages = Index.open(folder_of(context)).restore(name)
-    session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
-
-
-@index_app.command("verify")
-def verify(
-    context: typer.Context,
-    repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Make damaged vectors anew: from the table, or where kept once, by encoding."),
-    ] = False,
-    student: MakerOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Read everything and say what is not as it was written."""
-    from d2llm.pipeline.index import Index
-
-    session = session_of(context)
-    index = Index.open(folder_of(context), student, device=device, dtype=dtype)
-    report = index.verify(repair=repair, show_progress=session.show_progress)
-    for problem in report.problems:
-        session.complain("problem", problem)
-    session.say(
-        f"index: {report.num_passages:,} passages and {report.num_snapshots} snapshots looked at, "
-        f"{len(report.problems)} problems"
-    )
-    session.write_report(context, json_path, report)
-    if report.problems and not repair:
-        raise typer.Exit(1)
-
-
 def register(app: typer.Typer) -> None:
     """Add this verb to the program."""
     app.add_typer(index_app, rich_help_panel=SEARCH)
@@ -292,40 +176,13 @@ def folder_of(context: typer.Context) -> Path:
     return cast(Path, context.meta[_FOLDER])
 
 
-def _open_or_create(
-    context: typer.Context,
-    student: str | None,
-    task: Task,
-    vectors: str,
-    vector_copies: int,
-    fields: list[str] | None,
-    device: str | None,
-    dtype: str | None,
-    engine: EngineName,
-) -> Index:
-    from d2llm.core.errors import InputError
-    from d2llm.core.files import MANIFEST_NAME
-    from d2llm.index.schema import MetadataSchema
-    from d2llm.pipeline.index import Index
-
-    folder = folder_of(context)
-    if not (folder / MANIFEST_NAME).is_file():
-        declared = MetadataSchema.parse(fields or []).fields
-        return Index.create(
-            folder, student or DEFAULT_STUDENT, task=task, vector_format=vectors,
-            vector_copies=cast("VectorCopies", vector_copies), metadata=declared, device=device, dtype=dtype,
-            engine=engine,
-        )  # fmt: skip
-    for_a_new_one = {
-        "--field": fields,
-        "--vectors": vectors != "bfloat16",
-        "--vector-copies": vector_copies != 2,
-        "--task": task != "asymmetric",
-    }
-    for option, given in for_a_new_one.items():
-        if given:
-            raise InputError(f"{folder}: is there already, and {option} is for a new index; leave it out")
-    return Index.open(folder, student, device=device, dtype=dtype, engine=engine)
+def _complain_of_missing(context: typer.Context, missing: list[str]) -> None:
+    """Name what is not there, and end with exit code 1."""
+    if missing:
+        named = ", ".join(map(repr, missing[:_NAMED]))
+        named += f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
+        session_of(context).complain("warning", f"not in {folder_of(context)}: {named}")
+        raise typer.Exit(1)
 
 
 def _ids(ids: list[str] | None, file: Path | None) -> list[str]:

@@ -16,6 +16,7 @@ from d2llm.apps.options import (
     PromptOption,
     StudentOption,
     TaskOption,
+    known_teacher,
     teacher_config,
 )
 from d2llm.apps.session import session_of
@@ -29,7 +30,13 @@ def judge(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.", show_default=False)],
     passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.", show_default=False)],
     teacher: Annotated[
-        str, typer.Option("--teacher", metavar="NAME_OR_FOLDER", help="A model, or a folder that tune-teacher wrote.")
+        str,
+        typer.Option(
+            "--teacher",
+            metavar="NAME_OR_FOLDER",
+            callback=known_teacher,
+            help="A model, or a folder that tune-teacher wrote.",
+        ),
     ] = "smollm2",
     task: TaskOption = "asymmetric",
     prompt: PromptOption = None,

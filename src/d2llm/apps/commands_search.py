@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from d2llm.apps.index_options import CopiesOption, CorpusArgument, FormatOption, NewTaskOption
+from d2llm.apps.index_options import (
+    ChunkOption,
+    CopiesOption,
+    CorpusArgument,
+    FormatOption,
+    LateOption,
+    NewTaskOption,
+    OverlapOption,
+    WholeOption,
+    WindowOption,
+)
+from d2llm.apps.index_writing import Splitting
 from d2llm.apps.options import (
     DEFAULT_STUDENT,
     SEARCH,
@@ -18,6 +29,8 @@ from d2llm.apps.options import (
     PromptOption,
     QueryTaskOption,
     StudentOption,
+    known_student,
+    known_teacher,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.types import Grouping, SourceName
@@ -25,6 +38,7 @@ from d2llm.core.types import Grouping, SourceName
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query
     from d2llm.index.stored_vectors import VectorCopies
+    from d2llm.pipeline.search import SearchSettings
 
 _QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
 
@@ -37,6 +51,11 @@ def encode(
     task: NewTaskOption = "asymmetric",
     vectors: FormatOption = "bfloat16",
     vector_copies: CopiesOption = 2,
+    chunk_tokens: ChunkOption = None,
+    chunk_overlap: OverlapOption = None,
+    late: LateOption = False,
+    late_window: WindowOption = None,
+    whole: WholeOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -49,10 +68,12 @@ def encode(
     given again.
     """
     from d2llm.models.student import Student
+    from d2llm.pipeline.chunking import default_chunking
     from d2llm.pipeline.encode import encode
     from d2llm.pipeline.student_source import source_of
 
     session = session_of(context)
+    splitting = Splitting(chunk_tokens, chunk_overlap, late, late_window, whole)
     model = Student.load(student, device=device, dtype=dtype, engine=engine)
     report = encode(
         corpus,
@@ -61,13 +82,15 @@ def encode(
         task=task,
         vector_format=vectors,
         vector_copies=cast("VectorCopies", vector_copies),
+        chunking=splitting.chunking(model) or default_chunking(model),
         student_source=source_of(student),
         overwrite=overwrite,
         show_progress=session.show_progress,
     )
     session.say(
-        f"encode: {report.num_passages:,} passages in {report.seconds:,.1f} s, {report.num_truncated:,} truncated, "
-        f"{report.bytes_per_passage:,.0f} bytes each ({report.vector_bytes_per_passage:,} of vector), in {out}"
+        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages, {report.num_truncated:,} "
+        f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
+        f"({report.vector_bytes_per_passage:,} of vector), in {out}"
     )
     session.write_report(context, json_path, report)
 
@@ -89,6 +112,7 @@ def search(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="The student that made the index, if it is no longer where it was then.",
             show_default=False,
         ),
@@ -133,6 +157,7 @@ def search(
         typer.Option(
             "--teacher",
             metavar="MODEL",
+            callback=known_teacher,
             help="Reads again what the student is unsure of; `d2llm index INDEX calibrate` comes first.",
             show_default=False,
         ),
@@ -153,7 +178,8 @@ def search(
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
     from d2llm.apps.commands_cascade import cascade_line, load_cascade
-    from d2llm.apps.tables import explanation_table, ranking_table
+    from d2llm.apps.tables import explanation_table, ranking_list
+    from d2llm.core.errors import InputError
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.search import SearchSettings, search
 
@@ -180,6 +206,8 @@ def search(
     )
     settings.check()
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
+    if not len(opened.view):
+        raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
     model = opened.student
     cascade = None
     if teacher is not None:
@@ -189,7 +217,9 @@ def search(
     show = session.show_progress if len(asked) > _QUICK_QUERIES else False
     rankings = search(opened.view, model, asked, settings, cascade=cascade, show_progress=show)
     for ranking in rankings:
-        session.show(ranking_table(ranking))
+        session.show(ranking_list(ranking))
+        if not ranking.passages:
+            session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
         if explain:
             session.show(explanation_table(ranking))
         if ranking.cascade is not None:
@@ -214,6 +244,12 @@ def _questions(texts: list[str], file: Path | None) -> list[Query]:
         raise InputError("there is no query; write one behind the index, or give a file with --queries")
     asked = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
     return asked + (list(read_queries(file).values()) if file is not None else [])
+
+
+def _why_none(settings: SearchSettings) -> str:
+    if settings.filter is not None:
+        return ": no passage fits the filter" + (" and has a word of it" if settings.sources == ("bm25",) else "")
+    return ": no passage has a word of it" if settings.sources == ("bm25",) else ""
 
 
 def _proof(certificate: Certificate, num_places: int) -> str:

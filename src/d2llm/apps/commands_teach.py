@@ -12,8 +12,8 @@ from d2llm.apps.options import (
     DataOption,
     DeviceOption,
     DtypeOption,
-    JsonOption,
     RecipeArgument,
+    RunJsonOption,
     RunOption,
 )
 from d2llm.apps.session import session_of
@@ -37,7 +37,7 @@ def stack(
     ] = 20,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
     html_path: Annotated[
         Path | None,
         typer.Option(
@@ -93,7 +93,7 @@ def gate(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Is the teacher better than the cosine? Tried on the dev split.
 

@@ -1,8 +1,9 @@
-"""The verbs that make a student: mine, tune-teacher, label, distill, and run, which is all four."""
+"""The verbs that make a student: init, mine, tune-teacher, label, distill, and run, which is the last four."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -14,9 +15,73 @@ from d2llm.apps.options import (
     DtypeOption,
     JsonOption,
     RecipeArgument,
+    RunJsonOption,
     RunOption,
 )
 from d2llm.apps.session import session_of
+from d2llm.core.types import Task
+
+
+def init(
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A data set with judged questions in train and dev: a folder in BEIR layout, or of pairs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the recipe goes; none is replaced.")
+    ] = Path("recipe.toml"),
+    backbone: Annotated[
+        str, typer.Option("--backbone", metavar="MODEL", help="What reads each text alone: a folder, a Hub name.")
+    ] = "minilm",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            help="What judges pairs as it is: a folder, a Hub name, or KIND:MODEL.",
+            show_default="one made of the backbone from 1,000 questions on, else none",
+        ),
+    ] = None,
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            "--task",
+            help="Whether a passage answers (asymmetric) or says the same (symmetric).",
+            show_default="told by the lengths",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Write a recipe for your data, with the reason for each value.
+
+    Epochs and teacher follow from how many questions there are, limits from how long the texts are.
+    """
+    from d2llm.core.errors import InputError
+    from d2llm.core.files import write_bytes
+    from d2llm.pipeline.starting_recipe import starting_recipe
+
+    if out.exists():
+        raise InputError(f"{out}: is there already and stays as it is; give another place with --out")
+    session = session_of(context)
+    found = starting_recipe(data, backbone=backbone, teacher=teacher, task=task, device=device)
+    write_bytes(out, found.text.encode())
+    for note in found.notes:
+        session.complain("warning", note)
+    session.say(
+        f"init: {found.num_train:,} questions or pairs to train on, {found.num_dev:,} of dev; read {out}, then: "
+        f"d2llm run {out}"
+    )
+    session.write_report(context, json_path, found)
+
+
+_Step = Literal["mine", "tune-teacher", "stack", "gate", "distill"]
+"""Of a run, in their order; labels are kept by teacher and pair, and are never made again."""
 
 
 def run(
@@ -24,28 +89,41 @@ def run(
     recipe: RecipeArgument,
     out: RunOption = None,
     data: DataOption = None,
+    again: Annotated[
+        _Step | None,
+        typer.Option(
+            "--again",
+            metavar="STEP",
+            help=f"Do this step and those after it anew, keeping what was there aside: {', '.join(get_args(_Step))}.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Make a student from a recipe: the steps below in order.
 
-    What is finished in the run folder is skipped, so the same command goes on after an interruption.
+    What is finished in the run folder is skipped, so the same command goes on after an interruption. What was made with
+    other settings than the recipe has now is named; --again STEP makes it anew, and what comes after it.
     """
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
     from d2llm.apps.mine_step import mine_plans
 
     job = job_of(session_of(context), recipe, out, data, device, dtype)
-    result = {
-        "mine": mine_plans(job),
-        "tune-teacher": steps.tune_the_teacher(job),
-        "stack": steps.stack_with_cosine(job),
-        "gate": steps.try_the_teacher(job, again=False),
-    }
-    if len(steps.closed_gates(job)) < len(job.recipe.data):
-        result["label"] = steps.label_pairs(job)
-    result["distill"] = steps.distill_student(job)
+    order: tuple[str, ...] = get_args(_Step)
+    anew: tuple[str, ...] = order[order.index(again) :] if again else ()
+    result = {"mine": mine_plans(job, again="mine" in anew)}
+    if job.recipe.losses.imitates:
+        result["tune-teacher"] = steps.tune_the_teacher(job, again="tune-teacher" in anew)
+        result["stack"] = steps.stack_with_cosine(job, again="stack" in anew, cosine_again="mine" in anew)
+        result["gate"] = steps.try_the_teacher(job, again="gate" in anew)
+        if len(steps.closed_gates(job)) < len(job.recipe.data):
+            result["label"] = steps.label_pairs(job)
+    else:
+        job.session.say("run: no loss of the recipe imitates a teacher, so none is tuned, tried or asked for labels")
+    result["distill"] = steps.distill_student(job, again="distill" in anew)
     session_of(context).write_report(context, json_path, result)
 
 
@@ -66,7 +144,7 @@ def mine(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Choose answers and near misses for each training query.
 
@@ -84,20 +162,21 @@ def tune_teacher(
     recipe: RecipeArgument,
     out: RunOption = None,
     data: DataOption = None,
+    again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Teach the language model to answer yes or no on your pairs.
 
-    Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is.
+    Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is. Stopped, it goes on
+    from its last checkpoint when the same command is given again.
     """
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
 
-    session_of(context).write_report(
-        context, json_path, steps.tune_the_teacher(job_of(session_of(context), recipe, out, data, device, dtype))
-    )
+    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    session_of(context).write_report(context, json_path, steps.tune_the_teacher(job, again=again))
 
 
 def label(
@@ -107,7 +186,7 @@ def label(
     data: DataOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Let the teacher judge every pair that mine chose.
 
@@ -139,7 +218,7 @@ def distill(
     again: AgainOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    json_path: JsonOption = None,
+    json_path: RunJsonOption = None,
 ) -> None:
     """Train the student on the teacher's judgements.
 
@@ -155,6 +234,7 @@ def distill(
 def register(app: typer.Typer) -> None:
     """Add these verbs to the program."""
     for name, verb in (
+        ("init", init),
         ("run", run),
         ("mine", mine),
         ("tune-teacher", tune_teacher),

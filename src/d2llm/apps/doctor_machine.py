@@ -15,6 +15,7 @@ import torch
 
 from d2llm.apps.findings import Check, Finding
 from d2llm.core.errors import InputError
+from d2llm.core.memory import available_memory
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.models.device import can_fuse_bfloat16_layers, choose_device, choose_dtype, cpu_has_fast_bfloat16
@@ -110,21 +111,6 @@ def _memory() -> Finding:
         advice = "end other programs; an index needs its vectors in memory, a student half a GiB"
         return Finding("device", "memory", "note", f"{found / _GIB:.1f} GiB available", advice)
     return Finding("device", "memory", "ok", f"{found / _GIB:.1f} GiB available")
-
-
-def available_memory() -> int | None:
-    """Bytes that a program could still have: the system's, or what a container's limit leaves; None if not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
 
 
 def _threads() -> Finding:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.apps.options import DEFAULT_STUDENT
+from d2llm.apps.options import DEFAULT_STUDENT, known_student
 from d2llm.core.types import Task
 
 CorpusArgument = Annotated[
@@ -26,6 +26,7 @@ MakerOption = Annotated[
     typer.Option(
         "--student",
         metavar="NAME_OR_FOLDER",
+        callback=known_student,
         help="The student whose vectors it holds.",
         show_default=f"the index's own; of a new one {DEFAULT_STUDENT}",
     ),
@@ -68,11 +69,22 @@ ChunkOption = Annotated[
         metavar="N",
         min=1,
         help="Split texts into passages of at most N tokens, title included; search --group ranks whole texts.",
-        show_default=False,
+        show_default="as the index does; a new one 128",
     ),
 ]
 OverlapOption = Annotated[
-    int, typer.Option("--chunk-overlap", metavar="N", min=0, help="Tokens that a passage repeats of the one before.")
+    int | None,
+    typer.Option(
+        "--chunk-overlap",
+        metavar="N",
+        min=0,
+        help="Tokens that a passage repeats of the one before.",
+        show_default="as the index does; a new one none",
+    ),
+]
+WholeOption = Annotated[
+    bool,
+    typer.Option("--whole", help="Split nothing: each text is one passage, cut where the student stops reading."),
 ]
 PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")]
 LateOption = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.panel import Panel
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +24,7 @@ def stats_table(stats: IndexStats) -> Table:
     copies = "once" if stats.vector_copies == 1 else "twice"
     rows = {
         "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them read in part",
+        "documents": "none so far; passages alone" if stats.chunking is None else f"cut into {stats.chunking}",
         "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each, kept {copies}; "
         f"{holes:,} holes",
         "metadata": fields or "none",
@@ -33,6 +34,8 @@ def stats_table(stats: IndexStats) -> Table:
         "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "
         "per passage in all",
     }
+    if not stats.checksums:
+        rows["checksums"] = "none; the next write, or verify --repair, takes them"
     if stats.num_projections:
         rows["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
     if stats.ann_passages:
@@ -47,13 +50,13 @@ def stats_table(stats: IndexStats) -> Table:
     return table
 
 
-def passage_panel(passage: Passage) -> Panel:
-    """A passage with all that is known of it."""
+def passage_lines(passage: Passage) -> RenderableType:
+    """A passage with all that is known of it, its id on a line of its own, however long it is."""
     about = {**({"document": f"{passage.document_id} [{passage.position}]"} if passage.document_id else {})}
     about |= {name: str(value) for name, value in passage.metadata.items()}
-    head = "  ".join(f"{name}: {value}" for name, value in about.items())
+    facts = [Text(f"{name}: {value}", style="dim", no_wrap=True, overflow="ignore") for name, value in about.items()]
     body = "\n".join(part for part in (passage.title, passage.text) if part)
-    return Panel(Text(body), title=Text(passage.id), title_align="left", subtitle=Text(head) if head else None)
+    return Group(Text(passage.id, style="cyan", no_wrap=True, overflow="ignore"), *facts, Text(body), "")
 
 
 def ann_remark(report: AnnReport) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig
-from d2llm.core.recipe_file import load_recipe
+from d2llm.core.recipe_file import changed_settings, load_recipe
 from d2llm.pipeline.run_folder import RunFolder, check_data
 
 if TYPE_CHECKING:
@@ -130,6 +131,53 @@ def require_plans(job: Job) -> None:
             raise InputError(
                 f"{job.run.plan(data)}: there is no training plan yet; run the verb mine with this recipe first"
             )
+
+
+def put_aside(job: Job, verb: str, folder: Path) -> None:
+    """Rename what a step has made, and its checkpoints, so that nothing that took hours is lost."""
+    made = [path for path in (folder, folder.with_name(folder.name + ".run")) if path.exists()]
+    number = 1
+    while any(_aside(path, folder, number).exists() for path in (folder, folder.with_name(folder.name + ".run"))):
+        number += 1
+    for path in made:
+        path.rename(_aside(path, folder, number))
+    if made:
+        job.session.say(f"{verb}: what was there is now in {_aside(made[0], folder, number)}")
+
+
+def _aside(path: Path, folder: Path, number: int) -> Path:
+    return path.with_name(f"{folder.name}.old-{number}{path.name.removeprefix(folder.name)}")
+
+
+def notice_changes(job: Job, verb: str, folder: Path, recipe: dict[str, Any], teacher: str | None = None) -> None:
+    """Warn if what is finished in ``folder`` was made from something else than would be now, and say from what.
+
+    Args:
+        job: recipe and run folder.
+        verb: that makes it.
+        folder: what is finished; its manifest says what it was made from, unless an earlier version wrote it.
+        recipe: what of the recipe shapes it.
+        teacher: fingerprint of the teacher that it would be made from; None where that does not matter.
+    """
+    made = _manifest(folder).get("settings", {})
+    changes = changed_settings(made.get("recipe", {}), recipe)
+    for data in job.recipe.data:
+        plan = _manifest(job.run.plan(data)) if is_finished(job.run.plan(data)) else {}
+        name, content = plan.get("dataset"), plan.get("content_hash")
+        if made.get("plans", {}).get(name, content) != content:
+            changes.append(f"the plan of {name}")
+    if teacher is not None and made.get("teacher", teacher) != teacher:
+        changes.append("the teacher")
+    if changes:
+        job.session.complain(
+            "warning",
+            f"{folder} was made from something else than it would be now, and stays as it is: {', '.join(changes)}; "
+            f"{verb} with --again makes it anew and keeps this one aside",
+        )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def is_finished(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d2llm.core.errors import InputError
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
 
@@ -46,8 +47,39 @@ DataOption = Annotated[
     ),
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do it anew even if it is finished.")]
+
+
+def known_student(name: str | None) -> str | None:
+    """For an option that names a student: a wrong name is told before anything heavy is loaded.
+
+    Raises:
+        ModelNotFoundError: there is no such student.
+        ModelError: what the Hub has under that name is damaged, or could run code.
+    """
+    if name is not None:
+        from d2llm.models.hub import find_student
+
+        find_student(name)
+    return name
+
+
+def known_teacher(name: str | None) -> str | None:
+    """``known_student`` for an option that names a teacher."""
+    if name is not None:
+        from d2llm.models.teacher_identity import find_kind
+
+        find_kind(teacher_config(name, None))
+    return name
+
+
 StudentOption = Annotated[
-    str, typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one.")
+    str,
+    typer.Option(
+        "--student",
+        metavar="NAME_OR_FOLDER",
+        callback=known_student,
+        help="A student's folder, or the name of a shipped one.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -67,10 +99,35 @@ EngineOption = Annotated[
         "are faster and change them a little.",
     ),
 ]
+
+
+def in_a_folder_that_is_there(path: Path | None) -> Path | None:
+    """For a file that is to be written: said before the work begins, and no folder is made of a slip of the keys.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent} to write it in; make it first, or correct the path")
+    return path
+
+
 JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="PATH",
+        dir_okay=False,
+        callback=in_a_folder_that_is_there,
+        help="Also write the result as JSON.",
+        show_default=False,
+    ),
+]
+RunJsonOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False),
 ]
+"""``JsonOption`` of verbs that make a run folder: the file may lie in it."""
 TaskOption = Annotated[
     Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
 ]

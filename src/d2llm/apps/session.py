@@ -50,7 +50,8 @@ class Session:
 
     def show(self, result: RenderableType) -> None:
         """What was asked for."""
-        self._out.print(result, markup=False)
+        # Tables and wrapped texts know the width; what is wider is an id, which is to be copied whole.
+        self._out.print(result, markup=False, crop=False)
 
     def say(self, remark: str) -> None:
         """What is good to know; silent with ``--quiet``."""
@@ -86,22 +87,30 @@ def session_of(context: typer.Context) -> Session:
     return cast(Session, context.obj)
 
 
+_REMARKS = "d2llm.remarks"
+"""The logger of what a user should be told in passing, though it is no warning."""
+
+
 class _Relay(logging.Handler):
     """Shows log records through a session, so that they do not tear a progress bar apart."""
 
-    def __init__(self, session: Session, level: int) -> None:
-        super().__init__(level)
-        self._session = session
+    def __init__(self, session: Session, threshold: int) -> None:
+        super().__init__()
+        self._session, self._threshold = session, threshold
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
-        self._session.complain(record.levelname.lower(), record.getMessage())
+        if record.name == _REMARKS:
+            self._session.say(record.getMessage())
+        elif record.levelno >= self._threshold:
+            self._session.complain(record.levelname.lower(), record.getMessage())
 
 
 def start_logging(session: Session) -> Callable[[], None]:
-    """Show warnings (``--quiet``: errors only; ``--verbose``: everything); returns what undoes it."""
-    logger = logging.getLogger("d2llm")
+    """Show remarks and warnings (``--quiet``: errors only; ``--verbose``: everything); returns what undoes it."""
+    logger, remarks = logging.getLogger("d2llm"), logging.getLogger(_REMARKS)
     before = logger.level
+    remarks.setLevel(logging.INFO)
     handler = _Relay(session, logging.DEBUG if session.verbose else logging.ERROR if session.quiet else logging.WARNING)
     logger.addHandler(handler)
     if session.verbose:
@@ -112,6 +121,7 @@ def start_logging(session: Session) -> Callable[[], None]:
     def stop() -> None:
         logger.removeHandler(handler)
         logger.setLevel(before)
+        remarks.setLevel(logging.NOTSET)
 
     return stop
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe_file import shaping_settings, tuning_settings
 from d2llm.core.variants import find_variant
 
 if TYPE_CHECKING:
@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from d2llm.data.pairs import PairDataset
     from d2llm.pipeline.stack_teachers import StackReport
 
-from d2llm.apps.job import Job, is_finished, require_plans, skip
+from d2llm.apps.job import Job, is_finished, notice_changes, put_aside, require_plans, skip
 
 
-def tune_the_teacher(job: Job) -> Any:
+def tune_the_teacher(job: Job, *, again: bool = False) -> Any:
     """Tune the recipe's teacher on the plans."""
     from d2llm.pipeline.tune_teacher import tune_teacher
 
-    if is_finished(job.run.teacher):
-        return skip(job, f"tune-teacher: {job.run.teacher} is finished; delete it to tune anew")
+    recipe, folder = job.recipe, job.run.teacher
+    if recipe.teacher_tuning.epochs == 0:
+        return skip(job, "tune-teacher: the recipe takes the teacher as it is (teacher_tuning.epochs is 0)")
+    if again:
+        put_aside(job, "tune-teacher", folder)
+    elif is_finished(folder):
+        notice_changes(job, "tune-teacher", folder, tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed))
+        return skip(job, f"tune-teacher: {folder} is finished; --again tunes anew, keeping this one aside")
     require_plans(job)
     report = tune_teacher(
         job.run.sources(job.recipe),
@@ -41,13 +47,15 @@ def tune_the_teacher(job: Job) -> Any:
     return report
 
 
-def stack_with_cosine(job: Job) -> Any:
+def stack_with_cosine(job: Job, *, again: bool = False, cosine_again: bool = False) -> Any:
     """Where the recipe says so, make one teacher of the run's and the tuned cosine, which is trained first."""
     if not job.recipe.teacher.stack_with_cosine:
         return skip(job, "stack: the recipe's teacher teaches alone")
-    if is_finished(job.run.stack):
+    if again:
+        put_aside(job, "stack", job.run.stack)
+    elif is_finished(job.run.stack):
         return skip(job, f"stack: {job.run.stack} is finished; delete it to fit it anew")
-    distill_student(job, variant="cosine")
+    distill_student(job, variant="cosine", again=cosine_again)
     cosine = TeacherConfig(model=str(job.run.variant("cosine")), kind="cosine")
     gate = job.recipe.gate
     return stack(job, [job.teacher, cosine], num_queries=gate.queries, depth=gate.depth)
@@ -141,10 +149,12 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
     recipe, folder = job.recipe, job.run.student
     if variant is not None:
         recipe, folder = find_variant(variant).apply(recipe), job.run.variant(variant)
-    if is_finished(folder):
-        if not again:
-            return skip(job, f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
-        _put_aside(job, folder)
+    if again:
+        put_aside(job, "distill", folder)
+    elif is_finished(folder):
+        teacher = _fingerprint_of_teacher(job) if recipe.losses.imitates else None
+        notice_changes(job, "distill", folder, shaping_settings(recipe), teacher)
+        return skip(job, f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
     require_plans(job)
     closed = closed_gates(job) if recipe.losses.imitates else []
     if recipe.losses.imitates and len(closed) < len(recipe.data):
@@ -163,6 +173,10 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
         show_progress=job.session.show_progress,
     )
     job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {folder}")
+    if report.is_untrained:
+        from d2llm.apps.teach_tables import untrained_advice
+
+        job.session.complain("warning", untrained_advice(report, recipe.training))
     return report
 
 
@@ -197,13 +211,11 @@ def _say_teacher(job: Job, verb: str) -> None:
     job.session.say(f"{verb}: the teacher is {untuned if named == asked else named}")
 
 
-def _put_aside(job: Job, student: Path) -> None:
-    """Rename a finished student and its checkpoints, so that nothing that took hours is lost."""
-    number = 1
-    while (aside := student.with_name(f"{student.name}.old-{number}")).exists():
-        number += 1
-    student.rename(aside)
-    checkpoints = student.with_name(student.name + ".run")
-    if checkpoints.is_dir():
-        checkpoints.rename(aside.with_name(aside.name + ".run"))
-    job.session.say(f"distill: the earlier student is now in {aside}")
+def _fingerprint_of_teacher(job: Job) -> str | None:
+    """Of the teacher that a student would be made from now; None where it is not there to be looked at."""
+    from d2llm.models.judge import identify_judge
+
+    try:
+        return identify_judge(job.teacher).fingerprint
+    except ModelError:
+        return None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.styled import Styled
 from rich.table import Table
 from rich.text import Text
 
 from d2llm.apps import report_words as words
-from d2llm.core.types import Ranking
+from d2llm.core.types import Passage, Ranking
 from d2llm.pipeline.report import EvaluationReport, EvaluationRow, MissingRow
 
 _SHOWN_CHARACTERS = 300
@@ -87,21 +89,35 @@ def _agreement(report: EvaluationReport) -> Table:
     return table
 
 
-def ranking_table(ranking: Ranking) -> Table:
-    """One query with its passages, best first: rank, score, id and the beginning of the text; neighbours in grey."""
-    table = Table(title=Text(ranking.query.text), title_justify="left", title_style="bold", box=None, show_header=False)
-    table.add_column(justify="right")
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="cyan", overflow="fold", max_width=30)
-    table.add_column(ratio=1)
+def ranking_list(ranking: Ranking) -> RenderableType:
+    """One query with its passages, best first: rank, score and id, the beginning of the text below; neighbours in grey.
+
+    An id stands on a line of its own, however long it is, so that it can be copied.
+    """
+    width = len(str(len(ranking.passages)))
+    parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
     for place in ranking.passages:
-        text = Text(_beginning(place.passage.full_text))
-        for passage in place.before:
-            table.add_row("", "", Text(passage.id), Text(_beginning(passage.text)), style="dim")
-        table.add_row(str(place.rank), f"{place.score:.3f}", Text(place.passage.id), text)
-        for passage in place.after:
-            table.add_row("", "", Text(passage.id), Text(_beginning(passage.text)), style="dim")
-    return table
+        parts += [part for passage in place.before for part in _neighbour(passage, width)]
+        head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
+        parts += [_unbroken(head), _below(place.passage.full_text, width)]
+        parts += [part for passage in place.after for part in _neighbour(passage, width)]
+    return Group(*parts)
+
+
+def _neighbour(passage: Passage, width: int) -> list[RenderableType]:
+    return [
+        _unbroken(Text(" " * (width + 2) + passage.id, style="dim")),
+        Styled(_below(passage.text, width), "dim"),
+    ]
+
+
+def _below(text: str, width: int) -> RenderableType:
+    return Padding(Text(_beginning(text)), (0, 0, 0, width + 2))
+
+
+def _unbroken(line: Text) -> Text:
+    line.no_wrap, line.overflow = True, "ignore"
+    return line
 
 
 def explanation_table(ranking: Ranking) -> Table:

@@ -1,17 +1,22 @@
-"""What ``stack`` and ``gate`` found, as tables for a terminal and as sentences."""
+"""What ``stack``, ``gate`` and ``distill`` found, as tables for a terminal and as sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from d2llm.core.recipe import TrainingConfig
+from d2llm.pipeline.distill import DistillReport
 from d2llm.pipeline.gate import GateReport, GateRow
 from d2llm.pipeline.stack_teachers import StackReport, StackRow, TaskReport
 
 _ABSENT = "–"
+_HARDLY = 0.002  # a change of the dev measure that says nothing
+_FEW = 50
 
 
 def gate_table(report: GateReport) -> Table:
@@ -102,3 +107,33 @@ def _gate_cells(row: GateRow) -> list[Text]:
     figures = [row.measure, f"{row.num_items:,}", f"{row.teacher:.4f}", f"{row.cosine:.4f}", f"{row.difference:+.4f}"]
     verdict = "open" if row.is_open else "closed"
     return [Text(cell) for cell in (row.name, *figures, f"{row.p_value:.4f}", verdict)]
+
+
+def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
+    """What a distillation that learnt nothing should be told: what dev said, and what to turn."""
+    starts, ends = ([found[key] for found in report.dev.values()] for key in ("start", "last"))
+    seen = ", ".join(f"{name} {found['start']:.4f} -> {found['last']:.4f}" for name, found in report.dev.items())
+    change = fmean(ends) - fmean(starts)
+    worse = [name for name, found in report.dev.items() if found["last"] < found["start"]]
+    if change < -_HARDLY:
+        advice = (
+            f"Training made it worse: lower training.learning_rate ({training.learning_rate:g} now) to a third, and "
+            "see whether the training questions are of the same kind as those of dev"
+        )
+    elif change > _HARDLY:
+        advice = (
+            f"The mean rose, but {', '.join(worse) or 'a data set'} lost more than chance explains, and such a state "
+            "is not kept: lower training.learning_rate, or keep less of the change (training.interpolation)"
+        )
+    else:
+        advice = (
+            f"It hardly moved in {report.steps:,} steps: raise training.learning_rate ({training.learning_rate:g} now) "
+            "threefold, or training.epochs"
+        )
+    few = [f"{name} {found['num_items']}" for name, found in report.dev.items() if found["num_items"] < _FEW]
+    if few:
+        advice += f". Few dev questions see no small gain ({', '.join(few)}): better {2 * _FEW} or more"
+    return (
+        "nothing was learnt: no state of the run was better on dev than the start, so what is written is the student "
+        f"before training (dev, start -> last look: {seen}). {advice}. Then --again"
+    )

@@ -3,6 +3,7 @@
 D2LLMError
 ├── InputError              the user's files or arguments are wrong
 │   ├── DataFormatError     a file cannot be read as what it should be (names file and line)
+│   ├── DamagedFileError    a file of an index is not what was written
 │   ├── DuplicateIdError    an id occurs twice
 │   ├── FilterError         a filter cannot be read, or asks for what the index has not
 │   └── RecipeError         a recipe has an unknown key or a bad value
@@ -16,6 +17,8 @@ D2LLMError
 │   └── IndexLockedError    another process is writing to it
 ├── TrainingDivergedError   the loss became NaN or infinite
 └── MissingExtraError       an optional dependency is not installed
+
+Beside it stands Terminated, a KeyboardInterrupt: the process was asked to end.
 """
 
 from __future__ import annotations
@@ -46,6 +49,10 @@ class DataFormatError(InputError):
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is unpickled from its message alone, which fails when it comes from a worker process.
         return partial(type(self), self.path, self.problem, line=self.line), ()
+
+
+class DamagedFileError(DataFormatError):
+    """A file of an index is not what was written, or is missing."""
 
 
 class DuplicateIdError(DataFormatError):
@@ -98,3 +105,7 @@ class TrainingDivergedError(D2LLMError):
 
 class MissingExtraError(D2LLMError, ImportError):
     """An optional dependency is not installed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): to every part of d2llm the same as Ctrl-C."""

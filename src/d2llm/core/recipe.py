@@ -197,8 +197,11 @@ class TeacherTuningConfig(_Section):
     lora: LoraConfig = LoraConfig(rank=16, alpha=32)
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=0)
+    """0: the teacher is used as it is."""
     batch_pairs: int = Field(default=32, ge=1)
+    part_tokens: int | None = Field(default=None, ge=1)
+    """Tokens, padding included, that are read at a time; by default 512 on a CPU and 2,048 elsewhere."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
     max_queries: int | None = Field(default=None, ge=1)
@@ -208,11 +211,9 @@ class TeacherTuningConfig(_Section):
     patience: int = Field(default=5, ge=1)
     """Stop after this many looks without a better one."""
     dev_queries: int = Field(default=100, ge=1)
-    """Queries of the plan (per data set, at most a fifth of it) held out for this; their positives are never trained
-    as positives."""
+    """Queries of each plan held out for this, at most a fifth; their positives are never trained as positives."""
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
-    """What is best: the lowest yes/no cross-entropy of the held-out pairs, or the highest mean reciprocal rank of the
-    first positive in the held-out lists."""
+    """What is best: the lowest yes/no cross-entropy, or the highest mean reciprocal rank of the first positive."""
 
 
 class DataConfig(_Section):
@@ -297,6 +298,19 @@ class MiningConfig(_Section):
         return own or (self.range_min, self.range_max)
 
 
+class WarmUpConfig(_Section):
+    """How the learning rate rises at the start of a run; afterwards it falls linearly to 0."""
+
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps in which the rate rises from 0 to its value."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """A number of steps in place of the share."""
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of the warm-up in a run of ``total_steps``."""
+        return round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+
 class LossWeights(_Section):
     """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy)."""
 
@@ -327,14 +341,13 @@ class LossWeights(_Section):
         return any(getattr(self, name) > 0 for name in type(self).model_fields if "imitation" in name)
 
 
-class ResidualConfig(_Section):
+class ResidualConfig(WarmUpConfig):
     """The second stage: the interaction alone, on vectors that are read once (anchored head)."""
 
     epochs: int = Field(default=0, ge=0)
     """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    warmup_steps: int = Field(default=50, ge=0)
     batch_queries: int = Field(default=32, ge=1)
     depth: int = Field(default=200, ge=1)
     """Neighbours are drawn from so many passages of the plan with the largest inner products."""
@@ -348,44 +361,48 @@ class ResidualConfig(_Section):
     task's texts: an interaction should leave alone what it was not taught."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(WarmUpConfig):
     """How ``distill`` optimises."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
-    head_learning_rate: float | None = Field(default=None, gt=0)
-    """Rate of PMA and IEM; by default ``learning_rate``."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of adapters on a small model; large models want a third of it, all weights (``tuning = "full"``) a thirtieth."""
+    head_learning_rate: float = Field(default=2e-4, gt=0)
+    """Rate of PMA and IEM. Ten times as much saturates the interaction within a hundred steps."""
     weight_decay: float = Field(default=0.01, ge=0)
-    warmup_steps: int = Field(default=1000, ge=0)
-    epochs: int = Field(default=5, ge=1)
-    batch_queries: int = Field(default=32, ge=1)
-    num_hard: int = Field(default=8, ge=0)
+    epochs: int | None = Field(default=None, ge=1)
+    """By default as many as make 60 steps, from 2 to 10."""
+    batch_queries: int = Field(default=16, ge=1)
+    num_hard: int = Field(default=4, ge=0)
     """Hard negatives of a query seen in one step, drawn anew each epoch from the plan's."""
-    num_easy: int = Field(default=4, ge=0)
+    num_easy: int = Field(default=1, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
     unlabelled: Literal["leave_out", "own_labels"] = "leave_out"
     """Queries of the plan that the teacher has not labelled: left out, or trained on the data set's own judgements."""
-    eval_every: int = Field(default=200, ge=1)
-    """Steps between dev evaluations."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between dev evaluations; by default a fifth of the run's, but no more than 200."""
     patience: int = Field(default=5, ge=1)
     """Stop after this many dev evaluations without a better one."""
     dev_queries: int = Field(default=200, ge=1)
-    dev_passages: int = Field(default=3000, ge=1)
+    dev_passages: int = Field(default=1000, ge=1)
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
     checkpoint_every: int = Field(default=100, ge=1)
-    """Steps between checkpoints."""
+    """Most steps between checkpoints."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    """Most minutes between checkpoints; one is also kept when Ctrl-C or SIGTERM stops the run."""
     group_by_length: bool = False
     """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries; a data set of fewer
     than eight batches is left as it is."""
     sampling_temperature: float = Field(default=1.0, ge=1)
     """T: a data set of n queries has a share of n^(1/T) in the batches. 1: in proportion; more: small sets come more
     often, large ones less, at the same number of batches."""
-    part_tokens: int = Field(default=2048, ge=1)
-    """Tokens, padding included, that go through the backbone at a time."""
+    part_tokens: int | None = Field(default=None, ge=1)
+    """Tokens, padding included, read at a time; by default 512 on a CPU (more are no faster) and 2,048 elsewhere."""
     gradient_caching: Literal["auto", "on", "off"] = "auto"
-    """Read the texts of a batch twice, part by part, so that memory holds the intermediate results of one part at a
-    time; the gradient is the same. ``auto``: those of the parts that ``graph_tokens`` has no room for."""
-    graph_tokens: int = Field(default=16384, ge=1)
-    """Tokens whose intermediate results ``auto`` keeps in memory."""
+    """Read the texts of a batch twice, part by part: memory holds the intermediate results of one part at a time, the
+    gradient is the same. ``auto``: those parts alone that ``graph_gib`` has no room for."""
+    graph_gib: float | None = Field(default=None, gt=0)
+    """Memory for the intermediate results that ``auto`` keeps, in GiB; by default a third of what is free when the run
+    starts. It changes speed, and nothing else."""
     remine: bool = False
     """From the second epoch on, draw the hard negatives anew at its start, from the student's own ranking."""
     residual: ResidualConfig = ResidualConfig()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import Recipe
+from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.core.shipped import shipped_recipes
 
 if sys.version_info >= (3, 11):
@@ -32,12 +33,24 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     """
     path = _find_recipe(path_or_name)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
-    return parse_recipe(values, where=str(path))
+    return load_recipe_text(text, where=str(path))
+
+
+def load_recipe_text(text: str, *, where: str) -> Recipe:
+    """Read the text of a TOML recipe; ``where`` names its origin in errors.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    try:
+        return parse_recipe(tomllib.loads(text), where=where)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:
@@ -61,6 +74,48 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def shaping_settings(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe shapes the student, given its plans and labels, as plain JSON: another value, another student.
+
+    Left out is what other steps work with, and what changes speed or comfort alone.
+    """
+    values = recipe.model_dump(
+        mode="json",
+        include={"seed", "student", "losses", "training"},
+        exclude={"training": {"trackers", "checkpoint_every", "checkpoint_minutes", "gradient_caching", "graph_gib"}},
+    )
+    data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
+    return (
+        values | {"data": data} | ({"mining": recipe.mining.model_dump(mode="json")} if recipe.training.remine else {})
+    )
+
+
+def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:
+    """As ``shaping_settings``, of a tuned teacher, given its plans."""
+    return {
+        "teacher": teacher.model_dump(mode="json", exclude={"stack_with_cosine", "remote"}),
+        "teacher_tuning": tuning.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "seed": seed,
+    }
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two mappings of settings, each as "section.key (was 1, is 2)".
+
+    A key that one of them lacks says nothing: another version of d2llm knew fewer or more.
+    """
+    changes: list[str] = []
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += changed_settings(
+                cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", new), f"{prefix}{key}."
+            )
+        elif old != (list(cast("tuple[Any, ...]", new)) if isinstance(new, tuple) else new):
+            changes.append(f"{prefix}{key} (was {old}, is {new})")
+    return sorted(changes)
 
 
 def _explain(problem: ErrorDetails) -> str:

@@ -13,7 +13,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
-from d2llm.ops.batching import like_length_batches
+from d2llm.ops.batching import even_batches, like_length_batches
 
 _CERTAIN = 20.0  # log-odds of a data set's own judgement
 _SORTED_BATCHES = 8  # whose queries are sorted by length together
@@ -95,7 +95,7 @@ class Draw:
 
 
 def batches_per_epoch(sources: Sequence[LabelledSource], batch_queries: int) -> int:
-    """How many batches ``epoch_batches`` gives, without drawing them; the last of a source may be smaller."""
+    """How many batches ``epoch_batches`` gives, without drawing them."""
     return sum(_batches_per_pass(sources, batch_queries))
 
 
@@ -119,7 +119,7 @@ def epoch_batches(
         sources: data sets with their labels.
         epoch: which one, from 0. Each data set is gone through again and again, in a new order each time; an epoch
             goes on where the last one stopped.
-        batch_queries: queries of a batch.
+        batch_queries: queries of a batch, at most; those of one data set are of one size.
         num_hard: hard negatives of a query.
         num_easy: easy negatives of a query.
         seed: of order and draws.
@@ -148,7 +148,7 @@ def queries_by_set(batches: Sequence[tuple[LabelledSource, list[Draw]]]) -> dict
 
 
 def _batches_per_pass(sources: Sequence[LabelledSource], batch_queries: int) -> list[int]:
-    return [-(-len(source.entries) // batch_queries) for source in sources]
+    return [even_batches(len(source.entries), batch_queries)[0] for source in sources]
 
 
 def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
@@ -170,12 +170,13 @@ def _round(
     rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
     rng.shuffle(entries)
     draws = [_draw(entry, number, num_hard, num_easy, seed) for entry in entries]
+    count, size = even_batches(len(draws), batch_queries)
     # At least four windows: in one alone the same queries would meet each time, which are then no new negatives.
-    window = min(_SORTED_BATCHES, -(-len(draws) // batch_queries) // 4) if by_length else 1
+    window = min(_SORTED_BATCHES, count // 4) if by_length else 1
     if window <= 1:
-        return [draws[start : start + batch_queries] for start in range(0, len(draws), batch_queries)]
+        return [draws[start : start + size] for start in range(0, len(draws), size)]
     lengths = [_length(source.source, draw) for draw in draws]
-    batches = like_length_batches(lengths, batch_size=batch_queries, window=window)
+    batches = like_length_batches(lengths, batch_size=size, window=window)
     rng.shuffle(batches)  # an epoch may stop in the middle, and must not end with long texts
     return [[draws[index] for index in batch] for batch in batches]
 

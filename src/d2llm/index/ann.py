@@ -15,7 +15,6 @@ recall. It is derived and never trusted: where it does not fit, the exact scan a
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.files import write_json
+from d2llm.index.checked_json import read_checked, write_checked
 from d2llm.index.scan import IdsOf, RowScan
 from d2llm.index.vector_file import ann_path_of
 from d2llm.index.vectors import VectorFormat
@@ -264,7 +263,7 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
         os.fsync(file.fileno())
     record = replace(ann.record, num_bytes=draft.stat().st_size, checksum=_checksum(draft))
     draft.replace(path)
-    write_json(path.with_suffix(".json"), record.to_json())
+    write_checked(path.with_suffix(".json"), record.to_json())
     remove_other_anns(path.parent, ann.base.generation)
     return record
 
@@ -297,7 +296,7 @@ def read_record(path: Path) -> AnnRecord:
     Raises:
         OSError, ValueError: it cannot be read.
     """
-    values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    values = read_checked(path.with_suffix(".json"))
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
         raise ValueError("its record has other fields than this version of d2llm writes; build it again")
     return AnnRecord(**values)

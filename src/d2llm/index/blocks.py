@@ -78,6 +78,13 @@ def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], 
     return digest.hexdigest() + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
 
 
+def is_as_written(record: Mapping[str, Any]) -> bool:
+    """Whether a row with all of the user's columns and its d2_hash is what was written."""
+    others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
+    stored: str = record["d2_hash"]
+    return row_hash(record["id"], record["title"], record["text"], others, stored[ROW_HASH_LENGTH:]) == stored
+
+
 def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder: Path) -> None:
     """Make sure that a block of passages can be stored.
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2llm.core.errors import D2LLMError, DataFormatError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.index import ann
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_HASH_LENGTH, row_hash
+from d2llm.index.blocks import GENERATION_SHIFT, is_as_written
+from d2llm.index.checksum_record import remedy_for
 from d2llm.index.passage_table import NAME, PassageTable
 from d2llm.index.projections import StoredProjections, open_file, projections_of, remove_file
+from d2llm.index.repair import rebuild_record, repair_files
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
 from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
@@ -29,7 +32,9 @@ class IndexStats:
     files, of one stored projection (0 where there are none; ``num_projections`` counts them), and of everything
     (snapshots included) per passage. ``ann_passages`` are in an approximate index that was tuned to find the share
     ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
-    yet; those are searched all the same, more slowly.
+    yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
+    write takes them where an earlier d2llm made the index. ``chunking`` says how documents were cut, where there were
+    any.
     """
 
     folder: str
@@ -54,6 +59,8 @@ class IndexStats:
     ann_recall: float | None
     bytes_per_passage: float
     unindexed: dict[str, int]
+    checksums: bool
+    chunking: Chunking | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values."""
@@ -106,40 +113,128 @@ def stats(store: IndexStore) -> IndexStats:
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
+        checksums=store.files.record() is not None,
+        chunking=read_chunking(store.folder),
     )
 
 
-def verify(store: IndexStore, *, repair: bool = False, encode: Encode | None = None) -> VerifyReport:
-    """Read everything and compare: texts with their hashes, row numbers, the vectors with what was written, snapshots.
+def verify(
+    store: IndexStore, *, repair: bool = False, go_back: bool = False, encode: Encode | None = None
+) -> VerifyReport:
+    """Read everything and compare: files with their checksums, and where they are whole, texts with their hashes, row
+    numbers, the vectors with what was written, snapshots.
 
+    LanceDB trusts the bytes that it reads, and some that are damaged end the process; so it reads none that are.
     Stored projections and an approximate index are compared with their checksums.
 
     Args:
-        store: what to look at; its latest version and its snapshots.
-        repair: write vector files anew where they are damaged: from the table, or where the vectors are kept once, by
-            encoding what is lost. Texts and metadata cannot be repaired, only restored from a snapshot. Stored
-            projections and an approximate index that are damaged or of other vectors are removed.
+        store: what to look at; its latest version with all of its contents, earlier ones and snapshots.
+        repair: of damaged files of the table, take those from snapshots that have them whole, and make indices anew
+            (``index.repair``). Write vector files anew where they are damaged: from the table, or where the vectors are
+            kept once, by encoding what is lost. Texts and metadata cannot be made again, only restored from a snapshot.
+            Stored projections and an approximate index that are damaged or of other vectors are removed.
+        go_back: with ``repair``, where passages are damaged: return to the last version that is whole, and lose what
+            came since.
         encode: what encodes, where the vectors are kept once.
 
     Raises:
         IndexLockedError: another process is writing, and there is to be repaired.
-        InputError: vectors are to be encoded again, and ``encode`` is not given.
+        InputError: vectors are to be encoded again, and ``encode`` is not given; or ``go_back`` without ``repair``.
         StorageError: a repaired file cannot be written.
     """
-    with store.locked() if repair else nullcontext():
-        table = store.table()
-        problems = [*_problems(store, table, repair, encode)]
-        snapshots = store.snapshots()
-        for name in snapshots:
-            problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, repair, encode)]
+    if go_back and not repair:
+        raise InputError(f"{store.folder}: going back is part of a repair; ask for the repair too (--repair)")
+    effort = _Effort(repair, go_back, encode)
+    table, problems = _look_at(store, effort)
+    snapshots = store.snapshots()
+    for name in snapshots:
+        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, effort)]
+    num_passages = 0 if table is None else len(table)
     return VerifyReport(
         folder=str(store.folder),
-        version=table.version,
-        num_passages=len(table),
-        num_vectors=len(table),
+        version=_version_of(store) if table is None else table.version,
+        num_passages=num_passages,
+        num_vectors=num_passages,
         num_snapshots=len(snapshots),
         problems=problems,
     )
+
+
+class _Effort(NamedTuple):
+    """What ``verify`` may do about problems, as its arguments say."""
+
+    repair: bool
+    go_back: bool
+    encode: Encode | None
+
+
+def _look_at(store: IndexStore, effort: _Effort) -> tuple[PassageTable | None, list[str]]:
+    """The latest version of a store or a snapshot, None where LanceDB must not read it, and what is wrong."""
+    lacking = list(_lacking_checksums(store))
+    with store.locked() if effort.repair else nullcontext():
+        damages = _damages(store)
+        if damages and effort.repair:
+            done, left = _repair_files(store, effort.go_back), _damages(store)
+            damages = [*(damage for damage in damages if damage not in left), *done, *left]
+            if left:
+                return None, damages
+        elif damages:
+            return None, damages
+        table = store.table()
+        problems = [*_problems(store, table, effort.repair, effort.encode)]
+        return table, [*lacking, *damages, *problems]
+
+
+def _version_of(store: IndexStore) -> int:
+    try:
+        return store.version
+    except DataFormatError:
+        return 0
+
+
+def _lacking_checksums(store: IndexStore) -> Iterator[str]:
+    """What an earlier d2llm wrote, and nobody can compare."""
+    remedy = "the next write, or `d2llm index ... verify --repair`, takes them"
+    try:
+        version, record = store.version, store.files.record()
+    except DamagedFileError:
+        return
+    if record is None:
+        yield f"the table's files have no checksums, as an earlier d2llm made the index or they are lost; {remedy}"
+    elif version > record.version:
+        yield f"version {version} was written by an earlier d2llm and has no checksums; {remedy}"
+
+
+def _damages(store: IndexStore) -> list[str]:
+    """The table's files that are not what was written, and what to do."""
+    try:
+        damages, record = store.files.damages(), store.files.record()
+    except DamagedFileError as error:
+        return [str(error)]
+    earlier = [damage for damage in damages if record and damage.versions and record.version not in damage.versions]
+    return [
+        f"{damage.path}: {damage.problem}"
+        + (f" (only earlier versions need it: {', '.join(map(str, damage.versions))})" if damage in earlier else "")
+        + f"; {remedy_for(damage.path)}"
+        for damage in damages
+    ]
+
+
+def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
+    try:
+        store.files.record()
+    except DamagedFileError:
+        # Read without checksums, as before there were any; whether the rows are whole their own hashes tell.
+        with store.files.unchecked():
+            problems = list(_table_problems(store.table()))
+        if problems:
+            return problems
+        rebuild_record(store.files)
+        return ["the checksums and the table's indices were made anew, after all of its rows were compared"]
+    owner = store.folder.parents[1] if store.is_snapshot else store.folder
+    relatives = [owner, *(owner / "snapshots").glob("[!.]*")]
+    others = [folder for folder in relatives if folder != store.folder]
+    return repair_files(store.files, others, go_back=go_back)
 
 
 def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Encode | None) -> list[str]:
@@ -180,18 +275,12 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
             yield "row numbers in the table are not distinct, or of several generations"
         names = [name for name in table.schema.names if name not in ("d2_row", "d2_truncated", "d2_vector")]
         records = (record for batch in table.batches(names) for record in batch.to_pylist())
-        changed = [record["id"] for record in records if not _is_as_written(record)]
+        changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
             yield f"{len(changed)} passages in the table are not what was written, the first is {changed[0]!r}"
         yield from _index_problems(table, ids.to_pylist(), rows.tolist())
     except D2LLMError as error:
         yield str(error)
-
-
-def _is_as_written(record: dict[str, Any]) -> bool:
-    others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
-    stored: str = record["d2_hash"]
-    return row_hash(record["id"], record["title"], record["text"], others, stored[ROW_HASH_LENGTH:]) == stored
 
 
 def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
@@ -239,10 +328,9 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
         yield f"{path.name}: {error}{'; it was removed' if repair else ''}"
 
 
-def _snapshot_problems(store: IndexStore, name: str, repair: bool, encode: Encode | None) -> Iterator[str]:
+def _snapshot_problems(store: IndexStore, name: str, effort: _Effort) -> Iterator[str]:
     try:
-        snapshot = IndexStore.open(store.snapshot_folder(name))
-        with snapshot.locked() if repair else nullcontext():
-            yield from _problems(snapshot, snapshot.table(), repair, encode)
+        _, problems = _look_at(IndexStore.open(store.snapshot_folder(name)), effort._replace(go_back=False))
+        yield from problems
     except DataFormatError as error:
         yield str(error)

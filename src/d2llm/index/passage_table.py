@@ -1,5 +1,8 @@
 """The table of an index: ids, texts, metadata, vectors and row numbers in LanceDB, which versions every change.
 
+LanceDB does not look whether the bytes that it reads are those that were written, so the files of a version are
+compared with checksums of ours (``table_files``) before it gets to read them.
+
 Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
 its generation in the upper bits), d2_hash (of all that the user gave: ``blocks.row_hash``), d2_truncated (the student
 read it in part), d2_vector (codes of the vector, as in the vector file; not where an index keeps its vectors once).
@@ -10,9 +13,7 @@ read it in part), d2_vector (codes of the vector, as in the vector file; not whe
 
 from __future__ import annotations
 
-import shutil
-import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -24,16 +25,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, InputError, StorageError
+from d2llm.core.errors import DataFormatError
 from d2llm.index.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
+from d2llm.index.lance_manifest import manifests
+from d2llm.index.old_versions import remove_older
+from d2llm.index.storage import first_line, is_panic, storage_errors
+from d2llm.index.table_files import TableFiles
 
 NAME = "passages"
 _WORDS = ("title", "text")  # the columns of words that are searched
+_KEYS = ("id", "d2_row", "document_id")  # the columns that rows are looked up by
 _ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
 _SPANS_AT_ONCE = 64  # in one condition
 _DELETED_AT_ONCE = 10_000
 _SCANNED_AT_ONCE = 16_384
+_FOR_EVER = timedelta(days=36_500)
 
 
 def quoted(value: str) -> str:
@@ -44,31 +51,46 @@ def quoted(value: str) -> str:
 class PassageTable:
     """One version of the table, opened for reading; the methods that write are for the holder of the write lock."""
 
-    def __init__(self, folder: Path, table: Any) -> None:
+    def __init__(self, folder: Path, table: Any, files: TableFiles) -> None:
         self.folder = folder
         self._table = table
+        self._files = files
+        self._compared: set[tuple[int, tuple[str, ...]]] = set()  # versions and columns whose indices were compared
 
     @classmethod
     def create(cls, folder: Path, schema: pa.Schema) -> PassageTable:
         """A new table without rows."""
         with storage_errors(folder):
-            return cls(folder, _connect(folder).create_table(NAME, schema=schema))
+            return cls(folder, _connect(folder).create_table(NAME, schema=schema), TableFiles(folder))
 
     @classmethod
-    def open(cls, folder: Path, version: int | None = None) -> PassageTable:
+    def open(
+        cls, folder: Path, version: int | None = None, files: TableFiles | None = None, *, whole: bool = False
+    ) -> PassageTable:
         """The table at a version, the latest by default. It stays there, whatever is written meanwhile.
 
+        Args:
+            folder: of the index.
+            version: which.
+            files: of the table; what they have compared is not compared again.
+            whole: compare all of the version's files with their checksums, not samples alone.
+
         Raises:
+            DamagedFileError: a file of the version is not what was written.
             DataFormatError: there is no table, it is damaged, or it has no such version any more.
         """
+        files = TableFiles(folder) if files is None else files
+        number = files.ready(version, whole=whole)
         try:
             table = _connect(folder).open_table(NAME)
-            table.checkout(table.version if version is None else version)
+            table.checkout(table.version if number is None else number)
             table.count_rows()
-        except Exception as error:
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             what = "its table" if version is None else f"version {version} of its table"
-            raise DataFormatError(folder, f"{what} cannot be opened ({_first_line(error)})") from error
-        return cls(folder, table)
+            raise DataFormatError(folder, f"{what} cannot be opened ({first_line(error)})") from error
+        return cls(folder, table, files)
 
     @property
     def version(self) -> int:
@@ -91,6 +113,8 @@ class PassageTable:
     def columns(self, names: Sequence[str], where: str | None = None) -> pa.Table:
         """Some columns of all rows, or of those that fit an SQL condition."""
         query = self._table.search().select(list(names)).limit(_ALL)
+        if where:
+            self._compare_indices(_KEYS)
         return self._read(query.where(where) if where else query)
 
     def any_row(self) -> int | None:
@@ -100,15 +124,14 @@ class PassageTable:
 
     def has_rows_from(self, row: int) -> bool:
         """Whether a passage has this row number (d2_row) or a higher one."""
+        self._compare_indices(_KEYS)
         return len(self._read(self._table.search().select(["d2_row"]).where(f"d2_row >= {row}").limit(1))) > 0
 
     def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Some columns (all by default) of all rows, a few thousand rows at a time."""
         query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
-        try:
+        with self._reading():
             yield from query.to_batches(_SCANNED_AT_ONCE)
-        except Exception as error:
-            raise self._unreadable(error) from error
 
     def codes(self) -> NDArray[np.uint8]:
         """The codes of all vectors by row [largest row + 1, code_size]; rows that this version lacks are zeros."""
@@ -171,12 +194,14 @@ class PassageTable:
         _, first = np.unique(np.asarray(found["d2_row"]), return_index=True)  # spans may overlap
         return found.take(first).select(list(names))
 
-    def parts(self, documents: Sequence[str]) -> list[str]:
-        """Ids of the passages that have one of these document_ids, or one of these as id."""
-        found: list[str] = []
-        for some in _parts(documents, _ASKED_AT_ONCE):
+    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
+        """(id, document_id, position) of passages with one of these document_ids, or one of these as id; no order."""
+        found: list[tuple[str, str, int]] = []
+        names = ["id", "document_id", "position"]
+        for some in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
             listed = ", ".join(map(quoted, some))
-            found += self.columns(["id"], f"document_id IN ({listed}) OR id IN ({listed})")["id"].to_pylist()
+            table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
+            found += zip(*(table[name].to_pylist() for name in names), strict=True)
         return found
 
     def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:
@@ -189,6 +214,7 @@ class PassageTable:
             return pa.table({"id": pa.array([], pa.string()), "d2_row": pa.array([], pa.int64()),
                              "_score": pa.array([], pa.float32())})  # fmt: skip
         queries: Any = import_module("lancedb.query")
+        self._compare_indices((*_WORDS, *_KEYS))
         if any(f"{name}_idx" not in self._index_names for name in _WORDS):
             raise DataFormatError(
                 self.folder,
@@ -202,6 +228,7 @@ class PassageTable:
     @property
     def indices(self) -> dict[str, int]:
         """Indices by name, with the number of rows that each does not yet cover."""
+        self._compare_indices((*_WORDS, *_KEYS))
         found = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
         return {name: stats.num_unindexed_rows if stats else 0 for name, stats in found.items()}
 
@@ -209,8 +236,7 @@ class PassageTable:
 
     def put(self, rows: pa.Table, *, replaces: bool) -> None:
         """Add rows in one commit; with ``replaces``, rows of the same id go in the same commit."""
-        with storage_errors(self.folder):
-            self._table.checkout_latest()
+        with self._change():
             if replaces:
                 merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(rows)
@@ -220,8 +246,7 @@ class PassageTable:
     def delete(self, ids: Sequence[str]) -> int:
         """Delete the passages with these ids; returns how many there were. Ten thousand go in one commit."""
         before = 0
-        with storage_errors(self.folder):
-            self._table.checkout_latest()
+        with self._change():
             before = len(self)
             for some in _parts(ids, _DELETED_AT_ONCE):
                 self._table.delete(f"id IN ({', '.join(map(quoted, some))})")
@@ -229,8 +254,7 @@ class PassageTable:
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
         """Add metadata columns; they are null in the rows that are there."""
-        with storage_errors(self.folder):
-            self._table.checkout_latest()
+        with self._change():
             self._table.add_columns(pa.schema(fields))
 
     def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
@@ -250,6 +274,7 @@ class PassageTable:
                 self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
             except RuntimeError as error:
                 raise failures[0] if failures else error from None
+            self._files.commit()
 
     def build_indices(self) -> None:
         """Make the indices on id, row, document and texts that are missing."""
@@ -259,88 +284,79 @@ class PassageTable:
         texts = FTS(base_tokenizer="icu", language="English", stem=True, remove_stop_words=False, max_token_length=None)
         with storage_errors(self.folder):
             self._table.checkout_latest()
-            present = self.indices
-            for name in ("id", "d2_row", "document_id", *_WORDS):
-                if f"{name}_idx" not in present:
+            self._compare_indices((*_WORDS, *_KEYS))
+            present = {index.name for index in self._table.list_indices()}
+            missing = [name for name in (*_KEYS, *_WORDS) if f"{name}_idx" not in present]
+        if missing:
+            with self._change(copies=True):
+                for name in missing:
                     self._table.create_index(name, config=texts if name in _WORDS else BTree())
+
+    def drop_indices(self, names: Collection[str]) -> None:
+        """Forget the indices of these names, without reading them."""
+        with self._change():
+            for name in names:
+                self._table.drop_index(name)
 
     def optimize(self, keep: timedelta) -> None:
         """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
-        with storage_errors(self.folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a reader of a version forgotten now would fail
-            self._table.checkout_latest()
-            self._table.optimize(cleanup_older_than=keep)
+        with self._change(copies=True):
+            self._table.optimize(cleanup_older_than=_FOR_EVER)
+        with storage_errors(self.folder):
+            remove_older(self._files, keep)
 
     def versions(self) -> list[int]:
         """The versions that can still be opened."""
-        return sorted(entry["version"] for entry in self._table.list_versions())
+        return sorted(manifests(self._files.table))
+
+    @contextmanager
+    def _change(self, *, copies: bool = False) -> Generator[None]:
+        """A change of the latest version, committed at the end. What ``copies`` rows is given none that are damaged."""
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            if copies:
+                self._files.check(self.version, whole=True)
+            yield
+            self._files.commit()
+
+    def _compare_indices(self, columns: tuple[str, ...]) -> None:
+        """Compare the indices of some columns with their checksums, all of them, before they are first used."""
+        use = (self.version, columns)
+        if use not in self._compared:
+            self._files.check_indices(self.version, [f"{name}_idx" for name in columns])
+            self._compared.add(use)
 
     @cached_property
     def _index_names(self) -> set[str]:
         return {index.name for index in self._table.list_indices()}  # of a version, so they do not change
 
     def _read(self, query: Any) -> pa.Table:
-        try:
+        with self._reading():
             return cast(pa.Table, query.to_arrow())
-        except Exception as error:
-            raise self._unreadable(error) from error
 
     def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
         return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} rows asked for")
 
-    def _unreadable(self, error: Exception) -> DataFormatError:
-        return DataFormatError(
-            self.folder,
-            f"version {self.version} of its table cannot be read ({_first_line(error)}); refresh or open it again, and "
-            "run `d2llm index ... verify` if that does not help",
-        )
+    @contextmanager
+    def _reading(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            problem = f"version {self.version} of its table cannot be read ({first_line(error)})"
+            advice = "refresh or open it again, and run `d2llm index ... verify` if that does not help"
+            raise DataFormatError(self.folder, f"{problem}; {advice}") from error
 
     def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
         found = list(tables)
         return pa.concat_tables(found) if found else self.schema.empty_table().select(list(names))
 
 
-def link_table(source: Path, target: Path) -> None:
-    """A copy of the latest version of a table in another folder, by hard links, which take no space.
-
-    The files of a table never change, so the copy does not either. Where links are impossible, files are copied.
-    """
-    with storage_errors(target):
-        shutil.copytree(source / f"{NAME}.lance", target / f"{NAME}.lance", copy_function=link_or_copy)
-    copy = PassageTable(target, _connect(target).open_table(NAME))
-    copy.optimize(timedelta(0))
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Another name for a file; its content again where the file system has no links."""
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-@contextmanager
-def storage_errors(folder: Path) -> Generator[None]:
-    """What a store says when it cannot write, as an error of d2llm."""
-    try:
-        yield
-    except (InputError, StorageError):
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise StorageError(
-            f"{folder}: the index cannot be written ({_first_line(error)}). What was committed before is kept; make "
-            "room or give the right to write, then give the same command again"
-        ) from error
-
-
 def _connect(folder: Path) -> Any:
     import lancedb
 
     return lancedb.connect(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -3,13 +3,15 @@
 INDEX/
   manifest.json         kind "index": student, task, vector format; written once
   passages.lance        the table (``passage_table``): the source of truth, with versions
+  checksums.json        of the table's files (``table_files``): the version that it names is the one that readers open
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
+  chunking.json         how documents were cut into passages, where they were (``side_files``)
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
 
-Every write is one commit of the table: before it nothing is seen, after it everything. Vectors are on disk before the
-commit that names their rows.
+Every write is one commit: before it nothing is seen, after it everything. Vectors are on disk before the commit that
+names their rows.
 """
 
 # pyright: reportUnknownParameterType=false
@@ -25,16 +27,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, IndexLockedError, IndexMismatchError, InputError
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
-from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.types import Passage, Task
-from d2llm.index import vector_file
+from d2llm.index import repair, vector_file
 from d2llm.index.blocks import (
     COMPARED,
     GENERATION_SHIFT,
@@ -45,23 +45,20 @@ from d2llm.index.blocks import (
     table_block,
     table_schema,
 )
-from d2llm.index.passage_table import PassageTable, link_or_copy, link_table, storage_errors
+from d2llm.index.index_manifest import FORMATS, KIND, read_index_manifest, write_index_manifest
+from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import MetadataSchema
+from d2llm.index.side_files import side_files
+from d2llm.index.storage import link_or_copy, storage_errors
 from d2llm.index.stored_vectors import StoredVectors, VectorCopies, stored_vectors
+from d2llm.index.table_files import TableFiles
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.vectors import VectorFormat, make_format
+from d2llm.index.write_lock import WriteLock
 
-KIND = "index"
-FORMAT_VERSION = 3
-"""The newest format that is read."""
-FIRST_FORMAT_VERSION = 2
-"""The first format that can be changed."""
-_FORMATS: dict[VectorCopies, int] = {2: 2, 1: 3}  # by copies of the vectors, so that d2llm before 3 reads what it can
-ERRORS_FILE = "student-errors.json"  # of ``pipeline.calibrate``; snapshots take it along
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
 _SNAPSHOTS = "snapshots"
-_LOCK = "write.lock"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
 _UNINDEXED_ROWS = 4_000  # so many are searched without an index before the indices are brought up to date
 
@@ -75,7 +72,8 @@ class IndexStore:
         self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
         self.vector_copies: VectorCopies = manifest.get("vector_copies", 2)
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
-        self._lock = filelock.FileLock(folder / _LOCK, timeout=0)
+        self.files = TableFiles(folder, expected="checksums" in manifest)
+        self._lock = WriteLock(folder, self.files, self._check_place)
 
     @classmethod
     def create(
@@ -103,7 +101,7 @@ class IndexStore:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: is there already; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
-        if vector_copies not in _FORMATS:
+        if vector_copies not in FORMATS:
             raise InputError(f"{vector_copies!r} copies of the vectors cannot be kept; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
@@ -112,7 +110,8 @@ class IndexStore:
             student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
             vectors = {"dim": dim, "vector_format": vector_format, "vector_copies": vector_copies}
             content = {"student_source": student_source, "task": task, **vectors, "snapshot": None}
-            write_manifest(draft, KIND, _FORMATS[vector_copies], student | content)
+            write_index_manifest(draft, vector_copies, student | content)
+            TableFiles(draft).commit()
         return cls.open(folder)
 
     @classmethod
@@ -122,32 +121,33 @@ class IndexStore:
         Raises:
             DataFormatError: there is none, or its manifest is damaged or of another format.
         """
-        manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-        if manifest["format_version"] < FIRST_FORMAT_VERSION:
-            raise DataFormatError(folder, "is an index of the first format, which cannot be changed; encode it again")
-        kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
-        wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-        if manifest.get("vector_copies", 2) not in (1, 2):
-            wrong.append("vector_copies")
-        if wrong:
-            raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
+        manifest = read_index_manifest(folder)
         try:
             return cls(folder, manifest)
         except InputError as error:
             raise DataFormatError(folder / MANIFEST_NAME, f"is damaged ({error}); restore it from a copy") from error
 
-    def table(self, version: int | None = None) -> PassageTable:
-        """The table at a version, the latest by default.
+    def table(self, version: int | None = None, *, whole: bool = False) -> PassageTable:
+        """The table at a version, the latest by default; ``whole``, after every byte of it was compared.
 
         Raises:
+            DamagedFileError: one of its files is not what was written.
             DataFormatError: it cannot be opened, or is not of this index.
         """
-        table = PassageTable.open(self.folder, version)
+        self._lock.finish()
+        table = PassageTable.open(self.folder, version, self.files, whole=whole)
         code_size = self.format.code_size if self.vector_copies == 2 else None
         # As sets: a metadata field that came later stands behind the rest.
         if set(table.schema) != set(table_schema(table.metadata_fields, code_size)):
             raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
         return table
+
+    @property
+    def version(self) -> int:
+        """The latest version, as ``table`` would open it, without opening it."""
+        self._lock.finish()
+        number = self.files.latest()
+        return self.table().version if number is None else number
 
     @property
     def metadata(self) -> MetadataSchema:
@@ -189,18 +189,13 @@ class IndexStore:
     @contextmanager
     def locked(self) -> Generator[None]:
         """``writing``, also for a snapshot: its passages never change, but its vectors can be repaired."""
-        with storage_errors(self.folder):
-            try:
-                self._lock.acquire()
-            except filelock.Timeout as error:
-                raise IndexLockedError(f"{self.folder}: another process is writing to it; try again later") from error
-        try:
-            # Files are found by the folder's name, so they may be another index's by now.
-            if self._lock.lock_counter == 1 and read_manifest(self.folder, KIND, FORMAT_VERSION) != self.manifest:
-                raise IndexMismatchError(f"{self.folder}: another index has taken this one's place; open it again")
+        with self._lock.held():
             yield
-        finally:
-            self._lock.release()
+
+    def _check_place(self) -> None:
+        """Files are found by the folder's name, so they may be another index's by now."""
+        if read_index_manifest(self.folder) != self.manifest:
+            raise IndexMismatchError(f"{self.folder}: another index has taken this one's place; open it again")
 
     # Changing passages ---------------------------------------------------------------------------------------------
 
@@ -316,13 +311,14 @@ class IndexStore:
             if target.exists():
                 raise InputError(f"{self.folder}: there is a snapshot {name!r} already; choose another name")
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
-                link_table(self.folder, draft)
                 self.vectors.file_to_extend(table := self.table())  # makes sure that it is whole
-                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
+                self.files.link(table.version, draft)
+                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
-                write_manifest(draft, KIND, _FORMATS[self.vector_copies], content | {"snapshot": name})
+                write_index_manifest(draft, self.vector_copies, content | {"snapshot": name})
+                TableFiles(draft).commit()
         return target
 
     def drop_snapshot(self, name: str) -> None:
@@ -346,6 +342,7 @@ class IndexStore:
         """
         with self.writing():
             source = IndexStore.open(self._existing_snapshot(name))
+            repair.replace_if_damaged(self.files, source.files)
             num_passages = self._rewrite(source)
             self.settle()
             return num_passages
@@ -371,7 +368,7 @@ class IndexStore:
 
     def _rewrite(self, source: IndexStore) -> int:
         """All rows of ``source``, their vectors in a file of a new generation, in the table's place; how many."""
-        table, rows = self.table(), source.table()
+        table, rows = self.table(), source.table(whole=True)  # damage copied would get checksums that fit
         codes_of_batch = source.vectors.codes_of_batches(rows)
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one whose own file of this number was lost.
@@ -391,6 +388,7 @@ class IndexStore:
         """Remove what interrupted writers left."""
         for path in [*self.folder.glob(".vectors-*.new*"), *(self.folder / _SNAPSHOTS).glob(".*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        repair.sweep(self.folder)
 
     def _existing_snapshot(self, name: str) -> Path:
         folder, there = self.snapshot_folder(name), self.snapshots()

@@ -26,7 +26,8 @@ from d2llm.core.errors import DataFormatError, InputError, StorageError
 from d2llm.core.types import Passage
 from d2llm.index import vector_file
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of
-from d2llm.index.passage_table import PassageTable, storage_errors
+from d2llm.index.passage_table import PassageTable
+from d2llm.index.storage import storage_errors
 from d2llm.index.vector_file import Salvage, VectorFile, VectorRows
 from d2llm.index.vectors import VectorFormat
 
@@ -288,7 +289,7 @@ class SoleVectors(StoredVectors):
         return vector_file.salvage(self.folder, self.generation(table), self.code_size, version=table.version)
 
     def _refuse(self, table: PassageTable, problem: str) -> NoReturn:
-        if table.version < PassageTable.open(self.folder).version:
+        if table.version < self.store.table().version:
             what = f"version {table.version} has no vectors any more ({problem}); refresh or open the index again"
         else:
             what = (

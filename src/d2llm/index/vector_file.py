@@ -2,7 +2,7 @@
 
 vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
-                            were written together, with a checksum of their bytes
+                            were written together, with a checksum of their bytes; a checksum of all this
 
 What is derived from the vectors row by row lies beside them in a file of the same kind under another name
 (``projections``), whose ``made_of`` says what its rows were computed from.
@@ -15,7 +15,6 @@ rows that only earlier versions have, hence ``since``.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
-from d2llm.core.files import write_json
+from d2llm.index.checked_json import read_checked, write_checked
 
 NAME = "vectors"
 DERIVED = "projections"
@@ -151,11 +150,13 @@ class VectorFile:
         return file
 
     @classmethod
-    def _described(cls, folder: Path, generation: int, code_size: int | None, name: str = NAME) -> VectorFile:
+    def _described(
+        cls, folder: Path, generation: int, code_size: int | None, name: str = NAME, *, compare: bool = True
+    ) -> VectorFile:
         """The file as its list of extents describes it, whether the rows are there or not."""
         path = path_of(folder, generation, name)
         try:
-            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            record = read_checked(path.with_suffix(".json"), compare=compare)
             extents = [Extent(*extent) for extent in record["extents"]]
             size, since, made_of = record["code_size"], record["since"], record.get("made_of", "")
             if size != (code_size or size) or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
@@ -212,19 +213,23 @@ class VectorFile:
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
         record = {"code_size": self.code_size, "since": self.since, "extents": extents}
-        write_json(self.path.with_suffix(".json"), record | ({"made_of": self.made_of} if self.made_of else {}))
+        write_checked(self.path.with_suffix(".json"), record | ({"made_of": self.made_of} if self.made_of else {}))
 
 
 def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> Salvage:
     """What a version of the table can use of a file that may be damaged, too short or missing."""
+    described, problem = VectorFile._described, None  # pyright: ignore[reportPrivateUsage]
     try:
-        file = VectorFile._described(folder, generation, code_size)  # pyright: ignore[reportPrivateUsage]
+        try:
+            file = described(folder, generation, code_size)
+        except DataFormatError as error:  # what it still says of parts may be true: their checksums tell
+            file, problem = described(folder, generation, code_size, compare=False), str(error)
         num_rows = min(file.path.stat().st_size // code_size, file.capacity)
     except (DataFormatError, OSError) as error:
         return Salvage(np.zeros((0, code_size), np.uint8), np.zeros(0, np.bool_), str(error))
     shape, whole = (num_rows, code_size), np.zeros(num_rows, np.bool_)
     codes = np.memmap(file.path, np.uint8, "r", shape=shape) if num_rows else np.zeros(shape, np.uint8)
-    if file.since > version:
+    if file.since > version and problem is None:
         return Salvage(codes, whole, f"{file.path.name} is of a later version")
     num_damaged = 0
     for extent in file.extents:
@@ -233,7 +238,7 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
         else:
             num_damaged += 1
     parts = f"{file.path.name}: {num_damaged} of {len(file.extents)} parts are not what was written"
-    return Salvage(codes, whole, parts if num_damaged else None)
+    return Salvage(codes, whole, problem or (parts if num_damaged else None))
 
 
 def path_of(folder: Path, generation: int, name: str = NAME) -> Path:

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, Task
 from d2llm.index.ann import AnnBase, AnnIndex
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_text
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written, is_text
 from d2llm.index.filters import parse_filter
 from d2llm.index.projections import StoredProjections, projections_of
 from d2llm.index.scan import RowScan
@@ -52,10 +52,12 @@ class PassageView:
         self._len = len(stored_rows)
         self._vectors = store.vectors.read(self._table, stored_rows)
         self.capacity = len(self._vectors.codes)
-        self.live: NDArray[np.bool_] | None = None
-        if self._len < self.capacity:
-            self.live = np.zeros(self.capacity, np.bool_)
-            self.live[stored_rows & ROW_MASK] = True
+        live = np.zeros(self.capacity, np.bool_)
+        live[stored_rows & ROW_MASK] = True
+        if np.count_nonzero(live) < self._len or (self._len and np.ptp(stored_rows >> GENERATION_SHIFT)):
+            problem = "two passages of its table have the same row, or rows of two generations"
+            raise DataFormatError(store.folder, f"{problem}; restore a snapshot, or index the corpus again")
+        self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
         self._row_ids = np.full(self.capacity, _NO_ROW, np.uint64)
         self._row_ids[stored_rows & ROW_MASK] = row_ids
         self._scan: RowScan | None = None
@@ -118,12 +120,12 @@ class PassageView:
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages at some rows, in their order; metadata without a value are left out."""
-        return [as_passage(record) for record in self._take(rows, self._columns).to_pylist()]
+        return self._as_passages(self._take(rows, self._columns))
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
         """The passages with these ids, in their order; those that are not there are left out."""
         wanted = list(dict.fromkeys(ids))
-        found = {record["id"]: as_passage(record) for record in self._table.by_ids(wanted, self._columns).to_pylist()}
+        found = {passage.id: passage for passage in self._as_passages(self._table.by_ids(wanted, self._columns))}
         return [found[passage_id] for passage_id in wanted if passage_id in found]
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
@@ -138,16 +140,12 @@ class PassageView:
         Those given are among them. A passage without a document_id has no neighbours.
         """
         places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
-        found = self._table.around(places, distance, self._columns).to_pylist()
-        return sorted(map(as_passage, found), key=lambda passage: (passage.document_id, passage.position, passage.id))
-
-    def parts(self, documents: Sequence[str]) -> list[str]:
-        """The ids of the passages whose document_id is one of these, or that have one of these as their own id."""
-        return self._table.parts(documents)
+        found = self._as_passages(self._table.around(places, distance, self._columns))
+        return sorted(found, key=lambda passage: (passage.document_id, passage.position, passage.id))
 
     @cached_property
     def _columns(self) -> list[str]:
-        return [*TEXT_COLUMNS, *self.metadata.fields]
+        return [*TEXT_COLUMNS, *self.metadata.fields, "d2_hash"]
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The vectors of some rows, float32 [len(rows), dim]."""
@@ -275,6 +273,15 @@ class PassageView:
             raise DataFormatError(self.store.folder, f"its table lacks {num_lacking} of {len(wanted)} rows asked for")
         return self._table.take(row_ids, names)
 
+    def _as_passages(self, found: pa.Table) -> list[Passage]:
+        """Rows of the table as passages. What the samples at opening did not find of damage, their hashes do."""
+        records = cast("list[dict[str, Any]]", found.to_pylist())
+        changed = [record["id"] for record in records if not is_as_written(record)]
+        if changed:
+            problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"
+            raise DamagedFileError(self.store.folder, f"{problem}; `d2llm index ... verify` says more")
+        return list(map(as_passage, records))
+
     def _check(self) -> RowScan:
         """Before the first use of the vectors: are they what was written? Else the table may have them."""
         if self._scan is None:
@@ -288,5 +295,6 @@ class PassageView:
 def as_passage(record: dict[str, Any]) -> Passage:
     """A row of the table as a passage."""
     values = {name: record[name] for name in TEXT_COLUMNS}
-    metadata = {name: value for name, value in record.items() if name not in TEXT_COLUMNS and value is not None}
+    others = (*TEXT_COLUMNS, "d2_hash")
+    metadata = {name: value for name, value in record.items() if name not in others and value is not None}
     return Passage(**values, metadata=metadata)

@@ -22,7 +22,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.types import Passage, Query, Task
-from d2llm.index.store import FORMAT_VERSION
+from d2llm.index.index_manifest import FORMAT_VERSION
 from d2llm.index.vectors import make_format
 from d2llm.integrations.mteb_meta import model_meta
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of

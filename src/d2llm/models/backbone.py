@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
@@ -25,11 +27,11 @@ from d2llm.models.lora import (
     train_adapters_only,
 )
 from d2llm.models.sources import (
+    find_model,
     find_model_file,
     fingerprint_model,
     load_pretrained,
     load_tokenizer,
-    locate_model,
     readable_tokens,
 )
 from d2llm.ops.batching import pad_right
@@ -78,7 +80,7 @@ class Backbone(nn.Module):
 
         self.config = config
         self.compute_dtype = compute_dtype
-        self.location = locate_model(config.model)
+        self.location = find_model(config.model)
         self.tokenizer = load_tokenizer(self.location)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
         self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
@@ -162,9 +164,11 @@ class Backbone(nn.Module):
         elif self.config.tuning == "lora":
             load_adapter_state(self.model, state)
 
-    def merged_weights(self) -> dict[str, Tensor]:
-        """All weights as the plain model's, adapters merged."""
-        return merged_state_dict(self.model)
+    def save_merged(self, folder: Path) -> None:
+        """Write configuration and all weights, adapters merged, as the plain model's."""
+        self.model.config.save_pretrained(folder)
+        weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self.model).items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     def tokenize(self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None) -> TokenizedTexts:
         """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted.

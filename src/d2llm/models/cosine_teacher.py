@@ -17,7 +17,7 @@ from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Task
 from d2llm.models.backbone import TextKind
 from d2llm.models.judge import Judgements, TextPair
-from d2llm.models.sources import fingerprint_model, locate_model
+from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teacher_identity import TeacherIdentity
@@ -69,7 +69,7 @@ class CosineTeacher:
             manifest = read_manifest(find_student(config.model), KIND, FORMAT_VERSION)
             return TeacherIdentity(str(manifest["fingerprint"]), prompts)
         settings = _plain_student(config.model).model_dump(mode="json")
-        settings["backbone"]["model"] = fingerprint_model(locate_model(config.model))
+        settings["backbone"]["model"] = fingerprint_model(find_model(config.model))
         return TeacherIdentity(fingerprint_json(["cosine", settings]), prompts)
 
     @property

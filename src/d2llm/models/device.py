@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2llm.core.errors import InputError
+from d2llm.core.memory import available_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,14 +24,25 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what each back end likes
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"device '{device}' cannot be used here ({reason}); try cpu, or name none") from error
+            there = devices_here()
+            # Of a device that is there the reason helps, such as a full memory; of one that is not it is pages long.
+            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in there}
+            reason = f" ({str(error).splitlines()[0].rstrip('.')})" if is_there else ""
+            raise InputError(
+                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(there)}), or none"
+            ) from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def devices_here() -> list[str]:
+    """The names of the devices of this machine that can be computed on."""
+    accelerators = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 @cache
@@ -94,6 +106,21 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
     if device.type == "cpu" and cpu_has_fast_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still take where ``device`` keeps its tensors; None where nobody says."""
+    if device.type == "cuda":
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return available_memory()
+
+
+def tokens_at_a_time(device: torch.device) -> int:
+    """Tokens of one forward and backward pass: of more at a time none is faster on a CPU, and all take memory."""
+    return 512 if device.type == "cpu" else 2048
 
 
 def use_plain_attention_on_cpu(model: Any) -> None:

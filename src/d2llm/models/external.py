@@ -22,7 +22,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.encoded_texts import EncodedTexts
-from d2llm.models.sources import fingerprint_model, locate_model, quiet_transformers
+from d2llm.models.sources import find_model, fingerprint_model, quiet_transformers
 
 _BLOCK = 256  # texts between two reports of progress
 _BATCH = 32
@@ -243,7 +243,7 @@ def _folder(name: str) -> Path:
     location = Path(name).expanduser()
     if location.is_dir():
         return location
-    located = locate_model(name)
+    located = find_model(name)
     if Path(located).is_dir():
         return Path(located)
     from huggingface_hub import snapshot_download

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.shipped import shipped_models
-from d2llm.models.model_card import HUB_ID, model_card
+from d2llm.models.model_card import HUB_ID, model_card, why_not_loadable
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
     CARD_FILE,
+    MERGED_HASH,
     check_weights,
     merged_sha256,
     read_student_manifest,
@@ -37,13 +38,17 @@ PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "LICENSE*")
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """Where a student was put: its repository, the commit and its page, how many files of how many bytes."""
+    """Where a student was put: its repository, the commit and its page, how many files of how many bytes.
+
+    ``needs_d2llm`` says why plain sentence-transformers cannot load it; None where it can.
+    """
 
     repo_id: str
     commit: str
     url: str
     num_files: int
     num_bytes: int
+    needs_d2llm: str | None
 
 
 def find_student(folder_or_name: str | Path) -> Path:
@@ -150,7 +155,8 @@ def push_student(
             revision=revision,
         )
     num_bytes = sum(addition.upload_info.size for addition in additions)
-    return PushReport(repo_id, str(commit.oid), str(commit.commit_url), len(additions), num_bytes)
+    needs_d2llm = why_not_loadable(folder, read_student_manifest(folder)[0])
+    return PushReport(repo_id, str(commit.oid), str(commit.commit_url), len(additions), num_bytes, needs_d2llm)
 
 
 def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
@@ -172,7 +178,7 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
             "are put on the Hub, so move them elsewhere"
         )
     if merged:
-        manifest |= {"merged_sha256": merged_sha256(folder)}
+        manifest |= {MERGED_HASH: merged_sha256(folder)}
     written = {
         MANIFEST: json.dumps(manifest, indent=2, ensure_ascii=False) + "\n",
         CARD_FILE: model_card(folder, manifest, licence=licence),

@@ -27,11 +27,11 @@ from d2llm.models.inference import inference
 from d2llm.models.judge import Judgements, TextPair
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
+    find_model,
     fingerprint_model,
     load_pretrained,
     load_tensors,
     load_tokenizer,
-    locate_model,
     quiet_transformers,
     readable_tokens,
 )
@@ -102,7 +102,7 @@ class LocalTeacher(nn.Module):
                 *(tuned.folder, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),
             )
         self.compute_dtype = compute_dtype
-        self.location = locate_model(self.config.model)
+        self.location = find_model(self.config.model)
         self.base_fingerprint = fingerprint_model(self.location)
         if tuned and tuned.base_fingerprint not in (None, self.base_fingerprint):
             raise MismatchError(

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
+from d2llm.core.recipe import StudentConfig
+from d2llm.models.sentence_transformers_files import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_DATA = "hf://"
 _TAGS = ["d2llm", "semantic-search", "dense-retrieval", "reranking"]
+_LIBRARY_TAG = "sentence-transformers"
 _HEADS = {
     "anchored": "an inner product of the two vectors, which any vector index can follow, plus a bounded interaction",
     "paper": "an interaction network on the two vectors (the head of the D2LLM paper)",
@@ -33,13 +34,26 @@ passages = student.encode_passages(["Iterating over an open file gives its lines
 print(student.score(query, passages, task="asymmetric"))
 ```"""
 
+_PLAIN_SECTION = re.compile(r"<!-- sentence-transformers:begin -->.*?<!-- sentence-transformers:end -->\n?", re.DOTALL)
+_PLAIN = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("...")  # the name of this repository, or a folder with these files
+queries = model.encode_query(["how do I read a file line by line?"])
+passages = model.encode_document(["Iterating over an open file gives its lines."])
+print(model.similarity(queries, passages))
+```"""
+
 
 def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None = None) -> str:
     """The text of README.md for the student in ``folder``.
 
-    What a card that is there says stays; of its front matter only what is missing is added. ``licence``: an identifier
-    of the Hub ("apache-2.0"), taken instead of the card's.
+    What a card that is there says stays; of its front matter only what is missing is added, and what it says of plain
+    sentence-transformers, between marks of its own, is written anew. ``licence``: an identifier of the Hub
+    ("apache-2.0"), taken instead of the card's.
     """
+    from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need
+
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(manifest)
     card = ModelCard(text) if text.startswith("---\n") else None
@@ -48,11 +62,31 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     fields: dict[str, Any] = _front_matter(folder, manifest) | said
     if licence is not None:
         fields["license"] = licence
+    if why_not_loadable(folder, manifest) is None and _LIBRARY_TAG not in (tags := fields.get("tags") or []):
+        fields["tags"] = [*tags, _LIBRARY_TAG]
+    section = f"<!-- sentence-transformers:begin -->\n{_plain(folder, manifest)}\n<!-- sentence-transformers:end -->\n"
+    if not _PLAIN_SECTION.search(body):
+        body = f"{body.rstrip()}\n\n{section}"
+    body = _PLAIN_SECTION.sub(lambda _: section, body, count=1)
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n\n{body.lstrip()}"
+
+
+def why_not_loadable(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Why plain sentence-transformers, without d2llm, cannot load a student's folder; None where it can."""
+    if (folder / MODULES_FILE).is_file():
+        return None
+    if (reason := why_not_plain(StudentConfig.model_validate(manifest["config"]))) is not None:
+        return reason
+    return (
+        "its folder has what training changed, and not all weights; `d2llm push` and "
+        "`Student.save(folder, merge=True)` write those"
+    )
 
 
 def card_licence(card: str) -> str | None:
     """The licence that the front matter of a card names."""
+    from huggingface_hub import ModelCard
+
     licence: object = ModelCard(card).data.to_dict().get("license")
     return None if licence is None else str(licence)
 
@@ -99,6 +133,25 @@ def _body(manifest: Mapping[str, Any]) -> str:
     return (
         "\n\n".join(["# A d2llm student", what, facts, "## Use", _USE, *_training(manifest), *_figures(manifest)])
         + "\n"
+    )
+
+
+def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Whether sentence-transformers can load it, and what it then gives."""
+    head, backbone = manifest["config"]["interaction"]["head"], manifest["config"]["backbone"]
+    if (reason := why_not_loadable(folder, manifest)) is not None:
+        return f"## Without d2llm\n\nSentence-transformers alone cannot load it: {reason}."
+    what = (
+        "That is all of this student's score."
+        if head == "cosine"
+        else f"That is the inner product of the student's score ({task_of_plain(manifest)} search), without its "
+        "interaction, which only d2llm has."
+    )
+    return (
+        f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{what} In float32 the "
+        "numbers are d2llm's within rounding (a relative difference of 1e-5). Ask with `encode_query`, of which "
+        f"{backbone['max_query_tokens']} tokens are read; `encode_document`, and plain `encode`, read "
+        f"{backbone['max_passage_tokens']} as a passage. What is longer is cut without a word."
     )
 
 

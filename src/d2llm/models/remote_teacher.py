@@ -248,10 +248,10 @@ def _load_tokenizer(name: str | None) -> Any:
         return None
     from pathlib import Path
 
-    from d2llm.models.sources import load_tokenizer, locate_model
+    from d2llm.models.sources import find_model, load_tokenizer
 
     # A folder needs no weights here.
-    return load_tokenizer(name if Path(name).is_dir() else locate_model(name))
+    return load_tokenizer(name if Path(name).is_dir() else find_model(name))
 
 
 def _join(prompt: Prompt, query: str, passage: str) -> str:

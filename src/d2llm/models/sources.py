@@ -6,9 +6,11 @@ import copy
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ _GGUF_ORIGIN = "gguf-origin.txt"  # in a converted folder: the fingerprint of th
 _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
 )
+_HUB_SECONDS = "2.5"  # to answer; HF_HUB_ETAG_TIMEOUT, which huggingface_hub itself reads, gives more
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
@@ -76,6 +79,21 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
             f"or one of {', '.join(_PACKAGED)}"
         )
     return name
+
+
+def find_model(name: str) -> str:
+    """``locate_model``, after a quick look whether a model on the Hub can be had at all.
+
+    The libraries below ask again and again where there is no network, for a minute; this asks once, and not where there
+    is a copy already.
+
+    Raises:
+        ModelNotFoundError: as ``locate_model``, or the Hub has no such model, or cannot be read and there is no copy.
+    """
+    location = locate_model(name)
+    if not Path(location).is_dir():
+        _require_on_hub(location)
+    return location
 
 
 def hub_name(name: str) -> str:
@@ -225,6 +243,29 @@ def _hub_snapshot(name: str) -> Path:
             f"model '{name}' is neither a local folder nor found on the Hub: {_first_sentence(error)}. Check the name "
             "and the network"
         ) from error
+
+
+@cache
+def _require_on_hub(name: str) -> None:
+    from huggingface_hub import HfApi, errors, is_offline_mode, try_to_load_from_cache
+
+    nowhere = f"model '{name}' is neither a local folder nor a copy from the Hub"
+    advice = f"give a local model folder, a GGUF file, a Hub name (owner/model), or one of {', '.join(_PACKAGED)}"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        if is_offline_mode():
+            raise ModelNotFoundError(f"{nowhere}, and HF_HUB_OFFLINE is set, so the Hub was not asked; {advice}")
+        HfApi().model_info(name, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", _HUB_SECONDS)))
+    except errors.HFValidationError as error:
+        raise ModelNotFoundError(f"{nowhere}, and no model there can have that name; {advice}") from error
+    except errors.GatedRepoError as error:
+        raise ModelNotFoundError(f"{nowhere}; there, ask for access on its page, and log in (hf auth login)") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"{nowhere}, and the Hub has none that you may read; {advice}") from error
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        problem = f"the Hub cannot be read ({_first_sentence(error)})"
+        raise ModelNotFoundError(f"{nowhere}, and {problem}; check the network, or {advice}") from error
 
 
 def _converted_gguf(path: Path, cache: Path) -> Path:

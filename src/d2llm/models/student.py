@@ -35,6 +35,7 @@ from d2llm.models.late_chunking import ChunkReader, EncodedChunks
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.words import windows
@@ -62,6 +63,7 @@ class Student(nn.Module):
             self.interaction = make_head(config.interaction, backbone.dim, num_seen).to(backbone.device)
             self.evidence = Evidence(config.evidence, backbone.dim).to(backbone.device)
         self._saved_fingerprint: str | None = None
+        self._recorded: dict[str, Any] = {}
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
@@ -126,6 +128,7 @@ class Student(nn.Module):
         student = cls(config, backbone)
         files.load_head(folder, student._head)
         student._saved_fingerprint = manifest["fingerprint"]
+        student._recorded = {name: value for name, value in manifest.items() if name != files.MERGED_HASH}
         student._has_merged_weights = merged
         student.use_engine(engine, dtype=products)
         return student
@@ -149,11 +152,14 @@ class Student(nn.Module):
         return cls.load(found, **options)
 
     def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
-        """Put the student on the Hub; ``merge`` is ``save``'s, ``options`` are ``hub.push_student``'s.
+        """Put the student on the Hub; ``options`` are ``hub.push_student``'s.
+
+        ``merge`` is ``save``'s, but by default also true where plain sentence-transformers can then read the student.
 
         Raises:
             InputError: the repository cannot be written, or others could not load what would be there.
         """
+        merge = True if merge is None and why_not_plain(self.config) is None else merge
         with TemporaryDirectory() as folder:
             self.save(Path(folder) / files.KIND, merge=merge)
             return push_student(Path(folder) / files.KIND, repo_id, **options)
@@ -164,8 +170,10 @@ class Student(nn.Module):
         Args:
             folder: where to write; a student already there is replaced.
             merge: keep all weights of the backbone, tuning merged in, rather than the adapter beside the backbone's
-                name. By default only where full tuning, or a merged copy that was loaded, leaves no adapter.
-            content: what the manifest should say besides (recipe, data, figures).
+                name. By default only where full tuning, or a merged copy that was loaded, leaves no adapter. Plain
+                sentence-transformers then reads it too, where it can (``why_not_plain``).
+            content: what the manifest should say besides (recipe, data, figures); by default, of a student that was
+                loaded and not trained since, what its own said.
 
         Raises:
             InputError: ``folder`` holds something else, or ``merge=False`` for a student loaded from a merged copy.
@@ -173,17 +181,19 @@ class Student(nn.Module):
         merge = self._has_merged_weights or self.config.backbone.tuning == "full" if merge is None else merge
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
+        content = self._recorded if content is None else content
         with new_folder(folder, kind=files.KIND) as temporary:
             save_file(files.head_tensors(self._head), temporary / files.HEAD_FILE)
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:
-                self.backbone.model.config.save_pretrained(temporary / files.BACKBONE_FOLDER)
-                weights = {name: tensor.contiguous() for name, tensor in self.backbone.merged_weights().items()}
-                save_file(weights, temporary / files.BACKBONE_FOLDER / "model.safetensors", metadata={"format": "pt"})
+                self.backbone.save_merged(temporary / files.BACKBONE_FOLDER)
+                if why_not_plain(self.config) is None:
+                    task = task_of_plain(content)
+                    write_plain_form(temporary, self.config, self.backbone.pooling, self.interaction, task)
             elif adapter := self.backbone.tuned_state():
                 save_file(adapter, temporary / files.ADAPTER_FILE)
             manifest = {
-                **(content or {}),
+                **content,
                 "fingerprint": self.fingerprint,
                 "config": self.config.model_dump(mode="json"),
                 "pooling": self.backbone.pooling,
@@ -229,6 +239,7 @@ class Student(nn.Module):
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
         self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
+        self._recorded = {}
         self.backbone.prepare_training(seed=seed)
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.models.backbone import Backbone
 from d2llm.models.sources import load_tensors
+
+if TYPE_CHECKING:  # torch takes seconds, and a name that is wrong is told before
+    from torch import Tensor, nn
+
+    from d2llm.models.backbone import Backbone
 
 KIND = "student"
 FORMAT_VERSION = 1
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 CARD_FILE = "README.md"
+MERGED_HASH = "merged_sha256"  # in the manifest of a merged copy that was put on the Hub
 RESTORE = "restore the student's folder"
 
 
@@ -93,6 +96,8 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
         base_fingerprint: of the pretrained backbone, in the place of its name.
         tensors: the head and what tuning changed, by name, on the CPU.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -113,7 +118,7 @@ def check_weights(folder: Path) -> None:
     """
     manifest, _ = read_student_manifest(folder)
     if (folder / BACKBONE_FOLDER).is_dir():
-        wanted = manifest.get("merged_sha256")
+        wanted = manifest.get(MERGED_HASH)
         found = wanted if wanted is None else merged_sha256(folder)
     else:
         tensors = load_tensors(folder / HEAD_FILE, remedy=RESTORE)

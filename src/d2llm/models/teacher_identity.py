@@ -13,7 +13,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Task
 from d2llm.models.prompts import load_prompt
-from d2llm.models.sources import find_model_file, fingerprint_model, locate_model
+from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 
 TEACHER_KIND = "teacher"
 TEACHER_FORMAT_VERSION = 1
@@ -55,7 +55,7 @@ def find_kind(config: TeacherConfig) -> str:
             return {"student": "cosine"}.get(kind, kind if kind in _OTHER_KINDS else "causal")
         config = TeacherConfig.model_validate(manifest["config"])
         return config.kind if config.kind != "auto" else "causal"
-    config_file = find_model_file(locate_model(config.model), "config.json")
+    config_file = find_model_file(find_model(config.model), "config.json")
     if config_file is None:
         return "causal"
     settings = json.loads(config_file.read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
     """
     kind = find_kind(config)
     tuned = read_tuned_teacher(config)
-    fingerprint = tuned.fingerprint if tuned else fingerprint_model(locate_model(config.model))
+    fingerprint = tuned.fingerprint if tuned else fingerprint_model(find_model(config.model))
     own = tuned.config if tuned else config
     return TeacherIdentity(
         fingerprint,

@@ -44,6 +44,15 @@ def token_budget_batches(
     return batches
 
 
+def even_batches(num_items: int, most: int) -> tuple[int, int]:
+    """How many batches of at most ``most`` items there are, and the size at which they are as even as can be.
+
+    Of 97 items in batches of 32 the last would be alone, and as large a step as the others: 4 batches of 25 are better.
+    """
+    count = -(-num_items // most)
+    return count, -(-num_items // count) if count else most
+
+
 def like_length_batches(lengths: Sequence[int], *, batch_size: int, window: int) -> list[list[int]]:
     """Cut items into batches of like length: those of each ``window`` consecutive batches are sorted among themselves.
 

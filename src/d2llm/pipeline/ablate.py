@@ -33,6 +33,7 @@ from d2llm.pipeline.ablation_report import (
 )
 from d2llm.pipeline.ablation_run import RunSettings, fingerprint_sets, read_result, train_and_measure
 from d2llm.pipeline.dev import DevSet, PairDevSet, make_dev_set
+from d2llm.pipeline.training_run import epochs_of
 
 DEV_QUERIES = 500
 """Dev queries of each data set, at most, that every run is measured on."""
@@ -284,9 +285,11 @@ def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> I
     if num_seeds == 1:
         yield "one seed only: there are no intervals, and chance cannot be told from effect"
     training = base.training
-    steps = training.epochs * sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
-    if training.warmup_steps >= steps:
+    per_epoch = sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
+    steps = per_epoch * epochs_of(training, per_epoch)
+    warmup = training.warmup_of(steps)
+    if warmup >= steps:
         yield (
-            f"the warm-up of {training.warmup_steps:,} steps is as long as the runs of at most {steps:,} steps or "
+            f"the warm-up of {warmup:,} steps is as long as the runs of at most {steps:,} steps or "
             "longer: the learning rate never reached its value"
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.index.ann import AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
-from d2llm.index.passage_table import storage_errors
+from d2llm.index.storage import storage_errors
 from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
 from d2llm.pipeline.progress import progress_bar

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +10,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.files import write_json
 from d2llm.core.types import Query, Task
-from d2llm.index.store import ERRORS_FILE
+from d2llm.index.checked_json import read_checked, write_checked
+from d2llm.index.side_files import ERRORS_FILE
 from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.protocols import PairJudge, SearchStudent
@@ -64,7 +63,7 @@ def write_error(folder: Path, judge: PairJudge, task: Task, error: StudentError)
     file = folder / ERRORS_FILE
     known = _read_errors(file) if file.is_file() else {}
     known[_key(judge, task)] = error
-    write_json(file, {key: asdict(value) for key, value in known.items()})
+    write_checked(file, {key: asdict(value) for key, value in known.items()})
     return file
 
 
@@ -87,7 +86,7 @@ def read_error(folder: Path, judge: PairJudge, task: Task) -> StudentError:
 
 def _read_errors(file: Path) -> dict[str, StudentError]:
     try:
-        return _ERRORS.validate_python(json.loads(file.read_text(encoding="utf-8")))
+        return _ERRORS.validate_python(read_checked(file))
     except (ValidationError, ValueError, InputError) as error:
         raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
 

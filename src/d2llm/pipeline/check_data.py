@@ -18,7 +18,7 @@ from d2llm.data.check_leaks import near_queries
 from d2llm.data.check_report import DataReport
 from d2llm.data.check_texts import CountTokens, Sample, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
-from d2llm.models.sources import load_tokenizer, locate_model
+from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.pipeline.progress import progress_bar
 
@@ -108,7 +108,7 @@ def _backbone_of(name: str) -> tuple[BackboneConfig, str]:
         config = StudentConfig.model_validate(read_manifest(folder, KIND, FORMAT_VERSION)["config"])
         return config.backbone, str(folder)
     is_tokenizer = (folder / "tokenizer.json").is_file()
-    return BackboneConfig(model=name), str(folder) if is_tokenizer else locate_model(name)
+    return BackboneConfig(model=name), str(folder) if is_tokenizer else find_model(name)
 
 
 def _counter(tokenizer: PreTrainedTokenizerBase, prefix: str) -> CountTokens:

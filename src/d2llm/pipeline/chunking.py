@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from d2llm.core.errors import InputError
-from d2llm.core.extras import require
+import semantic_text_splitter
+
+from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.index.passage_table import PassageTable
+from d2llm.index.side_files import CHUNK_TOKENS, Chunking, read_chunking, write_chunking
+from d2llm.index.store import IndexStore
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
-from d2llm.pipeline.index import Index, UpsertReport
+from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.upserting import UpsertReport, piece_id, upsert_passages, warn_of_truncation
+
+if TYPE_CHECKING:
+    from d2llm.pipeline.index import Index
 
 _LEAST_TOKENS = 8
 _DOCUMENTS_AT_ONCE = 1_024
@@ -28,51 +39,22 @@ class Chunker:
     seen the rest (``models.late_chunking``). When anything in a document changes, all of it is encoded again.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        max_tokens: int,
-        overlap_tokens: int = 0,
-        *,
-        late: bool = False,
-        window_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, student: Student, chunking: Chunking | None = None) -> None:
         """Prepare to split.
 
         Args:
             student: whose tokens are counted.
-            max_tokens: of a passage with its title and the model's own tokens, as the student reads it.
-            overlap_tokens: at most so many are repeated from the passage before, in whole sentences or words.
-            late: make late chunks.
-            window_tokens: of a document read at once for late chunks; by default as many as the backbone can.
+            chunking: how to split; None: ``default_chunking``.
 
         Raises:
             InputError: fewer than 8 tokens, more than the student reads, or as much overlap as text; the student cannot
                 read late chunks, or a window is smaller than a passage or larger than the backbone reads.
-            MissingExtraError: semantic-text-splitter is not installed.
         """
-        limit = student.config.backbone.max_passage_tokens
-        if not _LEAST_TOKENS <= max_tokens <= limit:
-            raise InputError(
-                f"a passage is to have {max_tokens} tokens, but this student reads {limit}; give {_LEAST_TOKENS} to "
-                f"{limit}"
-            )
-        if not 0 <= overlap_tokens < max_tokens // 2:
-            raise InputError(
-                f"the overlap is {overlap_tokens} tokens, but must be at least 0 and less than half of {max_tokens}"
-            )
-        if window_tokens is not None and not late:
-            raise InputError(
-                f"a window of {window_tokens} tokens is for late chunks alone; ask for these, or leave it out"
-            )
-        if window_tokens is not None and window_tokens < max_tokens:
-            raise InputError(
-                f"a window of {window_tokens} tokens does not hold a passage of {max_tokens}; give more, or none"
-            )
-        self.window_tokens = student.chunk_reader.window(window_tokens) if late else None
-        self.late = late
-        self.max_tokens = max_tokens
-        self.overlap_tokens = overlap_tokens
+        chunking = chunking or default_chunking(student)
+        _check(chunking, student.config.backbone.max_passage_tokens)
+        if chunking.late:
+            chunking = replace(chunking, late_window=student.chunk_reader.window(chunking.late_window))
+        self.chunking = chunking
         self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # two threads must not share one
         self._around = len(self._tokenizer(student.config.backbone.passage_prefix, verbose=False)["input_ids"])
         self._splitters: dict[int, Any] = {}
@@ -80,38 +62,35 @@ class Chunker:
     def split(self, document: Passage) -> list[Passage]:
         """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
 
-        Every passage has the title. One that leaves less than half of the tokens to the text makes the passages longer
-        than the student reads; what it cuts is counted when they are encoded.
-
-        Raises:
-            InputError: the passage is a part of a document already.
+        One that is short enough stays as it is, under its own id; so does a passage that is a part of a document
+        already. Every piece has the title. One that leaves less than half of the tokens to the text makes the passages
+        longer than the student reads; what it cuts is counted when they are encoded.
         """
-        if document.document_id not in ("", document.id):
-            raise InputError(
-                f"passage {document.id!r} is a part of document {document.document_id!r} already; index it as it is"
-            )
-        splitter = self._splitter(document.title)
-        pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text) or [(0, document.text)]
+        if self.chunking.chunk_tokens is None or document.document_id not in ("", document.id):
+            return [document]
+        splitter = self._splitter(document.title, self.chunking.chunk_tokens)
+        pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text)
+        if len(pieces) < 2:
+            return [document]
         passages = [
-            replace(document, id=f"{document.id}#{n}", text=text, document_id=document.id, position=n)
+            replace(document, id=piece_id(document.id, n), text=text, document_id=document.id, position=n)
             for n, (_, text) in enumerate(pieces, start=1)
         ]
-        if not self.late:
+        if not self.chunking.late:
             return passages
-        whole = WholeText(document.text, document.title, self.window_tokens)
+        whole = WholeText(document.text, document.title, self.chunking.late_window)
         return [
             LateChunk(p.id, p.text, p.title, p.document_id, p.position, p.metadata, whole, start, start + len(p.text))
             for p, (start, _) in zip(passages, pieces, strict=True)
         ]
 
-    def _splitter(self, title: str) -> Any:
-        room = self.max_tokens - self._around - (self._count(title + "\n") if title else 0)
-        room = max(room, self.max_tokens // 2)
+    def _splitter(self, title: str, chunk_tokens: int) -> Any:
+        room = chunk_tokens - self._around - (self._count(title + "\n") if title else 0)
+        room = max(room, chunk_tokens // 2)
         if room not in self._splitters:
-            package = require("semantic_text_splitter", extra="documents", purpose="splitting long texts")
-            overlap = min(self.overlap_tokens, room - 1)
+            overlap = min(self.chunking.chunk_overlap, room - 1)
             with TOKENIZING:
-                self._splitters[room] = package.TextSplitter.from_huggingface_tokenizer(
+                self._splitters[room] = semantic_text_splitter.TextSplitter.from_huggingface_tokenizer(
                     self._tokenizer.backend_tokenizer, room, overlap
                 )
         return self._splitters[room]
@@ -121,44 +100,140 @@ class Chunker:
             return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def default_chunking(student: Student) -> Chunking:
+    """How documents are cut unless told otherwise: into passages of 128 tokens, or as many as the student reads."""
+    return Chunking(min(CHUNK_TOKENS, student.config.backbone.max_passage_tokens))
+
+
+def choose_chunking(folder: Path, student: Student, wanted: Chunking | None = None) -> Chunking:
+    """How to cut documents for the index in a folder: as wanted, as it does, or as by default.
+
+    That an index cuts in another way than is wanted is told by ``upsert_documents``, which holds its lock.
+    """
+    return wanted or read_chunking(folder) or default_chunking(student)
+
+
 @dataclass(frozen=True, slots=True)
-class DocumentsReport:
-    """What ``upsert_documents`` did: how many documents, what became of their passages, and how many went."""
+class DocumentsReport(UpsertReport):
+    """What ``upsert_documents`` did: ``UpsertReport`` of the passages, how many documents, how many passages went."""
 
-    num_documents: int
-    num_deleted: int
-    passages: UpsertReport
+    num_documents: int = 0
+    num_deleted: int = 0
 
 
-def upsert_documents(index: Index, documents: Iterable[Passage], chunker: Chunker, **options: Any) -> DocumentsReport:
+def upsert_documents(
+    index: Index,
+    documents: Iterable[Passage],
+    chunker: Chunker,
+    *,
+    only_new: bool = False,
+    num_documents: int | None = None,
+    show_progress: bool | None = False,
+) -> DocumentsReport:
     """Split documents and add them, or change those that are there. Passages that a document no longer has are deleted.
 
-    Interrupted, the same call goes on; until it has ended, passages of an earlier form may still be there.
-
-    Args:
-        index: where they go.
-        documents: read one after another; each with a text of any length.
-        chunker: splits them.
-        options: of ``Index.upsert``.
-
-    Raises:
-        DuplicateIdError: two documents share an id.
-        InputError: a document is a part of another already, or a reason of ``Index.upsert``.
+    Interrupted, the same call goes on; until it has ended, passages of an earlier form may still be there. Arguments
+    and errors are those of ``Index.upsert_documents``; the ``chunker`` says how to split.
     """
-    num_pieces: dict[str, int] = {}
+    store, num_pieces = index.store, dict[str, int]()
+    unfinished: deque[int] = deque()  # pieces of the documents that are under way
 
     def pieces() -> Iterator[Passage]:
-        for document in documents:
-            found = chunker.split(document)
-            num_pieces[document.id] = len(found)
-            yield from found
+        rest = iter(documents)
+        while block := list(islice(rest, _DOCUMENTS_AT_ONCE)):
+            if only_new:
+                _refuse_present(block, store.table())
+            for document in block:
+                if document.id in num_pieces:
+                    problem = f"two of the documents given share the id {document.id!r}; keep one of them"
+                    raise DuplicateIdError(store.folder, problem)
+                found = chunker.split(document)
+                num_pieces[document.id] = len(found)
+                unfinished.append(len(found))
+                yield from found
 
-    report = index.upsert(pieces(), **options)
-    num_deleted = 0
-    names = list(num_pieces)
+    with store.writing(), progress_bar("indexing", num_documents, show=show_progress) as advance:
+
+        def finish(count: int, note: str = "", /) -> None:
+            while unfinished and count >= unfinished[0]:
+                count -= unfinished.popleft()
+                advance(1, note)
+            if unfinished:
+                unfinished[0] -= count
+
+        try:
+            _keep_chunking(store, chunker.chunking)
+            report = upsert_passages(
+                store, index.student, pieces(), only_new=only_new, as_documents=True, advance=finish
+            )
+            num_deleted = _delete_earlier_forms(store, num_pieces)
+        finally:
+            index.refresh()
+        version = store.table().version
+    warn_of_truncation(report, _advice(chunker.chunking))
+    values: dict[str, Any] = {item.name: getattr(report, item.name) for item in fields(report)} | {"version": version}
+    return DocumentsReport(**values, num_documents=len(num_pieces), num_deleted=num_deleted)
+
+
+def _advice(chunking: Chunking) -> str:
+    if chunking.chunk_tokens is None:
+        return "This index takes texts whole; a new one (with --chunk-tokens) splits them into passages"
+    return "Their titles take more than half of a passage; shorten them, or split into larger passages in a new index"
+
+
+def _check(chunking: Chunking, limit: int) -> None:
+    tokens, window = chunking.chunk_tokens, chunking.late_window
+    if tokens is None:
+        if chunking != Chunking(None):
+            raise InputError("an overlap and late chunks are for documents that are split; give chunk_tokens as well")
+        return
+    if not _LEAST_TOKENS <= tokens <= limit:
+        raise InputError(
+            f"a passage is to have {tokens} tokens, but this student reads {limit}; give {_LEAST_TOKENS} to {limit}"
+        )
+    if not 0 <= chunking.chunk_overlap < tokens // 2:
+        raise InputError(
+            f"the overlap is {chunking.chunk_overlap} tokens, but must be at least 0 and less than half of {tokens}"
+        )
+    if window is not None and not chunking.late:
+        raise InputError(f"a window of {window} tokens is for late chunks alone; ask for these, or leave it out")
+    if window is not None and window < tokens:
+        raise InputError(f"a window of {window} tokens does not hold a passage of {tokens}; give more, or none")
+
+
+def _keep_chunking(store: IndexStore, chunking: Chunking) -> None:
+    """Let the index remember how its documents are cut; an empty one may change its mind."""
+    known = read_chunking(store.folder)
+    if known == chunking:
+        return
+    if known is not None and len(store.table()):
+        raise InputError(
+            f"{store.folder}: its documents are cut into {known}, and cannot also be cut into {chunking}; leave out "
+            "how to cut, which the index remembers, or make a new index"
+        )
+    write_chunking(store.folder, chunking)
+
+
+def _refuse_present(documents: Sequence[Passage], table: PassageTable) -> None:
+    there = table.parts([document.id for document in documents])
+    if there:
+        name = min(document_id or passage_id for passage_id, document_id, _ in there)
+        problem = f"some of the documents are there already, {name!r} is one; upsert changes them"
+        raise DuplicateIdError(table.folder, problem)
+
+
+def _delete_earlier_forms(store: IndexStore, num_pieces: Mapping[str, int]) -> int:
+    """Delete the pieces that documents no longer have, and what was one passage and now is several; how many."""
+    num_deleted, names = 0, list(num_pieces)
     for start in range(0, len(names), _DOCUMENTS_AT_ONCE):
         some = names[start : start + _DOCUMENTS_AT_ONCE]
-        kept = {f"{name}#{n}" for name in some for n in range(1, num_pieces[name] + 1)}
-        gone = [passage_id for passage_id in index.view.parts(some) if passage_id not in kept]
-        num_deleted += index.delete(gone) if gone else 0
-    return DocumentsReport(len(names), num_deleted, report)
+        gone: list[str] = []
+        for passage_id, document_id, position in store.table().parts(some):
+            if passage_id == piece_id(document_id, position) and passage_id not in num_pieces:
+                kept = num_pieces[document_id]
+                if kept == 1 or position > kept:
+                    gone.append(passage_id)
+            elif num_pieces.get(passage_id, 1) > 1:
+                gone.append(passage_id)
+        num_deleted += store.delete(gone) if gone else 0
+    return num_deleted

@@ -13,6 +13,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.core.recipe_file import shaping_settings
 from d2llm.core.types import Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
@@ -21,10 +22,9 @@ from d2llm.models.judge import identify_judge
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teacher_identity import TeacherIdentity
-from d2llm.pipeline.dev import (
-    make_dev_set,
-)
-from d2llm.pipeline.distill_run import OFFSET, DistillRun
+from d2llm.pipeline.dev import make_dev_set
+from d2llm.pipeline.distill_run import DistillRun
+from d2llm.pipeline.objective import OFFSET
 from d2llm.pipeline.processes import joined_processes, own_device
 
 _log = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"
 class DistillReport:
     """What a distillation did.
 
-    ``dev`` holds the dev measure by data set: at the start, and of what was written by weight r. ``share_kept`` is how
-    much of the change from the start was kept (``training.interpolation``).
+    ``dev`` holds the dev measure by data set: at the start, at the last look, and of what was written by weight r; and
+    of how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
+    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, which was written.
     """
 
     folder: str
@@ -48,6 +49,7 @@ class DistillReport:
     unlabelled_queries: int
     residual_weights: dict[Task, float]
     share_kept: float
+    is_untrained: bool
     dev: dict[str, dict[str, Any]]
     seconds: float
 
@@ -114,8 +116,9 @@ def distill(
     student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
     student.prepare_training(seed=recipe.seed)
     with joined_processes() as processes:
+        settings = _run_settings(recipe, labelled, identity)
         run = DistillRun(
-            student, recipe, labelled, dev_sets, identity, folder.with_name(folder.name + ".run"), processes
+            student, recipe, labelled, dev_sets, settings, folder.with_name(folder.name + ".run"), processes
         )
         stopped_early = run.train(show_progress)
         run.take_best()
@@ -125,6 +128,7 @@ def distill(
         if processes.is_first:
             content = {
                 "recipe": recipe.model_dump(),
+                "settings": settings,
                 "teacher": identity.fingerprint,
                 "tasks": sorted({source.task for source in sources}),
                 "steps": report.steps,
@@ -143,19 +147,27 @@ def distill(
 def _report(
     run: DistillRun, folder: Path, labelled: Sequence[LabelledSource], stopped_early: bool, seconds: float
 ) -> DistillReport:
+    progress = run.progress
+    has_interaction = run.has_stages and any(progress.best_weights.values())
     return DistillReport(
         folder=str(folder),
         fingerprint=run.student.fingerprint,
-        steps=run.progress.step,
-        best_step=run.progress.best_step,
+        steps=progress.step,
+        best_step=progress.best_step,
         stopped_early=stopped_early,
         queries=sum(len(source.entries) for source in labelled),
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
-        residual_weights=run.progress.best_weights,
-        share_kept=run.progress.share_kept,
+        residual_weights=progress.best_weights,
+        share_kept=progress.share_kept,
+        is_untrained=(progress.best_step == 0 or progress.share_kept == 0) and not has_interaction,
         dev={
-            name: {"start": run.progress.start_dev[name], "by_weight": by_weight}
-            for name, by_weight in run.progress.best_by_set.items()
+            name: {
+                "start": progress.start_dev[name],
+                "last": progress.last_dev[name],
+                "by_weight": by_weight,
+                "num_items": len(progress.start_items[name]),
+            }
+            for name, by_weight in progress.best_by_set.items()
         },
         seconds=seconds,
     )
@@ -188,3 +200,21 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
             without_cosines,
         )
     return joined
+
+
+def _run_settings(recipe: Recipe, sources: Sequence[LabelledSource], identity: TeacherIdentity) -> dict[str, Any]:
+    """All that shapes a run, as plain JSON: a checkpoint, or a student, of anything else is another run's."""
+    return {
+        "recipe": shaping_settings(recipe),
+        "teacher": identity.fingerprint,
+        "prompts": dict(identity.prompts),
+        "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
+        "labels": {
+            s.source.dataset.name: {
+                "queries": len(s.entries),
+                "unlabelled": s.num_unlabelled,
+                "teacher": s.labels.teacher,
+            }
+            for s in sources
+        },
+    }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,10 +20,8 @@ from d2llm.core.recipe import Recipe, TrainingConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
 from d2llm.data.plan import read_plan, write_plan
-from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
-from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import (
     DevResult,
     DevSet,
@@ -33,7 +30,7 @@ from d2llm.pipeline.dev import (
     evaluate_dev,
     value_by_set,
 )
-from d2llm.pipeline.gradient_cache import backpropagate
+from d2llm.pipeline.gradient_cache import backpropagate, graph_room
 from d2llm.pipeline.interpolation import (
     items_at_best_weight,
     mean_value,
@@ -43,29 +40,39 @@ from d2llm.pipeline.interpolation import (
     worse_sets,
 )
 from d2llm.pipeline.mining.remine import remine
-from d2llm.pipeline.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
+from d2llm.pipeline.objective import (
+    OFFSET,
+    batch_losses,
+    batch_tokens,
+    make_offsets,
+    offset_name,
+    score_vectors,
+    weighted_sum,
+)
 from d2llm.pipeline.processes import Processes
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.residual import train_residual
 from d2llm.pipeline.trackers import open_trackers
 from d2llm.pipeline.training_run import (
     RunLog,
+    StopSignals,
     adamw,
+    epochs_of,
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
+    remarks,
     require_finite,
     restore,
     save_checkpoint,
     trainable,
+    warmup_steps,
 )
 
 _log = logging.getLogger(__name__)
 _BEST = "best.safetensors"
-OFFSET = "offset."
-"""Before the name of a data set: the name of its offset among the parameters."""
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
-_OFFSET_QUERIES = 100
+_LOOKS, _MOST_STEPS_BETWEEN = 5, 200
 
 
 @dataclass
@@ -73,7 +80,9 @@ class DistillProgress:
     """Where a run stands; plain JSON in a checkpoint."""
 
     step: int = 0
+    measured_step: int = -1
     start_dev: dict[str, float] = field(default_factory=dict[str, float])
+    last_dev: dict[str, float] = field(default_factory=dict[str, float])
     start_items: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     best_step: int = -1
     best_dev: float = -1.0
@@ -92,63 +101,91 @@ class DistillRun:
         recipe: Recipe,
         sources: list[LabelledSource],
         dev_sets: list[DevSet | PairDevSet],
-        identity: TeacherIdentity,
+        settings: dict[str, Any],
         folder: Path,
         processes: Processes,
     ) -> None:
+        """Begin a run, or take up the one whose checkpoint is in ``folder``.
+
+        ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
+        """
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
-        self.folder, self.processes = folder, processes
+        self.settings, self.folder, self.processes = settings, folder, processes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.has_stages = _has_stages(student, recipe)
         if self.has_stages and isinstance(student.interaction, Interaction):
             for parameter in student.interaction.residual_parameters().values():
                 parameter.requires_grad_(False)
-        self.offsets = _offsets(student, sources)
+        self.offsets = make_offsets(student, sources)
         self.parameters = trainable(student) | self.offsets
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer = _optimizer(self.parameters, recipe.training)
-        plans = [source.source.plan.manifest["content_hash"] for source in sources]
-        counts = [(len(s.entries), s.num_unlabelled, s.labels.teacher) for s in sources]
-        shaping = recipe.model_dump(mode="json", exclude={"training": {"trackers"}})
-        self.run_key = fingerprint_json([shaping, identity.fingerprint, dict(identity.prompts), plans, counts])
         self.progress = DistillProgress()
-        checkpoint = load_checkpoint(folder, run_key=self.run_key)
+        checkpoint = load_checkpoint(folder, settings=self.settings)
         if checkpoint is not None:
             restore(checkpoint, self.parameters, self.optimizer)
             self.progress = DistillProgress(**checkpoint.state)
+            remarks.info("distill: goes on after step %d of an earlier run", self.progress.step)
         self.log: RunLog | None = None
         if processes.is_first:
-            trackers = open_trackers(recipe, folder, run_key=self.run_key, resume_step=self.progress.step)
-            self.log = RunLog(folder, resume_step=self.progress.step, trackers=trackers)
+            key = fingerprint_json(self.settings)
+            trackers = open_trackers(recipe, folder, run_key=key, resume_step=self.progress.step)
+            resume_step = -1 if checkpoint is None else checkpoint.step
+            self.log = RunLog(folder, resume_step=resume_step, trackers=trackers)
+        self.per_epoch = batches_per_epoch(self.sources, recipe.training.batch_queries)
+        self.total_steps = self.per_epoch * epochs_of(recipe.training, self.per_epoch)
+        self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
+        self.eval_every = recipe.training.eval_every or min(_MOST_STEPS_BETWEEN, -(-self.total_steps // _LOOKS))
+        self.room = graph_room(student, recipe.training)
+        self.signals = StopSignals()
+        self.kept_step, self.kept_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
     def train(self, show_progress: bool | None) -> bool:
-        """Train to the end; returns whether dev stopped it early."""
-        training, progress = self.recipe.training, self.progress
-        per_epoch = batches_per_epoch(self.sources, training.batch_queries)
-        total = per_epoch * training.epochs
-        if progress.best_step < 0:
-            self._evaluate()
-        with progress_bar("distilling", total, show=show_progress if self.processes.is_first else False) as advance:
-            advance(progress.step)
-            batches: list[tuple[LabelledSource, list[Draw]]] = []
-            while progress.step < total:
-                if progress.evaluations_without_gain >= training.patience:
-                    return True
-                if not batches or progress.step % per_epoch == 0:
-                    self._remine(progress.step // per_epoch)
-                    batches = self._batches(progress.step // per_epoch)
-                    if progress.step % per_epoch == 0:
-                        self._write(progress.step + 1, queries=queries_by_set(batches))
-                source, draws = batches[progress.step % per_epoch]
-                self._step(source, draws, total, advance)
-                at_end = progress.step == total
-                if progress.step % training.eval_every == 0 or at_end:
-                    self._evaluate()
-                # A new best state is kept with a checkpoint that knows it, so that a resumed run cannot mix the two.
-                is_best = progress.best_step == progress.step
-                if is_best or progress.step % training.checkpoint_every == 0 or at_end:
+        """Train to the end; returns whether dev stopped it early.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
+        """
+        shown = show_progress if self.processes.is_first else False
+        with self.signals, progress_bar("distilling", self.total_steps, show=shown) as advance:
+            advance(self.progress.step)
+            try:
+                return self._train(advance)
+            except KeyboardInterrupt:
+                if self.signals.is_consistent and self.progress.best_step >= 0:
                     self._keep()
+                    remarks.info("distill: step %d is kept in %s", self.progress.step, self.folder)
+                raise
+
+    def _train(self, advance: Advance) -> bool:
+        training, progress = self.recipe.training, self.progress
+        batches: list[tuple[LabelledSource, list[Draw]]] = []
+        self._measure_and_keep()  # before the first step, or what a stop has kept from it
+        while progress.step < self.total_steps:
+            if progress.evaluations_without_gain >= training.patience:
+                return True
+            epoch, place = divmod(progress.step, self.per_epoch)
+            if not batches or place == 0:
+                self._remine(epoch)
+                batches = self._batches(epoch)
+                if place == 0:
+                    self._write(progress.step + 1, queries=queries_by_set(batches))
+            self._step(*batches[place], advance)
+            self._measure_and_keep()
         return False
+
+    def _measure_and_keep(self) -> None:
+        """After a step: dev and a checkpoint where they are due."""
+        training, progress = self.recipe.training, self.progress
+        at_end = progress.step == self.total_steps
+        is_look = (progress.step % self.eval_every == 0 or at_end) and progress.measured_step < progress.step
+        if is_look:
+            self._evaluate()
+        # A new best state is kept with a checkpoint that knows it, so that a resumed run cannot mix the two.
+        is_due = progress.step % training.checkpoint_every == 0 or at_end or progress.best_step == progress.step
+        is_due |= time.monotonic() - self.kept_at > 60 * training.checkpoint_minutes
+        if is_due and (is_look or self.kept_step != progress.step):
+            self._keep()
 
     def take_best(self) -> None:
         """Put the best state and its interaction weights into the student."""
@@ -243,7 +280,7 @@ class DistillRun:
             temperature=training.sampling_temperature,
         )
 
-    def _step(self, source: LabelledSource, draws: list[Draw], total: int, advance: Advance) -> None:
+    def _step(self, source: LabelledSource, draws: list[Draw], advance: Advance) -> None:
         progress, training = self.progress, self.recipe.training
         self.student.train()
         batch = collate(source, draws)
@@ -262,16 +299,18 @@ class DistillRun:
             batch_tokens(self.student, batch),
             loss_of,
             training=training,
+            room=self.room,
             seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout by step alone: resume is exact
             processes=self.processes,
         )
-        factor = learning_rate_factor(progress.step, warmup_steps=training.warmup_steps, total_steps=total)
-        norm = optimizer_step(
-            self.optimizer, self.parameters, factor=factor, max_gradient_norm=training.max_gradient_norm
-        )
-        progress.step += 1
-        values = {name: round(float(value.detach()), 6) for name, value in found.items()}
-        self._write(progress.step, loss=float(loss), gradient_norm=norm, task=source.source.task, **values)
+        factor = learning_rate_factor(progress.step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        with self.signals.held():
+            norm = optimizer_step(
+                self.optimizer, self.parameters, factor=factor, max_gradient_norm=training.max_gradient_norm
+            )
+            progress.step += 1
+            values = {name: round(float(value.detach()), 6) for name, value in found.items()}
+            self._write(progress.step, loss=float(loss), gradient_norm=norm, task=source.source.task, **values)
         advance(1, f"loss {float(loss):.3f}  dev {progress.best_dev:.4f}")
 
     def _write(self, step: int, **values: Any) -> None:
@@ -281,21 +320,22 @@ class DistillRun:
     def _evaluate(self) -> None:
         """Measure on dev in the first process; all then know how the run stands."""
         if self.processes.is_first:
-            self._measure()
+            self.student.eval()
+            results = evaluate_dev(self.student, self.dev_sets)
+            with self.signals.held():
+                self._take_in(results)
         vars(self.progress).update(self.processes.from_first(vars(self.progress)))
 
-    def _measure(self) -> None:
-        self.student.eval()
-        results = evaluate_dev(self.student, self.dev_sets)
+    def _take_in(self, results: dict[str, DevResult]) -> None:
+        """The dev results of this step: is it the best, and what do they say of the weights of the interaction?"""
         progress = self.progress
         weights = choose_residual_weights(results)
         by_set = value_by_set(results, weights)
-        if progress.best_step < 0:
-            progress.start_dev = by_set
+        progress.last_dev = by_set
         value = mean_value(results)
         items = items_at_best_weight(results)
         if progress.best_step < 0:
-            progress.start_items = items
+            progress.start_dev, progress.start_items = by_set, items
         # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
         # the end, that step will see to it.
         is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
@@ -306,6 +346,7 @@ class DistillRun:
             write_bytes(self.folder / _BEST, save(best))
         else:
             progress.evaluations_without_gain += 1
+        progress.measured_step = progress.step
         dev = _rounded(results)
         self._write(progress.step, dev=dev)
         _log.info("step %d: dev %s", progress.step, dev)
@@ -332,9 +373,11 @@ class DistillRun:
                 f"weights became infinite or no numbers before step {self.progress.step}; training stopped. The last "
                 f"good checkpoint is kept in {self.folder}. Lower the learning rate"
             )
+        self.kept_step, self.kept_at = self.progress.step, time.monotonic()
         if self.processes.is_first:
             step, state = self.progress.step, dict(vars(self.progress))
-            save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, run_key=self.run_key)
+            with self.signals.held():
+                save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, settings=self.settings)
 
 
 def _has_stages(student: Student, recipe: Recipe) -> bool:
@@ -345,33 +388,11 @@ def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
     return {name: {str(w): round(v, 5) for w, v in result.values.items()} for name, result in results.items()}
 
 
-def offset_name(source: TrainingSource) -> str:
-    """The name of a pair set's offset among the parameters of a run."""
-    return f"{OFFSET}{source.dataset.name}"
-
-
-def _offsets(student: Student, sources: Sequence[LabelledSource]) -> dict[str, nn.Parameter]:
-    """For each set of labelled pairs the logit at which yes and no are equally likely: at first the student's mean."""
-    offsets: dict[str, nn.Parameter] = {}
-    for labelled in sources:
-        source, entries = labelled.source, labelled.entries[:_OFFSET_QUERIES]
-        if not any(entry.targets for entry in entries):
-            continue
-        queries = student.encode_queries([source.query_text(entry.query_id) for entry in entries]).vectors
-        scores: list[float] = []
-        for query, entry in zip(queries, entries, strict=True):
-            texts = [source.passage_text(passage_id) for passage_id in entry.positives + entry.hard_negatives]
-            scores += student.score(query, student.encode_passages(texts).vectors, source.task).tolist()
-        offsets[offset_name(source)] = nn.Parameter(torch.tensor(fmean(scores), device=student.backbone.device))
-    return offsets
-
-
 def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
     """AdamW with a rate for the backbone and one for the heads; vectors and scalars are not decayed."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
-    head_rate = training.head_learning_rate or training.learning_rate
     for name, parameter in parameters.items():
-        rate = training.learning_rate if name.startswith("backbone.") else head_rate
+        rate = training.learning_rate if name.startswith("backbone.") else training.head_learning_rate
         rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
         decay = training.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)

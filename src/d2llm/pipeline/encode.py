@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,9 @@ from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Task
 from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
-from d2llm.index.store import FORMAT_VERSION, KIND, IndexStore
+from d2llm.index.index_manifest import FORMAT_VERSION, KIND
+from d2llm.index.side_files import Chunking
+from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
 from d2llm.pipeline.index import Index
@@ -23,7 +26,7 @@ from d2llm.pipeline.protocols import SearchStudent
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What ``encode`` did.
+    """What ``encode`` did: ``num_documents`` texts became ``num_passages``, as many where none was split.
 
     ``num_resumed`` passages were taken over from an interrupted run; tokens (counted without padding), ``seconds`` and
     ``passages_per_second`` are of this run alone, the time with that of writing. Bytes are those of one stored vector,
@@ -31,6 +34,7 @@ class EncodeReport:
     """
 
     folder: Path
+    num_documents: int
     num_passages: int
     num_resumed: int
     num_truncated: int
@@ -53,6 +57,7 @@ def encode(
     task: Task = "asymmetric",
     vector_format: str = "bfloat16",
     vector_copies: VectorCopies = 2,
+    chunking: Chunking | None = None,
     student_source: str | None = None,
     overwrite: bool = False,
     show_progress: bool | None = None,
@@ -68,6 +73,7 @@ def encode(
         task: what a search on this index does unless told otherwise.
         vector_format: how the vectors are stored (``index.vectors.FORMATS``).
         vector_copies: in how many places each stands (``Index.create``).
+        chunking: how long texts are split into passages; None: each text is a passage.
         student_source: the folder or name that the student was loaded from, kept so that a search can find it again.
         overwrite: replace an index at ``folder``; its snapshots go with it.
         show_progress: None means: if standard error is a terminal.
@@ -83,14 +89,15 @@ def encode(
     make_format(vector_format, student.vector_dim)
     if isinstance(corpus, str | Path):
         file = corpus_file(Path(corpus))
-        passages, num_passages, content = iter_corpus(file), check_corpus(file), fingerprint_files([file])
+        passages, num_documents, content = iter_corpus(file), check_corpus(file), fingerprint_files([file])
     else:
         passages = list(corpus)
-        num_passages, content = len(passages), fingerprint_passages(passages)
-    if not num_passages:
+        num_documents, content = len(passages), fingerprint_passages(passages)
+    if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     # Another student, corpus or storage gets another folder, so runs never mix.
-    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, task, vector_format, vector_copies])
+    how = [task, vector_format, vector_copies, None if chunking is None else asdict(chunking)]
+    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, *how])
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
@@ -104,13 +111,24 @@ def encode(
             vector_copies=vector_copies,
             student_source=student_source,
         )
-    report = index.upsert(passages, num_passages=num_passages, show_progress=show_progress)
+    try:
+        if chunking is None:
+            report = index.upsert(passages, num_passages=num_documents, show_progress=show_progress)
+        else:
+            report = index.upsert_documents(
+                passages, chunking, num_documents=num_documents, show_progress=show_progress
+            )
+    except BaseException:
+        if not len(index.store.table()):  # nothing that another call could go on with
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
     facts = index.stats()
     with _no_other_writer(folder):
         replace_folder(draft, folder)
     seconds = time.perf_counter() - begin
     return EncodeReport(
         folder=folder,
+        num_documents=num_documents,
         num_passages=report.num_passages,
         num_resumed=report.num_unchanged,
         num_truncated=facts.num_truncated,
@@ -135,4 +153,7 @@ def _check_target(folder: Path, *, overwrite: bool) -> None:
         return
     check_replaceable(folder, KIND)
     if not overwrite:
-        raise InputError(f"{folder} already holds an index; choose another folder or allow overwriting it")
+        raise InputError(
+            f"{folder}: holds an index already; give another folder, or replace it (--overwrite; in Python, "
+            "overwrite=True)"
+        )

@@ -2,67 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DuplicateIdError
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
-from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
+from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
 from d2llm.models.student import Student
 from d2llm.pipeline.cascade import Rereader
+from d2llm.pipeline.chunking import Chunker, DocumentsReport, choose_chunking, upsert_documents
 from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
-from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import SearchStudent
-from d2llm.pipeline.reading import read_passages
 from d2llm.pipeline.search import Searcher, SearchSettings
 from d2llm.pipeline.student_source import find_source, source_of
-
-BLOCK_PASSAGES = 2_048
-"""Passages in one commit: what an interruption can cost at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpsertReport:
-    """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
-
-    Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
-    ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
-    of late chunks were read in ``num_windows`` windows.
-    """
-
-    folder: Path
-    version: int
-    num_passages: int = 0
-    num_added: int = 0
-    num_updated: int = 0
-    num_metadata: int = 0
-    num_unchanged: int = 0
-    num_truncated: int = 0
-    num_tokens: int = 0
-    num_windows: int = 0
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self) | {"folder": str(self.folder)}
+from d2llm.pipeline.upserting import UpsertReport, upsert_passages, warn_of_truncation
 
 
 class Index:
@@ -226,34 +193,60 @@ class Index:
 
         Raises:
             DuplicateIdError: two passages share an id.
-            InputError: a passage cannot be stored, or its metadata do not fit; the blocks before it are kept.
+            InputError: a passage cannot be stored, its metadata do not fit, or its id is that of a document that was
+                split; the blocks before it are kept.
             IndexLockedError: another process is writing.
             StorageError: it cannot be written; the blocks before are kept.
         """
-        begin = time.perf_counter()
-        report = UpsertReport(self.folder, 0)
-        seen: set[int] = set()
         student = self.student
-        with self.store.writing(), progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
-            try:
-                # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table
-                # itself, whose new rows are not, each block would take longer than the last.
-                self.store.settle()
-                before = self.store.table()
-                written = before.version
-                for block in _blocks(passages):
-                    _refuse_repeated(block, seen, self.folder)
-                    table = self.store.table()
-                    if table.version != written:  # whoever gives the passages has changed the index meanwhile
-                        before = self.store.table()
-                    report = self._write_block(student, block, report, table, before, advance, only_new=only_new)
-                    written = report.version
-                self.store.settle()
-                extend_projections(self.store, student)
-            finally:
-                self.refresh()
-            version = self.store.table().version
-        return replace(report, version=version, seconds=time.perf_counter() - begin)
+        try:
+            with progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
+                report = upsert_passages(self.store, student, passages, only_new=only_new, advance=advance)
+        finally:
+            self.refresh()
+        warn_of_truncation(
+            report,
+            "Give long texts as documents, which are split into passages: with --chunk-tokens on the command line, "
+            "upsert_documents in Python, /v1/documents over HTTP",
+        )
+        return report
+
+    def upsert_documents(
+        self,
+        documents: Iterable[Passage],
+        chunking: Chunking | None = None,
+        *,
+        only_new: bool = False,
+        num_documents: int | None = None,
+        show_progress: bool | None = False,
+    ) -> DocumentsReport:
+        """Add texts of any length, or change those that are there: long ones are split into passages.
+
+        The index remembers how its documents are cut, and refuses to cut others in another way.
+
+        Args:
+            documents: read one after another.
+            chunking: how to split; None: as the index does, or as its first documents are: ``Chunking()``.
+            only_new: refuse documents that are there.
+            num_documents: how many will come, for the progress bar.
+            show_progress: None means: if standard error is a terminal.
+
+        Raises:
+            DuplicateIdError: two documents share an id, or one is there already (``only_new``).
+            InputError: the index cuts documents in another way, or a reason of ``upsert`` or ``Chunker``.
+            IndexLockedError: another process is writing.
+            StorageError: it cannot be written; the blocks before are kept.
+        """
+        student = cast(Student, self.student)  # the only one that has a tokenizer to count with
+        chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
+        return upsert_documents(
+            self, documents, chunker, only_new=only_new, num_documents=num_documents, show_progress=show_progress
+        )
+
+    @property
+    def chunking(self) -> Chunking | None:
+        """How it cuts documents into passages; None where it has no documents so far."""
+        return read_chunking(self.folder)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages from vectors, BM25 and results at once; returns how many there were.
@@ -288,6 +281,11 @@ class Index:
         """The passages with these ids, in their order; those that are not there are left out."""
         return self.view.get(ids)
 
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of the ids that the latest version does not have, in their order, each once."""
+        there = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
+        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in there]
+
     def search(
         self,
         queries: Sequence[Query] | Sequence[str] | str,
@@ -312,11 +310,13 @@ class Index:
         """What the latest version holds, and how many bytes it takes."""
         return stats(self.store)
 
-    def verify(self, *, repair: bool = False, show_progress: bool | None = False) -> VerifyReport:
-        """Whether all is as it was written; ``repair`` writes damaged vector files anew.
+    def verify(
+        self, *, repair: bool = False, go_back: bool = False, show_progress: bool | None = False
+    ) -> VerifyReport:
+        """Whether all is as it was written; what ``repair`` and ``go_back`` do about it: ``index.inspection.verify``.
 
-        It takes the vectors from the table. Where they are kept once, the student encodes again those that are lost;
-        interrupted, the same call goes on where it was. ``show_progress`` None means: if standard error is a terminal.
+        Where the vectors are kept once, the student encodes again those that are lost; interrupted, the same call goes
+        on where it was. ``show_progress`` None means: if standard error is a terminal.
 
         Raises:
             IndexLockedError: another process is writing, and there is to be repaired.
@@ -332,65 +332,6 @@ class Index:
                 advances[0](len(passages))
                 return encoded.vectors
 
-            report = verify(self.store, repair=repair, encode=encode)
+            report = verify(self.store, repair=repair, go_back=go_back, encode=encode)
         self.refresh()
         return report
-
-    def _write_block(
-        self,
-        student: SearchStudent,
-        block: list[Passage],
-        report: UpsertReport,
-        table: PassageTable,
-        before: PassageTable,
-        advance: Advance,
-        *,
-        only_new: bool,
-    ) -> UpsertReport:
-        """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
-        table = self._with_new_fields(block, table)
-        changes = self.store.compare(block, table, before=before)
-        if only_new and changes.num_new < len(block):
-            there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
-            problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
-            raise DuplicateIdError(self.folder, problem)
-        advance(len(block) - len(changes.texts))
-        read = read_passages(student, changes.texts, advance)
-        version = self.store.write(changes, read.vectors, read.truncated, table)
-        return replace(
-            report,
-            version=version,
-            num_passages=report.num_passages + len(block),
-            num_added=report.num_added + changes.num_new,
-            num_updated=report.num_updated + len(changes.texts) - changes.num_new,
-            num_metadata=report.num_metadata + len(changes.others),
-            num_unchanged=report.num_unchanged + changes.num_unchanged,
-            num_truncated=report.num_truncated + len(read.truncated),
-            num_tokens=report.num_tokens + read.num_tokens,
-            num_windows=report.num_windows + read.num_windows,
-        )
-
-    def _with_new_fields(self, block: list[Passage], table: PassageTable) -> PassageTable:
-        known = MetadataSchema.from_arrow(table.metadata_fields)
-        inferred = MetadataSchema.infer(block, known)
-        new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
-        if not new:
-            return table
-        self.store.add_fields(MetadataSchema(new))
-        return self.store.table()
-
-
-def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
-    rest = iter(passages)
-    while block := list(islice(rest, BLOCK_PASSAGES)):
-        yield block
-
-
-def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None:
-    """An id that comes twice in one call is a mistake: the second text would silently win."""
-    for passage in block:
-        digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
-        if digest in seen:
-            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen) + 1:,}"
-            raise DuplicateIdError(folder, f"{which}; keep one of them")
-        seen.add(digest)

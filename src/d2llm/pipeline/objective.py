@@ -5,17 +5,25 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import LossWeights
-from d2llm.data.collation import DistillationBatch
+from d2llm.data.collation import DistillationBatch, LabelledSource
+from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
+
+OFFSET = "offset."
+"""Before the name of a data set: the name of its offset among the parameters."""
+_OFFSET_QUERIES = 100
 
 
 def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
@@ -140,3 +148,24 @@ def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
             "no loss has a weight above 0 (the anchor's are for the head 'anchored' only); set one in [losses]"
         )
     return torch.stack([getattr(weights, name) * value for name, value in found.items()]).sum()
+
+
+def offset_name(source: TrainingSource) -> str:
+    """The name of a pair set's offset among the parameters of a run."""
+    return f"{OFFSET}{source.dataset.name}"
+
+
+def make_offsets(student: Student, sources: Sequence[LabelledSource]) -> dict[str, nn.Parameter]:
+    """For each set of labelled pairs the logit at which yes and no are equally likely: at first the student's mean."""
+    offsets: dict[str, nn.Parameter] = {}
+    for labelled in sources:
+        source, entries = labelled.source, labelled.entries[:_OFFSET_QUERIES]
+        if not any(entry.targets for entry in entries):
+            continue
+        queries = student.encode_queries([source.query_text(entry.query_id) for entry in entries]).vectors
+        scores: list[float] = []
+        for query, entry in zip(queries, entries, strict=True):
+            texts = [source.passage_text(passage_id) for passage_id in entry.positives + entry.hard_negatives]
+            scores += student.score(query, student.encode_passages(texts).vectors, source.task).tolist()
+        offsets[offset_name(source)] = nn.Parameter(torch.tensor(fmean(scores), device=student.backbone.device))
+    return offsets

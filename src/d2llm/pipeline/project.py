@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.errors import InputError
-from d2llm.index.passage_table import storage_errors
 from d2llm.index.projections import as_codes, create_file, open_file, projections_of
+from d2llm.index.storage import storage_errors
 from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.view import PassageView

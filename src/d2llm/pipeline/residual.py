@@ -21,6 +21,7 @@ from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import TASKS, Interaction, PairScores
 from d2llm.models.student import Student
+from d2llm.ops.batching import even_batches
 from d2llm.pipeline.dev import (
     DevResult,
     DevSet,
@@ -32,7 +33,7 @@ from d2llm.pipeline.dev import (
 from d2llm.pipeline.interpolation import mean_value
 from d2llm.pipeline.objective import batch_losses, weighted_sum
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.training_run import adamw, learning_rate_factor, optimizer_step
+from d2llm.pipeline.training_run import adamw, learning_rate_factor, optimizer_step, warmup_steps
 
 _BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
 
@@ -103,6 +104,7 @@ def train_residual(
     best = _measure(student, dev)
     best_value, best_state = mean_value(best), {name: p.detach().clone() for name, p in parameters.items()}
     step, total = 0, config.epochs * per_epoch
+    warmup = warmup_steps(config, total)
     with progress_bar("training the interaction", total, show=show_progress) as advance:
         for epoch in range(config.epochs):
             for found, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
@@ -115,7 +117,7 @@ def train_residual(
                     change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
                     loss = loss + config.quiet_price * change
                 loss.backward()
-                factor = learning_rate_factor(step, warmup_steps=config.warmup_steps, total_steps=total)
+                factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
                 optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
                 step += 1
                 advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
@@ -169,7 +171,8 @@ def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tupl
     for found in sets:
         order = list(range(len(found.labelled.entries)))
         random.Random(f"{seed}:{found.labelled.source.dataset.name}").shuffle(order)
-        batches += [(found, order[start : start + batch_queries]) for start in range(0, len(order), batch_queries)]
+        _, size = even_batches(len(order), batch_queries)
+        batches += [(found, order[start : start + size]) for start in range(0, len(order), size)]
     random.Random(seed).shuffle(batches)
     return batches
 

@@ -66,13 +66,16 @@ class DevWatch:
         """Whether the last ``patience`` looks brought nothing better."""
         return self.best.looks_since >= self._tuning.patience
 
-    def look(
-        self, model: LocalTeacher, parameters: Mapping[str, nn.Parameter], step: int, *, is_last: bool
-    ) -> dict[str, float]:
-        """Measure the model where it is due after ``step``, and keep it if it is the best; what was measured."""
+    def measure(self, model: LocalTeacher, step: int, *, is_last: bool) -> DevScore | None:
+        """Measure the model where it is due after ``step``; None where it is not."""
         if not self._pairs or self._tuning.eval_every is None or (step % self._tuning.eval_every and not is_last):
+            return None
+        return score_dev(model, self._pairs)
+
+    def take_in(self, score: DevScore | None, parameters: Mapping[str, nn.Parameter], step: int) -> dict[str, float]:
+        """Keep the state if it is the best; what was measured, for the log."""
+        if score is None:
             return {}
-        score = score_dev(model, self._pairs)
         if score.better_than(self.best.value, self._tuning.dev_measure):
             self.best = Best(step, getattr(score, self._tuning.dev_measure))
             write_bytes(self.path, save({name: tensor.detach().cpu() for name, tensor in parameters.items()}))

@@ -1,11 +1,15 @@
-"""What every training loop needs: checkpoints for exact resume, the learning-rate schedule, the log, the NaN stop."""
+"""What every training loop needs: checkpoints for exact resume, stops, the learning-rate schedule, the log."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.files import write_bytes
+from d2llm.core.recipe import TrainingConfig, WarmUpConfig
+from d2llm.core.recipe_file import changed_settings
 from d2llm.pipeline.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
+_STEPS = 60  # at the default rate dev rises no more after so many, on 100 and 300 questions (docs/LOG.md)
+_log = logging.getLogger(__name__)
+remarks = logging.getLogger("d2llm.remarks")
+"""What a user of the command line should be told in passing, and needs no warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +55,21 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
-    run_key: str,
+    settings: Mapping[str, Any],
 ) -> None:
     """Write parameters, AdamW moments and ``state`` as one safetensors file, atomically.
 
-    ``run_key`` is a fingerprint of everything that shapes the run; a checkpoint of another run is refused on resume.
+    ``settings`` are everything that shapes the run, plain JSON; a checkpoint of another run is refused on resume.
     """
     tensors = {f"parameter/{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"moment/{key}/{name}"] = value.detach().cpu().contiguous()
-    metadata = {"step": str(step), "state": json.dumps(state), "run_key": run_key}
+    metadata = {"step": str(step), "state": json.dumps(state), "settings": json.dumps(settings)}
     write_bytes(folder / CHECKPOINT, save(tensors, metadata))
 
 
-def load_checkpoint(folder: Path, *, run_key: str) -> Checkpoint | None:
+def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint | None:
     """The checkpoint in ``folder``, or None where there is none yet.
 
     Raises:
@@ -74,10 +84,12 @@ def load_checkpoint(folder: Path, *, run_key: str) -> Checkpoint | None:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it to start the run anew") from error
-    if metadata["run_key"] != run_key:
+    begun_with = json.loads(metadata.get("settings", "{}"))
+    if begun_with != json.loads(json.dumps(settings)):
+        changes = ", ".join(changed_settings(begun_with, settings)) or "it was written by another version of d2llm"
         raise InputError(
-            f"{path} belongs to a run with another recipe, data, labels or seed; finish that run with its own "
-            "settings, or give a new output folder"
+            f"{path} belongs to a run with other settings: {changes}; finish that run with its own settings, or start "
+            "anew: with --again on the command line, or in another folder"
         )
     return Checkpoint(
         step=int(metadata["step"]),
@@ -96,6 +108,67 @@ def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimiz
         kind, name = key.split("/", 1)
         parameter = parameters[name]
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
+
+    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can keep a
+    checkpoint; what is done in ``held`` is finished first. Whoever has handlers of their own keeps them; only the main
+    thread has any.
+    """
+
+    def __init__(self) -> None:
+        self.is_consistent = True
+        """Whether the state is one between two changes; False where an error broke one off."""
+        self._pending: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) == usual:
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Finish what is inside before a stop."""
+        self.is_consistent = False
+        yield
+        self.is_consistent = True
+        if self._pending is not None:
+            number, self._pending = self._pending, None
+            self._raise(number)
+
+    def _stop(self, number: int, frame: object) -> None:
+        del frame
+        if self.is_consistent:
+            self._raise(number)
+        self._pending = number
+
+    def _raise(self, number: int) -> None:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:
+    """Epochs of a distillation: the recipe's, or as many as make 60 steps, from 2 to 10."""
+    return training.epochs or max(2, min(10, round(_STEPS / max(1, steps_of_an_epoch))))
+
+
+def warmup_steps(config: WarmUpConfig, total_steps: int) -> int:
+    """Steps of the warm-up that a recipe asks for; warns of one that takes more than half of the run."""
+    steps = config.warmup_of(total_steps)
+    if 2 * steps > total_steps:
+        _log.warning(
+            "the warm-up takes %d of %d steps, so the run hardly trains: leave warmup_steps out of the recipe, and set "
+            "warmup_fraction, the share of the steps (0.1 is usual)", min(steps, total_steps), total_steps,
+        )  # fmt: skip
+    return steps
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
@@ -151,7 +224,7 @@ def require_finite(loss: Tensor, step: int, folder: Path) -> None:
 class RunLog:
     """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back.
 
-    Trackers get the numbers among the values.
+    ``resume_step`` is -1 for a new run, whose log begins empty. Trackers get the numbers among the values.
     """
 
     def __init__(self, folder: Path, *, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -159,7 +232,7 @@ class RunLog:
         self._trackers = trackers
         self._start = time.monotonic()
         kept: list[str] = []
-        if self._path.is_file() and resume_step:
+        if self._path.is_file():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= resume_step]
         write_bytes(self._path, "".join(line + "\n" for line in kept).encode())

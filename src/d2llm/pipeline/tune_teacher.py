@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
-from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
+from d2llm.core.recipe_file import tuning_settings
+from d2llm.core.types import Task
 from d2llm.data.training import LabelledPair, TrainingSource, labelled_pairs
 from d2llm.models.classifier_teacher import ClassifierTeacher
-from d2llm.models.device import choose_dtype
+from d2llm.models.device import choose_dtype, tokens_at_a_time
 from d2llm.models.judge import Judge, load_judge
 from d2llm.models.local_teacher import LocalTeacher
 from d2llm.models.teacher_identity import TEACHER_KIND
@@ -30,17 +32,18 @@ from d2llm.pipeline.teacher_dev import Best, DevWatch, hold_out
 from d2llm.pipeline.training_run import (
     CHECKPOINT,
     RunLog,
+    StopSignals,
     adamw,
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
+    remarks,
     require_finite,
     restore,
     save_checkpoint,
     trainable,
 )
 
-_PART_TOKENS = 2560  # of one forward and backward pass; what is beyond is accumulated
 _PAIR_SHARE = 0.3  # of the yes/no loss beside the softmax over lists
 _SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
 
@@ -87,6 +90,7 @@ def tune_teacher(
         show_progress: by default only on a terminal.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
         InputError: no pairs, a finished teacher already in ``folder``, a checkpoint of another run, a kind of teacher
             that is not tuned, or plans too small to hold queries out.
         TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
@@ -102,50 +106,62 @@ def tune_teacher(
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
+    part_tokens = tuning.part_tokens or tokens_at_a_time(model.device)
     batches = _epoch_batches(pairs, tuning, seed)
     parameters = trainable(model)
     optimizer = adamw([(list(parameters.values()), tuning.learning_rate, 0.0)])
 
     run_folder = folder.with_name(folder.name + ".run")
     run_folder.mkdir(parents=True, exist_ok=True)
-    plans = [source.plan.manifest for source in sources]
-    run_key = fingerprint_json([teacher.model_dump(), model.fingerprint, tuning.model_dump(), seed, plans])
-    checkpoint = load_checkpoint(run_folder, run_key=run_key)
-    first_step, losses, num_truncated = 0, list[float](), 0
-    watch = DevWatch(dev_pairs, tuning, run_folder)
+    settings = _run_settings(sources, teacher, model.fingerprint, tuning, seed)
+    checkpoint = load_checkpoint(run_folder, settings=settings)
+    watch, losses, num_truncated, num_finished = DevWatch(dev_pairs, tuning, run_folder), list[float](), 0, 0
     if checkpoint is not None:
         restore(checkpoint, parameters, optimizer)
-        first_step, losses = checkpoint.step, checkpoint.state["losses"]
-        num_truncated, watch.best = checkpoint.state["num_truncated"], Best(**checkpoint.state["best"])
-    log = RunLog(run_folder, resume_step=first_step)
+        losses, num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]
+        num_finished, watch.best = checkpoint.state["num_finished"], Best(**checkpoint.state["best"])
+        remarks.info("tune-teacher: goes on after step %d of an earlier run", len(losses))
+    log = RunLog(run_folder, resume_step=-1 if checkpoint is None else num_finished)
+    total, warmup = len(batches), int(tuning.warmup_fraction * len(batches))
+    accumulate = accumulate_lists if tuning.loss == "lists" else accumulate_pairs
+    signals, kept_at = StopSignals(), time.monotonic()
 
-    def keep(step: int) -> None:
-        state = {"losses": losses, "num_truncated": num_truncated, "best": asdict(watch.best)}
-        save_checkpoint(run_folder, step, parameters, optimizer, state, run_key=run_key)
+    def keep() -> None:
+        state = {"losses": losses, "num_truncated": num_truncated, "num_finished": num_finished}
+        state["best"] = asdict(watch.best)
+        with signals.held():
+            save_checkpoint(run_folder, len(losses), parameters, optimizer, state, settings=settings)
 
-    accumulate = _accumulate_lists if tuning.loss == "lists" else _accumulate_gradient
     model.train()
-    last_kept = time.monotonic()
-    with progress_bar("tuning the teacher", len(batches), show=show_progress) as advance:
-        advance(first_step)
-        for step in range(first_step, len(batches)):
-            if watch.is_over:
-                break
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout then depends on the step alone: resume is exact
-            loss, truncated = accumulate(model, batches[step])
-            require_finite(loss, step, run_folder)
-            warmup = int(tuning.warmup_fraction * len(batches))
-            factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=len(batches))
-            optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
-            losses.append(float(loss))
-            num_truncated += truncated
-            seen = watch.look(model, parameters, step + 1, is_last=step + 1 == len(batches))
-            log.write(step + 1, loss=losses[-1], pairs=len(batches[step]), **seen)
-            advance(1)
-            if time.monotonic() - last_kept > 60 * tuning.checkpoint_minutes:
-                keep(step + 1)
-                last_kept = time.monotonic()
-    keep(len(losses))
+    with signals, progress_bar("tuning the teacher", total, show=show_progress) as advance:
+        advance(num_finished)
+        try:
+            while not watch.is_over and num_finished < total:
+                if len(losses) == num_finished:  # else a stop came between the step and the look at held-out queries
+                    step = len(losses)
+                    torch.manual_seed(seed * 1_000_003 + step)  # dropout by the step alone: resume is exact
+                    loss, truncated = accumulate(model, batches[step], part_tokens)
+                    require_finite(loss, step, run_folder)
+                    factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
+                    with signals.held():
+                        optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
+                        losses.append(float(loss))
+                        num_truncated += truncated
+                measured = watch.measure(model, len(losses), is_last=len(losses) == total)
+                with signals.held():
+                    seen = watch.take_in(measured, parameters, len(losses))
+                    log.write(len(losses), loss=losses[-1], pairs=len(batches[num_finished]), **seen)
+                    num_finished += 1
+                advance(1)
+                if time.monotonic() - kept_at > 60 * tuning.checkpoint_minutes:
+                    keep()
+                    kept_at = time.monotonic()
+        except KeyboardInterrupt:
+            if signals.is_consistent and losses:
+                keep()
+                remarks.info("tune-teacher: step %d is kept in %s", len(losses), run_folder)
+            raise
+    keep()
     watch.put_back(parameters)
     tail = losses[-max(1, len(losses) // 10) :]
     report = TeacherTuningReport(
@@ -162,6 +178,7 @@ def tune_teacher(
     content: dict[str, Any] = {
         "tuning": tuning.model_dump(),
         "seed": seed,
+        "settings": settings,
         "data": [source.dataset.name for source in sources],
         "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
     }
@@ -189,6 +206,17 @@ def _load(
         )
     model.compute_dtype = choose_dtype(model.device, dtype)
     return model
+
+
+def _run_settings(
+    sources: list[TrainingSource], teacher: TeacherConfig, fingerprint: str, tuning: TeacherTuningConfig, seed: int
+) -> dict[str, Any]:
+    """All that shapes a run: a checkpoint, or a tuned teacher, of anything else is another run's."""
+    return {
+        "recipe": tuning_settings(teacher, tuning, seed),
+        "model": fingerprint,
+        "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
+    }
 
 
 def _epoch_batches(pairs: list[LabelledPair], tuning: TeacherTuningConfig, seed: int) -> list[list[LabelledPair]]:
@@ -221,8 +249,8 @@ def _lists(pairs: list[LabelledPair]) -> list[list[LabelledPair]]:
     return list(lists.values())
 
 
-def _accumulate_lists(model: LocalTeacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
-    """As ``_accumulate_gradient``, of lists: a softmax over each query's passages, and some of the yes/no loss."""
+def accumulate_lists(model: LocalTeacher, batch: list[LabelledPair], part_tokens: int) -> tuple[Tensor, int]:
+    """As ``accumulate_pairs``, of lists: a softmax over each query's passages, and some of the yes/no loss."""
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], batch[0].task)
     places: dict[str, list[int]] = {}
     for place, pair in enumerate(batch):
@@ -230,27 +258,60 @@ def _accumulate_lists(model: LocalTeacher, batch: list[LabelledPair]) -> tuple[T
     lists = list(places.values())
     lengths = [max(len(inputs[place]) for place in of_query) * len(of_query) for of_query in lists]
     total = torch.zeros((), device=model.device)
-    for part in token_budget_batches(lengths, max_tokens=_PART_TOKENS, max_items=len(lists)):
+    for part in token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists)):
         chosen = [place for index in part for place in lists[index]]
-        log_odds, _ = model(*model.pad([inputs[place] for place in chosen]), batch[0].task)
         targets = torch.tensor([batch[place].target for place in chosen], device=model.device)
-        yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
-        loss = _PAIR_SHARE * yes_or_no / len(batch)
-        sizes = [len(lists[index]) for index in part]
-        for scores, wanted in zip(log_odds.split(sizes), targets.split(sizes), strict=True):
-            if float(wanted.sum()) > 0:
-                loss = loss + functional.cross_entropy(scores, wanted / wanted.sum()) / len(lists)
-        loss.backward()
-        total += loss.detach()
+        by_list = targets.split([len(lists[index]) for index in part])
+
+        def loss_of(log_odds: Tensor, targets: Tensor = targets, by_list: Sequence[Tensor] = by_list) -> Tensor:
+            yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
+            loss = _PAIR_SHARE * yes_or_no / len(batch)
+            for scores, wanted in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
+                if float(wanted.sum()) > 0:
+                    loss = loss + functional.cross_entropy(scores, wanted / wanted.sum()) / len(lists)
+            return loss
+
+        total += _backpropagate(model, [inputs[place] for place in chosen], batch[0].task, loss_of, part_tokens)
     return total, num_truncated
 
 
-def _accumulate_gradient(model: LocalTeacher, batch: list[LabelledPair]) -> tuple[Tensor, int]:
+def _backpropagate(
+    model: LocalTeacher, inputs: list[Any], task: Task, loss_of: Callable[[Tensor], Tensor], part_tokens: int
+) -> Tensor:
+    """Add the gradient of a loss of the log-odds of all inputs, in memory for ``part_tokens``; returns the loss.
+
+    Where they are more, they are read twice, as in ``gradient_cache``: for the loss, and part by part for its gradient.
+    """
+    parts = token_budget_batches([len(ids) for ids in inputs], max_tokens=part_tokens, max_items=len(inputs))
+    if len(parts) == 1:
+        loss = loss_of(model(*model.pad(inputs), task)[0])
+        loss.backward()
+        return loss.detach()
+    seeds: list[int] = torch.randint(1 << 31, (len(parts),)).tolist()  # of the dropout, the same in both readings
+
+    def read(number: int) -> Tensor:
+        torch.manual_seed(seeds[number])
+        return model(*model.pad([inputs[index] for index in parts[number]]), task)[0]
+
+    log_odds = torch.zeros(len(inputs), device=model.device)
+    with torch.no_grad():
+        for number, part in enumerate(parts):
+            log_odds[part] = read(number)
+    log_odds.requires_grad_()
+    loss = loss_of(log_odds)
+    loss.backward()
+    assert log_odds.grad is not None
+    for number, part in enumerate(parts):
+        read(number).backward(log_odds.grad[part])
+    return loss.detach()
+
+
+def accumulate_pairs(model: LocalTeacher, batch: list[LabelledPair], part_tokens: int) -> tuple[Tensor, int]:
     """Mean yes/no cross-entropy of a batch, with its gradient, in parts that bound memory; and the pairs cut short."""
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
     total = torch.zeros((), device=model.device)
-    for part in token_budget_batches([len(ids) for ids in inputs], max_tokens=_PART_TOKENS, max_items=len(inputs)):
+    for part in token_budget_batches([len(ids) for ids in inputs], max_tokens=part_tokens, max_items=len(inputs)):
         log_odds, _ = model(*model.pad([inputs[index] for index in part]), task)
         labels = torch.tensor([batch[index].target for index in part], device=model.device)
         loss = functional.binary_cross_entropy_with_logits(log_odds, labels, reduction="sum") / len(batch)

@@ -48,6 +48,18 @@ def test_a_body_that_is_no_json(address, path, status):
     assert "no valid JSON" in answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/v1/embeddings", 400), ("/v2/rerank", 400), ("/v1/rerank", 422), ("/embed", 422), ("/score", 400)],
+)
+@pytest.mark.parametrize("body", ['{"\\udc00": 1}', '{"unread": {"a": ["\\ud83d"]}}'], ids=["name", "value"])
+def test_half_a_surrogate_pair_is_no_text_in_any_field(address, path, status, body):
+    answer = httpx2.post(address + path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status
+    assert "surrogate" in answer.text
+    assert KEYS_OF_ERRORS.get(path, {"error", "error_type"}) <= answer.json().keys()
+
+
 @pytest.fixture(scope="module")
 def guarded(folder, student):
     """The address of a server that wants a key, and the key."""

@@ -24,8 +24,10 @@ def test_feature_extraction(client, address, student):
     plain = student.encode_passages(TEXTS).vectors
     assert np.allclose(client.feature_extraction(TEXTS, model=url), unit(plain), atol=1e-6)
     assert np.allclose(client.feature_extraction(TEXTS, model=url, normalize=False), plain, atol=1e-5)
-    found = client.feature_extraction(TEXTS, model=url, normalize=False, dimensions=4)
-    assert np.allclose(found, plain[:, :4], atol=1e-5)
+    found = client.feature_extraction(TEXTS, model=url, normalize=False, dimensions=student.vector_dim)
+    assert np.allclose(found, plain, atol=1e-5)
+    with pytest.raises(HfHubHTTPError, match="not trained to be cut to 4"):
+        client.feature_extraction(TEXTS, model=url, dimensions=4)
 
 
 def test_inner_products_of_raw_vectors_are_the_anchors(client, address, student):
@@ -126,6 +128,7 @@ def test_rerank_gives_scores_and_texts_on_demand(post, student):
         ("/embed", {"inputs": "a" * 2_001}, 422, "Validation"),
         ("/embed", {"inputs": "a", "prompt_name": "title"}, 422, "Validation"),
         ("/embed", {"inputs": "a", "truncation_direction": "Left"}, 422, "Validation"),
+        ("/embed", {"inputs": "a", "dimensions": 31}, 422, "Validation"),
         ("/embed", {"inputs": "a", "dimensions": 33}, 422, "Validation"),
         ("/rerank", {"query": LONG, "texts": ["a"], "truncate": False}, 422, "Validation"),
         ("/rerank", {"query": "a", "texts": ["a", LONG], "truncate": False}, 422, "Validation"),

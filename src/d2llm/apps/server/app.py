@@ -39,7 +39,13 @@ _KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clie
 
 
 def make_app(settings: ServeSettings) -> FastAPI:
-    """The server as an ASGI application; it loads what it serves when it starts, and says so meanwhile."""
+    """The server as an ASGI application; it loads what it serves when it starts, and says so meanwhile.
+
+    Raises:
+        InputError: a file that the settings name, of keys or a report, cannot be used.
+    """
+    if settings.report is not None:
+        page_routes.check_report(settings.report)
     lifecycle, telemetry, private = Lifecycle(), Telemetry(), _private_paths(settings)
 
     @asynccontextmanager

@@ -25,15 +25,23 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, Ranking, Task
 from d2llm.index import inspection
 from d2llm.index.inspection import IndexStats
+from d2llm.index.side_files import Chunking
 from d2llm.index.store import IndexStore
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
 from d2llm.pipeline.calibrate import read_error
 from d2llm.pipeline.cascade import Cascade, Rereader, TeacherReading, judge_passages
-from d2llm.pipeline.chunking import Chunker, DocumentsReport, upsert_documents
-from d2llm.pipeline.index import Index, UpsertReport
+from d2llm.pipeline.chunking import (
+    Chunker,
+    DocumentsReport,
+    choose_chunking,
+    default_chunking,
+    upsert_documents,
+)
+from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import PairJudge
 from d2llm.pipeline.search import SearchSettings
+from d2llm.pipeline.upserting import UpsertReport
 
 _Value = TypeVar("_Value")
 
@@ -239,13 +247,22 @@ class IndexService:
         return report
 
     async def upsert_documents(
-        self, documents: Sequence[Passage], chunk_tokens: int, overlap_tokens: int
+        self, documents: Sequence[Passage], chunk_tokens: int | None = None, chunk_overlap: int | None = None
     ) -> DocumentsReport:
-        """Split documents and add their passages; those that a document no longer has go. Errors as of ``upsert``."""
+        """Split documents and add their passages; those that a document no longer has go.
+
+        Raises:
+            InputError: the index cuts documents in another way, or a reason of ``upsert``.
+        """
         note_items([document.text for document in documents])
 
         def work(index: Index, student: Student) -> DocumentsReport:
-            return upsert_documents(index, documents, Chunker(student, chunk_tokens, overlap_tokens))
+            wanted = None
+            if chunk_tokens is not None or chunk_overlap is not None:
+                tokens = chunk_tokens or default_chunking(student).chunk_tokens
+                wanted = Chunking(tokens, chunk_overlap or 0)
+            chunker = Chunker(student, choose_chunking(index.folder, student, wanted))
+            return upsert_documents(index, documents, chunker)
 
         report = await self._write(work)
         await self.served.reload()

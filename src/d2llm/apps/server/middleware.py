@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.apps.server.access import AccessMiddleware
 from d2llm.apps.server.answers import answer_problem
+from d2llm.apps.server.body_text import problem_of_text
 from d2llm.apps.server.errors import Problem, problem_of
 from d2llm.apps.server.facts import begin_facts
 from d2llm.apps.server.keys import KeyRing
@@ -152,7 +153,7 @@ class HostMiddleware:
 
 
 class BodyMiddleware:
-    """Reads a body as a whole before the application does; refuses those that are too large, too slow or no JSON.
+    """Reads a body as a whole before the application does; refuses those that are too large, too slow, or no text.
 
     Without a declared length it stops reading at the limit, so that a client cannot fill the memory.
     """
@@ -176,6 +177,8 @@ class BodyMiddleware:
                 read = self._too_slow()
             if read is None:
                 return
+            if isinstance(read, bytes):
+                read = problem_of_text(read) or read
         if isinstance(read, Problem):
             await answer_problem(scope, receive, send, read)
             return

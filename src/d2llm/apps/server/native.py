@@ -50,8 +50,8 @@ from d2llm.apps.server.services import Services, Serving, TheIndex, TheServices,
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Passage, SourceName, Task
-from d2llm.pipeline.index import UpsertReport
 from d2llm.pipeline.search import SearchSettings
+from d2llm.pipeline.upserting import UpsertReport
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": description}
@@ -136,14 +136,15 @@ async def upsert_passages(body: PassagesRequest, services: TheServices, index: T
 
 @router.post("/v1/documents")
 async def upsert_documents(body: DocumentsRequest, services: TheServices, index: TheIndex) -> DocumentsAnswer:
-    """Split long texts into passages and add these; passages that a document no longer has are deleted."""
+    """Split long texts into passages and add these; passages that a document no longer has are deleted.
+
+    The index remembers how its documents are cut, and refuses to cut others in another way.
+    """
     _writable(services)
     _at_most(len(body.documents), services.settings.max_texts, "documents")
     documents = [Passage(**document.model_dump()) for document in body.documents]
     report = await index.upsert_documents(documents, body.chunk_tokens, body.chunk_overlap)
-    return DocumentsAnswer(
-        **_upserted(report.passages), num_documents=report.num_documents, num_deleted=report.num_deleted
-    )
+    return DocumentsAnswer(**_upserted(report), num_documents=report.num_documents, num_deleted=report.num_deleted)
 
 
 @router.get("/v1/passages/{passage_id:path}")
@@ -176,6 +177,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         vector_format=stats.vector_format,
         vector_copies=stats.vector_copies,
         task=version.view.task,
+        chunking=stats.chunking,
         student=StudentAnswer(
             name=models.name,
             fingerprint=models.fingerprint,

@@ -102,7 +102,7 @@ def rank_again(asked: Asked, rereader: Rereader) -> Ranking:
 def identity(store: IndexStore) -> tuple[int, int, int]:
     """Tells whether a folder still holds the same index, at the same version: a manifest is written once."""
     manifest = (store.folder / MANIFEST_NAME).stat()
-    return manifest.st_ino, manifest.st_mtime_ns, store.table().version
+    return manifest.st_ino, manifest.st_mtime_ns, store.version
 
 
 def identity_in(folder: Path) -> tuple[int, int, int]:

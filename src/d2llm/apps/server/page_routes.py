@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from d2llm.apps.server.errors import NotFoundError
+from d2llm.core.errors import InputError
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {
@@ -31,6 +32,7 @@ _PAGE_POLICY = (
 _POLICY = _PAGE_POLICY.format(styles="'self'")
 # A report stands in a frame inside this page, whose policy the frame inherits, and has its styles within itself.
 _FRAMING_POLICY = _PAGE_POLICY.format(styles="'self' 'unsafe-inline'")
+_BEGINNING = 1_000  # characters of a report that are looked at
 _FRAMING_PAGE = "evaluation.html"
 _REPORT_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -92,6 +94,23 @@ def evaluation(request: Request) -> Response:
         raise NotFoundError("the report of this server is not there any more; see its setting report")
     headers = _headers(_REPORT_POLICY) | {"Cache-Control": "no-store"}
     return FileResponse(path, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def check_report(path: Path) -> None:
+    """Make sure that a file is a page that can be shown.
+
+    Raises:
+        InputError: it cannot be read, or is no HTML.
+    """
+    remedy = "give the page that `d2llm evaluate --html` wrote, or leave report out"
+    try:
+        begin = path.read_text(encoding="utf-8")[:_BEGINNING].lstrip("\ufeff \t\r\n").lower()
+    except OSError as error:
+        raise InputError(f"report {path}: cannot be read ({error.strerror}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"report {path}: is no text in UTF-8; {remedy}") from error
+    if not begin.startswith(("<!doctype html", "<html")):
+        raise InputError(f"report {path}: is no HTML page; {remedy}")
 
 
 @cache

@@ -10,15 +10,12 @@ from typing_extensions import Self
 from d2llm.apps.server.index_service import Rescore
 from d2llm.apps.server.model_service import TextKind
 from d2llm.core.types import Grouping, Task
+from d2llm.index.side_files import Chunking
 
 
 def _with_text(text: str) -> str:
     if not text.strip():
         raise ValueError("there is no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair is no text; leave it out") from error
     return text
 
 
@@ -83,12 +80,12 @@ class ExplainRequest(Body):
 class PassageBody(Body):
     """A passage."""
 
-    id: PassageId
-    text: NonEmpty
-    title: str = ""
+    id: PassageId = Field(examples=["bread"])
+    text: NonEmpty = Field(examples=["Bread is baked from flour, water and salt."])
+    title: str = Field("", examples=["Bread"])
     document_id: str = ""
     position: int = Field(0, ge=0, le=2**31 - 1)
-    metadata: Metadata = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 2021}])
 
 
 class PassagesRequest(Body):
@@ -100,18 +97,22 @@ class PassagesRequest(Body):
 class DocumentBody(Body):
     """A text of any length."""
 
-    id: PassageId
-    text: NonEmpty
-    title: str = ""
-    metadata: Metadata = Field(default_factory=dict)
+    id: PassageId = Field(examples=["ships"])
+    text: NonEmpty = Field(examples=["Ships sail over the sea. They carry goods to far ports."])
+    title: str = Field("", examples=["Ships"])
+    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 1999}])
 
 
 class DocumentsRequest(Body):
     """Long texts to split into passages."""
 
     documents: list[DocumentBody] = Field(min_length=1)
-    chunk_tokens: int = Field(128, ge=8, description="Most tokens of a passage.")
-    chunk_overlap: int = Field(0, ge=0, description="Tokens that a passage repeats of the one before.")
+    chunk_tokens: int | None = Field(
+        None, ge=8, description="Most tokens of a passage; null: as the index cuts, or 128 for its first documents."
+    )
+    chunk_overlap: int | None = Field(
+        None, ge=0, description="Tokens that a passage repeats of the one before; null: as the index cuts, or none."
+    )
 
 
 class SnapshotRequest(Body):
@@ -340,6 +341,7 @@ class IndexAnswer(Answer):
     vector_format: str
     vector_copies: int
     task: Task
+    chunking: Chunking | None
     student: StudentAnswer
     teacher: str | None
     fields: dict[str, str]

@@ -10,7 +10,7 @@ from pathlib import Path
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Query, SystemKind
 from d2llm.data.beir import Dataset
-from d2llm.index.store import FORMAT_VERSION
+from d2llm.index.index_manifest import FORMAT_VERSION
 from d2llm.index.view import PassageView
 from d2llm.pipeline.cascade import Cascade
 from d2llm.pipeline.encode import encode

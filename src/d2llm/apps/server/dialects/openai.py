@@ -26,6 +26,7 @@ from d2llm.apps.server.dialects.shared import (
     Texts,
     Truncate,
     as_list,
+    check_dimensions,
     check_size,
     embed,
     errors,
@@ -48,7 +49,7 @@ class EmbeddingsRequest(StrictBody):
 
     input: Texts = Field(description="A text or a list of texts; token ids are refused.", examples=["a cat on a mat"])
     model: str = Field(description="The model's name, alone or with :query or :passage.")
-    dimensions: int | None = Field(None, ge=1, description="Keep the first so many components, again of length 1.")
+    dimensions: int | None = Field(None, ge=1, description="The width of the student's vectors; they are not cut.")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
     user: str | None = Field(None, description="Read over.")
     input_type: TextKind | None = Field(None, description="Which side of a search the texts are on.")
@@ -122,13 +123,12 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
     kind = _kind_of(find_model(models, body.model, suffixes=True), body.input_type)
     texts = as_list(body.input)
     check_size(services, body.input, "input")
-    if body.dimensions is not None and body.dimensions > models.dim:
-        raise invalid(f"dimensions: the model has {models.dim}, {body.dimensions} were asked for", "dimensions")
+    check_dimensions(body.dimensions, models)
     encoded = await embed(services, texts, kind)
     if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
         limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
-    vectors = unit_length(encoded.vectors[:, : body.dimensions])
+    vectors = unit_length(encoded.vectors)
     values = _base64(vectors) if body.encoding_format == "base64" else list(vectors)
     num_tokens = sum(encoded.num_tokens)
     answer = {

@@ -185,6 +185,24 @@ def check_limit(asked: int | None, limit: int, field: str) -> None:
         raise invalid(f"{field}: texts are cut to {limit} tokens here; ask for no less", field)
 
 
+def check_dimensions(asked: int | None, models: ModelService) -> None:
+    """Refuse vectors of another width than the student's.
+
+    The first components of a vector are worth something alone only where a student was trained for it; none is yet.
+
+    Raises:
+        ServingError: 400, another width is asked for.
+    """
+    if asked is not None and asked != models.dim:
+        message = (
+            f"dimensions: this student's vectors have {models.dim} components and were not trained to be cut to "
+            f"{asked}; leave dimensions out, or ask for {models.dim}"
+            if asked < models.dim
+            else f"dimensions: this student's vectors have {models.dim} components, {asked} were asked for"
+        )
+        raise invalid(message, "dimensions")
+
+
 async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
     """Vectors of texts, ready for inner products: queries as the anchor of the student's head has them."""
     models = services.models

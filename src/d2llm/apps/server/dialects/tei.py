@@ -28,6 +28,7 @@ from d2llm.apps.server.dialects.shared import (
     Texts,
     as_list,
     best_first,
+    check_dimensions,
     check_size,
     cut_warnings,
     embed,
@@ -39,7 +40,7 @@ from d2llm.apps.server.dialects.shared import (
     texts_cut,
     unit_length,
 )
-from d2llm.apps.server.errors import Problem, invalid
+from d2llm.apps.server.errors import Problem
 from d2llm.apps.server.fast_json import FastJSONResponse
 from d2llm.apps.server.services import Services, services_of
 from d2llm.models.backbone import TextKind
@@ -60,7 +61,7 @@ class EmbedRequest(OpenBody):
     truncate: Cut = None
     truncation_direction: Direction = "Right"
     prompt_name: PromptName = None
-    dimensions: int | None = Field(None, ge=1, description="Keep the first so many components.")
+    dimensions: int | None = Field(None, ge=1, description="The width of the student's vectors; they are not cut.")
 
 
 class EmbedAnswer(RootModel[list[list[float]]]):
@@ -171,11 +172,8 @@ TheServices = Annotated[Services, Depends(services_of)]
 @router.post("/embed", response_model=EmbedAnswer)
 async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResponse:
     """Vectors of texts."""
-    models = services.models
-    if body.dimensions is not None and body.dimensions > models.dim:
-        raise invalid(f"dimensions: the model has {models.dim}, {body.dimensions} were asked for", "dimensions")
+    check_dimensions(body.dimensions, services.models)
     vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
-    vectors = np.ascontiguousarray(vectors[:, : body.dimensions])
     return _answer(unit_length(vectors) if body.normalize else vectors, warnings)
 
 

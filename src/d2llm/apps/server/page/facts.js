@@ -13,6 +13,7 @@ export function factList(index) {
   const facts = [
     ["Index", index.name],
     ["Passages", index.num_passages.toLocaleString("en")],
+    ["Documents", cutText(index.chunking)],
     ["Version", String(index.version)],
     ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} a passage`],
     ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", kept twice" : ""}`],
@@ -28,6 +29,11 @@ export function factList(index) {
   return facts.map(([name, value]) =>
     element("div", {}, element("dt", {}, name), element("dd", {}, element("bdi", {}, value))),
   );
+}
+
+function cutText(chunking) {
+  if (!chunking) return "none so far; passages alone";
+  return chunking.chunk_tokens ? `cut at ${chunking.chunk_tokens} tokens` : "not cut";
 }
 
 function teacherText({ teacher, rescore }) {

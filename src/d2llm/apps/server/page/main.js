@@ -12,7 +12,6 @@ import { installTheme } from "./theme.js";
 import { Upload } from "./upload.js";
 
 const TYPING_PAUSE = 160; // milliseconds without a key before a search
-const MOST_CHUNK_TOKENS = 128; // of a passage of an added document
 const STARTING_PAUSE = 1000; // between questions to a server that is starting
 
 let state = readAddress(location.search);
@@ -227,7 +226,6 @@ new Upload(
   {
     types: () => index.fields,
     limits: () => limits,
-    chunkTokens: () => Math.min(MOST_CHUNK_TOKENS, index.student.max_passage_tokens),
     onDone: async () => {
       await readIndex();
       change({});

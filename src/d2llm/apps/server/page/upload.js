@@ -9,14 +9,14 @@ const BATCH_CHARACTERS = 200_000;
 const MOST_WAITS = 5;
 const LISTED = 100;
 
-/** Sends documents, to be split into passages of `chunkTokens`. `onProgress` gets how many of how many are done; `signal` stops it between batches. */
-export async function sendDocuments(documents, limits, { chunkTokens, onProgress, signal }) {
+/** Sends documents, to be split into passages as the index splits them. `onProgress` gets how many of how many are done; `signal` stops it between batches. */
+export async function sendDocuments(documents, limits, { onProgress, signal }) {
   const sum = { num_documents: 0, num_added: 0, num_updated: 0, num_unchanged: 0, num_truncated: 0, num_deleted: 0 };
   const skipped = [];
   let done = 0;
   const send = async (part) => {
     try {
-      const report = await patient(() => ask("/v1/documents", { documents: part, chunk_tokens: chunkTokens }, signal), signal);
+      const report = await patient(() => ask("/v1/documents", { documents: part }, signal), signal);
       for (const name of Object.keys(sum)) sum[name] += report[name] || 0;
     } catch (error) {
       if (error.name === "AbortError" || [0, 401, 403, 429, 503].includes(error.status)) throw error;
@@ -71,8 +71,8 @@ async function patient(work, signal) {
 
 /** The part of the page that documents are added with. */
 export class Upload {
-  constructor({ place, folder, files, stop, bar, report }, { types, limits, chunkTokens, onDone }) {
-    Object.assign(this, { place, stop, bar, report, types, limits, chunkTokens, onDone });
+  constructor({ place, folder, files, stop, bar, report }, { types, limits, onDone }) {
+    Object.assign(this, { place, stop, bar, report, types, limits, onDone });
     for (const input of [folder, files]) {
       input.addEventListener("change", () => {
         this.#take([...input.files].map((file) => [file, file.webkitRelativePath || file.name]));
@@ -106,7 +106,7 @@ export class Upload {
         this.report.replaceChildren(`${done.toLocaleString("en")} of ${counted(all, "document")} sent …`);
       };
       if (documents.length) onProgress(0, documents.length);
-      const options = { chunkTokens: this.chunkTokens(), onProgress, signal: this.controller.signal };
+      const options = { onProgress, signal: this.controller.signal };
       const sent = await sendDocuments(documents, this.limits(), options);
       this.#tell(sent, [...skipped, ...sent.skipped]);
       if (sent.sum.num_documents) this.onDone();

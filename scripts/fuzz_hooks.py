@@ -1,0 +1,76 @@
+r"""What `make fuzz` adds to Schemathesis: half of a surrogate pair wherever a body has text, also as a field's name.
+
+Schemathesis itself sends only what UTF-8 can write, and JSON can write more: "\ud83d" alone is the escape of half a
+character. A body that was accepted is sent again with a half in each of its places, once a run for each place of an
+operation; so what is refused is the half, and not the rest of a body that was drawn at random.
+
+Loaded by Schemathesis (its variable SCHEMATHESIS_HOOKS), not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import schemathesis
+
+HALF = "a \ud83d"
+Place = tuple[tuple[str | int, ...], str]
+"""Names and numbers from the top down to a part of a body, and what is done there: its "value" or its "name" becomes a
+half, or a field is "added" to it."""
+
+_tried: set[tuple[str, Place]] = set()
+
+
+@schemathesis.check
+def half_a_character_is_refused(
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+) -> bool | None:
+    """Wherever it stands, also in a field that the route does not read."""
+    del ctx
+    if response.status_code >= 300 or not isinstance(case.body, dict):
+        return None
+    fields = _fields(case.operation.schema.raw_schema)
+    for way, change in _places(case.body):
+        place = (case.operation.label, (tuple(step if step in fields else "*" for step in way), change))
+        if place in _tried:
+            continue
+        changed = case.operation.Case(body=_with_half(case.body, way, change), media_type=case.media_type)
+        status = changed.call().status_code
+        assert 400 <= status < 500, f"with half a character at {place} it was answered {status}, and should be refused"
+        _tried.add(place)
+    return None
+
+
+def _fields(description: Any) -> set[str]:
+    """The names of all fields that the API describes; others are read over, and one of them stands for all."""
+    if isinstance(description, list):
+        return set().union(*map(_fields, description))
+    if not isinstance(description, dict):
+        return set()
+    return set(description.get("properties", ())).union(*map(_fields, description.values()))
+
+
+def _places(body: Any, way: tuple[str | int, ...] = ()) -> Iterator[Place]:
+    if isinstance(body, str):
+        yield way, "value"
+    elif isinstance(body, list):
+        for number, part in enumerate(body):
+            yield from _places(part, (*way, number))
+    elif isinstance(body, dict):
+        yield way, "added"
+        for name, part in body.items():
+            yield (*way, name), "name"
+            yield from _places(part, (*way, name))
+
+
+def _with_half(body: Any, way: tuple[str | int, ...], change: str) -> Any:
+    """A copy of the body, changed in one place."""
+    if not way:
+        return {**body, HALF: None} if change == "added" else HALF
+    first, rest = way[0], way[1:]
+    if isinstance(body, list):
+        return [_with_half(part, rest, change) if number == first else part for number, part in enumerate(body)]
+    if change == "name" and not rest:
+        return {HALF if name == first else name: part for name, part in body.items()}
+    return {name: _with_half(part, rest, change) if name == first else part for name, part in body.items()}

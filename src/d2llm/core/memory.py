@@ -1,0 +1,70 @@
+"""How much memory a program could still have: of the system, of its container, and of its own limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_MEMINFO, _STATUS, _GROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process could still take without swapping or being ended; None where the system does not say.
+
+    The least of what the system has free, what a container or another control group leaves, and what `ulimit` leaves
+    of the address space (-v) or of the data (-d).
+    """
+    free = _numbers(_MEMINFO).get("MemAvailable")
+    if free is None:
+        return None
+    return max(0, min([free * 1024, *_left_by_groups(), *_left_by_limits()]))
+
+
+def _left_by_groups() -> Iterator[int]:
+    """What is left to each control group that this process is in, from its own up to the outermost that is seen."""
+    try:
+        lines = _GROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:  # number:controllers:path, with no controllers for version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _left_by_group(_GROUPS, path, "memory.max", "memory.current", "inactive_file")
+        elif controllers == "memory":
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            yield from _left_by_group(_GROUPS / "memory", path, *names)
+
+
+def _left_by_group(root: Path, path: str, limit: str, used: str, files: str) -> Iterator[int]:
+    for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+        folder = root / str(group).lstrip("/")
+        try:
+            most, now = ((folder / name).read_text(encoding="ascii").strip() for name in (limit, used))
+        except OSError:  # the outermost group has no limit, and a container does not see those above its own
+            continue
+        if most != "max":
+            # Pages of files that were read count as used, and go when others need the room.
+            yield int(most) - max(0, int(now) - _numbers(folder / "memory.stat").get(files, 0))
+
+
+def _left_by_limits() -> Iterator[int]:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    taken = _numbers(_STATUS)
+    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY and name in taken:
+            yield limit - taken[name] * 1024
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Name and first number of each line of a file of the kernel; empty where there is no such file."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    parts = [line.replace(":", " ").split() for line in lines]
+    return {words[0]: int(words[1]) for words in parts if len(words) > 1 and words[1].isdigit()}

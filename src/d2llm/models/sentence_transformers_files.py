@@ -1,0 +1,130 @@
+"""A merged student as plain sentence-transformers reads it: the files that name the library's own modules.
+
+The library has a transformer, the usual poolings, unit length and linear maps, one of them for queries and one for
+passages (its Router). That is all that the inner product of a student needs, if texts are pooled as the backbone pools
+them: u of length 1, then sqrt(dim) u for a passage, and the vector of ``Student.anchor_queries`` for a query. It has no
+pooling by attention (PMA) and no interaction. A student with PMA gets none of the files: its numbers would be others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2llm.core.recipe import StudentConfig
+from d2llm.core.types import Task
+from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.student_files import BACKBONE_FOLDER
+from d2llm.ops.pooling import PoolingName
+
+MODULES_FILE = "modules.json"
+_REQUIRES = ">=6"  # since then its Transformer cuts queries and passages at lengths of their own
+_POOLING = {"mean": "mean", "last": "lasttoken", "first": "cls"}
+_BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
+_DENSE = f"{_BASE}.dense.Dense"
+_MODULES = (
+    (BACKBONE_FOLDER, f"{_BASE}.transformer.Transformer"),
+    ("1_Pooling", f"{_OWN}.pooling.Pooling"),
+    ("2_Normalize", f"{_BASE}.normalize.Normalize"),
+    ("3_Router", f"{_BASE}.router.Router"),
+)
+
+
+def why_not_plain(config: StudentConfig) -> str | None:
+    """Why sentence-transformers cannot have such a student without d2llm; None where it can."""
+    if config.interaction.head == "paper":
+        return "its head 'paper' has no inner product"
+    if config.pooling.method == "pma":
+        return "its pooling by attention (PMA) is none of the library's modules"
+    return None
+
+
+def task_of_plain(manifest: Mapping[str, Any]) -> Task:
+    """Whose inner product the library gets: of symmetric search where a student was trained for nothing else."""
+    return "symmetric" if manifest.get("tasks") == ["symmetric"] else "asymmetric"
+
+
+def write_plain_form(
+    folder: Path, config: StudentConfig, pooling: PoolingName, head: Interaction | CosineHead, task: Task
+) -> None:
+    """Add the library's files to a folder that has the backbone's weights and tokenizer in ``BACKBONE_FOLDER``.
+
+    Args:
+        folder: of the student.
+        config: of a student of which ``why_not_plain`` says nothing.
+        pooling: the backbone's own.
+        head: has the inner product.
+        task: of the two inner products, which.
+    """
+    backbone = config.backbone
+    unit = torch.eye(head.dim) * head.dim**0.5  # from a vector of length 1 to one of the student's length
+    with torch.no_grad():
+        query_rows = head.anchor_queries(unit.to(next(head.parameters()).device), task).float().cpu()
+    _write_json(
+        folder / MODULES_FILE,
+        [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(_MODULES)],
+    )
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "requirements": {"sentence_transformers": _REQUIRES},
+            "prompts": {"query": backbone.query_prefix, "document": backbone.passage_prefix},
+            "default_prompt_name": "document" if backbone.passage_prefix else None,
+            "similarity_fn_name": "dot",
+        },
+    )
+    _write_json(
+        folder / BACKBONE_FOLDER / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            # Texts are read as they are, also where the tokenizer has a chat template.
+            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "module_output_name": "token_embeddings",
+            "query_length": backbone.max_query_tokens,
+            "document_length": backbone.max_passage_tokens,
+        },
+    )
+    tokenizer = folder / BACKBONE_FOLDER / "tokenizer_config.json"
+    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+    # Of texts that are neither (plain `encode`): read as passages. Padding on the left would move the positions.
+    _write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {"embedding_dimension": head.dim, "pooling_mode": _POOLING[pooling], "include_prompt": True},
+    )
+    _write_json(folder / "2_Normalize" / "config.json", {})
+    _write_json(
+        folder / "3_Router" / "router_config.json",
+        {
+            "types": {"query_0_Dense": _DENSE, "document_0_Dense": _DENSE},
+            "structure": {"query": ["query_0_Dense"], "document": ["document_0_Dense"]},
+            "parameters": {"default_route": "document", "allow_empty_key": True, "route_mappings": {}},
+        },
+    )
+    _write_dense(folder / "3_Router" / "query_0_Dense", query_rows.T)
+    _write_dense(folder / "3_Router" / "document_0_Dense", unit)
+
+
+def _write_dense(folder: Path, weight: Tensor) -> None:
+    settings = {
+        "in_features": weight.shape[1],
+        "out_features": weight.shape[0],
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    }
+    _write_json(folder / "config.json", settings)
+    save_file({"linear.weight": weight.contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,194 @@
+"""Passages into an index's store: only what is new or different is encoded, some thousands in one commit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.types import Passage
+from d2llm.index.passage_table import PassageTable
+from d2llm.index.schema import FieldType, MetadataSchema
+from d2llm.index.store import IndexStore
+from d2llm.pipeline.progress import Advance
+from d2llm.pipeline.project import extend_projections
+from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.reading import read_passages
+
+BLOCK_PASSAGES = 2_048
+"""Passages in one commit: what an interruption can cost at most."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertReport:
+    """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
+
+    Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
+    ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
+    of late chunks were read in ``num_windows`` windows.
+    """
+
+    folder: Path
+    version: int
+    num_passages: int = 0
+    num_added: int = 0
+    num_updated: int = 0
+    num_metadata: int = 0
+    num_unchanged: int = 0
+    num_truncated: int = 0
+    num_tokens: int = 0
+    num_windows: int = 0
+    seconds: float = 0.0
+
+    @property
+    def num_encoded(self) -> int:
+        """Passages that the student read."""
+        return self.num_added + self.num_updated
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def _ignore(count: int, note: str = "", /) -> None:
+    del count, note
+
+
+def upsert_passages(
+    store: IndexStore,
+    student: SearchStudent,
+    passages: Iterable[Passage],
+    *,
+    only_new: bool = False,
+    as_documents: bool = False,
+    advance: Advance = _ignore,
+) -> UpsertReport:
+    """Add passages to a store, or change those that are there (``Index.upsert``).
+
+    ``as_documents``: they are whole documents, or pieces of such, and whoever gives them deletes what earlier forms of
+    the documents leave; a document that is there in pieces may then become one passage.
+    """
+    begin = time.perf_counter()
+    report = UpsertReport(store.folder, 0)
+    seen: set[int] = set()
+    with store.writing():
+        # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table itself,
+        # whose new rows are not, each block would take longer than the last.
+        store.settle()
+        before = store.table()
+        written = before.version
+        for block in _blocks(passages):
+            _refuse_repeated(block, seen, store.folder)
+            table = store.table()
+            if table.version != written:  # whoever gives the passages has changed the index meanwhile
+                before = store.table()
+            if not as_documents:
+                _refuse_documents(block, before)
+            report = _write_block(store, student, block, report, table, before, advance, only_new=only_new)
+            written = report.version
+        store.settle()
+        extend_projections(store, student)
+        version = store.table().version
+    return replace(report, version=version, seconds=time.perf_counter() - begin)
+
+
+def warn_of_truncation(report: UpsertReport, advice: str) -> None:
+    """Say how many of the passages that were read were read in part."""
+    if report.num_truncated:
+        share = report.num_truncated / report.num_encoded
+        _log.warning(
+            "%s of the %s passages that were read (%.0f%%) are longer than the student reads: what their ends mean is "
+            "not found. %s",
+            f"{report.num_truncated:,}",
+            f"{report.num_encoded:,}",
+            100 * share,
+            advice,
+        )
+
+
+def _write_block(
+    store: IndexStore,
+    student: SearchStudent,
+    block: list[Passage],
+    report: UpsertReport,
+    table: PassageTable,
+    before: PassageTable,
+    advance: Advance,
+    *,
+    only_new: bool,
+) -> UpsertReport:
+    """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
+    table = _with_new_fields(store, block, table)
+    changes = store.compare(block, table, before=before)
+    if only_new and changes.num_new < len(block):
+        there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+        problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
+        raise DuplicateIdError(store.folder, problem)
+    advance(len(block) - len(changes.texts))
+    read = read_passages(student, changes.texts, advance)
+    version = store.write(changes, read.vectors, read.truncated, table)
+    return replace(
+        report,
+        version=version,
+        num_passages=report.num_passages + len(block),
+        num_added=report.num_added + changes.num_new,
+        num_updated=report.num_updated + len(changes.texts) - changes.num_new,
+        num_metadata=report.num_metadata + len(changes.others),
+        num_unchanged=report.num_unchanged + changes.num_unchanged,
+        num_truncated=report.num_truncated + len(read.truncated),
+        num_tokens=report.num_tokens + read.num_tokens,
+        num_windows=report.num_windows + read.num_windows,
+    )
+
+
+def _with_new_fields(store: IndexStore, block: list[Passage], table: PassageTable) -> PassageTable:
+    known = MetadataSchema.from_arrow(table.metadata_fields)
+    inferred = MetadataSchema.infer(block, known)
+    new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
+    if not new:
+        return table
+    store.add_fields(MetadataSchema(new))
+    return store.table()
+
+
+def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    rest = iter(passages)
+    while block := list(islice(rest, BLOCK_PASSAGES)):
+        yield block
+
+
+def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None:
+    """An id that comes twice in one call is a mistake: the second text would silently win."""
+    for passage in block:
+        digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
+        if digest in seen:
+            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen) + 1:,}"
+            raise DuplicateIdError(folder, f"{which}; keep one of them")
+        seen.add(digest)
+
+
+def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
+    """A document that was split would be there twice, were it also to become a passage under its own id."""
+    names = [passage.id for passage in block if passage.document_id in ("", passage.id)]
+    found = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
+    split = [piece["document_id"] for piece in found if piece["id"] == piece_id(piece["document_id"], 1)]
+    if split:
+        raise InputError(
+            f"{before.folder}: {len(split)} of the passages have the id of a document that was split and is there in "
+            f"pieces, {split[0]!r} is one; delete the document first (on the command line delete --document), or give "
+            "it as a document (upsert_documents, or /v1/documents)"
+        )
+
+
+def piece_id(document_id: str, number: int) -> str:
+    """The id of a document's piece; pieces are counted from 1."""
+    return f"{document_id}#{number}"

@@ -1,0 +1,280 @@
+"""Training from the command line: edited recipes, steps that are done anew, stops, runs that learn nothing, init."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.recipe_file import load_recipe
+from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_lines, write_qrels, write_recipe
+
+
+@pytest.fixture
+def run(place, reports, tmp_path):
+    """A copy of the finished run and of its recipe, and the arguments that name them."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copy(place / "tiny.toml", tmp_path / "tiny.toml")
+    return tmp_path, (tmp_path / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
+
+
+def edit(folder, old, new):
+    text = (folder / "tiny.toml").read_text()
+    assert old in text
+    (folder / "tiny.toml").write_text(text.replace(old, new))
+
+
+def warnings_of(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+
+
+def stale_of(result):
+    return [line for line in warnings_of(result) if "was made from something else" in line]
+
+
+def fingerprint(folder):
+    return json.loads((folder / MANIFEST).read_text())["fingerprint"]
+
+
+class TestAnEditedRecipe:
+    def test_nothing_is_said_where_nothing_changed(self, run):
+        _, arguments = run
+        for verb in ("tune-teacher", "distill"):
+            result = succeed(verb, *arguments)
+            assert "is finished" in result.stderr
+            assert warnings_of(result) == []
+
+    def test_distill_names_what_changed_and_stays(self, run):
+        folder, arguments = run
+        before = fingerprint(folder / "run" / "student")
+        edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
+        edit(folder, "hidden_dim = 16", "hidden_dim = 8")
+        result = succeed("distill", *arguments)
+        (warning,) = warnings_of(result)
+        assert "student was made from something else than it would be now, and stays as it is" in warning
+        assert "student.interaction.hidden_dim (was 16, is 8), training.learning_rate (was 0.001, is 0.002)" in warning
+        assert "distill with --again makes it anew and keeps this one aside" in warning
+        assert fingerprint(folder / "run" / "student") == before
+
+    def test_tune_teacher_too_and_again_does_it(self, run):
+        folder, arguments = run
+        before = fingerprint(folder / "run" / "teacher")
+        edit(folder, "num_negatives = 2", "num_negatives = 1")
+        (warning,) = warnings_of(succeed("tune-teacher", *arguments))
+        assert "teacher_tuning.num_negatives (was 2, is 1); tune-teacher with --again" in warning
+        result, report = succeed_with_report("tune-teacher", *arguments, "--again", folder=folder)
+        assert f"what was there is now in {folder / 'run' / 'teacher.old-1'}" in result.stderr
+        assert report["result"]["pairs"] == 12 * 2
+        assert fingerprint(folder / "run" / "teacher.old-1") == before
+        assert fingerprint(folder / "run" / "teacher") == report["result"]["fingerprint"] != before
+        # The student was made from labels of the other teacher.
+        (warning,) = warnings_of(succeed("distill", *arguments))
+        assert "stays as it is: the teacher; distill with --again" in warning
+
+    def test_what_shapes_neither_is_no_change(self, run):
+        folder, arguments = run
+        edit(folder, "checkpoint_every = 1", "checkpoint_every = 7\ncheckpoint_minutes = 1\ngraph_gib = 0.5")
+        assert warnings_of(succeed("distill", *arguments)) == []
+
+    def test_another_plan_is_noticed(self, run):
+        folder, arguments = run
+        edit(folder, "num_hard = 3", "num_hard = 2")
+        succeed("mine", *arguments, "--again")
+        for verb in ("tune-teacher", "distill"):
+            (warning,) = warnings_of(succeed(verb, *arguments))
+            assert "stays as it is: the plan of everyday" in warning
+
+    def test_a_stopped_run_of_another_recipe_is_refused_and_again_puts_it_aside(self, run):
+        folder, arguments = run
+        shutil.rmtree(folder / "run" / "student")  # what is left is its checkpoint
+        edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
+        error = "belongs to a run with other settings: recipe.training.learning_rate (was 0.001, is 0.002)"
+        fail("distill", *arguments, containing=[error, "--again"])
+        succeed("distill", *arguments, "--again")
+        assert (folder / "run" / "student.old-1.run" / "checkpoint.safetensors").is_file()
+        assert (folder / "run" / "student" / MANIFEST).is_file()
+
+
+class TestRunAgain:
+    def test_a_step_and_those_after_it_are_done_anew(self, run):
+        folder, arguments = run
+        succeed("run", *arguments)  # the gate
+        result, report = succeed_with_report("run", *arguments, "--again", "tune-teacher", folder=folder)
+        assert "skipped" in report["result"]["mine"]["everyday"]
+        assert report["result"]["tune-teacher"]["pairs"] == 12 * 3
+        assert report["result"]["distill"]["steps"] == 3
+        for name in ("teacher.old-1", "student.old-1"):
+            assert (folder / "run" / name / MANIFEST).is_file()
+        # The same recipe and seed make the same teacher, so its labels are there already.
+        assert report["result"]["label"]["pairs"] == 0
+        assert stale_of(result) == []
+
+    def test_the_last_step_alone(self, run):
+        folder, arguments = run
+        edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
+        _, report = succeed_with_report("run", *arguments, "--again", "distill", folder=folder)
+        assert "skipped" in report["result"]["tune-teacher"]
+        assert report["result"]["distill"]["steps"] == 3
+        assert stale_of(succeed("run", *arguments)) == []
+
+    def test_a_step_that_there_is_not(self, run):
+        _, arguments = run
+        result = d2llm("run", *arguments, "--again", "label")
+        assert result.exit_code == 2
+        assert "tune-teacher" in result.stderr
+
+
+class TestWithoutATeacher:
+    def test_none_is_tuned_where_no_loss_imitates(self, place, tmp_path):
+        text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
+        names = ("contrastive_imitation", "rank_imitation_positive_hard", "rank_imitation_hard_easy")
+        losses = "[losses]\n" + "".join(f"{name} = 0.0\n" for name in (*names, "feature_imitation"))
+        (tmp_path / "r.toml").write_text(text + losses)
+        arguments = ("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--dtype", "float32")
+        result, report = succeed_with_report(*arguments, folder=tmp_path)
+        assert set(report["result"]) == {"mine", "distill"}
+        assert "no loss of the recipe imitates a teacher" in result.stderr
+        assert not (tmp_path / "run" / "teacher").exists()
+
+    def test_a_teacher_can_be_taken_as_it_is(self, place, tmp_path):
+        text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
+        (tmp_path / "r.toml").write_text(text.replace("[teacher_tuning]", "[teacher_tuning]\nepochs = 0"))
+        arguments = ("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--dtype", "float32")
+        _, report = succeed_with_report(*arguments, folder=tmp_path)
+        assert "takes the teacher as it is" in report["result"]["tune-teacher"]["skipped"]
+        assert report["result"]["label"]["pairs"] == 12 * 6
+
+
+class TestNothingLearnt:
+    def test_it_is_said_loudly_with_what_to_try(self, run):
+        folder, arguments = run
+        edit(folder, "learning_rate = 0.001", "learning_rate = 1e-12\nhead_learning_rate = 1e-12")
+        result, report = succeed_with_report("distill", *arguments, "--again", folder=folder)
+        assert report["result"]["best_step"] == 0
+        assert report["result"]["is_untrained"] is True
+        (warning,) = [line for line in warnings_of(result) if "nothing was learnt" in line]
+        assert "nothing was learnt: no state of the run was better on dev than the start" in warning
+        dev = report["result"]["dev"]["everyday"]
+        assert f"everyday {dev['start']:.4f} -> {dev['last']:.4f}" in warning
+        assert "It hardly moved in 3 steps: raise training.learning_rate (1e-12 now) threefold" in warning
+        assert "Few dev questions see no small gain (everyday 4): better 100 or more" in warning
+
+    def test_a_warm_up_as_long_as_the_run_is_said_before_it(self, run):
+        folder, arguments = run
+        edit(folder, "warmup_steps = 0", "warmup_steps = 1000")
+        result = succeed("distill", *arguments, "--again")
+        assert "the warm-up takes 3 of 3 steps, so the run hardly trains: leave warmup_steps out" in result.stderr
+
+
+class TestMemory:
+    def test_what_was_chosen_is_said_in_one_line(self, run):
+        _, arguments = run
+        lines = succeed("distill", *arguments, "--again").stderr.splitlines()
+        (line,) = [line for line in lines if line.startswith("memory: ")]
+        assert "GiB are free; up to" in line
+        assert "training.graph_gib" in line
+        assert not any(line.startswith("memory: ") for line in succeed("distill", *arguments).stderr.splitlines())
+
+
+class TestStops:
+    def test_sigterm_keeps_a_checkpoint_and_the_same_command_goes_on(self, place, reports, tmp_path):
+        shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student*"))
+        recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday")
+        edited = (
+            recipe.read_text().replace("epochs = 1", "epochs = 2000").replace("checkpoint_every = 1", "patience = 99")
+        )
+        recipe.write_text(edited.replace("eval_every = 2", "eval_every = 100000"))
+        command = [sys.executable, "-m", "d2llm", "distill", recipe, "--out", tmp_path / "run", "--dtype", "float32"]
+        log = tmp_path / "run" / "student.run" / "log.jsonl"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and (not log.is_file() or log.read_text().count('"loss"') < 3):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 143
+        assert "stopped: type the same command again to go on" in said
+        kept = int(said.split("distill: step ")[1].split()[0])
+        assert kept >= 3
+        recipe.write_text(recipe.read_text().replace("epochs = 2000", "epochs = 2000\ncheckpoint_minutes = 60"))
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and log.read_text().count('"loss"') <= kept:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert f"distill: goes on after step {kept} of an earlier run" in said
+        steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
+        assert steps == list(range(1, len(steps) + 1))  # none is missing, none was taken twice
+
+
+class TestInit:
+    def test_a_recipe_that_runs_and_says_why(self, place, tmp_path):
+        target = tmp_path / "start.toml"
+        arguments = ("init", place / "everyday", "--out", target, "--backbone", place / "encoder", "--device", "cpu")
+        result, report = succeed_with_report(*arguments, folder=tmp_path)
+        found = report["result"]
+        assert (found["num_train"], found["num_left"], found["num_dev"], found["num_passages"]) == (12, 12, 4, 60)
+        text = target.read_text()
+        recipe = load_recipe(target)
+        assert recipe.name == "everyday"
+        assert [(data.path, data.task) for data in recipe.data] == [(str(place / "everyday"), found["task"])]
+        assert (recipe.training.epochs, recipe.training.dev_queries) == (10, 4)
+        assert recipe.losses.imitates is False
+        for value in ("max_query_tokens", "max_passage_tokens", "task", "learning_rate", "epochs", "num_hard"):
+            line = next(line for line in text.splitlines() if line.startswith(f"{value} = "))
+            assert "# " in line, f"{value} has no reason"
+        assert "12 questions make 1 steps an epoch: 10 in all" in text
+        assert "dev has 4 judged questions or pairs" in result.stderr
+        assert f"then: d2llm run {target}" in result.stderr
+        # tiny heads for a tiny model; all else as it was written
+        small = "[student.pooling]\nnum_heads = 4\n[student.interaction]\nhidden_dim = 16\nfeature_dim = 8\n"
+        target.write_text(text + small)
+        _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
+        assert report["result"]["distill"]["steps"] == 10
+
+    def test_no_file_is_replaced(self, place, tmp_path):
+        (tmp_path / "mine.toml").write_text("kept")
+        fail("init", place / "everyday", "--out", tmp_path / "mine.toml", containing=["mine.toml: is there already"])
+        assert (tmp_path / "mine.toml").read_text() == "kept"
+
+    def test_without_judged_dev_questions_it_says_what_to_do(self, place, tmp_path):
+        shutil.copytree(place / "everyday", tmp_path / "data")
+        write_qrels(tmp_path / "data", "dev", [])
+        options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder")
+        message = "qrels/dev.tsv has no queries with a positive, and training needs some"
+        fail("init", tmp_path / "data", *options, containing=[message, "about a fifth of the 12 in qrels/train.tsv"])
+        write_qrels(tmp_path / "data", "train", [])
+        fail("init", tmp_path / "data", *options, containing=["qrels/train.tsv has no queries with a positive"])
+        assert not (tmp_path / "r.toml").exists()
+
+    def test_a_named_teacher_and_shared_passages(self, place, tmp_path):
+        shutil.copytree(place / "everyday", tmp_path / "data")
+        write_qrels(tmp_path / "data", "train", [(f"q{n}", f"s{12 + n % 4}") for n in range(12)])  # dev's own passages
+        options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder", "--teacher", "seq2seq:owner/monot5")
+        succeed("init", tmp_path / "data", *options, "--task", "symmetric")
+        recipe = load_recipe(tmp_path / "r.toml")
+        assert (recipe.teacher.model, recipe.teacher.kind) == ("owner/monot5", "seq2seq")
+        assert (recipe.teacher_tuning.epochs, recipe.losses.list_imitation) == (0, 0.5)
+        assert recipe.data[0].exclude_shared_passages is False
+        assert recipe.data[0].task == "symmetric"
+        assert "only 0 of 12 questions share no right passage" in (tmp_path / "r.toml").read_text()
+
+    def test_labelled_pairs(self, place, tmp_path):
+        (tmp_path / "pairs").mkdir()
+        for split, count in (("train", 40), ("dev", 60)):
+            pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
+            write_lines(tmp_path / "pairs" / f"{split}.jsonl", pairs)
+        succeed("init", tmp_path / "pairs", "--out", tmp_path / "r.toml", "--backbone", place / "encoder")
+        recipe = load_recipe(tmp_path / "r.toml")
+        assert recipe.data[0].task == "symmetric"
+        assert "40 pairs to train on, 60 of dev" in (tmp_path / "r.toml").read_text()

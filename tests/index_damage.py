@@ -1,0 +1,409 @@
+"""Damage the files of a small index, one at a time, and see what a search and ``verify`` say of it.
+
+    python tests/index_damage.py --cases 2500 --seed 1 --repair     prints a table; ends with 1 where one is silent
+
+Each case copies an index by hard links, damages one of its files, opens and searches the copy, and verifies it. All of
+this happens in processes of its own, since a damaged file may end the process that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import torch
+
+from d2llm.core.errors import D2LLMError
+from d2llm.core.types import Passage
+from d2llm.index.ann import AnnIndex, AnnRecord, AnnSearch, write_ann
+from d2llm.index.inspection import verify
+from d2llm.index.projections import as_codes, create_file, projections_of
+from d2llm.index.store import IndexStore
+from d2llm.index.stored_vectors import VectorCopies
+from d2llm.index.table_files import TableFiles
+from d2llm.index.view import PassageView
+from d2llm.ops.rereading import StudentError
+from d2llm.pipeline.calibrate import read_error, write_error
+from tiny_store import DIM, few_passages, forget_checksums, live_rows, new_store, put, vectors_of
+
+TESTS = Path(__file__).parent
+DAMAGES = ("flipped bit", "cut", "swapped blocks", "zeroed block", "removed", "of another")
+WORDS = ("common", "title own5 own41 changed", "中文 later")
+FILTERS = ("year >= 2010 OR language = 'de'", "id = 'p7' OR document_id = 'd2' AND position > 1")
+_DERIVED = ("ann-", "projections-", "student-errors")
+_ANN = "approximate"  # where it cannot be used, the exact scan answers
+QUERIES = np.random.default_rng(3).standard_normal((2, DIM)).astype(np.float32)
+
+
+class Case(NamedTuple):
+    """A file of the index ``base``, how it is damaged, and what makes the damage the same each time."""
+
+    base: str
+    path: str
+    how: str
+    seed: int
+
+
+class Judge:
+    """What the errors of the student are of."""
+
+    fingerprint = "judge"
+
+    def prompt_fingerprint(self, task: str) -> str:
+        return task
+
+
+# The index ------------------------------------------------------------------------------------------------------------
+
+
+def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
+    """An index with everything: metadata, words, deletions, rows without an index, versions, and what is derived."""
+    store = new_store(folder, vector_copies=vector_copies)
+    given = [
+        Passage(p.id, f"{p.text} 中文", p.title, document_id=f"d{n % 5}", position=n % 3,
+                metadata={"year": 2000 + n, "language": ("de", "en")[n % 2]})
+        for n, p in enumerate(few_passages(60).values())
+    ]  # fmt: skip
+    put(store, given)
+    store.settle()
+    store.delete(["p1", "p3", "p20"])
+    put(store, few_passages(5, start=10, word="changed").values())
+    put(store, few_passages(8, start=60, word="later").values())
+    view = PassageView(store)
+    base, vectors = view.ann_base, view.vector_file
+    assert base is not None
+    assert vectors is not None
+    rows = live_rows(view)
+    index = faiss.index_factory(DIM, "IVF6,SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.train(view.vectors(rows))
+    index.add_with_ids(view.vectors(rows), rows)
+    record = AnnRecord(
+        "student", "bfloat16", view.version, vectors.since, view.capacity, len(rows), 6, [[1, 3], [20, 3]], 0.9,
+        "given", 3, [{"depth": 5, "num_probes": 3, "recall": 1.0, "at_least": 0.9}],
+    )  # fmt: skip
+    with store.writing():
+        write_ann(AnnIndex(base, index, record))
+        file = create_file(vectors, view.generation, projections_of("student", "bfloat16"), 16)
+        file.append(as_codes(torch.arange(view.capacity * 16).reshape(-1, 16).to(torch.bfloat16)))
+    write_error(folder, Judge(), "asymmetric", StudentError(1.5, 0.25, 0.125, 0.5, 400))  # pyright: ignore[reportArgumentType]
+
+
+def make_bases(folder: Path) -> dict[str, Path]:
+    """An index, one with its vectors once, one with a snapshot, and one all of whose files are in use."""
+    bases = {name: folder / name for name in ("two copies", "one copy", "snapshot", "compacted")}
+    make_index(bases["two copies"])
+    make_index(bases["one copy"], vector_copies=1)
+    shutil.copytree(bases["two copies"], bases["snapshot"])
+    IndexStore.open(bases["snapshot"]).snapshot("a")
+    shutil.copytree(bases["two copies"], bases["compacted"])
+    store = IndexStore.open(bases["compacted"])
+    with store.writing():
+        for _ in range(3):
+            store.table().optimize(timedelta(0))
+    return bases
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files of an index, or of its snapshots where it has some."""
+    inside = "snapshots" if (folder / "snapshots").exists() else "."
+    paths = (path for path in (folder / inside).rglob("*") if path.is_file() and path.name != "write.lock")
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def kind_of(path: str) -> str:
+    """What sort of file this is: its name, without what tells it from others of its sort."""
+    parts = Path(path).parts
+    if "passages.lance" not in parts:
+        return parts[-1]
+    return parts[-1] if "_indices" in parts or parts[-1].endswith(".json") else parts[-2]
+
+
+def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
+    """As many cases as asked for: every kind of file of every index in turn, damaged in every way in turn.
+
+    What LanceDB reads in a search comes four times as often as the rest. What is derived from vectors is the same in
+    every index, so that of one will do.
+    """
+    chance = random.Random(seed)
+    kinds: dict[tuple[str, str], list[Case]] = {}
+    often: set[tuple[str, str]] = set()
+    for base, folder in bases.items():
+        part = folder / "snapshots" / "a" if (folder / "snapshots").exists() else folder
+        files = TableFiles(part)
+        read = files.files_of(files.latest() or 0)[:-1]  # the last is the transaction
+        needed = {(part / path).relative_to(folder).as_posix() for path in read}
+        for path in files_of(folder):
+            if base != "two copies" and kind_of(path).startswith(_DERIVED):
+                continue
+            kind = base, kind_of(path) if path in needed or kind_of(path) != "_versions" else "earlier manifest"
+            kinds.setdefault(kind, []).append(Case(base, path, "", 0))
+            often |= {kind} if path in needed else set()
+    turns = [(kind, how) for how in DAMAGES for kind in kinds for _ in range(4 if kind in often else 1)]
+    for place in range(number):
+        if place % len(turns) == 0:
+            chance.shuffle(turns)
+        kind, how = turns[place % len(turns)]
+        yield chance.choice(kinds[kind])._replace(how=how, seed=seed * 1_000_000 + place)
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def copy_linked(source: Path, target: Path) -> None:
+    """A copy by hard links; whoever changes a file must unlink it first."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.hardlink_to(path)
+
+
+def damage(folder: Path, case: Case) -> bool:
+    """Damage a file; False where it is too short for it, or the others of its kind are the same."""
+    chance, path = random.Random(case.seed), folder / case.path
+    content = path.read_bytes()
+    changed = bytearray(content)
+    if case.how == "removed":
+        path.unlink()
+        return True
+    if case.how == "of another":
+        same = [other for other in files_of(folder) if kind_of(other) == kind_of(case.path) and other != case.path]
+        others = [found for found in ((folder / other).read_bytes() for other in same) if found != content]
+        if not others:
+            return False
+        changed = bytearray(chance.choice(others))
+    elif not content:
+        return False
+    elif case.how == "flipped bit":
+        place = chance.randrange(len(content))
+        changed[place] ^= 1 << chance.randrange(8)
+    elif case.how == "cut":
+        del changed[chance.randrange(len(content)) :]
+    else:
+        length = chance.randint(1, max(1, min(64, len(content) // 3)))
+        first = chance.randrange(max(1, len(content) - 2 * length + 1))
+        second = chance.randrange(first, max(first + 1, len(content) - length + 1))
+        one, other = content[first : first + length], content[second : second + length]
+        changed[first : first + length] = bytes(length) if case.how == "zeroed block" else other
+        if case.how == "swapped blocks":
+            changed[second : second + len(other)] = one[: len(other)]
+    if bytes(changed) == content:
+        return False
+    path.unlink()
+    path.write_bytes(changed)
+    return True
+
+
+# What is said of it ---------------------------------------------------------------------------------------------------
+
+
+def answers(folder: Path) -> dict[str, Any]:
+    """What every way of searching says."""
+    view = PassageView(IndexStore.open(folder))
+    rows = live_rows(view)
+    passages = view.passages(rows)
+    found: dict[str, Any] = {
+        "version": view.version,
+        "task": view.task,
+        "passages": sorted([p.id, p.title, p.text, p.document_id, p.position, p.metadata] for p in passages),
+        "vectors": sorted([p.id, v.tolist()] for p, v in zip(passages, view.vectors(rows), strict=True)),
+    }
+    for query in QUERIES:
+        best = view.scan(query, 5)
+        ids = [view.ids(best.rows), best.scores.tolist()]
+        found[f"scan {len(found)}"] = ids
+        near = None if view.ann is None else AnnSearch(view.ann, view.mask(None), view.ids).search(query, 5)
+        found[f"{_ANN} {len(found)}"] = None if near is None else [view.ids(near[0]), near[1].tolist()]
+    for word in WORDS:
+        best = view.match(word, 99)
+        found[f"match {word}"] = [view.ids(best.rows), best.scores.tolist()]
+    found["match filtered"] = sorted(view.ids(view.match("common", 99, FILTERS[0]).rows))
+    for condition in FILTERS:
+        mask = view.select(condition)
+        found[f"filter {condition}"] = sorted(view.ids(np.flatnonzero(mask)))
+    found["get"] = [passage.text for passage in view.get(["p7", "p1", "p12", "p63", "p59"])]
+    found["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))
+    found["parts"] = sorted(view.parts(["d2", "p7"]))
+    found["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
+    stored = view.projections
+    numbers = torch.arange(stored.num_rows * 16).reshape(-1, 16) if stored else None
+    if stored is not None and numbers is not None:
+        assert torch.equal(stored.read(np.arange(stored.num_rows)), numbers.to(torch.bfloat16)), "other projections"
+    with suppress(D2LLMError):  # missing or refused: it must be measured again
+        error = read_error(folder, Judge(), "asymmetric")  # pyright: ignore[reportArgumentType]
+        assert error == StudentError(1.5, 0.25, 0.125, 0.5, 400), "another error of the student"
+    return json.loads(json.dumps(found, default=str))
+
+
+def searched(folder: Path, expected: dict[str, Any], *, repaired: bool = False) -> tuple[str, str]:
+    """Whether a search says the same, something wrong, or that the index is damaged.
+
+    After a repair the version is another, and BM25 may count other passages, as those that are deleted are out of its
+    new index: what it finds is the same, but not its scores.
+    """
+    try:
+        found = answers(folder)
+    except D2LLMError as error:
+        return "refused", str(error)
+    except AssertionError as error:
+        return "wrong", str(error)
+    except BaseException:  # noqa: BLE001  # panics of LanceDB are no Exception
+        return "traceback", traceback.format_exc()
+    found = {name: expected[name] if name.startswith(_ANN) and not said else said for name, said in found.items()}
+    if repaired:
+        expected, found = (
+            {name: _without_scores(name, said) for name, said in each.items()} for each in (expected, found)
+        )
+    wrong = [name for name in expected if found[name] != expected[name]]
+    return ("wrong", ", ".join(wrong)) if wrong else ("same", "")
+
+
+def _without_scores(name: str, said: Any) -> Any:
+    if name == "version":
+        return None
+    return sorted(said[0]) if name.startswith("match ") and name != "match filtered" else said
+
+
+def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
+    """Whether ``verify`` finds something."""
+    try:
+        store = IndexStore.open(folder)
+        problems = verify(store, repair=repair, go_back=repair, encode=vectors_of).problems
+        problems = [
+            problem for problem in problems if "have no checksums" not in problem or "checksums" in store.manifest
+        ]
+    except D2LLMError as error:
+        return "refused", str(error)
+    except BaseException:  # noqa: BLE001
+        return "traceback", traceback.format_exc()
+    text = "\n".join(problems)
+    return ("went back" if "is lost: give those" in text else "problems" if text else "good"), text
+
+
+def look_at(folder: Path, expected: dict[str, Any], *, repair: bool) -> dict[str, tuple[str, str]]:
+    """What a search and ``verify`` say, and where asked for, what they say after a repair."""
+    seen = {"search": searched(folder, expected), "verify": verified(folder)}
+    if repair:
+        seen["repair"] = verified(folder, repair=True)
+        seen["verify again"] = verified(folder)
+        seen["search again"] = searched(folder, expected, repaired=True)
+    return seen
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def work(repair: bool) -> None:
+    """For each line of the input, a case and the folder of its index, a line that says what was seen."""
+    logging.disable(logging.CRITICAL)
+    expected: dict[str, dict[str, Any]] = {}
+    for line in sys.stdin:
+        base, case = Path(json.loads(line)["base"]), Case(*json.loads(line)["case"])
+        part = str(Path(*Path(case.path).parts[:2])) if case.path.startswith("snapshots/") else "."
+        if case.base not in expected:
+            with tempfile.TemporaryDirectory(dir=base.parent) as place:  # opening may leave a lock
+                copy_linked(base, Path(place) / "copy")
+                expected[case.base] = answers(Path(place) / "copy" / part)
+        with tempfile.TemporaryDirectory(dir=base.parent) as place:
+            copy = Path(place) / "copy"
+            copy_linked(base, copy)
+            seen = look_at(copy / part, expected[case.base], repair=repair) if damage(copy, case) else {}
+        print(json.dumps(seen), flush=True)
+
+
+def run(bases: dict[str, Path], chosen: list[Case], *, repair: bool = False) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """What is seen of each case; where the process ended by a signal, the search is said to be one."""
+    left = list(chosen)
+    while left:
+        command = [sys.executable, str(TESTS / "index_damage.py"), "--work", *(["--repair"] if repair else [])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment,
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            while left:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps({"base": str(bases[left[0].base]), "case": left[0]}) + "\n")
+                    process.stdin.flush()
+                answer = process.stdout.readline()
+                case = left.pop(0)
+                if not answer:
+                    yield case, {"search": ("signal", f"exit status {process.wait()}"), "verify": ("signal", "")}
+                    break
+                yield case, json.loads(answer)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def faults(seen: dict[str, Any]) -> list[str]:
+    """What must not be: damage that ``verify`` calls good though answers are wrong or refused, tracebacks, signals."""
+    wrong = [f"{name}: {said}" for name, (said, _) in seen.items() if said in ("traceback", "signal")]
+    if seen and seen["verify"][0] == "good" and seen["search"][0] != "same":
+        wrong.append(f"silent: search says {seen['search'][0]}, verify good")
+    if "repair" in seen and seen["repair"][0] != "went back":
+        again = seen["search again"][0]
+        if seen["verify again"][0] == "good" and again != "same":
+            wrong.append(f"after a repair, search says {again}, verify good")
+    return wrong
+
+
+def main() -> None:
+    """Run cases, or a process that does."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", action="store_true")
+    parser.add_argument("--cases", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--repair", action="store_true")
+    parser.add_argument("--without-checksums", action="store_true", help="as an index of an earlier d2llm is")
+    parser.add_argument("--show", action="store_true", help="print every case")
+    options = parser.parse_args()
+    if options.work:
+        work(options.repair)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="damage-"))
+    try:
+        bases = make_bases(folder)
+        for base in bases.values() if options.without_checksums else ():
+            for record in base.rglob("checksums.json"):
+                forget_checksums(record.parent)
+        sys.exit(_report(bases, options))
+    finally:
+        shutil.rmtree(folder)
+
+
+def _report(bases: dict[str, Path], options: argparse.Namespace) -> int:
+    table: Counter[tuple[str, ...]] = Counter()
+    bad = 0
+    for case, seen in run(bases, list(cases(bases, options.cases, options.seed)), repair=options.repair):
+        outcome = tuple(f"{name}: {said}" for name, (said, _) in seen.items()) or ("nothing to damage",)
+        table[outcome] += 1
+        wrong = faults(seen)
+        bad += bool(wrong)
+        if wrong or options.show or seen.get("search", [""])[0] == "wrong":
+            print(*case, *outcome, *wrong, json.dumps(seen), sep=" | ")
+    for outcome, number in table.most_common():
+        print(f"{number:6,}  {'; '.join(outcome)}")
+    print(f"{bad} of {options.cases} cases must not be")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
