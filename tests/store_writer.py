@@ -23,6 +23,7 @@ import lancedb  # noqa: F401  # before the fork: it takes a second
 
 import d2llm.index.inspection  # noqa: F401
 from d2llm.core.types import Passage
+from d2llm.index import word_files
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
@@ -39,6 +40,8 @@ HOOKED: list[tuple[Any, str]] = [
     (Path, "hardlink_to"),
     (shutil, "rmtree"),
     (VectorFile, "append"),
+    (word_files, "write_segment"),
+    (word_files, "settle_words"),
     (PassageTable, "put"),
     (PassageTable, "delete"),
     (PassageTable, "replace_all"),

@@ -20,6 +20,7 @@ from d2llm.index.inspection import stats, verify
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
+from d2llm.index.words import WordIndex
 from tiny_store import DIM, check_contents, exact_products, new_store, put, vectors_of
 
 WORDS = ("apple", "pear", "quince", "中文", "文本")
@@ -159,7 +160,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(word=st.sampled_from(WORDS), top_k=st.integers(1, 6), year=st.none() | st.integers(-3, 3))
     def match(self, word: str, top_k: int, year: int | None) -> None:
-        self.store.settle()
         view = PassageView(self.store)
         found = view.match(word, top_k, None if year is None else f"year >= {year}")
         having = {p.id for p in self._chosen(year) if word in p.text.split() or word in p.title.split()}
@@ -168,6 +168,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert len(ids) == min(top_k, len(having))
         order = sorted(zip((-found.scores).tolist(), ids, strict=True))
         assert [passage_id for _, passage_id in order] == ids
+        alone = WordIndex.from_texts(passage.full_text for passage in self.model.values())
+        scores = dict(zip(self.model, alone.scores(alone.query(word)), strict=True))
+        np.testing.assert_allclose(found.scores, [scores[passage_id] for passage_id in ids], rtol=1e-5)
         everything = view.match(word, 1000, None if year is None else f"year >= {year}")
         assert view.ids(everything.rows)[: len(ids)] == ids
 

@@ -48,7 +48,7 @@ def test_stats(store):
     assert json.loads(json.dumps(facts.to_json()))["version"] == store.table().version
     store.settle()
     put(store, few_passages(3, start=90).values())
-    assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3, "title_idx": 3, "text_idx": 3}
+    assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3}
 
 
 def test_stats_of_nothing(tmp_path):

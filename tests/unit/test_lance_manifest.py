@@ -50,7 +50,7 @@ def test_all_of_them_and_no_others(folder, tmp_path):
     assert named.version == version == store.table().version
     assert set(named.needed) == _there(table)
     assert (table / named.transaction).is_file()
-    assert named.indices.keys() == {"id_idx", "d2_row_idx", "document_id_idx", "title_idx", "text_idx"}
+    assert named.indices.keys() == {"id_idx", "d2_row_idx", "document_id_idx"}
 
 
 def test_every_version(folder):

@@ -20,7 +20,7 @@ from d2llm.pipeline import upserting
 from d2llm.pipeline.index import Index
 from fake_models import FakeStudent, Interruption
 
-INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id", "title", "text")]
+INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id")]
 TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog"]
 
 

@@ -87,18 +87,12 @@ def test_a_version_that_is_gone(table, tmp_path):
         list(old.batches(["id", "text"]))
 
 
-def test_words_need_their_index(table, tmp_path):
-    with pytest.raises(DataFormatError, match="no index of its words yet"):
-        table.match("word", 3)
+def test_texts_by_row(table):
+    assert list(table.texts(3, 7)) == ["word own3", "word own4", "", ""]
+    table.put(_block([Passage("p5", "text", "title")], first_row=6), replaces=False)
+    assert list(table.texts(4, 7)) == ["word own4", "", "title\ntext"]
     table.build_indices()
-    table = PassageTable.open(tmp_path)
-    assert table.match("own3", 3)["id"].to_pylist() == ["p3"]
-    assert len(table.match("word", 3)) == 3
-    assert table.match("word", 9, "year >= 3")["id"].to_pylist() in (["p3", "p4"], ["p4", "p3"])
-    assert len(table.match("  ", 3)) == 0
-    assert table.indices == dict.fromkeys(["id_idx", "d2_row_idx", "document_id_idx", "title_idx", "text_idx"], 0)
-    table.put(_block([Passage("later", "own3 sonne")], first_row=5), replaces=False)
-    assert sorted(PassageTable.open(tmp_path).match("own3", 9)["id"].to_pylist()) == ["later", "p3"]
+    assert table.indices == dict.fromkeys(["id_idx", "d2_row_idx", "document_id_idx"], 0)
 
 
 def test_an_error_in_the_rows_of_a_replacement_comes_back(table, tmp_path):

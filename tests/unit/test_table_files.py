@@ -153,15 +153,13 @@ def test_large_files_are_sampled_at_opening_and_compared_wholly_before_they_matt
         put(store, few_passages(200).values())
         store.settle()
         data, pages = _files(store, "data/*")[0], _files(store, "_indices/*/page_data.lance")[0]
-        words = max(_files(store, "_indices/*/part_0_invert.lance"), key=lambda path: path.stat().st_size)
-        for path, use in ((pages, lambda view: view.rows(["p3"])), (words, lambda view: view.match("own3", 3))):
-            content = path.read_bytes()
-            _flip(path, 70)
-            view = _opened(store)  # its last block is whole
-            with pytest.raises(DamagedFileError, match=path.name):
-                use(view)
-            path.write_bytes(content)
-            use(_opened(store))
+        content = pages.read_bytes()
+        _flip(pages, 70)
+        view = _opened(store)  # its last block is whole
+        with pytest.raises(DamagedFileError, match=pages.name):
+            view.rows(["p3"])
+        pages.write_bytes(content)
+        _opened(store).rows(["p3"])
         _flip(data, 70)
         view = _opened(store)
         for change in (lambda: store.compact(dense=True), lambda: store.snapshot("a"), store.compact):

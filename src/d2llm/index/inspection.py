@@ -11,7 +11,7 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
-from d2llm.index import ann
+from d2llm.index import ann, word_files
 from d2llm.index.blocks import GENERATION_SHIFT, is_as_written
 from d2llm.index.checksum_record import remedy_for
 from d2llm.index.passage_table import NAME, PassageTable
@@ -58,6 +58,7 @@ class IndexStats:
     ann_passages: int
     ann_recall: float | None
     bytes_per_passage: float
+    word_bytes: int
     unindexed: dict[str, int]
     checksums: bool
     chunking: Chunking | None = None
@@ -112,6 +113,7 @@ def stats(store: IndexStore) -> IndexStats:
         ann_passages=0 if record is None else record.num_rows,
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
+        word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
         checksums=store.files.record() is not None,
         chunking=read_chunking(store.folder),
@@ -246,6 +248,7 @@ def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Enco
     if problems and repair:
         store.vectors.repair(table, encode)
         problems = [f"{problems[0]}; it was written anew", *store.vectors.problems(table)]
+    problems += _word_problems(store, table, repair=repair)
     return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
 
 
@@ -284,16 +287,24 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
 
 
 def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
-    """Whether the indices find every id and row; of those of words, whether they can be read at all."""
+    """Whether the indices find every id and row."""
     advice = "`d2llm index ... compact --dense` makes them anew"
     try:
         if sorted(table.by_ids(ids, ["id"])["id"].to_pylist()) != sorted(ids):
             yield f"the index of ids does not find all of them; {advice}"
         table.by_rows(rows, ["id"])
-        if {"title_idx", "text_idx"} <= table.indices.keys():
-            table.match("a", 1)
     except DataFormatError as error:
         yield f"an index of the table is damaged ({error.problem}); {advice}"
+
+
+def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> list[str]:
+    """Whether the words of all rows are there, and are what was written."""
+    _, problems = store.words(table, store.vectors.num_rows(table), whole=True)
+    if problems and repair:
+        word_files.remove_damaged(store.folder, store.vectors.generation(table))
+        store.settle_words(table)
+        return [f"{problem}; they were read again" for problem in problems]
+    return [f"{problem}; `d2llm index ... verify --repair` reads them again from the table" for problem in problems]
 
 
 def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:

@@ -17,7 +17,6 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.types import Passage
 from d2llm.index.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.index.lance_manifest import manifests
 from d2llm.index.old_versions import remove_older
@@ -33,7 +33,6 @@ from d2llm.index.storage import first_line, is_panic, storage_errors
 from d2llm.index.table_files import TableFiles
 
 NAME = "passages"
-_WORDS = ("title", "text")  # the columns of words that are searched
 _KEYS = ("id", "d2_row", "document_id")  # the columns that rows are looked up by
 _ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
@@ -204,31 +203,21 @@ class PassageTable:
             found += zip(*(table[name].to_pylist() for name in names), strict=True)
         return found
 
-    def match(self, text: str, top_k: int, where: str | None = None) -> pa.Table:
-        """BM25: columns id, d2_row and _score of the best passages for a query; the filter comes first.
-
-        Raises:
-            DataFormatError: the indices of the words are not there (yet).
-        """
-        if not text.strip() or not len(self):
-            return pa.table({"id": pa.array([], pa.string()), "d2_row": pa.array([], pa.int64()),
-                             "_score": pa.array([], pa.float32())})  # fmt: skip
-        queries: Any = import_module("lancedb.query")
-        self._compare_indices((*_WORDS, *_KEYS))
-        if any(f"{name}_idx" not in self._index_names for name in _WORDS):
-            raise DataFormatError(
-                self.folder,
-                f"version {self.version} has no index of its words yet; open it again when the writer is done, or run "
-                "`d2llm index ... compact` if a writer was interrupted",
-            )
-        asked = queries.MultiMatchQuery(text, list(_WORDS))
-        query = self._table.search(asked, query_type="fts").select(["id", "d2_row", "_score"]).limit(top_k)
-        return self._read(query.where(where, prefilter=True) if where else query)
+    def texts(self, first: int, end: int) -> Iterator[str]:
+        """The full texts of the passages by row number (d2_row), from ``first`` to ``end``; "" where there is none."""
+        names = ["d2_row", "title", "text"]
+        for start in range(first, end, _SCANNED_AT_ONCE):
+            stop = min(start + _SCANNED_AT_ONCE, end)
+            found = self.columns(names, f"d2_row >= {start} AND d2_row < {stop}")
+            records = zip(*(found[name].to_pylist() for name in names), strict=True)
+            texts = {row: Passage("", text, title).full_text for row, title, text in records}
+            for row in range(start, stop):
+                yield texts.get(row, "")
 
     @property
     def indices(self) -> dict[str, int]:
         """Indices by name, with the number of rows that each does not yet cover."""
-        self._compare_indices((*_WORDS, *_KEYS))
+        self._compare_indices(_KEYS)
         found = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
         return {name: stats.num_unindexed_rows if stats else 0 for name, stats in found.items()}
 
@@ -277,20 +266,18 @@ class PassageTable:
             self._files.commit()
 
     def build_indices(self) -> None:
-        """Make the indices on id, row, document and texts that are missing."""
-        from lancedb.index import FTS, BTree
+        """Make the indices on id, row and document that are missing."""
+        from lancedb.index import BTree
 
-        # ICU splits words in every script, Chinese and mixed text included. No stop words: titles are made of them.
-        texts = FTS(base_tokenizer="icu", language="English", stem=True, remove_stop_words=False, max_token_length=None)
         with storage_errors(self.folder):
             self._table.checkout_latest()
-            self._compare_indices((*_WORDS, *_KEYS))
+            self._compare_indices(_KEYS)
             present = {index.name for index in self._table.list_indices()}
-            missing = [name for name in (*_KEYS, *_WORDS) if f"{name}_idx" not in present]
+            missing = [name for name in _KEYS if f"{name}_idx" not in present]
         if missing:
             with self._change(copies=True):
                 for name in missing:
-                    self._table.create_index(name, config=texts if name in _WORDS else BTree())
+                    self._table.create_index(name, config=BTree())
 
     def drop_indices(self, names: Collection[str]) -> None:
         """Forget the indices of these names, without reading them."""

@@ -6,6 +6,7 @@ INDEX/
   checksums.json        of the table's files (``table_files``): the version that it names is the one that readers open
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
+  words-<g>-...         the words of the same rows (``word_files``), for BM25; they follow from the texts
   chunking.json         how documents were cut into passages, where they were (``side_files``)
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
@@ -34,10 +35,11 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
 from d2llm.core.types import Passage, Task
-from d2llm.index import repair, vector_file
+from d2llm.index import repair, vector_file, word_files
 from d2llm.index.blocks import (
     COMPARED,
     GENERATION_SHIFT,
+    ROW_MASK,
     Changes,
     check_passages,
     compare,
@@ -54,6 +56,7 @@ from d2llm.index.stored_vectors import StoredVectors, VectorCopies, stored_vecto
 from d2llm.index.table_files import TableFiles
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.vectors import VectorFormat, make_format
+from d2llm.index.words import WordSegment
 from d2llm.index.write_lock import WriteLock
 
 KEEP_VERSIONS = timedelta(hours=1)
@@ -249,6 +252,8 @@ class IndexStore:
             column = self.vectors.column(table, codes, kept_rows.tolist())
             with storage_errors(self.folder):
                 first = file.append(codes) if len(codes) else file.capacity
+                words = WordSegment.from_texts(passage.full_text for passage in changes.texts)
+                word_files.write_segment(self.folder, generation, first, words)
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
             flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
@@ -282,6 +287,23 @@ class IndexStore:
                 table.build_indices()
                 if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
                     table.optimize(KEEP_VERSIONS)
+                self.settle_words(self.table())
+
+    def settle_words(self, table: PassageTable) -> None:
+        """Read the words of the latest version that are in no file, and join small files; under the lock."""
+        generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
+        with storage_errors(self.folder):
+            word_files.settle_words(self.folder, generation, num_rows, self._texts_of(table))
+
+    def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
+        """The words of the first ``num_rows`` rows of a version; what no file has is read from the table."""
+        whole = whole or self.files.after_crash
+        generation = self.vectors.generation(table)
+        return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
+
+    def _texts_of(self, table: PassageTable) -> word_files.TextsOf:
+        first_row = self.vectors.generation(table) << GENERATION_SHIFT
+        return lambda first, end: table.texts(first_row + first, first_row + end)
 
     # Keeping -------------------------------------------------------------------------------------------------------
 
@@ -370,6 +392,7 @@ class IndexStore:
         """All rows of ``source``, their vectors in a file of a new generation, in the table's place; how many."""
         table, rows = self.table(), source.table(whole=True)  # damage copied would get checksums that fit
         codes_of_batch = source.vectors.codes_of_batches(rows)
+        words = source.words(rows, source.vectors.num_rows(rows), whole=True).words
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one whose own file of this number was lost.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
@@ -378,6 +401,8 @@ class IndexStore:
             for batch in rows.batches():
                 first = file.append(codes_of_batch(batch))
                 numbers = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
+                old = np.asarray(batch.column("d2_row")) & ROW_MASK
+                word_files.write_segment(self.folder, generation, first, words.take(old))
                 place = batch.schema.get_field_index("d2_row")
                 yield batch.set_column(place, batch.schema.field(place), pa.array(numbers, pa.int64()))
 
@@ -388,6 +413,7 @@ class IndexStore:
         """Remove what interrupted writers left."""
         for path in [*self.folder.glob(".vectors-*.new*"), *(self.folder / _SNAPSHOTS).glob(".*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        word_files.sweep(self.folder)
         repair.sweep(self.folder)
 
     def _existing_snapshot(self, name: str) -> Path:

@@ -72,6 +72,11 @@ class StoredVectors(ABC):
         row = table.any_row()
         return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
 
+    def num_rows(self, table: PassageTable) -> int:
+        """How many rows a version needs, dead ones before its last live one included."""
+        rows = _rows_of(table) & ROW_MASK
+        return int(rows.max()) + 1 if len(rows) else 0
+
     def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
         """The vectors of a version with these live rows (d2_row). Checksums are not looked at.
 

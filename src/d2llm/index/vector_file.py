@@ -27,6 +27,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
+from d2llm.index import word_files
 from d2llm.index.checked_json import read_checked, write_checked
 
 NAME = "vectors"
@@ -260,9 +261,10 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
-    """The files of a generation: its vectors, and what is derived from them (``ann``, ``projections``)."""
+    """The files of a generation: its vectors, and what is derived from them (``ann``, ``projections``, ``words``)."""
     files = (path_of(folder, generation), path_of(folder, generation, DERIVED), ann_path_of(folder, generation))
-    return [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
+    named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
+    return [*named, *word_files.files_of(folder, generation)]
 
 
 def remove(folder: Path, generation: int) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -23,9 +24,10 @@ from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
+from d2llm.index.words import WordIndex
 from d2llm.ops.selection import top_rows
 
-_SPARE_MATCHES = 16  # taken beyond top_k, to see whether passages tie for the last place
+_log = logging.getLogger(__name__)
 _NO_ROW = np.iinfo(np.uint64).max  # in the place of a dead row's id
 
 
@@ -224,17 +226,26 @@ class PassageView:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
         if not is_text(text):
             raise InputError(f"the query {text!r} is not valid Unicode text")
-        condition, take = self._condition(filter), top_k + _SPARE_MATCHES
-        found = self._table.match(text, take, condition)
-        # LanceDB takes any of those that tie for the last place, so it is asked on until the first k do not.
-        while len(found) == take and found["_score"][top_k - 1] == found["_score"][take - 1]:
-            take *= 4
-            found = self._table.match(text, take, condition)
-        top_k = min(top_k, len(found))
-        rows, scores = np.asarray(found["d2_row"], np.int64) & ROW_MASK, np.asarray(found["_score"], np.float32)
-        ids = cast(list[str], found["id"].to_pylist())
-        best = top_rows(scores, top_k, lambda places: [ids[int(place)] for place in places])
+        allowed = self.select(filter)
+        words = self.words
+        if allowed is not None:
+            allowed = np.append(allowed, np.zeros(len(words) - len(allowed), np.bool_))
+        try:
+            rows, scores = words.best(words.query(text), top_k, allowed=allowed)
+        except (IndexError, ValueError) as error:  # what the samples at opening did not find of damage
+            problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
+            raise DamagedFileError(self.store.folder, problem) from error
+        best = top_rows(scores, min(top_k, len(rows)), lambda places: self.ids(rows[places]))
         return CandidateRows(rows[best], scores[best])
+
+    @cached_property
+    def words(self) -> WordIndex:
+        """BM25 of this version's passages, by row; rows behind ``capacity`` may be there and do not count."""
+        words, problems = self.store.words(self._table, self.capacity)
+        if problems:
+            remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""
+            _log.warning("%s: %s; %s", self.store.folder, "; ".join(problems), remedy)
+        return words.only(np.ones(self.capacity, np.bool_) if self.live is None else self.live)
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """The rows that a filter allows, as a mask [capacity]; None without a filter.

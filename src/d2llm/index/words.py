@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -133,19 +132,16 @@ class WordSegment:
         """Size of all arrays."""
         return sum(getattr(self, name).nbytes for name in self.__slots__)
 
-    def save(self, folder: Path) -> None:
-        """Write each array as a file of its own; ``folder`` must be there."""
-        for name in self.__slots__:
-            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
-
-    @classmethod
-    def load(cls, folder: Path) -> WordSegment:
-        """What ``save`` wrote, mapped into memory.
-
-        Raises:
-            OSError, ValueError: a file is missing or is no array.
-        """
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in cls.__slots__))
+    def take(self, rows: _Rows) -> WordSegment:
+        """The segment of some of the rows, in their order."""
+        starts, sizes = _extents(self, rows)
+        tokens = self.tokens[_ranges(starts, sizes)]
+        used = np.unique(tokens)
+        used = used[used != len(self.terms)]
+        place_of = np.full(len(self.terms) + 1, len(used), np.uint32)
+        place_of[used] = np.arange(len(used), dtype=np.uint32)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        return self._of_tokens(self.terms[used], place_of[tokens], offsets)
 
     def places(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The places of terms in ``terms``, -1 for those that no row has."""
@@ -210,6 +206,23 @@ class WordIndex:
     def __len__(self) -> int:
         """Rows, dead ones too."""
         return int(self._firsts[-1])
+
+    def only(self, live: NDArray[np.bool_]) -> WordIndex:
+        """The same words where only some rows count; ``live`` may end early, and what is behind it does not count."""
+        mask = np.zeros(len(self), np.bool_)
+        mask[: len(live)] = live
+        return WordIndex(self._segments, live=mask)
+
+    def take(self, rows: _Rows) -> WordSegment:
+        """The words of some rows, in their order, as a segment."""
+        owner = np.searchsorted(self._firsts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        parts = [
+            self._segments[at].take(rows[order[owner[order] == at]] - self._firsts[at])
+            for at in np.unique(owner).tolist()
+        ]
+        joined = WordSegment.join(parts)
+        return joined if (np.diff(order) > 0).all() else joined.take(np.argsort(order))
 
     @property
     def num_bytes(self) -> int:
