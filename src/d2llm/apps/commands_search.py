@@ -131,9 +131,13 @@ def search(
         int, typer.Option("--candidates", min=1, help="Passages that get the full score; more is slower and surer.")
     ] = 1000,
     source: Annotated[
-        Literal["vectors", "ann", "bm25", "both"],
-        typer.Option("--source", help="Who proposes passages for the full score; ann: quicker, see d2llm index."),
-    ] = "vectors",
+        Literal["vectors", "ann", "bm25", "both"] | None,
+        typer.Option(
+            "--source",
+            help="Who proposes passages for the full score; ann: quicker, see d2llm index.",
+            show_default="vectors, or both where the student's score counts words",
+        ),
+    ] = None,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Candidates of both sources, and ranks fused with those of BM25.")
     ] = False,
@@ -196,7 +200,7 @@ def search(
         top_k=top_k,
         num_candidates=num_candidates,
         filter=filter,
-        sources=sources["both" if hybrid else source],
+        sources=sources["both"] if hybrid else None if source is None else sources[source],
         fuse=hybrid,
         exact=exact,
         budget_ms=budget_ms,

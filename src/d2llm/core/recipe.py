@@ -72,42 +72,19 @@ class InteractionConfig(_Section):
 
 
 class EvidenceConfig(_Section):
-    """What the score stands on beside the vectors of whole texts; by default nothing.
+    """What the score stands on beside the vectors (``models.evidence``); by default nothing."""
 
-        z(q, p) = t <U y_q, V y_p> + sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p, e))
-
-    e are the parts that are switched on here: of windows the best inner product, of words BM25, each as it is and
-    divided by the query's limit. The weights w are fitted on dev, each task's own (``[training.evidence]``).
-    """
-
-    windows: Literal["none", "own", "late"] = "none"
-    """The best of a passage's windows, each two sentences: read on their own, or pooled from one reading of the whole
-    passage, which costs half as much."""
     words: bool = False
     """BM25 of the passage."""
     window_words: bool = False
-    """BM25 of its best window."""
-    query_weights: bool = False
-    """Let the weights depend on the query: its vector, the number of its words and how rare they are."""
-    in_interaction: bool = False
-    """Let the interaction see the parts."""
+    """BM25 of its best window: of each two neighbouring sentences."""
 
     @property
     def terms(self) -> tuple[EvidenceTerm, ...]:
         """The parts of the sum, in the order in which arrays hold them."""
-        on: dict[EvidenceTerm, bool] = {
-            "windows": self.windows != "none",
-            "words": self.words,
-            "words_share": self.words,
-            "window_words": self.window_words,
-            "window_words_share": self.window_words,
-        }
-        return tuple(term for term, is_on in on.items() if is_on)
-
-    @property
-    def uses_words(self) -> bool:
-        """Whether an index must count words."""
-        return self.words or self.window_words
+        words: tuple[EvidenceTerm, ...] = ("words", "words_share") if self.words else ()
+        windows: tuple[EvidenceTerm, ...] = ("window_words", "window_words_share") if self.window_words else ()
+        return words + windows
 
 
 class StudentConfig(_Section):
@@ -122,8 +99,6 @@ class StudentConfig(_Section):
     def _evidence_needs_an_anchor(self) -> StudentConfig:
         if self.evidence.terms and self.interaction.head == "paper":
             raise ValueError("evidence is added to an inner product, which the head 'paper' has not; use 'anchored'")
-        if self.evidence.in_interaction and self.interaction.head != "anchored":
-            raise ValueError("evidence.in_interaction needs an interaction; use the head 'anchored'")
         return self
 
 

@@ -299,6 +299,15 @@ class WordIndex:
             [np.zeros(0, np.float32), *(self._scores_in(at, query) for at in range(len(self._segments)))]
         )
 
+    def window_limits(self, query: QueryWords) -> _Scores:
+        """What the best window of each row cannot score above: the sum of the weights of the terms that the row has."""
+        limits = np.zeros(len(self), np.float32)
+        for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
+            of_segment = limits[first : first + len(segment)]
+            for place, weight in _known(segment, query):
+                of_segment[segment.postings(place)[0]] += weight
+        return limits
+
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, and those level with the last, in no order.
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedWindows:
-    """Vectors of the windows of n passages, one passage's after the other, how many each has, and the tokens read."""
-
-    vectors: Float32[np.ndarray, "windows dim"]
-    counts: Int64[np.ndarray, " passages"]
-    num_tokens: int
+from jaxtyping import Float32
 
 
 @dataclass(frozen=True, slots=True)

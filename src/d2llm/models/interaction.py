@@ -42,7 +42,7 @@ class PairScores:
 
 @dataclass(frozen=True, slots=True)
 class SplitLayers:
-    """An interaction's weights in one task: of the first layer the columns that see a, b, a * b, |a - b| and evidence.
+    """An interaction's weights in one task: of the first layer the columns that see a, b, a * b and |a - b|.
 
     After the first layer and each of ``inner`` comes a ReLU; then the logit is ``last`` times that, plus ``constant``.
     """
@@ -55,7 +55,6 @@ class SplitLayers:
     constant: Float[Tensor, ""]
     product: Float[Tensor, "hidden dim"] | None = None
     difference: Float[Tensor, "hidden dim"] | None = None
-    terms: Float[Tensor, "hidden terms"] | None = None
 
 
 class _Anchor(nn.Module):
@@ -80,15 +79,13 @@ class Interaction(nn.Module):
     training, on dev. With gates, B stands for B r_q(a) r_p(b), r_q = sigmoid(w a + c) and r_p alike.
     """
 
-    def __init__(self, config: InteractionConfig, dim: int, num_terms: int = 0) -> None:
-        """Args: ``num_terms``, how many parts of the evidence it sees beside the vectors (``models.evidence``)."""
+    def __init__(self, config: InteractionConfig, dim: int) -> None:
         super().__init__()
         self.config = config
         self.dim = dim
-        self.num_terms = num_terms
         hidden = config.hidden_dim
         self._places = {name: place for place, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
-        self.first = nn.Linear(len(self._places) * dim + num_terms, hidden)
+        self.first = nn.Linear(len(self._places) * dim, hidden)
         self.shared = nn.Linear(hidden, hidden)
         self.branches = nn.ModuleDict(
             {
@@ -169,19 +166,15 @@ class Interaction(nn.Module):
         return self._score(queries.unsqueeze(1), passages.unsqueeze(0), anchor, task)
 
     def score_lists(
-        self,
-        queries: Float[Tensor, "queries dim"],
-        passages: Float[Tensor, "queries passages dim"],
-        task: Task,
-        terms: Float[Tensor, "queries passages terms"] | None = None,
+        self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "queries passages dim"], task: Task
     ) -> PairScores:
-        """Score every query against passages of its own; ``terms`` is their evidence, where the interaction sees it."""
+        """Score every query against passages of its own."""
         anchor = None
         if self.anchors is not None:
             with torch.autocast(queries.device.type, enabled=False):
                 asked = self.anchor_queries(at_least_float32(queries), task)
                 anchor = (at_least_float32(passages) @ asked.unsqueeze(2)).squeeze(2)
-        return self._score(queries.unsqueeze(1), passages, anchor, task, terms)
+        return self._score(queries.unsqueeze(1), passages, anchor, task)
 
     def score_anchors(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
@@ -196,11 +189,8 @@ class Interaction(nn.Module):
         passages: Float[Tensor, "_ passages dim"],
         anchor: Float[Tensor, "queries passages"] | None,
         task: Task,
-        terms: Float[Tensor, "queries passages terms"] | None = None,
     ) -> PairScores:
         hidden = self._query_half(queries) + self.project_passages(passages)
-        if terms is not None:
-            hidden = hidden + terms @ self._term_part().T
         if "a * b" in self._places:
             hidden = hidden + (queries * passages) @ self._part("a * b").T
         if "|a - b|" in self._places:
@@ -222,7 +212,6 @@ class Interaction(nn.Module):
         return SplitLayers(
             **{_LAYER_NAMES[name]: self._part(name) for name in self._places},
             bias=self.first.bias,
-            terms=self._term_part() if self.num_terms else None,
             inner=tuple(Linear(layer.weight, layer.bias) for layer in (self.shared, hidden)),
             last=output @ features.weight,
             constant=output @ features.bias + self.output.bias[0],
@@ -243,10 +232,6 @@ class Interaction(nn.Module):
         """Columns of the first layer that see a, b, a * b or |a - b|."""
         place = self._places[name]
         return self.first.weight[:, place * self.dim : (place + 1) * self.dim]
-
-    def _term_part(self) -> Float[Tensor, "hidden terms"]:
-        """Columns of the first layer that see the evidence."""
-        return self.first.weight[:, self.first.in_features - self.num_terms :]
 
     def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
         return nn.functional.linear(queries, self._part("a"), self.first.bias)
@@ -286,9 +271,9 @@ class CosineHead(nn.Module):
         return PairScores(logits, logits, None)
 
 
-def make_head(config: InteractionConfig, dim: int, num_terms: int = 0) -> Interaction | CosineHead:
-    """The head that a configuration names; ``num_terms`` of the evidence are seen by its interaction."""
-    return CosineHead(dim) if config.head == "cosine" else Interaction(config, dim, num_terms)
+def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
+    """The head that a configuration names."""
+    return CosineHead(dim) if config.head == "cosine" else Interaction(config, dim)
 
 
 def _open_gate(dim: int) -> nn.Linear:

@@ -5,9 +5,6 @@ a query. Of a passage it then takes one product with [b; |a - b|] (with b alone 
 and one for each inner layer, in the number format that the machine multiplies fastest, in blocks whose activations stay
 in the cache. The anchor, the bound and the last layer's sum are float32.
 
-Evidence (``models.evidence``) comes as numbers, computed where the passages are stored: it is added with its weights,
-in float32, and where the interaction sees it, the first product has columns for it.
-
 With the features ``concat`` the first product, W_p b, is of the passage alone. Where it is given, computed before, a
 passage takes the inner layers alone, and its vector is read only for the anchor.
 """
@@ -23,9 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import EvidenceTerm, Task
+from d2llm.core.types import Task
 from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, pack_bfloat16_weight
-from d2llm.models.evidence import NUM_STATISTICS, Evidence
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
 from d2llm.ops.scoring import Linear, anchored_logit
 
@@ -49,7 +45,6 @@ class HeadWeights:
         self.passage = layers.passage
         self.product = layers.product
         self.difference = None if layers.difference is None else layers.difference.to(dtype)
-        self.terms = None if layers.terms is None else layers.terms.to(dtype)
         self.inner = [_ReluLayer(layer.weight.to(dtype), _cast(layer.bias, dtype)) for layer in layers.inner]
         self.last, self.constant = layers.last, layers.constant
         self.dtype = dtype
@@ -58,7 +53,7 @@ class HeadWeights:
     @property
     def can_project(self) -> bool:
         """Whether the first layer sees of a passage its vector alone, so that W_p b can be computed before."""
-        return self.product is None and self.difference is None and self.terms is None
+        return self.product is None and self.difference is None
 
     def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
         """Whether the head's weights are still those that were folded, and the number format that one."""
@@ -83,10 +78,10 @@ class _ReluLayer:
 
 
 class QueryScorer:
-    """The full score of one query with any passages, by their vectors and their evidence.
+    """The full score of one query with any passages, by their vectors.
 
-    ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 where the anchor and the evidence are the whole
-    score. ``term_weights`` are the weights of the evidence for this query, by the names of its parts.
+    ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 where the anchor is the whole score. ``block`` is
+    how many passages are scored at a time.
     """
 
     def __init__(
@@ -96,28 +91,8 @@ class QueryScorer:
         query: Float[Tensor, " dim"],
         task: Task,
         block: int,
-        evidence: Evidence | None = None,
-        statistics: Float[np.ndarray, 4] | None = None,
     ) -> None:
-        """Prepare what depends on the query alone.
-
-        Args:
-            head: of the student.
-            weights: its interaction's, folded; None for the head ``cosine``.
-            query: its vector.
-            task: which branch.
-            block: how many passages are scored at a time.
-            evidence: of the student, where its score has any.
-            statistics: of the query's words (``Evidence.weights``); None where nothing depends on them.
-        """
         self._head = head
-        self.term_weights: dict[EvidenceTerm, float] = {}
-        if evidence is not None and evidence.terms:
-            of_words = np.zeros(NUM_STATISTICS, np.float32) if statistics is None else statistics
-            with torch.inference_mode():
-                found = evidence.weights(query[None], torch.from_numpy(of_words[None]).to(query.device), task)[0]
-            self.term_weights = dict(zip(evidence.terms, found.tolist(), strict=True))
-        self._evidence = evidence
         self._weights = weights
         self._query = query
         self._block = block
@@ -137,7 +112,6 @@ class QueryScorer:
         self,
         passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
         projections: Float[Tensor, "passages hidden"] | None = None,
-        terms: Float[np.ndarray, "passages terms"] | None = None,
     ) -> Float[np.ndarray, " passages"]:
         """Final logits of the query with passages.
 
@@ -145,34 +119,27 @@ class QueryScorer:
             passages: vectors, arrays or tensors of any float format (bfloat16 is fastest); None where the score has no
                 anchor and ``projections`` are given.
             projections: W_p b of the same passages (``Student.project_passages``), which saves the first product.
-            terms: their evidence, a column for each of ``term_weights``; without it the score is that of the vectors.
 
         Raises:
             InputError: vectors that the score needs are missing, or projections are given to a head without them.
         """
-        logits = self._by_block(passages, projections, terms, self._logits)
-        if terms is not None:
-            for weight, term in zip(self.term_weights.values(), terms.T, strict=True):
-                logits += np.float32(weight) * term
-        return logits
+        return self._by_block(passages, projections, self._logits)
 
     def change(
         self,
         passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
         projections: Float[Tensor, "passages hidden"] | None = None,
-        terms: Float[np.ndarray, "passages terms"] | None = None,
     ) -> Float[np.ndarray, " passages"]:
-        """tanh(g) in [-1, 1]: logit = anchor + weighted evidence + reach r_p tanh(g) (``Interaction.passage_reach``).
+        """tanh(g) in [-1, 1], with which logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``).
 
         Arguments and errors as of a call; with ``projections`` no vectors are needed.
         """
-        return self._by_block(passages, projections, terms, self._change)
+        return self._by_block(passages, projections, self._change)
 
     def _by_block(
         self,
         passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
         projections: Float[Tensor, "passages hidden"] | None,
-        terms: Float[np.ndarray, "passages terms"] | None,
         work: Callable[[_Block, _Buffers | None], Tensor],
     ) -> Float[np.ndarray, " passages"]:
         vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
@@ -182,7 +149,6 @@ class QueryScorer:
         if projections is not None and not (self._weights is not None and self._weights.can_project):
             raise InputError("projections of passages were given, but this head has none; give vectors alone")
         device = self._query.device
-        seen_terms = self._seen_terms(terms, len(given))
         with torch.inference_mode():
             buffers = None
             if self._weights is not None and self._first is not None:
@@ -191,18 +157,9 @@ class QueryScorer:
             scores: list[Tensor] = []
             for start in range(0, max(len(given), 1), self._block):
                 rows = slice(start, start + self._block)
-                parts = (vectors, projections, seen_terms)
-                block = _Block(*(None if part is None else part[rows].to(device) for part in parts))
+                block = _Block(*(None if part is None else part[rows].to(device) for part in (vectors, projections)))
                 scores.append(work(block, buffers).cpu())
             return torch.cat(scores).numpy()
-
-    def _seen_terms(self, terms: Float[np.ndarray, "passages terms"] | None, num: int) -> Tensor | None:
-        """The evidence as the interaction sees it; None where it does not."""
-        if self._evidence is None or not self._evidence.config.in_interaction or self._first is None:
-            return None
-        if terms is None:
-            return torch.zeros(num, len(self._evidence.terms))
-        return self._evidence.in_units(torch.from_numpy(terms).to(self._query.device))
 
     def _logits(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         if self._anchor is None:
@@ -238,9 +195,7 @@ class QueryScorer:
             dim = block.vectors.shape[1]
             seen[:num, :dim] = block.vectors
             if weights.difference is not None:
-                seen[:num, dim : 2 * dim] = torch.sub(block.vectors, self._query).abs_()
-            if block.terms is not None:
-                seen[:num, seen.shape[1] - block.terms.shape[1] :] = block.terms
+                seen[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
             seen = nn.functional.linear(seen, first.weight, first.bias).relu_()
         for layer in weights.inner:
             seen = layer(seen)
@@ -250,11 +205,10 @@ class QueryScorer:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some passages: vectors [n, dim], projections [n, hidden], one of them at least; evidence [n, terms] if seen."""
+    """Some passages: vectors [n, dim], projections [n, hidden], one of them at least."""
 
     vectors: Tensor | None
     projections: Tensor | None
-    terms: Tensor | None
 
     def __len__(self) -> int:
         given = self.vectors if self.projections is None else self.projections
@@ -276,9 +230,9 @@ def _filled_up(num: int) -> int:
 
 
 def _first_layer(weights: HeadWeights, query: Float[Tensor, " dim"]) -> Linear:
-    """The first layer as one query leaves it: of b, |a - b| and evidence; the query's own half is its bias."""
+    """The first layer as one query leaves it: of b, or of [b; |a - b|]; the query's own half is its bias."""
     passage = weights.passage if weights.product is None else torch.addcmul(weights.passage, weights.product, query)
-    parts = [passage.to(weights.dtype), *(part for part in (weights.difference, weights.terms) if part is not None)]
+    parts = [passage.to(weights.dtype), *([] if weights.difference is None else [weights.difference])]
     return Linear(torch.cat(parts, dim=1), _cast(nn.functional.linear(query, *weights.query), weights.dtype))
 
 

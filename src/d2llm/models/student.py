@@ -20,25 +20,24 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.types import EngineName, Span, Task, WholeText
+from d2llm.core.types import EngineName, EvidenceTerm, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
 from d2llm.models.core_workers import map_on_cores
 from d2llm.models.device import choose_device
-from d2llm.models.encoded_texts import EncodedTexts, EncodedWindows
+from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.models.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.evidence import Evidence
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
-from d2llm.models.late_chunking import ChunkReader, EncodedChunks
+from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
-from d2llm.ops.words import windows
 
 _BATCH_TOKENS, _BATCH_TEXTS = 8192, 256
 # On a CPU: enough for the products; what lies between two layers stays in a core's cache, and little is padded.
@@ -59,9 +58,8 @@ class Student(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
-            num_seen = len(config.evidence.terms) if config.evidence.in_interaction else 0
-            self.interaction = make_head(config.interaction, backbone.dim, num_seen).to(backbone.device)
-            self.evidence = Evidence(config.evidence, backbone.dim).to(backbone.device)
+            self.interaction = make_head(config.interaction, backbone.dim).to(backbone.device)
+            self.evidence = Evidence(config.evidence)
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
         self._has_merged_weights = False
@@ -236,6 +234,10 @@ class Student(nn.Module):
         """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
+    def evidence_weights(self, task: Task) -> dict[EvidenceTerm, float]:
+        """What an index adds to the score of its passages, by weight; empty where the vectors' score is all."""
+        return self.evidence.weights(task)
+
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
         self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
@@ -333,40 +335,15 @@ class Student(nn.Module):
             vectors = torch.from_numpy(passage_vectors).to(self.backbone.device)
             return head.project_passages(vectors).to(torch.bfloat16).cpu()
 
-    def encode_windows(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedWindows:
-        """Vectors of the windows of passages, as the configuration's evidence wants them.
-
-        A passage that is one window has none of its own: its own vector stands for it.
-        """
-        spans = [windows(text) for text in texts]
-        counts = np.array([len(own) if len(own) > 1 else 0 for own in spans], np.int64)
-        if self.config.evidence.windows == "late":
-            parts = [(WholeText(text), own) for text, own in zip(texts, spans, strict=True) if len(own) > 1]
-            encoded = self.encode_chunks(parts)
-            if advance is not None:
-                advance(len(texts))
-            return EncodedWindows(encoded.vectors, counts, encoded.num_tokens)
-        pieces = [text[start:end] for text, own in zip(texts, spans, strict=True) if len(own) > 1 for start, end in own]
-        vectors = self.encode_passages(pieces)
-        if advance is not None:
-            advance(len(texts))
-        return EncodedWindows(vectors.vectors, counts, vectors.num_tokens)
-
-    def prepare(
-        self,
-        query_vector: Float32[np.ndarray, " dim"],
-        task: Task,
-        statistics: Float32[np.ndarray, 4] | None = None,
-    ) -> QueryScorer:
+    def prepare(self, query_vector: Float32[np.ndarray, " dim"], task: Task) -> QueryScorer:
         """What scores this query with any passages; all that depends on the query alone is computed here.
 
-        The scorer is of the weights as they are now: after training prepare another. ``statistics`` are those of the
-        query's words (``QueryWords.statistics``), for evidence whose weights depend on them.
+        The scorer is of the weights as they are now: after training prepare another.
         """
         query = torch.from_numpy(query_vector).to(self.backbone.device)
         weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
         block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
-        return QueryScorer(self.interaction, weights, query, task, block, self.evidence, statistics)
+        return QueryScorer(self.interaction, weights, query, task, block)
 
     def score(
         self,

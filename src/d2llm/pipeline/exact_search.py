@@ -1,8 +1,9 @@
 """The exact top k of a corpus, proved without giving every passage the full score.
 
 A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so no score is above its bound,
-anchor + R_q r_p. Passages are scored from the highest bound down, until the k-th best score is above the bound of every
-passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an anchor above the
+anchor + R_q r_p. Evidence (``models.evidence``) counts as a part of the anchor: BM25 is known of all rows at once, of
+their best windows a bound of it. Passages are scored from the highest bound down, until the k-th best score is above
+the bound of every passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an anchor above the
 last one's. Where that proves nothing, one pass over all vectors gives every bound.
 
 What exact means: the ranking (ties by id) is that of all passages scored in the same arithmetic, in which
@@ -28,6 +29,7 @@ from d2llm.core.types import Certificate, Task
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.protocols import BoundedStudent, PairScorer, SearchStudent
+from d2llm.pipeline.row_evidence import RowEvidence
 from d2llm.pipeline.row_scorer import RowScorer
 
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
@@ -126,6 +128,7 @@ def certified_top_k(
     allowed: NDArray[np.bool_] | None = None,
     budget_ms: float | None = None,
     reaches: KeptReaches | None = None,
+    evidence: RowEvidence | None = None,
 ) -> CertifiedRows:
     """The ``top_k`` passages with the highest final scores of all that are live and allowed, proved, ties by id.
 
@@ -142,6 +145,7 @@ def certified_top_k(
         budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
             first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
         reaches: what earlier searches of this view had to compute; what this one has to is kept in it.
+        evidence: of the query (``row_evidence``), where the student's score has any.
 
     Raises:
         InputError: ``top_k`` is below 1, or the budget is negative or no number.
@@ -154,7 +158,7 @@ def certified_top_k(
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
     clock, reaches = _Clock(begin, budget_ms), reaches or KeptReaches()
     _check_masks(view, allowed)
-    row_scorer = RowScorer(view, student, query_vector, task)
+    row_scorer = RowScorer(view, student, query_vector, task, evidence)
     scorer = row_scorer.prepared
     if scorer is None or scorer.anchor_query is None:
         rows = _matching(view, allowed)
@@ -166,17 +170,19 @@ def certified_top_k(
             return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
         return found
     total = _num_matching(view, allowed)
-    if scorer.reach == 0:
-        return _scan(view, scorer.anchor_query, total, top_k, allowed)
     assert isinstance(student, BoundedStudent)
-    early = _by_scans(
-        view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock
-    )
-    if early is not None:
-        return early
+    if evidence is None:
+        if scorer.reach == 0:
+            return _scan(view, scorer.anchor_query, total, top_k, allowed)
+        early = _by_scans(
+            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock
+        )
+        if early is not None:
+            return early
     rows = _matching(view, allowed)
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
-    bounds = _numbers((anchors + reach)[rows])
+    highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
+    bounds = _numbers((highest + reach)[rows])
     parts = from_the_highest(bounds, max(_LARGEST, top_k))
     found = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
     return found._replace(anchors=anchors[found.rows])
@@ -266,7 +272,10 @@ def _finals(
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)
         change = np.clip(row_scorer.change(chosen), -1, 1).astype(np.float32, copy=False)
-        return np.add(anchors[places], reach[places] * change, dtype=np.float32)
+        base = anchors[places]
+        if row_scorer.evidence is not None:
+            base = base + row_scorer.evidence(chosen)
+        return np.add(base, reach[places] * change, dtype=np.float32)
 
     return final
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2llm.core.types import Task, WholeText
+from d2llm.core.types import EvidenceTerm, Task, WholeText
 
 
 class Describable(Protocol):
@@ -144,6 +144,15 @@ class BoundedStudent(Protocol):
 
     def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """[n, dim] -> r_p [n] in [0, 1], the passages' part of the bound of a pair."""
+        ...
+
+
+@runtime_checkable
+class EvidenceStudent(Protocol):
+    """What a ``SearchStudent`` has if an index can add to its score (``Student`` has)."""
+
+    def evidence_weights(self, task: Task) -> Mapping[EvidenceTerm, float]:
+        """What is added, by weight; empty where the vectors' score is all."""
         ...
 
 

@@ -15,6 +15,7 @@ from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.cascade import Reread
 from d2llm.pipeline.documents import FoundDocument, with_neighbours
 from d2llm.pipeline.exact_search import FoundRows
+from d2llm.pipeline.row_evidence import RowEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ def show(
     index: SearchableIndex,
     query: Query,
     anchor: NDArray[np.float32] | None,
+    evidence: RowEvidence | None,
     order: Order,
     *,
     explain: bool,
@@ -75,7 +77,8 @@ def show(
         )
     )
     if explain:
-        shown = _explained(query, shown, order)
+        words = None if evidence is None else evidence(rows)
+        shown = _explained(query, shown, order, words)
     if neighbours:
         shown = with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
@@ -98,7 +101,9 @@ def _documents(
     ]
 
 
-def _explained(query: Query, passages: tuple[RankedPassage, ...], order: Order) -> tuple[RankedPassage, ...]:
+def _explained(
+    query: Query, passages: tuple[RankedPassage, ...], order: Order, evidence: NDArray[np.float32] | None
+) -> tuple[RankedPassage, ...]:
     from d2llm.ops.words import terms
 
     asked = set(terms(query.text))
@@ -106,12 +111,14 @@ def _explained(query: Query, passages: tuple[RankedPassage, ...], order: Order) 
     places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
-    for place, row, score in zip(passages, rows, scores, strict=True):
+    added = np.zeros(len(rows), np.float32) if evidence is None else evidence
+    for place, row, score, of_words in zip(passages, rows, scores, added.tolist(), strict=True):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
         counts = Counter(term for term in terms(place.passage.full_text) if term in asked)
         why = Explanation(
             anchor=place.anchor_score,
-            interaction=None if place.anchor_score is None else score - place.anchor_score,
+            interaction=None if place.anchor_score is None else score - place.anchor_score - of_words,
+            lexical=None if evidence is None else of_words,
             source_ranks={name: found + 1 for name, found in at.items()},
             source_scores={name: float(proposals[name].scores[found]) for name, found in at.items()},
             terms=dict(counts),

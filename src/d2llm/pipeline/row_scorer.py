@@ -12,6 +12,7 @@ from torch import Tensor
 from d2llm.core.types import Task
 from d2llm.index.projections import StoredProjections
 from d2llm.pipeline.protocols import BoundedStudent, ProjectingStudent, SearchStudent
+from d2llm.pipeline.row_evidence import RowEvidence
 
 
 class VectorReader(Protocol):
@@ -33,19 +34,25 @@ class ProjectedIndex(Protocol):
 
 
 class RowScorer:
-    """Scores the rows of ``view`` for one query.
+    """Scores the rows of ``view`` for one query; ``evidence`` of it is added, where there is any.
 
     ``prepared`` is what the student prepared of the query, None of a student that only scores. Whether a projection
     was stored or is computed now makes no difference to a score; without any, a score differs by their rounding.
     """
 
     def __init__(
-        self, view: VectorReader, student: SearchStudent, query_vector: NDArray[np.float32], task: Task
+        self,
+        view: VectorReader,
+        student: SearchStudent,
+        query_vector: NDArray[np.float32],
+        task: Task,
+        evidence: RowEvidence | None = None,
     ) -> None:
         self._view = view
         self._student = student
         self._query_vector = query_vector
         self._task: Task = task
+        self.evidence = evidence
         self.prepared = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
         self._stored: StoredProjections | None = None
         is_needed = self.prepared is not None and (self.prepared.anchor_query is None or self.prepared.reach > 0)
@@ -54,6 +61,10 @@ class RowScorer:
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final logits [n] of the query with the passages at some rows [n]."""
+        scores = self._vector_scores(rows)
+        return scores if self.evidence is None else scores + self.evidence(rows)
+
+    def _vector_scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         if self.prepared is None:
             return self._student.score(self._query_vector, self._view.vectors(rows), self._task)
         projections = self._projections(rows)

@@ -25,8 +25,9 @@ from d2llm.pipeline.cascade import Rereader
 from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.exact_search import FoundRows, KeptReaches, certified_top_k
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.protocols import EvidenceStudent, SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
+from d2llm.pipeline.row_evidence import RowEvidence, row_evidence
 from d2llm.pipeline.row_scorer import RowScorer
 
 _WIDENED = 4  # times as many candidates, where those found are of too few documents
@@ -43,8 +44,9 @@ class SearchSettings:
         top_k: length of a ranking; every passage when it is beyond the corpus.
         num_candidates: passages that each source proposes; when it is below ``top_k``, ``top_k`` are proposed.
         filter: an SQL-like condition on metadata (``index.filters``); it is applied before the choice of the first k.
-        sources: who proposes candidates; several are united, and all get the student's full score. "ann" is "vectors"
-            by an approximate index (``build_ann``): quicker, with the recall that was measured when it was built.
+        sources: who proposes candidates; several are united, and all get the student's full score. None means
+            "vectors", and "bm25" with them where the student's score counts words. "ann" is "vectors" by an approximate
+            index (``build_ann``): quicker, with the recall that was measured when it was built.
         fuse: rank by reciprocal-rank fusion of the student's ranking and BM25's, not by the student's score alone.
         lexical_weight: BM25's share in that fusion, 0 to 1.
         exact: the exact ranking of all passages by the full score, with its certificate. A head without an
@@ -62,7 +64,7 @@ class SearchSettings:
     top_k: int = 10
     num_candidates: int = 1000
     filter: str | None = None
-    sources: tuple[SourceName, ...] = ("vectors",)
+    sources: tuple[SourceName, ...] | None = None
     fuse: bool = False
     lexical_weight: float = 0.5
     exact: bool = False
@@ -82,11 +84,11 @@ class SearchSettings:
             raise InputError(
                 f"top_k is {self.top_k} and num_candidates is {self.num_candidates}; both must be at least 1"
             )
-        if not self.sources:
+        if self.sources is not None and not self.sources:
             raise InputError("sources is empty; name 'vectors', 'ann', 'bm25' or several")
         if not 0 <= self.lexical_weight <= 1:
             raise InputError(f"lexical_weight is {self.lexical_weight}; BM25's share must be between 0 and 1")
-        if self.exact and (self.fuse or self.sources != ("vectors",)):
+        if self.exact and (self.fuse or self.sources not in (None, ("vectors",))):
             raise InputError("an exact search ranks all passages by the student's score: leave fuse and sources alone")
         if self.budget_ms is not None and not self.exact:
             raise InputError("budget_ms is for an exact search; set exact as well, or leave it out")
@@ -148,6 +150,7 @@ class _Asked:
         query: as it was asked.
         vector: [dim].
         anchor: [dim], for inner products; None for a head without.
+        evidence: what words add to the scores; None where the vectors' score is all.
         scorer: scores rows for it; None in an exact search, which has its own.
         depth: of the candidates that are looked for first.
         scanned: the result of a scan to that depth that it had with others; None where it had none.
@@ -157,6 +160,7 @@ class _Asked:
     query: Query
     vector: NDArray[np.float32]
     anchor: NDArray[np.float32] | None
+    evidence: RowEvidence | None
     scorer: RowScorer | None
     depth: int
     scanned: FoundRows | None
@@ -185,16 +189,18 @@ class Searcher:
         self._student = student
         self._task: Task = self.settings.task or index.task
         self._allowed = index.select(self.settings.filter)
-        by_vectors = not {"vectors", "ann"}.isdisjoint(self.settings.sources)
+        counts_words = isinstance(student, EvidenceStudent) and bool(student.evidence_weights(self._task))
+        names = self.settings.sources or (("vectors", "bm25") if counts_words else ("vectors",))
+        by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
         self._reaches = reaches or KeptReaches()
         self._cascade = cascade
         self._sources: list[CandidateSource] = []
-        if "vectors" in self.settings.sources and not self._exact:
+        if "vectors" in names and not self._exact:
             self._sources.append(VectorSource(index, self._allowed))
-        if "ann" in self.settings.sources and not self._exact:
+        if "ann" in names and not self._exact:
             self._sources.append(AnnSource(index, self._allowed))
-        if "bm25" in self.settings.sources or self.settings.fuse:
+        if ("bm25" in names and not self._exact) or self.settings.fuse:
             self._sources.append(LexicalSource(index, self.settings.filter))
         self._in_students_order = cascade is None and not self.settings.fuse and self.settings.group == "passage"
 
@@ -243,9 +249,13 @@ class Searcher:
     ) -> Iterator[_Asked]:
         """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
         begin = time.perf_counter()
+        evidence = [row_evidence(self._index, self._student, query.text, self._task) for query in queries]
         scorers: Sequence[RowScorer | None] = [None] * len(queries)
         if not self._exact:
-            scorers = [RowScorer(self._index, self._student, vector, self._task) for vector in vectors]
+            scorers = [
+                RowScorer(self._index, self._student, vector, self._task, one)
+                for vector, one in zip(vectors, evidence, strict=True)
+            ]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
@@ -257,14 +267,17 @@ class Searcher:
         if source is not None and len(together) > 1:
             scanned = source.propose_together(np.stack(together), depth)
         scan_seconds = (time.perf_counter() - begin) / len(queries)
-        for query, vector, anchor, scorer, found in zip(queries, vectors, anchors, scorers, scanned, strict=True):
+        parts = zip(queries, vectors, anchors, evidence, scorers, scanned, strict=True)
+        for query, vector, anchor, one, scorer, found in parts:
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
-            yield _Asked(query, vector, anchor, scorer, depth, found, seconds)
+            yield _Asked(query, vector, anchor, one, scorer, depth, found, seconds)
 
     def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
         """Whether candidates come with their final scores, the inner products, and nothing else changes the order."""
         prepared = None if scorer is None else scorer.prepared
         if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
+            return False
+        if scorer is None or scorer.evidence is not None:
             return False
         return len(self._sources) == 1 and isinstance(self._sources[0], VectorSource | AnnSource)
 
@@ -284,7 +297,7 @@ class Searcher:
         ranked = self._ranked(query, scored, documents)
         begin = time.perf_counter()
         passages = show(
-            self._index, query, asked.anchor, ranked, explain=self.settings.explain,
+            self._index, query, asked.anchor, asked.evidence, ranked, explain=self.settings.explain,
             document_passages=self.settings.document_passages, neighbours=self.settings.neighbours,
         )  # fmt: skip
         seconds["score"] += time.perf_counter() - begin
@@ -305,10 +318,8 @@ class Searcher:
             else:
                 proposals[source.name] = source.propose(asked.query, asked.anchor, depth)
         proposed = time.perf_counter()
-        if self._exact:
-            scored = self._score_exactly(asked.query, asked.vector, proposals, depth)
-        else:
-            scored = self._score(asked, proposals, depth)
+        score = self._score_exactly if self._exact else self._score
+        scored = score(asked, proposals, depth)
         asked.seconds["candidates"] += proposed - begin
         asked.seconds["score"] += time.perf_counter() - proposed
         return scored
@@ -327,17 +338,15 @@ class Searcher:
         is_all = all(len(found.rows) < depth for found in proposals.values())
         return Scored(rows, scores, len(rows), proposals, None, is_all)
 
-    def _score_exactly(
-        self, query: Query, vector: NDArray[np.float32], proposals: Mapping[str, FoundRows], depth: int
-    ) -> Scored:
+    def _score_exactly(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> Scored:
         top_k = self.settings.top_k if self._in_students_order else depth
         try:
             found = certified_top_k(
-                self._index, self._student, vector, self._task, top_k,
-                allowed=self._allowed, budget_ms=self.settings.budget_ms, reaches=self._reaches,
+                self._index, self._student, asked.vector, self._task, top_k, allowed=self._allowed,
+                budget_ms=self.settings.budget_ms, reaches=self._reaches, evidence=asked.evidence,
             )  # fmt: skip
         except ModelError as error:
-            raise ModelError(f"query {query.id!r}: {error}") from error
+            raise ModelError(f"query {asked.query.id!r}: {error}") from error
         is_own_order = self._cascade is None and self.settings.group == "passage"
         certificate = found.certificate if is_own_order else None  # it proves the student's order of passages
         num_scored, is_all = found.certificate.num_scored, len(found.rows) < top_k

@@ -285,13 +285,19 @@ async def _rescored(
     return RescoreAnswer(scores=logits.tolist(), fingerprint=models.fingerprint)
 
 
+def _sources(body: SearchRequest) -> tuple[SourceName, ...] | None:
+    if body.hybrid is not None:
+        return _SOURCES["both"]
+    return None if body.source is None else _SOURCES[body.source]
+
+
 def _settings_of(body: SearchRequest) -> SearchSettings:
     return SearchSettings(
         task=body.task,
         top_k=body.top_k,
         num_candidates=body.num_candidates,
         filter=body.filter,
-        sources=_SOURCES[body.source] if body.hybrid is None else ("vectors", "bm25"),
+        sources=_sources(body),
         fuse=body.hybrid is not None,
         lexical_weight=0.5 if body.hybrid is None else body.hybrid,
         exact=body.exact,

@@ -50,7 +50,9 @@ class SearchRequest(Body):
     filter: str | None = Field(
         None, description="A condition on metadata.", examples=["year >= 2020 AND language = 'en'"]
     )
-    source: Literal["vectors", "ann", "bm25", "both"] = Field("vectors", description="Who proposes candidates.")
+    source: Literal["vectors", "ann", "bm25", "both"] | None = Field(
+        None, description="Who proposes candidates; by default vectors, or both where the student's score counts words."
+    )
     hybrid: float | None = Field(
         None, ge=0, le=1, description="Rank by fusion with BM25, and BM25's share in it; null: by the score alone."
     )
@@ -176,10 +178,11 @@ class ShortPassage(Answer):
 
 
 class ExplanationAnswer(Answer):
-    """Why a passage stands where it does: its score is ``anchor`` + ``interaction``."""
+    """Why a passage stands where it does: its score is ``anchor`` + ``interaction`` + ``lexical``."""
 
     anchor: float | None
     interaction: float | None
+    lexical: float | None
     source_ranks: dict[str, int]
     source_scores: dict[str, float]
     terms: dict[str, int]

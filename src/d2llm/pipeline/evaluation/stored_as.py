@@ -11,6 +11,7 @@ from d2llm.core.types import Passage, Task
 from d2llm.index.scan import RowScan
 from d2llm.index.vectors import make_format
 from d2llm.index.view import CandidateRows, PassageView
+from d2llm.index.words import WordIndex
 
 _BLOCK = 8_192
 
@@ -87,6 +88,11 @@ class StoredAs:
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
         """As the index does."""
         return self._index.match(text, top_k, filter)
+
+    @property
+    def words(self) -> WordIndex:
+        """As the index does."""
+        return self._index.words
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """As the index does."""

@@ -39,17 +39,24 @@ async function weigh(passage, context, place, onWords) {
 }
 
 function scoreParts(passage) {
-  const { anchor, interaction } = passage.explanation || {};
+  const { anchor, interaction, lexical } = passage.explanation || {};
   if (anchor === null || anchor === undefined || interaction === null || interaction === undefined) {
     return element("p", {}, `Score ${passage.score.toFixed(3)}. It has no parts: nothing was added to it.`);
   }
-  const most = Math.max(Math.abs(anchor), Math.abs(interaction), 1e-9);
+  const words = lexical ?? 0;
+  const most = Math.max(Math.abs(anchor), Math.abs(interaction), Math.abs(words), 1e-9);
   return element(
     "dl",
     { class: "parts" },
     part("Inner product", anchor, most, "what two vectors alone say"),
+    ...(words ? [part("Words", words, most, "what BM25 adds")] : []),
     part("IEM", interaction, most, "what the interaction adds"),
-    element("div", { class: "sum" }, element("dt", {}, "Student’s score"), element("dd", {}, signed(anchor + interaction))),
+    element(
+      "div",
+      { class: "sum" },
+      element("dt", {}, "Student’s score"),
+      element("dd", {}, signed(anchor + interaction + words)),
+    ),
   );
 }
 
