@@ -107,6 +107,7 @@ class Index:
         device: str | None = None,
         dtype: str | None = None,
         engine: EngineName = "torch",
+        lean: bool = False,
     ) -> Index:
         """An index that is there. Its student is loaded when it is first needed.
 
@@ -116,11 +117,13 @@ class Index:
             device: of the student.
             dtype: its number format.
             engine: what encodes texts with it (``models.engines``).
+            lean: load what encodes queries and scores, and no more, where the student allows (``Student.load``):
+                quicker, for one who asks a few questions and changes nothing.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
         """
-        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine)
+        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine, lean=lean)
 
     def __enter__(self) -> Index:
         return self
