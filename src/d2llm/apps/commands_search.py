@@ -205,7 +205,7 @@ def search(
         neighbours=neighbours,
     )
     settings.check()
-    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
     model = opened.student

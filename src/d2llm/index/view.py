@@ -17,7 +17,6 @@ from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, Task
 from d2llm.index.ann import AnnBase, AnnIndex
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written, is_text
-from d2llm.index.filters import parse_filter
 from d2llm.index.projections import StoredProjections, projections_of
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
@@ -261,7 +260,11 @@ class PassageView:
         return allowed & self.live
 
     def _condition(self, filter: str | None) -> str | None:  # noqa: A002
-        return None if filter is None else parse_filter(filter, self.metadata).sql
+        if filter is None:
+            return None
+        from d2llm.index.filters import parse_filter  # with sqlglot, which most searches do without
+
+        return parse_filter(filter, self.metadata).sql
 
     def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
         wanted = np.asarray(rows, np.int64)

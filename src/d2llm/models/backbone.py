@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
+from d2llm.models.lean import open_lean
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -36,6 +37,9 @@ from d2llm.models.sources import (
 )
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TextKind = Literal["query", "passage"]
 
@@ -67,8 +71,18 @@ class Backbone(nn.Module):
     ``compute_dtype`` is the format of the products; weights that are trained stay in float32 beside it.
     """
 
-    def __init__(self, config: BackboneConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        lean_tokenizer: Path | None = None,
+    ) -> None:
         """Load the weights that ``config.model`` names.
+
+        With the folder of a tokenizer as ``lean_tokenizer``, without ``transformers`` where that can be
+        (``models.lean``): the backbone then reads texts, but cannot be trained, saved or exported.
 
         Raises:
             ModelNotFoundError: no usable weights there.
@@ -76,14 +90,21 @@ class Backbone(nn.Module):
             InputError: a token limit beyond what the model can read, or more layers than it has.
         """
         super().__init__()
-        from transformers import AutoModel
-
         self.config = config
         self.compute_dtype = compute_dtype
         self.location = find_model(config.model)
-        self.tokenizer = load_tokenizer(self.location)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
-        self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
+        lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype) if lean_tokenizer is not None else None
+        self.is_lean = lean is not None
+        if lean is not None:
+            # Typed as what it is everywhere else; it has what reading calls.
+            self.tokenizer = cast("PreTrainedTokenizerBase", lean.tokenizer)
+            self.model = cast("PreTrainedModel", lean.model.to(device).eval())
+        else:
+            from transformers import AutoModel
+
+            self.tokenizer = load_tokenizer(self.location)
+            self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ModelError(
@@ -121,7 +142,13 @@ class Backbone(nn.Module):
         return fingerprint_model(self.location)
 
     def prepare_training(self, *, seed: int = 0) -> None:
-        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing."""
+        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing.
+
+        Raises:
+            InputError: it was loaded to read texts alone.
+        """
+        if self.is_lean:
+            raise InputError("this student was loaded to read texts alone; load it with lean=False to train it")
         if self.config.tuning == "lora":
             attach_lora(self.model, self.config.lora, seed=seed)
         elif self.config.tuning == "full":

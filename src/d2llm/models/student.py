@@ -86,6 +86,7 @@ class Student(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         engine: EngineName = "torch",
+        lean: bool = False,
     ) -> Student:
         """Load what ``save`` wrote: a folder, a student shipped with d2llm by its name, or one on the Hub.
 
@@ -96,6 +97,7 @@ class Student(nn.Module):
             device: where to compute, by default the best here.
             dtype: number format of the products, by default what is fast here.
             engine: what encodes texts (``models.engines``).
+            lean: load no more than encodes and scores, where the backbone allows (``models.lean``): quicker.
 
         Raises:
             InputError: the engine cannot be used with this device or number format.
@@ -116,6 +118,7 @@ class Student(nn.Module):
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
             device=chosen,
             compute_dtype=products if engine == "torch" else torch.float32,  # which graphs are recorded from
+            lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,
         )
         if not merged:
             files.require_same_base(folder, manifest, backbone)
@@ -140,9 +143,7 @@ class Student(nn.Module):
         """
         local = Path(repo_id_or_folder).is_dir()
         if local and revision is not None:
-            raise InputError(
-                f"{repo_id_or_folder}: is a folder, which has no revisions; leave out revision='{revision}'"
-            )
+            raise InputError(f"{repo_id_or_folder}: a folder has no revisions; leave out revision='{revision}'")
         asks_hub = not local and (revision is not None or token is not None)
         found = fetch_student(str(repo_id_or_folder), revision=revision, token=token) if asks_hub else repo_id_or_folder
         return cls.load(found, **options)

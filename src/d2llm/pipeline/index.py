@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,18 @@ from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
-from d2llm.models.student import Student
-from d2llm.pipeline.cascade import Rereader
-from d2llm.pipeline.chunking import Chunker, DocumentsReport, choose_chunking, upsert_documents
-from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.protocols import SearchStudent
-from d2llm.pipeline.search import Searcher, SearchSettings
 from d2llm.pipeline.student_source import find_source, source_of
-from d2llm.pipeline.upserting import UpsertReport, upsert_passages, warn_of_truncation
+
+# Whoever reads an index without searching it needs neither torch nor a student: they are imported where they are used.
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
+    from d2llm.pipeline.cascade import Rereader
+    from d2llm.pipeline.chunking import DocumentsReport
+    from d2llm.pipeline.exact_search import KeptReaches
+    from d2llm.pipeline.search import SearchSettings
+    from d2llm.pipeline.upserting import UpsertReport
 
 
 class Index:
@@ -78,6 +81,8 @@ class Index:
             InputError: something is in the way, or a format, field or type is unknown.
             ModelError: the student cannot be loaded.
         """
+        from d2llm.models.student import Student
+
         is_named = isinstance(student, str | Path)
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
         store = IndexStore.create(
@@ -102,6 +107,7 @@ class Index:
         device: str | None = None,
         dtype: str | None = None,
         engine: EngineName = "torch",
+        lean: bool = False,
     ) -> Index:
         """An index that is there. Its student is loaded when it is first needed.
 
@@ -111,11 +117,13 @@ class Index:
             device: of the student.
             dtype: its number format.
             engine: what encodes texts with it (``models.engines``).
+            lean: load what encodes queries and scores, and no more, where the student allows (``Student.load``):
+                quicker, for one who asks a few questions and changes nothing.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
         """
-        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine)
+        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine, lean=lean)
 
     def __enter__(self) -> Index:
         return self
@@ -144,7 +152,12 @@ class Index:
         given = self._given
         if given is None:
             given = find_source(self.store.manifest.get("student_source"), self.folder)
-        student = Student.load(given, **self._loading) if isinstance(given, str | Path) else given
+        if isinstance(given, str | Path):
+            from d2llm.models.student import Student
+
+            student: SearchStudent = Student.load(given, **self._loading)
+        else:
+            student = given
         self.store.check_student(student.fingerprint)
         return student
 
@@ -155,6 +168,8 @@ class Index:
 
     @cached_property
     def _reaches(self) -> KeptReaches:
+        from d2llm.pipeline.exact_search import KeptReaches
+
         return KeptReaches()
 
     def refresh(self) -> None:
@@ -198,6 +213,8 @@ class Index:
             IndexLockedError: another process is writing.
             StorageError: it cannot be written; the blocks before are kept.
         """
+        from d2llm.pipeline.upserting import upsert_passages, warn_of_truncation
+
         student = self.student
         try:
             with progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
@@ -237,7 +254,9 @@ class Index:
             IndexLockedError: another process is writing.
             StorageError: it cannot be written; the blocks before are kept.
         """
-        student = cast(Student, self.student)  # the only one that has a tokenizer to count with
+        from d2llm.pipeline.chunking import Chunker, choose_chunking, upsert_documents
+
+        student = cast("Student", self.student)  # the only one that has a tokenizer to count with
         chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
         return upsert_documents(
             self, documents, chunker, only_new=only_new, num_documents=num_documents, show_progress=show_progress
@@ -302,6 +321,8 @@ class Index:
             InputError: a setting or query is wrong.
             FilterError: the filter cannot be read, or does not fit the metadata.
         """
+        from d2llm.pipeline.search import Searcher, SearchSettings
+
         asked = [queries] if isinstance(queries, str) else queries
         wanted = replace(settings or SearchSettings(), **changes)
         return Searcher(self.view, self.student, wanted, reaches=self._reaches, cascade=cascade).rank(asked)
