@@ -147,7 +147,8 @@ class IndexService:
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
-            return replace(ranking, seconds=seconds), version.models.fingerprint
+            ranking = replace(ranking, seconds=seconds, truncated=bool(encoded.truncated))
+            return ranking, version.models.fingerprint
 
         with self._searching:
             ranking, fingerprint = await self.served.work(rank)

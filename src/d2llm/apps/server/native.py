@@ -120,6 +120,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
         interaction=found.interaction,
         words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
         truncated=found.truncated,
+        query_truncated=found.query_truncated,
         teacher=teacher,
     )
 
@@ -248,18 +249,20 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
 
         async def of_ids(version: OpenVersion) -> RescoreAnswer:
             stored = await index.vectors(version, ids)
-            return await _rescored(body, services, version.models, version.view.task, stored)
+            return await _rescored(body, services, version.models, version.view.task, stored, ())
 
         return await index.served.work(of_ids)
+    truncated: Sequence[int] = ()
     if texts is not None:
         _at_most(len(texts), services.settings.max_texts, "passages")
         _short_enough(texts, services.settings, "passages")
-        passages = (await models.encode(texts, "passage")).vectors
+        encoded = await models.encode(texts, "passage")
+        passages, truncated = encoded.vectors, encoded.truncated
     else:
         assert given is not None
         _at_most(len(given), services.settings.max_num_candidates, "passage_vectors")
         passages = _vectors(given, models.dim, "passage_vectors")
-    return await _rescored(body, services, models, services.task, passages)
+    return await _rescored(body, services, models, services.task, passages, truncated)
 
 
 @health_router.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
@@ -273,16 +276,28 @@ async def health(request: Request) -> JSONResponse:
 
 
 async def _rescored(
-    body: RescoreRequest, services: Services, models: ModelService, task: Task, passages: NDArray[np.float32]
+    body: RescoreRequest,
+    services: Services,
+    models: ModelService,
+    task: Task,
+    passages: NDArray[np.float32],
+    truncated: Sequence[int],
 ) -> RescoreAnswer:
+    query_truncated = False
     if body.query_vector is not None:
         query = _vectors([body.query_vector], models.dim, "query_vector")[0]
     else:
         assert body.query is not None
         _short_enough([body.query], services.settings, "query")
-        query = (await models.encode([body.query], "query")).vectors[0]
+        encoded = await models.encode([body.query], "query")
+        query, query_truncated = encoded.vectors[0], bool(encoded.truncated)
     logits = await models.score_vectors(query, passages, body.task or task)
-    return RescoreAnswer(scores=logits.tolist(), fingerprint=models.fingerprint)
+    return RescoreAnswer(
+        scores=logits.tolist(),
+        truncated=list(truncated),
+        query_truncated=query_truncated,
+        fingerprint=models.fingerprint,
+    )
 
 
 def _settings_of(body: SearchRequest) -> SearchSettings:

@@ -248,9 +248,10 @@ class IndexVersion(Answer):
 
 
 class SearchAnswer(Answer):
-    """A ranking, best first. ``seconds`` by stage: queue, encode, candidates, score, teacher."""
+    """A ranking, best first. ``truncated``: the query's end was not read. ``seconds`` by stage: queue to teacher."""
 
     query: str
+    truncated: bool
     passages: list[RankedAnswer]
     num_candidates: int
     seconds: dict[str, float]
@@ -278,7 +279,10 @@ class TeacherAnswer(Answer):
 
 
 class ExplainAnswer(Answer):
-    """A query's score with a passage, in parts; places count in title, line break and text."""
+    """A query's score with a passage, in parts; places count in title, line break and text.
+
+    ``truncated``: the passage's end was not read; ``query_truncated``: the query's.
+    """
 
     id: str
     title: str
@@ -288,6 +292,7 @@ class ExplainAnswer(Answer):
     interaction: float | None
     words: list[WordAnswer]
     truncated: bool
+    query_truncated: bool
     teacher: TeacherAnswer | None
 
 
@@ -378,9 +383,11 @@ class EncodeAnswer(Answer):
 
 
 class RescoreAnswer(Answer):
-    """The IEM's logits, in the passages' order."""
+    """The IEM's logits, in the passages' order, and the places of the passages that were given as texts and cut."""
 
     scores: list[float]
+    truncated: list[int]
+    query_truncated: bool
     fingerprint: str
 
 
