@@ -21,9 +21,7 @@ def _with_text(text: str) -> str:
 
 NonEmpty = Annotated[str, AfterValidator(_with_text), Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
 PassageId = Annotated[str, StringConstraints(min_length=1)]
-Metadata = dict[str, str | int | float | bool | None]
 Vector = Annotated[list[float], Field(min_length=1)]
-SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
 
 
 class Body(BaseModel):
@@ -75,50 +73,6 @@ class ExplainRequest(Body):
     passage_id: PassageId
     task: Task | None = None
     teacher: bool = Field(False, description="Also ask the teacher.")
-
-
-class PassageBody(Body):
-    """A passage."""
-
-    id: PassageId = Field(examples=["bread"])
-    text: NonEmpty = Field(examples=["Bread is baked from flour, water and salt."])
-    title: str = Field("", examples=["Bread"])
-    document_id: str = ""
-    position: int = Field(0, ge=0, le=2**31 - 1)
-    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 2021}])
-
-
-class PassagesRequest(Body):
-    """Passages to add, or to change where the id is there."""
-
-    passages: list[PassageBody] = Field(min_length=1)
-
-
-class DocumentBody(Body):
-    """A text of any length."""
-
-    id: PassageId = Field(examples=["ships"])
-    text: NonEmpty = Field(examples=["Ships sail over the sea. They carry goods to far ports."])
-    title: str = Field("", examples=["Ships"])
-    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 1999}])
-
-
-class DocumentsRequest(Body):
-    """Long texts to split into passages."""
-
-    documents: list[DocumentBody] = Field(min_length=1)
-    chunk_tokens: int | None = Field(
-        None, ge=8, description="Most tokens of a passage; null: as the index cuts, or 128 for its first documents."
-    )
-    chunk_overlap: int | None = Field(
-        None, ge=0, description="Tokens that a passage repeats of the one before; null: as the index cuts, or none."
-    )
-
-
-class SnapshotRequest(Body):
-    """The name of a snapshot to take."""
-
-    name: SnapshotName
 
 
 class EncodeRequest(Body):
@@ -296,33 +250,6 @@ class ExplainAnswer(Answer):
     teacher: TeacherAnswer | None
 
 
-class PassagesAnswer(Answer):
-    """What became of the passages given."""
-
-    num_passages: int
-    num_added: int
-    num_updated: int
-    num_metadata: int
-    num_unchanged: int
-    num_truncated: int
-    version: int
-    seconds: float
-
-
-class DocumentsAnswer(PassagesAnswer):
-    """What became of the documents given and of their passages."""
-
-    num_documents: int
-    num_deleted: int
-
-
-class DeletedAnswer(Answer):
-    """How many passages were deleted, and the version since."""
-
-    num_deleted: int
-    version: int | None
-
-
 class StudentAnswer(Answer):
     """The student."""
 
@@ -364,12 +291,6 @@ class ReloadAnswer(Answer):
     version: int | None
     fingerprint: str
     changed: bool
-
-
-class SnapshotAnswer(Answer):
-    """All snapshots."""
-
-    snapshots: list[str]
 
 
 class EncodeAnswer(Answer):
