@@ -1,4 +1,4 @@
-"""d2llm's own interface over HTTP: what the index holds, and how that changes: passages, documents, files, snapshots."""
+"""What an index holds, over HTTP, and how that changes: passages, documents, files, snapshots."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import zlib
 from collections.abc import Iterator
+from email import message_from_bytes
 from email.message import Message
-from email.parser import BytesParser
-from email.policy import HTTP
-from pathlib import Path, PurePosixPath
+from io import BytesIO
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
 _CORPORA, _TEXTS = (".jsonl", ".jsonl.gz"), (".txt", ".md")
 _HEADING = re.compile(r"^#\s+(.+?)\s*#*$", re.MULTILINE)
-_MOST_PLAIN_BYTES = 20  # times the largest body: what a compressed file may become
+_MOST_UNPACKED = 8  # times the largest body
 
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
@@ -66,46 +68,62 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> list[
 
 
 def _files_of(body: bytes, content_type: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a form's files. The standard library reads it as the mail that it is."""
-    header = b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n"
-    form = cast(Message, BytesParser(policy=HTTP).parsebytes(header + body))
+    """Names and contents of a form's files. It is written as a mail is, so the standard library can read it."""
+    form = message_from_bytes(b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n" + body)
     if form.get_content_type() != FORM_TYPE:
         message = f"a body of type {content_type.partition(';')[0]!r} is not read here; send files as {FORM_TYPE}"
         raise ServingError(Problem(415, "unsupported_media_type", message))
     if not form.is_multipart():
         raise invalid("the form cannot be read; its parts have to stand between the boundary that its header names")
     for part in cast("list[Message]", form.get_payload()):
-        if part.get_param("name", header="content-disposition") == "file":
+        about = _disposition(part)
+        if about.get_param("name", header="content-disposition") == "file":
             content = part.get_payload(decode=True)
-            yield part.get_filename() or "", content if isinstance(content, bytes) else b""
+            yield about.get_filename() or "", content if isinstance(content, bytes) else b""
+
+
+def _disposition(part: Message) -> Message:
+    """A part's name and file name, which clients send as plain UTF-8; mail would have them in ASCII."""
+    about = Message()
+    for name, value in part.raw_items():
+        if name.lower() == "content-disposition":
+            about["content-disposition"] = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return about
 
 
 def _documents_in(name: str, content: bytes, limits: ServeSettings) -> list[Passage]:
-    file = PurePosixPath(name.replace("\\", "/")).name  # browsers of old send a path
-    if file.lower().endswith(_TEXTS):
-        return [_text(name, file, content)]
-    if not file.lower().endswith(_CORPORA):
+    kind = name.lower()
+    if kind.endswith(_TEXTS):
+        return [_text(name, content)]
+    if not kind.endswith(_CORPORA):
         raise invalid(f"{name}: its kind is not read; send one of {', '.join((*_CORPORA, *_TEXTS))}", "file")
+    if kind.endswith(".gz"):
+        content = _unpacked(name, content, _MOST_UNPACKED * limits.max_body_bytes)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / ("corpus.jsonl.gz" if file.lower().endswith(".gz") else "corpus.jsonl")
+        path = Path(folder) / "corpus.jsonl"
         path.write_bytes(content)
-        most, num_characters, documents = _MOST_PLAIN_BYTES * limits.max_body_bytes, 0, list[Passage]()
         try:
-            for document in iter_corpus(path):
-                documents.append(document)
-                num_characters += len(document.text)
-                if num_characters > most:
-                    raise invalid(f"{name}: unpacked it has more than {most:,} characters; send it in parts", "file")
+            return list(iter_corpus(path))
         except DataFormatError as error:
             where = name if error.line is None else f"{name}:{error.line}"
             raise invalid(f"{where}: {error.problem}", "file") from error
-    return documents
 
 
-def _text(name: str, file: str, content: bytes) -> Passage:
+def _unpacked(name: str, content: bytes, most: int) -> bytes:
+    try:
+        with gzip.open(BytesIO(content)) as file:
+            unpacked = file.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise invalid(f"{name}: damaged or truncated gzip ({error}); send the file again", "file") from error
+    if len(unpacked) > most:
+        raise invalid(f"{name}: unpacked it has more than {most:,} bytes; send it in parts", "file")
+    return unpacked
+
+
+def _text(name: str, content: bytes) -> Passage:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise invalid(f"{name}: is no UTF-8 text; save it as such", "file") from None
-    heading = _HEADING.search(text) if file.lower().endswith(".md") else None
+    heading = _HEADING.search(text) if name.lower().endswith(".md") else None
     return Passage(name, text, heading[1] if heading else "")
