@@ -231,7 +231,8 @@ class Ranking:
     """The answer to one query, best first; ties are broken by passage id.
 
     ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with
-    an index that has versions, ``cascade`` with a teacher that read again.
+    an index that has versions, ``cascade`` with a teacher that read again. ``truncated``: the query is longer than the
+    student reads, so its end had no part in the student's scores.
     """
 
     query: Query
@@ -241,6 +242,7 @@ class Ranking:
     certificate: Certificate | None = None
     index_version: int | None = None
     cascade: CascadeReport | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,10 +197,12 @@ class Backbone(nn.Module):
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self.model).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def tokenize(self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None) -> TokenizedTexts:
-        """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted.
+    def tokenize(
+        self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None, limit: int | None = None
+    ) -> TokenizedTexts:
+        """Token ids of each text with its prefix, cut to the limit; cuts are counted. Threads may tokenize at once.
 
-        ``prefix`` None means the one that the configuration has for the kind. Threads may tokenize at once.
+        ``prefix`` and ``limit`` None mean those that the configuration has for the kind, which training goes by.
 
         Raises:
             InputError: one text where a list of texts is needed.
@@ -209,7 +211,8 @@ class Backbone(nn.Module):
             raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
         if prefix is None:
             prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
+        if limit is None:
+            limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
         prefixed = [prefix + text for text in texts]
         if not prefixed:
             return TokenizedTexts([])
@@ -254,6 +257,14 @@ class Backbone(nn.Module):
                     f"{key} is {getattr(self.config, key)}, but '{self.config.model}' reads at most {readable} tokens; "
                     f"set {key} to {readable} or less"
                 )
+
+
+def search_query_tokens(config: BackboneConfig) -> int:
+    """How much of a query a search reads: as much as of a passage, however little of queries training read.
+
+    The backbone reads both alike, and a query of its usual length keeps its vector (docs/LOG.md).
+    """
+    return max(config.max_query_tokens, config.max_passage_tokens)
 
 
 def keep_first_layers(model: nn.Module, count: int, *, name: str) -> None:

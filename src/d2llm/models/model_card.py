@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.recipe import StudentConfig
+from d2llm.core.recipe import BackboneConfig, StudentConfig
+from d2llm.models.backbone import search_query_tokens
 from d2llm.models.sentence_transformers_files import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
@@ -118,7 +119,7 @@ def _recorded(manifest: Mapping[str, Any], *keys: str) -> Any:
 def _body(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     backbone, head = config["backbone"], config["interaction"]["head"]
-    base = hub_name(str(backbone["model"]))
+    base, num_query_tokens = hub_name(str(backbone["model"])), search_query_tokens(BackboneConfig(**backbone))
     what = (
         "A model for semantic search. It reads each text once, alone, and scores a query with a passage from two "
         f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm, after the method of D2LLM (Liao et al., ACL 2024, "
@@ -127,7 +128,7 @@ def _body(manifest: Mapping[str, Any]) -> str:
     # Of a folder its last name alone: where it lies on somebody's machine is nobody else's business.
     facts = (
         f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}\n"
-        f"- Reads at most {backbone['max_query_tokens']} tokens of a query and {backbone['max_passage_tokens']} of a "
+        f"- Reads at most {num_query_tokens} tokens of a query and {backbone['max_passage_tokens']} of a "
         f"passage; what is longer is cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )
     return (
@@ -139,6 +140,7 @@ def _body(manifest: Mapping[str, Any]) -> str:
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Whether sentence-transformers can load it, and what it then gives."""
     head, backbone = manifest["config"]["interaction"]["head"], manifest["config"]["backbone"]
+    num_query_tokens = search_query_tokens(BackboneConfig(**backbone))
     if (reason := why_not_loadable(folder, manifest)) is not None:
         return f"## Without d2llm\n\nSentence-transformers alone cannot load it: {reason}."
     what = (
@@ -150,7 +152,7 @@ def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     return (
         f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{what} In float32 the "
         "numbers are d2llm's within rounding (a relative difference of 1e-5). Ask with `encode_query`, of which "
-        f"{backbone['max_query_tokens']} tokens are read; `encode_document`, and plain `encode`, read "
+        f"{num_query_tokens} tokens are read; `encode_document`, and plain `encode`, read "
         f"{backbone['max_passage_tokens']} as a passage. What is longer is cut without a word."
     )
 

@@ -22,7 +22,7 @@ from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName, Task, WholeText
 from d2llm.models import student_files as files
-from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
+from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts, search_query_tokens
 from d2llm.models.core_workers import map_on_cores
 from d2llm.models.device import choose_device
 from d2llm.models.encoded_texts import EncodedTexts
@@ -54,6 +54,7 @@ class Student(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
+        self.max_query_tokens = search_query_tokens(config.backbone)  # may be set to less
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
@@ -260,7 +261,7 @@ class Student(nn.Module):
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Vectors of queries; ``advance`` is called with the number of texts finished."""
+        """Vectors of queries, read to ``max_query_tokens``; ``advance`` is called with the number of texts finished."""
         return self._encode(texts, "query", advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
@@ -354,10 +355,7 @@ class Student(nn.Module):
         passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
         task: Task,
     ) -> Float32[np.ndarray, "queries passages"]:
-        """Final logits of every query against the same passages, one query after the other.
-
-        Queries could share only the product W_p b of the features ``concat``, one of three.
-        """
+        """Final logits of every query against the same passages, one query after the other."""
         scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
         return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
 
@@ -373,8 +371,8 @@ class Student(nn.Module):
         return kept
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        """Token ids of each text, cut to the limit of its kind; cuts are counted."""
-        return self.backbone.tokenize(texts, kind)
+        """Token ids of each text as a search reads it; what is cut is counted."""
+        return self.backbone.tokenize(texts, kind, limit=self.max_query_tokens if kind == "query" else None)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         """Vectors of texts that ``tokenize`` read, as one batch; best of like length (``batch_tokens``)."""

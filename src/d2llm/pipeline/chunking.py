@@ -127,6 +127,7 @@ def upsert_documents(
     chunker: Chunker,
     *,
     only_new: bool = False,
+    lenient_metadata: bool = False,
     num_documents: int | None = None,
     show_progress: bool | None = False,
 ) -> DocumentsReport:
@@ -164,8 +165,9 @@ def upsert_documents(
         try:
             _keep_chunking(store, chunker.chunking)
             report = upsert_passages(
-                store, index.student, pieces(), only_new=only_new, as_documents=True, advance=finish
-            )
+                store, index.student, pieces(), only_new=only_new, as_documents=True,
+                lenient_metadata=lenient_metadata, advance=finish,
+            )  # fmt: skip
             num_deleted = _delete_earlier_forms(store, num_pieces)
         finally:
             index.refresh()

@@ -15,6 +15,7 @@ from d2llm.core.extras import require
 from d2llm.core.files import folder_bytes, new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.models import numpy_head
+from d2llm.models.backbone import search_query_tokens
 from d2llm.models.eight_bits import Runtime
 from d2llm.models.graphs import write_score_graph, write_text_graph
 from d2llm.models.head_weights import head_weights
@@ -80,9 +81,10 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
     }
     if to == "numpy":
         return content
-    reading = ("max_query_tokens", "max_passage_tokens", "query_prefix", "passage_prefix")
+    reading = ("max_passage_tokens", "query_prefix", "passage_prefix")
     used = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
-    return content | {key: getattr(backbone, key) for key in reading} | {"writers": used}
+    read = {"max_query_tokens": search_query_tokens(backbone)} | {key: getattr(backbone, key) for key in reading}
+    return content | read | {"writers": used}
 
 
 def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
+from d2llm.index import listing
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.index.listing import ListedDocument
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
@@ -192,6 +194,7 @@ class Index:
         passages: Iterable[Passage],
         *,
         only_new: bool = False,
+        lenient_metadata: bool = False,
         num_passages: int | None = None,
         show_progress: bool | None = False,
     ) -> UpsertReport:
@@ -203,6 +206,7 @@ class Index:
         Args:
             passages: read one after another, never held together.
             only_new: refuse passages whose id is there.
+            lenient_metadata: leave out metadata values that do not fit, and count them.
             num_passages: how many will come, for the progress bar.
             show_progress: None means: if standard error is a terminal.
 
@@ -218,7 +222,9 @@ class Index:
         student = self.student
         try:
             with progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
-                report = upsert_passages(self.store, student, passages, only_new=only_new, advance=advance)
+                report = upsert_passages(
+                    self.store, student, passages, only_new=only_new, lenient_metadata=lenient_metadata, advance=advance
+                )
         finally:
             self.refresh()
         warn_of_truncation(
@@ -234,6 +240,7 @@ class Index:
         chunking: Chunking | None = None,
         *,
         only_new: bool = False,
+        lenient_metadata: bool = False,
         num_documents: int | None = None,
         show_progress: bool | None = False,
     ) -> DocumentsReport:
@@ -245,6 +252,7 @@ class Index:
             documents: read one after another.
             chunking: how to split; None: as the index does, or as its first documents are: ``Chunking()``.
             only_new: refuse documents that are there.
+            lenient_metadata: leave out metadata values that do not fit, and count them.
             num_documents: how many will come, for the progress bar.
             show_progress: None means: if standard error is a terminal.
 
@@ -259,8 +267,9 @@ class Index:
         student = cast("Student", self.student)  # the only one that has a tokenizer to count with
         chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
         return upsert_documents(
-            self, documents, chunker, only_new=only_new, num_documents=num_documents, show_progress=show_progress
-        )
+            self, documents, chunker, only_new=only_new, lenient_metadata=lenient_metadata,
+            num_documents=num_documents, show_progress=show_progress,
+        )  # fmt: skip
 
     @property
     def chunking(self) -> Chunking | None:
@@ -277,6 +286,17 @@ class Index:
         num_deleted = self.store.delete(list(ids))
         self.refresh()
         return num_deleted
+
+    def delete_documents(self, ids: Iterable[str]) -> int:
+        """Delete all passages of these documents; returns how many passages there were.
+
+        Raises:
+            InputError: an id is no valid text.
+            IndexLockedError: another process is writing.
+        """
+        with self.store.writing():
+            found = listing.passages_of(self.store.table(), list(ids))
+            return self.delete([passage_id for of_one in found.values() for passage_id in of_one]) if found else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of what is no longer there; bytes before and after. Arguments: ``IndexStore.compact``."""
@@ -299,6 +319,26 @@ class Index:
     def get(self, ids: Sequence[str]) -> list[Passage]:
         """The passages with these ids, in their order; those that are not there are left out."""
         return self.view.get(ids)
+
+    def get_document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; none where it is not there.
+
+        Raises:
+            InputError: the id is no valid text.
+        """
+        return self.view.document(document_id)
+
+    def list_passages(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+        """The ids of passages, in order, a page at a time: the first ``limit`` behind the id ``after``.
+
+        Raises:
+            InputError: ``after`` is no valid text, or ``limit`` is below 1.
+        """
+        return self.view.list_passages(after, limit)
+
+    def list_documents(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+        """``list_passages`` for documents, with their numbers of passages; one without a document is its own."""
+        return self.view.list_documents(after, limit)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the ids that the latest version does not have, in their order, each once."""

@@ -84,9 +84,8 @@ class ModelService:
         self.name = name
         self.fingerprint = student.fingerprint
         self.dim = student.vector_dim
-        backbone = student.config.backbone
-        self.max_query_tokens = backbone.max_query_tokens
-        self.max_passage_tokens = backbone.max_passage_tokens
+        self.max_query_tokens = student.max_query_tokens
+        self.max_passage_tokens = student.config.backbone.max_passage_tokens
         self.batch_tokens = batch_tokens or student.batch_tokens
         self._observe = observe
         on_cpu = student.backbone.device.type == "cpu"

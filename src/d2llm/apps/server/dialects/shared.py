@@ -240,6 +240,11 @@ def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
     return [f"{name} were cut to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
+def warning_header(warnings: Sequence[str]) -> dict[str, str] | None:
+    """The header that tells of texts that were cut, where the dialect's answers have no place for it."""
+    return {"X-Warning": "; ".join(warnings)} if warnings else None
+
+
 def task_of(services: Services) -> Task:
     """What is asked of a pair: what the index is made for, else whether the passage answers the query."""
     return services.task

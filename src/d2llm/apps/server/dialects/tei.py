@@ -39,6 +39,7 @@ from d2llm.apps.server.dialects.shared import (
     task_of,
     texts_cut,
     unit_length,
+    warning_header,
 )
 from d2llm.apps.server.errors import Problem
 from d2llm.apps.server.fast_json import FastJSONResponse
@@ -237,7 +238,7 @@ def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
 
 
 def _answer(content: Any, warnings: list[str]) -> FastJSONResponse:
-    return FastJSONResponse(content, headers={"X-Warning": "; ".join(warnings)} if warnings else None)
+    return FastJSONResponse(content, headers=warning_header(warnings))
 
 
 async def _vectors(

@@ -30,6 +30,8 @@ from d2llm.apps.server.dialects.shared import (
     refuse_cut,
     status_of,
     task_of,
+    texts_cut,
+    warning_header,
 )
 from d2llm.apps.server.errors import Problem, invalid
 from d2llm.apps.server.fast_json import FastJSONResponse
@@ -42,7 +44,7 @@ _CUT = "shorten it, or send truncate_prompt_tokens: -1"
 class ScoreRequest(CutOptions):
     """Pairs of texts: one with one, one with each of several, or each with its counterpart.
 
-    A text that is too long is an error, unless one of the options says that it is to be cut.
+    A text that is too long is an error, unless one of the options says that it is to be cut; a header then says so.
     """
 
     text_1: Texts = Field(
@@ -140,7 +142,11 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
             "model": models.name,
             "data": [{"index": place, "object": "score", "score": value} for place, value in enumerate(scores)],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
-        }
+        },
+        headers=warning_header(
+            texts_cut("text_1", read.truncated, models.max_query_tokens)
+            + texts_cut("text_2", passages_read.truncated, models.max_passage_tokens)
+        ),
     )
 
 
