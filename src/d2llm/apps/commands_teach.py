@@ -59,7 +59,7 @@ def stack(
     from d2llm.core.files import write_bytes
 
     session = session_of(context)
-    job = job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype, files=(json_path, html_path))
     named = [job.recipe.teacher.named(member) for member in members]
     report = steps.stack(job, named, num_queries=queries, depth=depth)
     for part in stack_tables(report):
@@ -106,7 +106,7 @@ def gate(
     from d2llm.pipeline.gate import GateReport
 
     session = session_of(context)
-    job = job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype, files=(json_path,))
     named = job.recipe.teacher.named(teacher) if teacher is not None else None
     report = steps.try_the_teacher(job, teacher=named, student=student)
     session.write_report(context, json_path, report)

@@ -7,7 +7,24 @@ together (a lost card and a stolen one, a transfer that is late and one that fai
 
 from __future__ import annotations
 
-from d2llm.core.types import Passage
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.apps.demo_report import DemoAnswer, DemoPlace, MessageReport, MessageSystem
+from d2llm.core.types import Passage, Task
+from d2llm.models.interaction import Interaction
+from d2llm.models.student import Student
+from d2llm.ops.significance import paired_randomisation
+from d2llm.pipeline.cosine import AnchorStudent
+from d2llm.pipeline.protocols import SearchStudent
+
+TOP_K = 3
+"""As many other messages make the same request."""
+MAX_GAINED, MAX_LOST = 2, 1
+"""Examples that are shown."""
+_WITHOUT = "D2LLM without its interaction"
 
 MESSAGES: dict[str, tuple[str, str, str, str]] = {
     "card lost": (
@@ -159,14 +176,97 @@ MESSAGES: dict[str, tuple[str, str, str, str]] = {
 
 
 def messages() -> list[Passage]:
-    """Each as a passage whose id is its request and a number ("card lost 2")."""
+    """Each as a passage whose title is its request, and whose id is that and a number ("card lost 2")."""
     return [
-        Passage(f"{request} {number}", text)
+        Passage(f"{request} {number}", text, request)
         for request, texts in MESSAGES.items()
         for number, text in enumerate(texts, start=1)
     ]
 
 
-def request(message_id: str) -> str:
-    """The request that a message makes: "card lost" of "card lost 2"."""
-    return message_id.rpartition(" ")[0]
+def request_of(answer: DemoAnswer) -> str:
+    """The request that the message of an example makes."""
+    return answer.right_ids[0].rpartition(" ")[0]
+
+
+def interaction_weight(student: Student, task: Task) -> float:
+    """The weight of the interaction in a student's score, which was chosen on its dev data; 0 where there is none."""
+    head = student.interaction
+    if not isinstance(head, Interaction):
+        return 0.0
+    return float(head.residual_weight(task)) if head.has_anchor else 1.0
+
+
+def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
+    """Ask for each message among all others, and see how many of the first three make its request.
+
+    Args:
+        student: scores in the symmetric task, with its interaction and without.
+        cosine: the untuned baseline.
+    """
+    found = messages()
+    request = np.unique([message.title for message in found], return_inverse=True)[1]
+    texts = [message.text for message in found]  # without the request, which is what is to be found
+    encoded = student.encode_queries(texts).vectors, student.encode_passages(texts).vectors
+    scores = {
+        "cosine, untuned": _score(cosine, cosine.encode_queries(texts).vectors, cosine.encode_passages(texts).vectors)
+    }
+    if student.has_anchor:
+        scores[_WITHOUT] = _score(AnchorStudent(student), *encoded)
+    scores["D2LLM"] = _score(student, *encoded)
+    hits = {name: request[_order(values)[:, :TOP_K]] == request[:, None] for name, values in scores.items()}
+    p_value, gains, examples = None, np.zeros(len(found), np.int64), ()
+    if student.has_anchor:
+        gains = hits["D2LLM"].sum(1) - hits[_WITHOUT].sum(1)
+        p_value = paired_randomisation(hits["D2LLM"].sum(1), hits[_WITHOUT].sum(1))
+        by_gain = np.argsort(-gains, kind="stable")
+        gained, lost = by_gain[gains[by_gain] > 0][:MAX_GAINED], by_gain[gains[by_gain] < 0][::-1][:MAX_LOST]
+        examples = tuple(
+            _example(found, place, scores[_WITHOUT][place], scores["D2LLM"][place])
+            for place in (*gained.tolist(), *lost.tolist())
+        )
+    return MessageReport(
+        num_messages=len(found),
+        num_requests=len(MESSAGES),
+        interaction_weight=interaction_weight(student, "symmetric"),
+        systems=tuple(MessageSystem(name, float(hit.mean()), float(hit[:, 0].mean())) for name, hit in hits.items()),
+        p_value=p_value,
+        num_better=int((gains > 0).sum()),
+        num_worse=int((gains < 0).sum()),
+        examples=examples,
+    )
+
+
+def _score(scorer: SearchStudent, queries: NDArray[np.float32], passages: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every text against every other; itself comes last."""
+    scores = np.stack([scorer.score(query, passages, "symmetric") for query in queries])
+    np.fill_diagonal(scores, -np.inf)
+    return scores
+
+
+def _order(scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def _example(
+    found: Sequence[Passage], place: int, without: NDArray[np.float32], whole: NDArray[np.float32]
+) -> DemoAnswer:
+    message = found[place]
+
+    def places(scores: NDArray[np.float32], others: NDArray[np.float32]) -> tuple[DemoPlace, ...]:
+        other_ranks = {at: rank for rank, at in enumerate(_order(others).tolist(), start=1)}
+        return tuple(
+            DemoPlace(
+                rank=rank,
+                passage_id=found[at].id,
+                title=found[at].title,
+                text=found[at].text,
+                score=float(scores[at]),
+                right=found[at].title == message.title,
+                other_rank=other_ranks[at],
+            )
+            for rank, at in enumerate(_order(scores)[:TOP_K].tolist(), start=1)
+        )
+
+    same = tuple(other.id for other in found if other.title == message.title and other.id != message.id)
+    return DemoAnswer(message.text, same, places(without, whole), places(whole, without))
