@@ -15,6 +15,8 @@ from d2llm.apps.options import (
     RecipeArgument,
     RunJsonOption,
     RunOption,
+    known_student,
+    known_teacher,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
@@ -81,6 +83,7 @@ def gate(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="The student whose score is to be beaten.",
             show_default="the recipe's backbone before training",
         ),
@@ -88,7 +91,11 @@ def gate(
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher", metavar="MODEL", help=f"{_HOW.capitalize()}.", show_default="the run's, or the recipe's"
+            "--teacher",
+            metavar="MODEL",
+            callback=known_teacher,
+            help=f"{_HOW.capitalize()}.",
+            show_default="the run's, or the recipe's",
         ),
     ] = None,
     device: DeviceOption = None,

@@ -18,6 +18,7 @@ from d2llm.apps.options import (
     RunJsonOption,
     RunOption,
     in_a_folder_that_is_there,
+    known_student,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
@@ -145,6 +146,7 @@ def mine(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="A trained student that ranks the passages, by its full score.",
             show_default="mining.student, else the recipe's backbone before training",
         ),

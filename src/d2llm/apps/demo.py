@@ -21,7 +21,7 @@ from d2llm.apps.demo_questions import JUDGED, QUESTIONS
 from d2llm.apps.demo_report import Agreement, DemoReport, DemoSizes, JudgedPassage, TeacherOpinion
 from d2llm.apps.demo_view import DemoView
 from d2llm.apps.options import DEFAULT_STUDENT
-from d2llm.core.errors import DataFormatError, IndexMismatchError, MissingExtraError
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, MissingExtraError
 from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
@@ -90,6 +90,8 @@ def run_demo(
     student_folder = find_student(student)  # fails at once, and says which students there are
     teacher_config, is_tuned = _teacher_config(student_folder)
     _require_weights(student_folder, teacher_config)
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file, but the demo keeps its index in a folder; give another path")
     check_replaceable(target, INDEX_KIND)
 
     view.step("The corpus: what your own Python says about itself")

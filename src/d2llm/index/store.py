@@ -32,7 +32,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
-from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
+from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.types import Passage, Task
 from d2llm.index import repair, vector_file
 from d2llm.index.blocks import (
@@ -99,6 +99,7 @@ class IndexStore:
             StorageError: it cannot be written.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            check_replaceable(folder, KIND)  # says what is in the way, where that is no index
             raise InputError(f"{folder}: is there already; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
         if vector_copies not in FORMATS:
