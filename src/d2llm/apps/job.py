@@ -78,7 +78,7 @@ def job_of(
             folder of a file is not there.
     """
     recipe = with_data(load_recipe(recipe_name), data or [])
-    check_data(recipe)
+    check_data(recipe, where=recipe_name)
     require_data(recipe)
     name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
     folder = out or Path("runs") / name
