@@ -17,6 +17,8 @@ from d2llm.apps.options import (
     RecipeArgument,
     RunJsonOption,
     RunOption,
+    in_a_folder_that_is_there,
+    known_student,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
@@ -33,7 +35,14 @@ def init(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the recipe goes; none is replaced.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            dir_okay=False,
+            callback=in_a_folder_that_is_there,
+            help="Where the recipe goes; none is replaced.",
+        ),
     ] = Path("recipe.toml"),
     backbone: Annotated[
         str, typer.Option("--backbone", metavar="MODEL", help="What reads each text alone: a folder, a Hub name.")
@@ -111,7 +120,7 @@ def run(
     from d2llm.apps.job import job_of
     from d2llm.apps.mine_step import mine_plans
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     order: tuple[str, ...] = get_args(_Step)
     anew: tuple[str, ...] = order[order.index(again) :] if again else ()
     result = {"mine": mine_plans(job, again="mine" in anew)}
@@ -137,6 +146,7 @@ def mine(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="A trained student that ranks the passages, by its full score.",
             show_default="mining.student, else the recipe's backbone before training",
         ),
@@ -153,7 +163,7 @@ def mine(
     from d2llm.apps.job import job_of
     from d2llm.apps.mine_step import mine_plans
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     session_of(context).write_report(context, json_path, mine_plans(job, again=again, student=student))
 
 
@@ -175,7 +185,7 @@ def tune_teacher(
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     session_of(context).write_report(context, json_path, steps.tune_the_teacher(job, again=again))
 
 
@@ -196,7 +206,9 @@ def label(
     from d2llm.apps.job import job_of
 
     session_of(context).write_report(
-        context, json_path, steps.label_pairs(job_of(session_of(context), recipe, out, data, device, dtype))
+        context,
+        json_path,
+        steps.label_pairs(job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))),
     )
 
 
@@ -227,7 +239,7 @@ def distill(
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     session_of(context).write_report(context, json_path, steps.distill_student(job, variant=variant, again=again))
 
 

@@ -46,6 +46,17 @@ Run = Mapping[str, Mapping[str, float]]
 """query_id -> passage_id -> score."""
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is a string that can be written as UTF-8 (a lone surrogate cannot)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A text that asks."""

@@ -14,10 +14,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
-from d2llm.core.types import Passage, Task
+from d2llm.core.types import Passage, Task, is_text
 from d2llm.index import listing
 from d2llm.index.ann import AnnBase, AnnIndex
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written, is_text
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written
 from d2llm.index.listing import ListedDocument
 from d2llm.index.projections import StoredProjections, projections_of
 from d2llm.index.scan import RowScan

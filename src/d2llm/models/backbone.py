@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
+from d2llm.core.types import is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.lean import open_lean
 from d2llm.models.lora import (
@@ -205,7 +206,7 @@ class Backbone(nn.Module):
         ``prefix`` and ``limit`` None mean those that the configuration has for the kind, which training goes by.
 
         Raises:
-            InputError: one text where a list of texts is needed.
+            InputError: one text where a list of texts is needed, or a text with half a character.
         """
         if isinstance(texts, str):
             raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
@@ -213,6 +214,9 @@ class Backbone(nn.Module):
             prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         if limit is None:
             limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
+        for text in texts:
+            if not is_text(text):
+                raise InputError(f"{text[:100]!r}: is no valid Unicode text; write it as UTF-8")
         prefixed = [prefix + text for text in texts]
         if not prefixed:
             return TokenizedTexts([])

@@ -15,7 +15,7 @@ import semantic_text_splitter
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import LateChunk, Passage, WholeText
 from d2llm.index.passage_table import PassageTable
-from d2llm.index.side_files import CHUNK_TOKENS, Chunking, read_chunking, write_chunking
+from d2llm.index.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read_chunking, write_chunking
 from d2llm.index.store import IndexStore
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
@@ -162,6 +162,7 @@ def upsert_documents(
             if unfinished:
                 unfinished[0] -= count
 
+        known, version = read_chunking(store.folder), store.table().version
         try:
             _keep_chunking(store, chunker.chunking)
             report = upsert_passages(
@@ -169,6 +170,10 @@ def upsert_documents(
                 lenient_metadata=lenient_metadata, advance=finish,
             )  # fmt: skip
             num_deleted = _delete_earlier_forms(store, num_pieces)
+        except BaseException:
+            if known is None and store.table().version == version:
+                forget_chunking(store.folder)  # nothing was cut, so another way is still open
+            raise
         finally:
             index.refresh()
         version = store.table().version
