@@ -114,6 +114,14 @@ class TestRunAgain:
             assert (folder / "run" / name / MANIFEST).is_file()
         # The same recipe and seed make the same teacher, so its labels are there already.
         assert report["result"]["label"]["pairs"] == 0
+        assert report["result"]["label"]["finished_pairs"] == 12 * 6
+        assert "label: all 72 pairs of 12 queries were labelled before" in result.stderr
+        # Before it is tuned again, the teacher is looked at as it is; no verdict is kept of that.
+        (look,) = report["result"]["first-look"]["sets"]
+        assert (look["name"], look["num_items"]) == ("everyday", 4)
+        assert "first-look: untuned, the teacher is" in result.stderr
+        for step in ("mine", "first-look", "tune-teacher", "stack", "gate", "label", "distill"):
+            assert f"{step} " in result.stdout
         assert stale_of(result) == []
 
     def test_the_last_step_alone(self, run):

@@ -111,28 +111,39 @@ def run(
     dtype: DtypeOption = None,
     json_path: RunJsonOption = None,
 ) -> None:
-    """Make a student from a recipe: the steps below in order.
+    """Make a student from a recipe: the steps below in order, and at the end what came of each.
+
+    Before a teacher is tuned, a first look tries it as it is on a few dev queries.
 
     What is finished in the run folder is skipped, so the same command goes on after an interruption. What was made with
     other settings than the recipe has now is named; --again STEP makes it anew, and what comes after it.
     """
     from d2llm.apps import steps
-    from d2llm.apps.job import job_of
+    from d2llm.apps.job import job_of, skip
     from d2llm.apps.mine_step import mine_plans
+    from d2llm.apps.teach_tables import gate_advice, gate_table, run_table
+    from d2llm.pipeline.gate import GateReport
 
     job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     order: tuple[str, ...] = get_args(_Step)
     anew: tuple[str, ...] = order[order.index(again) :] if again else ()
     result = {"mine": mine_plans(job, again="mine" in anew)}
     if job.recipe.losses.imitates:
+        result["first-look"] = steps.look_at_the_teacher(job, again="tune-teacher" in anew)
         result["tune-teacher"] = steps.tune_the_teacher(job, again="tune-teacher" in anew)
         result["stack"] = steps.stack_with_cosine(job, again="stack" in anew, cosine_again="mine" in anew)
         result["gate"] = steps.try_the_teacher(job, again="gate" in anew)
+        if isinstance(result["gate"], GateReport):
+            job.session.show(gate_table(result["gate"]))
+            job.session.say(gate_advice(result["gate"]))
         if len(steps.closed_gates(job)) < len(job.recipe.data):
             result["label"] = steps.label_pairs(job)
+        else:
+            result["label"] = skip(job, "label: the gate is closed for every data set, so no pair is labelled")
     else:
         job.session.say("run: no loss of the recipe imitates a teacher, so none is tuned, tried or asked for labels")
     result["distill"] = steps.distill_student(job, again="distill" in anew)
+    job.session.show(run_table(result))
     session_of(context).write_report(context, json_path, result)
 
 

@@ -9,7 +9,7 @@ from heapq import nsmallest
 from typing import cast
 
 from d2llm.core.errors import InputError
-from d2llm.index.blocks import is_text
+from d2llm.core.types import is_text
 from d2llm.index.passage_table import PassageTable, quoted
 
 PAGE_SIZE = 100

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.fallbacks import count_fallback
 from d2llm.index.vector_file import DERIVED, VectorFile, path_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class StoredProjections:
         try:
             return cls.load(vectors, generation, made_of)
         except (DataFormatError, OSError, ValueError) as error:  # the last two: replaced while it was opened
+            count_fallback("stored projections")
             _log.warning("%s; passages are scored from their vectors", error)
             return None
 

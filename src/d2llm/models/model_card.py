@@ -12,6 +12,7 @@ from typing import Any
 
 from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.models.backbone import search_query_tokens
+from d2llm.models.probabilities import read_calibration
 from d2llm.models.sentence_transformers_files import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
@@ -56,7 +57,7 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need
 
     path = folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else _body(manifest)
+    text = path.read_text(encoding="utf-8") if path.is_file() else _body(folder, manifest)
     card = ModelCard(text) if text.startswith("---\n") else None
     said: dict[str, Any] = card.data.to_dict() if card is not None else {}
     body: str = card.text if card is not None else text
@@ -116,7 +117,7 @@ def _recorded(manifest: Mapping[str, Any], *keys: str) -> Any:
     return value if value is not None else []
 
 
-def _body(manifest: Mapping[str, Any]) -> str:
+def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     backbone, head = config["backbone"], config["interaction"]["head"]
     base, num_query_tokens = hub_name(str(backbone["model"])), search_query_tokens(BackboneConfig(**backbone))
@@ -131,10 +132,27 @@ def _body(manifest: Mapping[str, Any]) -> str:
         f"- Reads at most {num_query_tokens} tokens of a query and {backbone['max_passage_tokens']} of a "
         f"passage; what is longer is cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )
-    return (
-        "\n\n".join(["# A d2llm student", what, facts, "## Use", _USE, *_training(manifest), *_figures(manifest)])
-        + "\n"
+    parts = [what, facts, "## Use", _USE, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
+    return "\n\n".join(["# A d2llm student", *parts]) + "\n"
+
+
+def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What its probabilities mean and how far they could be believed; nothing where it has none."""
+    calibration = read_calibration(folder, str(manifest["fingerprint"]))
+    if not calibration.tasks:
+        return []
+    told = (
+        "Scores give an order; `student.calibration.probabilities(scores, task)`, and a server's relevance scores, are "
+        f"how likely a passage is relevant where {calibration.base_rate:.0%} of the passages are (one relevant, "
+        f"{calibration.num_hard} that shares the query's words, {calibration.num_random} drawn at random). Of another "
+        "mixture they are not the share of relevant ones, but the order holds."
     )
+    lines = ["| task | dev queries | expected calibration error before | after |", "|---|---|---|---|"]
+    lines += [
+        f"| {task} | {sum(found.num_queries.values())} | {found.error_before:.3f} | {found.error_after:.3f} |"
+        for task, found in calibration.tasks.items()
+    ]
+    return ["## Probabilities", told, "\n".join(lines)]
 
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:

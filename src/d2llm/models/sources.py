@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
+from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 
 if TYPE_CHECKING:
@@ -163,7 +164,9 @@ def find_model_file(location: str, name: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(location, name))
-    except (EntryNotFoundError, OSError):
+    except (EntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError):  # also of no connection: then nobody knows whether there is one
+            fell_back(f"{name} of a model", f"{location}: {error}; it is taken for missing", level=logging.INFO)
         return None
 
 

@@ -33,6 +33,7 @@ from d2llm.models.interaction import CosineHead, Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
+from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.sources import load_tensors
@@ -48,7 +49,7 @@ _ACCELERATOR_BLOCK = 32_768
 
 
 class Student(nn.Module):
-    """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors."""
+    """Backbone + PMA: a vector of each text; the IEM: scores of two vectors; ``calibration``: their probabilities."""
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
@@ -61,6 +62,7 @@ class Student(nn.Module):
             self.interaction = make_head(config.interaction, backbone.dim).to(backbone.device)
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
+        self.calibration = UNCALIBRATED
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
@@ -130,6 +132,7 @@ class Student(nn.Module):
         student._saved_fingerprint = manifest["fingerprint"]
         student._recorded = {name: value for name, value in manifest.items() if name != files.MERGED_HASH}
         student._has_merged_weights = merged
+        student.calibration = read_calibration(folder, manifest["fingerprint"])
         student.use_engine(engine, dtype=products)
         return student
 
@@ -190,13 +193,10 @@ class Student(nn.Module):
                     write_plain_form(temporary, self.config, self.backbone.pooling, self.interaction, task)
             elif adapter := self.backbone.tuned_state():
                 save_file(adapter, temporary / files.ADAPTER_FILE)
-            manifest = {
-                **content,
-                "fingerprint": self.fingerprint,
-                "config": self.config.model_dump(mode="json"),
-                "pooling": self.backbone.pooling,
-                "base_fingerprint": self.backbone.fingerprint_base(),
-            }
+            config, base = self.config.model_dump(mode="json"), self.backbone.fingerprint_base()
+            own = {"fingerprint": self.fingerprint, "config": config, "pooling": self.backbone.pooling}
+            manifest = {**content, **own, "base_fingerprint": base}
+            write_calibration(temporary, self.calibration)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
 
@@ -236,7 +236,7 @@ class Student(nn.Module):
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
         self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
-        self._recorded = {}
+        self._recorded, self.calibration = {}, UNCALIBRATED
         self.backbone.prepare_training(seed=seed)
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
@@ -319,9 +319,8 @@ class Student(nn.Module):
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
-            seen = (
-                "an inner product alone" if isinstance(head, CosineHead) else f"the features '{head.config.features}'"
-            )
+            features = "" if isinstance(head, CosineHead) else head.config.features
+            seen = f"the features '{features}'" if features else "an inner product alone"
             raise InputError(
                 f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
                 "nothing is gained by storing W_p b; only a head with the features 'concat' gains"

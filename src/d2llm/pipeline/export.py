@@ -20,6 +20,7 @@ from d2llm.models.eight_bits import Runtime
 from d2llm.models.graphs import write_score_graph, write_text_graph
 from d2llm.models.head_weights import head_weights
 from d2llm.models.interaction import TASKS, CosineHead
+from d2llm.models.probabilities import write_calibration
 from d2llm.models.student import Student
 
 KIND = "export"
@@ -42,6 +43,8 @@ class ExportReport:
 def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
     """Write a student for programs without d2llm into ``folder``, atomically.
 
+    What makes probabilities of its scores, where it has that, goes with it (``probabilities.json``).
+
     Args:
         student: what to write, in float32 on the CPU.
         folder: where; an export that is already there is replaced.
@@ -63,6 +66,7 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             _write_numpy(student, temporary)
         else:
             _write_graphs(student, temporary, to, int8=int8)
+        write_calibration(temporary, student.calibration)
         names = tuple(sorted(path.name for path in temporary.iterdir()))
         write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
     return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))

@@ -175,8 +175,11 @@ def load_models(
     _hide(private, str(folder), config.backbone.model)
     if store is not None:
         store.check_student(manifest["fingerprint"])  # before its weights are read
+    student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
+    calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: they are the sigmoid of the score"
+    _log.info("relevance scores are probabilities in %s", calibrated)
     return ModelService(
-        Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine),
+        student,
         settings.model_name or Path(name).name,
         queue_texts=settings.queue_texts,
         batch_tokens=settings.batch_tokens,

@@ -121,6 +121,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
             backbone=_name_of(config.backbone.model),
             max_query_tokens=models.max_query_tokens,
             max_passage_tokens=models.max_passage_tokens,
+            relevance_score=models.probability_kind(version.view.task),
         ),
         teacher=index.teacher_name,
         fields=stats.metadata,

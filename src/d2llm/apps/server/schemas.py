@@ -260,6 +260,7 @@ class StudentAnswer(Answer):
     backbone: str
     max_query_tokens: int
     max_passage_tokens: int
+    relevance_score: str = Field(description="How rerankers' numbers in [0, 1] are made of its scores.")
 
 
 class IndexAnswer(Answer):

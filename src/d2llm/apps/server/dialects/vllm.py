@@ -26,8 +26,8 @@ from d2llm.apps.server.dialects.shared import (
     check_size,
     errors,
     find_model,
-    probabilities,
     refuse_cut,
+    score_header,
     status_of,
     task_of,
     texts_cut,
@@ -132,7 +132,8 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
     for places in places_of.values():
         query = read.vectors[places[0] % len(queries)]
         logits[places] = await models.score_vectors(query, passages_read.vectors[places], task_of(services))
-    scores = (logits if body.use_activation is False else probabilities(logits)).tolist()
+    is_raw = body.use_activation is False
+    scores = logits if is_raw else models.probabilities(logits, task_of(services))
     num_tokens = sum(read.num_tokens) + sum(passages_read.num_tokens)
     return FastJSONResponse(
         {
@@ -140,13 +141,18 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
             "object": "list",
             "created": int(time.time()),
             "model": models.name,
-            "data": [{"index": place, "object": "score", "score": value} for place, value in enumerate(scores)],
+            "data": [
+                {"index": place, "object": "score", "score": value} for place, value in enumerate(scores.tolist())
+            ],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
         },
-        headers=warning_header(
-            texts_cut("text_1", read.truncated, models.max_query_tokens)
-            + texts_cut("text_2", passages_read.truncated, models.max_passage_tokens)
-        ),
+        headers={
+            **warning_header(
+                texts_cut("text_1", read.truncated, models.max_query_tokens)
+                + texts_cut("text_2", passages_read.truncated, models.max_passage_tokens)
+            ),
+            **({} if is_raw else score_header(services)),
+        },
     )
 
 
