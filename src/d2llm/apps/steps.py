@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError, ModelError
@@ -144,6 +145,7 @@ def label_pairs(job: Job) -> Any:
 
 def distill_student(job: Job, *, variant: str | None = None, again: bool = False) -> Any:
     """Train the student, or a variant of it, on the labels."""
+    from d2llm.apps.teach_tables import dev_change
     from d2llm.pipeline.distill import distill
 
     recipe, folder = job.recipe, job.run.student
@@ -172,7 +174,8 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
         dtype=job.dtype,
         show_progress=job.session.show_progress,
     )
-    job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {folder}")
+    change = dev_change(report, {Path(data.path).name: data.task for data in recipe.data})
+    job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {folder}; dev: {change}")
     if report.is_untrained:
         from d2llm.apps.teach_tables import untrained_advice
 

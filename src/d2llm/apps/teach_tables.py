@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rich.console import RenderableType
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from d2llm.core.recipe import TrainingConfig
+from d2llm.core.types import Task
 from d2llm.pipeline.distill import DistillReport
 from d2llm.pipeline.gate import GateReport, GateRow
 from d2llm.pipeline.stack_teachers import StackReport, StackRow, TaskReport
@@ -107,6 +108,16 @@ def _gate_cells(row: GateRow) -> list[Text]:
     figures = [row.measure, f"{row.num_items:,}", f"{row.teacher:.4f}", f"{row.cosine:.4f}", f"{row.difference:+.4f}"]
     verdict = "open" if row.is_open else "closed"
     return [Text(cell) for cell in (row.name, *figures, f"{row.p_value:.4f}", verdict)]
+
+
+def dev_change(report: DistillReport, tasks: Mapping[str, Task]) -> str:
+    """Of each data set, whose task is given by its name, the dev measure at the start and of the student written."""
+    parts: list[str] = []
+    for name, found in report.dev.items():
+        weight = str(float(report.residual_weights.get(tasks.get(name, "asymmetric"), 0.0)))
+        written = found["by_weight"].get(weight, max(found["by_weight"].values()))
+        parts.append(f"{name} {found['start']:.3f} -> {written:.3f} ({found['num_items']:,} questions or pairs)")
+    return ", ".join(parts)
 
 
 def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
