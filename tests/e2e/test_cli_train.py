@@ -171,6 +171,7 @@ class TestNothingLearnt:
         assert "nothing was learnt: no state of the run was better on dev than the start" in warning
         dev = report["result"]["dev"]["everyday"]
         assert f"everyday {dev['start']:.4f} -> {dev['last']:.4f}" in warning
+        assert f"; dev: everyday {dev['start']:.3f} -> {dev['start']:.3f} (4 questions or pairs)" in result.stderr
         assert "It hardly moved in 3 steps: raise training.learning_rate (1e-12 now) threefold" in warning
         assert "Few dev questions see no small gain (everyday 4): better 100 or more" in warning
 

@@ -84,7 +84,7 @@ def init(
         session.complain("warning", note)
     session.say(
         f"init: {found.num_train:,} questions or pairs to train on, {found.num_dev:,} of dev; read {out}, then: "
-        f"d2llm run {out}"
+        f"d2llm run {out} (about {found.duration}, as fast as this machine is now)"
     )
     session.write_report(context, json_path, found)
 

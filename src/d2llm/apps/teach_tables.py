@@ -102,14 +102,17 @@ def _plan_words(counts: Mapping[str, Any]) -> str:
 
 def student_words(report: DistillReport) -> str:
     """What a distillation gave: steps, dev, and whether its scores can be read as probabilities."""
-    before, after = (fmean(found[key] for found in report.dev.values()) for key in ("start", "kept"))
+    dev = [
+        f"{name} {found['start']:.3f} -> {found['kept']:.3f} ({found['num_items']:,} questions or pairs)"
+        for name, found in report.dev.items()
+    ]
     calibrated = [
         f"{task} (expected calibration error {fitted['error_before']:.3f} before, {fitted['error_after']:.3f} after)"
         for task, fitted in report.probabilities.items()
     ]
     return (
-        f"{report.steps:,} steps, best at {report.best_step:,}; dev, mean over the sets, {before:.4f} before and "
-        f"{after:.4f} after; probabilities: {', '.join(calibrated) or 'too few dev queries'}; in {report.folder}"
+        f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; probabilities: "
+        f"{', '.join(calibrated) or 'too few dev queries'}; in {report.folder}"
     )
 
 

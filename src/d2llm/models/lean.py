@@ -23,8 +23,8 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.models.sources import load_tensors
 
-_CONFIG = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
-_CONFIG += ("type_vocab_size", "vocab_size", "layer_norm_eps")
+_SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"}
+_LIMITS = {"max_position_embeddings", "type_vocab_size", "vocab_size", "layer_norm_eps"}
 _NOT_USED = ("pooler.", "cls.", "embeddings.position_ids")
 _MODEL_FILE, _TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
@@ -153,7 +153,7 @@ def open_lean(location: str, tokenizer_folder: Path, *, dtype: torch.dtype) -> L
     plain = config.get("model_type") == "bert" and config.get("hidden_act") == "gelu"
     plain = plain and config.get("position_embedding_type", "absolute") == "absolute"
     plain = plain and not config.get("is_decoder") and "quantization_config" not in config
-    plain = plain and all(name in config for name in _CONFIG) and isinstance(settings.get("pad_token"), str)
+    plain = plain and config.keys() >= _SIZES | _LIMITS and isinstance(settings.get("pad_token"), str)
     if not plain:
         return None
     model = LeanBert(SimpleNamespace(**config))
