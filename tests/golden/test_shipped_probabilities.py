@@ -39,7 +39,7 @@ SAME = {
     "Even without medicine a cold is mostly over in ten days.": 20,
     "People who sleep too little learn less easily and are moody.": 22,
 }
-STUDENTS = dict(shipped_models("students"))
+STUDENTS = shipped_models("students")
 
 
 @pytest.fixture(scope="module", params=list(STUDENTS))

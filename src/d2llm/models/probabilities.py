@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy.special import expit
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.files import write_json
@@ -78,7 +77,8 @@ class ProbabilityCalibration(_Part):
                 f"this student's scores were not calibrated for {task} search, so no probability is known; ask for "
                 "scores, or fit them on judged dev queries (d2llm.fit_probabilities)"
             )
-        return np.asarray(expit(fitted.slope * np.asarray(scores, np.float64) + fitted.offset))
+        log_odds = fitted.slope * np.asarray(scores, np.float64) + fitted.offset
+        return np.exp(-np.logaddexp(0.0, -log_odds))  # without overflow, and exact far below 0
 
 
 UNCALIBRATED = ProbabilityCalibration(student="", num_hard=0, num_random=0, tasks={})

@@ -160,12 +160,13 @@ def find_model_file(location: str, name: str) -> Path | None:
         path = Path(location) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(location, name))
     except (EntryNotFoundError, OSError) as error:
-        if isinstance(error, OSError):  # also of no connection: then nobody knows whether there is one
+        # Without a connection nobody knows whether there is one.
+        if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
             fell_back(f"{name} of a model", f"{location}: {error}; it is taken for missing", level=logging.INFO)
         return None
 
