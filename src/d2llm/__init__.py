@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.label import label
     from d2llm.pipeline.mine import mine
+    from d2llm.pipeline.probabilities import fit_probabilities
     from d2llm.pipeline.search import SearchSettings, search
     from d2llm.pipeline.stack_teachers import stack_teachers
     from d2llm.pipeline.starting_recipe import starting_recipe
@@ -87,6 +88,7 @@ __all__ = [
     "encode",
     "evaluate",
     "export",
+    "fit_probabilities",
     "gate",
     "label",
     "load_contenders",
@@ -144,6 +146,7 @@ _HOMES = {
     "d2llm.pipeline.index": ("Index",),
     "d2llm.pipeline.label": ("label",),
     "d2llm.pipeline.mine": ("mine",),
+    "d2llm.pipeline.probabilities": ("fit_probabilities",),
     "d2llm.pipeline.search": ("SearchSettings", "search"),
     "d2llm.pipeline.stack_teachers": ("stack_teachers",),
     "d2llm.pipeline.starting_recipe": ("starting_recipe",),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
+import typer.main
 from typer.testing import CliRunner
 
 from d2llm.apps.cli import app
 from e2e.small_corpus import SENTENCES
 
+_PROGRAM = typer.main.get_command(app)
+
 
 def d2llm(*arguments):
-    # A width of its own: some libraries set the variable in a process that they are imported into.
-    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
+    # Made once, as a program does; typer's runner would make all verbs anew for each call.
+    with mock.patch("typer.testing._get_command", return_value=_PROGRAM):
+        # A width of its own: some libraries set the variable in a process that they are imported into.
+        return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def succeed(*arguments):

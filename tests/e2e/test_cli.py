@@ -42,6 +42,23 @@ def verb_at(path):
 ALL_VERBS = verbs_below(typer.main.get_command(app))
 
 
+def imported_by(*arguments):
+    """The modules, and the packages that are not the standard library's, after a call in a process of its own."""
+    code = f"""
+import sys
+from d2llm.apps.cli import main
+try:
+    main({[str(argument) for argument in arguments]!r})
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = result.stderr.splitlines()[-1].split()
+    packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
+    assert "d2llm" in packages
+    return modules, packages
+
+
 class TestHelp:
     def test_the_program_lists_every_verb_under_a_heading(self):
         text = succeed("--help").stdout
@@ -80,18 +97,7 @@ class TestHelp:
 
     @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["--version"]])
     def test_help_imports_little(self, arguments):
-        code = f"""
-import sys
-from d2llm.apps.cli import main
-try:
-    main({arguments!r})
-finally:
-    print(*sorted(sys.modules), file=sys.stderr)
-"""
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        modules = result.stderr.split()
-        packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
-        assert "d2llm" in packages
+        modules, packages = imported_by(*arguments)
         assert not {"torch", "transformers", "numpy", "pyarrow", "lancedb", "fastapi", "scipy"} & packages
         # What the help costs is importing, so the modules are counted: seconds depend on the machine's other work.
         assert len(modules) < 550
@@ -222,6 +228,23 @@ class TestSearch:
         assert lines[0].strip() == "ships at sea"
         assert [line.split()[0] for line in lines[1:] if line.split()[0] in {"1", "2"}] == ["1", "2"]
         assert result.stderr == ""
+
+    @pytest.mark.parametrize("verb", [("stats",), ("get", "s7")])
+    def test_an_index_is_looked_at_without_torch(self, index, verb):
+        modules, packages = imported_by("index", index, *verb)
+        unneeded = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "scipy", "faiss"}
+        assert {"lancedb", "pyarrow"} <= packages
+        assert not {*unneeded, "sqlglot", "semantic_text_splitter", "bm25s", "fastapi"} & packages
+        # pandas is no dependency, but pyarrow imports it where it is installed
+        assert len([name for name in modules if name.partition(".")[0] != "pandas"]) < 950
+
+    def test_a_search_imports_only_what_it_needs(self, index):
+        modules, packages = imported_by("search", index, "ships at sea")
+        unneeded = {"transformers", "huggingface_hub", "peft", "semantic_text_splitter", "sqlglot", "fastapi"}
+        assert {"lancedb", "torch", "tokenizers", "faiss"} <= packages
+        assert not {*unneeded, "scipy", "sympy", "bm25s"} & packages
+        assert "torch._dynamo" not in modules
+        assert len([name for name in modules if name.partition(".")[0] != "pandas"]) < 2000
 
     def test_judge(self, place):
         arguments = ("judge", "what is [bold]this[/bold]?", "a [link] in it", "two", "--teacher", place / "decoder")

@@ -70,7 +70,10 @@ def test_where_the_gate_is_closed_the_student_learns_from_the_data_set_alone(run
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
     assert manifest["closed_gates"] == ["everyday"]
     result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
-    assert "label" not in report["result"]
+    assert "closed for every data set" in report["result"]["label"]["skipped"]
+    assert "tuning has begun or is finished" in report["result"]["first-look"]["skipped"]
+    assert "The run, step by step" in result.stdout
+    assert "closed for everyday, couples" in result.stdout
 
 
 def test_labelled_pairs_are_tried_too_and_learnt_from_their_own_labels_where_closed(run, place, tmp_path):
@@ -103,6 +106,7 @@ def test_labelled_pairs_are_tried_too_and_learnt_from_their_own_labels_where_clo
     assert report["result"]["distill"]["unlabelled_queries"] == report["result"]["distill"]["queries"] == 12 + 8
     again = succeed("run", recipe, *options)
     assert "gate: the verdict on this teacher is in" in again.stderr
+    assert "closed for" in again.stdout
 
 
 def closed_recipe(path, place, when_closed):

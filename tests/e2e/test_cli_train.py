@@ -114,6 +114,14 @@ class TestRunAgain:
             assert (folder / "run" / name / MANIFEST).is_file()
         # The same recipe and seed make the same teacher, so its labels are there already.
         assert report["result"]["label"]["pairs"] == 0
+        assert report["result"]["label"]["finished_pairs"] == 12 * 6
+        assert "label: all 72 pairs of 12 queries were labelled before" in result.stderr
+        # Before it is tuned again, the teacher is looked at as it is; no verdict is kept of that.
+        (look,) = report["result"]["first-look"]["sets"]
+        assert (look["name"], look["num_items"]) == ("everyday", 4)
+        assert "first-look: untuned, the teacher is" in result.stderr
+        for step in ("mine", "first-look", "tune-teacher", "stack", "gate", "label", "distill"):
+            assert f"{step} " in result.stdout
         assert stale_of(result) == []
 
     def test_the_last_step_alone(self, run):
@@ -163,6 +171,7 @@ class TestNothingLearnt:
         assert "nothing was learnt: no state of the run was better on dev than the start" in warning
         dev = report["result"]["dev"]["everyday"]
         assert f"everyday {dev['start']:.4f} -> {dev['last']:.4f}" in warning
+        assert f"; dev: everyday {dev['start']:.3f} -> {dev['start']:.3f} (4 questions or pairs)" in result.stderr
         assert "It hardly moved in 3 steps: raise training.learning_rate (1e-12 now) threefold" in warning
         assert "Few dev questions see no small gain (everyday 4): better 100 or more" in warning
 

@@ -73,6 +73,20 @@ def test_the_report_says_what_was_done(place: Place, trained: Trained) -> None:
     assert manifest["tasks"] == ["asymmetric"]
     assert manifest["recipe"]["training"]["epochs"] == 2
     assert [line["step"] for line in log_of(trained.folder) if "loss" in line] == list(range(1, 9))
+    assert dev["kept"] == max(dev["by_weight"].values())
+    assert report.probabilities == {}  # eight dev queries are too few
+
+
+def test_probabilities_are_fitted_where_there_are_enough_dev_queries(place: Place, tmp_path: Path) -> None:
+    source = topics(num_dev=40)
+    write_rule_labels(tmp_path / "labels", [source], place.teacher)
+    report = place.run(tmp_path / "student", source=source, labels=tmp_path / "labels")
+    student = Student.load(tmp_path / "student", dtype="float32")
+    assert student.calibration.student == report.fingerprint
+    assert {task: found.model_dump() for task, found in student.calibration.tasks.items()} == report.probabilities
+    fitted = report.probabilities["asymmetric"]
+    assert (fitted["num_queries"], fitted["num_pairs"]) == ({"tiny": 40}, 400)
+    assert fitted["error_after"] < fitted["error_before"]
     assert [line["step"] for line in log_of(trained.folder) if "dev" in line] == [0, 4, 8]
 
 

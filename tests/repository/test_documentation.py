@@ -1,9 +1,11 @@
-"""What the documentation names exists: files in ARCHITECTURE.md, links between pages, verbs of the command line."""
+"""What the documentation names exists: files in ARCHITECTURE.md, links between pages, verbs and options."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,69 @@ def test_every_verb_in_the_readme_exists_and_every_verb_is_there(repository):
         r"^\| `d2llm ([\w-]+)", (repository / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     assert set(named) == verbs
+
+
+def _command_lines(page: Path) -> Iterator[tuple[int, str]]:
+    """What a page tells one to type, with its line: in blocks of code, and between backticks."""
+    block, begun, text = False, 0, ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            block = not block
+        elif block:
+            begun, text = (begun, text + line) if text else (number, line)
+            if text.endswith("\\"):
+                text = text[:-1]
+                continue
+            yield begun, text
+            text = ""
+        else:
+            yield from ((number, span) for span in re.findall(r"`(d2llm (?!serves )[^`]+)`", line))
+
+
+def _typed(line: str) -> Iterator[list[str]]:
+    """The words behind each ``d2llm`` that is called in a line."""
+    for part in re.split(r"&&|\|", line.partition(" #")[0]):
+        try:
+            words = shlex.split(part)
+        except ValueError:  # prose in a block of output
+            continue
+        if words[:1] in (["from"], ["import"]):  # Python
+            continue
+        places = [place for place, word in enumerate(words) if word == "d2llm" or word.endswith("/bin/d2llm")]
+        if places:
+            yield words[
+                places[-1 if words[0] == "docker" else 0] + 1 :
+            ]  # a container's name comes before the program's
+
+
+PROGRAM = typer.main.get_command(app)
+
+
+def _problem(words: list[str]) -> str | None:
+    """Why the program would not understand the words, as far as names of verbs and options tell."""
+    command, rest = PROGRAM, list(words)
+    known = {name for parameter in command.params for name in parameter.opts}
+    while subcommands := getattr(command, "commands", None):
+        verb = next((word for word in rest if word in subcommands), None)
+        if verb is None:
+            is_verb = command is PROGRAM and rest and re.fullmatch("[a-z-]+", rest[0]) and not rest[0].startswith("-")
+            return f"no verb {rest[0]}" if is_verb else None
+        rest, command = rest[rest.index(verb) + 1 :], subcommands[verb]
+        known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = [
+        word for word in rest if word.startswith("--") and word.partition("=")[0] not in {*known, "--", "--help"}
+    ]
+    return f"no options {unknown}" if unknown else None
+
+
+def test_every_command_in_the_documentation_has_verbs_and_options_that_exist(repository: Path):
+    pages = [page for page in (repository / "docs").rglob("*.md") if page.name != "LOG.md"]
+    num_commands, problems = 0, []
+    for page in [repository / "README.md", *pages]:
+        for number, line in _command_lines(page):
+            for words in _typed(line):
+                num_commands += 1
+                if (problem := _problem(words)) and not line.lstrip().startswith(("docker", "useradd", "pip")):
+                    problems.append(f"{page.name}:{number}: {problem}: {line}")
+    assert num_commands > 100
+    assert problems == []

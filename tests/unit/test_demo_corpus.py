@@ -7,9 +7,19 @@ import sysconfig
 
 import pytest
 
-from d2llm.apps.demo_corpus import MAX_TITLE, MAX_WORDS, MIN_PASSAGES, MIN_WORDS, build_corpus, cut
+from d2llm.apps.demo_corpus import (
+    MAX_TITLE,
+    MAX_WORDS,
+    MIN_PASSAGES,
+    MIN_WORDS,
+    build_corpus,
+    choose_groups,
+    cut,
+    group_of,
+)
 from d2llm.apps.demo_questions import JUDGED, QUESTIONS, without_piece
 from d2llm.core.errors import InputError
+from d2llm.core.types import Passage
 
 SCHED = '''
 """A scheduler of events."""
@@ -251,3 +261,19 @@ print(*sorted({"turtle", "tkinter", "antigravity", "idlelib", "cgi", "sched", "w
     digest, modules = run.stdout.split("\n")[:2]
     assert digest == hashlib.sha256(repr(corpus.passages).encode()).hexdigest()
     assert modules == ""
+
+
+@pytest.mark.parametrize(
+    ("passage_id", "group"), [("dict", "dict"), ("copy#2", "copy"), ("os.path.join", "os"), ("sched.enter#2", "sched")]
+)
+def test_the_group_is_the_outermost_name(passage_id, group):
+    assert group_of(passage_id) == group
+
+
+def test_groups_are_whole_and_hold_what_is_needed_and_enough():
+    passages = [Passage(f"m{n}.f{k}", "text") for n in range(20) for k in range(5)]
+    few, more = (choose_groups(passages, number, {"m3", "m7", "gone"}) for number in (12, 31))
+    assert {"m3", "m7"} < few < more
+    assert (len(few), len(more)) == (3, 7)  # five passages each
+    assert choose_groups(passages, 0, {"m3"}) == {"m3"}
+    assert choose_groups(passages, 1000, set()) == {f"m{n}" for n in range(20)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2llm.apps.teach_tables import gate_advice, gate_table
+from d2llm.apps.teach_tables import gate_advice, gate_table, look_sentence, verdict_words
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.recipe import GateConfig, LossWeights, TeacherConfig
 from d2llm.core.types import Passage, Query
@@ -26,7 +26,7 @@ from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline import gate as verb
 from d2llm.pipeline.dev_lists import dev_queries, make_dev_lists, make_dev_pairs
-from d2llm.pipeline.gate import GATE_FILE, gate, read_gate
+from d2llm.pipeline.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
 from d2llm.pipeline.objective import batch_losses
 from fake_models import FakeJudgements, FakeStudent, Interruption
 from tiny_data import make_plan
@@ -440,3 +440,45 @@ def test_a_closed_pair_set_is_trained_on_its_own_targets_whatever_the_teacher_sa
     for share in (0.5, 1.0):
         assert losses(closed, share) == pytest.approx(own, rel=1e-5)
         assert losses(taught, share) != pytest.approx(own, rel=1e-2)
+
+
+class TestFirstLook:
+    @pytest.fixture
+    def look(self, student, tmp_path, monkeypatch):
+        def run(judge):
+            monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
+            return first_look(
+                [(everyday(), "asymmetric")],
+                tmp_path / "run",
+                teacher=TEACHER,
+                student=student,
+                settings=GateConfig(queries=2, depth=3),
+                show_progress=False,
+            )
+
+        return run
+
+    def test_it_tries_few_queries_on_bm25s_candidates_and_keeps_no_verdict(self, look, tmp_path):
+        found = look(Told())
+        (row,) = found.sets
+        assert (row.name, row.num_items, row.teacher) == (
+            "everyday",
+            12,
+            1.0,
+        )  # all twelve are fewer than those of a look
+        assert LOOK_QUERIES >= 12
+        assert found.num_judged == 12 * 3  # three passages have the words of each query; no vector proposes others
+        assert read_gate(tmp_path / "run", "told") is None
+
+    def test_what_was_judged_is_not_judged_again(self, look):
+        look(Told())
+        assert look(Told(fail_after=0)).num_judged == 0
+
+    def test_a_teacher_that_is_behind_is_said_to_be(self, look):
+        assert "is behind the cosine by" in look_sentence(look(Told(right=False)))
+        assert "is as good as the cosine or better" in look_sentence(look(Told(fingerprint="other")))
+
+
+def test_a_verdict_in_words():
+    assert verdict_words({"a": True, "b": False, "c": True}) == "open for a, c; closed for b"
+    assert verdict_words({"a": True}) == "open for a"

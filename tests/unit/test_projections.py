@@ -186,7 +186,7 @@ class TestChanges:
 
     def test_rows_that_came_later_are_computed_as_they_would_be_stored(self, index, student, monkeypatch):
         project(index.store, student)
-        monkeypatch.setattr("d2llm.pipeline.index.extend_projections", lambda *_: None)
+        monkeypatch.setattr("d2llm.pipeline.upserting.extend_projections", lambda *_: None)
         index.upsert([*passages(7, start=60), Passage("p3", "bread and salt")])
         assert index.view.projections.num_rows == 60
         before = unchanged_by(index, student)

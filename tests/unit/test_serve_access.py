@@ -93,6 +93,10 @@ def test_each_request_needs_its_scope(keys_file: Path, method: str, path: str, n
 
 def test_what_changes_something_never_needs_read_alone():
     assert scope_needed("POST", "/v1/documents") == "write"
+    assert scope_needed("POST", "/v1/files") == "write"
+    assert scope_needed("DELETE", "/v1/documents/d1") == "write"
+    assert scope_needed("POST", "/v1/index/snapshots/x/restore") == "admin"
+    assert scope_needed("GET", "/v1/index/snapshots") == "read"
     assert scope_needed("PUT", "/v1/passages/p1") == "write"
     assert scope_needed("POST", "/v1/passages/") == "write"
     assert scope_needed("DELETE", "/v1/anything") == "write"

@@ -101,7 +101,8 @@ def test_untrained_it_is_minilms_own_cosine():
 
 
 def test_what_encoding_reports(llama):
-    student = create(llama, max_query_tokens=8)
+    student = create(llama)
+    student.max_query_tokens = 8
     finished = []
     encoded = student.encode_queries([LONG, "the cat", TEXTS[0]], advance=finished.append)
     assert encoded.vectors.shape == (3, DIM)
@@ -111,6 +112,20 @@ def test_what_encoding_reports(llama):
     empty = student.encode_passages([])
     assert (empty.vectors.shape, empty.num_truncated, empty.num_tokens) == ((0, DIM), 0, 0)
     assert student.score(encoded.vectors[0], empty.vectors, "symmetric").shape == (0,)
+
+
+def test_a_search_reads_as_much_of_a_query_as_of_a_passage_and_training_less(llama):
+    student = create(llama, max_query_tokens=8, max_passage_tokens=32)
+    assert student.max_query_tokens == 32
+    long, short = "the cat sat " * 6, "the cat sat"
+    encoded = student.encode_queries([long, short, LONG])
+    assert encoded.truncated == (2,)
+    assert encoded.lengths[2] == 32
+    assert student.backbone.tokenize([long], "query").lengths == [8]  # what training reads
+    trained = student.encode_tokens(student.backbone.tokenize([short], "query").ids)
+    np.testing.assert_allclose(encoded.vectors[1], trained[0], rtol=0, atol=1e-5)
+    assert np.abs(encoded.vectors[0] - student.encode_queries([long[:20]]).vectors[0]).max() > 1e-3
+    assert create(llama, max_query_tokens=40, max_passage_tokens=32).max_query_tokens == 40
 
 
 def test_reading_in_the_middle_of_training(llama):

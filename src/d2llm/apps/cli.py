@@ -44,7 +44,7 @@ _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
 class _Program(TyperGroup):
-    """Turns errors that d2llm raises on purpose into one paragraph and exit code 2."""
+    """Turns errors that d2llm raises on purpose, and of files, into one paragraph and exit code 2."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -65,6 +65,14 @@ class _Program(TyperGroup):
             if session.verbose:
                 traceback.print_exc()
             session.complain("error", str(error))
+            raise typer.Exit(EXIT_BAD_INPUT) from error
+        except OSError as error:
+            if error.filename is None:  # not of a file of the user's: a fault of ours
+                raise
+            session = ctx.obj or Session()
+            if session.verbose:
+                traceback.print_exc()
+            session.complain("error", f"{error.filename}: {error.strerror}; check the path, its rights and the disk")
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except KeyboardInterrupt as error:
             session = ctx.obj or Session()

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from d2llm.apps.options import MEASURE, DataOption, DeviceOption, DtypeOption, RunJsonOption, RunOption
+from d2llm.apps.options import (
+    MEASURE,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    RunJsonOption,
+    RunOption,
+    in_a_folder_that_is_there,
+)
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import shipped_recipes
@@ -71,6 +79,7 @@ def ablate(
 
     session = session_of(context)
     if list_variants:
+        in_a_folder_that_is_there(json_path)
         session.show(variants_table(load_recipe(recipe) if recipe else None))
         session.write_report(context, json_path, listed())
         return
@@ -83,7 +92,7 @@ def ablate(
     names = None if variants is None else [name.strip() for name in variants.split(",")]
     for name in names or ():
         find_variant(name)  # before data and labels are read
-    job = job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype, files=(json_path, markdown_path, html_path))
     require_plans(job)
     report = ablate(
         job.run.sources(job.recipe),

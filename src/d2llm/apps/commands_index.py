@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -11,11 +12,13 @@ from d2llm.apps.index_options import (
     ChunkOption,
     CopiesOption,
     CorpusArgument,
+    DocumentsOption,
     FieldOption,
     FormatOption,
     IdsArgument,
     IdsFileOption,
     LateOption,
+    LenientOption,
     MakerOption,
     NewTaskOption,
     OverlapOption,
@@ -58,6 +61,7 @@ def add(
     vector_copies: CopiesOption = 2,
     field: FieldOption = None,
     no_metadata: PlainOption = False,
+    lenient_metadata: LenientOption = False,
     chunk_tokens: ChunkOption = None,
     chunk_overlap: OverlapOption = None,
     late: LateOption = False,
@@ -81,6 +85,7 @@ def add(
         loading=Loading(student, device, dtype, engine),
         only_new=True,
         no_metadata=no_metadata,
+        lenient_metadata=lenient_metadata,
         json_path=json_path,
     )
 
@@ -95,6 +100,7 @@ def upsert(
     vector_copies: CopiesOption = 2,
     field: FieldOption = None,
     no_metadata: PlainOption = False,
+    lenient_metadata: LenientOption = False,
     chunk_tokens: ChunkOption = None,
     chunk_overlap: OverlapOption = None,
     late: LateOption = False,
@@ -119,40 +125,92 @@ def upsert(
         loading=Loading(student, device, dtype, engine),
         only_new=False,
         no_metadata=no_metadata,
+        lenient_metadata=lenient_metadata,
         json_path=json_path,
     )
 
 
 @index_app.command("delete")
 def delete(
-    context: typer.Context, ids: IdsArgument = None, ids_file: IdsFileOption = None, json_path: JsonOption = None
+    context: typer.Context,
+    ids: IdsArgument = None,
+    ids_file: IdsFileOption = None,
+    document: DocumentsOption = None,
+    json_path: JsonOption = None,
 ) -> None:
-    """Delete passages by id."""
+    """Delete passages by id, or whole documents."""
     from d2llm.pipeline.index import Index
 
-    asked, index = _ids(ids, ids_file), Index.open(folder_of(context))
-    missing = index.missing(asked)
-    num_deleted = index.delete(asked)
-    session_of(context).say(f"index: {num_deleted:,} of {len(asked):,} passages deleted from {folder_of(context)}")
-    report = {"num_asked": len(asked), "num_deleted": num_deleted, "missing": missing}
+    (asked, documents), index = _ids(ids, ids_file, document), Index.open(folder_of(context))
+    missing, missing_documents = index.missing(asked), [name for name in documents if not index.get_document(name)]
+    num_deleted = (index.delete(asked) if asked else 0) + (index.delete_documents(documents) if documents else 0)
+    num_there = len(documents) - len(missing_documents)
+    of_documents = f"; {num_there:,} of {len(documents):,} documents were there" if documents else ""
+    of_asked = f" of {len(asked):,}" if not documents else ""
+    session_of(context).say(
+        f"index: {num_deleted:,}{of_asked} passages deleted from {folder_of(context)}{of_documents}"
+    )
+    report = {
+        "num_asked": len(asked),
+        "num_deleted": num_deleted,
+        "missing": missing,
+        "missing_documents": missing_documents,
+    }
     session_of(context).write_report(context, json_path, report)
-    _complain_of_missing(context, missing)
+    _complain_of_missing(context, missing, missing_documents)
 
 
 @index_app.command("get")
 def get(
-    context: typer.Context, ids: IdsArgument = None, ids_file: IdsFileOption = None, json_path: JsonOption = None
+    context: typer.Context,
+    ids: IdsArgument = None,
+    ids_file: IdsFileOption = None,
+    document: DocumentsOption = None,
+    json_path: JsonOption = None,
 ) -> None:
-    """Show passages by id."""
+    """Show passages by id, or all those of a document, in its order."""
     from d2llm.apps.index_tables import passage_lines
     from d2llm.pipeline.index import Index
 
-    asked, index = _ids(ids, ids_file), Index.open(folder_of(context))
+    (asked, documents), index = _ids(ids, ids_file, document), Index.open(folder_of(context))
     passages, missing = index.get(asked), index.missing(asked)
+    missing_documents: list[str] = []
+    for name in documents:
+        passages += (found := index.get_document(name))
+        missing_documents += [] if found else [name]
     for passage in passages:
         session_of(context).show(passage_lines(passage))
-    session_of(context).write_report(context, json_path, {"passages": passages, "missing": missing})
-    _complain_of_missing(context, missing)
+    report = {"passages": passages, "missing": missing, "missing_documents": missing_documents}
+    session_of(context).write_report(context, json_path, report)
+    _complain_of_missing(context, missing, missing_documents)
+
+
+@index_app.command("list")
+def list_ids(
+    context: typer.Context,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Documents, with their numbers of passages, in place of passages.")
+    ] = False,
+    after: Annotated[
+        str, typer.Option("--after", metavar="ID", help="Those behind this id.", show_default="from the beginning")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 100,
+    json_path: JsonOption = None,
+) -> None:
+    """List ids in order, one a line; a page at a time, as an index may hold millions."""
+    from d2llm.pipeline.index import Index
+
+    session, index = session_of(context), Index.open(folder_of(context))
+    found = index.list_documents(after, limit + 1) if documents else index.list_passages(after, limit + 1)
+    page = found[:limit]
+    for one in page:
+        session.show(one if isinstance(one, str) else f"{one.id}\t{one.num_passages}")
+    last = page[-1] if page else None
+    next_after = (last if isinstance(last, str) or last is None else last.id) if len(found) > limit else None
+    if next_after is not None:
+        session.say(f"index: there are more; go on with --after {shlex.quote(next_after)}")
+    name = "documents" if documents else "ids"
+    session.write_report(context, json_path, {name: page, "next_after": next_after})
 
 
 @index_app.command("stats")
@@ -176,22 +234,25 @@ def folder_of(context: typer.Context) -> Path:
     return cast(Path, context.meta[_FOLDER])
 
 
-def _complain_of_missing(context: typer.Context, missing: list[str]) -> None:
+def _complain_of_missing(context: typer.Context, missing: list[str], documents: list[str]) -> None:
     """Name what is not there, and end with exit code 1."""
-    if missing:
-        named = ", ".join(map(repr, missing[:_NAMED]))
-        named += f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
-        session_of(context).complain("warning", f"not in {folder_of(context)}: {named}")
+    for what, absent in (("", missing), ("documents ", documents)):
+        if absent:
+            named = ", ".join(map(repr, absent[:_NAMED]))
+            named += f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
+            session_of(context).complain("warning", f"{what}not in {folder_of(context)}: {named}")
+    if missing or documents:
         raise typer.Exit(1)
 
 
-def _ids(ids: list[str] | None, file: Path | None) -> list[str]:
+def _ids(ids: list[str] | None, file: Path | None, documents: list[str] | None) -> tuple[list[str], list[str]]:
+    """The ids of passages and of documents that are meant."""
     from d2llm.core.errors import InputError
     from d2llm.data.lines import read_lines
 
     asked = list(ids or [])
     if file is not None:
         asked += [text for _, text in read_lines(file) if text]
-    if not asked:
-        raise InputError("there is no id; write ids behind the verb, or give a file with --ids")
-    return asked
+    if not asked and not documents:
+        raise InputError("there is no id; write ids behind the verb, give a file with --ids, or --document ID")
+    return asked, list(dict.fromkeys(documents or []))

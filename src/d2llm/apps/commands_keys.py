@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from d2llm.apps.options import SERVE, JsonOption
+from d2llm.apps.options import SERVE, JsonOption, in_a_folder_that_is_there
 from d2llm.apps.session import session_of
 
 _FILE = "d2llm.keys"
@@ -50,6 +50,7 @@ def add(
     """Make a key and show it, this once: the file has only its hash."""
     from d2llm.apps.server.keys import add_key
 
+    in_a_folder_that_is_there(_file_of(context))
     secret = add_key(_file_of(context), name, scope, requests_per_minute)
     session_of(context).say(
         f"keys: '{name}' may {scope}; send it as 'Authorization: Bearer KEY'. It is not shown again:"

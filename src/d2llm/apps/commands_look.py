@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,9 +20,7 @@ from d2llm.apps.options import (
     teacher_config,
 )
 from d2llm.apps.session import session_of
-
-if TYPE_CHECKING:
-    pass
+from d2llm.core.errors import InputError
 
 
 def judge(
@@ -48,6 +46,9 @@ def judge(
     from d2llm.apps.tables import judgement_table
     from d2llm.models.judge import load_judge
 
+    for text in (query, *passages):
+        if not text.strip():
+            raise InputError(f"{text!r} has no text; give a query and passages with words in them")
     session = session_of(context)
     model = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()

@@ -36,10 +36,12 @@ from d2llm.apps.session import session_of
 from d2llm.core.types import Grouping, SourceName
 
 if TYPE_CHECKING:
-    from d2llm.core.types import Certificate, Query
+    from d2llm.core.types import Certificate, Query, Ranking
     from d2llm.index.stored_vectors import VectorCopies
+    from d2llm.pipeline.protocols import SearchStudent
     from d2llm.pipeline.search import SearchSettings
 
+_NAMED = 5  # of the queries that are too long
 _QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
 
 
@@ -209,7 +211,7 @@ def search(
         neighbours=neighbours,
     )
     settings.check()
-    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
     model = opened.student
@@ -230,6 +232,8 @@ def search(
             session.say(cascade_line(ranking.cascade))
         if ranking.certificate is not None:
             session.say(_proof(ranking.certificate, len(ranking.passages)))
+    if (remark := _too_long(rankings, model)) is not None:
+        session.complain("warning", remark)
     session.write_report(context, json_path, {"student": model.fingerprint, "rankings": rankings})
 
 
@@ -248,6 +252,21 @@ def _questions(texts: list[str], file: Path | None) -> list[Query]:
         raise InputError("there is no query; write one behind the index, or give a file with --queries")
     asked = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
     return asked + (list(read_queries(file).values()) if file is not None else [])
+
+
+def _too_long(rankings: list[Ranking], student: SearchStudent) -> str | None:
+    """What to say of queries that were cut; None where none was."""
+    cut = [ranking.query for ranking in rankings if ranking.truncated]
+    if not cut:
+        return None
+    limit = getattr(student, "max_query_tokens", None)
+    read = "the student reads" if limit is None else f"the {limit} tokens that the student reads"
+    named = ", ".join(repr(query.id) for query in cut[:_NAMED]) + (", ..." if len(cut) > _NAMED else "")
+    count = f"{len(cut):,} of {len(rankings):,} queries {'is' if len(cut) == 1 else 'are'}"
+    return (
+        f"{count} longer than {read} ({named}): what stands behind has no part in the student's scores. Ask a shorter "
+        "question, or several"
+    )
 
 
 def _why_none(settings: SearchSettings) -> str:

@@ -15,6 +15,8 @@ from d2llm.apps.options import (
     RecipeArgument,
     RunJsonOption,
     RunOption,
+    known_student,
+    known_teacher,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.errors import InputError
@@ -59,7 +61,7 @@ def stack(
     from d2llm.core.files import write_bytes
 
     session = session_of(context)
-    job = job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype, files=(json_path, html_path))
     named = [job.recipe.teacher.named(member) for member in members]
     report = steps.stack(job, named, num_queries=queries, depth=depth)
     for part in stack_tables(report):
@@ -81,6 +83,7 @@ def gate(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="The student whose score is to be beaten.",
             show_default="the recipe's backbone before training",
         ),
@@ -88,7 +91,11 @@ def gate(
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher", metavar="MODEL", help=f"{_HOW.capitalize()}.", show_default="the run's, or the recipe's"
+            "--teacher",
+            metavar="MODEL",
+            callback=known_teacher,
+            help=f"{_HOW.capitalize()}.",
+            show_default="the run's, or the recipe's",
         ),
     ] = None,
     device: DeviceOption = None,
@@ -106,7 +113,7 @@ def gate(
     from d2llm.pipeline.gate import GateReport
 
     session = session_of(context)
-    job = job_of(session, recipe, out, data, device, dtype)
+    job = job_of(session, recipe, out, data, device, dtype, files=(json_path,))
     named = job.recipe.teacher.named(teacher) if teacher is not None else None
     report = steps.try_the_teacher(job, teacher=named, student=student)
     session.write_report(context, json_path, report)

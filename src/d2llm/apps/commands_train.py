@@ -17,6 +17,8 @@ from d2llm.apps.options import (
     RecipeArgument,
     RunJsonOption,
     RunOption,
+    in_a_folder_that_is_there,
+    known_student,
 )
 from d2llm.apps.session import session_of
 from d2llm.core.types import Task
@@ -33,7 +35,14 @@ def init(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the recipe goes; none is replaced.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            dir_okay=False,
+            callback=in_a_folder_that_is_there,
+            help="Where the recipe goes; none is replaced.",
+        ),
     ] = Path("recipe.toml"),
     backbone: Annotated[
         str, typer.Option("--backbone", metavar="MODEL", help="What reads each text alone: a folder, a Hub name.")
@@ -75,7 +84,7 @@ def init(
         session.complain("warning", note)
     session.say(
         f"init: {found.num_train:,} questions or pairs to train on, {found.num_dev:,} of dev; read {out}, then: "
-        f"d2llm run {out}"
+        f"d2llm run {out} (about {found.duration}, as fast as this machine is now)"
     )
     session.write_report(context, json_path, found)
 
@@ -102,28 +111,39 @@ def run(
     dtype: DtypeOption = None,
     json_path: RunJsonOption = None,
 ) -> None:
-    """Make a student from a recipe: the steps below in order.
+    """Make a student from a recipe: the steps below in order, and at the end what came of each.
+
+    Before a teacher is tuned, a first look tries it as it is on a few dev queries.
 
     What is finished in the run folder is skipped, so the same command goes on after an interruption. What was made with
     other settings than the recipe has now is named; --again STEP makes it anew, and what comes after it.
     """
     from d2llm.apps import steps
-    from d2llm.apps.job import job_of
+    from d2llm.apps.job import job_of, skip
     from d2llm.apps.mine_step import mine_plans
+    from d2llm.apps.teach_tables import gate_advice, gate_table, run_table
+    from d2llm.pipeline.gate import GateReport
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     order: tuple[str, ...] = get_args(_Step)
     anew: tuple[str, ...] = order[order.index(again) :] if again else ()
     result = {"mine": mine_plans(job, again="mine" in anew)}
     if job.recipe.losses.imitates:
+        result["first-look"] = steps.look_at_the_teacher(job, again="tune-teacher" in anew)
         result["tune-teacher"] = steps.tune_the_teacher(job, again="tune-teacher" in anew)
         result["stack"] = steps.stack_with_cosine(job, again="stack" in anew, cosine_again="mine" in anew)
         result["gate"] = steps.try_the_teacher(job, again="gate" in anew)
+        if isinstance(result["gate"], GateReport):
+            job.session.show(gate_table(result["gate"]))
+            job.session.say(gate_advice(result["gate"]))
         if len(steps.closed_gates(job)) < len(job.recipe.data):
             result["label"] = steps.label_pairs(job)
+        else:
+            result["label"] = skip(job, "label: the gate is closed for every data set, so no pair is labelled")
     else:
         job.session.say("run: no loss of the recipe imitates a teacher, so none is tuned, tried or asked for labels")
     result["distill"] = steps.distill_student(job, again="distill" in anew)
+    job.session.show(run_table(result))
     session_of(context).write_report(context, json_path, result)
 
 
@@ -137,6 +157,7 @@ def mine(
         typer.Option(
             "--student",
             metavar="NAME_OR_FOLDER",
+            callback=known_student,
             help="A trained student that ranks the passages, by its full score.",
             show_default="mining.student, else the recipe's backbone before training",
         ),
@@ -153,7 +174,7 @@ def mine(
     from d2llm.apps.job import job_of
     from d2llm.apps.mine_step import mine_plans
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     session_of(context).write_report(context, json_path, mine_plans(job, again=again, student=student))
 
 
@@ -175,7 +196,7 @@ def tune_teacher(
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     session_of(context).write_report(context, json_path, steps.tune_the_teacher(job, again=again))
 
 
@@ -196,7 +217,9 @@ def label(
     from d2llm.apps.job import job_of
 
     session_of(context).write_report(
-        context, json_path, steps.label_pairs(job_of(session_of(context), recipe, out, data, device, dtype))
+        context,
+        json_path,
+        steps.label_pairs(job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))),
     )
 
 
@@ -227,7 +250,7 @@ def distill(
     from d2llm.apps import steps
     from d2llm.apps.job import job_of
 
-    job = job_of(session_of(context), recipe, out, data, device, dtype)
+    job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     session_of(context).write_report(context, json_path, steps.distill_student(job, variant=variant, again=again))
 
 

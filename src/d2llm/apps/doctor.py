@@ -111,6 +111,8 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         student = Student.load(folder, device=device)
         base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")
         yield Finding("student", "backbone", "ok", f"{base}, {student.vector_dim} wide, in {dtype}")
+        calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores give an order alone"
+        yield Finding("student", "probabilities", "ok", f"calibrated for {calibrated}")
         started = time.perf_counter()
         query = student.encode_queries([_QUESTION]).vectors[0]
         passages = student.encode_passages(_TEXTS).vectors

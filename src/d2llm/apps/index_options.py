@@ -87,6 +87,16 @@ WholeOption = Annotated[
     typer.Option("--whole", help="Split nothing: each text is one passage, cut where the student stops reading."),
 ]
 PlainOption = Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")]
+LenientOption = Annotated[
+    bool,
+    typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them."),
+]
+DocumentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--document", metavar="ID", help="All passages of a document; may be given several times.", show_default=False
+    ),
+]
 LateOption = Annotated[
     bool,
     typer.Option("--late", help="Read each text whole, and pool its passages from it (late chunking)."),

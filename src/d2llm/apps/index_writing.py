@@ -108,6 +108,7 @@ def write_corpus(
     loading: Loading,
     only_new: bool,
     no_metadata: bool,
+    lenient_metadata: bool,
     json_path: Path | None,
 ) -> None:
     """Upsert the texts of a corpus, or add them, and say what became of them."""
@@ -120,6 +121,7 @@ def write_corpus(
             iter_corpus(corpus, with_metadata=not no_metadata),
             splitting.chunking(cast("Student", index.student)),
             only_new=only_new,
+            lenient_metadata=lenient_metadata,
             num_documents=num_documents,
             show_progress=session.show_progress,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2llm.apps.options import in_a_folder_or_the_run
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig
@@ -64,18 +65,25 @@ def job_of(
     data: Sequence[str] | None,
     device: str | None,
     dtype: str | None,
+    *,
+    files: Sequence[Path | None],
 ) -> Job:
     """The job that the arguments of a verb describe; ``out`` is ``runs/<name of the recipe>`` unless given.
 
+    ``files`` are what the verb will write besides, so that a wrong path is told before the work.
+
     Raises:
         RecipeError: no such recipe, or its data sets cannot be told apart.
-        InputError: ``data`` names a set that the recipe does not have, or a data set is not on this machine.
+        InputError: ``data`` names a set that the recipe does not have, a data set is not on this machine, or the
+            folder of a file is not there.
     """
     recipe = with_data(load_recipe(recipe_name), data or [])
-    check_data(recipe)
+    check_data(recipe, where=recipe_name)
     require_data(recipe)
     name = Path(recipe_name).stem if recipe.name == "unnamed" else recipe.name
-    return Job(recipe, RunFolder(out or Path("runs") / name), device=device, dtype=dtype, session=session)
+    folder = out or Path("runs") / name
+    in_a_folder_or_the_run(folder, files)
+    return Job(recipe, RunFolder(folder), device=device, dtype=dtype, session=session)
 
 
 def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,11 +107,26 @@ def in_a_folder_that_is_there(path: Path | None) -> Path | None:
     """For a file that is to be written: said before the work begins, and no folder is made of a slip of the keys.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or it cannot be written to.
     """
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent} to write it in; make it first, or correct the path")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"{path}: the folder {path.parent} cannot be written to; give another path, or change its rights"
+        )
     return path
+
+
+def in_a_folder_or_the_run(run: Path, paths: Iterable[Path | None]) -> None:
+    """``in_a_folder_that_is_there`` for files of a verb that makes the folder ``run``, in which they may lie.
+
+    Raises:
+        InputError: the folder of a file is not there and is not ``run``, or cannot be written to.
+    """
+    for path in paths:
+        if path is not None and path.parent.resolve() != run.resolve():
+            in_a_folder_that_is_there(path)
 
 
 JsonOption = Annotated[
@@ -127,7 +144,7 @@ RunJsonOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False),
 ]
-"""``JsonOption`` of verbs that make a run folder: the file may lie in it."""
+"""``JsonOption`` of verbs that make a run folder: the file may lie in it (``job_of`` checks that)."""
 TaskOption = Annotated[
     Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
 ]

@@ -20,6 +20,41 @@ if TYPE_CHECKING:
 from d2llm.apps.job import Job, is_finished, notice_changes, put_aside, require_plans, skip
 
 
+def look_at_the_teacher(job: Job, *, again: bool = False) -> Any:
+    """Before tuning: how the untuned teacher does on a few dev queries; a hopeless one is warned of."""
+    from d2llm.apps.teach_tables import look_sentence
+    from d2llm.models.teacher_identity import find_tuned_teacher
+    from d2llm.pipeline.gate import LOOK_QUERIES, first_look
+
+    recipe, folder = job.recipe, job.run.teacher
+    if recipe.teacher_tuning.epochs == 0:
+        return skip(job, "first-look: the teacher is not tuned, so the gate tries it as it is")
+    if recipe.teacher.new_head and find_tuned_teacher(recipe.teacher.model) is None:
+        return skip(job, "first-look: the teacher has a new head, which says nothing before it is tuned")
+    if not again and (is_finished(folder) or folder.with_name(folder.name + ".run").exists()):
+        return skip(job, "first-look: the teacher's tuning has begun or is finished; the gate tries what it gives")
+    job.session.say(
+        f"first-look: the untuned teacher beside the cosine, on {LOOK_QUERIES} dev queries of each of "
+        f"{len(recipe.data)} data sets"
+    )
+    found = first_look(
+        dev_data(job),
+        job.run.path,
+        teacher=recipe.teacher,
+        student=job.untuned_cosine(),
+        settings=recipe.gate,
+        seed=recipe.seed,
+        device=job.device,
+        dtype=job.dtype,
+        show_progress=job.session.show_progress,
+    )
+    if found.difference < 0:
+        job.session.complain("warning", look_sentence(found))
+    else:
+        job.session.say(look_sentence(found))
+    return found
+
+
 def tune_the_teacher(job: Job, *, again: bool = False) -> Any:
     """Tune the recipe's teacher on the plans."""
     from d2llm.pipeline.tune_teacher import tune_teacher
@@ -33,6 +68,7 @@ def tune_the_teacher(job: Job, *, again: bool = False) -> Any:
         notice_changes(job, "tune-teacher", folder, tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed))
         return skip(job, f"tune-teacher: {folder} is finished; --again tunes anew, keeping this one aside")
     require_plans(job)
+    job.session.say(f"tune-teacher: '{recipe.teacher.model}' learns to answer yes or no on the plans")
     report = tune_teacher(
         job.run.sources(job.recipe),
         job.run.teacher,
@@ -93,6 +129,7 @@ def try_the_teacher(
         teacher: by default the run's.
         student: whose score is to be beaten; by default the recipe's backbone before training.
     """
+    from d2llm.apps.teach_tables import verdict_words
     from d2llm.data.open_data import open_source
     from d2llm.models.judge import identify_judge
     from d2llm.models.student import Student
@@ -102,7 +139,11 @@ def try_the_teacher(
     if not again:
         known = read_gate(job.run.path, identify_judge(tried).fingerprint) or {}
         if all(open_source(data.path, splits=["dev"]).name in known for data in job.recipe.data):
-            return skip(job, f"gate: the verdict on this teacher is in {job.run.path}")
+            return skip(job, f"gate: the verdict on this teacher is in {job.run.path}: {verdict_words(known)}")
+    job.session.say(
+        f"gate: the teacher against the cosine, on up to {job.recipe.gate.queries} dev queries of each of "
+        f"{len(job.recipe.data)} data sets"
+    )
     named = Student.load(student, device=job.device, dtype=job.dtype) if student is not None else None
     return gate(
         dev_data(job),
@@ -126,6 +167,7 @@ def dev_data(job: Job) -> list[tuple[Dataset | PairDataset, Task]]:
 
 def label_pairs(job: Job) -> Any:
     """Let the teacher judge every pair of the plans."""
+    from d2llm.apps.teach_tables import label_words
     from d2llm.pipeline.label import label
 
     require_plans(job)
@@ -138,12 +180,13 @@ def label_pairs(job: Job) -> Any:
         dtype=job.dtype,
         show_progress=job.session.show_progress,
     )
-    job.session.say(f"label: {report.pairs:,} pairs of {report.queries:,} queries labelled, in {job.run.labels}")
+    job.session.say(f"label: {label_words(report)}, in {job.run.labels}")
     return report
 
 
 def distill_student(job: Job, *, variant: str | None = None, again: bool = False) -> Any:
     """Train the student, or a variant of it, on the labels."""
+    from d2llm.apps.teach_tables import student_words
     from d2llm.pipeline.distill import distill
 
     recipe, folder = job.recipe, job.run.student
@@ -172,7 +215,7 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
         dtype=job.dtype,
         show_progress=job.session.show_progress,
     )
-    job.session.say(f"distill: {report.steps:,} steps, best at {report.best_step:,}, in {folder}")
+    job.session.say(f"distill: {student_words(report)}")
     if report.is_untrained:
         from d2llm.apps.teach_tables import untrained_advice
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any, cast
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -11,8 +12,10 @@ from rich.text import Text
 
 from d2llm.core.recipe import TrainingConfig
 from d2llm.pipeline.distill import DistillReport
-from d2llm.pipeline.gate import GateReport, GateRow
+from d2llm.pipeline.gate import FirstLook, GateReport, GateRow
+from d2llm.pipeline.label import LabelReport
 from d2llm.pipeline.stack_teachers import StackReport, StackRow, TaskReport
+from d2llm.pipeline.tune_teacher import TeacherTuningReport
 
 _ABSENT = "–"
 _HARDLY = 0.002  # a change of the dev measure that says nothing
@@ -32,6 +35,85 @@ def gate_table(report: GateReport) -> Table:
     for row in report.tasks:
         table.add_row(*_gate_cells(row))
     return table
+
+
+def look_sentence(found: FirstLook) -> str:
+    """How an untuned teacher does, and what that asks of its tuning."""
+    sets = ", ".join(f"{row.name} {row.measure} {row.teacher:.3f} against {row.cosine:.3f}" for row in found.sets)
+    if found.difference >= 0:
+        return f"first-look: untuned, the teacher is as good as the cosine or better: {sets}"
+    return (
+        f"first-look: untuned, the teacher is behind the cosine by {-found.difference:.3f} on average ({sets}). Its "
+        "tuning has to make up for that, or the gate will close and its labels count for nothing; if you doubt it, "
+        "stop now and name a better teacher"
+    )
+
+
+def verdict_words(gates: Mapping[str, bool]) -> str:
+    """For which data sets the gate is open, and for which it is closed."""
+    by_verdict = {
+        word: [name for name, is_open in gates.items() if is_open == (word == "open")] for word in ("open", "closed")
+    }
+    return "; ".join(f"{word} for {', '.join(names)}" for word, names in by_verdict.items() if names)
+
+
+def label_words(report: LabelReport) -> str:
+    """What was labelled now, and what had been before."""
+    if not report.pairs:
+        return f"all {report.finished_pairs:,} pairs of {report.finished_queries:,} queries were labelled before"
+    before = f"; {report.finished_pairs:,} pairs were labelled before" if report.finished_pairs else ""
+    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{before}"
+
+
+def run_table(results: Mapping[str, Any]) -> Table:
+    """What each step of a run did, or why it did nothing."""
+    table = Table(title=Text("The run, step by step"), title_justify="left")
+    table.add_column("step", no_wrap=True)
+    table.add_column("what came of it", overflow="fold")
+    for step, result in results.items():
+        table.add_row(Text(step), Text(_step_words(step, result)))
+    return table
+
+
+def _step_words(step: str, result: Any) -> str:
+    if isinstance(result, dict):
+        parts = cast("dict[str, Any]", result)
+        if "skipped" in parts:
+            return str(parts["skipped"]).removeprefix(f"{step}: ")
+        return "; ".join(f"{name}: {_plan_words(counts)}" for name, counts in parts.items())
+    if isinstance(result, FirstLook):
+        return look_sentence(result).removeprefix("first-look: ")
+    if isinstance(result, TeacherTuningReport):
+        return f"{result.pairs:,} pairs, final loss {result.loss:.3f}, in {result.folder}"
+    if isinstance(result, StackReport):
+        return f"one teacher of several, in {result.folder}"
+    if isinstance(result, GateReport):
+        return verdict_words({row.name: row.is_open for row in result.sets})
+    if isinstance(result, LabelReport):
+        return label_words(result)
+    return student_words(cast(DistillReport, result))
+
+
+def _plan_words(counts: Mapping[str, Any]) -> str:
+    if "skipped" in counts:
+        return "mined before"
+    return f"{counts['num_entries']:,} queries"
+
+
+def student_words(report: DistillReport) -> str:
+    """What a distillation gave: steps, dev, and whether its scores can be read as probabilities."""
+    dev = [
+        f"{name} {found['start']:.3f} -> {found['kept']:.3f} ({found['num_items']:,} questions or pairs)"
+        for name, found in report.dev.items()
+    ]
+    calibrated = [
+        f"{task} (expected calibration error {fitted['error_before']:.3f} before, {fitted['error_after']:.3f} after)"
+        for task, fitted in report.probabilities.items()
+    ]
+    return (
+        f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; probabilities: "
+        f"{', '.join(calibrated) or 'too few dev queries'}; in {report.folder}"
+    )
 
 
 def gate_advice(report: GateReport) -> str:

@@ -90,6 +90,9 @@ def check_replaceable(target: Path, kind: str | None) -> None:
         InputError: ``target`` is a file, holds files of somebody else, or another kind of artifact.
     """
     if not target.exists():
+        above = next((folder for folder in target.absolute().parents if folder.exists()), None)
+        if above is not None and not above.is_dir():
+            raise InputError(f"{target}: {above} is a file, not a folder; give another path")
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file, but a folder is to be written there; give another path")

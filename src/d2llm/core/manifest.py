@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import MANIFEST_NAME, write_json
@@ -41,14 +41,7 @@ def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any
         DataFormatError: there is none, it is not JSON, or it describes another kind or a newer format.
     """
     path = folder / FILE_NAME
-    if not path.is_file():
-        raise DataFormatError(path, f"not found, so {folder} is not a d2llm {kind} folder; check the path")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataFormatError(path, f"not valid JSON ({error}); restore or rebuild the folder") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
-        raise DataFormatError(path, "is not a d2llm manifest (no format version); check the path or rebuild the folder")
+    manifest = read_any_manifest(folder, kind)
     if manifest.get("kind") != kind:
         raise DataFormatError(path, f"describes a {manifest.get('kind')!r}, but a {kind!r} is needed here")
     if manifest["format_version"] > format_version:
@@ -57,3 +50,22 @@ def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any
             f"has format version {manifest['format_version']}, this d2llm reads up to {format_version}; update d2llm",
         )
     return manifest
+
+
+def read_any_manifest(folder: Path, kind: str = "") -> dict[str, Any]:
+    """Read the manifest of ``folder``, whatever it describes; ``kind`` is what an error says was looked for.
+
+    Raises:
+        DataFormatError: there is none, or it is not JSON.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise DataFormatError(path, f"not found, so {folder} is not a d2llm {kind} folder; check the path")
+    try:
+        manifest: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataFormatError(path, f"not valid JSON ({error}); restore or rebuild the folder") from error
+    fields = cast("dict[str, Any]", manifest) if isinstance(manifest, dict) else {}
+    if not isinstance(fields.get("format_version"), int):
+        raise DataFormatError(path, "is not a d2llm manifest (no format version); check the path or rebuild the folder")
+    return fields

@@ -33,11 +33,11 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     """
     path = _find_recipe(path_or_name)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark of UTF-8 before the text
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+        raise RecipeError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
     return load_recipe_text(text, where=str(path))
 
 
@@ -50,7 +50,7 @@ def load_recipe_text(text: str, *, where: str) -> Recipe:
     try:
         return parse_recipe(tomllib.loads(text), where=where)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}") from error
+        raise RecipeError(f"{where}: not valid TOML: {error}; correct it there") from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:

@@ -50,6 +50,17 @@ Run = Mapping[str, Mapping[str, float]]
 """query_id -> passage_id -> score."""
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is a string that can be written as UTF-8 (a lone surrogate cannot)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A text that asks."""
@@ -241,7 +252,8 @@ class Ranking:
     """The answer to one query, best first; ties are broken by passage id.
 
     ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with
-    an index that has versions, ``cascade`` with a teacher that read again.
+    an index that has versions, ``cascade`` with a teacher that read again. ``truncated``: the query is longer than the
+    student reads, so its end had no part in the student's scores.
     """
 
     query: Query
@@ -251,6 +263,7 @@ class Ranking:
     certificate: Certificate | None = None
     index_version: int | None = None
     cascade: CascadeReport | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

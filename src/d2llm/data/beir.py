@@ -296,9 +296,14 @@ def _qrels_files(folder: Path, splits: Sequence[str] | None) -> list[Path]:
 
 
 def _identifier(path: Path, line: int, record: Record) -> str:
-    identifier = string_field(path, line, record, "_id")
+    """``_id``, or ``id``, whichever is there; a whole number is taken as it is written."""
+    field = "_id" if "_id" in record or "id" not in record else "id"
+    value = record.get(field)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    identifier = string_field(path, line, record, field)
     if not identifier:
-        raise DataFormatError(path, "field '_id' is empty; every line needs an id of its own", line=line)
+        raise DataFormatError(path, f"field '{field}' is empty; every line needs an id of its own", line=line)
     return identifier
 
 

@@ -1,7 +1,7 @@
 """Reading a corpus for an index, one passage after another: with documents and metadata, and never all at once.
 
 A line of ``corpus.jsonl[.gz]``: ``{"_id": ..., "text": ..., "title": ..., "document_id": ..., "position": ...,
-"metadata": {...}}``; only ``_id`` and ``text`` must be there. Fields of other names are metadata too.
+"metadata": {...}}``; only ``_id`` (or ``id``) and ``text`` must be there. Fields of other names are metadata too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from d2llm.data.beir import iter_passages
 from d2llm.data.lines import Record, read_records, refuse_duplicate, type_name, wrong_type
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
-_KNOWN = ("_id", "text", "title", "document_id", "position", "metadata")
+_KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
 
 
 def corpus_file(path: Path) -> Path:
@@ -71,14 +71,20 @@ def _numbered(file: Path, *, with_metadata: bool) -> Iterator[tuple[int, Passage
 
 
 def _with_metadata(file: Path, line: int, record: Record, passage: Passage) -> Passage:
+    if "_id" in record and str(record.get("id", passage.id)) != passage.id:
+        problem = f"has '_id' {record['_id']!r} and 'id' {record['id']!r}; keep one of them"
+        raise DataFormatError(file, problem, line=line)
     document_id, position = record.get("document_id"), record.get("position")
+    if isinstance(document_id, int) and not isinstance(document_id, bool):
+        document_id = str(document_id)
     if not isinstance(document_id, str | None):
         raise wrong_type(file, line, "document_id", document_id)
     if not isinstance(position, int | None) or isinstance(position, bool):
         raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
     nested = record.get("metadata")
     if not isinstance(nested, dict | None):
-        raise DataFormatError(file, f"field 'metadata' must be an object, found {type_name(nested)}", line=line)
+        problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata reads over all of it"
+        raise DataFormatError(file, problem, line=line)
     values: dict[str, Any] = {name: value for name, value in record.items() if name not in _KNOWN}
     for name, value in cast("dict[str, Any]", nested or {}).items():
         if name in values:

@@ -29,7 +29,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1) without their ends; a byte order mark is dropped, ``.gz`` is unpacked on the way.
 
     Raises:
-        DataFormatError: the file is missing, not UTF-8, or damaged gzip.
+        DataFormatError: the file is missing, cannot be read, is not UTF-8, or damaged gzip.
     """
     if not path.is_file():
         raise DataFormatError(path, "no such file; check the path")
@@ -40,6 +40,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
+        if _is_gzip(path):
+            raise DataFormatError(path, "is compressed with gzip; name it .gz, or unpack it") from error
         raise DataFormatError(
             path,
             f"not valid UTF-8 ({error.reason} at byte {error.start} of the line); save the file as UTF-8",
@@ -49,6 +51,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataFormatError(
             path, f"damaged or truncated gzip ({error}); fetch or write the file again", line=number + 1
         ) from error
+    except OSError as error:
+        raise DataFormatError(path, f"cannot be read ({error.strerror}); check its rights and the disk") from error
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return path.suffix != ".gz" and file.read(2) == b"\x1f\x8b"
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -62,6 +71,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
             continue
         try:
             record: object = json.loads(text)
+        except RecursionError as error:
+            raise DataFormatError(path, "nested too deeply; one object per line is needed", line=line) from error
         except ValueError as error:
             raise DataFormatError(
                 path, f"not valid JSON ({error}); one object per line is needed", line=line

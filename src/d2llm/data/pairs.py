@@ -365,7 +365,9 @@ def _files_of(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
                 found.setdefault(split, []).append(file)
     if not found:
         raise DataFormatError(
-            path, "looked for files of pairs named train, dev or test (.jsonl, .json, .tsv, ..., .parquet); found none"
+            path,
+            "looked for files of pairs named train, dev or test (.jsonl, .json, .tsv, ..., .parquet); found none, and "
+            "no corpus.jsonl either, which a retrieval set has; check the path",
         )
     for split, files in found.items():
         formats = {_format_of(file) for file in files}

@@ -28,6 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import count_fallback
 from d2llm.index.checked_json import read_checked, write_checked
 from d2llm.index.scan import IdsOf, RowScan
 from d2llm.index.vector_file import ann_path_of
@@ -130,6 +131,7 @@ class AnnIndex:
             faiss = _faiss()
             return cls(base, faiss.read_index(os.fspath(base.path), faiss.IO_FLAG_MMAP_IFC), record)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError) as error:
+            count_fallback("approximate index")
             _log.warning("%s: cannot be used (%s); the exact scan answers", base.path, error)
             return None
 

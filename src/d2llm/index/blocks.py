@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DuplicateIdError, InputError
-from d2llm.core.types import Passage
+from d2llm.core.types import Passage, is_text
 from d2llm.index.schema import MetadataSchema
 
 TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
@@ -108,17 +108,6 @@ def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder
             raise DuplicateIdError(folder, f"two of the passages given share the id {passage.id!r}; keep one of them")
         seen.add(passage.id)
         metadata.check(passage)
-
-
-def is_text(value: object) -> bool:
-    """Whether a value is a string that can be written as UTF-8 (a lone surrogate cannot)."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def codes_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.uint8]:

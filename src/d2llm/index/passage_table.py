@@ -28,6 +28,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.types import Passage
 from d2llm.index.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.index.lance_manifest import manifests
+from d2llm.index.lancedb_import import import_lancedb
 from d2llm.index.old_versions import remove_older
 from d2llm.index.storage import first_line, is_panic, storage_errors
 from d2llm.index.table_files import TableFiles
@@ -341,9 +342,7 @@ class PassageTable:
 
 
 def _connect(folder: Path) -> Any:
-    import lancedb
-
-    return lancedb.connect(folder)
+    return import_lancedb().connect(folder)
 
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import BFloat16
 from numpy.typing import NDArray
-from torch import Tensor
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.fallbacks import count_fallback
 from d2llm.index.vector_file import DERIVED, VectorFile, path_of
+
+if TYPE_CHECKING:
+    from jaxtyping import BFloat16
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _NUMBER_BYTES = 2
@@ -42,6 +45,7 @@ class StoredProjections:
         try:
             return cls.load(vectors, generation, made_of)
         except (DataFormatError, OSError, ValueError) as error:  # the last two: replaced while it was opened
+            count_fallback("stored projections")
             _log.warning("%s; passages are scored from their vectors", error)
             return None
 
@@ -70,6 +74,8 @@ class StoredProjections:
 
     def read(self, rows: NDArray[np.int64]) -> BFloat16[Tensor, "rows hidden"]:
         """The projections of some rows, all below ``num_rows``. They are copied as they are, not widened."""
+        import torch
+
         return torch.from_numpy(self._codes[rows]).view(torch.bfloat16)
 
 
@@ -100,6 +106,8 @@ def create_file(vectors: VectorFile, generation: int, made_of: str, width: int) 
 
 def as_codes(projections: BFloat16[Tensor, "rows hidden"]) -> NDArray[np.uint8]:
     """Projections as rows of the file, [rows, 2 * hidden]."""
+    import torch
+
     return projections.contiguous().view(torch.uint8).numpy()
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import fell_back
 from d2llm.index.vectors import VectorFormat
 from d2llm.ops.selection import top_rows
 
@@ -236,7 +237,8 @@ class RowScan:
             view.view_data = view.c_ptr = pointer
             view.view_size = view.c_size = codes.size
             index.ntotal = len(codes)
-        except AttributeError:  # FAISS before this type, or before such views
+        except AttributeError as error:  # FAISS before this type, or before such views
+            fell_back("scan by FAISS", f"this FAISS cannot look at codes in place ({error}); numpy scans")
             return None
         return index
 
@@ -305,5 +307,6 @@ def _one_thread(faiss: Any) -> Generator[None]:
 def _import_faiss() -> Any:
     try:
         return importlib.import_module("faiss")
-    except ImportError:
+    except ImportError as error:
+        fell_back("scan by FAISS", f"FAISS cannot be loaded ({error}); numpy scans")
         return None

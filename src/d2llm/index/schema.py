@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Passage
+from d2llm.core.types import MetadataValue, Passage
 
 FieldType = Literal["string", "integer", "number", "boolean", "timestamp"]
 """``integer`` is an int64, ``number`` a float64, ``timestamp`` a point in time to the microsecond, kept in UTC."""
@@ -85,6 +86,35 @@ class MetadataSchema:
                 )
         inferred: dict[str, FieldType] = {name: kind for name, (kind, _) in found.items()}
         return cls({**declared, **inferred})
+
+    def leave_out_misfits(self, passages: Sequence[Passage]) -> tuple[list[Passage], Counter[str]]:
+        """The passages with the metadata that ``infer`` takes, these fields being known; what is left out, by field.
+
+        A field that comes anew has the type of its first value. Empty values of such a field are not counted.
+        """
+        kinds, left_out = dict(self.fields), Counter[str]()
+        cased = {name.lower(): name for name in kinds}
+        for name, value in ((name, value) for passage in passages for name, value in passage.metadata.items()):
+            try:
+                _check_name(name)
+                if value is None or cased.setdefault(name.lower(), name) != name:
+                    continue
+                kind = _type_of(value, "")
+                _convert(value, kind, "")
+            except InputError:
+                continue
+            if name not in kinds or (name not in self.fields and (kinds[name], kind) == ("integer", "number")):
+                kinds[name] = kind
+        kept: list[Passage] = []
+        for passage in passages:
+            metadata: dict[str, MetadataValue] = {}
+            for name, value in passage.metadata.items():
+                if name in kinds and _fits(value, kinds[name]):
+                    metadata[name] = value
+                elif value is not None:
+                    left_out[name] += 1
+            kept.append(replace(passage, metadata=metadata) if len(metadata) < len(passage.metadata) else passage)
+        return kept, left_out
 
     @classmethod
     def parse(cls, declarations: Sequence[str]) -> MetadataSchema:
@@ -256,6 +286,14 @@ def _convert(value: object, kind: FieldType, where: str) -> object:
         return _CONVERSIONS[kind](value)
     except ValueError as error:
         raise InputError(f"{where} ({kind}): {error}") from None
+
+
+def _fits(value: object, kind: FieldType) -> bool:
+    try:
+        _convert(value, kind, "")
+    except InputError:
+        return False
+    return True
 
 
 def _misfit(value: object, wanted: str) -> ValueError:

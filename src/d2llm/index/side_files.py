@@ -71,3 +71,8 @@ def read_chunking(folder: Path) -> Chunking | None:
 def write_chunking(folder: Path, chunking: Chunking) -> None:
     """Keep it; for the holder of the write lock."""
     write_checked(folder / CHUNKING_FILE, asdict(chunking))
+
+
+def forget_chunking(folder: Path) -> None:
+    """Leave open again how documents are cut; for the holder of the write lock."""
+    (folder / CHUNKING_FILE).unlink(missing_ok=True)

@@ -33,8 +33,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
-from d2llm.core.files import MANIFEST_NAME, folder_bytes, new_folder
-from d2llm.core.types import Passage, Task
+from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
+from d2llm.core.types import Passage, Task, is_text
 from d2llm.index import repair, vector_file, word_files
 from d2llm.index.blocks import (
     COMPARED,
@@ -43,7 +43,6 @@ from d2llm.index.blocks import (
     Changes,
     check_passages,
     compare,
-    is_text,
     table_block,
     table_schema,
 )
@@ -101,7 +100,8 @@ class IndexStore:
             InputError: something is there already, or the format or number of copies is unknown.
             StorageError: it cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        check_replaceable(folder, KIND)  # says what is in the way, where that is no index
+        if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: is there already; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
         if vector_copies not in FORMATS:

@@ -23,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, InputError, StorageError
+from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage
 from d2llm.index import vector_file
 from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of
@@ -155,6 +156,7 @@ class CopiedVectors(StoredVectors):
 
         (No right to write, another writer at work, an old version.)
         """
+        count_fallback("vector file")
         _log.warning("%s: %s; its vectors are read from the table again", self.folder, problem)
         store = self.store
         if not store.is_snapshot and table.version == store.table().version:

@@ -15,6 +15,7 @@ rows that only earlier versions have, hence ``since``.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.fallbacks import fell_back
 from d2llm.index import word_files
 from d2llm.index.checked_json import read_checked, write_checked
 
@@ -119,8 +121,9 @@ class VectorFile:
                 left = cls.open(draft, generation, code_size)
                 if left.since == since and not left.damaged(left.codes()):
                     return left
-            except DataFormatError:
-                pass  # there is none, or it cannot be used
+            except DataFormatError as error:
+                if draft.is_dir():  # else there was none
+                    fell_back("interrupted replacement", f"{error}; it is begun anew", level=logging.INFO)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         return cls.create(draft, generation, code_size, since=since)

@@ -19,8 +19,6 @@ from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import numpy as np
-import scipy.fft
-import torch
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
@@ -125,6 +123,8 @@ class FloatFormat:
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
         """Rows [n, code_size], rounded to the nearest."""
         if self.name == "bfloat16":
+            import torch  # whoever only reads an index does without
+
             rounded = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(torch.bfloat16)
             stored = rounded.view(torch.int16).numpy()
         else:
@@ -275,11 +275,15 @@ class RotatedFormat:
 
 def _rotate(vectors: NDArray[Any]) -> NDArray[Any]:
     """Fixed signs, then the orthonormal cosine transform of each row of [n, dim]: the same in every index."""
-    return cast(NDArray[Any], scipy.fft.dct(vectors * _signs(vectors.shape[1]), norm="ortho", axis=1))
+    from scipy import fft
+
+    return cast(NDArray[Any], fft.dct(vectors * _signs(vectors.shape[1]), norm="ortho", axis=1))
 
 
 def _rotate_back(vectors: NDArray[Any]) -> NDArray[Any]:
-    return cast(NDArray[Any], scipy.fft.idct(vectors, norm="ortho", axis=1)) * _signs(vectors.shape[1])
+    from scipy import fft
+
+    return cast(NDArray[Any], fft.idct(vectors, norm="ortho", axis=1)) * _signs(vectors.shape[1])
 
 
 @lru_cache(maxsize=4)

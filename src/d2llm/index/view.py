@@ -15,10 +15,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
-from d2llm.core.types import Passage, Task
+from d2llm.core.types import Passage, Task, is_text
+from d2llm.index import listing
 from d2llm.index.ann import AnnBase, AnnIndex
-from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written, is_text
-from d2llm.index.filters import parse_filter
+from d2llm.index.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written
+from d2llm.index.listing import ListedDocument
 from d2llm.index.projections import StoredProjections, projections_of
 from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
@@ -129,6 +130,19 @@ class PassageView:
         wanted = list(dict.fromkeys(ids))
         found = {passage.id: passage for passage in self._as_passages(self._table.by_ids(wanted, self._columns))}
         return [found[passage_id] for passage_id in wanted if passage_id in found]
+
+    def document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; none where it is not there."""
+        ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
+        return self.get(ids)
+
+    def list_passages(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+        """The first ``limit`` ids of passages behind ``after``, in order (``listing.passage_ids``)."""
+        return listing.passage_ids(self._table, after, limit)
+
+    def list_documents(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+        """``list_passages`` for documents; a passage without a document is one of its own."""
+        return listing.documents(self._table, after, limit)
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id where it has none."""
@@ -272,7 +286,11 @@ class PassageView:
         return allowed & self.live
 
     def _condition(self, filter: str | None) -> str | None:  # noqa: A002
-        return None if filter is None else parse_filter(filter, self.metadata).sql
+        if filter is None:
+            return None
+        from d2llm.index.filters import parse_filter  # with sqlglot, which most searches do without
+
+        return parse_filter(filter, self.metadata).sql
 
     def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
         wanted = np.asarray(rows, np.int64)

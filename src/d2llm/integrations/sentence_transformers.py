@@ -79,7 +79,8 @@ class StudentModule(InputModule):
             if not isinstance(text, str):
                 raise InputError(f"a text is needed, but {type(text).__name__} was given ({text!r:.60})")
         kind = "query" if task == "query" else "passage"
-        tokenized = self.student.backbone.tokenize(inputs, kind, prefix=prompt)
+        limit = self.student.max_query_tokens if kind == "query" else None
+        tokenized = self.student.backbone.tokenize(inputs, kind, prefix=prompt, limit=limit)
         if tokenized.num_truncated:
             _log.warning(
                 "%d of %d texts were too long and were read in part", tokenized.num_truncated, len(tokenized.ids)

@@ -44,6 +44,7 @@ class Attribution:
         interaction: what the IEM added; None where the head has no anchor.
         words: of the passage as far as it was read, in its order; their weights are in logits.
         truncated: whether the passage's end was not read.
+        query_truncated: whether the query's was not.
     """
 
     score: float
@@ -51,6 +52,7 @@ class Attribution:
     interaction: float | None
     words: tuple[WordWeight, ...]
     truncated: bool
+    query_truncated: bool = False
 
 
 def attribute(student: Student, query: str, passage: str, task: Task) -> Attribution:
@@ -76,7 +78,8 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
         max_length=student.config.backbone.max_passage_tokens,
         return_offsets_mapping=True,
     )["offset_mapping"]
-    asked = torch.from_numpy(student.encode_queries([query]).vectors).to(student.backbone.device)
+    encoded = student.encode_queries([query])
+    asked = torch.from_numpy(encoded.vectors).to(student.backbone.device)
     with inference(student):
         read, mask = student.backbone(*student.backbone.pad(tokenized.ids))
     states = read.float().clone().requires_grad_()
@@ -92,6 +95,7 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
         interaction=None if anchor is None else score - anchor,
         words=_words(passage, [(start - len(prefix), end - len(prefix)) for start, end in offsets], weights.tolist()),
         truncated=bool(tokenized.truncated),
+        query_truncated=bool(encoded.truncated),
     )
 
 

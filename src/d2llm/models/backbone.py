@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
+from d2llm.core.types import is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
+from d2llm.models.lean import open_lean
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -36,6 +38,9 @@ from d2llm.models.sources import (
 )
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TextKind = Literal["query", "passage"]
 
@@ -67,8 +72,18 @@ class Backbone(nn.Module):
     ``compute_dtype`` is the format of the products; weights that are trained stay in float32 beside it.
     """
 
-    def __init__(self, config: BackboneConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        lean_tokenizer: Path | None = None,
+    ) -> None:
         """Load the weights that ``config.model`` names.
+
+        With the folder of a tokenizer as ``lean_tokenizer``, without ``transformers`` where that can be
+        (``models.lean``): the backbone then reads texts, but cannot be trained, saved or exported.
 
         Raises:
             ModelNotFoundError: no usable weights there.
@@ -76,14 +91,21 @@ class Backbone(nn.Module):
             InputError: a token limit beyond what the model can read, or more layers than it has.
         """
         super().__init__()
-        from transformers import AutoModel
-
         self.config = config
         self.compute_dtype = compute_dtype
         self.location = find_model(config.model)
-        self.tokenizer = load_tokenizer(self.location)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
-        self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
+        lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype) if lean_tokenizer is not None else None
+        self.is_lean = lean is not None
+        if lean is not None:
+            # Typed as what it is everywhere else; it has what reading calls.
+            self.tokenizer = cast("PreTrainedTokenizerBase", lean.tokenizer)
+            self.model = cast("PreTrainedModel", lean.model.to(device).eval())
+        else:
+            from transformers import AutoModel
+
+            self.tokenizer = load_tokenizer(self.location)
+            self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ModelError(
@@ -121,7 +143,13 @@ class Backbone(nn.Module):
         return fingerprint_model(self.location)
 
     def prepare_training(self, *, seed: int = 0) -> None:
-        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing."""
+        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing.
+
+        Raises:
+            InputError: it was loaded to read texts alone.
+        """
+        if self.is_lean:
+            raise InputError("this student was loaded to read texts alone; load it with lean=False to train it")
         if self.config.tuning == "lora":
             attach_lora(self.model, self.config.lora, seed=seed)
         elif self.config.tuning == "full":
@@ -170,19 +198,25 @@ class Backbone(nn.Module):
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self.model).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def tokenize(self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None) -> TokenizedTexts:
-        """Token ids of each text with its prefix, cut to the limit of its kind; cuts are counted.
+    def tokenize(
+        self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None, limit: int | None = None
+    ) -> TokenizedTexts:
+        """Token ids of each text with its prefix, cut to the limit; cuts are counted. Threads may tokenize at once.
 
-        ``prefix`` None means the one that the configuration has for the kind. Threads may tokenize at once.
+        ``prefix`` and ``limit`` None mean those that the configuration has for the kind, which training goes by.
 
         Raises:
-            InputError: one text where a list of texts is needed.
+            InputError: one text where a list of texts is needed, or a text with half a character.
         """
         if isinstance(texts, str):
             raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
         if prefix is None:
             prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
+        if limit is None:
+            limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
+        for text in texts:
+            if not is_text(text):
+                raise InputError(f"{text[:100]!r}: is no valid Unicode text; write it as UTF-8")
         prefixed = [prefix + text for text in texts]
         if not prefixed:
             return TokenizedTexts([])
@@ -227,6 +261,14 @@ class Backbone(nn.Module):
                     f"{key} is {getattr(self.config, key)}, but '{self.config.model}' reads at most {readable} tokens; "
                     f"set {key} to {readable} or less"
                 )
+
+
+def search_query_tokens(config: BackboneConfig) -> int:
+    """How much of a query a search reads: as much as of a passage, however little of queries training read.
+
+    The backbone reads both alike, and a query of its usual length keeps its vector (docs/LOG.md).
+    """
+    return max(config.max_query_tokens, config.max_passage_tokens)
 
 
 def keep_first_layers(model: nn.Module, count: int, *, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import fell_back
 from d2llm.core.memory import available_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +59,8 @@ def cpu_has_fast_bfloat16() -> bool:
         return False
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # not in every version of torch; the flags must do
+    except (AttributeError, RuntimeError) as error:  # not in every version of torch; the flags must do
+        fell_back("asking oneDNN for bfloat16", f"{error}; the CPU's flags are believed", level=logging.INFO)
         return torch.backends.mkldnn.is_available()
 
 
@@ -74,9 +77,13 @@ def can_fuse_bfloat16_layers() -> bool:
     expected = torch.nn.functional.linear(inputs.float(), weight.float(), bias.float()).relu_()
     try:
         result = fused_bfloat16_layer(inputs, pack_bfloat16_weight(weight), bias)
-    except (AttributeError, RuntimeError):  # no such operation in this build; not on this CPU
+    except (AttributeError, RuntimeError) as error:  # no such operation in this build; not on this CPU
+        fell_back("fused bfloat16 layers", f"{error}; layers are computed one by one", level=logging.INFO)
         return False
-    return bool((result.float() - expected).abs().max() <= 0.02 * expected.max())
+    is_right = bool((result.float() - expected).abs().max() <= 0.02 * expected.max())
+    if not is_right:
+        fell_back("fused bfloat16 layers", "their result is wrong on this CPU; layers are computed one by one")
+    return is_right
 
 
 def pack_bfloat16_weight(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Scoring stays torch's: it is a few products, which ``models.scorer`` has at the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from platformdirs import user_cache_path
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
+from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, write_manifest
@@ -53,8 +55,12 @@ def choose_engine(
         raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
     on_cpu = choose_device(device).type == "cpu"
     if name == "auto":
-        fits = on_cpu and _can_multiply("openvino", dtype)
-        return "openvino" if fits and find_spec("openvino") and find_spec("onnx") else "torch"
+        missing = [package for package in ("openvino", "onnx") if not find_spec(package)]
+        if on_cpu and _can_multiply("openvino", dtype) and not missing:
+            return "openvino"
+        reason = f"{' and '.join(missing)} not installed" if missing else "it computes on CPUs in float32 or bfloat16"
+        fell_back("engine OpenVINO", f"{reason}; torch encodes", level=logging.INFO)
+        return "torch"
     if name != "torch" and device is not None and not on_cpu:
         raise InputError(f"engine '{name}' computes on the CPU, but device '{device}' is asked for; use engine 'torch'")
     if name != "torch" and not _can_multiply(name, dtype):

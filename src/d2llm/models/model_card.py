@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.recipe import StudentConfig
+from d2llm.core.recipe import BackboneConfig, StudentConfig
+from d2llm.models.backbone import search_query_tokens
+from d2llm.models.probabilities import read_calibration
 from d2llm.models.sentence_transformers_files import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
@@ -55,7 +57,7 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need
 
     path = folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else _body(manifest)
+    text = path.read_text(encoding="utf-8") if path.is_file() else _body(folder, manifest)
     card = ModelCard(text) if text.startswith("---\n") else None
     said: dict[str, Any] = card.data.to_dict() if card is not None else {}
     body: str = card.text if card is not None else text
@@ -115,10 +117,10 @@ def _recorded(manifest: Mapping[str, Any], *keys: str) -> Any:
     return value if value is not None else []
 
 
-def _body(manifest: Mapping[str, Any]) -> str:
+def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     backbone, head = config["backbone"], config["interaction"]["head"]
-    base = hub_name(str(backbone["model"]))
+    base, num_query_tokens = hub_name(str(backbone["model"])), search_query_tokens(BackboneConfig(**backbone))
     what = (
         "A model for semantic search. It reads each text once, alone, and scores a query with a passage from two "
         f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm, after the method of D2LLM (Liao et al., ACL 2024, "
@@ -127,18 +129,36 @@ def _body(manifest: Mapping[str, Any]) -> str:
     # Of a folder its last name alone: where it lies on somebody's machine is nobody else's business.
     facts = (
         f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}\n"
-        f"- Reads at most {backbone['max_query_tokens']} tokens of a query and {backbone['max_passage_tokens']} of a "
+        f"- Reads at most {num_query_tokens} tokens of a query and {backbone['max_passage_tokens']} of a "
         f"passage; what is longer is cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )
-    return (
-        "\n\n".join(["# A d2llm student", what, facts, "## Use", _USE, *_training(manifest), *_figures(manifest)])
-        + "\n"
+    parts = [what, facts, "## Use", _USE, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
+    return "\n\n".join(["# A d2llm student", *parts]) + "\n"
+
+
+def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What its probabilities mean and how far they could be believed; nothing where it has none."""
+    calibration = read_calibration(folder, str(manifest["fingerprint"]))
+    if not calibration.tasks:
+        return []
+    told = (
+        "Scores give an order; `student.calibration.probabilities(scores, task)`, and a server's relevance scores, are "
+        f"how likely a passage is relevant where {calibration.base_rate:.0%} of the passages are (one relevant, "
+        f"{calibration.num_hard} that shares the query's words, {calibration.num_random} drawn at random). Of another "
+        "mixture they are not the share of relevant ones, but the order holds."
     )
+    lines = ["| task | dev queries | expected calibration error before | after |", "|---|---|---|---|"]
+    lines += [
+        f"| {task} | {sum(found.num_queries.values())} | {found.error_before:.3f} | {found.error_after:.3f} |"
+        for task, found in calibration.tasks.items()
+    ]
+    return ["## Probabilities", told, "\n".join(lines)]
 
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Whether sentence-transformers can load it, and what it then gives."""
     head, backbone = manifest["config"]["interaction"]["head"], manifest["config"]["backbone"]
+    num_query_tokens = search_query_tokens(BackboneConfig(**backbone))
     if (reason := why_not_loadable(folder, manifest)) is not None:
         return f"## Without d2llm\n\nSentence-transformers alone cannot load it: {reason}."
     what = (
@@ -150,7 +170,7 @@ def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     return (
         f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{what} In float32 the "
         "numbers are d2llm's within rounding (a relative difference of 1e-5). Ask with `encode_query`, of which "
-        f"{backbone['max_query_tokens']} tokens are read; `encode_document`, and plain `encode`, read "
+        f"{num_query_tokens} tokens are read; `encode_document`, and plain `encode`, read "
         f"{backbone['max_passage_tokens']} as a passage. What is longer is cut without a word."
     )
 

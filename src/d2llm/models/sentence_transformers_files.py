@@ -19,6 +19,7 @@ from torch import Tensor
 
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Task
+from d2llm.models.backbone import search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student_files import BACKBONE_FOLDER
 from d2llm.ops.pooling import PoolingName
@@ -87,7 +88,7 @@ def write_plain_form(
             # Texts are read as they are, also where the tokenizer has a chat template.
             "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
             "module_output_name": "token_embeddings",
-            "query_length": backbone.max_query_tokens,
+            "query_length": search_query_tokens(backbone),
             "document_length": backbone.max_passage_tokens,
         },
     )

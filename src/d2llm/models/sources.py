@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
+from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 
 if TYPE_CHECKING:
@@ -159,11 +160,14 @@ def find_model_file(location: str, name: str) -> Path | None:
         path = Path(location) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(location, name))
-    except (EntryNotFoundError, OSError):
+    except (EntryNotFoundError, OSError) as error:
+        # Without a connection nobody knows whether there is one.
+        if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
+            fell_back(f"{name} of a model", f"{location}: {error}; it is taken for missing", level=logging.INFO)
         return None
 
 

@@ -22,7 +22,7 @@ from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName, EvidenceTerm, Task, WholeText
 from d2llm.models import student_files as files
-from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts
+from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts, search_query_tokens
 from d2llm.models.core_workers import map_on_cores
 from d2llm.models.device import choose_device
 from d2llm.models.encoded_texts import EncodedTexts
@@ -34,6 +34,7 @@ from d2llm.models.interaction import CosineHead, Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
+from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.sources import load_tensors
@@ -49,12 +50,13 @@ _ACCELERATOR_BLOCK = 32_768
 
 
 class Student(nn.Module):
-    """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors."""
+    """Backbone + PMA: a vector of each text; the IEM: scores of two vectors; ``calibration``: their probabilities."""
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
+        self.max_query_tokens = search_query_tokens(config.backbone)  # may be set to less
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
@@ -62,6 +64,7 @@ class Student(nn.Module):
             self.evidence = Evidence(config.evidence)
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
+        self.calibration = UNCALIBRATED
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
@@ -88,6 +91,7 @@ class Student(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         engine: EngineName = "torch",
+        lean: bool = False,
     ) -> Student:
         """Load what ``save`` wrote: a folder, a student shipped with d2llm by its name, or one on the Hub.
 
@@ -98,6 +102,7 @@ class Student(nn.Module):
             device: where to compute, by default the best here.
             dtype: number format of the products, by default what is fast here.
             engine: what encodes texts (``models.engines``).
+            lean: load no more than encodes and scores, where the backbone allows (``models.lean``): quicker.
 
         Raises:
             InputError: the engine cannot be used with this device or number format.
@@ -118,6 +123,7 @@ class Student(nn.Module):
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
             device=chosen,
             compute_dtype=products if engine == "torch" else torch.float32,  # which graphs are recorded from
+            lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,
         )
         if not merged:
             files.require_same_base(folder, manifest, backbone)
@@ -128,6 +134,7 @@ class Student(nn.Module):
         student._saved_fingerprint = manifest["fingerprint"]
         student._recorded = {name: value for name, value in manifest.items() if name != files.MERGED_HASH}
         student._has_merged_weights = merged
+        student.calibration = read_calibration(folder, manifest["fingerprint"])
         student.use_engine(engine, dtype=products)
         return student
 
@@ -142,9 +149,7 @@ class Student(nn.Module):
         """
         local = Path(repo_id_or_folder).is_dir()
         if local and revision is not None:
-            raise InputError(
-                f"{repo_id_or_folder}: is a folder, which has no revisions; leave out revision='{revision}'"
-            )
+            raise InputError(f"{repo_id_or_folder}: a folder has no revisions; leave out revision='{revision}'")
         asks_hub = not local and (revision is not None or token is not None)
         found = fetch_student(str(repo_id_or_folder), revision=revision, token=token) if asks_hub else repo_id_or_folder
         return cls.load(found, **options)
@@ -190,13 +195,10 @@ class Student(nn.Module):
                     write_plain_form(temporary, self.config, self.backbone.pooling, self.interaction, task)
             elif adapter := self.backbone.tuned_state():
                 save_file(adapter, temporary / files.ADAPTER_FILE)
-            manifest = {
-                **content,
-                "fingerprint": self.fingerprint,
-                "config": self.config.model_dump(mode="json"),
-                "pooling": self.backbone.pooling,
-                "base_fingerprint": self.backbone.fingerprint_base(),
-            }
+            config, base = self.config.model_dump(mode="json"), self.backbone.fingerprint_base()
+            own = {"fingerprint": self.fingerprint, "config": config, "pooling": self.backbone.pooling}
+            manifest = {**content, **own, "base_fingerprint": base}
+            write_calibration(temporary, self.calibration)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
 
@@ -241,7 +243,7 @@ class Student(nn.Module):
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
         self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
-        self._recorded = {}
+        self._recorded, self.calibration = {}, UNCALIBRATED
         self.backbone.prepare_training(seed=seed)
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
@@ -266,7 +268,7 @@ class Student(nn.Module):
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Vectors of queries; ``advance`` is called with the number of texts finished."""
+        """Vectors of queries, read to ``max_query_tokens``; ``advance`` is called with the number of texts finished."""
         return self._encode(texts, "query", advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
@@ -324,9 +326,8 @@ class Student(nn.Module):
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
-            seen = (
-                "an inner product alone" if isinstance(head, CosineHead) else f"the features '{head.config.features}'"
-            )
+            features = "" if isinstance(head, CosineHead) else head.config.features
+            seen = f"the features '{features}'" if features else "an inner product alone"
             raise InputError(
                 f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
                 "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
@@ -360,10 +361,7 @@ class Student(nn.Module):
         passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
         task: Task,
     ) -> Float32[np.ndarray, "queries passages"]:
-        """Final logits of every query against the same passages, one query after the other.
-
-        Queries could share only the product W_p b of the features ``concat``, one of three.
-        """
+        """Final logits of every query against the same passages, one query after the other."""
         scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
         return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
 
@@ -379,8 +377,8 @@ class Student(nn.Module):
         return kept
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        """Token ids of each text, cut to the limit of its kind; cuts are counted."""
-        return self.backbone.tokenize(texts, kind)
+        """Token ids of each text as a search reads it; what is cut is counted."""
+        return self.backbone.tokenize(texts, kind, limit=self.max_query_tokens if kind == "query" else None)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         """Vectors of texts that ``tokenize`` read, as one batch; best of like length (``batch_tokens``)."""

@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from d2llm.core.errors import DataFormatError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.manifest import FILE_NAME, read_manifest
+from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import Task
@@ -44,21 +48,26 @@ def find_kind(config: TeacherConfig) -> str:
 
     Raises:
         ModelNotFoundError: no usable weights there.
+        ModelError: config.json is damaged.
+        DataFormatError: the manifest of a tuned teacher is damaged.
     """
     if config.kind != "auto":
         return config.kind
     folder = find_tuned_teacher(config.model)
     if folder is not None:
-        manifest = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        manifest = read_any_manifest(folder, TEACHER_KIND)
         kind = str(manifest.get("kind"))
         if kind != TEACHER_KIND:
             return {"student": "cosine"}.get(kind, kind if kind in _OTHER_KINDS else "causal")
-        config = TeacherConfig.model_validate(manifest["config"])
+        config = _config(folder, manifest)
         return config.kind if config.kind != "auto" else "causal"
     config_file = find_model_file(find_model(config.model), "config.json")
     if config_file is None:
         return "causal"
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    try:
+        settings = dict(json.loads(config_file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{config_file}: is no model's configuration ({error}); fetch or restore it") from error
     architecture = str((settings.get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"
@@ -89,11 +98,20 @@ def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
     if folder is None:
         return None
     manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
-    own = TeacherConfig.model_validate(manifest["config"])
+    own = _config(folder, manifest)
     if manifest.get("holds") == "model":
         own = own.model_copy(update={"model": str(folder)})
         return TunedTeacher(folder, own, str(manifest["fingerprint"]), None)
     return TunedTeacher(folder, own, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))
+
+
+def _config(folder: Path, manifest: Mapping[str, Any]) -> TeacherConfig:
+    try:
+        return TeacherConfig.model_validate(manifest.get("config"))
+    except ValidationError as error:
+        raise DataFormatError(
+            folder / FILE_NAME, "says nothing of the teacher that can be read; restore the folder"
+        ) from error
 
 
 def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage, Query, Task
 from d2llm.index.ann import AnnSearch
 from d2llm.index.view import CandidateRows, PassageView
@@ -109,6 +110,7 @@ class AnnSource:
         if isinstance(index, PassageView) and index.ann is not None:
             self._search = AnnSearch(index.ann, index.mask(allowed), index.ids)
         else:
+            count_fallback("approximate index")
             _log.warning("no approximate index fits (d2llm index INDEX ann builds one); the exact scan answers")
 
     def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
@@ -116,6 +118,8 @@ class AnnSource:
         found = None
         if self._search is not None and anchor is not None:
             found = self._search.search(anchor, top_k)
+            if found is None:
+                count_fallback("approximate index")  # as the exact scan is as quick, or reaches deeper
         return self._exact.propose(query, anchor, top_k) if found is None else CandidateRows(*found)
 
 

@@ -15,7 +15,7 @@ import semantic_text_splitter
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import LateChunk, Passage, WholeText
 from d2llm.index.passage_table import PassageTable
-from d2llm.index.side_files import CHUNK_TOKENS, Chunking, read_chunking, write_chunking
+from d2llm.index.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read_chunking, write_chunking
 from d2llm.index.store import IndexStore
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
@@ -127,6 +127,7 @@ def upsert_documents(
     chunker: Chunker,
     *,
     only_new: bool = False,
+    lenient_metadata: bool = False,
     num_documents: int | None = None,
     show_progress: bool | None = False,
 ) -> DocumentsReport:
@@ -161,12 +162,18 @@ def upsert_documents(
             if unfinished:
                 unfinished[0] -= count
 
+        known, version = read_chunking(store.folder), store.table().version
         try:
             _keep_chunking(store, chunker.chunking)
             report = upsert_passages(
-                store, index.student, pieces(), only_new=only_new, as_documents=True, advance=finish
-            )
+                store, index.student, pieces(), only_new=only_new, as_documents=True,
+                lenient_metadata=lenient_metadata, advance=finish,
+            )  # fmt: skip
             num_deleted = _delete_earlier_forms(store, num_pieces)
+        except BaseException:
+            if known is None and store.table().version == version:
+                forget_chunking(store.folder)  # nothing was cut, so another way is still open
+            raise
         finally:
             index.refresh()
         version = store.table().version

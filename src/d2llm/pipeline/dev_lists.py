@@ -162,7 +162,7 @@ def make_dev_lists(
     task: Task,
     queries: Sequence[Query],
     *,
-    student: SearchStudent,
+    student: SearchStudent | None,
     depth: int,
     with_positives: bool,
     show_progress: bool | None = None,
@@ -173,7 +173,8 @@ def make_dev_lists(
         dataset: with its dev judgements.
         task: what a pair stands for.
         queries: of the dev split.
-        student: whose vectors propose; a head without an inner-product part proposes by its vectors' cosine.
+        student: whose vectors propose; a head without an inner-product part proposes by its vectors' cosine. None:
+            BM25 proposes alone, and no passage has to be encoded.
         depth: how many of each list.
         with_positives: put all positives first, and leave out other passages of the same text as one, for lists whose
             every label is believed. Otherwise the lists are just what a search would find.
@@ -184,7 +185,9 @@ def make_dev_lists(
     """
     index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
     lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
-    nearest = _nearest(dataset, task, queries, student, depth, show_progress)
+    nearest: list[list[str]] = [[] for _ in queries]
+    if student is not None:
+        nearest = _nearest(dataset, task, queries, student, depth, show_progress)
     same_text = SameText(dataset) if with_positives else None
     positives = dataset.positives("dev")
     candidates: dict[str, list[str]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import make_dev_set
 from d2llm.pipeline.distill_run import DistillRun
 from d2llm.pipeline.objective import OFFSET
+from d2llm.pipeline.probabilities import fit_probabilities
 from d2llm.pipeline.processes import joined_processes, own_device
 
 _log = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"
 class DistillReport:
     """What a distillation did.
 
-    ``dev`` holds the dev measure by data set: at the start, at the last look, and of what was written by weight r; and
-    of how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
+    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and of
+    how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
     (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, which was written.
+    ``probabilities`` has, for each task with enough dev queries, what makes probabilities of its scores.
     """
 
     folder: str
@@ -52,6 +54,7 @@ class DistillReport:
     is_untrained: bool
     dev: dict[str, dict[str, Any]]
     seconds: float
+    probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
 
 
 def distill(
@@ -70,7 +73,8 @@ def distill(
 
     The student starts as its backbone's own cosine (default configuration), is measured on dev before the first step
     and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
-    result, 0 included. So what is written is on dev never worse than what it started from.
+    result, 0 included. So what is written is on dev never worse than what it started from. At the end what makes
+    probabilities of its scores is fitted on the same number of dev queries (``pipeline.probabilities``).
 
     With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the
     data sets' own judgements, as a tuned cosine with an interaction beside it.
@@ -126,6 +130,15 @@ def distill(
         run.train_interaction(show_progress)
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
+            student.calibration = fit_probabilities(
+                student.eval(),
+                [(source.dataset, source.task) for source in sources],
+                num_queries=training.dev_queries,
+                seed=recipe.seed,
+                show_progress=show_progress,
+            )
+            fitted = {task: found.model_dump() for task, found in student.calibration.tasks.items()}
+            report = replace(report, probabilities=fitted, seconds=time.monotonic() - started)
             content = {
                 "recipe": recipe.model_dump(),
                 "settings": settings,
@@ -149,6 +162,7 @@ def _report(
 ) -> DistillReport:
     progress = run.progress
     has_interaction = run.has_stages and any(progress.best_weights.values())
+    task_of = {dev.name: dev.task for dev in run.dev_sets}
     return DistillReport(
         folder=str(folder),
         fingerprint=run.student.fingerprint,
@@ -164,6 +178,7 @@ def _report(
             name: {
                 "start": progress.start_dev[name],
                 "last": progress.last_dev[name],
+                "kept": by_weight[str(float(progress.best_weights[task_of[name]]))],
                 "by_weight": by_weight,
                 "num_items": len(progress.start_items[name]),
             }

@@ -149,9 +149,9 @@ def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
 
 
 def _check_target(folder: Path, *, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
     check_replaceable(folder, KIND)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
     if not overwrite:
         raise InputError(
             f"{folder}: holds an index already; give another folder, or replace it (--overwrite; in Python, "

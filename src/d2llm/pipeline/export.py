@@ -15,10 +15,12 @@ from d2llm.core.extras import require
 from d2llm.core.files import folder_bytes, new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.models import numpy_head
+from d2llm.models.backbone import search_query_tokens
 from d2llm.models.eight_bits import Runtime
 from d2llm.models.graphs import write_score_graph, write_text_graph
 from d2llm.models.head_weights import head_weights
 from d2llm.models.interaction import TASKS, CosineHead
+from d2llm.models.probabilities import write_calibration
 from d2llm.models.student import Student
 
 KIND = "export"
@@ -41,6 +43,8 @@ class ExportReport:
 def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
     """Write a student for programs without d2llm into ``folder``, atomically.
 
+    What makes probabilities of its scores, where it has that, goes with it (``probabilities.json``).
+
     Args:
         student: what to write, in float32 on the CPU.
         folder: where; an export that is already there is replaced.
@@ -62,6 +66,7 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             _write_numpy(student, temporary)
         else:
             _write_graphs(student, temporary, to, int8=int8)
+        write_calibration(temporary, student.calibration)
         names = tuple(sorted(path.name for path in temporary.iterdir()))
         write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
     return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
@@ -80,9 +85,10 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
     }
     if to == "numpy":
         return content
-    reading = ("max_query_tokens", "max_passage_tokens", "query_prefix", "passage_prefix")
+    reading = ("max_passage_tokens", "query_prefix", "passage_prefix")
     used = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
-    return content | {key: getattr(backbone, key) for key in reading} | {"writers": used}
+    read = {"max_query_tokens": search_query_tokens(backbone)} | {key: getattr(backbone, key) for key in reading}
+    return content | read | {"writers": used}
 
 
 def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) -> None:

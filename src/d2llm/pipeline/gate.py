@@ -33,6 +33,8 @@ from d2llm.pipeline.evaluation.judging import Judged
 from d2llm.pipeline.protocols import PairJudge
 
 GATE_FILE = "gate.json"
+LOOK_QUERIES = 20
+"""Dev queries of each data set that a first look takes."""
 _KIND, _FORMAT_VERSION = "gate", 1
 _MEASURE = "nDCG@10"
 
@@ -85,6 +87,20 @@ class GateReport:
         return asdict(self) | {"settings": self.settings.model_dump()}
 
 
+@dataclass(frozen=True, slots=True)
+class FirstLook:
+    """How a teacher that is yet to be tuned does beside the cosine, on few queries: no verdict, and none is kept."""
+
+    sets: tuple[GateRow, ...]
+    num_judged: int
+    seconds: float
+
+    @property
+    def difference(self) -> float:
+        """Mean over the data sets of the teacher's measure minus the cosine's."""
+        return fmean(row.difference for row in self.sets)
+
+
 def gate(
     judged: Sequence[tuple[Dataset | PairDataset, Task]],
     folder: Path,
@@ -131,18 +147,10 @@ def gate(
     started = time.monotonic()
     earlier = _read_gates(folder / GATE_FILE)
     sets = [_sample(dataset, task, student, settings, seed, show_progress) for dataset, task in judged]
-
-    def ask(judge: PairJudge, name: str) -> list[Judged]:
-        store = folder / "gate-judgements"
-        return [judge_dev(judge, of, name=name, store=store, show_progress=show_progress) for of in sets]
-
-    by_cosine = ask(CosineTeacher(student), "cosine")
+    by_cosine = _ask(CosineTeacher(student), sets, "cosine", folder, show_progress)
     model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = ask(model, "teacher")
-    tried = [
-        _Tried(of.name, of.task, _measure(of, cosine.scores), _measure(of, taught.scores))
-        for of, cosine, taught in zip(sets, by_cosine, by_teacher, strict=True)
-    ]
+    by_teacher = _ask(model, sets, "teacher", folder, show_progress)
+    tried = _tried(sets, by_cosine, by_teacher)
     pooled: dict[tuple[Task, str], list[_Tried]] = {}
     for one in tried:
         pooled.setdefault((one.task, one.cosine.measure), []).append(one)
@@ -160,6 +168,36 @@ def gate(
     )
     _write(folder / GATE_FILE, earlier, report)
     return report
+
+
+def first_look(
+    judged: Sequence[tuple[Dataset | PairDataset, Task]],
+    folder: Path,
+    *,
+    teacher: TeacherConfig,
+    student: Student,
+    settings: GateConfig | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+) -> FirstLook:
+    """Teacher and cosine on ``LOOK_QUERIES`` dev queries of each data set, before hours go into tuning the teacher.
+
+    Both rank BM25's candidates, so that no corpus has to be encoded. ``gate.json`` stays as it is; judgements are kept
+    with the gate's. Arguments and errors are those of ``gate``.
+    """
+    started = time.monotonic()
+    few = (settings or GateConfig()).model_copy(update={"queries": LOOK_QUERIES})
+    sets = [_sample(dataset, task, None, few, seed, show_progress) for dataset, task in judged]
+    by_cosine = _ask(CosineTeacher(student), sets, "cosine", folder, show_progress)
+    by_teacher = _ask(load_judge(teacher, device=device, dtype=dtype), sets, "untuned teacher", folder, show_progress)
+    tried = _tried(sets, by_cosine, by_teacher)
+    return FirstLook(
+        sets=tuple(_row(one.name, [one], alpha=few.alpha, seed=seed) for one in tried),
+        num_judged=sum(found.num_new for found in by_teacher),
+        seconds=time.monotonic() - started,
+    )
 
 
 def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
@@ -195,8 +233,29 @@ class _Tried:
     teacher: _Measured
 
 
+def _ask(
+    judge: PairJudge, sets: Sequence[DevLists | DevPairs], name: str, folder: Path, show: bool | None
+) -> list[Judged]:
+    store = folder / "gate-judgements"
+    return [judge_dev(judge, of, name=name, store=store, show_progress=show) for of in sets]
+
+
+def _tried(
+    sets: Sequence[DevLists | DevPairs], by_cosine: Sequence[Judged], by_teacher: Sequence[Judged]
+) -> list[_Tried]:
+    return [
+        _Tried(of.name, of.task, _measure(of, cosine.scores), _measure(of, taught.scores))
+        for of, cosine, taught in zip(sets, by_cosine, by_teacher, strict=True)
+    ]
+
+
 def _sample(
-    dataset: Dataset | PairDataset, task: Task, student: Student, settings: GateConfig, seed: int, show: bool | None
+    dataset: Dataset | PairDataset,
+    task: Task,
+    student: Student | None,
+    settings: GateConfig,
+    seed: int,
+    show: bool | None,
 ) -> DevLists | DevPairs:
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)

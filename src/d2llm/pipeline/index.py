@@ -9,27 +9,32 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
+from d2llm.index import listing
 from d2llm.index.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.index.listing import ListedDocument
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
-from d2llm.models.student import Student
-from d2llm.pipeline.cascade import Rereader
-from d2llm.pipeline.chunking import Chunker, DocumentsReport, choose_chunking, upsert_documents
-from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.protocols import SearchStudent
-from d2llm.pipeline.search import Searcher, SearchSettings
 from d2llm.pipeline.student_source import find_source, source_of
-from d2llm.pipeline.upserting import UpsertReport, upsert_passages, warn_of_truncation
+
+# Whoever reads an index without searching it needs neither torch nor a student: they are imported where they are used.
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
+    from d2llm.pipeline.cascade import Rereader
+    from d2llm.pipeline.chunking import DocumentsReport
+    from d2llm.pipeline.exact_search import KeptReaches
+    from d2llm.pipeline.search import SearchSettings
+    from d2llm.pipeline.upserting import UpsertReport
 
 
 class Index:
@@ -78,6 +83,8 @@ class Index:
             InputError: something is in the way, or a format, field or type is unknown.
             ModelError: the student cannot be loaded.
         """
+        from d2llm.models.student import Student
+
         is_named = isinstance(student, str | Path)
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
         store = IndexStore.create(
@@ -102,6 +109,7 @@ class Index:
         device: str | None = None,
         dtype: str | None = None,
         engine: EngineName = "torch",
+        lean: bool = False,
     ) -> Index:
         """An index that is there. Its student is loaded when it is first needed.
 
@@ -111,11 +119,13 @@ class Index:
             device: of the student.
             dtype: its number format.
             engine: what encodes texts with it (``models.engines``).
+            lean: load what encodes queries and scores, and no more, where the student allows (``Student.load``):
+                quicker, for one who asks a few questions and changes nothing.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
         """
-        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine)
+        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine, lean=lean)
 
     def __enter__(self) -> Index:
         return self
@@ -144,7 +154,12 @@ class Index:
         given = self._given
         if given is None:
             given = find_source(self.store.manifest.get("student_source"), self.folder)
-        student = Student.load(given, **self._loading) if isinstance(given, str | Path) else given
+        if isinstance(given, str | Path):
+            from d2llm.models.student import Student
+
+            student: SearchStudent = Student.load(given, **self._loading)
+        else:
+            student = given
         self.store.check_student(student.fingerprint)
         return student
 
@@ -155,6 +170,8 @@ class Index:
 
     @cached_property
     def _reaches(self) -> KeptReaches:
+        from d2llm.pipeline.exact_search import KeptReaches
+
         return KeptReaches()
 
     def refresh(self) -> None:
@@ -177,6 +194,7 @@ class Index:
         passages: Iterable[Passage],
         *,
         only_new: bool = False,
+        lenient_metadata: bool = False,
         num_passages: int | None = None,
         show_progress: bool | None = False,
     ) -> UpsertReport:
@@ -188,6 +206,7 @@ class Index:
         Args:
             passages: read one after another, never held together.
             only_new: refuse passages whose id is there.
+            lenient_metadata: leave out metadata values that do not fit, and count them.
             num_passages: how many will come, for the progress bar.
             show_progress: None means: if standard error is a terminal.
 
@@ -198,10 +217,14 @@ class Index:
             IndexLockedError: another process is writing.
             StorageError: it cannot be written; the blocks before are kept.
         """
+        from d2llm.pipeline.upserting import upsert_passages, warn_of_truncation
+
         student = self.student
         try:
             with progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
-                report = upsert_passages(self.store, student, passages, only_new=only_new, advance=advance)
+                report = upsert_passages(
+                    self.store, student, passages, only_new=only_new, lenient_metadata=lenient_metadata, advance=advance
+                )
         finally:
             self.refresh()
         warn_of_truncation(
@@ -217,6 +240,7 @@ class Index:
         chunking: Chunking | None = None,
         *,
         only_new: bool = False,
+        lenient_metadata: bool = False,
         num_documents: int | None = None,
         show_progress: bool | None = False,
     ) -> DocumentsReport:
@@ -228,6 +252,7 @@ class Index:
             documents: read one after another.
             chunking: how to split; None: as the index does, or as its first documents are: ``Chunking()``.
             only_new: refuse documents that are there.
+            lenient_metadata: leave out metadata values that do not fit, and count them.
             num_documents: how many will come, for the progress bar.
             show_progress: None means: if standard error is a terminal.
 
@@ -237,11 +262,14 @@ class Index:
             IndexLockedError: another process is writing.
             StorageError: it cannot be written; the blocks before are kept.
         """
-        student = cast(Student, self.student)  # the only one that has a tokenizer to count with
+        from d2llm.pipeline.chunking import Chunker, choose_chunking, upsert_documents
+
+        student = cast("Student", self.student)  # the only one that has a tokenizer to count with
         chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
         return upsert_documents(
-            self, documents, chunker, only_new=only_new, num_documents=num_documents, show_progress=show_progress
-        )
+            self, documents, chunker, only_new=only_new, lenient_metadata=lenient_metadata,
+            num_documents=num_documents, show_progress=show_progress,
+        )  # fmt: skip
 
     @property
     def chunking(self) -> Chunking | None:
@@ -258,6 +286,17 @@ class Index:
         num_deleted = self.store.delete(list(ids))
         self.refresh()
         return num_deleted
+
+    def delete_documents(self, ids: Iterable[str]) -> int:
+        """Delete all passages of these documents; returns how many passages there were.
+
+        Raises:
+            InputError: an id is no valid text.
+            IndexLockedError: another process is writing.
+        """
+        with self.store.writing():
+            found = listing.passages_of(self.store.table(), list(ids))
+            return self.delete([passage_id for of_one in found.values() for passage_id in of_one]) if found else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of what is no longer there; bytes before and after. Arguments: ``IndexStore.compact``."""
@@ -281,6 +320,26 @@ class Index:
         """The passages with these ids, in their order; those that are not there are left out."""
         return self.view.get(ids)
 
+    def get_document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; none where it is not there.
+
+        Raises:
+            InputError: the id is no valid text.
+        """
+        return self.view.document(document_id)
+
+    def list_passages(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+        """The ids of passages, in order, a page at a time: the first ``limit`` behind the id ``after``.
+
+        Raises:
+            InputError: ``after`` is no valid text, or ``limit`` is below 1.
+        """
+        return self.view.list_passages(after, limit)
+
+    def list_documents(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+        """``list_passages`` for documents, with their numbers of passages; one without a document is its own."""
+        return self.view.list_documents(after, limit)
+
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the ids that the latest version does not have, in their order, each once."""
         there = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
@@ -302,6 +361,8 @@ class Index:
             InputError: a setting or query is wrong.
             FilterError: the filter cannot be read, or does not fit the metadata.
         """
+        from d2llm.pipeline.search import Searcher, SearchSettings
+
         asked = [queries] if isinstance(queries, str) else queries
         wanted = replace(settings or SearchSettings(), **changes)
         return Searcher(self.view, self.student, wanted, reaches=self._reaches, cascade=cascade).rank(asked)

@@ -36,9 +36,9 @@ class _Job:
 class LabelReport:
     """What a labelling run did.
 
-    ``pairs`` were judged now; ``finished_queries`` had all their labels before. ``num_truncated`` pairs lost text to
-    the teacher's length limit; of a remote teacher, ``num_bounded`` log-odds are only a bound and ``num_undecided``
-    pairs got no answer.
+    ``pairs`` were judged now; ``finished_pairs`` were labelled before, ``finished_queries`` had all theirs.
+    ``num_truncated`` pairs lost text to the teacher's length limit; of a remote teacher, ``num_bounded`` log-odds are
+    only a bound and ``num_undecided`` pairs got no answer.
     """
 
     store: str
@@ -52,6 +52,7 @@ class LabelReport:
     pairs_per_second: float
     num_bounded: int = 0
     num_undecided: int = 0
+    finished_pairs: int = 0
 
 
 def label(
@@ -102,6 +103,7 @@ def label(
             total.pairs += num_pairs
             total.queries += num_pairs > 0
             total.finished += num_pairs == 0
+            total.finished_pairs += len(entry.passage_ids) - num_pairs
     with progress_bar("labelling pairs", total.pairs, show=show_progress) as advance:
         for source, labels in work:
             _label_source(model, source, labels, total, _with_rate(advance))
@@ -118,6 +120,7 @@ def label(
         pairs_per_second=total.pairs / seconds,
         num_bounded=total.bounded,
         num_undecided=total.undecided,
+        finished_pairs=total.finished_pairs,
     )
 
 
@@ -128,6 +131,7 @@ class _Counts:
     pairs: int = 0
     queries: int = 0
     finished: int = 0
+    finished_pairs: int = 0
     truncated: int = 0
     tokens: int = 0
     bounded: int = 0

@@ -29,8 +29,9 @@ _OFFSET_QUERIES = 100
 def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
     """Token ids of the batch's texts: each query once, then each passage once."""
     source = batch.source
-    queries = student.tokenize([source.query_text(query_id) for query_id in batch.query_ids], "query")
-    passages = student.tokenize([source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
+    tokenize = student.backbone.tokenize  # training reads less of a query than a search
+    queries = tokenize([source.query_text(query_id) for query_id in batch.query_ids], "query")
+    passages = tokenize([source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
     return queries.ids + passages.ids
 
 

@@ -1,8 +1,10 @@
-"""Progress bars for anything that takes over two seconds; silent when the output is not a terminal."""
+"""Progress of anything that takes over two seconds: a bar in a terminal, now and then a line in a log."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,14 +18,25 @@ class Advance(Protocol):
         ...
 
 
+LINE_SECONDS = 30.0
+"""Between two lines of a log."""
+_remarks = logging.getLogger("d2llm.remarks")
+
+
 @contextmanager
 def progress_bar(description: str, total: int | None, *, show: bool | None = None) -> Generator[Advance]:
-    """Show a bar with rate and remaining time on standard error; ``show=None`` means: if that is a terminal.
+    """A bar with rate and remaining time on standard error; where that is no terminal, a logged line twice a minute.
 
-    ``total`` None: nobody knows, so it shows what is finished.
+    Args:
+        description: what is being done.
+        total: how many items there are; None: nobody knows, so what is finished is shown.
+        show: True: a bar, also where there is no terminal. False: neither bar nor lines.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if show is False:
         yield _ignore
+        return
+    if not (sys.stderr.isatty() or show):
+        yield _lines(description, total)
         return
     from rich.console import Console
     from rich.progress import (
@@ -53,6 +66,34 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
                 progress.update(task, note=note)
 
         yield advance
+
+
+def _lines(description: str, total: int | None) -> Advance:
+    """Logs how far the work is, no more often than every ``LINE_SECONDS``; what is quicker than that says nothing."""
+    started = logged = time.monotonic()
+    finished = 0
+    remark = ""
+
+    def advance(count: int, note: str = "", /) -> None:
+        nonlocal logged, finished, remark
+        finished += count
+        remark = note or remark
+        now = time.monotonic()
+        if now - logged < LINE_SECONDS:
+            return
+        logged = now
+        seconds = now - started
+        of_all = ""
+        if total:
+            until = f", {_duration(seconds * (total - finished) / finished)} left" if finished else ""
+            of_all = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{until}"
+        _remarks.info("%s: %s%s%s", description, f"{finished:,}", of_all, f", {remark}" if remark else "")
+
+    return advance
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _ignore(count: int, note: str = "", /) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from d2llm.core.types import EvidenceTerm, Task, WholeText
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Describable(Protocol):

@@ -77,14 +77,14 @@ def companion(student: Path, variant: str) -> Path:
     return student.with_name(f"{student.name}-{variant}")
 
 
-def check_data(recipe: Recipe) -> None:
-    """Make sure that the data sets of a recipe can be told apart.
+def check_data(recipe: Recipe, *, where: str = "recipe") -> None:
+    """Make sure that the data sets of a recipe can be told apart; ``where`` names its origin in errors.
 
     Raises:
         RecipeError: no data sets, or two of the same folder name.
     """
     names = [Path(data.path).name for data in recipe.data]
     if not names:
-        raise RecipeError("the recipe names no data sets; add a [[data]] section with path and task")
+        raise RecipeError(f"{where}: names no data sets; add a [[data]] section with path and task")
     if len(set(names)) < len(names):
-        raise RecipeError(f"two data sets of the recipe have the same folder name: {', '.join(sorted(names))}")
+        raise RecipeError(f"{where}: two data sets have the same folder name: {', '.join(sorted(names))}")

@@ -214,7 +214,7 @@ class Searcher:
     ) -> list[Ranking]:
         """Rank the passages for each query; ``title`` is the progress bar's.
 
-        ``vectors`` [n, dim] are those of the queries, where they are encoded already.
+        With their ``vectors`` [n, dim] given, queries are not read here, and no ranking says that its query was cut.
         """
         asked = _as_queries(queries)
         if vectors is not None and vectors.shape != (len(asked), self._student.vector_dim):
@@ -227,16 +227,18 @@ class Searcher:
             for start in range(0, len(asked), _ENCODED_AT_ONCE):
                 block = asked[start : start + _ENCODED_AT_ONCE]
                 begin = time.perf_counter()
+                cut: Sequence[int] = ()
                 if vectors is None:
-                    encoded = self._student.encode_queries([query.text for query in block]).vectors
+                    read = self._student.encode_queries([query.text for query in block])
+                    encoded, cut = read.vectors, read.truncated
                 else:
                     encoded = vectors[start : start + _ENCODED_AT_ONCE]
                 anchors = self._anchors(encoded)
                 seconds = (time.perf_counter() - begin) / len(block)
                 for at in range(0, len(block), _SCANNED_AT_ONCE):
                     part = slice(at, at + _SCANNED_AT_ONCE)
-                    for one in self._prepared(block[part], encoded[part], anchors[part], seconds):
-                        rankings.append(self._rank_one(one))
+                    for place, one in enumerate(self._prepared(block[part], encoded[part], anchors[part], seconds), at):
+                        rankings.append(replace(self._rank_one(one), truncated=place in cut))
                         advance(1)
         return rankings
 

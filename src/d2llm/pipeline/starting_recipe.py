@@ -61,6 +61,11 @@ class StartingRecipe:
     notes: tuple[str, ...]
 
     @property
+    def duration(self) -> str:
+        """``minutes`` in words."""
+        return _in_words(self.minutes)
+
+    @property
     def recipe(self) -> Recipe:
         """What the text says."""
         return load_recipe_text(self.text, where=f"the starting recipe of {self.name}")

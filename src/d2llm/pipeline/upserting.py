@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class UpsertReport:
 
     Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
     ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
-    of late chunks were read in ``num_windows`` windows.
+    of late chunks were read in ``num_windows`` windows. ``left_out`` counts by field the metadata values that did not
+    fit and were left out, where that was asked for.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class UpsertReport:
     num_tokens: int = 0
     num_windows: int = 0
     seconds: float = 0.0
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def num_encoded(self) -> int:
@@ -56,7 +59,7 @@ class UpsertReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
-        return asdict(self) | {"folder": str(self.folder)}
+        return asdict(self) | {"folder": str(self.folder), "left_out": dict(self.left_out)}
 
 
 def _ignore(count: int, note: str = "", /) -> None:
@@ -70,6 +73,7 @@ def upsert_passages(
     *,
     only_new: bool = False,
     as_documents: bool = False,
+    lenient_metadata: bool = False,
     advance: Advance = _ignore,
 ) -> UpsertReport:
     """Add passages to a store, or change those that are there (``Index.upsert``).
@@ -93,11 +97,19 @@ def upsert_passages(
                 before = store.table()
             if not as_documents:
                 _refuse_documents(block, before)
+            known = MetadataSchema.from_arrow(table.metadata_fields)
+            if lenient_metadata:
+                block, left_out = known.leave_out_misfits(block)
+                report = replace(report, left_out=Counter(report.left_out) + left_out)
+            table = _with_new_fields(store, block, known, table)
             report = _write_block(store, student, block, report, table, before, advance, only_new=only_new)
             written = report.version
         store.settle()
         extend_projections(store, student)
         version = store.table().version
+    if report.left_out:
+        named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
+        _log.warning("%s metadata values do not fit and were left out: %s", f"{sum(report.left_out.values()):,}", named)
     return replace(report, version=version, seconds=time.perf_counter() - begin)
 
 
@@ -127,7 +139,6 @@ def _write_block(
     only_new: bool,
 ) -> UpsertReport:
     """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
-    table = _with_new_fields(store, block, table)
     changes = store.compare(block, table, before=before)
     if only_new and changes.num_new < len(block):
         there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
@@ -150,9 +161,16 @@ def _write_block(
     )
 
 
-def _with_new_fields(store: IndexStore, block: list[Passage], table: PassageTable) -> PassageTable:
-    known = MetadataSchema.from_arrow(table.metadata_fields)
-    inferred = MetadataSchema.infer(block, known)
+def _with_new_fields(
+    store: IndexStore, block: list[Passage], known: MetadataSchema, table: PassageTable
+) -> PassageTable:
+    try:
+        inferred = MetadataSchema.infer(block, known)
+    except InputError as error:
+        raise InputError(
+            f"{error}. To go on without what does not fit: --lenient-metadata on the command line (--no-metadata: "
+            "without any), lenient_metadata in Python and over HTTP"
+        ) from error
     new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
     if not new:
         return table

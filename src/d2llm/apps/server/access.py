@@ -11,11 +11,12 @@ from d2llm.apps.server.errors import Problem
 from d2llm.apps.server.facts import current_facts
 from d2llm.apps.server.keys import ApiKey, KeyRing
 from d2llm.apps.server.limits import Allowance, RateLimiter
+from d2llm.apps.server.uploads import FILES_PATH
 
 OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/page")
 """Answered without a key, with what lies below them, as is "/": they tell nothing of the index. The page asks for a
 key itself."""
-_WRITE_PATHS = ("/v1/passages", "/v1/documents")
+_WRITE_PATHS = ("/v1/passages", "/v1/documents", FILES_PATH)
 _ADMIN_PATHS = ("/v1/index",)
 _READING = frozenset({"GET", "HEAD"})
 _CHANGING = frozenset({"PUT", "PATCH", "DELETE"})

@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from d2llm import __version__
-from d2llm.apps.server import metrics_route, native, page_routes
+from d2llm.apps.server import corpus_routes, metrics_route, native, page_routes
 from d2llm.apps.server.dialects import DIALECTS
 from d2llm.apps.server.disconnects import CancelWhenGone
 from d2llm.apps.server.errors import install_error_handlers, register_error_shape, without_places
@@ -65,6 +65,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
     app.state.lifecycle, app.state.settings, app.state.telemetry = lifecycle, settings, telemetry
     install_error_handlers(app, private)
     app.include_router(native.router)
+    app.include_router(corpus_routes.router)
     app.include_router(native.health_router)
     app.include_router(metrics_route.router)
     for dialect in DIALECTS:
@@ -174,8 +175,11 @@ def load_models(
     _hide(private, str(folder), config.backbone.model)
     if store is not None:
         store.check_student(manifest["fingerprint"])  # before its weights are read
+    student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
+    calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: they are the sigmoid of the score"
+    _log.info("relevance scores are probabilities in %s", calibrated)
     return ModelService(
-        Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine),
+        student,
         settings.model_name or Path(name).name,
         queue_texts=settings.queue_texts,
         batch_tokens=settings.batch_tokens,

@@ -27,6 +27,7 @@ from d2llm.index import inspection
 from d2llm.index.inspection import IndexStats
 from d2llm.index.side_files import Chunking
 from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
 from d2llm.pipeline.calibrate import read_error
@@ -147,7 +148,8 @@ class IndexService:
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
-            return replace(ranking, seconds=seconds), version.models.fingerprint
+            ranking = replace(ranking, seconds=seconds, truncated=bool(encoded.truncated))
+            return ranking, version.models.fingerprint
 
         with self._searching:
             ranking, fingerprint = await self.served.work(rank)
@@ -210,6 +212,14 @@ class IndexService:
         """
         return await self._in(self._reads, lambda: version.view.vectors(version.view.rows(ids)))
 
+    async def read(self, work: Callable[[PassageView], _Value]) -> _Value:
+        """What ``work`` reads of the version that is served now."""
+        return await self.served.work(lambda version: self._in(self._reads, lambda: work(version.view)))
+
+    async def snapshots(self) -> list[str]:
+        """The names of all snapshots."""
+        return await self._in(self._reads, lambda: IndexStore.open(self.folder.resolve()).snapshots())
+
     async def stats(self) -> tuple[IndexStats, OpenVersion]:
         """Facts about the latest version, and what is read of the same index."""
 
@@ -233,7 +243,7 @@ class IndexService:
 
     # Changing ------------------------------------------------------------------------------------------------------
 
-    async def upsert(self, passages: Sequence[Passage]) -> UpsertReport:
+    async def upsert(self, passages: Sequence[Passage], *, lenient_metadata: bool = False) -> UpsertReport:
         """Add passages, and change those whose id is there; searches see them when it returns.
 
         Raises:
@@ -242,12 +252,17 @@ class IndexService:
             IndexLockedError: another process is writing.
         """
         note_items([passage.text for passage in passages])
-        report = await self._write(lambda index, _student: index.upsert(passages))
+        report = await self._write(lambda index, _student: index.upsert(passages, lenient_metadata=lenient_metadata))
         await self.served.reload()
         return report
 
     async def upsert_documents(
-        self, documents: Sequence[Passage], chunk_tokens: int | None = None, chunk_overlap: int | None = None
+        self,
+        documents: Sequence[Passage],
+        chunk_tokens: int | None = None,
+        chunk_overlap: int | None = None,
+        *,
+        lenient_metadata: bool = False,
     ) -> DocumentsReport:
         """Split documents and add their passages; those that a document no longer has go.
 
@@ -262,7 +277,7 @@ class IndexService:
                 tokens = chunk_tokens or default_chunking(student).chunk_tokens
                 wanted = Chunking(tokens, chunk_overlap or 0)
             chunker = Chunker(student, choose_chunking(index.folder, student, wanted))
-            return upsert_documents(index, documents, chunker)
+            return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
 
         report = await self._write(work)
         await self.served.reload()
@@ -273,6 +288,36 @@ class IndexService:
         num_deleted = await self._write(lambda index, _student: index.delete(ids))
         await self.served.reload()
         return num_deleted
+
+    async def delete_documents(self, ids: Sequence[str]) -> int:
+        """Delete all passages of documents; returns how many passages there were."""
+        num_deleted = await self._write(lambda index, _student: index.delete_documents(ids))
+        await self.served.reload()
+        return num_deleted
+
+    async def drop_snapshot(self, name: str) -> None:
+        """Forget a snapshot.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
+        await self._with_snapshot(name)
+        await self._write(lambda index, _student: index.store.drop_snapshot(name))
+
+    async def restore(self, name: str) -> int:
+        """Make a snapshot's passages those of the index; returns how many they are.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
+        await self._with_snapshot(name)
+        num_passages = await self._write(lambda index, _student: index.restore(name))
+        await self.served.reload()
+        return num_passages
+
+    async def _with_snapshot(self, name: str) -> None:
+        if name not in await self.snapshots():
+            raise NotFoundError(f"there is no snapshot {name!r} of the index")
 
     async def snapshot(self, name: str) -> None:
         """Keep the latest version under a name.

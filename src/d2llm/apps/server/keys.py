@@ -67,14 +67,16 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """
     try:
         return _KeysFile.model_validate_json(path.read_bytes()).keys
-    except OSError as error:
+    except FileNotFoundError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); make it with: d2llm keys {path} add NAME"
         ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a file of keys") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise DataFormatError(path, f"is no file of API keys: {where}: {problem['msg']}") from error
+        raise DataFormatError(path, f"is no file of API keys ({where}: {problem['msg']}); give another path") from error
 
 
 def add_key(path: Path, name: str, scope: Scope = "read", requests_per_minute: int | None = None) -> str:
@@ -85,6 +87,8 @@ def add_key(path: Path, name: str, scope: Scope = "read", requests_per_minute: i
     """
     if not re.fullmatch(_NAME, name):
         raise InputError(f"'{name}' cannot be the name of a key: take up to 64 letters, digits, '.', '_' and '-'")
+    if path.exists():
+        read_keys(path)  # before a lock is laid beside what is no file of keys
     with _lock(path):
         keys = read_keys(path) if path.exists() else ()
         if any(key.name == name for key in keys):
@@ -104,6 +108,7 @@ def remove_key(path: Path, name: str) -> None:
     Raises:
         InputError: there is no key of the name.
     """
+    read_keys(path)
     with _lock(path):
         keys = read_keys(path)
         left = tuple(key for key in keys if key.name != name)

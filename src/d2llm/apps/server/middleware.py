@@ -30,6 +30,7 @@ from d2llm.apps.server.logs import log_request
 from d2llm.apps.server.route_table import RouteTable
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.apps.server.telemetry import Telemetry
+from d2llm.apps.server.uploads import FILES_PATH, FORM_TYPE
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +170,8 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        read: bytes | Problem | None = self._problem_of_headers(scope["method"], headers)
+        takes_form = scope["path"] == FILES_PATH
+        read: bytes | Problem | None = self._problem_of_headers(scope["method"], headers, takes_form)
         if read is None and _has_body(headers):
             try:
                 read = await asyncio.wait_for(self._read(receive), self._seconds)
@@ -177,7 +179,7 @@ class BodyMiddleware:
                 read = self._too_slow()
             if read is None:
                 return
-            if isinstance(read, bytes):
+            if isinstance(read, bytes) and not takes_form:
                 read = problem_of_text(read) or read
         if isinstance(read, Problem):
             await answer_problem(scope, receive, send, read)
@@ -204,15 +206,19 @@ class BodyMiddleware:
             more = message.get("more_body", False)
         return bytes(body)
 
-    def _problem_of_headers(self, method: str, headers: Headers) -> Problem | None:
+    def _problem_of_headers(self, method: str, headers: Headers, takes_form: bool) -> Problem | None:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:
             return self._too_large()
         kind = headers.get("content-type", "").partition(";")[0].strip()
-        if method in _BODY_METHODS and not _JSON.fullmatch(kind) and (kind or _has_body(headers)):
-            message = f"a body of type {kind!r} is not read; send JSON with 'Content-Type: application/json'"
-            if not kind:
-                message = "the body has no type; send JSON with 'Content-Type: application/json'"
+        is_read = kind.lower() == FORM_TYPE if takes_form else _JSON.fullmatch(kind) is not None
+        if method in _BODY_METHODS and not is_read and (kind or _has_body(headers)):
+            wanted = (
+                f"send files as a form ({FORM_TYPE})"
+                if takes_form
+                else "send JSON with 'Content-Type: application/json'"
+            )
+            message = f"a body of type {kind!r} is not read; {wanted}" if kind else f"the body has no type; {wanted}"
             return Problem(415, "unsupported_media_type", message)
         coding = headers.get("content-encoding", "identity")
         if coding.lower() != "identity" and _has_body(headers):

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from d2llm.apps.server.batching import Batcher
 from d2llm.apps.server.facts import note_items
@@ -50,7 +51,7 @@ class Scored:
     """A query's scores with passages.
 
     Attributes:
-        logits: [n] of the IEM; their sigmoid is a probability.
+        logits: [n] of the IEM; ``ModelService.probabilities`` makes probabilities of them.
         num_tokens: of query and passages together, as far as they were read.
         truncated: places of the passages that were cut to the student's limit.
         query_truncated: whether the query was.
@@ -84,9 +85,8 @@ class ModelService:
         self.name = name
         self.fingerprint = student.fingerprint
         self.dim = student.vector_dim
-        backbone = student.config.backbone
-        self.max_query_tokens = backbone.max_query_tokens
-        self.max_passage_tokens = backbone.max_passage_tokens
+        self.max_query_tokens = student.max_query_tokens
+        self.max_passage_tokens = student.config.backbone.max_passage_tokens
         self.batch_tokens = batch_tokens or student.batch_tokens
         self._observe = observe
         on_cpu = student.backbone.device.type == "cpu"
@@ -172,6 +172,20 @@ class ModelService:
         if not np.isfinite(logits).all():
             raise ModelError("a score is not finite; check the student")
         return logits
+
+    def probabilities(self, logits: NDArray[np.float32], task: Task) -> NDArray[np.float64]:
+        """Scores [n] as numbers in [0, 1]: calibrated where the student is for this task, else their sigmoid."""
+        calibration = self.student.calibration
+        if task in calibration.tasks:
+            return calibration.probabilities(logits, task)
+        return np.asarray(expit(logits.astype(np.float64)))
+
+    def probability_kind(self, task: Task) -> str:
+        """How ``probabilities`` are made, in a few words that fit a header."""
+        calibration = self.student.calibration
+        if task in calibration.tasks:
+            return f"calibrated; task={task}; base-rate={calibration.base_rate:g}"
+        return f"uncalibrated; task={task}; the sigmoid of the score, in order but no probability"
 
     async def anchor_queries(self, vectors: NDArray[np.float32], task: Task = "asymmetric") -> NDArray[np.float32]:
         """[n, dim] whose inner products with passages' vectors are the score's inner-product part.

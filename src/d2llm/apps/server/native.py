@@ -1,11 +1,11 @@
-"""d2llm's own interface over HTTP: search, explain, passages, documents, the index, vectors and scores."""
+"""d2llm's own interface over HTTP: search, explain, the index, vectors and scores; what it holds: ``corpus_routes``."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -14,34 +14,26 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from d2llm import __version__
-from d2llm.apps.server.errors import ConflictError, ForbiddenError, NotFoundError, invalid, request_id_of
+from d2llm.apps.server.checks import ERRORS, at_most, short_enough
+from d2llm.apps.server.errors import ConflictError, invalid, request_id_of
 from d2llm.apps.server.fast_json import FastJSONResponse
 from d2llm.apps.server.index_service import Reading
 from d2llm.apps.server.lifecycle import Lifecycle
 from d2llm.apps.server.model_service import ModelService
 from d2llm.apps.server.open_version import OpenVersion
-from d2llm.apps.server.ranking_json import passage_json, ranking_json
+from d2llm.apps.server.ranking_json import ranking_json
 from d2llm.apps.server.schemas import (
-    DeletedAnswer,
-    DocumentsAnswer,
-    DocumentsRequest,
     EncodeAnswer,
     EncodeRequest,
-    ErrorAnswer,
     ExplainAnswer,
     ExplainRequest,
     HealthAnswer,
     IndexAnswer,
-    PassageAnswer,
-    PassagesAnswer,
-    PassagesRequest,
     ReloadAnswer,
     RescoreAnswer,
     RescoreRequest,
     SearchAnswer,
     SearchRequest,
-    SnapshotAnswer,
-    SnapshotRequest,
     StudentAnswer,
     TeacherAnswer,
     WordAnswer,
@@ -49,28 +41,9 @@ from d2llm.apps.server.schemas import (
 from d2llm.apps.server.services import Services, Serving, TheIndex, TheServices, index_of
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.core.errors import D2LLMError
-from d2llm.core.types import Passage, SourceName, Task
+from d2llm.core.types import SourceName, Task
 from d2llm.pipeline.search import SearchSettings
-from d2llm.pipeline.upserting import UpsertReport
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
-    for status, description in {
-        400: "The request is wrong",
-        401: "No key, or an unknown one",
-        403: "Not allowed",
-        404: "There is no such thing",
-        408: "Its body took too long",
-        409: "In the way of something else",
-        413: "Too large",
-        415: "Not JSON",
-        422: "The body does not fit the schema",
-        429: "Too many requests",
-        500: "The server failed",
-        503: "Not ready",
-        507: "It cannot be stored",
-    }.items()
-}
 _SOURCES: dict[str, tuple[SourceName, ...]] = {
     "vectors": ("vectors",),
     "ann": ("ann",),
@@ -79,7 +52,7 @@ _SOURCES: dict[str, tuple[SourceName, ...]] = {
 }
 
 _log = logging.getLogger(__name__)
-router = APIRouter(tags=["d2llm"], responses=_ERRORS)
+router = APIRouter(tags=["d2llm"], responses=ERRORS)
 health_router = APIRouter(tags=["operations"])
 
 
@@ -87,9 +60,9 @@ health_router = APIRouter(tags=["operations"])
 async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """Find the passages that answer a query, best first."""
     limits = services.settings
-    _at_most(body.top_k, limits.max_top_k, "top_k")
-    _at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
-    _short_enough([body.query], limits, "query")
+    at_most(body.top_k, limits.max_top_k, "top_k")
+    at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
+    short_enough([body.query], limits, "query")
     ranking, fingerprint = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
     answer = ranking_json(ranking) | {
         "index": {"version": ranking.index_version, "fingerprint": fingerprint},
@@ -101,7 +74,7 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
 @router.post("/v1/explain")
 async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainAnswer:
     """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
-    _short_enough([body.query], services.settings, "query")
+    short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, found = await index.explain(body.query, body.passage_id, task)
     teacher = None
@@ -120,47 +93,9 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
         interaction=found.interaction,
         words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
         truncated=found.truncated,
+        query_truncated=found.query_truncated,
         teacher=teacher,
     )
-
-
-@router.post("/v1/passages")
-async def upsert_passages(body: PassagesRequest, services: TheServices, index: TheIndex) -> PassagesAnswer:
-    """Add passages, and change those whose id is there; searches find them when this is answered."""
-    _writable(services)
-    _at_most(len(body.passages), services.settings.max_texts, "passages")
-    _short_enough([passage.text for passage in body.passages], services.settings, "passages")
-    passages = [Passage(**passage.model_dump()) for passage in body.passages]
-    return PassagesAnswer(**_upserted(await index.upsert(passages)))
-
-
-@router.post("/v1/documents")
-async def upsert_documents(body: DocumentsRequest, services: TheServices, index: TheIndex) -> DocumentsAnswer:
-    """Split long texts into passages and add these; passages that a document no longer has are deleted.
-
-    The index remembers how its documents are cut, and refuses to cut others in another way.
-    """
-    _writable(services)
-    _at_most(len(body.documents), services.settings.max_texts, "documents")
-    documents = [Passage(**document.model_dump()) for document in body.documents]
-    report = await index.upsert_documents(documents, body.chunk_tokens, body.chunk_overlap)
-    return DocumentsAnswer(**_upserted(report), num_documents=report.num_documents, num_deleted=report.num_deleted)
-
-
-@router.get("/v1/passages/{passage_id:path}")
-async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
-    """A passage by its id."""
-    return PassageAnswer(**passage_json(await index.get(passage_id)))
-
-
-@router.delete("/v1/passages/{passage_id:path}")
-async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
-    """Delete a passage; no search finds it when this is answered."""
-    _writable(services)
-    num_deleted = await index.delete([passage_id])
-    if not num_deleted:
-        raise NotFoundError(f"there is no passage {passage_id!r} in the index")
-    return DeletedAnswer(num_deleted=num_deleted, version=index.current.view.version)
 
 
 @router.get("/v1/index")
@@ -186,6 +121,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
             backbone=_name_of(config.backbone.model),
             max_query_tokens=models.max_query_tokens,
             max_passage_tokens=models.max_passage_tokens,
+            relevance_score=models.probability_kind(version.view.task),
         ),
         teacher=index.teacher_name,
         fields=stats.metadata,
@@ -196,14 +132,6 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         writable=services.settings.writable,
         d2llm=__version__,
     )
-
-
-@router.post("/v1/index/snapshots")
-async def take_snapshot(body: SnapshotRequest, services: TheServices, index: TheIndex) -> SnapshotAnswer:
-    """Keep the index as it is now under a name."""
-    _writable(services)
-    await index.snapshot(body.name)
-    return SnapshotAnswer(snapshots=(await index.stats())[0].snapshots)
 
 
 @router.post("/v1/index/reload")
@@ -224,8 +152,8 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
 @router.post("/v1/encode", response_model=EncodeAnswer)
 async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
     """The student's vectors of texts, for use with its interaction elsewhere."""
-    _at_most(len(body.texts), services.settings.max_texts, "texts")
-    _short_enough(body.texts, services.settings, "texts")
+    at_most(len(body.texts), services.settings.max_texts, "texts")
+    short_enough(body.texts, services.settings, "texts")
     encoded = await services.models.encode(body.texts, body.kind)
     return FastJSONResponse(
         {
@@ -244,22 +172,24 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
     ids, texts, given, models = body.passage_ids, body.passages, body.passage_vectors, services.models
     if ids is not None:
         index = await index_of(services)
-        _at_most(len(ids), services.settings.max_num_candidates, "passage_ids")
+        at_most(len(ids), services.settings.max_num_candidates, "passage_ids")
 
         async def of_ids(version: OpenVersion) -> RescoreAnswer:
             stored = await index.vectors(version, ids)
-            return await _rescored(body, services, version.models, version.view.task, stored)
+            return await _rescored(body, services, version.models, version.view.task, stored, ())
 
         return await index.served.work(of_ids)
+    truncated: Sequence[int] = ()
     if texts is not None:
-        _at_most(len(texts), services.settings.max_texts, "passages")
-        _short_enough(texts, services.settings, "passages")
-        passages = (await models.encode(texts, "passage")).vectors
+        at_most(len(texts), services.settings.max_texts, "passages")
+        short_enough(texts, services.settings, "passages")
+        encoded = await models.encode(texts, "passage")
+        passages, truncated = encoded.vectors, encoded.truncated
     else:
         assert given is not None
-        _at_most(len(given), services.settings.max_num_candidates, "passage_vectors")
+        at_most(len(given), services.settings.max_num_candidates, "passage_vectors")
         passages = _vectors(given, models.dim, "passage_vectors")
-    return await _rescored(body, services, models, services.task, passages)
+    return await _rescored(body, services, models, services.task, passages, truncated)
 
 
 @health_router.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
@@ -273,16 +203,28 @@ async def health(request: Request) -> JSONResponse:
 
 
 async def _rescored(
-    body: RescoreRequest, services: Services, models: ModelService, task: Task, passages: NDArray[np.float32]
+    body: RescoreRequest,
+    services: Services,
+    models: ModelService,
+    task: Task,
+    passages: NDArray[np.float32],
+    truncated: Sequence[int],
 ) -> RescoreAnswer:
+    query_truncated = False
     if body.query_vector is not None:
         query = _vectors([body.query_vector], models.dim, "query_vector")[0]
     else:
         assert body.query is not None
-        _short_enough([body.query], services.settings, "query")
-        query = (await models.encode([body.query], "query")).vectors[0]
+        short_enough([body.query], services.settings, "query")
+        encoded = await models.encode([body.query], "query")
+        query, query_truncated = encoded.vectors[0], bool(encoded.truncated)
     logits = await models.score_vectors(query, passages, body.task or task)
-    return RescoreAnswer(scores=logits.tolist(), fingerprint=models.fingerprint)
+    return RescoreAnswer(
+        scores=logits.tolist(),
+        truncated=list(truncated),
+        query_truncated=query_truncated,
+        fingerprint=models.fingerprint,
+    )
 
 
 def _sources(body: SearchRequest) -> tuple[SourceName, ...] | None:
@@ -322,10 +264,6 @@ def _name_of(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
-def _upserted(report: UpsertReport) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in PassagesAnswer.model_fields}
-
-
 def _vectors(values: Sequence[Sequence[float]], dim: int, name: str) -> NDArray[np.float32]:
     for place, value in enumerate(values):
         if len(value) != dim:
@@ -335,20 +273,3 @@ def _vectors(values: Sequence[Sequence[float]], dim: int, name: str) -> NDArray[
     if not np.isfinite(vectors).all():
         raise invalid(f"{name}: a component is beyond what float32 holds", name)
     return vectors
-
-
-def _writable(services: Services) -> None:
-    if not services.settings.writable:
-        raise ForbiddenError("this server does not change its index (writable = false)")
-
-
-def _at_most(number: int, limit: int, name: str) -> None:
-    if number > limit:
-        raise invalid(f"{name}: {number:,} is more than this server allows ({limit:,})", name)
-
-
-def _short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None:
-    for place, text in enumerate(texts):
-        if len(text) > limits.max_text_chars:
-            where = name if len(texts) == 1 else f"{name}.{place}"
-            raise invalid(f"{where}: {len(text):,} characters; this server takes {limits.max_text_chars:,}", where)

@@ -15,6 +15,7 @@ def ranking_json(ranking: Ranking) -> dict[str, Any]:
     certificate, cascade = ranking.certificate, ranking.cascade
     return {
         "query": ranking.query.text,
+        "truncated": ranking.truncated,
         "passages": [_ranked_json(place) for place in ranking.passages],
         "num_candidates": ranking.num_candidates,
         "seconds": dict(ranking.seconds),

@@ -21,9 +21,7 @@ def _with_text(text: str) -> str:
 
 NonEmpty = Annotated[str, AfterValidator(_with_text), Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
 PassageId = Annotated[str, StringConstraints(min_length=1)]
-Metadata = dict[str, str | int | float | bool | None]
 Vector = Annotated[list[float], Field(min_length=1)]
-SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
 
 
 class Body(BaseModel):
@@ -77,50 +75,6 @@ class ExplainRequest(Body):
     passage_id: PassageId
     task: Task | None = None
     teacher: bool = Field(False, description="Also ask the teacher.")
-
-
-class PassageBody(Body):
-    """A passage."""
-
-    id: PassageId = Field(examples=["bread"])
-    text: NonEmpty = Field(examples=["Bread is baked from flour, water and salt."])
-    title: str = Field("", examples=["Bread"])
-    document_id: str = ""
-    position: int = Field(0, ge=0, le=2**31 - 1)
-    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 2021}])
-
-
-class PassagesRequest(Body):
-    """Passages to add, or to change where the id is there."""
-
-    passages: list[PassageBody] = Field(min_length=1)
-
-
-class DocumentBody(Body):
-    """A text of any length."""
-
-    id: PassageId = Field(examples=["ships"])
-    text: NonEmpty = Field(examples=["Ships sail over the sea. They carry goods to far ports."])
-    title: str = Field("", examples=["Ships"])
-    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 1999}])
-
-
-class DocumentsRequest(Body):
-    """Long texts to split into passages."""
-
-    documents: list[DocumentBody] = Field(min_length=1)
-    chunk_tokens: int | None = Field(
-        None, ge=8, description="Most tokens of a passage; null: as the index cuts, or 128 for its first documents."
-    )
-    chunk_overlap: int | None = Field(
-        None, ge=0, description="Tokens that a passage repeats of the one before; null: as the index cuts, or none."
-    )
-
-
-class SnapshotRequest(Body):
-    """The name of a snapshot to take."""
-
-    name: SnapshotName
 
 
 class EncodeRequest(Body):
@@ -251,9 +205,10 @@ class IndexVersion(Answer):
 
 
 class SearchAnswer(Answer):
-    """A ranking, best first. ``seconds`` by stage: queue, encode, candidates, score, teacher."""
+    """A ranking, best first. ``truncated``: the query's end was not read. ``seconds`` by stage: queue to teacher."""
 
     query: str
+    truncated: bool
     passages: list[RankedAnswer]
     num_candidates: int
     seconds: dict[str, float]
@@ -281,7 +236,10 @@ class TeacherAnswer(Answer):
 
 
 class ExplainAnswer(Answer):
-    """A query's score with a passage, in parts; places count in title, line break and text."""
+    """A query's score with a passage, in parts; places count in title, line break and text.
+
+    ``truncated``: the passage's end was not read; ``query_truncated``: the query's.
+    """
 
     id: str
     title: str
@@ -291,34 +249,8 @@ class ExplainAnswer(Answer):
     interaction: float | None
     words: list[WordAnswer]
     truncated: bool
+    query_truncated: bool
     teacher: TeacherAnswer | None
-
-
-class PassagesAnswer(Answer):
-    """What became of the passages given."""
-
-    num_passages: int
-    num_added: int
-    num_updated: int
-    num_metadata: int
-    num_unchanged: int
-    num_truncated: int
-    version: int
-    seconds: float
-
-
-class DocumentsAnswer(PassagesAnswer):
-    """What became of the documents given and of their passages."""
-
-    num_documents: int
-    num_deleted: int
-
-
-class DeletedAnswer(Answer):
-    """How many passages were deleted, and the version since."""
-
-    num_deleted: int
-    version: int | None
 
 
 class StudentAnswer(Answer):
@@ -331,6 +263,7 @@ class StudentAnswer(Answer):
     backbone: str
     max_query_tokens: int
     max_passage_tokens: int
+    relevance_score: str = Field(description="How rerankers' numbers in [0, 1] are made of its scores.")
 
 
 class IndexAnswer(Answer):
@@ -364,12 +297,6 @@ class ReloadAnswer(Answer):
     changed: bool
 
 
-class SnapshotAnswer(Answer):
-    """All snapshots."""
-
-    snapshots: list[str]
-
-
 class EncodeAnswer(Answer):
     """Vectors as the student gives them, not of unit length, and what of the texts was read."""
 
@@ -381,9 +308,11 @@ class EncodeAnswer(Answer):
 
 
 class RescoreAnswer(Answer):
-    """The IEM's logits, in the passages' order."""
+    """The IEM's logits, in the passages' order, and the places of the passages that were given as texts and cut."""
 
     scores: list[float]
+    truncated: list[int]
+    query_truncated: bool
     fingerprint: str
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from d2llm import __version__
+from d2llm.core.fallbacks import fallback_counts
 
 STAGES = ("queue", "encode", "candidates", "score", "teacher")
 """Of a request: waiting for the student, encoding, finding candidates, rescoring by the IEM, reading by the teacher."""
@@ -17,6 +20,21 @@ _STAGE_SECONDS = (0.0001, 0.00025, 0.0005, *_REQUEST_SECONDS)
 _BATCH_TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 StageListener = Callable[[str, float], None]
+
+
+class _Fallbacks(Collector):
+    """What could not be done the fast way, of this process."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Counted since the process began."""
+        counted = CounterMetricFamily(
+            "d2llm_fallbacks",
+            "Times that a fast way could not be taken, by which; the log says why.",
+            labels=("fast_way",),
+        )
+        for fast_way, count in fallback_counts().items():
+            counted.add_metric((fast_way,), count)
+        return [counted]
 
 
 class Telemetry:
@@ -58,6 +76,7 @@ class Telemetry:
             "d2llm_index_version", "Version of the index that is served.", registry=self.registry
         )
         self._index_passages = Gauge("d2llm_index_passages", "Passages in that version.", registry=self.registry)
+        self.registry.register(_Fallbacks())
         Info("d2llm_build", "What runs.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
         self._student: Info | None = None

@@ -65,11 +65,13 @@ def load_prompt(name: str, task: Task) -> Prompt:
 
 def _read_file(path: Path, task: Task) -> dict[str, Any]:
     try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path of the prompt file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}; correct it there") from error
     if task not in sections:
         raise InputError(f"{path}: no section [{task}]; add one with the keys template, yes, no")
     if not isinstance(sections[task], dict):

@@ -25,6 +25,7 @@ from d2llm.apps.server.dialects.shared import (
     errors,
     find_model,
     rerank_results,
+    score_header,
     status_of,
     task_of,
 )
@@ -113,9 +114,12 @@ async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depend
     return FastJSONResponse(
         {
             "id": str(uuid.uuid4()),
-            "results": rerank_results(scored.logits, body.documents, body.top_n, with_texts=body.return_documents),
+            "results": rerank_results(
+                services, scored.logits, body.documents, body.top_n, with_texts=body.return_documents
+            ),
             "meta": meta | ({"warnings": warnings} if warnings else {}),
-        }
+        },
+        headers=score_header(services),
     )
 
 

@@ -28,6 +28,7 @@ from d2llm.apps.server.dialects.shared import (
     find_model,
     refuse_cut,
     rerank_results,
+    score_header,
     status_of,
     task_of,
 )
@@ -141,10 +142,12 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
         "model": models.name,
         "object": "list",
         "usage": {"total_tokens": scored.num_tokens, "prompt_tokens": scored.num_tokens},
-        "results": rerank_results(scored.logits, documents, body.top_n or None, with_texts=body.return_documents),
+        "results": rerank_results(
+            services, scored.logits, documents, body.top_n or None, with_texts=body.return_documents
+        ),
     }
     warnings = cut_warnings(scored.query_truncated, scored.truncated, models)
-    return FastJSONResponse(answer | ({"warnings": warnings} if warnings else {}))
+    return FastJSONResponse(answer | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:

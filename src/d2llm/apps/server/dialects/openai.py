@@ -2,7 +2,7 @@
 
 Beyond OpenAI's: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` says which side of the search
 a text is on (without either: a passage); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with a
-text that is too long.
+text that is too long; of those that were cut a header ``X-Warning`` tells.
 
 Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors that its users report, and
 openai 3.52.0.
@@ -33,7 +33,9 @@ from d2llm.apps.server.dialects.shared import (
     find_model,
     refuse_cut,
     status_of,
+    texts_cut,
     unit_length,
+    warning_header,
 )
 from d2llm.apps.server.errors import Problem, invalid
 from d2llm.apps.server.fast_json import FastJSONResponse
@@ -125,8 +127,8 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
     check_size(services, body.input, "input")
     check_dimensions(body.dimensions, models)
     encoded = await embed(services, texts, kind)
+    limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
     if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
-        limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
     vectors = unit_length(encoded.vectors)
     values = _base64(vectors) if body.encoding_format == "base64" else list(vectors)
@@ -137,7 +139,7 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
-    return FastJSONResponse(answer)
+    return FastJSONResponse(answer, headers=warning_header(texts_cut("input", encoded.truncated, limit)))
 
 
 @router.get("/v1/models")

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
-from scipy.special import expit
 
 from d2llm.apps.server.errors import Problem, ServingError, invalid
 from d2llm.apps.server.model_service import Encoded, ModelService
@@ -69,7 +68,7 @@ class DocumentText(Answer):
 
 
 class RerankResult(Answer):
-    """A document's place: ``index`` in the request, and its probability."""
+    """A document's place: ``index`` in the request, and the probability that it is relevant."""
 
     index: int
     relevance_score: float = Field(ge=0, le=1)
@@ -219,9 +218,9 @@ def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
-def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The sigmoid of logits, in [0, 1]."""
-    return cast("NDArray[np.float64]", expit(logits.astype(np.float64)))
+def score_header(services: Services) -> dict[str, str]:
+    """The header that says how numbers in [0, 1] are made of scores: calibrated on dev queries, or not."""
+    return {"X-Relevance-Score": services.models.probability_kind(task_of(services))}
 
 
 def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]:
@@ -240,16 +239,21 @@ def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
     return [f"{name} were cut to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
+def warning_header(warnings: Sequence[str]) -> dict[str, str] | None:
+    """The header that tells of texts that were cut, where the dialect's answers have no place for it."""
+    return {"X-Warning": "; ".join(warnings)} if warnings else None
+
+
 def task_of(services: Services) -> Task:
     """What is asked of a pair: what the index is made for, else whether the passage answers the query."""
     return services.task
 
 
 def rerank_results(
-    logits: NDArray[np.float32], documents: Sequence[str], top: int | None, *, with_texts: bool
+    services: Services, logits: NDArray[np.float32], documents: Sequence[str], top: int | None, *, with_texts: bool
 ) -> list[dict[str, Any]]:
     """The ``RerankResult`` of each of the ``top`` documents (None: of all), best first."""
-    scores = probabilities(logits).tolist()
+    scores = services.models.probabilities(logits, task_of(services)).tolist()
     results: list[dict[str, Any]] = []
     for place in best_first(logits, top):
         result: dict[str, Any] = {"index": place, "relevance_score": scores[place]}

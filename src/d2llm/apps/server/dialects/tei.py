@@ -33,12 +33,13 @@ from d2llm.apps.server.dialects.shared import (
     cut_warnings,
     embed,
     errors,
-    probabilities,
     refuse_cut,
+    score_header,
     status_of,
     task_of,
     texts_cut,
     unit_length,
+    warning_header,
 )
 from d2llm.apps.server.errors import Problem
 from d2llm.apps.server.fast_json import FastJSONResponse
@@ -189,12 +190,14 @@ async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONRe
     if body.truncate is False:
         refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
         refuse_cut(body.texts, scored.truncated, "texts", models.max_passage_tokens, _CUT)
-    scores = (scored.logits if body.raw_scores else probabilities(scored.logits)).tolist()
+    scores = scored.logits if body.raw_scores else models.probabilities(scored.logits, task_of(services))
+    values = scores.tolist()
     ranks: list[dict[str, Any]] = []
     for place in best_first(scored.logits):
-        rank: dict[str, Any] = {"index": place, "score": scores[place]}
+        rank: dict[str, Any] = {"index": place, "score": values[place]}
         ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
-    return _answer(ranks, cut_warnings(scored.query_truncated, scored.truncated, models))
+    header = {} if body.raw_scores else score_header(services)
+    return _answer(ranks, cut_warnings(scored.query_truncated, scored.truncated, models), header)
 
 
 @router.post("/similarity", response_model=SimilarityAnswer)
@@ -236,8 +239,8 @@ def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
     return status, {"error": problem.message, "error_type": kind}
 
 
-def _answer(content: Any, warnings: list[str]) -> FastJSONResponse:
-    return FastJSONResponse(content, headers={"X-Warning": "; ".join(warnings)} if warnings else None)
+def _answer(content: Any, warnings: list[str], headers: dict[str, str] | None = None) -> FastJSONResponse:
+    return FastJSONResponse(content, headers={**warning_header(warnings), **(headers or {})})
 
 
 async def _vectors(

@@ -26,10 +26,12 @@ from d2llm.apps.server.dialects.shared import (
     check_size,
     errors,
     find_model,
-    probabilities,
     refuse_cut,
+    score_header,
     status_of,
     task_of,
+    texts_cut,
+    warning_header,
 )
 from d2llm.apps.server.errors import Problem, invalid
 from d2llm.apps.server.fast_json import FastJSONResponse
@@ -42,7 +44,7 @@ _CUT = "shorten it, or send truncate_prompt_tokens: -1"
 class ScoreRequest(CutOptions):
     """Pairs of texts: one with one, one with each of several, or each with its counterpart.
 
-    A text that is too long is an error, unless one of the options says that it is to be cut.
+    A text that is too long is an error, unless one of the options says that it is to be cut; a header then says so.
     """
 
     text_1: Texts = Field(
@@ -130,7 +132,8 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
     for places in places_of.values():
         query = read.vectors[places[0] % len(queries)]
         logits[places] = await models.score_vectors(query, passages_read.vectors[places], task_of(services))
-    scores = (logits if body.use_activation is False else probabilities(logits)).tolist()
+    is_raw = body.use_activation is False
+    scores = logits if is_raw else models.probabilities(logits, task_of(services))
     num_tokens = sum(read.num_tokens) + sum(passages_read.num_tokens)
     return FastJSONResponse(
         {
@@ -138,9 +141,18 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
             "object": "list",
             "created": int(time.time()),
             "model": models.name,
-            "data": [{"index": place, "object": "score", "score": value} for place, value in enumerate(scores)],
+            "data": [
+                {"index": place, "object": "score", "score": value} for place, value in enumerate(scores.tolist())
+            ],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
-        }
+        },
+        headers={
+            **warning_header(
+                texts_cut("text_1", read.truncated, models.max_query_tokens)
+                + texts_cut("text_2", passages_read.truncated, models.max_passage_tokens)
+            ),
+            **({} if is_raw else score_header(services)),
+        },
     )
 
 

@@ -76,6 +76,7 @@ export class Results {
     }
     const before = left?.answer ? new Map(left.answer.passages.map((one) => [one.id, one.rank])) : null;
     const notes = [leftOut(state, rank)];
+    if (answer.truncated) notes.push("The query is longer than the student reads: its end has no part in the scores.");
     if (answer.certificate) notes.push(certificateText(answer.certificate, answer.passages.length));
     if (answer.cascade) notes.push(readingText(answer.cascade, rank));
     column.append(

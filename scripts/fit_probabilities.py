@@ -1,0 +1,81 @@
+"""Fit what makes probabilities of scores to students that are there, on the dev splits that their manifests name.
+
+    python scripts/fit_probabilities.py FOLDER_OF_DATA_SETS STUDENT... [--tried-on NAME:TASK ...]
+
+Each STUDENT is a folder that `d2llm distill` wrote; its ``probabilities.json`` is written anew. ``--tried-on`` says how
+far the probabilities hold on dev splits that they were not fitted on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from d2llm import Student, open_data
+from d2llm.core.types import Task
+from d2llm.data.beir import Dataset
+from d2llm.data.pair_training import read_pair_training_set
+from d2llm.models.probabilities import FILE_NAME, ProbabilityCalibration, write_calibration
+from d2llm.ops.calibration import expected_calibration_error, reliability_bins
+from d2llm.pipeline.probabilities import fit_probabilities, score_drawn
+
+
+def main() -> None:
+    """Fit, write and say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("students", type=Path, nargs="+")
+    parser.add_argument("--tried-on", action="append", default=[], metavar="NAME:TASK")
+    parser.add_argument("--queries", type=int, default=150, help="dev queries of each data set")
+    arguments = parser.parse_args()
+    for folder in arguments.students:
+        student = Student.load(folder, dtype="float32")
+        recipe = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["recipe"]
+        judged = [
+            (read_dev(arguments.data / Path(item["path"]).name), cast(Task, item["task"])) for item in recipe["data"]
+        ]
+        calibration = fit_probabilities(student, judged, num_queries=arguments.queries, show_progress=True)
+        (folder / FILE_NAME).unlink(missing_ok=True)
+        write_calibration(folder, calibration)
+        for task, fitted in calibration.tasks.items():
+            print(
+                f"{folder.name} {task}: slope {fitted.slope:.4f}, offset {fitted.offset:.4f}, "
+                f"{sum(fitted.num_queries.values())} queries, {fitted.num_pairs} pairs, expected calibration error "
+                f"{fitted.error_before:.4f} before, {fitted.error_after:.4f} after",
+                flush=True,
+            )
+        for name in arguments.tried_on:
+            print(tried(student, calibration, arguments.data, name, arguments.queries), flush=True)
+
+
+def tried(student: Student, calibration: ProbabilityCalibration, data: Path, name: str, num_queries: int) -> str:
+    """How far probabilities hold on the dev split of a data set, drawn in the same way."""
+    folder, _, task = name.partition(":")
+    asked = cast(Task, task or "asymmetric")
+    found = score_drawn(student, read_dev(data / folder), asked, num_queries=num_queries, seed=1)
+    fitted = calibration.tasks[asked]
+    log_odds = fitted.slope * found.scores + fitted.offset
+    before, after = (
+        expected_calibration_error(reliability_bins(values, found.relevant)) for values in (found.scores, log_odds)
+    )
+    probabilities = calibration.probabilities(found.scores, asked)
+    relevant, others = probabilities[found.relevant], probabilities[~found.relevant]
+    return (
+        f"  {folder}, {asked}, {found.num_queries[folder]} queries: error {before:.4f} before, {after:.4f} after; "
+        f"median {np.median(relevant):.3f} relevant, {np.median(others):.4f} others; "
+        f"{(relevant > 0.5).mean():.2f} of the relevant above .5, {(others > 0.5).mean():.3f} of the others"
+    )
+
+
+def read_dev(path: Path) -> Dataset:
+    """A data set of any layout with its dev split."""
+    found = open_data(path, splits=["dev"])
+    return found if isinstance(found, Dataset) else read_pair_training_set(found).dataset
+
+
+if __name__ == "__main__":
+    main()

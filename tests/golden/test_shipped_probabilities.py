@@ -1,0 +1,85 @@
+"""The probabilities of the shipped students: near 0 for unrelated pairs of plain sentences, high for related ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from d2llm import Student
+from d2llm.core.shipped import shipped_models
+from e2e.small_corpus import QUESTIONS, SENTENCES
+
+# Questions of tests/golden/test_shipped_student.py and the sentence that answers each.
+ANSWERED = QUESTIONS | {
+    "How should a password look?": 33,
+    "Where do swallows live in the cold season?": 27,
+    "At what time can I catch the final train?": 5,
+    "How many hearts has an octopus?": 26,
+    "When are tulips planted?": 14,
+    "Does medicine make a cold go away sooner?": 20,
+    "How many goals decided the game?": 40,
+    "When must I get my deposit back?": 45,
+    "What do bees tell by dancing?": 25,
+    "Why do stars twinkle?": 19,
+}
+SAME = {
+    "Let the dough rest for roughly an hour, so the yeast can raise it.": 0,
+    "In a kitchen a blunt knife is more dangerous than a sharp one, as it slips.": 1,
+    "Pasta does not stick if it is boiled in a lot of salted water.": 2,
+    "Tomatoes that are ripe become tasteless in the fridge.": 3,
+    "From platform four the last train to the harbour departs at 11:20 pm.": 5,
+    "Outside of the rush hours you can take a bicycle on regional trains.": 7,
+    "Until the end of June there is no tram to the airport because of repairs.": 8,
+    "Kids younger than six ride for free together with an adult.": 9,
+    "Coffee grounds around the lettuce keep slugs away.": 11,
+    "Prune roses at the end of winter, right above a bud that faces outwards.": 12,
+    "Because it rotates once per orbit, the moon always turns the same face to us.": 15,
+    "The rings of Saturn are mainly ice, in pieces from dust to house size.": 16,
+    "Sunlight takes slightly over eight minutes to get to the earth.": 17,
+    "Even without medicine a cold is mostly over in ten days.": 20,
+    "People who sleep too little learn less easily and are moody.": 22,
+}
+STUDENTS = shipped_models("students")
+
+
+@pytest.fixture(scope="module", params=list(STUDENTS))
+def student(request):
+    return Student.load(STUDENTS[request.param], device="cpu", dtype="float32")
+
+
+def probabilities(student, pairs, task):
+    """Of (query, passage) pairs of texts."""
+    queries = student.encode_queries([query for query, _ in pairs]).vectors
+    passages = student.encode_passages([passage for _, passage in pairs]).vectors
+    scores = [student.score(query, passage[None], task)[0] for query, passage in zip(queries, passages, strict=True)]
+    return student.calibration.probabilities(scores, task)
+
+
+def test_both_tasks_are_calibrated(student):
+    assert set(student.calibration.tasks) == {"asymmetric", "symmetric"}
+    assert student.calibration.student == student.fingerprint
+    assert student.calibration.base_rate == pytest.approx(0.1)
+    for fitted in student.calibration.tasks.values():
+        assert fitted.error_after < 0.03 < fitted.error_before
+
+
+# Sentence n is about subject n // 5, so that one 25 places on is about another.
+UNRELATED = {
+    "asymmetric": [(query, SENTENCES[(n + 25) % 60]) for query, n in ANSWERED.items()]
+    + [(query, SENTENCES[(n + 35) % 60]) for query, n in ANSWERED.items()],
+    "symmetric": [(SENTENCES[n], SENTENCES[(n + 25) % 60]) for n in range(60)],
+}
+RELATED = {
+    "asymmetric": [(query, SENTENCES[n]) for query, n in ANSWERED.items()],
+    "symmetric": [(text, SENTENCES[n]) for text, n in SAME.items()],
+}
+
+
+@pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
+def test_unrelated_sentences_are_improbable_and_related_ones_probable(student, task):
+    assert len(UNRELATED[task]) >= 30
+    unrelated, related = (probabilities(student, pairs[task], task) for pairs in (UNRELATED, RELATED))
+    assert np.median(unrelated) < 0.05
+    assert np.median(related) > 0.5
+    # Most related pairs are above nearly all unrelated ones, not the median alone.
+    assert np.quantile(related, 0.25) > np.quantile(unrelated, 0.95)

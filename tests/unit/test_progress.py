@@ -1,0 +1,38 @@
+"""Progress where there is no terminal: lines in a log, not too many."""
+
+from __future__ import annotations
+
+import logging
+
+from d2llm.pipeline import progress
+from d2llm.pipeline.progress import progress_bar
+
+
+def lines(caplog, monkeypatch, seconds, total=200, **settings):
+    """What is logged of a work whose four parts of 50 end at these seconds."""
+    clock = iter([0.0, *seconds])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("judging", total, **settings) as advance:
+        for _ in seconds:
+            advance(50, "3.1 pairs/s")
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_line_twice_a_minute(caplog, monkeypatch):
+    assert lines(caplog, monkeypatch, [10.0, 40.0, 50.0, 300.0]) == [
+        "judging: 100 of 200 (50%) after 40 s, 40 s left, 3.1 pairs/s",
+        "judging: 200 of 200 (100%) after 5 min, 0 s left, 3.1 pairs/s",
+    ]
+
+
+def test_work_that_is_soon_done_says_nothing(caplog, monkeypatch):
+    assert lines(caplog, monkeypatch, [5.0, 10.0, 20.0, 29.0]) == []
+
+
+def test_where_nobody_knows_how_much_there_is(caplog, monkeypatch):
+    assert lines(caplog, monkeypatch, [31.0], total=None) == ["judging: 50, 3.1 pairs/s"]
+
+
+def test_false_means_neither_bar_nor_lines(caplog, monkeypatch, capsys):
+    assert lines(caplog, monkeypatch, [100.0, 200.0], show=False) == []
+    assert capsys.readouterr().err == ""
