@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import InteractionConfig
+from d2llm.index.words import WordIndex
 from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline import exact_search
 from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.pipeline.row_evidence import RowEvidence
 from fake_models import FakeStudent
 from tiny_models import randomise
 
@@ -89,7 +91,7 @@ def random_case(seed):
     return ArrayView(vectors, live=live), query, allowed, int(rng.choice([1, 2, 5, 10, 50, 300])), rng
 
 
-def brute_force(view, student, query, task, top_k, allowed):
+def brute_force(view, student, query, task, top_k, allowed, evidence=None):
     """Every passage's score in the arithmetic that the module names, sorted."""
     score, rows = student.prepare(query, task), view.matching(allowed)
     if score.anchor_query is None:
@@ -97,7 +99,10 @@ def brute_force(view, student, query, task, top_k, allowed):
     else:
         vectors = view.block(0, view.capacity)
         reach = np.float32(score.reach) * student.passage_reach(vectors)
-        values = vectors @ score.anchor_query + reach * score.change(vectors)
+        values = vectors @ score.anchor_query
+        if evidence is not None:
+            values = values + evidence(np.arange(view.capacity))
+        values = values + reach * score.change(vectors)
     assert values.dtype == np.float32
     order = sorted(rows.tolist(), key=lambda row: (-values[row], view.ids([row])[0]))[:top_k]
     return order, values
@@ -113,6 +118,31 @@ STUDENTS = [
     PAPER,
     WEIGHTLESS,
 ]
+
+
+def test_with_evidence_of_words_too(monkeypatch):
+    monkeypatch.setattr(exact_search, "_FIRST", 8)
+    monkeypatch.setattr(exact_search, "_LARGEST", 32)
+    early = 0
+    students = [student for student in STUDENTS if student is not PAPER]
+    for seed in range(300):
+        student = students[seed % len(students)]
+        view, query, allowed, top_k, rng = random_case(seed)
+        words = [f"w{n}" for n in range(9)]
+        texts = [
+            ". ".join(" ".join(rng.choice(words, 3)) for _ in range(rng.integers(0, 4)))
+            for _ in view.ids(range(view.capacity))
+        ]
+        weights = {name: float(rng.choice([0.0, 0.5, 4.0])) for name in ("words", "words_share", "window_words")}
+        evidence = RowEvidence(WordIndex.from_texts(texts), "w1 w2 w3 w10", weights)
+        task = TASKS[seed % 2]
+        expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
+        found = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
+        assert found.rows.tolist() == expected, seed
+        np.testing.assert_array_equal(found.scores, values[expected])
+        assert found.certificate.proved == len(expected)
+        early += found.certificate.num_left > 0
+    assert early > 50  # so that the bounds did some work
 
 
 def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):

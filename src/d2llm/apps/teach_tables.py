@@ -110,8 +110,14 @@ def student_words(report: DistillReport) -> str:
         f"{task} (expected calibration error {fitted['error_before']:.3f} before, {fitted['error_after']:.3f} after)"
         for task, fitted in report.probabilities.items()
     ]
+    found = [
+        f"{name} {own:.3f} -> {fused:.3f}"
+        for fitted in report.evidence.values()
+        for name, (own, fused) in fitted["nDCG@10"].items()
+    ]
+    words = f"with words in the score: {', '.join(found)}; " if found else ""
     return (
-        f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; probabilities: "
+        f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; {words}probabilities: "
         f"{', '.join(calibrated) or 'too few dev queries'}; in {report.folder}"
     )
 

@@ -24,6 +24,7 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import make_dev_set
 from d2llm.pipeline.distill_run import DistillRun
+from d2llm.pipeline.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.pipeline.objective import OFFSET
 from d2llm.pipeline.probabilities import fit_probabilities
 from d2llm.pipeline.processes import joined_processes, own_device
@@ -39,6 +40,7 @@ class DistillReport:
     ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and of
     how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
     (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, which was written.
+    ``evidence`` has, for each task, the weights of what counts beside the vectors, and what they are worth on dev.
     ``probabilities`` has, for each task with enough dev queries, what makes probabilities of its scores.
     """
 
@@ -54,6 +56,7 @@ class DistillReport:
     is_untrained: bool
     dev: dict[str, dict[str, Any]]
     seconds: float
+    evidence: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
 
 
@@ -130,15 +133,22 @@ def distill(
         run.train_interaction(show_progress)
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
+            evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
             student.calibration = fit_probabilities(
-                student.eval(),
+                student,
                 [(source.dataset, source.task) for source in sources],
                 num_queries=training.dev_queries,
                 seed=recipe.seed,
                 show_progress=show_progress,
             )
             fitted = {task: found.model_dump() for task, found in student.calibration.tasks.items()}
-            report = replace(report, probabilities=fitted, seconds=time.monotonic() - started)
+            report = replace(
+                report,
+                fingerprint=student.fingerprint,
+                evidence=evidence,
+                probabilities=fitted,
+                seconds=time.monotonic() - started,
+            )
             content = {
                 "recipe": recipe.model_dump(),
                 "settings": settings,
@@ -149,6 +159,7 @@ def distill(
                 "dev": report.dev,
                 "residual_weights": report.residual_weights,
                 "share_kept": report.share_kept,
+                "evidence": evidence,
                 "closed_gates": sorted(closed_gates),
                 "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
             }
@@ -186,6 +197,27 @@ def _report(
         },
         seconds=seconds,
     )
+
+
+def _fit_evidence(
+    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, show_progress: bool | None
+) -> dict[Task, dict[str, Any]]:
+    """Weigh the evidence on the dev queries of the data sets; labelled pairs have no corpus to count words in."""
+    if not student.evidence.terms:
+        return {}
+    made = [
+        make_evidence_lists(
+            student,
+            source.dataset,
+            source.task,
+            num_queries=recipe.training.dev_queries,
+            seed=recipe.seed,
+            show_progress=show_progress,
+        )
+        for source in sources
+        if source.pairs is None
+    ]
+    return {task: found.to_json() for task, found in fit_evidence(student, made).items()}
 
 
 def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recipe: Recipe) -> LabelledSource:

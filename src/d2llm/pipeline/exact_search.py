@@ -3,8 +3,8 @@
 A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so no score is above its bound,
 anchor + R_q r_p. Evidence (``models.evidence``) counts as a part of the anchor: BM25 is known of all rows at once, of
 their best windows a bound of it. Passages are scored from the highest bound down, until the k-th best score is above
-the bound of every passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an anchor above the
-last one's. Where that proves nothing, one pass over all vectors gives every bound.
+the bound of every passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an
+anchor above the last one's. Where that proves nothing, and with evidence, one pass over all vectors gives every bound.
 
 What exact means: the ranking (ties by id) is that of all passages scored in the same arithmetic, in which
 score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with anchors of the scan, or all

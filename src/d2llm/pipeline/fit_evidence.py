@@ -80,7 +80,7 @@ def make_evidence_lists(
         task: of its pairs.
         num_queries: of dev, at most.
         depth: so many of the best by words are in a query's list, and of the best by vectors.
-        num_passages: so many of the corpus are read at least: all positives, all of the best by words, others at random.
+        num_passages: of the corpus that are read, at least: all positives, the best by words, others at random.
         seed: of the choice.
         show_progress: None means: if standard error is a terminal.
 

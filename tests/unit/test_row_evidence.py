@@ -1,0 +1,105 @@
+"""What words add to a score: the sum, its bound, and where it counts in a search."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Passage
+from d2llm.index.words import WordIndex
+from d2llm.pipeline.index import Index
+from d2llm.pipeline.row_evidence import RowEvidence
+from d2llm.pipeline.search import search
+from fake_models import FakeStudent
+
+TEXTS = [
+    "a rare gem. It is blue.",
+    "the common word. Another common sentence. And the gem at the end.",
+    "common common common",
+    "",
+    "nothing of it",
+]
+WEIGHTS = {"words": 0.5, "words_share": 3.0, "window_words": 0.25, "window_words_share": 1.5}
+
+
+class WordyStudent(FakeStudent):
+    """A student whose score counts words in one task."""
+
+    def evidence_weights(self, task):
+        return WEIGHTS if task == "asymmetric" else {}
+
+
+@pytest.fixture(scope="module")
+def words() -> WordIndex:
+    return WordIndex.from_texts(TEXTS)
+
+
+@pytest.mark.parametrize("query", ["rare gem", "common common gem", "zebra", "?"])
+def test_the_sum_is_that_of_the_weighted_scores(words, query):
+    evidence = RowEvidence(words, query, WEIGHTS)
+    asked = words.query(query)
+    passages, windows = words.score(asked, np.arange(5))
+    limit = asked.limit or 1.0
+    expected = 0.5 * passages + 3 * passages / limit + 0.25 * windows + 1.5 * windows / limit
+    np.testing.assert_allclose(evidence(np.arange(5)), expected, rtol=1e-5)
+    np.testing.assert_array_equal(evidence(np.array([4, 0])), evidence(np.arange(5))[[4, 0]])
+
+
+def test_no_row_is_above_its_bound():
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{n}" for n in range(12)]
+    for seed in range(200):
+        texts = [
+            ". ".join(" ".join(rng.choice(vocabulary, rng.integers(1, 6))) for _ in range(rng.integers(1, 6))).upper()
+            for _ in range(rng.integers(1, 30))
+        ]
+        words = WordIndex.from_texts(texts)
+        names = rng.choice(list(WEIGHTS), rng.integers(1, 5), replace=False)
+        weights = {str(name): float(rng.exponential()) for name in names}
+        evidence = RowEvidence(words, " ".join(rng.choice(vocabulary, rng.integers(1, 8))), weights)
+        values, bounds = evidence(np.arange(len(texts))), evidence.bounds(len(texts))
+        assert (values <= bounds).all(), seed
+        if not {"window_words", "window_words_share"} & weights.keys():
+            np.testing.assert_array_equal(values, bounds)
+
+
+class TestSearch:
+    @pytest.fixture(scope="class")
+    def index(self, tmp_path_factory) -> Index:
+        made = Index.create(tmp_path_factory.mktemp("wordy") / "index", WordyStudent())
+        made.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
+        return made
+
+    def test_scores_are_those_of_vectors_and_words(self, index):
+        (plain,) = search(index.view, FakeStudent(), ["rare gem"], sources=("vectors", "bm25"))
+        (wordy,) = index.search("rare gem")
+        evidence = RowEvidence(index.view.words, "rare gem", WEIGHTS)
+        added = {name: float(evidence(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")}
+        own = {place.passage.id: place.score for place in plain.passages}
+        assert {place.passage.id: place.score for place in wordy.passages} == pytest.approx(
+            {name: own[name] + added[name] for name in own}
+        )
+
+    def test_words_propose_too(self, index):
+        (found,) = index.search("rare gem", num_candidates=1, top_k=1, explain=True)
+        why = found.passages[0].explanation
+        assert why.source_ranks["bm25"] == 1
+        assert why.lexical > 0
+        assert why.anchor + why.interaction + why.lexical == pytest.approx(found.passages[0].score)
+        (alone,) = index.search("rare gem", num_candidates=1, top_k=1, sources=("vectors",), explain=True)
+        assert "bm25" not in alone.passages[0].explanation.source_ranks
+
+    def test_the_other_task_counts_no_words(self, index):
+        (found,) = index.search("rare gem", task="symmetric", explain=True)
+        assert all(place.explanation.lexical is None for place in found.passages)
+        assert all("bm25" not in place.explanation.source_ranks for place in found.passages)
+
+    @pytest.mark.parametrize("query", ["rare gem", "common", "zebra", "it is blue gem common"])
+    def test_an_exact_search_proves_the_same(self, index, query):
+        (found,) = index.search(query, top_k=3)
+        (exact,) = index.search(query, top_k=3, exact=True)
+        assert [place.passage.id for place in exact.passages] == [place.passage.id for place in found.passages]
+        assert exact.certificate.proved == 3
+        with pytest.raises(InputError, match="leave fuse and sources alone"):
+            index.search(query, exact=True, sources=("vectors", "bm25"))
