@@ -41,7 +41,7 @@ def test_rankings_say_whether_their_query_was_cut(index):
     assert [ranking.truncated for ranking in found] == [False, True, False]
 
 
-@pytest.mark.parametrize("body", [{}, {"exact": True}, {"hybrid": 0.5}, {"source": "bm25"}], ids=str)
+@pytest.mark.parametrize("body", [{}, {"exact": True}, {"hybrid": 0.5}, {"sources": ["bm25"]}], ids=str)
 def test_a_search_over_http_says_it(ask, body):
     assert ask("/v1/search", {"query": LONG} | body).json()["truncated"] is True
     assert ask("/v1/search", {"query": SHORT} | body).json()["truncated"] is False

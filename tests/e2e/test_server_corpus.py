@@ -78,7 +78,7 @@ def test_files_become_documents(ask):
     files = [
         ("file", ("corpus.jsonl", corpus.encode())),
         ("file", ("more.jsonl.gz", gzip.compress(b'{"id": "\xc3\xa9", "text": "rain\\r\\nand snow"}\n'))),
-        ("file", ("näher.md", "# Of ships\r\n\r\nthe sea\r\n".encode())),
+        ("file", ("näher.md", b"# Of ships\r\n\r\nthe sea\r\n")),
     ]
     report = ask("POST", "/v1/files", files=files)
     assert (report["num_documents"], report["num_added"]) == (4, 4)

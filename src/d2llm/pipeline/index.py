@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,8 @@ from d2llm.pipeline.chunking import Chunker, DocumentsReport, choose_chunking, u
 from d2llm.pipeline.exact_search import KeptReaches
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.protocols import SearchStudent
-from d2llm.pipeline.search import Searcher, SearchSettings
+from d2llm.pipeline.search import Searcher
+from d2llm.pipeline.search_settings import SearchSettings, changed
 from d2llm.pipeline.student_source import find_source, source_of
 from d2llm.pipeline.upserting import UpsertReport, upsert_passages, warn_of_truncation
 
@@ -343,8 +343,9 @@ class Index:
             FilterError: the filter cannot be read, or does not fit the metadata.
         """
         asked = [queries] if isinstance(queries, str) else queries
-        wanted = replace(settings or SearchSettings(), **changes)
-        return Searcher(self.view, self.student, wanted, reaches=self._reaches, cascade=cascade).rank(asked)
+        return Searcher(
+            self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
+        ).rank(asked)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""
