@@ -165,7 +165,7 @@ class IndexStore:
             maker = name_student(self.manifest["student"], self.manifest.get("student_source"))
             raise IndexMismatchError(
                 f"{self.folder}: the index was made by student {maker}, but the student given is "
-                f"{name_student(fingerprint)}; search with the one that made it, or index the corpus again with this one"
+                f"{name_student(fingerprint)}; search with the student that made it, or index the corpus again"
             )
 
     @property
