@@ -98,11 +98,6 @@ def test_version_is_the_installed_one():
     assert version("d2llm") == d2llm.__version__
 
 
-def test_no_source_file_is_longer_than_400_lines():
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
-    assert {name: length for name, length in lengths.items() if length >= 400} == {}
-
-
 def test_every_imported_package_is_a_declared_dependency(repository: Path):
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
