@@ -289,7 +289,7 @@ class TestOpening:
     def test_something_in_the_way(self, student, tmp_path):
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "mine.txt").write_text("keep me")
-        with pytest.raises(InputError, match="is there already"):
+        with pytest.raises(InputError, match="holds files that d2llm did not make"):
             Index.create(tmp_path / "full", student)
         assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
 
@@ -321,7 +321,7 @@ class TestCorpusFiles:
             ({"_id": "a", "text": "t", "x": 1, "metadata": {"x": 2}}, "'x' is there twice"),
             ({"_id": "a", "text": "t", "metadata": 3}, "'metadata' must be an object"),
             ({"_id": "a", "text": "t", "position": "3"}, "'position' must be a whole number"),
-            ({"_id": "a", "text": "t", "document_id": 3}, "'document_id' must be a string"),
+            ({"_id": "a", "text": "t", "document_id": [3]}, "'document_id' must be a string"),
         ],
     )
     def test_a_bad_line_is_named(self, tmp_path, record, message):

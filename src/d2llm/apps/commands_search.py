@@ -39,7 +39,6 @@ from d2llm.core.types import Grouping, SourceName
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query, Ranking
     from d2llm.index.stored_vectors import VectorCopies
-    from d2llm.models.student import Student
     from d2llm.pipeline.protocols import SearchStudent
     from d2llm.pipeline.search_settings import SearchSettings
 
@@ -206,6 +205,7 @@ def search(
     from d2llm.apps.tables import explanation_table, ranking_list
     from d2llm.core.errors import InputError
     from d2llm.models.attribution import why_no_interaction
+    from d2llm.models.student import Student
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.search import search
     from d2llm.pipeline.search_settings import SearchSettings
@@ -244,7 +244,8 @@ def search(
             session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
         if explain:
             session.show(explanation_table(ranking))
-            if (reason := why_no_interaction(cast("Student", model), task or opened.view.task)) is not None:
+            reason = why_no_interaction(model, task or opened.view.task) if isinstance(model, Student) else None
+            if reason is not None:
                 session.say(f"search: {reason}")
         if ranking.cascade is not None:
             session.say(cascade_line(ranking.cascade))
