@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -55,11 +56,28 @@ def student(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """What takes longest and is the same in each demo here is done in the first: loading the teacher, the messages."""
+    load, rank = functools.cache(demo.Teacher.load), demo.rank_messages
+    ranked = {}
+
+    def rank_once(model, cosine):
+        if model.fingerprint not in ranked:
+            ranked[model.fingerprint] = rank(model, cosine)
+        return ranked[model.fingerprint]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.Teacher, "load", load)
+        patch.setattr(demo, "rank_messages", rank_once)
+        patch.setattr(demo, "JUDGED_TOP_K", 2)
+        yield
+
+
 def run(folder, student, corpus, reading_seconds=math.inf):
     text = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "build_corpus", lambda: corpus)
-        patch.setattr(demo, "JUDGED_TOP_K", 2)  # the teacher takes longest
         report = demo.run_demo(
             folder, student=student, reading_seconds=reading_seconds, console=Console(file=text, width=100)
         )
@@ -239,7 +257,6 @@ def test_a_tuned_teacher_beside_the_student_is_preferred(tmp_path):
 @needs_models
 def test_the_command_line_writes_the_report_and_its_advice_works(first, place, student, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "build_corpus", lambda: corpus)
-    monkeypatch.setattr(demo, "JUDGED_TOP_K", 2)
     arguments = ("demo", "--out", place, "--student", student)
     result, report = succeed_with_report(*arguments, folder=tmp_path)
     assert "Step 6 of 6" in result.stdout
