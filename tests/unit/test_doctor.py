@@ -283,7 +283,7 @@ class TestStudentAndIndex:
         manifest["student"] = "0123456789abcdef"
         (folder / "manifest.json").write_text(json.dumps(manifest))
         [problem] = [f for f in examine(student=STUDENT, index=folder) if f.level == "problem"]
-        assert "the index was made by student 0123456789abcdef" in problem.found
+        assert "the index was made by student d2llm-minilm-cosine (0123456789abcdef)" in problem.found
         assert problem.advice.startswith("search with the student that made it")
 
     def test_an_index_with_a_damaged_table(self, index, places):
