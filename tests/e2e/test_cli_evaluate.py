@@ -104,7 +104,9 @@ def test_the_page_and_the_markdown_hold_the_figures(evaluated):
         assert "cosine, tuned" in text
         assert "--variant paper" in text
     assert evaluated.result["provenance"]["student"]["fingerprint"] in page
-    assert any(sentence[:40] in page for sentence in SENTENCES)  # texts of wins and losses
+    ours, theirs = (values(evaluated.result, name)["nDCG@10"] for name in ("D2LLM", "cosine, tuned"))
+    # Texts of wins and losses, where there are any: four queries teach little.
+    assert any(sentence[:40] in page for sentence in SENTENCES) == (ours != theirs)
 
 
 def test_saved_runs_measured_again_are_the_same(evaluated, place, alone):
