@@ -480,6 +480,7 @@ def test_a_wrong_method_is_told_all_right_ones(address):
         assert answer.status_code == 405
         assert answer.headers["Allow"] == "DELETE, GET"
     assert patient.get(f"{address}/v1/search").headers["Allow"] == "POST"
+    assert patient.get(f"{address}/v1/index/snapshots/x/restore").headers["Allow"] == "POST"
 
 
 def test_a_cascade_is_offered_when_the_students_error_is_known(tmp_path):
