@@ -239,7 +239,7 @@ def answers(folder: Path) -> dict[str, Any]:
         found[f"filter {condition}"] = sorted(view.ids(np.flatnonzero(mask)))
     found["get"] = [passage.text for passage in view.get(["p7", "p1", "p12", "p63", "p59"])]
     found["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))
-    found["parts"] = sorted(view.parts(["d2", "p7"]))
+    found["parts"] = sorted(view.store.table(view.version).parts(["d2", "p7"]))
     found["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
     stored = view.projections
     numbers = torch.arange(stored.num_rows * 16).reshape(-1, 16) if stored else None

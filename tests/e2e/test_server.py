@@ -64,9 +64,9 @@ def post(address):
             {"top_k": 3, "filter": "year > 2004 AND language = 'en'"},
         ),
         ({"exact": True, "top_k": 5}, {"exact": True, "top_k": 5}),
-        ({"hybrid": 0.5}, {"fuse": True, "sources": ("vectors", "bm25")}),
-        ({"hybrid": 0.0}, {"fuse": True, "sources": ("vectors", "bm25"), "lexical_weight": 0.0}),
-        ({"source": "bm25", "num_candidates": 20}, {"sources": ("bm25",), "num_candidates": 20}),
+        ({"hybrid": 0.5}, {"hybrid": 0.5, "sources": ("vectors", "bm25")}),
+        ({"hybrid": 0.0}, {"hybrid": 0.0, "sources": ("vectors", "bm25")}),
+        ({"sources": ["bm25"], "num_candidates": 20}, {"sources": ("bm25",), "num_candidates": 20}),
         ({"group": "best", "top_k": 4}, {"group": "best", "top_k": 4}),
         ({"task": "symmetric", "neighbours": 1}, {"task": "symmetric", "neighbours": 1}),
     ],
@@ -480,6 +480,7 @@ def test_a_wrong_method_is_told_all_right_ones(address):
         assert answer.status_code == 405
         assert answer.headers["Allow"] == "DELETE, GET"
     assert patient.get(f"{address}/v1/search").headers["Allow"] == "POST"
+    assert patient.get(f"{address}/v1/index/snapshots/x/restore").headers["Allow"] == "POST"
 
 
 def test_a_cascade_is_offered_when_the_students_error_is_known(tmp_path):

@@ -227,7 +227,8 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
         assert f'd2llm_student_info{{fingerprint="{new.fingerprint}",name="served"}} 1.0' in metrics
         assert "d2llm_index_passages 40.0" in metrics
         again = http.post("/v1/index/reload").json()
-        assert again == {"version": told["version"], "fingerprint": new.fingerprint, "changed": False}
+        expected = {"version": told["version"], "fingerprint": new.fingerprint, "student": "served", "changed": False}
+        assert again == expected
         assert http.post("/v1/passages", json={"passages": [{"id": "x", "text": "a cat"}]}).json()["num_added"] == 1
         gc.collect()
         assert served() is None

@@ -83,7 +83,7 @@ def test_where_the_anchor_is_the_score_the_scan_is_the_ranking(
 
 
 @pytest.mark.parametrize(
-    "options", [{"fuse": True}, {"sources": ("vectors", "bm25")}, {"group": "best"}, {"sources": ("bm25",)}]
+    "options", [{"hybrid": 0.5}, {"sources": ("vectors", "bm25")}, {"group": "best"}, {"sources": ("bm25",)}]
 )
 def test_what_needs_more_than_the_first_passages_gets_it(living, options):
     asked = ["cat sleeps", "dog fish runs"]

@@ -176,9 +176,9 @@ class TestSearch:
         assert [place.passage.id for place in found.passages] == ["p0", "p1"]
         assert found.certificate is None
 
-    @pytest.mark.parametrize("changes", [{"exact": True}, {"fuse": True}])
+    @pytest.mark.parametrize("changes", [{"exact": True}, {"hybrid": 0.5}])
     def test_what_does_not_go_together(self, index, changes):
-        with pytest.raises(InputError, match="leave exact and fuse"):
+        with pytest.raises(InputError, match="leave exact and hybrid"):
             index.search("cat", cascade=Cascade(FakeTeacher(), ERROR), **changes)
 
     def test_measured_error(self, index):

@@ -128,7 +128,7 @@ class TestSearch:
         [
             ({"group": "worst"}, "must be one of passage, best, sum"),
             ({"group": "best", "exact": True}, "leave group alone"),
-            ({"group": "sum", "fuse": True}, "'best'"),
+            ({"group": "sum", "hybrid": 0.5}, "'best'"),
             ({"neighbours": -1}, "neighbours is -1"),
             ({"document_passages": 0}, "document_passages is 0"),
         ],

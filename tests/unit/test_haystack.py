@@ -115,10 +115,10 @@ class TestRetriever:
         assert (first.id, first.content, first.meta) == ("p5", TEXTS[5], known)
 
     def test_settings(self, indexed):
-        given = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "fuse": True}
+        given = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "hybrid": 0.5}
         filters = {"field": "meta.year", "operator": "<", "value": 2007}
         made = D2LLMRetriever(str(indexed.index.folder), top_k=3, filters=filters, settings=given, **FLOAT32)
-        wanted = {"filter": "year >= 2002 AND year < 2007", "sources": ("vectors", "bm25"), "fuse": True}
+        wanted = {"filter": "year >= 2002 AND year < 2007", "sources": ("vectors", "bm25"), "hybrid": 0.5}
         assert as_pairs(made.run(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3, **wanted)
         found = made.run(QUERIES[0], top_k=4, filters={"field": "year", "operator": "<", "value": 2006})
         wanted["filter"] = "year >= 2002 AND year < 2006"

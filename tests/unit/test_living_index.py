@@ -184,7 +184,7 @@ class TestDelete:
 class TestSearch:
     def test_a_filter_comes_before_the_choice_in_every_path(self, index):
         late = {"filter": "year >= 2004", "top_k": 6}
-        for settings in ({}, {"exact": True}, {"num_candidates": 1}, {"sources": ("vectors", "bm25")}, {"fuse": True}):
+        for settings in ({}, {"exact": True}, {"num_candidates": 1}, {"sources": ("vectors", "bm25")}, {"hybrid": 0.5}):
             expected = {"p4", "p5"}
             assert set(found(index, "cat dog horse", **(late | settings))) == expected, settings
         assert found(index, "cat", filter="year >= 2004", sources=("bm25",)) == ["p5"]
@@ -203,7 +203,7 @@ class TestSearch:
         assert ranking.num_candidates in (1, 2)
 
     def test_fusion_by_hand(self, index):
-        (ranking,) = index.search("fish", fuse=True, top_k=6)
+        (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
         by_score = found(index, "fish", top_k=6)
         # BM25 finds p2 alone, as its first: 1/61 more than its place in the student's ranking gives.
         fused = {name: 1 / (60 + rank) for rank, name in enumerate(by_score, start=1)}
@@ -228,7 +228,7 @@ class TestSearch:
         [
             ({"top_k": 0}, "must be at least 1"),
             ({"budget_ms": 5.0}, "for an exact search"),
-            ({"exact": True, "fuse": True}, "leave fuse"),
+            ({"exact": True, "hybrid": 0.5}, "leave hybrid"),
             ({"sources": ()}, "sources is empty"),
         ],
     )
@@ -242,7 +242,7 @@ class TestSearch:
 
     def test_an_empty_index(self, student, tmp_path):
         empty = Index.create(tmp_path / "empty", student)
-        for settings in ({}, {"exact": True}, {"sources": ("bm25",)}, {"fuse": True}):
+        for settings in ({}, {"exact": True}, {"sources": ("bm25",)}, {"hybrid": 0.5}):
             assert found(empty, "cat", **settings) == []
 
     def test_a_reader_keeps_its_version_until_it_refreshes(self, index, student):
@@ -289,7 +289,7 @@ class TestOpening:
     def test_something_in_the_way(self, student, tmp_path):
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "mine.txt").write_text("keep me")
-        with pytest.raises(InputError, match="is there already"):
+        with pytest.raises(InputError, match="holds files that d2llm did not make"):
             Index.create(tmp_path / "full", student)
         assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
 
@@ -321,7 +321,7 @@ class TestCorpusFiles:
             ({"_id": "a", "text": "t", "x": 1, "metadata": {"x": 2}}, "'x' is there twice"),
             ({"_id": "a", "text": "t", "metadata": 3}, "'metadata' must be an object"),
             ({"_id": "a", "text": "t", "position": "3"}, "'position' must be a whole number"),
-            ({"_id": "a", "text": "t", "document_id": 3}, "'document_id' must be a string"),
+            ({"_id": "a", "text": "t", "document_id": [3]}, "'document_id' must be a string"),
         ],
     )
     def test_a_bad_line_is_named(self, tmp_path, record, message):

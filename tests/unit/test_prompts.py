@@ -64,7 +64,7 @@ def test_unknown_name():
     ("content", "problem"),
     [
         ("not toml", "not valid TOML"),
-        (b"\xff\xfe", "not valid TOML"),
+        (b"\xff\xfe", "not valid UTF-8 .byte 0.; save the file as UTF-8"),
         ("asymmetric = 3", "write .asymmetric. and below it"),
         (OWN.replace("{query}", ""), "needs {query}, then {passage}"),
         (OWN.replace("{passage}", ""), "needs {query}, then {passage}"),

@@ -188,8 +188,11 @@ def test_a_bad_item_fails_alone():
 
     async def main():
         gate = threading.Event()
-        work = batcher(lambda items: (gate.wait(), inverse(items))[1], max_batch=100)
-        asked = [asyncio.create_task(work.submit([n])) for n in (1, 2, 0, 4, 5)]
+        batches: list[list[int]] = []
+        work = batcher(lambda items: (batches.append(items), gate.wait(PATIENCE), inverse(items))[2], max_batch=100)
+        asked = [asyncio.create_task(work.submit([1]))]
+        await soon(lambda: batches)
+        asked += [asyncio.create_task(work.submit([n])) for n in (2, 0, 4, 5)]
         await soon(lambda: work.num_queued == 4)  # which are one batch, the bad item among them
         gate.set()
         answers = await asyncio.gather(*asked, return_exceptions=True)

@@ -419,7 +419,7 @@ def test_create_needs_an_empty_place(store, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         new_store(store.folder)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="is a file, but a folder is to be written there"):
         new_store(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert len(PassageView(new_store(tmp_path / "empty"))) == 0

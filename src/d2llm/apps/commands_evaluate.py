@@ -89,7 +89,7 @@ def evaluate(
         typer.Option("--baseline", help="Compare with this row.", show_default="tuned cosine, else untuned, else BM25"),
     ] = None,
     num_candidates: Annotated[
-        int, typer.Option("--candidates", min=1, help="Passages that get the student's full score.")
+        int, typer.Option("--num-candidates", min=1, help="Passages that get the student's full score.")
     ] = 1000,
     stored_as: Annotated[
         list[str] | None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -39,7 +40,16 @@ if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query, Ranking
     from d2llm.index.stored_vectors import VectorCopies
     from d2llm.pipeline.protocols import SearchStudent
-    from d2llm.pipeline.search import SearchSettings
+    from d2llm.pipeline.search_settings import SearchSettings
+
+
+class SourceChoice(str, Enum):
+    """``SourceName`` as an option that may be given several times."""
+
+    vectors = "vectors"
+    ann = "ann"
+    bm25 = "bm25"
+
 
 _NAMED = 5  # of the queries that are too long
 _QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
@@ -119,7 +129,7 @@ def search(
             show_default=False,
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many passages to show.")] = 5,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many passages to show.")] = 10,
     filter: Annotated[  # noqa: A002 - the word of the field
         str | None,
         typer.Option(
@@ -130,19 +140,27 @@ def search(
         ),
     ] = None,
     num_candidates: Annotated[
-        int, typer.Option("--candidates", min=1, help="Passages that get the full score; more is slower and surer.")
+        int, typer.Option("--num-candidates", min=1, help="Passages that get the full score; more is slower and surer.")
     ] = 1000,
     source: Annotated[
-        Literal["vectors", "ann", "bm25", "both"] | None,
+        list[SourceChoice] | None,
         typer.Option(
             "--source",
-            help="Who proposes passages for the full score; ann: quicker, see d2llm index.",
-            show_default="vectors, or both where the student's score counts words",
+            help="Who proposes passages for the full score, several united; ann: quicker, see d2llm index.",
+            show_default="vectors, and bm25 where the student's score counts words",
         ),
     ] = None,
     hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Candidates of both sources, and ranks fused with those of BM25.")
-    ] = False,
+        float | None,
+        typer.Option(
+            "--hybrid",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Vectors and BM25 propose, and their ranks are fused; BM25's share, as in --hybrid 0.5.",
+            show_default=False,
+        ),
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="The exact ranking of all passages, proved.")] = False,
     budget_ms: Annotated[
         float | None,
@@ -186,24 +204,22 @@ def search(
     from d2llm.apps.commands_cascade import cascade_line, load_cascade
     from d2llm.apps.tables import explanation_table, ranking_list
     from d2llm.core.errors import InputError
+    from d2llm.models.attribution import why_no_interaction
+    from d2llm.models.student import Student
     from d2llm.pipeline.index import Index
-    from d2llm.pipeline.search import SearchSettings, search
+    from d2llm.pipeline.search import search
+    from d2llm.pipeline.search_settings import SearchSettings
 
     session = session_of(context)
     asked = _questions(texts or [], queries)
-    sources: dict[str, tuple[SourceName, ...]] = {
-        "both": ("vectors", "bm25"),
-        "bm25": ("bm25",),
-        "vectors": ("vectors",),
-        "ann": ("ann",),
-    }
+    given: tuple[SourceName, ...] | None = tuple(one.value for one in source) if source else None
     settings = SearchSettings(
         task=task,
         top_k=top_k,
         num_candidates=num_candidates,
         filter=filter,
-        sources=sources["both"] if hybrid else None if source is None else sources[source],
-        fuse=hybrid,
+        sources=given if hybrid is None else ("vectors", "bm25"),
+        hybrid=hybrid,
         exact=exact,
         budget_ms=budget_ms,
         explain=explain,
@@ -228,6 +244,9 @@ def search(
             session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
         if explain:
             session.show(explanation_table(ranking))
+            reason = why_no_interaction(model, task or opened.view.task) if isinstance(model, Student) else None
+            if reason is not None:
+                session.say(f"search: {reason}")
         if ranking.cascade is not None:
             session.say(cascade_line(ranking.cascade))
         if ranking.certificate is not None:

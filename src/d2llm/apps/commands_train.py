@@ -111,7 +111,7 @@ def run(
     dtype: DtypeOption = None,
     json_path: RunJsonOption = None,
 ) -> None:
-    """Make a student from a recipe: the steps below in order, and at the end what came of each.
+    """Make a student from a recipe: the steps below in order.
 
     Before a teacher is tuned, a first look tries it as it is on a few dev queries.
 

@@ -41,7 +41,7 @@ from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.student_source import source_of
 
 JUDGED_TOP_K = 5
-READING_SECONDS = 60.0
+READING_SECONDS = 50.0
 """What encoding the corpus may take; a slower machine gets a part of it."""
 
 _SAMPLE = 96  # passages that are encoded to see how fast this machine is

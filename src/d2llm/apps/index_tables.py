@@ -28,7 +28,7 @@ def stats_table(stats: IndexStats) -> Table:
         "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each, kept {copies}; "
         f"{holes:,} holes",
         "metadata": fields or "none",
-        "student": f"{stats.student}, task {stats.task}",
+        "student": f"{stats.student_name or stats.student}, task {stats.task}",
         "version": f"{stats.version:,}; {stats.num_versions:,} can still be read",
         "snapshots": ", ".join(stats.snapshots) or "none",
         "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "

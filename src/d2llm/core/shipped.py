@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from d2llm.core.manifest import FILE_NAME
 
@@ -17,6 +18,21 @@ def shipped_recipes() -> dict[str, Path]:
 def shipped_models(kind: Literal["students", "teachers"]) -> dict[str, Path]:
     """Name -> folder, in the order of the names."""
     return {path.parent.name: path.parent for path in sorted((_package() / kind).glob(f"*/{FILE_NAME}"))}
+
+
+def name_student(fingerprint: str, source: object = None) -> str:
+    """A student as messages name it, ``d2llm-minilm (1b2c...)``: by where it was loaded from, or as one that ships."""
+    name = Path(source).name if isinstance(source, str) and source else None
+    if name is None:
+        name = next(
+            (name for name, folder in shipped_models("students").items() if _hash_of(folder) == fingerprint), None
+        )
+    return fingerprint if name is None else f"{name} ({fingerprint})"
+
+
+def _hash_of(folder: Path) -> str | None:
+    manifest: dict[str, object] = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    return cast("str | None", manifest.get("fingerprint"))
 
 
 def _package() -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
+from d2llm.core.shipped import name_student
 from d2llm.index import ann, word_files
 from d2llm.index.blocks import GENERATION_SHIFT, is_as_written
 from d2llm.index.checksum_record import remedy_for
@@ -34,7 +35,7 @@ class IndexStats:
     ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
     yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
     write takes them where an earlier d2llm made the index. ``chunking`` says how documents were cut, where there were
-    any.
+    any; ``student_name`` has the student's name beside its fingerprint ``student``.
     """
 
     folder: str
@@ -62,6 +63,7 @@ class IndexStats:
     unindexed: dict[str, int]
     checksums: bool
     chunking: Chunking | None = None
+    student_name: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values."""
@@ -117,6 +119,7 @@ def stats(store: IndexStore) -> IndexStats:
         unindexed={name: lag for name, lag in table.indices.items() if lag},
         checksums=store.files.record() is not None,
         chunking=read_chunking(store.folder),
+        student_name=name_student(store.manifest["student"], store.manifest.get("student_source")),
     )
 
 

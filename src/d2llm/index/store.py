@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
+from d2llm.core.shipped import name_student
 from d2llm.core.types import Passage, Task, is_text
 from d2llm.index import repair, vector_file, word_files
 from d2llm.index.blocks import (
@@ -164,9 +165,10 @@ class IndexStore:
             IndexMismatchError: they are another student's.
         """
         if fingerprint != self.manifest["student"]:
+            maker = name_student(self.manifest["student"], self.manifest.get("student_source"))
             raise IndexMismatchError(
-                f"{self.folder}: the index was made by student {self.manifest['student']}, but the student given is "
-                f"{fingerprint}; search with the student that made it, or index the corpus again with this one"
+                f"{self.folder}: the index was made by student {maker}, but the student given is "
+                f"{name_student(fingerprint)}; search with the student that made it, or index the corpus again"
             )
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.inference import inference
+from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
 
 # A sign of a script without spaces is a word of its own; else a run of letters and digits is.
@@ -53,6 +54,19 @@ class Attribution:
     words: tuple[WordWeight, ...]
     truncated: bool
     query_truncated: bool = False
+
+
+def why_no_interaction(student: Student, task: Task) -> str | None:
+    """Why a student's interaction adds nothing to any pair in a task; None where it adds something."""
+    head = student.interaction
+    if isinstance(head, CosineHead):
+        return "this student has no interaction: its head is the cosine"
+    if head.has_anchor and not float(head.residual_weight(task)):
+        return (
+            f"the interaction's weight r is 0 in {task} search: on the dev sets it added nothing to the inner product, "
+            "so training switched it off"
+        )
+    return None
 
 
 def attribute(student: Student, query: str, passage: str, task: Task) -> Attribution:

@@ -40,13 +40,12 @@ from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plai
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
-_BATCH_TOKENS, _BATCH_TEXTS = 8192, 256
+_BATCH_TOKENS, _BATCH_TEXTS, _ACCELERATOR_BLOCK = 8192, 256, 32_768
 # On a CPU: enough for the products; what lies between two layers stays in a core's cache, and little is padded.
 _CPU_BATCH_TOKENS = 512
 # Passages that the interaction scores at a time. At width 512 in bfloat16 the activations of 512 are 512 KB, half of a
 # core's own cache in today's servers.
 SCORE_BLOCK = 512
-_ACCELERATOR_BLOCK = 32_768
 
 
 class Student(nn.Module):

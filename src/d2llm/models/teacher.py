@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError
+from d2llm.core.fallbacks import count_fallback
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.answers import AnswerHead
@@ -131,6 +132,7 @@ class Teacher(LocalTeacher):
             with inference(self), self._number_format():
                 self._no_sharing = why_not_shared(self.model, tokens[0], padding=self._padding, device=self.device)
             if self._no_sharing:
+                count_fallback("shared prefixes of a teacher")
                 _log.info("'%s' reads every pair from its beginning: %s", self.config.model, self._no_sharing)
         return self._no_sharing
 

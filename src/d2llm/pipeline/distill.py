@@ -173,7 +173,7 @@ def _report(
 ) -> DistillReport:
     progress = run.progress
     has_interaction = run.has_stages and any(progress.best_weights.values())
-    task_of = {dev.name: dev.task for dev in run.dev_sets}
+    task_of: dict[str, Task] = {dev.name: dev.task for dev in run.dev_sets}
     return DistillReport(
         folder=str(folder),
         fingerprint=run.student.fingerprint,

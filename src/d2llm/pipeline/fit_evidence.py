@@ -19,6 +19,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.index.words import WordIndex
+from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.ops.fusion import fit_weights
 from d2llm.ops.measures import per_query_measures
@@ -110,11 +111,11 @@ def make_evidence_lists(
         rows = np.unique(np.concatenate([found, nearest, np.array([*judged], np.int64)]))
         of_passages, of_windows = words.score(query_words, rows)
         limit = query_words.limit or 1.0
-        columns: dict[EvidenceTerm, NDArray[np.float32]] = {
+        columns: dict[EvidenceTerm, NDArray[np.floating[Any]]] = {
             "words": of_passages,
-            "words_share": of_passages / np.float32(limit),
+            "words_share": of_passages / limit,
             "window_words": of_windows,
-            "window_words_share": of_windows / np.float32(limit),
+            "window_words_share": of_windows / limit,
         }
         scores = [own[np.searchsorted(pool, rows)], *(columns[term] for term in terms)]
         graded = np.array([judged.get(row, 0.0) for row in rows.tolist()])
@@ -131,7 +132,9 @@ def fit_evidence(student: Student, made: Sequence[EvidenceLists]) -> dict[Task, 
     if not student.evidence.terms:
         raise InputError("this student's score has no evidence to weigh; set student.evidence.words in the recipe")
     fitted: dict[Task, FittedEvidence] = {}
-    for task in sorted({each.task for each in made}):
+    for task in TASKS:
+        if all(each.task != task for each in made):
+            continue
         found = _fit_task(student.evidence.terms, [each for each in made if each.task == task])
         student.evidence.set_weights(task, found.weights)
         fitted[task] = found
@@ -150,8 +153,8 @@ def _fit_task(terms: Sequence[EvidenceTerm], made: Sequence[EvidenceLists]) -> F
     measure = {name: (float(np.mean(own[name])), float(np.mean(fused[name]))) for name in own}
     is_better = np.mean([after for _, after in measure.values()]) > np.mean([before for before, _ in measure.values()])
     found = _weights([[*each.lists] for each in made])[1:] if is_better else np.zeros(len(terms))
-    weights: dict[EvidenceTerm, float] = dict(zip(terms, found.tolist(), strict=True))
-    return FittedEvidence(weights, measure, sum(len(each.lists) for each in made))
+    fitted: dict[EvidenceTerm, float] = dict(zip(terms, found.tolist(), strict=True))
+    return FittedEvidence(fitted, measure, sum(len(each.lists) for each in made))
 
 
 def _weights(by_set: Sequence[Sequence[tuple[NDArray[np.float32], NDArray[np.float64]]]]) -> NDArray[np.float64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.cascade import Rereader
     from d2llm.pipeline.chunking import DocumentsReport
     from d2llm.pipeline.exact_search import KeptReaches
-    from d2llm.pipeline.search import SearchSettings
+    from d2llm.pipeline.search_settings import SearchSettings
     from d2llm.pipeline.upserting import UpsertReport
 
 
@@ -361,11 +360,13 @@ class Index:
             InputError: a setting or query is wrong.
             FilterError: the filter cannot be read, or does not fit the metadata.
         """
-        from d2llm.pipeline.search import Searcher, SearchSettings
+        from d2llm.pipeline.search import Searcher
+        from d2llm.pipeline.search_settings import changed
 
         asked = [queries] if isinstance(queries, str) else queries
-        wanted = replace(settings or SearchSettings(), **changes)
-        return Searcher(self.view, self.student, wanted, reaches=self._reaches, cascade=cascade).rank(asked)
+        return Searcher(
+            self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
+        ).rank(asked)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""

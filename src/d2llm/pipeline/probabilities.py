@@ -72,7 +72,8 @@ def fit_probabilities(
         InputError: a score is no finite number.
     """
     tasks: dict[Task, TaskCalibration] = {}
-    for task in sorted({task for _, task in judged}):
+    names: list[Task] = sorted({task for _, task in judged})
+    for task in names:
         parts = [
             score_drawn(student, dataset, task, num_queries=num_queries, seed=seed, show_progress=show_progress)
             for dataset, of in judged

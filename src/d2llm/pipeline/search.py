@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import Grouping, Query, Ranking, SourceName, Task
+from d2llm.core.types import Query, Ranking, Task
 from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.pipeline.candidates import (
@@ -29,80 +29,11 @@ from d2llm.pipeline.protocols import EvidenceStudent, SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
 from d2llm.pipeline.row_evidence import RowEvidence, row_evidence
 from d2llm.pipeline.row_scorer import RowScorer
+from d2llm.pipeline.search_settings import SearchSettings, changed
 
 _WIDENED = 4  # times as many candidates, where those found are of too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
 _SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
-
-
-@dataclass(frozen=True, slots=True)
-class SearchSettings:
-    """How to search.
-
-    Attributes:
-        task: which branch of the IEM; None means the index's own.
-        top_k: length of a ranking; every passage when it is beyond the corpus.
-        num_candidates: passages that each source proposes; when it is below ``top_k``, ``top_k`` are proposed.
-        filter: an SQL-like condition on metadata (``index.filters``); it is applied before the choice of the first k.
-        sources: who proposes candidates; several are united, and all get the student's full score. None means
-            "vectors", and "bm25" with them where the student's score counts words. "ann" is "vectors" by an approximate
-            index (``build_ann``): quicker, with the recall that was measured when it was built.
-        fuse: rank by reciprocal-rank fusion of the student's ranking and BM25's, not by the student's score alone.
-        lexical_weight: BM25's share in that fusion, 0 to 1.
-        exact: the exact ranking of all passages by the full score, with its certificate. A head without an
-            inner-product part ("paper") is always searched so.
-        budget_ms: of an exact search: stop scoring in time; the certificate says what is proved.
-        explain: say of each passage why it stands where it does.
-        group: rank documents (``Passage.document_id``; a passage without one is its own) by their "best" passage, or by
-            the "sum" of their best passages' odds. ``top_k`` then counts documents, and more candidates are taken where
-            there are too few documents among them.
-        document_passages: passages of a document that are shown, and with "sum" summed.
-        neighbours: also give the passages at most so many positions before and after each in its document.
-    """
-
-    task: Task | None = None
-    top_k: int = 10
-    num_candidates: int = 1000
-    filter: str | None = None
-    sources: tuple[SourceName, ...] | None = None
-    fuse: bool = False
-    lexical_weight: float = 0.5
-    exact: bool = False
-    budget_ms: float | None = None
-    explain: bool = False
-    group: Grouping = "passage"
-    document_passages: int = 3
-    neighbours: int = 0
-
-    def check(self) -> None:
-        """Make sure that the settings go together.
-
-        Raises:
-            InputError: they do not.
-        """
-        if self.top_k < 1 or self.num_candidates < 1:
-            raise InputError(
-                f"top_k is {self.top_k} and num_candidates is {self.num_candidates}; both must be at least 1"
-            )
-        if self.sources is not None and not self.sources:
-            raise InputError("sources is empty; name 'vectors', 'ann', 'bm25' or several")
-        if not 0 <= self.lexical_weight <= 1:
-            raise InputError(f"lexical_weight is {self.lexical_weight}; BM25's share must be between 0 and 1")
-        if self.exact and (self.fuse or self.sources not in (None, ("vectors",))):
-            raise InputError("an exact search ranks all passages by the student's score: leave fuse and sources alone")
-        if self.budget_ms is not None and not self.exact:
-            raise InputError("budget_ms is for an exact search; set exact as well, or leave it out")
-        if self.group not in get_args(Grouping):
-            raise InputError(f"group is {self.group!r}, but must be one of {', '.join(get_args(Grouping))}")
-        if self.document_passages < 1 or self.neighbours < 0:
-            raise InputError(
-                f"document_passages is {self.document_passages} and neighbours is {self.neighbours}; they must be at "
-                "least 1 and 0"
-            )
-        if self.exact and self.group != "passage":
-            raise InputError("an exact search proves a ranking of passages: leave group alone, or exact")
-        if self.fuse and self.group == "sum":
-            raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
 
 
 def search(
@@ -138,7 +69,7 @@ def search(
         IndexMismatchError: the index was made by another student.
         ModelError: the student gave a score that is not a number.
     """
-    searcher = Searcher(index, student, replace(settings or SearchSettings(), **changes), cascade=cascade)
+    searcher = Searcher(index, student, changed(settings, changes), cascade=cascade)
     return searcher.rank(queries, show_progress=show_progress)
 
 
@@ -182,8 +113,10 @@ class Searcher:
         """Args: ``reaches``, what exact searches of this version had to compute."""
         self.settings = settings or SearchSettings()
         self.settings.check()
-        if cascade is not None and (self.settings.exact or self.settings.fuse):
-            raise InputError("a cascade goes by the student's scores alone and changes its order: leave exact and fuse")
+        if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
+            raise InputError(
+                "a cascade goes by the student's scores alone and changes its order: leave exact and hybrid"
+            )
         index.check_student(student.fingerprint)
         self._index = index
         self._student = student
@@ -200,9 +133,10 @@ class Searcher:
             self._sources.append(VectorSource(index, self._allowed))
         if "ann" in names and not self._exact:
             self._sources.append(AnnSource(index, self._allowed))
-        if ("bm25" in names and not self._exact) or self.settings.fuse:
+        if ("bm25" in names and not self._exact) or self.settings.hybrid is not None:
             self._sources.append(LexicalSource(index, self.settings.filter))
-        self._in_students_order = cascade is None and not self.settings.fuse and self.settings.group == "passage"
+        in_order = cascade is None and self.settings.hybrid is None
+        self._in_students_order = in_order and self.settings.group == "passage"
 
     def rank(
         self,
@@ -363,9 +297,9 @@ class Searcher:
 
         final: NDArray[np.floating[Any]] = scored.scores
         reread, student_ranks = None, None
-        if self.settings.fuse:
+        if self.settings.hybrid is not None:
             by_score = best(final, len(rows))
-            share = self.settings.lexical_weight
+            share = self.settings.hybrid
             fused = reciprocal_rank_scores(
                 [rows[by_score].tolist(), scored.proposals["bm25"].rows.tolist()],
                 weights=[2.0 * (1 - share), 2.0 * share],

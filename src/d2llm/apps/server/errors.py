@@ -228,11 +228,11 @@ def request_id_of(request: Request) -> str:
 
 def _methods(app: FastAPI, path: str) -> list[str]:
     """All methods that the description has for a path; Starlette itself names those of one route."""
-    found: set[str] = set()
-    for template, operations in cast("dict[str, dict[str, Any]]", app.openapi()["paths"]).items():
-        if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(template)), path):
-            found |= {method.upper() for method in operations}
-    return sorted(found)
+    paths = cast("dict[str, dict[str, Any]]", app.openapi()["paths"])
+    matching = [each for each in paths if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(each)), path)]
+    # A parameter may have slashes: ".../{name}" fits ".../x/restore" too, but that has a template that says more.
+    matching.sort(key=lambda template: len(re.sub(r"\{[^}]*\}", "", template)))
+    return sorted(method.upper() for method in paths[matching[-1]]) if matching else []
 
 
 def _shape_of(path: str) -> Shape:

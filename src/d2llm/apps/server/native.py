@@ -42,14 +42,8 @@ from d2llm.apps.server.services import Services, Serving, TheIndex, TheServices,
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import SourceName, Task
-from d2llm.pipeline.search import SearchSettings
-
-_SOURCES: dict[str, tuple[SourceName, ...]] = {
-    "vectors": ("vectors",),
-    "ann": ("ann",),
-    "bm25": ("bm25",),
-    "both": ("vectors", "bm25"),
-}
+from d2llm.models.attribution import why_no_interaction
+from d2llm.pipeline.search_settings import SearchSettings
 
 _log = logging.getLogger(__name__)
 router = APIRouter(tags=["d2llm"], responses=ERRORS)
@@ -65,7 +59,7 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     short_enough([body.query], limits, "query")
     ranking, fingerprint = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
     answer = ranking_json(ranking) | {
-        "index": {"version": ranking.index_version, "fingerprint": fingerprint},
+        "index": {"version": ranking.index_version, "student": services.models.name, "fingerprint": fingerprint},
         "request_id": request_id_of(request),
     }
     return FastJSONResponse(answer)
@@ -94,6 +88,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
         words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
         truncated=found.truncated,
         query_truncated=found.query_truncated,
+        no_interaction=why_no_interaction(services.models.student, task),
         teacher=teacher,
     )
 
@@ -146,7 +141,12 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
         _log.error("the index is not taken over: %s", error)
         raise ConflictError(f"what was served before goes on answering: {error}") from error
     version = index.current
-    return ReloadAnswer(version=version.view.version, fingerprint=version.models.fingerprint, changed=changed)
+    return ReloadAnswer(
+        version=version.view.version,
+        student=version.models.name,
+        fingerprint=version.models.fingerprint,
+        changed=changed,
+    )
 
 
 @router.post("/v1/encode", response_model=EncodeAnswer)
@@ -161,6 +161,7 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
             "num_tokens": encoded.num_tokens,
             "truncated": encoded.truncated,
             "dim": services.models.dim,
+            "student": services.models.name,
             "fingerprint": services.models.fingerprint,
         }
     )
@@ -223,14 +224,15 @@ async def _rescored(
         scores=logits.tolist(),
         truncated=list(truncated),
         query_truncated=query_truncated,
+        student=models.name,
         fingerprint=models.fingerprint,
     )
 
 
 def _sources(body: SearchRequest) -> tuple[SourceName, ...] | None:
     if body.hybrid is not None:
-        return _SOURCES["both"]
-    return None if body.source is None else _SOURCES[body.source]
+        return ("vectors", "bm25")
+    return None if body.sources is None else tuple(body.sources)
 
 
 def _settings_of(body: SearchRequest) -> SearchSettings:
@@ -240,8 +242,7 @@ def _settings_of(body: SearchRequest) -> SearchSettings:
         num_candidates=body.num_candidates,
         filter=body.filter,
         sources=_sources(body),
-        fuse=body.hybrid is not None,
-        lexical_weight=0.5 if body.hybrid is None else body.hybrid,
+        hybrid=body.hybrid,
         exact=body.exact,
         budget_ms=body.budget_ms if body.exact else None,
         explain=body.explain,

@@ -46,10 +46,11 @@ class OpenVersion:
             DataFormatError: there is no index, or it is damaged.
             IndexMismatchError: another student made it.
         """
+        file = _manifest_state(folder)  # before it is read: what takes its place meanwhile is seen as another
         self.index = Index.open(folder, cast("SearchStudent", models.student))
         self.view = self.index.view
         self.models = models
-        self.identity = identity(self.index.store)
+        self.identity = (*file, self.view.version)  # of what was read: a writer may be further by now
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
         self.view.check_student(models.fingerprint)
@@ -99,12 +100,14 @@ def rank_again(asked: Asked, rereader: Rereader) -> Ranking:
     return ranking
 
 
-def identity(store: IndexStore) -> tuple[int, int, int]:
-    """Tells whether a folder still holds the same index, at the same version: a manifest is written once."""
-    manifest = (store.folder / MANIFEST_NAME).stat()
-    return manifest.st_ino, manifest.st_mtime_ns, store.version
-
-
 def identity_in(folder: Path) -> tuple[int, int, int]:
-    """``identity`` of what now lies in a folder."""
-    return identity(IndexStore.open(folder))
+    """Tells whether a folder still holds the same index, at the same version: a manifest is written once."""
+    return (*_manifest_state(folder), IndexStore.open(folder).version)
+
+
+def _manifest_state(folder: Path) -> tuple[int, int]:
+    try:
+        manifest = (folder / MANIFEST_NAME).stat()
+    except FileNotFoundError:
+        return 0, 0  # whoever opens it says what is wrong
+    return manifest.st_ino, manifest.st_mtime_ns

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.apps.server.index_service import Rescore
 from d2llm.apps.server.model_service import TextKind
-from d2llm.core.types import Grouping, Task
+from d2llm.core.names import did_you_mean
+from d2llm.core.types import Grouping, SourceName, Task
 from d2llm.index.side_files import Chunking
 
 
@@ -28,6 +38,24 @@ class Body(BaseModel):
     """What requests have in common."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_field_that_is_meant(cls, body: Any) -> Any:
+        names = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
+        unknown = [name for name in names if name not in cls.model_fields]
+        problems: list[InitErrorDetails] = [
+            {
+                "type": PydanticCustomError("extra_forbidden", "{problem}", {"problem": problem}),
+                "loc": (name,),
+                "input": 0,
+            }
+            for name in unknown
+            if (problem := f"there is no such field{did_you_mean(name, cls.model_fields)}")
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return body
 
 
 class Answer(BaseModel):
@@ -48,8 +76,12 @@ class SearchRequest(Body):
     filter: str | None = Field(
         None, description="A condition on metadata.", examples=["year >= 2020 AND language = 'en'"]
     )
-    source: Literal["vectors", "ann", "bm25", "both"] | None = Field(
-        None, description="Who proposes candidates; by default vectors, or both where the student's score counts words."
+    sources: list[SourceName] | None = Field(
+        None,
+        min_length=1,
+        max_length=3,
+        description="Who proposes candidates; by default vectors, and bm25 where the student's score counts words; "
+        "with hybrid: vectors and bm25.",
     )
     hybrid: float | None = Field(
         None, ge=0, le=1, description="Rank by fusion with BM25, and BM25's share in it; null: by the score alone."
@@ -198,9 +230,10 @@ class CascadeAnswer(Answer):
 
 
 class IndexVersion(Answer):
-    """Which index answered."""
+    """Which index answered, and the student that made it, by its name and the hash of its content."""
 
     version: int | None
+    student: str
     fingerprint: str
 
 
@@ -238,7 +271,8 @@ class TeacherAnswer(Answer):
 class ExplainAnswer(Answer):
     """A query's score with a passage, in parts; places count in title, line break and text.
 
-    ``truncated``: the passage's end was not read; ``query_truncated``: the query's.
+    ``truncated``: the passage's end was not read; ``query_truncated``: the query's. ``no_interaction`` says why the
+    interaction is 0 for every pair, where it is.
     """
 
     id: str
@@ -250,6 +284,7 @@ class ExplainAnswer(Answer):
     words: list[WordAnswer]
     truncated: bool
     query_truncated: bool
+    no_interaction: str | None
     teacher: TeacherAnswer | None
 
 
@@ -293,6 +328,7 @@ class ReloadAnswer(Answer):
     """Whether another version, or another student's index, is served now, and which."""
 
     version: int | None
+    student: str
     fingerprint: str
     changed: bool
 
@@ -304,6 +340,7 @@ class EncodeAnswer(Answer):
     num_tokens: list[int]
     truncated: list[int]
     dim: int
+    student: str
     fingerprint: str
 
 
@@ -313,6 +350,7 @@ class RescoreAnswer(Answer):
     scores: list[float]
     truncated: list[int]
     query_truncated: bool
+    student: str
     fingerprint: str
 
 

@@ -239,9 +239,9 @@ def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
     return [f"{name} were cut to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
-def warning_header(warnings: Sequence[str]) -> dict[str, str] | None:
+def warning_header(warnings: Sequence[str]) -> dict[str, str]:
     """The header that tells of texts that were cut, where the dialect's answers have no place for it."""
-    return {"X-Warning": "; ".join(warnings)} if warnings else None
+    return {"X-Warning": "; ".join(warnings)} if warnings else {}
 
 
 def task_of(services: Services) -> Task:

@@ -27,7 +27,7 @@ export function requestOf(state, rank) {
   if (state.filter.trim()) body.filter = state.filter;
   if (state.exact && rank === "iem") body.exact = true;
   else if (state.hybrid !== null && !asksTeacher(rank)) body.hybrid = state.hybrid / 100;
-  else if (state.hybrid === null && state.source !== "vectors") body.source = state.source;
+  else if (state.hybrid === null && state.source !== "vectors") body.sources = state.source === "both" ? ["vectors", "bm25"] : [state.source];
   return body;
 }
 

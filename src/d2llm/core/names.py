@@ -1,0 +1,29 @@
+"""A misspelt name, and the one that was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+RENAMED: Mapping[str, str] = {
+    "candidates": "num_candidates",
+    "fuse": "hybrid",
+    "k": "top_k",
+    "lexical_weight": "hybrid",
+    "limit": "top_k",
+    "n": "top_k",
+    "q": "query",
+    "source": "sources",
+    "text": "query",
+    "top_n": "top_k",
+}
+"""Names that were used earlier, or are used elsewhere, for settings of a search."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'top_k'?`` for a name that is not known; empty where none is near."""
+    names = list(known)
+    meant = RENAMED.get(name.lower())
+    if meant not in names:
+        meant = next(iter(get_close_matches(name.lower(), names, n=1, cutoff=0.5)), None)
+    return "" if meant is None else f"; did you mean '{meant}'?"
