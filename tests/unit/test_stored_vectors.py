@@ -400,7 +400,9 @@ def test_the_student_repairs(tmp_path):
     with pytest.raises(IndexMismatchError, match="another"):
         Index.open(index.folder, FakeStudent(fingerprint="another")).verify(repair=True)
     again = Index.open(index.folder, student)
-    assert len(again.verify(repair=True).problems) == 1
+    lost, words = again.verify(repair=True).problems  # their words are gone with their file
+    assert lost.endswith("it was written anew")
+    assert words == "the words of 20 passages are in no file; they were read again"
     assert student.encoded_passages == 40
     assert again.verify(repair=True).problems == []
     assert student.encoded_passages == 40
@@ -414,5 +416,7 @@ def test_two_copies_are_repaired_without_the_student(tmp_path):
     for folder in (index.folder, index.folder / "snapshots" / "a"):
         vector_file.remove(folder, 0)
     without = Index.open(index.folder, tmp_path / "nowhere")
-    assert len(without.verify(repair=True).problems) == 2
+    problems = without.verify(repair=True).problems  # of the vectors and of the words of each
+    assert len(problems) == 4
+    assert sum(problem.endswith("it was written anew") for problem in problems) == 2
     assert without.verify().problems == []

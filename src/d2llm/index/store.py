@@ -289,7 +289,7 @@ class IndexStore:
                 table.build_indices()
                 if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
                     table.optimize(KEEP_VERSIONS)
-                self.settle_words(self.table())
+                self.settle_words(table)
 
     def settle_words(self, table: PassageTable) -> None:
         """Read the words of the latest version that are in no file, and join small files; under the lock."""
