@@ -17,8 +17,8 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 pytestmark = pytest.mark.timeout(1200)  # a process for each of hundreds of cases
 
 NUM_CASES, NUM_REPAIRED = 540, 10
-_SEARCHED = ("data", "_deletions", "_versions", "page_data.lance", "part_0_docs.lance", "part_0_tokens.lance",
-             "part_0_invert.lance", "vectors-0.bin", "vectors-0.json", "checksums.json")  # fmt: skip
+_SEARCHED = ("data", "_deletions", "_versions", "page_data.lance", "words.bin", "words.json", "vectors-0.bin",
+             "vectors-0.json", "checksums.json")  # fmt: skip
 
 Seen = list[tuple[Case, dict[str, Any]]]
 
