@@ -4,9 +4,9 @@
     python benchmarks/bm25.py --passages 1000000 --json benchmarks/results/bm25.json
     python benchmarks/bm25.py --peer                              also bm25s (pip install bm25s), the best of all
 
-The passages are real ones; further ones have the beginning of one and the end of another, so words and lengths are those
-of real passages. Queries are questions of the dev split of squad-sent. One thread; percentiles are of the processor's
-time, each query alone. Goals at a million: the best 1,000 within 30 ms, 1,000 candidates within 5 ms.
+The passages are real ones; further ones have the beginning of one and the end of another, so words and lengths are
+those of real passages. Queries are questions of the dev split of squad-sent. One thread; percentiles are of the
+processor's time, each query alone. Goals at a million: the best 1,000 within 30 ms, 1,000 candidates within 5 ms.
 Licences of the texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; measured on, nothing is
 trained.
 """

@@ -137,8 +137,8 @@ def kind_of(path: str) -> str:
 def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
     """As many cases as asked for: every kind of file of every index in turn, damaged in every way in turn.
 
-    What LanceDB reads in a search, and words, come four times as often as the rest. What is derived from vectors is the same in
-    every index, so that of one will do.
+    What LanceDB reads in a search, and words, come four times as often as the rest. What is derived from vectors is the
+    same in every index, so that of one will do.
     """
     chance = random.Random(seed)
     kinds: dict[tuple[str, str], list[Case]] = {}

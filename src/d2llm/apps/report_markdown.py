@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from d2llm.apps import report_words as words
-from d2llm.pipeline.report import EvaluationReport, EvaluationRow
+from d2llm.pipeline.report import Comparison, EvaluationReport, EvaluationRow
 
 _MEANS_SOMETHING = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
 
@@ -28,6 +28,7 @@ def render_markdown(report: EvaluationReport) -> str:
         _missing(report),
         *_sample(report),
         *_comparisons(report),
+        *_parts(report),
         "## Cost",
         _cost(report.rows),
         *_agreement(report),
@@ -107,6 +108,17 @@ def _sample(report: EvaluationReport) -> list[str]:
 
 def _comparisons(report: EvaluationReport) -> list[str]:
     found = [comparison for comparison in report.comparisons if comparison.measure == report.main_measure]
+    return _compared(report, found, f"## {escape(report.main_measure)} against {escape(report.baseline or '')}")
+
+
+def _parts(report: EvaluationReport) -> list[str]:
+    found = [comparison for comparison in report.parts if comparison.measure == report.main_measure]
+    return _compared(
+        report, found, f"## What each part of the score is worth: {escape(report.main_measure)} without it"
+    )
+
+
+def _compared(report: EvaluationReport, found: Sequence[Comparison], title: str) -> list[str]:
     if not found:
         return []
     rows = [
@@ -121,7 +133,6 @@ def _comparisons(report: EvaluationReport) -> list[str]:
         for one in found
     ]
     headings = ["", "difference", "95 %", "p", "p, Holm", words.item_noun(report, 2)]
-    title = f"## {escape(report.main_measure)} against {escape(found[0].baseline)}"
     return [title, _table(headings, rows)]
 
 

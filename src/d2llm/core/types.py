@@ -15,6 +15,7 @@ Task = Literal["symmetric", "asymmetric"]
 SystemKind = Literal[
     "bm25",
     "hybrid",
+    "fitted_sum",
     "cosine_untuned",
     "cosine_tuned",
     "paper_head",
@@ -24,8 +25,9 @@ SystemKind = Literal[
     "teacher",
     "external",
 ]
-"""What an evaluation measures: ``anchor`` is the inner-product part of a D2LLM student alone, a ``shortcut`` the same
-student where something makes its search cheaper."""
+"""What an evaluation measures: a ``hybrid`` fuses two rankings by rank, a ``fitted_sum`` adds the scores of BM25 and a
+cosine with weights of dev queries, ``anchor`` is the inner-product part of a D2LLM student alone, a ``shortcut`` the
+same student where something makes its search cheaper."""
 
 EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
 """What encodes texts (``models.engines``); ``auto``: the fastest here that gives the same vectors."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.data.beir import Dataset
-from d2llm.index.words import WordIndex
+from d2llm.index.words import QueryWords, WordIndex
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.ops.fusion import fit_weights
@@ -109,18 +109,25 @@ def make_evidence_lists(
         own = student.score(vector, passages, task)
         nearest = pool[np.argsort(-own, kind="stable")[:depth]]
         rows = np.unique(np.concatenate([found, nearest, np.array([*judged], np.int64)]))
-        of_passages, of_windows = words.score(query_words, rows)
-        limit = query_words.limit or 1.0
-        columns: dict[EvidenceTerm, NDArray[np.floating[Any]]] = {
-            "words": of_passages,
-            "words_share": of_passages / limit,
-            "window_words": of_windows,
-            "window_words_share": of_windows / limit,
-        }
-        scores = [own[np.searchsorted(pool, rows)], *(columns[term] for term in terms)]
+        scores = [own[np.searchsorted(pool, rows)], *evidence_of(words, query_words, rows, terms)]
         graded = np.array([judged.get(row, 0.0) for row in rows.tolist()])
         lists.append((np.stack(scores, axis=1), graded))
     return EvidenceLists(dataset.name, task, lists)
+
+
+def evidence_of(
+    words: WordIndex, query: QueryWords, rows: NDArray[np.int64], terms: Sequence[EvidenceTerm]
+) -> list[NDArray[np.floating[Any]]]:
+    """Each kind of evidence for some rows [n], in the order of ``terms``, as ``RowEvidence`` weighs it."""
+    of_passages, of_windows = words.score(query, rows)
+    limit = query.limit or 1.0
+    found: dict[EvidenceTerm, NDArray[np.floating[Any]]] = {
+        "words": of_passages,
+        "words_share": of_passages / limit,
+        "window_words": of_windows,
+        "window_words_share": of_windows / limit,
+    }
+    return [found[term] for term in terms]
 
 
 def fit_evidence(student: Student, made: Sequence[EvidenceLists]) -> dict[Task, FittedEvidence]:
@@ -146,22 +153,23 @@ def _fit_task(terms: Sequence[EvidenceTerm], made: Sequence[EvidenceLists]) -> F
     own: dict[str, list[float]] = {each.name: [] for each in made}
     fused: dict[str, list[float]] = {each.name: [] for each in made}
     for tried, others in (halves, halves[::-1]):
-        weights = _weights(others)
+        weights = sum_weights([one for lists in others for one in lists])
         for each, lists in zip(made, tried, strict=True):
             own[each.name] += _ndcg(lists, np.eye(1, 1 + len(terms))[0])
             fused[each.name] += _ndcg(lists, weights)
     measure = {name: (float(np.mean(own[name])), float(np.mean(fused[name]))) for name in own}
     is_better = np.mean([after for _, after in measure.values()]) > np.mean([before for before, _ in measure.values()])
-    found = _weights([[*each.lists] for each in made])[1:] if is_better else np.zeros(len(terms))
+    found = sum_weights([one for each in made for one in each.lists])[1:] if is_better else np.zeros(len(terms))
     fitted: dict[EvidenceTerm, float] = dict(zip(terms, found.tolist(), strict=True))
     return FittedEvidence(fitted, measure, sum(len(each.lists) for each in made))
 
 
-def _weights(by_set: Sequence[Sequence[tuple[NDArray[np.float32], NDArray[np.float64]]]]) -> NDArray[np.float64]:
-    """Weights [1 + terms], of which the student's own is 1."""
-    lists = [one for lists in by_set for one in lists]
-    if not lists:
-        return np.zeros(0)
+def sum_weights(lists: Sequence[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]]) -> NDArray[np.float64]:
+    """Weights [1 + terms] of the columns of such lists, of which the first, the student's own, is 1.
+
+    Raises:
+        InputError: no list has a relevant passage.
+    """
     weights = fit_weights(lists)
     return weights / max(float(weights[0]), 1e-3 * float(weights.max()))
 

@@ -174,8 +174,9 @@ class EvaluationReport:
     ``kind`` says whether ``rows`` are over queries ("retrieval") or over pairs ("pairs"). ``num_left_out`` queries had
     no relevant passage in the corpus. Where the teacher judged a sample only, its row says so by its ``num_items``, and
     ``sample_rows`` holds every system on exactly that sample. ``baseline`` is the row that the others are compared
-    with, ``subject`` the row that the examples are about, ``main_measure`` their measure. ``notes`` are counts that a
-    reader of the figures should know (truncated texts and the like). ``provenance`` says what made the systems.
+    with, ``subject`` the row that the examples are about, ``parts`` compares it with itself without a part of its
+    score, ``main_measure`` their measure. ``notes`` are counts that a reader of the figures should know (truncated
+    texts and the like). ``provenance`` says what made the systems.
     """
 
     kind: Literal["retrieval", "pairs"]
@@ -199,6 +200,7 @@ class EvaluationReport:
     provenance: Mapping[str, Any]
     notes: tuple[str, ...]
     seconds: float
+    parts: tuple[Comparison, ...] = ()
     details: Details = field(default_factory=Details)
 
     def row(self, name: str) -> EvaluationRow:

@@ -52,10 +52,14 @@ class RowEvidence:
         return self._passage_weight * passages + self._window_weight * windows
 
 
-def row_evidence(index: object, student: SearchStudent, text: str, task: Task) -> RowEvidence | None:
-    """The evidence that a student wants of an index for a query; None where its vectors' score is all."""
-    weights = student.evidence_weights(task) if isinstance(student, EvidenceStudent) else {}
-    if not weights:
+def evidence_weights(student: SearchStudent, task: Task) -> Mapping[EvidenceTerm, float]:
+    """What a student wants to be added to its scores, by weight; empty where its vectors' score is all."""
+    return student.evidence_weights(task) if isinstance(student, EvidenceStudent) else {}
+
+
+def row_evidence(index: object, text: str, weights: Mapping[EvidenceTerm, float]) -> RowEvidence | None:
+    """What an index adds to the scores of a query; None where that is nothing."""
+    if not any(weights.values()):
         return None
-    assert isinstance(index, WordedIndex), "this student's score counts words, which the index does not"
+    assert isinstance(index, WordedIndex), "these scores count words, which the index does not"
     return RowEvidence(index.words, text, weights)

@@ -25,9 +25,9 @@ from d2llm.pipeline.cascade import Rereader
 from d2llm.pipeline.documents import group_passages
 from d2llm.pipeline.exact_search import FoundRows, KeptReaches, certified_top_k
 from d2llm.pipeline.progress import progress_bar
-from d2llm.pipeline.protocols import EvidenceStudent, SearchStudent
+from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
-from d2llm.pipeline.row_evidence import RowEvidence, row_evidence
+from d2llm.pipeline.row_evidence import RowEvidence, evidence_weights, row_evidence
 from d2llm.pipeline.row_scorer import RowScorer
 from d2llm.pipeline.search_settings import SearchSettings, changed
 
@@ -122,8 +122,9 @@ class Searcher:
         self._student = student
         self._task: Task = self.settings.task or index.task
         self._allowed = index.select(self.settings.filter)
-        counts_words = isinstance(student, EvidenceStudent) and bool(student.evidence_weights(self._task))
-        names = self.settings.sources or (("vectors", "bm25") if counts_words else ("vectors",))
+        given = self.settings.evidence
+        self._weights = evidence_weights(student, self._task) if given is None else given
+        names = self.settings.sources or (("vectors", "bm25") if any(self._weights.values()) else ("vectors",))
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
         self._reaches = reaches or KeptReaches()
@@ -185,7 +186,7 @@ class Searcher:
     ) -> Iterator[_Asked]:
         """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
         begin = time.perf_counter()
-        evidence = [row_evidence(self._index, self._student, query.text, self._task) for query in queries]
+        evidence = [row_evidence(self._index, query.text, self._weights) for query in queries]
         scorers: Sequence[RowScorer | None] = [None] * len(queries)
         if not self._exact:
             scorers = [

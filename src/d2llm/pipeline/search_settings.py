@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import did_you_mean
-from d2llm.core.types import Grouping, SourceName, Task
+from d2llm.core.types import EvidenceTerm, Grouping, SourceName, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class SearchSettings:
         sources: who proposes candidates; several are united, and all get the student's full score. None means
             "vectors", and "bm25" with them where the student's score counts words. "ann" is "vectors" by an approximate
             index (``build_ann``): quicker, with the recall that was measured when it was built.
+        evidence: weights of what counts beside the vectors (``models.evidence``), in place of the student's own; with
+            none the vectors' score is all.
         hybrid: rank by reciprocal-rank fusion of the student's ranking and BM25's, with this share, 0 to 1, for BM25;
             None: by the student's score alone.
         exact: the exact ranking of all passages by the full score, with its certificate. A head without an
@@ -41,6 +44,7 @@ class SearchSettings:
     num_candidates: int = 1000
     filter: str | None = None
     sources: tuple[SourceName, ...] | None = None
+    evidence: Mapping[EvidenceTerm, float] | None = None
     hybrid: float | None = None
     exact: bool = False
     budget_ms: float | None = None
@@ -61,6 +65,12 @@ class SearchSettings:
             )
         if self.sources is not None and not self.sources:
             raise InputError("sources is empty; name 'vectors', 'ann', 'bm25' or several")
+        for term, weight in (self.evidence or {}).items():
+            if term not in get_args(EvidenceTerm) or not 0 <= weight < math.inf:
+                raise InputError(
+                    f"evidence gives {term!r} the weight {weight}; weights must be at least 0, of: "
+                    f"{', '.join(get_args(EvidenceTerm))}"
+                )
         if self.hybrid is not None and not 0 <= self.hybrid <= 1:
             raise InputError(f"hybrid is {self.hybrid}; BM25's share must be between 0 and 1")
         if self.exact and (self.hybrid is not None or self.sources not in (None, ("vectors",))):

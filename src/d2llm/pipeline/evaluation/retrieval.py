@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from d2llm.core.errors import DataFormatError
+from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, SystemKind
 from d2llm.data.beir import Dataset
@@ -29,6 +29,7 @@ from d2llm.pipeline.evaluation.systems import (
     timed,
     with_first_stages,
 )
+from d2llm.pipeline.evaluation.word_rows import fitted_sum, without_parts
 from d2llm.pipeline.protocols import PairJudge
 from d2llm.pipeline.report import Details, EvaluationReport, EvaluationRow
 
@@ -51,7 +52,7 @@ def evaluate_retrieval(
         DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
     """
     setting.check_baseline(
-        contenders, settings.baseline, ["bm25", "hybrid", *(["external"] if contenders.runs else [])]
+        contenders, settings.baseline, ["bm25", "hybrid", "fitted_sum", *(["external"] if contenders.runs else [])]
     )
     queries, num_left_out = _judged_queries(dataset, settings.split)
     probes = sample(queries, settings.latency_queries, settings.seed)
@@ -70,6 +71,16 @@ def evaluate_retrieval(
         for other in searched
         if other.kind in ("cosine_untuned", "d2llm")
     ]
+    of_cosine = next((row for row in reversed(students) if row.kind in ("cosine_tuned", "cosine_untuned")), None)
+    summed = None if of_cosine is None else fitted_sum(work, of_cosine)
+    if isinstance(summed, System):
+        fused.append(summed)
+    else:
+        reason = "there is no cosine to add to BM25" if summed is None else summed.reason
+        if settings.baseline == "fitted_sum":
+            raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
+        shortcuts.missing += [summed] if summed is not None else []
+    parts = without_parts(work, contenders.student, settings.num_candidates)
     runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
     pool = {
         query.id: interleaved([lexical.ids(query.id), subject.ids(query.id)], settings.teacher_depth)
@@ -77,13 +88,16 @@ def evaluate_retrieval(
     }
     judges = contenders.judges(settings.teacher_depth)
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
-    systems = [lexical, *fused, *searched, *shortcuts.systems, *(system for system, _ in judged), *runs]
+    systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
     followers: dict[str, shown.Scores] = {}
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
     names = [name for name, _, _ in judges]
-    return _report(work, contenders, systems, names, shortcuts, subject, teacher_scores, followers, num_left_out)
+    left_out = [system.name for system in parts]
+    return _report(
+        work, contenders, systems, names, left_out, shortcuts, subject, teacher_scores, followers, num_left_out
+    )
 
 
 def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
@@ -175,6 +189,7 @@ def _report(
     contenders: Contenders,
     systems: Sequence[System],
     judges: Sequence[str],
+    parts: Sequence[str],
     shortcuts: Shortcuts,
     subject: System,
     teacher_scores: shown.Scores | None,
@@ -241,7 +256,12 @@ def _report(
         missing=(*contenders.missing_rows(settings.teacher_depth), *shortcuts.missing),
         sample_rows=tuple(sample_rows),
         comparisons=tuple(
-            compare_means(values, baseline, {system.name: asked[system.name] for system in comparable}, seed=seed)
+            compare_means(
+                values, baseline, {s.name: asked[s.name] for s in comparable if s.name not in parts}, seed=seed
+            )
+        ),
+        parts=tuple(
+            compare_means(values, subject.name, {name: asked[name] for name in (subject.name, *parts)}, seed=seed)
         ),
         agreement=tuple(agreements),
         calibration=tuple(calibrations),

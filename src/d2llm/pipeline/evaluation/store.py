@@ -12,7 +12,7 @@ from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.pipeline.evaluation.systems import System
 
-_VERSION = 1  # of what is kept; raised when a system's rankings or times come to mean something else
+_VERSION = 2  # of what is kept; raised when a system's rankings or times come to mean something else
 
 
 class MeasuredStore:
