@@ -59,7 +59,7 @@ class PreparedProcess:
             multiprocessing.forkserver.ensure_running()
         given = {**os.environ, **(environment or {})}
         self._process = _context.Process(
-            target=_call, args=(function, arguments, given, os.getcwd(), str(self._output), str(self._errors))
+            target=_call, args=(function, arguments, given, str(Path.cwd()), str(self._output), str(self._errors))
         )
         self._process.start()
 
