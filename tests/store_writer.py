@@ -19,7 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lancedb  # noqa: F401  # before the fork: it takes a second
+import lancedb  # noqa: F401  # before the fork, with torch below: otherwise a writer is killed while it imports them
+import torch  # noqa: F401
 
 import d2llm.index.inspection  # noqa: F401
 from d2llm.core.types import Passage

@@ -173,7 +173,8 @@ def write_pairs(folder):
     return folder
 
 
-def test_pairs(alone, tmp_path):
+def test_pairs(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2llm.pipeline.evaluation.pairs.NUM_RESAMPLES", 200)  # 2,000 are nearly all of its time
     data = write_pairs(tmp_path / "halves")
     outputs = ("--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     result, report = succeed_with_report("evaluate", data, *alone, "--task", "symmetric", *outputs, folder=tmp_path)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe_file import load_recipe
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_lines, write_qrels, write_recipe
+from prepared_process import PreparedProcess, program
 
 
 @pytest.fixture
@@ -193,6 +190,7 @@ class TestMemory:
 
 
 class TestStops:
+    @pytest.mark.slow
     def test_sigterm_keeps_a_checkpoint_and_the_same_command_goes_on(self, place, reports, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student*"))
         recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday")
@@ -200,27 +198,26 @@ class TestStops:
             recipe.read_text().replace("epochs = 1", "epochs = 2000").replace("checkpoint_every = 1", "patience = 99")
         )
         recipe.write_text(edited.replace("eval_every = 2", "eval_every = 100000"))
-        command = [sys.executable, "-m", "d2llm", "distill", recipe, "--out", tmp_path / "run", "--dtype", "float32"]
+        command = ("distill", str(recipe), "--out", str(tmp_path / "run"), "--dtype", "float32")
         log = tmp_path / "run" / "student.run" / "log.jsonl"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            until = time.monotonic() + 120
-            while time.monotonic() < until and (not log.is_file() or log.read_text().count('"loss"') < 3):
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == 143
+
+        def steps_taken():
+            return log.read_text().count('"loss"') if log.is_file() else 0
+
+        with PreparedProcess(program, *command) as process:
+            process.until(lambda: steps_taken() >= 3, "three steps")
+            process.send(signal.SIGTERM)
+            assert process.wait() == 143
+            said = process.errors
         assert "stopped: type the same command again to go on" in said
         kept = int(said.split("distill: step ")[1].split()[0])
         assert kept >= 3
         recipe.write_text(recipe.read_text().replace("epochs = 2000", "epochs = 2000\ncheckpoint_minutes = 60"))
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            until = time.monotonic() + 120
-            while time.monotonic() < until and log.read_text().count('"loss"') <= kept:
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == 130
+        with PreparedProcess(program, *command) as process:
+            process.until(lambda: steps_taken() > kept, "a step more")
+            process.send(signal.SIGINT)
+            assert process.wait() == 130
+            said = process.errors
         assert f"distill: goes on after step {kept} of an earlier run" in said
         steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
         assert steps == list(range(1, len(steps) + 1))  # none is missing, none was taken twice

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +19,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.teacher import Teacher
 from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline.label import LabelReport, label
+from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics
 from tiny_models import tiny_teacher_config, write_tiny_model
 
@@ -214,7 +211,6 @@ def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:
 LABEL_FOREVER = """
 import sys, time
 from pathlib import Path
-sys.path[:0] = {path!r}
 import d2llm.pipeline.label as verb
 from d2llm.models.teacher import Teacher
 from tiny_data import topics
@@ -238,14 +234,11 @@ verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher, device
 def test_killed_and_resumed_judges_nothing_finished_twice(model: Path, source: TrainingSource, tmp_path: Path) -> None:
     config = tiny_teacher_config(model)
     store, judged = tmp_path / "store", tmp_path / "judged"
-    script = tmp_path / "script.py"
-    script.write_text(LABEL_FOREVER.format(path=sys.path, num=NUM_QUERIES), encoding="utf-8")
-    process = subprocess.Popen([sys.executable, str(script), str(model), str(store), str(judged)])
-    deadline = time.monotonic() + 60
-    while len(list(store.glob("labels/[0-9]*.parquet"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    code = LABEL_FOREVER.format(num=NUM_QUERIES)
+    with PreparedProcess(script, code, str(model), str(store), str(judged)) as process:
+        process.until(lambda: len(list(store.glob("labels/[0-9]*.parquet"))) >= 3, "three shards")
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
 
     before = opened(source, store, config)
     finished, finished_pairs = len(before), before.num_pairs

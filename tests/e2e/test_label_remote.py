@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from d2llm.models.prompts import load_prompt
 from d2llm.models.remote_teacher import RemoteTeacher
 from d2llm.pipeline import label as verb
 from local_endpoint import LocalEndpoint, Reply, Request, completion, local_endpoint, remote_config
+from prepared_process import PreparedProcess, script
 from tiny_data import topics
 
 NUM_QUERIES = 24
@@ -112,7 +109,6 @@ def test_a_run_that_fails_in_the_middle_goes_on_where_it_stopped(source: Trainin
 LABEL = """
 import sys
 from pathlib import Path
-sys.path[:0] = {path!r}
 from d2llm.pipeline import label as verb
 from local_endpoint import remote_config
 from tiny_data import topics
@@ -124,20 +120,16 @@ verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher)
 
 
 def test_killed_and_resumed_asks_for_nothing_finished_again(source: TrainingSource, tmp_path: Path) -> None:
-    store, script = tmp_path / "store", tmp_path / "script.py"
-    script.write_text(LABEL.format(path=sys.path, chunk=CHUNK, num=NUM_QUERIES), encoding="utf-8")
+    store, code = tmp_path / "store", LABEL.format(chunk=CHUNK, num=NUM_QUERIES)
 
     def slowly(request: Request, number: int) -> Reply:
         answer = reply(request, number)
         answer.delay = 0.02
         return answer
 
-    with local_endpoint(slowly) as endpoint:
-        process = subprocess.Popen([sys.executable, str(script), endpoint.url, str(store)])
-        deadline = time.monotonic() + 120
-        while len(list(store.glob("labels/[0-9]*.parquet"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+    with local_endpoint(slowly) as endpoint, PreparedProcess(script, code, endpoint.url, str(store)) as process:
+        process.until(lambda: len(list(store.glob("labels/[0-9]*.parquet"))) >= 2, "two shards")
+        process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     before = opened(source, store)
     assert 2 * CHUNK <= len(before) < NUM_QUERIES

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from prepared_process import PreparedProcess, program
 from tiny_server import write_tiny_index
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -80,39 +79,17 @@ def values(holder: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(index: Path, endpoint: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "d2llm",
-            "serve",
-            str(index),
-            "--port",
-            "0",
-            "--set",
-            "otel=true",
-            "--set",
-            "log_format=json",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "D2LLM_SERVE_OTEL": "true",
-            "D2LLM_SERVE_LOG_FORMAT": "json",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
-            "OTEL_SERVICE_NAME": "search-eu",
-        },
-    )
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().split(" on ")[1].split()[0], process
-    finally:
-        process.kill()
-        process.communicate()
+def serving(index: Path, endpoint: str) -> Iterator[tuple[str, PreparedProcess]]:
+    environment = {
+        "D2LLM_SERVE_OTEL": "true",
+        "D2LLM_SERVE_LOG_FORMAT": "json",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "2",  # seconds for which it tries to send; 10 without this
+        "OTEL_SERVICE_NAME": "search-eu",
+    }
+    with PreparedProcess(program, "serve", str(index), "--port", "0", environment=environment) as process:
+        process.until(lambda: "\n" in process.output, "it serves")
+        yield process.output.split(" on ")[1].split()[0], process
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +107,8 @@ def test_a_collector_receives_requests_with_their_stages_and_without_their_texts
         wrong = {"query": "unseen", "filter": "yeer = 1"}
         assert httpx2.post(f"{address}/v1/search", json=wrong).status_code == 400
         assert httpx2.get(f"{address}/health").status_code == 200
-        process.terminate()  # what has not been sent yet is sent then
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+        process.send(signal.SIGTERM)  # what has not been sent yet is sent then
+        assert process.wait() == 0, process.errors
     assert collector.paths == {"/v1/traces"}
     found = list(collector.spans())
     assert {resource["service.name"] for resource, _ in found} == {"search-eu"}
@@ -166,8 +142,7 @@ def test_a_collector_that_is_not_there_holds_nobody_up_and_is_told_in_the_log(in
     with serving(index, closed) as (address, process):
         for _ in range(3):
             assert httpx2.post(f"{address}/v1/search", json={"query": "the cat"}, timeout=20).status_code == 200
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
-    records = [json.loads(line) for line in errors.splitlines()]
+        process.send(signal.SIGTERM)
+        assert process.wait() == 0, process.errors
+        records = [json.loads(line) for line in process.errors.splitlines()]
     assert any(record["level"] == "error" and "export" in record["event"] for record in records)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.pipeline import distill as verb
 from d2llm.pipeline import distill_run
 from d2llm.pipeline.distill import DistillReport, distill
+from prepared_process import PreparedProcess, script
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
@@ -225,7 +224,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-sys.path[:0] = {path!r}
+sys.path.insert(0, {path!r})
 import test_distill_resume as test
 from d2llm.pipeline import distill_run as verb
 
@@ -249,10 +248,9 @@ test.run(Path(sys.argv[1]), Path(sys.argv[2]))
 def test_killed_and_resumed_equals_uninterrupted(
     models: Path, whole: tuple[DistillReport, Path], name: str, calls: int, tmp_path: Path
 ) -> None:
-    script, folder = tmp_path / "script.py", tmp_path / "student"
-    script.write_text(KILLED.format(path=[*sys.path, str(Path(__file__).parent)]), encoding="utf-8")
-    arguments = [sys.executable, str(script), str(models), str(folder), name, str(calls)]
-    assert subprocess.run(arguments, check=False, timeout=120).returncode == -signal.SIGKILL
+    folder, code = tmp_path / "student", KILLED.format(path=str(Path(__file__).parent))
+    with PreparedProcess(script, code, str(models), str(folder), name, str(calls)) as process:
+        assert process.wait() == -signal.SIGKILL, process.errors
     assert (tmp_path / "student.run" / "checkpoint.safetensors").is_file()
     assert not folder.exists()
     assert_equal_runs(run(models, folder), folder, whole)
