@@ -18,7 +18,7 @@ from d2llm.core.types import Passage
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.store import IndexStore
-from d2llm.pipeline.progress import Advance
+from d2llm.pipeline.progress import Advance, ignore
 from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.reading import read_passages
@@ -62,10 +62,6 @@ class UpsertReport:
         return asdict(self) | {"folder": str(self.folder), "left_out": dict(self.left_out)}
 
 
-def _ignore(count: int, note: str = "", /) -> None:
-    del count, note
-
-
 def upsert_passages(
     store: IndexStore,
     student: SearchStudent,
@@ -74,7 +70,7 @@ def upsert_passages(
     only_new: bool = False,
     as_documents: bool = False,
     lenient_metadata: bool = False,
-    advance: Advance = _ignore,
+    advance: Advance = ignore,
 ) -> UpsertReport:
     """Add passages to a store, or change those that are there (``Index.upsert``).
 
