@@ -89,8 +89,11 @@ class SearchRequest(Body):
         description="Who orders the candidates: none (the inner product), iem, teacher (it reads the first of them) or "
         "cascade (it reads those that the IEM is unsure of).",
     )
-    budget_ms: float | None = Field(None, ge=0, description="Of an exact search, or of the teacher.")
+    budget_ms: float | None = Field(None, ge=0, description="Time of an exact search, in milliseconds.")
     teacher_passages: int = Field(20, ge=1, le=200, description="The teacher reads at most so many.")
+    teacher_ms: float | None = Field(
+        None, ge=0, description="It reads for so long at most, in milliseconds; null, or more: the server's teacher_ms."
+    )
     task: Task | None = Field(None, description="What is asked; null: what the index is made for.")
     group: Grouping = Field("passage", description="Rank passages, or documents by their best or summed passages.")
     neighbours: int = Field(0, ge=0, le=10, description="Passages before and after each, of its document.")

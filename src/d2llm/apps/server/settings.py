@@ -96,7 +96,7 @@ class ServeSettings(BaseSettings):
         default=None, description="Most tokens of a batch; by default 512 on each core, 8,192 on an accelerator."
     )
     batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for more, in milliseconds.")
-    teacher_budget_ms: Milliseconds = Field(default=2_000.0, description="Time of a teacher a search, in milliseconds.")
+    teacher_ms: Milliseconds = Field(default=2_000.0, description="Time of a teacher a search, in milliseconds.")
     reload_seconds: Seconds = Field(default=2.0, description="How often to look for a new version of the index.")
     shutdown_seconds: Seconds = Field(default=30.0, description="How long accepted requests may take when it stops.")
     log_format: Literal["text", "json"] = Field(default="text", description="How log lines are written.")
