@@ -43,16 +43,13 @@ class Body(BaseModel):
     @classmethod
     def _name_the_field_that_is_meant(cls, body: Any) -> Any:
         names = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
-        unknown = [name for name in names if name not in cls.model_fields]
-        problems: list[InitErrorDetails] = [
-            {
-                "type": PydanticCustomError("extra_forbidden", "{problem}", {"problem": problem}),
-                "loc": (name,),
-                "input": 0,
-            }
-            for name in unknown
-            if (problem := f"there is no such field{did_you_mean(name, cls.model_fields)}")
-        ]
+        problems: list[InitErrorDetails] = []
+        for name in names:
+            if name in cls.model_fields:
+                continue
+            problem = {"problem": f"there is no such field{did_you_mean(name, cls.model_fields)}"}
+            kind = PydanticCustomError("extra_forbidden", "{problem}", problem)
+            problems.append({"type": kind, "loc": (name,), "input": 0})
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return body
