@@ -94,6 +94,19 @@ def test_get_delete_snapshot_restore_verify(place):
     assert "0 problems" in succeed("index", place / "i", "verify").stderr
 
 
+@pytest.mark.parametrize("verb", ["upsert", "encode"])
+def test_texts_without_a_word_are_warned_of(tmp_path, verb):
+    lines = [record(0, SENTENCES[0]), record(1, "  "), record(2, SENTENCES[2]), record(3, "\n")]
+    write_lines(tmp_path / "corpus.jsonl", lines)
+    out = tmp_path / "i"
+    command = ("index", out, "upsert", tmp_path / "corpus.jsonl")
+    if verb == "encode":
+        command = ("encode", tmp_path / "corpus.jsonl", "--student", "d2llm-minilm", "--out", out)
+    result = succeed(*command, "--device", "cpu", "--json", tmp_path / "report.json")
+    assert result.stderr.count("2 of the 4 passages given have no text but white space, the first is 's1'") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["result"]["num_blank"] == 2
+
+
 def test_ids_are_listed_a_page_at_a_time(place):
     in_order = sorted(f"s{number}" for number in range(len(SENTENCES)))
     said = succeed("index", place / "i", "list", "--limit", "3")
