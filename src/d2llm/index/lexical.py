@@ -60,13 +60,16 @@ class LexicalIndex:
     391 queries, .965; .955; .930.
     """
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
+    def __init__(self, passages: Sequence[Passage], *, advance: Callable[[int], None] | None = None) -> None:
+        """Index passages; ``advance`` is called with the number of those finished since the last call."""
         self._ids = [passage.id for passage in passages]
         self._terms: dict[str, int] = {}
-        term_ids = [
-            [self._terms.setdefault(term, len(self._terms)) for term in tokenize(passage.full_text)]
-            for passage in passages
-        ]
+        term_ids: list[list[int]] = []
+        for passage in passages:
+            terms = tokenize(passage.full_text)
+            term_ids.append([self._terms.setdefault(term, len(self._terms)) for term in terms])
+            if advance is not None:
+                advance(1)
         self._bm25: Any = _fit(term_ids, self._terms) if self._terms else None
 
     def __len__(self) -> int:

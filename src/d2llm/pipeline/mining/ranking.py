@@ -30,9 +30,9 @@ def bm25_lists(
     passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, show: bool | None
 ) -> Lists:
     """The best of BM25; passages that share no term with a query are left out. The index is dropped at the end."""
-    index = LexicalIndex(PassageSequence(passages, ids))
     lists: Lists = []
-    with progress_bar("BM25", len(queries), show=show) as advance:
+    with progress_bar("BM25", len(ids) + len(queries), show=show) as advance:
+        index = LexicalIndex(PassageSequence(passages, ids), advance=advance)
         for candidates in index.iterate([query.text for query in queries], top_k):
             lists.append([candidate.passage_id for candidate in candidates])
             advance(1)
