@@ -66,7 +66,7 @@ def make_pictures(folder: Path) -> None:
         queries.write_text("".join(json.dumps(query) + "\n" for query in asked), encoding="utf-8")
         arguments = ("index", str(index), "calibrate", "--teacher", TEACHER, "--queries", str(queries))
         subprocess.run([sys.executable, "-m", "d2llm", *arguments], check=True)
-    serve = ("serve", str(index), "--teacher", TEACHER, "--port", "0", "--set", "teacher_budget_ms=30000")
+    serve = ("serve", str(index), "--teacher", TEACHER, "--port", "0", "--set", "teacher_ms=30000")
     command = [sys.executable, "-m", "d2llm", *serve]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:

@@ -132,4 +132,4 @@ def write_taught_index(folder: Path) -> dict[str, Any]:
     index, teacher = write_tiny_index(folder), str(write_tiny_model(folder / "teacher", "llama"))
     judge = load_judge(TeacherConfig(prompt="short").named(teacher), dtype="float32")
     write_error(index, judge, "asymmetric", StudentError(0.1, 0.0, 0.5))  # unsure of some, not of all
-    return {"index": index, "teacher": teacher, "prompt": "short", "teacher_budget_ms": 60_000}
+    return {"index": index, "teacher": teacher, "prompt": "short", "teacher_ms": 60_000}

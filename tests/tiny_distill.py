@@ -39,6 +39,7 @@ class Place:
         labels: Path | None = None,
         teacher: TeacherConfig | None = None,
         recipe: Recipe | None = None,
+        show_progress: bool | None = False,
         **training: object,
     ) -> DistillReport:
         made = recipe or tiny_recipe(student or tiny_student_config(self.model), **(LEARNING | training))
@@ -50,7 +51,7 @@ class Place:
             teacher=teacher or self.teacher,
             device="cpu",
             dtype="float32",
-            show_progress=False,
+            show_progress=show_progress,
         )
 
 

@@ -70,6 +70,7 @@ def test_a_filter_and_both_sources(place):
     )
     assert sorted(ids_of(found)) == ["s0", "s2", "s4", "s6", "s8"]
     fail("search", place / "i", "x", "--filter", "yaer < 3", containing=["yaer", "year"])
+    fail("search", place / "i", "x", "--teacher-ms", "5", containing=["--teacher-ms", "--teacher"])
     fail("search", place / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])
 
 
@@ -91,6 +92,33 @@ def test_get_delete_snapshot_restore_verify(place):
     succeed("index", place / "i", "restore", "one")
     assert ids_of(report_of(place, "search", place / "i", SENTENCES[5]))[0] == "s5"
     assert "0 problems" in succeed("index", place / "i", "verify").stderr
+
+
+@pytest.mark.parametrize("verb", ["upsert", "encode"])
+def test_texts_without_a_word_are_warned_of(tmp_path, verb):
+    lines = [record(0, SENTENCES[0]), record(1, "  "), record(2, SENTENCES[2]), record(3, "\n")]
+    write_lines(tmp_path / "corpus.jsonl", lines)
+    out = tmp_path / "i"
+    command = ("index", out, "upsert", tmp_path / "corpus.jsonl")
+    if verb == "encode":
+        command = ("encode", tmp_path / "corpus.jsonl", "--student", "d2llm-minilm", "--out", out)
+    result = succeed(*command, "--device", "cpu", "--json", tmp_path / "report.json")
+    assert result.stderr.count("2 of the 4 passages given have no text but white space, the first is 's1'") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["result"]["num_blank"] == 2
+
+
+def test_ids_are_listed_a_page_at_a_time(place):
+    in_order = sorted(f"s{number}" for number in range(len(SENTENCES)))
+    said = succeed("index", place / "i", "list", "--limit", "3")
+    assert said.stdout.split() == in_order[:3]
+    assert f"go on with --cursor {in_order[2]}" in said.stderr
+    listed, cursor = [], ""
+    while cursor is not None:
+        page = report_of(place, "index", place / "i", "list", "--cursor", cursor, "--limit", "25")
+        listed, cursor = listed + page["ids"], page["next_cursor"]
+    assert listed == in_order
+    documents = report_of(place, "index", place / "i", "list", "--documents", "--cursor", in_order[-2])
+    assert documents == {"documents": [{"id": in_order[-1], "num_passages": 1}], "next_cursor": None}
 
 
 def test_facts(place):

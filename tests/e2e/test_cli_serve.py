@@ -18,10 +18,11 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from d2llm.apps.server import app
 from d2llm.apps.server.keys import add_key
 from d2llm.apps.server.running import listen
-from e2e.command_line import fail
-from tiny_server import tiny_passages, write_tiny_index
+from e2e.command_line import d2llm, fail
+from tiny_server import tiny_passages, write_tiny_index, write_tiny_student
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -72,9 +73,23 @@ def test_a_port_in_use_is_told_before_anything_is_loaded():
         fail("serve", "no-such-index", "--port", port, containing=[f"port {port} of 127.0.0.1 is in use"])
 
 
-@pytest.mark.parametrize("arguments", [["no-such-index"], ["--student", "no-such-student"]])
-def test_what_cannot_be_loaded_ends_it_with_the_reason(arguments: list[str]):
-    fail("serve", *arguments, "--port", 0, containing=[arguments[-1]])
+def test_what_cannot_be_loaded_ends_it_with_the_reason():
+    fail("serve", "--student", "no-such-student", "--port", 0, containing=["no-such-student"])
+
+
+@pytest.mark.parametrize("content", [None, "folder", "student"])
+def test_a_folder_that_is_no_index_is_told_before_anything_is_loaded(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "some.index"
+    if content == "folder":
+        folder.mkdir()
+    elif content == "student":
+        write_tiny_student(tmp_path).rename(folder)
+    monkeypatch.setattr(app, "make_app", lambda settings: pytest.fail("an app was made"))
+    fail("serve", folder, "--port", 0, containing=["some.index"])
+    (line,) = d2llm("serve", folder, "--port", 0).stderr.splitlines()  # nothing before it
+    assert ("a 'index' is needed" if content == "student" else "is not a d2llm index folder") in line
 
 
 def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from d2llm.core.errors import TrainingDivergedError
-from d2llm.core.recipe import InteractionConfig
+from d2llm.core.recipe import InteractionConfig, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.models.teacher_identity import identify_local_teacher
 from d2llm.pipeline import distill_run as verb
+from d2llm.pipeline import progress
 from d2llm.pipeline.dev import DevResult, evaluate_dev, make_dev_set
 from d2llm.pipeline.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
@@ -88,6 +90,38 @@ def test_probabilities_are_fitted_where_there_are_enough_dev_queries(place: Plac
     fitted = report.probabilities["asymmetric"]
     assert (fitted["num_queries"], fitted["num_pairs"]) == ({"tiny": 40}, 400)
     assert fitted["error_after"] < fitted["error_before"]
+
+
+STAGES = (  # a run of two stages, in the order of its parts
+    "passages for the dev queries of tiny",
+    "distilling",
+    "measuring the start on dev",
+    "measuring on dev",
+    "measuring 50% of the change on dev",
+    "measuring 100% of the change on dev",
+    "reading tiny once",
+    "neighbours in tiny",
+    "reading dev once",
+    "training the interaction",
+    "passages to calibrate on of tiny",
+    "calibrating on tiny",
+)
+
+
+def test_each_part_that_takes_its_time_shows_progress_in_a_log(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    stages = {"residual": ResidualConfig(epochs=1), "interpolation": (0.5, 1.0)}
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
+        place.run(tmp_path / "student", show_progress=None, **stages)
+        lines = [record.getMessage().split(": ") for record in caplog.records if " after " in record.getMessage()]
+        caplog.clear()
+        place.run(tmp_path / "quiet", show_progress=False, **stages)
+    assert list(dict.fromkeys(part for part, _ in lines)) == list(STAGES)
+    last = dict(lines)
+    assert all("(100%)" in how_far for how_far in last.values()), last  # what is counted is all that there is
+    assert [record.getMessage() for record in caplog.records if " after " in record.getMessage()] == []
 
 
 def test_the_student_on_disk_scores_as_the_one_that_was_trained(place: Place, trained: Trained) -> None:
@@ -182,7 +216,7 @@ def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
 ) -> None:
     results = iter([(0.5, 0.5), (0.9, 0.4), (0.55, 0.5)])  # at the start, at step 4, at step 8
 
-    def evaluate(student: Student, dev_sets: Any) -> dict[str, DevResult]:
+    def evaluate(student: Student, dev_sets: Any, **options: Any) -> dict[str, DevResult]:
         values = next(results)
         return {dev.name: dev_result(value, task=dev.task) for dev, value in zip(dev_sets, values, strict=True)}
 
@@ -203,7 +237,7 @@ def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
 
 def test_patience(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.5, 0.6, 0.6, 0.4, 0.9])  # equal is no gain
-    monkeypatch.setattr(verb, "evaluate_dev", lambda student, dev: {"tiny": dev_result(next(values))})
+    monkeypatch.setattr(verb, "evaluate_dev", lambda *given, **options: {"tiny": dev_result(next(values))})
     report = place.run(tmp_path / "student", eval_every=1, patience=2, checkpoint_every=100)
     assert report.stopped_early
     assert (report.best_step, report.steps) == (1, 3)

@@ -277,7 +277,7 @@ def test_a_teacher_that_fails_is_told_and_the_page_stays_usable(visit, address, 
 
 
 def test_a_teacher_without_time_says_so(visit, settings):
-    with serving(settings, teacher_budget_ms=0) as (address, _):
+    with serving(settings, teacher_ms=0) as (address, _):
         page = visit(f"{address}/?q=the+cat+by+the+sea&rank=teacher")
         page.wait_for_selector(".card")
         note, names = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
@@ -289,7 +289,7 @@ def test_a_teacher_without_time_says_so(visit, settings):
 
 
 def test_a_teacher_whose_time_ends_says_so(visit, settings):
-    with serving(settings, teacher_budget_ms=300) as (address, index):
+    with serving(settings, teacher_ms=300) as (address, index):
         index.judge = WatchedTeacher(index.judge)
         index.judge.seconds = 0.4
         page = visit(f"{address}/?q=the+cat+by+the+sea&rank=cascade")

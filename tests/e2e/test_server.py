@@ -151,6 +151,7 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/search", {"query": "cat", "filter": "year >"}, 400, "filter"),
         ("/v1/search", {"query": "cat", "exact": True, "hybrid": 0.5}, 400, "exact"),
         ("/v1/search", {"query": "cat", "budget_ms": 5}, 400, "budget_ms"),
+        ("/v1/search", {"query": "cat", "teacher_ms": 5}, 400, "teacher_ms"),
         ("/v1/search", {"query": "cat", "rescore": "teacher"}, 400, "no teacher"),
         ("/v1/search", {"query": "cat" * 50_000}, 400, "characters"),
         ("/v1/explain", {"query": "cat", "passage_id": "nowhere"}, 404, "nowhere"),
@@ -349,9 +350,7 @@ def test_a_teacher_reads_again(tmp_path):
     judge = load_judge(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
     write_error(folder, judge, "asymmetric", StudentError(1.0, 0.0, 2.0))
     passages = {passage.id: passage for passage in tiny_passages()}
-    with serve(
-        make_app(tiny_settings(folder, teacher=str(teacher), prompt="short", teacher_budget_ms=60_000))
-    ) as address:
+    with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short", teacher_ms=60_000))) as address:
         wait_until_ready(address)
         with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             facts = http.get("/v1/index").json()

@@ -180,9 +180,9 @@ class TestRealRuns:
         """With a sample of three, which training's own dev sample by the seed would not repeat."""
         original, measured = ablation_run.evaluate_dev, []
 
-        def evaluate_dev(student: Any, dev_sets: Any) -> Any:
+        def evaluate_dev(student: Any, dev_sets: Any, **options: Any) -> Any:
             measured.append(list(dev_sets))
-            return original(student, dev_sets)
+            return original(student, dev_sets, **options)
 
         monkeypatch.setattr(ablation_run, "distill", refuse)
         monkeypatch.setattr(ablation_run, "evaluate_dev", evaluate_dev)

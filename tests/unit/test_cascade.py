@@ -126,8 +126,8 @@ def test_a_teacher_that_was_slow_once_is_asked_again(clock):
 def test_refusals():
     with pytest.raises(InputError, match="depth is 0"):
         Cascade(Oracle([]), ERROR, depth=0)
-    with pytest.raises(InputError, match="budget_ms"):
-        Cascade(Oracle([]), ERROR, budget_ms=-1.0)
+    with pytest.raises(InputError, match="teacher_ms"):
+        Cascade(Oracle([]), ERROR, teacher_ms=-1.0)
     with pytest.raises(ModelError, match="finite"):
         rerank(Cascade(Oracle(np.full(20, np.nan)), ERROR))
     assert len(rerank(Cascade(Oracle([]), ERROR), SCORES[:0]).scores) == 0
@@ -229,7 +229,7 @@ def test_the_shipped_student_with_a_teacher_that_knows(tmp_path):
 def test_a_teacher_that_reads_the_first_of_a_ranking_orders_them():
     said = np.cos(np.arange(20.0))
     oracle = Oracle(said)
-    found = rerank(TeacherReading(oracle, depth=12))
+    found = rerank(TeacherReading(oracle, teacher_passages=12))
     np.testing.assert_array_equal(found.read, np.arange(12))
     np.testing.assert_array_equal(found.scores[:12], said[:12])
     assert (found.scores[12:] <= found.scores[:12].min()).all()  # unread: behind, in the student's order
@@ -240,15 +240,15 @@ def test_a_teacher_that_reads_the_first_of_a_ranking_orders_them():
 
 
 def test_the_teacher_reads_at_least_what_is_shown_and_not_more_than_there_is():
-    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), depth=2), top_k=7).read) == 7
-    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), depth=99)).read) == 20
+    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), teacher_passages=2), top_k=7).read) == 7
+    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), teacher_passages=99)).read) == 20
 
 
 def test_the_teacher_begins_no_batch_after_its_time(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
-    found = rerank(TeacherReading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, budget_ms=900, batch_passages=4))
+    found = rerank(TeacherReading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, teacher_ms=900, batch_passages=4))
     assert len(found.read) == 12  # begun at 0, .4 and .8 s
     assert found.out_of_time
-    with pytest.raises(InputError, match="depth"):
-        TeacherReading(Oracle([]), depth=0)
+    with pytest.raises(InputError, match="teacher_passages"):
+        TeacherReading(Oracle([]), teacher_passages=0)

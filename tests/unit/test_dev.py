@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Query, Task
 from d2llm.models.student import Student
+from d2llm.pipeline import progress
 from d2llm.pipeline.dev import (
     RESIDUAL_WEIGHTS,
     DevResult,
@@ -38,10 +41,12 @@ class HandMadeStudent:
         self.residual = torch.tensor(0.375)
         self.interaction = SimpleNamespace(residual_weight=lambda task: self.residual)
 
-    def encode_queries(self, texts: list[str]) -> SimpleNamespace:
+    def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
+        advance(len(texts))
         return SimpleNamespace(vectors=np.eye(len(self.anchors), dtype=np.float32)[[int(text) for text in texts]])
 
-    def encode_passages(self, texts: tuple[str, ...]) -> SimpleNamespace:
+    def encode_passages(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
+        advance(len(texts))
         return SimpleNamespace(vectors=np.ascontiguousarray(self.anchors.T))
 
     def anchor_queries(self, vectors: np.ndarray, task: Task) -> np.ndarray:
@@ -93,6 +98,21 @@ def test_without_an_anchor_there_is_one_weight() -> None:
     student = HandMadeStudent(ANCHORS, CHANGES, has_anchor=False)
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
     assert result.values == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
+
+
+def test_a_log_follows_the_texts_that_are_read_and_the_queries_that_are_ranked(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
+        evaluate_dev(HandMadeStudent(ANCHORS, CHANGES), [dev_set(QRELS), dev_set(QRELS, name="other")], title="looking")
+    lines = [record.getMessage() for record in caplog.records]
+    counts = [(line.split(" (")[0], line.rsplit(", ", 1)[1]) for line in lines]
+    assert counts == [
+        (f"looking: {finished} of 16", name)  # two queries and four passages are read, then two queries are ranked
+        for name, at in (("set", (0, 2, 6, 7, 8)), ("other", (8, 10, 14, 15, 16)))
+        for finished in at
+    ]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

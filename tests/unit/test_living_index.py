@@ -129,6 +129,17 @@ class TestUpsert:
         index.upsert([Passage("p0", "two words")])
         assert index.stats().num_truncated == 5
 
+    def test_passages_without_a_word_are_counted_and_told_once(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+        index = Index.create(tmp_path / "blank", FakeStudent())
+        assert index.upsert(passages()[:2]).num_blank == 0
+        assert caplog.records == []
+        given = [passages()[2], Passage("b1", " \n\t"), Passage("t", " ", "a title"), Passage("b2", "\u3000")]
+        report = index.upsert(given)
+        assert (report.num_passages, report.num_blank, report.first_blank) == (4, 2, "b1")
+        (record,) = caplog.records
+        assert "2 of the 4 passages given have no text but white space, the first is 'b1'" in record.getMessage()
+
     def test_an_interrupted_upsert_goes_on_behind_the_last_commit(self, tmp_path, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         student = FakeStudent(fail_after=5)

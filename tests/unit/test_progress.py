@@ -36,3 +36,18 @@ def test_where_nobody_knows_how_much_there_is(caplog, monkeypatch):
 def test_false_means_neither_bar_nor_lines(caplog, monkeypatch, capsys):
     assert lines(caplog, monkeypatch, [100.0, 200.0], show=False) == []
     assert capsys.readouterr().err == ""
+
+
+def test_work_that_is_part_of_other_work_has_its_bar_below_while_it_lasts(capsys):
+    with progress_bar("distilling", 20, show=True) as advance:
+        display = progress._shown.get()
+        advance(3)
+        with progress_bar("measuring on dev", 500, show=True) as inner:
+            inner(200, "banking77")
+            assert [(bar.description, bar.completed, bar.total) for bar in display.tasks] == [
+                ("distilling", 3, 20),
+                ("measuring on dev", 200, 500),
+            ]
+        assert [bar.description for bar in display.tasks] == ["distilling"]
+    assert progress._shown.get() is None
+    assert "distilling" in capsys.readouterr().err

@@ -86,8 +86,8 @@ def load_cascade(
     task: Task,
     teacher: str,
     prompt: str | None,
-    num_passages: int | None,
-    budget_ms: float | None,
+    teacher_passages: int | None,
+    teacher_ms: float | None,
     device: str | None,
     dtype: str | None,
 ) -> Cascade:
@@ -97,7 +97,7 @@ def load_cascade(
     from d2llm.pipeline.cascade import Cascade
 
     judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-    return Cascade(judge, read_error(folder, judge, task), num_passages, budget_ms)
+    return Cascade(judge, read_error(folder, judge, task), teacher_passages, teacher_ms)
 
 
 def cascade_line(report: CascadeReport) -> str:

@@ -191,8 +191,8 @@ def list_ids(
     documents: Annotated[
         bool, typer.Option("--documents", help="Documents, with their numbers of passages, in place of passages.")
     ] = False,
-    after: Annotated[
-        str, typer.Option("--after", metavar="ID", help="Those behind this id.", show_default="from the beginning")
+    cursor: Annotated[
+        str, typer.Option("--cursor", metavar="ID", help="Those behind this id.", show_default="from the beginning")
     ] = "",
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 100,
     json_path: JsonOption = None,
@@ -201,16 +201,16 @@ def list_ids(
     from d2llm.pipeline.index import Index
 
     session, index = session_of(context), Index.open(folder_of(context))
-    found = index.list_documents(after, limit + 1) if documents else index.list_passages(after, limit + 1)
+    found = index.list_documents(cursor, limit + 1) if documents else index.list_passages(cursor, limit + 1)
     page = found[:limit]
     for one in page:
         session.show(one if isinstance(one, str) else f"{one.id}\t{one.num_passages}")
     last = page[-1] if page else None
-    next_after = (last if isinstance(last, str) or last is None else last.id) if len(found) > limit else None
-    if next_after is not None:
-        session.say(f"index: there are more; go on with --after {shlex.quote(next_after)}")
+    next_cursor = (last if isinstance(last, str) or last is None else last.id) if len(found) > limit else None
+    if next_cursor is not None:
+        session.say(f"index: there are more; go on with --cursor {shlex.quote(next_cursor)}")
     name = "documents" if documents else "ids"
-    session.write_report(context, json_path, {name: page, "next_after": next_after})
+    session.write_report(context, json_path, {name: page, "next_cursor": next_cursor})
 
 
 @index_app.command("stats")

@@ -188,7 +188,7 @@ def search(
     ] = None,
     teacher_passages: Annotated[
         int, typer.Option("--teacher-passages", min=0, help="It reads at most so many for a query.")
-    ] = 10,
+    ] = 20,
     teacher_ms: Annotated[
         float | None,
         typer.Option("--teacher-ms", min=0, help="It reads for so long at most.", show_default=False),
@@ -227,6 +227,8 @@ def search(
         neighbours=neighbours,
     )
     settings.check()
+    if teacher is None and teacher_ms is not None:
+        raise InputError("--teacher-ms is the time of a teacher; name one with --teacher, or leave it out")
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")

@@ -129,6 +129,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     from d2llm.apps.server.running import listen, run_app, url_of
     from d2llm.apps.server.settings import LOOPBACK_NAMES, is_loopback
     from d2llm.apps.server.tracing import start_tracing
+    from d2llm.index.index_manifest import read_index_manifest
 
     session, settings = session_of(context), loaded.settings
     bound = listen(settings.host, settings.port)
@@ -143,6 +144,8 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
 
     with contextlib.ExitStack() as undo:
         undo.callback(bound.close)
+        if settings.index is not None:
+            read_index_manifest(settings.index)  # what is no index is told before anything is loaded
         undo.callback(start_logs(settings))
         from d2llm.apps.server.app import make_app  # takes seconds, and a port in use should be told at once
         from d2llm.apps.server.services import Serving

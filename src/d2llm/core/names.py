@@ -20,10 +20,15 @@ RENAMED: Mapping[str, str] = {
 """Names that were used earlier, or are used elsewhere, for settings of a search."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one; None where none is near."""
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'top_k'?`` for a name that is not known; empty where none is near."""
     names = list(known)
     meant = RENAMED.get(name.lower())
     if meant not in names:
-        meant = next(iter(get_close_matches(name.lower(), names, n=1, cutoff=0.5)), None)
+        meant = nearest(name.lower(), names)
     return "" if meant is None else f"; did you mean '{meant}'?"

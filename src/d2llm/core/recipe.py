@@ -176,7 +176,8 @@ class TeacherTuningConfig(_Section):
     """0: the teacher is used as it is."""
     batch_pairs: int = Field(default=32, ge=1)
     part_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, padding included, that are read at a time; by default 512 on a CPU and 2,048 elsewhere."""
+    """Tokens, padding included, that go through the model at a time; their gradients are added up. By default 512 on a
+    CPU and 2,048 elsewhere."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
     max_queries: int | None = Field(default=None, ge=1)
@@ -186,9 +187,11 @@ class TeacherTuningConfig(_Section):
     patience: int = Field(default=5, ge=1)
     """Stop after this many looks without a better one."""
     dev_queries: int = Field(default=100, ge=1)
-    """Queries of each plan held out for this, at most a fifth; their positives are never trained as positives."""
+    """Queries of each data set's plan held out for this, at most a fifth of them; their positives are never trained as
+    positives."""
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
-    """What is best: the lowest yes/no cross-entropy, or the highest mean reciprocal rank of the first positive."""
+    """What is best: the lowest yes/no cross-entropy of the held-out pairs, or the highest mean reciprocal rank of the
+    first positive in the held-out lists."""
 
 
 class DataConfig(_Section):
@@ -363,7 +366,7 @@ class TrainingConfig(WarmUpConfig):
     checkpoint_every: int = Field(default=100, ge=1)
     """Most steps between checkpoints."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)
-    """Most minutes between checkpoints; one is also kept when Ctrl-C or SIGTERM stops the run."""
+    """Most minutes between checkpoints. One is also kept when the run is stopped by Ctrl-C or SIGTERM."""
     group_by_length: bool = False
     """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries; a data set of fewer
     than eight batches is left as it is."""
@@ -371,10 +374,11 @@ class TrainingConfig(WarmUpConfig):
     """T: a data set of n queries has a share of n^(1/T) in the batches. 1: in proportion; more: small sets come more
     often, large ones less, at the same number of batches."""
     part_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, padding included, read at a time; by default 512 on a CPU (more are no faster) and 2,048 elsewhere."""
+    """Tokens, padding included, that go through the backbone at a time; by default 512 on a CPU, where more at a time
+    are no faster, and 2,048 elsewhere."""
     gradient_caching: Literal["auto", "on", "off"] = "auto"
-    """Read the texts of a batch twice, part by part: memory holds the intermediate results of one part at a time, the
-    gradient is the same. ``auto``: those parts alone that ``graph_gib`` has no room for."""
+    """Read the texts of a batch twice, part by part, so that memory holds the intermediate results of one part at a
+    time; the gradient is the same. ``auto``: those of the parts that ``graph_gib`` has no room for."""
     graph_gib: float | None = Field(default=None, gt=0)
     """Memory for the intermediate results that ``auto`` keeps, in GiB; by default a third of what is free when the run
     starts. It changes speed, and nothing else."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.names import nearest
 from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.core.shipped import shipped_recipes
 
@@ -136,8 +136,8 @@ def _explain(problem: ErrorDetails) -> str:
 
 def _explain_unknown_key(key: str, location: tuple[int | str, ...]) -> str:
     known = sorted(_section_at(location[:-1]).model_fields)
-    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys here: {', '.join(known)}"
+    meant = nearest(str(location[-1]), known)
+    hint = f"known keys here: {', '.join(known)}" if meant is None else f"did you mean '{meant}'?"
     return f"unknown key '{key}'; {hint}"
 
 

@@ -5,12 +5,12 @@ Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 20
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.names import nearest
 from d2llm.core.recipe import Recipe
 from d2llm.core.recipe_file import parse_recipe
 
@@ -44,9 +44,9 @@ def find_variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else "there are:"
-    raise RecipeError(f"no variant '{name}'; {hint} {', '.join(VARIANTS) if not nearest else ''}".rstrip())
+    meant = nearest(name, VARIANTS)
+    hint = f"there are: {', '.join(VARIANTS)}" if meant is None else f"did you mean '{meant}'?"
+    raise RecipeError(f"no variant '{name}'; {hint}")
 
 
 def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,29 +24,29 @@ class ListedDocument:
     num_passages: int
 
 
-def passage_ids(table: PassageTable, after: str, limit: int) -> list[str]:
-    """The first ``limit`` ids of passages that come after ``after``, in order of their characters' code points.
+def passage_ids(table: PassageTable, cursor: str, limit: int) -> list[str]:
+    """The first ``limit`` ids of passages that come after ``cursor``, in order of their characters' code points.
 
     Raises:
-        InputError: ``after`` is no text, or ``limit`` is below 1.
+        InputError: ``cursor`` is no text, or ``limit`` is below 1.
     """
-    _check(after, limit)
+    _check(cursor, limit)
     if not len(table):
         return []
-    found = table.columns(["id"], f"id > {quoted(after)}" if after else None)
+    found = table.columns(["id"], f"id > {quoted(cursor)}" if cursor else None)
     return nsmallest(limit, cast("list[str]", found["id"].to_pylist()))
 
 
-def documents(table: PassageTable, after: str, limit: int) -> list[ListedDocument]:
+def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocument]:
     """``passage_ids`` for documents; a passage without a document is one of its own.
 
     Raises:
-        InputError: ``after`` is no text, or ``limit`` is below 1.
+        InputError: ``cursor`` is no text, or ``limit`` is below 1.
     """
-    _check(after, limit)
+    _check(cursor, limit)
     if not len(table):
         return []
-    where = f"document_id > {quoted(after)} OR (document_id = '' AND id > {quoted(after)})" if after else None
+    where = f"document_id > {quoted(cursor)} OR (document_id = '' AND id > {quoted(cursor)})" if cursor else None
     found = table.columns(["id", "document_id"], where)
     ids, names = (cast("list[str]", found[name].to_pylist()) for name in ("id", "document_id"))
     counts = Counter(name or own for own, name in zip(ids, names, strict=True))

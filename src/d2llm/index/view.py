@@ -136,13 +136,13 @@ class PassageView:
         ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
         return self.get(ids)
 
-    def list_passages(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
-        """The first ``limit`` ids of passages behind ``after``, in order (``listing.passage_ids``)."""
-        return listing.passage_ids(self._table, after, limit)
+    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+        """The first ``limit`` ids of passages behind the id ``cursor``, in order (``listing.passage_ids``)."""
+        return listing.passage_ids(self._table, cursor, limit)
 
-    def list_documents(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
         """``list_passages`` for documents; a passage without a document is one of its own."""
-        return listing.documents(self._table, after, limit)
+        return listing.documents(self._table, cursor, limit)
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id where it has none."""

@@ -15,7 +15,7 @@ so that passages can come and go and every score is as if the index had been bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -64,12 +64,11 @@ class WordSegment:
     window_lengths: NDArray[np.uint32]
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str]) -> WordSegment:
-        """The words of some texts."""
+    def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordSegment:
+        """The words of some texts; ``advance`` is called with 1 after each."""
         hashes: list[int] = []
         ends: list[int] = []  # of sentences, as places in ``hashes``
         offsets = [0]
-        num_sentences: list[int] = []
         known: dict[str, int] = {}
         for text in texts:
             spans = sentences(text)
@@ -82,8 +81,9 @@ class WordSegment:
                         number = known[term] = _hash(term)
                     hashes.append(number)
                 ends.append(len(hashes))
-            num_sentences.append(len(spans))
             offsets.append(len(hashes) + len(ends))
+            if advance is not None:
+                advance(1)
         vocabulary, places = np.unique(np.array(hashes, np.uint64), return_inverse=True)
         tokens = np.insert(places.astype(np.uint32), np.array(ends, np.int64), np.uint32(len(vocabulary)))
         return cls._of_tokens(vocabulary, tokens, np.array(offsets, np.int64))
@@ -199,9 +199,9 @@ class WordIndex:
         self._live = None if live is None or live.all() else live
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str]) -> WordIndex:
-        """An index in memory; the rows are the texts' places."""
-        return cls([WordSegment.from_texts(texts)])
+    def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordIndex:
+        """An index in memory; the rows are the texts' places. ``advance`` is called with 1 after each text."""
+        return cls([WordSegment.from_texts(texts, advance=advance)])
 
     def __len__(self) -> int:
         """Rows, dead ones too."""

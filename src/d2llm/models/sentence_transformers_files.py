@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2llm.core.files import write_json
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Task
 from d2llm.models.backbone import search_query_tokens
@@ -67,11 +68,11 @@ def write_plain_form(
     unit = torch.eye(head.dim) * head.dim**0.5  # from a vector of length 1 to one of the student's length
     with torch.no_grad():
         query_rows = head.anchor_queries(unit.to(next(head.parameters()).device), task).float().cpu()
-    _write_json(
+    write_json(
         folder / MODULES_FILE,
         [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(_MODULES)],
     )
-    _write_json(
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -81,7 +82,7 @@ def write_plain_form(
             "similarity_fn_name": "dot",
         },
     )
-    _write_json(
+    write_json(
         folder / BACKBONE_FOLDER / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
@@ -95,13 +96,13 @@ def write_plain_form(
     tokenizer = folder / BACKBONE_FOLDER / "tokenizer_config.json"
     settings = json.loads(tokenizer.read_text(encoding="utf-8"))
     # Of texts that are neither (plain `encode`): read as passages. Padding on the left would move the positions.
-    _write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
-    _write_json(
+    write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
+    write_json(
         folder / "1_Pooling" / "config.json",
         {"embedding_dimension": head.dim, "pooling_mode": _POOLING[pooling], "include_prompt": True},
     )
-    _write_json(folder / "2_Normalize" / "config.json", {})
-    _write_json(
+    write_json(folder / "2_Normalize" / "config.json", {})
+    write_json(
         folder / "3_Router" / "router_config.json",
         {
             "types": {"query_0_Dense": _DENSE, "document_0_Dense": _DENSE},
@@ -122,10 +123,5 @@ def _write_dense(folder: Path, weight: Tensor) -> None:
         "module_input_name": "sentence_embedding",
         "module_output_name": "sentence_embedding",
     }
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     save_file({"linear.weight": weight.contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -40,16 +40,23 @@ from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plai
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
-_BATCH_TOKENS, _BATCH_TEXTS, _ACCELERATOR_BLOCK = 8192, 256, 32_768
+_BATCH_TOKENS = 8192
 # On a CPU: enough for the products; what lies between two layers stays in a core's cache, and little is padded.
 _CPU_BATCH_TOKENS = 512
-# Passages that the interaction scores at a time. At width 512 in bfloat16 the activations of 512 are 512 KB, half of a
-# core's own cache in today's servers.
+_BATCH_TEXTS = 256
 SCORE_BLOCK = 512
+"""Passages that the interaction scores at a time on a CPU.
+
+At width 512 in bfloat16 the activations of 512 are 512 KB, half of a core's own cache in today's servers.
+"""
+_ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 
 
 class Student(nn.Module):
-    """Backbone + PMA: a vector of each text; the IEM: scores of two vectors; ``calibration``: their probabilities."""
+    """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors.
+
+    ``calibration`` makes probabilities of the scores, where it was fitted (``models.probabilities``).
+    """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
@@ -194,9 +201,13 @@ class Student(nn.Module):
                     write_plain_form(temporary, self.config, self.backbone.pooling, self.interaction, task)
             elif adapter := self.backbone.tuned_state():
                 save_file(adapter, temporary / files.ADAPTER_FILE)
-            config, base = self.config.model_dump(mode="json"), self.backbone.fingerprint_base()
-            own = {"fingerprint": self.fingerprint, "config": config, "pooling": self.backbone.pooling}
-            manifest = {**content, **own, "base_fingerprint": base}
+            manifest = {
+                **content,
+                "fingerprint": self.fingerprint,
+                "config": self.config.model_dump(mode="json"),
+                "pooling": self.backbone.pooling,
+                "base_fingerprint": self.backbone.fingerprint_base(),
+            }
             write_calibration(temporary, self.calibration)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
@@ -241,8 +252,12 @@ class Student(nn.Module):
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        self._saved_fingerprint = self._engine = self._products = None  # from here on it is another student
-        self._recorded, self.calibration = {}, UNCALIBRATED
+        # From here on it is another student: nothing that was said of the loaded one holds.
+        self._saved_fingerprint = None
+        self._recorded = {}
+        self.calibration = UNCALIBRATED
+        self._engine = None
+        self._products = None
         self.backbone.prepare_training(seed=seed)
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
@@ -325,10 +340,12 @@ class Student(nn.Module):
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
-            features = "" if isinstance(head, CosineHead) else head.config.features
-            seen = f"the features '{features}'" if features else "an inner product alone"
+            if isinstance(head, CosineHead):
+                visible = "an inner product alone"
+            else:
+                visible = f"the features '{head.config.features}'"
             raise InputError(
-                f"this student's head sees {seen} of a query and a passage, so its products depend on the query and "
+                f"this student's head sees {visible} of a query and a passage, so its products depend on the query and "
                 "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
             )
         with inference(self):
@@ -360,7 +377,10 @@ class Student(nn.Module):
         passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
         task: Task,
     ) -> Float32[np.ndarray, "queries passages"]:
-        """Final logits of every query against the same passages, one query after the other."""
+        """Final logits of every query against the same passages, one query after the other.
+
+        Queries could share only the product W_p b of the features ``concat``, one of three.
+        """
         scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
         return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
 
@@ -376,7 +396,7 @@ class Student(nn.Module):
         return kept
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        """Token ids of each text as a search reads it; what is cut is counted."""
+        """Token ids of each text as a search reads it, cut to the limit of its kind; cuts are counted."""
         return self.backbone.tokenize(texts, kind, limit=self.max_query_tokens if kind == "query" else None)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:

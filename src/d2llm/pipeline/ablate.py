@@ -106,8 +106,14 @@ def ablate(
     notes = list(_left_out(recipe, sources, labelled))
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
-        make_dev_set(s, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=_MEASURING_SEED)
-        for s in sources
+        make_dev_set(
+            source,
+            num_queries=dev_queries,
+            num_passages=recipe.training.dev_passages,
+            seed=_MEASURING_SEED,
+            show_progress=show_progress,
+        )
+        for source in sources
     ]
     settings = _settings(recipes[BASE], sources, labelled, teacher, device, dtype)
     place = folder / fingerprint_json(settings)

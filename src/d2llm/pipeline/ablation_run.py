@@ -89,7 +89,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     student = Student.load(folder, device=shared.device, dtype=shared.dtype)
     weights = manifest["residual_weights"]
-    by_set = value_by_set(evaluate_dev(student, shared.dev_sets), weights)
+    by_set = value_by_set(evaluate_dev(student, shared.dev_sets, show_progress=shared.show_progress), weights)
     head = student.interaction
     has_weight = head.has_anchor and not isinstance(head, CosineHead)
     result = RunResult(

@@ -69,8 +69,8 @@ class Cascade:
         self,
         judge: PairJudge,
         error: StudentError,
-        budget_passages: int | None = None,
-        budget_ms: float | None = None,
+        teacher_passages: int | None = None,
+        teacher_ms: float | None = None,
         *,
         depth: int = 50,
         batch_passages: int = 8,
@@ -81,8 +81,8 @@ class Cascade:
         Args:
             judge: the teacher.
             error: of the student that ranks against this teacher (``pipeline.calibrate``).
-            budget_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
-            budget_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
+            teacher_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
+            teacher_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
                 the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
             depth: of the student's first so many passages.
             batch_passages: read in one call; fewer look anew more often.
@@ -91,16 +91,16 @@ class Cascade:
         Raises:
             InputError: a number out of range.
         """
-        least = {"budget_passages": 0, "budget_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
-        given = {"budget_passages": budget_passages, "budget_ms": budget_ms, "depth": depth,
+        least = {"teacher_passages": 0, "teacher_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
+        given = {"teacher_passages": teacher_passages, "teacher_ms": teacher_ms, "depth": depth,
                  "batch_passages": batch_passages, "min_gain": min_gain}  # fmt: skip
         for name, value in given.items():
             if value is not None and not value >= least[name]:
                 raise InputError(f"{name} is {value}, but must be at least {least[name]}")
         self.judge = judge
         self.error = error
-        self.budget_passages = budget_passages
-        self.budget_ms = budget_ms
+        self.teacher_passages = teacher_passages
+        self.teacher_ms = teacher_ms
         self.depth = depth
         self.batch_passages = batch_passages
         self.min_gain = min_gain
@@ -137,7 +137,7 @@ class Cascade:
             read, said, num_truncated = np.append(read, batch), np.append(said, values), num_truncated + num_cut
             unread[batch] = False
             order = self._unsure(scores, read, said, deep, unread, top_k)
-        out_of_time = len(order) > 0 and (self.budget_passages is None or len(read) < self.budget_passages)
+        out_of_time = len(order) > 0 and (self.teacher_passages is None or len(read) < self.teacher_passages)
         unread[:] = True
         unread[read] = False
         now = expected_log_odds(on_one_scale(scores, read, said, self.error), unread, self.error.sigma)
@@ -161,10 +161,10 @@ class Cascade:
     def _room(self, num_read: int, seconds: float) -> int:
         """How many passages the next batch may have."""
         room = self.batch_passages
-        if self.budget_passages is not None:
-            room = min(room, self.budget_passages - num_read)
-        if self.budget_ms is not None:
-            left = self.budget_ms / 1e3 - seconds
+        if self.teacher_passages is not None:
+            room = min(room, self.teacher_passages - num_read)
+        if self.teacher_ms is not None:
+            left = self.teacher_ms / 1e3 - seconds
             fitting = int(left / self._pair_seconds) if self._pair_seconds else 0
             # One is always read: a time that was once too long would else never be measured again.
             room = 0 if left <= 0 else min(room, max(fitting, int(num_read == 0)))
@@ -182,19 +182,22 @@ class Cascade:
 class TeacherReading:
     """The teacher reads the first passages of the student's ranking, sure or not, and its order is the ranking's.
 
-    Args: ``depth``, how many of them; ``budget_ms``, no batch of ``batch_passages`` is begun after so long. Passages
-    that it did not come to stay in the student's order behind those that it read: their scores are the student's, moved
-    below the lowest log-odds.
+    Args: ``teacher_passages``, how many of them; ``teacher_ms``, no batch of ``batch_passages`` is begun after so long.
+    Passages that it did not come to stay in the student's order behind those that it read: their scores are the
+    student's, moved below the lowest log-odds.
     """
 
     def __init__(
-        self, judge: PairJudge, depth: int = 20, budget_ms: float | None = None, *, batch_passages: int = 8
+        self, judge: PairJudge, teacher_passages: int = 20, teacher_ms: float | None = None, *, batch_passages: int = 8
     ) -> None:
-        if depth < 1 or batch_passages < 1 or (budget_ms is not None and budget_ms < 0):
-            raise InputError(f"depth is {depth}, batch_passages {batch_passages}, budget_ms {budget_ms}; give more")
+        if teacher_passages < 1 or batch_passages < 1 or (teacher_ms is not None and teacher_ms < 0):
+            raise InputError(
+                f"teacher_passages is {teacher_passages}, batch_passages {batch_passages}, teacher_ms {teacher_ms}; "
+                "give more"
+            )
         self.judge = judge
-        self.depth = depth
-        self.budget_ms = budget_ms
+        self.teacher_passages = teacher_passages
+        self.teacher_ms = teacher_ms
         self.batch_passages = batch_passages
 
     def rerank(
@@ -208,9 +211,9 @@ class TeacherReading:
         """Arguments and errors: ``Cascade.rerank``; at least ``top_k`` are read, if there is time."""
         begin = time.perf_counter()
         order = np.argsort(-scores, kind="stable")
-        wanted, said, num_truncated = order[: max(self.depth, top_k)], np.zeros(0), 0
+        wanted, said, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
         for start in range(0, len(wanted), self.batch_passages):
-            if start and self.budget_ms is not None and time.perf_counter() - begin > self.budget_ms / 1e3:
+            if start and self.teacher_ms is not None and time.perf_counter() - begin > self.teacher_ms / 1e3:
                 break
             values, num_cut = judge_passages(
                 self.judge, query, texts(wanted[start : start + self.batch_passages]), task

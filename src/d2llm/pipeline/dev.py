@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.pipeline.evaluation.gold import Gold, read_gold
+from d2llm.pipeline.progress import ignore, progress_bar
 
 RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
@@ -84,10 +85,19 @@ class DevResult:
     by_item: dict[float, NDArray[np.float64]] = field(default_factory=dict[float, NDArray[np.float64]])
 
 
-def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int, seed: int) -> DevSet | PairDevSet:
+def make_dev_set(
+    source: TrainingSource, *, num_queries: int, num_passages: int, seed: int, show_progress: bool | None = None
+) -> DevSet | PairDevSet:
     """Sample dev queries; their corpus is their positives, BM25's first ten of each, and random passages.
 
     Of a set of labelled pairs a sample of ten times as many pairs is taken.
+
+    Args:
+        source: the data set, with its dev split.
+        num_queries: that are measured, or all where there are fewer.
+        num_passages: that they are ranked among; more where their positives and BM25's are more.
+        seed: of the draws.
+        show_progress: None means: if standard error is a terminal.
 
     Raises:
         InputError: the data set has no dev queries with a positive, or no dev pairs.
@@ -107,7 +117,7 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     chosen = sorted(rng.sample(sorted(positives), min(num_queries, len(positives))))
     queries = tuple(dataset.queries[query_id] for query_id in chosen)
     needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
-    needed |= _lexical_neighbours(dataset, queries)
+    needed |= _lexical_neighbours(dataset, queries, show_progress)
     others = sorted(dataset.passages.keys() - needed)
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
     passage_ids = tuple(sorted(needed.union(filled)))
@@ -121,13 +131,41 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     )
 
 
-def evaluate_dev(student: Student, dev_sets: Sequence[DevSet | PairDevSet]) -> dict[str, DevResult]:
+def evaluate_dev(
+    student: Student,
+    dev_sets: Sequence[DevSet | PairDevSet],
+    *,
+    title: str = "measuring on dev",
+    show_progress: bool | None = None,
+) -> dict[str, DevResult]:
     """The measure of every dev set by weight of the interaction; the student's own weights are left as they are.
+
+    Args:
+        student: whose texts are read and scored.
+        dev_sets: to measure on.
+        title: of the progress bar, which counts texts that are read and queries that are ranked.
+        show_progress: None means: if standard error is a terminal.
 
     Raises:
         TrainingDivergedError: scores are no numbers.
     """
-    return {dev.name: measure_dev(student, encode_dev(student, dev)) for dev in dev_sets}
+    results: dict[str, DevResult] = {}
+    total = sum(num_texts(dev) + num_rankings(dev) for dev in dev_sets)
+    with progress_bar(title, total, show=show_progress) as advance:
+        for dev in dev_sets:
+            advance(0, dev.name)
+            results[dev.name] = measure_dev(student, encode_dev(student, dev, advance=advance), advance=advance)
+    return results
+
+
+def num_texts(dev: DevSet | PairDevSet) -> int:
+    """Texts that ``encode_dev`` reads."""
+    return sum(map(len, _texts(dev)))
+
+
+def num_rankings(dev: DevSet | PairDevSet) -> int:
+    """Queries whose passages ``measure_dev`` scores."""
+    return len(_texts(dev)[0])
 
 
 @dataclass(frozen=True)
@@ -143,26 +181,30 @@ class EncodedDev:
     wanted: list[NDArray[np.intp]]
 
 
-def encode_dev(student: Student, dev: DevSet | PairDevSet) -> EncodedDev:
-    """Read the texts of a dev set, each once."""
+def encode_dev(student: Student, dev: DevSet | PairDevSet, *, advance: Callable[[int], None] = ignore) -> EncodedDev:
+    """Read the texts of a dev set, each once; ``advance`` is called with the number of those finished."""
+    queries, passages = _texts(dev)
     if isinstance(dev, DevSet):
-        queries, passages = [query.text for query in dev.queries], list(dev.passage_texts)
         wanted = [np.arange(len(passages))] * len(queries)
     else:
-        queries, passages = _distinct(dev)
         row = {text: number for number, text in enumerate(passages)}
         wanted = [np.array([row[dev.pairs[p].passage] for p in of_query]) for of_query in _positions(dev)]
-    return EncodedDev(dev, student.encode_queries(queries).vectors, student.encode_passages(passages).vectors, wanted)
+    return EncodedDev(
+        dev,
+        student.encode_queries(queries, advance=advance).vectors,
+        student.encode_passages(passages, advance=advance).vectors,
+        wanted,
+    )
 
 
-def measure_dev(student: Student, encoded: EncodedDev) -> DevResult:
-    """The measure of a dev set by weight of the interaction.
+def measure_dev(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
+    """The measure of a dev set by weight of the interaction; ``advance`` is called with the number of queries ranked.
 
     Raises:
         TrainingDivergedError: scores are no numbers.
     """
     dev = encoded.dev
-    scores = _scores_by_weight(student, encoded)
+    scores = _scores_by_weight(student, encoded, advance)
     if isinstance(dev, DevSet):
         by_item = {weight: _ndcg(found, dev) for weight, found in scores.items()}
         return DevResult(dev.task, {weight: float(values.mean()) for weight, values in by_item.items()}, by_item)
@@ -184,7 +226,10 @@ def value_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> d
     return {name: result.values[weights[result.task]] for name, result in results.items()}
 
 
-def _distinct(dev: PairDevSet) -> tuple[list[str], list[str]]:
+def _texts(dev: DevSet | PairDevSet) -> tuple[list[str], list[str]]:
+    """The queries and the passages of a dev set, each once."""
+    if isinstance(dev, DevSet):
+        return [query.text for query in dev.queries], list(dev.passage_texts)
     return list(dict.fromkeys(p.query for p in dev.pairs)), list(dict.fromkeys(p.passage for p in dev.pairs))
 
 
@@ -209,11 +254,13 @@ def _measure_pairs(dev: PairDevSet, scores: dict[float, list[NDArray[np.float32]
     return DevResult(dev.task, values, by_item)
 
 
-def _scores_by_weight(student: Student, encoded: EncodedDev) -> dict[float, list[NDArray[np.float32]]]:
+def _scores_by_weight(
+    student: Student, encoded: EncodedDev, advance: Callable[[int], None]
+) -> dict[float, list[NDArray[np.float32]]]:
     """For each weight r, the scores of each query with the passages that are wanted of it."""
     head = student.interaction
     if isinstance(head, CosineHead) or not student.has_anchor:
-        return {1.0: _score_all(student, encoded)}
+        return {1.0: _score_all(student, encoded, advance)}
     task = encoded.dev.task
     anchors = [
         _anchor(student, query, encoded.passages[rows], task)
@@ -223,7 +270,7 @@ def _scores_by_weight(student: Student, encoded: EncodedDev) -> dict[float, list
     kept = residual.clone()
     residual.fill_(1.0)
     try:
-        whole = _score_all(student, encoded)
+        whole = _score_all(student, encoded, advance)
     finally:
         residual.copy_(kept)
     return {
@@ -232,11 +279,11 @@ def _scores_by_weight(student: Student, encoded: EncodedDev) -> dict[float, list
     }
 
 
-def _score_all(student: Student, encoded: EncodedDev) -> list[NDArray[np.float32]]:
-    scores = [
-        student.score(query, encoded.passages[rows], encoded.dev.task)
-        for query, rows in zip(encoded.queries, encoded.wanted, strict=True)
-    ]
+def _score_all(student: Student, encoded: EncodedDev, advance: Callable[[int], None]) -> list[NDArray[np.float32]]:
+    scores: list[NDArray[np.float32]] = []
+    for query, rows in zip(encoded.queries, encoded.wanted, strict=True):
+        scores.append(student.score(query, encoded.passages[rows], encoded.dev.task))
+        advance(1)
     if not all(np.isfinite(of_query).all() for of_query in scores):
         raise TrainingDivergedError(
             f"the student's scores of the dev queries of '{encoded.dev.name}' are no numbers; the last good checkpoint "
@@ -277,7 +324,13 @@ def _make_pair_dev_set(source: TrainingSource, pairs: PairDataset, *, num_pairs:
     return PairDevSet(pairs.name, source.task, sample, read_gold(replace(pairs, splits={"dev": sample}), "dev"))
 
 
-def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query]) -> set[str]:
-    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    found = rank_passages(index, list(dataset.passages), (query.text for query in queries), _LEXICAL_DEPTH)
-    return {candidate.passage_id for candidates in found for candidate in candidates}
+def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query], show: bool | None) -> set[str]:
+    neighbours: set[str] = set()
+    title, total = f"passages for the dev queries of {dataset.name}", len(dataset.passages) + len(queries)
+    with progress_bar(title, total, show=show) as advance:
+        index = WordIndex.from_texts((passage.full_text for passage in dataset.passages.values()), advance=advance)
+        texts = (query.text for query in queries)
+        for candidates in rank_passages(index, list(dataset.passages), texts, _LEXICAL_DEPTH):
+            neighbours.update(candidate.passage_id for candidate in candidates)
+            advance(1)
+    return neighbours

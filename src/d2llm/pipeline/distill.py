@@ -117,20 +117,33 @@ def distill(
         raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")
     training = recipe.training
     dev_sets = [
-        make_dev_set(s, num_queries=training.dev_queries, num_passages=training.dev_passages, seed=recipe.seed)
-        for s in sources
+        make_dev_set(
+            source,
+            num_queries=training.dev_queries,
+            num_passages=training.dev_passages,
+            seed=recipe.seed,
+            show_progress=show_progress,
+        )
+        for source in sources
     ]
     student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
     student.prepare_training(seed=recipe.seed)
     with joined_processes() as processes:
         settings = _run_settings(recipe, labelled, identity)
         run = DistillRun(
-            student, recipe, labelled, dev_sets, settings, folder.with_name(folder.name + ".run"), processes
+            student,
+            recipe,
+            labelled,
+            dev_sets,
+            settings,
+            folder.with_name(folder.name + ".run"),
+            processes,
+            show_progress,
         )
-        stopped_early = run.train(show_progress)
+        stopped_early = run.train()
         run.take_best()
         run.step_back()
-        run.train_interaction(show_progress)
+        run.train_interaction()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
             evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)

@@ -104,11 +104,13 @@ class DistillRun:
         settings: dict[str, Any],
         folder: Path,
         processes: Processes,
+        show_progress: bool | None = None,
     ) -> None:
         """Begin a run, or take up the one whose checkpoint is in ``folder``.
 
         ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
         """
+        self.show_progress = show_progress if processes.is_first else False
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
         self.settings, self.folder, self.processes = settings, folder, processes
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,14 +142,13 @@ class DistillRun:
         self.signals = StopSignals()
         self.kept_step, self.kept_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
-    def train(self, show_progress: bool | None) -> bool:
+    def train(self) -> bool:
         """Train to the end; returns whether dev stopped it early.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
         """
-        shown = show_progress if self.processes.is_first else False
-        with self.signals, progress_bar("distilling", self.total_steps, show=shown) as advance:
+        with self.signals, progress_bar("distilling", self.total_steps, show=self.show_progress) as advance:
             advance(self.progress.step)
             try:
                 return self._train(advance)
@@ -204,9 +205,8 @@ class DistillRun:
 
         def measure(share: float) -> dict[str, DevResult]:
             put_between(self.parameters, self.start, end, share)
-            return self.processes.from_first(
-                evaluate_dev(self.student, self.dev_sets) if self.processes.is_first else {}
-            )
+            title = f"measuring {share:.0%} of the change on dev"
+            return self.processes.from_first(self._dev_results(title) if self.processes.is_first else {})
 
         self.student.eval()
         share, results = sufficient_share(
@@ -223,7 +223,7 @@ class DistillRun:
         for tried, found in results.items():
             self._write(progress.step, share=tried, dev=_rounded(found))
 
-    def train_interaction(self, show_progress: bool | None) -> None:
+    def train_interaction(self) -> None:
         """The second stage, where the recipe has one: the interaction alone, on the vectors as they are now."""
         if not self.has_stages:
             return
@@ -235,7 +235,7 @@ class DistillRun:
                 self.recipe,
                 lambda source: self.offsets.get(offset_name(source.source)),
                 self._write_after,
-                show_progress=show_progress,
+                show_progress=self.show_progress,
             )
             self._adopt(results)
             self.progress.best_weights = sound_weights(results, self.progress.start_items, seed=self.recipe.seed)
@@ -260,7 +260,7 @@ class DistillRun:
                 self.student.eval()
                 found = remine(
                     labelled.source, self.student, self.recipe.mining, seed=self.recipe.seed, epoch=epoch,
-                    labels=labelled.labels, same_text=labelled.same_text,
+                    labels=labelled.labels, same_text=labelled.same_text, show_progress=self.show_progress,
                 )  # fmt: skip
                 write_plan(folder, found.plan.entries, {"remined": found.plan.manifest.get("remined")})
             self.processes.from_first(None)  # when the plan is written
@@ -321,10 +321,13 @@ class DistillRun:
         """Measure on dev in the first process; all then know how the run stands."""
         if self.processes.is_first:
             self.student.eval()
-            results = evaluate_dev(self.student, self.dev_sets)
+            results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
             with self.signals.held():
                 self._take_in(results)
         vars(self.progress).update(self.processes.from_first(vars(self.progress)))
+
+    def _dev_results(self, title: str) -> dict[str, DevResult]:
+        return evaluate_dev(self.student, self.dev_sets, title=title, show_progress=self.show_progress)
 
     def _take_in(self, results: dict[str, DevResult]) -> None:
         """The dev results of this step: is it the best, and what do they say of the weights of the interaction?"""

@@ -30,7 +30,7 @@ class EncodeReport:
 
     ``num_resumed`` passages were taken over from an interrupted run; tokens (counted without padding), ``seconds`` and
     ``passages_per_second`` are of this run alone, the time with that of writing. Bytes are those of one stored vector,
-    and of the whole index on average.
+    and of the whole index on average. ``num_blank`` passages have nothing but white space.
     """
 
     folder: Path
@@ -43,6 +43,7 @@ class EncodeReport:
     passages_per_second: float
     vector_bytes_per_passage: int
     bytes_per_passage: float
+    num_blank: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -137,6 +138,7 @@ def encode(
         passages_per_second=report.num_added / max(seconds, 1e-9),
         vector_bytes_per_passage=facts.vector_bytes,
         bytes_per_passage=facts.bytes_per_passage,
+        num_blank=report.num_blank,
     )
 
 

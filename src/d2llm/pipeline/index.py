@@ -327,17 +327,17 @@ class Index:
         """
         return self.view.document(document_id)
 
-    def list_passages(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
-        """The ids of passages, in order, a page at a time: the first ``limit`` behind the id ``after``.
+    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+        """The ids of passages, in order, a page at a time: the first ``limit`` behind the id ``cursor``.
 
         Raises:
-            InputError: ``after`` is no valid text, or ``limit`` is below 1.
+            InputError: ``cursor`` is no valid text, or ``limit`` is below 1.
         """
-        return self.view.list_passages(after, limit)
+        return self.view.list_passages(cursor, limit)
 
-    def list_documents(self, after: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
         """``list_passages`` for documents, with their numbers of passages; one without a document is its own."""
-        return self.view.list_documents(after, limit)
+        return self.view.list_documents(cursor, limit)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the ids that the latest version does not have, in their order, each once."""

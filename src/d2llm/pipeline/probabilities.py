@@ -103,12 +103,14 @@ def score_drawn(
     rng = random.Random(f"{seed}:{dataset.name}:probabilities")
     known = sorted(query_id for query_id, positives in judged.items() if positives)
     chosen = sorted(rng.sample(known, min(num_queries, len(known))))
-    drawn = _draw(dataset, {query_id: judged[query_id] for query_id in chosen}, dataset.qrels.get(split, {}), rng)
+    positives = {query_id: judged[query_id] for query_id in chosen}
+    drawn = _draw(dataset, positives, dataset.qrels.get(split, {}), rng, show_progress)
     row_of = {passage_id: row for row, passage_id in enumerate(dict.fromkeys(p for ids in drawn.values() for p in ids))}
     texts = [dataset.passages[passage_id].full_text for passage_id in row_of]
-    with progress_bar(f"calibrating on {dataset.name}", len(texts), show=show_progress) as advance:
+    with progress_bar(f"calibrating on {dataset.name}", len(texts) + len(drawn), show=show_progress) as advance:
         passages = student.encode_passages(texts, advance=advance).vectors
-    queries = student.encode_queries([dataset.queries[query_id].text for query_id in drawn]).vectors
+        query_texts = [dataset.queries[query_id].text for query_id in drawn]
+        queries = student.encode_queries(query_texts, advance=advance).vectors
     scores = [
         student.score(query, passages[[row_of[passage_id] for passage_id in ids]], task)
         for query, ids in zip(queries, drawn.values(), strict=True)
@@ -122,22 +124,34 @@ def score_drawn(
 
 
 def _draw(
-    dataset: Dataset, positives: dict[str, tuple[str, ...]], judged: dict[str, dict[str, int]], rng: random.Random
+    dataset: Dataset,
+    positives: dict[str, tuple[str, ...]],
+    judged: dict[str, dict[str, int]],
+    rng: random.Random,
+    show: bool | None,
 ) -> dict[str, list[str]]:
     """For each query the passages to score, a relevant one first."""
     if not positives:
         return {}
-    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    ids = list(dataset.passages)
+    title, total = f"passages to calibrate on of {dataset.name}", len(dataset.passages) + len(positives)
+    with progress_bar(title, total, show=show) as advance:
+        texts = (passage.full_text for passage in dataset.passages.values())
+        index, ids = WordIndex.from_texts(texts, advance=advance), list(dataset.passages)
+        found_of: dict[str, list[str]] = {}
+        query_texts = [dataset.queries[query_id].text for query_id in positives]
+        ranked = rank_passages(index, ids, query_texts, _LEXICAL_DEPTH)
+        for query_id, candidates in zip(positives, ranked, strict=True):
+            found_of[query_id] = [candidate.passage_id for candidate in candidates]
+            advance(1)
     same_text = SameText(dataset)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}
     for query_id, relevant in positives.items():
         excluded = {*relevant, *same_text.as_any_of(relevant)}
-        (ranked,) = rank_passages(index, ids, [dataset.queries[query_id].text], _LEXICAL_DEPTH)
-        found = [candidate.passage_id for candidate in ranked]
         refused = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
-        hard = [passage_id for passage_id in dict.fromkeys([*found, *refused]) if passage_id not in excluded]
+        hard = [
+            passage_id for passage_id in dict.fromkeys([*found_of[query_id], *refused]) if passage_id not in excluded
+        ]
         others = [passage_id for passage_id in pool if passage_id not in excluded]
         if not others:
             continue

@@ -7,7 +7,11 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Advance(Protocol):
@@ -21,11 +25,14 @@ class Advance(Protocol):
 LINE_SECONDS = 30.0
 """Between two lines of a log."""
 _remarks = logging.getLogger("d2llm.remarks")
+_shown: ContextVar[Progress | None] = ContextVar("shown progress", default=None)
 
 
 @contextmanager
 def progress_bar(description: str, total: int | None, *, show: bool | None = None) -> Generator[Advance]:
     """A bar with rate and remaining time on standard error; where that is no terminal, a logged line twice a minute.
+
+    Work that is part of other work with a bar has its own bar below that one, as long as it lasts.
 
     Args:
         description: what is being done.
@@ -33,10 +40,18 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
         show: True: a bar, also where there is no terminal. False: neither bar nor lines.
     """
     if show is False:
-        yield _ignore
+        yield ignore
         return
     if not (sys.stderr.isatty() or show):
         yield _lines(description, total)
+        return
+    around = _shown.get()
+    if around is not None:  # a terminal has room for one display
+        task = around.add_task(description, total=total, note="")
+        try:
+            yield _advance_of(around, task)
+        finally:
+            around.remove_task(task)
         return
     from rich.console import Console
     from rich.progress import (
@@ -58,14 +73,20 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total, note="")
+        before = _shown.set(progress)
+        try:
+            yield _advance_of(progress, progress.add_task(description, total=total, note=""))
+        finally:
+            _shown.reset(before)
 
-        def advance(count: int, note: str = "", /) -> None:
-            progress.advance(task, count)
-            if note:
-                progress.update(task, note=note)
 
-        yield advance
+def _advance_of(progress: Progress, task: TaskID) -> Advance:
+    def advance(count: int, note: str = "", /) -> None:
+        progress.advance(task, count)
+        if note:
+            progress.update(task, note=note)
+
+    return advance
 
 
 def _lines(description: str, total: int | None) -> Advance:
@@ -96,5 +117,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _ignore(count: int, note: str = "", /) -> None:
+def ignore(count: int, note: str = "", /) -> None:
+    """Progress that nobody looks at."""
     del count, note

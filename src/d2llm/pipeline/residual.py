@@ -29,6 +29,8 @@ from d2llm.pipeline.dev import (
     PairDevSet,
     encode_dev,
     measure_dev,
+    num_rankings,
+    num_texts,
 )
 from d2llm.pipeline.interpolation import mean_value
 from d2llm.pipeline.objective import batch_losses, weighted_sum
@@ -88,7 +90,8 @@ def train_residual(
     # Only the symmetric interaction is asked to leave the queries of asymmetric sets alone.
     is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
     sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
-    dev = [encode_dev(student, dev_set) for dev_set in dev_sets]
+    with progress_bar("reading dev once", sum(map(num_texts, dev_sets)), show=show_progress) as advance:
+        dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -101,7 +104,7 @@ def train_residual(
     weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
     max_norm = recipe.training.max_gradient_norm
     per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
-    best = _measure(student, dev)
+    best = _measure(student, dev, show_progress)
     best_value, best_state = mean_value(best), {name: p.detach().clone() for name, p in parameters.items()}
     step, total = 0, config.epochs * per_epoch
     warmup = warmup_steps(config, total)
@@ -121,7 +124,7 @@ def train_residual(
                 optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
                 step += 1
                 advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
-            results = _measure(student, dev)
+            results = _measure(student, dev, show_progress)
             write(step, stage="residual", dev={name: result.values for name, result in results.items()})
             if mean_value(results) > best_value:
                 best, best_value = results, mean_value(results)
@@ -133,9 +136,10 @@ def train_residual(
     return best
 
 
-def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult]:
+def _measure(student: Student, dev: Sequence[EncodedDev], show: bool | None) -> dict[str, DevResult]:
     student.eval()
-    return {found.dev.name: measure_dev(student, found) for found in dev}
+    with progress_bar("measuring on dev", sum(num_rankings(found.dev) for found in dev), show=show) as advance:
+        return {found.dev.name: measure_dev(student, found, advance=advance) for found in dev}
 
 
 def _read(
@@ -148,21 +152,29 @@ def _read(
         queries = student.encode_queries(texts, advance=advance).vectors
         passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
     is_pairs = any(entry.targets for entry in source.entries)
-    near = None if is_pairs else _nearest(student.anchor_queries(queries, source.source.task), passages, config.depth)
+    near: NDArray[np.int64] | None = None
     near_queries: NDArray[np.int64] | None = None
+    if not is_pairs:
+        anchors = student.anchor_queries(queries, source.source.task)
+        near = _nearest(anchors, passages, config.depth, f"neighbours in {name}", show)
     if with_near_queries and source.source.task == "asymmetric":
-        near_queries = _nearest(student.anchor_queries(queries, "symmetric"), queries, config.num_near)
+        anchors = student.anchor_queries(queries, "symmetric")
+        near_queries = _nearest(anchors, queries, config.num_near, f"queries alike in {name}", show)
     rows = {passage_id: row for row, passage_id in enumerate(ids)}
     return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
 
 
-def _nearest(queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int) -> NDArray[np.int64]:
+def _nearest(
+    queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int, title: str, show: bool | None
+) -> NDArray[np.int64]:
     depth = min(depth, len(passages))
     block = max(1, _BLOCK_NUMBERS // len(passages))
-    found = [
-        torch.topk(torch.from_numpy(queries[start : start + block] @ passages.T), depth, dim=1).indices
-        for start in range(0, len(queries), block)
-    ]
+    found: list[Tensor] = []
+    with progress_bar(title, len(queries), show=show) as advance:
+        for start in range(0, len(queries), block):
+            products = torch.from_numpy(queries[start : start + block] @ passages.T)
+            found.append(torch.topk(products, depth, dim=1).indices)
+            advance(len(products))
     return torch.cat(found).numpy()
 
 

@@ -18,7 +18,7 @@ from d2llm.core.types import Passage
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.store import IndexStore
-from d2llm.pipeline.progress import Advance
+from d2llm.pipeline.progress import Advance, ignore
 from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.reading import read_passages
@@ -36,7 +36,8 @@ class UpsertReport:
     Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
     ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
     of late chunks were read in ``num_windows`` windows. ``left_out`` counts by field the metadata values that did not
-    fit and were left out, where that was asked for.
+    fit and were left out, where that was asked for. ``num_blank`` of those given have neither title nor text but white
+    space, ``first_blank`` is the id of the first.
     """
 
     folder: Path
@@ -51,6 +52,8 @@ class UpsertReport:
     num_windows: int = 0
     seconds: float = 0.0
     left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    num_blank: int = 0
+    first_blank: str | None = None
 
     @property
     def num_encoded(self) -> int:
@@ -62,10 +65,6 @@ class UpsertReport:
         return asdict(self) | {"folder": str(self.folder), "left_out": dict(self.left_out)}
 
 
-def _ignore(count: int, note: str = "", /) -> None:
-    del count, note
-
-
 def upsert_passages(
     store: IndexStore,
     student: SearchStudent,
@@ -74,7 +73,7 @@ def upsert_passages(
     only_new: bool = False,
     as_documents: bool = False,
     lenient_metadata: bool = False,
-    advance: Advance = _ignore,
+    advance: Advance = ignore,
 ) -> UpsertReport:
     """Add passages to a store, or change those that are there (``Index.upsert``).
 
@@ -92,6 +91,7 @@ def upsert_passages(
         written = before.version
         for block in _blocks(passages):
             _refuse_repeated(block, seen, store.folder)
+            report = _count_blank(block, report)
             table = store.table()
             if table.version != written:  # whoever gives the passages has changed the index meanwhile
                 before = store.table()
@@ -110,7 +110,23 @@ def upsert_passages(
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
         _log.warning("%s metadata values do not fit and were left out: %s", f"{sum(report.left_out.values()):,}", named)
+    if report.num_blank:
+        _log.warning(
+            "%s of the %s passages given have no text but white space, the first is %r: whatever is asked, they have "
+            "nothing to be found by. Give them texts, or leave them out",
+            f"{report.num_blank:,}",
+            f"{report.num_passages:,}",
+            report.first_blank,
+        )
     return replace(report, version=version, seconds=time.perf_counter() - begin)
+
+
+def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport:
+    blank = [passage.id for passage in block if not passage.full_text.strip()]
+    if not blank:
+        return report
+    first = report.first_blank if report.num_blank else blank[0]
+    return replace(report, num_blank=report.num_blank + len(blank), first_blank=first)
 
 
 def warn_of_truncation(report: UpsertReport, advice: str) -> None:

@@ -58,8 +58,8 @@ _SEARCHES_A_READING = 64  # so many times fewer searches may wait for the teache
 class Reading:
     """How much a teacher reads for a query: passages, and for how long it may begin to read more."""
 
-    num_passages: int
-    budget_ms: float | None
+    teacher_passages: int
+    teacher_ms: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,9 +345,9 @@ class IndexService:
     def _rereader(self, version: OpenVersion, rescore: Rescore, task: Task | None, reading: Reading) -> Rereader:
         judge = self._teacher()
         if rescore == "teacher":
-            return TeacherReading(judge, reading.num_passages, reading.budget_ms)
+            return TeacherReading(judge, reading.teacher_passages, reading.teacher_ms)
         error = read_error(version.index.folder, judge, task or version.view.task)
-        return Cascade(judge, error, reading.num_passages, reading.budget_ms)
+        return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
 
     async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
         """Change the index by its name, with the student that takes turns with the clients."""

@@ -244,7 +244,7 @@ def _settings_of(body: SearchRequest) -> SearchSettings:
         sources=_sources(body),
         hybrid=body.hybrid,
         exact=body.exact,
-        budget_ms=body.budget_ms if body.exact else None,
+        budget_ms=body.budget_ms,
         explain=body.explain,
         group=body.group,
         neighbours=body.neighbours,
@@ -252,12 +252,14 @@ def _settings_of(body: SearchRequest) -> SearchSettings:
 
 
 def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
+    if body.budget_ms is not None and not body.exact:
+        raise invalid("budget_ms is for an exact search; leave it out. A teacher's time is teacher_ms", "budget_ms")
     if body.rescore not in ("teacher", "cascade"):
-        if body.budget_ms is not None and not body.exact:
-            raise invalid("budget_ms is for an exact search or a teacher; leave it out", "budget_ms")
+        if body.teacher_ms is not None:
+            raise invalid("teacher_ms is for rescore 'teacher' or 'cascade'; leave it out", "teacher_ms")
         return None
-    budget = limits.teacher_budget_ms if body.budget_ms is None else min(body.budget_ms, limits.teacher_budget_ms)
-    return Reading(body.teacher_passages, budget)
+    longest = limits.teacher_ms
+    return Reading(body.teacher_passages, longest if body.teacher_ms is None else min(body.teacher_ms, longest))
 
 
 def _name_of(model: str) -> str:

@@ -43,16 +43,13 @@ class Body(BaseModel):
     @classmethod
     def _name_the_field_that_is_meant(cls, body: Any) -> Any:
         names = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
-        unknown = [name for name in names if name not in cls.model_fields]
-        problems: list[InitErrorDetails] = [
-            {
-                "type": PydanticCustomError("extra_forbidden", "{problem}", {"problem": problem}),
-                "loc": (name,),
-                "input": 0,
-            }
-            for name in unknown
-            if (problem := f"there is no such field{did_you_mean(name, cls.model_fields)}")
-        ]
+        problems: list[InitErrorDetails] = []
+        for name in names:
+            if name in cls.model_fields:
+                continue
+            problem = {"problem": f"there is no such field{did_you_mean(name, cls.model_fields)}"}
+            kind = PydanticCustomError("extra_forbidden", "{problem}", problem)
+            problems.append({"type": kind, "loc": (name,), "input": 0})
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return body
@@ -93,8 +90,11 @@ class SearchRequest(Body):
         description="Who orders the candidates: none (the inner product), iem, teacher (it reads the first of them) or "
         "cascade (it reads those that the IEM is unsure of).",
     )
-    budget_ms: float | None = Field(None, ge=0, description="Of an exact search, or of the teacher.")
+    budget_ms: float | None = Field(None, ge=0, description="Time of an exact search, in milliseconds.")
     teacher_passages: int = Field(20, ge=1, le=200, description="The teacher reads at most so many.")
+    teacher_ms: float | None = Field(
+        None, ge=0, description="It reads for so long at most, in milliseconds; null, or more: the server's teacher_ms."
+    )
     task: Task | None = Field(None, description="What is asked; null: what the index is made for.")
     group: Grouping = Field("passage", description="Rank passages, or documents by their best or summed passages.")
     neighbours: int = Field(0, ge=0, le=10, description="Passages before and after each, of its document.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 import re
@@ -16,6 +15,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_v
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from d2llm.core.errors import InputError
+from d2llm.core.names import nearest
 from d2llm.core.types import EngineName, NumberFormat
 
 if sys.version_info >= (3, 11):
@@ -96,7 +96,7 @@ class ServeSettings(BaseSettings):
         default=None, description="Most tokens of a batch; by default 512 on each core, 8,192 on an accelerator."
     )
     batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for more, in milliseconds.")
-    teacher_budget_ms: Milliseconds = Field(default=2_000.0, description="Time of a teacher a search, in milliseconds.")
+    teacher_ms: Milliseconds = Field(default=2_000.0, description="Time of a teacher a search, in milliseconds.")
     reload_seconds: Seconds = Field(default=2.0, description="How often to look for a new version of the index.")
     shutdown_seconds: Seconds = Field(default=30.0, description="How long accepted requests may take when it stops.")
     log_format: Literal["text", "json"] = Field(default="text", description="How log lines are written.")
@@ -188,7 +188,7 @@ def load_settings(
     for values, origins in layers:
         for name in values:
             if name not in sources:
-                raise InputError(f"{origins[name]}: unknown setting '{name}'; {_nearest(name)}")
+                raise InputError(f"{origins[name]}: unknown setting '{name}'; {_meant_instead(name)}")
         merged.update(values)
         sources.update(origins)
     try:
@@ -239,10 +239,10 @@ def _flag_of(name: str) -> str:
     return "INDEX" if name == "index" else "--" + name.replace("_", "-")
 
 
-def _nearest(name: str) -> str:
+def _meant_instead(name: str) -> str:
     known = sorted(ServeSettings.model_fields)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{nearest[0]}'?" if nearest else f"known settings: {', '.join(known)}"
+    meant = nearest(name, known)
+    return f"known settings: {', '.join(known)}" if meant is None else f"did you mean '{meant}'?"
 
 
 def _explain(problem: Any, sources: Mapping[str, str]) -> str:

@@ -30,9 +30,10 @@ def bm25_lists(
     passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, show: bool | None
 ) -> Lists:
     """The best of BM25; passages that share no term with a query are left out. The index is dropped at the end."""
-    index = WordIndex.from_texts(passage.full_text for passage in PassageSequence(passages, ids))
     lists: Lists = []
-    with progress_bar("BM25", len(queries), show=show) as advance:
+    with progress_bar("BM25", len(ids) + len(queries), show=show) as advance:
+        texts = (passage.full_text for passage in PassageSequence(passages, ids))
+        index = WordIndex.from_texts(texts, advance=advance)
         for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
             lists.append([candidate.passage_id for candidate in candidates])
             advance(1)
