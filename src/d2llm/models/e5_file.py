@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Generator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +18,7 @@ from struct import Struct
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from jaxtyping import Float16, Float32, UInt8
 from numpy.typing import NDArray
 
 from d2llm.core.errors import ModelError
@@ -34,8 +36,9 @@ _NAME_LENGTH = Struct("<H")
 _ENTRY = Struct("<BIQQ")  # number format, weights, place in the file, bytes
 _CHARACTER = Struct("<IB")  # a code point, and the number of those that take its place
 _FLOAT32, _FOUR_BITS = 0, 1
+_SPECIAL = re.compile(r"</?\w+>")
 _BLOCK_WEIGHTS = 32
-_BLOCK = np.dtype([("scale", "<f2"), ("weights", "u1", (_BLOCK_WEIGHTS // 2,))])
+_BLOCK = np.dtype([("scale", "<f2"), ("packed", "u1", (_BLOCK_WEIGHTS // 2,))])
 
 
 class E5Sizes(NamedTuple):
@@ -84,12 +87,13 @@ class E5File:
             count, place = int(np.prod(shape)), self.places[name]
             if is_matrix:
                 blocks = np.frombuffer(self.content, _BLOCK, count // _BLOCK_WEIGHTS, place)
-                values = dequantise(blocks).reshape(shape)
+                stored = blocks["scale"]
             else:
-                values = np.frombuffer(self.content, "<f4", count, place).reshape(shape).astype(np.float32)
-            if not np.isfinite(values).all():
+                blocks, stored = None, np.frombuffer(self.content, "<f4", count, place)
+            if not np.isfinite(stored).all():
                 _refuse(self.path, f"the weights '{name}' at byte {place:,} hold infinite values or none (NaN)")
-            yield bert_name, values
+            values = stored if blocks is None else dequantise(stored, blocks["packed"])
+            yield bert_name, values.reshape(shape)
 
 
 def read_e5(path: Path) -> E5File:
@@ -111,14 +115,16 @@ def read_e5(path: Path) -> E5File:
     return E5File(path, content, sizes, vocabulary, normalisation, places)
 
 
-def dequantise(blocks: NDArray[np.void]) -> NDArray[np.float32]:
-    """Blocks of 4-bit weights -> [blocks, 32]: scale * (number - 8); low halves of the bytes first, then the high."""
-    half = _BLOCK_WEIGHTS // 2
-    values = np.empty((len(blocks), _BLOCK_WEIGHTS), np.float32)
-    values[:, :half] = blocks["weights"] & 15
-    values[:, half:] = blocks["weights"] >> 4
+def dequantise(
+    scales: Float16[np.ndarray, " blocks"], packed: UInt8[np.ndarray, "blocks half"]
+) -> Float32[np.ndarray, "blocks weights"]:
+    """4-bit weights in float32: scale * (number - 8); of each block the low halves of its bytes, then the high ones."""
+    half = packed.shape[1]
+    values = np.empty((len(packed), 2 * half), np.float32)
+    values[:, :half] = packed & 15
+    values[:, half:] = packed >> 4
     values -= 8
-    values *= blocks["scale"].astype(np.float32)[:, None]
+    values *= scales.astype(np.float32)[:, None]
     return values
 
 
@@ -201,6 +207,8 @@ def _read_vocabulary(reader: _Reader, sizes: E5Sizes) -> E5Vocabulary:
         reader.refuse(f"a piece of its vocabulary is no UTF-8 ({error})")
     if len(set(named)) != count:
         reader.refuse(f"{count - len(set(named)):,} pieces of its vocabulary occur twice")
+    if wrong := [named[index] for index in special if not _SPECIAL.fullmatch(named[index])]:
+        reader.refuse(f"its special tokens have names like {wrong[0]!r}, not like '<s>'")
     return E5Vocabulary(list(zip(named, scores.tolist(), strict=True)), begin, end, padding, unknown)
 
 
