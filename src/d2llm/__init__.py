@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.evaluation.loading import load_contenders
     from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
     from d2llm.pipeline.export import export
+    from d2llm.pipeline.fit_evidence import fit_evidence
     from d2llm.pipeline.gate import gate, read_gate
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.label import label
@@ -88,6 +89,7 @@ __all__ = [
     "encode",
     "evaluate",
     "export",
+    "fit_evidence",
     "fit_probabilities",
     "gate",
     "label",
@@ -146,6 +148,7 @@ _HOMES = {
     "d2llm.pipeline.index": ("Index",),
     "d2llm.pipeline.label": ("label",),
     "d2llm.pipeline.mine": ("mine",),
+    "d2llm.pipeline.fit_evidence": ("fit_evidence",),
     "d2llm.pipeline.probabilities": ("fit_probabilities",),
     "d2llm.pipeline.search": ("SearchSettings", "search"),
     "d2llm.pipeline.stack_teachers": ("stack_teachers",),

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 
-from d2llm.core.errors import InputError
-from d2llm.core.recipe import EvidenceConfig, InteractionConfig, StudentConfig
-from d2llm.models.evidence import Evidence
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.recipe import StudentConfig
+from d2llm.models.evidence import Evidence, TaskEvidence, read_evidence
 from d2llm.models.student import Student
-from d2llm.pipeline.fit_evidence import EvidenceLists, fit_evidence, make_evidence_lists
+from d2llm.pipeline import fit_evidence as module
+from d2llm.pipeline.fit_evidence import EvidenceLists, fit_evidence, make_evidence_lists, sum_weights, weigh
+from d2llm.pipeline.fit_scores import fit_scores
 from tiny_data import topics
 from tiny_models import tiny_student_config, write_tiny_model
 
 TERMS = ("words", "words_share", "window_words", "window_words_share")
-
-
-class Weighed:
-    """A student as far as the fit needs one."""
-
-    def __init__(self, **config):
-        self.evidence = Evidence(EvidenceConfig(**config))
 
 
 def lists(num, *, informative, seed=0):
@@ -35,57 +33,111 @@ def lists(num, *, informative, seed=0):
 
 
 def test_evidence_that_tells_more_gets_weight():
-    student = Weighed(words=True, window_words=True)
-    found = fit_evidence(student, [EvidenceLists("a", "asymmetric", lists(200, informative=[0, 1]))])["asymmetric"]
-    own, fused = found.measure["a"]
+    found = weigh([EvidenceLists("a", lists(200, informative=[0, 1]))], TERMS)
+    own, fused = found.dev["a"]
     assert fused > own + 0.1
     assert found.weights["words"] == pytest.approx(1.0, abs=0.35)  # as good as the student's own score
     assert max(found.weights[term] for term in TERMS[1:]) < 0.35
-    assert student.evidence.weights("asymmetric") == pytest.approx({k: v for k, v in found.weights.items() if v})
-    assert student.evidence.weights("symmetric") == {}
+    assert found.num_queries == {"a": 200}
 
 
 def test_evidence_that_tells_nothing_gets_none():
-    student = Weighed(words=True, window_words=True)
-    made = [EvidenceLists(name, "symmetric", lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
-    found = fit_evidence(student, made)["symmetric"]
-    gained = np.mean([fused - own for own, fused in found.measure.values()])
-    assert (gained > 0) == bool(student.evidence.weights("symmetric"))
-    assert found.num_queries == 60
-
-
-def test_a_student_without_evidence_is_refused():
-    with pytest.raises(InputError, match="no evidence to weigh"):
-        fit_evidence(Weighed(), [])
-
-
-def test_the_published_head_has_no_place_for_it():
-    with pytest.raises(ValueError, match="'paper' has not"):
-        StudentConfig(interaction=InteractionConfig(head="paper"), evidence=EvidenceConfig(words=True))
+    made = [EvidenceLists(name, lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
+    found = weigh(made, TERMS)
+    gained = np.mean([fused - own for own, fused in found.dev.values()])
+    assert (gained > 0) == any(found.weights.values())
+    assert found.num_queries == {"a": 30, "b": 30}
 
 
 class TestStudent:
     @pytest.fixture(scope="class")
     def config(self, tmp_path_factory) -> StudentConfig:
         model = write_tiny_model(tmp_path_factory.mktemp("model"), "modernbert", initializer_range=0.1)
-        return tiny_student_config(model).model_copy(update={"evidence": EvidenceConfig(words=True)})
+        return tiny_student_config(model)
 
-    def test_lists_hold_positives_and_the_nearest_by_words_and_vectors(self, config):
+    @pytest.fixture
+    def student(self, config) -> Student:
+        return Student.create(config, device="cpu", dtype="float32")
+
+    def test_lists_hold_positives_and_the_nearest_by_words_and_vectors(self, student):
         source = topics()
-        student = Student.create(config, device="cpu", dtype="float32")
-        made = make_evidence_lists(student, source.dataset, "asymmetric", depth=2, num_passages=1, show_progress=False)
+        made = make_evidence_lists(
+            student, source.dataset, "asymmetric", terms=TERMS[:2], depth=2, num_passages=1, show_progress=False
+        )
         positives = source.dataset.positives("dev")
         assert len(made.lists) == len(positives)
         assert {scores.shape[1] for scores, _ in made.lists} == {3}
         assert sorted(int((grades > 0).sum()) for _, grades in made.lists) == sorted(map(len, positives.values()))
 
-    def test_weights_are_saved_and_are_part_of_the_fingerprint(self, config, tmp_path):
-        student = Student.create(config, device="cpu", dtype="float32")
+    def test_each_task_is_fitted_on_its_own_data(self, student, monkeypatch, caplog):
+        monkeypatch.setattr(module, "MIN_QUERIES", 1)
+        dataset = topics().dataset
+        found = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2], show_progress=False)
+        assert found.student == student.fingerprint
+        assert found.tasks.keys() == {"asymmetric"}
+        assert found.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
+        monkeypatch.setattr(module, "MIN_QUERIES", 10_000)
+        with caplog.at_level("WARNING", "d2llm.remarks"):
+            assert fit_evidence(student, [(dataset, "asymmetric")], show_progress=False).tasks == {}
+        assert "it takes 10000" in caplog.text
+        with pytest.raises(InputError, match="no evidence to weigh"):
+            fit_evidence(student, [(dataset, "asymmetric")], terms=(), show_progress=False)
+
+    def test_weights_are_saved_and_no_index_has_to_be_made_anew(self, student, tmp_path):
         before = student.fingerprint
-        student.evidence.set_weights("asymmetric", {"words": 0.5})
-        assert student.fingerprint != before
+        weights = {"words": 0.5, "window_words": 0.0}
+        fitted = TaskEvidence(weights=weights, dev={"a": (0.5, 0.6)}, num_queries={"a": 40})
+        student.evidence = Evidence(student=before, tasks={"asymmetric": fitted})
         student.save(tmp_path / "student")
         loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+        assert loaded.fingerprint == before
+        assert loaded.evidence == student.evidence
         assert loaded.evidence_weights("asymmetric") == {"words": 0.5}
         assert loaded.evidence_weights("symmetric") == {}
-        assert loaded.fingerprint == student.fingerprint
+        loaded.prepare_training()
+        assert loaded.evidence_weights("asymmetric") == {}
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            ("{", "cannot be read"),
+            ({"kind": "evidence", "student": "other", "tasks": {}}, "was fitted to the student other"),
+            ({"kind": "evidence", "student": "x", "format_version": 9, "tasks": {}}, "format version 9"),
+            ({"kind": "probabilities", "student": "x", "tasks": {}}, "cannot be read"),
+            (
+                {"student": "x", "tasks": {"asymmetric": {"weights": {"words": -1}, "dev": {}, "num_queries": {}}}},
+                "greater than or equal to 0",
+            ),
+            (
+                {"student": "x", "tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}},
+                "sounds",
+            ),
+        ],
+    )
+    def test_a_file_that_does_not_fit_is_refused(self, tmp_path, content, problem):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "evidence.json").write_text(text)
+        with pytest.raises(DataFormatError, match=re.escape(problem)) as error:
+            read_evidence(tmp_path, "x")
+        assert "delete the file" in str(error.value) or "update d2llm" in str(error.value)
+
+
+def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MIN_QUERIES", 1)
+    monkeypatch.setattr("d2llm.pipeline.probabilities.MIN_QUERIES", 1)
+    model = write_tiny_model(tmp_path / "model", "modernbert", initializer_range=0.1)
+    student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
+    kept = TaskEvidence(weights={"words": 2.0}, dev={}, num_queries={})
+    student.evidence = Evidence(student=student.fingerprint, tasks={"symmetric": kept})
+    report = fit_scores(student, [topics().dataset], "asymmetric", show_progress=False)
+    assert student.evidence.tasks["symmetric"] == kept
+    assert report.evidence == student.evidence.tasks["asymmetric"].model_dump()
+    calibration = student.calibration.tasks.get("asymmetric")  # none where the scores tell nothing apart
+    assert report.probabilities == (calibration and calibration.model_dump())
+    before = student.evidence
+    assert fit_scores(student, [topics().dataset], "asymmetric", words=False, show_progress=False).evidence is None
+    assert student.evidence == before
+
+
+def test_scores_that_tell_nothing_leave_the_own_score_alone():
+    assert sum_weights([(np.zeros((4, 3)), np.eye(4)[0])] * 3).tolist() == [1, 0, 0]

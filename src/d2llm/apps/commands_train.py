@@ -17,6 +17,7 @@ from d2llm.apps.options import (
     RecipeArgument,
     RunJsonOption,
     RunOption,
+    TaskOption,
     in_a_folder_that_is_there,
     known_student,
 )
@@ -254,6 +255,64 @@ def distill(
     session_of(context).write_report(context, json_path, steps.distill_student(job, variant=variant, again=again))
 
 
+def fit_scores(
+    context: typer.Context,
+    student: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDENT", help="A student's folder, or its name.", callback=known_student, show_default=False
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...", help="Data sets with a corpus and judged queries in their dev split.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            callback=in_a_folder_that_is_there,
+            help="Where the student goes with what was fitted.",
+            show_default=False,
+        ),
+    ],
+    task: TaskOption = "asymmetric",
+    num_queries: Annotated[int, typer.Option("--queries", min=1, help="Dev queries of each data set, at most.")] = 200,
+    words: Annotated[
+        bool, typer.Option("--words/--no-words", help="Also weigh what BM25 adds to the score in an index.")
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Of the choice of queries and passages.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Fit a student's scores to your own judged queries, without training it.
+
+    Two things are fitted on dev: what BM25 adds to the score of a passage in an index, and what makes probabilities of
+    scores. Vectors stay as they are: an index of the student is also one of the student that is written. What the
+    student has for the other task is kept.
+    """
+    from d2llm.apps.teach_tables import evidence_words, probability_words
+    from d2llm.data.open_data import open_data
+    from d2llm.models.student import Student
+    from d2llm.pipeline.fit_scores import fit_scores
+
+    session = session_of(context)
+    datasets = [open_data(place, splits=["dev"]) for place in data]
+    model = Student.load(student, device=device, dtype=dtype)
+    report = fit_scores(
+        model, datasets, task, words=words, num_queries=num_queries, seed=seed, show_progress=session.show_progress
+    )
+    model.save(out)
+    weighed = evidence_words({task: report.evidence}) if report.evidence else "words were not weighed"
+    calibrated = probability_words({task: report.probabilities} if report.probabilities else {})
+    session.say(f"fit-scores: {weighed}; probabilities: {calibrated}; in {out}")
+    session.write_report(context, json_path, report)
+
+
 def register(app: typer.Typer) -> None:
     """Add these verbs to the program."""
     for name, verb in (
@@ -263,5 +322,6 @@ def register(app: typer.Typer) -> None:
         ("tune-teacher", tune_teacher),
         ("label", label),
         ("distill", distill),
+        ("fit-scores", fit_scores),
     ):
         app.command(name, rich_help_panel=DISTIL)(verb)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from d2llm.core.recipe import TrainingConfig
+from d2llm.core.types import Task
 from d2llm.pipeline.distill import DistillReport
 from d2llm.pipeline.gate import FirstLook, GateReport, GateRow
 from d2llm.pipeline.label import LabelReport
@@ -106,19 +107,31 @@ def student_words(report: DistillReport) -> str:
         f"{name} {found['start']:.3f} -> {found['kept']:.3f} ({found['num_items']:,} questions or pairs)"
         for name, found in report.dev.items()
     ]
-    calibrated = [
-        f"{task} (expected calibration error {fitted['error_before']:.3f} before, {fitted['error_after']:.3f} after)"
-        for task, fitted in report.probabilities.items()
-    ]
-    found = [
-        f"{name} {own:.3f} -> {fused:.3f}"
-        for fitted in report.evidence.values()
-        for name, (own, fused) in fitted["nDCG@10"].items()
-    ]
-    words = f"with words in the score: {', '.join(found)}; " if found else ""
+    words = f"{evidence_words(report.evidence)}; " if report.evidence else ""
     return (
         f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; {words}probabilities: "
-        f"{', '.join(calibrated) or 'too few dev queries'}; in {report.folder}"
+        f"{probability_words(report.probabilities)}; in {report.folder}"
+    )
+
+
+def evidence_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
+    """What the evidence of words is worth on dev, and where it is left out."""
+    parts: list[str] = []
+    for task, found in fitted.items():
+        worth = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in found["dev"].items())
+        is_used = any(found["weights"].values())
+        parts.append(f"words in the {task} score: {worth}{'' if is_used else ' (no better, so they are left out)'}")
+    return "; ".join(parts)
+
+
+def probability_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
+    """How far the probabilities of each task can be believed."""
+    return (
+        ", ".join(
+            f"{task} (expected calibration error {found['error_before']:.3f} before, {found['error_after']:.3f} after)"
+            for task, found in fitted.items()
+        )
+        or "too few dev queries"
     )
 
 

@@ -93,35 +93,12 @@ class InteractionConfig(_Section):
     certified ranking."""
 
 
-class EvidenceConfig(_Section):
-    """What the score stands on beside the vectors (``models.evidence``); by default nothing."""
-
-    words: bool = False
-    """BM25 of the passage."""
-    window_words: bool = False
-    """BM25 of its best window: of each two neighbouring sentences."""
-
-    @property
-    def terms(self) -> tuple[EvidenceTerm, ...]:
-        """The parts of the sum, in the order in which arrays hold them."""
-        words: tuple[EvidenceTerm, ...] = ("words", "words_share") if self.words else ()
-        windows: tuple[EvidenceTerm, ...] = ("window_words", "window_words_share") if self.window_words else ()
-        return words + windows
-
-
 class StudentConfig(_Section):
     """Backbone + PMA + IEM. The defaults are ours; ``paper``, ``concat`` and no warm start are the publication's."""
 
     backbone: BackboneConfig = BackboneConfig()
     pooling: PoolingConfig = PoolingConfig()
     interaction: InteractionConfig = InteractionConfig()
-    evidence: EvidenceConfig = EvidenceConfig()
-
-    @model_validator(mode="after")
-    def _evidence_needs_an_anchor(self) -> StudentConfig:
-        if self.evidence.terms and self.interaction.head == "paper":
-            raise ValueError("evidence is added to an inner product, which the head 'paper' has not; use 'anchored'")
-        return self
 
 
 class RemoteConfig(_Section):
@@ -436,6 +413,25 @@ class GateConfig(_Section):
     """Learn from the data set's own judgements instead, from the teacher all the same, or not at all."""
 
 
+class EvidenceConfig(_Section):
+    """What is added to the student's score in an index, if dev says that it is worth it (``models.evidence``).
+
+    The weights are fitted at the end. The head ``paper`` gets none: it has no inner product to be added to.
+    """
+
+    words: bool = False
+    """BM25 of the passage."""
+    window_words: bool = False
+    """BM25 of its best window: of each two neighbouring sentences."""
+
+    @property
+    def terms(self) -> tuple[EvidenceTerm, ...]:
+        """The parts of the sum."""
+        words: tuple[EvidenceTerm, ...] = ("words", "words_share") if self.words else ()
+        windows: tuple[EvidenceTerm, ...] = ("window_words", "window_words_share") if self.window_words else ()
+        return words + windows
+
+
 class Recipe(_Section):
     """One run end to end."""
 
@@ -449,3 +445,4 @@ class Recipe(_Section):
     gate: GateConfig = GateConfig()
     losses: LossWeights = LossWeights()
     training: TrainingConfig = TrainingConfig()
+    evidence: EvidenceConfig = EvidenceConfig()

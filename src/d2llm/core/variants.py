@@ -58,6 +58,7 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 _COSINE = {"interaction": {"head": "cosine"}}
 _NO_PMA = {"pooling": {"method": "backbone"}}
+_NO_EVIDENCE = {"words": False, "window_words": False}
 _PLAIN_LOSSES = {
     "contrastive_imitation": 0.0,
     "list_imitation": 0.0,
@@ -84,14 +85,15 @@ _ALL = (
         "cosine",
         "baseline",
         "tuned cosine: the plain bi-encoder",
-        _student(**_COSINE, **_NO_PMA) | {"losses": _PLAIN_LOSSES},
+        _student(**_COSINE, **_NO_PMA) | {"losses": _PLAIN_LOSSES, "evidence": _NO_EVIDENCE},
     ),
     Variant(
         "paper",
         "baseline",
         "the published head: concatenated vectors, no inner product",
         # Five times the rate of the anchored head, which starts as a cosine: this one starts from nothing.
-        _student(interaction={"head": "paper", "features": "concat"}) | {"training": {"head_learning_rate": 1e-3}},
+        _student(interaction={"head": "paper", "features": "concat"})
+        | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE},
     ),
     Variant("without-ci", "published", "without contrastive imitation", _without("contrastive_imitation")),
     Variant(
@@ -110,6 +112,7 @@ _ALL = (
     Variant(
         "one-branch", "published", "one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})
     ),
+    Variant("without-words", "own", "without the evidence of words", {"evidence": _NO_EVIDENCE}),
     Variant("without-li", "own", "without list imitation: cross-entropy alone", _without("list_imitation")),
     Variant("paper-head", "own", "head `paper` for `anchored`, same features", _student(interaction={"head": "paper"})),
     Variant(

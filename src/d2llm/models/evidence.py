@@ -7,35 +7,64 @@ stores of the passage once: its words (BM25) and the words of its best window, b
 query's limit, which no passage reaches. The weights w are at least 0, each task's own, and fitted on dev
 (``pipeline.fit_evidence``). BM25 needs a corpus, so a pair that is scored outside an index has the score of its
 vectors alone.
+
+The weights are the file ``evidence.json`` in a student's folder. No vector depends on them: an index holds for the
+student with them and without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
 
-import torch
-from torch import nn
+from pydantic import NonNegativeFloat
 
-from d2llm.core.recipe import EvidenceConfig
+from d2llm.core.files import write_json
 from d2llm.core.types import EvidenceTerm, Task
-from d2llm.models.interaction import TASKS
+from d2llm.models.fitted_file import FittedFile, FittedPart, read_fitted
+
+FILE_NAME = "evidence.json"
 
 
-class Evidence(nn.Module):
-    """The weights of the evidence in one student's score: 0 until they are fitted."""
+class TaskEvidence(FittedPart):
+    """The weights of one task, beside the student's own score, which has weight 1.
 
-    def __init__(self, config: EvidenceConfig) -> None:
-        super().__init__()
-        self.terms = config.terms
-        for task in TASKS:
-            self.register_buffer(f"weights_{task}", torch.zeros(len(self.terms)))
+    ``dev`` has for each data set nDCG@10 of its lists by the student's own score, and with evidence whose weights
+    were fitted without the queries measured; ``num_queries`` is how many dev queries there were of each.
+    """
+
+    weights: dict[EvidenceTerm, NonNegativeFloat]
+    dev: dict[str, tuple[float, float]]
+    num_queries: dict[str, int]
+
+
+class Evidence(FittedFile):
+    """The weights of the evidence in one student's score, by task; a task that is not there has none."""
+
+    kind: Literal["evidence"] = "evidence"
+    tasks: dict[Task, TaskEvidence]
 
     def weights(self, task: Task) -> dict[EvidenceTerm, float]:
-        """Those of one task that are not 0, in the order of ``terms``."""
-        values = self.get_buffer(f"weights_{task}").tolist()
-        return {term: weight for term, weight in zip(self.terms, values, strict=True) if weight}
+        """Those of one task that are not 0."""
+        found = self.tasks.get(task)
+        return {term: weight for term, weight in found.weights.items() if weight} if found else {}
 
-    def set_weights(self, task: Task, weights: Mapping[EvidenceTerm, float]) -> None:
-        """Set those of one task; what is not named has weight 0."""
-        buffer = self.get_buffer(f"weights_{task}")
-        buffer.copy_(torch.tensor([weights.get(term, 0.0) for term in self.terms]))
+
+NO_EVIDENCE = Evidence(student="", tasks={})
+"""Of a student whose score is that of its vectors."""
+
+
+def read_evidence(folder: Path, student: str) -> Evidence:
+    """The weights in the folder of the student with this fingerprint; none where there is no file.
+
+    Raises:
+        DataFormatError: the file is damaged, newer, or another student's.
+    """
+    remedy = "restore the student's folder, or delete the file to go without"
+    return read_fitted(folder / FILE_NAME, Evidence, student, remedy=remedy) or NO_EVIDENCE
+
+
+def write_evidence(folder: Path, evidence: Evidence) -> None:
+    """Write ``evidence.json`` into a student's folder, atomically; nothing where no task has been fitted."""
+    if evidence.tasks:
+        write_json(folder / FILE_NAME, evidence.model_dump(mode="json"))

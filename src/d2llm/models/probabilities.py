@@ -14,22 +14,18 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.errors import InputError
 from d2llm.core.files import write_json
 from d2llm.core.types import Task
+from d2llm.models.fitted_file import FittedFile, FittedPart, read_fitted
 
 FILE_NAME = "probabilities.json"
-FORMAT_VERSION = 1
 _REMEDY = "restore the student's folder, or delete the file to go without probabilities"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TaskCalibration(_Part):
+class TaskCalibration(FittedPart):
     """p = 1 / (1 + exp(-(slope * score + offset))); the slope is above 0, so that no order changes.
 
     ``num_queries`` by data set, and ``num_pairs``, are what it was fitted on. The expected calibration errors are of
@@ -45,17 +41,15 @@ class TaskCalibration(_Part):
     error_after: float
 
 
-class ProbabilityCalibration(_Part):
+class ProbabilityCalibration(FittedFile):
     """What a student's scores mean, by task.
 
     A probability is that of being relevant for one of ``1 + num_hard + num_random`` passages: of each query one is
     relevant, ``num_hard`` share its words (BM25's first ten, or judged and not relevant) and ``num_random`` are drawn
-    from the corpus. ``student`` is the fingerprint of the student that it is for.
+    from the corpus.
     """
 
     kind: Literal["probabilities"] = "probabilities"
-    format_version: int = FORMAT_VERSION
-    student: str
     num_hard: int
     num_random: int
     tasks: dict[Task, TaskCalibration]
@@ -91,21 +85,7 @@ def read_calibration(folder: Path, student: str) -> ProbabilityCalibration:
     Raises:
         DataFormatError: the file is damaged, newer, or another student's.
     """
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return UNCALIBRATED
-    try:
-        found = ProbabilityCalibration.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise DataFormatError(path, f"cannot be read ({problems}); {_REMEDY}") from error
-    if found.format_version > FORMAT_VERSION:
-        raise DataFormatError(
-            path, f"has format version {found.format_version}, this d2llm reads up to {FORMAT_VERSION}; update d2llm"
-        )
-    if found.student != student:
-        raise DataFormatError(path, f"was fitted to the student {found.student}, but this one is {student}; {_REMEDY}")
-    return found
+    return read_fitted(folder / FILE_NAME, ProbabilityCalibration, student, remedy=_REMEDY) or UNCALIBRATED
 
 
 def write_calibration(folder: Path, calibration: ProbabilityCalibration) -> None:

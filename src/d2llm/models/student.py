@@ -27,7 +27,7 @@ from d2llm.models.core_workers import map_on_cores
 from d2llm.models.device import choose_device
 from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.models.engines import Engine, choose_engine, choose_products, open_engine
-from d2llm.models.evidence import Evidence
+from d2llm.models.evidence import NO_EVIDENCE, read_evidence, write_evidence
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
@@ -55,7 +55,8 @@ _ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 class Student(nn.Module):
     """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors.
 
-    ``calibration`` makes probabilities of the scores, where it was fitted (``models.probabilities``).
+    ``calibration`` makes probabilities of the scores, where it was fitted (``models.probabilities``). ``evidence`` has
+    the weights of what an index adds to the scores of its passages (``models.evidence``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -67,10 +68,10 @@ class Student(nn.Module):
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
             self.interaction = make_head(config.interaction, backbone.dim).to(backbone.device)
-            self.evidence = Evidence(config.evidence)
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
         self.calibration = UNCALIBRATED
+        self.evidence = NO_EVIDENCE
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
@@ -141,6 +142,7 @@ class Student(nn.Module):
         student._recorded = {name: value for name, value in manifest.items() if name != files.MERGED_HASH}
         student._has_merged_weights = merged
         student.calibration = read_calibration(folder, manifest["fingerprint"])
+        student.evidence = read_evidence(folder, manifest["fingerprint"])
         student.use_engine(engine, dtype=products)
         return student
 
@@ -209,6 +211,7 @@ class Student(nn.Module):
                 "base_fingerprint": self.backbone.fingerprint_base(),
             }
             write_calibration(temporary, self.calibration)
+            write_evidence(temporary, self.evidence)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
 
@@ -223,8 +226,7 @@ class Student(nn.Module):
     @property
     def _head(self) -> dict[str, nn.Module]:
         """What a student has beside its backbone."""
-        parts: dict[str, nn.Module] = {"pooling": self.pooling, "interaction": self.interaction}
-        return parts | {"evidence": self.evidence} if self.evidence.terms else parts
+        return {"pooling": self.pooling, "interaction": self.interaction}
 
     @property
     def vector_dim(self) -> int:
@@ -256,6 +258,7 @@ class Student(nn.Module):
         self._saved_fingerprint = None
         self._recorded = {}
         self.calibration = UNCALIBRATED
+        self.evidence = NO_EVIDENCE
         self._engine = None
         self._products = None
         self.backbone.prepare_training(seed=seed)

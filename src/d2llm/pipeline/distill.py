@@ -18,13 +18,14 @@ from d2llm.core.types import Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
+from d2llm.models.evidence import NO_EVIDENCE, Evidence
 from d2llm.models.judge import identify_judge
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import make_dev_set
 from d2llm.pipeline.distill_run import DistillRun
-from d2llm.pipeline.fit_evidence import fit_evidence, make_evidence_lists
+from d2llm.pipeline.fit_evidence import fit_evidence
 from d2llm.pipeline.objective import OFFSET
 from d2llm.pipeline.probabilities import fit_probabilities
 from d2llm.pipeline.processes import joined_processes, own_device
@@ -146,7 +147,7 @@ def distill(
         run.train_interaction()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
-            evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
+            student.evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
             student.calibration = fit_probabilities(
                 student,
                 [(source.dataset, source.task) for source in sources],
@@ -155,13 +156,9 @@ def distill(
                 show_progress=show_progress,
             )
             fitted = {task: found.model_dump() for task, found in student.calibration.tasks.items()}
-            report = replace(
-                report,
-                fingerprint=student.fingerprint,
-                evidence=evidence,
-                probabilities=fitted,
-                seconds=time.monotonic() - started,
-            )
+            weighed = {task: found.model_dump() for task, found in student.evidence.tasks.items()}
+            seconds = time.monotonic() - started
+            report = replace(report, evidence=weighed, probabilities=fitted, seconds=seconds)
             content = {
                 "recipe": recipe.model_dump(),
                 "settings": settings,
@@ -172,7 +169,6 @@ def distill(
                 "dev": report.dev,
                 "residual_weights": report.residual_weights,
                 "share_kept": report.share_kept,
-                "evidence": evidence,
                 "closed_gates": sorted(closed_gates),
                 "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
             }
@@ -214,23 +210,18 @@ def _report(
 
 def _fit_evidence(
     student: Student, sources: Sequence[TrainingSource], recipe: Recipe, show_progress: bool | None
-) -> dict[Task, dict[str, Any]]:
+) -> Evidence:
     """Weigh the evidence on the dev queries of the data sets; labelled pairs have no corpus to count words in."""
-    if not student.evidence.terms:
-        return {}
-    made = [
-        make_evidence_lists(
-            student,
-            source.dataset,
-            source.task,
-            num_queries=recipe.training.dev_queries,
-            seed=recipe.seed,
-            show_progress=show_progress,
-        )
-        for source in sources
-        if source.pairs is None
-    ]
-    return {task: found.to_json() for task, found in fit_evidence(student, made).items()}
+    if not recipe.evidence.terms or not student.has_anchor:
+        return NO_EVIDENCE
+    return fit_evidence(
+        student,
+        [(source.dataset, source.task) for source in sources if source.pairs is None],
+        terms=recipe.evidence.terms,
+        num_queries=recipe.training.dev_queries,
+        seed=recipe.seed,
+        show_progress=show_progress,
+    )
 
 
 def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recipe: Recipe) -> LabelledSource:

@@ -2,15 +2,16 @@
 
 The student's own score keeps weight 1; each task has one set of weights for all of its data sets, to which every query
 counts the same. What is reported is measured on queries that took no part in the fit: each half of the dev queries with
-the weights of the other half. Where that is not better than the student's own score, the weights stay 0.
+the weights of the other half. Where that is not better than the student's own score, the weights are 0.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,18 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.index.words import QueryWords, WordIndex
-from d2llm.models.interaction import TASKS
-from d2llm.models.student import Student
+from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.ops.fusion import fit_weights
 from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline.dev_lists import dev_queries
 from d2llm.pipeline.progress import progress_bar
+from d2llm.pipeline.protocols import SearchStudent
 
+MIN_QUERIES = 30
+"""Judged dev queries of a task below which nothing is fitted."""
 _MEASURE = "nDCG@10"
+
+_remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,38 +40,63 @@ class EvidenceLists:
 
     Attributes:
         name: of the data set.
-        task: of its pairs.
         lists: for each query the scores [passages, 1 + terms], the student's own first, and the grades [passages].
     """
 
     name: str
-    task: Task
     lists: Sequence[tuple[NDArray[np.float32], NDArray[np.float64]]]
 
 
-@dataclass(frozen=True, slots=True)
-class FittedEvidence:
-    """What was fitted for one task.
+def fit_evidence(
+    student: SearchStudent,
+    judged: Sequence[tuple[Dataset, Task]],
+    *,
+    terms: Sequence[EvidenceTerm] = get_args(EvidenceTerm),
+    num_queries: int = 200,
+    seed: int = 0,
+    show_progress: bool | None = None,
+) -> Evidence:
+    """Fit for each task what words add to a student's score; give it to the student as its ``evidence``.
 
-    ``measure`` has for each data set nDCG@10 of its lists by the student's own score, and with evidence, whose weights
-    were fitted without the queries measured. ``weights`` are of all queries; all 0 where evidence is no better.
+    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out, and that is said in a remark.
+
+    Args:
+        student: whose score it is added to.
+        judged: data sets with a dev split, each with its task.
+        terms: the kinds of evidence that may be added.
+        num_queries: of each data set, at most.
+        seed: of the choice of queries and passages.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: a data set has no judged dev queries, or there are no terms.
     """
-
-    weights: dict[EvidenceTerm, float]
-    measure: dict[str, tuple[float, float]]
-    num_queries: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        own_and_with = {name: list(values) for name, values in self.measure.items()}
-        return {"weights": dict(self.weights), "nDCG@10": own_and_with, "num_queries": self.num_queries}
+    if not terms:
+        raise InputError("there is no evidence to weigh; name at least one term, such as 'words'")
+    tasks: dict[Task, TaskEvidence] = {}
+    names: list[Task] = sorted({task for _, task in judged})
+    for task in names:
+        made = [
+            make_evidence_lists(
+                student, dataset, task, terms=terms, num_queries=num_queries, seed=seed, show_progress=show_progress
+            )
+            for dataset, of in judged
+            if of == task
+        ]
+        found = sum(len(each.lists) for each in made)
+        if found < MIN_QUERIES:
+            _remarks.warning("%s: words are not weighed by %d dev queries; it takes %d", task, found, MIN_QUERIES)
+        else:
+            tasks[task] = weigh(made, terms)
+    return Evidence(student=student.fingerprint, tasks=tasks)
 
 
 def make_evidence_lists(
-    student: Student,
+    student: SearchStudent,
     dataset: Dataset,
     task: Task,
     *,
+    terms: Sequence[EvidenceTerm],
     num_queries: int = 200,
     depth: int = 50,
     num_passages: int = 2_000,
@@ -79,6 +109,7 @@ def make_evidence_lists(
         student: whose evidence it is.
         dataset: with judged dev queries.
         task: of its pairs.
+        terms: the kinds of evidence, in the order of the columns.
         num_queries: of dev, at most.
         depth: so many of the best by words are in a query's list, and of the best by vectors.
         num_passages: of the corpus that are read, at least: all positives, the best by words, others at random.
@@ -103,7 +134,6 @@ def make_evidence_lists(
     with progress_bar(f"reading {dataset.name} for its evidence", len(texts), show=show_progress) as advance:
         passages = student.encode_passages(texts, advance=advance).vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
-    terms = student.evidence.terms
     lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
     for query_words, vector, found, judged in zip(asked, vectors, by_words, grades, strict=True):
         own = student.score(vector, passages, task)
@@ -112,7 +142,7 @@ def make_evidence_lists(
         scores = [own[np.searchsorted(pool, rows)], *evidence_of(words, query_words, rows, terms)]
         graded = np.array([judged.get(row, 0.0) for row in rows.tolist()])
         lists.append((np.stack(scores, axis=1), graded))
-    return EvidenceLists(dataset.name, task, lists)
+    return EvidenceLists(dataset.name, lists)
 
 
 def evidence_of(
@@ -130,26 +160,13 @@ def evidence_of(
     return [found[term] for term in terms]
 
 
-def fit_evidence(student: Student, made: Sequence[EvidenceLists]) -> dict[Task, FittedEvidence]:
-    """Fit the weights of each task that there are lists of, and give them to the student where they are worth it.
+def weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+    """Weights for the data sets of one task, all 0 where evidence is no better than the student's own score.
 
     Raises:
-        InputError: the student's configuration has no evidence.
+        InputError: a half of the lists has no relevant passage.
     """
-    if not student.evidence.terms:
-        raise InputError("this student's score has no evidence to weigh; set student.evidence.words in the recipe")
-    fitted: dict[Task, FittedEvidence] = {}
-    for task in TASKS:
-        if all(each.task != task for each in made):
-            continue
-        found = _fit_task(student.evidence.terms, [each for each in made if each.task == task])
-        student.evidence.set_weights(task, found.weights)
-        fitted[task] = found
-    return fitted
-
-
-def _fit_task(terms: Sequence[EvidenceTerm], made: Sequence[EvidenceLists]) -> FittedEvidence:
-    halves = [[[*each.lists[half::2]] for each in made] for half in (0, 1)]
+    halves = [[each.lists[half::2] for each in made] for half in (0, 1)]
     own: dict[str, list[float]] = {each.name: [] for each in made}
     fused: dict[str, list[float]] = {each.name: [] for each in made}
     for tried, others in (halves, halves[::-1]):
@@ -158,10 +175,15 @@ def _fit_task(terms: Sequence[EvidenceTerm], made: Sequence[EvidenceLists]) -> F
             own[each.name] += _ndcg(lists, np.eye(1, 1 + len(terms))[0])
             fused[each.name] += _ndcg(lists, weights)
     measure = {name: (float(np.mean(own[name])), float(np.mean(fused[name]))) for name in own}
-    is_better = np.mean([after for _, after in measure.values()]) > np.mean([before for before, _ in measure.values()])
-    found = sum_weights([one for each in made for one in each.lists])[1:] if is_better else np.zeros(len(terms))
-    fitted: dict[EvidenceTerm, float] = dict(zip(terms, found.tolist(), strict=True))
-    return FittedEvidence(fitted, measure, sum(len(each.lists) for each in made))
+    before, after = np.mean(list(measure.values()), axis=0)
+    found = np.zeros(len(terms))
+    if after > before:
+        found = sum_weights([one for each in made for one in each.lists])[1:]
+    return TaskEvidence(
+        weights=dict(zip(terms, found.tolist(), strict=True)),
+        dev=measure,
+        num_queries={each.name: len(each.lists) for each in made},
+    )
 
 
 def sum_weights(lists: Sequence[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]]) -> NDArray[np.float64]:
@@ -171,6 +193,8 @@ def sum_weights(lists: Sequence[tuple[NDArray[np.floating[Any]], NDArray[np.floa
         InputError: no list has a relevant passage.
     """
     weights = fit_weights(lists)
+    if not weights.any():  # no score tells anything
+        return np.eye(1, len(weights))[0]
     return weights / max(float(weights[0]), 1e-3 * float(weights.max()))
 
 

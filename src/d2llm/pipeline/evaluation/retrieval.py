@@ -127,7 +127,8 @@ def _search(work: RetrievalWork, row: Row) -> System:
         return work.measure(row.name, row.kind, index, settings, passages_per_second=rate)
 
     model = row.model
-    return work.store.system(work.key(row.name, model.fingerprint, row.num_candidates, work.settings.dtype), measure)
+    key = work.key(row.name, work.identity(model), row.num_candidates, work.settings.dtype)
+    return work.store.system(key, measure)
 
 
 def _judge(

@@ -20,6 +20,7 @@ from d2llm.pipeline.evaluation.stored_as import StoredAs
 from d2llm.pipeline.evaluation.systems import System, Trial, student_system
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.row_evidence import evidence_weights
 from d2llm.pipeline.search import Searcher, SearchSettings
 
 
@@ -45,6 +46,11 @@ class RetrievalWork:
         trial = self.trial
         asked = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
         return [name, *parts, self.corpus, fingerprint_json(asked), trial.task, trial.top_k]
+
+    def identity(self, model: SearchStudent) -> object:
+        """What a student's rankings depend on: its fingerprint, and what an index adds to its scores."""
+        weights = evidence_weights(model, self.trial.task)
+        return [model.fingerprint, dict(weights)] if weights else model.fingerprint
 
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
         """The index of a model, and the passages a second if it had to be made just now."""

@@ -67,7 +67,7 @@ def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
     """With vectors in another format."""
     name, search = f"{NAME_D2LLM}, {vector_format} vectors", work.search_settings(work.settings.num_candidates)
     return work.store.system(
-        work.key(name, index.student.fingerprint, search.num_candidates),
+        work.key(name, work.identity(index.student), search.num_candidates),
         lambda: work.measure(name, "shortcut", index, search, view=StoredAs(index.view, vector_format)),
     )
 
@@ -80,7 +80,7 @@ def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
         rows.missing.append(MissingRow(name, "shortcut", reason))
         return
     search = replace(work.search_settings(work.settings.num_candidates), exact=True)
-    key = work.key(name, index.student.fingerprint, work.settings.dtype)
+    key = work.key(name, work.identity(index.student), work.settings.dtype)
     rows.systems.append(work.store.system(key, lambda: work.measure(name, "shortcut", index, search)))
 
 
@@ -99,7 +99,7 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
         return work.measure(name, "shortcut", index, search)
 
     try:
-        key = work.key(name, index.student.fingerprint, depth, work.settings.dtype)
+        key = work.key(name, work.identity(index.student), depth, work.settings.dtype)
         rows.systems.append(work.store.system(key, measure))
     except InputError as error:  # too few passages, or the exact scan is quicker
         rows.missing.append(MissingRow(name, "shortcut", str(error)))
@@ -117,8 +117,8 @@ def _add_cascade(
         return
     task, search = work.trial.task, work.search_settings(work.settings.num_candidates)
     key = work.key(
-        name, index.student.fingerprint, teacher.fingerprint, teacher.prompt_fingerprint(task), search.num_candidates,
-        work.settings.dtype, fingerprint_json([query.id for query in work.sampled]),
+        name, work.identity(index.student), teacher.fingerprint, teacher.prompt_fingerprint(task),
+        search.num_candidates, work.settings.dtype, fingerprint_json([query.id for query in work.sampled]),
     )  # fmt: skip
 
     def calibrate() -> dict[str, float]:
@@ -158,7 +158,7 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     probes = [query for query in work.trial.probes if query.id in qrels] or queries[:1]
     trial = replace(work.trial, queries=queries, probes=probes)
     search = replace(work.search_settings(work.settings.num_candidates), filter=condition)
-    key = work.key(before, index.student.fingerprint, search.num_candidates, work.settings.dtype)
+    key = work.key(before, work.identity(index.student), search.num_candidates, work.settings.dtype)
     rows.systems.append(
         work.store.system(key, lambda: work.measure(before, "shortcut", index, search, trial=trial))
     )  # fmt: skip

@@ -76,7 +76,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
         def measure() -> System:
             return work.measure(name, "shortcut", work.index(model)[0], settings)
 
-        key = work.key(name, student.fingerprint, num_candidates, work.settings.dtype)
+        key = work.key(name, work.identity(student), num_candidates, work.settings.dtype)
         systems.append(work.store.system(key, measure))
 
     for part, terms in _PARTS.items():

@@ -1,0 +1,50 @@
+"""Files in a student's folder that hold what was fitted to its scores after it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from d2llm.core.errors import DataFormatError
+
+FORMAT_VERSION = 1
+
+
+class FittedPart(BaseModel):
+    """Plain values that were fitted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FittedFile(FittedPart):
+    """All of one file; ``student`` is the fingerprint of the student that it is for."""
+
+    format_version: int = FORMAT_VERSION
+    student: str
+
+
+_File = TypeVar("_File", bound=FittedFile)
+
+
+def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> _File | None:
+    """What the file says, None where there is none; ``remedy`` is what to do where it cannot be used.
+
+    Raises:
+        DataFormatError: the file is damaged, newer, or another student's.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataFormatError(path, f"cannot be read ({problems}); {remedy}") from error
+    if found.format_version > FORMAT_VERSION:
+        raise DataFormatError(
+            path, f"has format version {found.format_version}, this d2llm reads up to {FORMAT_VERSION}; update d2llm"
+        )
+    if found.student != student:
+        raise DataFormatError(path, f"was fitted to the student {found.student}, but this one is {student}; {remedy}")
+    return found
