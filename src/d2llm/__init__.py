@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
     from d2llm.pipeline.export import export
     from d2llm.pipeline.fit_evidence import fit_evidence
+    from d2llm.pipeline.fit_scores import fit_scores
     from d2llm.pipeline.gate import gate, read_gate
     from d2llm.pipeline.index import Index
     from d2llm.pipeline.label import label
@@ -91,6 +92,7 @@ __all__ = [
     "export",
     "fit_evidence",
     "fit_probabilities",
+    "fit_scores",
     "gate",
     "label",
     "load_contenders",
@@ -149,6 +151,7 @@ _HOMES = {
     "d2llm.pipeline.label": ("label",),
     "d2llm.pipeline.mine": ("mine",),
     "d2llm.pipeline.fit_evidence": ("fit_evidence",),
+    "d2llm.pipeline.fit_scores": ("fit_scores",),
     "d2llm.pipeline.probabilities": ("fit_probabilities",),
     "d2llm.pipeline.search": ("SearchSettings", "search"),
     "d2llm.pipeline.stack_teachers": ("stack_teachers",),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import BackboneConfig, LossWeights, Recipe, TrainingConfig
+from d2llm.core.recipe import BackboneConfig, EvidenceConfig, LossWeights, Recipe, TrainingConfig
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.variants import VARIANTS, Variant, find_variant
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
@@ -22,6 +22,7 @@ from tiny_distill import Place
 # What is so already in a shipped recipe.
 UNCHANGED = {
     "d2llm-llm-teacher": {
+        "without-words",
         "anchored-head",
         "rich",
         "warm-start",
@@ -43,6 +44,7 @@ UNCHANGED = {
         "without-fi",
     },
     "d2llm-paper": {
+        "without-words",
         "paper-head",
         "concat",
         "cold-start",
@@ -55,7 +57,7 @@ UNCHANGED = {
     },
 }
 RECIPES = sorted(UNCHANGED)
-Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig]
+Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
         kind = config.interaction.head, recipe.losses
         if kind not in losses:
             losses[kind] = set(batch_losses(score_batch(student, batch), batch, recipe.losses))
-        return shapes, student.backbone.pooling, losses[kind], recipe.training
+        return shapes, student.backbone.pooling, losses[kind], recipe.training, recipe.evidence
 
     return build
 
@@ -110,7 +112,7 @@ def test_every_variant_changes_what_is_built_or_trained(name: str, build: Callab
         "no-imitation": {loss for loss in all_losses if "imitation" in loss},
     }
     for variant, losses in removed.items():
-        assert found[variant] == (base[0], base[1], all_losses - losses, base[3])
+        assert found[variant] == (base[0], base[1], all_losses - losses, *base[3:])
         assert losses <= all_losses or variant in UNCHANGED[name]
     assert found["cosine"][:3] == ({"interaction.log_scale": ()}, "mean", {"in_batch_cross_entropy"})
     assert set(found["cosine-for-iem"][0]) > {"interaction.log_scale", "pooling.pma.seeds"}

@@ -42,7 +42,8 @@ def fit_weights(
     starts = np.cumsum(sizes) - sizes
     targets = np.concatenate([grades / grades.sum() for _, grades in judged]).astype(np.float64)
     scale = np.sqrt((scores**2).mean(axis=0))
-    scale[scale == 0] = 1.0
+    is_empty = scale == 0
+    scale[is_empty] = 1.0
     scores /= scale
     wanted = targets @ scores
 
@@ -58,4 +59,4 @@ def fit_weights(
 
     start = np.full(scores.shape[1], 1.0)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
-    return np.asarray(found.x, np.float64) / scale
+    return np.where(is_empty, 0.0, np.asarray(found.x, np.float64) / scale)  # what is 0 everywhere is worth nothing

@@ -29,6 +29,8 @@ from d2llm.pipeline.protocols import SearchStudent
 
 MIN_QUERIES = 30
 """Judged dev queries of a task below which nothing is fitted."""
+LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
+"""How many of the best by words, and of the best by vectors, are in a query's list; of so many passages, at least."""
 _MEASURE = "nDCG@10"
 
 _remarks = logging.getLogger("d2llm.remarks")
@@ -98,8 +100,8 @@ def make_evidence_lists(
     *,
     terms: Sequence[EvidenceTerm],
     num_queries: int = 200,
-    depth: int = 50,
-    num_passages: int = 2_000,
+    depth: int = LISTED_DEPTH,
+    num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> EvidenceLists:

@@ -23,6 +23,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.models.sources import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
+from d2llm.pipeline.fit_evidence import LISTED_DEPTH, LISTED_PASSAGES
 from d2llm.pipeline.training_run import epochs_of
 
 _log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ def starting_recipe(
             _data_section(data, chosen, alike, task is not None, shared, num_train, num_left),
             _training_section(used, epochs, num_dev),
             _residual_section(),
+            _evidence_section(),
         ]
     )
     result = StartingRecipe(
@@ -243,7 +245,8 @@ def _minutes(
     of_batch = _BATCH * query + min(num_passages, _BATCH * (1 + _TRAINING.num_hard + _TRAINING.num_easy)) * passage
     training = num_seen / _BATCH * of_batch * _TRAINING_PASSES
     dev = 6 * min(num_passages, max(_TRAINING.dev_passages, 10 * min(num_dev, _TRAINING.dev_queries))) * passage
-    return (num_passages * passage + training + dev) / rate / 60
+    words = min(num_passages, max(LISTED_PASSAGES, LISTED_DEPTH * min(num_dev, _TRAINING.dev_queries))) * passage
+    return (num_passages * passage + training + dev + words) / rate / 60
 
 
 def _head(
@@ -398,3 +401,10 @@ def _residual_section() -> str:
     return """\
 [training.residual] # then the interaction alone, on vectors that are read once; its weight is chosen on dev, 0 allowed
 epochs = 3"""
+
+
+def _evidence_section() -> str:
+    return """\
+[evidence] # what BM25 adds to the score in an index: weighed on dev at the end, and left out where it is worth nothing
+words = true
+window_words = true # of each two neighbouring sentences: what counts where passages are long"""
