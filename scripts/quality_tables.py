@@ -27,6 +27,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 KINDS = {
     "bm25": "BM25",
     "hybrid": "BM25 + D2LLM",
+    "fitted_sum": "BM25 + cosine, fitted",
     "cosine_untuned": "cosine, untuned",
     "cosine_tuned": "cosine, tuned",
     "anchor": "D2LLM's cosine",
