@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Place:
         labels: Path | None = None,
         teacher: TeacherConfig | None = None,
         recipe: Recipe | None = None,
+        closed_gates: Collection[str] = (),
         show_progress: bool | None = False,
         **training: object,
     ) -> DistillReport:
@@ -49,6 +51,7 @@ class Place:
             recipe=made,
             labels=labels or self.labels,
             teacher=teacher or self.teacher,
+            closed_gates=closed_gates,
             device="cpu",
             dtype="float32",
             show_progress=show_progress,

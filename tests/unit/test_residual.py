@@ -42,7 +42,7 @@ def trained(folder: Path, tasks: dict[str, Task], quiet_price: float) -> dict[st
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    return train_residual(student, labelled, dev, recipe, nothing, nothing, show_progress=False)
+    return train_residual(student, labelled, dev, recipe, nothing, nothing, ask_teacher=nothing, show_progress=False)
 
 
 def gain(result: DevResult) -> float:

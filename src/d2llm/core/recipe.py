@@ -355,6 +355,10 @@ class TrainingConfig(WarmUpConfig):
     max_gradient_norm: float = Field(default=1.0, gt=0)
     unlabelled: Literal["leave_out", "own_labels"] = "leave_out"
     """Queries of the plan that the teacher has not labelled: left out, or trained on the data set's own judgements."""
+    unjudged: Literal["negatives", "leave_out", "ask_teacher"] = "negatives"
+    """Passages that training itself finds near a query (neighbours in the second stage, negatives mined anew) and that
+    the teacher has not judged: taken for irrelevant, left out, or judged by the teacher first, which takes time and is
+    kept with the other labels. Queries that learn from the data set's own judgements take them for irrelevant."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between dev evaluations; by default a fifth of the run's, but no more than 200."""
     patience: int = Field(default=5, ge=1)

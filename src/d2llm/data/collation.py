@@ -56,6 +56,17 @@ class LabelledSource:
         entries = sorted((e for e in source.plan.entries if e.query_id in kept), key=lambda entry: entry.query_id)
         return replace(self, source=source, entries=tuple(entries))
 
+    def without_unjudged_negatives(self) -> LabelledSource:
+        """Hard negatives that have no label left out, for the queries that learn from the teacher."""
+        kept: list[PlanEntry] = []
+        for entry in self.entries:
+            unjudged = {*self.labels.missing(entry.query_id, entry.hard_negatives)}
+            if unjudged and not entry.targets and entry.query_id not in self.unlabelled:
+                left = tuple(passage_id for passage_id in entry.hard_negatives if passage_id not in unjudged)
+                entry = replace(entry, hard_negatives=left)
+            kept.append(entry)
+        return replace(self, entries=tuple(kept))
+
 
 @dataclass(frozen=True, slots=True)
 class DistillationBatch:

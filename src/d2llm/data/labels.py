@@ -115,6 +115,10 @@ class LabelStore:
             )
         return store
 
+    def read_again(self) -> LabelStore:
+        """The store as it is now, with what other processes have written since."""
+        return LabelStore(self.folder, teacher=self.teacher, prompt=self.prompt, dataset=self.dataset)
+
     def __len__(self) -> int:
         """Number of queries with labels."""
         return len(self._log_odds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.evidence import NO_EVIDENCE, Evidence
-from d2llm.models.judge import identify_judge
+from d2llm.models.judge import Judge, identify_judge, load_judge
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teacher_identity import TeacherIdentity
 from d2llm.pipeline.dev import make_dev_set
 from d2llm.pipeline.distill_run import DistillRun
 from d2llm.pipeline.fit_evidence import fit_evidence
+from d2llm.pipeline.label import label_passages
 from d2llm.pipeline.objective import OFFSET
 from d2llm.pipeline.probabilities import fit_probabilities
 from d2llm.pipeline.processes import joined_processes, own_device
+from d2llm.pipeline.residual import AskTeacher
 
 _log = logging.getLogger(__name__)
 _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"})
@@ -139,6 +141,7 @@ def distill(
             settings,
             folder.with_name(folder.name + ".run"),
             processes,
+            _asked_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
             show_progress,
         )
         stopped_early = run.train()
@@ -206,6 +209,22 @@ def _report(
         },
         seconds=seconds,
     )
+
+
+def _asked_when_needed(
+    teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
+) -> AskTeacher:
+    """Asks the teacher about passages that training finds; it is loaded for the first that has no label."""
+    judge: Judge | None = None
+
+    def ask(labelled: LabelledSource, wanted: Mapping[str, Sequence[str]]) -> None:
+        nonlocal judge
+        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in wanted.items()):
+            return
+        judge = judge or load_judge(teacher, device=device, dtype=dtype)
+        label_passages(judge, labelled.source, labelled.labels, wanted, show_progress=show_progress)
+
+    return ask
 
 
 def _fit_evidence(

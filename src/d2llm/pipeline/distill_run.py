@@ -51,7 +51,7 @@ from d2llm.pipeline.objective import (
 )
 from d2llm.pipeline.processes import Processes
 from d2llm.pipeline.progress import Advance, progress_bar
-from d2llm.pipeline.residual import train_residual
+from d2llm.pipeline.residual import AskTeacher, train_residual
 from d2llm.pipeline.trackers import open_trackers
 from d2llm.pipeline.training_run import (
     RunLog,
@@ -104,15 +104,18 @@ class DistillRun:
         settings: dict[str, Any],
         folder: Path,
         processes: Processes,
+        ask_teacher: AskTeacher,
         show_progress: bool | None = None,
     ) -> None:
         """Begin a run, or take up the one whose checkpoint is in ``folder``.
 
         ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
+        ``ask_teacher`` is asked where ``training.unjudged`` says so.
         """
         self.show_progress = show_progress if processes.is_first else False
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
         self.settings, self.folder, self.processes = settings, folder, processes
+        self.ask_teacher = ask_teacher
         self.folder.mkdir(parents=True, exist_ok=True)
         self.has_stages = _has_stages(student, recipe)
         if self.has_stages and isinstance(student.interaction, Interaction):
@@ -235,6 +238,7 @@ class DistillRun:
                 self.recipe,
                 lambda source: self.offsets.get(offset_name(source.source)),
                 self._write_after,
+                ask_teacher=self.ask_teacher,
                 show_progress=self.show_progress,
             )
             self._adopt(results)
@@ -264,8 +268,19 @@ class DistillRun:
                 )  # fmt: skip
                 write_plan(folder, found.plan.entries, {"remined": found.plan.manifest.get("remined")})
             self.processes.from_first(None)  # when the plan is written
-            renewed.append(labelled.with_source(replace(labelled.source, plan=read_plan(folder))))
+            mined = labelled.with_source(replace(labelled.source, plan=read_plan(folder)))
+            renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._judged_alone(mined))
         self.sources = renewed
+
+    def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
+        """The source with those of its newly mined negatives that the teacher has judged, after asking it if wanted."""
+        if self.recipe.training.unjudged == "ask_teacher":
+            if self.processes.is_first:
+                by_teacher = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
+                self.ask_teacher(mined, {entry.query_id: entry.hard_negatives for entry in by_teacher})
+            self.processes.from_first(None)  # when the labels are written
+            mined = replace(mined, labels=mined.labels.read_again())
+        return mined.without_unjudged_negatives()
 
     def _batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
         training = self.recipe.training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,37 @@ def label(
     )
 
 
+def label_passages(
+    judge: Judge,
+    source: TrainingSource,
+    labels: LabelStore,
+    wanted: Mapping[str, Sequence[str]],
+    *,
+    show_progress: bool | None = None,
+) -> int:
+    """Judge passages of queries that have no label yet, in shards written every half minute; how many pairs it were.
+
+    Args:
+        judge: whose labels they are.
+        source: the data set.
+        labels: its store, which knows of them afterwards.
+        wanted: query_id -> passage ids; those with labels are passed over.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: a shard cannot be written.
+        ModelError: the teacher gave log-odds that are no numbers.
+    """
+    missing = {query_id: tuple(labels.missing(query_id, ids)) for query_id, ids in wanted.items()}
+    jobs = [_Job(query_id, ids, 0) for query_id, ids in missing.items() if ids]
+    num_pairs = sum(len(job.passage_ids) for job in jobs)
+    with progress_bar(
+        f"asking the teacher about {source.dataset.name} (pairs)", num_pairs, show=show_progress
+    ) as advance:
+        _label_jobs(judge, source, labels, iter(jobs), _Counts(), _with_rate(advance), remember=True)
+    return num_pairs
+
+
 @dataclass(slots=True)
 class _Counts:
     """What a run has to do, and what it met."""
@@ -148,9 +179,22 @@ def _label_source(
     model: Judge, source: TrainingSource, labels: LabelStore, total: _Counts, advance: Callable[[int], None]
 ) -> None:
     """Judge what one data set still lacks; memory holds what was judged since the last shard."""
+    jobs = (job for entry in source.entries_to_label if (job := _job(labels, entry)).passage_ids)
+    _label_jobs(model, source, labels, jobs, total, advance, remember=False)  # a plan names a query once
+
+
+def _label_jobs(
+    model: Judge,
+    source: TrainingSource,
+    labels: LabelStore,
+    jobs: Iterator[_Job],
+    total: _Counts,
+    advance: Callable[[int], None],
+    *,
+    remember: bool,
+) -> None:
     unwritten: list[QueryLabels] = []
     last_written = time.monotonic()
-    jobs = (job for entry in source.entries_to_label if (job := _job(labels, entry)).passage_ids)
     for chunk in _chunks(jobs):
         pairs = [
             (source.query_text(job.query_id), source.passage_text(passage_id))
@@ -161,15 +205,14 @@ def _label_source(
         total.add(judgements)
         unwritten += _by_query(chunk, judgements.log_odds, judgements.features)
         if time.monotonic() - last_written > _SHARD_SECONDS:
-            _write(labels, unwritten)
+            _write(labels, unwritten, remember=remember)
             unwritten, last_written = [], time.monotonic()
-    _write(labels, unwritten)
+    _write(labels, unwritten, remember=remember)
 
 
-def _write(labels: LabelStore, unwritten: Sequence[QueryLabels]) -> None:
+def _write(labels: LabelStore, unwritten: Sequence[QueryLabels], *, remember: bool) -> None:
     try:
-        # A plan names a query once, so nothing of this shard is asked for again.
-        labels.write(unwritten, remember=False)
+        labels.write(unwritten, remember=remember)
     except OSError as error:
         lost = sum(len(item.passage_ids) for item in unwritten)
         raise InputError(

@@ -8,7 +8,7 @@ those of the plan. What the inner product already ranks right has no gradient le
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,9 @@ from d2llm.pipeline.objective import batch_losses, weighted_sum
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.training_run import adamw, learning_rate_factor, optimizer_step, warmup_steps
 
+AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
+"""Has the teacher judge passages of queries, by id, and keeps what it says in the labels of the data set."""
+
 _BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
 
 
@@ -63,6 +66,7 @@ def train_residual(
     offsets: Callable[[LabelledSource], Tensor | None],
     write: Callable[..., None],
     *,
+    ask_teacher: AskTeacher,
     show_progress: bool | None,
 ) -> dict[str, DevResult]:
     """Train the interaction of an anchored student on its own vectors; the epoch with the best dev result stays.
@@ -78,6 +82,7 @@ def train_residual(
         recipe: ``training.residual``, losses and seed.
         offsets: the logit of a pair set at which yes and no are equally likely.
         write: takes ``step`` and named values for the log.
+        ask_teacher: labels passages of queries, where ``training.unjudged`` asks for it.
         show_progress: None means: if standard error is a terminal.
 
     Returns:
@@ -90,6 +95,10 @@ def train_residual(
     # Only the symmetric interaction is asked to leave the queries of asymmetric sets alone.
     is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
     sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
+    if recipe.training.unjudged == "ask_teacher":
+        for found in sets:
+            ask_teacher(found.labelled, _drawn_neighbours(found, config, recipe.seed))
+    only_judged = recipe.training.unjudged != "negatives"
     with progress_bar("reading dev once", sum(map(num_texts, dev_sets)), show=show_progress) as advance:
         dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
@@ -115,7 +124,8 @@ def train_residual(
                 head.train()
                 offset = offsets(found.labelled)
                 seed = f"{recipe.seed}:{epoch}"
-                loss = _loss(student, head, found, positions, config, weights, offset, seed)
+                draws = [_draw(found, position, config, seed, only_judged=only_judged) for position in positions]
+                loss = _loss(student, head, found, positions, draws, config, weights, offset)
                 if config.quiet_price:
                     change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
                     loss = loss + config.quiet_price * change
@@ -194,12 +204,11 @@ def _loss(
     head: Interaction,
     found: _Vectors,
     positions: Sequence[int],
+    draws: Sequence[Draw],
     config: ResidualConfig,
     weights: LossWeights,
     offset: Tensor | None,
-    seed: str,
 ) -> Tensor:
-    draws = [_draw(found, position, config, seed) for position in positions]
     batch = collate_lists(found.labelled, draws)
     width = batch.positive.shape[1]
     lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
@@ -247,16 +256,45 @@ def _change_elsewhere(
     return (change - change.mean(dim=1, keepdim=True)).square().mean()  # what all have in common moves none
 
 
-def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> Draw:
-    """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged."""
+def _drawn_neighbours(found: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
+    """query_id -> the neighbours that the epochs will draw for it; of queries that learn from the teacher."""
+    entries = [] if found.near is None else found.labelled.entries
+    drawn: dict[str, list[str]] = {}
+    for position, entry in enumerate(entries):
+        if entry.query_id in found.labelled.unlabelled:
+            continue
+        excluded = found.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
+        ids: list[str] = []
+        for epoch in range(config.epochs):
+            near, _ = _neighbours(found, position, config, f"{seed}:{epoch}")
+            ids += [passage_id for passage_id in near if passage_id not in excluded]
+        drawn[entry.query_id] = list(dict.fromkeys(ids))
+    return drawn
+
+
+def _neighbours(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
+    """Some of a query's neighbours, and what the rest of its draw comes from."""
+    assert found.near is not None
+    rng = random.Random(f"{seed}:{found.labelled.entries[position].query_id}")
+    rows = rng.sample(found.near[position].tolist(), min(config.num_near, found.near.shape[1]))
+    return [found.ids[row] for row in rows], rng
+
+
+def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
+    """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged.
+
+    ``only_judged``: of the neighbours those that the teacher has judged, if the query learns from it.
+    """
     entry = found.labelled.entries[position]
     if found.near is None:
         return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
-    rng = random.Random(f"{seed}:{entry.query_id}")
-    near = rng.sample(found.near[position].tolist(), min(config.num_near, found.near.shape[1]))
-    others = [rng.randrange(len(found.ids)) for _ in range(config.num_random)]
+    near, rng = _neighbours(found, position, config, seed)
+    if only_judged and entry.query_id not in found.labelled.unlabelled:
+        unjudged = {*found.labelled.labels.missing(entry.query_id, near)}
+        near = [passage_id for passage_id in near if passage_id not in unjudged]
+    others = [found.ids[rng.randrange(len(found.ids))] for _ in range(config.num_random)]
     known = {*entry.positives, *entry.hard_negatives}
     known |= found.labelled.same_text.as_any_of(set(entry.positives))
-    drawn = dict.fromkeys([*entry.easy_negatives, *(found.ids[row] for row in near + others)])
+    drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
     easy = [passage_id for passage_id in drawn if passage_id not in known]
     return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)
