@@ -66,6 +66,7 @@ def test_the_rows_are_printed_and_written(evaluated):
         "BM25",
         "hybrid: BM25 + cosine, untuned",
         "hybrid: BM25 + D2LLM",
+        "fitted sum: BM25 + cosine, tuned",
         "cosine, untuned",
         "cosine, tuned",
         "cosine, D2LLM vectors",
@@ -75,7 +76,7 @@ def test_the_rows_are_printed_and_written(evaluated):
     assert values(result, "BM25")["nDCG@10"] == 1.0  # each query is the beginning of its sentence
     assert (result["kind"], result["num_items"], result["num_passages"]) == ("retrieval", 4, 60)
     assert result["baseline"] == "cosine, tuned"
-    assert [row["num_items"] for row in result["sample_rows"]] == [2] * 8
+    assert [row["num_items"] for row in result["sample_rows"]] == [2] * 9
     assert result["report_version"] == 2
     assert evaluated.written["arguments"]["teacher_depth"] == 3
     for row in result["rows"]:
@@ -112,7 +113,7 @@ def test_the_page_and_the_markdown_hold_the_figures(evaluated):
 def test_saved_runs_measured_again_are_the_same(evaluated, place, alone):
     runs = sorted((evaluated.folder / "runs").iterdir())
     assert {path.stem for path in runs} >= {"BM25", "D2LLM", "hybrid-BM25-D2LLM", "cosine-tuned"}
-    assert len(runs) == 8
+    assert len(runs) == 9
     given = [argument for path in runs for argument in ("--run", path)]
     _, report = succeed_with_report("evaluate", place / "everyday", *alone, *given, folder=evaluated.folder)
     names = {path.stem: read_run(path).name for path in runs}

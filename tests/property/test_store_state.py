@@ -21,6 +21,7 @@ from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
 from d2llm.index.words import WordIndex
+from d2llm.ops.words import terms
 from tiny_store import DIM, check_contents, exact_products, new_store, put, vectors_of
 
 WORDS = ("apple", "pear", "quince", "中文", "文本")
@@ -162,7 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
     def match(self, word: str, top_k: int, year: int | None) -> None:
         view = PassageView(self.store)
         found = view.match(word, top_k, None if year is None else f"year >= {year}")
-        having = {p.id for p in self._chosen(year) if word in p.text.split() or word in p.title.split()}
+        having = {p.id for p in self._chosen(year) if not {*terms(word)}.isdisjoint(terms(p.full_text))}
         ids = view.ids(found.rows)
         assert set(ids) <= having
         assert len(ids) == min(top_k, len(having))

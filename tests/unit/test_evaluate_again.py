@@ -48,7 +48,7 @@ def test_a_second_evaluation_takes_everything_over(few, tmp_path):
     assert after.comparisons == before.comparisons
     assert after.details == before.details
     assert after.agreement == before.agreement
-    assert after.notes == (*before.notes, "12 parts were measured by an earlier run")
+    assert after.notes == (*before.notes, "13 parts were measured by an earlier run")
 
 
 def test_a_deeper_pool_is_judged_only_where_it_is_new(few, tmp_path):
@@ -163,7 +163,7 @@ def test_judgements_of_unknown_ids_are_counted(tmp_path):
 def test_a_baseline_that_is_not_there_is_refused_before_any_work(baseline):
     student = FakeStudent()
     with pytest.raises(
-        InputError, match=f"the baseline '{baseline}' is not among the rows .*: anchor, bm25, d2llm, hyb"
+        InputError, match=f"the baseline '{baseline}' is not among the rows .*: anchor, bm25, d2llm, fitted_sum, hyb"
     ):
         measure(make_dataset(), Contenders(student), baseline=baseline)
     assert student.encoded_passages == 0

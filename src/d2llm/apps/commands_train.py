@@ -289,7 +289,7 @@ def fit_scores(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Fit a student's scores to your own judged queries, without training it.
+    """Fit a student's scores to your judged queries; no training.
 
     Two things are fitted on dev: what BM25 adds to the score of a passage in an index, and what makes probabilities of
     scores. Vectors stay as they are: an index of the student is also one of the student that is written. What the
