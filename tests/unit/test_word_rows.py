@@ -86,6 +86,7 @@ def test_the_sum_ranks_all_passages_by_what_was_fitted_on_dev(words, monkeypatch
         word_rows, "sum_weights", lambda lists: fitted_on.append(lists) or np.array([1.0, 0.25, 2.0])
     )  # fmt: skip
     report = measure(dataset, everyone(), top_k=100)
+    assert report.row(FITTED).cost.bytes_per_passage > report.row("cosine, tuned").cost.bytes_per_passage == 32
     (lists,) = fitted_on
     assert len(lists) == 9
     assert all(scores.shape == (len(grades), 3) and sorted(set(grades)) >= [0, 1] for scores, grades in lists)

@@ -139,6 +139,11 @@ class Searcher:
         in_order = cascade is None and self.settings.hybrid is None
         self._in_students_order = in_order and self.settings.group == "passage"
 
+    @property
+    def counts_words(self) -> bool:
+        """Whether words are a part of the scores."""
+        return any(self._weights.values())
+
     def rank(
         self,
         queries: Sequence[Query] | Sequence[str],

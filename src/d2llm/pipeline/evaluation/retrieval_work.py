@@ -80,10 +80,11 @@ class RetrievalWork:
         searched = view or index.view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         system = student_system(name, kind, searcher, trial or self.trial)
+        bytes_of_words = searched.words.num_bytes / max(len(searched), 1) if searcher.counts_words else 0
         return replace(
             system,
             passages_per_second=passages_per_second,
-            bytes_per_passage=searched.format.code_size,
+            bytes_per_passage=searched.format.code_size + bytes_of_words,
             fingerprint=index.student.fingerprint,
             num_truncated=index.stats().num_truncated,
         )
