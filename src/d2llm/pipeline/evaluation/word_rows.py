@@ -29,8 +29,7 @@ _TERMS: tuple[EvidenceTerm, ...] = ("words", "words_share")
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
 _FEWEST_QUERIES = 4  # a half of them still says something
 
-Parts = Mapping[str, Sequence[EvidenceTerm]]
-_PARTS: Parts = {
+_PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
     "the words of passages": ("words", "words_share"),
     "the words of windows": ("window_words", "window_words_share"),
 }
@@ -59,7 +58,8 @@ def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
         return replace(system, rankings=in_order, notes=(*system.notes, told))
 
     fitted_on = fingerprint_json([query.id for query in held_out])
-    return work.store.system(work.key(name, model.fingerprint, fitted_on, work.settings.dtype), measure)
+    key = work.key(name, model.fingerprint, work.settings.num_candidates, fitted_on, work.settings.dtype)
+    return work.store.system(key, measure)
 
 
 def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: int) -> list[System]:
@@ -120,7 +120,8 @@ def _ranked(
     work: RetrievalWork, index: Index, name: str, weights: Mapping[EvidenceTerm, float], queries: Sequence[Query]
 ) -> System:
     """Some of the queries, ranked with these weights by candidates of vectors and words."""
-    settings = replace(work.search_settings(work.trial.top_k), evidence=weights, sources=("vectors", "bm25"))
+    num_candidates = work.settings.num_candidates  # as many as the student gets
+    settings = replace(work.search_settings(num_candidates), evidence=weights, sources=("vectors", "bm25"))
     chosen = {query.id for query in queries}
     probes = [query for query in work.trial.probes if query.id in chosen] or queries[:1]
     return work.measure(name, "fitted_sum", index, settings, trial=replace(work.trial, queries=queries, probes=probes))
