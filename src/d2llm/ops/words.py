@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from d2llm.core.types import Span
@@ -59,11 +59,7 @@ def windows(text: str) -> list[Span]:
 
     An empty text has one too, which is empty, so that every passage has a window.
     """
-    return join_windows(sentences(text))
-
-
-def join_windows(spans: Sequence[Span]) -> list[Span]:
-    """The windows of a text with these sentences."""
+    spans = sentences(text)
     if len(spans) <= WINDOW_SENTENCES:
         return [(spans[0][0], spans[-1][1])] if spans else [(0, 0)]
     last = WINDOW_SENTENCES - 1

@@ -16,12 +16,12 @@ from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
-from d2llm.index.words import WordIndex, rank_passages
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.pipeline.evaluation.gold import Gold, read_gold
+from d2llm.pipeline.mining.ranking import bm25_lists
 from d2llm.pipeline.progress import ignore, progress_bar
 
 RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -325,12 +325,6 @@ def _make_pair_dev_set(source: TrainingSource, pairs: PairDataset, *, num_pairs:
 
 
 def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query], show: bool | None) -> set[str]:
-    neighbours: set[str] = set()
-    title, total = f"passages for the dev queries of {dataset.name}", len(dataset.passages) + len(queries)
-    with progress_bar(title, total, show=show) as advance:
-        index = WordIndex.from_texts((passage.full_text for passage in dataset.passages.values()), advance=advance)
-        texts = (query.text for query in queries)
-        for candidates in rank_passages(index, list(dataset.passages), texts, _LEXICAL_DEPTH):
-            neighbours.update(candidate.passage_id for candidate in candidates)
-            advance(1)
-    return neighbours
+    title = f"passages for the dev queries of {dataset.name}"
+    found = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show, title=title)
+    return {passage_id for of_query in found for passage_id in of_query}

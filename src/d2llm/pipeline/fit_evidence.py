@@ -141,25 +141,32 @@ def make_evidence_lists(
         own = student.score(vector, passages, task)
         nearest = pool[np.argsort(-own, kind="stable")[:depth]]
         rows = np.unique(np.concatenate([found, nearest, np.array([*judged], np.int64)]))
-        scores = [own[np.searchsorted(pool, rows)], *evidence_of(words, query_words, rows, terms)]
-        graded = np.array([judged.get(row, 0.0) for row in rows.tolist()])
-        lists.append((np.stack(scores, axis=1), graded))
+        lists.append(scored_list(own[np.searchsorted(pool, rows)], words, query_words, rows, judged, terms))
     return EvidenceLists(dataset.name, lists)
 
 
-def evidence_of(
-    words: WordIndex, query: QueryWords, rows: NDArray[np.int64], terms: Sequence[EvidenceTerm]
-) -> list[NDArray[np.floating[Any]]]:
-    """Each kind of evidence for some rows [n], in the order of ``terms``, as ``RowEvidence`` weighs it."""
+def scored_list(
+    own: NDArray[np.float32],
+    words: WordIndex,
+    query: QueryWords,
+    rows: NDArray[np.int64],
+    grades: Mapping[int, float],
+    terms: Sequence[EvidenceTerm],
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The scores [n, 1 + terms] of some rows [n], the student's ``own`` first, and their grades [n], 0 if not judged.
+
+    Each kind of evidence is what ``RowEvidence`` weighs.
+    """
     of_passages, of_windows = words.score(query, rows)
     limit = query.limit or 1.0
-    found: dict[EvidenceTerm, NDArray[np.floating[Any]]] = {
+    found: dict[EvidenceTerm, NDArray[np.float32]] = {
         "words": of_passages,
         "words_share": of_passages / limit,
         "window_words": of_windows,
         "window_words_share": of_windows / limit,
     }
-    return [found[term] for term in terms]
+    scores = np.stack([own, *(found[term] for term in terms)], axis=1)
+    return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)
 
 
 def weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:

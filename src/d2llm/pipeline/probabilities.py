@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
-from d2llm.index.words import WordIndex, rank_passages
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
+from d2llm.pipeline.mining.ranking import bm25_lists
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import SearchStudent
 
@@ -133,25 +133,16 @@ def _draw(
     """For each query the passages to score, a relevant one first."""
     if not positives:
         return {}
-    title, total = f"passages to calibrate on of {dataset.name}", len(dataset.passages) + len(positives)
-    with progress_bar(title, total, show=show) as advance:
-        texts = (passage.full_text for passage in dataset.passages.values())
-        index, ids = WordIndex.from_texts(texts, advance=advance), list(dataset.passages)
-        found_of: dict[str, list[str]] = {}
-        query_texts = [dataset.queries[query_id].text for query_id in positives]
-        ranked = rank_passages(index, ids, query_texts, _LEXICAL_DEPTH)
-        for query_id, candidates in zip(positives, ranked, strict=True):
-            found_of[query_id] = [candidate.passage_id for candidate in candidates]
-            advance(1)
+    title = f"passages to calibrate on of {dataset.name}"
+    queries = [dataset.queries[query_id] for query_id in positives]
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show, title=title)
     same_text = SameText(dataset)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}
-    for query_id, relevant in positives.items():
+    for (query_id, relevant), found in zip(positives.items(), lists, strict=True):
         excluded = {*relevant, *same_text.as_any_of(relevant)}
         refused = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
-        hard = [
-            passage_id for passage_id in dict.fromkeys([*found_of[query_id], *refused]) if passage_id not in excluded
-        ]
+        hard = [passage_id for passage_id in dict.fromkeys([*found, *refused]) if passage_id not in excluded]
         others = [passage_id for passage_id in pool if passage_id not in excluded]
         if not others:
             continue

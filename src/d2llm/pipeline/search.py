@@ -124,7 +124,7 @@ class Searcher:
         self._allowed = index.select(self.settings.filter)
         given = self.settings.evidence
         self._weights = evidence_weights(student, self._task) if given is None else given
-        names = self.settings.sources or (("vectors", "bm25") if any(self._weights.values()) else ("vectors",))
+        names = self.settings.sources or (("vectors", "bm25") if self.counts_words else ("vectors",))
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
         self._reaches = reaches or KeptReaches()

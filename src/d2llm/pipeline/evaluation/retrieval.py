@@ -94,9 +94,9 @@ def evaluate_retrieval(
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
     names = [name for name, _, _ in judges]
-    left_out = [system.name for system in parts]
+    names_of_parts = [system.name for system in parts]
     return _report(
-        work, contenders, systems, names, left_out, shortcuts, subject, teacher_scores, followers, num_left_out
+        work, contenders, systems, names, names_of_parts, shortcuts, subject, teacher_scores, followers, num_left_out
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from d2llm.pipeline.cosine import AnchorStudent
 from d2llm.pipeline.evaluation.retrieval_work import RetrievalWork
 from d2llm.pipeline.evaluation.setting import NAME_BM25, NAME_D2LLM, Row
 from d2llm.pipeline.evaluation.systems import System
-from d2llm.pipeline.fit_evidence import evidence_of, sum_weights
+from d2llm.pipeline.fit_evidence import scored_list, sum_weights
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.report import MissingRow
@@ -103,7 +102,7 @@ def _fit(
     view, student, task = index.view, index.student, work.trial.task
     words = view.words
     vectors = student.encode_queries([query.text for query in queries]).vectors
-    lists: list[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]] = []
+    lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
     for query, vector, anchor in zip(queries, vectors, student.anchor_queries(vectors, task), strict=True):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
@@ -111,8 +110,7 @@ def _fit(
         near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(asked, _FIT_DEPTH)[0]
         rows = np.unique(np.concatenate([near, by_words, np.array([*judged], np.int64)]))
         own = student.score(vector, view.vectors(rows), task)
-        scores = np.stack([own, *evidence_of(words, asked, rows, _TERMS)], axis=1)
-        lists.append((scores, np.array([judged.get(row, 0) for row in rows.tolist()], np.float64)))
+        lists.append(scored_list(own, words, asked, rows, judged, _TERMS))
     return dict(zip(_TERMS, sum_weights(lists)[1:].tolist(), strict=True))
 
 

@@ -27,11 +27,20 @@ Lists = list[list[str]]
 
 
 def bm25_lists(
-    passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, show: bool | None
+    passages: Mapping[str, Passage],
+    ids: Sequence[str],
+    queries: Sequence[Query],
+    top_k: int,
+    show: bool | None,
+    *,
+    title: str = "BM25",
 ) -> Lists:
-    """The best of BM25; passages that share no term with a query are left out. The index is dropped at the end."""
+    """The best of BM25; passages that share no term with a query are left out. The index is dropped at the end.
+
+    ``title`` is that of the progress bar, which counts passages and queries.
+    """
     lists: Lists = []
-    with progress_bar("BM25", len(ids) + len(queries), show=show) as advance:
+    with progress_bar(title, len(ids) + len(queries), show=show) as advance:
         texts = (passage.full_text for passage in PassageSequence(passages, ids))
         index = WordIndex.from_texts(texts, advance=advance)
         for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
