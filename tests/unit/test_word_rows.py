@@ -143,7 +143,7 @@ def test_own_score_keeps_weight_one():
 
 
 def test_what_each_part_is_worth(words):
-    report = measure(words, everyone(student=WordyStudent()), num_candidates=130)
+    report = measure(words, everyone(student=WordyStudent()), num_candidates=260)
     names = [
         "D2LLM without the words of passages",
         "D2LLM without the words of windows",

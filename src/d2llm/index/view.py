@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -229,8 +229,17 @@ class PassageView:
         made_of = projections_of(self.student_fingerprint, self.format.name)
         return StoredProjections.open(self.vector_file, self._generation, made_of)
 
-    def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
-        """The passages that BM25 finds for a text, best first, ties by id; the filter comes before the choice.
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        ties: Literal["ids", "rows"] = "ids",
+    ) -> CandidateRows:
+        """The passages that BM25 finds for a text, best first; the filter comes before the choice.
+
+        ``ties`` says what orders equal scores. There may be as many as passages, and to look up their ids takes time.
 
         Raises:
             InputError: ``top_k`` < 1, or the text is no valid Unicode.
@@ -249,7 +258,8 @@ class PassageView:
         except (IndexError, ValueError) as error:  # what the samples at opening did not find of damage
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
-        best = top_rows(scores, min(top_k, len(rows)), lambda places: self.ids(rows[places]))
+        ids_of = (lambda places: self.ids(rows[places])) if ties == "ids" else None
+        best = top_rows(scores, min(top_k, len(rows)), ids_of)
         return CandidateRows(rows[best], scores[best])
 
     @cached_property

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def top_rows(
-    scores: NDArray[np.floating[Any]], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]]
+    scores: NDArray[np.floating[Any]], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]] | None
 ) -> NDArray[np.int64]:
     """Rows of the ``top_k`` highest scores, best first; equal scores in the order of their ids.
 
@@ -21,7 +21,8 @@ def top_rows(
     Args:
         scores: [n], no NaN; infinities are allowed.
         top_k: how many, at least 0; all rows when it is at least n.
-        ids_of: the ids of some rows; asked at most once, for those whose score is not unique among the best.
+        ids_of: the ids of some rows; asked at most once, for those whose score is not unique among the best. None where
+            any order of equal scores will do: that of their rows.
 
     Returns:
         [min(top_k, n)] row numbers.
@@ -35,7 +36,7 @@ def top_rows(
     ordered = scores[rows]
     follows = np.concatenate(([False], ordered[1:] == ordered[:-1], [False]))
     tied = np.flatnonzero(follows[1:] | follows[:-1])
-    if len(tied):
+    if ids_of is not None and len(tied):
         ids, levels = ids_of(rows[tied]), (-ordered[tied]).tolist()
         # Of those level with the border, which may be the whole corpus, only the smallest ids still fit.
         num_fitting = int(np.searchsorted(tied, top_k))

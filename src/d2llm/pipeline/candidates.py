@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +50,15 @@ class SearchableIndex(VectorView, Protocol):
         """``scan`` for each of several queries [q, dim], with the same answers."""
         ...
 
-    def match(self, text: str, top_k: int, filter: str | None = None) -> FoundRows:  # noqa: A002
-        """What BM25 finds, best first, ties by id."""
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        ties: Literal["ids", "rows"] = "ids",
+    ) -> FoundRows:
+        """What BM25 finds, best first; ``ties`` says what orders equal scores."""
         ...
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
@@ -125,13 +132,14 @@ class AnnSource:
 
 @dataclass(frozen=True, slots=True)
 class LexicalSource:
-    """BM25."""
+    """BM25. ``ties`` as ``match`` has them: where all that is found is scored in full, their order decides nothing."""
 
     index: SearchableIndex
     filter: str | None
+    ties: Literal["ids", "rows"]
     name: str = "bm25"
 
     def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
         """The rows that BM25 finds."""
         del anchor
-        return self.index.match(query.text, top_k, self.filter)
+        return self.index.match(query.text, top_k, self.filter, ties=self.ties)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class _Asked:
         anchor: [dim], for inner products; None for a head without.
         evidence: what words add to the scores; None where the vectors' score is all.
         scorer: scores rows for it; None in an exact search, which has its own.
-        depth: of the candidates that are looked for first.
+        depth: how many candidates each source is asked for first.
         scanned: the result of a scan to that depth that it had with others; None where it had none.
         seconds: as a ranking has them.
     """
@@ -135,7 +136,8 @@ class Searcher:
         if "ann" in names and not self._exact:
             self._sources.append(AnnSource(index, self._allowed))
         if ("bm25" in names and not self._exact) or self.settings.hybrid is not None:
-            self._sources.append(LexicalSource(index, self.settings.filter))
+            ties = "rows" if self.settings.hybrid is None else "ids"
+            self._sources.append(LexicalSource(index, self.settings.filter, ties))
         in_order = cascade is None and self.settings.hybrid is None
         self._in_students_order = in_order and self.settings.group == "passage"
 
@@ -203,7 +205,8 @@ class Searcher:
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
         # A scan's order is that of the anchors. Where they are the scores, it need not go deeper than the ranking.
         final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
-        depth = self.settings.top_k if final else max(self.settings.num_candidates, self.settings.top_k)
+        share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
+        depth = self.settings.top_k if final else max(share, self.settings.top_k)
         scanned: Sequence[FoundRows | None] = [None] * len(queries)
         together = [anchor for anchor in anchors if anchor is not None]
         if source is not None and len(together) > 1:

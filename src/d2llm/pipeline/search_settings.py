@@ -19,7 +19,7 @@ class SearchSettings:
     Attributes:
         task: which branch of the IEM; None means the index's own.
         top_k: length of a ranking; every passage when it is beyond the corpus.
-        num_candidates: passages that each source proposes; when it is below ``top_k``, ``top_k`` are proposed.
+        num_candidates: passages that get the full score; each source proposes an equal part, ``top_k`` at least.
         filter: an SQL-like condition on metadata (``index.filters``); it is applied before the choice of the first k.
         sources: who proposes candidates; several are united, and all get the student's full score. None means
             "vectors", and "bm25" with them where the student's score counts words. "ann" is "vectors" by an approximate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,9 +86,16 @@ class StoredAs:
         """``scan`` for each of several queries [q, dim], with the same answers."""
         return [CandidateRows(*found) for found in self._scan.search_together(queries, top_k, allowed, ids_of=self.ids)]
 
-    def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        ties: Literal["ids", "rows"] = "ids",
+    ) -> CandidateRows:
         """As the index does."""
-        return self._index.match(text, top_k, filter)
+        return self._index.match(text, top_k, filter, ties=ties)
 
     @property
     def words(self) -> WordIndex:
