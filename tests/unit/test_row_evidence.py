@@ -26,7 +26,7 @@ WEIGHTS = {"words": 0.5, "words_share": 3.0, "window_words": 0.25, "window_words
 class WordyStudent(FakeStudent):
     """A student whose score counts words in one task."""
 
-    def evidence_weights(self, task):
+    def evidence_weights(self, task, *, windows=True):
         return WEIGHTS if task == "asymmetric" else {}
 
 

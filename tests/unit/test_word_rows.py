@@ -21,7 +21,7 @@ WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
 class WordyStudent(FakeStudent):
     """A student whose score counts words."""
 
-    def evidence_weights(self, task):
+    def evidence_weights(self, task, *, windows=True):
         return WEIGHTS if task == "asymmetric" else {}
 
 

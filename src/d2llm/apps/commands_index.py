@@ -25,6 +25,7 @@ from d2llm.apps.index_options import (
     PlainOption,
     WholeOption,
     WindowOption,
+    WindowVectorsOption,
 )
 from d2llm.apps.index_writing import Loading, Making, Splitting, write_corpus
 from d2llm.apps.options import SEARCH, DeviceOption, DtypeOption, EngineOption, JsonOption
@@ -59,6 +60,7 @@ def add(
     task: NewTaskOption = "asymmetric",
     vectors: FormatOption = "bfloat16",
     vector_copies: CopiesOption = 2,
+    window_vectors: WindowVectorsOption = "auto",
     field: FieldOption = None,
     no_metadata: PlainOption = False,
     lenient_metadata: LenientOption = False,
@@ -80,7 +82,7 @@ def add(
         context,
         folder_of(context),
         corpus,
-        making=Making(task, vectors, vector_copies, field or ()),
+        making=Making(task, vectors, vector_copies, window_vectors, field or ()),
         splitting=Splitting(chunk_tokens, chunk_overlap, late, late_window, whole),
         loading=Loading(student, device, dtype, engine),
         only_new=True,
@@ -98,6 +100,7 @@ def upsert(
     task: NewTaskOption = "asymmetric",
     vectors: FormatOption = "bfloat16",
     vector_copies: CopiesOption = 2,
+    window_vectors: WindowVectorsOption = "auto",
     field: FieldOption = None,
     no_metadata: PlainOption = False,
     lenient_metadata: LenientOption = False,
@@ -120,7 +123,7 @@ def upsert(
         context,
         folder_of(context),
         corpus,
-        making=Making(task, vectors, vector_copies, field or ()),
+        making=Making(task, vectors, vector_copies, window_vectors, field or ()),
         splitting=Splitting(chunk_tokens, chunk_overlap, late, late_window, whole),
         loading=Loading(student, device, dtype, engine),
         only_new=False,

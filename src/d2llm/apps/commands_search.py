@@ -18,6 +18,7 @@ from d2llm.apps.index_options import (
     OverlapOption,
     WholeOption,
     WindowOption,
+    WindowVectorsOption,
 )
 from d2llm.apps.index_writing import Splitting
 from d2llm.apps.options import (
@@ -63,6 +64,7 @@ def encode(
     task: NewTaskOption = "asymmetric",
     vectors: FormatOption = "bfloat16",
     vector_copies: CopiesOption = 2,
+    window_vectors: WindowVectorsOption = "auto",
     chunk_tokens: ChunkOption = None,
     chunk_overlap: OverlapOption = None,
     late: LateOption = False,
@@ -94,6 +96,7 @@ def encode(
         task=task,
         vector_format=vectors,
         vector_copies=cast("VectorCopies", vector_copies),
+        window_vectors=None if window_vectors == "none" else window_vectors,
         chunking=splitting.chunking(model) or default_chunking(model),
         student_source=source_of(student),
         overwrite=overwrite,

@@ -284,6 +284,13 @@ def fit_scores(
     words: Annotated[
         bool, typer.Option("--words/--no-words", help="Also weigh what BM25 adds to the score in an index.")
     ] = True,
+    window_vectors: Annotated[
+        bool,
+        typer.Option(
+            "--window-vectors/--no-window-vectors",
+            help="With words: also weigh vectors of each two sentences; an index then takes longer to make.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -304,8 +311,9 @@ def fit_scores(
     datasets = [open_data(place, splits=["dev"]) for place in data]
     model = Student.load(student, device=device, dtype=dtype)
     report = fit_scores(
-        model, datasets, task, words=words, num_queries=num_queries, seed=seed, show_progress=session.show_progress
-    )
+        model, datasets, task, words=words, window_vectors=window_vectors, num_queries=num_queries, seed=seed,
+        show_progress=session.show_progress,
+    )  # fmt: skip
     model.save(out)
     weighed = evidence_words({task: report.evidence}) if report.evidence else "words were not weighed"
     calibrated = probability_words({task: report.probabilities} if report.probabilities else {})

@@ -53,6 +53,15 @@ CopiesOption = Annotated[
         help="Of a new index: 1 keeps vectors once, in less space; those damaged must then be encoded again.",
     ),
 ]
+WindowVectorsOption = Annotated[
+    str,
+    typer.Option(
+        "--window-vectors",
+        metavar="FORMAT",
+        help="Of a new index: also keep a vector of each two neighbouring sentences, as int3, say; or none.",
+        show_default="int3 where the student's score counts them",
+    ),
+]
 FieldOption = Annotated[
     list[str] | None,
     typer.Option(

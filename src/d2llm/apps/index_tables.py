@@ -34,6 +34,8 @@ def stats_table(stats: IndexStats) -> Table:
         "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "
         "per passage in all",
     }
+    if stats.window_format is not None:
+        rows["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
     if not stats.checksums:
         rows["checksums"] = "none; the next write, or verify --repair, takes them"
     if stats.num_projections:

@@ -40,6 +40,7 @@ class Making:
     task: Task
     vector_format: str
     vector_copies: int
+    window_vectors: str
     fields: Sequence[str]
 
     def check_not_given(self, folder: Path) -> None:
@@ -52,6 +53,7 @@ class Making:
             "--field": bool(self.fields),
             "--vectors": self.vector_format != "bfloat16",
             "--vector-copies": self.vector_copies != 2,
+            "--window-vectors": self.window_vectors != "auto",
             "--task": self.task != "asymmetric",
         }
         for option, is_given in given.items():
@@ -155,6 +157,7 @@ def _opened(folder: Path, making: Making, loading: Loading) -> Generator[Index]:
         task=making.task,
         vector_format=making.vector_format,
         vector_copies=cast("VectorCopies", making.vector_copies),
+        window_vectors=None if making.window_vectors == "none" else making.window_vectors,
         metadata=MetadataSchema.parse(making.fields).fields,
         device=loading.device,
         dtype=loading.dtype,

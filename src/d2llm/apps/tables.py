@@ -123,7 +123,15 @@ def _unbroken(line: Text) -> Text:
 def explanation_table(ranking: Ranking) -> Table:
     """Why the passages of a ranking stand where they do."""
     table = Table(box=None, title=Text("why"), title_justify="left")
-    for name in ("rank", "inner product", "words", "interaction", "ranks of sources", "terms of the query"):
+    for name in (
+        "rank",
+        "inner product",
+        "words",
+        "best window",
+        "interaction",
+        "ranks of sources",
+        "terms of the query",
+    ):
         table.add_column(name, justify="left" if name.startswith(("ranks", "terms")) else "right")
     for place in ranking.passages:
         why = place.explanation
@@ -135,6 +143,7 @@ def explanation_table(ranking: Ranking) -> Table:
             str(place.rank),
             "-" if why.anchor is None else f"{why.anchor:.3f}",
             "-" if why.lexical is None else f"{why.lexical:+.3f}",
+            "-" if why.windows is None else f"{why.windows:+.3f}",
             "-" if why.interaction is None else f"{round(why.interaction, 3) or 0.0:+.3f}",  # no -0.000
             ranks or "-",
             Text(terms or "-"),

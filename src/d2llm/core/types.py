@@ -38,9 +38,9 @@ NumberFormat = Literal["float32", "bfloat16", "float16"]
 SourceName = Literal["vectors", "ann", "bm25"]
 """Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
 
-EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share"]
-"""A part of a student's score beside the vectors: BM25 of the passage and of its best window, and both divided by the
-query's limit."""
+EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors"]
+"""A part of a student's score beside the vector of the passage: BM25 of the passage and of its best window, both also
+divided by the query's limit, and the highest inner product with the vector of a window."""
 
 Grouping = Literal["passage", "best", "sum"]
 """What a ranking is of: passages, or documents by their best passage or by the summed odds of their best passages."""
@@ -151,8 +151,8 @@ class Candidate:
 class Explanation:
     """Why a passage stands where it does.
 
-    ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None where the head has no anchor), and
-    ``lexical`` what BM25 added (None where the student's score counts no words).
+    ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None where the head has no anchor),
+    ``lexical`` what BM25 added and ``windows`` what the best window's vector did (None where they do not count).
     ``source_ranks`` and ``source_scores`` are those of the sources that proposed it; ``terms`` counts the query's terms
     (stems, as BM25 sees them) in the passage.
     """
@@ -160,6 +160,7 @@ class Explanation:
     anchor: float | None
     interaction: float | None
     lexical: float | None
+    windows: float | None
     source_ranks: Mapping[str, int]
     source_scores: Mapping[str, float]
     terms: Mapping[str, int]

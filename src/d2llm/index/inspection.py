@@ -23,6 +23,7 @@ from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import Encode
 from d2llm.index.vector_file import DERIVED, VectorFile, ann_path_of, path_of
+from d2llm.index.window_vectors import EncodeWindows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class IndexStats:
     ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
     yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
     write takes them where an earlier d2llm made the index. ``chunking`` says how documents were cut, where there were
-    any; ``student_name`` has the student's name beside its fingerprint ``student``.
+    any; ``student_name`` has the student's name beside its fingerprint ``student``. ``window_format`` is that of the
+    vectors of windows, None where there are none.
     """
 
     folder: str
@@ -60,6 +62,8 @@ class IndexStats:
     ann_recall: float | None
     bytes_per_passage: float
     word_bytes: int
+    window_format: str | None
+    window_bytes: int
     unindexed: dict[str, int]
     checksums: bool
     chunking: Chunking | None = None
@@ -116,6 +120,8 @@ def stats(store: IndexStore) -> IndexStats:
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
+        window_format=None if store.window_format is None else store.window_format.name,
+        window_bytes=sum(path.stat().st_size for path in store.folder.glob("window-*")),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
         checksums=store.files.record() is not None,
         chunking=read_chunking(store.folder),
@@ -124,7 +130,12 @@ def stats(store: IndexStore) -> IndexStats:
 
 
 def verify(
-    store: IndexStore, *, repair: bool = False, go_back: bool = False, encode: Encode | None = None
+    store: IndexStore,
+    *,
+    repair: bool = False,
+    go_back: bool = False,
+    encode: Encode | None = None,
+    encode_windows: EncodeWindows | None = None,
 ) -> VerifyReport:
     """Read everything and compare: files with their checksums, and where they are whole, texts with their hashes, row
     numbers, the vectors with what was written, snapshots.
@@ -141,6 +152,7 @@ def verify(
         go_back: with ``repair``, where passages are damaged: return to the last version that is whole, and lose what
             came since.
         encode: what encodes, where the vectors are kept once.
+        encode_windows: what reads windows, where the index stores their vectors.
 
     Raises:
         IndexLockedError: another process is writing, and there is to be repaired.
@@ -149,7 +161,7 @@ def verify(
     """
     if go_back and not repair:
         raise InputError(f"{store.folder}: going back is part of a repair; ask for the repair too (--repair)")
-    effort = _Effort(repair, go_back, encode)
+    effort = _Effort(repair, go_back, encode, encode_windows)
     table, problems = _look_at(store, effort)
     snapshots = store.snapshots()
     for name in snapshots:
@@ -171,6 +183,7 @@ class _Effort(NamedTuple):
     repair: bool
     go_back: bool
     encode: Encode | None
+    encode_windows: EncodeWindows | None
 
 
 def _look_at(store: IndexStore, effort: _Effort) -> tuple[PassageTable | None, list[str]]:
@@ -186,7 +199,7 @@ def _look_at(store: IndexStore, effort: _Effort) -> tuple[PassageTable | None, l
         elif damages:
             return None, damages
         table = store.table()
-        problems = [*_problems(store, table, effort.repair, effort.encode)]
+        problems = _problems(store, table, effort)
         return table, [*lacking, *damages, *problems]
 
 
@@ -242,16 +255,18 @@ def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
     return repair_files(store.files, others, go_back=go_back)
 
 
-def _problems(store: IndexStore, table: PassageTable, repair: bool, encode: Encode | None) -> list[str]:
+def _problems(store: IndexStore, table: PassageTable, effort: _Effort) -> list[str]:
     """Of a store or a snapshot. Vectors are looked at where the table is whole, since they are made anew from it."""
     problems = list(_table_problems(table))
     if problems:
         return problems
     problems = list(store.vectors.problems(table))
+    repair = effort.repair
     if problems and repair:
-        store.vectors.repair(table, encode)
+        store.vectors.repair(table, effort.encode)
         problems = [f"{problems[0]}; it was written anew", *store.vectors.problems(table)]
     problems += _word_problems(store, table, repair=repair)
+    problems += _window_problems(store, table, effort)
     return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
 
 
@@ -308,6 +323,22 @@ def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> l
         store.settle_words(table)
         return [f"{problem}; they were read again" for problem in problems]
     return [f"{problem}; `d2llm index ... verify --repair` reads them again from the table" for problem in problems]
+
+
+def _window_problems(store: IndexStore, table: PassageTable, effort: _Effort) -> list[str]:
+    """Whether the vectors of the windows are there, and are what was written."""
+    if store.window_format is None:
+        return []
+    try:
+        store.windows(table, store.vectors.num_rows(table))
+    except DataFormatError as error:
+        if not effort.repair:
+            return [str(error)]
+        if effort.encode_windows is None:
+            raise InputError(f"{store.folder}: to repair the vectors of windows, a student must encode") from error
+        store.read_windows_again(table, effort.encode_windows)
+        return [f"{error.path.name}: {error.problem}; they were encoded again"]
+    return []
 
 
 def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:

@@ -7,6 +7,7 @@ INDEX/
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
   words-<g>-...         the words of the same rows (``word_files``), for BM25; they follow from the texts
+  window-...-<g>        where the index has them, vectors of the windows of the same rows (``window_vectors``)
   chunking.json         how documents were cut into passages, where they were (``side_files``)
   snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
   write.lock            held by the writer
@@ -56,6 +57,15 @@ from d2llm.index.stored_vectors import StoredVectors, VectorCopies, stored_vecto
 from d2llm.index.table_files import TableFiles
 from d2llm.index.vector_file import VectorFile
 from d2llm.index.vectors import VectorFormat, make_format
+from d2llm.index.window_vectors import (
+    EncodeWindows,
+    ReadWindows,
+    WindowVectors,
+    append_windows,
+    create_windows,
+    open_windows,
+    replace_windows,
+)
 from d2llm.index.words import WordSegment
 from d2llm.index.write_lock import WriteLock
 
@@ -63,6 +73,7 @@ KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` leaves an old version to the readers that have it open."""
 _SNAPSHOTS = "snapshots"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
+_WINDOW_ROWS = 256  # whose windows are read together in a repair
 _UNINDEXED_ROWS = 4_000  # so many are searched without an index before the indices are brought up to date
 
 
@@ -74,6 +85,8 @@ class IndexStore:
         self.manifest = manifest
         self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
         self.vector_copies: VectorCopies = manifest.get("vector_copies", 2)
+        windows = manifest.get("window_format")
+        self.window_format: VectorFormat | None = make_format(windows, manifest["dim"]) if windows else None
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
         self.files = TableFiles(folder, expected="checksums" in manifest)
         self._lock = WriteLock(folder, self.files, self._check_place)
@@ -88,6 +101,7 @@ class IndexStore:
         task: Task = "asymmetric",
         vector_format: str = "bfloat16",
         vector_copies: VectorCopies = 2,
+        window_format: str | None = None,
         metadata: MetadataSchema | None = None,
         student_config: Mapping[str, Any] | None = None,
         student_source: str | None = None,
@@ -95,7 +109,8 @@ class IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
         ``vector_copies``: 2, in the table too, so that a damaged vector file is read from there; 1, in the file alone,
-        which takes less space, and what is damaged must be encoded again.
+        which takes less space, and what is damaged must be encoded again. ``window_format``: how the vectors of windows
+        are stored; None, not at all.
 
         Raises:
             InputError: something is there already, or the format or number of copies is unknown.
@@ -105,14 +120,22 @@ class IndexStore:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: is there already; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
+        windows = None if window_format is None else make_format(window_format, dim)
         if vector_copies not in FORMATS:
             raise InputError(f"{vector_copies!r} copies of the vectors cannot be kept; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
             PassageTable.create(draft, table_schema(fields, code_size if vector_copies == 2 else None))
             VectorFile.create(draft, 0, code_size)
+            if windows is not None:
+                create_windows(draft, 0, windows)
             student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
-            vectors = {"dim": dim, "vector_format": vector_format, "vector_copies": vector_copies}
+            vectors = {
+                "dim": dim,
+                "vector_format": vector_format,
+                "vector_copies": vector_copies,
+                "window_format": window_format,
+            }
             content = {"student_source": student_source, "task": task, **vectors, "snapshot": None}
             write_index_manifest(draft, vector_copies, student | content)
             TableFiles(draft).commit()
@@ -228,7 +251,7 @@ class IndexStore:
 
     def write(
         self, changes: Changes, vectors: NDArray[np.float32], truncated: Collection[int] = (),
-        table: PassageTable | None = None,
+        table: PassageTable | None = None, windows: ReadWindows | None = None,
     ) -> int:  # fmt: skip
         """Make the changes in one commit; returns the version that has them.
 
@@ -237,14 +260,16 @@ class IndexStore:
             vectors: [len(changes.texts), dim].
             truncated: places in ``changes.texts`` that the student read in part.
             table: the latest version, opened under the same lock; it then moves to the new one.
+            windows: of ``changes.texts``, for an index that stores them.
 
         Raises:
-            InputError: a vector is not finite, or their number or width is wrong.
+            InputError: a vector is not finite, or their number or width is wrong; or windows are missing.
             StorageError: it cannot be written; nothing of these changes is in the index.
         """
         if vectors.shape != (wanted := (len(changes.texts), self.manifest["dim"])):
             raise InputError(f"vectors of shape {vectors.shape} were given, but in this index the texts need {wanted}")
-        codes = self.format.encode(vectors, [passage.id for passage in changes.texts])
+        names: list[str] = [passage.id for passage in changes.texts]
+        codes, window_codes = self.format.encode(vectors, names), self._window_codes(windows, names)
         with self.writing():
             table = self.table() if table is None else table
             if not changes.texts and not changes.others:
@@ -256,6 +281,8 @@ class IndexStore:
                 first = file.append(codes) if len(codes) else file.capacity
                 words = WordSegment.from_texts(passage.full_text for passage in changes.texts)
                 word_files.write_segment(self.folder, generation, first, words)
+                if self.window_format is not None and windows is not None and len(codes):
+                    append_windows(self.folder, generation, self.window_format, first, window_codes, windows.counts)
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
             flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
@@ -263,6 +290,14 @@ class IndexStore:
             block = table_block(passages, table.schema, metadata, rows, flags, column)
             table.put(block, replaces=len(passages) > changes.num_new)
             return table.version
+
+    def _window_codes(self, windows: ReadWindows | None, names: Sequence[str]) -> NDArray[np.uint8]:
+        if self.window_format is None:
+            return np.zeros((0, 0), np.uint8)
+        if windows is None or len(windows.counts) != len(names) or len(windows.vectors) != windows.counts.sum():
+            raise InputError(f"{self.folder}: stores vectors of windows; give those of each of the {len(names)} texts")
+        owners: list[int] = np.repeat(np.arange(len(names)), windows.counts).tolist()
+        return self.window_format.encode(windows.vectors, [names[owner] for owner in owners])
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete the passages with these ids from every result at once; returns how many there were."""
@@ -302,6 +337,38 @@ class IndexStore:
         whole = whole or self.files.after_crash
         generation = self.vectors.generation(table)
         return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
+
+    def windows(self, table: PassageTable, num_rows: int) -> WindowVectors:
+        """The vectors of the windows of the first ``num_rows`` rows of a version, of an index that has them.
+
+        Raises:
+            DataFormatError: they are missing or damaged.
+        """
+        assert self.window_format is not None
+        generation = self.vectors.generation(table)
+        return open_windows(
+            self.folder, generation, self.window_format, num_rows=num_rows, version=table.version
+        )  # fmt: skip
+
+    def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
+        """Write the windows of the latest version anew, reading all of them again; under the lock.
+
+        Raises:
+            StorageError: they cannot be written; what was there is kept.
+        """
+        assert self.window_format is not None
+        vector_format, generation = self.window_format, self.vectors.generation(table)
+        num_rows, texts_of = self.vectors.num_rows(table), self._texts_of(table)
+
+        def blocks() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+            for start in range(0, num_rows, _WINDOW_ROWS):
+                end = min(start + _WINDOW_ROWS, num_rows)
+                found = read(list(texts_of(start, end)))
+                owners = np.repeat(np.arange(start, end), found.counts).tolist()
+                yield vector_format.encode(found.vectors, [f"row {row}" for row in owners]), found.counts
+
+        with storage_errors(self.folder):
+            replace_windows(self.folder, generation, vector_format, blocks(), since=table.version)
 
     def _texts_of(self, table: PassageTable) -> word_files.TextsOf:
         first_row = self.vectors.generation(table) << GENERATION_SHIFT
@@ -394,10 +461,14 @@ class IndexStore:
         """All rows of ``source``, their vectors in a file of a new generation, in the table's place; how many."""
         table, rows = self.table(), source.table(whole=True)  # damage copied would get checksums that fit
         codes_of_batch = source.vectors.codes_of_batches(rows)
-        words = source.words(rows, source.vectors.num_rows(rows), whole=True).words
+        num_rows = source.vectors.num_rows(rows)
+        words = source.words(rows, num_rows, whole=True).words
+        windows = None if source.window_format is None else source.windows(rows, num_rows)
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one whose own file of this number was lost.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
+        if self.window_format is not None:
+            create_windows(self.folder, generation, self.window_format, since=table.version + 1)
 
         def batches() -> Iterator[pa.RecordBatch]:
             for batch in rows.batches():
@@ -405,6 +476,8 @@ class IndexStore:
                 numbers = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
                 old = np.asarray(batch.column("d2_row")) & ROW_MASK
                 word_files.write_segment(self.folder, generation, first, words.take(old))
+                if self.window_format is not None and windows is not None:
+                    append_windows(self.folder, generation, self.window_format, first, *windows.take(old))
                 place = batch.schema.get_field_index("d2_row")
                 yield batch.set_column(place, batch.schema.field(place), pa.array(numbers, pa.int64()))
 
@@ -413,7 +486,11 @@ class IndexStore:
 
     def _sweep(self) -> None:
         """Remove what interrupted writers left."""
-        for path in [*self.folder.glob(".vectors-*.new*"), *(self.folder / _SNAPSHOTS).glob(".*")]:
+        for path in [
+            *self.folder.glob(".vectors-*.new*"),
+            *self.folder.glob(".window-*.new*"),
+            *(self.folder / _SNAPSHOTS).glob(".*"),
+        ]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         word_files.sweep(self.folder)
         repair.sweep(self.folder)

@@ -5,7 +5,8 @@ vectors-<generation>.json   code_size; since: the first version of the table tha
                             were written together, with a checksum of their bytes; a checksum of all this
 
 What is derived from the vectors row by row lies beside them in a file of the same kind under another name
-(``projections``), whose ``made_of`` says what its rows were computed from.
+(``projections``), whose ``made_of`` says what its rows were computed from. The vectors of windows are in two more
+(``window_vectors``).
 
 A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
 that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
@@ -34,9 +35,12 @@ from d2llm.index.checked_json import read_checked, write_checked
 
 NAME = "vectors"
 DERIVED = "projections"
+WINDOWS, WINDOW_PLACES = "window-vectors", "window-places"
 _REMEDIES = {
     NAME: "`d2llm index ... verify --repair` makes them anew",
     DERIVED: "`d2llm index ... project` makes them anew",
+    WINDOWS: "`d2llm index ... verify --repair` encodes them again",
+    WINDOW_PLACES: "`d2llm index ... verify --repair` encodes them again",
 }
 _JOINED_ROWS = 16_384  # small additions share an extent up to this size, so that the list of extents stays short
 
@@ -105,7 +109,9 @@ class VectorFile:
             shutil.rmtree(_draft_of(folder, generation), ignore_errors=True)
 
     @classmethod
-    def begin(cls, folder: Path, generation: int, code_size: int, *, since: int, purpose: str = "") -> VectorFile:
+    def begin(
+        cls, folder: Path, generation: int, code_size: int, *, since: int, purpose: str = "", name: str = NAME
+    ) -> VectorFile:
         """A file that is to take the place of another (``take_place``) when its rows have been appended.
 
         Args:
@@ -114,11 +120,12 @@ class VectorFile:
             code_size: bytes of a row.
             since: the first version that it serves.
             purpose: given, the file that an interrupted replacement left for the same purpose is gone on with.
+            name: of the file.
         """
-        draft = _draft_of(folder, generation, purpose)
+        draft = _draft_of(folder, generation, purpose, name)
         if purpose:
             try:
-                left = cls.open(draft, generation, code_size)
+                left = cls.open(draft, generation, code_size, name=name)
                 if left.since == since and not left.damaged(left.codes()):
                     return left
             except DataFormatError as error:
@@ -126,7 +133,7 @@ class VectorFile:
                     fell_back("interrupted replacement", f"{error}; it is begun anew", level=logging.INFO)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        return cls.create(draft, generation, code_size, since=since)
+        return cls.create(draft, generation, code_size, since=since, name=name)
 
     def take_place(self, folder: Path) -> VectorFile:
         """Put a file that was begun in the place of that of its generation."""
@@ -264,8 +271,9 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
-    """The files of a generation: its vectors, and what is derived from them (``ann``, ``projections``, ``words``)."""
-    files = (path_of(folder, generation), path_of(folder, generation, DERIVED), ann_path_of(folder, generation))
+    """The files of a generation: its vectors, those of windows, what is derived (``ann``, ``projections``), words."""
+    names = (NAME, DERIVED, WINDOWS, WINDOW_PLACES)
+    files = (*(path_of(folder, generation, name) for name in names), ann_path_of(folder, generation))
     named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
     return [*named, *word_files.files_of(folder, generation)]
 
@@ -282,8 +290,8 @@ def remove(folder: Path, generation: int) -> int:
     return freed
 
 
-def _draft_of(folder: Path, generation: int, purpose: str = "") -> Path:
-    return folder / f".vectors-{generation}.new{purpose}"
+def _draft_of(folder: Path, generation: int, purpose: str = "", name: str = NAME) -> Path:
+    return folder / f".{name}-{generation}.new{purpose}"
 
 
 def _unusable(path: Path, name: str, error: Exception) -> DataFormatError:

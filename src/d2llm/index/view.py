@@ -25,6 +25,7 @@ from d2llm.index.scan import RowScan
 from d2llm.index.schema import MetadataSchema
 from d2llm.index.store import IndexStore
 from d2llm.index.vector_file import VectorFile
+from d2llm.index.window_vectors import WindowVectors
 from d2llm.index.words import WordIndex
 from d2llm.ops.selection import top_rows
 
@@ -258,8 +259,11 @@ class PassageView:
         except (IndexError, ValueError) as error:  # what the samples at opening did not find of damage
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
-        ids_of = (lambda places: self.ids(rows[places])) if ties == "ids" else None
-        best = top_rows(scores, min(top_k, len(rows)), ids_of)
+
+        def ids_of(places: NDArray[np.int64]) -> list[str]:
+            return self.ids(rows[places])
+
+        best = top_rows(scores, min(top_k, len(rows)), ids_of if ties == "ids" else None)
         return CandidateRows(rows[best], scores[best])
 
     @cached_property
@@ -270,6 +274,27 @@ class PassageView:
             remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""
             _log.warning("%s: %s; %s", self.store.folder, "; ".join(problems), remedy)
         return words.only(np.ones(self.capacity, np.bool_) if self.live is None else self.live)
+
+    @cached_property
+    def windows(self) -> WindowVectors | None:
+        """The vectors of the windows of this version's passages, by row; None where the index stores none.
+
+        Raises:
+            DataFormatError: they are missing or damaged.
+        """
+        return None if self.store.window_format is None else self.store.windows(self._table, self.capacity)
+
+    def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The highest inner product of a query [dim] with a window, of some rows [n] (``WindowVectors.best``).
+
+        A passage that is one window has that of its own vector.
+        """
+        assert self.windows is not None, "this index stores no vectors of windows"
+        scores = self.windows.best(query, rows)
+        alone = np.flatnonzero(np.isneginf(scores))
+        if len(alone):
+            scores[alone] = self._check().products(query, rows[alone])
+        return scores
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """The rows that a filter allows, as a mask [capacity]; None without a filter.

@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.types import Candidate
-from d2llm.ops.selection import ids_at, top_rows
+from d2llm.ops.selection import ids_at, ranges, top_rows
 from d2llm.ops.words import WINDOW_SENTENCES, sentences, terms
 
 K1 = 1.2
@@ -135,7 +135,7 @@ class WordSegment:
     def take(self, rows: _Rows) -> WordSegment:
         """The segment of some of the rows, in their order."""
         starts, sizes = _extents(self, rows)
-        tokens = self.tokens[_ranges(starts, sizes)]
+        tokens = self.tokens[ranges(starts, sizes)]
         used = np.unique(tokens)
         used = used[used != len(self.terms)]
         place_of = np.full(len(self.terms) + 1, len(used), np.uint32)
@@ -271,7 +271,7 @@ class WordIndex:
             starts, sizes = _extents(segment, dead)
             num_tokens = len(segment.terms) + 1
             owners = np.repeat(np.arange(len(dead)), sizes)
-            pairs = np.unique(owners * num_tokens + segment.tokens[_ranges(starts, sizes)])
+            pairs = np.unique(owners * num_tokens + segment.tokens[ranges(starts, sizes)])
             counts.append(np.bincount(pairs % num_tokens, minlength=num_tokens))
         return counts
 
@@ -368,7 +368,7 @@ class WordIndex:
         code_of[-1] = _SENTENCE_END
         here = rows - self._firsts[at]
         starts, sizes = _extents(segment, here)
-        return sizes, code_of[segment.tokens[_ranges(starts, sizes)]], self._norms[at][here]
+        return sizes, code_of[segment.tokens[ranges(starts, sizes)]], self._norms[at][here]
 
     def _score_codes(
         self, query: QueryWords, sizes: _Rows, codes: NDArray[np.int16], norms: _Scores
@@ -448,12 +448,6 @@ def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
     """Where the tokens of some rows begin, and how many they are."""
     starts = segment.offsets[rows]
     return starts, segment.offsets[rows + 1] - starts
-
-
-def _ranges(starts: _Rows, sizes: _Rows) -> _Rows:
-    """The numbers from each start on, as many as its size, one range after the other."""
-    before = np.cumsum(sizes) - sizes
-    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
 
 
 def _windows(

@@ -4,12 +4,14 @@
 
 One vector does not hold all that a teacher reads in a passage. e are other views of it, each of things that an index
 stores of the passage once: its words (BM25) and the words of its best window, both as they are and divided by the
-query's limit, which no passage reaches. The weights w are at least 0, each task's own, and fitted on dev
+query's limit, which no passage reaches; and max_k t <U y_q, V y_pk>, y_pk being the vectors of its windows, each read
+alone (``ops.words.windows``). The weights w are at least 0, each task's own, and fitted on dev
 (``pipeline.fit_evidence``). BM25 needs a corpus, so a pair that is scored outside an index has the score of its
 vectors alone.
 
-The weights are the file ``evidence.json`` in a student's folder. No vector depends on them: an index holds for the
-student with them and without.
+The weights are the file ``evidence.json`` in a student's folder. No passage's vector depends on them: an index holds
+for the student with them and without. Vectors of windows take space and time, so an index may do without: its scores
+go by other weights, fitted without them.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ class TaskEvidence(FittedPart):
 
     ``dev`` has for each data set nDCG@10 of its lists by the student's own score, and with evidence whose weights
     were fitted without the queries measured; ``num_queries`` is how many dev queries there were of each.
+    ``without_windows`` is of an index without the vectors of windows, None where these have no weight.
     """
 
     weights: dict[EvidenceTerm, NonNegativeFloat]
     dev: dict[str, tuple[float, float]]
     num_queries: dict[str, int]
+    without_windows: TaskEvidence | None = None
 
 
 class Evidence(FittedFile):
@@ -44,9 +48,11 @@ class Evidence(FittedFile):
     kind: Literal["evidence"] = "evidence"
     tasks: dict[Task, TaskEvidence]
 
-    def weights(self, task: Task) -> dict[EvidenceTerm, float]:
-        """Those of one task that are not 0."""
+    def weights(self, task: Task, *, windows: bool = True) -> dict[EvidenceTerm, float]:
+        """Those of one task that are not 0; ``windows``: for an index that stores the vectors of windows."""
         found = self.tasks.get(task)
+        if found is not None and not windows:
+            found = found.without_windows or found
         return {term: weight for term, weight in found.weights.items() if weight} if found else {}
 
 

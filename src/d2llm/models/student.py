@@ -248,9 +248,12 @@ class Student(nn.Module):
         """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
-    def evidence_weights(self, task: Task) -> dict[EvidenceTerm, float]:
-        """What an index adds to the score of its passages, by weight; empty where the vectors' score is all."""
-        return self.evidence.weights(task)
+    def evidence_weights(self, task: Task, *, windows: bool = True) -> dict[EvidenceTerm, float]:
+        """What an index adds to the score of its passages, by weight; empty where the vectors' score is all.
+
+        ``windows``: an index that stores the vectors of windows.
+        """
+        return self.evidence.weights(task, windows=windows)
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""

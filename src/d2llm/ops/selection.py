@@ -49,3 +49,9 @@ def ids_at(ids: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
     """The ids of some rows, of ids held in the rows' order; ``partial(ids_at, ids)`` is what ``top_rows`` asks for."""
     places: list[int] = rows.tolist()
     return [ids[row] for row in places]
+
+
+def ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers from each start on, as many as its size, one range after the other."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))

@@ -20,7 +20,7 @@ from d2llm.index.side_files import Chunking
 from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
-from d2llm.pipeline.index import Index
+from d2llm.pipeline.index import Index, window_format
 from d2llm.pipeline.protocols import SearchStudent
 
 
@@ -58,6 +58,7 @@ def encode(
     task: Task = "asymmetric",
     vector_format: str = "bfloat16",
     vector_copies: VectorCopies = 2,
+    window_vectors: str | None = "auto",
     chunking: Chunking | None = None,
     student_source: str | None = None,
     overwrite: bool = False,
@@ -74,6 +75,7 @@ def encode(
         task: what a search on this index does unless told otherwise.
         vector_format: how the vectors are stored (``index.vectors.FORMATS``).
         vector_copies: in how many places each stands (``Index.create``).
+        window_vectors: how those of windows are stored, if at all (``Index.create``).
         chunking: how long texts are split into passages; None: each text is a passage.
         student_source: the folder or name that the student was loaded from, kept so that a search can find it again.
         overwrite: replace an index at ``folder``; its snapshots go with it.
@@ -88,6 +90,7 @@ def encode(
     folder = Path(folder)
     _check_target(folder, overwrite=overwrite)
     make_format(vector_format, student.vector_dim)
+    windows = window_format(student, task, window_vectors)
     if isinstance(corpus, str | Path):
         file = corpus_file(Path(corpus))
         passages, num_documents, content = iter_corpus(file), check_corpus(file), fingerprint_files([file])
@@ -97,7 +100,7 @@ def encode(
     if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     # Another student, corpus or storage gets another folder, so runs never mix.
-    how = [task, vector_format, vector_copies, None if chunking is None else asdict(chunking)]
+    how = [task, vector_format, vector_copies, windows, None if chunking is None else asdict(chunking)]
     key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, *how])
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
@@ -110,6 +113,7 @@ def encode(
             task=task,
             vector_format=vector_format,
             vector_copies=vector_copies,
+            window_vectors=windows,
             student_source=student_source,
         )
     try:

@@ -2,7 +2,8 @@
 
 The student's own score keeps weight 1; each task has one set of weights for all of its data sets, to which every query
 counts the same. What is reported is measured on queries that took no part in the fit: each half of the dev queries with
-the weights of the other half. Where that is not better than the student's own score, the weights are 0.
+the weights of the other half. Where that is not better than the student's own score, the weights are 0; where the
+vectors of windows add next to nothing, they have none, since an index pays for them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from d2llm.index.words import QueryWords, WordIndex
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.ops.fusion import fit_weights
 from d2llm.ops.measures import per_query_measures
+from d2llm.ops.selection import ranges
 from d2llm.pipeline.dev_lists import dev_queries
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.reading import read_windows
 
 MIN_QUERIES = 30
 """Judged dev queries of a task below which nothing is fitted."""
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 """How many of the best by words, and of the best by vectors, are in a query's list; of so many passages, at least."""
+WORTH_READING = 0.002
+"""nDCG@10 on dev that the vectors of windows must add, over all data sets of a task: an index pays for them."""
 _MEASURE = "nDCG@10"
 
 _remarks = logging.getLogger("d2llm.remarks")
@@ -136,13 +141,68 @@ def make_evidence_lists(
     with progress_bar(f"reading {dataset.name} for its evidence", len(texts), show=show_progress) as advance:
         passages = student.encode_passages(texts, advance=advance).vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
-    lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
-    for query_words, vector, found, judged in zip(asked, vectors, by_words, grades, strict=True):
+    listed: list[NDArray[np.int64]] = []
+    scores: list[NDArray[np.float32]] = []
+    for vector, found, judged in zip(vectors, by_words, grades, strict=True):
         own = student.score(vector, passages, task)
         nearest = pool[np.argsort(-own, kind="stable")[:depth]]
-        rows = np.unique(np.concatenate([found, nearest, np.array([*judged], np.int64)]))
-        lists.append(scored_list(own[np.searchsorted(pool, rows)], words, query_words, rows, judged, terms))
-    return EvidenceLists(dataset.name, lists)
+        listed.append(rows := np.unique(np.concatenate([found, nearest, np.array([*judged], np.int64)])))
+        scores.append(own[np.searchsorted(pool, rows)])
+    best_windows: list[NDArray[np.float32] | None] = [None] * len(queries)
+    if "window_vectors" in terms:
+        windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages, show_progress)
+        anchors = student.anchor_queries(vectors, task)
+        best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors, listed, strict=True)]
+    return EvidenceLists(
+        dataset.name,
+        [
+            scored_list(own, words, query_words, rows, judged, terms, of_windows)
+            for own, query_words, rows, judged, of_windows in zip(
+                scores, asked, listed, grades, best_windows, strict=True
+            )
+        ],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadWindows:
+    """Vectors of the windows of some ``rows`` [n], ascending; those of one row together, from ``firsts`` [n] on."""
+
+    rows: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+    def best(self, anchor: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The highest inner products of a query [dim] with a window, of some of the rows [n]."""
+        places = np.searchsorted(self.rows, rows)
+        counts = self.counts[places]
+        products = self.vectors[ranges(self.firsts[places], counts)] @ anchor
+        return np.maximum.reduceat(products, np.cumsum(counts) - counts)
+
+
+def _read_windows(
+    student: SearchStudent,
+    dataset: Dataset,
+    ids: Sequence[str],
+    rows: NDArray[np.int64],
+    pool: NDArray[np.int64],
+    passages: NDArray[np.float32],
+    show_progress: bool | None,
+) -> _ReadWindows:
+    """The windows of the passages at some rows; ``passages`` are the vectors of ``pool``, a window where it is one."""
+    of_rows = [dataset.passages[ids[int(row)]].full_text for row in rows]
+    with progress_bar(f"reading the windows of {dataset.name}", None, show=show_progress) as advance:
+        read = read_windows(student, of_rows, advance)
+    counts = np.maximum(read.counts, 1)
+    firsts = np.cumsum(counts) - counts
+    vectors = np.empty((int(counts.sum()), student.vector_dim), np.float32)
+    alone = read.counts == 0
+    is_own = np.zeros(len(vectors), np.bool_)
+    is_own[firsts[alone]] = True
+    vectors[is_own] = passages[np.searchsorted(pool, rows[alone])]
+    vectors[~is_own] = read.vectors
+    return _ReadWindows(rows, firsts, counts, vectors)
 
 
 def scored_list(
@@ -152,10 +212,11 @@ def scored_list(
     rows: NDArray[np.int64],
     grades: Mapping[int, float],
     terms: Sequence[EvidenceTerm],
+    best_windows: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The scores [n, 1 + terms] of some rows [n], the student's ``own`` first, and their grades [n], 0 if not judged.
 
-    Each kind of evidence is what ``RowEvidence`` weighs.
+    Each kind of evidence is what ``RowEvidence`` weighs; ``best_windows`` [n] are for the term "window_vectors".
     """
     of_passages, of_windows = words.score(query, rows)
     limit = query.limit or 1.0
@@ -165,6 +226,8 @@ def scored_list(
         "window_words": of_windows,
         "window_words_share": of_windows / limit,
     }
+    if best_windows is not None:
+        found["window_vectors"] = best_windows
     scores = np.stack([own, *(found[term] for term in terms)], axis=1)
     return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)
 
@@ -172,9 +235,28 @@ def scored_list(
 def weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     """Weights for the data sets of one task, all 0 where evidence is no better than the student's own score.
 
+    Where the vectors of windows get a weight, there are others for an index without them.
+
     Raises:
         InputError: a half of the lists has no relevant passage.
     """
+    best = _weigh(made, terms)
+    if "window_vectors" not in terms:
+        return best
+    kept = [place for place, term in enumerate(terms) if term != "window_vectors"]
+    columns = [0, *(1 + place for place in kept)]
+    fewer = [EvidenceLists(each.name, [(scores[:, columns], grades) for scores, grades in each.lists]) for each in made]
+    without = _weigh(fewer, [terms[place] for place in kept])
+    if not best.weights["window_vectors"] or _mean_after(best) < _mean_after(without) + WORTH_READING:
+        return without
+    return best.model_copy(update={"without_windows": without})
+
+
+def _mean_after(fitted: TaskEvidence) -> float:
+    return float(np.mean([after for _, after in fitted.dev.values()]))
+
+
+def _weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     halves = [[each.lists[half::2] for each in made] for half in (0, 1)]
     own: dict[str, list[float]] = {each.name: [] for each in made}
     fused: dict[str, list[float]] = {each.name: [] for each in made}

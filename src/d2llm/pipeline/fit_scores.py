@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2llm.core.errors import InputError
+from d2llm.core.recipe import EvidenceConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
@@ -30,6 +31,7 @@ def fit_scores(
     task: Task,
     *,
     words: bool = True,
+    window_vectors: bool = True,
     num_queries: int = 200,
     seed: int = 0,
     show_progress: bool | None = None,
@@ -40,7 +42,8 @@ def fit_scores(
         student: with an inner product, if words are to be weighed.
         data: data sets with judged dev queries.
         task: of their pairs.
-        words: weigh what BM25 adds to the score; otherwise what there is stays.
+        words: weigh what BM25 adds to the score, and what windows do; otherwise what there is stays.
+        window_vectors: weigh what the vectors of windows add, which an index then reads and stores; else words alone.
         num_queries: of each data set, at most.
         seed: of the choice of queries and passages.
         show_progress: None means: if standard error is a terminal.
@@ -57,7 +60,10 @@ def fit_scores(
         raise InputError("words are added to an inner product, which the head 'paper' has not; leave them out")
     evidence = None
     if words:
-        weighed = fit_evidence(student, judged, num_queries=num_queries, seed=seed, show_progress=show_progress)
+        terms = EvidenceConfig(words=True, window_words=True, window_vectors=window_vectors).terms
+        weighed = fit_evidence(
+            student, judged, terms=terms, num_queries=num_queries, seed=seed, show_progress=show_progress
+        )
         student.evidence = weighed.model_copy(update={"tasks": {**student.evidence.tasks, **weighed.tasks}})
         evidence = weighed.tasks.get(task)
     fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed, show_progress=show_progress)

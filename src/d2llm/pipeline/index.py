@@ -22,8 +22,10 @@ from d2llm.index.side_files import Chunking, read_chunking
 from d2llm.index.store import KEEP_VERSIONS, IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.view import PassageView
+from d2llm.index.window_vectors import ReadWindows
 from d2llm.pipeline.progress import Advance, progress_bar
 from d2llm.pipeline.protocols import SearchStudent
+from d2llm.pipeline.row_evidence import evidence_weights
 from d2llm.pipeline.student_source import find_source, source_of
 
 # Whoever reads an index without searching it needs neither torch nor a student: they are imported where they are used.
@@ -34,6 +36,17 @@ if TYPE_CHECKING:
     from d2llm.pipeline.exact_search import KeptReaches
     from d2llm.pipeline.search_settings import SearchSettings
     from d2llm.pipeline.upserting import UpsertReport
+
+
+WINDOW_FORMAT = "int3"
+"""How the vectors of windows are stored unless told otherwise (``index.vectors``)."""
+
+
+def window_format(student: SearchStudent, task: Task, asked: str | None) -> str | None:
+    """The format of the windows' vectors in a new index; "auto": none, unless the student's score counts windows."""
+    if asked != "auto":
+        return asked
+    return WINDOW_FORMAT if evidence_weights(student, task).get("window_vectors") else None
 
 
 class Index:
@@ -56,6 +69,7 @@ class Index:
         task: Task = "asymmetric",
         vector_format: str = "bfloat16",
         vector_copies: VectorCopies = 2,
+        window_vectors: str | None = "auto",
         metadata: Mapping[str, FieldType] | None = None,
         student_source: str | None = None,
         device: str | None = None,
@@ -71,6 +85,8 @@ class Index:
             vector_format: how vectors are stored (``index.vectors.FORMATS``).
             vector_copies: 2, so that a damaged copy is made good from the other; 1 takes less space, and what is
                 damaged must be encoded again (``verify``).
+            window_vectors: how the vectors of passages' windows are stored, which the student's score may count
+                (``models.evidence``): a format, None for none of them, or "auto": as int3 where its score counts them.
             metadata: fields with their types; fields that come later are inferred from their values all the same.
             student_source: where the student was loaded from, so that ``open`` finds it again; known where ``student``
                 is a folder or name.
@@ -93,6 +109,7 @@ class Index:
             task=task,
             vector_format=vector_format,
             vector_copies=vector_copies,
+            window_format=window_format(loaded, task, window_vectors),
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
             student_source=source_of(student) if is_named else student_source,
@@ -378,14 +395,18 @@ class Index:
         """Whether all is as it was written; what ``repair`` and ``go_back`` do about it: ``index.inspection.verify``.
 
         Where the vectors are kept once, the student encodes again those that are lost; interrupted, the same call goes
-        on where it was. ``show_progress`` None means: if standard error is a terminal.
+        on where it was. Vectors of windows are kept once: where some are damaged, all are read again.
+        ``show_progress`` None means: if standard error is a terminal.
 
         Raises:
             IndexLockedError: another process is writing, and there is to be repaired.
             StorageError: a repaired file cannot be written.
         """
         with ExitStack() as stack:
+            from d2llm.pipeline.reading import read_windows
+
             advances: list[Advance] = []  # one, when there is something to encode
+            windows: list[Advance] = []
 
             def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
                 if not advances:
@@ -394,6 +415,15 @@ class Index:
                 advances[0](len(passages))
                 return encoded.vectors
 
-            report = verify(self.store, repair=repair, go_back=go_back, encode=encode)
+            def encode_windows(texts: Sequence[str]) -> ReadWindows:
+                if not windows:
+                    windows.append(stack.enter_context(progress_bar("reading windows again", None, show=show_progress)))
+                read = read_windows(self.student, texts)
+                windows[0](len(texts))
+                return read
+
+            report = verify(
+                self.store, repair=repair, go_back=go_back, encode=encode, encode_windows=encode_windows
+            )  # fmt: skip
         self.refresh()
         return report

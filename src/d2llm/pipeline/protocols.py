@@ -153,8 +153,11 @@ class BoundedStudent(Protocol):
 class EvidenceStudent(Protocol):
     """What a ``SearchStudent`` has if an index can add to its score (``Student`` has)."""
 
-    def evidence_weights(self, task: Task) -> Mapping[EvidenceTerm, float]:
-        """What is added, by weight; empty where the vectors' score is all."""
+    def evidence_weights(self, task: Task, *, windows: bool = True) -> Mapping[EvidenceTerm, float]:
+        """What is added, by weight; empty where the vectors' score is all.
+
+        ``windows``: by an index that stores the vectors of windows.
+        """
         ...
 
 

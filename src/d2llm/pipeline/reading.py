@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.index.window_vectors import ReadWindows
+from d2llm.ops.words import windows
 from d2llm.pipeline.protocols import ChunkStudent, SearchStudent
 
 
@@ -60,3 +62,23 @@ def read_passages(
         if advance is not None:
             advance(len(places))
     return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows)
+
+
+def read_windows(
+    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
+) -> ReadWindows:
+    """Read each window of passages alone, as a passage; one that is a single window has none (its own vector is it).
+
+    ``advance`` is called with the number of windows finished since the last call.
+    """
+    texts: list[str] = []
+    counts: list[int] = []
+    for text in full_texts:
+        spans = windows(text)
+        own = spans if len(spans) > 1 else []
+        texts += [text[start:end] for start, end in own]
+        counts.append(len(own))
+    if not texts:
+        return ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
+    encoded = student.encode_passages(texts, advance=advance)
+    return ReadWindows(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)

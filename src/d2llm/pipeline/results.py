@@ -15,7 +15,7 @@ from d2llm.pipeline.candidates import SearchableIndex
 from d2llm.pipeline.cascade import Reread
 from d2llm.pipeline.documents import FoundDocument, with_neighbours
 from d2llm.pipeline.exact_search import FoundRows
-from d2llm.pipeline.row_evidence import RowEvidence
+from d2llm.pipeline.row_evidence import EvidenceParts, RowEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,7 @@ def show(
         )
     )
     if explain:
-        words = None if evidence is None else evidence(rows)
-        shown = _explained(query, shown, order, words)
+        shown = _explained(query, shown, order, None if evidence is None else evidence.parts(rows))
     if neighbours:
         shown = with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
@@ -102,7 +101,7 @@ def _documents(
 
 
 def _explained(
-    query: Query, passages: tuple[RankedPassage, ...], order: Order, evidence: NDArray[np.float32] | None
+    query: Query, passages: tuple[RankedPassage, ...], order: Order, evidence: EvidenceParts | None
 ) -> tuple[RankedPassage, ...]:
     from d2llm.ops.words import terms
 
@@ -111,14 +110,20 @@ def _explained(
     places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
-    added = np.zeros(len(rows), np.float32) if evidence is None else evidence
-    for place, row, score, of_words in zip(passages, rows, scores, added.tolist(), strict=True):
+    added = EvidenceParts(None, None) if evidence is None else evidence
+    nothing: list[None] = [None] * len(rows)
+    lexical = nothing if added.words is None else added.words.tolist()
+    windows = nothing if added.windows is None else added.windows.tolist()
+    for place, row, score, of_words, of_windows in zip(passages, rows, scores, lexical, windows, strict=True):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
         counts = Counter(term for term in terms(place.passage.full_text) if term in asked)
         why = Explanation(
             anchor=place.anchor_score,
-            interaction=None if place.anchor_score is None else score - place.anchor_score - of_words,
-            lexical=None if evidence is None else of_words,
+            interaction=None
+            if place.anchor_score is None
+            else score - place.anchor_score - (of_words or 0.0) - (of_windows or 0.0),
+            lexical=of_words,
+            windows=of_windows,
             source_ranks={name: found + 1 for name, found in at.items()},
             source_scores={name: float(proposals[name].scores[found]) for name, found in at.items()},
             terms=dict(counts),

@@ -28,7 +28,7 @@ from d2llm.pipeline.exact_search import FoundRows, KeptReaches, certified_top_k
 from d2llm.pipeline.progress import progress_bar
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.results import Order, Scored, cascade_report, show
-from d2llm.pipeline.row_evidence import RowEvidence, evidence_weights, row_evidence
+from d2llm.pipeline.row_evidence import RowEvidence, row_evidence, weights_for
 from d2llm.pipeline.row_scorer import RowScorer
 from d2llm.pipeline.search_settings import SearchSettings, changed
 
@@ -123,8 +123,7 @@ class Searcher:
         self._student = student
         self._task: Task = self.settings.task or index.task
         self._allowed = index.select(self.settings.filter)
-        given = self.settings.evidence
-        self._weights = evidence_weights(student, self._task) if given is None else given
+        self._weights = weights_for(index, student, self._task, self.settings.evidence)
         names = self.settings.sources or (("vectors", "bm25") if self.counts_words else ("vectors",))
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
@@ -144,7 +143,12 @@ class Searcher:
     @property
     def counts_words(self) -> bool:
         """Whether words are a part of the scores."""
-        return any(self._weights.values())
+        return any(weight for term, weight in self._weights.items() if term != "window_vectors")
+
+    @property
+    def counts_windows(self) -> bool:
+        """Whether the vectors of windows are a part of the scores."""
+        return bool(self._weights.get("window_vectors"))
 
     def rank(
         self,
@@ -193,7 +197,10 @@ class Searcher:
     ) -> Iterator[_Asked]:
         """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
         begin = time.perf_counter()
-        evidence = [row_evidence(self._index, query.text, self._weights) for query in queries]
+        evidence = [
+            row_evidence(self._index, query.text, self._weights, anchor)
+            for query, anchor in zip(queries, anchors, strict=True)
+        ]
         scorers: Sequence[RowScorer | None] = [None] * len(queries)
         if not self._exact:
             scorers = [

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from d2llm.core.errors import DuplicateIdError, InputError
@@ -18,13 +19,16 @@ from d2llm.core.types import Passage
 from d2llm.index.passage_table import PassageTable
 from d2llm.index.schema import FieldType, MetadataSchema
 from d2llm.index.store import IndexStore
+from d2llm.index.window_vectors import ReadWindows
 from d2llm.pipeline.progress import Advance, ignore
 from d2llm.pipeline.project import extend_projections
 from d2llm.pipeline.protocols import SearchStudent
-from d2llm.pipeline.reading import read_passages
+from d2llm.pipeline.reading import read_passages, read_windows
 
 BLOCK_PASSAGES = 2_048
 """Passages in one commit: what an interruption can cost at most."""
+
+_WINDOWS_AT_ONCE = 128  # passages whose windows are read together
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +38,10 @@ class UpsertReport:
     """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
 
     Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
-    ``num_tokens`` were read, padding not counted. Another text is also another document around a late chunk; documents
-    of late chunks were read in ``num_windows`` windows. ``left_out`` counts by field the metadata values that did not
-    fit and were left out, where that was asked for. ``num_blank`` of those given have neither title nor text but white
-    space, ``first_blank`` is the id of the first.
+    ``num_tokens`` were read, padding not counted, those of windows too where the index stores these. Another text is
+    also another document around a late chunk; documents of late chunks were read in ``num_windows`` windows.
+    ``left_out`` counts by field the metadata values that did not fit and were left out, where that was asked for.
+    ``num_blank`` of those given have neither title nor text but white space, ``first_blank`` is the id of the first.
     """
 
     folder: Path
@@ -161,8 +165,11 @@ def _write_block(
         problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
         raise DuplicateIdError(store.folder, problem)
     advance(len(block) - len(changes.texts))
-    read = read_passages(student, changes.texts, advance)
-    version = store.write(changes, read.vectors, read.truncated, table)
+    if store.window_format is None:
+        read, windows = read_passages(student, changes.texts, advance), None
+    else:
+        read, windows = read_passages(student, changes.texts), _read_windows(student, changes.texts, advance)
+    version = store.write(changes, read.vectors, read.truncated, table, windows)
     return replace(
         report,
         version=version,
@@ -172,9 +179,20 @@ def _write_block(
         num_metadata=report.num_metadata + len(changes.others),
         num_unchanged=report.num_unchanged + changes.num_unchanged,
         num_truncated=report.num_truncated + len(read.truncated),
-        num_tokens=report.num_tokens + read.num_tokens,
+        num_tokens=report.num_tokens + read.num_tokens + (0 if windows is None else windows.num_tokens),
         num_windows=report.num_windows + read.num_windows,
     )
+
+
+def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance) -> ReadWindows:
+    """A part of the passages at a time, so that the progress, which counts passages, moves."""
+    parts = [ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
+    for start in range(0, len(passages), _WINDOWS_AT_ONCE):
+        block = passages[start : start + _WINDOWS_AT_ONCE]
+        parts.append(read_windows(student, [passage.full_text for passage in block]))
+        advance(len(block))
+    vectors, counts, num_tokens = zip(*parts, strict=True)
+    return ReadWindows(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
 def _with_new_fields(

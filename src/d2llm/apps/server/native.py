@@ -106,6 +106,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         bytes_per_passage=stats.bytes_per_passage,
         vector_format=stats.vector_format,
         vector_copies=stats.vector_copies,
+        window_format=stats.window_format,
         task=version.view.task,
         chunking=stats.chunking,
         student=StudentAnswer(

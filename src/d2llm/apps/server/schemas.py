@@ -164,11 +164,12 @@ class ShortPassage(Answer):
 
 
 class ExplanationAnswer(Answer):
-    """Why a passage stands where it does: its score is ``anchor`` + ``interaction`` + ``lexical``."""
+    """Why a passage stands where it does: its score is ``anchor`` + ``interaction`` + ``lexical`` + ``windows``."""
 
     anchor: float | None
     interaction: float | None
     lexical: float | None
+    windows: float | None
     source_ranks: dict[str, int]
     source_scores: dict[str, float]
     terms: dict[str, int]
@@ -311,6 +312,7 @@ class IndexAnswer(Answer):
     bytes_per_passage: float
     vector_format: str
     vector_copies: int
+    window_format: str | None
     task: Task
     chunking: Chunking | None
     student: StudentAnswer

@@ -59,6 +59,7 @@ def evaluate_retrieval(
     trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
     sampled = sample(queries, settings.teacher_queries, settings.seed)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
+    work.store_windows_for(contenders.student)
     students = contenders.students(settings.num_candidates, settings.top_k)
     searched = [_search(work, row) for row in students]
     subject = searched[[row.kind for row in students].index("d2llm")]

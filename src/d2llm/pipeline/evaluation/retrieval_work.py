@@ -18,7 +18,7 @@ from d2llm.pipeline.evaluation.setting import EvaluationSettings
 from d2llm.pipeline.evaluation.store import MeasuredStore
 from d2llm.pipeline.evaluation.stored_as import StoredAs
 from d2llm.pipeline.evaluation.systems import System, Trial, student_system
-from d2llm.pipeline.index import Index
+from d2llm.pipeline.index import Index, window_format
 from d2llm.pipeline.protocols import SearchStudent
 from d2llm.pipeline.row_evidence import evidence_weights
 from d2llm.pipeline.search import Searcher, SearchSettings
@@ -40,6 +40,7 @@ class RetrievalWork:
         self.corpus = fingerprint_passages(self.passages)
         self.store = MeasuredStore(self.folder / "measured")
         self.notes: list[str] = []
+        self._window_formats: dict[str, str] = {}
 
     def key(self, name: str, *parts: object) -> list[object]:
         """What a measured system depends on: its name, ``parts``, the corpus and what is asked."""
@@ -52,12 +53,23 @@ class RetrievalWork:
         weights = evidence_weights(model, self.trial.task)
         return [model.fingerprint, dict(weights)] if weights else model.fingerprint
 
+    def store_windows_for(self, student: SearchStudent) -> None:
+        """Let the index of a student, which its inner product alone shares, have what its score counts."""
+        windows = window_format(student, self.trial.task, "auto")
+        if windows is not None:
+            self._window_formats[student.fingerprint] = windows
+
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
         """The index of a model, and the passages a second if it had to be made just now."""
         dtype, rate = self.settings.dtype, None
-        target = self.folder / "indexes" / f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}"
+        windows = self._window_formats.get(model.fingerprint)
+        name = f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}{f'-{windows}' if windows else ''}"
+        target = self.folder / "indexes" / name
         if not target.exists():
-            report = encode(self.passages, model, target, vector_format=dtype, show_progress=self.trial.show_progress)
+            report = encode(
+                self.passages, model, target, vector_format=dtype, window_vectors=windows,
+                show_progress=self.trial.show_progress,
+            )  # fmt: skip
             rate = report.passages_per_second
         return Index.open(target, model), rate
 
@@ -80,11 +92,13 @@ class RetrievalWork:
         searched = view or index.view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         system = student_system(name, kind, searcher, trial or self.trial)
-        bytes_of_words = searched.words.num_bytes / max(len(searched), 1) if searcher.counts_words else 0
+        more = searched.words.num_bytes if searcher.counts_words else 0
+        if searcher.counts_windows and searched.windows is not None:
+            more += searched.windows.num_bytes
         return replace(
             system,
             passages_per_second=passages_per_second,
-            bytes_per_passage=searched.format.code_size + bytes_of_words,
+            bytes_per_passage=searched.format.code_size + more / max(len(searched), 1),
             fingerprint=index.student.fingerprint,
             num_truncated=index.stats().num_truncated,
         )

@@ -12,6 +12,7 @@ from d2llm.core.types import Passage, Task
 from d2llm.index.scan import RowScan
 from d2llm.index.vectors import make_format
 from d2llm.index.view import CandidateRows, PassageView
+from d2llm.index.window_vectors import WindowVectors
 from d2llm.index.words import WordIndex
 
 _BLOCK = 8_192
@@ -101,6 +102,15 @@ class StoredAs:
     def words(self) -> WordIndex:
         """As the index does."""
         return self._index.words
+
+    @property
+    def windows(self) -> WindowVectors | None:
+        """As the index does."""
+        return self._index.windows
+
+    def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As the index does."""
+        return self._index.best_windows(query, rows)
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """As the index does."""

@@ -66,6 +66,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     weights = evidence_weights(student, work.trial.task)
     if not any(weights.values()):
         return []
+    without_windows = evidence_weights(student, work.trial.task, windows=False)
     systems: list[System] = []
 
     def add(part: str, model: SearchStudent, left: Mapping[EvidenceTerm, float]) -> None:
@@ -81,6 +82,8 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     for part, terms in _PARTS.items():
         if any(weights.get(term) for term in terms):
             add(part, student, {term: weight for term, weight in weights.items() if term not in terms})
+    if weights.get("window_vectors"):
+        add("the vectors of windows", student, without_windows)
     add("the interaction", AnchorStudent(student), weights)
     return systems
 

@@ -39,23 +39,25 @@ async function weigh(passage, context, place, onWords) {
 }
 
 function scoreParts(passage) {
-  const { anchor, interaction, lexical } = passage.explanation || {};
+  const { anchor, interaction, lexical, windows } = passage.explanation || {};
   if (anchor === null || anchor === undefined || interaction === null || interaction === undefined) {
     return element("p", {}, `Score ${passage.score.toFixed(3)}. It has no parts: nothing was added to it.`);
   }
   const words = lexical ?? 0;
-  const most = Math.max(Math.abs(anchor), Math.abs(interaction), Math.abs(words), 1e-9);
+  const best = windows ?? 0;
+  const most = Math.max(...[anchor, interaction, words, best].map(Math.abs), 1e-9);
   return element(
     "dl",
     { class: "parts" },
     part("Inner product", anchor, most, "what two vectors alone say"),
+    ...(best ? [part("Best window", best, most, "what its two likest sentences add")] : []),
     ...(words ? [part("Words", words, most, "what BM25 adds")] : []),
     part("IEM", interaction, most, "what the interaction adds"),
     element(
       "div",
       { class: "sum" },
       element("dt", {}, "Student’s score"),
-      element("dd", {}, signed(anchor + interaction + words)),
+      element("dd", {}, signed(anchor + interaction + words + best)),
     ),
   );
 }
