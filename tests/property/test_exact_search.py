@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import InteractionConfig
-from d2llm.index.words import WordIndex
 from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
@@ -22,6 +21,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.pipeline import exact_search
 from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
 from d2llm.pipeline.row_evidence import RowEvidence
+from evidence_rows import EvidenceRows
 from fake_models import FakeStudent
 from tiny_models import randomise
 
@@ -120,7 +120,7 @@ STUDENTS = [
 ]
 
 
-def test_with_evidence_of_words_too(monkeypatch):
+def test_with_evidence_of_words_and_windows_too(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 8)
     monkeypatch.setattr(exact_search, "_LARGEST", 32)
     early = 0
@@ -133,9 +133,13 @@ def test_with_evidence_of_words_too(monkeypatch):
             ". ".join(" ".join(rng.choice(words, 3)) for _ in range(rng.integers(0, 4)))
             for _ in view.ids(range(view.capacity))
         ]
-        weights = {name: float(rng.choice([0.0, 0.5, 4.0])) for name in ("words", "words_share", "window_words")}
-        evidence = RowEvidence(WordIndex.from_texts(texts), "w1 w2 w3 w10", weights)
+        names = ("words", "words_share", "window_words", "window_vectors")
+        weights = {name: float(rng.choice([0.0, 0.5, 4.0])) for name in names}
+        own = view.vectors(np.arange(view.capacity))
+        windows = [rng.standard_normal((rng.integers(0, 4), DIM)).astype(np.float32) for _ in texts]
         task = TASKS[seed % 2]
+        anchor = student.prepare(query, task).anchor_query
+        evidence = RowEvidence(EvidenceRows(texts, windows, own), "w1 w2 w3 w10", weights, anchor)
         expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
         found = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
         assert found.rows.tolist() == expected, seed

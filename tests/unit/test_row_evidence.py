@@ -7,10 +7,10 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage
-from d2llm.index.words import WordIndex
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.row_evidence import RowEvidence
 from d2llm.pipeline.search import search
+from evidence_rows import EvidenceRows
 from fake_models import FakeStudent
 
 TEXTS = [
@@ -31,19 +31,33 @@ class WordyStudent(FakeStudent):
 
 
 @pytest.fixture(scope="module")
-def words() -> WordIndex:
-    return WordIndex.from_texts(TEXTS)
+def words() -> EvidenceRows:
+    return EvidenceRows(TEXTS)
 
 
 @pytest.mark.parametrize("query", ["rare gem", "common common gem", "zebra", "?"])
 def test_the_sum_is_that_of_the_weighted_scores(words, query):
-    evidence = RowEvidence(words, query, WEIGHTS)
-    asked = words.query(query)
-    passages, windows = words.score(asked, np.arange(5))
+    evidence = RowEvidence(words, query, WEIGHTS, None)
+    asked = words.words.query(query)
+    passages, windows = words.words.score(asked, np.arange(5))
     limit = asked.limit or 1.0
     expected = 0.5 * passages + 3 * passages / limit + 0.25 * windows + 1.5 * windows / limit
     np.testing.assert_allclose(evidence(np.arange(5)), expected, rtol=1e-5)
     np.testing.assert_array_equal(evidence(np.array([4, 0])), evidence(np.arange(5))[[4, 0]])
+
+
+def test_the_best_window_counts_by_its_inner_product():
+    own = np.eye(4, dtype=np.float32)
+    windows = [2 * own[:2], own[2:], own[:0], -own[:3]]
+    rows = EvidenceRows(TEXTS[:4], windows, own)
+    anchor = np.array([0.5, 3.0, 1.0, -2.0], np.float32)
+    evidence = RowEvidence(rows, "zebra", {"window_vectors": 0.5}, anchor)
+    np.testing.assert_allclose(evidence(np.arange(4)), [3.0, 0.5, 0.5, -0.25])  # the third row has none but its own
+    np.testing.assert_array_equal(evidence(np.array([3, 0])), evidence(np.arange(4))[[3, 0]])
+    np.testing.assert_array_equal(evidence.bounds(4), evidence(np.arange(4)))
+    parts = evidence.parts(np.arange(4))
+    assert parts.words is None
+    np.testing.assert_array_equal(parts.windows, evidence(np.arange(4)))
 
 
 def test_no_row_is_above_its_bound():
@@ -54,10 +68,10 @@ def test_no_row_is_above_its_bound():
             ". ".join(" ".join(rng.choice(vocabulary, rng.integers(1, 6))) for _ in range(rng.integers(1, 6))).upper()
             for _ in range(rng.integers(1, 30))
         ]
-        words = WordIndex.from_texts(texts)
+        words = EvidenceRows(texts)
         names = rng.choice(list(WEIGHTS), rng.integers(1, 5), replace=False)
         weights = {str(name): float(rng.exponential()) for name in names}
-        evidence = RowEvidence(words, " ".join(rng.choice(vocabulary, rng.integers(1, 8))), weights)
+        evidence = RowEvidence(words, " ".join(rng.choice(vocabulary, rng.integers(1, 8))), weights, None)
         values, bounds = evidence(np.arange(len(texts))), evidence.bounds(len(texts))
         assert (values <= bounds).all(), seed
         if not {"window_words", "window_words_share"} & weights.keys():
@@ -74,7 +88,7 @@ class TestSearch:
     def test_scores_are_those_of_vectors_and_words(self, index):
         (plain,) = search(index.view, FakeStudent(), ["rare gem"], sources=("vectors", "bm25"))
         (wordy,) = index.search("rare gem")
-        evidence = RowEvidence(index.view.words, "rare gem", WEIGHTS)
+        evidence = RowEvidence(index.view, "rare gem", WEIGHTS, None)
         added = {name: float(evidence(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")}
         own = {place.passage.id: place.score for place in plain.passages}
         assert {place.passage.id: place.score for place in wordy.passages} == pytest.approx(

@@ -330,7 +330,7 @@ def _window_problems(store: IndexStore, table: PassageTable, effort: _Effort) ->
     if store.window_format is None:
         return []
     try:
-        store.windows(table, store.vectors.num_rows(table))
+        store.windows(table)
     except DataFormatError as error:
         if not effort.repair:
             return [str(error)]

@@ -338,16 +338,17 @@ class IndexStore:
         generation = self.vectors.generation(table)
         return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
 
-    def windows(self, table: PassageTable, num_rows: int) -> WindowVectors:
-        """The vectors of the windows of the first ``num_rows`` rows of a version, of an index that has them.
+    def windows(self, table: PassageTable, capacity: int | None = None) -> WindowVectors:
+        """The vectors of the windows of a version's rows, of an index that has them; ``capacity``: of so many rows.
 
         Raises:
             DataFormatError: they are missing or damaged.
         """
         assert self.window_format is not None
-        generation = self.vectors.generation(table)
+        generation, num_rows = self.vectors.generation(table), self.vectors.num_rows(table)
         return open_windows(
-            self.folder, generation, self.window_format, num_rows=num_rows, version=table.version
+            self.folder, generation, self.window_format,
+            num_rows=num_rows, capacity=capacity or num_rows, version=table.version,
         )  # fmt: skip
 
     def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
@@ -463,7 +464,7 @@ class IndexStore:
         codes_of_batch = source.vectors.codes_of_batches(rows)
         num_rows = source.vectors.num_rows(rows)
         words = source.words(rows, num_rows, whole=True).words
-        windows = None if source.window_format is None else source.windows(rows, num_rows)
+        windows = None if source.window_format is None else source.windows(rows)
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one whose own file of this number was lost.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)

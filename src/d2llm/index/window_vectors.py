@@ -118,16 +118,24 @@ def append_windows(
 
 
 def open_windows(
-    folder: Path, generation: int, vector_format: VectorFormat, *, num_rows: int, version: int
+    folder: Path, generation: int, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
 ) -> WindowVectors:
-    """The windows of a version that has so many rows, after all their checksums were looked at.
+    """The windows of a version, after all their checksums were looked at.
+
+    Args:
+        folder: of the index.
+        generation: of its vectors.
+        vector_format: of the windows' vectors.
+        num_rows: up to the last that the version names; these must be there.
+        capacity: rows that may be asked for; those behind ``num_rows``, which a crash left, may have no windows.
+        version: of the table.
 
     Raises:
         DataFormatError: they are missing or damaged.
     """
     if not num_rows:
         return WindowVectors(
-            np.zeros((0, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
+            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
         )
     opened: list[NDArray[np.uint8]] = []
     for name, code_size in ((WINDOWS, vector_format.code_size), (WINDOW_PLACES, _PLACE_BYTES)):
@@ -142,7 +150,9 @@ def open_windows(
             raise DataFormatError(file.path, problem)
         opened.append(codes)
     codes, stored = opened
-    places = np.array(stored[:num_rows]).view(_PLACE).reshape(num_rows, 2).astype(np.int64)
+    places = np.zeros((capacity, 2), np.int64)
+    there = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
+    places[: len(there)] = there
     if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
         problem = "names windows that are not there; `d2llm index ... verify --repair` encodes the windows again"
         raise DataFormatError(folder / f"{WINDOW_PLACES}-{generation}.bin", problem)
