@@ -56,9 +56,8 @@ class SearchSettings:
 
     def proposers(self, *, counts_words: bool) -> tuple[SourceName, ...]:
         """Who proposes candidates; ``counts_words``: whether words are a part of the student's score."""
-        proposes_words = counts_words if self.sources is None else "bm25" in self.sources
-        others = tuple(name for name in self.sources or ("vectors",) if name != "bm25")
-        return (*others, "bm25") if proposes_words or self.hybrid is not None else others
+        named: tuple[SourceName, ...] = self.sources or (("vectors", "bm25") if counts_words else ("vectors",))
+        return named if self.hybrid is None or "bm25" in named else (*named, "bm25")
 
     def check(self) -> None:
         """Make sure that the settings go together.
