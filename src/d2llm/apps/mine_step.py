@@ -44,10 +44,12 @@ def mine_plans(
         put_filtered_aside(job, "mine")
     filters_later = before_tuning and job.recipe.filters_with_tuned_teacher
     if not before_tuning and job.recipe.filters_with_tuned_teacher and _has_untuned_head(job.teacher):
-        job.session.say(
-            "mine: without the teacher's margin, as its head is new: tune-teacher, and then mine with --again, filters"
-        )
         filters_later = True
+        if again or not all(is_finished(job.run.plan(data)) for data in job.recipe.data):
+            job.session.say(
+                "mine: without the teacher's margin, as its head is new: tune-teacher, and then mine with --again, "
+                "filters"
+            )
     asked = _without_margin(job) if filters_later else job
     reports: dict[str, Any] = {}
     miners: _Miners | None = None
