@@ -69,6 +69,11 @@ def test_a_filter_and_both_sources(place):
         "9",
     )
     assert sorted(ids_of(found)) == ["s0", "s2", "s4", "s6", "s8"]
+    word = SENTENCES[3].split()[0]
+    options = ("--hybrid", "0.5", "--top-k", "60", "--source")
+    (of_bm25,) = report_of(place, "search", place / "i", word, *options, "bm25")["rankings"]
+    (of_both,) = report_of(place, "search", place / "i", word, *options, "vectors")["rankings"]
+    assert of_bm25["num_candidates"] < of_both["num_candidates"] == 60
     fail("search", place / "i", "x", "--filter", "yaer < 3", containing=["yaer", "year"])
     fail("search", place / "i", "x", "--teacher-ms", "5", containing=["--teacher-ms", "--teacher"])
     fail("search", place / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])

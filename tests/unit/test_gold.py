@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.ops.pair_measures import roc_auc
-from d2llm.pipeline.evaluation.gold import BinaryGold, GradedGold, NliGold, read_gold
+from d2llm.pipeline.evaluation.gold import BinaryGold, GradedGold, NliGold, measure_all, read_gold
 
 ALL = np.arange(4)
 
@@ -53,18 +53,18 @@ def test_what_cannot_be_measured():
         read_gold(dataset(["0", "1"]), "dev")
     nli = NliGold(("entailment", "neutral", "contradiction", "neutral"))
     with pytest.raises(InputError, match="the classes need thresholds from a split of their own; add a dev split"):
-        nli.measure(np.zeros(4), ALL, None)
+        measure_all(nli, np.zeros(4), ALL, None)
 
 
 def test_measures_are_of_the_pairs_at_the_positions():
     gold = BinaryGold(np.array([True, False, True, False]))
     part = np.array([0, 3, 3])
-    assert gold.measure(np.array([1.0, 2.0, 0.0]), part, None) == {"AP": 1 / 2, "AUC": 1 / 2}
-    found = gold.measure(np.array([1.0, 2.0, 0.0]), part, (0.5, 0.5))
+    assert measure_all(gold, np.array([1.0, 2.0, 0.0]), part, None) == {"AP": 1 / 2, "AUC": 1 / 2}
+    found = measure_all(gold, np.array([1.0, 2.0, 0.0]), part, (0.5, 0.5))
     assert found == pytest.approx({"accuracy": 2 / 3, "F1": 2 / 3, "AP": 1 / 2, "AUC": 1 / 2})
     assert gold.fit(np.array([3.0, 1.0]), np.array([0, 1])) == (2.0, 2.0)
     graded = GradedGold(np.array([0.0, 5.0, 1.0, 2.0]))
-    assert graded.measure(np.array([1.0, 2.0, 3.0]), np.array([2, 3, 1]), None)["Spearman"] == pytest.approx(1)
+    assert measure_all(graded, np.array([1.0, 2.0, 3.0]), np.array([2, 3, 1]), None)["Spearman"] == pytest.approx(1)
     assert graded.fit(np.zeros(4), ALL) is None
 
 

@@ -18,6 +18,7 @@ from d2llm.index.passage_table import PassageTable
 from d2llm.index.store import IndexStore
 from d2llm.pipeline import upserting
 from d2llm.pipeline.index import Index
+from d2llm.pipeline.search_settings import SearchSettings
 from fake_models import FakeStudent, Interruption
 
 INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id")]
@@ -212,6 +213,30 @@ class TestSearch:
         assert set(found(index, "fish", num_candidates=1, top_k=1, sources=("bm25",))) == {"p2"}
         (ranking,) = index.search("fish", num_candidates=1, top_k=1, sources=("vectors", "bm25"))
         assert ranking.num_candidates in (1, 2)
+
+    @pytest.mark.parametrize(
+        ("sources", "counts_words", "hybrid", "proposers"),
+        [
+            (None, False, None, {"vectors"}),
+            (None, True, None, {"vectors", "bm25"}),
+            (None, False, 0.5, {"vectors", "bm25"}),
+            (("ann",), True, None, {"ann"}),
+            (("ann",), False, 0.0, {"ann", "bm25"}),
+            (("bm25",), True, 0.5, {"bm25"}),
+            (("bm25", "vectors"), False, 0.5, {"vectors", "bm25"}),
+        ],
+    )
+    def test_bm25_proposes_where_words_count_or_it_is_fused(self, sources, counts_words, hybrid, proposers):
+        found = SearchSettings(sources=sources, hybrid=hybrid).proposers(counts_words=counts_words)
+        assert sorted(found) == sorted(proposers)
+
+    def test_a_fusion_takes_candidates_of_both_unless_bm25_is_named_alone(self, index):
+        (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
+        (named,) = index.search("fish", hybrid=0.5, top_k=6, sources=("vectors", "bm25"))
+        assert ranking.passages == named.passages
+        assert {place.passage.id for place in ranking.passages} == {f"p{n}" for n in range(6)}
+        (alone,) = index.search("fish", hybrid=0.5, top_k=6, sources=("bm25",))
+        assert [place.passage.id for place in alone.passages] == ["p2"]
 
     def test_fusion_by_hand(self, index):
         (ranking,) = index.search("fish", hybrid=0.5, top_k=6)

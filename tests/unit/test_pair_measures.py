@@ -7,10 +7,13 @@ from d2llm.ops.pair_measures import (
     accuracy_at,
     average_precision,
     best_threshold,
+    binary_measurer,
     binary_measures,
     f1_at,
     fit_nli,
+    graded_measurer,
     graded_measures,
+    nli_measurer,
     nli_measures,
     ordinal_accuracy,
     ordinal_thresholds,
@@ -186,3 +189,63 @@ def test_what_else_is_refused():
         fit_nli([1.0, 2.0], ["entailment", "contradiction"])
     with pytest.raises(InputError, match="none of the 1 pairs is negative"):
         nli_measures([1.0, 2.0], ["entailment", "neutral"], thresholds=NliThresholds(0.0, 0.0, 0.0, (0.0, 0.0)))
+
+
+class TestResamples:
+    """Of the same pairs again and again: checked and sorted once; each draw is measured as a list of its own."""
+
+    SCORES = np.array([0.5, 0.5, 0.25, 1.0, 0.75, 0.5, -0.0, 0.0])
+    CLASSES = (
+        "entailment",
+        "neutral",
+        "contradiction",
+        "entailment",
+        "neutral",
+        "contradiction",
+        "neutral",
+        "entailment",
+    )
+    THRESHOLDS = NliThresholds(contradiction=0.4, f1=0.3, other=0.6, ordinal=(0.3, 0.6))
+
+    def draws(self):
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, 8, 8) for _ in range(300)]
+
+    def test_each_draw_has_the_measures_of_its_own_pairs(self):
+        labels = np.array([name == "entailment" for name in self.CLASSES])
+        grades = np.arange(8) % 3
+        binary = binary_measurer(self.SCORES, labels, thresholds=(0.6, 0.3))
+        nli = nli_measurer(self.SCORES, self.CLASSES, thresholds=self.THRESHOLDS)
+        graded = graded_measurer(self.SCORES, grades)
+        metrics = pytest.importorskip("sklearn.metrics")
+        num_measured = 0
+        for rows in self.draws():
+            scores, classes = self.SCORES[rows], [self.CLASSES[row] for row in rows.tolist()]
+            if len(set(classes)) < 3 or len(set(grades[rows].tolist())) < 2:
+                continue
+            num_measured += 1
+            found = binary(rows)
+            assert found == binary_measures(scores, labels[rows], accuracy_threshold=0.6, f1_threshold=0.3)
+            assert found["AP"] == pytest.approx(metrics.average_precision_score(labels[rows], scores))
+            assert found["AUC"] == pytest.approx(metrics.roc_auc_score(labels[rows], scores))
+            assert found["F1"] == pytest.approx(metrics.f1_score(labels[rows], scores >= 0.3))
+            assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels[rows], scores >= 0.6))
+            assert nli(rows) == nli_measures(scores, classes, thresholds=self.THRESHOLDS)
+            assert graded(rows) == graded_measures(scores, grades[rows])
+        assert num_measured > 100
+
+    def test_a_draw_of_one_label_is_refused(self):
+        measure = binary_measurer(SCORES, LABELS, thresholds=None)
+        assert set(measure(np.array([0, 0, 2]))) == {"AP", "AUC"}
+        with pytest.raises(InputError, match="none of the 3 pairs is negative"):
+            measure(np.array([0, 1, 3]))
+        with pytest.raises(InputError, match="none of the 2 pairs is positive"):
+            nli_measurer([1.0, 2.0, 3.0], ["contradiction", "neutral", "entailment"], thresholds=self.THRESHOLDS)(
+                np.array([0, 0, 1])
+            )
+
+    def test_what_is_wrong_is_told_before_the_first_draw(self):
+        with pytest.raises(InputError, match="NaN or infinite"):
+            binary_measurer([1.0, np.nan], [True, False], thresholds=None)
+        with pytest.raises(InputError, match="labels must be"):
+            binary_measurer([1.0, 2.0], [0, 2], thresholds=None)

@@ -35,7 +35,7 @@ from d2llm.apps.options import (
     known_teacher,
 )
 from d2llm.apps.session import session_of
-from d2llm.core.types import Grouping, SourceName
+from d2llm.core.types import Grouping
 
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Query, Ranking
@@ -160,7 +160,7 @@ def search(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Vectors and BM25 propose, and their ranks are fused; BM25's share, as in --hybrid 0.5.",
+            help="Fuse the student's ranking with BM25's, which also proposes; BM25's share, as in --hybrid 0.5.",
             show_default=False,
         ),
     ] = None,
@@ -215,13 +215,12 @@ def search(
 
     session = session_of(context)
     asked = _questions(texts or [], queries)
-    given: tuple[SourceName, ...] | None = tuple(one.value for one in source) if source else None
     settings = SearchSettings(
         task=task,
         top_k=top_k,
         num_candidates=num_candidates,
         filter=filter,
-        sources=given if hybrid is None else ("vectors", "bm25"),
+        sources=tuple(one.value for one in source) if source else None,
         hybrid=hybrid,
         exact=exact,
         budget_ms=budget_ms,

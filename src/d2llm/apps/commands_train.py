@@ -90,7 +90,7 @@ def init(
     session.write_report(context, json_path, found)
 
 
-_Step = Literal["mine", "tune-teacher", "stack", "gate", "distill"]
+_Step = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
 """Of a run, in their order; labels are kept by teacher and pair, and are never made again."""
 
 
@@ -114,21 +114,24 @@ def run(
 ) -> None:
     """Make a student from a recipe: the steps below in order.
 
-    Before a teacher is tuned, a first look tries it as it is on a few dev queries.
+    Before a teacher is tuned, a first look tries it as it is on a few dev queries. Where the recipe has a
+    teacher_margin, mine leaves it out until the teacher is tuned; filter then mines again with it.
 
     What is finished in the run folder is skipped, so the same command goes on after an interruption. What was made with
     other settings than the recipe has now is named; --again STEP makes it anew, and what comes after it.
     """
     from d2llm.apps import steps
     from d2llm.apps.job import job_of, skip
-    from d2llm.apps.mine_step import mine_plans
+    from d2llm.apps.mine_step import filter_plans, mine_plans, put_filtered_aside
     from d2llm.apps.teach_tables import gate_advice, gate_table, run_table
     from d2llm.pipeline.gate import GateReport
 
     job = job_of(session_of(context), recipe, out, data, device, dtype, files=(json_path,))
     order: tuple[str, ...] = get_args(_Step)
     anew: tuple[str, ...] = order[order.index(again) :] if again else ()
-    result = {"mine": mine_plans(job, again="mine" in anew)}
+    if "filter" in anew:
+        put_filtered_aside(job, "filter")  # first, so that no plan of the teacher before is left by an interruption
+    result = {"mine": mine_plans(job, again="mine" in anew, before_tuning=True)}
     if job.recipe.losses.imitates:
         result["first-look"] = steps.look_at_the_teacher(job, again="tune-teacher" in anew)
         result["tune-teacher"] = steps.tune_the_teacher(job, again="tune-teacher" in anew)
@@ -137,7 +140,9 @@ def run(
         if isinstance(result["gate"], GateReport):
             job.session.show(gate_table(result["gate"]))
             job.session.say(gate_advice(result["gate"]))
-        if len(steps.closed_gates(job)) < len(job.recipe.data):
+        closed = steps.closed_gates(job)
+        result["filter"] = filter_plans(job, closed)
+        if len(closed) < len(job.recipe.data):
             result["label"] = steps.label_pairs(job)
         else:
             result["label"] = skip(job, "label: the gate is closed for every data set, so no pair is labelled")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.apps.options import in_a_folder_or_the_run
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import changed_settings, load_recipe
-from d2llm.pipeline.run_folder import RunFolder, check_data
+from d2llm.pipeline.run_folder import RunFolder, check_data, is_finished
 
 if TYPE_CHECKING:
     from d2llm.apps.session import Session
@@ -43,6 +43,15 @@ class Job:
         if is_finished(self.run.teacher):
             return asked.model_copy(update={"model": str(self.run.teacher), "new_head": False})
         return asked
+
+    def teacher_fingerprint(self) -> str | None:
+        """Of ``teacher``; None where it is not there to be looked at."""
+        from d2llm.models.judge import identify_judge
+
+        try:
+            return identify_judge(self.teacher).fingerprint
+        except ModelError:
+            return None
 
     def untuned_cosine(self) -> Student:
         """The recipe's backbone with its own pooling."""
@@ -157,7 +166,9 @@ def _aside(path: Path, folder: Path, number: int) -> Path:
     return path.with_name(f"{folder.name}.old-{number}{path.name.removeprefix(folder.name)}")
 
 
-def notice_changes(job: Job, verb: str, folder: Path, recipe: dict[str, Any], teacher: str | None = None) -> None:
+def notice_changes(
+    job: Job, verb: str, folder: Path, recipe: dict[str, Any], teacher: str | None = None, *, as_mined: bool = False
+) -> None:
     """Warn if what is finished in ``folder`` was made from something else than would be now, and say from what.
 
     Args:
@@ -166,11 +177,16 @@ def notice_changes(job: Job, verb: str, folder: Path, recipe: dict[str, Any], te
         folder: what is finished; its manifest says what it was made from, unless an earlier version wrote it.
         recipe: what of the recipe shapes it.
         teacher: fingerprint of the teacher that it would be made from; None where that does not matter.
+        as_mined: it is made from the plans before a tuned teacher filters them. A plan that the run's teacher has
+            filtered says nothing of those.
     """
-    made = _manifest(folder).get("settings", {})
+    made = manifest_of(folder).get("settings", {})
     changes = changed_settings(made.get("recipe", {}), recipe)
     for data in job.recipe.data:
-        plan = _manifest(job.run.plan(data)) if is_finished(job.run.plan(data)) else {}
+        place = job.run.plan(data) if as_mined else job.run.final_plan(job.recipe, data)
+        plan = manifest_of(place) if is_finished(place) else {}
+        if as_mined and "teacher" in plan and plan["teacher"] == job.teacher_fingerprint():
+            continue
         name, content = plan.get("dataset"), plan.get("content_hash")
         if made.get("plans", {}).get(name, content) != content:
             changes.append(f"the plan of {name}")
@@ -184,13 +200,9 @@ def notice_changes(job: Job, verb: str, folder: Path, recipe: dict[str, Any], te
         )
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a finished step says of its result."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a step has written its result there."""
-    return (folder / MANIFEST).is_file()
 
 
 def skip(job: Job, reason: str) -> dict[str, str]:

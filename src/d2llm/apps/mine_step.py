@@ -1,4 +1,4 @@
-"""The step from data sets to training plans, as the command line takes it."""
+"""The steps from data sets to training plans, as the command line takes them: mine, and filter with the teacher."""
 
 from __future__ import annotations
 
@@ -8,37 +8,118 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.recipe import DataConfig, MiningConfig
+from d2llm.core.recipe import DataConfig, MiningConfig, TeacherConfig
 from d2llm.data.plan import read_plan, write_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from d2llm.data.beir import Dataset
     from d2llm.data.pairs import PairDataset
     from d2llm.models.judge import Judge
     from d2llm.models.student import Student
     from d2llm.pipeline.mining.teacher import TeacherCheck
 
-from d2llm.apps.job import Job, is_finished, skip
+from d2llm.apps.job import Job, manifest_of, put_aside, skip
+from d2llm.pipeline.run_folder import is_finished
 
 _SPLIT = "train"
 
 
-def mine_plans(job: Job, *, again: bool = False, student: str | None = None) -> dict[str, Any]:
-    """Make the plan of each data set; its counts by the data set's name. ``student`` ranks in place of the recipe's."""
+def mine_plans(
+    job: Job, *, again: bool = False, student: str | None = None, before_tuning: bool = False
+) -> dict[str, Any]:
+    """Make the plan of each data set; its counts by the data set's name.
+
+    Args:
+        job: recipe and run folder.
+        again: make also those that are there; what was filtered of them before is put aside.
+        student: ranks in place of the recipe's.
+        before_tuning: leave the teacher's margin to ``filter_plans`` where the recipe has the teacher tuned first.
+    """
     if student is not None:
         mining = job.recipe.mining.model_copy(update={"student": student})
         job = replace(job, recipe=job.recipe.model_copy(update={"mining": mining}))
+    if again:
+        put_filtered_aside(job, "mine")
+    filters_later = before_tuning and job.recipe.filters_with_tuned_teacher
+    if not before_tuning and job.recipe.filters_with_tuned_teacher and _has_untuned_head(job.teacher):
+        filters_later = True
+        if again or not all(is_finished(job.run.plan(data)) for data in job.recipe.data):
+            job.session.say(
+                "mine: without the teacher's margin, as its head is new: tune-teacher, and then mine with --again, "
+                "filters"
+            )
+    asked = _without_margin(job) if filters_later else job
     reports: dict[str, Any] = {}
     miners: _Miners | None = None
     for data in job.recipe.data:
         folder = job.run.plan(data)
         if is_finished(folder) and not again:
             reports[folder.name] = skip(job, f"mine: {folder} is finished; --again makes it anew")
-            _compare_settings(job, data, folder)
+            _compare_settings(job, data, folder, remedy="mine with --again")
             continue
-        miners = miners or _Miners.load(job)
-        reports[folder.name] = _mine_one(job, data, folder, miners)
+        miners = miners or _Miners.load(asked)
+        reports[folder.name] = _mine_one(asked, data, folder, miners, keeps_vectors=filters_later)
     return reports
+
+
+def filter_plans(job: Job, closed: Collection[str]) -> dict[str, Any]:
+    """Mine again with the margin of the tuned teacher, which a run can only now; counts by the data set's name.
+
+    The plans that the teacher was tuned on stay. What it says goes to the run's labels.
+
+    Args:
+        job: recipe and run folder.
+        closed: data sets that the teacher may not teach; what it says of their negatives does not count either.
+    """
+    from d2llm.data.open_data import open_source
+    from d2llm.data.pairs import PairSource
+    from d2llm.models.judge import identify_judge
+
+    if job.recipe.mining.teacher_margin is None:
+        return skip(job, "filter: the recipe has no teacher's margin (mining.teacher_margin)")
+    if not job.recipe.filters_with_tuned_teacher:
+        return skip(job, "filter: mine has filtered already, as no teacher is tuned or stored labels alone count")
+    reports: dict[str, Any] = {}
+    miners: _Miners | None = None
+    teacher = identify_judge(job.teacher).fingerprint
+    for data in job.recipe.data:
+        mined, folder = job.run.plan(data), job.run.filtered_plan(data)
+        name = folder.name
+        source = open_source(data.path, splits=["dev"])
+        if isinstance(source, PairSource):
+            reports[name] = skip(job, f"filter: {name}: labelled pairs, of which none is mined")
+        elif source.name in closed:
+            put_aside(job, "filter", folder)
+            reports[name] = skip(job, f"filter: {name}: stays as it was mined, as its gate is closed")
+        elif manifest_of(mined).get("teacher") == teacher:
+            reports[name] = skip(job, f"filter: {name}: {mined} was mined with this teacher's margin")
+        elif is_finished(folder):
+            reports[name] = skip(job, f"filter: {name}: {folder} is finished; run with --again filter makes it anew")
+            _compare_settings(job, data, folder, remedy="run with --again filter", teacher=teacher)
+        else:
+            miners = miners or _Miners.load(job)
+            reports[name] = _mine_one(job, data, folder, miners, verb="filter")
+        shutil.rmtree(job.run.mining_work(data), ignore_errors=True)
+    return reports
+
+
+def put_filtered_aside(job: Job, verb: str) -> None:
+    """Rename what ``filter_plans`` has made, before what it was made from is made anew."""
+    for data in job.recipe.data:
+        put_aside(job, verb, job.run.filtered_plan(data))
+
+
+def _has_untuned_head(teacher: TeacherConfig) -> bool:
+    from d2llm.models.teacher_identity import find_tuned_teacher
+
+    return teacher.new_head and find_tuned_teacher(teacher.model) is None
+
+
+def _without_margin(job: Job) -> Job:
+    mining = job.recipe.mining.model_copy(update={"teacher_margin": None})
+    return replace(job, recipe=job.recipe.model_copy(update={"mining": mining}))
 
 
 @dataclass(frozen=True)
@@ -65,7 +146,9 @@ class _Miners:
         )
 
 
-def _mine_one(job: Job, data: DataConfig, folder: Path, miners: _Miners) -> dict[str, Any]:
+def _mine_one(
+    job: Job, data: DataConfig, folder: Path, miners: _Miners, *, verb: str = "mine", keeps_vectors: bool = False
+) -> dict[str, Any]:
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset
     from d2llm.pipeline.mine import mine
@@ -75,14 +158,15 @@ def _mine_one(job: Job, data: DataConfig, folder: Path, miners: _Miners) -> dict
     if isinstance(dataset, PairDataset):
         return _plan_pairs(job, data, folder, dataset)
     held_out = [split for split in ("dev", "test") if split in dataset.qrels]
-    work = folder.parent / f".{folder.name}.mining"  # what an interrupted run leaves for the next
+    teacher = _teacher_check(job, data, dataset, miners.judge)
+    work = job.run.mining_work(data)
     result = mine(
         dataset,
         _SPLIT,
         job.recipe.mining,
         encoder=miners.encoder,
         student=miners.student,
-        teacher=_teacher_check(job, data, dataset, miners.judge),
+        teacher=teacher,
         task=data.task,
         seed=job.recipe.seed,
         max_queries=data.max_queries,
@@ -92,15 +176,18 @@ def _mine_one(job: Job, data: DataConfig, folder: Path, miners: _Miners) -> dict
     )
     report = result.report
     content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(job, data), "report": report}
+    if teacher is not None:
+        content["teacher"] = teacher.labels.teacher
     audit = {
         "audit.json": (json.dumps(result.audit, indent=1, ensure_ascii=False) + "\n").encode(),
         "audit.md": audit_page(report, result.audit).encode(),
     }
     write_plan(folder, result.entries, content, documents=audit)
-    shutil.rmtree(work, ignore_errors=True)
+    if not keeps_vectors:
+        shutil.rmtree(work, ignore_errors=True)
     dropped = sum(report["num_dropped"].values())
     job.session.say(
-        f"mine: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
+        f"{verb}: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
         f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
         "read its audit.md"
     )
@@ -154,16 +241,23 @@ def _settings(job: Job, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _compare_settings(job: Job, data: DataConfig, folder: Path) -> None:
-    made_with = read_plan(folder).manifest.get("settings")
+def _compare_settings(job: Job, data: DataConfig, folder: Path, *, remedy: str, teacher: str | None = None) -> None:
+    """Warn of a plan that the recipe, or ``teacher``, would make otherwise now."""
+    manifest = read_plan(folder).manifest
+    made_with = manifest.get("settings")
     if made_with is None:
         return
     # A plan of an earlier version names its settings as they were called then, and knows fewer.
-    made_with = made_with | {"mining": MiningConfig.model_validate(made_with["mining"]).model_dump(mode="json")}
-    changed = [name for name, value in _settings(job, data).items() if made_with.get(name) != value]
+    mining = MiningConfig.model_validate(made_with["mining"])
+    made_with = made_with | {"mining": mining.model_dump(mode="json")}
+    without_margin = teacher is None and mining.teacher_margin is None and job.recipe.filters_with_tuned_teacher
+    wanted = _settings(_without_margin(job) if without_margin else job, data)
+    changed = [name for name, value in wanted.items() if made_with.get(name) != value]
+    if teacher is not None and manifest.get("teacher") != teacher:
+        changed.append("teacher")
     if changed:
         job.session.complain(
             "warning",
             f"{folder} was made with other settings than the recipe's now ({', '.join(changed)}) and stays as it is; "
-            "mine with --again makes it anew",
+            f"{remedy} makes it anew",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.recipe_file import shaping_settings, tuning_settings
 from d2llm.core.variants import find_variant
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from d2llm.data.pairs import PairDataset
     from d2llm.pipeline.stack_teachers import StackReport
 
-from d2llm.apps.job import Job, is_finished, notice_changes, put_aside, require_plans, skip
+from d2llm.apps.job import Job, manifest_of, notice_changes, put_aside, require_plans, skip
+from d2llm.pipeline.run_folder import is_finished
 
 
 def look_at_the_teacher(job: Job, *, again: bool = False) -> Any:
@@ -65,12 +66,13 @@ def tune_the_teacher(job: Job, *, again: bool = False) -> Any:
     if again:
         put_aside(job, "tune-teacher", folder)
     elif is_finished(folder):
-        notice_changes(job, "tune-teacher", folder, tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed))
+        settings = tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed)
+        notice_changes(job, "tune-teacher", folder, settings, as_mined=True)
         return skip(job, f"tune-teacher: {folder} is finished; --again tunes anew, keeping this one aside")
     require_plans(job)
     job.session.say(f"tune-teacher: '{recipe.teacher.model}' learns to answer yes or no on the plans")
     report = tune_teacher(
-        job.run.sources(job.recipe),
+        job.run.sources(job.recipe, as_mined=True),
         job.run.teacher,
         teacher=job.recipe.teacher,
         tuning=job.recipe.teacher_tuning,
@@ -80,6 +82,14 @@ def tune_the_teacher(job: Job, *, again: bool = False) -> Any:
         show_progress=job.session.show_progress,
     )
     job.session.say(f"tune-teacher: {report.pairs:,} pairs, final loss {report.loss:.3f}, in {job.run.teacher}")
+    for data in recipe.data:
+        filtered = job.run.filtered_plan(data)
+        if is_finished(filtered) and manifest_of(filtered).get("teacher") != report.fingerprint:
+            job.session.complain(
+                "warning",
+                f"{filtered} was filtered with another teacher and stays as it is; run with --again filter, or mine "
+                "with --again, filters with this one",
+            )
     return report
 
 
@@ -91,8 +101,8 @@ def stack_with_cosine(job: Job, *, again: bool = False, cosine_again: bool = Fal
         put_aside(job, "stack", job.run.stack)
     elif is_finished(job.run.stack):
         return skip(job, f"stack: {job.run.stack} is finished; delete it to fit it anew")
-    distill_student(job, variant="cosine", again=cosine_again)
-    cosine = TeacherConfig(model=str(job.run.variant("cosine")), kind="cosine")
+    distill_student(job, variant="cosine", again=cosine_again, for_stack=True)
+    cosine = TeacherConfig(model=str(job.run.cosine_of_stack(job.recipe)), kind="cosine")
     gate = job.recipe.gate
     return stack(job, [job.teacher, cosine], num_queries=gate.queries, depth=gate.depth)
 
@@ -184,19 +194,21 @@ def label_pairs(job: Job) -> Any:
     return report
 
 
-def distill_student(job: Job, *, variant: str | None = None, again: bool = False) -> Any:
-    """Train the student, or a variant of it, on the labels."""
+def distill_student(job: Job, *, variant: str | None = None, again: bool = False, for_stack: bool = False) -> Any:
+    """Train the student, or a variant of it, on the labels; ``for_stack``: the cosine that a stack needs."""
     from d2llm.apps.teach_tables import student_words
     from d2llm.pipeline.distill import distill
 
     recipe, folder = job.recipe, job.run.student
     if variant is not None:
         recipe, folder = find_variant(variant).apply(recipe), job.run.variant(variant)
+    if for_stack:
+        folder = job.run.cosine_of_stack(job.recipe)
     if again:
         put_aside(job, "distill", folder)
     elif is_finished(folder):
-        teacher = _fingerprint_of_teacher(job) if recipe.losses.imitates else None
-        notice_changes(job, "distill", folder, shaping_settings(recipe), teacher)
+        teacher = job.teacher_fingerprint() if recipe.losses.imitates else None
+        notice_changes(job, "distill", folder, shaping_settings(recipe), teacher, as_mined=for_stack)
         return skip(job, f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
     require_plans(job)
     closed = closed_gates(job) if recipe.losses.imitates else []
@@ -205,7 +217,7 @@ def distill_student(job: Job, *, variant: str | None = None, again: bool = False
             raise InputError(f"{job.run.labels}: there are no labels yet; run the verb label with this recipe first")
         _say_teacher(job, "distill")
     report = distill(
-        job.run.sources(job.recipe),
+        job.run.sources(job.recipe, as_mined=for_stack),
         folder,
         recipe=recipe,
         labels=job.run.labels,
@@ -252,13 +264,3 @@ def _say_teacher(job: Job, verb: str) -> None:
     named, asked = job.teacher.model, job.recipe.teacher.model
     untuned = f"'{asked}' as it is ({job.run.teacher} is not there)"
     job.session.say(f"{verb}: the teacher is {untuned if named == asked else named}")
-
-
-def _fingerprint_of_teacher(job: Job) -> str | None:
-    """Of the teacher that a student would be made from now; None where it is not there to be looked at."""
-    from d2llm.models.judge import identify_judge
-
-    try:
-        return identify_judge(job.teacher).fingerprint
-    except ModelError:
-        return None

@@ -81,7 +81,7 @@ def _step_words(step: str, result: Any) -> str:
         parts = cast("dict[str, Any]", result)
         if "skipped" in parts:
             return str(parts["skipped"]).removeprefix(f"{step}: ")
-        return "; ".join(f"{name}: {_plan_words(counts)}" for name, counts in parts.items())
+        return "; ".join(f"{name}: {_plan_words(step, name, counts)}" for name, counts in parts.items())
     if isinstance(result, FirstLook):
         return look_sentence(result).removeprefix("first-look: ")
     if isinstance(result, TeacherTuningReport):
@@ -95,10 +95,13 @@ def _step_words(step: str, result: Any) -> str:
     return student_words(cast(DistillReport, result))
 
 
-def _plan_words(counts: Mapping[str, Any]) -> str:
+def _plan_words(step: str, name: str, counts: Mapping[str, Any]) -> str:
     if "skipped" in counts:
-        return "mined before"
-    return f"{counts['num_entries']:,} queries"
+        return "mined before" if step == "mine" else str(counts["skipped"]).removeprefix(f"{step}: {name}: ")
+    queries = f"{counts['num_entries']:,} queries"
+    if step == "mine":
+        return queries
+    return f"{queries}, {counts['num_dropped']['teacher_margin']:,} passages dropped by the teacher's margin"
 
 
 def student_words(report: DistillReport) -> str:

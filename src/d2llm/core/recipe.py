@@ -240,7 +240,8 @@ class MiningConfig(_Section):
     share of it; 0.05 is a usual value."""
     teacher_margin: float | None = None
     """A candidate is no negative if the teacher's log-odds of it are above those of the positives (their mean) less
-    this. Costs a teacher pass per candidate, kept in the label store."""
+    this. Costs a teacher pass per candidate, kept in the label store. A run that tunes the teacher mines without this
+    first, and with it and the tuned teacher afterwards."""
     teacher_labels: Literal["judge", "stored"] = "judge"
     """``stored``: only labels that are in the store already; candidates without are let through, and counted."""
     audit_examples: int = Field(default=20, ge=0)
@@ -457,3 +458,9 @@ class Recipe(_Section):
     losses: LossWeights = LossWeights()
     training: TrainingConfig = TrainingConfig()
     evidence: EvidenceConfig = EvidenceConfig()
+
+    @property
+    def filters_with_tuned_teacher(self) -> bool:
+        """Whether a run mines twice: without the teacher's margin, and with it when the teacher is tuned."""
+        has_margin = self.mining.teacher_margin is not None and self.mining.teacher_labels == "judge"
+        return has_margin and self.losses.imitates and self.teacher_tuning.epochs > 0

@@ -14,8 +14,8 @@ which no threshold can do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from d2llm.core.errors import InputError
 
 Floats = NDArray[np.float64]
+Measurer = Callable[[NDArray[np.intp]], dict[str, float]]
+"""Measures the pairs at some positions, which may repeat: pairs are checked and sorted once for all resamples."""
 NLI_CLASSES = ("contradiction", "neutral", "entailment")
 """In the order of the score: the higher, the more does the first text say the second."""
 
@@ -72,20 +74,20 @@ def accuracy_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float
 
 def precision_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
     """Share of matches among the pairs with score >= threshold; 0 where there are none."""
-    hits, said, _ = _counts(scores, labels, threshold)
-    return hits / said if said else 0.0
+    values, truth = _checked(scores, labels)
+    return _precision(values >= threshold, truth)
 
 
 def recall_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
     """Share of the matches that have score >= threshold; 0 where there are no matches."""
-    hits, _, positives = _counts(scores, labels, threshold)
-    return hits / positives if positives else 0.0
+    values, truth = _checked(scores, labels)
+    return _recall(values >= threshold, truth)
 
 
 def f1_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
     """Harmonic mean of precision and recall at the threshold; 0 where no match has been found."""
-    hits, said, positives = _counts(scores, labels, threshold)
-    return 2 * hits / (said + positives) if hits else 0.0
+    values, truth = _checked(scores, labels)
+    return _f1(values >= threshold, truth)
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -96,10 +98,8 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
     """
-    values, truth = _both_labels(scores, labels)
-    order, taken, _ = _cuts(values)
-    hits = np.concatenate([[0], np.cumsum(truth[order])])[taken]
-    return float(np.sum(np.diff(hits) * hits[1:] / taken[1:]) / truth.sum())
+    values, truth = _checked(scores, labels)
+    return _Sorted.of(values, truth).cuts(np.arange(len(values))).average_precision()
 
 
 def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -108,10 +108,8 @@ def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
     """
-    values, truth = _both_labels(scores, labels)
-    positives = int(truth.sum())
-    above = _ranks(values)[truth].sum() - positives * (positives + 1) / 2
-    return float(above / (positives * (len(truth) - positives)))
+    values, truth = _checked(scores, labels)
+    return _Sorted.of(values, truth).cuts(np.arange(len(values))).roc_auc()
 
 
 def pearson(first: ArrayLike, second: ArrayLike) -> float:
@@ -120,13 +118,7 @@ def pearson(first: ArrayLike, second: ArrayLike) -> float:
     Raises:
         InputError: a number is not finite, the lengths differ, or there is none.
     """
-    left, right = _paired(first, second)
-    if (
-        left.min() == left.max() or right.min() == right.max()
-    ):  # the deviations from a rounded mean need not be exactly 0
-        return 0.0
-    left, right = _unit(left), _unit(right)
-    return float(np.clip(left @ right, -1.0, 1.0))
+    return _pearson(*_paired(first, second))
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
@@ -136,7 +128,7 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
         InputError: a number is not finite, the lengths differ, or there is none.
     """
     left, right = _paired(first, second)
-    return pearson(_ranks(left), _ranks(right))
+    return _pearson(_ranks(left), _ranks(right))
 
 
 def binary_measures(
@@ -153,12 +145,28 @@ def binary_measures(
     Raises:
         InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
     """
-    return {
-        "accuracy": accuracy_at(scores, labels, accuracy_threshold),
-        "F1": f1_at(scores, labels, f1_threshold),
-        "AP": average_precision(scores, labels),
-        "AUC": roc_auc(scores, labels),
-    }
+    measure = binary_measurer(scores, labels, thresholds=(accuracy_threshold, f1_threshold))
+    return measure(np.arange(len(np.asarray(scores))))
+
+
+def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[float, float] | None) -> Measurer:
+    """``binary_measures`` of resamples; without the thresholds for accuracy and F1, "AP" and "AUC" alone.
+
+    Raises:
+        InputError: a score is not finite, the lengths differ, or there is no pair; the measurer: there is no pair of
+            one of the labels.
+    """
+    values, truth = _checked(scores, labels)
+    pairs = _Sorted.of(values, truth)
+    if thresholds is None:
+        return lambda rows: pairs.cuts(rows).ranking_measures()
+    is_right, said = (values >= thresholds[0]) == truth, values >= thresholds[1]
+
+    def measure(rows: NDArray[np.intp]) -> dict[str, float]:
+        ranking = pairs.cuts(rows).ranking_measures()
+        return {"accuracy": float(np.mean(is_right[rows])), "F1": _f1(said[rows], truth[rows])} | ranking
+
+    return measure
 
 
 def graded_measures(scores: ArrayLike, gold: ArrayLike) -> dict[str, float]:
@@ -167,10 +175,25 @@ def graded_measures(scores: ArrayLike, gold: ArrayLike) -> dict[str, float]:
     Raises:
         InputError: a number is not finite, the lengths differ, there is none, or all judgements are the same.
     """
+    return graded_measurer(scores, gold)(np.arange(len(np.asarray(scores))))
+
+
+def graded_measurer(scores: ArrayLike, gold: ArrayLike) -> Measurer:
+    """``graded_measures`` of resamples.
+
+    Raises:
+        InputError: a number is not finite, the lengths differ, or there is none; the measurer: all judgements are the
+            same.
+    """
     values, grades = _paired(scores, gold)
-    if grades.min() == grades.max():
-        raise InputError(f"all {len(grades)} judgements are {grades[0]:g}: there is nothing to correlate with")
-    return {"Pearson": pearson(values, grades), "Spearman": spearman(values, grades)}
+
+    def measure(rows: NDArray[np.intp]) -> dict[str, float]:
+        ours, theirs = values[rows], grades[rows]
+        if theirs.min() == theirs.max():
+            raise InputError(f"all {len(theirs)} judgements are {theirs[0]:g}: there is nothing to correlate with")
+        return {"Pearson": _pearson(ours, theirs), "Spearman": _pearson(_ranks(ours), _ranks(theirs))}
+
+    return measure
 
 
 def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, float]:
@@ -207,8 +230,12 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
 def ordinal_accuracy(scores: ArrayLike, classes: ArrayLike, thresholds: tuple[float, float]) -> float:
     """Share of the pairs [n] that the two cuts of ``ordinal_thresholds`` put into their class 0, 1 or 2."""
     values, truth = _paired(scores, classes)
+    return float(np.mean(_ordinal_answers(values, thresholds) == truth))
+
+
+def _ordinal_answers(values: Floats, thresholds: tuple[float, float]) -> NDArray[np.int_]:
     lower, upper = thresholds
-    return float(np.mean((values >= lower).astype(int) + (values >= upper) == truth))
+    return (values >= lower).astype(int) + (values >= upper)
 
 
 def fit_nli(scores: ArrayLike, classes: Sequence[str]) -> NliThresholds:
@@ -250,17 +277,37 @@ def nli_measures(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
         InputError: a score is not finite, the lengths differ, a class is unknown, or there is no entailment or no
             contradiction.
     """
+    return nli_measurer(scores, classes, thresholds=thresholds)(np.arange(len(classes)))
+
+
+def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliThresholds) -> Measurer:
+    """``nli_measures`` of resamples.
+
+    Raises:
+        InputError: a score is not finite, the lengths differ, or a class is unknown; the measurer: there is no
+            entailment or no contradiction.
+    """
     values, numbers = _paired(scores, _nli_numbers(classes))
-    decided = numbers != 1
-    asked, truth = values[decided], numbers[decided] == 2
-    return {
-        "accuracy (entailment/contradiction)": accuracy_at(asked, truth, thresholds.contradiction),
-        "AP": average_precision(asked, truth),
-        "precision": precision_at(asked, truth, thresholds.f1),
-        "recall": recall_at(asked, truth, thresholds.f1),
-        "accuracy (entailment/other)": accuracy_at(values, numbers == 2, thresholds.other),
-        "accuracy (3 classes)": ordinal_accuracy(values, numbers, thresholds.ordinal),
-    }
+    decided, truth = numbers != 1, numbers == 2
+    pairs = _Sorted.of(values, truth)
+    said = values >= thresholds.f1
+    right_of_two = (values >= thresholds.contradiction) == truth
+    right_of_other = (values >= thresholds.other) == truth
+    right_of_three = _ordinal_answers(values, thresholds.ordinal) == numbers
+
+    def measure(rows: NDArray[np.intp]) -> dict[str, float]:
+        asked = rows[decided[rows]]
+        average = pairs.cuts(asked).average_precision()
+        return {
+            "accuracy (entailment/contradiction)": float(np.mean(right_of_two[asked])),
+            "AP": average,
+            "precision": _precision(said[asked], truth[asked]),
+            "recall": _recall(said[asked], truth[asked]),
+            "accuracy (entailment/other)": float(np.mean(right_of_other[rows])),
+            "accuracy (3 classes)": float(np.mean(right_of_three[rows])),
+        }
+
+    return measure
 
 
 def _nli_numbers(classes: Sequence[str]) -> list[int]:
@@ -295,17 +342,92 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.b
 
 def _both_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
     values, truth = _checked(scores, labels)
-    if truth.all() or not truth.any():
-        kind = "negative" if truth.all() else "positive"
-        raise InputError(f"none of the {len(truth)} pairs is {kind}; a split with both labels is needed")
+    _require_both(int(truth.sum()), len(truth))
     return values, truth
 
 
-def _counts(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[int, int, int]:
-    """Matches found, pairs said yes to, matches."""
-    values, truth = _checked(scores, labels)
-    said = values >= threshold
-    return int((said & truth).sum()), int(said.sum()), int(truth.sum())
+def _require_both(num_positive: int, num_pairs: int) -> None:
+    if num_positive in (0, num_pairs):
+        kind = "positive" if num_positive == 0 else "negative"
+        raise InputError(f"none of the {num_pairs} pairs is {kind}; a split with both labels is needed")
+
+
+def _precision(said: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    num_said = int(said.sum())
+    return int((said & truth).sum()) / num_said if num_said else 0.0
+
+
+def _recall(said: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    positives = int(truth.sum())
+    return int((said & truth).sum()) / positives if positives else 0.0
+
+
+def _f1(said: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    hits = int((said & truth).sum())
+    return 2 * hits / (int(said.sum()) + int(truth.sum())) if hits else 0.0
+
+
+def _pearson(left: Floats, right: Floats) -> float:
+    if (
+        left.min() == left.max() or right.min() == right.max()
+    ):  # the deviations from a rounded mean need not be exactly 0
+        return 0.0
+    left, right = _unit(left), _unit(right)
+    return float(np.clip(left @ right, -1.0, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Pairs with the place of each among the distinct scores, the highest first, so that no resample is sorted."""
+
+    place: NDArray[np.intp]
+    num_places: int
+    truth: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, values: Floats, truth: NDArray[np.bool_]) -> _Sorted:
+        distinct, place = np.unique(-values, return_inverse=True)
+        return cls(place, len(distinct), truth)
+
+    def cuts(self, rows: NDArray[np.intp]) -> _Cuts:
+        """Where the pairs at some positions can be cut.
+
+        Raises:
+            InputError: there is no pair of one of the labels.
+        """
+        if not len(rows):
+            raise InputError("there are no pairs to measure")
+        places, truth = self.place[rows], self.truth[rows]
+        pairs = np.bincount(places, minlength=self.num_places)
+        matches = np.bincount(places[truth], minlength=self.num_places)
+        drawn = pairs > 0
+        cuts = _Cuts(pairs[drawn], matches[drawn])
+        _require_both(int(cuts.hits[-1]), len(rows))
+        return cuts
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """For each distinct score from the highest down: how many pairs have it, and how many matches are among them."""
+
+    pairs: NDArray[np.intp]
+    matches: NDArray[np.intp]
+    hits: NDArray[np.intp] = field(init=False)  # matches of at least this score
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hits", np.cumsum(self.matches))
+
+    def average_precision(self) -> float:
+        return float(np.sum(self.matches * self.hits / np.cumsum(self.pairs)) / self.hits[-1])
+
+    def roc_auc(self) -> float:
+        others = self.pairs - self.matches
+        not_above = np.cumsum(others)
+        below = not_above[-1] - not_above + others / 2  # an equal score counts one half
+        return float((self.matches * below).sum() / (self.hits[-1] * not_above[-1]))
+
+    def ranking_measures(self) -> dict[str, float]:
+        return {"AP": self.average_precision(), "AUC": self.roc_auc()}
 
 
 def _cuts(values: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:

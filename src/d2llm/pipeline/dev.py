@@ -20,7 +20,7 @@ from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
-from d2llm.pipeline.evaluation.gold import Gold, read_gold
+from d2llm.pipeline.evaluation.gold import Gold, measure_all, read_gold
 from d2llm.pipeline.mining.ranking import bm25_lists
 from d2llm.pipeline.progress import ignore, progress_bar
 
@@ -249,7 +249,7 @@ def _measure_pairs(dev: PairDevSet, scores: dict[float, list[NDArray[np.float32]
     for weight, found in scores.items():
         of_pairs = np.concatenate(found)[order].astype(np.float64)
         thresholds = dev.gold.fit(of_pairs, everything)
-        values[weight] = dev.gold.measure(of_pairs, everything, thresholds)[dev.gold.main_measure]
+        values[weight] = measure_all(dev.gold, of_pairs, everything, thresholds)[dev.gold.main_measure]
         by_item[weight] = dev.gold.of_items(of_pairs, everything, thresholds)
     return DevResult(dev.task, values, by_item)
 

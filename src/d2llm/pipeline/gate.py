@@ -28,7 +28,7 @@ from d2llm.ops.gating import better
 from d2llm.ops.measures import per_query_measures
 from d2llm.pipeline.dev import PAIRS_PER_QUERY
 from d2llm.pipeline.dev_lists import DevLists, DevPairs, dev_queries, judge_dev, make_dev_lists, make_dev_pairs
-from d2llm.pipeline.evaluation.gold import Gold, NliGold
+from d2llm.pipeline.evaluation.gold import Gold, NliGold, measure_all
 from d2llm.pipeline.evaluation.judging import Judged
 from d2llm.pipeline.protocols import PairJudge
 
@@ -278,7 +278,7 @@ def _measure_pairs(gold: Gold, scores: NDArray[np.float64]) -> tuple[float, NDAr
     """The main measure of the scores [n] of pairs, and a value of each pair [n]."""
     if not isinstance(gold, NliGold):  # AP and correlations need no threshold
         everything = np.arange(len(scores))
-        found = gold.measure(scores, everything, None)[gold.main_measure]
+        found = measure_all(gold, scores, everything, None)[gold.main_measure]
         return found, gold.of_items(scores, everything, None)
     by_class = np.argsort(gold.classes, kind="stable")  # so that both halves have pairs of each class
     halves = by_class[::2], by_class[1::2]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import DataConfig, Recipe
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -21,8 +22,21 @@ class RunFolder:
     path: Path
 
     def plan(self, data: DataConfig) -> Path:
-        """The training plan of one data set."""
+        """The training plan of one data set, as ``mine`` made it; a teacher is tuned on it."""
         return self.path / "plans" / Path(data.path).name
+
+    def filtered_plan(self, data: DataConfig) -> Path:
+        """The plan of one data set mined again, with the margin of the tuned teacher."""
+        return self.path / "filtered" / Path(data.path).name
+
+    def final_plan(self, recipe: Recipe, data: DataConfig) -> Path:
+        """The plan that is labelled and that students learn from: the filtered one where the recipe asks for it."""
+        filtered = self.filtered_plan(data)
+        return filtered if recipe.filters_with_tuned_teacher and is_finished(filtered) else self.plan(data)
+
+    def mining_work(self, data: DataConfig) -> Path:
+        """What an interrupted mining leaves for the next, and the first of two minings for the second."""
+        return self.path / "plans" / f".{Path(data.path).name}.mining"
 
     @property
     def teacher(self) -> Path:
@@ -48,15 +62,29 @@ class RunFolder:
         """A student of a changed recipe (see ``core.variants``), trained on the same plans and labels."""
         return companion(self.student, name)
 
-    def sources(self, recipe: Recipe) -> list[TrainingSource]:
-        """The data sets of a recipe with the plans that ``mine`` made for them.
+    def cosine_of_stack(self, recipe: Recipe) -> Path:
+        """The tuned cosine that teaches in the stack.
+
+        It is the variant of that name, unless the stack filters the plans: then it was trained on the plans before
+        that, and beside the student it would be no fair baseline.
+        """
+        return self.path / "stack-cosine" if recipe.filters_with_tuned_teacher else self.variant("cosine")
+
+    def sources(self, recipe: Recipe, *, as_mined: bool = False) -> list[TrainingSource]:
+        """The data sets of a recipe with their final plans, or with those that ``mine`` made.
 
         Raises:
             RecipeError: no data sets, or two of the same folder name.
             DataFormatError: a data set or a plan cannot be read.
         """
         check_data(recipe)
-        return [training_source(data, read_plan(self.plan(data))) for data in recipe.data]
+        plans = [self.plan(data) if as_mined else self.final_plan(recipe, data) for data in recipe.data]
+        return [training_source(data, read_plan(plan)) for data, plan in zip(recipe.data, plans, strict=True)]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a step has written its result there."""
+    return (folder / MANIFEST).is_file()
 
 
 def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:

@@ -124,7 +124,7 @@ class Searcher:
         self._task: Task = self.settings.task or index.task
         self._allowed = index.select(self.settings.filter)
         self._weights = weights_for(index, student, self._task, self.settings.evidence)
-        names = self.settings.sources or (("vectors", "bm25") if self.counts_words else ("vectors",))
+        names = self.settings.proposers(counts_words=self.counts_words)
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
         self._reaches = reaches or KeptReaches()
@@ -134,7 +134,7 @@ class Searcher:
             self._sources.append(VectorSource(index, self._allowed))
         if "ann" in names and not self._exact:
             self._sources.append(AnnSource(index, self._allowed))
-        if ("bm25" in names and not self._exact) or self.settings.hybrid is not None:
+        if "bm25" in names and (not self._exact or self.settings.hybrid is not None):
             ties = "rows" if self.settings.hybrid is None else "ids"
             self._sources.append(LexicalSource(index, self.settings.filter, ties))
         in_order = cascade is None and self.settings.hybrid is None

@@ -27,7 +27,8 @@ class SearchSettings:
         evidence: weights of what counts beside the vectors (``models.evidence``), in place of the student's own; with
             none the vectors' score is all.
         hybrid: rank by reciprocal-rank fusion of the student's ranking and BM25's, with this share, 0 to 1, for BM25;
-            None: by the student's score alone.
+            None: by the student's score alone. BM25 then always proposes, beside the sources that are named, or the
+            vectors.
         exact: the exact ranking of all passages by the full score, with its certificate. A head without an
             inner-product part ("paper") is always searched so.
         budget_ms: of an exact search: stop scoring in time; the certificate says what is proved.
@@ -52,6 +53,11 @@ class SearchSettings:
     group: Grouping = "passage"
     document_passages: int = 3
     neighbours: int = 0
+
+    def proposers(self, *, counts_words: bool) -> tuple[SourceName, ...]:
+        """Who proposes candidates; ``counts_words``: whether words are a part of the student's score."""
+        named: tuple[SourceName, ...] = self.sources or (("vectors", "bm25") if counts_words else ("vectors",))
+        return named if self.hybrid is None or "bm25" in named else (*named, "bm25")
 
     def check(self) -> None:
         """Make sure that the settings go together.

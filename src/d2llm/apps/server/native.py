@@ -41,7 +41,7 @@ from d2llm.apps.server.schemas import (
 from d2llm.apps.server.services import Services, Serving, TheIndex, TheServices, index_of
 from d2llm.apps.server.settings import ServeSettings
 from d2llm.core.errors import D2LLMError
-from d2llm.core.types import SourceName, Task
+from d2llm.core.types import Task
 from d2llm.models.attribution import why_no_interaction
 from d2llm.pipeline.search_settings import SearchSettings
 
@@ -230,19 +230,13 @@ async def _rescored(
     )
 
 
-def _sources(body: SearchRequest) -> tuple[SourceName, ...] | None:
-    if body.hybrid is not None:
-        return ("vectors", "bm25")
-    return None if body.sources is None else tuple(body.sources)
-
-
 def _settings_of(body: SearchRequest) -> SearchSettings:
     return SearchSettings(
         task=body.task,
         top_k=body.top_k,
         num_candidates=body.num_candidates,
         filter=body.filter,
-        sources=_sources(body),
+        sources=None if body.sources is None else tuple(body.sources),
         hybrid=body.hybrid,
         exact=body.exact,
         budget_ms=body.budget_ms,

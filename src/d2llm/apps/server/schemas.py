@@ -78,7 +78,7 @@ class SearchRequest(Body):
         min_length=1,
         max_length=3,
         description="Who proposes candidates; by default vectors, and bm25 where the student's score counts words; "
-        "with hybrid: vectors and bm25.",
+        "with hybrid bm25 always does.",
     )
     hybrid: float | None = Field(
         None, ge=0, le=1, description="Rank by fusion with BM25, and BM25's share in it; null: by the score alone."

@@ -35,8 +35,11 @@ class Gold(Protocol):
         """Thresholds from the scores of these pairs, used with another split."""
         ...
 
-    def measure(self, scores: Floats, positions: Positions, thresholds: Any) -> dict[str, float]:
-        """The measures of the pairs at ``positions``, whose scores are given; without thresholds those without."""
+    def measurer(self, scores: Floats, positions: Positions, thresholds: Any) -> pair_measures.Measurer:
+        """Measures resamples of the pairs at ``positions``, whose scores are given; without thresholds those without.
+
+        A resample is given by places in ``positions``.
+        """
         ...
 
     def of_items(self, scores: Floats, positions: Positions, thresholds: Any) -> Floats:
@@ -61,16 +64,11 @@ class BinaryGold:
         accuracy = pair_measures.best_threshold(scores, labels)
         return accuracy, pair_measures.best_threshold(scores, labels, measure="f1")
 
-    def measure(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> dict[str, float]:
+    def measurer(
+        self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None
+    ) -> pair_measures.Measurer:
         """Accuracy, F1, AP and AUC."""
-        labels = self.positive[positions]
-        if thresholds is None:
-            return {
-                "AP": pair_measures.average_precision(scores, labels),
-                "AUC": pair_measures.roc_auc(scores, labels),
-            }
-        accuracy, f1 = thresholds
-        return pair_measures.binary_measures(scores, labels, accuracy_threshold=accuracy, f1_threshold=f1)
+        return pair_measures.binary_measurer(scores, self.positive[positions], thresholds=thresholds)
 
     def of_items(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> Floats:
         """1 where the answer is right, else 0; without a threshold the share of other pairs on the right side."""
@@ -99,17 +97,17 @@ class NliGold:
         """All thresholds of the protocol."""
         return pair_measures.fit_nli(scores, self._at(positions))
 
-    def measure(
+    def measurer(
         self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None
-    ) -> dict[str, float]:
+    ) -> pair_measures.Measurer:
         """See ``ops.pair_measures.nli_measures``."""
         if thresholds is None:
             raise InputError("the classes need thresholds from a split of their own; add a dev split")
-        return pair_measures.nli_measures(scores, self._at(positions), thresholds=thresholds)
+        return pair_measures.nli_measurer(scores, self._at(positions), thresholds=thresholds)
 
     def of_items(self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None) -> Floats:
         """1 where the class is right, else 0."""
-        assert thresholds is not None  # ``measure`` has refused that
+        assert thresholds is not None  # ``measurer`` has refused that
         lower, upper = thresholds.ordinal
         said = (scores >= lower).astype(int) + (scores >= upper)
         order = ("contradiction", "neutral", "entailment")
@@ -139,14 +137,14 @@ class GradedGold:
     def fit(self, scores: Floats, positions: Positions) -> None:
         """Correlations need no threshold."""
 
-    def measure(
+    def measurer(
         self,
         scores: Floats,
         positions: Positions,
         thresholds: None,  # noqa: ARG002 - part of the protocol
-    ) -> dict[str, float]:
+    ) -> pair_measures.Measurer:
         """Pearson and Spearman."""
-        return pair_measures.graded_measures(scores, self.grades[positions])
+        return pair_measures.graded_measurer(scores, self.grades[positions])
 
     def of_items(
         self,
@@ -157,6 +155,11 @@ class GradedGold:
         """1 minus the distance between the pair's places by score and by grade, as shares of all places."""
         places, truth = (np.argsort(np.argsort(values, kind="stable")) for values in (scores, self.grades[positions]))
         return 1 - np.abs(places - truth) / max(1, len(scores) - 1)
+
+
+def measure_all(gold: Gold, scores: Floats, positions: Positions, thresholds: Any) -> dict[str, float]:
+    """The measures of the pairs at ``positions``, whose scores are given; without thresholds those without."""
+    return gold.measurer(scores, positions, thresholds)(np.arange(len(positions)))
 
 
 def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | GradedGold:

@@ -16,7 +16,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
 from d2llm.pipeline.evaluation import setting, shown
-from d2llm.pipeline.evaluation.gold import Floats, Gold, Positions, read_gold
+from d2llm.pipeline.evaluation.gold import Floats, Gold, Positions, measure_all, read_gold
 from d2llm.pipeline.evaluation.pair_systems import (
     PairWork,
     ScoredSplits,
@@ -87,7 +87,7 @@ def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, s
 
     def check(positions: Positions, tuning: Positions) -> None:
         thresholds = None if tuning_gold is None else tuning_gold.fit(np.zeros(len(tuning)), tuning)
-        gold.measure(np.zeros(len(positions)), positions, thresholds)
+        measure_all(gold, np.zeros(len(positions)), positions, thresholds)
 
     check(np.arange(len(work.pairs)), np.arange(len(work.tuning_pairs)))
     if sampled:
@@ -199,13 +199,13 @@ class _Figures:
     def _measure(self, system: ScoredSplits, positions: Positions) -> Resampled:
         """The measures of a system on some of the pairs that it scored."""
         thresholds = self._thresholds[system.name]
-        scores = _at(system, positions)
-        values = self.gold.measure(scores, positions, thresholds)
+        measure_rows = self.gold.measurer(_at(system, positions), positions, thresholds)
+        values = measure_rows(np.arange(len(positions)))
         drawn: list[dict[str, float]] = []
 
         def all_at_once(rows: Positions) -> float:
             try:
-                drawn.append(self.gold.measure(scores[rows], positions[rows], thresholds))
+                drawn.append(measure_rows(rows))
             except InputError:  # a resample with one label only
                 drawn.append(dict.fromkeys(values, np.nan))
             return drawn[-1][self.gold.main_measure]

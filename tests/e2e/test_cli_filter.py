@@ -1,0 +1,331 @@
+"""A run whose recipe has a teacher's margin: it mines, tunes the teacher, and mines again with what that says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from d2llm.core.recipe import TeacherConfig
+from d2llm.data.labels import LabelStore
+from d2llm.data.plan import read_plan
+from d2llm.models.judge import identify_judge
+from d2llm.models.student import Student
+from e2e.command_line import d2llm, succeed, succeed_with_report, write_lines, write_recipe
+
+MARGIN = "teacher_margin = 0.0"
+
+
+def recipe_with_margin(place, path, *changes):
+    text = write_recipe(path, place, place / "everyday").read_text()
+    for old, new in (("[mining]", f"[mining]\n{MARGIN}"), *changes):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+def edit(recipe, old, new):
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new))
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def mined(run):
+    return read_plan(run / "plans" / "everyday")
+
+
+def filtered(run):
+    return read_plan(run / "filtered" / "everyday")
+
+
+def learnt_from(folder):
+    """The hash of the plan that a teacher or student was made from."""
+    return manifest(folder)["settings"]["plans"]["everyday"]
+
+
+def warnings_of(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+
+
+def stale_of(result):
+    return [line for line in warnings_of(result) if "as it is" in line]
+
+
+@pytest.fixture(scope="module")
+def made(place, tmp_path_factory):
+    """A finished run with a margin: its folder, and what it reported."""
+    folder = tmp_path_factory.mktemp("margin")
+    recipe = recipe_with_margin(place, folder / "tiny.toml")
+    result, report = succeed_with_report("run", recipe, "--out", folder / "run", "--dtype", "float32", folder=folder)
+    return folder, result, report["result"]
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it, and the arguments that name recipe and run."""
+    shutil.copytree(made[0] / "run", tmp_path / "run")
+    recipe = shutil.copy(made[0] / "tiny.toml", tmp_path / "tiny.toml")
+    return tmp_path, (recipe, "--out", tmp_path / "run", "--dtype", "float32")
+
+
+class TestARun:
+    def test_the_teacher_is_tuned_on_what_was_mined_and_the_student_on_what_it_filtered(self, made):
+        folder, _, result = made
+        run = folder / "run"
+        teacher = manifest(run / "teacher")["fingerprint"]
+        assert result["mine"]["everyday"]["num_dropped"]["teacher_margin"] == 0
+        assert mined(run).manifest["settings"]["mining"]["teacher_margin"] is None
+        assert "teacher" not in mined(run).manifest
+        assert result["filter"]["everyday"]["num_dropped"]["teacher_margin"] > 0
+        assert filtered(run).manifest["settings"]["mining"]["teacher_margin"] == 0.0
+        assert filtered(run).manifest["teacher"] == teacher
+        assert filtered(run).entries != mined(run).entries
+        assert learnt_from(run / "teacher") == mined(run).manifest["content_hash"]
+        assert learnt_from(run / "student") == filtered(run).manifest["content_hash"]
+
+    def test_no_negative_is_above_the_positives_to_the_tuned_teacher(self, made):
+        run = made[0] / "run"
+        identity = identify_judge(TeacherConfig(model=str(run / "teacher")))
+        key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "everyday"}
+        labels = LabelStore(run / "labels", **key)
+        for entry in filtered(run).entries:
+            odds = labels.log_odds(entry.query_id)
+            limit = odds[entry.positives[0]]
+            assert all(odds[passage_id] <= limit for passage_id in entry.hard_negatives)
+
+    def test_what_the_filter_asked_is_not_asked_again(self, made):
+        _, _, result = made
+        found = result["filter"]["everyday"]
+        assert found["teacher"]["judged"] >= 12 + found["num_hard_negatives"]
+        assert result["label"]["pairs"] == found["num_easy_negatives"]
+        assert result["label"]["finished_pairs"] == 12 + found["num_hard_negatives"]
+
+    def test_the_steps_are_shown_and_no_vectors_are_left(self, made):
+        folder, result, _ = made
+        assert [path.name for path in (folder / "run" / "plans").iterdir()] == ["everyday"]
+        assert [path.name for path in (folder / "run" / "filtered").iterdir()] == ["everyday"]
+        assert "passages dropped by the teacher's margin" in result.stdout
+        assert (folder / "run" / "filtered" / "everyday" / "audit.md").is_file()
+
+    def test_the_same_command_has_nothing_left_to_do_and_warns_of_nothing(self, run):
+        folder, arguments = run
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".jsonl", ".json")}
+        result, report = succeed_with_report("run", *arguments, folder=folder)
+        assert warnings_of(result) == []
+        assert "run with --again filter makes it anew" in report["result"]["filter"]["everyday"]["skipped"]
+        for step in ("tune-teacher", "gate", "distill"):
+            assert "skipped" in report["result"][step]
+        assert report["result"]["label"]["pairs"] == 0
+        report_file = folder / "report.json"
+        assert {p: p.stat().st_mtime_ns for p in before if p != report_file} == {
+            p: time for p, time in before.items() if p != report_file
+        }
+
+    def test_variants_learn_from_the_filtered_plans_too(self, run):
+        folder, arguments = run
+        succeed("distill", *arguments, "--variant", "cosine")
+        assert learnt_from(folder / "run" / "student-cosine") == filtered(folder / "run").manifest["content_hash"]
+
+
+class TestStopped:
+    def test_it_goes_on_at_every_point_and_encodes_the_corpus_once(self, made, place, tmp_path, monkeypatch):
+        arguments = (
+            "run", recipe_with_margin(place, tmp_path / "tiny.toml"), "--out", tmp_path / "run", "--dtype", "float32",
+        )  # fmt: skip
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:  # between the minings
+            patch.setattr("d2llm.apps.mine_step.filter_plans", interrupt)
+            assert d2llm(*arguments).exit_code != 0
+        assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == [".everyday.mining", "everyday"]
+        teacher = (tmp_path / "run" / "teacher" / "manifest.json").stat().st_mtime_ns
+
+        def refuse(*_, **__):
+            raise AssertionError("encoded again")
+
+        with monkeypatch.context() as patch:  # in the second mining, when its vectors are there
+            patch.setattr("d2llm.pipeline.mine.choose", interrupt)
+            patch.setattr(Student, "encode_passages", refuse)
+            result = d2llm(*arguments)
+        assert result.exit_code != 0
+        assert not isinstance(result.exception, AssertionError)
+        assert stale_of(result) == []
+        assert not (tmp_path / "run" / "filtered" / "everyday").exists()
+        with monkeypatch.context() as patch:  # after it
+            patch.setattr("d2llm.apps.steps.label_pairs", interrupt)
+            assert d2llm(*arguments).exit_code != 0
+        made_at = (tmp_path / "run" / "filtered" / "everyday" / "manifest.json").stat().st_mtime_ns
+        assert stale_of(succeed(*arguments)) == []
+        assert (tmp_path / "run" / "filtered" / "everyday" / "manifest.json").stat().st_mtime_ns == made_at
+        assert (tmp_path / "run" / "teacher" / "manifest.json").stat().st_mtime_ns == teacher
+        assert filtered(tmp_path / "run").entries == filtered(made[0] / "run").entries
+        assert mined(tmp_path / "run").entries == mined(made[0] / "run").entries
+
+    def test_stopped_after_the_teacher_was_tuned_anew_it_filters_with_the_new_one(self, run, monkeypatch):
+        folder, arguments = run
+        edit(folder / "tiny.toml", "num_negatives = 2", "num_negatives = 1")
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("d2llm.apps.mine_step.filter_plans", interrupt)
+            assert d2llm("run", *arguments, "--again", "tune-teacher").exit_code != 0
+        assert not (folder / "run" / "filtered" / "everyday").exists()
+        succeed("run", *arguments)
+        assert filtered(folder / "run").manifest["teacher"] == manifest(folder / "run" / "teacher")["fingerprint"]
+
+
+class TestAgain:
+    def test_filter_alone(self, run):
+        folder, arguments = run
+        edit(folder / "tiny.toml", MARGIN, "teacher_margin = 1.0")
+        (warning,) = warnings_of(succeed("run", *arguments))
+        assert "everyday was made with other settings than the recipe's now (mining) and stays as it is" in warning
+        assert "run with --again filter makes it anew" in warning
+        teacher = manifest(folder / "run" / "teacher")
+        result, report = succeed_with_report("run", *arguments, "--again", "filter", folder=folder)
+        assert "skipped" in report["result"]["mine"]["everyday"]
+        assert "skipped" in report["result"]["tune-teacher"]
+        assert "skipped" in report["result"]["gate"]
+        assert report["result"]["filter"]["everyday"]["num_dropped"]["teacher_margin"] > 0
+        assert report["result"]["distill"]["steps"] == 3
+        assert manifest(folder / "run" / "teacher") == teacher
+        for name in ("filtered/everyday.old-1", "student.old-1"):
+            assert (folder / "run" / name / "manifest.json").is_file()
+        assert stale_of(result) == []
+        assert stale_of(succeed("run", *arguments)) == []
+
+    def test_from_the_first_step(self, run):
+        folder, arguments = run
+        edit(folder / "tiny.toml", "num_hard = 3", "num_hard = 4")
+        warnings = warnings_of(succeed("run", *arguments))
+        assert ["plans" in warning or "filtered" in warning for warning in warnings] == [True, True]
+        _, report = succeed_with_report("run", *arguments, "--again", "mine", folder=folder)
+        for step in ("mine", "filter"):
+            assert report["result"][step]["everyday"]["num_entries"] == 12
+        assert (folder / "run" / "filtered" / "everyday.old-1").is_dir()
+        assert warnings_of(succeed("run", *arguments)) == []
+
+
+class TestTheVerbs:
+    def test_mine_tune_teacher_and_mine_again_filter_and_a_run_goes_on_from_there(self, made, place, tmp_path):
+        recipe = recipe_with_margin(place, tmp_path / "tiny.toml")
+        arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
+        run = tmp_path / "run"
+        _, first = succeed_with_report("mine", *arguments, folder=tmp_path)
+        untuned = mined(run).manifest["teacher"]
+        assert first["result"]["everyday"]["teacher"]["judged"] > 0
+        succeed("tune-teacher", *arguments)
+        succeed("mine", *arguments, "--again")
+        teacher = manifest(run / "teacher")["fingerprint"]
+        assert mined(run).manifest["teacher"] == teacher != untuned
+        assert warnings_of(succeed("tune-teacher", *arguments)) == []  # its own work on the plan is no change of it
+        result, report = succeed_with_report("run", *arguments, folder=tmp_path)
+        assert stale_of(result) == []
+        assert "was mined with this teacher's margin" in report["result"]["filter"]["everyday"]["skipped"]
+        assert not (run / "filtered").exists()
+        assert learnt_from(run / "student") == mined(run).manifest["content_hash"]
+
+    def test_mine_again_puts_the_filtered_plan_aside(self, run):
+        folder, arguments = run
+        before = filtered(folder / "run").entries
+        result = succeed("mine", *arguments, "--again")
+        assert "what was there is now in" in result.stderr
+        assert not (folder / "run" / "filtered" / "everyday").exists()
+        # The tuned teacher is there, so this plan is the filtered one, and the student is of it.
+        assert mined(folder / "run").entries == before
+        assert warnings_of(succeed("run", *arguments)) == []
+
+    def test_a_plan_of_the_first_mining_is_not_of_other_settings(self, run):
+        _, arguments = run
+        result = succeed("mine", *arguments)
+        assert "is finished" in result.stderr
+        assert warnings_of(result) == []
+
+    def test_another_teacher_says_that_the_filtered_plan_is_not_its_own(self, run):
+        folder, arguments = run
+        edit(folder / "tiny.toml", "num_negatives = 2", "num_negatives = 1")
+        (warning,) = warnings_of(succeed("tune-teacher", *arguments, "--again"))
+        assert "everyday was filtered with another teacher and stays as it is; run with --again filter" in warning
+        warnings = stale_of(succeed("run", *arguments))
+        assert "other settings than the recipe's now (teacher)" in warnings[0]
+        assert "the teacher; distill with --again" in warnings[1]
+
+    def test_a_new_head_says_nothing_so_mine_leaves_the_margin_out(self, place, tmp_path):
+        recipe = recipe_with_margin(
+            place,
+            tmp_path / "tiny.toml",
+            (f'model = "{place / "decoder"}"', f'model = "{place / "encoder"}"\nkind = "classifier"\nnew_head = true'),
+            ("[teacher_tuning]\nlora = { rank = 2, alpha = 2, dropout = 0 }", '[teacher_tuning]\ntuning = "full"'),
+        )
+        arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
+        assert "without the teacher's margin, as its head is new" in succeed("mine", *arguments).stderr
+        assert "teacher" not in mined(tmp_path / "run").manifest
+        succeed("tune-teacher", *arguments)
+        _, report = succeed_with_report("run", *arguments, folder=tmp_path)
+        assert report["result"]["filter"]["everyday"]["teacher"]["judged"] > 0
+        assert filtered(tmp_path / "run").manifest["teacher"] == manifest(tmp_path / "run" / "teacher")["fingerprint"]
+
+
+class TestOtherRecipes:
+    def test_without_a_margin_nothing_is_mined_twice(self, place, reports, tmp_path):
+        shutil.copytree(place / "run", tmp_path / "run")
+        arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
+        result, report = succeed_with_report("run", *arguments, folder=tmp_path)
+        assert "has no teacher's margin" in report["result"]["filter"]["skipped"]
+        assert not (tmp_path / "run" / "filtered").exists()
+        assert stale_of(result) == []
+
+    def test_a_teacher_that_is_not_tuned_filters_at_once(self, place, tmp_path):
+        recipe = recipe_with_margin(place, tmp_path / "tiny.toml", ("[teacher_tuning]", "[teacher_tuning]\nepochs = 0"))
+        arguments = ("run", recipe, "--out", tmp_path / "run", "--dtype", "float32")
+        _, report = succeed_with_report(*arguments, folder=tmp_path)
+        assert report["result"]["mine"]["everyday"]["num_dropped"]["teacher_margin"] > 0
+        assert "mine has filtered already" in report["result"]["filter"]["skipped"]
+        assert not (tmp_path / "run" / "filtered").exists()
+
+    def test_a_closed_gate_and_labelled_pairs_leave_plans_as_they_were_mined(self, place, tmp_path):
+        (tmp_path / "couples").mkdir()
+        for split, count in (("train", 8), ("dev", 4)):
+            pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
+            write_lines(tmp_path / "couples" / f"{split}.jsonl", pairs)
+        recipe = recipe_with_margin(
+            place,
+            tmp_path / "tiny.toml",
+            ('when_closed = "teacher"', 'when_closed = "labels"'),  # four dev queries open no gate
+            ("[mining]", f'[[data]]\npath = "{tmp_path / "couples"}"\ntask = "symmetric"\n[mining]'),
+        )
+        arguments = ("run", recipe, "--out", tmp_path / "run", "--dtype", "float32")
+        result, report = succeed_with_report(*arguments, folder=tmp_path)
+        found = report["result"]["filter"]
+        assert "stays as it was mined, as its gate is closed" in found["everyday"]["skipped"]
+        assert "labelled pairs, of which none is mined" in found["couples"]["skipped"]
+        assert not (tmp_path / "run" / "filtered").exists()
+        assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == ["couples", "everyday"]
+        assert learnt_from(tmp_path / "run" / "student") == mined(tmp_path / "run").manifest["content_hash"]
+        assert "everyday: stays as it was mined" in result.stdout
+
+    def test_a_stack_filters_and_its_own_cosine_is_no_baseline(self, place, tmp_path):
+        recipe = recipe_with_margin(
+            place, tmp_path / "tiny.toml", ("max_tokens = 200", "max_tokens = 200\nstack_with_cosine = true")
+        )
+        run = tmp_path / "run"
+        arguments = (recipe, "--out", run, "--dtype", "float32")
+        _, report = succeed_with_report("run", *arguments, folder=tmp_path)
+        stack = manifest(run / "stack")["fingerprint"]
+        assert filtered(run).manifest["teacher"] == stack == report["result"]["label"]["teacher"]
+        assert report["result"]["label"]["pairs"] == report["result"]["filter"]["everyday"]["num_easy_negatives"]
+        assert learnt_from(run / "stack-cosine") == mined(run).manifest["content_hash"]
+        assert learnt_from(run / "student") == filtered(run).manifest["content_hash"]
+        assert not (run / "student-cosine").exists()
+        assert warnings_of(succeed("run", *arguments)) == []
+        succeed("distill", *arguments, "--variant", "cosine")
+        assert learnt_from(run / "student-cosine") == filtered(run).manifest["content_hash"]
