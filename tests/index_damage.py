@@ -40,7 +40,7 @@ from d2llm.index.table_files import TableFiles
 from d2llm.index.view import PassageView
 from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.calibrate import read_error, write_error
-from tiny_store import DIM, few_passages, forget_checksums, live_rows, new_store, put, vectors_of
+from tiny_store import DIM, few_passages, forget_checksums, live_rows, new_store, put, vectors_of, windows_of
 
 TESTS = Path(__file__).parent
 DAMAGES = ("flipped bit", "cut", "swapped blocks", "zeroed block", "removed", "of another")
@@ -73,8 +73,8 @@ class Judge:
 
 
 def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
-    """An index with everything: metadata, words, deletions, rows without an index, versions, and what is derived."""
-    store = new_store(folder, vector_copies=vector_copies)
+    """An index with everything: metadata, words, windows, deletions, rows without an index, versions, what is derived."""
+    store = new_store(folder, vector_copies=vector_copies, window_format="int8")
     given = [
         Passage(p.id, f"{p.text} 中文", p.title, document_id=f"d{n % 5}", position=n % 3,
                 metadata={"year": 2000 + n, "language": ("de", "en")[n % 2]})
@@ -228,6 +228,9 @@ def answers(folder: Path) -> dict[str, Any]:
         best = view.scan(query, 5)
         ids = [view.ids(best.rows), best.scores.tolist()]
         found[f"scan {len(found)}"] = ids
+        found[f"windows {len(found)}"] = sorted(
+            [p.id, score] for p, score in zip(passages, view.best_windows(query, rows).tolist(), strict=True)
+        )
         near = None if view.ann is None else AnnSearch(view.ann, view.mask(None), view.ids).search(query, 5)
         found[f"{_ANN} {len(found)}"] = None if near is None else [view.ids(near[0]), near[1].tolist()]
     for word in WORDS:
@@ -275,7 +278,7 @@ def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
     """Whether ``verify`` finds something."""
     try:
         store = IndexStore.open(folder)
-        problems = verify(store, repair=repair, go_back=repair, encode=vectors_of).problems
+        problems = verify(store, repair=repair, go_back=repair, encode=vectors_of, encode_windows=windows_of).problems
         problems = [
             problem for problem in problems if "have no checksums" not in problem or "checksums" in store.manifest
         ]

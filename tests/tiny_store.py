@@ -16,13 +16,18 @@ from d2llm.index.store import IndexStore
 from d2llm.index.stored_vectors import VectorCopies
 from d2llm.index.vectors import make_format
 from d2llm.index.view import PassageView
+from d2llm.index.window_vectors import ReadWindows
 
 DIM = 8
 FIELDS = MetadataSchema({"year": "integer", "language": "string"})
 
 
 def new_store(
-    folder: Path, vector_format: str = "bfloat16", fields: MetadataSchema = FIELDS, vector_copies: VectorCopies = 2
+    folder: Path,
+    vector_format: str = "bfloat16",
+    fields: MetadataSchema = FIELDS,
+    vector_copies: VectorCopies = 2,
+    window_format: str | None = None,
 ) -> IndexStore:
     return IndexStore.create(
         folder,
@@ -30,6 +35,7 @@ def new_store(
         dim=DIM,
         vector_format=vector_format,
         vector_copies=vector_copies,
+        window_format=window_format,
         metadata=fields,
     )
 
@@ -43,6 +49,16 @@ def vector_of(passage: Passage) -> NDArray[np.float32]:
 def vectors_of(passages: Iterable[Passage]) -> NDArray[np.float32]:
     vectors = [vector_of(passage) for passage in passages]
     return np.array(vectors, np.float32).reshape(len(vectors), DIM)
+
+
+def windows_of(texts: Iterable[str]) -> ReadWindows:
+    """Of each text none to three windows, by its letters alone."""
+    vectors, counts = [np.zeros((0, DIM), np.float32)], [0][:0]
+    for text in texts:
+        seed = xxhash.xxh3_64_intdigest(f"windows of {text}".encode())
+        counts.append(seed % 4 if text else 0)
+        vectors.append(np.random.default_rng(seed).standard_normal((counts[-1], DIM)).astype(np.float32))
+    return ReadWindows(np.concatenate(vectors), np.array(counts, np.int64), 0)
 
 
 def stored_vectors(passages: Iterable[Passage], vector_format: str) -> NDArray[np.float32]:
@@ -63,7 +79,8 @@ def put(store: IndexStore, passages: Iterable[Passage]) -> int:
     given = list(passages)
     with store.writing():
         changes = store.compare(given)
-        return store.write(changes, vectors_of(changes.texts))
+        windows = None if store.window_format is None else windows_of(text.full_text for text in changes.texts)
+        return store.write(changes, vectors_of(changes.texts), windows=windows)
 
 
 def live_rows(view: PassageView) -> NDArray[np.int64]:

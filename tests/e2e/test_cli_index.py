@@ -170,6 +170,28 @@ def test_vectors_kept_once(place, tmp_path):
     fail("index", place / "i", "upsert", place, "--vector-copies", "1", containing=["--vector-copies", "new index"])
 
 
+def test_windows_are_stored_where_asked_for(place, tmp_path):
+    folder, corpus = tmp_path / "windows", tmp_path / "corpus.jsonl"
+    write_lines(corpus, [{"_id": "long", "text": " ".join(SENTENCES[:4])}, {"_id": "short", "text": SENTENCES[5]}])
+    succeed("index", folder, "upsert", corpus, "--window-vectors", "int8")
+    facts = report_of(place, "index", folder, "stats")
+    assert facts["window_format"] == "int8"
+    assert facts["window_bytes"] > 3 * 384
+    assert "vectors of windows as int8" in succeed("index", folder, "stats").stdout
+    fail("index", folder, "upsert", corpus, "--window-vectors", "int3", containing=["--window-vectors", "new index"])
+    fail("index", tmp_path / "new", "upsert", corpus, "--window-vectors", "int5", containing=["'int5' is unknown"])
+    assert not (tmp_path / "new").exists()
+    (folder / "window-places-0.bin").unlink()
+    found = d2llm("index", folder, "verify")
+    assert found.exit_code == 1
+    assert "encodes them again" in " ".join(found.stderr.split())
+    assert "they were encoded again" in " ".join(succeed("index", folder, "verify", "--repair").stderr.split())
+    assert "0 problems" in succeed("index", folder, "verify").stderr
+    none = tmp_path / "none"
+    succeed("index", none, "upsert", corpus, "--window-vectors", "none")
+    assert report_of(place, "index", none, "stats")["window_format"] is None
+
+
 def test_what_is_wrong_is_said(place, tmp_path):
     fail(
         "index",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.recipe import StudentConfig
+from d2llm.core.types import Passage
 from d2llm.models.evidence import Evidence, TaskEvidence, read_evidence
 from d2llm.models.student import Student
+from d2llm.ops.words import windows
 from d2llm.pipeline import fit_evidence as module
+from d2llm.pipeline.dev_lists import dev_queries
 from d2llm.pipeline.fit_evidence import EvidenceLists, fit_evidence, make_evidence_lists, sum_weights, weigh
 from d2llm.pipeline.fit_scores import fit_scores
 from tiny_data import topics
@@ -49,6 +53,26 @@ def test_evidence_that_tells_nothing_gets_none():
     assert found.num_queries == {"a": 30, "b": 30}
 
 
+@pytest.mark.parametrize(("worth", "is_kept"), [(1.5, True), (0.0, False)])
+def test_windows_get_weight_where_they_are_worth_reading(worth, is_kept):
+    terms = ("words", "window_vectors")
+    made = [(scores[:, :3].copy(), grades) for scores, grades in lists(200, informative=[0, 1])]
+    for scores, _ in made:
+        scores[0, 2] += worth
+    found = weigh([EvidenceLists("a", made)], terms)
+    alone = weigh([EvidenceLists("a", [(scores[:, :2], grades) for scores, grades in made])], ("words",))
+    if is_kept:
+        assert found.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
+        assert found.without_windows.weights == pytest.approx(alone.weights, rel=1e-3)
+        assert found.dev["a"][1] >= alone.dev["a"][1] + module.WORTH_READING
+    else:
+        assert found.weights == pytest.approx(alone.weights, rel=1e-3)
+        assert found.without_windows is None
+    evidence = Evidence(student="x", tasks={"asymmetric": found})
+    assert evidence.weights("asymmetric", windows=False) == pytest.approx(alone.weights, rel=1e-3)
+    assert ("window_vectors" in evidence.weights("asymmetric")) == is_kept
+
+
 class TestStudent:
     @pytest.fixture(scope="class")
     def config(self, tmp_path_factory) -> StudentConfig:
@@ -68,6 +92,25 @@ class TestStudent:
         assert len(made.lists) == len(positives)
         assert {scores.shape[1] for scores, _ in made.lists} == {3}
         assert sorted(int((grades > 0).sum()) for _, grades in made.lists) == sorted(map(len, positives.values()))
+
+    def test_lists_have_the_best_windows(self, student):
+        dataset = topics().dataset
+        texts = {name: f"{passage.text} Also this. And that." for name, passage in dataset.passages.items()}
+        longer = replace(dataset, passages={name: Passage(name, text) for name, text in texts.items()})
+        names = list(texts)
+        made = make_evidence_lists(
+            student, longer, "asymmetric", terms=("words", "window_vectors"), num_passages=len(names), depth=len(names),
+            show_progress=False,
+        )  # fmt: skip
+        queries = dev_queries(longer, num_queries=200, seed=0)
+        anchors = student.anchor_queries(
+            student.encode_queries([query.text for query in queries]).vectors, "asymmetric"
+        )
+        windowed = [[text[start:end] for start, end in windows(text)] for text in texts.values()]
+        for (scores, _), anchor in zip(made.lists, anchors, strict=True):
+            assert len(scores) == len(names)  # every passage is in the list, in the corpus' order
+            best = [float((student.encode_passages(parts).vectors @ anchor).max()) for parts in windowed]
+            np.testing.assert_allclose(scores[:, 2], best, rtol=1e-3, atol=1e-3)
 
     def test_each_task_is_fitted_on_its_own_data(self, student, monkeypatch, caplog):
         monkeypatch.setattr(module, "MIN_QUERIES", 1)
