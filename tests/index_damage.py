@@ -73,7 +73,7 @@ class Judge:
 
 
 def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
-    """An index with everything: metadata, words, windows, deletions, rows without an index, versions, what is derived."""
+    """An index with everything: metadata, words, windows, deletions, rows without an index, versions, derived files."""
     store = new_store(folder, vector_copies=vector_copies, window_format="int8")
     given = [
         Passage(p.id, f"{p.text} 中文", p.title, document_id=f"d{n % 5}", position=n % 3,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,10 @@ class Corpus:
 
 
 class KnownVectors:
-    """A student that reads nothing: it gives the vectors that it was given, and scores as the real one does."""
+    """A student that reads nothing: it gives the vectors that it was given, and scores as the real one does.
+
+    Windows of passages, of which no vector was given, get random ones of the same length: only their time counts.
+    """
 
     has_anchor = True
 
@@ -97,7 +101,8 @@ class KnownVectors:
         self.fingerprint, self.config, self.vector_dim = student.fingerprint, student.config, student.vector_dim
         self.anchor_queries, self.score = student.anchor_queries, student.score
         self._queries = {text: vector for asked in queries for text, vector in zip(*asked, strict=True)}
-        self._coming: NDArray[np.float32] = np.zeros((0, student.vector_dim), np.float32)
+        self._coming: defaultdict[str, list[NDArray[np.float32]]] = defaultdict(list)
+        self._random = np.random.default_rng(0)
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> Any:
         return self._student.prepare(query_vector, task)
@@ -108,12 +113,18 @@ class KnownVectors:
     def passages_of(self, corpus: Corpus) -> Iterator[Passage]:
         """The passages of a corpus, their vectors laid ready for ``encode_passages``."""
         for passages, vectors in corpus.blocks():
-            self._coming = np.concatenate((self._coming, vectors))
+            for passage, vector in zip(passages, vectors, strict=True):
+                self._coming[passage.full_text].append(vector)
             yield from passages
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         del advance
-        vectors, self._coming = self._coming[: len(texts)], self._coming[len(texts) :]
+        vectors = self._random.standard_normal((len(texts), self.vector_dim), np.float32)
+        for place, text in enumerate(texts):
+            if text in self._coming:
+                vectors[place] = self._coming[text].pop(0)
+                if not self._coming[text]:
+                    del self._coming[text]
         return EncodedTexts(vectors, (), 0)
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:

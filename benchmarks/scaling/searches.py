@@ -31,6 +31,7 @@ _WORDS: dict[EvidenceTerm, float] = {
     "words_share": 2.0,
 }  # as on squad-sent; they count for the time alone
 _WINDOWS: dict[EvidenceTerm, float] = {"window_words": 0.05, "window_words_share": 1.0}
+_WINDOW_VECTORS: dict[EvidenceTerm, float] = {"window_vectors": 0.5}
 
 Search = Callable[[int], Sequence[int]]
 """The number of a query -> the rows of its first ten, best first."""
@@ -107,6 +108,10 @@ def our_searches(
     searches["d2llm, words too, whole"] = whole(evidence=_WORDS)
     searches["d2llm, words and windows too, whole"] = whole(evidence=_WORDS | _WINDOWS)
     searches["d2llm, words and windows too, certified, whole"] = whole(evidence=_WORDS | _WINDOWS, exact=True)
+    if view.windows is not None:
+        weights = _WORDS | _WINDOWS | _WINDOW_VECTORS
+        searches["d2llm, words and windows' vectors too, whole"] = whole(evidence=weights)
+        searches["d2llm, words and windows' vectors too, certified, whole"] = whole(evidence=weights, exact=True)
     searches["d2llm, BM25 alone"] = lambda number: view.match(asked.texts[number], TOP_K).rows.tolist()
     if approximate is not None:
         for depth in DEPTHS:

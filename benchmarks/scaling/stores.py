@@ -32,10 +32,17 @@ _ADDED_AT_ONCE = 2_000
 
 
 def build(
-    folder: Path, corpus: Corpus, student: KnownVectors, vector_format: str, vector_copies: VectorCopies = 2
+    folder: Path,
+    corpus: Corpus,
+    student: KnownVectors,
+    vector_format: str,
+    vector_copies: VectorCopies = 2,
+    window_vectors: str | None = None,
 ) -> dict[str, float]:
     """Write a corpus as a user does (``Index.add``), without the encoding; what it took and takes."""
-    index = Index.create(folder, student, vector_format=vector_format, vector_copies=vector_copies)
+    index = Index.create(
+        folder, student, vector_format=vector_format, vector_copies=vector_copies, window_vectors=window_vectors
+    )
     wall, processor = time.perf_counter(), time.process_time()
     text_bytes = 0
 
@@ -63,6 +70,8 @@ def build(
         "vector_bytes": facts[0].format.code_size,
         "table_bytes": facts[1].table_bytes / size,
         "vector_file_bytes": facts[1].vector_file_bytes / size,
+        "word_bytes": facts[1].word_bytes / size,
+        "window_bytes": facts[1].window_bytes / size,
         "bytes": folder_bytes(folder) / size,
         "text_bytes": text_bytes / size,
     }

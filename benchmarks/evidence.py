@@ -1,0 +1,115 @@
+"""What evidence costs: bytes and time of a search by vectors alone, with words, and with the vectors of windows.
+
+    python benchmarks/evidence.py
+    python benchmarks/evidence.py --passages 100000 --json benchmarks/results/evidence.json
+
+An index as a user makes it, of real texts and variations of them (`scaling.corpus`), twice their length, so that most
+have several windows. Vectors of passages are real ones and variations, those of windows random: only the time counts.
+One thread, one query at a time; all kinds of search of a query follow each other. "encode" is reading the query with
+torch, which each of them waits for besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are there
+os.environ.setdefault("LANCE_CPU_THREADS", "1")
+
+import numpy as np
+import torch
+from scaling.corpus import SHARES, Corpus, KnownVectors, read_real, write_json
+from scaling.data_sets import DATA, require
+from scaling.stores import build
+
+from d2llm import Student
+from d2llm.core.types import EvidenceTerm, Query
+from d2llm.index.store import IndexStore
+from d2llm.index.view import PassageView
+from d2llm.pipeline.search import Searcher, SearchSettings
+
+STUDENT = "d2llm-minilm"
+WORDS: dict[EvidenceTerm, float] = {"words": 0.1, "words_share": 2.0}  # as on squad-sent; only the time counts
+WINDOW_WORDS: dict[EvidenceTerm, float] = {"window_words": 0.05, "window_words_share": 1.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "vectors alone": {"evidence": {}},
+    "small: words": {"evidence": WORDS},
+    "small: words, also of windows": {"evidence": WORDS | WINDOW_WORDS},
+    "full: words and vectors of windows": {"evidence": WORDS | WINDOW_WORDS | {"window_vectors": 0.5}},
+    "full, proved exact": {"evidence": WORDS | WINDOW_WORDS | {"window_vectors": 0.5}, "exact": True},
+}
+
+
+def measure(student: Student, passages: int, num_real: int, num_queries: int, cache: Path | None) -> dict[str, Any]:
+    """Bytes a passage, and percentiles of each kind of search."""
+    real, vectors, queries, _ = read_real(student, DATA, num_real, num_queries, cache)
+    asked = queries["asymmetric"]
+    known = KnownVectors(student, list(queries.values()))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "index"
+        facts = build(folder, Corpus(real, vectors, passages, longer=2), known, "bfloat16", window_vectors="int3")
+        view = PassageView(IndexStore.open(folder))
+        assert view.windows is not None
+        windows = int(view.windows.counts(view.live_rows()).sum()) / passages
+        searchers = {
+            name: Searcher(view, known, SearchSettings(task="asymmetric", **kind)) for name, kind in KINDS.items()
+        }
+        for searcher in searchers.values():
+            searcher.rank([Query("0", asked.texts[0])])  # what is done once is not counted
+        times: dict[str, list[float]] = {name: [] for name in ("encode", *KINDS)}
+        for number, text in enumerate(asked.texts):
+            begin = time.perf_counter()
+            student.encode_queries([text])
+            times["encode"].append(1e3 * (time.perf_counter() - begin))
+            for name, searcher in searchers.items():
+                begin = time.perf_counter()
+                searcher.rank([Query(str(number), text)])
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return {
+        "passages": passages,
+        "queries": len(asked.texts),
+        "characters a passage": round(facts["text_bytes"]),
+        "windows a passage": round(windows, 2),
+        "bytes a passage": {
+            "in all": round(facts["bytes"]),
+            "vector": facts["vector_bytes"],
+            "words": round(facts["word_bytes"]),
+            "windows": round(facts["window_bytes"]),
+        },
+        "ms": {
+            name: {f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 95)}
+            for name, values in times.items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print and perhaps write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, default=20_000)
+    parser.add_argument("--real", type=int, default=1_000, help="real passages among them; the rest are variations")
+    parser.add_argument("--queries", type=int, default=40)
+    parser.add_argument("--cache", type=Path, help="a folder that keeps the real passages' vectors")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    require(*(DATA / name for name in SHARES))
+    torch.set_num_threads(1)
+    row = measure(Student.load(STUDENT), args.passages, args.real, args.queries, args.cache)
+    alone, encode = row["ms"]["vectors alone"]["p50"], row["ms"]["encode"]["p50"]
+    for name, value in row.items():
+        if name != "ms":
+            print(f"{name:<40} {value}")
+    for name, times in row["ms"].items():
+        ratio = "" if name == "encode" else f"   {(times['p50'] + encode) / (alone + encode):.2f} times, query read"
+        print(f"{name:<40} p50 {times['p50']:7.1f} ms, p95 {times['p95']:7.1f} ms{ratio}")
+    if args.json:
+        write_json(args.json, row)
+
+
+if __name__ == "__main__":
+    main()
