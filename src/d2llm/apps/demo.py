@@ -219,7 +219,10 @@ def _make_index(
     """The index of an earlier demo, brought up to date, else a new one; the seconds are None where nothing was new."""
     begin = time.perf_counter()
     if earlier is None:
-        encode(passages, student, target, student_source=student_source, overwrite=True, show_progress=show_progress)
+        encode(
+            passages, student, target, window_vectors=None, student_source=student_source, overwrite=True,
+            show_progress=show_progress,
+        )  # fmt: skip
         return Index.open(target, student), time.perf_counter() - begin
     report = earlier.upsert(passages, show_progress=show_progress)
     gone = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}
