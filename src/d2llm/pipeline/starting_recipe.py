@@ -408,4 +408,4 @@ def _evidence_section() -> str:
 [evidence] # what BM25 adds to the score in an index: weighed on dev at the end, and left out where it is worth nothing
 words = true
 window_words = true # of each two neighbouring sentences: what counts where passages are long
-window_vectors = false # true: also vectors of those, on long passages a little better; an index then reads them three times"""
+window_vectors = false # their vectors: a little better on long passages, which an index then reads three times"""
