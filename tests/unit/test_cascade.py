@@ -202,6 +202,11 @@ def test_errors_are_kept_by_teacher_and_task(tmp_path):
     assert read_error(tmp_path, other, "asymmetric") == theirs
     with pytest.raises(InputError, match="symmetric"):
         read_error(tmp_path, one, "symmetric")
+    with pytest.raises(InputError, match="as it scores now"):
+        read_error(tmp_path, one, "asymmetric", {"words": 0.5})
+    write_error(tmp_path, one, "asymmetric", theirs, {"words": 0.5})
+    assert read_error(tmp_path, one, "asymmetric", {"words": 0.5}) == theirs
+    assert read_error(tmp_path, one, "asymmetric") == mine
     (tmp_path / ERRORS_FILE).write_text('{"x": {"slope": -1, "intercept": 0, "sigma": 1}}')
     with pytest.raises(DataFormatError, match="calibrate again"):
         read_error(tmp_path, one, "asymmetric")
@@ -219,8 +224,9 @@ def test_the_shipped_student_with_a_teacher_that_knows(tmp_path):
                 log_odds=np.array([6.0 if "flour" in b else -6.0 for _, b in pairs]), num_truncated=0
             )
 
-    (alone,) = made.search("how long do cats sleep")
-    (found,) = made.search("how long do cats sleep", cascade=Cascade(Knows(), StudentError(1.0, -10.0, 5.0), 4))
+    (alone,) = made.search("how long do cats sleep", evidence={})
+    cascade = Cascade(Knows(), StudentError(1.0, -10.0, 5.0), 4)
+    (found,) = made.search("how long do cats sleep", evidence={}, cascade=cascade)
     assert alone.passages[0].passage.id == "0"
     assert (found.passages[0].passage.id, found.passages[0].score) == ("3", 6.0)
     assert (found.passages[0].student_rank, 1) in found.cascade.moved

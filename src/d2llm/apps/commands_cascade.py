@@ -23,6 +23,7 @@ from d2llm.core.types import Task
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport
     from d2llm.pipeline.cascade import Cascade
+    from d2llm.pipeline.index import Index
 
 
 def calibrate(
@@ -66,6 +67,7 @@ def calibrate(
     from d2llm.models.judge import load_judge
     from d2llm.pipeline.calibrate import measure_error, write_error
     from d2llm.pipeline.index import Index
+    from d2llm.pipeline.row_evidence import weights_for
 
     session = session_of(context)
     asked = list(read_queries(queries).values())
@@ -73,7 +75,9 @@ def calibrate(
     index = Index.open(folder_of(context), student, device=device, dtype=dtype)
     judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     error = measure_error(index.view, index.student, judge, chosen, task=task)
-    file = write_error(folder_of(context), judge, task or index.view.task, error)
+    named = task or index.view.task
+    evidence = weights_for(index.view, index.student, named, None)
+    file = write_error(folder_of(context), judge, named, error, evidence)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
         f"(standard deviation, of {error.num_pairs:,} pairs); kept in {file}"
@@ -82,7 +86,7 @@ def calibrate(
 
 
 def load_cascade(
-    folder: Path,
+    index: Index,
     task: Task,
     teacher: str,
     prompt: str | None,
@@ -95,9 +99,11 @@ def load_cascade(
     from d2llm.models.judge import load_judge
     from d2llm.pipeline.calibrate import read_error
     from d2llm.pipeline.cascade import Cascade
+    from d2llm.pipeline.row_evidence import weights_for
 
     judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-    return Cascade(judge, read_error(folder, judge, task), teacher_passages, teacher_ms)
+    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task, None))
+    return Cascade(judge, error, teacher_passages, teacher_ms)
 
 
 def cascade_line(report: CascadeReport) -> str:

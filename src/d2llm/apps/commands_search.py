@@ -238,7 +238,7 @@ def search(
     cascade = None
     if teacher is not None:
         cascade = load_cascade(
-            index, task or opened.view.task, teacher, prompt, teacher_passages, teacher_ms, device, dtype
+            opened, task or opened.view.task, teacher, prompt, teacher_passages, teacher_ms, device, dtype
         )  # fmt: skip
     show = session.show_progress if len(asked) > _QUICK_QUERIES else False
     rankings = search(opened.view, model, asked, settings, cascade=cascade, show_progress=show)

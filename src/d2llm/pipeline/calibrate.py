@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.types import Query, Task
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.index.checked_json import read_checked, write_checked
 from d2llm.index.side_files import ERRORS_FILE
 from d2llm.ops.rereading import StudentError, calibrate_error
@@ -58,27 +59,39 @@ def measure_error(
     return calibrate_error(scores, judge.judge(pairs, asked).log_odds, names)
 
 
-def write_error(folder: Path, judge: PairJudge, task: Task, error: StudentError) -> Path:
-    """Keep an error beside an index, for this teacher and task; errors of others stay. Returns the file."""
+def write_error(
+    folder: Path,
+    judge: PairJudge,
+    task: Task,
+    error: StudentError,
+    evidence: Mapping[EvidenceTerm, float] | None = None,
+) -> Path:
+    """Keep an error beside an index, for this teacher and task; errors of others stay. Returns the file.
+
+    ``evidence`` are the weights by which the index added to the scores (``weights_for``): with others it is another.
+    """
     file = folder / ERRORS_FILE
     known = _read_errors(file) if file.is_file() else {}
-    known[_key(judge, task)] = error
+    known[_key(judge, task, evidence)] = error
     write_checked(file, {key: asdict(value) for key, value in known.items()})
     return file
 
 
-def read_error(folder: Path, judge: PairJudge, task: Task) -> StudentError:
+def read_error(
+    folder: Path, judge: PairJudge, task: Task, evidence: Mapping[EvidenceTerm, float] | None = None
+) -> StudentError:
     """The error that ``write_error`` kept.
 
     Raises:
-        InputError: none for this teacher and task.
+        InputError: none for this teacher, task and evidence.
         DataFormatError: the file cannot be read.
     """
     file = folder / ERRORS_FILE
-    found = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task))
+    found = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
     if found is None:
         raise InputError(
-            f"{folder}: it is not known how far its student errs against this teacher ({task}); measure it with "
+            f"{folder}: it is not known how far its student, as it scores now, errs against this teacher ({task}); "
+            "measure it with "
             "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
         )
     return found
@@ -91,5 +104,6 @@ def _read_errors(file: Path) -> dict[str, StudentError]:
         raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
 
 
-def _key(judge: PairJudge, task: Task) -> str:
-    return f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
+def _key(judge: PairJudge, task: Task, evidence: Mapping[EvidenceTerm, float] | None) -> str:
+    key = f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
+    return f"{key} {fingerprint_json(dict(evidence))}" if evidence else key

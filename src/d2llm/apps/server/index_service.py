@@ -30,6 +30,7 @@ from d2llm.index.store import IndexStore
 from d2llm.index.view import PassageView
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
+from d2llm.ops.rereading import StudentError
 from d2llm.pipeline.calibrate import read_error
 from d2llm.pipeline.cascade import Cascade, Rereader, TeacherReading, judge_passages
 from d2llm.pipeline.chunking import (
@@ -41,6 +42,7 @@ from d2llm.pipeline.chunking import (
 )
 from d2llm.pipeline.index import Index
 from d2llm.pipeline.protocols import PairJudge
+from d2llm.pipeline.row_evidence import weights_for
 from d2llm.pipeline.search import SearchSettings
 from d2llm.pipeline.upserting import UpsertReport
 
@@ -333,9 +335,18 @@ class IndexService:
         if self.judge is not None:
             ways.append("teacher")
             with contextlib.suppress(InputError):
-                read_error(version.index.folder, self.judge, version.view.task)
+                self._error(version, self.judge, version.view.task)
                 ways.append("cascade")
         return ways
+
+    def _error(self, version: OpenVersion, judge: PairJudge, task: Task) -> StudentError:
+        """How far the student errs, as it scores this version.
+
+        Raises:
+            InputError: that is not known.
+        """
+        evidence = weights_for(version.view, version.models.student, task, None)
+        return read_error(version.index.folder, judge, task, evidence)
 
     def _teacher(self) -> PairJudge:
         if self.judge is None:
@@ -346,7 +357,7 @@ class IndexService:
         judge = self._teacher()
         if rescore == "teacher":
             return TeacherReading(judge, reading.teacher_passages, reading.teacher_ms)
-        error = read_error(version.index.folder, judge, task or version.view.task)
+        error = self._error(version, judge, task or version.view.task)
         return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
 
     async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
