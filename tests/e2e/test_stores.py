@@ -44,14 +44,14 @@ def page():
 
 @pytest.fixture(scope="module")
 def expected(page, tmp_path_factory):
-    """What ``d2llm search`` finds, by question and task."""
+    """What ``d2llm search`` finds by the vectors alone, by question and task: the stores count no words."""
     folder = tmp_path_factory.mktemp("index") / "index"
     index = Index.create(folder, page["student"], vector_format="float32")
     index.add([Passage(name, text) for name, text in page["passages"].items()])
     return {
         (question, task): [
             (place.passage.id, place.score)
-            for place in index.search([question], task=task, top_k=10, num_candidates=100)[0].passages
+            for place in index.search([question], task=task, top_k=10, num_candidates=100, evidence={})[0].passages
         ]
         for question in QUESTIONS
         for task in TASKS

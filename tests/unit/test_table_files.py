@@ -173,7 +173,11 @@ def test_samples_are_others_each_time(tmp_path, monkeypatch):
         store = new_store(tmp_path / "index")
         put(store, few_passages(200).values())
         (data,) = _files(store, "data/*")
-        assert data.stat().st_size > 64 * 60
+        num_blocks = data.stat().st_size // 64
+        assert num_blocks > 60
+        monkeypatch.setattr(
+            file_sums, "_SAMPLED_BLOCKS", num_blocks // 4
+        )  # not found in sixty: once in 30 million times
         _flip(data, 70)
         found = 0
         for _ in range(60):
