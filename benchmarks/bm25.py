@@ -28,8 +28,8 @@ from scaling.corpus import SHARES, write_json
 from scaling.data_sets import DATA, require
 
 from d2llm.data.beir import read_beir
-from d2llm.index.words import WordIndex, WordSegment
 from d2llm.ops.words import terms
+from d2llm.store.bm25 import WordIndex, WordSegment
 
 SEGMENT = 1 << 17  # rows: as large as an index lets its own become
 TOP = 1_000
@@ -83,8 +83,10 @@ def measure(data: Path, number: int, num_queries: int, *, peer: bool) -> dict[st
     index = WordIndex(segments)
     queries = [index.query(question) for question in questions]
     random = np.random.default_rng(1)
-    candidates = [np.concatenate([index.best(query, TOP // 2)[0][: TOP // 2], random.integers(number, size=TOP)])[:TOP]
-                  for query in queries]  # fmt: skip
+    candidates = [
+        np.concatenate([index.best(query, TOP // 2)[0][: TOP // 2], random.integers(number, size=TOP)])[:TOP]
+        for query in queries
+    ]
     row: dict[str, Any] = {
         "passages": number,
         "queries": len(queries),

@@ -28,11 +28,11 @@ from d2llm import Student
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
-from d2llm.models.judge import Judge, load_judge
-from d2llm.models.stacked_teacher import stacked_queries
+from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
-from d2llm.pipeline.cascade import Cascade
+from d2llm.retrieval.cascade import Cascade
 
 SETS: dict[str, Task] = {"squad-sent": "asymmetric", "wikiqa": "asymmetric"}
 CALIBRATION_QUERIES, QUERIES, CANDIDATES = 40, 120, 50
@@ -149,12 +149,17 @@ def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -
     }
     return {
         "num_queries": len(queries),
-        "error": {"slope": error.slope, "intercept": error.intercept, "sigma": error.sigma,
-                  "query_sigma": error.query_sigma, "num_pairs": error.num_pairs},
+        "error": {
+            "slope": error.slope,
+            "intercept": error.intercept,
+            "sigma": error.sigma,
+            "query_sigma": error.query_sigma,
+            "num_pairs": error.num_pairs,
+        },
         "teacher_pair_ms": pair_ms,
         "systems": rows,
         "times": times(queries[:TIMED_QUERIES], judge, error, SETS[name]),
-    }  # fmt: skip
+    }
 
 
 def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task: Task) -> dict[str, object]:
@@ -182,9 +187,11 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
     found[f"teacher on all {CANDIDATES}"] = {"median_ms": float(np.median(all_ms))}
     ms, read = run(Cascade(judge, error, None, BUDGET_MS))
     found[f"budget of {BUDGET_MS:g} ms"] = {
-        "median_ms": float(np.median(ms)), "most_ms": float(ms.max()), "share_late": float((ms > BUDGET_MS).mean()),
+        "median_ms": float(np.median(ms)),
+        "most_ms": float(ms.max()),
+        "share_late": float((ms > BUDGET_MS).mean()),
         "read": float(read.mean()),
-    }  # fmt: skip
+    }
     return found
 
 

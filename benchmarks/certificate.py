@@ -7,8 +7,8 @@ interaction gives a narrower bound, and another ranking; this draws one against 
     python benchmarks/certificate.py                                  the shipped student on banking77
     python benchmarks/certificate.py STUDENT DATA_SET --task symmetric --json result.json
 
-With ``--speed N`` the time instead, of ``pipeline.exact_search`` on N real passages of the data set, all in memory: the
-exact scan of inner products, the certified top ten and the full score of every passage, seconds of the process.
+With ``--speed N`` the time instead, of ``retrieval.exact_search`` on N real passages of the data set, all in memory:
+the exact scan of inner products, the certified top ten and the full score of every passage, seconds of the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from d2llm.models.student import Student
 from d2llm.ops.certificates import num_rescored
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
-from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10

@@ -27,8 +27,8 @@ from d2llm import Student
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.ops.measures import per_query_measures
-from d2llm.pipeline.chunking import Chunker, upsert_documents
-from d2llm.pipeline.index import Index
+from d2llm.retrieval.chunking import Chunker, upsert_documents
+from d2llm.retrieval.index import Index
 
 SPLITS = ((256, 0), (128, 0), (128, 32))
 LATE = (256, 128)

@@ -29,9 +29,9 @@ from scaling.stores import build
 
 from d2llm import Student
 from d2llm.core.types import EvidenceTerm, Query
-from d2llm.index.store import IndexStore
-from d2llm.index.view import PassageView
-from d2llm.pipeline.search import Searcher, SearchSettings
+from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.store.index_store import IndexStore
+from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
 WORDS: dict[EvidenceTerm, float] = {"words": 0.1, "words_share": 2.0}  # as on squad-sent; only the time counts

@@ -1,6 +1,6 @@
 """Minimal pairs: is the right one of two passages of nearly the same words scored above the wrong one?
 
-The items (d2llm.data.minimal_pairs) come in twins, so a scorer that looks at the passages alone is right in half of
+The items (generated.minimal_pairs) come in twins, so a scorer that looks at the passages alone is right in half of
 them. Measured per kind: BM25, the untuned backbone's cosine, the shipped student, and heads fitted to the training
 items, whose content words the test items do not have: on the backbone's frozen vectors, and with LoRA on the backbone.
 
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from generated.minimal_pairs import DEFAULT_ITEMS, KINDS, MinimalPair, Split, make_minimal_pairs
 from torch import Tensor, nn
 from wall import COLOURS, HEADS, Cell, Cells, arguments, new_head, optimise, pyplot, save
 from wall_text import load_system
 
 from d2llm import Student
 from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig
-from d2llm.data.minimal_pairs import DEFAULT_ITEMS, KINDS, MinimalPair, Split, make_minimal_pairs
-from d2llm.index.words import WordIndex
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.store.bm25 import WordIndex
 
 QUICK_ITEMS: dict[Split, int] = {"train": 200, "dev": 60, "test": 100}
 SYSTEMS = (

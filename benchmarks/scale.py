@@ -34,9 +34,9 @@ from scaling.stores import build, chroma_search, lance_searches
 
 from d2llm import Student
 from d2llm.core.types import Task
-from d2llm.index.store import IndexStore
-from d2llm.index.view import PassageView
-from d2llm.pipeline.build_ann import MIN_PASSAGES, build_ann
+from d2llm.retrieval.build_ann import MIN_PASSAGES, build_ann
+from d2llm.store.index_store import IndexStore
+from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
 PART = 100_000  # of the comparisons that need no more
@@ -59,11 +59,17 @@ class Run:
         self.known = KnownVectors(self.student, list(self.queries.values()))
         self.result: dict[str, Any] = {
             "setting": {
-                "student": STUDENT, "passages": options.passages, "real": len(self.real), "dim": self.vectors.shape[1],
-                "queries": {task: len(asked.texts) for task, asked in self.queries.items()}, "asked": dict(ASKED),
-                "threads": 1, "encode_cpu_s": seconds, "vector_copies": options.vector_copies,
+                "student": STUDENT,
+                "passages": options.passages,
+                "real": len(self.real),
+                "dim": self.vectors.shape[1],
+                "queries": {task: len(asked.texts) for task, asked in self.queries.items()},
+                "asked": dict(ASKED),
+                "threads": 1,
+                "encode_cpu_s": seconds,
+                "vector_copies": options.vector_copies,
             }
-        }  # fmt: skip
+        }
 
     def corpus(self, size: int, *, longer: int = 1) -> Corpus:
         return Corpus(self.real, self.vectors, size, longer=longer)

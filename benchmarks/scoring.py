@@ -26,14 +26,14 @@ import torch
 
 from d2llm import Student
 from d2llm.core.recipe import InteractionConfig
-from d2llm.index.projections import StoredProjections, as_codes, create_file
-from d2llm.index.vector_file import VectorFile
-from d2llm.index.vectors import make_format
 from d2llm.models.device import choose_dtype
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import SCORE_BLOCK
 from d2llm.ops.scoring import Linear, multilayer_perceptron, pair_features
+from d2llm.store.projections import StoredProjections, as_codes, create_file
+from d2llm.store.vector_file import VectorFile
+from d2llm.store.vector_formats import make_format
 
 NUM_PASSAGES = 10_000
 NUM_CANDIDATES = 1_000

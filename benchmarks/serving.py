@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from d2llm import Index, Passage, Student
-from d2llm.apps.demo_corpus import build_corpus
+from d2llm.demo.corpus import build_corpus
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 CLIENTS = 32

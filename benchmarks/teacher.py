@@ -22,9 +22,9 @@ import torch
 
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
-from d2llm.index.words import WordIndex, rank_passages
-from d2llm.models.judge import TextPair
-from d2llm.models.teacher import Teacher
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.judge import TextPair
+from d2llm.store.bm25 import WordIndex, rank_passages
 
 PLAIN_TOKENS, PLAIN_PAIRS = 250, 8
 NUM_CANDIDATES = 11

@@ -34,12 +34,12 @@ from d2llm.data.beir import Dataset
 from d2llm.data.passage_store import PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.index.words import WordIndex
-from d2llm.models.judge import Judgements, TextPair
-from d2llm.pipeline.evaluation.memory import peak_memory
-from d2llm.pipeline.label import label
-from d2llm.pipeline.mine import mine
-from d2llm.pipeline.mining.vectors import PassageSequence
+from d2llm.evaluation.memory import peak_memory
+from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.store.bm25 import WordIndex
+from d2llm.training.label import label
+from d2llm.training.mining.mine import mine
+from d2llm.training.mining.vectors import PassageSequence
 
 RESULT = Path(__file__).parent / "results" / "teaching-memory.json"
 SIZES, SMALL_SIZES = (100_000, 400_000), (10_000, 40_000)
@@ -165,7 +165,7 @@ def label_plan(dataset: Dataset, size: int) -> None:
         drawn = tuple(passage_id for passage_id in others if passage_id not in positives)[:10]
         entries.append(PlanEntry(query_id, tuple(positives), drawn[:8], drawn[8:]))
     source = TrainingSource(dataset, TrainingPlan(tuple(entries), {}), "asymmetric")
-    with TemporaryDirectory() as folder, patch("d2llm.pipeline.label.load_judge", lambda *_, **__: FakeTeacher()):
+    with TemporaryDirectory() as folder, patch("d2llm.training.label.load_judge", lambda *_, **__: FakeTeacher()):
         label([source], Path(folder) / "labels", teacher=TeacherConfig(), show_progress=False)
 
 

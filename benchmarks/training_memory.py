@@ -25,10 +25,10 @@ import torch
 from d2llm.core.files import write_json
 from d2llm.core.recipe import LoraConfig, Recipe, TeacherConfig, TrainingConfig
 from d2llm.data.training import LabelledPair
+from d2llm.evaluation.memory import peak_memory
 from d2llm.models.student import Student
-from d2llm.models.teacher import Teacher
-from d2llm.pipeline import gradient_cache, tune_teacher
-from d2llm.pipeline.evaluation.memory import peak_memory
+from d2llm.models.teachers.causal import Teacher
+from d2llm.training import gradient_cache, tune_teacher
 
 RESULT = Path(__file__).parent / "results" / "training-memory.json"
 GIB, MIB = 1 << 30, 1 << 20

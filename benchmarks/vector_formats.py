@@ -25,9 +25,9 @@ from scaling.data_sets import DATA, require
 from d2llm import Student
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
-from d2llm.index.scan import RowScan
-from d2llm.index.vectors import FORMATS, make_format
 from d2llm.ops.measures import per_query_measures
+from d2llm.store.scan import RowScan
+from d2llm.store.vector_formats import FORMATS, make_format
 
 SETS: dict[str, Task] = {
     "squad-sent": "asymmetric",

@@ -1,6 +1,6 @@
 """The wall as texts: who likes what, asked of a backbone, of shipped students and of heads fitted to frozen vectors.
 
-Each two of 30 persons share one thing; 270 more persons like other things (d2llm.data.wall). The test queries ask for
+Each two of 30 persons share one thing; 270 more persons like other things (generated.wall). The test queries ask for
 things that no training query asks for. The heads get a linear map of MiniLM's frozen vectors to each width and are
 fitted in 21 worlds: the test's own one and 20 with other persons.
 
@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from generated.wall import make_wall
 from torch import Tensor, nn
 from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
 
 from d2llm.core.recipe import StudentConfig
-from d2llm.data.wall import make_wall
-from d2llm.index.words import WordIndex
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
-from d2llm.pipeline.cosine import AnchorStudent, CosineStudent, untuned_config
+from d2llm.retrieval.cosine import AnchorStudent, CosineStudent, untuned_config
+from d2llm.store.bm25 import WordIndex
 
 TEXT_PERSONS, TEXT_DISTRACTORS, NUM_WORLDS = 30, 270, 20
 TEXT_STEPS, TEXT_RATE = 400, 0.001

@@ -21,7 +21,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.pair_training import read_pair_training_set
 from d2llm.models.probabilities import FILE_NAME, ProbabilityCalibration, write_calibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
-from d2llm.pipeline.probabilities import fit_probabilities, score_drawn
+from d2llm.training.fit_probabilities import fit_probabilities, score_drawn
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2llm.index.vectors import make_format
-from d2llm.index.window_vectors import WindowVectors
-from d2llm.index.words import WordIndex
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.vector_formats import make_format
+from d2llm.store.window_vectors import WindowVectors
 
 
 class EvidenceRows:

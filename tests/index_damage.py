@@ -31,15 +31,15 @@ import torch
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Passage
-from d2llm.index.ann import AnnIndex, AnnRecord, AnnSearch, write_ann
-from d2llm.index.inspection import verify
-from d2llm.index.projections import as_codes, create_file, projections_of
-from d2llm.index.store import IndexStore
-from d2llm.index.stored_vectors import VectorCopies
-from d2llm.index.table_files import TableFiles
-from d2llm.index.view import PassageView
 from d2llm.ops.rereading import StudentError
-from d2llm.pipeline.calibrate import read_error, write_error
+from d2llm.retrieval.calibrate import read_error, write_error
+from d2llm.store.ann import AnnIndex, AnnRecord, AnnSearch, write_ann
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import verify
+from d2llm.store.projections import as_codes, create_file, projections_of
+from d2llm.store.stored_vectors import VectorCopies
+from d2llm.store.table_files import TableFiles
+from d2llm.store.view import PassageView
 from tiny_store import DIM, few_passages, forget_checksums, live_rows, new_store, put, vectors_of, windows_of
 
 TESTS = Path(__file__).parent
@@ -76,10 +76,16 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
     """An index with everything: metadata, words, windows, deletions, rows without an index, versions, derived files."""
     store = new_store(folder, vector_copies=vector_copies, window_format="int8")
     given = [
-        Passage(p.id, f"{p.text} 中文", p.title, document_id=f"d{n % 5}", position=n % 3,
-                metadata={"year": 2000 + n, "language": ("de", "en")[n % 2]})
+        Passage(
+            p.id,
+            f"{p.text} 中文",
+            p.title,
+            document_id=f"d{n % 5}",
+            position=n % 3,
+            metadata={"year": 2000 + n, "language": ("de", "en")[n % 2]},
+        )
         for n, p in enumerate(few_passages(60).values())
-    ]  # fmt: skip
+    ]
     put(store, given)
     store.settle()
     store.delete(["p1", "p3", "p20"])
@@ -94,9 +100,19 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
     index.train(view.vectors(rows))
     index.add_with_ids(view.vectors(rows), rows)
     record = AnnRecord(
-        "student", "bfloat16", view.version, vectors.since, view.capacity, len(rows), 6, [[1, 3], [20, 3]], 0.9,
-        "given", 3, [{"depth": 5, "num_probes": 3, "recall": 1.0, "at_least": 0.9}],
-    )  # fmt: skip
+        "student",
+        "bfloat16",
+        view.version,
+        vectors.since,
+        view.capacity,
+        len(rows),
+        6,
+        [[1, 3], [20, 3]],
+        0.9,
+        "given",
+        3,
+        [{"depth": 5, "num_probes": 3, "recall": 1.0, "at_least": 0.9}],
+    )
     with store.writing():
         write_ann(AnnIndex(base, index, record))
         file = create_file(vectors, view.generation, projections_of("student", "bfloat16"), 16)
@@ -328,9 +344,13 @@ def run(bases: dict[str, Path], chosen: list[Case], *, repair: bool = False) -> 
         command = [sys.executable, str(TESTS / "index_damage.py"), "--work", *(["--repair"] if repair else [])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
             env=environment,
-        ) as process:  # fmt: skip
+        ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             while left:

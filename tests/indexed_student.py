@@ -8,7 +8,7 @@ from typing import Any
 
 from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
-from d2llm.pipeline.index import Index
+from d2llm.retrieval.index import Index
 from tiny_models import TEXTS, write_trained_student
 
 PASSAGES = [

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from d2llm.core.recipe import TeacherConfig
-from d2llm.models.remote_teacher import RemoteTeacher
+from d2llm.models.teachers.remote import RemoteTeacher
 
 Headers = dict[str, str]
 PAIRS = [(f"query {n}", f"passage {n}") for n in range(12)]

@@ -33,11 +33,11 @@ _LIBRARIES = (
     "opentelemetry.sdk.trace.export",
     "opentelemetry.instrumentation.fastapi",
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
-    "d2llm.apps.cli",
-    "d2llm.pipeline.distill",
-    "d2llm.pipeline.label",
-    "d2llm.pipeline.tune_teacher",
-    "d2llm.apps.server.app",
+    "d2llm.cli.main",
+    "d2llm.training.distill",
+    "d2llm.training.label",
+    "d2llm.training.tune_teacher",
+    "d2llm.server.app",
 )
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # before any test changes it
 _context = multiprocessing.get_context("forkserver")
@@ -104,7 +104,7 @@ class PreparedProcess:
 
 def program(*arguments: str) -> None:
     """The command line, as ``python -m d2llm`` with these arguments."""
-    from d2llm.apps.cli import main
+    from d2llm.cli.main import main
 
     sys.argv = ["d2llm", *arguments]
     main()

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from d2llm.ops.agreement import Agreement
-from d2llm.ops.calibration import expected_calibration_error, reliability_bins, score_histogram
-from d2llm.pipeline.report import (
+from d2llm.evaluation.report import (
     AgreementRow,
     Calibration,
     Comparison,
@@ -23,6 +21,8 @@ from d2llm.pipeline.report import (
     MissingRow,
     ShownPassage,
 )
+from d2llm.ops.agreement import Agreement
+from d2llm.ops.calibration import expected_calibration_error, reliability_bins, score_histogram
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",

@@ -18,10 +18,10 @@ PROGRAM = """
 import asyncio, sys, time
 from types import SimpleNamespace
 from fastapi import Response
-from d2llm.apps.server import running
-from d2llm.apps.server.logs import start_logs
-from d2llm.apps.server.running import listen, run_app, url_of
-from d2llm.apps.server.settings import ServeSettings
+from d2llm.server import running
+from d2llm.server.logs import start_logs
+from d2llm.server.running import listen, run_app, url_of
+from d2llm.server.settings import ServeSettings
 from d2llm.core.errors import D2LLMError, InputError
 from tiny_app import tiny_app
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Passage
-from d2llm.index.store import IndexStore
-from d2llm.index.view import PassageView
+from d2llm.store.index_store import IndexStore
+from d2llm.store.view import PassageView
 from tiny_store import DIM, live_rows, put
 
 

@@ -22,13 +22,13 @@ from typing import Any
 import lancedb  # noqa: F401  # before the fork, with torch below: otherwise a writer is killed while it imports them
 import torch  # noqa: F401
 
-import d2llm.index.inspection  # noqa: F401
+import d2llm.store.inspection  # noqa: F401
 from d2llm.core.types import Passage
-from d2llm.index import word_files
-from d2llm.index.passage_table import PassageTable
-from d2llm.index.schema import MetadataSchema
-from d2llm.index.store import IndexStore
-from d2llm.index.vector_file import VectorFile
+from d2llm.store import word_files
+from d2llm.store.index_store import IndexStore
+from d2llm.store.passage_table import PassageTable
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.vector_file import VectorFile
 from tiny_store import put
 
 State = dict[str, Any]

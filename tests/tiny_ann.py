@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.types import Passage
-from d2llm.index.store import IndexStore
-from d2llm.index.view import PassageView
+from d2llm.store.index_store import IndexStore
+from d2llm.store.view import PassageView
 
 DIM = 32
 

@@ -8,12 +8,12 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Body, FastAPI, Request
 from starlette.testclient import TestClient
 
-from d2llm.apps.server import metrics_route
-from d2llm.apps.server.errors import install_error_handlers
-from d2llm.apps.server.facts import note_items
-from d2llm.apps.server.middleware import install_middleware
-from d2llm.apps.server.settings import ServeSettings
-from d2llm.apps.server.telemetry import Telemetry
+from d2llm.server import metrics_route
+from d2llm.server.errors import install_error_handlers
+from d2llm.server.facts import note_items
+from d2llm.server.middleware import install_middleware
+from d2llm.server.settings import ServeSettings
+from d2llm.server.telemetry import Telemetry
 
 Texts = Annotated[list[str], Body(embed=True)]
 

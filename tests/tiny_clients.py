@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm import Student
-from d2llm.apps.server.app import make_app
+from d2llm.server.app import make_app
 from live_server import serve, wait_until_ready
 from tiny_server import tiny_settings
 

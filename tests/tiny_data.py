@@ -15,7 +15,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.models.teacher_identity import identify_local_teacher
+from d2llm.models.teachers.identity import identify_local_teacher
 from tiny_models import TEXTS
 
 _WORDS = [text.split() for text in TEXTS]
@@ -138,3 +138,17 @@ def _by_rule(entry: PlanEntry, reverse: bool) -> QueryLabels:
 
 def _say(rng: random.Random, number: int, num_words: int) -> str:
     return " ".join(rng.sample(_WORDS[number], num_words))
+
+
+LETTERS = "abcdefghijkl"
+
+
+def everyday(name="everyday"):
+    """Twelve dev queries; the words of each point to three passages, one of which is relevant."""
+    passages = {
+        f"{letter}{n}": Passage(f"{letter}{n}", f"{letter * 4} thing {n}") for letter in LETTERS for n in range(3)
+    }
+    queries = {f"q{letter}": Query(f"q{letter}", f"{letter * 4} please") for letter in LETTERS}
+    queries["none"] = Query("none", "nothing")
+    grades = {f"q{letter}": {f"{letter}2": 1, f"{letter}1": 0} for letter in LETTERS} | {"none": {"a0": 0}}
+    return Dataset(name, Path(name), passages, queries, {"dev": grades})

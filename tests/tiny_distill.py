@@ -12,8 +12,8 @@ import torch
 
 from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.data.training import TrainingSource
-from d2llm.pipeline import distill_run as loop
-from d2llm.pipeline.distill import DistillReport, distill
+from d2llm.training import distill_run as loop
+from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 

@@ -62,6 +62,6 @@ def write_tiny_index(folder: Path, number: int = 60, name: str = "index") -> Pat
 
 def tiny_settings(index: Path | None, **changes: Any) -> Any:
     """Settings of a server for it."""
-    from d2llm.apps.server.settings import ServeSettings
+    from d2llm.server.settings import ServeSettings
 
     return ServeSettings(**({"index": index, "port": 0, "dtype": "float32", "reload_seconds": 0.1} | changes))

@@ -11,12 +11,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.types import Passage
-from d2llm.index.schema import MetadataSchema
-from d2llm.index.store import IndexStore
-from d2llm.index.stored_vectors import VectorCopies
-from d2llm.index.vectors import make_format
-from d2llm.index.view import PassageView
-from d2llm.index.window_vectors import ReadWindows
+from d2llm.store.index_store import IndexStore
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.stored_vectors import VectorCopies
+from d2llm.store.vector_formats import make_format
+from d2llm.store.view import PassageView
+from d2llm.store.window_vectors import ReadWindows
 
 DIM = 8
 FIELDS = MetadataSchema({"year": "integer", "language": "string"})

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import Certificate
 from d2llm.ops.selection import top_rows
-from d2llm.pipeline.exact_search import CertifiedRows
+from d2llm.retrieval.exact_search import CertifiedRows
 
 
 class ArrayView:

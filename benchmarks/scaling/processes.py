@@ -40,9 +40,13 @@ def measure_fresh(folder: Path, student: str, queries: Queries, *, cold: bool = 
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     code = "import sys; from scaling.processes import main; main(sys.stdin.read())"
     done = subprocess.run(
-        [sys.executable, "-c", code], input=asked, text=True, capture_output=True, check=False,
+        [sys.executable, "-c", code],
+        input=asked,
+        text=True,
+        capture_output=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+    )
     if done.returncode:
         raise RuntimeError(f"the fresh process failed: {done.stderr[-2000:]}")
     return {"process_s": time.perf_counter() - begin, **json.loads(done.stdout)}
@@ -61,7 +65,7 @@ def main(asked: str) -> None:
     import lancedb
     import torch
 
-    from d2llm.pipeline.index import Index
+    from d2llm.retrieval.index import Index
 
     assert lancedb.__version__  # a second of its own, which would count as opening
 
@@ -83,7 +87,12 @@ def main(asked: str) -> None:
     for query in rest:
         index.search(query)
     lap("hundred_queries_s")
-    print(json.dumps({
-        **times, "passages": num_passages,
-        "memory_mb": {"imports": before, "opened": opened, "student": loaded, "one": one, "hundred": memory()},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                **times,
+                "passages": num_passages,
+                "memory_mb": {"imports": before, "opened": opened, "student": loaded, "one": one, "hundred": memory()},
+            }
+        )
+    )

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage, Task
-from d2llm.index.store import IndexStore
-from d2llm.index.stored_vectors import VectorCopies
-from d2llm.pipeline.index import Index
+from d2llm.retrieval.index import Index
+from d2llm.store.index_store import IndexStore
+from d2llm.store.stored_vectors import VectorCopies
 from scaling.corpus import BLOCK, Corpus, KnownVectors, Queries
 from scaling.searches import PROBES, TOP_K, Search
 
@@ -136,8 +136,9 @@ def chroma_search(
     shutil.rmtree(folder, ignore_errors=True)
     server = subprocess.Popen(
         [str(program), "run", "--path", str(folder), "--port", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         client = _wait(lambda: chromadb.HttpClient("127.0.0.1", port))
         begin = time.perf_counter()

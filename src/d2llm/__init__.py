@@ -27,34 +27,35 @@ if TYPE_CHECKING:
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
-    from d2llm.index.side_files import Chunking
+    from d2llm.evaluation.evaluate import evaluate
+    from d2llm.evaluation.loading import load_contenders
+    from d2llm.evaluation.setting import Contenders, EvaluationSettings
     from d2llm.models.backbone import Backbone
+    from d2llm.models.export.export import export
     from d2llm.models.student import Student
-    from d2llm.models.teacher import Teacher
+    from d2llm.models.teachers.causal import Teacher
     from d2llm.ops.gating import never_worse
-    from d2llm.pipeline.ablate import ablate
-    from d2llm.pipeline.build_ann import build_ann
-    from d2llm.pipeline.calibrate import measure_error
-    from d2llm.pipeline.cascade import Cascade
-    from d2llm.pipeline.check_data import check_data
-    from d2llm.pipeline.chunking import Chunker, upsert_documents
-    from d2llm.pipeline.distill import distill
-    from d2llm.pipeline.encode import encode
-    from d2llm.pipeline.evaluate import evaluate
-    from d2llm.pipeline.evaluation.loading import load_contenders
-    from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
-    from d2llm.pipeline.export import export
-    from d2llm.pipeline.fit_evidence import fit_evidence
-    from d2llm.pipeline.fit_scores import fit_scores
-    from d2llm.pipeline.gate import gate, read_gate
-    from d2llm.pipeline.index import Index
-    from d2llm.pipeline.label import label
-    from d2llm.pipeline.mine import mine
-    from d2llm.pipeline.probabilities import fit_probabilities
-    from d2llm.pipeline.search import SearchSettings, search
-    from d2llm.pipeline.stack_teachers import stack_teachers
-    from d2llm.pipeline.starting_recipe import starting_recipe
-    from d2llm.pipeline.tune_teacher import tune_teacher
+    from d2llm.retrieval.build_ann import build_ann
+    from d2llm.retrieval.calibrate import measure_error
+    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.chunking import Chunker, upsert_documents
+    from d2llm.retrieval.encode import encode
+    from d2llm.retrieval.index import Index
+    from d2llm.retrieval.search import SearchSettings, search
+    from d2llm.store.side_files import Chunking
+    from d2llm.training.ablation.ablate import ablate
+    from d2llm.training.check_data import check_data
+    from d2llm.training.distill import distill
+    from d2llm.training.fit_evidence import fit_evidence
+    from d2llm.training.fit_probabilities import fit_probabilities
+    from d2llm.training.fit_scores import fit_scores
+    from d2llm.training.gate import gate, read_gate
+    from d2llm.training.label import label
+    from d2llm.training.mining.mine import mine
+    from d2llm.training.run import Run
+    from d2llm.training.stack_teachers import stack_teachers
+    from d2llm.training.starting_recipe import starting_recipe
+    from d2llm.training.tune_teacher import tune_teacher
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "RankedPassage",
     "Ranking",
     "Recipe",
+    "Run",
     "SearchSettings",
     "Student",
     "Task",
@@ -129,34 +131,35 @@ _HOMES = {
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
-    "d2llm.index.side_files": ("Chunking",),
+    "d2llm.store.side_files": ("Chunking",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
-    "d2llm.models.teacher": ("Teacher",),
+    "d2llm.models.teachers.causal": ("Teacher",),
     "d2llm.ops.gating": ("never_worse",),
-    "d2llm.pipeline.ablate": ("ablate",),
-    "d2llm.pipeline.build_ann": ("build_ann",),
-    "d2llm.pipeline.calibrate": ("measure_error",),
-    "d2llm.pipeline.cascade": ("Cascade",),
-    "d2llm.pipeline.check_data": ("check_data",),
-    "d2llm.pipeline.chunking": ("Chunker", "upsert_documents"),
-    "d2llm.pipeline.distill": ("distill",),
-    "d2llm.pipeline.encode": ("encode",),
-    "d2llm.pipeline.evaluate": ("evaluate",),
-    "d2llm.pipeline.evaluation.loading": ("load_contenders",),
-    "d2llm.pipeline.evaluation.setting": ("Contenders", "EvaluationSettings"),
-    "d2llm.pipeline.export": ("export",),
-    "d2llm.pipeline.gate": ("gate", "read_gate"),
-    "d2llm.pipeline.index": ("Index",),
-    "d2llm.pipeline.label": ("label",),
-    "d2llm.pipeline.mine": ("mine",),
-    "d2llm.pipeline.fit_evidence": ("fit_evidence",),
-    "d2llm.pipeline.fit_scores": ("fit_scores",),
-    "d2llm.pipeline.probabilities": ("fit_probabilities",),
-    "d2llm.pipeline.search": ("SearchSettings", "search"),
-    "d2llm.pipeline.stack_teachers": ("stack_teachers",),
-    "d2llm.pipeline.starting_recipe": ("starting_recipe",),
-    "d2llm.pipeline.tune_teacher": ("tune_teacher",),
+    "d2llm.training.ablation.ablate": ("ablate",),
+    "d2llm.retrieval.build_ann": ("build_ann",),
+    "d2llm.retrieval.calibrate": ("measure_error",),
+    "d2llm.retrieval.cascade": ("Cascade",),
+    "d2llm.training.check_data": ("check_data",),
+    "d2llm.retrieval.chunking": ("Chunker", "upsert_documents"),
+    "d2llm.training.distill": ("distill",),
+    "d2llm.retrieval.encode": ("encode",),
+    "d2llm.evaluation.evaluate": ("evaluate",),
+    "d2llm.evaluation.loading": ("load_contenders",),
+    "d2llm.evaluation.setting": ("Contenders", "EvaluationSettings"),
+    "d2llm.models.export.export": ("export",),
+    "d2llm.training.gate": ("gate", "read_gate"),
+    "d2llm.retrieval.index": ("Index",),
+    "d2llm.training.label": ("label",),
+    "d2llm.training.mining.mine": ("mine",),
+    "d2llm.training.run": ("Run",),
+    "d2llm.training.fit_evidence": ("fit_evidence",),
+    "d2llm.training.fit_scores": ("fit_scores",),
+    "d2llm.training.fit_probabilities": ("fit_probabilities",),
+    "d2llm.retrieval.search": ("SearchSettings", "search"),
+    "d2llm.training.stack_teachers": ("stack_teachers",),
+    "d2llm.training.starting_recipe": ("starting_recipe",),
+    "d2llm.training.tune_teacher": ("tune_teacher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

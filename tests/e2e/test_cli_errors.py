@@ -190,7 +190,7 @@ class TestOtherEnds:
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("d2llm.apps.mine_step.mine_plans", interrupt)
+        monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", interrupt)
         result = d2llm("mine", place / "tiny.toml")
         assert result.exit_code == 130
         assert "the same command again" in result.stderr
@@ -200,7 +200,7 @@ class TestOtherEnds:
         def break_down(*_, **__):
             raise ZeroDivisionError("ours")
 
-        monkeypatch.setattr("d2llm.apps.mine_step.mine_plans", break_down)
+        monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", break_down)
         result = d2llm("mine", place / "tiny.toml")
         assert isinstance(result.exception, ZeroDivisionError)
 

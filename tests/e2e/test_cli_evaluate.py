@@ -130,7 +130,7 @@ def test_a_second_call_takes_over_what_was_measured(evaluated, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it was measured already")
 
-    monkeypatch.setattr("d2llm.models.teacher.Teacher.judge", refuse)
+    monkeypatch.setattr("d2llm.models.teachers.causal.Teacher.judge", refuse)
     monkeypatch.setattr("d2llm.models.student.Student.encode_passages", refuse)
     _, again = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
     for part in ("rows", "sample_rows", "comparisons", "agreement", "missing"):
@@ -147,7 +147,7 @@ def test_another_baseline(evaluated):
 
 
 def test_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
-    from d2llm.models.teacher import Teacher
+    from d2llm.models.teachers.causal import Teacher
 
     asked, judge = [], Teacher.judge
     monkeypatch.setattr(
@@ -175,7 +175,7 @@ def write_pairs(folder):
 
 
 def test_pairs(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.pipeline.evaluation.pairs.NUM_RESAMPLES", 200)  # 2,000 are nearly all of its time
+    monkeypatch.setattr("d2llm.evaluation.pairs.NUM_RESAMPLES", 200)  # 2,000 are nearly all of its time
     data = write_pairs(tmp_path / "halves")
     outputs = ("--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     result, report = succeed_with_report("evaluate", data, *alone, "--task", "symmetric", *outputs, folder=tmp_path)

@@ -10,8 +10,8 @@ import pytest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
-from d2llm.models.judge import identify_judge
 from d2llm.models.student import Student
+from d2llm.models.teachers.judge import identify_judge
 from e2e.command_line import d2llm, succeed, succeed_with_report, write_lines, write_recipe
 
 MARGIN = "teacher_margin = 0.0"
@@ -135,14 +135,19 @@ class TestARun:
 class TestStopped:
     def test_it_goes_on_at_every_point_and_encodes_the_corpus_once(self, made, place, tmp_path, monkeypatch):
         arguments = (
-            "run", recipe_with_margin(place, tmp_path / "tiny.toml"), "--out", tmp_path / "run", "--dtype", "float32",
-        )  # fmt: skip
+            "run",
+            recipe_with_margin(place, tmp_path / "tiny.toml"),
+            "--out",
+            tmp_path / "run",
+            "--dtype",
+            "float32",
+        )
 
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:  # between the minings
-            patch.setattr("d2llm.apps.mine_step.filter_plans", interrupt)
+            patch.setattr("d2llm.training.mining.plans.filter_plans", interrupt)
             assert d2llm(*arguments).exit_code != 0
         assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == [".everyday.mining", "everyday"]
         teacher = (tmp_path / "run" / "teacher" / "manifest.json").stat().st_mtime_ns
@@ -151,7 +156,7 @@ class TestStopped:
             raise AssertionError("encoded again")
 
         with monkeypatch.context() as patch:  # in the second mining, when its vectors are there
-            patch.setattr("d2llm.pipeline.mine.choose", interrupt)
+            patch.setattr("d2llm.training.mining.mine.choose", interrupt)
             patch.setattr(Student, "encode_passages", refuse)
             result = d2llm(*arguments)
         assert result.exit_code != 0
@@ -159,7 +164,7 @@ class TestStopped:
         assert stale_of(result) == []
         assert not (tmp_path / "run" / "filtered" / "everyday").exists()
         with monkeypatch.context() as patch:  # after it
-            patch.setattr("d2llm.apps.steps.label_pairs", interrupt)
+            patch.setattr("d2llm.training.label.label", interrupt)
             assert d2llm(*arguments).exit_code != 0
         made_at = (tmp_path / "run" / "filtered" / "everyday" / "manifest.json").stat().st_mtime_ns
         assert stale_of(succeed(*arguments)) == []
@@ -176,7 +181,7 @@ class TestStopped:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("d2llm.apps.mine_step.filter_plans", interrupt)
+            patch.setattr("d2llm.training.mining.plans.filter_plans", interrupt)
             assert d2llm("run", *arguments, "--again", "tune-teacher").exit_code != 0
         assert not (folder / "run" / "filtered" / "everyday").exists()
         succeed("run", *arguments)

@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on(place, reports, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("d2llm.pipeline.mine.choose", interrupt)
+        patch.setattr("d2llm.training.mining.mine.choose", interrupt)
         assert d2llm(*arguments).exit_code != 0
     [work] = (tmp_path / "run" / "plans").iterdir()
     assert work.name == ".everyday.mining"

@@ -18,9 +18,9 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from d2llm.apps.server import app
-from d2llm.apps.server.keys import add_key
-from d2llm.apps.server.running import listen
+from d2llm.server import app
+from d2llm.server.keys import add_key
+from d2llm.server.running import listen
 from e2e.command_line import d2llm, fail
 from tiny_server import tiny_passages, write_tiny_index, write_tiny_student
 

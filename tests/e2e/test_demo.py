@@ -17,13 +17,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from d2llm.apps import demo
-from d2llm.apps.demo_corpus import build_corpus, group_of
-from d2llm.apps.demo_questions import JUDGED, QUESTIONS, without_piece
 from d2llm.core.errors import InputError, MissingExtraError, ModelNotFoundError
 from d2llm.core.recipe import StudentConfig
+from d2llm.demo import demo
+from d2llm.demo.corpus import build_corpus, group_of
+from d2llm.demo.questions import JUDGED, QUESTIONS, without_piece
 from d2llm.models.student import Student
-from d2llm.pipeline.index import Index
+from d2llm.retrieval.index import Index
 from e2e.command_line import succeed, succeed_with_report
 
 needs_models = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def corpus():
     right = {passage_id for question in QUESTIONS for passage_id in question.right_ids}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdlib_module_names", {group_of(passage_id) for passage_id in right} | {"collections"})
-        patch.setattr("d2llm.apps.demo_corpus._WITH_C_PARTS", ("builtins",))
+        patch.setattr("d2llm.demo.corpus._WITH_C_PARTS", ("builtins",))
         whole = build_corpus(Path(sysconfig.get_path("stdlib")))
     passages = [p for n, p in enumerate(whole.passages) if n % 40 == 0 or without_piece(p.id) in right]
     return replace(whole, passages=tuple(passages))

@@ -15,16 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from d2llm.core import progress
 from d2llm.core.errors import TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
-from d2llm.models.teacher_identity import identify_local_teacher
-from d2llm.pipeline import distill_run as verb
-from d2llm.pipeline import progress
-from d2llm.pipeline.dev import DevResult, evaluate_dev, make_dev_set
-from d2llm.pipeline.distill import distill
+from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.training import distill_run as verb
+from d2llm.training.dev import DevResult, evaluate_dev, make_dev_set
+from d2llm.training.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config

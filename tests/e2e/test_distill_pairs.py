@@ -15,10 +15,10 @@ from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import read_plan, write_plan
+from d2llm.data.run_folder import training_source
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.pipeline.distill import distill
-from d2llm.pipeline.run_folder import training_source
+from d2llm.training.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config

@@ -11,8 +11,8 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
 from d2llm.core.recipe import LossWeights
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.models.teacher_identity import identify_local_teacher
-from d2llm.pipeline.distill import distill
+from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.training.distill import distill
 from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model

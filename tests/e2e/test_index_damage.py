@@ -17,8 +17,19 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # hundreds of cases
 
 NUM_CASES, NUM_REPAIRED = 540, 10
-_SEARCHED = ("data", "_deletions", "_versions", "page_data.lance", "words.bin", "words.json", "vectors-0.bin",
-             "vectors-0.json", "window-vectors-0.bin", "window-places-0.bin", "checksums.json")  # fmt: skip
+_SEARCHED = (
+    "data",
+    "_deletions",
+    "_versions",
+    "page_data.lance",
+    "words.bin",
+    "words.json",
+    "vectors-0.bin",
+    "vectors-0.json",
+    "window-vectors-0.bin",
+    "window-places-0.bin",
+    "checksums.json",
+)
 
 Seen = list[tuple[Case, dict[str, Any]]]
 

@@ -16,9 +16,9 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
-from d2llm.models.teacher import Teacher
-from d2llm.models.teacher_identity import identify_local_teacher
-from d2llm.pipeline.label import LabelReport, label
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.training.label import LabelReport, label
 from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics
 from tiny_models import tiny_teacher_config, write_tiny_model
@@ -211,8 +211,8 @@ def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:
 LABEL_FOREVER = """
 import sys, time
 from pathlib import Path
-import d2llm.pipeline.label as verb
-from d2llm.models.teacher import Teacher
+import d2llm.training.label as verb
+from d2llm.models.teachers.causal import Teacher
 from tiny_data import topics
 from tiny_models import tiny_teacher_config
 

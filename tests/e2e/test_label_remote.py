@@ -11,9 +11,9 @@ import pytest
 from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
-from d2llm.models.prompts import load_prompt
-from d2llm.models.remote_teacher import RemoteTeacher
-from d2llm.pipeline import label as verb
+from d2llm.models.teachers.prompts import load_prompt
+from d2llm.models.teachers.remote import RemoteTeacher
+from d2llm.training import label as verb
 from local_endpoint import LocalEndpoint, Reply, Request, completion, local_endpoint, remote_config
 from prepared_process import PreparedProcess, script
 from tiny_data import topics
@@ -109,7 +109,7 @@ def test_a_run_that_fails_in_the_middle_goes_on_where_it_stopped(source: Trainin
 LABEL = """
 import sys
 from pathlib import Path
-from d2llm.pipeline import label as verb
+from d2llm.training import label as verb
 from local_endpoint import remote_config
 from tiny_data import topics
 

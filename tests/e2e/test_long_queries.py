@@ -23,7 +23,7 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ask(index):
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-    from d2llm.apps.server.app import make_app
+    from d2llm.server.app import make_app
     from live_server import patient, serve, wait_until_ready
 
     with serve(make_app(tiny_settings(index, model_name="tiny"))) as address:

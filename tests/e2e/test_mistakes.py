@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.pipeline.index import Index
+from d2llm.retrieval.index import Index
 from e2e.command_line import d2llm, succeed, write_data, write_recipe
 from tiny_models import write_tiny_model
 from tiny_server import write_tiny_index, write_tiny_student
@@ -452,7 +452,7 @@ def test_any_other_file_that_the_system_refuses_is_told_by_its_name(world, monke
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/file")
 
-    monkeypatch.setattr("d2llm.pipeline.search.search", refuse)
+    monkeypatch.setattr("d2llm.retrieval.search.search", refuse)
     _refused("search", world.index, "cat", words=["/secret/file: Permission denied; check the path, its rights"])
 
 
@@ -480,7 +480,7 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_goes_on(world, mon
     corpus = world.file("c.jsonl", "\n".join(lines))
     folder = corpus.parent / "new"
     command = ("index", folder, "upsert", corpus, "--student", world.student)
-    monkeypatch.setattr("d2llm.pipeline.upserting.BLOCK_PASSAGES", 20)
+    monkeypatch.setattr("d2llm.retrieval.upserting.BLOCK_PASSAGES", 20)
 
     from d2llm.models.student import Student
 

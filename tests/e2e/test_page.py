@@ -8,14 +8,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from d2llm.apps.report_html import render_html
+from d2llm.reports.html import render_html
 from page_server import HOSTILE_QUERY, PHONE, asked, overflow, search, until, write_page_index
 from report_samples import retrieval_report
 from tiny_server import tiny_settings, write_tiny_index
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.apps.server.app import make_app
+from d2llm.server.app import make_app
 from live_server import serve, wait_until_ready
 
 QUESTION = "How do I keep pasta from sticking?"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.apps.report_html import render_html
+from d2llm.reports.html import render_html
 from page_server import WatchedTeacher, overflow, until, write_taught_index
 from report_samples import retrieval_report
 from tiny_server import tiny_settings
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-from d2llm.apps.server.app import make_app
+from d2llm.server.app import make_app
 from live_server import serve, wait_until_ready
 
 axe_playwright = pytest.importorskip(

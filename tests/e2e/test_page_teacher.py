@@ -15,8 +15,8 @@ from tiny_server import tiny_settings
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.apps.server.app import make_app
-from d2llm.index.side_files import ERRORS_FILE
+from d2llm.server.app import make_app
+from d2llm.store.side_files import ERRORS_FILE
 from live_server import serve, wait_until_ready
 
 QUERY = "the cat by the sea"

@@ -11,7 +11,7 @@ from tiny_server import tiny_settings, write_tiny_index
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.apps.server.app import make_app
+from d2llm.server.app import make_app
 from live_server import serve, wait_until_ready
 
 
@@ -104,7 +104,7 @@ def test_dropped_files_are_added(visit, address):
 
 
 def test_a_key_is_asked_for_used_and_not_shown_in_the_address(visit, tmp_path):
-    from d2llm.apps.server.keys import add_key
+    from d2llm.server.keys import add_key
 
     secret = add_key(tmp_path / "keys", "reader", "read")
     settings = tiny_settings(write_tiny_index(tmp_path, 8), keys_file=tmp_path / "keys")

@@ -23,8 +23,8 @@ import pytest
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
-from d2llm.models.remote_teacher import RemoteTeacher
-from d2llm.models.teacher import Teacher
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.remote import RemoteTeacher
 
 PYTHON = os.environ.get("D2LLM_LLAMA_PYTHON", sys.executable)
 KEY = "a-key-of-this-test"

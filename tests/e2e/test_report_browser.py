@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.apps.report_html import render_html
+from d2llm.reports.html import render_html
 from report_samples import hostile_report, pairs_report, retrieval_report
 
 WIDE, PHONE = 1200, 360

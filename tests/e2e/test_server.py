@@ -12,16 +12,16 @@ import pytest
 
 from d2llm import Index, Passage, encode
 from d2llm.core.recipe import TeacherConfig
-from d2llm.models.judge import load_judge
+from d2llm.models.teachers.judge import load_judge
 from d2llm.ops.rereading import StudentError
-from d2llm.pipeline.calibrate import write_error
+from d2llm.retrieval.calibrate import write_error
 from tiny_models import write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.apps.server.app import make_app
-from d2llm.apps.server.model_service import ModelService
+from d2llm.server.app import make_app
+from d2llm.server.model_service import ModelService
 from live_server import HeldStudent, LeavingClient, patient, serve, wait_until_closed, wait_until_ready
 from waiting import PATIENCE, until
 

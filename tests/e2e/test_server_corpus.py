@@ -11,7 +11,7 @@ from tiny_server import tiny_settings, write_tiny_index
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.apps.server.app import make_app
+from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 
 

@@ -22,8 +22,8 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 from fastapi import FastAPI
 
 from d2llm import Index, Student, encode
-from d2llm.apps.server import app as app_module
-from d2llm.apps.server.app import make_app
+from d2llm.server import app as app_module
+from d2llm.server.app import make_app
 from live_server import HeldStudent, LeavingClient, patient, serve, wait_until_ready
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_student

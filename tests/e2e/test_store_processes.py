@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import IndexLockedError
-from d2llm.index import vector_file
-from d2llm.index.inspection import verify
-from d2llm.index.store import IndexStore
-from d2llm.index.view import PassageView
+from d2llm.store import vector_file
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import verify
+from d2llm.store.view import PassageView
 from store_reader import read, search
 from tiny_store import check_contents, few_passages, new_store, put
 
@@ -126,7 +126,7 @@ def test_who_may_not_write_can_read(vectors):
 def test_the_lock_of_another_process(tmp_path):
     store = new_store(tmp_path / "index")
     put(store, few_passages(3).values())
-    held = "import sys; from pathlib import Path; from d2llm.index.store import IndexStore\n"
+    held = "import sys; from pathlib import Path; from d2llm.store.index_store import IndexStore\n"
     held += "with IndexStore.open(Path(sys.argv[1])).writing(): print('held', flush=True); sys.stdin.read()"
     writer = subprocess.Popen(
         [sys.executable, "-c", held, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -65,7 +65,7 @@ for number, options in enumerate({options!r}):
     os.wait()
 """
 DISTILL = """
-from d2llm.pipeline.distill import distill
+from d2llm.training.distill import distill
 
 def work(out, options):
     training = TrainingConfig(epochs=1, dev_passages=1, trackers=(), **options)
@@ -74,7 +74,7 @@ def work(out, options):
             closed_gates=["tiny"], device="cpu", dtype="float32", show_progress=False)
 """
 TUNE = """
-from d2llm.pipeline.tune_teacher import tune_teacher
+from d2llm.training.tune_teacher import tune_teacher
 
 def work(out, options):
     teacher = TeacherConfig(model="smollm2", prompt="short")

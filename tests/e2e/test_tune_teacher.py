@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import labelled_pairs
-from d2llm.models.teacher import Teacher
-from d2llm.pipeline import tune_teacher as module
-from d2llm.pipeline.tune_teacher import tune_teacher
+from d2llm.models.teachers.causal import Teacher
+from d2llm.training import tune_teacher as module
+from d2llm.training.tune_teacher import tune_teacher
 from tiny_data import topics
 from tiny_models import tiny_teacher_config, write_tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 from d2llm.core.recipe import ResidualConfig
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
-from d2llm.models.judge import identify_judge
-from d2llm.pipeline import residual
+from d2llm.models.teachers.judge import identify_judge
+from d2llm.training import residual
 from tiny_distill import Place
 
 STAGE = ResidualConfig(epochs=2, warmup_steps=0, batch_queries=4, depth=12, num_near=5, num_random=3)
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_does_not_ask_again(place, tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher is loaded although it has nothing to judge")
 
-    monkeypatch.setattr("d2llm.pipeline.distill.load_judge", refuse)
+    monkeypatch.setattr("d2llm.training.distill.load_judge", refuse)
     place.run(tmp_path / "student", labels=tmp_path / "labels", residual=STAGE, unjudged="ask_teacher")
     assert store_of(place, tmp_path / "labels").num_pairs == asked
 
@@ -101,7 +101,7 @@ def test_those_without_a_label_can_be_left_out(place, tmp_path, monkeypatch):
 def test_queries_that_learn_from_judgements_are_not_asked_about(place, tmp_path, monkeypatch):
     """A closed gate: the data set teaches alone, and takes neighbours for irrelevant."""
     asked: list[Any] = []
-    monkeypatch.setattr("d2llm.pipeline.distill.label_passages", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr("d2llm.training.distill.label_passages", lambda *args, **_: asked.append(args))
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
     _, seen = run(place, tmp_path, monkeypatch, unjudged="ask_teacher", closed_gates=[place.source.dataset.name])
     assert asked == []

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from d2llm import Passage, Student
-from d2llm.pipeline.encode import encode
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import search
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES
 
 GOLDEN = Path(__file__).with_name("shipped_student.json")

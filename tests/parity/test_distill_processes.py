@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
-from d2llm.pipeline.distill import DistillReport, distill
+from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import log_of
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from d2llm.core.errors import InputError, Terminated
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
-from d2llm.pipeline import distill as verb
-from d2llm.pipeline import distill_run
-from d2llm.pipeline.distill import DistillReport, distill
+from d2llm.training import distill as verb
+from d2llm.training import distill_run
+from d2llm.training.distill import DistillReport, distill
 from prepared_process import PreparedProcess, script
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -226,7 +226,7 @@ from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {path!r})
 import test_distill_resume as test
-from d2llm.pipeline import distill_run as verb
+from d2llm.training import distill_run as verb
 
 name, calls = sys.argv[3], int(sys.argv[4])
 original = getattr(verb, name)

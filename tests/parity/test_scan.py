@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.index import scan as module
-from d2llm.index.scan import RowScan
-from d2llm.index.vectors import FORMATS, make_format
+from d2llm.store import scan as module
+from d2llm.store.scan import RowScan
+from d2llm.store.vector_formats import FORMATS, make_format
 
 faiss = pytest.importorskip("faiss")
 

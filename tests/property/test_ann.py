@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.types import Query
-from d2llm.index.view import PassageView
-from d2llm.pipeline import build_ann as module
-from d2llm.pipeline.build_ann import build_ann
-from d2llm.pipeline.candidates import AnnSource
+from d2llm.retrieval import build_ann as module
+from d2llm.retrieval.build_ann import build_ann
+from d2llm.retrieval.candidates import AnnSource
+from d2llm.store.view import PassageView
 from tiny_ann import PlainStudent, clustered, new_ann_store, put_vectors
 
 NUM, DIM_HERE = 600, 16

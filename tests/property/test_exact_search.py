@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import InteractionConfig
+from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
-from d2llm.pipeline import exact_search
-from d2llm.pipeline.exact_search import KeptReaches, certified_top_k, passage_reaches
-from d2llm.pipeline.row_evidence import RowEvidence
+from d2llm.retrieval import exact_search
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.row_evidence import RowEvidence
 from evidence_rows import EvidenceRows
 from fake_models import FakeStudent
 from tiny_models import randomise
@@ -139,7 +140,11 @@ def test_with_evidence_of_words_and_windows_too(monkeypatch):
         windows = [rng.standard_normal((rng.integers(0, 4), DIM)).astype(np.float32) for _ in texts]
         task = TASKS[seed % 2]
         anchor = student.prepare(query, task).anchor_query
-        evidence = RowEvidence(EvidenceRows(texts, windows, own), "w1 w2 w3 w10", weights, anchor)
+        factor = (
+            WordsFactor(slopes=tuple(rng.standard_normal(4)), offset=0.0, lowest=-3, highest=3) if seed % 3 else None
+        )
+        wanted = EvidenceWeights(terms=weights, words_factor=factor)
+        evidence = RowEvidence(EvidenceRows(texts, windows, own), "w1 w2 w3 w10", wanted, anchor)
         expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
         found = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
         assert found.rows.tolist() == expected, seed

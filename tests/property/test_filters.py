@@ -19,8 +19,8 @@ from lancedb.index import Bitmap, BTree
 
 from d2llm.core.errors import FilterError
 from d2llm.core.types import Passage
-from d2llm.index.filters import parse_filter
-from d2llm.index.schema import MetadataSchema
+from d2llm.store.filters import parse_filter
+from d2llm.store.schema import MetadataSchema
 
 UTC = timezone.utc
 SCHEMA = MetadataSchema(

@@ -6,11 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.types import Passage
-from d2llm.index.store import IndexStore
 from d2llm.ops.selection import top_rows
-from d2llm.pipeline.encode import encode
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import search
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import search
+from d2llm.store.index_store import IndexStore
 from fake_models import AnchorStudent, FakeScorer, FakeStudent, PreparedAnchorStudent
 
 WORDS = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
-from d2llm.pipeline.mine import mine
+from d2llm.training.mining.mine import mine
 
 WORDS = ("cat", "dog", "bird", "fish", "tree", "猫咪", "sun", "rain")
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=0, max_size=4).map(" ".join)

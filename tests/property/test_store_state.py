@@ -16,12 +16,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
-from d2llm.index.inspection import stats, verify
-from d2llm.index.store import IndexStore
-from d2llm.index.stored_vectors import VectorCopies
-from d2llm.index.view import PassageView
-from d2llm.index.words import WordIndex
 from d2llm.ops.words import terms
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import stats, verify
+from d2llm.store.stored_vectors import VectorCopies
+from d2llm.store.view import PassageView
 from tiny_store import DIM, check_contents, exact_products, new_store, put, vectors_of
 
 WORDS = ("apple", "pear", "quince", "中文", "文本")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from d2llm.apps.cli import app
+from d2llm.cli.main import app
 
-PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md")
 FILE = re.compile(r"`([\w*.-]*(?:/[\w*.-]+)+|[\w*-]+\.(?:py|js|toml|sh|md|yaml|json))`")
 WRITTEN_AT_RUN_TIME = {"manifest.json"}
 
@@ -53,10 +53,10 @@ def test_links_between_pages_lead_somewhere(repository):
     assert broken == []
 
 
-def test_every_verb_in_the_readme_exists_and_every_verb_is_there(repository):
+def test_every_verb_of_the_page_of_verbs_exists_and_every_verb_is_there(repository):
     verbs = set(typer.main.get_command(app).commands)
     named = re.findall(
-        r"^\| `d2llm ([\w-]+)", (repository / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+        r"^\| `d2llm ([\w-]+)", (repository / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     assert set(named) == verbs
 

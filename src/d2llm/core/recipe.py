@@ -140,7 +140,7 @@ class TeacherConfig(_Section):
     score of its own, ``remote`` an OpenAI-compatible endpoint, ``cosine`` a bi-encoder or a student, ``stack``
     several of these."""
     prompt: str = "paper"
-    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see models/prompts)."""
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.teachers.prompts``)."""
     max_tokens: int = Field(default=350, ge=32)
     """Length of the whole input; what is over is cut from the end of the passage."""
     positive_label: str | None = None

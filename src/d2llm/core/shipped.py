@@ -9,6 +9,8 @@ from typing import Literal, cast
 
 from d2llm.core.manifest import FILE_NAME
 
+DEFAULT_STUDENT = "d2llm-minilm"
+
 
 def shipped_recipes() -> dict[str, Path]:
     """Name -> TOML file, in the order of the names."""
@@ -36,4 +38,4 @@ def _hash_of(folder: Path) -> str | None:
 
 
 def _package() -> Path:
-    return Path(str(files("d2llm")))
+    return Path(str(files("d2llm"))) / "shipped"

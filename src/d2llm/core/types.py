@@ -30,13 +30,19 @@ cosine with weights of dev queries, ``anchor`` is the inner-product part of a D2
 same student where something makes its search cheaper."""
 
 EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
-"""What encodes texts (``models.engines``); ``auto``: the fastest here that gives the same vectors."""
+"""What encodes texts (``models.engines.engines``); ``auto``: the fastest here that gives the same vectors."""
 
 NumberFormat = Literal["float32", "bfloat16", "float16"]
 """In which models compute."""
 
 SourceName = Literal["vectors", "ann", "bm25"]
-"""Who proposes candidates: the highest inner products, about those (``index.ann``), or BM25."""
+"""Who proposes candidates: the highest inner products, about those (``store.ann``), or BM25."""
+
+Ties = Literal["ids", "rows"]
+"""What orders passages of equal scores: their ids, or their rows where any order will do and ids take time."""
+
+RunStep = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
+"""The steps of a run that can be taken anew, in order; labels are kept by teacher and pair, and never made again."""
 
 EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors"]
 """A part of a student's score beside the vector of the passage: BM25 of the passage and of its best window, both also

@@ -52,7 +52,7 @@ class TrainingSource:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPair:
+class TrainingPair:
     """A query and a passage with the data set's own word on whether they belong together.
 
     ``target`` is the probability of a yes: 1 or 0, or between them where the data set has grades.
@@ -82,7 +82,7 @@ def check_sources(sources: Sequence[TrainingSource]) -> None:
 
 def labelled_pairs(
     sources: list[TrainingSource], *, num_negatives: int, max_queries: int | None, seed: int
-) -> list[LabelledPair]:
+) -> list[TrainingPair]:
     """One positive and ``num_negatives`` negatives of each query, in an order fixed by ``seed``.
 
     A quarter of the negatives (at least one) are easy ones, so that a teacher tuned on them also knows what plainly
@@ -95,7 +95,7 @@ def labelled_pairs(
         max_queries: a random sample of this many queries of each source.
         seed: of samples and order.
     """
-    pairs: list[LabelledPair] = []
+    pairs: list[TrainingPair] = []
     for source in sources:
         entries = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         random.Random(f"{seed}:{source.dataset.name}").shuffle(entries)
@@ -120,17 +120,17 @@ def _check_entry(entry: PlanEntry, dataset: Dataset) -> None:
         raise InputError(f"{where}: a passage is named twice; make the plan again")
 
 
-def _pairs_of(entry: PlanEntry, source: TrainingSource, num_negatives: int, seed: int) -> list[LabelledPair]:
+def _pairs_of(entry: PlanEntry, source: TrainingSource, num_negatives: int, seed: int) -> list[TrainingPair]:
     query = source.query_text(entry.query_id)
     if entry.targets:
         judged = zip(entry.positives + entry.hard_negatives, entry.targets, strict=True)
-        return [LabelledPair(query, source.passage_text(p), source.task, target) for p, target in judged]
+        return [TrainingPair(query, source.passage_text(p), source.task, target) for p, target in judged]
     rng = random.Random(f"{seed}:{entry.query_id}")
     num_easy = min(len(entry.easy_negatives), max(1, num_negatives // 4))
     hard = rng.sample(entry.hard_negatives, min(len(entry.hard_negatives), num_negatives - num_easy))
     easy = rng.sample(entry.easy_negatives, min(len(entry.easy_negatives), num_negatives - len(hard)))
     positive = rng.choice(entry.positives)
     return [
-        LabelledPair(query, source.passage_text(passage_id), source.task, float(passage_id == positive))
+        TrainingPair(query, source.passage_text(passage_id), source.task, float(passage_id == positive))
         for passage_id in (positive, *hard, *easy)
     ]

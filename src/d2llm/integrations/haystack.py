@@ -25,8 +25,8 @@ from d2llm.integrations.texts import (
     rank_texts,
 )
 from d2llm.models.student import Student
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import SearchSettings
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import SearchSettings
 
 require("haystack", extra="haystack", purpose="d2llm in Haystack")
 

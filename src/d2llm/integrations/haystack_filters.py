@@ -1,4 +1,4 @@
-"""Haystack's filters as conditions of d2llm's filter language (``index.filters``).
+"""Haystack's filters as conditions of d2llm's filter language (``store.filters``).
 
 Haystack's nulls are Python's: a missing value differs from every other, and a negation holds wherever its condition
 does not. In SQL neither is so; every comparison written here is therefore either true or false.

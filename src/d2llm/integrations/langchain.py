@@ -19,8 +19,8 @@ from d2llm.integrations.texts import (
     require_anchor,
 )
 from d2llm.models.student import Student
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import SearchSettings
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import SearchSettings
 
 require("langchain_core", extra="langchain", purpose="d2llm in LangChain")
 

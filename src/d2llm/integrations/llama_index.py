@@ -18,8 +18,8 @@ from d2llm.integrations.texts import (
     require_anchor,
 )
 from d2llm.models.student import Student
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.search import SearchSettings
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import SearchSettings
 
 require("llama_index.core", extra="llama-index", purpose="d2llm in LlamaIndex")
 

@@ -22,18 +22,18 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.types import Passage, Query, Task
-from d2llm.index.index_manifest import FORMAT_VERSION
-from d2llm.index.vectors import make_format
 from d2llm.integrations.mteb_meta import model_meta
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.ops.selection import ids_at, top_rows
-from d2llm.pipeline.cosine import AnchorStudent
-from d2llm.pipeline.encode import encode
-from d2llm.pipeline.index import Index
-from d2llm.pipeline.protocols import EncodedBatch, SearchStudent
-from d2llm.pipeline.search import Searcher, SearchSettings
+from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import EncodedBatch, SearchStudent
+from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.store.index_manifest import FORMAT_VERSION
+from d2llm.store.vector_formats import make_format
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Task
-from d2llm.pipeline.protocols import EncodedBatch, SearchStudent
+from d2llm.retrieval.protocols import EncodedBatch, SearchStudent
 
 _log = logging.getLogger(__name__)
 

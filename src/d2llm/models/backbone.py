@@ -18,7 +18,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
-from d2llm.models.lean import open_lean
+from d2llm.models.engines.lean import open_lean
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         """Load the weights that ``config.model`` names.
 
         With the folder of a tokenizer as ``lean_tokenizer``, without ``transformers`` where that can be
-        (``models.lean``): the backbone then reads texts, but cannot be trained, saved or exported.
+        (``models.engines.lean``): the backbone then reads texts, but cannot be trained, saved or exported.
 
         Raises:
             ModelNotFoundError: no usable weights there.

@@ -12,8 +12,8 @@ from typing import Any
 
 from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.models.backbone import search_query_tokens
+from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.probabilities import read_calibration
-from d2llm.models.sentence_transformers_files import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
 

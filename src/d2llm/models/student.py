@@ -20,14 +20,15 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.types import EngineName, EvidenceTerm, Task, WholeText
+from d2llm.core.types import EngineName, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts, search_query_tokens
-from d2llm.models.core_workers import map_on_cores
 from d2llm.models.device import choose_device
 from d2llm.models.encoded_texts import EncodedTexts
-from d2llm.models.engines import Engine, choose_engine, choose_products, open_engine
-from d2llm.models.evidence import NO_EVIDENCE, read_evidence, write_evidence
+from d2llm.models.engines.core_workers import map_on_cores
+from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
+from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
+from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
@@ -36,7 +37,6 @@ from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
 from d2llm.models.scorer import HeadWeights, QueryScorer
-from d2llm.models.sentence_transformers_files import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
@@ -108,8 +108,8 @@ class Student(nn.Module):
             folder_or_name: which student.
             device: where to compute, by default the best here.
             dtype: number format of the products, by default what is fast here.
-            engine: what encodes texts (``models.engines``).
-            lean: load no more than encodes and scores, where the backbone allows (``models.lean``): quicker.
+            engine: what encodes texts (``models.engines.engines``).
+            lean: load no more than encodes and scores, where the backbone allows (``models.engines.lean``): quicker.
 
         Raises:
             InputError: the engine cannot be used with this device or number format.
@@ -248,8 +248,8 @@ class Student(nn.Module):
         """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
-    def evidence_weights(self, task: Task, *, windows: bool = True) -> dict[EvidenceTerm, float]:
-        """What an index adds to the score of its passages, by weight; empty where the vectors' score is all.
+    def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
+        """What an index adds to the score of its passages, by weight; nothing where the vectors' score is all.
 
         ``windows``: an index that stores the vectors of windows.
         """

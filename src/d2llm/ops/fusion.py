@@ -5,11 +5,15 @@
 X holds the scores of a list's passages, one column for each kind of evidence, y the judgements, summing to 1. The loss
 is convex in w, so what is found is the best there is, whatever the start. Source: Cao et al., "Learning to Rank: From
 Pairwise Approach to Listwise Approach", ICML 2007 (ListNet, top one), for a linear scorer.
+
+What some columns count for may depend on the query: their weights are then multiplied by exp(a s), s being statistics
+of the list's query, and a is fitted together with w from the best w without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,46 +21,131 @@ from scipy.optimize import minimize
 
 from d2llm.core.errors import InputError
 
+Lists = Sequence[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]]
+"""Of each query the scores [passages, terms] of some passages and their grades [passages], at least 0."""
 
-def fit_weights(
-    lists: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]], *, ridge: float = 1e-4
-) -> NDArray[np.float64]:
+_FACTOR_PRICE = 1.0
+
+
+class ScaledWeights(NamedTuple):
+    """Weights [terms] of a sum whose scaled columns count exp(offset + slopes [k] * statistics [k]) times as much."""
+
+    weights: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+    offset: float
+
+
+def fit_weights(lists: Lists, *, ridge: float = 1e-4) -> NDArray[np.float64]:
     """Non-negative weights [terms] of a sum of scores.
 
     Args:
-        lists: of each query the scores [passages, terms] of some passages and their grades [passages], at least 0;
-            lists without a grade above 0 teach nothing and are left out.
+        lists: those without a grade above 0 teach nothing and are left out.
         ridge: price on the squared weights, of columns scaled to a mean square of 1: it chooses among columns that say
             the same, and keeps weights finite where the judgements are met exactly.
 
     Raises:
         InputError: no list has a grade above 0, or a score is not finite.
     """
-    judged = [(scores, grades) for scores, grades in lists if len(grades) and grades.max() > 0]
-    if not judged:
-        raise InputError("no list has a relevant passage, so weights cannot be fitted; give judged queries")
-    scores = np.concatenate([found for found, _ in judged]).astype(np.float64)
-    if not np.isfinite(scores).all():
-        raise InputError("some scores are not finite, so weights cannot be fitted; check the student")
-    sizes = np.array([len(grades) for _, grades in judged])
-    starts = np.cumsum(sizes) - sizes
-    targets = np.concatenate([grades / grades.sum() for _, grades in judged]).astype(np.float64)
-    scale = np.sqrt((scores**2).mean(axis=0))
-    is_empty = scale == 0
-    scale[is_empty] = 1.0
-    scores /= scale
-    wanted = targets @ scores
+    return _Fit(lists, ridge).weights()
 
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        logits = scores @ weights
-        logits -= np.repeat(np.maximum.reduceat(logits, starts), sizes)
+
+def fit_scaled_weights(
+    lists: Lists, statistics: NDArray[np.floating[Any]], scaled: NDArray[np.bool_], *, ridge: float = 1e-4
+) -> ScaledWeights:
+    """Non-negative weights of a sum, and by how much the query changes those of some columns.
+
+    Args:
+        lists: as for ``fit_weights``.
+        statistics: [lists, k] of each list's query.
+        scaled: [terms], whose weights depend on the query.
+        ridge: as for ``fit_weights``. The slopes, of statistics with a deviation of 1, have a price too, which weighs
+            as much as one list.
+
+    Raises:
+        InputError: no list has a grade above 0, or a score or a statistic is not finite.
+    """
+    if not np.isfinite(statistics).all():
+        raise InputError("some statistics of queries are not finite, so a factor cannot be fitted")
+    return _Fit(lists, ridge).scaled(statistics.astype(np.float64), scaled)
+
+
+def sum_weights(lists: Lists) -> NDArray[np.float64]:
+    """``fit_weights`` with the first weight 1: of a sum in which the other columns are added to the first.
+
+    Raises:
+        InputError: no list has a relevant passage.
+    """
+    weights = fit_weights(lists)
+    if not weights.any():  # no score tells anything
+        return np.eye(1, len(weights))[0]
+    return beside_first(weights)
+
+
+def beside_first(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same weights where the first is 1; it is not taken for less than a thousandth of the largest."""
+    return weights / max(float(weights[0]), 1e-3 * float(weights.max()))
+
+
+class _Fit:
+    """The lists in one piece, with their columns scaled to a mean square of 1."""
+
+    def __init__(self, lists: Lists, ridge: float) -> None:
+        self.kept = [place for place, (_, grades) in enumerate(lists) if len(grades) and grades.max() > 0]
+        if not self.kept:
+            raise InputError("no list has a relevant passage, so weights cannot be fitted; give judged queries")
+        judged = [lists[place] for place in self.kept]
+        scores = np.concatenate([found for found, _ in judged]).astype(np.float64)
+        if not np.isfinite(scores).all():
+            raise InputError("some scores are not finite, so weights cannot be fitted; check the student")
+        self.sizes = np.array([len(grades) for _, grades in judged])
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.targets = np.concatenate([grades / grades.sum() for _, grades in judged]).astype(np.float64)
+        self.scale = np.sqrt((scores**2).mean(axis=0))
+        self.is_empty = self.scale == 0
+        self.scale[self.is_empty] = 1.0
+        self.scores = scores / self.scale
+        self.ridge = ridge
+
+    def weights(self) -> NDArray[np.float64]:
+        def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            value, pull = self._loss(self.scores @ weights)
+            return value + self.ridge * float(weights @ weights), pull @ self.scores + 2 * self.ridge * weights
+
+        start = np.ones(self.scores.shape[1])
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
+        return self._in_own_units(np.asarray(found.x, np.float64))
+
+    def scaled(self, statistics: NDArray[np.float64], is_scaled: NDArray[np.bool_]) -> ScaledWeights:
+        seen = statistics[self.kept]
+        centre, spread = seen.mean(axis=0), seen.std(axis=0)
+        spread[spread == 0] = np.inf  # what is the same for all queries tells nothing
+        of_row = np.repeat((seen - centre) / spread, self.sizes, axis=0)
+        num_terms, price = self.scores.shape[1], _FACTOR_PRICE / len(self.kept)
+
+        def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            weights, slopes = parameters[:num_terms], parameters[num_terms:]
+            factor = np.where(is_scaled, np.exp(of_row @ slopes)[:, None], 1.0)
+            columns = self.scores * factor
+            value, pull = self._loss(columns @ weights)
+            of_scaled = columns[:, is_scaled] @ weights[is_scaled]
+            value += self.ridge * float(weights @ weights) + price * float(slopes @ slopes)
+            of_weights = pull @ columns + 2 * self.ridge * weights
+            return value, np.concatenate([of_weights, (pull * of_scaled) @ of_row + 2 * price * slopes])
+
+        start = np.concatenate([self.weights() * self.scale, np.zeros(of_row.shape[1])])
+        bounds: list[tuple[float | None, None]] = [(0, None)] * num_terms + [(None, None)] * of_row.shape[1]
+        found = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)
+        slopes = found[num_terms:] / spread
+        return ScaledWeights(self._in_own_units(found[:num_terms]), slopes, -float(slopes @ centre))
+
+    def _loss(self, logits: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """The mean loss of the lists, and its slope by each row's logit."""
+        logits = logits - np.repeat(np.maximum.reduceat(logits, self.starts), self.sizes)
         odds = np.exp(logits)
-        sums = np.add.reduceat(odds, starts)
-        probabilities = odds / np.repeat(sums, sizes)
-        value = (np.log(sums).sum() - targets @ logits) / len(judged) + ridge * weights @ weights
-        slope = (probabilities @ scores - wanted) / len(judged) + 2 * ridge * weights
-        return float(value), slope
+        sums = np.add.reduceat(odds, self.starts)
+        num = len(self.sizes)
+        value = float(np.log(sums).sum() - self.targets @ logits) / num
+        return value, (odds / np.repeat(sums, self.sizes) - self.targets) / num
 
-    start = np.full(scores.shape[1], 1.0)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
-    return np.where(is_empty, 0.0, np.asarray(found.x, np.float64) / scale)  # what is 0 everywhere is worth nothing
+    def _in_own_units(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(self.is_empty, 0.0, weights / self.scale)  # what is 0 everywhere is worth nothing

@@ -230,10 +230,11 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
 def ordinal_accuracy(scores: ArrayLike, classes: ArrayLike, thresholds: tuple[float, float]) -> float:
     """Share of the pairs [n] that the two cuts of ``ordinal_thresholds`` put into their class 0, 1 or 2."""
     values, truth = _paired(scores, classes)
-    return float(np.mean(_ordinal_answers(values, thresholds) == truth))
+    return float(np.mean(ordinal_answers(values, thresholds) == truth))
 
 
-def _ordinal_answers(values: Floats, thresholds: tuple[float, float]) -> NDArray[np.int_]:
+def ordinal_answers(values: Floats, thresholds: tuple[float, float]) -> NDArray[np.int_]:
+    """The class 0, 1 or 2 into which the two cuts put each of some scores [n]."""
     lower, upper = thresholds
     return (values >= lower).astype(int) + (values >= upper)
 
@@ -293,7 +294,7 @@ def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
     said = values >= thresholds.f1
     right_of_two = (values >= thresholds.contradiction) == truth
     right_of_other = (values >= thresholds.other) == truth
-    right_of_three = _ordinal_answers(values, thresholds.ordinal) == numbers
+    right_of_three = ordinal_answers(values, thresholds.ordinal) == numbers
 
     def measure(rows: NDArray[np.intp]) -> dict[str, float]:
         asked = rows[decided[rows]]

@@ -49,8 +49,8 @@ def post(ask):
 @pytest.fixture
 def overloaded(address, monkeypatch):
     """The queue is full."""
-    from d2llm.apps.server.errors import OverloadedError
-    from d2llm.apps.server.model_service import ModelService
+    from d2llm.server.errors import OverloadedError
+    from d2llm.server.model_service import ModelService
 
     async def refuse(*_arguments, **_settings):
         raise OverloadedError(3.0)

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-from d2llm.apps.server.keys import add_key
+from d2llm.server.keys import add_key
 from tiny_clients import NAME, serving
 
 TAGS = {"OpenAI", "Cohere", "Jina", "Text Embeddings Inference", "vLLM"}

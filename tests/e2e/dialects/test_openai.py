@@ -16,8 +16,8 @@ from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
-from d2llm.apps.server.errors import OverloadedError  # noqa: E402
-from d2llm.apps.server.model_service import ModelService  # noqa: E402
+from d2llm.server.errors import OverloadedError  # noqa: E402
+from d2llm.server.model_service import ModelService  # noqa: E402
 from tiny_clients import LONG, MAX_TOKENS, NAME, QUERY, serving, unit  # noqa: E402
 
 

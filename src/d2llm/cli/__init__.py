@@ -1,0 +1,1 @@
+"""The command line ``d2llm``. Nothing imports this package."""

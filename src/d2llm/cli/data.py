@@ -1,0 +1,77 @@
+"""The verb about data: ``data check``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2llm.cli.options import MEASURE, JsonOption
+from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+from d2llm.core.shipped import DEFAULT_STUDENT
+
+if TYPE_CHECKING:
+    from d2llm.data.check_report import DataReport
+
+_NUM_NAMED = 3
+data_app = typer.Typer(name="data", help="Look at data sets.", no_args_is_help=True, add_completion=False)
+
+
+@data_app.command("check")
+def check(
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A folder in BEIR layout, a folder or file of pairs, or hf://owner/name[:config].",
+            show_default=False,
+        ),
+    ],
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Queries or pairs that are in two splits are no error.")
+    ] = False,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--tokenizer", metavar="NAME_OR_FOLDER", help="Whose tokens and limits count: a student, a model."
+        ),
+    ] = DEFAULT_STUDENT,
+    near: Annotated[
+        float,
+        typer.Option("--near", min=0.1, max=1.0, help="Least likeness of near queries (trigrams in common); 1: none."),
+    ] = 0.8,
+    sample: Annotated[
+        int, typer.Option("--sample", min=1, help="Queries and passages whose length is measured.")
+    ] = 50_000,
+    json_path: JsonOption = None,
+) -> None:
+    """Count what is in a data set and find leaks between its splits."""
+    from d2llm.reports.data_tables import data_tables
+    from d2llm.training.check_data import check_data
+
+    session = session_of(context)
+    report = check_data(data, tokenizer=tokenizer, near=near, sample_size=sample, show_progress=session.show_progress)
+    for table in data_tables(report):
+        session.show(table)
+    session.write_report(context, json_path, report)
+    if report.leaks and not allow_leaks:
+        raise InputError(_leak_message(report))
+
+
+def _leak_message(report: DataReport) -> str:
+    parts = [
+        f"{leak.count} of {leak.second} in {leak.first} ({leak.kind}: "
+        f"{', '.join(' = '.join(ids) for ids in leak.examples[:_NUM_NAMED])})"
+        for leak in report.leaks
+    ]
+    return (
+        f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(parts)}. Figures measured on such splits "
+        "are too high: take these out of one of them, or accept them with --allow-leaks"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group of verbs to the program."""
+    app.add_typer(data_app, rich_help_panel=MEASURE)

@@ -1,0 +1,49 @@
+"""The verb that looks whether d2llm can work here: doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import LOOK, DeviceOption, JsonOption
+from d2llm.cli.session import session_of
+from d2llm.core.shipped import DEFAULT_STUDENT
+
+EXIT_PROBLEM = 1
+
+
+def doctor(
+    context: typer.Context,
+    student: Annotated[
+        str,
+        typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one."),
+    ] = DEFAULT_STUDENT,  # not StudentOption: a student that is not there is one of the findings
+    index: Annotated[
+        Path | None,
+        typer.Option("--index", metavar="INDEX", help="Also look at an index, with its student.", show_default=False),
+    ] = None,
+    device: DeviceOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Check packages, machine, student and index; say what to do.
+
+    Ends with code 1 where there is a problem; a note is none.
+    """
+    from d2llm.doctor.doctor import examine
+    from d2llm.doctor.findings import findings_table
+
+    session = session_of(context)
+    findings = list(examine(student=student, index=index, device=device))
+    problems = sum(finding.level == "problem" for finding in findings)
+    session.show(findings_table(findings))
+    session.write_report(context, json_path, {"findings": findings, "num_problems": problems})
+    if problems:
+        session.complain("warning", f"{problems} problem{'' if problems == 1 else 's'}: see the last column")
+        raise typer.Exit(EXIT_PROBLEM)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this verb to the program."""
+    app.command("doctor", rich_help_panel=LOOK)(doctor)

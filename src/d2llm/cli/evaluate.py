@@ -1,0 +1,257 @@
+"""The verb evaluate: what each scorer is worth and costs on the user's data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2llm.cli.options import (
+    MEASURE,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    PromptOption,
+    StudentOption,
+    TaskOption,
+    in_a_folder_that_is_there,
+    known_teacher,
+    teacher_config,
+)
+from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.core.types import SystemKind
+
+if TYPE_CHECKING:
+    from d2llm.evaluation.report import EvaluationReport
+
+_CACHE = "the user's cache folder"
+
+
+def evaluate(
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Queries with a corpus (BEIR layout, Parquet) or labelled pairs: a folder, a file, or hf://OWNER/NAME.",
+            show_default=False,
+        ),
+    ],
+    student: StudentOption = DEFAULT_STUDENT,
+    split: Annotated[str, typer.Option("--split", help="The judgements to measure by.")] = "test",
+    task: TaskOption = "asymmetric",
+    tuned_cosine: Annotated[
+        str | None,
+        typer.Option("--tuned-cosine", metavar="FOLDER", help="The row of that name.", show_default="STUDENT-cosine"),
+    ] = None,
+    paper_head: Annotated[
+        str | None,
+        typer.Option("--paper-head", metavar="FOLDER", help="The row of that name.", show_default="STUDENT-paper"),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="NAME_OR_FOLDER",
+            callback=known_teacher,
+            help="Ask this one.",
+            show_default="the student's own",
+        ),
+    ] = None,
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do without its row, the slowest.")] = False,
+    teacher_depth: Annotated[
+        int, typer.Option("--teacher-depth", min=1, help="Passages that it reorders, of BM25 and the student in turn.")
+    ] = 50,
+    teacher_queries: Annotated[
+        int,
+        typer.Option("--teacher-queries", min=0, help="Ask it a random sample of so many queries or pairs; 0: all."),
+    ] = 100,
+    prompt: PromptOption = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME_OR_FOLDER",
+            help="Measure another model too: a bi-encoder or CrossEncoder for sentence-transformers. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--run", metavar="FILE", help="Measure a TREC run file too. May be repeated.", show_default=False),
+    ] = None,
+    baseline: Annotated[
+        SystemKind | None,
+        typer.Option("--baseline", help="Compare with this row.", show_default="tuned cosine, else untuned, else BM25"),
+    ] = None,
+    num_candidates: Annotated[
+        int, typer.Option("--num-candidates", min=1, help="Passages that get the student's full score.")
+    ] = 1000,
+    stored_as: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stored-as",
+            metavar="FORMAT",
+            help="Also with vectors in fewer bits (int8, int3, binary, ...): a row each. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Also the exact search, with its certificate.")] = False,
+    ann_recall: Annotated[
+        float | None,
+        typer.Option(
+            "--ann",
+            metavar="RECALL",
+            help="Also candidates of an approximate index that finds this share of them (0.95, say).",
+            show_default=False,
+        ),
+    ] = None,
+    cascade_passages: Annotated[
+        int | None,
+        typer.Option(
+            "--cascade",
+            metavar="N",
+            min=1,
+            help="Also with a teacher that reads again at most N passages of a query, where the student is unsure.",
+            show_default=False,
+        ),
+    ] = None,
+    filter: Annotated[  # noqa: A002 - the word of the field
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="CONDITION",
+            help="Also a search for passages whose metadata fit, as in \"year >= 2020 AND language = 'en'\".",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            metavar="FOLDER",
+            help="A label store to take the teacher's judgements from.",
+            show_default=False,
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work",
+            metavar="FOLDER",
+            help="Keep indexes and measured rows here: an interrupted evaluation goes on, a repeated one is quick.",
+            show_default=_CACHE,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of samples and of significance tests.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="PATH",
+            callback=in_a_folder_that_is_there,
+            help="Write a page with plots and texts.",
+            show_default=False,
+        ),
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            "--markdown",
+            metavar="PATH",
+            callback=in_a_folder_that_is_there,
+            help="Write the tables.",
+            show_default=False,
+        ),
+    ] = None,
+    save_runs: Annotated[
+        Path | None,
+        typer.Option("--save-runs", metavar="FOLDER", help="Write every ranking as a TREC run.", show_default=False),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Measure a student beside BM25, cosines, the teacher and others.
+
+    Every row is measured on the same queries (or pairs), with intervals, and compared with the baseline by a paired
+    test. Rows that need a student trained on the same data (tuned cosine, paper head) are found beside the student;
+    d2llm distill RECIPE --variant cosine makes one.
+    """
+    from platformdirs import user_cache_path
+
+    from d2llm.data.open_data import open_data
+    from d2llm.data.pairs import PairDataset
+    from d2llm.evaluation.evaluate import evaluate
+    from d2llm.evaluation.loading import load_contenders
+    from d2llm.evaluation.setting import EvaluationSettings
+    from d2llm.reports.tables import evaluation_tables
+
+    session = session_of(context)
+    settings = EvaluationSettings(
+        split=split,
+        task=task,
+        num_candidates=num_candidates,
+        teacher_depth=teacher_depth,
+        teacher_queries=teacher_queries or None,
+        baseline=baseline,
+        seed=seed,
+        stored_as=tuple(stored_as or ()),
+        exact=exact,
+        ann_recall=ann_recall,
+        cascade_passages=cascade_passages,
+        filter=filter,
+    )
+    dataset = open_data(data)
+    if save_runs is not None and isinstance(dataset, PairDataset):
+        raise InputError("--save-runs: this data set has single pairs, which have no rankings; leave the option out")
+    contenders = load_contenders(
+        student,
+        tuned_cosine=tuned_cosine,
+        paper_head=paper_head,
+        teacher=teacher_config(teacher, prompt) if teacher is not None else None,
+        with_teacher=not no_teacher,
+        models=models or (),
+        runs=runs or (),
+        device=device,
+        dtype=dtype,
+    )
+    report = evaluate(
+        dataset,
+        contenders,
+        settings,
+        work_folder=work or user_cache_path("d2llm") / "evaluate",
+        labels=labels,
+        show_progress=session.show_progress,
+    )
+    for table in evaluation_tables(report):
+        session.show(table)
+    session.write_report(context, json_path, report)
+    _write_files(report, html=html, markdown=markdown, runs=save_runs)
+
+
+def _write_files(report: EvaluationReport, *, html: Path | None, markdown: Path | None, runs: Path | None) -> None:
+    from d2llm.core.files import write_bytes
+    from d2llm.data.trec import write_run
+
+    if html is not None:
+        from d2llm.reports.html import render_html
+
+        write_bytes(html, render_html(report).encode())
+    if markdown is not None:
+        from d2llm.reports.markdown import render_markdown
+
+        write_bytes(markdown, render_markdown(report).encode())
+    if runs is not None:
+        for name, rankings in report.details.rankings.items():
+            tag = "-".join(re.findall(r"\w+", name))
+            write_run(runs / f"{tag}.run", tag, rankings)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this verb to the program."""
+    app.command("evaluate", rich_help_panel=MEASURE)(evaluate)

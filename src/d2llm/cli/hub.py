@@ -1,0 +1,89 @@
+"""The verb that puts a student on the Hugging Face Hub: push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import DISTIL, JsonOption
+from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+
+
+def push(
+    context: typer.Context,
+    student: Annotated[
+        str,
+        typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.", show_default=False),
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="Where on the Hub: owner/name.", show_default=False)
+    ],
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who may read a repository that is made.", show_default="the account's default"
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="The branch to commit to.", show_default="main")
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            metavar="NAME",
+            help="Of the weights, as the Hub names it: apache-2.0, mit.",
+            show_default="the card's",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge/--adapter",
+            help="Put all weights of the backbone there, or only what training changed.",
+            show_default="all where sentence-transformers can then load it",
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Put a student on the Hugging Face Hub.
+
+    The account is that of `hf auth login`, or of the token in HF_TOKEN. The manifest goes along, and with it the
+    recipe, paths of data sets included. Others then load it as owner/name; where its head and pooling allow,
+    sentence-transformers does so without d2llm.
+    """
+    from d2llm.models.export.merged_copy import merge_student
+    from d2llm.models.export.sentence_transformers import MODULES_FILE, why_not_plain
+    from d2llm.models.hub import find_student, push_student
+    from d2llm.models.model_card import card_licence, model_card
+    from d2llm.models.student_files import BACKBONE_FOLDER, read_student_manifest
+
+    session = session_of(context)
+    folder = find_student(student)
+    manifest, config = read_student_manifest(folder)
+    if card_licence(model_card(folder, manifest, licence=licence)) is None:
+        session.complain("warning", "no licence is named, so nobody may use the student; say --license")
+    is_merged, plain = (folder / BACKBONE_FOLDER).is_dir(), why_not_plain(config) is None
+    if merge is False and is_merged:
+        raise InputError(f"{folder}: has all weights of its backbone, and no adapter to put there; leave out --adapter")
+    is_complete = is_merged and (not plain or (folder / MODULES_FILE).is_file())
+    with TemporaryDirectory() as temporary:
+        if (plain if merge is None else merge) and not is_complete:
+            merge_student(folder, Path(temporary) / "student")
+            folder = Path(temporary) / "student"
+        report = push_student(folder, repo_id, private=private, revision=revision, licence=licence)
+    session.say(f"push: {report.num_files} files, {report.num_bytes / 1e6:,.1f} MB: {report.url}")
+    if report.needs_d2llm is None:
+        session.say("push: sentence-transformers can load it without d2llm")
+    else:
+        session.say(f"push: sentence-transformers cannot load it without d2llm: {report.needs_d2llm}")
+    session.write_report(context, json_path, report)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this verb to the program."""
+    app.command("push", rich_help_panel=DISTIL)(push)

@@ -1,0 +1,91 @@
+"""The verb ``keys`` and its own verbs: who may ask a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+from d2llm.cli.options import SERVE, JsonOption, in_a_folder_that_is_there
+from d2llm.cli.session import session_of
+
+_FILE = "d2llm.keys"
+
+keys_app = typer.Typer(
+    name="keys",
+    help="Make and take away the API keys of a server.",
+    no_args_is_help=True,
+    epilog="As in: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the key, as logs show it.", show_default=False)]
+
+
+@keys_app.callback()
+def choose(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of keys.", show_default=False)],
+) -> None:
+    """Remember which file is meant."""
+    context.meta[_FILE] = file
+
+
+@keys_app.command("add")
+def add(
+    context: typer.Context,
+    name: NameArgument,
+    scope: Annotated[
+        Literal["read", "write", "admin"],
+        typer.Option("--scope", help="read: search and encode; write: also passages; admin: also snapshots, reload."),
+    ] = "read",
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            "--requests-per-minute", metavar="N", min=1, help="Most requests a minute.", show_default="the server's"
+        ),
+    ] = None,
+) -> None:
+    """Make a key and show it, this once: the file has only its hash."""
+    from d2llm.server.keys import add_key
+
+    in_a_folder_that_is_there(_file_of(context))
+    secret = add_key(_file_of(context), name, scope, requests_per_minute)
+    session_of(context).say(
+        f"keys: '{name}' may {scope}; send it as 'Authorization: Bearer KEY'. It is not shown again:"
+    )
+    typer.echo(secret)
+
+
+@keys_app.command("list")
+def show(context: typer.Context, json_path: JsonOption = None) -> None:
+    """Show the keys' names, scopes and limits."""
+    from rich.table import Table
+
+    from d2llm.server.keys import read_keys
+
+    keys = read_keys(_file_of(context))
+    table = Table("name", "scope", "requests a minute", "made")
+    for key in keys:
+        table.add_row(key.name, key.scope, f"{key.requests_per_minute or 'as the server says'}", key.created)
+    session_of(context).show(table)
+    session_of(context).write_report(context, json_path, [key.model_dump(exclude={"sha256"}) for key in keys])
+
+
+@keys_app.command("remove")
+def remove(context: typer.Context, name: NameArgument) -> None:
+    """Take a key away; running servers refuse it at once."""
+    from d2llm.server.keys import remove_key
+
+    remove_key(_file_of(context), name)
+    session_of(context).say(f"keys: '{name}' is not accepted any more")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this verb to the program."""
+    app.add_typer(keys_app, rich_help_panel=SERVE)
+
+
+def _file_of(context: typer.Context) -> Path:
+    return cast(Path, context.meta[_FILE])

@@ -1,0 +1,83 @@
+"""The verbs that look at what there is: judge and demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import (
+    LOOK,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    PromptOption,
+    StudentOption,
+    TaskOption,
+    known_teacher,
+    teacher_config,
+)
+from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+from d2llm.core.shipped import DEFAULT_STUDENT
+
+
+def judge(
+    context: typer.Context,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.", show_default=False)],
+    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.", show_default=False)],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            "--teacher",
+            metavar="NAME_OR_FOLDER",
+            callback=known_teacher,
+            help="A model, or a folder that tune-teacher wrote.",
+        ),
+    ] = "smollm2",
+    task: TaskOption = "asymmetric",
+    prompt: PromptOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Ask a teacher how surely a passage answers a query."""
+    from d2llm.models.teachers.judge import load_judge
+    from d2llm.reports.tables import judgement_table
+
+    for text in (query, *passages):
+        if not text.strip():
+            raise InputError(f"{text!r} has no text; give a query and passages with words in them")
+    session = session_of(context)
+    model = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
+    log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
+    session.show(judgement_table(query, passages, log_odds))
+    judged = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]
+    session.write_report(context, json_path, {"teacher": model.fingerprint, "judgements": judged})
+
+
+def demo(
+    context: typer.Context,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Keep the indexes here.", show_default="the user's cache folder"),
+    ] = None,
+    student: StudentOption = DEFAULT_STUDENT,
+    json_path: JsonOption = None,
+) -> None:
+    """Search your Python's documentation, to see it work.
+
+    Takes a few minutes: the texts are read from the standard library on this machine, nothing is downloaded.
+    """
+    from d2llm.demo.demo import run_demo
+
+    session = session_of(context)
+    report = run_demo(folder, student=student, show_progress=session.show_progress)
+    session.write_report(context, json_path, report)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the program."""
+    for verb in (demo, judge):
+        app.command(verb.__name__, rich_help_panel=LOOK)(verb)

@@ -1,0 +1,177 @@
+"""The verb ``serve``: an index and its student behind HTTP.
+
+A server's settings are one schema (``server/settings.py``). The options that are typed by hand most often are written
+out below, with types and help; all others are given as ``--set NAME=VALUE``, so that no setting is written twice more
+for a flag that nobody types. ``tests/server/test_serve_settings.py`` checks that each option is a field of the schema.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2llm.cli.options import SERVE, DeviceOption, DtypeOption, JsonOption, PromptOption
+from d2llm.cli.session import session_of
+from d2llm.core.types import EngineName
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from d2llm.server.settings import LoadedSettings
+
+OWN_OPTIONS = ("context", "config", "assignments", "show_config", "json_path")
+"""Of the verb itself; the others are settings."""
+
+
+def serve(
+    context: typer.Context,
+    index: Annotated[
+        Path | None,
+        typer.Argument(metavar="INDEX", help="Folder of an index; without, a student alone.", show_default=False),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            metavar="NAME_OR_FOLDER",
+            help="A student's folder, or the name of a shipped one.",
+            show_default="the index's",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="A teacher that searches may ask.", show_default=False),
+    ] = None,
+    prompt: PromptOption = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.", show_default="8000")
+    ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option("--keys-file", metavar="FILE", help="API keys, made by: d2llm keys.", show_default=False),
+    ] = None,
+    writable: Annotated[
+        bool | None,
+        typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="A page of `d2llm evaluate --html` to show.", show_default=False),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option("--engine", help="What encodes texts.", show_default="auto"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML.", show_default=False)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any setting; may be given several times.", show_default=False
+        ),
+    ] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Show all settings, and where each comes from, and stop.")
+    ] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Serve an index over HTTP, with its student.
+
+    Settings come from options, from the environment (D2LLM_SERVE_MAX_TEXTS) and from a file, in this order. Stop it
+    with Ctrl-C or SIGTERM: what it has accepted is answered. SIGHUP reads the index again.
+    """
+    # They are read from the context, by name.
+    del (
+        index,
+        student,
+        teacher,
+        prompt,
+        host,
+        port,
+        keys_file,
+        writable,
+        report,
+        device,
+        dtype,
+        engine,
+    )  # in the context, by name
+    from d2llm.core.extras import require
+
+    for module in ("pydantic_settings", "fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
+        require(module, extra="serve", purpose="a server")
+    from d2llm.core.errors import InputError
+    from d2llm.server.settings import load_settings, parse_assignments
+
+    session = session_of(context)
+    flags = {name: value for name, value in context.params.items() if name not in OWN_OPTIONS}
+    loaded = load_settings(flags, file=config, assignments=parse_assignments(assignments or []))
+    if show_config:
+        session.show(_settings_table(loaded))
+        found = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
+        session.write_report(context, json_path, found)
+    elif loaded.settings.index is None and loaded.settings.student is None:
+        raise InputError("there is nothing to serve; give the folder of an index, or --student")
+    else:
+        _serve(context, loaded, json_path)
+
+
+def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | None) -> None:
+    from d2llm.server.logs import start_logs
+    from d2llm.server.running import listen, run_app, url_of
+    from d2llm.server.settings import LOOPBACK_NAMES, is_loopback
+    from d2llm.server.tracing import start_tracing
+    from d2llm.store.index_manifest import read_index_manifest
+
+    session, settings = session_of(context), loaded.settings
+    bound = listen(settings.host, settings.port)
+    url = url_of(bound)
+    if not is_loopback(settings.host) and set(settings.host_names) <= set(LOOPBACK_NAMES):
+        session.say("serve: only requests for localhost are answered; allowed_hosts names others")
+
+    def say_ready() -> None:
+        report = {"url": url, "settings": settings.model_dump(), "sources": loaded.sources}
+        session.write_report(context, json_path, report)
+        typer.echo(f"d2llm serves {settings.index or settings.student} on {url} (page {url}/, API {url}/docs)")
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(bound.close)
+        if settings.index is not None:
+            read_index_manifest(settings.index)  # what is no index is told before anything is loaded
+        undo.callback(start_logs(settings))
+        from d2llm.server.app import make_app  # takes seconds, and a port in use should be told at once
+        from d2llm.server.services import Serving
+
+        app = make_app(settings)
+        if settings.otel:
+            undo.callback(start_tracing(app, app.state.telemetry))
+
+        async def reload() -> None:
+            serving: Serving | None = getattr(app.state, "serving", None)
+            if serving is not None and serving.index is not None:
+                await serving.index.served.reload()
+
+        run_app(app, settings, bound, app.state.lifecycle, on_ready=say_ready, on_hangup=reload)
+
+
+def _settings_table(loaded: LoadedSettings) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("setting", "value", "from")
+    for row in loaded.lines():
+        table.add_row(*map(Text, row))
+    return table
+
+
+def register(app: typer.Typer) -> None:
+    """Add this verb to the program."""
+    app.command(serve.__name__, rich_help_panel=SERVE)(serve)

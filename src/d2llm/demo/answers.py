@@ -1,0 +1,101 @@
+"""The demo's questions put to three systems: BM25, the untuned cosine, and D2LLM, on one index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from d2llm.core.types import Passage
+from d2llm.demo.questions import QUESTIONS, DemoQuestion, without_piece
+from d2llm.demo.report import DemoAnswer, DemoPlace, QuestionReport
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import SearchStudent
+
+TOP_K = 3
+DEPTH = 100
+"""Ranks up to here are compared; what is further down counts as not found."""
+_PROPOSED = 10
+"""Of each question, by BM25 and by D2LLM, to the untuned cosine: its own index would take as long as D2LLM's."""
+
+
+class Candidates:
+    """What BM25 and D2LLM rank first for each question, with the untuned cosine of the very first."""
+
+    def __init__(self, index: Index, cosine: SearchStudent) -> None:
+        self._index = index
+        texts = [question.text for question in QUESTIONS]
+        self._d2llm = [
+            [(place.passage, place.score) for place in ranking.passages] for ranking in index.search(texts, top_k=DEPTH)
+        ]
+        self._bm25 = [_match(index, text) for text in texts]
+        proposed = {passage.id: passage for number in range(len(texts)) for passage in self.top(number, _PROPOSED)}
+        self.num_candidates = len(proposed)
+        vectors = cosine.encode_passages([passage.full_text for passage in proposed.values()]).vectors
+        scores = cosine.encode_queries(texts).vectors @ vectors.T
+        self._cosine = [dict(zip(proposed, row.tolist(), strict=True)) for row in scores]
+
+    def top(self, number: int, top_k: int) -> list[Passage]:
+        """The first of D2LLM and the first of BM25 for a question, each once."""
+        places = [*self._d2llm[number][:top_k], *self._bm25[number][:top_k]]
+        return list({passage.id: passage for passage, _ in places}.values())
+
+    def scores(self, number: int, passages: Sequence[Passage]) -> tuple[list[float], list[float]]:
+        """The untuned cosine's and D2LLM's of passages that ``top`` gave, up to those that the cosine has read."""
+        view, student = self._index.view, self._index.student
+        query = student.encode_queries([QUESTIONS[number].text]).vectors[0]
+        rows = view.rows([passage.id for passage in passages])
+        return (
+            [self._cosine[number][passage.id] for passage in passages],
+            student.score(query, view.vectors(rows), "asymmetric").tolist(),
+        )
+
+    def answer(self, interaction_weight: float) -> QuestionReport:
+        """The first places of BM25 and D2LLM, and whether the untuned cosine has a right one among as many."""
+        ids = set(self._index.view.ids(self._index.view.live_rows()))
+        answers = tuple(
+            DemoAnswer(
+                question=question.text,
+                right_ids=tuple(sorted(question.right_ids & ids)),
+                baseline=_places(question, by_bm25, other=by_d2llm),
+                d2llm=_places(question, by_d2llm, other=by_bm25),
+            )
+            for question, by_bm25, by_d2llm in zip(QUESTIONS, self._bm25, self._d2llm, strict=True)
+        )
+        right_cosine = tuple(
+            any(is_right(question, passage_id) for passage_id in self._cosine_top(number))
+            for number, question in enumerate(QUESTIONS)
+        )
+        return QuestionReport(answers, right_cosine, self.num_candidates, interaction_weight)
+
+    def _cosine_top(self, number: int) -> list[str]:
+        ranked = sorted((-score, passage_id) for passage_id, score in self._cosine[number].items())
+        return [passage_id for _, passage_id in ranked[:TOP_K]]
+
+
+def is_right(question: DemoQuestion, passage_id: str) -> bool:
+    """Whether a passage, or a later piece of it, was named as an answer."""
+    return without_piece(passage_id) in question.right_ids
+
+
+def _match(index: Index, text: str) -> list[tuple[Passage, float]]:
+    found = index.view.match(text, DEPTH)
+    return list(zip(index.view.passages(found.rows), np.asarray(found.scores).tolist(), strict=True))
+
+
+def _places(
+    question: DemoQuestion, ranking: Sequence[tuple[Passage, float]], *, other: Sequence[tuple[Passage, float]]
+) -> tuple[DemoPlace, ...]:
+    other_ranks = {passage.id: rank for rank, (passage, _) in enumerate(other, start=1)}
+    return tuple(
+        DemoPlace(
+            rank=rank,
+            passage_id=passage.id,
+            title=passage.title,
+            text=passage.text,
+            score=score,
+            right=is_right(question, passage.id),
+            other_rank=other_ranks.get(passage.id),
+        )
+        for rank, (passage, score) in enumerate(ranking[:TOP_K], start=1)
+    )

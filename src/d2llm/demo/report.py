@@ -1,0 +1,173 @@
+"""What the demo found, as plain frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class DemoPlace:
+    """One place of a ranking.
+
+    ``right``: the passage was named beforehand as an answer, or makes the same request. ``other_rank``: its rank in the
+    other system's list of ``DemoReport.depth``; None where it is not in there.
+    """
+
+    rank: int
+    passage_id: str
+    title: str
+    text: str
+    score: float
+    right: bool
+    other_rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoAnswer:
+    """The top of two rankings for one text. ``right_ids``: its answers among the passages, named beforehand.
+
+    ``baseline``: BM25's of a question; of a message, that of the student's inner product without the interaction.
+    """
+
+    question: str
+    right_ids: tuple[str, ...]
+    baseline: tuple[DemoPlace, ...]
+    d2llm: tuple[DemoPlace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionReport:
+    """The questions. ``right_cosine``: whether the untuned cosine has a right answer in its top, question by question.
+
+    That cosine orders what BM25 and D2LLM propose, not the corpus. ``interaction_weight``: of the student's interaction
+    in this task; with 0 D2LLM's score is its inner product.
+    """
+
+    answers: tuple[DemoAnswer, ...]
+    right_cosine: tuple[bool, ...]
+    num_candidates: int
+    interaction_weight: float
+
+    @property
+    def num_right_baseline(self) -> int:
+        """Questions with a right passage in the top of BM25."""
+        return sum(any(place.right for place in answer.baseline) for answer in self.answers)
+
+    @property
+    def num_right_cosine(self) -> int:
+        """Questions with a right passage in the top of the untuned cosine."""
+        return sum(self.right_cosine)
+
+    @property
+    def num_right_d2llm(self) -> int:
+        """Questions with a right passage in the top of D2LLM."""
+        return sum(any(place.right for place in answer.d2llm) for answer in self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSystem:
+    """How well one scorer brings messages of one request together, each message asked for among all others.
+
+    ``precision``: share of the first three places that make the same request, ``first``: of the first places alone.
+    """
+
+    name: str
+    precision: float
+    first: float
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReport:
+    """The messages: the untuned cosine, the student's inner product alone where it has one, and its whole score.
+
+    ``p_value``: of the difference in precision that the interaction makes (paired randomisation); None where the
+    student has no inner product to compare with. ``examples``: the messages whose first three the interaction changed
+    most, those that gained before those that lost.
+    """
+
+    num_messages: int
+    num_requests: int
+    interaction_weight: float
+    systems: tuple[MessageSystem, ...]
+    p_value: float | None
+    num_better: int
+    num_worse: int
+    examples: tuple[DemoAnswer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPassage:
+    """One passage before the teacher: its P(yes), and the two systems' own scores of it."""
+
+    passage_id: str
+    title: str
+    probability: float
+    log_odds: float
+    cosine: float
+    d2llm: float
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherAgreement:
+    """Of a system with the teacher, over the judged passages: Kendall's tau_b, and whether the first is the same."""
+
+    kendall_tau: float
+    same_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOpinion:
+    """The teacher on the best passages of both systems for one question, its most likely answer first."""
+
+    model: str
+    tuned: bool
+    question: str
+    passages: tuple[JudgedPassage, ...]
+    agreement_cosine: TeacherAgreement
+    agreement_d2llm: TeacherAgreement
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSizes:
+    """Bytes: of D2LLM's index on disk, of what it keeps of one passage, and of the student's own files."""
+
+    index: int
+    per_passage: float
+    vector_per_passage: int
+    student: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """The result of the demo. ``seconds``: step -> time; a step that found its work done has no entry.
+
+    ``num_passages_whole``: what the corpus would hold if this machine were fast enough to read all of it at once.
+    """
+
+    folder: Path
+    python: str
+    num_modules: int
+    num_documented: int
+    num_passages: int
+    num_passages_whole: int
+    student: str
+    student_fingerprint: str
+    baseline: str
+    depth: int
+    top_k: int
+    questions: QuestionReport
+    messages: MessageReport
+    teacher: TeacherOpinion
+    sizes: DemoSizes
+    seconds: Mapping[str, float]
+    total_seconds: float
+    next_commands: tuple[tuple[str, str], ...]
+    """(what for, what to type)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"folder": str(self.folder)}

@@ -1,0 +1,293 @@
+"""How the demo looks: panels and tables of at most 100 columns, readable without colours and in ASCII."""
+
+from __future__ import annotations
+
+import re
+from itertools import zip_longest
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, OverflowMethod, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from d2llm.demo.corpus import MIN_WORDS, Corpus
+from d2llm.demo.messages import TOP_K as MESSAGES_TOP_K
+from d2llm.demo.messages import request_of
+from d2llm.demo.report import (
+    DemoAnswer,
+    DemoPlace,
+    DemoReport,
+    MessageReport,
+    QuestionReport,
+    TeacherAgreement,
+    TeacherOpinion,
+)
+from d2llm.ops.words import terms
+from d2llm.retrieval.index import Index
+
+MAX_WIDTH = 100
+NUM_STEPS = 6
+_SNIPPET = 110  # characters of a passage in a table
+_WORD = re.compile(r"[^\W_]+")
+_MEGABYTE = 1_000_000
+
+# Words of a question that say nothing about its subject; highlighting them would only distract.
+_FUNCTION_WORDS = frozenset(
+    terms(
+        "a about all am an and are as at be by can did do does done for from had has have he how i if in into is it "
+        "its itself my no not of on or other she should so some somebody that the their them then there these they "
+        "this those to was we what when where which who why will with without would you your"
+    )
+)
+_ASCII = str.maketrans({"▲": "^", "▼": "v", "✓": "*", "…": "~", "×": "x"})
+
+
+class DemoView:
+    """Shows the steps of the demo, on standard output unless told otherwise."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        if console is None and not self._console.is_terminal:
+            self._console.width = MAX_WIDTH  # a file has no width of its own
+        self._width = min(MAX_WIDTH, self._console.width)
+        self._overflow: OverflowMethod = "ellipsis" if self._plain("…") == "…" else "crop"
+        self._step = 0
+
+    def step(self, title: str) -> None:
+        """Begin the next step."""
+        self._step += 1
+        heading = f"Step {self._step} of {NUM_STEPS}. {title}"
+        self._print(Panel(Text(self._plain(heading), style="bold"), width=self._width, border_style="cyan"))
+
+    def corpus(self, corpus: Corpus, seconds: float) -> None:
+        """Counts of the corpus."""
+        self._say(
+            f"Python {corpus.python}: {corpus.num_documented:,} documented modules, classes and functions were found "
+            f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. With the long ones cut, that makes "
+            f"{len(corpus.passages):,} passages. Left out: {corpus.num_duplicates:,} duplicates, and "
+            f"{corpus.num_tiny:,} of fewer than {MIN_WORDS} words."
+        )
+
+    def announce_index(
+        self, student: str, num_passages: int, num_whole: int, *, rate: float | None, seconds: float, folder: Path
+    ) -> None:
+        """What is about to be encoded, and why not all of it; ``rate`` is None where an earlier demo decided that."""
+        part = f"All {num_passages:,} passages are encoded"
+        if num_passages < num_whole:
+            why = "as an earlier demo chose"
+            if rate is not None:
+                why = (
+                    f"since this machine encodes {rate:,.0f} passages a second now, and would take "
+                    f"{num_whole / rate:,.0f} s for all, more than the {seconds:.0f} s that the demo allows itself"
+                )
+            part = (
+                f"{num_passages:,} of the {num_whole:,} passages (the modules with an answer to the questions below, "
+                f"and others by lot), {why}, are encoded"
+            )
+        self._say(f"{part} by the student '{student}'. The index stays in {folder}, so a second demo starts at once.")
+
+    def index(self, index: Index, seconds: float | None) -> None:
+        """The finished index; ``seconds`` is None where it was there already."""
+        if seconds is None:
+            self._say("Same texts and same student as last time, so the index of then is used again.")
+            return
+        num_truncated = index.stats().num_truncated
+        cut = f", {num_truncated:,} of them cut to the length limit" if num_truncated else ""
+        rate = len(index) / max(seconds, 1e-9)
+        self._say(f"{len(index):,} passages{cut}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
+
+    def answers(self, report: QuestionReport, student: str, baseline: str, *, depth: int) -> None:
+        """One table for each question, and how often a right passage was among the first."""
+        top_k, number = len(report.answers[0].d2llm), len(report.answers)
+        self._say(
+            "✓ is a right answer, named before any system was run. D2LLM's marks compare with BM25: = the same rank, "
+            f"▲2 two places up, ▼1 one down, new (9) not in BM25's top {top_k} but ninth there. The question's words "
+            "are highlighted."
+        )
+        for place, answer in enumerate(report.answers, start=1):
+            self._print(self._answer_table(f"{place}. {answer.question}", answer, ("BM25", "D2LLM"), depth))
+        self._say(
+            f"A right answer in the top {top_k}: BM25 {report.num_right_baseline}/{number}, D2LLM "
+            f"{report.num_right_d2llm}/{number}; the cosine of untuned {baseline}, among the "
+            f"{report.num_candidates:,} passages that the two rank first, {report.num_right_cosine}/{number}. "
+            f"{number} questions show how it works, not how well; d2llm evaluate measures that, on many judged queries."
+        )
+        if report.interaction_weight:
+            self._say(
+                f"The interaction of '{student}' takes part with the weight {report.interaction_weight:.2g}, which was "
+                "chosen on its dev data."
+            )
+        else:
+            self._say(
+                f"D2LLM's score is the inner product of its vectors here: in search for answers the interaction of "
+                f"'{student}' has the weight 0, the best on its dev data."
+            )
+
+    def messages(self, report: MessageReport, student: str, baseline: str) -> None:
+        """How well each scorer brings messages of one request together, and what the interaction moves."""
+        self._say(
+            f"{report.num_messages} messages to a bank, {report.num_messages // report.num_requests} for each of "
+            f"{report.num_requests} requests, written for this demo before any system had ranked them. Each asks for "
+            f"the {MESSAGES_TOP_K} others of its request among all. Untuned is {baseline}."
+        )
+        table = self._table(None)
+        table.add_column("", no_wrap=True)
+        for heading in (f"same request, of the first {MESSAGES_TOP_K}", "of the very first"):
+            table.add_column(heading, justify="right")
+        for system in report.systems:
+            table.add_row(system.name, f"{system.precision:.0%}", f"{system.first:.0%}")
+        table.expand = False
+        self._print(table)
+        if not report.interaction_weight:
+            self._say(f"The interaction of '{student}' has the weight 0 here too, so it changes nothing.")
+        elif report.p_value is None:
+            self._say(f"'{student}' scores by its interaction alone, so there is no score without it.")
+        else:
+            self._say(
+                f"The interaction (weight {report.interaction_weight:.2g}) gives {report.num_better} messages more of "
+                f"their own among the first {MESSAGES_TOP_K}, and {report.num_worse} fewer (p = {report.p_value:.3f}). "
+                "Those that it changed most, for better and for worse:"
+            )
+        for answer in report.examples:
+            heading = f"{answer.question}  [{request_of(answer)}]"
+            self._print(self._answer_table(heading, answer, ("D2LLM without its interaction", "D2LLM"), 0))
+
+    def announce_teacher(self, model: str, is_tuned: bool) -> None:
+        """Which language model is about to judge."""
+        what = f"The language model '{model}' is loaded as it was published: not tuned to judge, so a weak judge."
+        if is_tuned:
+            what = "The tuned teacher that came with d2llm is loaded."
+        self._say(f"{what} (Its weights are converted the first time, which may take half a minute.)")
+
+    def teacher(self, opinion: TeacherOpinion) -> None:
+        """P(yes) of each judged passage, and how far the two systems agree."""
+        table = self._table(f"Does the passage answer it?  {opinion.question}")
+        table.add_column("teacher's P(yes)", justify="right", no_wrap=True)
+        table.add_column("passage", ratio=1, no_wrap=True, overflow=self._overflow)
+        table.add_column("cosine", justify="right", no_wrap=True)
+        table.add_column("D2LLM", justify="right", no_wrap=True)
+        for passage in opinion.passages:
+            mark = "✓ " if passage.right else ""
+            table.add_row(
+                f"{passage.probability:.3f}",
+                Text(self._plain(mark + passage.title)),
+                f"{passage.cosine:.3f}",
+                f"{passage.d2llm:.2f}",
+            )
+        self._print(table)
+        self._say(
+            f"Agreement with the teacher's order: cosine {_in_words(opinion.agreement_cosine)}; D2LLM "
+            f"{_in_words(opinion.agreement_d2llm)}. (Kendall's tau: 1 the same order, 0 unrelated, -1 reversed.)"
+        )
+        if not opinion.tuned:
+            self._say("This teacher is not tuned: agreeing with it is no merit, and disagreeing no fault.")
+
+    def end(self, report: DemoReport) -> None:
+        """Times, sizes and the next commands."""
+        table = self._table(None)
+        for heading in ("step", "seconds"):
+            table.add_column(heading, justify="right" if heading == "seconds" else "left")
+        for step, seconds in report.seconds.items():
+            table.add_row(step, f"{seconds:.1f}")
+        table.add_row(Text("all together", style="bold"), Text(f"{report.total_seconds:.1f}", style="bold"))
+        table.expand = False
+        self._print(table)
+        sizes = report.sizes
+        self._say(
+            f"Index: {sizes.index / _MEGABYTE:.1f} MB, {sizes.per_passage:,.0f} bytes a passage, of which a vector has "
+            f"{sizes.vector_per_passage:,}. Student: {sizes.student / _MEGABYTE:.1f} MB."
+        )
+        self._print(Text("Next:", style="bold"))
+        for purpose, command in report.next_commands:
+            # Not wrapped, so that a command can be copied in one piece.
+            self._print(Text.assemble("  # ", self._plain(purpose), "\n  ", (command, "bold cyan")))
+
+    def _answer_table(self, heading: str, answer: DemoAnswer, systems: tuple[str, str], depth: int) -> Table:
+        table = self._table(heading)
+        for system in systems:
+            table.add_column(system, ratio=1)
+        words = set(terms(answer.question)) - _FUNCTION_WORDS
+        for ours, theirs in zip_longest(answer.d2llm, answer.baseline):  # BM25 may find fewer
+            left = self._place(theirs, "", words) if theirs else ""
+            right = self._place(ours, _movement(ours, len(answer.d2llm), depth), words) if ours else ""
+            table.add_row(left, right)
+        return table
+
+    def _place(self, place: DemoPlace, movement: str, words: set[str]) -> RenderableType:
+        title = Text(f"{place.rank} ", no_wrap=True, overflow=self._overflow)
+        if place.right:
+            title.append("✓ ", style="bold green")
+        if movement:
+            title.append(f"{movement} ", style="green" if "▲" in movement or "new" in movement else "dim")
+        title.append_text(_highlighted(place.title, words, style="bold"))
+        snippet = _highlighted(excerpt(place.text, words), words, style="")
+        return Group(self._as_encodable(title), Padding(self._as_encodable(snippet), (0, 0, 0, 2)))
+
+    def _table(self, title: str | None) -> Table:
+        return Table(
+            title=None if title is None else Text(self._plain(title), style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD if title is None else box.HORIZONTALS,
+            width=None if title is None else self._width,
+            show_lines=False,
+            pad_edge=False,
+        )
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(self._plain(text)), width=self._width, highlight=False)
+
+    def _print(self, renderable: RenderableType) -> None:
+        self._console.print(renderable, highlight=False, soft_wrap=isinstance(renderable, Text))
+
+    def _as_encodable(self, text: Text) -> Text:
+        text.plain = self._plain(text.plain)  # same length, so the styles stay where they are
+        return text
+
+    def _plain(self, text: str) -> str:
+        """The text with nothing that the output's encoding lacks."""
+        encoding = self._console.encoding
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+        return text
+
+
+def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
+    """The beginning of a text, or a later part if that has at least two more of ``words`` (stems, see ``tokenize``)."""
+    text = " ".join(text.split())
+    if len(text) <= length:
+        return text
+    starts = [0, *(match.end() for match in re.finditer(r"[.!?:;] ", text))]
+    found = {start: len(words & set(terms(text[start : start + length]))) for start in starts}
+    best = max(starts, key=lambda start: (found[start], -start))
+    best = best if found[best] >= found[0] + 2 else 0
+    part = text[best : best + length]
+    if best + length < len(text):
+        part = (part.rpartition(" ")[0] or part) + " …"
+    return part if best == 0 else f"… {part}"
+
+
+def _highlighted(text: str, words: set[str], *, style: str) -> Text:
+    shown = Text(text, style=style)
+    for match in _WORD.finditer(text):
+        if words & set(terms(match.group())):
+            shown.stylize("bold yellow", *match.span())
+    return shown
+
+
+def _movement(place: DemoPlace, top_k: int, depth: int) -> str:
+    if place.other_rank is None:
+        return f"new (>{depth})"
+    if place.other_rank > top_k:
+        return f"new ({place.other_rank})"
+    moved = place.other_rank - place.rank
+    return "=" if moved == 0 else f"▲{moved}" if moved > 0 else f"▼{-moved}"
+
+
+def _in_words(agreement: TeacherAgreement) -> str:
+    first = "the same passage first" if agreement.same_first else "another passage first"
+    return f"tau {agreement.kendall_tau:+.2f}, {first}"

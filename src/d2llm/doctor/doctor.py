@@ -1,0 +1,156 @@
+"""``d2llm doctor``: looks whether d2llm can work here, and says what to do where it cannot."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from d2llm.core.errors import D2LLMError
+from d2llm.doctor.findings import Check, Finding, problem_of
+from d2llm.doctor.installation import install_checks
+
+_GIB = 1 << 30
+_FEW_BYTES = 2 * _GIB
+_HUB_SECONDS = 3.0
+_TEXTS = ("Iterating over an open file gives its lines.", "Sockets send bytes over a network.")
+_QUESTION = "how do I read a file line by line?"
+
+
+def examine(*, student: str, index: Path | None = None, device: str | None = None) -> Iterator[Finding]:
+    """All findings, one after the other.
+
+    Args:
+        student: a folder or name; it is loaded, and scores two sentences.
+        index: a folder; it is opened, and searched with its own student.
+        device: where the student computes.
+    """
+    usable = True
+    for check in install_checks():
+        for finding in check.findings():
+            usable = usable and not (finding.what == "import" and finding.level == "problem")
+            yield finding
+    if not usable:
+        return  # everything below needs these packages
+    checks = [
+        *_machine_checks(device),
+        Check("places", "cache folder", lambda: _writable("cache folder", user_cache_path("d2llm"))),
+        Check("places", "cache of the Hub", _hub_cache),
+        Check("places", "Hugging Face Hub", _hub),
+        Check("student", student, lambda: _check_student(student, device)),
+    ]
+    if index is not None:
+        checks.append(Check("index", str(index), lambda: _check_index(index, device)))
+    for check in checks:
+        yield from check.findings()
+
+
+def _machine_checks(device: str | None) -> list[Check]:
+    try:  # now, because it imports torch and faiss
+        from d2llm.doctor.machine import machine_checks
+    except Exception as error:  # noqa: BLE001 - a library that cannot be imported raises what it likes
+        reason = f"{type(error).__name__}: {error}"
+        found = Finding("device", "import", "problem", reason, "install d2llm again, in a new environment")
+        return [Check("device", "import", lambda: found)]
+    return machine_checks(device)
+
+
+def _hub_cache() -> Finding:
+    from huggingface_hub import constants
+
+    return _writable("cache of the Hub", Path(constants.HF_HUB_CACHE))
+
+
+def _writable(what: str, folder: Path) -> Finding:
+    advice = (
+        "set HF_HOME to a folder that can be written" if "Hub" in what else "set XDG_CACHE_HOME, or the rights of it"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding("places", what, "problem", f"{folder} cannot be written ({error.strerror})", advice)
+    if free < _FEW_BYTES:
+        return Finding("places", what, "note", f"{folder}, {free / _GIB:.1f} GiB free", "make room before indexing")
+    return Finding("places", what, "ok", f"{folder}, {free / _GIB:.0f} GiB free")
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.utils import get_session
+
+    if is_offline_mode():
+        advice = "unset it to fetch models by their names on the Hub"
+        return Finding("places", "Hugging Face Hub", "note", "not asked: HF_HUB_OFFLINE is set", advice)
+    try:
+        status = get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS).status_code
+    except (HTTPError, OSError) as error:
+        advice = "shipped students need no network; for others set a proxy (HTTPS_PROXY), or HF_HUB_OFFLINE=1"
+        found = f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
+        return Finding("places", "Hugging Face Hub", "note", found, advice)
+    return Finding("places", "Hugging Face Hub", "ok", f"{constants.ENDPOINT} answers ({status})")
+
+
+def _check_student(name: str, device: str | None) -> Iterator[Finding]:
+    from d2llm.models.hub import find_student
+    from d2llm.models.student import Student
+    from d2llm.models.student_files import check_weights
+
+    try:
+        folder = find_student(name)
+        check_weights(folder)
+        yield Finding("student", "weights", "ok", f"{folder}, as its manifest says")
+        student = Student.load(folder, device=device)
+        base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")
+        yield Finding("student", "backbone", "ok", f"{base}, {student.vector_dim} wide, in {dtype}")
+        calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores give an order alone"
+        yield Finding("student", "probabilities", "ok", f"calibrated for {calibrated}")
+        started = time.perf_counter()
+        query = student.encode_queries([_QUESTION]).vectors[0]
+        passages = student.encode_passages(_TEXTS).vectors
+        scores = [float(score) for score in student.score(query, passages, "asymmetric")]
+        seconds = time.perf_counter() - started
+    except D2LLMError as error:
+        yield problem_of("student", name, error, otherwise="restore the student's folder, or name another student")
+        return
+    if not all(map(math.isfinite, scores)):
+        advice = "try --dtype float32; if that does not help, restore the student's folder"
+        yield Finding("student", "scores", "problem", f"no numbers: {scores}", advice)
+        return
+    shown = ", ".join(f"{score:.2f}" for score in scores)
+    yield Finding("student", "scores", "ok", f"{shown} of two sentences, in {1000 * seconds:.0f} ms")
+
+
+def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
+    from d2llm import __version__
+    from d2llm.retrieval.index import Index
+
+    try:
+        index = Index.open(folder, device=device)
+        stats = index.stats()
+        made_with = index.store.manifest.get("packages", {}).get("d2llm", "?")
+        made = f"made with d2llm {made_with} (this: {__version__})"
+        yield Finding("index", "contents", "ok", f"{stats.num_passages:,} passages at version {stats.version}, {made}")
+        if stats.unindexed:
+            lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
+            advice = f"d2llm index {folder} compact"
+            yield Finding("index", "indices", "note", f"rows that are not in them yet, so slower: {lag}", advice)
+        yield Finding("index", "student", "ok", f"{index.student.fingerprint} is found, and made it")
+        if stats.num_passages:
+            found = index.search([_QUESTION], top_k=1)[0].passages
+            score = found[0].score if found else math.nan
+            level = "ok" if math.isfinite(score) else "problem"
+            advice = "" if level == "ok" else f"d2llm index {folder} verify --repair"
+            yield Finding("index", "search", level, f"the best of a question has {score:.2f}", advice)
+        advice = f"d2llm index {folder} verify"
+        yield Finding("index", "every byte", "note", "not read: that takes longer", advice)
+    except D2LLMError as error:
+        yield problem_of("index", str(folder), error, otherwise="restore it from a copy, or index the corpus again")

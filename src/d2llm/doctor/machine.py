@@ -1,0 +1,202 @@
+"""What ``d2llm doctor`` says of the machine: processor, memory, threads, and whether products come out right."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.memory import available_memory
+from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Task
+from d2llm.doctor.findings import Check, Finding
+from d2llm.models.device import can_fuse_bfloat16_layers, choose_device, choose_dtype, cpu_has_fast_bfloat16
+from d2llm.models.interaction import Interaction
+from d2llm.models.scorer import HeadWeights, QueryScorer
+
+_GIB = 1 << 30
+_LITTLE_MEMORY = 2 * _GIB
+_DIM, _PASSAGES, _TASK = 64, 200, "asymmetric"
+_PRODUCT_SIZE = 512
+_MEASURED_SECONDS = 0.1
+_FEATURES = {
+    "AVX2": "_is_avx2_supported",
+    "AVX-512": "_is_avx512_supported",
+    "VNNI": "_is_vnni_supported",
+    "AVX512-BF16": "_is_avx512_bf16_supported",
+    "AMX": "_is_amx_tile_supported",
+}
+_OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
+
+
+def machine_checks(device: str | None = None) -> list[Check]:
+    """Processor, accelerators, memory and threads; whether the products that scores are made of come out right."""
+    return [
+        Check("device", "processor", _processor),
+        Check("device", "computes on", lambda: _computes_on(device)),
+        Check("device", "memory", _memory),
+        Check("device", "threads", _threads),
+        Check("device", "OpenMP", _openmp),
+        Check("kernels", "product", _product),
+        Check("kernels", "scan", _scan),
+        Check("kernels", "interaction", _interaction),
+        Check("kernels", "speed", _speed),
+    ]
+
+
+def _processor() -> Finding:
+    checks = {name: getattr(torch.cpu, check, lambda: False) for name, check in _FEATURES.items()}
+    features = ", ".join(name for name, check in checks.items() if check()) or torch.backends.cpu.get_cpu_capability()
+    return Finding("device", "processor", "ok", f"{platform.machine()}, {_num_cpus()} usable cores, {features}")
+
+
+def _computes_on(device: str | None) -> Iterator[Finding]:
+    try:
+        chosen = choose_device(device)
+    except InputError as error:
+        yield Finding("device", "computes on", "problem", str(error), "name another --device, or none")
+        return
+    dtype = str(choose_dtype(chosen)).removeprefix("torch.")
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
+    yield Finding("device", "computes on", "ok", f"{name} in {dtype}")
+    if chosen.type == "cuda":
+        free, total = torch.cuda.mem_get_info(chosen)
+        level = "ok" if free > _LITTLE_MEMORY else "note"
+        advice = "" if level == "ok" else "end other programs on it, or use --device cpu"
+        found = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+        yield Finding("device", "its memory", level, found, advice)
+
+
+def _product() -> Finding:
+    left, right, reference = _example()
+    product = (torch.from_numpy(left) @ torch.from_numpy(right).T).numpy()
+    error = float(np.abs(product - reference).max())
+    return _agreement("product", error, 1e-3, "of float32 with numpy's of float64")
+
+
+def _scan() -> Finding:
+    return _agreement("scan", _scan_error(*_example()), 1e-3, "of faiss's inner products with numpy's")
+
+
+def _interaction() -> Finding:
+    left, right, _ = _example()
+    how = "fused by oneDNN" if can_fuse_bfloat16_layers() else "asked for and computed in float32"
+    error = _interaction_error(left[0], right)
+    return _agreement("interaction", error, 0.05, f"of bfloat16, {how}, with float32; scores are in [-1, 1]")
+
+
+def _example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two sets of vectors, and the products of each with each in float64."""
+    left, right = np.random.default_rng(0).standard_normal((2, _PASSAGES, _DIM), np.float32)
+    return left, right, left.astype(np.float64) @ right.T.astype(np.float64)
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> Finding:
+    found = available_memory()
+    if found is None:
+        return Finding("device", "memory", "note", "cannot be read on this system")
+    if found < _LITTLE_MEMORY:
+        advice = "end other programs; an index needs its vectors in memory, a student half a GiB"
+        return Finding("device", "memory", "note", f"{found / _GIB:.1f} GiB available", advice)
+    return Finding("device", "memory", "ok", f"{found / _GIB:.1f} GiB available")
+
+
+def _threads() -> Finding:
+    faiss = importlib.import_module("faiss")  # which has no types
+    threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), _num_cpus()
+    found = f"torch {threads}, faiss {scan}, of {cores} usable cores"
+    if max(threads, scan) > cores:
+        advice = f"more threads than cores are slower: OMP_NUM_THREADS={cores}"
+        return Finding("device", "threads", "note", found, advice)
+    if max(threads, scan) < cores and not os.environ.get("OMP_NUM_THREADS"):
+        return Finding("device", "threads", "note", found, f"to use them all: OMP_NUM_THREADS={cores}")
+    return Finding("device", "threads", "ok", found)
+
+
+def _openmp() -> Iterator[Finding]:
+    importlib.import_module("faiss")  # which may bring one of its own
+    runtimes = openmp_runtimes()
+    if len({family for family, _ in runtimes}) > 1:
+        names = ", ".join(sorted(path for _, path in runtimes))
+        advice = "if it hangs, crashes or is slow, set OMP_NUM_THREADS=1, or take torch and faiss from one source"
+        yield Finding("device", "OpenMP", "note", f"different libraries in one process: {names}", advice)
+    elif runtimes:
+        copies = "one library" if len(runtimes) == 1 else f"{len(runtimes)} copies of one library, used in turn"
+        yield Finding("device", "OpenMP", "ok", copies)
+
+
+def openmp_runtimes() -> set[tuple[str, str]]:
+    """Family and path of each OpenMP library in this process; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "/" in line}
+    return {(found[1], path) for path in paths if (found := _OPENMP.search(path))}
+
+
+def _agreement(what: str, error: float, allowed: float, of_what: str) -> Finding:
+    found = f"largest difference {error:.1e} {of_what}"
+    if error <= allowed:  # false for NaN too
+        return Finding("kernels", what, "ok", found)
+    advice = "scores cannot be trusted here: use --dtype float32, and another version of torch or faiss-cpu"
+    return Finding("kernels", what, "problem", found, advice)
+
+
+def _scan_error(queries: np.ndarray, passages: np.ndarray, reference: np.ndarray) -> float:
+    faiss = importlib.import_module("faiss")
+    scores, rows = faiss.knn(queries, passages, 10, metric=faiss.METRIC_INNER_PRODUCT)
+    best = -np.sort(-reference, axis=1)[:, :10]
+    of_rows = np.take_along_axis(reference, rows, axis=1)
+    return float(max(np.abs(scores - best).max(), np.abs(scores - of_rows).max()))
+
+
+def _interaction_error(query: np.ndarray, passages: np.ndarray) -> float:
+    """Largest difference of tanh of the interaction between the two number formats, with random weights."""
+    config = InteractionConfig(hidden_dim=128, feature_dim=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = Interaction(config, _DIM).eval()
+
+    def change(dtype: torch.dtype) -> np.ndarray:
+        task: Task = _TASK
+        scorer = QueryScorer(head, HeadWeights(head, task, dtype), torch.from_numpy(query), task, _PASSAGES)
+        return scorer.change(passages)
+
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return float(np.abs(change(torch.bfloat16) - change(torch.float32)).max())
+
+
+def _speed() -> Finding:
+    rates = {dtype: _rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    plain, short = rates[torch.float32], rates[torch.bfloat16]
+    found = f"float32 {plain:.0f}, bfloat16 {short:.0f} GFLOP/s with {torch.get_num_threads()} threads"
+    if cpu_has_fast_bfloat16() and short < plain:
+        advice = "bfloat16 is taken for fast here and is not: use --dtype float32, or another version of torch"
+        return Finding("kernels", "speed", "note", found, advice)
+    return Finding("kernels", "speed", "ok", found)
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Thousand million multiplications and additions a second, in the best of the products of a tenth of a second."""
+    left, right = (torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype) for _ in range(2))
+    torch.matmul(left, right)  # the first one sets up what the others use
+    best, until = float("inf"), time.perf_counter() + _MEASURED_SECONDS
+    while (start := time.perf_counter()) < until:
+        torch.matmul(left, right)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _PRODUCT_SIZE**3 / best / 1e9

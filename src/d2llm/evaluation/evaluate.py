@@ -1,0 +1,71 @@
+"""The verb ``evaluate``: BM25, cosines, D2LLM and the teacher on the same judged queries or pairs, in one report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.data.beir import Dataset
+from d2llm.data.pairs import PairDataset
+from d2llm.evaluation.pairs import evaluate_pairs
+from d2llm.evaluation.report import EvaluationReport
+from d2llm.evaluation.retrieval import evaluate_retrieval
+from d2llm.evaluation.setting import Contenders, EvaluationSettings
+
+
+def evaluate(
+    dataset: Dataset | PairDataset,
+    contenders: Contenders,
+    settings: EvaluationSettings | None = None,
+    *,
+    work_folder: Path | None = None,
+    labels: Path | None = None,
+    show_progress: bool | None = None,
+) -> EvaluationReport:
+    """Measure a student beside BM25, fusions, cosines, the paper's head and the teacher, on one split of a data set.
+
+    Retrieval (a ``Dataset``): every system ranks the corpus for every query that has a relevant passage in it; queries
+    without one are counted and left out. The teacher reranks, for a sample of queries, the top of BM25 and of the
+    student. Pairs (a ``PairDataset``): every system scores every pair; thresholds come from the dev split.
+
+    Every measure has a 95 % bootstrap interval over queries (pairs), and every row is compared with the baseline by a
+    paired test, Holm-corrected over the rows of one measure.
+
+    Args:
+        dataset: from ``read_beir``, ``read_pairs`` or ``open_data``.
+        contenders: the student and what it is compared with.
+        settings: split, task, depths, samples, seed.
+        work_folder: where indexes, measured systems and judgements are kept: an interrupted evaluation goes on there,
+            and a repeated one takes them over. None means a temporary folder.
+        labels: a label store, read only, whose judgements of these very queries and passages spare the teacher work.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` holds no
+            label store.
+        InputError: the baseline is not among the rows, or rows of a search were asked for and the data set has pairs.
+    """
+    if labels is not None and not (labels / MANIFEST).is_file():
+        raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
+    begin = time.perf_counter()
+    chosen = settings or EvaluationSettings()
+    if isinstance(dataset, PairDataset) and chosen.shortcuts:
+        raise InputError(
+            f"'{dataset.name}' has single pairs, in which nothing is searched; leave {', '.join(chosen.shortcuts)} out"
+        )
+    with nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if isinstance(dataset, Dataset):
+            report = evaluate_retrieval(
+                dataset, contenders, chosen, folder=place, labels=labels, show_progress=show_progress
+            )
+        else:
+            report = evaluate_pairs(
+                dataset, contenders, chosen, folder=place, labels=labels, show_progress=show_progress
+            )
+    return replace(report, seconds=time.perf_counter() - begin)

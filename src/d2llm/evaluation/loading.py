@@ -1,0 +1,158 @@
+"""From names and folders to the systems of an evaluation; what is not there is a missing row with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError, ModelNotFoundError
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.shipped import shipped_models
+from d2llm.core.types import SystemKind
+from d2llm.data.run_folder import RunFolder, companion
+from d2llm.data.trec import TrecRun, read_run
+from d2llm.evaluation.setting import OWN_NAMES, Contenders
+from d2llm.models.external import ExternalBiEncoder, load_external
+from d2llm.models.student import Student, find_student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
+from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.retrieval.cosine import untuned_config
+from d2llm.retrieval.protocols import PairJudge, SearchStudent, TextEncoder
+
+TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
+"""The variants (``core.variants``) that are rows of every report."""
+
+
+def load_contenders(
+    student: str | Path,
+    *,
+    tuned_cosine: str | Path | None = None,
+    paper_head: str | Path | None = None,
+    teacher: TeacherConfig | None = None,
+    with_teacher: bool = True,
+    models: Sequence[str] = (),
+    runs: Sequence[Path] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Contenders:
+    """Load a student and what it is compared with.
+
+    Args:
+        student: folder, or name of a shipped student.
+        tuned_cosine: the variant ``cosine`` of the student; by default the one beside it (``<student>-cosine``).
+        paper_head: the variant ``paper``; by default ``<student>-paper``.
+        teacher: by default the student's own: ``teacher`` beside it, or the shipped one whose labels it learnt from.
+        with_teacher: False leaves the teacher out.
+        models: bi-encoders and cross-encoders for sentence-transformers, as names or folders.
+        runs: TREC run files.
+        device: by default what this machine has.
+        dtype: of our models; by default what is fast there. Others' are float32.
+
+    Raises:
+        ModelNotFoundError: one of the systems named is not there.
+        InputError: two systems have the same name, or a run file cannot be read.
+    """
+    folder = find_student(student)
+    model = Student.load(folder, device=device, dtype=dtype)
+    why: dict[SystemKind, str] = {}
+    untuned: TextEncoder | None = None
+    try:
+        untuned = Student.create(untuned_config(model.config), device=device, dtype=dtype)
+    except ModelNotFoundError as error:
+        why["cosine_untuned"] = str(error)
+    companions: dict[str, Student | None] = {}
+    for variant, given in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
+        place = companion(folder, variant) if given is None else find_student(given)
+        found = (place / MANIFEST).is_file()
+        companions[variant] = Student.load(place, device=device, dtype=dtype) if found else None
+        if not found:
+            kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
+            why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
+    judge: Judge | None = None
+    if with_teacher:
+        config = teacher or _own_teacher(folder)
+        if config is None:
+            why["teacher"] = "the teacher that the student learnt from is not here; name one"
+        else:
+            judge = load_judge(config, device=device, dtype=dtype)
+    else:
+        why["teacher"] = "it was left out"
+    bi_encoders, cross_encoders = _externals(models, device)
+    return Contenders(
+        student=model,
+        untuned=untuned,
+        tuned_cosine=companions[TUNED_COSINE],
+        paper_head=companions[PAPER_HEAD],
+        teacher=judge,
+        bi_encoders=bi_encoders,
+        cross_encoders=cross_encoders,
+        runs=[_named(read_run(path)) for path in runs],
+        why_missing=why,
+        provenance={
+            "student": _provenance(folder),
+            "tuned_cosine": None if (cosine := companions[TUNED_COSINE]) is None else cosine.fingerprint,
+            "paper_head": None if (paper := companions[PAPER_HEAD]) is None else paper.fingerprint,
+            "teacher": None if judge is None else judge.fingerprint,
+        },
+        notes=_gate_notes(folder),
+    )
+
+
+def _own_teacher(student: Path) -> TeacherConfig | None:
+    """The teacher whose labels a student learnt from: of the same run, or shipped."""
+    wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
+    run = RunFolder(student.parent)
+    beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
+    configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
+    return next((config for config in configs if identify_judge(config).fingerprint == wanted), None)
+
+
+def _named(run: TrecRun) -> TrecRun:
+    """A run that an earlier report saved of one of our rows stands beside the row of today."""
+    return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
+
+
+def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, PairJudge]]:
+    bi_encoders: dict[str, SearchStudent] = {}
+    cross_encoders: dict[str, PairJudge] = {}
+    for name in models:
+        loaded = load_external(name, device=device)
+        label = Path(name).name
+        if label in bi_encoders or label in cross_encoders:
+            raise InputError(f"two models are called '{label}', which their rows would share; rename one folder")
+        if isinstance(loaded, ExternalBiEncoder):
+            bi_encoders[label] = loaded
+        else:
+            cross_encoders[label] = loaded
+    return bi_encoders, cross_encoders
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """What the student's manifest says of how it was made."""
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    wanted = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
+    of_gates = ("closed_gates", "share_kept")
+    return {"name": folder.name, **{key: manifest[key] for key in (*wanted, *of_gates) if key in manifest}}
+
+
+def _gate_notes(folder: Path) -> tuple[str, ...]:
+    """Which gates closed when the student was made, as a report should say."""
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    notes: list[str] = []
+    if closed := manifest.get("closed_gates"):
+        notes.append(
+            f"the teacher's gate was closed for {', '.join(closed)}: there the student learnt from the data set's own "
+            "judgements"
+        )
+    if (share := manifest.get("share_kept", 1.0)) < 1:
+        limit = manifest["recipe"].get("training", {}).get("largest_share", 1.0)
+        why = "its recipe keeps no more" if share == limit else "more was no better on dev"
+        notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
+    off = [task for task, weight in manifest.get("residual_weights", {}).items() if weight == 0]
+    if off and manifest["config"]["interaction"]["head"] == "anchored":
+        notes.append(f"the interaction is switched off for {' and '.join(off)} search: on dev it added nothing")
+    return tuple(notes)

@@ -1,0 +1,312 @@
+"""Measuring systems that score single pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.data.pairs import PairDataset
+from d2llm.evaluation import setting, shown
+from d2llm.evaluation.gold import Floats, Gold, Positions, measure_all, read_gold
+from d2llm.evaluation.pair_systems import (
+    PairWork,
+    ScoredSplits,
+    judge_scores,
+    lexical_scores,
+    student_scores,
+)
+from d2llm.evaluation.report import (
+    AgreementRow,
+    Calibration,
+    Comparison,
+    Details,
+    Estimate,
+    EvaluationReport,
+    EvaluationRow,
+    Example,
+    Histogram,
+    MissingRow,
+    ShownPassage,
+)
+from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.evaluation.statistics import adjusted
+from d2llm.ops.calibration import score_histogram
+from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
+
+NUM_RESAMPLES = 2_000  # so that p can be below .01 after the correction for all rows
+_TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
+_NO_FUSION = MissingRow(
+    f"hybrid: {setting.NAME_BM25} + {setting.NAME_D2LLM}", "hybrid", "single pairs have no ranks that could be fused"
+)
+_NO_RANKING = "a run ranks passages, and this data set has single pairs"
+
+
+def evaluate_pairs(
+    dataset: PairDataset,
+    contenders: Contenders,
+    settings: EvaluationSettings,
+    *,
+    folder: Path,
+    labels: Path | None,
+    show_progress: bool | None,
+) -> EvaluationReport:
+    """See ``evaluation.evaluate.evaluate``; ``folder`` keeps measured scores and judgements.
+
+    Thresholds come from the split "dev", or from "train" where dev itself is measured.
+
+    Raises:
+        DataFormatError: the data set was read without the split, or a label cannot be measured.
+        InputError: the baseline is not among the rows, classes have no split to choose thresholds on, or the sample for
+            the teacher is too small to be measured.
+    """
+    setting.check_baseline(contenders, settings.baseline, ["bm25"])
+    tuning = "train" if settings.split == "dev" else "dev"
+    pairs, tuning_pairs = dataset.pairs(settings.split), dataset.splits.get(tuning, ())
+    gold = read_gold(dataset, settings.split)
+    tuning_gold = read_gold(dataset, tuning) if tuning_pairs else None
+    work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels, show_progress)
+    judges = contenders.judges(None)
+    _check_measurable(work, gold, tuning_gold, sampled=bool(judges))
+    systems = [
+        lexical_scores(work),
+        *(student_scores(work, row) for row in contenders.students(settings.num_candidates, settings.top_k)),
+        *(judge_scores(work, *judge) for judge in judges),
+    ]
+    return _Figures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in judges]).report()
+
+
+def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, sampled: bool) -> None:
+    """Refuse what cannot be measured before anything is scored."""
+
+    def check(positions: Positions, tuning: Positions) -> None:
+        thresholds = None if tuning_gold is None else tuning_gold.fit(np.zeros(len(tuning)), tuning)
+        measure_all(gold, np.zeros(len(positions)), positions, thresholds)
+
+    check(np.arange(len(work.pairs)), np.arange(len(work.tuning_pairs)))
+    if sampled:
+        sample, tuning = work.sample(len(work.pairs)), work.sample(len(work.tuning_pairs))
+        try:
+            check(sample, tuning)
+        except InputError as error:
+            raise InputError(
+                f"a sample of {len(sample)} pairs, and of {len(tuning)} to choose thresholds on, is too small to "
+                f"measure the teacher: {error}; let it judge more (teacher_queries)"
+            ) from error
+
+
+Resampled = dict[str, tuple[Estimate, NDArray[np.float64]]]
+"""measure -> its value with interval, and its value on each resample."""
+
+
+@dataclass
+class _Figures:
+    """From scores to a report. ``judges`` are the systems that scored a sample only."""
+
+    work: PairWork
+    contenders: Contenders
+    gold: Gold
+    tuning_gold: Gold | None
+    systems: Sequence[ScoredSplits]
+    judges: Sequence[str]
+
+    def report(self) -> EvaluationReport:
+        work, settings, gold = self.work, self.work.settings, self.gold
+        measured = {system.name: self._measure(system, system.positions) for system in self.systems}
+        rows = [self._row(system, measured[system.name]) for system in self.systems]
+        on_sample = measured
+        if self._is_sampled:
+            on_sample = {system.name: self._measure(system, self._sample) for system in self.systems}
+        sample_rows = [self._row(system, on_sample[system.name]) for system in self.systems] if self._is_sampled else []
+        baseline = setting.choose_baseline(rows, settings.baseline)
+        subject = next(system for system in self.systems if system.kind == "d2llm")
+        reference = next(system for system in self.systems if system.name == baseline)
+        wins, losses = self._examples(subject, reference)
+        notes = [*self.contenders.notes, *work.dataset.issues, *work.notes]
+        if self.tuning_gold is None and gold.positive is not None:
+            notes.append("there is no dev split to choose thresholds on; the measures that need one are left out")
+        if work.store.num_found:
+            notes.append(f"{work.store.num_found} parts were measured by an earlier run")
+        return EvaluationReport(
+            kind="pairs",
+            dataset=work.dataset.name,
+            split=settings.split,
+            task=settings.task,
+            num_passages=len({pair.passage for pair in work.pairs}),
+            num_items=len(work.pairs),
+            num_left_out=0,
+            main_measure=gold.main_measure,
+            subject=subject.name,
+            baseline=baseline,
+            rows=tuple(rows),
+            missing=(
+                _NO_FUSION,
+                *self.contenders.missing_rows(None),
+                *(MissingRow(run.name, "external", _NO_RANKING) for run in self.contenders.runs),
+            ),
+            sample_rows=tuple(replace(row, num_items=len(self._sample)) for row in sample_rows),
+            comparisons=tuple(self._comparisons(measured, on_sample, baseline)),
+            agreement=tuple(self._agreement()),
+            calibration=tuple(self._calibration()),
+            histograms=tuple(self._histograms()),
+            settings=asdict(settings),
+            provenance=self.contenders.provenance,
+            notes=tuple(notes),
+            seconds=0.0,
+            details=Details(
+                item_ids=tuple(pair.id for pair in work.pairs),
+                values={
+                    system.name: {gold.main_measure: tuple(self._of_items(system, self._all).tolist())}
+                    for system in self.systems
+                    if system.name not in self.judges
+                },
+                wins=wins,
+                losses=losses,
+            ),
+        )
+
+    @cached_property
+    def _sample(self) -> Positions:
+        """The pairs that every system scored."""
+        return next((system.positions for system in self.systems if system.name in self.judges), self._all)
+
+    @cached_property
+    def _all(self) -> Positions:
+        return np.arange(len(self.work.pairs))
+
+    @property
+    def _is_sampled(self) -> bool:
+        return len(self._sample) < len(self._all)
+
+    @cached_property
+    def _thresholds(self) -> dict[str, Any]:
+        if self.tuning_gold is None:
+            return dict.fromkeys((system.name for system in self.systems), None)
+        return {
+            system.name: self.tuning_gold.fit(system.tuning_scores, system.tuning_positions) for system in self.systems
+        }
+
+    def _of_items(self, system: ScoredSplits, positions: Positions) -> Floats:
+        """How well a system scored each of some of its pairs."""
+        return self.gold.of_items(_at(system, positions), positions, self._thresholds[system.name])
+
+    def _measure(self, system: ScoredSplits, positions: Positions) -> Resampled:
+        """The measures of a system on some of the pairs that it scored."""
+        thresholds = self._thresholds[system.name]
+        measure_rows = self.gold.measurer(_at(system, positions), positions, thresholds)
+        values = measure_rows(np.arange(len(positions)))
+        drawn: list[dict[str, float]] = []
+
+        def all_at_once(rows: Positions) -> float:
+            try:
+                drawn.append(measure_rows(rows))
+            except InputError:  # a resample with one label only
+                drawn.append(dict.fromkeys(values, np.nan))
+            return drawn[-1][self.gold.main_measure]
+
+        bootstrap_statistic(all_at_once, len(positions), num_resamples=NUM_RESAMPLES, seed=self.work.settings.seed)
+        found: Resampled = {}
+        for measure, value in values.items():
+            resampled = np.array([of_draw[measure] for of_draw in drawn])
+            low, high = np.nanquantile(resampled, [0.025, 0.975]).tolist()
+            found[measure] = (Estimate(value, low, high), resampled)
+        return found
+
+    def _row(self, system: ScoredSplits, measured: Resampled) -> EvaluationRow:
+        measures = {measure: estimate for measure, (estimate, _) in measured.items()}
+        return EvaluationRow(system.name, system.kind, measures, system.cost, len(system.positions), system.fingerprint)
+
+    def _comparisons(
+        self, measured: dict[str, Resampled], on_sample: dict[str, Resampled], baseline: str
+    ) -> list[Comparison]:
+        """Every system against the baseline in every measure, on the pairs that both scored."""
+        comparisons: list[Comparison] = []
+        for measure in measured[baseline]:
+            found: list[Comparison] = []
+            for system in self.systems:
+                if system.name == baseline:
+                    continue
+                source = on_sample if {system.name, baseline} & set(self.judges) else measured
+                ours, theirs = source[system.name][measure], source[baseline][measure]
+                differences = ours[1] - theirs[1]
+                p_value = resampled_p_value(differences)
+                low, high = np.nanquantile(differences, [0.025, 0.975]).tolist()
+                estimate = Estimate(ours[0].value - theirs[0].value, low, high)
+                size = len(self._all if source is measured else self._sample)
+                found.append(Comparison(measure, system.name, baseline, estimate, p_value, p_value, size, _TEST))
+            comparisons += adjusted(found)
+        return comparisons
+
+    def _teacher(self) -> ScoredSplits | None:
+        return next((system for system in self.systems if system.kind == "teacher"), None)
+
+    def _agreement(self) -> list[AgreementRow]:
+        teacher = self._teacher()
+        if teacher is None:
+            return []
+        said = _as_one_query(teacher.scores)
+        return [
+            replace(
+                shown.agreement_row(system.name, said, _as_one_query(system.scores[teacher.positions])),
+                top_10_overlap=None,
+            )
+            for system in self.systems
+            if system.name not in self.judges
+        ]
+
+    def _calibration(self) -> list[Calibration]:
+        teacher, positive = self._teacher(), self.gold.positive
+        if positive is None:
+            return []
+        speakers = [system for system in self.systems if system.kind == "d2llm" or system is teacher]
+        return [
+            shown.calibration(system.name, system.scores.tolist(), positive[system.positions].tolist())
+            for system in speakers
+        ]
+
+    def _histograms(self) -> list[Histogram]:
+        positive = self.gold.positive
+        if positive is None:
+            return []
+        return [
+            Histogram(system.name, score_histogram(system.scores, positive[system.positions]))
+            for system in self.systems
+            if system.kind in shown.HISTOGRAM_KINDS
+        ]
+
+    def _examples(
+        self, subject: ScoredSplits, reference: ScoredSplits
+    ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        """The pairs that the subject scores much better, and much worse, than the reference."""
+        positions = reference.positions
+        ours, theirs = self._of_items(subject, positions), self._of_items(reference, positions)
+        order = np.argsort(theirs - ours, kind="stable").tolist()
+        wins = [place for place in order[: shown.NUM_EXAMPLES] if ours[place] > theirs[place]]
+        losses = [place for place in order[::-1][: shown.NUM_EXAMPLES] if ours[place] < theirs[place]]
+
+        def example(place: int) -> Example:
+            position, positive = positions[place], self.gold.positive
+            pair = self.work.pairs[position]
+            label = pair.label if pair.score is None else f"{pair.score:g}"
+            passage = ShownPassage(
+                f"{pair.id}: {label}", pair.passage, positive is not None and bool(positive[position])
+            )
+            return Example(pair.id, pair.query, float(ours[place]), float(theirs[place]), (passage,), (), ())
+
+        return tuple(map(example, wins)), tuple(map(example, losses))
+
+
+def _at(system: ScoredSplits, positions: Positions) -> Floats:
+    """A system's scores of some of the pairs that it scored."""
+    return system.scores[np.searchsorted(system.positions, positions)]
+
+
+def _as_one_query(scores: Floats) -> dict[str, dict[str, float]]:
+    """Pairs as the passages of a single query, so that they are compared with each other."""
+    return {"": {str(place): value for place, value in enumerate(scores.tolist())}}

@@ -1,0 +1,293 @@
+"""Measuring systems that rank the passages of a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Query, SystemKind
+from d2llm.data.beir import Dataset
+from d2llm.evaluation import setting, shown
+from d2llm.evaluation.judging import Pool, interleaved, judge_pool
+from d2llm.evaluation.report import Details, EvaluationReport, EvaluationRow
+from d2llm.evaluation.retrieval_work import RetrievalWork
+from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
+from d2llm.evaluation.statistics import Values, compare_means, mean_row
+from d2llm.evaluation.systems import (
+    System,
+    Trial,
+    hybrid_system,
+    lexical_system,
+    reranked,
+    run_system,
+    timed,
+    with_first_stages,
+)
+from d2llm.evaluation.word_rows import fitted_sum, without_parts
+from d2llm.ops.measures import per_query_measures
+from d2llm.retrieval.protocols import PairJudge
+
+MAIN_MEASURE = "nDCG@10"
+_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, alone, for the time
+
+
+def evaluate_retrieval(
+    dataset: Dataset,
+    contenders: Contenders,
+    settings: EvaluationSettings,
+    *,
+    folder: Path,
+    labels: Path | None,
+    show_progress: bool | None,
+) -> EvaluationReport:
+    """See ``evaluation.evaluate.evaluate``; ``folder`` keeps indexes, measured systems and judgements.
+
+    Raises:
+        DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
+    """
+    setting.check_baseline(
+        contenders, settings.baseline, ["bm25", "hybrid", "fitted_sum", *(["external"] if contenders.runs else [])]
+    )
+    queries, num_left_out = _judged_queries(dataset, settings.split)
+    probes = sample(queries, settings.latency_queries, settings.seed)
+    trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
+    sampled = sample(queries, settings.teacher_queries, settings.seed)
+    work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
+    work.store_windows_for(contenders.student)
+    students = contenders.students(settings.num_candidates, settings.top_k)
+    searched = [_search(work, row) for row in students]
+    subject = searched[[row.kind for row in students].index("d2llm")]
+    shortcuts = measure_shortcuts(work, contenders, subject)
+    lexical = work.store.system(
+        work.key(setting.NAME_BM25), lambda: lexical_system(setting.NAME_BM25, work.passages, trial)
+    )
+    fused = [
+        hybrid_system(f"hybrid: {lexical.name} + {other.name}", lexical, other, trial)
+        for other in searched
+        if other.kind in ("cosine_untuned", "d2llm")
+    ]
+    of_cosine = next((row for row in reversed(students) if row.kind in ("cosine_tuned", "cosine_untuned")), None)
+    summed = None if of_cosine is None else fitted_sum(work, of_cosine)
+    if isinstance(summed, System):
+        fused.append(summed)
+    else:
+        reason = "there is no cosine to add to BM25" if summed is None else summed.reason
+        if settings.baseline == "fitted_sum":
+            raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
+        shortcuts.missing += [summed] if summed is not None else []
+    parts = without_parts(work, contenders.student, settings.num_candidates)
+    runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
+    pool = {
+        query.id: interleaved([lexical.ids(query.id), subject.ids(query.id)], settings.teacher_depth)
+        for query in work.sampled
+    }
+    judges = contenders.judges(settings.teacher_depth)
+    judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
+    systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
+    teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
+    followers: dict[str, shown.Scores] = {}
+    if teacher_scores is not None:
+        followers = {row.name: _pool_scores(work, row, pool) for row in students}
+    names = [name for name, _, _ in judges]
+    names_of_parts = [system.name for system in parts]
+    return _report(
+        work, contenders, systems, names, names_of_parts, shortcuts, subject, teacher_scores, followers, num_left_out
+    )
+
+
+def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
+    """A random sample in the queries' own order; all of them when there are not more, or ``size`` is None."""
+    if size is None or size >= len(queries):
+        return list(queries)
+    chosen = np.random.default_rng(seed).choice(len(queries), size, replace=False)
+    return [queries[position] for position in sorted(chosen.tolist())]
+
+
+def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
+    """The queries with a relevant passage in the corpus, and how many of the split have none."""
+    positives = dataset.positives(split)
+    queries = [dataset.queries[query_id] for query_id, relevant in positives.items() if relevant]
+    if not queries:
+        raise DataFormatError(
+            dataset.path / "qrels" / f"{split}.tsv",
+            f"none of its {len(dataset.qrels[split])} queries has a relevant passage in the corpus; check the ids",
+        )
+    return queries, len(dataset.qrels[split]) - len(queries)
+
+
+def _search(work: RetrievalWork, row: Row) -> System:
+    def measure() -> System:
+        index, rate = work.index(row.model)
+        settings = work.search_settings(row.num_candidates)
+        return work.measure(row.name, row.kind, index, settings, passages_per_second=rate)
+
+    model = row.model
+    key = work.key(row.name, work.identity(model), row.num_candidates, work.settings.dtype)
+    return work.store.system(key, measure)
+
+
+def _judge(
+    work: RetrievalWork, name: str, kind: SystemKind, judge: PairJudge, pool: Pool, lexical: System, subject: System
+) -> tuple[System, shown.Scores]:
+    """The system that a judge makes of the pool, and its scores."""
+    texts = {query.id: query.text for query in work.sampled}
+    passages = {p: work.dataset.passages[p].full_text for ids in pool.values() for p in ids}
+    judged = judge_pool(
+        judge,
+        pool,
+        texts,
+        passages,
+        work.settings.task,
+        dataset=work.dataset.name,
+        store=work.folder / "judgements" / work.corpus,
+        known=work.labels,
+        title=f"asking {name} (pairs)",
+        show_progress=work.trial.show_progress,
+    )
+    if judged.num_truncated:
+        work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
+
+    def measure_time() -> list[float]:
+        return list(
+            timed(
+                lambda query: judge.judge([(query.text, passages[p]) for p in pool[query.id]], work.settings.task),
+                list(work.sampled[:_TIMED_JUDGEMENTS]),
+            )
+        )
+
+    seconds = work.store.values(work.key(name, judge.fingerprint, fingerprint_json(pool), "time"), measure_time)
+    sampled = replace(work.trial, queries=work.sampled)
+    system = reranked(subject, judged.scores, sampled, name=name, kind=kind)
+    num_timed = sum(len(pool[query.id]) for query in work.sampled[:_TIMED_JUDGEMENTS])
+    system = replace(system, fingerprint=judge.fingerprint, pairs_per_second=num_timed / max(sum(seconds), 1e-9))
+    return with_first_stages(system, seconds, (lexical, subject)), judged.scores
+
+
+def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> shown.Scores:
+    """What a student says of the passages that the teacher judged."""
+    texts = {query.id: query.text for query in work.sampled}
+    view = work.index(row.model)[0].view
+
+    def score() -> dict[str, dict[str, float]]:
+        vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
+        found: dict[str, dict[str, float]] = {}
+        for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
+            scores = row.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
+            found[query_id] = dict(zip(ids, scores.tolist(), strict=True))
+        return found
+
+    key = work.key(row.name, row.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
+    return work.store.values(key, score)
+
+
+def _report(
+    work: RetrievalWork,
+    contenders: Contenders,
+    systems: Sequence[System],
+    judges: Sequence[str],
+    parts: Sequence[str],
+    shortcuts: Shortcuts,
+    subject: System,
+    teacher_scores: shown.Scores | None,
+    followers: Mapping[str, shown.Scores],
+    num_left_out: int,
+) -> EvaluationReport:
+    settings, seed = work.settings, work.settings.seed
+    all_ids, sampled_ids = ([query.id for query in queries] for queries in (work.trial.queries, work.sampled))
+    asked = {system.name: all_ids for system in systems} | dict.fromkeys(judges, sampled_ids) | shortcuts.asked
+    values: dict[str, Values] = {
+        system.name: per_query_measures(
+            {query_id: system.ids(query_id) for query_id in system.rankings},
+            shortcuts.qrels.get(system.name, work.qrels),
+        )
+        for system in systems
+    }
+    comparable = [system for system in systems if system.name not in shortcuts.qrels]
+    rows = [mean_row(system, values[system.name], asked[system.name], seed=seed) for system in systems]
+    sample_rows: list[EvaluationRow] = []
+    if judges and len(sampled_ids) < len(all_ids):
+        sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in comparable]
+    baseline = setting.choose_baseline(rows, settings.baseline)
+
+    def on_baselines(name: str) -> dict[str, float]:
+        """The main measure on the queries that the baseline answered."""
+        return {query_id: values[name][MAIN_MEASURE][query_id] for query_id in asked[baseline]}
+
+    wins, losses = shown.examples(
+        subject,
+        next(system for system in systems if system.name == baseline),
+        (on_baselines(subject.name), on_baselines(baseline)),
+        work.dataset.queries,
+        work.dataset.passages,
+        work.relevant,
+    )
+    histograms = [
+        shown.ranking_histogram(system, work.relevant) for system in systems if system.kind in shown.HISTOGRAM_KINDS
+    ]
+    calibrations, agreements = [], []
+    if teacher_scores is not None:
+        said = {setting.teacher_name(settings.teacher_depth): teacher_scores, subject.name: followers[subject.name]}
+        calibrations = [
+            shown.calibration(name, *shown.pool_labels(scores, work.relevant)) for name, scores in said.items()
+        ]
+        agreements = [shown.agreement_row(name, teacher_scores, scores) for name, scores in followers.items()]
+    cut = [
+        f"{s.name}: {s.num_truncated:,} of {len(work.passages):,} passages were truncated"
+        for s in systems
+        if s.num_truncated
+    ]
+    taken_over = [f"{work.store.num_found} parts were measured by an earlier run"] if work.store.num_found else []
+    return EvaluationReport(
+        kind="retrieval",
+        dataset=work.dataset.name,
+        split=settings.split,
+        task=settings.task,
+        num_passages=len(work.passages),
+        num_items=len(all_ids),
+        num_left_out=num_left_out,
+        main_measure=MAIN_MEASURE,
+        subject=subject.name,
+        baseline=baseline,
+        rows=tuple(rows),
+        missing=(*contenders.missing_rows(settings.teacher_depth), *shortcuts.missing),
+        sample_rows=tuple(sample_rows),
+        comparisons=tuple(
+            compare_means(
+                values, baseline, {s.name: asked[s.name] for s in comparable if s.name not in parts}, seed=seed
+            )
+        ),
+        parts=tuple(
+            compare_means(values, subject.name, {name: asked[name] for name in (subject.name, *parts)}, seed=seed)
+        ),
+        agreement=tuple(agreements),
+        calibration=tuple(calibrations),
+        histograms=tuple(histogram for histogram in histograms if histogram is not None),
+        settings=asdict(settings),
+        provenance=contenders.provenance,
+        notes=(
+            *contenders.notes,
+            *work.dataset.issues,
+            *(note for s in systems for note in s.notes),
+            *cut,
+            *work.notes,
+            *taken_over,
+        ),
+        seconds=0.0,
+        details=Details(
+            item_ids=tuple(all_ids),
+            values={
+                name: {measure: tuple(by_query[q] for q in all_ids) for measure, by_query in of_row.items()}
+                for name, of_row in values.items()
+                if asked[name] is all_ids
+            },
+            wins=wins,
+            losses=losses,
+            rankings={system.name: system.rankings for system in systems},
+        ),
+    )

@@ -1,0 +1,193 @@
+"""Who takes part in an evaluation, and how it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import SystemKind, Task
+from d2llm.data.trec import TrecRun
+from d2llm.evaluation.report import EvaluationRow, MissingRow
+from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
+from d2llm.retrieval.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.store.vector_formats import FORMATS
+
+RECALL_DEPTH = 100
+NAME_BM25 = "BM25"
+NAME_UNTUNED = "cosine, untuned"
+NAME_TUNED = "cosine, tuned"
+NAME_PAPER = "D2LLM, paper head"
+NAME_ANCHOR = "cosine, D2LLM vectors"
+NAME_D2LLM = "D2LLM"
+OWN_NAMES = (NAME_BM25, NAME_UNTUNED, NAME_TUNED, NAME_PAPER, NAME_ANCHOR, NAME_D2LLM)
+_BASELINES: tuple[SystemKind, ...] = ("cosine_tuned", "cosine_untuned", "bm25")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A system that scores by vectors; ``num_candidates`` passages get its full score."""
+
+    name: str
+    kind: SystemKind
+    model: SearchStudent
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """The systems of an evaluation besides BM25 and the fusions, which need no model.
+
+    None leaves a row out; ``why_missing`` then says why, and what would bring it. ``untuned`` is the encoder that the
+    student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data and steps. Names
+    are those of the rows. ``provenance`` is what the report should say of how all these were made.
+
+    Raises:
+        InputError: two systems have the same name, or one has the name of a row that every report has.
+    """
+
+    student: SearchStudent
+    untuned: TextEncoder | None = None
+    tuned_cosine: SearchStudent | None = None
+    paper_head: SearchStudent | None = None
+    teacher: PairJudge | None = None
+    bi_encoders: Mapping[str, SearchStudent] = field(default_factory=dict[str, SearchStudent])
+    cross_encoders: Mapping[str, PairJudge] = field(default_factory=dict[str, PairJudge])
+    runs: Sequence[TrecRun] = ()
+    why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
+    provenance: Mapping[str, object] = field(default_factory=dict[str, object])
+    notes: tuple[str, ...] = ()
+    """What a report should say of how the student was made."""
+
+    def __post_init__(self) -> None:
+        names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
+        shared = sorted({name for name in names if name in OWN_NAMES or names.count(name) > 1})
+        if shared:
+            raise InputError(
+                f"two systems have the same name, which their rows would share: {', '.join(shared)}; rename one (a run "
+                "by the last column of its file)"
+            )
+
+    def students(self, num_candidates: int, top_k: int) -> list[Row]:
+        """The systems that score by vectors, in the report's order; only the student proposes more than it ranks."""
+        rows: list[tuple[str, SystemKind, SearchStudent | None, int]] = [
+            (NAME_UNTUNED, "cosine_untuned", CosineStudent(self.untuned) if self.untuned is not None else None, top_k),
+            (NAME_TUNED, "cosine_tuned", self.tuned_cosine, top_k),
+            (NAME_PAPER, "paper_head", self.paper_head, top_k),
+            (NAME_ANCHOR, "anchor", AnchorStudent(self.student) if self.student.has_anchor else None, top_k),
+            (NAME_D2LLM, "d2llm", self.student, num_candidates),
+            *((name, "external", model, top_k) for name, model in self.bi_encoders.items()),
+        ]
+        return [Row(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
+
+    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, PairJudge]]:
+        """The systems that read query and passage together."""
+        judges: list[tuple[str, SystemKind, PairJudge]] = []
+        if self.teacher is not None:
+            judges.append((teacher_name(teacher_depth), "teacher", self.teacher))
+        return judges + [(name, "external", judge) for name, judge in self.cross_encoders.items()]
+
+    def missing_rows(self, teacher_depth: int | None) -> list[MissingRow]:
+        """The rows of every report that this one lacks, each with the reason."""
+        rows: list[tuple[str, SystemKind, object, str]] = [
+            (NAME_UNTUNED, "cosine_untuned", self.untuned, "no untuned encoder was given"),
+            (NAME_TUNED, "cosine_tuned", self.tuned_cosine, "no tuned cosine was given"),
+            (NAME_PAPER, "paper_head", self.paper_head, "no student with the paper's head was given"),
+            (NAME_ANCHOR, "anchor", self.student.has_anchor or None, "the student's head has no inner-product part"),
+            (teacher_name(teacher_depth), "teacher", self.teacher, "no teacher was given"),
+        ]
+        return [
+            MissingRow(name, kind, self.why_missing.get(kind, reason))
+            for name, kind, model, reason in rows
+            if model is None
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """How an evaluation is done.
+
+    Args:
+        split: the judgements to measure by.
+        task: which branch of the IEM and which prompt.
+        top_k: length of the rankings, at least 100 (Recall@100).
+        num_candidates: passages that the student scores in full.
+        teacher_depth: passages of a query that the teacher reranks: from the top of BM25 and of the student in turn.
+        teacher_queries: let the teacher judge a random sample of so many queries (or pairs, of a pair set, and as many
+            of its dev split); None means all.
+        latency_queries: queries (at most) that are asked one at a time to measure the time.
+        baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
+            else BM25.
+        seed: of the samples and the significance tests.
+        dtype: how vectors are stored (``store.vector_formats.FORMATS``).
+        stored_as: formats that the student is measured with besides, a row each.
+        exact: measure the exact search too.
+        ann_recall: measure candidates of an approximate index too, tuned to find this share of the first ones.
+        cascade_passages: measure the student with a teacher that reads again at most so many passages of a query.
+        filter: measure a search for passages that fit a condition (``store.filters``) too.
+
+    Raises:
+        InputError: a number out of range, or an unknown format.
+    """
+
+    split: str = "test"
+    task: Task = "asymmetric"
+    top_k: int = 100
+    num_candidates: int = 1000
+    teacher_depth: int = 50
+    teacher_queries: int | None = 100
+    latency_queries: int = 50
+    baseline: SystemKind | None = None
+    seed: int = 0
+    dtype: str = "bfloat16"
+    stored_as: tuple[str, ...] = ()
+    exact: bool = False
+    ann_recall: float | None = None
+    cascade_passages: int | None = None
+    filter: str | None = None
+
+    @property
+    def shortcuts(self) -> list[str]:
+        """Those settings that ask for rows of other searches, by name."""
+        names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter")
+        return [name for name in names if getattr(self, name) not in (None, False, ())]
+
+    def __post_init__(self) -> None:
+        for name in (self.dtype, *self.stored_as):
+            if name not in FORMATS:
+                raise InputError(f"there is no vector format {name!r}; use one of {', '.join(FORMATS)}")
+        limits = {
+            "top_k": (self.top_k, RECALL_DEPTH),
+            "num_candidates": (self.num_candidates, 1),
+            "teacher_depth": (self.teacher_depth, 1),
+            "teacher_queries": (1 if self.teacher_queries is None else self.teacher_queries, 1),
+            "cascade_passages": (1 if self.cascade_passages is None else self.cascade_passages, 1),
+            "latency_queries": (self.latency_queries, 1),
+        }
+        for name, (value, least) in limits.items():
+            if value < least:
+                raise InputError(f"{name} is {value}, but must be at least {least}")
+        if self.ann_recall is not None and not 0 < self.ann_recall <= 1:
+            raise InputError(f"ann_recall is {self.ann_recall}, but must be above 0 and at most 1")
+
+
+def teacher_name(depth: int | None) -> str:
+    """Name of the teacher's row; ``depth`` passages a query are reranked (None: nothing is ranked)."""
+    return "teacher" if depth is None else f"teacher (reranking {depth} of {NAME_BM25} and {NAME_D2LLM})"
+
+
+def check_baseline(contenders: Contenders, wanted: SystemKind | None, besides: Sequence[SystemKind]) -> None:
+    """Refuse a baseline that will not be measured, before anything is; ``besides`` are rows that need no model.
+
+    Raises:
+        InputError: no row is of that kind.
+    """
+    kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
+    if wanted is not None and wanted not in kinds:
+        raise InputError(f"the baseline '{wanted}' is not among the rows of this report: {', '.join(sorted(kinds))}")
+
+
+def choose_baseline(rows: Sequence[EvaluationRow], wanted: SystemKind | None) -> str:
+    """Name of the row that the others are compared with; ``check_baseline`` has made sure that there is one."""
+    names = {row.kind: row.name for row in reversed(rows)}
+    return next(names[kind] for kind in ((wanted,) if wanted is not None else _BASELINES) if kind in names)

@@ -1,0 +1,203 @@
+"""The same student where something makes its search cheaper, or is asked of it besides: a row of the report each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Query
+from d2llm.data.indexed_corpus import iter_corpus
+from d2llm.evaluation.report import MissingRow
+from d2llm.evaluation.retrieval_work import RetrievalWork
+from d2llm.evaluation.setting import NAME_D2LLM, Contenders
+from d2llm.evaluation.stored_as import StoredAs
+from d2llm.evaluation.systems import System
+from d2llm.ops.rereading import StudentError
+from d2llm.retrieval.build_ann import build_ann
+from d2llm.retrieval.calibrate import measure_error
+from d2llm.retrieval.cascade import Cascade
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import PairJudge
+
+_CALIBRATING_QUERIES = 40
+_TIMED_CASCADES = 10  # queries asked once more, alone, for the time
+
+
+@dataclass
+class Shortcuts:
+    """Rows, and what is particular about them.
+
+    Attributes:
+        systems: what was measured.
+        asked: row -> the queries that it was asked, where those are not all.
+        qrels: row -> query_id -> passage_id -> grade, where passages are left out by a filter.
+        missing: rows that could not be measured, with the reason.
+    """
+
+    systems: list[System] = field(default_factory=list[System])
+    asked: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    qrels: dict[str, Mapping[str, Mapping[str, int]]] = field(
+        default_factory=dict[str, Mapping[str, Mapping[str, int]]]
+    )
+    missing: list[MissingRow] = field(default_factory=list[MissingRow])
+
+
+def measure_shortcuts(work: RetrievalWork, contenders: Contenders, subject: System) -> Shortcuts:
+    """The rows that the settings ask for; ``subject`` is the student without any of this."""
+    settings, rows = work.settings, Shortcuts()
+    index, _ = work.index(contenders.student)
+    for vector_format in dict.fromkeys(settings.stored_as):
+        rows.systems.append(_stored_as(work, index, vector_format))
+    if settings.exact:
+        _add_exact(rows, work, index)
+    if settings.ann_recall is not None:
+        _add_ann(rows, work, index, settings.ann_recall)
+    if settings.cascade_passages is not None:
+        _add_cascade(rows, work, index, contenders.teacher, settings.cascade_passages)
+    if settings.filter is not None:
+        _add_filter(rows, work, index, settings.filter, subject)
+    return rows
+
+
+def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
+    """With vectors in another format."""
+    name, search = f"{NAME_D2LLM}, {vector_format} vectors", work.search_settings(work.settings.num_candidates)
+    return work.store.system(
+        work.key(name, work.identity(index.student), search.num_candidates),
+        lambda: work.measure(name, "shortcut", index, search, view=StoredAs(index.view, vector_format)),
+    )
+
+
+def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
+    """Every passage by the full score, with a certificate."""
+    name = f"{NAME_D2LLM}, exact"
+    if not index.student.has_anchor:
+        reason = "this student's head has no inner product, so that its search is always exact"
+        rows.missing.append(MissingRow(name, "shortcut", reason))
+        return
+    search = replace(work.search_settings(work.settings.num_candidates), exact=True)
+    key = work.key(name, work.identity(index.student), work.settings.dtype)
+    rows.systems.append(work.store.system(key, lambda: work.measure(name, "shortcut", index, search)))
+
+
+def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) -> None:
+    """Candidates of an approximate index, tuned on queries that are not measured."""
+    name, depth = f"{NAME_D2LLM}, approximate ({recall:g})", work.settings.num_candidates
+    search = replace(work.search_settings(depth), sources=("ann",))
+
+    def measure() -> System:
+        texts = [query.text for query in _held_out(work)]
+        build_ann(
+            index.store,
+            index.student,
+            recall=recall,
+            depth=depth,
+            queries=texts or None,
+            seed=work.settings.seed,
+            show_progress=work.trial.show_progress,
+        )
+        index.refresh()
+        return work.measure(name, "shortcut", index, search)
+
+    try:
+        key = work.key(name, work.identity(index.student), depth, work.settings.dtype)
+        rows.systems.append(work.store.system(key, measure))
+    except InputError as error:  # too few passages, or the exact scan is quicker
+        rows.missing.append(MissingRow(name, "shortcut", str(error)))
+
+
+def _add_cascade(
+    rows: Shortcuts, work: RetrievalWork, index: Index, teacher: PairJudge | None, num_passages: int
+) -> None:
+    """The teacher reads again what the student is unsure of."""
+    name = f"{NAME_D2LLM}, teacher reads {num_passages} again"
+    held_out = _held_out(work)
+    if teacher is None or not held_out:
+        reason = "no teacher was given" if teacher is None else "no other split has queries to calibrate it with"
+        rows.missing.append(MissingRow(name, "shortcut", reason))
+        return
+    task, search = work.trial.task, work.search_settings(work.settings.num_candidates)
+    key = work.key(
+        name,
+        work.identity(index.student),
+        teacher.fingerprint,
+        teacher.prompt_fingerprint(task),
+        search.num_candidates,
+        work.settings.dtype,
+        fingerprint_json([query.id for query in work.sampled]),
+    )
+
+    def calibrate() -> dict[str, float]:
+        chosen = held_out[:_CALIBRATING_QUERIES]
+        return asdict(measure_error(index.view, index.student, teacher, chosen, task=task))
+
+    def measure() -> System:
+        error = StudentError(**work.store.values([*key, "error"], calibrate))
+        trial = replace(work.trial, queries=work.sampled, probes=work.sampled[:_TIMED_CASCADES])
+        cascade = Cascade(teacher, error, num_passages)
+        return work.measure(name, "shortcut", index, search, trial=trial, cascade=cascade)
+
+    rows.systems.append(work.store.system(key, measure))
+    rows.asked[name] = [query.id for query in work.sampled]
+
+
+def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: str, subject: System) -> None:
+    """Only passages that fit a condition: asked for before the choice of the first k, and sorted out afterwards.
+
+    Both are judged by the relevant passages that fit, on the queries that have one.
+    """
+    _add_metadata(work, index)
+    view = index.view
+    allowed = set(view.ids(view.live_rows(view.select(condition))))
+    qrels = {
+        query_id: {passage_id: grade for passage_id, grade in grades.items() if passage_id in allowed}
+        for query_id, grades in work.qrels.items()
+        if not allowed.isdisjoint(work.relevant[query_id])
+    }
+    if not qrels:
+        raise InputError(
+            f"no relevant passage of the split '{work.settings.split}' fits the filter {condition!r}; "
+            f"{len(allowed):,} of {len(view):,} passages do"
+        )
+    before, afterwards = f"{NAME_D2LLM} WHERE {condition}", f"{NAME_D2LLM}, WHERE {condition} afterwards"
+    queries = [query for query in work.trial.queries if query.id in qrels]
+    probes = [query for query in work.trial.probes if query.id in qrels] or queries[:1]
+    trial = replace(work.trial, queries=queries, probes=probes)
+    search = replace(work.search_settings(work.settings.num_candidates), filter=condition)
+    key = work.key(before, work.identity(index.student), search.num_candidates, work.settings.dtype)
+    rows.systems.append(work.store.system(key, lambda: work.measure(before, "shortcut", index, search, trial=trial)))
+    left = {query_id: tuple(place for place in subject.rankings[query_id] if place[0] in allowed) for query_id in qrels}
+    rows.systems.append(replace(subject, name=afterwards, kind="shortcut", rankings=left))
+    for name in (before, afterwards):
+        rows.asked[name] = list(qrels)
+        rows.qrels[name] = qrels
+    work.notes.append(
+        f"{condition}: {len(allowed):,} of {len(view):,} passages fit; {len(qrels):,} of {len(work.qrels):,} queries "
+        "have a relevant one among them, and the two rows are of those"
+    )
+
+
+def _add_metadata(work: RetrievalWork, index: Index) -> None:
+    """Data sets are read without metadata. The vectors stay: the texts are the same."""
+    try:
+        index.upsert(p for p in iter_corpus(work.dataset.path) if p.id in work.dataset.passages)
+    except (DataFormatError, OSError):  # of a layout that has none
+        return
+
+
+def _held_out(work: RetrievalWork) -> Sequence[Query]:
+    """Queries of the other splits, in a random order."""
+    measured = {query.id for query in work.trial.queries}
+    others = {
+        query_id: None
+        for split, judged in work.dataset.qrels.items()
+        if split != work.settings.split
+        for query_id in judged
+        if query_id in work.dataset.queries and query_id not in measured
+    }
+    queries = [work.dataset.queries[query_id] for query_id in others]
+    return [queries[place] for place in np.random.default_rng(work.settings.seed).permutation(len(queries))]

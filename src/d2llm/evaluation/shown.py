@@ -1,0 +1,100 @@
+"""What a report shows besides measures: agreement, calibration, histograms, queries that are answered differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from d2llm.core.types import Passage, Query, SystemKind
+from d2llm.evaluation.report import AgreementRow, Calibration, Example, Histogram, ShownPassage
+from d2llm.evaluation.systems import System
+from d2llm.ops.agreement import agreement, top_k_overlap
+from d2llm.ops.calibration import expected_calibration_error, reliability_bins, score_histogram
+
+NUM_EXAMPLES = 10
+HISTOGRAM_KINDS: tuple[SystemKind, ...] = ("cosine_tuned", "cosine_untuned", "d2llm", "teacher")
+_NUM_TOP = 3
+
+Scores = Mapping[str, Mapping[str, float]]
+"""query_id -> passage_id -> score."""
+Relevant = Mapping[str, frozenset[str]]
+
+
+def agreement_row(name: str, teacher: Scores, scores: Scores) -> AgreementRow:
+    """How far a system follows the teacher on the passages that the teacher judged."""
+    by_query = {
+        query_id: (list(judged.values()), [scores[query_id][passage_id] for passage_id in judged])
+        for query_id, judged in teacher.items()
+        if judged
+    }
+    overlaps = [
+        top_k_overlap(_best_first(judged), _best_first({p: scores[query_id][p] for p in judged}))
+        for query_id, judged in teacher.items()
+        if len(judged) > 1
+    ]
+    return AgreementRow(name, agreement(by_query), sum(overlaps) / len(overlaps) if overlaps else None)
+
+
+def calibration(name: str, log_odds: Sequence[float], labels: Sequence[bool]) -> Calibration:
+    """When the system says "yes" with probability p, how often is it right?"""
+    bins = tuple(reliability_bins(log_odds, labels))
+    return Calibration(name, bins, expected_calibration_error(bins), len(labels))
+
+
+def ranking_histogram(system: System, relevant: Relevant) -> Histogram | None:
+    """Scores of relevant and of other passages among what the system ranked; None where it ranked nothing."""
+    scored = [
+        (score, passage_id in relevant[query_id])
+        for query_id, ranking in system.rankings.items()
+        for passage_id, score in ranking
+    ]
+    if not scored:
+        return None
+    return Histogram(system.name, score_histogram([score for score, _ in scored], [label for _, label in scored]))
+
+
+def pool_labels(scores: Scores, relevant: Relevant) -> tuple[list[float], list[bool]]:
+    """The scores of a pool and whether their passages are relevant, in one order."""
+    pairs = [
+        (score, passage_id in relevant[query_id])
+        for query_id, of_query in scores.items()
+        for passage_id, score in of_query.items()
+    ]
+    return [score for score, _ in pairs], [label for _, label in pairs]
+
+
+def examples(
+    ours: System,
+    theirs: System,
+    values: tuple[Mapping[str, float], Mapping[str, float]],
+    queries: Mapping[str, Query],
+    passages: Mapping[str, Passage],
+    relevant: Relevant,
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The queries where ``ours`` wins most and where it loses most; ``values`` are theirs in the main measure."""
+    gains = {query_id: values[0][query_id] - values[1][query_id] for query_id in values[0]}
+    ordered = sorted(gains, key=lambda query_id: (-gains[query_id], query_id))
+
+    def passages_of(query_id: str, ids: Sequence[str]) -> tuple[ShownPassage, ...]:
+        return tuple(
+            ShownPassage(passage_id, passages[passage_id].full_text, passage_id in relevant[query_id])
+            for passage_id in ids[:_NUM_TOP]
+        )
+
+    def example(query_id: str) -> Example:
+        return Example(
+            id=query_id,
+            query=queries[query_id].text,
+            value=values[0][query_id],
+            baseline_value=values[1][query_id],
+            relevant=passages_of(query_id, sorted(relevant[query_id])),
+            top=passages_of(query_id, ours.ids(query_id)),
+            baseline_top=passages_of(query_id, theirs.ids(query_id)),
+        )
+
+    wins = tuple(example(query_id) for query_id in ordered[:NUM_EXAMPLES] if gains[query_id] > 0)
+    losses = tuple(example(query_id) for query_id in ordered[::-1][:NUM_EXAMPLES] if gains[query_id] < 0)
+    return wins, losses
+
+
+def _best_first(scores: Mapping[str, float]) -> list[str]:
+    return sorted(scores, key=lambda passage_id: (-scores[passage_id], passage_id))

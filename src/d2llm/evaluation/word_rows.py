@@ -1,0 +1,135 @@
+"""Rows that say what words are worth: the fitted sum of a cosine and BM25, and the student without a part of its score.
+
+The fitted sum needs no D2LLM: two weights, fitted on the dev queries of the data set (``training.fit_evidence``). Where
+dev is measured itself, or there is none, each half of the queries is ranked with the weights of the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import EvidenceTerm, Query
+from d2llm.evaluation.report import MissingRow
+from d2llm.evaluation.retrieval_work import RetrievalWork
+from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Row
+from d2llm.evaluation.systems import System
+from d2llm.models.evidence import EvidenceWeights
+from d2llm.ops.fusion import sum_weights
+from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.row_evidence import evidence_weights, scored_list
+
+_TERMS: tuple[EvidenceTerm, ...] = ("words", "words_share")
+_FIT_QUERIES, _FIT_DEPTH = 500, 100
+_FEWEST_QUERIES = 4  # a half of them still says something
+
+_PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
+    "the words of passages": ("words", "words_share"),
+    "the words of windows": ("window_words", "window_words_share"),
+}
+
+
+def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
+    """The weighted sum of a row's score and BM25, of candidates of both."""
+    name, model = f"fitted sum: {NAME_BM25} + {row.name}", row.model
+    held_out = _dev_queries(work)
+    if not held_out and len(work.trial.queries) < _FEWEST_QUERIES:
+        return MissingRow(name, "fitted_sum", "there are too few queries to fit its weights on")
+
+    def measure() -> System:
+        index, _ = work.index(model)
+        if held_out:
+            weights = _fit(work, index, held_out, work.dataset.qrels["dev"])
+            system = _ranked(work, index, name, weights, work.trial.queries)
+            told = f"{name}: {_told(weights)}, fitted on {len(held_out):,} dev queries"
+            return replace(system, notes=(*system.notes, told))
+        halves = work.trial.queries[::2], work.trial.queries[1::2]
+        weights, others = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
+        system, rest = (_ranked(work, index, name, *of_half) for of_half in ((others, halves[0]), (weights, halves[1])))
+        told = f"{name}: {_told(weights)} and {_told(others)}, each fitted on the half of the queries it does not rank"
+        both = {**system.rankings, **rest.rankings}
+        in_order = {query.id: both[query.id] for query in work.trial.queries}
+        return replace(system, rankings=in_order, notes=(*system.notes, told))
+
+    fitted_on = fingerprint_json([query.id for query in held_out])
+    key = work.key(name, model.fingerprint, work.settings.num_candidates, fitted_on, work.settings.dtype)
+    return work.store.system(key, measure)
+
+
+def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: int) -> list[System]:
+    """The student without each part of its score but the inner product; none where that is all it has."""
+    weights = evidence_weights(student, work.trial.task)
+    if not weights:
+        return []
+    without_windows = evidence_weights(student, work.trial.task, windows=False)
+    systems: list[System] = []
+
+    def add(part: str, model: SearchStudent, left: EvidenceWeights) -> None:
+        name = f"{NAME_D2LLM} without {part}"
+        settings = replace(work.search_settings(num_candidates), evidence=left, sources=("vectors", "bm25"))
+
+        def measure() -> System:
+            return work.measure(name, "shortcut", work.index(model)[0], settings)
+
+        key = work.key(name, work.identity(student), num_candidates, work.settings.dtype)
+        systems.append(work.store.system(key, measure))
+
+    for part, terms in _PARTS.items():
+        if any(weights.terms.get(term) for term in terms):
+            add(part, student, weights.without(terms))
+    if weights.counts_windows:
+        add("the vectors of windows", student, without_windows)
+    if weights.words_factor is not None:
+        add("the factor of the query's words", student, weights.model_copy(update={"words_factor": None}))
+    add("the interaction", AnchorStudent(student), weights)
+    return systems
+
+
+def _dev_queries(work: RetrievalWork) -> list[Query]:
+    """Judged dev queries, at most so many; none where dev is what is measured."""
+    if work.settings.split == "dev" or "dev" not in work.dataset.qrels:
+        return []
+    positives = work.dataset.positives("dev")
+    chosen = [work.dataset.queries[query_id] for query_id, relevant in positives.items() if relevant]
+    order = np.random.default_rng(work.settings.seed).permutation(len(chosen))[:_FIT_QUERIES]
+    return [chosen[place] for place in order]
+
+
+def _fit(
+    work: RetrievalWork, index: Index, queries: Sequence[Query], qrels: Mapping[str, Mapping[str, int]]
+) -> dict[EvidenceTerm, float]:
+    """Weights of the words beside the student's own score, which has weight 1."""
+    view, student, task = index.view, index.student, work.trial.task
+    words = view.words
+    vectors = student.encode_queries([query.text for query in queries]).vectors
+    lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
+    for query, vector, anchor in zip(queries, vectors, student.anchor_queries(vectors, task), strict=True):
+        grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
+        judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
+        asked = words.query(query.text)
+        near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(asked, _FIT_DEPTH)[0]
+        rows = np.unique(np.concatenate([near, by_words, np.array([*judged], np.int64)]))
+        own = student.score(vector, view.vectors(rows), task)
+        lists.append(scored_list(own, words, asked, rows, judged, _TERMS))
+    return dict(zip(_TERMS, sum_weights(lists)[1:].tolist(), strict=True))
+
+
+def _ranked(
+    work: RetrievalWork, index: Index, name: str, weights: Mapping[EvidenceTerm, float], queries: Sequence[Query]
+) -> System:
+    """Some of the queries, ranked with these weights by candidates of vectors and words."""
+    num_candidates = work.settings.num_candidates  # as many as the student gets
+    settings = replace(work.search_settings(num_candidates), evidence=weights, sources=("vectors", "bm25"))
+    chosen = {query.id for query in queries}
+    probes = [query for query in work.trial.probes if query.id in chosen] or queries[:1]
+    return work.measure(name, "fitted_sum", index, settings, trial=replace(work.trial, queries=queries, probes=probes))
+
+
+def _told(weights: Mapping[EvidenceTerm, float]) -> str:
+    return f"1 x cosine + {weights['words']:.3g} x BM25 + {weights['words_share']:.3g} x BM25 as a share of its limit"

@@ -1,1 +1,0 @@
-"""Lexical and vector indexes over passages."""

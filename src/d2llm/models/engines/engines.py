@@ -1,0 +1,170 @@
+"""What encodes texts: torch, or a compiled graph of the same student on the CPU.
+
+A graph is recorded once for each student, engine and version of the packages, and kept in the user's cache folder.
+Scoring stays torch's: it is a few products, which ``models.scorer`` has at the machine's speed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from threading import local
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+from platformdirs import user_cache_path
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+from d2llm.core.fallbacks import fell_back
+from d2llm.core.files import new_folder
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME, write_manifest
+from d2llm.core.types import EngineName
+from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.export.eight_bits import OPENVINO_GROUP, Runtime
+from d2llm.models.export.graphs import OPSET, write_text_graph
+
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
+
+Engine = Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "batch dim"]]
+"""Vectors of a batch of tokenized texts."""
+
+_KIND, _FORMAT_VERSION, _FILE = "engine", 1, "text.onnx"
+_Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"]], Float32[np.ndarray, "batch dim"]]
+
+
+def choose_engine(
+    name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> EngineName:
+    """The engine asked for; ``auto`` is the fastest one that gives the same vectors on this machine.
+
+    That is OpenVINO where it is installed and the machine has no accelerator, or none is asked for; else torch.
+    Weights of eight bits change the vectors, so ``auto`` never means them.
+
+    Raises:
+        InputError: an unknown name, or an engine of the CPU for another device or number format.
+    """
+    if name not in get_args(EngineName):
+        raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
+    on_cpu = choose_device(device).type == "cpu"
+    if name == "auto":
+        missing = [package for package in ("openvino", "onnx") if not find_spec(package)]
+        if on_cpu and _can_multiply("openvino", dtype) and not missing:
+            return "openvino"
+        reason = f"{' and '.join(missing)} not installed" if missing else "it computes on CPUs in float32 or bfloat16"
+        fell_back("engine OpenVINO", f"{reason}; torch encodes", level=logging.INFO)
+        return "torch"
+    if name != "torch" and device is not None and not on_cpu:
+        raise InputError(f"engine '{name}' computes on the CPU, but device '{device}' is asked for; use engine 'torch'")
+    if name != "torch" and not _can_multiply(name, dtype):
+        raise InputError(f"engine '{name}' has no products in '{dtype}'; leave dtype out, or use engine 'torch'")
+    return cast(EngineName, name)
+
+
+def choose_products(engine: EngineName, device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+    """The number format in which an engine multiplies, by default what is fast here; ONNX Runtime has float32 alone."""
+    return torch.float32 if engine.startswith("onnx") else choose_dtype(device, dtype)
+
+
+def open_engine(
+    student: Student, name: EngineName, *, dtype: torch.dtype = torch.float32, cache: Path | None = None
+) -> Engine | None:
+    """The compiled engine of a student, its graph taken from the cache or recorded now; None for torch.
+
+    Args:
+        student: with weights in float32 on the CPU, as graphs are recorded from.
+        name: of the engine.
+        dtype: of its products (``choose_products``).
+        cache: folder for graphs, by default the user's.
+
+    Raises:
+        InputError: the student's weights are not float32 on the CPU.
+        MissingExtraError: the engine is not installed.
+    """
+    if name == "auto" and student.backbone.compute_dtype != torch.float32:
+        name = "torch"
+    name = choose_engine(name, device=student.backbone.device, dtype=dtype)
+    if name == "torch":
+        return None
+    run = _RUNTIMES[name](_graph(student, _INT8.get(name), cache or user_cache_path("d2llm")), dtype)
+
+    def encode(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
+        token_ids, mask = student.backbone.pad(ids)
+        return run(token_ids.numpy(), mask.long().numpy())
+
+    return encode
+
+
+def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
+    formats = (None, "float32", torch.float32)
+    return dtype in ((*formats, "bfloat16", torch.bfloat16) if name.startswith("openvino") else formats)
+
+
+def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
+    """The file with the student's graph, recorded if it is not in the cache."""
+    require("onnx", extra="export", purpose="an engine beside torch")
+    made_with = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
+    if int8_for == "onnx":
+        require("onnxruntime", extra="export", purpose="weights of eight bits")
+        made_with.append(version("onnxruntime"))
+    key = fingerprint_json([student.fingerprint, int8_for, OPSET, _FORMAT_VERSION, made_with])
+    folder = cache / "engines" / key
+    if not (folder / FILE_NAME).is_file():
+        with new_folder(folder, kind=_KIND) as temporary:
+            write_text_graph(
+                student.backbone, student.pooling, student.interaction, temporary / _FILE, int8_for=int8_for
+            )
+            write_manifest(temporary, _KIND, _FORMAT_VERSION, {"student": student.fingerprint, "int8_for": int8_for})
+    return folder / _FILE
+
+
+def _onnx_runtime(file: Path, dtype: torch.dtype) -> _Run:
+    assert dtype == torch.float32  # all that it multiplies fast on these CPUs
+    runtime: Any = require("onnxruntime", extra="export", purpose="the engine onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1  # batches are on different cores (``core_workers``)
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+
+    return run
+
+
+def _openvino(file: Path, dtype: torch.dtype) -> _Run:
+    openvino: Any = require("openvino", extra="export", purpose="the engine openvino")
+    settings = {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": torch.get_num_threads(),  # batches are on different cores (``core_workers``)
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,  # for weights of eight bits alone
+    }
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    of_thread = local()  # a request answers one caller at a time
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not hasattr(of_thread, "request"):
+            of_thread.request = compiled.create_infer_request()
+        return of_thread.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
+
+    # Once in one thread: where two make OpenVINO's first tensors at a time, one waits for Python's lock while it holds
+    # the lock of a C++ static that the other waits for, and neither goes on.
+    run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
+    return run
+
+
+_RUNTIMES: dict[EngineName, Callable[[Path, torch.dtype], _Run]] = {
+    "onnx": _onnx_runtime,
+    "onnx-int8": _onnx_runtime,
+    "openvino": _openvino,
+    "openvino-int8": _openvino,
+}
+_INT8: dict[EngineName, Runtime] = {"onnx-int8": "onnx", "openvino-int8": "openvino"}

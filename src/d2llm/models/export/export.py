@@ -1,0 +1,118 @@
+"""The verb ``export``: a student, or its head, as files that other programs run."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+from d2llm.core.files import folder_bytes, new_folder
+from d2llm.core.manifest import write_manifest
+from d2llm.models.backbone import search_query_tokens
+from d2llm.models.export import numpy_head
+from d2llm.models.export.eight_bits import Runtime
+from d2llm.models.export.graphs import write_score_graph, write_text_graph
+from d2llm.models.export.head_weights import head_weights
+from d2llm.models.interaction import TASKS, CosineHead
+from d2llm.models.probabilities import write_calibration
+from d2llm.models.student import Student
+
+KIND = "export"
+FORMAT_VERSION = 1
+ExportFormat = Literal["onnx", "openvino", "numpy"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written: the files' names, and their bytes together."""
+
+    folder: Path
+    format: ExportFormat
+    precision: str
+    student_fingerprint: str
+    files: tuple[str, ...]
+    num_bytes: int
+
+
+def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
+    """Write a student for programs without d2llm into ``folder``, atomically.
+
+    What makes probabilities of its scores, where it has that, goes with it (``probabilities.json``).
+
+    Args:
+        student: what to write, in float32 on the CPU.
+        folder: where; an export that is already there is replaced.
+        to: ``onnx`` or ``openvino`` write the graphs (``models.export.graphs``) that make a text's vector and score
+            vectors in each task, with the tokenizer; ``numpy`` writes the head alone, as arrays and one Python file
+            that needs numpy and nothing else.
+        int8: products of eight bits in the graph that makes vectors (not of ``numpy``).
+
+    Raises:
+        InputError: ``folder`` holds something else, the format has no eight bits, or the student is not in float32.
+        ModelError: the backbone cannot be written as a graph.
+        MissingExtraError: what writes the format is not installed.
+    """
+    if int8 and to == "numpy":
+        raise InputError("the head in numpy computes in float32; leave int8 out")
+    precision, folder = "int8" if int8 else "float32", Path(folder)
+    with new_folder(folder, kind=KIND) as temporary:
+        if to == "numpy":
+            _write_numpy(student, temporary)
+        else:
+            _write_graphs(student, temporary, to, int8=int8)
+        write_calibration(temporary, student.calibration)
+        names = tuple(sorted(path.name for path in temporary.iterdir()))
+        write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
+    return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
+
+
+def _content(student: Student, to: ExportFormat, precision: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """What another program must know to use the files."""
+    head, backbone = student.interaction, student.backbone.config
+    content: dict[str, Any] = {
+        "format": to,
+        "precision": precision,
+        "student": student.fingerprint,
+        "dim": student.vector_dim,
+        "head": "cosine" if isinstance(head, CosineHead) else head.config.head,
+        "files": names,
+    }
+    if to == "numpy":
+        return content
+    reading = ("max_passage_tokens", "query_prefix", "passage_prefix")
+    used = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
+    read = {"max_query_tokens": search_query_tokens(backbone)} | {key: getattr(backbone, key) for key in reading}
+    return content | read | {"writers": used}
+
+
+def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) -> None:
+    openvino: Any = (
+        require("openvino", extra="export", purpose="writing OpenVINO's format") if to == "openvino" else None
+    )
+    write_text_graph(
+        student.backbone, student.pooling, student.interaction, folder / "text.onnx", int8_for=to if int8 else None
+    )
+    for task in TASKS:
+        write_score_graph(student.interaction, task, folder / f"score_{task}.onnx")
+    student.backbone.tokenizer.save_pretrained(folder)
+    if openvino is None:
+        return
+    for file in sorted(folder.glob("*.onnx")):
+        # Weights stay as they are: by default they would be kept as float16.
+        openvino.save_model(
+            openvino.Core().read_model(str(file)), str(file.with_suffix(".xml")), compress_to_fp16=False
+        )
+        file.unlink()
+
+
+def _write_numpy(student: Student, folder: Path) -> None:
+    with (folder / numpy_head.FILE_NAME).open("wb") as file:
+        # Uncompressed: the arrays are noise to a compressor, and are read three times as fast.
+        np.savez(file, allow_pickle=False, **head_weights(student.interaction))
+    (folder / "numpy_head.py").write_text(inspect.getsource(numpy_head), encoding="utf-8")

@@ -1,0 +1,147 @@
+"""A student as graphs in the ONNX format: from tokens to a vector, and from vectors to logits.
+
+Both are recorded from the student's own modules, so there is no second definition of what it computes. One ONNX file
+serves ONNX Runtime and OpenVINO alike.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.extras import require
+from d2llm.core.types import Task
+from d2llm.models.backbone import Backbone
+from d2llm.models.export.eight_bits import Runtime, quantise
+from d2llm.models.inference import inference
+from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.pooling import TextPooling, to_sphere
+from d2llm.ops.pooling import PoolingName, pool
+
+OPSET = 18
+"""Version of the ONNX operators: the first in which the exporter of torch has all that the models need."""
+
+
+class TextGraph(nn.Module):
+    """Token ids and mask [batch, tokens], padded on the right, to vectors [batch, dim]."""
+
+    def __init__(self, backbone: Backbone, pooling: TextPooling, *, on_sphere: bool) -> None:
+        super().__init__()
+        self.model, self.pooling = backbone.model, pooling
+        self._own: PoolingName = backbone.pooling
+        self._on_sphere = on_sphere
+        self.training = backbone.training  # a new module is in training mode, and would leave its parts in it
+
+    def forward(
+        self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Vectors of tokenized texts."""
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.bool()
+        vectors = self.pooling(states, mask, pool(states, mask, self._own))
+        return to_sphere(vectors) if self._on_sphere else vectors
+
+
+class ScoreGraph(nn.Module):
+    """Vectors of queries and passages to the logits [queries, passages] of one task."""
+
+    def __init__(self, head: Interaction | CosineHead, task: Task) -> None:
+        super().__init__()
+        self.head, self._task = head, task
+        self.training = head.training
+
+    def forward(
+        self, query_vectors: Float[Tensor, "queries dim"], passage_vectors: Float[Tensor, "passages dim"]
+    ) -> Float[Tensor, "queries passages"]:
+        """Logits of every query with every passage."""
+        return self.head(query_vectors, passage_vectors, self._task).logits
+
+
+def write_text_graph(
+    backbone: Backbone,
+    pooling: TextPooling,
+    head: Interaction | CosineHead,
+    file: Path,
+    *,
+    int8_for: Runtime | None = None,
+) -> None:
+    """Write what makes a text's vector, for any number of texts and tokens.
+
+    Args:
+        backbone: of the student; its weights must be float32 on the CPU.
+        pooling: of the student.
+        head: of the student; the cosine has its vectors on a sphere.
+        file: where to.
+        int8_for: the runtime whose form of eight bits the products are to have; by default they are float32.
+
+    Raises:
+        InputError: the student computes in another format or elsewhere.
+        ModelError: the backbone has parts that the format has not.
+        MissingExtraError: ``onnx`` or ``onnxruntime`` is not installed.
+    """
+    if backbone.device.type != "cpu" or backbone.compute_dtype != torch.float32:
+        raise InputError(
+            f"a graph is recorded from float32 weights on the CPU, and this student computes in "
+            f"{str(backbone.compute_dtype).removeprefix('torch.')} on {backbone.device.type}; load it with "
+            "device='cpu', dtype='float32'"
+        )
+    graph = TextGraph(backbone, pooling, on_sphere=isinstance(head, CosineHead))
+    # Not of one size in anything, so that nothing is taken for a constant, and with padding.
+    mask = torch.tensor([[1] * 16, [1] * 9 + [0] * 7, [1] * 3 + [0] * 13])
+    examples = {"input_ids": mask * 5, "attention_mask": mask}
+    free = {0: "batch", 1: "tokens"}
+    sizes = {"input_ids": free, "attention_mask": free, "vectors": {0: "batch"}}
+    config: Any = backbone.model.config
+    attention: str = config._attn_implementation
+    # The products written out: the runtimes join them again, and are no slower for it.
+    backbone.model.set_attn_implementation("eager")
+    try:
+        _record(graph, examples, "vectors", sizes, file)
+    finally:
+        backbone.model.set_attn_implementation(attention)
+    if int8_for is not None:
+        quantise(file, int8_for)
+
+
+def write_score_graph(head: Interaction | CosineHead, task: Task, file: Path) -> None:
+    """Write what scores vectors in one task, for any number of queries and passages.
+
+    Raises:
+        MissingExtraError: ``onnx`` is not installed.
+    """
+    examples = {"query_vectors": torch.ones(2, head.dim), "passage_vectors": torch.ones(3, head.dim)}
+    queries, passages = {0: "queries"}, {0: "passages"}
+    sizes = {"query_vectors": queries, "passage_vectors": passages, "logits": queries | {1: "passages"}}
+    _record(ScoreGraph(head, task), examples, "logits", sizes, file)
+
+
+def _record(
+    graph: nn.Module, examples: dict[str, Tensor], output: str, sizes: dict[str, dict[int, str]], file: Path
+) -> None:
+    require("onnx", extra="export", purpose="writing ONNX files")
+    with inference(graph), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the recorder, on every size that it turns into a constant
+        try:
+            # Not torch's newer exporter, which specialises the models' masks to the sizes of the example and needs
+            # another package.
+            torch.onnx.export(
+                graph,
+                tuple(examples.values()),
+                str(file),
+                input_names=list(examples),
+                output_names=[output],
+                dynamic_axes=sizes,
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ModelError(
+                f"this backbone cannot be written as an ONNX graph ({reason}); encode with torch"
+            ) from error

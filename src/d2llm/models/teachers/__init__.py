@@ -1,0 +1,1 @@
+"""Everything that reads query and passage together and gives log-odds, and what it is asked."""

@@ -1,0 +1,287 @@
+"""The teacher: an LLM that reads query and passage together and is asked for yes or no.
+
+Source: Liao et al., "D2LLM", ACL 2024, section 3.1.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from d2llm.core.errors import AnswerTokenError, InputError, ModelError
+from d2llm.core.fallbacks import count_fallback
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.types import Task
+from d2llm.models.inference import inference
+from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND
+from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.local import Answers, LocalTeacher
+from d2llm.models.teachers.prompts import Prompt, load_prompt
+from d2llm.models.teachers.shared_prefix import SharedPrefixes, why_not_shared
+from d2llm.ops.pooling import last_positions, to_right_padding
+
+_log = logging.getLogger(__name__)
+
+KIND = TEACHER_KIND
+FORMAT_VERSION = TEACHER_FORMAT_VERSION
+_PREFIX_TOKENS = 2048  # of all prefixes whose keys and values are held at a time
+
+_Split = tuple[tuple[int, ...], list[int]]
+"""An input in two: what it may share with others (all before the passage), and the rest."""
+
+
+class Teacher(LocalTeacher):
+    """A causal LLM as cross-encoder: one pass a pair, the answer read from the score token, nothing generated.
+
+    What comes before the passage is read once a query and used by all its candidates (``shared_prefix``).
+    """
+
+    kind = "causal"
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Load the LLM; see ``LocalTeacher``.
+
+        Raises:
+            ModelError: the model is no causal language model.
+        """
+        super().__init__(config, device=device, compute_dtype=compute_dtype)
+        self._head = AnswerHead(self._whole[0])
+        self._special_ids = self._leading_special_ids()
+        self.prompts: dict[Task, Prompt] = {
+            "symmetric": load_prompt(self.config.prompt, "symmetric"),
+            "asymmetric": load_prompt(self.config.prompt, "asymmetric"),
+        }
+        self._answer_ids = {task: self._find_answers(prompt) for task, prompt in self.prompts.items()}
+        self._require_causal()
+        self._no_sharing: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return int(cast(Any, self.model).config.get_text_config().hidden_size)
+
+    def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
+        """Token ids of each whole input, and how many pairs lost text to the length limit.
+
+        What is over the limit is cut from the end of the passage; a query that alone would leave the passage less than
+        half of the room is cut to that half. The prompt and the position of the answer are never touched.
+
+        Raises:
+            InputError: the prompt alone fills ``max_tokens``.
+        """
+        inputs, num_truncated = self._tokenize_in_two(pairs, task)
+        return [[*prefix, *suffix] for prefix, suffix in inputs], num_truncated
+
+    def forward(
+        self, token_ids: Int[Tensor, "pairs tokens"], mask: Bool[Tensor, "pairs tokens"], task: Task
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"]]:
+        """Log-odds logit_yes - logit_no, and the last-layer state of the score token, both float32.
+
+        Of the language-model head only the two answer rows are used: no tensor of the vocabulary's size is made.
+        """
+        token_ids, mask = to_right_padding(token_ids, mask)
+        with self._number_format():
+            states = self.model(input_ids=token_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)
+        return self._answer(states[rows, last_positions(mask)], task)
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs, in batches of like length; the result is in the order of ``pairs``.
+
+        Pairs of the same query share the work of reading it, so give them in one call.
+
+        Args:
+            pairs: query text and full passage text.
+            task: which question to ask.
+            with_features: also return the features, [pairs, dim].
+            advance: called with the number of pairs finished.
+        """
+        inputs, num_truncated = self._tokenize_in_two(pairs, task)
+        answers = Answers(len(pairs), self.dim if with_features else None)
+        together = self._sharing(inputs)
+        for prefixes, places in together:
+            self._judge_behind(prefixes, places, inputs, task, answers, advance)
+        shared = {place for _, places in together for place in places}
+        alone = [place for place in range(len(inputs)) if place not in shared]
+        self._judge_whole([[*prefix, *suffix] for prefix, suffix in inputs], alone, task, answers, advance)
+        num_tokens = sum(len(prefix) + len(suffix) for prefix, suffix in inputs)
+        return Judgements(answers.log_odds, answers.features, num_truncated, num_tokens)
+
+    def why_not_shared(self) -> str:
+        """Why the work of reading a query cannot be shared with this architecture; empty where it can."""
+        if self._no_sharing is None:
+            tokens = self._ids(
+                ["The quick brown fox jumps over the lazy dog while two old cats sleep in the sun. " * 2]
+            )
+            with inference(self), self._number_format():
+                self._no_sharing = why_not_shared(self.model, tokens[0], padding=self._padding, device=self.device)
+            if self._no_sharing:
+                count_fallback("shared prefixes of a teacher")
+                _log.info("'%s' reads every pair from its beginning: %s", self.config.model, self._no_sharing)
+        return self._no_sharing
+
+    def _judging_part(self, whole: Any) -> nn.Module:
+        return whole.base_model
+
+    def _answer(
+        self, states: Float[Tensor, "pairs dim"], task: Task
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"]]:
+        features = states.float()
+        logits = self._head(features, self._answer_ids[task])
+        return logits[:, 0] - logits[:, 1], features
+
+    def _sharing(self, inputs: Sequence[_Split]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
+        """Groups of prefixes that several inputs begin with, and the places of these inputs."""
+        counts = Counter(prefix for prefix, _ in inputs)
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, (prefix, _) in enumerate(inputs):
+            if counts[prefix] > 1:
+                places.setdefault(prefix, []).append(place)
+        if not places or self.why_not_shared():
+            return []
+        return [(group, [place for prefix in group for place in places[prefix]]) for group in _groups(list(places))]
+
+    def _judge_behind(
+        self,
+        prefixes: list[tuple[int, ...]],
+        places: list[int],
+        inputs: Sequence[_Split],
+        task: Task,
+        answers: Answers,
+        advance: Callable[[int], None] | None,
+    ) -> None:
+        """Read the prefixes once, and behind them what is each input's own."""
+        row_of = {prefix: row for row, prefix in enumerate(prefixes)}
+        with inference(self), self._number_format():
+            shared = SharedPrefixes(self.model, prefixes, padding=self._padding, device=self.device)
+            for chosen in self._batches(places, [len(inputs[place][1]) for place in places]):
+                rows = [row_of[inputs[place][0]] for place in chosen]
+                answers.put(chosen, *self._answer(shared.last_states(rows, [inputs[p][1] for p in chosen]), task))
+                if advance is not None:
+                    advance(len(chosen))
+
+    def _tokenize_in_two(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[_Split], int]:
+        prompt = self.prompts[task]
+        head, middle, tail = self._ids([prompt.head, prompt.middle, prompt.tail])
+        room = self.config.max_tokens - len(self._special_ids) - len(head) - len(middle) - len(tail)
+        if room < 2:
+            raise InputError(
+                f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone takes "
+                f"{self.config.max_tokens - room} tokens; raise max_tokens or use a shorter prompt"
+            )
+        # Each text is tokenized once however many pairs it is in.
+        queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True)) if pairs else ([], [])
+        query_ids = dict(zip(queries, self._ids([prompt.space + query for query in queries]), strict=True))
+        passage_ids = dict(zip(passages, self._ids([prompt.space + passage for passage in passages]), strict=True))
+        in_prompt = self._ids([prompt.space + query + prompt.middle for query in queries] if prompt.space else [])
+        whole_queries = dict(zip(queries, in_prompt, strict=False))
+        inputs: list[_Split] = []
+        num_truncated = 0
+        for query, passage in pairs:
+            own_query, own_passage = query_ids[query], passage_ids[passage]
+            kept_query = own_query[: max(room // 2, room - len(own_passage))]
+            kept_passage = own_passage[: room - len(kept_query)]
+            is_cut = len(kept_query) < len(own_query)
+            num_truncated += is_cut or len(kept_passage) < len(own_passage)
+            asked = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]
+            inputs.append(((*self._special_ids, *head, *asked), [*kept_passage, *tail]))
+        return inputs, num_truncated
+
+    def _require_causal(self) -> None:
+        """What an encoder says at the last position is no answer; told by whether a token sees the one after it."""
+        yes, no = self._answer_ids["asymmetric"]
+        with inference(self):
+            inputs = torch.tensor([[yes, yes], [yes, no]], device=self.device)
+            first = self.model(input_ids=inputs, use_cache=False).last_hidden_state[:, 0].float()
+        if (first[0] - first[1]).norm() > 0.01 * first[0].norm():
+            raise ModelError(f"'{self.config.model}' is no causal language model: its tokens see the ones after them")
+
+    def _leading_special_ids(self) -> list[int]:
+        """What the tokenizer puts before a text; what it puts after one has no place before the answer."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
+
+    def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
+        tail, with_yes, with_no = self._ids([prompt.tail, prompt.tail + prompt.yes, prompt.tail + prompt.no])
+        found: list[int] = []
+        for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
+            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
+                tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
+                raise AnswerTokenError(
+                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token after the prompt for "
+                    f"the tokenizer of '{self.config.model}': alone it gives {tokens}; use a prompt file with answer "
+                    "words that are one token each (mind the space before the word)"
+                )
+            found.append(ids[-1])
+        if found[0] == found[1]:
+            raise AnswerTokenError(
+                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
+                f"'{self.config.model}'; use a prompt file with two distinct words"
+            )
+        return found[0], found[1]
+
+
+def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prefixes in their order, as many at a time as may be held."""
+    group: list[tuple[int, ...]] = []
+    longest = 0
+    for prefix in prefixes:
+        longest = max(longest, len(prefix))
+        if group and longest * (len(group) + 1) > _PREFIX_TOKENS:
+            yield group
+            group, longest = [], len(prefix)
+        group.append(prefix)
+    if group:
+        yield group
+
+
+class AnswerHead(nn.Module):
+    """Logits of a few tokens only: no tensor of the vocabulary's size is ever made.
+
+    It does what the model's own ``forward`` does between last state and logits: the linear layer with or without bias,
+    the constant factor of some models (Cohere, Granite, Falcon-H1), the soft cap of others (Gemma).
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        config = language_model.config.get_text_config()
+        self._linear = cast(nn.Linear, language_model.get_output_embeddings())
+        self._scale = _scale(config)
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        self._softcap: float | None = softcap
+
+    def forward(self, states: Float[Tensor, "pairs dim"], token_ids: tuple[int, ...]) -> Float[Tensor, "pairs answers"]:
+        """Logits of the tokens ``token_ids`` after each state, float32."""
+        rows = torch.tensor(token_ids, device=states.device)
+        bias = cast("Tensor | None", self._linear.bias)
+        logits = nn.functional.linear(
+            states.float(), self._linear.weight[rows].float(), None if bias is None else bias[rows].float()
+        )
+        logits = logits * self._scale
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+
+def _scale(config: Any) -> float:
+    """The constant factor of a model's logits."""
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    if config.model_type != "hyperclovax":  # the others divide by what they call so
+        scaling = 1.0 / scaling
+    return (
+        scaling * (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+    )

@@ -1,0 +1,170 @@
+"""A bi-encoder as a teacher: the score of two vectors as log-odds, before any calibration."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME, read_manifest
+from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig, TeacherConfig
+from d2llm.core.shipped import shipped_models
+from d2llm.core.types import Task
+from d2llm.models.backbone import TextKind
+from d2llm.models.sources import find_model, fingerprint_model
+from d2llm.models.student import Student, find_student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
+from d2llm.models.teachers.identity import TeacherIdentity
+from d2llm.models.teachers.judge import Judgements, TextPair
+
+_KEPT_NUMBERS = 1 << 24  # of vectors that are kept for the next call: 64 MB of float32
+_TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
+
+
+class CosineTeacher:
+    """A student, or a backbone's own cosine, asked like any teacher. It has no features of a pair.
+
+    ``log_odds`` are the student's own logits, t cos(a, b) for a cosine; ``ops.stacking`` calibrates them. Each text is
+    encoded once a call, and the vectors used last are kept for the next.
+    """
+
+    def __init__(self, student: Student, *, fingerprint: str | None = None) -> None:
+        """Wrap a student; ``fingerprint`` is the student's unless given."""
+        self.student = student
+        self._fingerprint = fingerprint or student.fingerprint
+        self._kept: dict[TextKind, _Vectors] = {
+            "query": _Vectors(_KEPT_NUMBERS // student.vector_dim),
+            "passage": _Vectors(_KEPT_NUMBERS // student.vector_dim),
+        }
+
+    @classmethod
+    def load(cls, config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> CosineTeacher:
+        """Load a student (folder or name), or else the cosine of a pretrained backbone with its own pooling.
+
+        The teacher's ``prompt`` and ``max_tokens`` do not apply: a student has its own limits, a backbone the defaults.
+
+        Raises:
+            ModelNotFoundError: neither a student nor pretrained weights.
+            ModelError: the weights are not those of a bi-encoder.
+        """
+        if _is_student(config.model):
+            return cls(Student.load(config.model, device=device, dtype=dtype))
+        student = Student.create(_plain_student(config.model), device=device, dtype=dtype)
+        return cls(student, fingerprint=cls.identify(config).fingerprint)
+
+    @staticmethod
+    def identify(config: TeacherConfig) -> TeacherIdentity:
+        """The identity that ``load(config)`` has, found without loading the model.
+
+        Raises:
+            ModelNotFoundError: neither a student nor pretrained weights.
+        """
+        prompts: dict[Task, str] = {task: _question(task) for task in _TASKS}
+        if _is_student(config.model):
+            manifest = read_manifest(find_student(config.model), KIND, FORMAT_VERSION)
+            return TeacherIdentity(str(manifest["fingerprint"]), prompts)
+        settings = _plain_student(config.model).model_dump(mode="json")
+        settings["backbone"]["model"] = fingerprint_model(find_model(config.model))
+        return TeacherIdentity(fingerprint_json(["cosine", settings]), prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """The student's own, so that it changes with its weights."""
+        return self._fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """It asks nothing, but may score the two tasks differently."""
+        return _question(task)
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,  # noqa: ARG002 - it has none
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Score pairs by their vectors; ``advance`` is called with the number of pairs of each query."""
+        queries, num_query_tokens = self._encode([query for query, _ in pairs], "query")
+        passages, num_passage_tokens = self._encode([passage for _, passage in pairs], "passage")
+        rows: dict[str, list[int]] = {}
+        for row, (query, _) in enumerate(pairs):
+            rows.setdefault(query, []).append(row)
+        log_odds = np.empty(len(pairs), np.float32)
+        for query, of_query in rows.items():
+            vectors = np.stack([passages[pairs[row][1]].vector for row in of_query])
+            log_odds[of_query] = self.student.score(queries[query].vector, vectors, task)
+            if advance is not None:
+                advance(len(of_query))
+        num_truncated = sum(queries[query].is_cut or passages[passage].is_cut for query, passage in pairs)
+        return Judgements(log_odds, None, num_truncated, num_query_tokens + num_passage_tokens)
+
+    def _encode(self, texts: Sequence[str], kind: TextKind) -> tuple[dict[str, _Encoded], int]:
+        """Each different text with its vector, and how many tokens were read for those not kept from before."""
+        kept = self._kept[kind]
+        found = {text: kept.get(text) for text in dict.fromkeys(texts)}
+        new = [text for text, encoded in found.items() if encoded is None]
+        num_tokens = 0
+        if new:
+            encoded = (self.student.encode_queries if kind == "query" else self.student.encode_passages)(new)
+            cut = self._cut_texts(new, kind) if encoded.num_truncated else frozenset[str]()
+            num_tokens = encoded.num_tokens
+            # Copies: a row that is kept must not keep the whole array.
+            vectors = (vector.copy() for vector in encoded.vectors)
+            found |= {text: _Encoded(vector, text in cut) for text, vector in zip(new, vectors, strict=True)}
+        known = {text: encoded for text, encoded in found.items() if encoded is not None}
+        kept.put(known)
+        return known, num_tokens
+
+    def _cut_texts(self, texts: Sequence[str], kind: TextKind) -> frozenset[str]:
+        """The texts that lost their end. Encoding tells only how many; whichever was cut has the greatest length."""
+        lengths = self.student.tokenize(texts, kind).lengths
+        full = [text for text, length in zip(texts, lengths, strict=True) if length == max(lengths)]
+        return frozenset(text for text in full if self.student.tokenize([text], kind).num_truncated)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """The vector [dim] of a text, and whether the text was cut."""
+
+    vector: NDArray[np.float32]
+    is_cut: bool
+
+
+class _Vectors:
+    """The texts used last, ``size`` of them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._encoded: OrderedDict[str, _Encoded] = OrderedDict()
+
+    def get(self, text: str) -> _Encoded | None:
+        return self._encoded.get(text)
+
+    def put(self, used: dict[str, _Encoded]) -> None:
+        for text, encoded in used.items():
+            self._encoded[text] = encoded
+            self._encoded.move_to_end(text)
+        while len(self._encoded) > self._size:
+            self._encoded.popitem(last=False)
+
+
+def _is_student(model: str) -> bool:
+    return (Path(model) / FILE_NAME).is_file() or model in shipped_models("students")
+
+
+def _plain_student(model: str) -> StudentConfig:
+    return StudentConfig(
+        backbone=BackboneConfig(model=model, tuning="frozen"),
+        pooling=PoolingConfig(method="backbone"),
+        interaction=InteractionConfig(head="cosine"),
+    )
+
+
+def _question(task: Task) -> str:
+    return f"vectors-{task}"

@@ -1,0 +1,144 @@
+"""Which teacher, asked what: the key of its labels, found without loading the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from d2llm.core.errors import DataFormatError, ModelError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.shipped import shipped_models
+from d2llm.core.types import Task
+from d2llm.models.sources import find_model, find_model_file, fingerprint_model
+from d2llm.models.teachers.prompts import load_prompt
+
+TEACHER_KIND = "teacher"
+TEACHER_FORMAT_VERSION = 1
+LOCAL_KINDS = frozenset({"causal", "seq2seq", "classifier"})
+_OTHER_KINDS = frozenset({"remote", "cosine", "stack"})
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherIdentity:
+    """Fingerprint of a teacher's weights, and of the question it is asked for each task."""
+
+    fingerprint: str
+    prompts: Mapping[Task, str]
+
+
+def find_tuned_teacher(model: str) -> Path | None:
+    """The folder of a tuned teacher: a folder that ``Teacher.save`` wrote, or a shipped teacher by its name."""
+    if (Path(model) / FILE_NAME).is_file():
+        return Path(model)
+    return shipped_models("teachers").get(model)
+
+
+def find_kind(config: TeacherConfig) -> str:
+    """The kind of teacher that ``config`` names; for ``auto``, what its folder says.
+
+    A tuned teacher is of the kind it was tuned as, a student stands for its cosine; of pretrained weights config.json
+    names the architecture.
+
+    Raises:
+        ModelNotFoundError: no usable weights there.
+        ModelError: config.json is damaged.
+        DataFormatError: the manifest of a tuned teacher is damaged.
+    """
+    if config.kind != "auto":
+        return config.kind
+    folder = find_tuned_teacher(config.model)
+    if folder is not None:
+        manifest = read_any_manifest(folder, TEACHER_KIND)
+        kind = str(manifest.get("kind"))
+        if kind != TEACHER_KIND:
+            return {"student": "cosine"}.get(kind, kind if kind in _OTHER_KINDS else "causal")
+        config = _config(folder, manifest)
+        return config.kind if config.kind != "auto" else "causal"
+    config_file = find_model_file(find_model(config.model), "config.json")
+    if config_file is None:
+        return "causal"
+    try:
+        settings = dict(json.loads(config_file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{config_file}: is no model's configuration ({error}); fetch or restore it") from error
+    architecture = str((settings.get("architectures") or [""])[0])
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
+    return "seq2seq" if settings.get("is_encoder_decoder") else "causal"
+
+
+@dataclass(frozen=True, slots=True)
+class TunedTeacher:
+    """What the manifest of a tuned teacher says.
+
+    ``base_fingerprint`` is that of the weights its adapter belongs to; None where the folder holds the whole model
+    (``config.model`` is that folder then).
+    """
+
+    folder: Path
+    config: TeacherConfig
+    fingerprint: str
+    base_fingerprint: str | None
+
+
+def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
+    """The tuned teacher that ``config.model`` names, or None where it names something else.
+
+    Raises:
+        DataFormatError: the folder's manifest cannot be read, or is of something else.
+    """
+    folder = find_tuned_teacher(config.model)
+    if folder is None:
+        return None
+    manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
+    own = _config(folder, manifest)
+    if manifest.get("holds") == "model":
+        own = own.model_copy(update={"model": str(folder)})
+        return TunedTeacher(folder, own, str(manifest["fingerprint"]), None)
+    return TunedTeacher(folder, own, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))
+
+
+def _config(folder: Path, manifest: Mapping[str, Any]) -> TeacherConfig:
+    try:
+        return TeacherConfig.model_validate(manifest.get("config"))
+    except ValidationError as error:
+        raise DataFormatError(
+            folder / FILE_NAME, "says nothing of the teacher that can be read; restore the folder"
+        ) from error
+
+
+def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
+    """The identity that a teacher of local weights (``LOCAL_KINDS``) loaded from ``config`` has.
+
+    Raises:
+        ModelNotFoundError: no usable weights there.
+        InputError: no such prompt set.
+    """
+    kind = find_kind(config)
+    tuned = read_tuned_teacher(config)
+    fingerprint = tuned.fingerprint if tuned else fingerprint_model(find_model(config.model))
+    own = tuned.config if tuned else config
+    return TeacherIdentity(
+        fingerprint,
+        {
+            "symmetric": fingerprint_prompt(own, "symmetric", kind=kind),
+            "asymmetric": fingerprint_prompt(own, "asymmetric", kind=kind),
+        },
+    )
+
+
+def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:
+    """Identity of the question put for ``task``; the length limit is part of it, since it decides what is read.
+
+    A classifier is asked nothing: which of its classes means yes takes the question's place.
+    """
+    if kind == "classifier":
+        return fingerprint_json([kind, config.positive_label, config.max_tokens])
+    return fingerprint_json([load_prompt(config.prompt, task).fingerprint, config.max_tokens])

@@ -1,0 +1,114 @@
+"""What every kind of teacher is to the verbs: something that reads query and passage together and gives log-odds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.types import Task
+from d2llm.models.teachers.identity import (
+    LOCAL_KINDS,
+    TeacherIdentity,
+    find_kind,
+    find_tuned_teacher,
+    identify_local_teacher,
+)
+
+TextPair = tuple[str, str]
+"""Query text and full passage text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgements:
+    """What a teacher said of n pairs: log-odds of yes over no, and features of the score token where it has any."""
+
+    log_odds: Float32[np.ndarray, " pairs"]
+    features: Float32[np.ndarray, "pairs dim"] | None
+    num_truncated: int
+    num_tokens: int
+    num_bounded: int = 0
+    """Log-odds that are only a bound: a remote teacher did not say one of the two probabilities."""
+    num_undecided: int = 0
+    """Pairs without any answer, taken as log-odds 0: a remote teacher said neither."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A teacher of any kind."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two teachers are the same."""
+        ...
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Tells whether two ask the same question."""
+        ...
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs; the result is in their order.
+
+        Args:
+            pairs: query text and full passage text.
+            task: which question to ask.
+            with_features: also return the features, [pairs, dim], where this kind of teacher has any.
+            advance: called with the number of pairs finished.
+        """
+        ...
+
+
+def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Judge:
+    """Load the teacher that ``config`` names, of whatever kind it is.
+
+    Raises:
+        ModelNotFoundError: no usable weights there.
+        ModelError: what is there is no teacher of that kind.
+        InputError: its head is new and was never tuned.
+    """
+    if config.new_head and find_tuned_teacher(config.model) is None:
+        raise InputError(
+            f"teacher '{config.model}' has a new head, which says nothing until it is tuned; run tune-teacher first"
+        )
+    return _teacher_class(config).load(config, device=device, dtype=dtype)
+
+
+def identify_judge(config: TeacherConfig) -> TeacherIdentity:
+    """The identity that ``load_judge(config)`` has, found without loading the model.
+
+    Raises:
+        ModelNotFoundError: no usable weights there.
+        InputError: no such prompt set.
+    """
+    if find_kind(config) in LOCAL_KINDS:  # without importing torch's models
+        return identify_local_teacher(config)
+    return _teacher_class(config).identify(config)
+
+
+def _teacher_class(config: TeacherConfig) -> Any:
+    """The class of the teacher's kind, imported only when it is needed."""
+    module, name = _CLASSES[find_kind(config)]
+    return getattr(importlib.import_module(f"d2llm.models.teachers.{module}"), name)
+
+
+_CLASSES = {
+    "causal": ("causal", "Teacher"),
+    "seq2seq": ("seq2seq", "Seq2SeqTeacher"),
+    "classifier": ("classifier", "ClassifierTeacher"),
+    "remote": ("remote", "RemoteTeacher"),
+    "cosine": ("cosine", "CosineTeacher"),
+    "stack": ("stacked", "StackedTeacher"),
+}

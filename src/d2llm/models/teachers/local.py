@@ -1,0 +1,308 @@
+"""What teachers of local weights have in common: loading, identity, batches, tuning and saving.
+
+Pretrained weights, an adapter on them, or a whole tuned model: ``TeacherConfig.model`` names any of the three.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError, MismatchError
+from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
+from d2llm.core.manifest import write_manifest
+from d2llm.core.recipe import LoraConfig, TeacherConfig
+from d2llm.core.types import Task
+from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
+from d2llm.models.inference import inference
+from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
+from d2llm.models.sources import (
+    find_model,
+    fingerprint_model,
+    load_pretrained,
+    load_tensors,
+    load_tokenizer,
+    quiet_transformers,
+    readable_tokens,
+)
+from d2llm.models.teachers.identity import (
+    TEACHER_FORMAT_VERSION,
+    TEACHER_KIND,
+    TeacherIdentity,
+    fingerprint_prompt,
+    identify_local_teacher,
+    read_tuned_teacher,
+)
+from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.ops.batching import pad_right, token_budget_batches
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T", bound="LocalTeacher")
+_ADAPTER_FILE = "adapter.safetensors"
+_BATCH_TOKENS = {"cpu": 512}  # as fast a token as larger ones, and with fewer pairs at a time less is padding
+_BATCH_TOKENS_ELSEWHERE, _BATCH_PAIRS = 8192, 64
+
+
+class Answers:
+    """Room for the judgements of n pairs, filled batch by batch."""
+
+    def __init__(self, num_pairs: int, dim: int | None) -> None:
+        self.log_odds: NDArray[np.float32] = np.empty(num_pairs, dtype=np.float32)
+        self.features: NDArray[np.float32] | None = (
+            None if dim is None else np.empty((num_pairs, dim), dtype=np.float32)
+        )
+
+    def put(
+        self, pairs: Sequence[int], log_odds: Float[Tensor, " pairs"], features: Float[Tensor, "pairs dim"] | None
+    ) -> None:
+        """Put in what was said of some pairs, given by their places."""
+        self.log_odds[pairs] = log_odds.cpu().numpy()
+        if self.features is not None and features is not None:
+            self.features[pairs] = features.cpu().numpy()
+
+
+class LocalTeacher(nn.Module):
+    """A pretrained model that judges pairs; its kinds differ in how they ask and where they read the answer."""
+
+    kind: ClassVar[Literal["causal", "seq2seq", "classifier"]]
+    _auto_class: ClassVar[str]
+    """The class of ``transformers`` that loads it."""
+    _no_tuning: ClassVar[str] = ""
+    """Why this kind is not tuned; empty where it is."""
+
+    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped teacher.
+
+        Raises:
+            ModelNotFoundError: no usable weights there.
+            ModelError: it is no model of this kind, or the tuned adapter cannot be read.
+            MismatchError: the folder's teacher was tuned on other weights than its base model's name gives here.
+            AnswerTokenError: an answer word is not one distinct token.
+            InputError: no such prompt set, or ``max_tokens`` is more than the model reads.
+        """
+        super().__init__()
+        import transformers
+
+        tuned = read_tuned_teacher(config)
+        self.config = (tuned.config if tuned else config).model_copy(update={"kind": self.kind})
+        asked = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
+        if tuned and any(getattr(self.config, name) != getattr(config, name) for name in asked):
+            _log.warning(
+                "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
+                *(tuned.folder, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),
+            )
+        self.compute_dtype = compute_dtype
+        self.location = find_model(self.config.model)
+        self.base_fingerprint = fingerprint_model(self.location)
+        if tuned and tuned.base_fingerprint not in (None, self.base_fingerprint):
+            raise MismatchError(
+                f"{tuned.folder}: the teacher was tuned on weights {tuned.base_fingerprint} of '{self.config.model}', "
+                f"but here that name gives {self.base_fingerprint}; use the same weights"
+            )
+        self.fingerprint: str = tuned.fingerprint if tuned else self.base_fingerprint
+        self.tokenizer = load_tokenizer(self.location)
+        auto_class = getattr(transformers, self._auto_class)
+        whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **self._head_options())
+        whole = whole.to(device).eval().requires_grad_(False)
+        self._whole = (whole,)  # in a tuple: its weights are registered once, where they are used
+        self.model: nn.Module = self._judging_part(whole)
+        self._merged_adapter: dict[str, Tensor] = (
+            load_tensors(tuned.folder / _ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
+            if tuned and tuned.base_fingerprint is not None
+            else {}
+        )
+        merge_adapter(self.model, self._merged_adapter)
+        self._check_length(whole.config)
+        self._lora: LoraConfig | None = None
+        self._is_tuned_whole = False
+
+    @classmethod
+    def load(
+        cls: type[_T],
+        config: TeacherConfig,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> _T:
+        """Load a teacher on the device and in the number format that this machine is fast with, or as asked."""
+        chosen = choose_device(device)
+        return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+
+    @classmethod
+    def identify(cls, config: TeacherConfig) -> TeacherIdentity:
+        """The identity of what ``load(config)`` gives, without loading it."""
+        return identify_local_teacher(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dim(self) -> int | None:
+        """Width of the features; None where this model has none."""
+        raise NotImplementedError
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Identity of the question put for ``task`` (the truncation length is part of it)."""
+        return fingerprint_prompt(self.config, task, kind=self.kind)
+
+    def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[Any], int]:
+        """What ``pad`` takes, one item a pair with its tokens for length, and how many pairs lost text to the limit."""
+        raise NotImplementedError
+
+    def pad(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """What ``tokenize`` gave as tensors for ``forward``."""
+        return self._pad(inputs)
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "pairs tokens"], Bool[Tensor, "pairs tokens"]]:
+        return pad_right(rows, self._padding, self.device)
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs, in batches of like length; the result is in the order of ``pairs``.
+
+        Args:
+            pairs: query text and full passage text.
+            task: which question to ask.
+            with_features: also return the features, [pairs, dim], where the model has any.
+            advance: called with the number of pairs finished.
+        """
+        inputs, num_truncated = self.tokenize(pairs, task)
+        answers = Answers(len(pairs), self.dim if with_features else None)
+        self._judge_whole(inputs, range(len(inputs)), task, answers, advance)
+        num_tokens = sum(map(len, inputs))
+        return Judgements(answers.log_odds, answers.features, num_truncated, num_tokens)
+
+    def prepare_training(self, lora: LoraConfig, *, tuning: Literal["lora", "full"] = "lora", seed: int = 0) -> None:
+        """Attach trainable adapters while everything else stays frozen, or make every weight trainable.
+
+        Raises:
+            InputError: this kind of teacher is not tuned, or every weight shall be and they are not float32.
+        """
+        if self._no_tuning:
+            raise InputError(
+                f"'{self.config.model}' is a {self.kind} model, which is not tuned here ({self._no_tuning}); tune a "
+                "causal model or a classifier, or use this one as it is"
+            )
+        if tuning == "full":
+            if next(self.model.parameters()).dtype != torch.float32:
+                raise InputError("tuning every weight needs them in float32; load the teacher with dtype='float32'")
+            self._is_tuned_whole = True
+            self._whole[0].requires_grad_(True)
+        else:
+            self._lora = lora
+            attach_lora(self.model, lora, seed=seed)
+        use_plain_attention_on_cpu(self._whole[0])
+
+    def train(self: _T, mode: bool = True) -> _T:
+        """Switch training mode; with LoRA only the adapters' own dropout is switched on."""
+        super().train(mode)
+        if not self._is_tuned_whole:
+            train_adapters_only(self.model, mode)
+        return self
+
+    def save(self, folder: Path, content: dict[str, Any]) -> str:
+        """Write what tuning changed (an adapter, or the whole model) and manifest; returns the tuned fingerprint.
+
+        Args:
+            folder: where to write, existing; ``TeacherConfig(model=str(folder))`` loads it again.
+            content: what the manifest should say besides (data, figures).
+        """
+        if self._is_tuned_whole:
+            with quiet_transformers():
+                self._whole[0].save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            self.fingerprint = fingerprint_model(str(folder))
+        else:
+            save_file(self.tuned_state(), folder / _ADAPTER_FILE)
+            self.fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
+        write_manifest(
+            folder,
+            TEACHER_KIND,
+            TEACHER_FORMAT_VERSION,
+            {
+                **content,
+                "fingerprint": self.fingerprint,
+                "base_fingerprint": self.base_fingerprint,
+                "holds": "model" if self._is_tuned_whole else "adapter",
+                "config": self.config.model_dump(),
+                "lora": self._lora.model_dump() if self._lora else None,
+            },
+        )
+        return self.fingerprint
+
+    def tuned_state(self) -> dict[str, Tensor]:
+        """What tuning changed since the pretrained weights, as an adapter of plain tensors."""
+        return join_adapters(self._merged_adapter, adapter_state(self.model))
+
+    def _head_options(self) -> dict[str, Any]:
+        """What ``load_pretrained`` needs to know of the layers that the answer goes through."""
+        return {}
+
+    def _judging_part(self, whole: Any) -> nn.Module:
+        """The part of the model that adapters go into."""
+        return cast(nn.Module, whole)
+
+    def _judge_whole(
+        self,
+        inputs: Sequence[Any],
+        places: Sequence[int],
+        task: Task,
+        answers: Answers,
+        advance: Callable[[int], None] | None,
+    ) -> None:
+        """Judge those of the inputs that ``places`` names, each from its first token to its last."""
+        for chosen in self._batches(places, [len(inputs[place]) for place in places]):
+            with inference(self):
+                log_odds, features = self(*self.pad([inputs[place] for place in chosen]), task)
+            answers.put(chosen, log_odds, features)
+            if advance is not None:
+                advance(len(chosen))
+
+    def _batches(self, places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Places of inputs of like length that are read together."""
+        max_tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE)
+        for batch in token_budget_batches(lengths, max_tokens=max_tokens, max_items=_BATCH_PAIRS):
+            yield [places[index] for index in batch]
+
+    @property
+    def _padding(self) -> int:
+        return cast(int, self.tokenizer.pad_token_id or 0)
+
+    def _number_format(self) -> torch.autocast:
+        """Mixed formats only where trained weights are more exact than the others; else the weights' own is used."""
+        mixed = self.compute_dtype != torch.float32 and (self._lora is not None or self._is_tuned_whole)
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
+
+    def _check_length(self, model_config: Any) -> None:
+        readable = readable_tokens(model_config)
+        if readable is not None and self.config.max_tokens > readable:
+            raise InputError(
+                f"max_tokens is {self.config.max_tokens}, but '{self.config.model}' reads at most {readable} tokens; "
+                f"set max_tokens to {readable} or less"
+            )
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return cast(
+            "list[list[int]]",
+            self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+        )

@@ -1,0 +1,99 @@
+"""The teacher's questions: templates from the data files beside this one, or from the user's own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Task
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_KEYS = {"template", "yes", "no"}
+_SWITCH = "spaced"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A template cut at its two slots: ``head`` query ``middle`` passage ``tail``, and the two answer words.
+
+    ``space`` goes before query and passage. It is " " where the template asks for that (``spaced``): tokenizers of LLMs
+    join the space before a word with the word, and a model that was tuned on whole texts expects these tokens.
+    """
+
+    head: str
+    middle: str
+    tail: str
+    yes: str
+    no: str
+    space: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the question: labels asked with another text are other labels."""
+        spaced = [self.space] if self.space else []
+        return fingerprint_json([self.head, self.middle, self.tail, self.yes, self.no, *spaced])
+
+    def fill(self, query: str, passage: str) -> str:
+        """The whole text, for models that are given it in one piece."""
+        return f"{self.head}{self.space}{query}{self.middle}{self.space}{passage}{self.tail}"
+
+
+def load_prompt(name: str, task: Task) -> Prompt:
+    """The prompt set ``name`` for ``task``: one shipped with d2llm, or a TOML file with a section per task.
+
+    Raises:
+        InputError: no such set, or a template without ``{query}`` before ``{passage}``.
+    """
+    if name.endswith(".toml"):
+        section, where = _read_file(Path(name), task), f"{name}: [{task}]"
+    else:
+        sets = tomllib.loads((files("d2llm.models.teachers.prompts") / f"{task}.toml").read_text(encoding="utf-8"))
+        if name not in sets:
+            raise InputError(f"no prompt set '{name}'; use one of {', '.join(sets)}, or the path of a TOML file")
+        section, where = sets[name], f"prompt set '{name}' ({task})"
+    return _parse(section, where)
+
+
+def _read_file(path: Path, task: Task) -> dict[str, Any]:
+    try:
+        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path of the prompt file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}; correct it there") from error
+    if task not in sections:
+        raise InputError(f"{path}: no section [{task}]; add one with the keys template, yes, no")
+    if not isinstance(sections[task], dict):
+        raise InputError(f"{path}: '{task}' should be a table: write [{task}] and below it template, yes, no")
+    return sections[task]
+
+
+def _parse(section: dict[str, Any], where: str) -> Prompt:
+    if set(section) - {_SWITCH} != _KEYS:
+        raise InputError(f"{where}: needs exactly the keys template, yes, no; found {', '.join(sorted(section))}")
+    if not all(isinstance(section[key], str) for key in _KEYS):
+        raise InputError(f"{where}: template, yes and no must be texts in quotes")
+    if not isinstance(spaced := section.get(_SWITCH, False), bool):
+        raise InputError(f"{where}: {_SWITCH} must be true or false")
+    template: str = section["template"]
+    head, query_slot, rest = template.partition("{query}")
+    middle, passage_slot, tail = rest.partition("{passage}")
+    if not query_slot or not passage_slot or not tail:
+        raise InputError(f"{where}: the template needs {{query}}, then {{passage}}, then the question")
+    head = head.lstrip("\n")
+    if not spaced:
+        return Prompt(head, middle, tail, section["yes"], section["no"])
+    if not head.endswith(" ") or not middle.endswith(" "):
+        raise InputError(f"{where}: with {_SWITCH}, a space must stand before {{query}} and before {{passage}}")
+    return Prompt(head[:-1], middle[:-1], tail, section["yes"], section["no"], space=" ")

@@ -1,0 +1,92 @@
+"""A sequence-to-sequence reranker as teacher: the answer is the first word that its decoder would say.
+
+Source: Nogueira et al., "Document Ranking with a Pretrained Sequence-to-Sequence Model", EMNLP Findings 2020 (MonoT5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from d2llm.core.errors import AnswerTokenError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.types import Task
+from d2llm.models.teachers.judge import TextPair
+from d2llm.models.teachers.local import LocalTeacher
+from d2llm.models.teachers.prompts import Prompt, load_prompt
+from d2llm.models.teachers.whole_texts import fit_pairs
+
+
+class Seq2SeqTeacher(LocalTeacher):
+    """Reads the whole prompt with its encoder; one step of its decoder, nothing generated."""
+
+    kind = "seq2seq"
+    _auto_class = "AutoModelForSeq2SeqLM"
+    _no_tuning = "its embeddings are its head too, which adapters would take apart"
+
+    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Load the model; see ``LocalTeacher``."""
+        super().__init__(config, device=device, compute_dtype=compute_dtype)
+        self.prompts: dict[Task, Prompt] = {
+            "symmetric": load_prompt(self.config.prompt, "symmetric"),
+            "asymmetric": load_prompt(self.config.prompt, "asymmetric"),
+        }
+        self._answer_ids = {task: self._find_answers(prompt) for task, prompt in self.prompts.items()}
+
+    @property
+    def dim(self) -> int:
+        """Width of the features: the decoder's state from which the first word is said."""
+        return int(cast(Any, self.model).config.hidden_size)
+
+    def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
+        """Token ids of each whole input, as the tokenizer reads it in one piece, and how many pairs were cut.
+
+        Raises:
+            InputError: the prompt alone fills ``max_tokens``.
+        """
+        prompt = self.prompts[task]
+
+        def encode(some: Sequence[TextPair]) -> list[list[int]]:
+            texts = [prompt.fill(query, passage) for query, passage in some]
+            return cast("list[list[int]]", self.tokenizer(texts, truncation=False, verbose=False)["input_ids"])
+
+        return fit_pairs(pairs, self.tokenizer, encode, max_tokens=self.config.max_tokens)
+
+    def forward(
+        self, token_ids: Int[Tensor, "pairs tokens"], mask: Bool[Tensor, "pairs tokens"], task: Task
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"]]:
+        """Log-odds logit_yes - logit_no of the decoder's first word, and its last-layer state there, both float32."""
+        model = cast(Any, self.model)
+        start = torch.full((len(token_ids), 1), model.config.decoder_start_token_id, device=token_ids.device)
+        with self._number_format():
+            read = model.get_encoder()(input_ids=token_ids, attention_mask=mask.long())
+            output = model(
+                encoder_outputs=read,
+                attention_mask=mask.long(),
+                decoder_input_ids=start,
+                use_cache=False,
+                output_hidden_states=True,
+            )
+        yes, no = self._answer_ids[task]
+        logits = output.logits[:, 0].float()
+        return logits[:, yes] - logits[:, no], output.decoder_hidden_states[-1][:, 0].float()
+
+    def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
+        yes_ids, no_ids = self._ids([prompt.yes, prompt.no])
+        for word, ids in ((prompt.yes, yes_ids), (prompt.no, no_ids)):
+            if len(ids) != 1:
+                raise AnswerTokenError(
+                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token for the tokenizer of "
+                    f"'{self.config.model}': it gives {self.tokenizer.convert_ids_to_tokens(ids)}; use prompt 'monot5' "
+                    "or a prompt file with answer words that are one token each"
+                )
+        if yes_ids == no_ids:
+            raise AnswerTokenError(
+                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
+                f"'{self.config.model}'; use a prompt file with two distinct words"
+            )
+        return yes_ids[0], no_ids[0]

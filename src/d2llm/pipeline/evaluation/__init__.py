@@ -1,1 +1,0 @@
-"""The parts of the verb ``evaluate``: who takes part, how each is measured, and what the figures mean."""

@@ -1,0 +1,108 @@
+"""A report as one HTML file that needs nothing else: no script, no font, no address is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from d2llm.evaluation.report import EvaluationReport, EvaluationRow
+from d2llm.reports import words
+from d2llm.reports.html import charts
+from d2llm.reports.html.page import environment, styling
+
+_SIZES = (False, True)  # wide and narrow: the style sheet shows one of the two
+
+
+def render_html(report: EvaluationReport) -> str:
+    """The whole report as a page to open in a browser, mail or print.
+
+    Nothing in the report's texts acts as HTML, and the page's content security policy forbids scripts, foreign styles
+    and every request. Parts without data say so.
+    """
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            words=words,
+            **styling(),
+            labels=_labels(report),
+            **_quality_cost(report),
+            **_differences(report),
+            calibration=[
+                (one, charts.reliability(one, "plot-calibration" if not place else f"plot-calibration-{place + 1}"))
+                for place, one in enumerate(report.calibration)
+            ],
+            histograms=[
+                (
+                    one,
+                    charts.histogram(one.counts, f"plot-histogram-{place + 1}", name=one.name, labels=_labels(report)),
+                )
+                for place, one in enumerate(report.histograms)
+            ],
+        )
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # half an emoji, as a cut-off JSON text holds it
+
+
+def _labels(report: EvaluationReport) -> tuple[str, str]:
+    """What the two sides of the histograms are called."""
+    return ("relevant", "others") if report.kind == "retrieval" else ("yes", "no")
+
+
+def _quality_cost(report: EvaluationReport) -> dict[str, Any]:
+    """The plot of the rows that have both quality and time, and the names of the others."""
+    points = [
+        charts.Point(
+            name=row.name,
+            milliseconds=time,
+            quality=row.measures[report.main_measure],
+            role=_role(report, row),
+            on_sample=row.num_items < report.num_items,
+        )
+        for row in report.rows
+        if (time := _milliseconds(row)) is not None and report.main_measure in row.measures
+    ]
+    shown = {point.name for point in points}
+    return {
+        "quality_cost": [
+            charts.quality_cost(points, report.main_measure, words.item_noun(report, 1), narrow=narrow)
+            for narrow in _SIZES
+            if points
+        ],
+        "not_plotted": [row.name for row in report.rows if row.name not in shown],
+        "sampled": [point.name for point in points if point.on_sample],
+    }
+
+
+def _milliseconds(row: EvaluationRow) -> float | None:
+    """A time that stands on a logarithmic axis."""
+    time = row.cost.total
+    return time.p50 if time is not None and math.isfinite(time.p50) and time.p50 > 0 else None
+
+
+def _role(report: EvaluationReport, row: EvaluationRow) -> charts.Role:
+    if row.name == report.subject:
+        return "subject"
+    return "baseline" if row.name == report.baseline else "other"
+
+
+def _differences(report: EvaluationReport) -> dict[str, Any]:
+    """The plot of subject minus baseline in the main measure, or in the first one that is known for single items."""
+    details = report.details
+    ours, theirs = details.values.get(report.subject, {}), details.values.get(report.baseline or "", {})
+    common = [measure for measure in ours if measure in theirs]
+    if not common or not details.item_ids:
+        return {"differences": [], "differences_measure": None}
+    measure = report.main_measure if report.main_measure in common else common[0]
+    found = [
+        charts.Difference(item_id, mine - other)
+        for item_id, mine, other in zip(details.item_ids, ours[measure], theirs[measure], strict=True)
+    ]
+    return {
+        "differences": [
+            charts.differences(found, measure, report.subject, report.baseline or "", narrow=narrow)
+            for narrow in _SIZES
+        ],
+        "differences_measure": measure,
+    }

@@ -1,0 +1,160 @@
+"""What every written report says of its figures in the same words: marks, units, legends, how to read a measure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Milliseconds
+
+BETTER, WORSE = "*", "†"
+ABSENT = "–"
+
+_MEANINGS = {
+    "nDCG": "how high the relevant passages stand in the ranking, better ones and first places counting most; 1 is the "
+    "best order there is",
+    "MRR": "one divided by the rank of the first relevant passage, 0 if there is none in the first places",
+    "Recall": "share of the relevant passages that are among the first places",
+    "MAP": "precision at the rank of each relevant passage, averaged over all of them, found or not",
+    "accuracy": "share of the pairs that are put into the right class, with the threshold chosen on other pairs",
+    "F1": "harmonic mean of precision and recall of yes, with the threshold chosen on other pairs",
+    "AP": "precision at each right yes, averaged, when the pairs are sorted by score; needs no threshold",
+    "AUC": "chance that a pair that is a yes scores above one that is a no; 0.5 is guessing",
+    "precision": "share of the pairs called yes that are one",
+    "recall": "share of the pairs that are a yes that are called so",
+    "Pearson": "correlation of the scores with the grades; 1 is a straight line",
+    "Spearman": "correlation of the order of the scores with that of the grades; 1 is the same order",
+}
+
+COSTS: tuple[tuple[str, Callable[[EvaluationRow], float | None]], ...] = (
+    ("total ms, p50", lambda row: _p50(row.cost.total)),
+    ("total ms, p95", lambda row: None if row.cost.total is None else row.cost.total.p95),
+    ("encode ms", lambda row: _p50(row.cost.encode)),
+    ("candidates ms", lambda row: _p50(row.cost.candidates)),
+    ("score ms", lambda row: _p50(row.cost.score)),
+    ("indexing passages/s", lambda row: row.cost.passages_per_second),
+    ("scoring pairs/s", lambda row: row.cost.pairs_per_second),
+    ("bytes per passage", lambda row: row.cost.bytes_per_passage),
+    ("peak MiB", lambda row: row.cost.peak_memory_mib),
+)
+"""Heading -> figure of a row; those of one report that hold a figure at all are ``cost_columns``."""
+
+
+def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
+    """The costs that were measured for some row: heading, and one cell for each row."""
+    columns = [(heading, [figure(row) for row in rows]) for heading, figure in COSTS]
+    return [
+        (heading, [quantity(value) for value in values])
+        for heading, values in columns
+        if any(value is not None for value in values)
+    ]
+
+
+def measure_names(rows: Sequence[EvaluationRow]) -> list[str]:
+    """Every measure that some row has, in the order of the first that has it."""
+    return list(dict.fromkeys(measure for row in rows for measure in row.measures))
+
+
+def best_rows(rows: Sequence[EvaluationRow], measure: str) -> frozenset[str]:
+    """Names of the rows with the highest value as it is printed.
+
+    Rows over fewer items than others (the teacher's, on a sample) cannot be compared and do not take part.
+    """
+    most = max((row.num_items for row in rows), default=0)
+    values = {
+        row.name: round(row.measures[measure].value, 4)
+        for row in rows
+        if measure in row.measures and row.num_items == most
+    }
+    return frozenset(name for name, value in values.items() if value == max(values.values()))
+
+
+def mark(report: EvaluationReport, row: str, measure: str) -> str:
+    """``*`` where a row is significantly better than the baseline, ``†`` where worse, else nothing."""
+    comparison = report.comparison(row, measure)
+    if comparison is None or not comparison.is_significant:
+        return ""
+    return BETTER if comparison.difference.value > 0 else WORSE
+
+
+def legend(report: EvaluationReport) -> str:
+    """What bold, ``*`` and ``†`` stand for, in one sentence."""
+    if not report.comparisons:
+        return "Bold: the best of a column. Nothing was tested for significance."
+    tests = ", ".join(dict.fromkeys(comparison.test for comparison in report.comparisons))
+    return (
+        f"Bold: the best of a column. {BETTER} significantly better, {WORSE} significantly worse than "
+        f"{report.baseline} (p < 0.05, two-sided, Holm-adjusted over the rows; {tests})."
+    )
+
+
+def facts(report: EvaluationReport) -> list[tuple[str, str]]:
+    """What was measured: label and value."""
+    unit = item_noun(report, report.num_items)
+    found = [("data", f"{report.dataset} / {report.split}"), (unit, f"{report.num_items:,}")]
+    if report.kind == "retrieval":
+        found.append(("passages", f"{report.num_passages:,}"))
+    if report.num_left_out:
+        found.append(("left out", f"{report.num_left_out:,} without a relevant passage in the corpus"))
+    found.append(("task", report.task))
+    return [*found, ("took", duration(report.seconds))]
+
+
+def item_noun(report: EvaluationReport, count: int) -> str:
+    """What the measures are taken over: "query", "queries", "pair" or "pairs"."""
+    one, many = ("query", "queries") if report.kind == "retrieval" else ("pair", "pairs")
+    return one if count == 1 else many
+
+
+def verdict(report: EvaluationReport) -> str | None:
+    """The subject against the baseline in the main measure, in one sentence; None where they were not compared."""
+    found = report.comparison(report.subject, report.main_measure)
+    if found is None:
+        return None
+    difference = found.difference
+    words = "not a significant difference"
+    if found.is_significant:
+        words = "significantly better" if difference.value > 0 else "significantly worse"
+    return (
+        f"{found.row} against {found.baseline}: {found.measure} {difference.value:+.4f} "
+        f"[{difference.low:+.4f}, {difference.high:+.4f}], {words} (adjusted {p_text(found.adjusted_p)}, "
+        f"{found.num_items:,} {item_noun(report, found.num_items)})."
+    )
+
+
+def meaning(measure: str) -> str | None:
+    """How to read a measure, in one clause; None for one that is not known here."""
+    return _MEANINGS.get(re.split(r"[@ ]", measure)[0])
+
+
+def p_text(value: float) -> str:
+    """A p-value as ``p = 0.012`` or ``p < 0.0001``."""
+    return "p < 0.0001" if value < 0.0001 else f"p = {value:.4f}".rstrip("0").rstrip(".")
+
+
+def quantity(value: float | None) -> str:
+    """A cost with about three digits: 0.098, 11.3, 1,013; a dash for None."""
+    if value is None:
+        return ABSENT
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(decimals, 4)}f}"
+
+
+def ratio(value: float | None) -> str:
+    """A share or correlation with four decimals; a dash for None."""
+    return ABSENT if value is None else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Time as ``4.2 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _p50(time: Milliseconds | None) -> float | None:
+    return None if time is None else time.p50

@@ -1,0 +1,1 @@
+"""An index and its student: encode, search, prove, read again, explain."""

@@ -1,0 +1,316 @@
+"""The verb ``ann``: an approximate index beside the vectors, tuned until it finds the share asked for."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (faiss ships no types)
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.progress import progress_bar
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.store.ann import AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
+from d2llm.store.index_store import IndexStore
+from d2llm.store.storage import storage_errors
+from d2llm.store.view import PassageView
+
+_log = logging.getLogger(__name__)
+MIN_PASSAGES = 20_000
+"""With fewer the exact scan is quicker."""
+NUM_QUERIES = 400
+"""Queries that recall is measured with, at most."""
+_LISTS = 4.0  # lists = 4 sqrt(n), the rule of FAISS; twice as many probe 15 % fewer rows and train five times as long
+_SAMPLES_PER_LIST = 40  # FAISS warns below 39
+_SAMPLE_BYTES = 256 << 20
+_ITERATIONS = 8
+_BLOCK_ROWS = 16_384
+_DEEPER = 8  # a filter that leaves an eighth makes a search for the first k reach as deep as one for the first 8 k
+_REPORTED = (10, 100)  # depths reported besides the one asked for
+_ONE_SIDED_95 = 1.645
+_MORE_PROBES = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class AnnReport:
+    """What was built: a file of ``num_bytes`` for ``num_passages`` in ``num_lists`` lists.
+
+    ``recalls`` says what share of the exact first ``depth`` a search for as many finds, for several depths: the mean
+    over ``num_queries`` queries and what it is at least with 95 % confidence. ``first_ten``: what share of the exact
+    first ten is among the candidates of a search at the report's own ``depth``, which is what a final ranking needs.
+    ``queries`` is "given" or "passages". ``ms`` and ``exact_ms``: a search at ``depth``,
+    and the exact scan; ``share_probed``: of the lists.
+    """
+
+    folder: str
+    version: int
+    num_passages: int
+    num_lists: int
+    target: float
+    depth: int
+    recalls: list[Recall]
+    first_ten: float
+    share_probed: float
+    queries: str
+    num_queries: int
+    ms: float
+    exact_ms: float
+    num_bytes: int
+    bytes_per_passage: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Queries for tuning: ``anchors`` [q, dim]; ``own`` [q], the row each was made of and must not find, or None."""
+
+    anchors: NDArray[np.float32]
+    own: NDArray[np.int64] | None
+
+
+def build_ann(
+    store: IndexStore,
+    student: SearchStudent,
+    *,
+    recall: float = 0.95,
+    depth: int = 1000,
+    queries: Sequence[str] | None = None,
+    num_lists: int | None = None,
+    seed: int = 0,
+    show_progress: bool | None = False,
+) -> AnnReport:
+    """Build an approximate index of the latest version and choose how many lists a search probes.
+
+    Writers may go on meanwhile: the write lock is held only while the file is put in its place. What they add is
+    scanned exactly; built again, it is in the file.
+
+    Args:
+        store: the index.
+        student: that made its vectors.
+        recall: the share of the exact first ``depth`` that is to be found, above 0 and at most 1; with 95 % confidence.
+            What is missed lies at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
+        depth: the number of candidates of a search.
+        queries: like those that will be asked, not used for anything else. By default passages of the index are asked,
+            each to find others; they lie where passages lie, so real queries may find less.
+        num_lists: by default 4 sqrt(passages).
+        seed: of the sample.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: too few passages, a head without an inner product, or a target that cannot be reached.
+        IndexLockedError: another process is writing at the end.
+        StorageError: the file cannot be written.
+        IndexMismatchError: the student is another.
+    """
+    begin = time.perf_counter()
+    view = PassageView(store)
+    base = _checked(view, student, recall, depth)
+    random = np.random.default_rng(seed)
+    live = view.live_rows()
+    asked = _asked(view, student, queries, live, random)
+    num_lists = num_lists or round(_LISTS * len(live) ** 0.5)
+    with progress_bar("building", len(live) + len(asked.anchors), show=show_progress) as advance:
+        index = _trained(view, live, num_lists, random)
+        for start in range(0, len(live), _BLOCK_ROWS):
+            rows = live[start : start + _BLOCK_ROWS]
+            index.add_with_ids(view.vectors(rows), rows)
+            advance(len(rows))
+        record = AnnRecord(
+            base.student,
+            base.format.name,
+            base.version,
+            base.since,
+            int(live[-1]) + 1,
+            len(live),
+            num_lists,
+            [[1, 1]],
+            recall,
+            "passages" if asked.own is not None else "given",
+            len(asked.anchors),
+            [],
+        )
+        deepest = min(depth * _DEEPER, len(live) - 1)
+        begin_exact = time.perf_counter()
+        exact: list[NDArray[np.int64]] = []
+        for place in range(len(asked.anchors)):
+            exact.append(_others(asked, place, view.scan(asked.anchors[place], deepest + 1).rows)[:deepest])
+            advance(1)
+        _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
+    ann = _tuned(view, AnnIndex(base, index, record), asked, exact, depth)
+    with store.writing(), storage_errors(store.folder):
+        if store.vectors.generation(store.table()) != base.generation:
+            raise InputError(f"{store.folder}: was compacted or restored meanwhile; build again")
+        record = write_ann(ann)
+    ms, exact_ms = _times(view, ann, asked, depth)
+    return AnnReport(
+        folder=str(store.folder),
+        version=base.version,
+        num_passages=len(live),
+        num_lists=num_lists,
+        target=recall,
+        depth=depth,
+        recalls=[Recall(**found) for found in record.recalls],  # pyright: ignore[reportArgumentType]
+        first_ten=_first_ten(view, ann, asked, exact, depth),
+        share_probed=float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists,
+        queries=record.queries,
+        num_queries=record.num_queries,
+        ms=ms,
+        exact_ms=exact_ms,
+        num_bytes=record.num_bytes,
+        bytes_per_passage=round(record.num_bytes / len(live), 1),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _checked(view: PassageView, student: SearchStudent, recall: float, depth: int) -> AnnBase:
+    view.check_student(student.fingerprint)
+    if not 0 < recall <= 1 or depth < 1:
+        raise InputError(f"recall is {recall} and depth is {depth}; give a share above 0, at most 1, and at least 1")
+    if not student.has_anchor:
+        raise InputError("this student's head has no inner product that an index could follow; it is searched exactly")
+    folder = view.store.folder
+    if len(view) < MIN_PASSAGES:
+        raise InputError(
+            f"{folder}: holds {len(view):,} passages, and below {MIN_PASSAGES:,} the exact scan is quicker; leave it"
+        )
+    if depth * 4 > len(view):
+        raise InputError(f"{folder}: depth {depth:,} is more than a quarter of its {len(view):,} passages; give less")
+    if view.ann_base is None:
+        raise InputError(f"{folder}: its vectors could not be written beside the table; see the log, mend that first")
+    return view.ann_base
+
+
+def _asked(
+    view: PassageView,
+    student: SearchStudent,
+    queries: Sequence[str] | None,
+    live: NDArray[np.int64],
+    random: np.random.Generator,
+) -> _Asked:
+    if queries is None:
+        own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
+        return _Asked(student.anchor_queries(view.vectors(own), view.task), own)
+    if not queries:
+        raise InputError("there are no queries; give some, or none at all to ask passages")
+    chosen = random.choice(len(queries), min(NUM_QUERIES, len(queries)), replace=False)
+    vectors = student.encode_queries([queries[int(place)] for place in chosen]).vectors
+    return _Asked(student.anchor_queries(vectors, view.task), None)
+
+
+def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
+    """A FAISS index without rows. Centroids are by inner product and of length 1: vectors are of about one length."""
+    faiss = importlib.import_module("faiss")
+    num_samples = min(len(live), num_lists * _SAMPLES_PER_LIST, _SAMPLE_BYTES // (4 * view.dim))
+    sample = view.vectors(np.sort(random.choice(live, num_samples, replace=False)))
+    kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(view.dim), view.dim, num_lists, kind, metric)
+    index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = _ITERATIONS, True, 1
+    index.train(sample)
+    return index
+
+
+def _others(asked: _Asked, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows found for a query without the passage it was made of."""
+    return rows if asked.own is None else rows[rows != asked.own[place]]
+
+
+def _tuned(view: PassageView, ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depth: int) -> AnnIndex:
+    """With as many probes for every depth as the target needs, as searches confirm."""
+    target, num_lists = ann.record.target, ann.record.num_lists
+    deepest = min(len(rows) for rows in exact)
+    reported = sorted({*(shallow for shallow in _REPORTED if shallow < depth), depth})
+    depths = sorted({*reported, *(min(depth * 2**double, deepest) for double in range(1, _DEEPER.bit_length()))})
+    probes = np.maximum.accumulate(_probes_needed(ann, asked, exact, depths))
+    while True:
+        ladder = [[at, int(count)] for at, count in zip(depths, probes, strict=True)]
+        ann = AnnIndex(ann.base, ann.faiss_index, replace(ann.record, probes=ladder))
+        found = [_measured(view, ann, asked, exact, at) for at in reported]
+        if found[-1] is None:
+            share = float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists
+            raise InputError(
+                f"{view.store.folder}: to find {target:.4g} of the first {depth:,}, {share:.0%} of the vectors would "
+                "be read, and the exact scan is quicker; ask for less recall or depth, or search exactly"
+            )
+        measured = [recall for recall in found if recall is not None]
+        if all(recall.at_least >= target for recall in measured):
+            return AnnIndex(ann.base, ann.faiss_index, replace(ann.record, recalls=[asdict(one) for one in measured]))
+        probes = np.minimum(np.ceil(probes * _MORE_PROBES), num_lists)  # 8 bits cost some recall
+
+
+def _probes_needed(
+    ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depths: Sequence[int]
+) -> NDArray[np.float64]:
+    """The fewest probes for each depth whose lists hold the target's share of the exact first ones.
+
+    No search is needed: a row is found if its list is among the first, so its list's place says with how many probes.
+    """
+    num_lists = ann.record.num_lists
+    recalls = np.zeros((len(depths), len(exact), num_lists), np.float32)
+    for query, rows in enumerate(exact):
+        place = np.empty(num_lists, np.int64)
+        place[np.argsort(-(ann.centroids @ asked.anchors[query]), kind="stable")] = np.arange(num_lists)
+        places = place[ann.list_of[rows]]
+        for number, depth in enumerate(depths):
+            recalls[number, query] = np.cumsum(np.bincount(places[:depth], minlength=num_lists)) / min(depth, len(rows))
+    needed = [np.argmax(_at_least(of_depth.astype(np.float64)) >= ann.record.target) + 1 for of_depth in recalls]
+    return np.array(needed, np.float64)
+
+
+def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[q, ...] -> what the mean over queries is at least, with 95 % confidence (normal approximation)."""
+    spread = recalls.std(axis=0, ddof=1) if len(recalls) > 1 else np.zeros(recalls.shape[1:])
+    return recalls.mean(axis=0) - _ONE_SIDED_95 * spread / len(recalls) ** 0.5
+
+
+def _measured(
+    view: PassageView, ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depth: int
+) -> Recall | None:
+    """The recall of searches; None where probing so many lists takes as long as the exact scan."""
+    search = AnnSearch(ann, view.live, view.ids)
+    num_probes = search.num_probes(asked.anchors[0], depth)
+    if num_probes is None:
+        return None
+    recalls = np.zeros(len(exact))
+    for place, rows in enumerate(exact):
+        found = search.search(asked.anchors[place], depth if asked.own is None else depth + 1)
+        # Where the lists hold too few, the exact scan answers.
+        recalls[place] = 1.0 if found is None else np.isin(rows[:depth], _others(asked, place, found[0])).mean()
+    return Recall(depth, num_probes, float(recalls.mean()), float(_at_least(recalls)))
+
+
+def _first_ten(
+    view: PassageView, ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depth: int
+) -> float:
+    """The share of the exact first ten among what a search at ``depth`` finds, the mean over queries."""
+    search = AnnSearch(ann, view.live, view.ids)
+    shares: list[float] = []
+    for anchor, rows in zip(asked.anchors, exact, strict=True):
+        found = search.search(anchor, depth)
+        shares.append(1.0 if found is None else float(np.isin(rows[: min(10, depth)], found[0]).mean()))
+    return sum(shares) / len(shares)
+
+
+def _times(view: PassageView, ann: AnnIndex, asked: _Asked, depth: int) -> tuple[float, float]:
+    """Milliseconds of a search and of the exact scan, the medians."""
+    search = AnnSearch(ann, view.live, view.ids)
+    times: list[tuple[float, float]] = []
+    for anchor in asked.anchors[:50]:
+        begin = time.perf_counter()
+        search.search(anchor, depth)
+        between = time.perf_counter()
+        view.scan(anchor, depth)
+        times.append((1e3 * (between - begin), 1e3 * (time.perf_counter() - between)))
+    ms, exact_ms = np.median(np.array(times), axis=0).tolist()
+    return ms, exact_ms

@@ -1,0 +1,108 @@
+"""The verb ``calibrate``: how far a student errs against a teacher, for a cascade of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Query, Task
+from d2llm.models.evidence import EvidenceWeights
+from d2llm.ops.rereading import StudentError, calibrate_error
+from d2llm.retrieval.candidates import SearchableIndex
+from d2llm.retrieval.protocols import PairJudge, SearchStudent
+from d2llm.retrieval.search import search
+from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.side_files import ERRORS_FILE
+
+_ERRORS = TypeAdapter(dict[str, StudentError])
+
+
+def measure_error(
+    index: SearchableIndex,
+    student: SearchStudent,
+    judge: PairJudge,
+    queries: Sequence[Query] | Sequence[str],
+    *,
+    task: Task | None = None,
+    depth: int = 50,
+    num_passages: int = 10,
+) -> StudentError:
+    """How far a student errs against a teacher on what it finds in an index; needs queries, but no judgements.
+
+    Args:
+        index: made by the student.
+        student: ranks.
+        judge: reads ``num_passages`` of each query's first ``depth``, at even distances from the first to the last.
+        queries: like those to come; some 40 are plenty.
+        task: what to ask; None means the index's own.
+        depth: as that of the cascade.
+        num_passages: of a query, at least 2.
+
+    Raises:
+        InputError: too few queries or passages, or the student's scores do not go up with the teacher's.
+    """
+    asked: Task = task or index.task
+    pairs: list[tuple[str, str]] = []
+    scores: list[float] = []
+    names: list[str] = []
+    for number, ranking in enumerate(search(index, student, queries, top_k=depth, task=asked)):
+        found = ranking.passages
+        for place in np.unique(np.linspace(0, len(found) - 1, min(num_passages, len(found))).astype(np.int64)):
+            pairs.append((ranking.query.text, found[place].passage.full_text))
+            scores.append(found[place].score)
+            names.append(str(number))
+    return calibrate_error(scores, judge.judge(pairs, asked).log_odds, names)
+
+
+def write_error(
+    folder: Path,
+    judge: PairJudge,
+    task: Task,
+    error: StudentError,
+    evidence: EvidenceWeights | None = None,
+) -> Path:
+    """Keep an error beside an index, for this teacher and task; errors of others stay. Returns the file.
+
+    ``evidence`` are the weights by which the index added to the scores (``weights_for``): with others it is another.
+    """
+    file = folder / ERRORS_FILE
+    known = _read_errors(file) if file.is_file() else {}
+    known[_key(judge, task, evidence)] = error
+    write_checked(file, {key: asdict(value) for key, value in known.items()})
+    return file
+
+
+def read_error(folder: Path, judge: PairJudge, task: Task, evidence: EvidenceWeights | None = None) -> StudentError:
+    """The error that ``write_error`` kept.
+
+    Raises:
+        InputError: none for this teacher, task and evidence.
+        DataFormatError: the file cannot be read.
+    """
+    file = folder / ERRORS_FILE
+    found = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
+    if found is None:
+        raise InputError(
+            f"{folder}: it is not known how far its student, as it scores now, errs against this teacher ({task}); "
+            "measure it with "
+            "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
+        )
+    return found
+
+
+def _read_errors(file: Path) -> dict[str, StudentError]:
+    try:
+        return _ERRORS.validate_python(read_checked(file))
+    except (ValidationError, ValueError, InputError) as error:
+        raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
+
+
+def _key(judge: PairJudge, task: Task, evidence: EvidenceWeights | None) -> str:
+    key = f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
+    return f"{key} {fingerprint_json(evidence.model_dump(mode='json'))}" if evidence else key

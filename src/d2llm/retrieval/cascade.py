@@ -1,0 +1,246 @@
+"""A cascade: the student ranks, and its teacher reads again only what the student is unsure of, within a budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.types import Task
+from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
+from d2llm.retrieval.protocols import PairJudge
+
+_FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
+
+
+@dataclass(frozen=True, slots=True)
+class Reread:
+    """Scores after the teacher read some passages again.
+
+    Attributes:
+        scores: [n] log-odds, of the teacher for what it read, else of the probability to be expected; the order of the
+            passages is theirs.
+        read: [m] places that the teacher read, in the order of reading.
+        log_odds: [m] what it said.
+        unsure: places whose order the student was unsure of, before anything was read.
+        seconds: what choosing and reading took.
+        num_truncated: passages that the teacher read in part.
+        out_of_time: it would have read more, had its budget of time not ended.
+    """
+
+    scores: NDArray[np.float64]
+    read: NDArray[np.int64]
+    log_odds: NDArray[np.float64]
+    unsure: NDArray[np.int64]
+    seconds: float
+    num_truncated: int
+    out_of_time: bool
+
+
+class Rereader(Protocol):
+    """Puts a query's passages in another order than the student's, by what a teacher says of some of them."""
+
+    def rerank(
+        self,
+        query: str,
+        scores: NDArray[np.float32],
+        texts: Callable[[NDArray[np.int64]], Sequence[str]],
+        task: Task,
+        top_k: int = 10,
+    ) -> Reread:
+        """Read again some of the passages that the student scored [n]; ``texts`` gives full texts at some places."""
+        ...
+
+
+class Cascade:
+    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen anew.
+
+    The student is unsure of a passage if reading it can be expected to better the first results by ``min_gain`` of DCG:
+    its margin to others is small against the student's error, and their places count. The time that a pair takes is
+    measured and kept from query to query.
+    """
+
+    def __init__(
+        self,
+        judge: PairJudge,
+        error: StudentError,
+        teacher_passages: int | None = None,
+        teacher_ms: float | None = None,
+        *,
+        depth: int = 50,
+        batch_passages: int = 8,
+        min_gain: float = 0.001,
+    ) -> None:
+        """Prepare to read again.
+
+        Args:
+            judge: the teacher.
+            error: of the student that ranks against this teacher (``retrieval.calibrate``).
+            teacher_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
+            teacher_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
+                the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
+            depth: of the student's first so many passages.
+            batch_passages: read in one call; fewer look anew more often.
+            min_gain: of DCG, in probabilities, that reading a passage must promise.
+
+        Raises:
+            InputError: a number out of range.
+        """
+        least = {"teacher_passages": 0, "teacher_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
+        given = {
+            "teacher_passages": teacher_passages,
+            "teacher_ms": teacher_ms,
+            "depth": depth,
+            "batch_passages": batch_passages,
+            "min_gain": min_gain,
+        }
+        for name, value in given.items():
+            if value is not None and not value >= least[name]:
+                raise InputError(f"{name} is {value}, but must be at least {least[name]}")
+        self.judge = judge
+        self.error = error
+        self.teacher_passages = teacher_passages
+        self.teacher_ms = teacher_ms
+        self.depth = depth
+        self.batch_passages = batch_passages
+        self.min_gain = min_gain
+        self._pair_seconds: float | None = None
+
+    def rerank(
+        self,
+        query: str,
+        scores: NDArray[np.float32],
+        texts: Callable[[NDArray[np.int64]], Sequence[str]],
+        task: Task,
+        top_k: int = 10,
+    ) -> Reread:
+        """Read again some of the passages that the student scored for a query.
+
+        Args:
+            query: its text.
+            scores: [n] the student's.
+            texts: full texts of the passages at some places; asked for what is read.
+            task: what to ask the teacher.
+            top_k: how many places matter.
+
+        Raises:
+            ModelError: the teacher said something that is no finite number.
+        """
+        begin = time.perf_counter()
+        deep = np.argsort(-scores, kind="stable")[: self.depth]
+        unread = np.zeros(len(scores), np.bool_)
+        unread[deep] = True
+        read, said, num_truncated = np.zeros(0, np.int64), np.zeros(0), 0
+        unsure = order = self._unsure(scores, read, said, deep, unread, top_k)
+        while len(batch := order[: self._room(len(read), time.perf_counter() - begin)]):
+            values, num_cut = self._read(query, texts(batch), task)
+            read, said, num_truncated = np.append(read, batch), np.append(said, values), num_truncated + num_cut
+            unread[batch] = False
+            order = self._unsure(scores, read, said, deep, unread, top_k)
+        out_of_time = len(order) > 0 and (self.teacher_passages is None or len(read) < self.teacher_passages)
+        unread[:] = True
+        unread[read] = False
+        now = expected_log_odds(on_one_scale(scores, read, said, self.error), unread, self.error.sigma)
+        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
+
+    def _unsure(
+        self,
+        scores: NDArray[np.float32],
+        read: NDArray[np.int64],
+        said: NDArray[np.float64],
+        deep: NDArray[np.int64],
+        unread: NDArray[np.bool_],
+        top_k: int,
+    ) -> NDArray[np.int64]:
+        """Places of the passages that are worth reading, those that promise most first."""
+        log_odds = on_one_scale(scores, read, said, self.error)
+        gains = reading_gains(log_odds[deep], unread[deep], self.error.sigma, top_k)
+        best = np.argsort(-gains, kind="stable")
+        return deep[best[(gains[best] >= self.min_gain) & unread[deep][best]]]
+
+    def _room(self, num_read: int, seconds: float) -> int:
+        """How many passages the next batch may have."""
+        room = self.batch_passages
+        if self.teacher_passages is not None:
+            room = min(room, self.teacher_passages - num_read)
+        if self.teacher_ms is not None:
+            left = self.teacher_ms / 1e3 - seconds
+            fitting = int(left / self._pair_seconds) if self._pair_seconds else 0
+            # One is always read: a time that was once too long would else never be measured again.
+            room = 0 if left <= 0 else min(room, max(fitting, int(num_read == 0)))
+        return room
+
+    def _read(self, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+        begin = time.perf_counter()
+        values, num_cut = judge_passages(self.judge, query, texts, task)
+        took = (time.perf_counter() - begin) / len(texts)
+        before = self._pair_seconds
+        self._pair_seconds = took if before is None else _FORGETTING * before + (1 - _FORGETTING) * took
+        return values, num_cut
+
+
+class TeacherReading:
+    """The teacher reads the first passages of the student's ranking, sure or not, and its order is the ranking's.
+
+    Args: ``teacher_passages``, how many of them; ``teacher_ms``, no batch of ``batch_passages`` is begun after so long.
+    Passages that it did not come to stay in the student's order behind those that it read: their scores are the
+    student's, moved below the lowest log-odds.
+    """
+
+    def __init__(
+        self, judge: PairJudge, teacher_passages: int = 20, teacher_ms: float | None = None, *, batch_passages: int = 8
+    ) -> None:
+        if teacher_passages < 1 or batch_passages < 1 or (teacher_ms is not None and teacher_ms < 0):
+            raise InputError(
+                f"teacher_passages is {teacher_passages}, batch_passages {batch_passages}, teacher_ms {teacher_ms}; "
+                "give more"
+            )
+        self.judge = judge
+        self.teacher_passages = teacher_passages
+        self.teacher_ms = teacher_ms
+        self.batch_passages = batch_passages
+
+    def rerank(
+        self,
+        query: str,
+        scores: NDArray[np.float32],
+        texts: Callable[[NDArray[np.int64]], Sequence[str]],
+        task: Task,
+        top_k: int = 10,
+    ) -> Reread:
+        """Arguments and errors: ``Cascade.rerank``; at least ``top_k`` are read, if there is time."""
+        begin = time.perf_counter()
+        order = np.argsort(-scores, kind="stable")
+        wanted, said, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
+        for start in range(0, len(wanted), self.batch_passages):
+            if start and self.teacher_ms is not None and time.perf_counter() - begin > self.teacher_ms / 1e3:
+                break
+            values, num_cut = judge_passages(
+                self.judge, query, texts(wanted[start : start + self.batch_passages]), task
+            )
+            said, num_truncated = np.append(said, values), num_truncated + num_cut
+        read, unread = order[: len(said)], order[len(said) :]
+        now = scores.astype(np.float64)
+        now[read] = said
+        if len(read) and len(unread):
+            now[unread] -= max(0.0, float(now[unread[0]] - said.min()))
+        unsure, out_of_time = np.zeros(0, np.int64), len(read) < len(wanted)
+        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
+
+
+def judge_passages(judge: PairJudge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+    """The teacher's log-odds [n] of a query with passages, and how many passages it read in part.
+
+    Raises:
+        ModelError: the teacher said something that is no finite number.
+    """
+    judged = judge.judge([(query, text) for text in texts], task)
+    values = np.asarray(judged.log_odds, np.float64)
+    if not np.isfinite(values).all():
+        raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
+    return values, judged.num_truncated

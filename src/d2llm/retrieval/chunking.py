@@ -1,0 +1,251 @@
+"""Long texts as passages that a student reads whole."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import semantic_text_splitter
+
+from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.models.backbone import TOKENIZING
+from d2llm.models.student import Student
+from d2llm.retrieval.upserting import UpsertReport, piece_id, upsert_passages, warn_of_truncation
+from d2llm.store.index_store import IndexStore
+from d2llm.store.passage_table import PassageTable
+from d2llm.store.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read_chunking, write_chunking
+
+if TYPE_CHECKING:
+    from d2llm.retrieval.index import Index
+
+_LEAST_TOKENS = 8
+_DOCUMENTS_AT_ONCE = 1_024
+
+
+class Chunker:
+    """Splits documents into passages of at most so many of the student's tokens, at the ends of sentences if it can.
+
+    A piece ends at the end of a chapter, paragraph, sentence or word, the first of these that fits, by Unicode's rules,
+    which hold for every script. Nothing is lost but white space between pieces.
+
+    Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that have
+    seen the rest (``models.late_chunking``). When anything in a document changes, all of it is encoded again.
+    """
+
+    def __init__(self, student: Student, chunking: Chunking | None = None) -> None:
+        """Prepare to split.
+
+        Args:
+            student: whose tokens are counted.
+            chunking: how to split; None: ``default_chunking``.
+
+        Raises:
+            InputError: fewer than 8 tokens, more than the student reads, or as much overlap as text; the student cannot
+                read late chunks, or a window is smaller than a passage or larger than the backbone reads.
+        """
+        chunking = chunking or default_chunking(student)
+        _check(chunking, student.config.backbone.max_passage_tokens)
+        if chunking.late:
+            chunking = replace(chunking, late_window=student.chunk_reader.window(chunking.late_window))
+        self.chunking = chunking
+        self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # two threads must not share one
+        self._around = len(self._tokenizer(student.config.backbone.passage_prefix, verbose=False)["input_ids"])
+        self._splitters: dict[int, Any] = {}
+
+    def split(self, document: Passage) -> list[Passage]:
+        """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
+
+        One that is short enough stays as it is, under its own id; so does a passage that is a part of a document
+        already. Every piece has the title. One that leaves less than half of the tokens to the text makes the passages
+        longer than the student reads; what it cuts is counted when they are encoded.
+        """
+        if self.chunking.chunk_tokens is None or document.document_id not in ("", document.id):
+            return [document]
+        splitter = self._splitter(document.title, self.chunking.chunk_tokens)
+        pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text)
+        if len(pieces) < 2:
+            return [document]
+        passages = [
+            replace(document, id=piece_id(document.id, n), text=text, document_id=document.id, position=n)
+            for n, (_, text) in enumerate(pieces, start=1)
+        ]
+        if not self.chunking.late:
+            return passages
+        whole = WholeText(document.text, document.title, self.chunking.late_window)
+        return [
+            LateChunk(p.id, p.text, p.title, p.document_id, p.position, p.metadata, whole, start, start + len(p.text))
+            for p, (start, _) in zip(passages, pieces, strict=True)
+        ]
+
+    def _splitter(self, title: str, chunk_tokens: int) -> Any:
+        room = chunk_tokens - self._around - (self._count(title + "\n") if title else 0)
+        room = max(room, chunk_tokens // 2)
+        if room not in self._splitters:
+            overlap = min(self.chunking.chunk_overlap, room - 1)
+            with TOKENIZING:
+                self._splitters[room] = semantic_text_splitter.TextSplitter.from_huggingface_tokenizer(
+                    self._tokenizer.backend_tokenizer, room, overlap
+                )
+        return self._splitters[room]
+
+    def _count(self, text: str) -> int:
+        with TOKENIZING:
+            return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def default_chunking(student: Student) -> Chunking:
+    """How documents are cut unless told otherwise: into passages of 128 tokens, or as many as the student reads."""
+    return Chunking(min(CHUNK_TOKENS, student.config.backbone.max_passage_tokens))
+
+
+def choose_chunking(folder: Path, student: Student, wanted: Chunking | None = None) -> Chunking:
+    """How to cut documents for the index in a folder: as wanted, as it does, or as by default.
+
+    That an index cuts in another way than is wanted is told by ``upsert_documents``, which holds its lock.
+    """
+    return wanted or read_chunking(folder) or default_chunking(student)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentsReport(UpsertReport):
+    """What ``upsert_documents`` did: ``UpsertReport`` of the passages, how many documents, how many passages went."""
+
+    num_documents: int = 0
+    num_deleted: int = 0
+
+
+def upsert_documents(
+    index: Index,
+    documents: Iterable[Passage],
+    chunker: Chunker,
+    *,
+    only_new: bool = False,
+    lenient_metadata: bool = False,
+    num_documents: int | None = None,
+    show_progress: bool | None = False,
+) -> DocumentsReport:
+    """Split documents and add them, or change those that are there. Passages that a document no longer has are deleted.
+
+    Interrupted, the same call goes on; until it has ended, passages of an earlier form may still be there. Arguments
+    and errors are those of ``Index.upsert_documents``; the ``chunker`` says how to split.
+    """
+    store, num_pieces = index.store, dict[str, int]()
+    unfinished: deque[int] = deque()  # pieces of the documents that are under way
+
+    def pieces() -> Iterator[Passage]:
+        rest = iter(documents)
+        while block := list(islice(rest, _DOCUMENTS_AT_ONCE)):
+            if only_new:
+                _refuse_present(block, store.table())
+            for document in block:
+                if document.id in num_pieces:
+                    problem = f"two of the documents given share the id {document.id!r}; keep one of them"
+                    raise DuplicateIdError(store.folder, problem)
+                found = chunker.split(document)
+                num_pieces[document.id] = len(found)
+                unfinished.append(len(found))
+                yield from found
+
+    with store.writing(), progress_bar("indexing", num_documents, show=show_progress) as advance:
+
+        def finish(count: int, note: str = "", /) -> None:
+            while unfinished and count >= unfinished[0]:
+                count -= unfinished.popleft()
+                advance(1, note)
+            if unfinished:
+                unfinished[0] -= count
+
+        known, version = read_chunking(store.folder), store.table().version
+        try:
+            _keep_chunking(store, chunker.chunking)
+            report = upsert_passages(
+                store,
+                index.student,
+                pieces(),
+                only_new=only_new,
+                as_documents=True,
+                lenient_metadata=lenient_metadata,
+                advance=finish,
+            )
+            num_deleted = _delete_earlier_forms(store, num_pieces)
+        except BaseException:
+            if known is None and store.table().version == version:
+                forget_chunking(store.folder)  # nothing was cut, so another way is still open
+            raise
+        finally:
+            index.refresh()
+        version = store.table().version
+    warn_of_truncation(report, _advice(chunker.chunking))
+    values: dict[str, Any] = {item.name: getattr(report, item.name) for item in fields(report)} | {"version": version}
+    return DocumentsReport(**values, num_documents=len(num_pieces), num_deleted=num_deleted)
+
+
+def _advice(chunking: Chunking) -> str:
+    if chunking.chunk_tokens is None:
+        return "This index takes texts whole; a new one (with --chunk-tokens) splits them into passages"
+    return "Their titles take more than half of a passage; shorten them, or split into larger passages in a new index"
+
+
+def _check(chunking: Chunking, limit: int) -> None:
+    tokens, window = chunking.chunk_tokens, chunking.late_window
+    if tokens is None:
+        if chunking != Chunking(None):
+            raise InputError("an overlap and late chunks are for documents that are split; give chunk_tokens as well")
+        return
+    if not _LEAST_TOKENS <= tokens <= limit:
+        raise InputError(
+            f"a passage is to have {tokens} tokens, but this student reads {limit}; give {_LEAST_TOKENS} to {limit}"
+        )
+    if not 0 <= chunking.chunk_overlap < tokens // 2:
+        raise InputError(
+            f"the overlap is {chunking.chunk_overlap} tokens, but must be at least 0 and less than half of {tokens}"
+        )
+    if window is not None and not chunking.late:
+        raise InputError(f"a window of {window} tokens is for late chunks alone; ask for these, or leave it out")
+    if window is not None and window < tokens:
+        raise InputError(f"a window of {window} tokens does not hold a passage of {tokens}; give more, or none")
+
+
+def _keep_chunking(store: IndexStore, chunking: Chunking) -> None:
+    """Let the index remember how its documents are cut; an empty one may change its mind."""
+    known = read_chunking(store.folder)
+    if known == chunking:
+        return
+    if known is not None and len(store.table()):
+        raise InputError(
+            f"{store.folder}: its documents are cut into {known}, and cannot also be cut into {chunking}; leave out "
+            "how to cut, which the index remembers, or make a new index"
+        )
+    write_chunking(store.folder, chunking)
+
+
+def _refuse_present(documents: Sequence[Passage], table: PassageTable) -> None:
+    there = table.parts([document.id for document in documents])
+    if there:
+        name = min(document_id or passage_id for passage_id, document_id, _ in there)
+        problem = f"some of the documents are there already, {name!r} is one; upsert changes them"
+        raise DuplicateIdError(table.folder, problem)
+
+
+def _delete_earlier_forms(store: IndexStore, num_pieces: Mapping[str, int]) -> int:
+    """Delete the pieces that documents no longer have, and what was one passage and now is several; how many."""
+    num_deleted, names = 0, list(num_pieces)
+    for start in range(0, len(names), _DOCUMENTS_AT_ONCE):
+        some = names[start : start + _DOCUMENTS_AT_ONCE]
+        gone: list[str] = []
+        for passage_id, document_id, position in store.table().parts(some):
+            if passage_id == piece_id(document_id, position) and passage_id not in num_pieces:
+                kept = num_pieces[document_id]
+                if kept == 1 or position > kept:
+                    gone.append(passage_id)
+            elif num_pieces.get(passage_id, 1) > 1:
+                gone.append(passage_id)
+        num_deleted += store.delete(gone) if gone else 0
+    return num_deleted

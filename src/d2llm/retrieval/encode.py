@@ -1,0 +1,165 @@
+"""The verb ``encode``: a whole corpus becomes an index, at once."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
+from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
+from d2llm.core.types import Passage, Task
+from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
+from d2llm.retrieval.index import Index, window_format
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.store.index_manifest import FORMAT_VERSION, KIND
+from d2llm.store.index_store import IndexStore
+from d2llm.store.side_files import Chunking
+from d2llm.store.stored_vectors import VectorCopies
+from d2llm.store.vector_formats import make_format
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """What ``encode`` did: ``num_documents`` texts became ``num_passages``, as many where none was split.
+
+    ``num_resumed`` passages were taken over from an interrupted run; tokens (counted without padding), ``seconds`` and
+    ``passages_per_second`` are of this run alone, the time with that of writing. Bytes are those of one stored vector,
+    and of the whole index on average. ``num_blank`` passages have nothing but white space.
+    """
+
+    folder: Path
+    num_documents: int
+    num_passages: int
+    num_resumed: int
+    num_truncated: int
+    num_tokens: int
+    seconds: float
+    passages_per_second: float
+    vector_bytes_per_passage: int
+    bytes_per_passage: float
+    num_blank: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def encode(
+    corpus: Path | Iterable[Passage],
+    student: SearchStudent,
+    folder: Path,
+    *,
+    task: Task = "asymmetric",
+    vector_format: str = "bfloat16",
+    vector_copies: VectorCopies = 2,
+    window_vectors: str | None = "auto",
+    chunking: Chunking | None = None,
+    student_source: str | None = None,
+    overwrite: bool = False,
+    show_progress: bool | None = None,
+) -> EncodeReport:
+    """Make the index of a corpus; it appears at ``folder`` when it is complete, and can be changed from then on.
+
+    An interrupted run goes on where it stopped when it is called again. A corpus in a file is never held as a whole.
+
+    Args:
+        corpus: a ``corpus.jsonl[.gz]`` file, a folder that holds one, or the passages themselves.
+        student: makes the vectors.
+        folder: where the index goes. Until it is complete, it lies in a hidden folder beside that.
+        task: what a search on this index does unless told otherwise.
+        vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
+        vector_copies: in how many places each stands (``Index.create``).
+        window_vectors: how those of windows are stored, if at all (``Index.create``).
+        chunking: how long texts are split into passages; None: each text is a passage.
+        student_source: the folder or name that the student was loaded from, kept so that a search can find it again.
+        overwrite: replace an index at ``folder``; its snapshots go with it.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: no passages, ``folder`` in the way, an unknown format, or a vector is not finite.
+        DataFormatError: the corpus file is missing or malformed (names file and line).
+        DuplicateIdError: two passages share an id.
+        IndexLockedError: when all is encoded, another process is writing to the index at ``folder``.
+    """
+    folder = Path(folder)
+    _check_target(folder, overwrite=overwrite)
+    make_format(vector_format, student.vector_dim)
+    windows = window_format(student, task, window_vectors)
+    if isinstance(corpus, str | Path):
+        file = corpus_file(Path(corpus))
+        passages, num_documents, content = iter_corpus(file), check_corpus(file), fingerprint_files([file])
+    else:
+        passages = list(corpus)
+        num_documents, content = len(passages), fingerprint_passages(passages)
+    if not num_documents:
+        raise InputError(f"{folder}: there are no passages; an index needs at least one")
+    # Another student, corpus or storage gets another folder, so runs never mix.
+    how = [task, vector_format, vector_copies, windows, None if chunking is None else asdict(chunking)]
+    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, *how])
+    draft = folder.parent / f".{folder.name}.work-{key}"
+    begin = time.perf_counter()
+    if (draft / MANIFEST_NAME).is_file():
+        index = Index.open(draft, student)
+    else:
+        index = Index.create(
+            draft,
+            student,
+            task=task,
+            vector_format=vector_format,
+            vector_copies=vector_copies,
+            window_vectors=windows,
+            student_source=student_source,
+        )
+    try:
+        if chunking is None:
+            report = index.upsert(passages, num_passages=num_documents, show_progress=show_progress)
+        else:
+            report = index.upsert_documents(
+                passages, chunking, num_documents=num_documents, show_progress=show_progress
+            )
+    except BaseException:
+        if not len(index.store.table()):  # nothing that another call could go on with
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+    facts = index.stats()
+    with _no_other_writer(folder):
+        replace_folder(draft, folder)
+    seconds = time.perf_counter() - begin
+    return EncodeReport(
+        folder=folder,
+        num_documents=num_documents,
+        num_passages=report.num_passages,
+        num_resumed=report.num_unchanged,
+        num_truncated=facts.num_truncated,
+        num_tokens=report.num_tokens,
+        seconds=seconds,
+        passages_per_second=report.num_added / max(seconds, 1e-9),
+        vector_bytes_per_passage=facts.vector_bytes,
+        bytes_per_passage=facts.bytes_per_passage,
+        num_blank=report.num_blank,
+    )
+
+
+def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
+    """Hold the write lock of the index that is to be replaced: half a write must not end up in the new one."""
+    try:
+        return IndexStore.open(folder).locked()
+    except InputError:  # nothing is there, or nothing that can be written
+        return nullcontext()
+
+
+def _check_target(folder: Path, *, overwrite: bool) -> None:
+    check_replaceable(folder, KIND)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{folder}: holds an index already; give another folder, or replace it (--overwrite; in Python, "
+            "overwrite=True)"
+        )

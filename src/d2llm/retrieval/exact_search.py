@@ -1,0 +1,379 @@
+"""The exact top k of a corpus, proved without giving every passage the full score.
+
+A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so no score is above its bound,
+anchor + R_q r_p. Evidence (``models.evidence``) counts as a part of the anchor: BM25 is known of all rows at once, of
+their best windows a bound of it. Passages are scored from the highest bound down, until the k-th best score is above
+the bound of every passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an
+anchor above the last one's. Where that proves nothing, and with evidence, one pass over all vectors gives every bound.
+
+What exact means: the ranking (ties by id) is that of all passages scored in the same arithmetic, in which
+score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with anchors of the scan, or all
+of the one pass, and -1 <= change <= 1. Rounding keeps order, so score <= bound holds in that arithmetic however
+coarsely the change was computed. From ``Student.score`` these scores differ by float32 rounding at most, where a
+product over another number of rows is summed in another order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.types import Certificate, Task
+from d2llm.ops.certificates import from_the_highest
+from d2llm.ops.selection import top_rows
+from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
+from d2llm.retrieval.row_evidence import RowEvidence
+from d2llm.retrieval.row_scorer import RowScorer
+
+_PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
+_SCANS = (1_024, 8_192)
+"""The highest anchors that are tried before all vectors are read, which takes as long as six scans."""
+_SCANNED_SHARE = 8  # of fewer passages than so many times a scan's, all are read at once
+_FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
+_FEWEST = 64  # not worth a call when the time ends
+_NO_LIMIT = 1 << 62
+
+
+class FoundRows(Protocol):
+    """Rows with their inner products, best first."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[k]."""
+        ...
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """[k]."""
+        ...
+
+
+class VectorView(Protocol):
+    """What is read of an index (``store.view.PassageView`` fits)."""
+
+    @property
+    def capacity(self) -> int:
+        """Rows, dead ones included."""
+        ...
+
+    @property
+    def live(self) -> NDArray[np.bool_] | None:
+        """[capacity], which rows hold a passage; None where all do."""
+        ...
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of some rows."""
+        ...
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, dim], of some rows."""
+        ...
+
+    def block(self, start: int, end: int) -> NDArray[np.float32]:
+        """[end - start, dim], of rows in order; finite numbers where a row is dead."""
+        ...
+
+    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> FoundRows:
+        """The live, allowed rows with the highest inner products, ties by id."""
+        ...
+
+
+class CertifiedRows(NamedTuple):
+    """Rows int64 [k], final scores float32 [k] best first, their anchors (None without), and what is proved of it."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    anchors: NDArray[np.float32] | None
+    certificate: Certificate
+
+
+class KeptReaches:
+    """r_p of a view's rows, kept from the first search that needed those of all rows: 4 bytes a row.
+
+    Most searches need those of some rows alone. Keep it beside a view that answers many queries, of either task.
+    ``of_all`` is float32 [capacity], or None as long as none needed it.
+    """
+
+    def __init__(self, of_all: NDArray[np.float32] | None = None) -> None:
+        self.of_all = of_all
+
+    def keep(self, of_all: NDArray[np.float32]) -> None:
+        """Keep those of all rows; where all are 1, as without gates, that takes no memory."""
+        self.of_all = np.broadcast_to(np.float32(1), of_all.shape) if (of_all == 1).all() else of_all
+
+
+def passage_reaches(view: VectorView, student: BoundedStudent) -> NDArray[np.float32]:
+    """r_p of every row, float32 [capacity], of the passages alone."""
+    reaches = np.empty(view.capacity, np.float32)
+    for start in range(0, view.capacity, _PASS_ROWS):
+        end = min(start + _PASS_ROWS, view.capacity)
+        reaches[start:end] = student.passage_reach(view.block(start, end))
+    return reaches
+
+
+def certified_top_k(
+    view: VectorView,
+    student: SearchStudent,
+    query_vector: NDArray[np.float32],
+    task: Task,
+    top_k: int,
+    *,
+    allowed: NDArray[np.bool_] | None = None,
+    budget_ms: float | None = None,
+    reaches: KeptReaches | None = None,
+    evidence: RowEvidence | None = None,
+) -> CertifiedRows:
+    """The ``top_k`` passages with the highest final scores of all that are live and allowed, proved, ties by id.
+
+    A student whose score has no bound (head ``paper``; one without ``prepare``) is asked for every passage's score.
+    Where the interaction has no weight, the index's exact scan is the answer. Memory: some float32 numbers a row.
+
+    Args:
+        view: the index at one version.
+        student: its student.
+        query_vector: [dim].
+        task: which branch of the IEM.
+        top_k: at least 1; every passage when it is beyond the corpus.
+        allowed: [capacity], a filter's rows; None allows all.
+        budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
+            first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
+        reaches: what earlier searches of this view had to compute; what this one has to is kept in it.
+        evidence: of the query (``row_evidence``), where the student's score has any.
+
+    Raises:
+        InputError: ``top_k`` is below 1, or the budget is negative or no number.
+        ModelError: the student gave a score that is not a number.
+    """
+    begin = time.perf_counter()
+    if top_k < 1:
+        raise InputError(f"top_k is {top_k}, but must be at least 1")
+    if budget_ms is not None and not budget_ms >= 0:
+        raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
+    clock, reaches = _Clock(begin, budget_ms), reaches or KeptReaches()
+    _check_masks(view, allowed)
+    row_scorer = RowScorer(view, student, query_vector, task, evidence)
+    scorer = row_scorer.prepared
+    if scorer is None or scorer.anchor_query is None:
+        rows = _matching(view, allowed)
+        bounds = np.broadcast_to(np.float32(np.inf), len(rows))
+        in_order = iter([np.arange(len(rows), dtype=np.int64)])
+        found = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
+        if student.has_anchor:
+            anchor_query = student.anchor_queries(query_vector[None], task)[0]
+            return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
+        return found
+    total = _num_matching(view, allowed)
+    assert isinstance(student, BoundedStudent)
+    if evidence is None:
+        if scorer.reach == 0:
+            return _scan(view, scorer.anchor_query, total, top_k, allowed)
+        early = _by_scans(
+            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock
+        )
+        if early is not None:
+            return early
+    rows = _matching(view, allowed)
+    anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
+    highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
+    bounds = _numbers((highest + reach)[rows])
+    parts = from_the_highest(bounds, max(_LARGEST, top_k))
+    found = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
+    return found._replace(anchors=anchors[found.rows])
+
+
+def _check_masks(view: VectorView, allowed: NDArray[np.bool_] | None) -> None:
+    for mask in (view.live, allowed):
+        if mask is not None and mask.shape != (view.capacity,):
+            raise InputError(f"a mask of rows has shape {mask.shape}, but the index has {view.capacity} rows")
+
+
+def _mask(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """The live rows among the allowed ones; None means all rows."""
+    if view.live is None or allowed is None:
+        return allowed if view.live is None else view.live
+    return view.live & allowed
+
+
+def _num_matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> int:
+    mask = _mask(view, allowed)
+    return view.capacity if mask is None else int(np.count_nonzero(mask))
+
+
+def _matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+    mask = _mask(view, allowed)
+    return np.arange(view.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
+
+
+def _scan(
+    view: VectorView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
+) -> CertifiedRows:
+    """Where the anchor is the whole score: the exact scan, one place further to know the best of those left."""
+    found = view.scan(anchor_query, top_k + 1, allowed)
+    rows, scores = found.rows[:top_k], found.scores[:top_k]
+    next_score = float(found.scores[top_k]) if len(found.scores) > top_k else -math.inf
+    kth_score = float(scores[-1]) if len(scores) else -math.inf
+    certificate = Certificate(len(rows), total - len(rows), next_score, kth_score, len(rows))
+    return CertifiedRows(rows, scores, scores, certificate)
+
+
+def _by_scans(
+    view: VectorView,
+    student: BoundedStudent,
+    row_scorer: RowScorer,
+    query_reach: float,
+    anchor_query: NDArray[np.float32],
+    total: int,
+    top_k: int,
+    allowed: NDArray[np.bool_] | None,
+    reaches: NDArray[np.float32] | None,
+    clock: _Clock,
+) -> CertifiedRows | None:
+    """The first ``top_k`` from the passages with the highest anchors; None where those do not prove it."""
+    largest = np.float32(query_reach) * np.float32(1 if reaches is None else reaches.max(initial=0))
+    for num_scanned in _SCANS:
+        if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(anchor_query).all():
+            return None
+        scanned = view.scan(anchor_query, max(num_scanned, top_k), allowed)
+        order = np.argsort(scanned.rows)
+        rows, anchors = scanned.rows[order], scanned.scores[order]
+        reach = student.passage_reach(view.vectors(rows)) if reaches is None else reaches[rows]
+        reach = np.float32(query_reach) * reach
+        bounds = _numbers(anchors + reach)
+        parts = from_the_highest(bounds, max(_LARGEST, top_k))
+        final = _finals(row_scorer, anchors, reach, rows)
+        found = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
+        highest_left = max(found.certificate.highest_bound_left, float(anchors.min() + largest))
+        if found.certificate.kth_score > highest_left or clock.num_fitting() == 0:
+            certificate = replace(
+                found.certificate,
+                num_left=total - found.certificate.num_scored,
+                highest_bound_left=highest_left,
+                proved=int((found.scores > highest_left).sum()),
+            )
+            return CertifiedRows(found.rows, found.scores, anchors[np.searchsorted(rows, found.rows)], certificate)
+    return None
+
+
+def _finals(
+    row_scorer: RowScorer,
+    anchors: NDArray[np.float32],
+    reach: NDArray[np.float32],
+    rows: NDArray[np.int64] | None = None,
+) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
+    """What gives some rows their final scores; anchors and reach are of ``rows``, in rising order, or of all."""
+
+    def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        places = chosen if rows is None else np.searchsorted(rows, chosen)
+        change = np.clip(row_scorer.change(chosen), -1, 1).astype(np.float32, copy=False)
+        base = anchors[places]
+        if row_scorer.evidence is not None:
+            base = base + row_scorer.evidence(chosen)
+        return np.add(base, reach[places] * change, dtype=np.float32)
+
+    return final
+
+
+def _pass(
+    view: VectorView,
+    student: BoundedStudent,
+    scorer: PairScorer,
+    anchor_query: NDArray[np.float32],
+    reaches: KeptReaches,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Anchor and R_q r_p of every row, float32 [capacity]; of dead rows anything."""
+    anchors = np.empty(view.capacity, np.float32)
+    reach = np.empty(view.capacity, np.float32) if reaches.of_all is None else reaches.of_all
+    for start in range(0, view.capacity, _PASS_ROWS):
+        end = min(start + _PASS_ROWS, view.capacity)
+        block = view.block(start, end)
+        anchors[start:end] = block @ anchor_query
+        if reaches.of_all is None:
+            reach[start:end] = student.passage_reach(block)
+    if reaches.of_all is None:
+        reaches.keep(reach)
+    return anchors, np.float32(scorer.reach) * reach
+
+
+def _score_from_the_top(
+    view: VectorView,
+    rows: NDArray[np.int64],
+    bounds: NDArray[np.float32],
+    parts: Iterator[NDArray[np.int64]],
+    score: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    top_k: int,
+    clock: _Clock,
+) -> CertifiedRows:
+    """Score passages as ``parts`` gives their places among ``rows``, by falling bound, until the first are certain."""
+    scored: list[NDArray[np.int64]] = []
+    scores = [np.zeros(0, np.float32)]
+    best = scores[0]  # the top_k best scores so far, in any order
+    num, size = 0, max(_FIRST, top_k)
+    for part in parts:
+        start = 0
+        while start < len(part):
+            highest_left = float(bounds[part[start]])
+            # A passage whose bound is level with the k-th score may have a smaller id.
+            certain = len(best) == top_k and highest_left < best.min()
+            fitting = size if num < top_k else min(size, clock.num_fitting())
+            if certain or fitting == 0:
+                return _ranked(view, scored, scores, top_k, len(rows), highest_left)
+            chosen = np.sort(rows[part[start : start + fitting]])  # the vectors are read in one direction
+            began = time.perf_counter()
+            new = _numbers(score(chosen))
+            clock.seconds_per_passage = (time.perf_counter() - began) / len(chosen)
+            scored.append(chosen)
+            scores.append(new)
+            best = np.concatenate((best, new))
+            best = np.partition(best, len(best) - top_k)[-top_k:] if len(best) > top_k else best
+            start, num, size = start + len(chosen), num + len(chosen), min(3 * size // 2, max(_LARGEST, top_k))
+    return _ranked(view, scored, scores, top_k, len(rows), -math.inf)
+
+
+class _Clock:
+    """How many more passages can be scored in time."""
+
+    def __init__(self, begin: float, budget_ms: float | None) -> None:
+        self._deadline = math.inf if budget_ms is None else begin + budget_ms / 1000
+        self.seconds_per_passage = 0.0
+
+    def num_fitting(self) -> int:
+        left = self._deadline - time.perf_counter()
+        if left == math.inf:
+            return _NO_LIMIT
+        fitting = int(max(left, 0) / max(self.seconds_per_passage, 1e-9))
+        return fitting if fitting >= _FEWEST else 0
+
+
+def _ranked(
+    view: VectorView,
+    scored: list[NDArray[np.int64]],
+    scores: list[NDArray[np.float32]],
+    top_k: int,
+    total: int,
+    highest_left: float,
+) -> CertifiedRows:
+    rows, values = np.concatenate([np.zeros(0, np.int64), *scored]), np.concatenate(scores)
+    places = top_rows(values, top_k, lambda places: view.ids(rows[places]))
+    best = values[places]
+    certificate = Certificate(
+        num_scored=len(rows),
+        num_left=total - len(rows),
+        highest_bound_left=highest_left,
+        kth_score=float(best[-1]) if len(best) else -math.inf,
+        proved=int((best > highest_left).sum()) if len(rows) < total else len(best),
+    )
+    return CertifiedRows(rows[places], best, None, certificate)
+
+
+def _numbers(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    num_wrong = int(np.isnan(scores).sum())
+    if num_wrong:
+        raise ModelError(f"{num_wrong} of {len(scores)} scores are NaN and cannot be ranked; check the student")
+    return scores

@@ -1,0 +1,119 @@
+"""The verb ``project``: W_p b of every passage is kept beside its vector, so that a score skips that product."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from d2llm.core.errors import InputError
+from d2llm.core.progress import progress_bar
+from d2llm.retrieval.protocols import ProjectingStudent, SearchStudent
+from d2llm.store.index_store import IndexStore
+from d2llm.store.projections import as_codes, create_file, open_file, projections_of
+from d2llm.store.storage import storage_errors
+from d2llm.store.vector_file import VectorFile
+from d2llm.store.view import PassageView
+
+_log = logging.getLogger(__name__)
+_BLOCK_ROWS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectReport:
+    """What was stored: ``num_rows`` rows, ``num_added`` of them now, of ``width`` bfloat16 numbers each."""
+
+    folder: str
+    version: int
+    num_passages: int
+    num_rows: int
+    num_added: int
+    width: int
+    bytes_per_row: int
+    num_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | None = False) -> ProjectReport:
+    """Store W_p b of all passages of the latest version; of those that are stored nothing is computed again.
+
+    Interrupted, it goes on where it was. Searches use what is there at once, and compute it of passages that came
+    later; ``extend_projections`` is called by every upsert. A compaction that numbers the rows anew drops it.
+
+    Args:
+        store: the index. Its write lock is held meanwhile.
+        student: that made its vectors; its head has the features ``concat``.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: the head's first product depends on the query too, or there are no passages.
+        IndexMismatchError: the student is another.
+        IndexLockedError: another process is writing.
+        StorageError: the file cannot be written.
+    """
+    begin = time.perf_counter()
+    with store.writing():
+        view = PassageView(store)
+        view.check_student(student.fingerprint)
+        if not isinstance(student, ProjectingStudent):
+            raise InputError("this kind of student has no projections to store; give a d2llm student")
+        width = student.project_passages(view.block(0, min(1, view.capacity))).shape[1]  # also whether it has any
+        if not len(view):
+            raise InputError(f"{store.folder}: holds no passages; upsert some, then store their projections")
+        vectors = view.vector_file
+        if vectors is None:
+            raise InputError(
+                f"{store.folder}: its vectors could not be written beside the table; see the log, mend that first"
+            )
+        with storage_errors(store.folder):
+            file = _file_to_extend(view, vectors, width)
+            num_added = _append(view, student, file, show_progress=show_progress)
+    return ProjectReport(
+        folder=str(store.folder),
+        version=view.version,
+        num_passages=len(view),
+        num_rows=file.capacity,
+        num_added=num_added,
+        width=width,
+        bytes_per_row=file.code_size,
+        num_bytes=file.num_bytes,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def extend_projections(store: IndexStore, student: SearchStudent) -> None:
+    """After a change: store the projections of passages that came, if those before them are stored and fit."""
+    if any(store.folder.glob("projections-*.bin")):
+        view = PassageView(store)
+        if view.projections is not None and len(view):
+            project(store, student)
+
+
+def _file_to_extend(view: PassageView, vectors: VectorFile, width: int) -> VectorFile:
+    """The file that is there, if it is of these vectors and whole; else an empty one."""
+    made_of = projections_of(view.student_fingerprint, view.format.name)
+    if view.projections is not None and view.projections.width == width:
+        return open_file(vectors, view.generation, made_of)
+    return create_file(vectors, view.generation, made_of, width)
+
+
+def _append(view: PassageView, student: ProjectingStudent, file: VectorFile, *, show_progress: bool | None) -> int:
+    """Add the rows that are missing, up to the last that holds a passage; returns how many.
+
+    Rows behind that one were left by an interrupted writer, and where the vectors are rebuilt, theirs are given anew.
+    """
+    first = file.capacity
+    end = view.capacity if view.live is None else int(np.flatnonzero(view.live)[-1]) + 1
+    with progress_bar("projecting", max(end - first, 0), show=show_progress) as advance:
+        for start in range(first, end, _BLOCK_ROWS):
+            block = view.block(start, min(start + _BLOCK_ROWS, end))
+            file.append(as_codes(student.project_passages(block)))
+            advance(len(block))
+    return max(end - first, 0)

@@ -1,0 +1,212 @@
+"""What the verbs ask of a model. ``Student`` and ``Teacher`` fit; so does anything else with these methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.types import Task, WholeText
+from d2llm.models.evidence import EvidenceWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Describable(Protocol):
+    """A configuration that can be written down."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """As plain values, with ``mode="json"``."""
+        ...
+
+
+class EncodedBatch(Protocol):
+    """Vectors of some texts, with what it took."""
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """[n, dim], in the texts' order."""
+        ...
+
+    @property
+    def truncated(self) -> Sequence[int]:
+        """Places of the texts that were longer than the limit."""
+        ...
+
+    @property
+    def num_truncated(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read, padding not counted."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Turns queries and passages into vectors, each alone."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two encoders are the same."""
+        ...
+
+    @property
+    def config(self) -> Describable:
+        """What the encoder is built of."""
+        ...
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of a text's vector."""
+        ...
+
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+        """Encode queries; ``advance`` is called with the number of texts finished since the last call."""
+        ...
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+        """Encode passages (title and text as one string)."""
+        ...
+
+
+class SearchStudent(TextEncoder, Protocol):
+    """An encoder that also scores a query with passages by their vectors alone."""
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether part of the score is an inner product that an index can follow."""
+        ...
+
+    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """[q, dim] -> [q, dim], whose inner products with passage vectors are the anchor logits."""
+        ...
+
+    def score(
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> final logits [n]."""
+        ...
+
+
+class EncodedParts(EncodedBatch, Protocol):
+    """Vectors of parts of long texts."""
+
+    @property
+    def num_windows(self) -> int:
+        """In how many windows the texts were read."""
+        ...
+
+
+@runtime_checkable
+class ChunkStudent(Protocol):
+    """What a ``SearchStudent`` has besides if it reads parts of a text with the rest around them (``Student`` has)."""
+
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedParts:
+        """Encode parts of texts, given by the characters where they begin and end."""
+        ...
+
+
+class PairScorer(Protocol):
+    """One query, ready to be scored with passages: anchor + reach * r_p * change."""
+
+    @property
+    def anchor_query(self) -> NDArray[np.float32] | None:
+        """[dim], whose inner product with a passage's vector is the anchor; None where the score has none."""
+        ...
+
+    @property
+    def reach(self) -> float:
+        """The query's part of the bound of a pair, at least 0; 0 where the anchor is the whole score."""
+        ...
+
+    def __call__(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
+        """[n, dim] -> final logits [n].
+
+        With ``projections`` [n, hidden] of the same passages (``ProjectingStudent``) the vectors are for the anchor
+        alone, and None where there is none.
+        """
+        ...
+
+    def change(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
+        """[n, dim], or projections -> what the interaction makes of its reach, [n] in [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class BoundedStudent(Protocol):
+    """What a ``SearchStudent`` has besides if its score is an inner product and a bounded change (``Student`` has)."""
+
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
+        """What scores one query [dim]."""
+        ...
+
+    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dim] -> r_p [n] in [0, 1], the passages' part of the bound of a pair."""
+        ...
+
+
+@runtime_checkable
+class EvidenceStudent(Protocol):
+    """What a ``SearchStudent`` has if an index can add to its score (``Student`` has)."""
+
+    def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
+        """What is added, by weight; nothing where the vectors' score is all.
+
+        ``windows``: by an index that stores the vectors of windows.
+        """
+        ...
+
+
+@runtime_checkable
+class ProjectingStudent(Protocol):
+    """What a ``SearchStudent`` has if part of its score can be computed of a passage alone (``Student`` has)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two students are the same."""
+        ...
+
+    @property
+    def can_project(self) -> bool:
+        """Whether this student's head has such a part."""
+        ...
+
+    def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
+        """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError where the head has no such part."""
+        ...
+
+
+class JudgedPairs(Protocol):
+    """What a teacher said of some pairs."""
+
+    @property
+    def log_odds(self) -> NDArray[np.float32]:
+        """[n] logit(yes) - logit(no), in the pairs' order."""
+        ...
+
+    @property
+    def num_truncated(self) -> int:
+        """Pairs whose passage was cut."""
+        ...
+
+
+class PairJudge(Protocol):
+    """Reads query and passage together."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two teachers are the same."""
+        ...
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Tells whether two ask the same question."""
+        ...
+
+    def judge(self, pairs: Sequence[tuple[str, str]], task: Task) -> JudgedPairs:
+        """Judge (query text, passage full text) pairs."""
+        ...

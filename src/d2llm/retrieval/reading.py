@@ -1,0 +1,84 @@
+"""Passages as vectors: each read alone, or as a part of its document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.ops.words import windows
+from d2llm.retrieval.protocols import ChunkStudent, SearchStudent
+from d2llm.store.window_vectors import ReadWindows
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPassages:
+    """Vectors [n, dim] of passages, the places of those read in part, the tokens read, and windows of documents."""
+
+    vectors: NDArray[np.float32]
+    truncated: tuple[int, ...] = ()
+    num_tokens: int = 0
+    num_windows: int = 0
+
+
+def read_passages(
+    student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None = None
+) -> ReadPassages:
+    """Encode passages; late chunks of one document, wherever they stand, are pooled from one reading of it.
+
+    ``advance`` is called with the number of passages finished since the last call.
+
+    Raises:
+        InputError: there are late chunks, and the student cannot read them.
+    """
+    vectors = np.zeros((len(passages), student.vector_dim), np.float32)
+    truncated: list[int] = []
+    num_tokens = num_windows = 0
+    alone = [place for place, passage in enumerate(passages) if not isinstance(passage, LateChunk)]
+    if alone:
+        encoded = student.encode_passages([passages[place].full_text for place in alone], advance=advance)
+        vectors[alone] = encoded.vectors
+        truncated += [alone[place] for place in encoded.truncated]
+        num_tokens += encoded.num_tokens
+    chunks: dict[WholeText, list[tuple[int, LateChunk]]] = {}
+    for place, passage in enumerate(passages):
+        if isinstance(passage, LateChunk):
+            chunks.setdefault(passage.whole, []).append((place, passage))
+    if chunks:
+        if not isinstance(student, ChunkStudent):
+            raise InputError(f"a {type(student).__name__} cannot read parts of documents; chunk early")
+        read = student.encode_chunks(
+            (whole, [(chunk.start, chunk.end) for _, chunk in parts]) for whole, parts in chunks.items()
+        )
+        places = [place for parts in chunks.values() for place, _ in parts]
+        vectors[places] = read.vectors
+        truncated += [places[place] for place in read.truncated]
+        num_tokens += read.num_tokens
+        num_windows = read.num_windows
+        if advance is not None:
+            advance(len(places))
+    return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows)
+
+
+def read_windows(
+    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
+) -> ReadWindows:
+    """Read each window of passages alone, as a passage; one that is a single window has none (its own vector is it).
+
+    ``advance`` is called with the number of windows finished since the last call.
+    """
+    texts: list[str] = []
+    counts: list[int] = []
+    for text in full_texts:
+        spans = windows(text)
+        own = spans if len(spans) > 1 else []
+        texts += [text[start:end] for start, end in own]
+        counts.append(len(own))
+    if not texts:
+        return ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
+    encoded = student.encode_passages(texts, advance=advance)
+    return ReadWindows(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)

@@ -1,0 +1,151 @@
+"""From an order of candidates to what is shown: texts, documents, neighbours, explanations, the teacher's part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.types import CascadeReport, Certificate, Explanation, Query, RankedDocument, RankedPassage
+from d2llm.retrieval.candidates import SearchableIndex
+from d2llm.retrieval.cascade import Reread
+from d2llm.retrieval.documents import FoundDocument, with_neighbours
+from d2llm.retrieval.exact_search import FoundRows
+from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCandidates:
+    """A query's candidates with the student's scores; who proposed what; and whether more could be proposed."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    num_scored: int
+    proposals: Mapping[str, FoundRows]
+    certificate: Certificate | None
+    is_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order of the candidates: places among them, best first, by ``scores``; or documents, best first."""
+
+    scored: ScoredCandidates
+    scores: NDArray[np.floating[Any]]
+    best_first: NDArray[np.int64]
+    documents: Sequence[FoundDocument] | None
+    reread: Reread | None
+    student_ranks: NDArray[np.int64] | None
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """The passages to show, as places among the candidates."""
+        if self.documents is None:
+            return self.best_first
+        return np.array([document.places[0] for document in self.documents], np.int64)
+
+
+def show(
+    index: SearchableIndex,
+    query: Query,
+    anchor: NDArray[np.float32] | None,
+    evidence: RowEvidence | None,
+    order: Order,
+    *,
+    explain: bool,
+    document_passages: int,
+    neighbours: int,
+) -> tuple[RankedPassage, ...]:
+    """The places of a ranking with their texts and all that was asked for (``SearchSettings``)."""
+    places, rows = order.places, order.scored.rows[order.places]
+    scores = order.scores[places].tolist()
+    documents: list[RankedDocument | None] = [None] * len(places)
+    if order.documents is not None:
+        scores = [document.score for document in order.documents]
+        documents = [*_documents(index, order, order.documents, document_passages)]
+    anchors: list[float | None] = [None] * len(places)
+    if anchor is not None and len(places):
+        anchors = (index.vectors(rows) @ anchor).tolist()
+    shown = tuple(
+        RankedPassage(rank, passage, score, anchor_score, document=document)
+        for rank, (passage, score, anchor_score, document) in enumerate(
+            zip(index.passages(rows), scores, anchors, documents, strict=True), start=1
+        )
+    )
+    if explain:
+        shown = _explained(query, shown, order, None if evidence is None else evidence.parts(rows))
+    if neighbours:
+        shown = with_neighbours(index, shown, neighbours)
+    return shown if order.reread is None else _with_teacher(shown, order, order.reread)
+
+
+def _documents(
+    index: SearchableIndex, order: Order, found: Sequence[FoundDocument], shown: int
+) -> list[RankedDocument]:
+    others = [document.places[1:shown] for document in found]
+    flat = np.array([place for places in others for place in places], np.int64)
+    texts = iter(index.passages(order.scored.rows[flat]))
+    return [
+        RankedDocument(
+            document.id,
+            float(order.scores[document.places[0]]),
+            len(document.places),
+            tuple((next(texts), float(order.scores[place])) for place in places),
+        )
+        for document, places in zip(found, others, strict=True)
+    ]
+
+
+def _explained(
+    query: Query, passages: tuple[RankedPassage, ...], order: Order, evidence: EvidenceParts | None
+) -> tuple[RankedPassage, ...]:
+    from d2llm.ops.words import terms
+
+    asked = set(terms(query.text))
+    proposals, shown = order.scored.proposals, order.places
+    places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
+    explained: list[RankedPassage] = []
+    rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
+    added = EvidenceParts(None, None) if evidence is None else evidence
+    nothing: list[None] = [None] * len(rows)
+    lexical = nothing if added.words is None else added.words.tolist()
+    windows = nothing if added.windows is None else added.windows.tolist()
+    for place, row, score, of_words, of_windows in zip(passages, rows, scores, lexical, windows, strict=True):
+        at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
+        counts = Counter(term for term in terms(place.passage.full_text) if term in asked)
+        why = Explanation(
+            anchor=place.anchor_score,
+            interaction=None
+            if place.anchor_score is None
+            else score - place.anchor_score - (of_words or 0.0) - (of_windows or 0.0),
+            lexical=of_words,
+            windows=of_windows,
+            source_ranks={name: found + 1 for name, found in at.items()},
+            source_scores={name: float(proposals[name].scores[found]) for name, found in at.items()},
+            terms=dict(counts),
+        )
+        explained.append(replace(place, explanation=why))
+    return tuple(explained)
+
+
+def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread) -> tuple[RankedPassage, ...]:
+    assert order.student_ranks is not None
+    said = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
+    return tuple(
+        replace(one, log_odds=said.get(place), student_rank=int(order.student_ranks[place]))
+        for one, place in zip(shown, order.places.tolist(), strict=True)
+    )
+
+
+def cascade_report(order: Order) -> CascadeReport:
+    """What a cascade read, was unsure of and moved, in the student's ranks."""
+    assert order.reread is not None
+    assert order.student_ranks is not None
+    ranks, reread = order.student_ranks, order.reread
+    moved = tuple((int(before), now) for now, before in enumerate(ranks[order.best_first], start=1) if before != now)
+    read, unsure = tuple(ranks[reread.read].tolist()), tuple(sorted(ranks[reread.unsure].tolist()))
+    return CascadeReport(read, unsure, moved, reread.num_truncated, reread.seconds, reread.out_of_time)

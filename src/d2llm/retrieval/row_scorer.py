@@ -1,0 +1,93 @@
+"""One query's scores of rows of an index: from stored projections (W_p b) where there are some, else from vectors."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2llm.core.types import Task
+from d2llm.retrieval.protocols import BoundedStudent, ProjectingStudent, SearchStudent
+from d2llm.retrieval.row_evidence import RowEvidence
+from d2llm.store.projections import StoredProjections
+
+
+class VectorReader(Protocol):
+    """An index, as far as scoring reads it."""
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, dim], of some rows."""
+        ...
+
+
+@runtime_checkable
+class ProjectedIndex(Protocol):
+    """What an index has besides if it can keep projections (``store.view.PassageView`` has)."""
+
+    @property
+    def projections(self) -> StoredProjections | None:
+        """Those of its first rows; None where there are none."""
+        ...
+
+
+class RowScorer:
+    """Scores the rows of ``view`` for one query; ``evidence`` of it is added, where there is any.
+
+    ``prepared`` is what the student prepared of the query, None of a student that only scores. Whether a projection
+    was stored or is computed now makes no difference to a score; without any, a score differs by their rounding.
+    """
+
+    def __init__(
+        self,
+        view: VectorReader,
+        student: SearchStudent,
+        query_vector: NDArray[np.float32],
+        task: Task,
+        evidence: RowEvidence | None = None,
+    ) -> None:
+        self._view = view
+        self._student = student
+        self._query_vector = query_vector
+        self._task: Task = task
+        self.evidence = evidence
+        self.prepared = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
+        self._stored: StoredProjections | None = None
+        is_needed = self.prepared is not None and (self.prepared.anchor_query is None or self.prepared.reach > 0)
+        if is_needed and isinstance(student, ProjectingStudent) and student.can_project:
+            self._stored = view.projections if isinstance(view, ProjectedIndex) else None
+
+    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Final logits [n] of the query with the passages at some rows [n]."""
+        scores = self._vector_scores(rows)
+        return scores if self.evidence is None else scores + self.evidence(rows)
+
+    def _vector_scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        if self.prepared is None:
+            return self._student.score(self._query_vector, self._view.vectors(rows), self._task)
+        projections = self._projections(rows)
+        is_read = projections is None or self.prepared.anchor_query is not None
+        return self.prepared(self._view.vectors(rows) if is_read else None, projections)
+
+    def change(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the interaction makes of its reach, [n] in [-1, 1], of a student with ``prepared``."""
+        assert self.prepared is not None
+        projections = self._projections(rows)
+        return self.prepared.change(self._view.vectors(rows) if projections is None else None, projections)
+
+    def _projections(self, rows: NDArray[np.int64]) -> Tensor | None:
+        """Those of some rows [n, hidden]; of rows that came after the file they are computed as it would hold them."""
+        stored = self._stored
+        if stored is None:
+            return None
+        is_stored = rows < stored.num_rows
+        if is_stored.all():
+            return stored.read(rows)
+        assert isinstance(self._student, ProjectingStudent)
+        projections = torch.empty(len(rows), stored.width, dtype=torch.bfloat16)
+        projections[torch.from_numpy(is_stored)] = stored.read(rows[is_stored])
+        later = self._student.project_passages(self._view.vectors(rows[~is_stored]))
+        projections[torch.from_numpy(~is_stored)] = later
+        return projections

@@ -1,0 +1,370 @@
+"""The verb ``search``: queries become rankings with texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import Query, Ranking, Task
+from d2llm.ops.ranking import reciprocal_rank_scores
+from d2llm.ops.selection import top_rows
+from d2llm.retrieval.candidates import (
+    AnnSource,
+    CandidateSource,
+    LexicalSource,
+    SearchableIndex,
+    VectorSource,
+)
+from d2llm.retrieval.cascade import Rereader
+from d2llm.retrieval.documents import group_passages
+from d2llm.retrieval.exact_search import FoundRows, KeptReaches, certified_top_k
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, show
+from d2llm.retrieval.row_evidence import RowEvidence, row_evidence, weights_for
+from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.retrieval.settings import SearchSettings, changed
+
+_WIDENED = 4  # times as many candidates, where those found are of too few documents
+_ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
+_SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
+
+
+def search(
+    index: SearchableIndex,
+    student: SearchStudent,
+    queries: Sequence[Query] | Sequence[str],
+    settings: SearchSettings | None = None,
+    *,
+    cascade: Rereader | None = None,
+    show_progress: bool | None = False,
+    **changes: Any,
+) -> list[Ranking]:
+    """Rank the passages of an index for each query: candidates, then the student's full score (IEM).
+
+    Args:
+        index: made by this student.
+        student: encodes the queries and scores.
+        queries: texts, or queries with ids; texts get the ids "1", "2", ...
+        settings: how to search.
+        cascade: has a teacher read again what the student is unsure of (``Cascade``), or the first of its ranking
+            (``TeacherReading``).
+        show_progress: None means: if standard error is a terminal.
+        changes: single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
+
+    Returns:
+        One ranking per query, best first, ties by passage id. ``seconds`` holds "encode", "candidates", "score" and,
+        with a cascade, "teacher"; of what is done for several queries together (encoding for 256, the exact scan for
+        32) each has the mean.
+
+    Raises:
+        InputError: settings that do not go together, or a query without text.
+        FilterError: the filter cannot be read, or does not fit the metadata.
+        IndexMismatchError: the index was made by another student.
+        ModelError: the student gave a score that is not a number.
+    """
+    searcher = Searcher(index, student, changed(settings, changes), cascade=cascade)
+    return searcher.rank(queries, show_progress=show_progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A query on its way.
+
+    Attributes:
+        query: as it was asked.
+        vector: [dim].
+        anchor: [dim], for inner products; None for a head without.
+        evidence: what words add to the scores; None where the vectors' score is all.
+        scorer: scores rows for it; None in an exact search, which has its own.
+        depth: how many candidates each source is asked for first.
+        scanned: the result of a scan to that depth that it had with others; None where it had none.
+        seconds: as a ranking has them.
+    """
+
+    query: Query
+    vector: NDArray[np.float32]
+    anchor: NDArray[np.float32] | None
+    evidence: RowEvidence | None
+    scorer: RowScorer | None
+    depth: int
+    scanned: FoundRows | None
+    seconds: dict[str, float]
+
+
+class Searcher:
+    """``search`` for many calls: what does not depend on the queries is done once. Arguments as there."""
+
+    def __init__(
+        self,
+        index: SearchableIndex,
+        student: SearchStudent,
+        settings: SearchSettings | None = None,
+        *,
+        reaches: KeptReaches | None = None,
+        cascade: Rereader | None = None,
+    ) -> None:
+        """Args: ``reaches``, what exact searches of this version had to compute."""
+        self.settings = settings or SearchSettings()
+        self.settings.check()
+        if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
+            raise InputError(
+                "a cascade goes by the student's scores alone and changes its order: leave exact and hybrid"
+            )
+        index.check_student(student.fingerprint)
+        self._index = index
+        self._student = student
+        self._task: Task = self.settings.task or index.task
+        self._allowed = index.select(self.settings.filter)
+        self._weights = weights_for(index, student, self._task, self.settings.evidence)
+        names = self.settings.proposers(counts_words=self.counts_words)
+        by_vectors = not {"vectors", "ann"}.isdisjoint(names)
+        self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
+        self._reaches = reaches or KeptReaches()
+        self._cascade = cascade
+        self._sources: list[CandidateSource] = []
+        if "vectors" in names and not self._exact:
+            self._sources.append(VectorSource(index, self._allowed))
+        if "ann" in names and not self._exact:
+            self._sources.append(AnnSource(index, self._allowed))
+        if "bm25" in names and (not self._exact or self.settings.hybrid is not None):
+            ties = "rows" if self.settings.hybrid is None else "ids"
+            self._sources.append(LexicalSource(index, self.settings.filter, ties))
+        in_order = cascade is None and self.settings.hybrid is None
+        self._in_students_order = in_order and self.settings.group == "passage"
+
+    @property
+    def counts_words(self) -> bool:
+        """Whether words are a part of the scores."""
+        return self._weights.counts_words
+
+    @property
+    def counts_windows(self) -> bool:
+        """Whether the vectors of windows are a part of the scores."""
+        return self._weights.counts_windows
+
+    def rank(
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        show_progress: bool | None = False,
+        title: str = "searching",
+    ) -> list[Ranking]:
+        """Rank the passages for each query; ``title`` is the progress bar's.
+
+        With their ``vectors`` [n, dim] given, queries are not read here, and no ranking says that its query was cut.
+        """
+        asked = _as_queries(queries)
+        if vectors is not None and vectors.shape != (len(asked), self._student.vector_dim):
+            raise InputError(
+                f"vectors have the shape {vectors.shape}, but the {len(asked)} queries need "
+                f"({len(asked)}, {self._student.vector_dim})"
+            )
+        rankings: list[Ranking] = []
+        with progress_bar(title, len(asked), show=show_progress) as advance:
+            for start in range(0, len(asked), _ENCODED_AT_ONCE):
+                block = asked[start : start + _ENCODED_AT_ONCE]
+                begin = time.perf_counter()
+                cut: Sequence[int] = ()
+                if vectors is None:
+                    read = self._student.encode_queries([query.text for query in block])
+                    encoded, cut = read.vectors, read.truncated
+                else:
+                    encoded = vectors[start : start + _ENCODED_AT_ONCE]
+                anchors = self._anchors(encoded)
+                seconds = (time.perf_counter() - begin) / len(block)
+                for at in range(0, len(block), _SCANNED_AT_ONCE):
+                    part = slice(at, at + _SCANNED_AT_ONCE)
+                    for place, one in enumerate(self._prepared(block[part], encoded[part], anchors[part], seconds), at):
+                        rankings.append(replace(self._rank_one(one), truncated=place in cut))
+                        advance(1)
+        return rankings
+
+    def _prepared(
+        self,
+        queries: Sequence[Query],
+        vectors: NDArray[np.float32],
+        anchors: Sequence[NDArray[np.float32] | None],
+        encode_seconds: float,
+    ) -> Iterator[_Asked]:
+        """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
+        begin = time.perf_counter()
+        evidence = [
+            row_evidence(self._index, query.text, self._weights, anchor)
+            for query, anchor in zip(queries, anchors, strict=True)
+        ]
+        scorers: Sequence[RowScorer | None] = [None] * len(queries)
+        if not self._exact:
+            scorers = [
+                RowScorer(self._index, self._student, vector, self._task, one)
+                for vector, one in zip(vectors, evidence, strict=True)
+            ]
+        score_seconds = (time.perf_counter() - begin) / len(queries)
+        begin = time.perf_counter()
+        source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
+        # A scan's order is that of the anchors. Where they are the scores, it need not go deeper than the ranking.
+        final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
+        share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
+        depth = self.settings.top_k if final else max(share, self.settings.top_k)
+        scanned: Sequence[FoundRows | None] = [None] * len(queries)
+        together = [anchor for anchor in anchors if anchor is not None]
+        if source is not None and len(together) > 1:
+            scanned = source.propose_together(np.stack(together), depth)
+        scan_seconds = (time.perf_counter() - begin) / len(queries)
+        parts = zip(queries, vectors, anchors, evidence, scorers, scanned, strict=True)
+        for query, vector, anchor, one, scorer, found in parts:
+            seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
+            yield _Asked(query, vector, anchor, one, scorer, depth, found, seconds)
+
+    def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
+        """Whether candidates come with their final scores, the inner products, and nothing else changes the order."""
+        prepared = None if scorer is None else scorer.prepared
+        if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
+            return False
+        if scorer is None or scorer.evidence is not None:
+            return False
+        return len(self._sources) == 1 and isinstance(self._sources[0], VectorSource | AnnSource)
+
+    def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
+        if not self._student.has_anchor:
+            return [None] * len(vectors)
+        return list(self._student.anchor_queries(vectors, self._task))
+
+    def _rank_one(self, asked: _Asked) -> Ranking:
+        query, seconds, depth = asked.query, asked.seconds, asked.depth
+        while True:
+            scored = self._candidates(asked, depth)
+            documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
+            if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
+                break
+            depth *= _WIDENED
+        ranked = self._ranked(query, scored, documents)
+        begin = time.perf_counter()
+        passages = show(
+            self._index,
+            query,
+            asked.anchor,
+            asked.evidence,
+            ranked,
+            explain=self.settings.explain,
+            document_passages=self.settings.document_passages,
+            neighbours=self.settings.neighbours,
+        )
+        seconds["score"] += time.perf_counter() - begin
+        report = None
+        if ranked.reread is not None:
+            report, seconds["teacher"] = cascade_report(ranked), ranked.reread.seconds
+        return Ranking(query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report)
+
+    def _candidates(self, asked: _Asked, depth: int) -> ScoredCandidates:
+        """At least ``depth`` candidates with the student's scores, if there are so many."""
+        begin = time.perf_counter()
+        proposals: dict[str, FoundRows] = {}
+        for source in self._sources:
+            if isinstance(source, VectorSource) and asked.scanned is not None and depth == asked.depth:
+                proposals[source.name] = asked.scanned
+            else:
+                proposals[source.name] = source.propose(asked.query, asked.anchor, depth)
+        proposed = time.perf_counter()
+        score = self._score_exactly if self._exact else self._score
+        scored = score(asked, proposals, depth)
+        asked.seconds["candidates"] += proposed - begin
+        asked.seconds["score"] += time.perf_counter() - proposed
+        return scored
+
+    def _score(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> ScoredCandidates:
+        if self._anchor_is_score(asked.scorer):
+            (found,), top_k = proposals.values(), self.settings.top_k
+            rows, scores = found.rows[:top_k], found.scores[:top_k]
+            _refuse_nan(scores, asked.query)
+            return ScoredCandidates(rows, scores, len(rows), proposals, None, len(found.rows) < depth)
+        assert asked.scorer is not None
+        # In the rows' order what is stored is read from the disk in one direction; the final order is made below.
+        rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
+        scores = asked.scorer(rows) if len(rows) else _NOTHING
+        _refuse_nan(scores, asked.query)
+        is_all = all(len(found.rows) < depth for found in proposals.values())
+        return ScoredCandidates(rows, scores, len(rows), proposals, None, is_all)
+
+    def _score_exactly(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> ScoredCandidates:
+        top_k = self.settings.top_k if self._in_students_order else depth
+        try:
+            found = certified_top_k(
+                self._index,
+                self._student,
+                asked.vector,
+                self._task,
+                top_k,
+                allowed=self._allowed,
+                budget_ms=self.settings.budget_ms,
+                reaches=self._reaches,
+                evidence=asked.evidence,
+            )
+        except ModelError as error:
+            raise ModelError(f"query {asked.query.id!r}: {error}") from error
+        is_own_order = self._cascade is None and self.settings.group == "passage"
+        certificate = found.certificate if is_own_order else None  # it proves the student's order of passages
+        num_scored, is_all = found.certificate.num_scored, len(found.rows) < top_k
+        return ScoredCandidates(found.rows, found.scores, num_scored, proposals, certificate, is_all)
+
+    def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
+        """The first ``top_k`` by the student's score, by its fusion with BM25, or after the cascade; or documents."""
+        rows, top_k = scored.rows, self.settings.top_k
+
+        def best(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
+            return top_rows(scores, count, lambda places: self._index.ids(rows[places]))
+
+        final: NDArray[np.floating[Any]] = scored.scores
+        reread, student_ranks = None, None
+        if self.settings.hybrid is not None:
+            by_score = best(final, len(rows))
+            share = self.settings.hybrid
+            fused = reciprocal_rank_scores(
+                [rows[by_score].tolist(), scored.proposals["bm25"].rows.tolist()],
+                weights=[2.0 * (1 - share), 2.0 * share],
+            )
+            final = np.array([fused[row] for row in rows.tolist()], np.float32)
+        if self._cascade is not None:
+            student_ranks = np.empty(len(rows), np.int64)
+            student_ranks[best(final, len(rows))] = np.arange(1, len(rows) + 1)
+            reread = self._cascade.rerank(
+                query.text, scored.scores, lambda places: self._texts(rows[places]), self._task, top_k
+            )
+            final = reread.scores
+        if documents is None:
+            return Order(scored, final, best(final, top_k), None, reread, student_ranks)
+        order, how = best(final, len(rows)), self.settings.group
+        found = group_passages(final, order, documents, how, self.settings.document_passages)
+        return Order(scored, final, order[:top_k], found[:top_k], reread, student_ranks)
+
+    def _texts(self, rows: NDArray[np.int64]) -> list[str]:
+        return [passage.full_text for passage in self._index.passages(rows)]
+
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+def _as_queries(queries: Sequence[Query] | Sequence[str]) -> list[Query]:
+    if isinstance(queries, str):
+        raise InputError("queries is one string; give a list of texts or queries")
+    asked = [Query(str(n), query) if isinstance(query, str) else query for n, query in enumerate(queries, start=1)]
+    for query in asked:
+        if not query.text.strip():
+            raise InputError(f"query {query.id!r} has no text; remove it or write one")
+    return asked
+
+
+def _refuse_nan(scores: NDArray[np.float32], query: Query) -> None:
+    num_wrong = int(np.isnan(scores).sum())
+    if num_wrong:
+        raise ModelError(
+            f"query {query.id!r}: {num_wrong} of {len(scores)} scores are NaN and cannot be ranked; check the student"
+        )

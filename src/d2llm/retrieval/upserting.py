@@ -1,0 +1,246 @@
+"""Passages into an index's store: only what is new or different is encoded, some thousands in one commit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.progress import Advance, ignore
+from d2llm.core.types import Passage
+from d2llm.retrieval.project import extend_projections
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.reading import read_passages, read_windows
+from d2llm.store.index_store import IndexStore
+from d2llm.store.passage_table import PassageTable
+from d2llm.store.schema import FieldType, MetadataSchema
+from d2llm.store.window_vectors import ReadWindows
+
+BLOCK_PASSAGES = 2_048
+"""Passages in one commit: what an interruption can cost at most."""
+
+_WINDOWS_AT_ONCE = 128  # passages whose windows are read together
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertReport:
+    """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
+
+    Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
+    ``num_tokens`` were read, padding not counted, those of windows too where the index stores these. Another text is
+    also another document around a late chunk; documents of late chunks were read in ``num_windows`` windows.
+    ``left_out`` counts by field the metadata values that did not fit and were left out, where that was asked for.
+    ``num_blank`` of those given have neither title nor text but white space, ``first_blank`` is the id of the first.
+    """
+
+    folder: Path
+    version: int
+    num_passages: int = 0
+    num_added: int = 0
+    num_updated: int = 0
+    num_metadata: int = 0
+    num_unchanged: int = 0
+    num_truncated: int = 0
+    num_tokens: int = 0
+    num_windows: int = 0
+    seconds: float = 0.0
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    num_blank: int = 0
+    first_blank: str | None = None
+
+    @property
+    def num_encoded(self) -> int:
+        """Passages that the student read."""
+        return self.num_added + self.num_updated
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"folder": str(self.folder), "left_out": dict(self.left_out)}
+
+
+def upsert_passages(
+    store: IndexStore,
+    student: SearchStudent,
+    passages: Iterable[Passage],
+    *,
+    only_new: bool = False,
+    as_documents: bool = False,
+    lenient_metadata: bool = False,
+    advance: Advance = ignore,
+) -> UpsertReport:
+    """Add passages to a store, or change those that are there (``Index.upsert``).
+
+    ``as_documents``: they are whole documents, or pieces of such, and whoever gives them deletes what earlier forms of
+    the documents leave; a document that is there in pieces may then become one passage.
+    """
+    begin = time.perf_counter()
+    report = UpsertReport(store.folder, 0)
+    seen: set[int] = set()
+    with store.writing():
+        # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table itself,
+        # whose new rows are not, each block would take longer than the last.
+        store.settle()
+        before = store.table()
+        written = before.version
+        for block in _blocks(passages):
+            _refuse_repeated(block, seen, store.folder)
+            report = _count_blank(block, report)
+            table = store.table()
+            if table.version != written:  # whoever gives the passages has changed the index meanwhile
+                before = store.table()
+            if not as_documents:
+                _refuse_documents(block, before)
+            known = MetadataSchema.from_arrow(table.metadata_fields)
+            if lenient_metadata:
+                block, left_out = known.leave_out_misfits(block)
+                report = replace(report, left_out=Counter(report.left_out) + left_out)
+            table = _with_new_fields(store, block, known, table)
+            report = _write_block(store, student, block, report, table, before, advance, only_new=only_new)
+            written = report.version
+        store.settle()
+        extend_projections(store, student)
+        version = store.table().version
+    if report.left_out:
+        named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
+        _log.warning("%s metadata values do not fit and were left out: %s", f"{sum(report.left_out.values()):,}", named)
+    if report.num_blank:
+        _log.warning(
+            "%s of the %s passages given have no text but white space, the first is %r: whatever is asked, they have "
+            "nothing to be found by. Give them texts, or leave them out",
+            f"{report.num_blank:,}",
+            f"{report.num_passages:,}",
+            report.first_blank,
+        )
+    return replace(report, version=version, seconds=time.perf_counter() - begin)
+
+
+def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport:
+    blank = [passage.id for passage in block if not passage.full_text.strip()]
+    if not blank:
+        return report
+    first = report.first_blank if report.num_blank else blank[0]
+    return replace(report, num_blank=report.num_blank + len(blank), first_blank=first)
+
+
+def warn_of_truncation(report: UpsertReport, advice: str) -> None:
+    """Say how many of the passages that were read were read in part."""
+    if report.num_truncated:
+        share = report.num_truncated / report.num_encoded
+        _log.warning(
+            "%s of the %s passages that were read (%.0f%%) are longer than the student reads: what their ends mean is "
+            "not found. %s",
+            f"{report.num_truncated:,}",
+            f"{report.num_encoded:,}",
+            100 * share,
+            advice,
+        )
+
+
+def _write_block(
+    store: IndexStore,
+    student: SearchStudent,
+    block: list[Passage],
+    report: UpsertReport,
+    table: PassageTable,
+    before: PassageTable,
+    advance: Advance,
+    *,
+    only_new: bool,
+) -> UpsertReport:
+    """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
+    changes = store.compare(block, table, before=before)
+    if only_new and changes.num_new < len(block):
+        there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+        problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
+        raise DuplicateIdError(store.folder, problem)
+    advance(len(block) - len(changes.texts))
+    if store.window_format is None:
+        read, windows = read_passages(student, changes.texts, advance), None
+    else:
+        read, windows = read_passages(student, changes.texts), _read_windows(student, changes.texts, advance)
+    version = store.write(changes, read.vectors, read.truncated, table, windows)
+    return replace(
+        report,
+        version=version,
+        num_passages=report.num_passages + len(block),
+        num_added=report.num_added + changes.num_new,
+        num_updated=report.num_updated + len(changes.texts) - changes.num_new,
+        num_metadata=report.num_metadata + len(changes.others),
+        num_unchanged=report.num_unchanged + changes.num_unchanged,
+        num_truncated=report.num_truncated + len(read.truncated),
+        num_tokens=report.num_tokens + read.num_tokens + (0 if windows is None else windows.num_tokens),
+        num_windows=report.num_windows + read.num_windows,
+    )
+
+
+def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance) -> ReadWindows:
+    """A part of the passages at a time, so that the progress, which counts passages, moves."""
+    parts = [ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
+    for start in range(0, len(passages), _WINDOWS_AT_ONCE):
+        block = passages[start : start + _WINDOWS_AT_ONCE]
+        parts.append(read_windows(student, [passage.full_text for passage in block]))
+        advance(len(block))
+    vectors, counts, num_tokens = zip(*parts, strict=True)
+    return ReadWindows(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
+
+
+def _with_new_fields(
+    store: IndexStore, block: list[Passage], known: MetadataSchema, table: PassageTable
+) -> PassageTable:
+    try:
+        inferred = MetadataSchema.infer(block, known)
+    except InputError as error:
+        raise InputError(
+            f"{error}. To go on without what does not fit: --lenient-metadata on the command line (--no-metadata: "
+            "without any), lenient_metadata in Python and over HTTP"
+        ) from error
+    new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
+    if not new:
+        return table
+    store.add_fields(MetadataSchema(new))
+    return store.table()
+
+
+def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    rest = iter(passages)
+    while block := list(islice(rest, BLOCK_PASSAGES)):
+        yield block
+
+
+def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None:
+    """An id that comes twice in one call is a mistake: the second text would silently win."""
+    for passage in block:
+        digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
+        if digest in seen:
+            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen) + 1:,}"
+            raise DuplicateIdError(folder, f"{which}; keep one of them")
+        seen.add(digest)
+
+
+def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
+    """A document that was split would be there twice, were it also to become a passage under its own id."""
+    names = [passage.id for passage in block if passage.document_id in ("", passage.id)]
+    found = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
+    split = [piece["document_id"] for piece in found if piece["id"] == piece_id(piece["document_id"], 1)]
+    if split:
+        raise InputError(
+            f"{before.folder}: {len(split)} of the passages have the id of a document that was split and is there in "
+            f"pieces, {split[0]!r} is one; delete the document first (on the command line delete --document), or give "
+            "it as a document (upsert_documents, or /v1/documents)"
+        )
+
+
+def piece_id(document_id: str, number: int) -> str:
+    """The id of a document's piece; pieces are counted from 1."""
+    return f"{document_id}#{number}"

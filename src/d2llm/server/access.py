@@ -1,0 +1,123 @@
+"""Who may ask what, and how often: API keys, their scopes and rate limits, before a request is read."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from d2llm.server import keys
+from d2llm.server.answers import answer_problem
+from d2llm.server.errors import Problem
+from d2llm.server.facts import current_facts
+from d2llm.server.keys import ApiKey, KeyRing
+from d2llm.server.limits import Allowance, RateLimiter
+from d2llm.server.uploads import FILES_PATH
+
+OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/page")
+"""Answered without a key, with what lies below them, as is "/": they tell nothing of the index. The page asks for a
+key itself."""
+_WRITE_PATHS = ("/v1/passages", "/v1/documents", FILES_PATH)
+_ADMIN_PATHS = ("/v1/index",)
+_READING = frozenset({"GET", "HEAD"})
+_CHANGING = frozenset({"PUT", "PATCH", "DELETE"})
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is answered without a key and is not counted."""
+    return path == "/" or _is_below(path, OPEN_PATHS)
+
+
+def scope_needed(method: str, path: str) -> keys.Scope:
+    """What a key must be allowed to do for a request."""
+    if method not in _READING:
+        if _is_below(path, _ADMIN_PATHS):
+            return "admin"
+        if method in _CHANGING or _is_below(path, _WRITE_PATHS):
+            return "write"
+    return "read"
+
+
+class AccessMiddleware:
+    """Refuses requests without a right key (401), with one of too small a scope (403), or too many of them (429)."""
+
+    def __init__(
+        self, app: ASGIApp, ring: KeyRing | None, limiter: RateLimiter, requests_per_minute: int | None
+    ) -> None:
+        self._app = app
+        self._ring = ring
+        self._limiter = limiter
+        self._requests_per_minute = requests_per_minute
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or is_open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        key = None
+        if self._ring is not None:
+            key, problem = self._identify(self._ring, scope)
+            if problem is not None:
+                await answer_problem(scope, receive, send, problem)
+                return
+        allowance = await self._count(scope, key)
+        if allowance is None:
+            await self._app(scope, receive, send)
+        elif allowance.allowed:
+            await self._app(scope, receive, _with_headers(send, allowance))
+        else:
+            await answer_problem(scope, receive, send, _too_many(allowance))
+
+    def _identify(self, ring: KeyRing, scope: Scope) -> tuple[ApiKey | None, Problem | None]:
+        secret = _secret_of(Headers(scope=scope))
+        if secret is None:
+            message = "this server needs an API key: send it as 'Authorization: Bearer KEY', or as 'X-API-Key: KEY'"
+            return None, _unauthorized(message, "")
+        key = ring.find(secret)
+        if key is None:
+            message = "the API key is not one of this server's; check it, or ask who runs the server for another"
+            return None, _unauthorized(message, ', error="invalid_token"')
+        current_facts().key_name = key.name
+        needed = scope_needed(scope["method"], scope["path"])
+        if not key.allows(needed):
+            message = f"the key '{key.name}' may only {key.scope}, and this needs the scope '{needed}'; use another key"
+            challenge = f'Bearer realm="d2llm", error="insufficient_scope", scope="{needed}"'
+            return None, Problem(403, "forbidden", message, headers={"WWW-Authenticate": challenge})
+        return key, None
+
+    async def _count(self, scope: Scope, key: ApiKey | None) -> Allowance | None:
+        if key is not None and key.requests_per_minute is not None:
+            return await self._limiter.take(f"key {key.name}", key.requests_per_minute)
+        if self._requests_per_minute is None:
+            return None
+        client = scope.get("client")
+        who = f"key {key.name}" if key is not None else f"address {client[0] if client else 'unknown'}"
+        return await self._limiter.take(who, self._requests_per_minute)
+
+
+def _is_below(path: str, tops: tuple[str, ...]) -> bool:
+    return any(path == top or path.startswith(top + "/") for top in tops)
+
+
+def _secret_of(headers: Headers) -> str | None:
+    kind, _, secret = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and secret.strip():
+        return secret.strip()
+    return headers.get("x-api-key") or None
+
+
+def _unauthorized(message: str, detail: str) -> Problem:
+    return Problem(401, "unauthorized", message, headers={"WWW-Authenticate": f'Bearer realm="d2llm"{detail}'})
+
+
+def _too_many(allowance: Allowance) -> Problem:
+    message = f"more than {allowance.limit} requests in a minute; try again in {max(1, round(allowance.reset))} s"
+    return Problem(429, "rate_limited", message, retry_after=allowance.reset, headers=allowance.headers())
+
+
+def _with_headers(send: Send, allowance: Allowance) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(allowance.headers())
+        await send(message)
+
+    return send_with_headers

@@ -1,0 +1,214 @@
+"""The application: what is loaded, which routes and middlewares there are, and how it starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+
+from d2llm import __version__
+from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.models.hub import find_student
+from d2llm.models.student import Student
+from d2llm.models.student_files import read_student_manifest
+from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.retrieval.student_source import find_source
+from d2llm.server import corpus_routes, metrics_route, native, page_routes
+from d2llm.server.dialects import DIALECTS
+from d2llm.server.disconnects import CancelWhenGone
+from d2llm.server.errors import install_error_handlers, register_error_shape, without_places
+from d2llm.server.index_service import IndexService
+from d2llm.server.lifecycle import Lifecycle, ReadyGate
+from d2llm.server.middleware import install_middleware
+from d2llm.server.model_service import ModelService
+from d2llm.server.served_version import ServedVersion
+from d2llm.server.services import Serving
+from d2llm.server.settings import ServeSettings
+from d2llm.server.telemetry import Telemetry
+from d2llm.store.index_store import IndexStore
+
+_log = logging.getLogger(__name__)
+_KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clients that there is one to send."
+
+
+def make_app(settings: ServeSettings) -> FastAPI:
+    """The server as an ASGI application; it loads what it serves when it starts, and says so meanwhile.
+
+    Raises:
+        InputError: a file that the settings name, of keys or a report, cannot be used.
+    """
+    if settings.report is not None:
+        page_routes.check_report(settings.report)
+    lifecycle, telemetry, private = Lifecycle(), Telemetry(), _private_paths(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        async with running(app, settings, lifecycle, telemetry, private):
+            yield
+
+    app = FastAPI(
+        title="d2llm",
+        version=__version__,
+        summary="Semantic search with a distilled interaction head",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's own page loads its scripts from elsewhere
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False, description=_KEYS))] if settings.keys_file else [],
+    )
+    app.state.lifecycle, app.state.settings, app.state.telemetry = lifecycle, settings, telemetry
+    install_error_handlers(app, private)
+    app.include_router(native.router)
+    app.include_router(corpus_routes.router)
+    app.include_router(native.health_router)
+    app.include_router(metrics_route.router)
+    for dialect in DIALECTS:
+        app.include_router(dialect.router)
+        register_error_shape(dialect.PATHS, dialect.shape)
+    app.include_router(page_routes.router)
+    app.add_middleware(ReadyGate, lifecycle=lifecycle)
+    app.add_middleware(CancelWhenGone)
+    install_middleware(app, settings, telemetry)
+    return app
+
+
+@asynccontextmanager
+async def running(
+    app: FastAPI, settings: ServeSettings, lifecycle: Lifecycle, telemetry: Telemetry, private: list[Path]
+) -> AsyncGenerator[None]:
+    """Load in the background, serve, and stop when what was accepted is answered."""
+
+    def note(problem: str | None) -> None:  # the version in memory goes on answering
+        told = without_places(problem or "", private)
+        lifecycle.become("ready", told and f"a new version cannot be read: {told}")
+
+    async def start() -> None:
+        try:
+            serving = await asyncio.to_thread(load, settings, telemetry, private)
+            serving.now().models.start()
+            if serving.index is not None:
+                serving.index.start()
+                watch_index(telemetry, serving.index)
+            telemetry.watch_queue(lambda: serving.now().models.num_queued)
+            telemetry.watch_student(lambda: _named(serving.now().models))
+            app.state.serving = serving
+            lifecycle.become("ready")
+        except D2LLMError as error:
+            lifecycle.become("broken", without_places(str(error), private))
+            return
+        except Exception:  # noqa: BLE001 - whatever it is, the server must say that it is broken
+            lifecycle.become("broken", "it could not be started; its log says why")
+            _log.exception("the server could not be started")
+            return
+        if serving.index is not None:
+            await serving.index.served.watch(settings.reload_seconds, note)
+
+    starting = asyncio.create_task(start(), name="start")
+    try:
+        yield
+    finally:
+        lifecycle.become("stopping")
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        serving: Serving | None = getattr(app.state, "serving", None)
+        if serving is not None:
+            if serving.index is not None:
+                await serving.index.stop(settings.shutdown_seconds)
+            await serving.now().models.stop(settings.shutdown_seconds)
+
+
+def watch_index(telemetry: Telemetry, index: IndexService) -> None:
+    """Let the metrics tell which version is served."""
+    telemetry.watch_index(lambda: index.current.view.version, lambda: len(index.current.view))
+
+
+def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
+    """Load student, teacher and index; ``private`` is told of folders that no client is to know.
+
+    Raises:
+        InputError: there is neither a student nor an index.
+        D2LLMError: one of them cannot be loaded, or they do not belong together.
+    """
+
+    def load_student(store: IndexStore | None) -> ModelService:
+        return load_models(settings, telemetry, private, store)
+
+    if settings.index is None:
+        return Serving(settings, None, load_student(None))
+    models = load_student(IndexStore.open(settings.index))
+    index = IndexService(
+        ServedVersion(settings.index, models, load_student),
+        judge=_load_judge(settings),
+        teacher_name=settings.teacher,
+        queue=settings.queue_texts,
+        observe=telemetry.observe,
+    )
+    return Serving(settings, index)
+
+
+def load_models(
+    settings: ServeSettings, telemetry: Telemetry, private: list[Path], store: IndexStore | None
+) -> ModelService:
+    """Load the student that the settings name, or else the one that made the index.
+
+    Raises:
+        InputError: nothing names one, or the index does not know where its student is.
+        IndexMismatchError: the one that was named did not make the index.
+        D2LLMError: it cannot be loaded.
+    """
+    name = settings.student
+    if name is None:
+        if store is None:
+            raise InputError("there is nothing to serve; give an index, or a student")
+        source = store.manifest.get("student_source")
+        _hide(private, str(source))
+        name = find_source(source, store.folder)
+    folder = find_student(name)
+    manifest, config = read_student_manifest(folder)
+    _hide(private, str(folder), config.backbone.model)
+    if store is not None:
+        store.check_student(manifest["fingerprint"])  # before its weights are read
+    student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
+    calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: they are the sigmoid of the score"
+    _log.info("relevance scores are probabilities in %s", calibrated)
+    return ModelService(
+        student,
+        settings.model_name or Path(name).name,
+        queue_texts=settings.queue_texts,
+        batch_tokens=settings.batch_tokens,
+        batch_wait_seconds=settings.batch_wait_ms / 1e3,
+        observe=telemetry.observe,
+        observe_batch=telemetry.observe_batch,
+    )
+
+
+def _load_judge(settings: ServeSettings) -> Judge | None:
+    if settings.teacher is None:
+        return None
+    asked = TeacherConfig() if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
+    return load_judge(asked.named(settings.teacher), device=settings.device, dtype=settings.dtype)
+
+
+def _named(models: ModelService) -> dict[str, str]:
+    return {"name": models.name, "fingerprint": models.fingerprint}
+
+
+def _hide(private: list[Path], *paths: str) -> None:
+    private += [path for path in map(Path, paths) if path.is_absolute() and path not in private]
+
+
+def _private_paths(settings: ServeSettings) -> list[Path]:
+    given = (
+        settings.index,
+        settings.keys_file,
+        settings.report,
+        *map(Path, filter(None, (settings.student, settings.teacher))),
+    )
+    return [path for path in given if path is not None and path.name]

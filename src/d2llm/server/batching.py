@@ -1,0 +1,307 @@
+"""A bounded queue before worker threads: what waits while batches run becomes the next batches.
+
+No timer holds a lone request back. A request is a group of items that is admitted whole or not at all; groups take
+turns, so that a small one does not wait behind a large one. A batch holds items of like cost, the one that waits
+longest among them. A group whose client goes away leaves the queue. A batch that fails is split until the bad item
+fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from d2llm.server.errors import NotReadyError, OverloadedError
+
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
+
+_FORGETTING = 0.2  # of the measured seconds of an item at each batch
+_ITEMS_A_TURN = 16
+_BATCHES_IN_SIGHT = 16  # among whose items a batch finds those of like cost
+_SMALLEST_BATCH = 0.25  # of the largest; below that batches are slow for their size
+
+
+class Places:
+    """So many may be inside at a time; others are refused. ``with`` it around work that has no queue of its own."""
+
+    def __init__(self, number: int, retry_after: float = 1.0) -> None:
+        self._free = number
+        self._retry_after = retry_after
+
+    def __enter__(self) -> None:
+        if not self._free:
+            raise OverloadedError(self._retry_after)
+        self._free -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self._free += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[_Result]):
+    """A group's results, in order; seconds until its first item was taken, and from then to its last result."""
+
+    results: list[_Result]
+    queued: float
+    worked: float
+
+
+@dataclass(eq=False, slots=True)
+class _Group(Generic[_Item, _Result]):
+    """A request's items: ``results`` fills up while ``waiting``, the places of those not taken, runs out."""
+
+    items: Sequence[_Item]
+    future: asyncio.Future[Done[_Result]]
+    came: float
+    waiting: list[int]
+    results: dict[int, _Result] = field(default_factory=dict[int, _Result])
+    began: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place(Generic[_Item, _Result]):
+    """An item of a group."""
+
+    group: _Group[_Item, _Result]
+    number: int
+    cost: float
+
+    @property
+    def item(self) -> _Item:
+        return self.group.items[self.number]
+
+
+class Batcher(Generic[_Item, _Result]):
+    """Runs items in batches; all methods but ``run``'s are called in the event loop's thread."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[_Item]], Sequence[_Result | Exception]],
+        *,
+        name: str,
+        max_queued: int,
+        max_batch: float,
+        cost: Callable[[_Item], float] = lambda _: 1.0,
+        wait_seconds: float = 0.0,
+        observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
+        lanes: Executor | None = None,
+        num_lanes: int = 1,
+    ) -> None:
+        """Start no thread yet: ``start`` does.
+
+        Args:
+            run: items -> results, or errors, in their order; called in a worker thread. What it raises becomes the
+                error of the items that it cannot do alone.
+            name: of the thread.
+            max_queued: items that may wait; a group beyond that is refused.
+            max_batch: a batch's items times the greatest cost among them, unless one item alone is more.
+            cost: of an item, for ``max_batch``.
+            wait_seconds: how long to wait for more when there is something to do; 0 takes what is there.
+            observe_batch: is told each batch's size and seconds.
+            lanes: threads for batches that run side by side; what finds nothing else to do runs in a thread of its
+                own, where it may have all cores.
+            num_lanes: batches that may run at a time.
+        """
+        self._run = run
+        self._name = name
+        self._max_queued = max_queued
+        self._max_batch = max_batch
+        self._cost = cost
+        self._wait_seconds = wait_seconds
+        self._observe_batch = observe_batch
+        self._groups: deque[_Group[_Item, _Result]] = deque()
+        self._num_queued = 0
+        self._item_seconds = 0.0
+        self._something = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+        self._workers: list[asyncio.Task[None]] = []
+        self._num_running = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._lanes = lanes or self._thread
+        self._num_lanes = num_lanes
+
+    @property
+    def num_queued(self) -> int:
+        """Items that wait."""
+        return self._num_queued
+
+    def start(self) -> None:
+        """Begin to work."""
+        loop = asyncio.get_running_loop()
+        self._workers = [loop.create_task(self._work(), name=self._name) for _ in range(self._num_lanes)]
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Take nothing more, finish what was admitted and end; after ``timeout`` seconds give up the rest."""
+        self._closed = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+            _log.warning("%s: %d items were given up", self._name, self._num_queued)
+        for worker in self._workers:
+            worker.cancel()
+        while self._groups:
+            group = self._groups.popleft()
+            if not group.future.done():
+                group.future.set_exception(NotReadyError("the server stopped before it came to this request"))
+        self._num_queued = 0
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def submit(self, items: Sequence[_Item], *, bounded: bool = True) -> Done[_Result]:
+        """The results of a group of items.
+
+        Args:
+            items: at least one.
+            bounded: refuse the group where the queue is full; work of the server's own is not refused.
+
+        Raises:
+            OverloadedError: the queue is full.
+            NotReadyError: the server is stopping.
+        """
+        if self._closed:
+            raise NotReadyError("the server is stopping")
+        if bounded:
+            self.require_room(len(items))
+        future: asyncio.Future[Done[_Result]] = asyncio.get_running_loop().create_future()
+        group = _Group[_Item, _Result](items, future, time.perf_counter(), [*range(len(items))])
+        self._groups.append(group)
+        self._num_queued += len(items)
+        self._idle.clear()
+        self._something.set()
+        try:
+            return await future
+        finally:
+            self._forget(group)
+
+    def require_room(self, num_items: int) -> None:
+        """Make sure that so many items may join the queue; it takes any number when it is empty.
+
+        Raises:
+            OverloadedError: it is full.
+        """
+        if self._num_queued and self._num_queued + num_items > self._max_queued:
+            raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds / self._num_lanes))
+
+    async def in_lane(self, work: Callable[[], _Value]) -> _Value:
+        """Run something else in a thread of those that batches run in."""
+        return await asyncio.get_running_loop().run_in_executor(self._lanes, work)
+
+    def _forget(self, group: _Group[_Item, _Result]) -> None:
+        """Free the place of a group that nobody waits for any more."""
+        if group in self._groups:
+            self._groups.remove(group)
+            self._num_queued -= len(group.waiting)
+
+    async def _work(self) -> None:
+        """One of the lanes: batch after batch."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._groups:
+                self._something.clear()
+                if not self._num_running:
+                    self._idle.set()
+                await self._something.wait()
+            if self._wait_seconds:
+                await asyncio.sleep(self._wait_seconds)
+            taken = self._take()
+            if not taken:
+                continue
+            alone = not self._groups and not self._num_running
+            self._num_running += 1
+            begin = time.perf_counter()
+            thread, items = self._thread if alone else self._lanes, [place.item for place in taken]
+            try:
+                results = await loop.run_in_executor(thread, self._run_apart, items)
+            except Exception as error:  # noqa: BLE001 - no thread could be had; the next batch may find one
+                results = [error] * len(taken)
+            finally:
+                self._num_running -= 1
+            seconds = time.perf_counter() - begin
+            self._observe_batch(len(taken), seconds)
+            latest = seconds / len(taken)
+            self._item_seconds += _FORGETTING * (latest - self._item_seconds) if self._item_seconds else latest
+            for place, result in zip(taken, results, strict=True):
+                _deliver(place.group, place.number, result)
+
+    def _take(self) -> list[_Place[_Item, _Result]]:
+        """The next batch: the item that waits longest, and those in sight whose costs are most like its own."""
+        seen = self._in_sight()
+        if not seen:
+            return []
+        first = seen[0].cost
+        room = self._max_batch
+        if self._num_lanes > 1:  # where little waits, each lane gets its part: texts more alike, and answers sooner
+            fair = sum(place.cost for place in seen) / self._num_lanes
+            room = max(_SMALLEST_BATCH * room, min(fair, room))
+        taken: list[_Place[_Item, _Result]] = []
+        most = 0.0
+        for place in sorted(seen, key=lambda place: abs(place.cost - first)):
+            most = max(most, place.cost)
+            if taken and most * (len(taken) + 1) > room:
+                break
+            taken.append(place)
+        self._remove(taken)
+        return taken
+
+    def _remove(self, taken: Sequence[_Place[_Item, _Result]]) -> None:
+        """Take these out of the queue; a group of which some are left goes behind the others."""
+        numbers: dict[_Group[_Item, _Result], set[int]] = {}
+        for place in taken:
+            numbers.setdefault(place.group, set()).add(place.number)
+        now = time.perf_counter()
+        for group, gone in numbers.items():
+            group.began = group.began or now
+            group.waiting = [number for number in group.waiting if number not in gone]
+            self._groups.remove(group)
+            if group.waiting:
+                self._groups.append(group)
+        self._num_queued -= len(taken)
+
+    def _in_sight(self) -> list[_Place[_Item, _Result]]:
+        """A few items of each group, as many as several batches hold, those that wait longest first."""
+        seen: list[_Place[_Item, _Result]] = []
+        room = self._max_batch * _BATCHES_IN_SIGHT
+        for group in self._groups:
+            for number in group.waiting[:_ITEMS_A_TURN]:
+                place = _Place(group, number, self._cost(group.items[number]))
+                room -= place.cost
+                seen.append(place)
+            if room < 0:
+                break
+        return seen
+
+    def _run_apart(self, items: Sequence[_Item]) -> list[_Result | Exception]:
+        """Run a batch; where it fails, its halves, so that only the items that cannot be done have an error."""
+        try:
+            results = [*self._run(items)]
+            if len(results) != len(items):
+                raise ValueError(f"{self._name}: {len(results)} results of {len(items)} items")
+            return results
+        except Exception as error:  # noqa: BLE001 - it becomes the answer to whoever asked
+            if len(items) == 1:
+                return [error]
+        middle = len(items) // 2
+        return self._run_apart(items[:middle]) + self._run_apart(items[middle:])
+
+
+def _deliver(group: _Group[_Item, _Result], place: int, result: _Result | Exception) -> None:
+    if group.future.done():
+        return
+    if isinstance(result, Exception):
+        group.future.set_exception(result)
+        return
+    group.results[place] = result
+    if len(group.results) == len(group.items):
+        assert group.began is not None
+        results = [group.results[at] for at in range(len(group.items))]
+        group.future.set_result(Done(results, group.began - group.came, time.perf_counter() - group.began))

@@ -1,0 +1,180 @@
+"""What an index holds, over HTTP, and how that changes: passages, documents, files, snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from d2llm.core.types import Passage
+from d2llm.retrieval.chunking import DocumentsReport
+from d2llm.retrieval.upserting import UpsertReport
+from d2llm.server.checks import ERRORS, at_most, short_enough, writable
+from d2llm.server.corpus_schemas import (
+    DeletedAnswer,
+    DocumentListAnswer,
+    DocumentPassagesAnswer,
+    DocumentsAnswer,
+    DocumentsRequest,
+    ListedDocument,
+    PassageListAnswer,
+    PassagesAnswer,
+    PassagesRequest,
+    RestoredAnswer,
+    SnapshotAnswer,
+    SnapshotName,
+    SnapshotRequest,
+)
+from d2llm.server.errors import NotFoundError
+from d2llm.server.ranking_json import passage_json
+from d2llm.server.schemas import PassageAnswer
+from d2llm.server.services import TheIndex, TheServices
+from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
+
+router = APIRouter(tags=["d2llm"], responses=ERRORS)
+
+Cursor = Annotated[str, Query(description="The next_cursor of the page before; empty: from the beginning.")]
+Limit = Annotated[int, Query(ge=1, le=1_000, description="Most of a page.")]
+ChunkTokens = Annotated[int | None, Query(ge=8, description="As in /v1/documents.")]
+ChunkOverlap = Annotated[int | None, Query(ge=0, description="As in /v1/documents.")]
+Lenient = Annotated[bool, Query(description="Leave out metadata values that do not fit, and count them.")]
+
+
+@router.get("/v1/passages")
+async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListAnswer:
+    """The ids of all passages, a page at a time."""
+    found = await index.read(lambda view: view.list_passages(cursor, limit + 1))
+    page = found[:limit]
+    return PassageListAnswer(ids=page, next_cursor=page[-1] if len(found) > limit else None)
+
+
+@router.post("/v1/passages")
+async def upsert_passages(body: PassagesRequest, services: TheServices, index: TheIndex) -> PassagesAnswer:
+    """Add passages, and change those whose id is there; searches find them when this is answered."""
+    writable(services)
+    at_most(len(body.passages), services.settings.max_texts, "passages")
+    short_enough([passage.text for passage in body.passages], services.settings, "passages")
+    passages = [Passage(**passage.model_dump()) for passage in body.passages]
+    return PassagesAnswer(**_upserted(await index.upsert(passages, lenient_metadata=body.lenient_metadata)))
+
+
+@router.get("/v1/passages/{passage_id:path}")
+async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
+    """A passage by its id."""
+    return PassageAnswer(**passage_json(await index.get(passage_id)))
+
+
+@router.delete("/v1/passages/{passage_id:path}")
+async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
+    """Delete a passage; no search finds it when this is answered."""
+    writable(services)
+    num_deleted = await index.delete([passage_id])
+    if not num_deleted:
+        raise NotFoundError(f"there is no passage {passage_id!r} in the index")
+    return DeletedAnswer(num_deleted=num_deleted, version=index.current.view.version)
+
+
+@router.get("/v1/documents")
+async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListAnswer:
+    """All documents with their numbers of passages, a page at a time; a passage without a document is its own."""
+    found = await index.read(lambda view: view.list_documents(cursor, limit + 1))
+    page = found[:limit]
+    return DocumentListAnswer(
+        documents=[ListedDocument(id=one.id, num_passages=one.num_passages) for one in page],
+        next_cursor=page[-1].id if len(found) > limit else None,
+    )
+
+
+@router.post("/v1/documents")
+async def upsert_documents(body: DocumentsRequest, services: TheServices, index: TheIndex) -> DocumentsAnswer:
+    """Split long texts into passages and add these; passages that a document no longer has are deleted.
+
+    The index remembers how its documents are cut, and refuses to cut others in another way.
+    """
+    writable(services)
+    at_most(len(body.documents), services.settings.max_texts, "documents")
+    documents = [Passage(**document.model_dump()) for document in body.documents]
+    report = await index.upsert_documents(
+        documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
+    )
+    return _documents_upserted(report)
+
+
+@router.get("/v1/documents/{document_id:path}")
+async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAnswer:
+    """The passages of a document, by their positions."""
+    passages = await index.read(lambda view: view.document(document_id))
+    if not passages:
+        raise NotFoundError(f"there is no document {document_id!r} in the index")
+    return DocumentPassagesAnswer(
+        id=document_id, passages=[PassageAnswer(**passage_json(passage)) for passage in passages]
+    )
+
+
+@router.delete("/v1/documents/{document_id:path}")
+async def delete_document(document_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
+    """Delete all passages of a document; no search finds one of them when this is answered."""
+    writable(services)
+    num_deleted = await index.delete_documents([document_id])
+    if not num_deleted:
+        raise NotFoundError(f"there is no document {document_id!r} in the index")
+    return DeletedAnswer(num_deleted=num_deleted, version=index.current.view.version)
+
+
+@router.post(FILES_PATH, openapi_extra=UPLOAD_BODY)
+async def upload_files(
+    request: Request,
+    services: TheServices,
+    index: TheIndex,
+    chunk_tokens: ChunkTokens = None,
+    chunk_overlap: ChunkOverlap = None,
+    lenient_metadata: Lenient = False,
+) -> DocumentsAnswer:
+    """Add the documents of files: corpus.jsonl or corpus.jsonl.gz, and texts (.txt, .md), each one document.
+
+    A text's id is the name of its file.
+    """
+    writable(services)
+    body, kind = await request.body(), request.headers.get("content-type", "")
+    documents = await asyncio.to_thread(documents_of, body, kind, services.settings)
+    report = await index.upsert_documents(documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
+    return _documents_upserted(report)
+
+
+@router.get("/v1/index/snapshots")
+async def list_snapshots(index: TheIndex) -> SnapshotAnswer:
+    """The names of all snapshots."""
+    return SnapshotAnswer(snapshots=await index.snapshots())
+
+
+@router.post("/v1/index/snapshots")
+async def take_snapshot(body: SnapshotRequest, services: TheServices, index: TheIndex) -> SnapshotAnswer:
+    """Keep the index as it is now under a name."""
+    writable(services)
+    await index.snapshot(body.name)
+    return SnapshotAnswer(snapshots=await index.snapshots())
+
+
+@router.delete("/v1/index/snapshots/{name}")
+async def drop_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> SnapshotAnswer:
+    """Forget a snapshot."""
+    writable(services)
+    await index.drop_snapshot(name)
+    return SnapshotAnswer(snapshots=await index.snapshots())
+
+
+@router.post("/v1/index/snapshots/{name}/restore")
+async def restore_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> RestoredAnswer:
+    """Put a snapshot's passages in the place of the index's; searches find those when this is answered."""
+    writable(services)
+    num_passages = await index.restore(name)
+    return RestoredAnswer(num_passages=num_passages, version=index.current.view.version)
+
+
+def _upserted(report: UpsertReport) -> dict[str, Any]:
+    return {name: getattr(report, name) for name in PassagesAnswer.model_fields}
+
+
+def _documents_upserted(report: DocumentsReport) -> DocumentsAnswer:
+    return DocumentsAnswer(**_upserted(report), num_documents=report.num_documents, num_deleted=report.num_deleted)

@@ -1,0 +1,129 @@
+"""Cohere's interface: ``/v2/rerank``.
+
+Checked against Cohere's OpenAPI document and list of errors (cohere-developer-experience e814c8a, August 2026) and
+cohere 7.3.1. ``return_documents`` is the first version's, and vLLM's.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+
+from d2llm.server.dialects.shared import (
+    Answer,
+    RerankResult,
+    StrictBody,
+    Text,
+    TextList,
+    check_limit,
+    check_size,
+    cut_warnings,
+    errors,
+    find_model,
+    rerank_results,
+    score_header,
+    status_of,
+    task_of,
+)
+from d2llm.server.errors import Problem
+from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.services import Services, services_of
+
+PATHS = ("/v2/rerank",)
+_DOCUMENTS_A_UNIT = 100  # as Cohere counts its search units
+
+
+class CohereRerankRequest(StrictBody):
+    """A query and documents to order by it."""
+
+    model: str
+    query: Text
+    documents: TextList
+    top_n: int | None = Field(None, ge=1, description="Answer with the best so many; null: all.")
+    return_documents: bool = Field(False, description="Repeat the documents' texts in the answer.")
+    max_tokens_per_doc: int | None = Field(
+        None, ge=1, description="Documents are cut to what the model reads; less than that cannot be asked for."
+    )
+    priority: int | None = Field(None, ge=0, le=999, description="Read over.")
+
+
+class CohereVersion(Answer):
+    """The interface's version."""
+
+    version: str
+
+
+class CohereUnits(Answer):
+    """A query with up to 100 documents is one unit."""
+
+    search_units: int
+
+
+class CohereTokens(Answer):
+    """Tokens that were read."""
+
+    input_tokens: int
+
+
+class CohereMeta(Answer):
+    """About the answer; ``warnings`` tell of texts that were cut."""
+
+    api_version: CohereVersion
+    billed_units: CohereUnits
+    tokens: CohereTokens
+    warnings: list[str] | None = None
+
+
+class CohereRerankAnswer(Answer):
+    """The documents, best first."""
+
+    id: str
+    results: list[RerankResult]
+    meta: CohereMeta
+
+
+class CohereError(Answer):
+    """Every error of this interface."""
+
+    id: str
+    message: str
+
+
+router = APIRouter(tags=["Cohere"], responses=errors(CohereError))
+
+
+@router.post("/v2/rerank", response_model=CohereRerankAnswer)
+async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+    """Order documents by how well they answer a query."""
+    models = services.models
+    find_model(models, body.model)
+    check_size(services, body.query, "query")
+    check_size(services, body.documents, "documents")
+    check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
+    scored = await models.score(body.query, body.documents, task_of(services))
+    meta: dict[str, Any] = {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": math.ceil(len(body.documents) / _DOCUMENTS_A_UNIT)},
+        "tokens": {"input_tokens": scored.num_tokens},
+    }
+    warnings = cut_warnings(scored.query_truncated, scored.truncated, models)
+    return FastJSONResponse(
+        {
+            "id": str(uuid.uuid4()),
+            "results": rerank_results(
+                services, scored.logits, body.documents, body.top_n, with_texts=body.return_documents
+            ),
+            "meta": meta | ({"warnings": warnings} if warnings else {}),
+        },
+        headers=score_header(services),
+    )
+
+
+def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """A problem as Cohere tells it: 400 for what is wrong, but 422 for a field that there is not."""
+    status = 422 if problem.reason == "extra_forbidden" else status_of(problem, invalid=400)
+    return status, {"id": problem.request_id or str(uuid.uuid4()), "message": problem.message}

@@ -1,0 +1,168 @@
+"""Jina's interface: ``/v1/rerank``, which others (vLLM, LocalAI, Xinference) have taken over.
+
+vLLM's clients ask the same path; its fields are understood too, and the answer has what either's clients read.
+
+Checked against Jina's own server (jina-on-prem c9fde81, August 2026), which says that it was measured against
+api.jina.ai; vLLM 0.33.0; and the clients jina-haystack 2.0.1, llama-index-postprocessor-jinaai-rerank 0.6.0 and
+vllm-haystack 3.0.1.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import APIRouter, Depends
+from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from d2llm.server.dialects.shared import (
+    Answer,
+    CutOptions,
+    OpenBody,
+    RerankResult,
+    Text,
+    check_size,
+    cut_warnings,
+    errors,
+    find_model,
+    refuse_cut,
+    rerank_results,
+    score_header,
+    status_of,
+    task_of,
+)
+from d2llm.server.errors import Problem, invalid
+from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.services import Services, services_of
+
+PATHS = ("/v1/rerank",)
+_CUT = "shorten it, or leave truncate out"
+
+
+class JinaDocument(OpenBody):
+    """A document that is not a plain string."""
+
+    text: Text
+
+
+def _readable(value: Any) -> Any:
+    """Say plainly what is wrong with a list of documents; a union's own errors name every alternative."""
+    if not isinstance(value, str | list):
+        raise ValueError("it is no list of documents")
+    if not value:
+        raise PydanticCustomError("empty", "give a list of at least one document")
+    for place, document in enumerate(cast("list[Any]", value) if isinstance(value, list) else ()):
+        text = cast("dict[str, Any]", document).get("text") if isinstance(document, dict) else document
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"number {place} is neither a text nor an object with a 'text', or it is empty")
+    return cast(Any, value)
+
+
+class JinaRerankRequest(CutOptions):
+    """A query and documents to order by it."""
+
+    model: str | None = None
+    query: Text
+    documents: Annotated[Text | Annotated[list[Text | JinaDocument], Field(min_length=1)], BeforeValidator(_readable)]
+    top_n: int | None = Field(None, ge=0, description="Answer with the best so many; null or 0: all.")
+    return_documents: bool = Field(True, description="Repeat the documents' texts in the answer.")
+    return_embeddings: bool = Field(False, description="The answer has no vectors; true is an error.")
+    truncate: bool = Field(
+        True,
+        validation_alias=AliasChoices("truncate", "truncation"),
+        description="Cut a text that is too long; else it is an error.",
+    )
+
+
+class JinaUsage(Answer):
+    """Tokens that were read."""
+
+    total_tokens: int
+    prompt_tokens: int
+
+
+class JinaRerankAnswer(Answer):
+    """The documents, best first; ``warnings`` tell of texts that were cut."""
+
+    id: str
+    model: str
+    object: Literal["list"]
+    usage: JinaUsage
+    results: list[RerankResult]
+    warnings: list[str] | None = None
+
+
+class JinaErrorDetail(Answer):
+    """What went wrong; ``code`` is for programs."""
+
+    message: str
+    request_id: str
+    code: str
+
+
+class JinaFieldError(Answer):
+    """What is wrong with a field."""
+
+    field: str
+    message: str
+    type: str
+    input: None = None
+
+
+class JinaError(Answer):
+    """Every error of this interface: a text for 401 and 422, of which the latter has ``errors``, else an object."""
+
+    detail: str | JinaErrorDetail
+    request_id: str | None = None
+    errors: list[JinaFieldError] | None = None
+
+
+router = APIRouter(tags=["Jina"], responses=errors(JinaError))
+
+
+@router.post("/v1/rerank", response_model=JinaRerankAnswer)
+async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+    """Order documents by how well they answer a query."""
+    models = services.models
+    find_model(models, body.model)
+    body.check_limits(models)
+    if body.return_embeddings:
+        raise invalid("return_embeddings: the answer has no vectors; ask /v1/embeddings for them", "return_embeddings")
+    given = [body.documents] if isinstance(body.documents, str) else body.documents
+    documents = [document if isinstance(document, str) else document.text for document in given]
+    check_size(services, body.query, "query")
+    check_size(services, documents, "documents")
+    scored = await models.score(body.query, documents, task_of(services))
+    if not body.truncate:
+        refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
+        refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, _CUT)
+    answer: dict[str, Any] = {
+        "id": f"rerank-{uuid.uuid4().hex}",
+        "model": models.name,
+        "object": "list",
+        "usage": {"total_tokens": scored.num_tokens, "prompt_tokens": scored.num_tokens},
+        "results": rerank_results(
+            services, scored.logits, documents, body.top_n or None, with_texts=body.return_documents
+        ),
+    }
+    warnings = cut_warnings(scored.query_truncated, scored.truncated, models)
+    return FastJSONResponse(answer | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
+
+
+def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """A problem as Jina tells it; a model that there is not is a wrong field."""
+    status = 422 if problem.field == "model" else status_of(problem, invalid=422)
+    if status == 401:
+        return status, {"detail": problem.message}
+    request_id = problem.request_id or uuid.uuid4().hex
+    if status != 422:
+        return status, {"detail": {"message": problem.message, "request_id": request_id, "code": problem.kind}}
+    place = ["body", *(problem.field.split(".") if problem.field else [])]
+    error = {
+        "field": " -> ".join(place),
+        "message": problem.message,
+        "type": problem.reason or problem.kind,
+        "input": None,
+    }
+    return status, {"detail": problem.message, "request_id": request_id, "errors": [error]}

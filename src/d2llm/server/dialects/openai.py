@@ -1,0 +1,180 @@
+"""OpenAI's interface: ``/v1/embeddings`` and ``/v1/models``.
+
+Beyond OpenAI's: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` says which side of the search
+a text is on (without either: a passage); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with a
+text that is too long; of those that were cut a header ``X-Warning`` tells.
+
+Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors that its users report, and
+openai 3.52.0.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from numpy.typing import NDArray
+from pydantic import Field
+
+from d2llm.models.backbone import TextKind
+from d2llm.server.dialects.shared import (
+    SUFFIXES,
+    Answer,
+    StrictBody,
+    Texts,
+    Truncate,
+    as_list,
+    check_dimensions,
+    check_size,
+    embed,
+    errors,
+    find_model,
+    refuse_cut,
+    status_of,
+    texts_cut,
+    unit_length,
+    warning_header,
+)
+from d2llm.server.errors import Problem, invalid
+from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.services import Services, services_of
+
+PATHS = ("/v1/embeddings", "/v1/models")
+_LOADED = int(time.time())
+
+
+class EmbeddingsRequest(StrictBody):
+    """Texts to embed."""
+
+    input: Texts = Field(description="A text or a list of texts; token ids are refused.", examples=["a cat on a mat"])
+    model: str = Field(description="The model's name, alone or with :query or :passage.")
+    dimensions: int | None = Field(None, ge=1, description="The width of the student's vectors; they are not cut.")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
+    user: str | None = Field(None, description="Read over.")
+    input_type: TextKind | None = Field(None, description="Which side of a search the texts are on.")
+    truncate: Truncate = Field("NONE", description="NONE: too long a text is an error. END: it is cut.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: vLLM's way to say END.")
+
+
+class Embedding(Answer):
+    """A text's vector, of length 1."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(Answer):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(Answer):
+    """Vectors of texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Model(Answer):
+    """A model that can be asked for."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = _LOADED
+    owned_by: str = "d2llm"
+
+
+class ModelsAnswer(Answer):
+    """The models that can be asked for."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class OpenAIErrorDetail(Answer):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(Answer):
+    """Every error of this interface."""
+
+    error: OpenAIErrorDetail
+
+
+router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError))
+TheServices = Annotated[Services, Depends(services_of)]
+
+
+@router.post("/v1/embeddings", response_model=EmbeddingsAnswer)
+async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSONResponse:
+    """Vectors of texts, of length 1."""
+    models = services.models
+    kind = _kind_of(find_model(models, body.model, suffixes=True), body.input_type)
+    texts = as_list(body.input)
+    check_size(services, body.input, "input")
+    check_dimensions(body.dimensions, models)
+    encoded = await embed(services, texts, kind)
+    limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
+    if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
+        refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
+    vectors = unit_length(encoded.vectors)
+    values = _base64(vectors) if body.encoding_format == "base64" else list(vectors)
+    num_tokens = sum(encoded.num_tokens)
+    answer = {
+        "object": "list",
+        "data": [{"object": "embedding", "index": place, "embedding": value} for place, value in enumerate(values)],
+        "model": body.model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    return FastJSONResponse(answer, headers=warning_header(texts_cut("input", encoded.truncated, limit)))
+
+
+@router.get("/v1/models")
+async def list_models(services: TheServices) -> ModelsAnswer:
+    """The names that a request may give as its model."""
+    name = services.models.name
+    return ModelsAnswer(data=[Model(id=name), *(Model(id=f"{name}:{suffix}") for suffix in SUFFIXES)])
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, services: TheServices) -> Model:
+    """One of them."""
+    find_model(services.models, model, suffixes=True)
+    return Model(id=model)
+
+
+def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """A problem as OpenAI tells it."""
+    status = status_of(problem, invalid=400)
+    kinds = {403: "permission_error", 429: "requests"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    codes = {"unauthorized": "invalid_api_key", "method_not_allowed": "method_not_supported"}
+    code = codes.get(problem.kind)
+    if problem.kind == "not_found" and problem.field == "model":
+        code = "model_not_found"
+    elif status == 429:
+        code = "rate_limit_exceeded"
+    return status, {"error": {"message": problem.message, "type": kind, "param": problem.field, "code": code}}
+
+
+def _kind_of(suffix: TextKind | None, input_type: TextKind | None) -> TextKind:
+    if suffix is not None and input_type not in (None, suffix):
+        raise invalid(f"input_type: {input_type!r} contradicts the model's name; leave one of them out", "input_type")
+    return suffix or input_type or "passage"
+
+
+def _base64(vectors: NDArray[np.float32]) -> list[str]:
+    return [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]

@@ -1,0 +1,257 @@
+"""The interface of Hugging Face's Text Embeddings Inference: ``/embed``, ``/rerank``, ``/similarity`` and ``/info``.
+
+Its ``/v1/embeddings`` is OpenAI's. The names of prompts are ``query`` and ``passage``, the sides of a search.
+vLLM has a ``/rerank`` too, which is Jina's: a body with ``documents`` is answered as ``/v1/rerank`` does.
+
+Checked against the source of its router (1.9.3 and main at 0d124dc, July 2026). As there, texts are cut unless
+``truncate`` is false; here a header ``X-Warning`` says which. Other than there, a failure of the server has a status of
+5xx, not 424, and every error is JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from numpy.typing import NDArray
+from pydantic import Field, RootModel, WrapValidator
+
+from d2llm import __version__
+from d2llm.models.backbone import TextKind
+from d2llm.server.dialects import jina
+from d2llm.server.dialects.shared import (
+    EMPTY,
+    Answer,
+    OpenBody,
+    Text,
+    TextList,
+    Texts,
+    as_list,
+    best_first,
+    check_dimensions,
+    check_size,
+    cut_warnings,
+    embed,
+    errors,
+    refuse_cut,
+    score_header,
+    status_of,
+    task_of,
+    texts_cut,
+    unit_length,
+    warning_header,
+)
+from d2llm.server.errors import Problem
+from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.services import Services, services_of
+
+PATHS = ("/embed", "/rerank", "/similarity", "/info")
+_CUT = "shorten it, or leave truncate out"
+
+Cut = Annotated[bool | None, Field(description="false: a text that is too long is an error; else it is cut.")]
+Direction = Annotated[Literal["Right", "right"], Field(description="Texts are cut at the right, and nowhere else.")]
+PromptName = Annotated[TextKind | None, Field(description="Which side of a search the texts are on.")]
+
+
+class EmbedRequest(OpenBody):
+    """Texts to embed."""
+
+    inputs: Texts
+    normalize: bool = Field(True, description="Vectors of length 1; else as the model gives them.")
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+    prompt_name: PromptName = None
+    dimensions: int | None = Field(None, ge=1, description="The width of the student's vectors; they are not cut.")
+
+
+class EmbedAnswer(RootModel[list[list[float]]]):
+    """A vector for each text."""
+
+
+class RerankRequest(OpenBody):
+    """A query and texts to order by it."""
+
+    query: Text
+    texts: TextList
+    raw_scores: bool = Field(False, description="Logits in place of probabilities.")
+    return_text: bool = Field(False, description="Repeat the texts in the answer.")
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+
+
+def _by_its_names(body: Any, _handler: object) -> RerankRequest | jina.JinaRerankRequest:
+    kind = jina.JinaRerankRequest if isinstance(body, dict) and "documents" in body else RerankRequest
+    return kind.model_validate(body)
+
+
+EitherRerankRequest: TypeAlias = Annotated[RerankRequest | jina.JinaRerankRequest, WrapValidator(_by_its_names)]
+"""With ``documents`` it is Jina's and vLLM's. A union's own errors would name both."""
+
+
+class Rank(Answer):
+    """A text's place: ``index`` in the request, and its score."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class RerankAnswer(RootModel[list[Rank]]):
+    """The texts, best first."""
+
+
+class SimilarityInput(OpenBody):
+    """A text and others to compare it with."""
+
+    source_sentence: Text
+    sentences: TextList
+
+
+class SimilarityParameters(OpenBody):
+    """How to compare."""
+
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+    prompt_name: PromptName = None
+
+
+class SimilarityRequest(OpenBody):
+    """Texts to compare."""
+
+    inputs: SimilarityInput
+    parameters: SimilarityParameters | None = None
+
+
+class SimilarityAnswer(RootModel[list[float]]):
+    """The cosine of each text's vector with the first's."""
+
+
+class EmbeddingPooling(Answer):
+    """How a text's vector is pooled."""
+
+    pooling: str
+
+
+class EmbeddingKind(Answer):
+    """A model that embeds."""
+
+    embedding: EmbeddingPooling
+
+
+class InfoAnswer(Answer):
+    """What is served, and its limits."""
+
+    model_id: str
+    model_sha: str
+    model_dtype: str
+    served_model_name: str
+    model_type: EmbeddingKind
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None = None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None = None
+    docker_label: str | None = None
+
+
+class TEIError(Answer):
+    """Every error of this interface."""
+
+    error: str
+    error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Empty"]
+
+
+router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError))
+TheServices = Annotated[Services, Depends(services_of)]
+
+
+@router.post("/embed", response_model=EmbedAnswer)
+async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResponse:
+    """Vectors of texts."""
+    check_dimensions(body.dimensions, services.models)
+    vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
+    return _answer(unit_length(vectors) if body.normalize else vectors, warnings)
+
+
+@router.post("/rerank", response_model=RerankAnswer | jina.JinaRerankAnswer)
+async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONResponse:
+    """Order texts by how well they answer a query; a body with ``documents`` is answered as ``/v1/rerank`` does."""
+    if isinstance(body, jina.JinaRerankRequest):
+        return await jina.rerank(body, services)
+    models = services.models
+    check_size(services, body.query, "query")
+    check_size(services, body.texts, "texts")
+    scored = await models.score(body.query, body.texts, task_of(services))
+    if body.truncate is False:
+        refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
+        refuse_cut(body.texts, scored.truncated, "texts", models.max_passage_tokens, _CUT)
+    scores = scored.logits if body.raw_scores else models.probabilities(scored.logits, task_of(services))
+    values = scores.tolist()
+    ranks: list[dict[str, Any]] = []
+    for place in best_first(scored.logits):
+        rank: dict[str, Any] = {"index": place, "score": values[place]}
+        ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
+    header = {} if body.raw_scores else score_header(services)
+    return _answer(ranks, cut_warnings(scored.query_truncated, scored.truncated, models), header)
+
+
+@router.post("/similarity", response_model=SimilarityAnswer)
+async def similarity(body: SimilarityRequest, services: TheServices) -> FastJSONResponse:
+    """The cosines of a text with others, all read as passages unless ``prompt_name`` says otherwise."""
+    parameters = body.parameters or SimilarityParameters()
+    texts = [body.inputs.source_sentence, *body.inputs.sentences]
+    vectors, warnings = await _vectors(services, texts, "inputs", parameters)
+    vectors = unit_length(vectors)
+    return _answer(np.clip(vectors[1:] @ vectors[0], -1.0, 1.0), warnings)
+
+
+@router.get("/info")
+async def info(services: TheServices) -> InfoAnswer:
+    """What is served, and its limits."""
+    models, settings = services.models, services.settings
+    return InfoAnswer(
+        model_id=models.name,
+        model_sha=models.fingerprint,
+        model_dtype=str(models.student.compute_dtype).removeprefix("torch."),
+        served_model_name=models.name,
+        model_type=EmbeddingKind(embedding=EmbeddingPooling(pooling=models.student.config.pooling.method)),
+        max_concurrent_requests=settings.queue_texts,
+        max_input_length=models.max_passage_tokens,
+        max_batch_tokens=models.batch_tokens,
+        max_client_batch_size=settings.max_texts,
+        auto_truncate=True,
+        tokenization_workers=1,
+        version=__version__,
+    )
+
+
+def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """A problem as Text Embeddings Inference tells it: 400 for an empty text and a body that is no JSON, else 422."""
+    is_empty = problem.reason in EMPTY
+    status = status_of(problem, invalid=400 if is_empty or problem.reason == "json_invalid" else 422)
+    kinds = {429: "Overloaded", 503: "Unhealthy"}
+    kind = "Empty" if is_empty else kinds.get(status, "Validation" if status < 500 else "Backend")
+    return status, {"error": problem.message, "error_type": kind}
+
+
+def _answer(content: Any, warnings: list[str], headers: dict[str, str] | None = None) -> FastJSONResponse:
+    return FastJSONResponse(content, headers={**warning_header(warnings), **(headers or {})})
+
+
+async def _vectors(
+    services: Services, texts: str | list[str], field: str, how: EmbedRequest | SimilarityParameters
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Vectors of texts, and what to tell of those that were cut."""
+    check_size(services, texts, field)
+    kind = how.prompt_name or "passage"
+    encoded = await embed(services, as_list(texts), kind)
+    models = services.models
+    limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
+    if how.truncate is False:
+        refuse_cut(texts, encoded.truncated, field, limit, _CUT)
+    return encoded.vectors, texts_cut("texts", encoded.truncated, limit)

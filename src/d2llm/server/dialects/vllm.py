@@ -1,0 +1,166 @@
+"""vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``.
+
+Its ``/v1/rerank`` is Jina's, ``/rerank`` is told from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
+
+Checked against the source of vLLM 0.33.0 (``entrypoints/pooling/scoring``, ``entrypoints/serve/exception_handling``).
+Other than there, a server at its limit answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from numpy.typing import NDArray
+from pydantic import AliasChoices, Field
+
+from d2llm.server.dialects.shared import (
+    Answer,
+    CutOptions,
+    Texts,
+    as_list,
+    check_size,
+    errors,
+    find_model,
+    refuse_cut,
+    score_header,
+    status_of,
+    task_of,
+    texts_cut,
+    warning_header,
+)
+from d2llm.server.errors import Problem, invalid
+from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.services import Services, services_of
+
+PATHS = ("/score", "/v1/score")
+_CUT = "shorten it, or send truncate_prompt_tokens: -1"
+
+
+class ScoreRequest(CutOptions):
+    """Pairs of texts: one with one, one with each of several, or each with its counterpart.
+
+    A text that is too long is an error, unless one of the options says that it is to be cut; a header then says so.
+    """
+
+    text_1: Texts = Field(
+        validation_alias=AliasChoices("text_1", "queries", "data_1"),
+        description="A query or several; may also be called queries or data_1.",
+    )
+    text_2: Texts = Field(
+        validation_alias=AliasChoices("text_2", "documents", "items", "data_2"),
+        description="A passage or several; may also be called documents, items or data_2.",
+    )
+    model: str | None = None
+    use_activation: bool | None = Field(None, description="false: logits in place of probabilities.")
+
+
+class Score(Answer):
+    """A pair's score."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreUsage(Answer):
+    """Tokens that were read; each text once, as vLLM counts where a model reads query and passage apart."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+
+
+class ScoreAnswer(Answer):
+    """The pairs' scores, in the order of the request."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: ScoreUsage
+
+
+class VLLMErrorDetail(Answer):
+    """What was wrong; ``code`` is the status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VLLMError(Answer):
+    """Every error of this interface."""
+
+    error: VLLMErrorDetail
+
+
+router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
+
+
+@router.post("/v1/score", response_model=ScoreAnswer)
+@router.post("/score", response_model=ScoreAnswer)
+async def score(body: ScoreRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+    """How well passages answer queries, pair by pair."""
+    models = services.models
+    find_model(models, body.model)
+    body.check_limits(models)
+    queries, passages = as_list(body.text_1), as_list(body.text_2)
+    check_size(services, body.text_1, "text_1")
+    check_size(services, body.text_2, "text_2")
+    if len(queries) not in (1, len(passages)):
+        message = (
+            f"text_1 has {len(queries)} texts and text_2 {len(passages)}; they must be 1 and 1, 1 and n, or n and n"
+        )
+        raise invalid(message, "text_1")
+    read = await models.encode(queries, "query")
+    passages_read = await models.encode(passages, "passage")
+    if body.truncate_prompt_tokens is None and not body.max_tokens_per_query:
+        refuse_cut(body.text_1, read.truncated, "text_1", models.max_query_tokens, _CUT)
+    if body.truncate_prompt_tokens is None and not body.max_tokens_per_doc:
+        refuse_cut(body.text_2, passages_read.truncated, "text_2", models.max_passage_tokens, _CUT)
+    places_of: dict[str, list[int]] = {}
+    for place in range(len(passages)):
+        places_of.setdefault(queries[place % len(queries)], []).append(place)
+    logits: NDArray[np.float32] = np.empty(len(passages), np.float32)
+    for places in places_of.values():
+        query = read.vectors[places[0] % len(queries)]
+        logits[places] = await models.score_vectors(query, passages_read.vectors[places], task_of(services))
+    is_raw = body.use_activation is False
+    scores = logits if is_raw else models.probabilities(logits, task_of(services))
+    num_tokens = sum(read.num_tokens) + sum(passages_read.num_tokens)
+    return FastJSONResponse(
+        {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": models.name,
+            "data": [
+                {"index": place, "object": "score", "score": value} for place, value in enumerate(scores.tolist())
+            ],
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
+        },
+        headers={
+            **warning_header(
+                texts_cut("text_1", read.truncated, models.max_query_tokens)
+                + texts_cut("text_2", passages_read.truncated, models.max_passage_tokens)
+            ),
+            **({} if is_raw else score_header(services)),
+        },
+    )
+
+
+def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """A problem as vLLM tells it: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
+    status = status_of(problem, invalid=400)
+    types = {404: "NotFoundError", 500: "InternalServerError"}
+    if problem.reason is None:
+        types[400] = "BadRequestError"
+    kind = types.get(status, HTTPStatus(status).phrase)
+    return status, {"error": {"message": problem.message, "type": kind, "param": problem.field, "code": status}}

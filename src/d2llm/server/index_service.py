@@ -1,0 +1,375 @@
+"""The index behind the server: searches that share scans, writes in turn, new versions without a dropped request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Passage, Ranking, Task
+from d2llm.models.attribution import Attribution, attribute
+from d2llm.models.student import Student
+from d2llm.ops.rereading import StudentError
+from d2llm.retrieval.calibrate import read_error
+from d2llm.retrieval.cascade import Cascade, Rereader, TeacherReading, judge_passages
+from d2llm.retrieval.chunking import (
+    Chunker,
+    DocumentsReport,
+    choose_chunking,
+    default_chunking,
+    upsert_documents,
+)
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import PairJudge
+from d2llm.retrieval.row_evidence import weights_for
+from d2llm.retrieval.search import SearchSettings
+from d2llm.retrieval.upserting import UpsertReport
+from d2llm.server.batching import Batcher, Done, Places
+from d2llm.server.errors import NotFoundError
+from d2llm.server.facts import note_items
+from d2llm.server.model_service import Observe
+from d2llm.server.open_version import Asked, OpenVersion, rank_again, rank_together
+from d2llm.server.served_version import ServedVersion
+from d2llm.server.student_lane import StudentLane
+from d2llm.store import inspection
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import IndexStats
+from d2llm.store.side_files import Chunking
+from d2llm.store.view import PassageView
+
+_Value = TypeVar("_Value")
+
+Rescore = Literal["none", "iem", "teacher", "cascade"]
+"""Who orders the candidates: the inner product alone, the IEM, the teacher, or the teacher where the IEM is unsure."""
+
+_SCANNED_AT_ONCE = 32
+_WAITING = 32  # explanations, or writes, that wait or are worked on; each holds a request's texts
+_SEARCHES_A_READING = 64  # so many times fewer searches may wait for the teacher than for the student
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How much a teacher reads for a query: passages, and for how long it may begin to read more."""
+
+    teacher_passages: int
+    teacher_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairVerdict:
+    """What the teacher says of a pair, whether it read the passage in part, and the seconds that it took."""
+
+    log_odds: float
+    truncated: bool
+    seconds: float
+
+
+class IndexService:
+    """One index, shared by all requests; ``judge`` is the teacher that may be asked, ``teacher_name`` its name."""
+
+    def __init__(
+        self,
+        served: ServedVersion,
+        *,
+        judge: PairJudge | None = None,
+        teacher_name: str | None = None,
+        queue: int = 2_048,
+        observe: Observe = lambda _stage, _seconds: None,
+    ) -> None:
+        self.served = served
+        self.folder = served.folder
+        self.judge = judge
+        self.teacher_name = teacher_name
+        self._observe = observe
+        self._ranks: Batcher[Asked, Ranking] = Batcher(
+            rank_together, name="rank", max_queued=queue, max_batch=_SCANNED_AT_ONCE
+        )
+        self._readings: Batcher[Callable[[], Any], Any] = Batcher(
+            lambda works: [work() for work in works],
+            name="teacher",
+            max_queued=max(1, queue // _SEARCHES_A_READING),
+            max_batch=1,
+        )
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._searching, self._explaining = Places(queue), Places(_WAITING)
+        self._writing = Places(_WAITING, retry_after=5.0)
+
+    @property
+    def current(self) -> OpenVersion:
+        """The version that requests which begin now read."""
+        return self.served.version
+
+    def start(self) -> None:
+        """Begin to answer; call it in the event loop."""
+        self._ranks.start()
+        self._readings.start()
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Finish what was admitted."""
+        self.served.stop()
+        await asyncio.gather(self._ranks.stop(timeout), self._readings.stop(timeout))
+        with contextlib.suppress(asyncio.TimeoutError):  # what is then left of a write fails with the student's stop
+            await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
+        self._reads.shutdown(wait=False, cancel_futures=True)
+
+    # Searching -----------------------------------------------------------------------------------------------------
+
+    async def search(
+        self, query: str, settings: SearchSettings, rescore: Rescore = "iem", reading: Reading | None = None
+    ) -> tuple[Ranking, str]:
+        """The ranking for one query, and the fingerprint of the student that made it.
+
+        ``seconds`` also holds "queue"; ``reading`` is for the teacher's ways to rescore.
+
+        Raises:
+            InputError: settings that do not go together or do not fit the index.
+            OverloadedError: too many searches are under way. It is told before the query is encoded: one that is
+                admitted is not refused halfway, when others have paid for its beginning.
+        """
+
+        async def rank(version: OpenVersion) -> tuple[Ranking, str]:
+            if rescore in ("teacher", "cascade"):
+                self._readings.require_room(1)
+            encoded = await version.models.encode([query], "query")
+            asked = Asked(version, query, encoded.vectors[0], settings, rescore != "none")
+            if rescore in ("teacher", "cascade"):
+                again = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
+                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(asked, again)]))
+            else:
+                done = await self._ranks.submit([asked], bounded=False)
+            (ranking,) = done.results
+            seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
+            seconds["encode"] += encoded.worked
+            ranking = replace(ranking, seconds=seconds, truncated=bool(encoded.truncated))
+            return ranking, version.models.fingerprint
+
+        with self._searching:
+            ranking, fingerprint = await self.served.work(rank)
+        for stage in ("candidates", "score", "teacher"):
+            if stage in ranking.seconds:
+                self._observe(stage, ranking.seconds[stage])
+        return ranking, fingerprint
+
+    async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution]:
+        """A passage, and what each of its words adds to the query's score.
+
+        Raises:
+            NotFoundError: there is no such passage.
+            InputError: the student's tokenizer cannot say.
+        """
+
+        async def explain(version: OpenVersion) -> tuple[Passage, Attribution]:
+            (passage,) = await self._passages(version, [passage_id])
+            student = version.models.student
+            with self._explaining:
+                return passage, await version.models.in_lane(lambda: attribute(student, query, passage.full_text, task))
+
+        return await self.served.work(explain)
+
+    async def judge_pair(self, query: str, passage: Passage, task: Task) -> PairVerdict:
+        """What the teacher says of a pair.
+
+        Raises:
+            InputError: there is no teacher.
+            ModelError: it said something that is no finite number.
+            OverloadedError: too many wait for it.
+        """
+        judge = self._teacher()
+
+        def work() -> PairVerdict:
+            begin = time.perf_counter()
+            log_odds, num_truncated = judge_passages(judge, query, [passage.full_text], task)
+            return PairVerdict(float(log_odds[0]), num_truncated > 0, time.perf_counter() - begin)
+
+        done = await self._readings.submit([work])
+        verdict = cast("PairVerdict", done.results[0])
+        self._observe("teacher", verdict.seconds)
+        return verdict
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    async def get(self, passage_id: str) -> Passage:
+        """The passage with an id.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return (await self.served.work(lambda version: self._passages(version, [passage_id])))[0]
+
+    async def vectors(self, version: OpenVersion, ids: Sequence[str]) -> NDArray[np.float32]:
+        """The vectors [n, dim] that a version has of the passages with these ids.
+
+        Raises:
+            InputError: one of them is not there.
+        """
+        return await self._in(self._reads, lambda: version.view.vectors(version.view.rows(ids)))
+
+    async def read(self, work: Callable[[PassageView], _Value]) -> _Value:
+        """What ``work`` reads of the version that is served now."""
+        return await self.served.work(lambda version: self._in(self._reads, lambda: work(version.view)))
+
+    async def snapshots(self) -> list[str]:
+        """The names of all snapshots."""
+        return await self._in(self._reads, lambda: IndexStore.open(self.folder.resolve()).snapshots())
+
+    async def stats(self) -> tuple[IndexStats, OpenVersion]:
+        """Facts about the latest version, and what is read of the same index."""
+
+        def read(version: OpenVersion) -> IndexStats:
+            store = IndexStore.open(self.folder)
+            store.check_student(version.models.fingerprint)
+            return inspection.stats(store)
+
+        async def look(version: OpenVersion) -> tuple[IndexStats, OpenVersion]:
+            return await self._in(self._reads, lambda: read(version)), version
+
+        return await self.served.work(look)
+
+    async def _passages(self, version: OpenVersion, ids: Sequence[str]) -> list[Passage]:
+        passages = await self._in(self._reads, lambda: version.view.get(ids))
+        found = {passage.id: passage for passage in passages}
+        missing = [passage_id for passage_id in ids if passage_id not in found]
+        if missing:
+            raise NotFoundError(f"there is no passage {missing[0]!r} in the index")
+        return [found[passage_id] for passage_id in ids]
+
+    # Changing ------------------------------------------------------------------------------------------------------
+
+    async def upsert(self, passages: Sequence[Passage], *, lenient_metadata: bool = False) -> UpsertReport:
+        """Add passages, and change those whose id is there; searches see them when it returns.
+
+        Raises:
+            DuplicateIdError: two passages share an id.
+            InputError: a passage cannot be stored, or its metadata do not fit.
+            IndexLockedError: another process is writing.
+        """
+        note_items([passage.text for passage in passages])
+        report = await self._write(lambda index, _student: index.upsert(passages, lenient_metadata=lenient_metadata))
+        await self.served.reload()
+        return report
+
+    async def upsert_documents(
+        self,
+        documents: Sequence[Passage],
+        chunk_tokens: int | None = None,
+        chunk_overlap: int | None = None,
+        *,
+        lenient_metadata: bool = False,
+    ) -> DocumentsReport:
+        """Split documents and add their passages; those that a document no longer has go.
+
+        Raises:
+            InputError: the index cuts documents in another way, or a reason of ``upsert``.
+        """
+        note_items([document.text for document in documents])
+
+        def work(index: Index, student: Student) -> DocumentsReport:
+            wanted = None
+            if chunk_tokens is not None or chunk_overlap is not None:
+                tokens = chunk_tokens or default_chunking(student).chunk_tokens
+                wanted = Chunking(tokens, chunk_overlap or 0)
+            chunker = Chunker(student, choose_chunking(index.folder, student, wanted))
+            return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
+
+        report = await self._write(work)
+        await self.served.reload()
+        return report
+
+    async def delete(self, ids: Sequence[str]) -> int:
+        """Delete passages; returns how many there were."""
+        num_deleted = await self._write(lambda index, _student: index.delete(ids))
+        await self.served.reload()
+        return num_deleted
+
+    async def delete_documents(self, ids: Sequence[str]) -> int:
+        """Delete all passages of documents; returns how many passages there were."""
+        num_deleted = await self._write(lambda index, _student: index.delete_documents(ids))
+        await self.served.reload()
+        return num_deleted
+
+    async def drop_snapshot(self, name: str) -> None:
+        """Forget a snapshot.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
+        await self._with_snapshot(name)
+        await self._write(lambda index, _student: index.store.drop_snapshot(name))
+
+    async def restore(self, name: str) -> int:
+        """Make a snapshot's passages those of the index; returns how many they are.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
+        await self._with_snapshot(name)
+        num_passages = await self._write(lambda index, _student: index.restore(name))
+        await self.served.reload()
+        return num_passages
+
+    async def _with_snapshot(self, name: str) -> None:
+        if name not in await self.snapshots():
+            raise NotFoundError(f"there is no snapshot {name!r} of the index")
+
+    async def snapshot(self, name: str) -> None:
+        """Keep the latest version under a name.
+
+        Raises:
+            InputError: the name is taken, or none.
+        """
+        await self._write(lambda index, _student: index.snapshot(name))
+
+    def ways_to_rescore(self, version: OpenVersion) -> list[Rescore]:
+        """What a search can ask for here; a cascade needs a student whose error is measured."""
+        ways: list[Rescore] = ["none", "iem"] if version.models.student.has_anchor else ["iem"]
+        if self.judge is not None:
+            ways.append("teacher")
+            with contextlib.suppress(InputError):
+                self._error(version, self.judge, version.view.task)
+                ways.append("cascade")
+        return ways
+
+    def _error(self, version: OpenVersion, judge: PairJudge, task: Task) -> StudentError:
+        """How far the student errs, as it scores this version.
+
+        Raises:
+            InputError: that is not known.
+        """
+        evidence = weights_for(version.view, version.models.student, task)
+        return read_error(version.index.folder, judge, task, evidence)
+
+    def _teacher(self) -> PairJudge:
+        if self.judge is None:
+            raise InputError("this server has no teacher; start it with --teacher, or rescore with 'iem' or 'none'")
+        return self.judge
+
+    def _rereader(self, version: OpenVersion, rescore: Rescore, task: Task | None, reading: Reading) -> Rereader:
+        judge = self._teacher()
+        if rescore == "teacher":
+            return TeacherReading(judge, reading.teacher_passages, reading.teacher_ms)
+        error = self._error(version, judge, task or version.view.task)
+        return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
+
+    async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
+        """Change the index by its name, with the student that takes turns with the clients."""
+        loop = asyncio.get_running_loop()
+
+        def write(version: OpenVersion) -> _Value:
+            return work(Index.open(self.folder.resolve(), StudentLane(version.models, loop)), version.models.student)
+
+        with self._writing:
+            return await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
+
+    async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], _Value]) -> _Value:
+        # In the request's context, so that the student's work for a write is part of its trace.
+        return await asyncio.get_running_loop().run_in_executor(thread, contextvars.copy_context().run, work)

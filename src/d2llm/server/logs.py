@@ -1,0 +1,113 @@
+"""Log lines of a server: one per request, as text or JSON, without what people asked unless that is wanted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, TextIO, cast
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+from structlog.types import EventDict, Processor
+
+from d2llm.server.facts import RequestFacts
+from d2llm.server.settings import ServeSettings
+
+_LOGGERS = ("d2llm", "uvicorn", "opentelemetry")
+_access = cast(
+    structlog.stdlib.BoundLogger,
+    structlog.wrap_logger(
+        logging.getLogger("d2llm.access"),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[structlog.stdlib.filter_by_level, ProcessorFormatter.wrap_for_formatter],
+    ),
+)
+
+
+def log_request(facts: RequestFacts, route: str, method: str, status: int, seconds: float, *, texts: bool) -> None:
+    """The line of a request that was answered; ``texts`` adds what it was about.
+
+    A health check that found all well is a line for debugging: orchestrators ask every few seconds.
+    """
+    _access.log(
+        logging.DEBUG if route == "/health" and status < HTTPStatus.BAD_REQUEST else logging.INFO,
+        "request",
+        request_id=facts.request_id,
+        method=method if method.isalpha() and len(method) < 10 else "OTHER",
+        route=route,
+        status=status,
+        milliseconds=round(1e3 * seconds, 1),
+        key=facts.key_name,
+        num_items=facts.num_items,
+        **({"texts": facts.texts} if texts else {}),
+    )
+
+
+def start_logs(settings: ServeSettings, stream: TextIO | None = None) -> Callable[[], None]:
+    """Send what d2llm, uvicorn and OpenTelemetry log to ``stream``, by default standard error; what undoes it."""
+    out = stream or sys.stderr
+    renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if settings.log_format == "text":
+        renderer = structlog.dev.ConsoleRenderer(colors=out.isatty(), pad_event_to=0)
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        ProcessorFormatter(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.stdlib.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                _ErrorRenderer(messages=settings.log_texts),
+                ProcessorFormatter.remove_processors_meta,
+                renderer,
+            ],
+        )
+    )
+    before = [
+        (logger, logger.handlers[:], logger.level, logger.propagate) for logger in map(logging.getLogger, _LOGGERS)
+    ]
+    for logger, *_ in before:
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+
+    def stop() -> None:
+        for logger, handlers, level, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+    return stop
+
+
+class _ErrorRenderer:
+    """Puts an exception into a record as its types and the lines of code that it came through.
+
+    Messages of exceptions may quote a query or passage, so they are left out unless ``messages``; an operating
+    system's own words (no space left on device) are kept.
+    """
+
+    def __init__(self, *, messages: bool) -> None:
+        self._messages = messages
+
+    def __call__(self, logger: Any, name: str, event: EventDict) -> EventDict:
+        del logger, name
+        error = event.pop("exc_info", None)
+        if isinstance(error, tuple):
+            error = cast("tuple[Any, ...]", error)[1]
+        if isinstance(error, BaseException):
+            event["exception"] = "".join(self._parts(error)).rstrip()
+        return event
+
+    def _parts(self, error: BaseException) -> list[str]:
+        if self._messages:
+            return traceback.format_exception(error)
+        chain = [error]
+        while (earlier := chain[-1].__cause__ or chain[-1].__context__) and earlier not in chain:
+            chain.append(earlier)
+        parts: list[str] = []
+        for one in reversed(chain):
+            parts += ["Traceback (most recent call last):\n", *traceback.format_tb(one.__traceback__)]
+            told = f": {one.strerror}" if isinstance(one, OSError) and one.strerror else ""
+            parts.append(f"{type(one).__qualname__}{told}\n")
+        return parts

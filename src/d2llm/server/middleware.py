@@ -1,0 +1,259 @@
+"""What every request passes through, outermost first: id, log and headers; host; browsers; keys and limits; body.
+
+Pure ASGI, not Starlette's BaseHTTPMiddleware, which runs the application in a task of its own: that breaks context
+variables and hides disconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+
+import structlog
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from d2llm.server.access import AccessMiddleware
+from d2llm.server.answers import answer_problem
+from d2llm.server.body_text import problem_of_text
+from d2llm.server.errors import Problem, problem_of
+from d2llm.server.facts import begin_facts
+from d2llm.server.keys import KeyRing
+from d2llm.server.limits import RateLimiter
+from d2llm.server.logs import log_request
+from d2llm.server.route_table import RouteTable
+from d2llm.server.settings import ServeSettings
+from d2llm.server.telemetry import Telemetry
+from d2llm.server.uploads import FILES_PATH, FORM_TYPE
+
+_log = logging.getLogger(__name__)
+
+SECURITY_HEADERS: Mapping[str, str] = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": (
+        "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+}
+"""Of every answer; a route may set its own value of one."""
+CLIENT_CLOSED = 499
+"""Logged and counted where the client left before there was an answer."""
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_JSON = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
+_PROBE = "/health"
+"""Asked by orchestrators under the machine's address, so that no Host is refused."""
+_LAST = {"Connection": "close"}  # what was not read would be taken for the connection's next request
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+_CORS_EXPOSED = ("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
+
+
+def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemetry) -> None:
+    """Put all of them around ``app``.
+
+    Raises:
+        InputError: the file of API keys cannot be read, or the storage of rate limits is no address of one.
+    """
+    ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
+    storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
+    app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
+    app.add_middleware(
+        AccessMiddleware, ring=ring, limiter=RateLimiter(storage), requests_per_minute=settings.requests_per_minute
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
+            expose_headers=_CORS_EXPOSED,
+        )
+    app.add_middleware(HostMiddleware, allowed=settings.host_names)
+    app.add_middleware(RequestMiddleware, routes=RouteTable(app), telemetry=telemetry, log_texts=settings.log_texts)
+
+
+class RequestMiddleware:
+    """Gives a request its id, its log line, its place in the metrics, and its answer the headers that all have."""
+
+    def __init__(self, app: ASGIApp, routes: RouteTable, telemetry: Telemetry, *, log_texts: bool) -> None:
+        self._app = app
+        self._routes = routes
+        self._telemetry = telemetry
+        self._log_texts = log_texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                self._routes.prepare()
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        facts = begin_facts(_id_of(Headers(scope=scope)))
+        scope.setdefault("state", {})["request_id"] = facts.request_id
+        status: int | None = None
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = facts.request_id
+                headers["Server-Timing"] = f"total;dur={1e3 * (time.perf_counter() - began):.1f}"
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        self._telemetry.begin_request()
+        with structlog.contextvars.bound_contextvars(request_id=facts.request_id):
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except Exception as error:  # noqa: BLE001 - the last place where it can become an answer
+                _log.error("request %s failed", facts.request_id, exc_info=error)
+                if status is None:
+                    await answer_problem(scope, receive, send_with_headers, problem_of(error))
+            finally:
+                seconds, route = time.perf_counter() - began, self._routes.find(scope)
+                self._telemetry.end_request(route, scope["method"], status or CLIENT_CLOSED, seconds)
+                log_request(facts, route, scope["method"], status or CLIENT_CLOSED, seconds, texts=self._log_texts)
+
+
+class HostMiddleware:
+    """Refuses requests for another host: a page that a browser has open may let its own name point to this machine.
+
+    Such a page would be of the same origin as the server, and could read all of it (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
+        self._app = app
+        self._allowed = tuple(name.lower().strip("[]") for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "http" and scope["path"] != _PROBE:
+            hosts = Headers(scope=scope).getlist("host")
+            if len(hosts) != 1 or not self._allows(_host_name(hosts[0])):
+                message = (
+                    "the Host of the request is not one that this server answers to; see its setting allowed_hosts"
+                )
+                await answer_problem(scope, receive, send, Problem(400, "invalid_request", message))
+                return
+        await self._app(scope, receive, send)
+
+    def _allows(self, name: str) -> bool:
+        return any(
+            pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:]))
+            for pattern in self._allowed
+        )
+
+
+class BodyMiddleware:
+    """Reads a body as a whole before the application does; refuses those that are too large, too slow, or no text.
+
+    Without a declared length it stops reading at the limit, so that a client cannot fill the memory.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, seconds: float) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        takes_form = scope["path"] == FILES_PATH
+        read: bytes | Problem | None = self._problem_of_headers(scope["method"], headers, takes_form)
+        if read is None and _has_body(headers):
+            try:
+                read = await asyncio.wait_for(self._read(receive), self._seconds)
+            except asyncio.TimeoutError:
+                read = self._too_slow()
+            if read is None:
+                return
+            if isinstance(read, bytes) and not takes_form:
+                read = problem_of_text(read) or read
+        if isinstance(read, Problem):
+            await answer_problem(scope, receive, send, read)
+            return
+        messages: list[Message] = []
+        if read is not None:
+            messages.append({"type": "http.request", "body": read, "more_body": False})
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | Problem | None:
+        """All of it; None where the client has left."""
+        body, more = bytearray(), True  # not the messages: those of small pieces take many times the memory
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                return self._too_large()
+            more = message.get("more_body", False)
+        return bytes(body)
+
+    def _problem_of_headers(self, method: str, headers: Headers, takes_form: bool) -> Problem | None:
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_body_bytes:
+            return self._too_large()
+        kind = headers.get("content-type", "").partition(";")[0].strip()
+        is_read = kind.lower() == FORM_TYPE if takes_form else _JSON.fullmatch(kind) is not None
+        if method in _BODY_METHODS and not is_read and (kind or _has_body(headers)):
+            wanted = (
+                f"send files as a form ({FORM_TYPE})"
+                if takes_form
+                else "send JSON with 'Content-Type: application/json'"
+            )
+            message = f"a body of type {kind!r} is not read; {wanted}" if kind else f"the body has no type; {wanted}"
+            return Problem(415, "unsupported_media_type", message)
+        coding = headers.get("content-encoding", "identity")
+        if coding.lower() != "identity" and _has_body(headers):
+            message = "compressed bodies are not read; send it without Content-Encoding"
+            return Problem(415, "unsupported_media_type", message, headers={"Accept-Encoding": "identity"})
+        return None
+
+    def _too_large(self) -> Problem:
+        message = (
+            f"the body has more than {self._max_body_bytes:,} bytes, the most that this server reads (max_body_bytes); "
+            "send fewer texts at a time"
+        )
+        return Problem(413, "too_large", message, headers=_LAST)
+
+    def _too_slow(self) -> Problem:
+        message = (
+            f"the body did not arrive within {self._seconds:g} s, the most that this server waits (request_seconds); "
+            "send fewer texts at a time"
+        )
+        return Problem(408, "timeout", message, headers=_LAST)
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def _id_of(headers: Headers) -> str:
+    """The client's own id where it can stand in logs and headers as it is."""
+    given = headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _host_name(host: str) -> str:
+    """Of ``name:port``, ``[::1]:port`` and without a port."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] or host

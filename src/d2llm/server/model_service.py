@@ -1,0 +1,233 @@
+"""The student behind the server: texts become vectors in batches shared by all clients, pairs become scores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from d2llm.core.errors import ModelError
+from d2llm.core.types import Task
+from d2llm.models.backbone import TOKENIZING, TextKind, TokenizedTexts
+from d2llm.models.engines.core_workers import core_pool
+from d2llm.models.student import Student
+from d2llm.server.batching import Batcher
+from d2llm.server.facts import note_items
+
+Observe = Callable[[str, float], None]
+_FEW_CHARACTERS = 10_000  # so many are tokenized in the event loop's thread, as going to another costs more
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Vectors of texts.
+
+    Attributes:
+        vectors: [n, dim] as the student gives them, not of unit length.
+        num_tokens: of each text, as far as it was read.
+        truncated: places of the texts that were cut to the student's limit.
+        queued: seconds that it waited.
+        worked: seconds that it took, with what else was in its batches.
+    """
+
+    vectors: NDArray[np.float32]
+    num_tokens: tuple[int, ...]
+    truncated: tuple[int, ...]
+    queued: float = 0.0
+    worked: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PassageScores:
+    """A query's scores with passages.
+
+    Attributes:
+        logits: [n] of the IEM; ``ModelService.probabilities`` makes probabilities of them.
+        num_tokens: of query and passages together, as far as they were read.
+        truncated: places of the passages that were cut to the student's limit.
+        query_truncated: whether the query was.
+    """
+
+    logits: NDArray[np.float32]
+    num_tokens: int
+    truncated: tuple[int, ...]
+    query_truncated: bool = False
+
+
+class ModelService:
+    """One student, shared by all requests. ``name`` is what clients call it.
+
+    On a CPU as many batches are encoded side by side as there are cores, each as large as the student's own; an
+    accelerator has one at a time. ``batch_tokens`` is how large, by default ``Student.batch_tokens``.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        name: str,
+        *,
+        queue_texts: int = 2_048,
+        batch_tokens: int | None = None,
+        batch_wait_seconds: float = 0.0,
+        observe: Observe = lambda _stage, _seconds: None,
+        observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
+    ) -> None:
+        self.student = student
+        self.name = name
+        self.fingerprint = student.fingerprint
+        self.dim = student.vector_dim
+        self.max_query_tokens = student.max_query_tokens
+        self.max_passage_tokens = student.config.backbone.max_passage_tokens
+        self.batch_tokens = batch_tokens or student.batch_tokens
+        self._observe = observe
+        on_cpu = student.backbone.device.type == "cpu"
+        self._texts: Batcher[Sequence[int], NDArray[np.float32]] = Batcher(
+            self._encode_batch,
+            name="encode",
+            max_queued=queue_texts,
+            max_batch=self.batch_tokens,
+            cost=len,
+            wait_seconds=batch_wait_seconds,
+            observe_batch=observe_batch,
+            lanes=core_pool() if on_cpu else None,
+            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,  # one batch waits for the core that is free next
+        )
+        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._num_users = 0
+        self._left = asyncio.Event()
+
+    @property
+    def num_queued(self) -> int:
+        """Texts that wait to be encoded."""
+        return self._texts.num_queued
+
+    def start(self) -> None:
+        """Begin to work; call it in the event loop."""
+        self._texts.start()
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Finish what was admitted."""
+        await self._texts.stop(timeout)
+        self._scoring.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def in_use(self) -> Generator[None]:
+        """Around what works with it: ``retire`` waits for its end."""
+        self._num_users += 1
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            self._left.set()
+
+    async def retire(self) -> None:
+        """Stop when nothing works with it any more."""
+        while self._num_users:
+            self._left.clear()
+            await self._left.wait()
+        await self.stop()
+
+    async def encode(self, texts: Sequence[str], kind: TextKind, *, bounded: bool = True) -> Encoded:
+        """Vectors of texts; ``bounded`` as in ``Batcher.submit``.
+
+        Raises:
+            OverloadedError: the queue is full.
+            ModelError: a vector is not finite.
+        """
+        if bounded:  # those of a write are noted with all that it is about
+            note_items(texts)
+        return await self._encode([(texts, kind)], bounded=bounded)
+
+    async def score(self, query: str, passages: Sequence[str], task: Task = "asymmetric") -> PassageScores:
+        """The IEM's scores of a query with passages.
+
+        Raises:
+            OverloadedError: the queue is full.
+            ModelError: a vector or score is not finite.
+        """
+        note_items((query, *passages))
+        encoded = await self._encode([([query], "query"), (passages, "passage")])
+        logits = await self.score_vectors(encoded.vectors[0], encoded.vectors[1:], task)
+        truncated = tuple(place - 1 for place in encoded.truncated if place)
+        return PassageScores(logits, sum(encoded.num_tokens), truncated, 0 in encoded.truncated)
+
+    async def score_vectors(
+        self, query: NDArray[np.float32], passages: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """The IEM's scores [n] of a query's vector [dim] with passages' [n, dim].
+
+        Raises:
+            ModelError: a score is not finite.
+        """
+        logits = await self._in_thread(lambda: self.student.score(query, passages, task))
+        if not np.isfinite(logits).all():
+            raise ModelError("a score is not finite; check the student")
+        return logits
+
+    def probabilities(self, logits: NDArray[np.float32], task: Task) -> NDArray[np.float64]:
+        """Scores [n] as numbers in [0, 1]: calibrated where the student is for this task, else their sigmoid."""
+        calibration = self.student.calibration
+        if task in calibration.tasks:
+            return calibration.probabilities(logits, task)
+        return np.asarray(expit(logits.astype(np.float64)))
+
+    def probability_kind(self, task: Task) -> str:
+        """How ``probabilities`` are made, in a few words that fit a header."""
+        calibration = self.student.calibration
+        if task in calibration.tasks:
+            return f"calibrated; task={task}; base-rate={calibration.base_rate:g}"
+        return f"uncalibrated; task={task}; the sigmoid of the score, in order but no probability"
+
+    async def anchor_queries(self, vectors: NDArray[np.float32], task: Task = "asymmetric") -> NDArray[np.float32]:
+        """[n, dim] whose inner products with passages' vectors are the score's inner-product part.
+
+        Raises:
+            InputError: the student's head has none.
+        """
+        return await self._in_thread(lambda: self.student.anchor_queries(vectors, task))
+
+    async def in_lane(self, work: Callable[[], _Value]) -> _Value:
+        """Run something else that uses the student's backbone, in turn with batches of texts."""
+        return await self._texts.in_lane(work)
+
+    async def _in_thread(self, work: Callable[[], _Value]) -> _Value:
+        return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
+
+    async def _encode(self, parts: Sequence[tuple[Sequence[str], TextKind]], *, bounded: bool = True) -> Encoded:
+        """Vectors of the texts of all parts, one part after the other."""
+        num_texts = sum(len(texts) for texts, _ in parts)
+        if not num_texts:
+            return Encoded(np.zeros((0, self.dim), np.float32), (), ())
+        if bounded:
+            self._texts.require_room(num_texts)
+        ids: list[Sequence[int]] = []
+        truncated: list[int] = []
+        for texts, kind in parts:
+            tokenized = await self._tokenize(texts, kind)
+            truncated += [len(ids) + place for place in tokenized.truncated]
+            ids += tokenized.ids
+        done = await self._texts.submit(ids, bounded=bounded)
+        self._observe("queue", done.queued)
+        self._observe("encode", done.worked)
+        vectors = np.stack(done.results)
+        return Encoded(vectors, tuple(map(len, ids)), tuple(truncated), done.queued, done.worked)
+
+    async def _tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
+        if TOKENIZING.locked() or sum(map(len, texts)) > _FEW_CHARACTERS:
+            return await asyncio.to_thread(self.student.tokenize, texts, kind)
+        return self.student.tokenize(texts, kind)
+
+    def _encode_batch(self, ids: Sequence[Sequence[int]]) -> Sequence[NDArray[np.float32]]:
+        vectors = self.student.encode_tokens(ids)
+        if not np.isfinite(vectors).all():
+            raise ModelError("the student's vector of a text is not finite; check the student")
+        return list(vectors)

@@ -1,0 +1,273 @@
+"""d2llm's own interface over HTTP: search, explain, the index, vectors and scores; what it holds: ``corpus_routes``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from d2llm import __version__
+from d2llm.core.errors import D2LLMError
+from d2llm.core.types import Task
+from d2llm.models.attribution import why_no_interaction
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.server.checks import ERRORS, at_most, short_enough
+from d2llm.server.errors import ConflictError, invalid, request_id_of
+from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.index_service import Reading
+from d2llm.server.lifecycle import Lifecycle
+from d2llm.server.model_service import ModelService
+from d2llm.server.open_version import OpenVersion
+from d2llm.server.ranking_json import ranking_json
+from d2llm.server.schemas import (
+    EncodeAnswer,
+    EncodeRequest,
+    ExplainAnswer,
+    ExplainRequest,
+    HealthAnswer,
+    IndexAnswer,
+    ReloadAnswer,
+    RescoreAnswer,
+    RescoreRequest,
+    SearchAnswer,
+    SearchRequest,
+    StudentAnswer,
+    TeacherAnswer,
+    WordAnswer,
+)
+from d2llm.server.services import Services, Serving, TheIndex, TheServices, index_of
+from d2llm.server.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
+router = APIRouter(tags=["d2llm"], responses=ERRORS)
+health_router = APIRouter(tags=["operations"])
+
+
+@router.post("/v1/search", response_model=SearchAnswer)
+async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
+    """Find the passages that answer a query, best first."""
+    limits = services.settings
+    at_most(body.top_k, limits.max_top_k, "top_k")
+    at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
+    short_enough([body.query], limits, "query")
+    ranking, fingerprint = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
+    answer = ranking_json(ranking) | {
+        "index": {"version": ranking.index_version, "student": services.models.name, "fingerprint": fingerprint},
+        "request_id": request_id_of(request),
+    }
+    return FastJSONResponse(answer)
+
+
+@router.post("/v1/explain")
+async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainAnswer:
+    """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
+    short_enough([body.query], services.settings, "query")
+    task = body.task or services.task
+    passage, found = await index.explain(body.query, body.passage_id, task)
+    teacher = None
+    if body.teacher:
+        said = await index.judge_pair(body.query, passage, task)
+        probability = float(expit(said.log_odds))
+        teacher = TeacherAnswer(
+            log_odds=said.log_odds, probability=probability, seconds=said.seconds, truncated=said.truncated
+        )
+    return ExplainAnswer(
+        id=passage.id,
+        title=passage.title,
+        text=passage.text,
+        score=found.score,
+        anchor=found.anchor,
+        interaction=found.interaction,
+        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
+        truncated=found.truncated,
+        query_truncated=found.query_truncated,
+        no_interaction=why_no_interaction(services.models.student, task),
+        teacher=teacher,
+    )
+
+
+@router.get("/v1/index")
+async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
+    """What the index holds, and what can be asked of it here."""
+    stats, version = await index.stats()
+    models, config = version.models, version.models.student.config
+    return IndexAnswer(
+        name=index.folder.name,
+        version=stats.version,
+        num_passages=stats.num_passages,
+        num_bytes=round(stats.bytes_per_passage * max(stats.num_passages, 1)),
+        bytes_per_passage=stats.bytes_per_passage,
+        vector_format=stats.vector_format,
+        vector_copies=stats.vector_copies,
+        window_format=stats.window_format,
+        task=version.view.task,
+        chunking=stats.chunking,
+        student=StudentAnswer(
+            name=models.name,
+            fingerprint=models.fingerprint,
+            dim=models.dim,
+            head=config.interaction.head,
+            backbone=_name_of(config.backbone.model),
+            max_query_tokens=models.max_query_tokens,
+            max_passage_tokens=models.max_passage_tokens,
+            relevance_score=models.probability_kind(version.view.task),
+        ),
+        teacher=index.teacher_name,
+        fields=stats.metadata,
+        has_ann=stats.ann_passages > 0,
+        has_projections=stats.num_projections > 0,
+        snapshots=stats.snapshots,
+        rescore=index.ways_to_rescore(version),
+        writable=services.settings.writable,
+        d2llm=__version__,
+    )
+
+
+@router.post("/v1/index/reload")
+async def reload_index(index: TheIndex) -> ReloadAnswer:
+    """Read what now lies in the index's folder; another student is loaded where another made it.
+
+    Requests that have begun end with what they began with. If it fails, 409 says why, and nothing has changed.
+    """
+    try:
+        changed = await index.served.reload()
+    except D2LLMError as error:
+        _log.error("the index is not taken over: %s", error)
+        raise ConflictError(f"what was served before goes on answering: {error}") from error
+    version = index.current
+    return ReloadAnswer(
+        version=version.view.version,
+        student=version.models.name,
+        fingerprint=version.models.fingerprint,
+        changed=changed,
+    )
+
+
+@router.post("/v1/encode", response_model=EncodeAnswer)
+async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
+    """The student's vectors of texts, for use with its interaction elsewhere."""
+    at_most(len(body.texts), services.settings.max_texts, "texts")
+    short_enough(body.texts, services.settings, "texts")
+    encoded = await services.models.encode(body.texts, body.kind)
+    return FastJSONResponse(
+        {
+            "vectors": encoded.vectors,
+            "num_tokens": encoded.num_tokens,
+            "truncated": encoded.truncated,
+            "dim": services.models.dim,
+            "student": services.models.name,
+            "fingerprint": services.models.fingerprint,
+        }
+    )
+
+
+@router.post("/v1/rescore")
+async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
+    """The interaction's scores of a query with passages, by their texts, ids or vectors."""
+    ids, texts, given, models = body.passage_ids, body.passages, body.passage_vectors, services.models
+    if ids is not None:
+        index = await index_of(services)
+        at_most(len(ids), services.settings.max_num_candidates, "passage_ids")
+
+        async def of_ids(version: OpenVersion) -> RescoreAnswer:
+            stored = await index.vectors(version, ids)
+            return await _rescored(body, services, version.models, version.view.task, stored, ())
+
+        return await index.served.work(of_ids)
+    truncated: Sequence[int] = ()
+    if texts is not None:
+        at_most(len(texts), services.settings.max_texts, "passages")
+        short_enough(texts, services.settings, "passages")
+        encoded = await models.encode(texts, "passage")
+        passages, truncated = encoded.vectors, encoded.truncated
+    else:
+        assert given is not None
+        at_most(len(given), services.settings.max_num_candidates, "passage_vectors")
+        passages = _vectors(given, models.dim, "passage_vectors")
+    return await _rescored(body, services, models, services.task, passages, truncated)
+
+
+@health_router.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
+async def health(request: Request) -> JSONResponse:
+    """Whether the server can answer: 200 when it is ready, else 503."""
+    lifecycle = cast(Lifecycle, request.app.state.lifecycle)
+    serving: Serving | None = getattr(request.app.state, "serving", None)
+    fingerprint = None if serving is None else serving.now().models.fingerprint
+    answer = {"status": lifecycle.state, "message": lifecycle.message, "fingerprint": fingerprint}
+    return JSONResponse(answer, 200 if lifecycle.state == "ready" else 503)
+
+
+async def _rescored(
+    body: RescoreRequest,
+    services: Services,
+    models: ModelService,
+    task: Task,
+    passages: NDArray[np.float32],
+    truncated: Sequence[int],
+) -> RescoreAnswer:
+    query_truncated = False
+    if body.query_vector is not None:
+        query = _vectors([body.query_vector], models.dim, "query_vector")[0]
+    else:
+        assert body.query is not None
+        short_enough([body.query], services.settings, "query")
+        encoded = await models.encode([body.query], "query")
+        query, query_truncated = encoded.vectors[0], bool(encoded.truncated)
+    logits = await models.score_vectors(query, passages, body.task or task)
+    return RescoreAnswer(
+        scores=logits.tolist(),
+        truncated=list(truncated),
+        query_truncated=query_truncated,
+        student=models.name,
+        fingerprint=models.fingerprint,
+    )
+
+
+def _settings_of(body: SearchRequest) -> SearchSettings:
+    return SearchSettings(
+        task=body.task,
+        top_k=body.top_k,
+        num_candidates=body.num_candidates,
+        filter=body.filter,
+        sources=None if body.sources is None else tuple(body.sources),
+        hybrid=body.hybrid,
+        exact=body.exact,
+        budget_ms=body.budget_ms,
+        explain=body.explain,
+        group=body.group,
+        neighbours=body.neighbours,
+    )
+
+
+def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
+    if body.budget_ms is not None and not body.exact:
+        raise invalid("budget_ms is for an exact search; leave it out. A teacher's time is teacher_ms", "budget_ms")
+    if body.rescore not in ("teacher", "cascade"):
+        if body.teacher_ms is not None:
+            raise invalid("teacher_ms is for rescore 'teacher' or 'cascade'; leave it out", "teacher_ms")
+        return None
+    longest = limits.teacher_ms
+    return Reading(body.teacher_passages, longest if body.teacher_ms is None else min(body.teacher_ms, longest))
+
+
+def _name_of(model: str) -> str:
+    """Without where it lies on this machine."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _vectors(values: Sequence[Sequence[float]], dim: int, name: str) -> NDArray[np.float32]:
+    for place, value in enumerate(values):
+        if len(value) != dim:
+            raise invalid(f"{name}: number {place} has {len(value)} components, but the student's have {dim}", name)
+    with np.errstate(over="ignore"):
+        vectors = np.array(values, np.float32)
+    if not np.isfinite(vectors).all():
+        raise invalid(f"{name}: a component is beyond what float32 holds", name)
+    return vectors

@@ -1,0 +1,211 @@
+"""Running an application until it is told to stop: the socket, signals, and saying when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol, TypeVar, cast
+
+import uvicorn
+from fastapi import FastAPI
+
+from d2llm.core.errors import D2LLMError, InputError
+from d2llm.server.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
+_POLL_SECONDS = 0.05
+_TICKS_A_LOOK = 5
+_Value = TypeVar("_Value")
+_Handler = Callable[[int, FrameType | None], object]
+
+
+class State(Protocol):
+    """What ``lifecycle.Lifecycle`` tells."""
+
+    state: str
+    message: str
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; port 0 takes a free one.
+
+    Raises:
+        InputError: the port is in use or not allowed, or the host is no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise InputError(f"host '{host}' is not known ({error.strerror}); give an address of this machine") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise InputError(_why_not_bound(host, port, error)) from error
+    return bound
+
+
+def _why_not_bound(host: str, port: int, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"port {port} of {host} is in use; stop what listens there, or give another --port (0: a free one)"
+        case errno.EACCES:
+            return f"port {port} of {host} is not allowed to this user; give a --port from 1024 on"
+        case errno.EADDRNOTAVAIL:
+            return f"'{host}' is no address of this machine; give one, or 127.0.0.1"
+        case _:
+            return f"port {port} of {host} cannot be listened on ({error.strerror})"
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address of a bound socket, with the port that it really has."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_app(
+    app: FastAPI,
+    settings: ServeSettings,
+    bound: socket.socket,
+    state: State,
+    *,
+    on_ready: Callable[[], None],
+    on_hangup: Callable[[], Awaitable[object]],
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what was accepted, within ``shutdown_seconds``.
+
+    Args:
+        app: what answers.
+        settings: of the server.
+        bound: where it listens, from ``listen``; it is closed at the end.
+        state: "starting" turns into "ready" or "broken".
+        on_ready: called once, when requests are answered.
+        on_hangup: called at each SIGHUP.
+
+    Raises:
+        D2LLMError: it never became ready; the message is ``state``'s.
+    """
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
+    )
+    with bound:
+        failure = _in_loop(_run(_Server(config, settings.request_seconds, on_hangup), bound, state, on_ready), config)
+    if failure is not None:
+        raise D2LLMError(failure)
+
+
+def _in_loop(work: Coroutine[Any, Any, _Value], config: uvicorn.Config) -> _Value:
+    """Run in the loop that uvicorn would take: uvloop's, where it is installed."""
+    if sys.version_info < (3, 11):
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(work)
+
+
+async def _run(server: _Server, bound: socket.socket, state: State, on_ready: Callable[[], None]) -> str | None:
+    """Returns why it never became ready, or None."""
+    watching = asyncio.create_task(_watch(server, state, on_ready))
+    try:
+        await server.serve(sockets=[bound])
+    finally:
+        watching.cancel()
+    return server.failure
+
+
+async def _watch(server: _Server, state: State, on_ready: Callable[[], None]) -> None:
+    while not (server.started and state.state in ("ready", "broken")):
+        await asyncio.sleep(_POLL_SECONDS)
+    if state.state == "broken":
+        server.failure = state.message
+        server.should_exit = True
+    else:
+        on_ready()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, but a stop that was asked for ends the program as a success, and SIGHUP is heard.
+
+    It also closes connections on which nothing moves. uvicorn waits for ever for a first request, for the rest of
+    headers of which some have come, and for a client that does not take its answer.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, request_seconds: float, on_hangup: Callable[[], Awaitable[object]]
+    ) -> None:
+        super().__init__(config)
+        self.failure: str | None = None
+        self._request_seconds = request_seconds
+        self._waiting: dict[Any, tuple[tuple[object, int], float]] = {}
+        self._on_hangup = on_hangup
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop alone would forget them
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % _TICKS_A_LOOK == 0:
+            self._close_stuck(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_stuck(self, now: float) -> None:
+        """Close what has waited for the same request, or for the same bytes of an answer to be taken, for too long."""
+        waiting: dict[Any, tuple[tuple[object, int], float]] = {}
+        for connection in cast("set[Any]", self.server_state.connections):
+            cycle, num_left = connection.cycle, connection.transport.get_write_buffer_size()
+            if cycle is not None and not cycle.response_complete and not num_left:
+                continue  # it is being answered
+            state, since = (cycle, num_left), now
+            if connection in self._waiting and self._waiting[connection][0] == state:
+                since = self._waiting[connection][1]
+            if now - since > self._request_seconds:
+                _log.info("a connection was closed: its client sent no whole request, or took no answer")
+                connection.transport.abort()
+            waiting[connection] = state, since
+        self._waiting = waiting
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Hear signals while it runs; uvicorn's own would raise them again afterwards."""
+        if threading.current_thread() is not threading.main_thread():  # only there signals can be heard
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        handlers: dict[int, _Handler] = {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+        if hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = lambda _number, _frame: loop.call_soon_threadsafe(self._begin, self._hang_up)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.get_running_loop().create_task(work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _hang_up(self) -> None:
+        try:
+            await self._on_hangup()
+        except D2LLMError as error:
+            _log.error("SIGHUP: %s", error)

@@ -1,0 +1,63 @@
+"""Traces by OpenTelemetry: a span for each request, and below it one for each of its stages.
+
+Where they go is set as everywhere with OpenTelemetry: ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME``,
+``OTEL_TRACES_SAMPLER`` and so on. Spans hold no messages of exceptions, which may quote a query or passage: within the
+instrumentation ``RequestMiddleware`` has made an answer of every exception.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from d2llm import __version__
+from d2llm.core.extras import require
+from d2llm.server.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_UNTRACED = "/health$,/metrics$"
+
+
+def start_tracing(app: FastAPI, telemetry: Telemetry, exporter: SpanExporter | None = None) -> Callable[[], None]:
+    """Trace the requests of ``app``; returns what sends the last spans and ends it.
+
+    Args:
+        app: before it has answered anything.
+        telemetry: tells of the stages.
+        exporter: OTLP over HTTP by default.
+
+    Raises:
+        MissingExtraError: the extra ``otel`` is not installed.
+    """
+    for module in (
+        "opentelemetry.sdk",
+        "opentelemetry.instrumentation.fastapi",
+        "opentelemetry.exporter.otlp.proto.http",
+    ):
+        require(module, extra="otel", purpose="tracing")
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    name = {SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME") or "d2llm"}
+    provider = TracerProvider(resource=Resource.create({**name, SERVICE_VERSION: __version__}))
+    provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+    FastAPIInstrumentor.instrument_app(
+        app, tracer_provider=provider, excluded_urls=_UNTRACED, exclude_spans=["receive", "send"]
+    )
+    tracer = provider.get_tracer("d2llm", __version__)
+
+    def add_stage(stage: str, seconds: float) -> None:
+        ended = time.time_ns()
+        tracer.start_span(stage, start_time=ended - int(1e9 * seconds)).end(ended)
+
+    telemetry.on_stage(add_stage)
+    return provider.shutdown

@@ -1,0 +1,1 @@
+"""The durable index: table, vectors and their formats, words, windows, filters, versions."""

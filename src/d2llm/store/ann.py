@@ -1,0 +1,326 @@
+"""Approximate candidates: FAISS IVF-SQ8 over the vectors of one generation, searched where the file lies.
+
+ann-<generation>.faiss   rows in lists around centroids, 8 bits a dimension; the ids in it are row numbers
+ann-<generation>.json    ``AnnRecord``: what it was built from, how many lists are probed, recall, a checksum
+
+A row keeps its number for ever, so one file serves every later version of its generation: rows that are no longer live
+are left out of a search, rows behind ``covered`` came later and are scanned exactly. The file only proposes. What it
+proposes gets its inner product from the stored vectors, so scores are those of the exact scan, and 8 bits cost no
+recall. It is derived and never trusted: where it does not fit, the exact scan answers.
+"""
+
+# pyright: reportUnknownParameterType=false, reportUnknownMemberType=false
+# (faiss ships no types)
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import count_fallback
+from d2llm.ops.selection import top_rows
+from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.scan import IdsOf, RowScan
+from d2llm.store.vector_file import ann_path_of
+from d2llm.store.vector_formats import VectorFormat
+
+_log = logging.getLogger(__name__)
+_SPARE_ROWS = 32  # proposed beyond top_k (or an eighth of it), because 8 bits do not order rows quite right
+_WORTH_IT = 0.5  # probing more than this share of the rows takes as long as the exact scan (measured)
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """How much of the exact top ``depth`` was found: the mean over queries, and what it is at least (95 %)."""
+
+    depth: int
+    num_probes: int
+    recall: float
+    at_least: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnnRecord:
+    """What an approximate index was built from and how it is searched.
+
+    Attributes:
+        student: fingerprint of the student that made the vectors.
+        vector_format: of the stored vectors.
+        version: of the table; earlier versions have rows that it lacks.
+        since: of the vector file (``vector_file``); another means that row numbers may have been given anew.
+        covered: rows below are in it, those that were live; rows from here on are not.
+        num_rows: rows in it.
+        num_lists: lists that the rows lie in.
+        probes: [depth, lists probed for it], rising.
+        target: the recall asked for.
+        queries: "given", or "passages" where passages of the index were asked.
+        num_queries: how many.
+        recalls: what was measured.
+        num_bytes: size of the file.
+        checksum: xxh3, 64 bits, of the file.
+    """
+
+    student: str
+    vector_format: str
+    version: int
+    since: int
+    covered: int
+    num_rows: int
+    num_lists: int
+    probes: list[list[int]]
+    target: float
+    queries: str
+    num_queries: int
+    recalls: list[dict[str, float]]
+    num_bytes: int = 0
+    checksum: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class AnnBase:
+    """The vectors of one version of a store, all rows, which an approximate index is over."""
+
+    folder: Path
+    student: str
+    generation: int
+    version: int
+    since: int
+    format: VectorFormat
+    codes: NDArray[np.uint8]
+    scan: RowScan
+
+    @property
+    def path(self) -> Path:
+        """Where the approximate index lies."""
+        return ann_path_of(self.folder, self.generation)
+
+
+class AnnIndex:
+    """An approximate index that fits the vectors of ``base``."""
+
+    def __init__(self, base: AnnBase, index: Any, record: AnnRecord) -> None:
+        self.base = base
+        self.record = record
+        self.faiss_index = index
+        depths, probes = np.array(record.probes, np.float64).T
+        self._log_depths, self._log_probes = np.log(depths), np.log(probes)
+
+    @classmethod
+    def open(cls, base: AnnBase) -> AnnIndex | None:
+        """The approximate index of these vectors, memory-mapped; None (and a log line) where none can be used."""
+        if not base.path.with_suffix(".json").is_file():
+            return None
+        try:
+            record = _read_record(base)
+            faiss = _faiss()
+            return cls(base, faiss.read_index(os.fspath(base.path), faiss.IO_FLAG_MMAP_IFC), record)
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError) as error:
+            count_fallback("approximate index")
+            _log.warning("%s: cannot be used (%s); the exact scan answers", base.path, error)
+            return None
+
+    def probes_for(self, depths: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How many lists are to be probed for some depths; infinite beyond the deepest that was tuned."""
+        logs = np.log(np.maximum(depths, 1))
+        probes = np.ceil(np.exp(np.interp(logs, self._log_depths, self._log_probes)) - 1e-6)
+        return np.where(logs > self._log_depths[-1] + 1e-9, np.inf, probes)
+
+    @cached_property
+    def list_of(self) -> NDArray[np.int32]:
+        """[covered] the list of each row; -1 for those that were not live."""
+        faiss = _faiss()
+        lists, list_of = self.faiss_index.invlists, np.full(self.record.covered, -1, np.int32)
+        for number in range(self.record.num_lists):
+            size = lists.list_size(number)
+            if size:
+                list_of[faiss.rev_swig_ptr(lists.get_ids(number), size)] = number
+        return list_of
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """[num_lists] rows in each list."""
+        return np.bincount(self.list_of[self.list_of >= 0], minlength=self.record.num_lists)
+
+    @cached_property
+    def centroids(self) -> NDArray[np.float32]:
+        """[num_lists, dim]."""
+        return self.faiss_index.quantizer.reconstruct_n(0, self.record.num_lists)
+
+    @cached_property
+    def tail(self) -> RowScan:
+        """The exact scan of the rows that came later."""
+        return RowScan(self.base.codes[self.record.covered :], self.base.format)
+
+
+class AnnSearch:
+    """Searches of an approximate index among the rows of one mask."""
+
+    def __init__(self, ann: AnnIndex, mask: NDArray[np.bool_] | None, ids_of: IdsOf) -> None:
+        """Args: ``mask`` [capacity], the rows that may be returned, all of them live; None means all rows."""
+        self._ann = ann
+        self._ids_of = ids_of
+        covered = ann.record.covered
+        num_tail = len(ann.base.codes) - covered
+        self._head = ann.record.num_rows
+        self._allowed: NDArray[np.int64] | None = None
+        self._selector: Any = None
+        self._tail_mask = None if mask is None else mask[covered:]
+        self._tail = num_tail if mask is None else int(np.count_nonzero(mask[covered:]))
+        if mask is not None and (head := np.flatnonzero(mask[:covered])).size < ann.record.num_rows:
+            faiss = _faiss()
+            self._head = len(head)
+            self._allowed = np.bincount(ann.list_of[head], minlength=ann.record.num_lists)
+            self._selector = faiss.IDSelectorBitmap(np.packbits(mask[:covered], bitorder="little"))
+
+    def search(self, query: NDArray[np.float32], top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """About the rows with the highest inner products with ``query`` [dim], best first, ties by id.
+
+        Rows int64 [k] and products float32 [k], the products exact for what is stored; k is ``top_k``. None where the
+        exact scan is as quick or has to answer: few rows are allowed near the query, or ``top_k`` is beyond what was
+        tuned.
+
+        Raises:
+            InputError: the query is of another width or not finite.
+        """
+        ann, query = self._ann, np.ascontiguousarray(query, np.float32)
+        if query.shape != (ann.base.format.dim,) or not np.isfinite(query).all():
+            raise InputError(f"the query vector must be {ann.base.format.dim} finite numbers, not {query.shape}")
+        num_probes = self.num_probes(query, top_k)
+        if num_probes is None:
+            return None
+        faiss = _faiss()
+        options = {} if self._selector is None else {"sel": self._selector}
+        parameters = faiss.SearchParametersIVF(nprobe=num_probes, **options)
+        take = min(top_k + max(_SPARE_ROWS, top_k // 8), self._head)
+        found = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
+        rows = found[found >= 0]
+        if len(rows) < min(top_k, self._head):
+            return None
+        scores = ann.base.scan.products(query, rows)
+        if self._tail:
+            later, later_scores = self._search_tail(query, top_k)
+            rows, scores = np.concatenate((rows, later)), np.concatenate((scores, later_scores))
+        best = top_rows(scores, top_k, lambda places: self._ids_of(rows[places]))
+        return rows[best], scores[best]
+
+    def num_probes(self, query: NDArray[np.float32], top_k: int) -> int | None:
+        """How many lists are to be probed; None where the exact scan is as quick.
+
+        Among the rows of the lists near the query let a share s be allowed. Its best k allowed rows then reach as deep
+        as its best k/s rows of any kind, and as many lists are probed as were needed for that depth.
+        """
+        if top_k > self._head:
+            return None
+        if self._allowed is None:
+            num_probes = self._ann.probes_for(np.array([top_k], np.float64))[0]
+            return int(num_probes) if num_probes <= _WORTH_IT * self._ann.record.num_lists else None
+        nearest = np.argsort(-(self._ann.centroids @ query), kind="stable")
+        allowed = np.cumsum(self._allowed[nearest])
+        with np.errstate(divide="ignore"):
+            depths = top_k * np.cumsum(self._ann.sizes[nearest]) / allowed
+        enough = np.arange(1, len(nearest) + 1) >= self._ann.probes_for(depths)
+        first = int(np.argmax(enough))
+        if not enough[first] or allowed[first] > _WORTH_IT * self._head:
+            return None
+        return first + 1
+
+    def _search_tail(self, query: NDArray[np.float32], top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        covered = self._ann.record.covered
+
+        def ids_of(rows: NDArray[np.int64]) -> Sequence[str]:
+            return self._ids_of(rows + covered)
+
+        rows, scores = self._ann.tail.search(query, top_k, self._tail_mask, ids_of=ids_of)
+        return rows + covered, scores
+
+
+def write_ann(ann: AnnIndex) -> AnnRecord:
+    """Put an approximate index beside its vectors, in the place of those that are there; for the holder of the lock.
+
+    Killed between file and record, the checksum tells that they do not belong together.
+    """
+    faiss = _faiss()
+    path = ann.base.path
+    for left in path.parent.glob(".ann-*.new"):
+        left.unlink()
+    draft = path.with_name(f".{path.stem}.new")
+    faiss.write_index(ann.faiss_index, os.fspath(draft))
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+    record = replace(ann.record, num_bytes=draft.stat().st_size, checksum=_checksum(draft))
+    draft.replace(path)
+    write_checked(path.with_suffix(".json"), record.to_json())
+    remove_other_anns(path.parent, ann.base.generation)
+    return record
+
+
+def remove_other_anns(folder: Path, generation: int) -> None:
+    """Remove the approximate indices of other generations; a reader that has one mapped keeps it."""
+    for path in folder.glob("ann-*"):
+        if path.suffix in (".faiss", ".json") and path.stem != ann_path_of(folder, generation).stem:
+            path.unlink()
+
+
+def _read_record(base: AnnBase) -> AnnRecord:
+    """The record, if it and the file fit these vectors.
+
+    Raises:
+        ValueError: they do not; the message says why.
+    """
+    record = read_record(base.path)
+    if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
+        raise ValueError("it was built over other vectors; build it again")
+    if record.covered > len(base.codes) or record.version > base.version:
+        raise ValueError(f"it was built over version {record.version}, and this is version {base.version}")
+    check_file(base.path, record)
+    return record
+
+
+def read_record(path: Path) -> AnnRecord:
+    """The record beside the file of an approximate index.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    values = read_checked(path.with_suffix(".json"))
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
+        raise ValueError("its record has other fields than this version of d2llm writes; build it again")
+    return AnnRecord(**values)
+
+
+def check_file(path: Path, record: AnnRecord) -> None:
+    """Make sure that the file is what was written.
+
+    Raises:
+        OSError, ValueError: it is not.
+    """
+    if path.stat().st_size != record.num_bytes or _checksum(path) != record.checksum:
+        raise ValueError("the file is not what was written; build it again")
+
+
+def _faiss() -> Any:
+    return importlib.import_module("faiss")  # takes a moment, so only where it is used
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

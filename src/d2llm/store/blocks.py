@@ -1,0 +1,178 @@
+"""Passages as blocks of an index's table: columns, checks, hashes."""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.types import Passage, is_text
+from d2llm.store.schema import MetadataSchema
+
+TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
+GENERATION_SHIFT = 40
+"""d2_row = generation << 40 | row."""
+ROW_MASK = (1 << GENERATION_SHIFT) - 1
+TEXT_HASH_LENGTH = 32
+"""Of a hash of id, title and text: xxh3, 128 bits."""
+ROW_HASH_LENGTH = 48
+"""With a hash of the other columns: 64 bits. What follows in d2_hash is the passage's context."""
+COMPARED = ("id", "d2_row", "d2_hash", "d2_truncated")
+"""The columns that ``compare`` looks at."""
+INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a block of passages would change: ``texts`` are to be encoded, ``others`` have their row and its flag."""
+
+    texts: list[Passage]
+    num_new: int
+    others: list[tuple[Passage, int, bool]]
+    num_unchanged: int
+
+
+def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Schema:
+    """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes.
+
+    None: it has no vectors.
+    """
+    return pa.schema(
+        [
+            *(pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "document_id")),
+            pa.field("position", pa.int32(), nullable=False),
+            *metadata,
+            pa.field("d2_row", pa.int64(), nullable=False),
+            pa.field("d2_hash", pa.string(), nullable=False),
+            pa.field("d2_truncated", pa.bool_(), nullable=False),
+            *([] if code_size is None else [pa.field("d2_vector", pa.list_(pa.uint8(), code_size), nullable=False)]),
+        ]
+    )
+
+
+def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], context: str = "") -> str:
+    """What tells whether a passage has changed, or a row is damaged.
+
+    The first TEXT_HASH_LENGTH characters are a hash of id, title and text; up to ROW_HASH_LENGTH follows a hash of the
+    other columns (those without a value do not count) and of the context; then the context (``Passage.context``), which
+    cannot be had from the other columns. Where the first or the last part differs, the text must be encoded again.
+    """
+    digest = xxhash.xxh3_128()
+    for part in (passage_id.encode(), title.encode(), text.encode()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    given = {name: value for name, value in others.items() if value is not None}
+    rest = json.dumps(given, sort_keys=True, default=datetime.isoformat)
+    return digest.hexdigest() + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
+
+
+def is_as_written(record: Mapping[str, Any]) -> bool:
+    """Whether a row with all of the user's columns and its d2_hash is what was written."""
+    others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
+    stored: str = record["d2_hash"]
+    return row_hash(record["id"], record["title"], record["text"], others, stored[ROW_HASH_LENGTH:]) == stored
+
+
+def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder: Path) -> None:
+    """Make sure that a block of passages can be stored.
+
+    Raises:
+        DuplicateIdError: two share an id.
+        InputError: an id is empty, a text is no valid Unicode, a position too large, or the metadata do not fit.
+    """
+    seen: set[str] = set()
+    for passage in passages:
+        if not passage.id:
+            raise InputError(
+                f"{folder}: a passage has an empty id (its text begins {passage.text[:60]!r}); give it one"
+            )
+        for name in ("id", "title", "text", "document_id"):
+            if not is_text(getattr(passage, name)):
+                raise InputError(f"passage {passage.id!r}: its {name} is not valid Unicode text; mend or remove it")
+        position: object = passage.position
+        if type(position) is not int or not -(2**31) <= position < 2**31:
+            raise InputError(f"passage {passage.id!r}: its position is {position!r}; give a whole number of 32 bits")
+        if passage.id in seen:
+            raise DuplicateIdError(folder, f"two of the passages given share the id {passage.id!r}; keep one of them")
+        seen.add(passage.id)
+        metadata.check(passage)
+
+
+def codes_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.uint8]:
+    """The codes [n, code_size] in the vector column."""
+    column = rows.column("d2_vector")
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return np.asarray(whole.flatten()).reshape(len(whole), whole.type.list_size)
+
+
+def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]], metadata: MetadataSchema) -> Changes:
+    """What passages would change; ``stored`` has the columns COMPARED of those that are there, by id."""
+    texts: list[Passage] = []
+    others: list[tuple[Passage, int, bool]] = []
+    num_unchanged = 0
+    hashes = _hashes(passages, other_columns(passages, metadata))
+    for passage, now in zip(passages, hashes, strict=True):
+        found = stored.get(passage.id)
+        if found is None or _as_read(found["d2_hash"]) != _as_read(now):
+            texts.append(passage)
+        elif found["d2_hash"] != now:
+            others.append((passage, found["d2_row"], found["d2_truncated"]))
+        else:
+            num_unchanged += 1
+    return Changes(texts, sum(passage.id not in stored for passage in texts), others, num_unchanged)
+
+
+def other_columns(passages: Sequence[Passage], metadata: MetadataSchema) -> dict[str, pa.Array]:
+    """What is stored of passages besides id, title and text."""
+    return {
+        "document_id": pa.array([passage.document_id for passage in passages], pa.string()),
+        "position": pa.array([passage.position for passage in passages], pa.int32()),
+        **metadata.columns(passages),
+    }
+
+
+def _as_read(stored_hash: str) -> tuple[str, str]:
+    """The parts of a row's hash on which its vector depends."""
+    return stored_hash[:TEXT_HASH_LENGTH], stored_hash[ROW_HASH_LENGTH:]
+
+
+def _hashes(passages: Sequence[Passage], others: Mapping[str, pa.Array]) -> list[str]:
+    records = pa.table(dict(others)).to_pylist()
+    return [row_hash(p.id, p.title, p.text, record, p.context) for p, record in zip(passages, records, strict=True)]
+
+
+def table_block(
+    passages: Sequence[Passage],
+    schema: pa.Schema,
+    metadata: MetadataSchema,
+    rows: NDArray[np.int64],
+    truncated: Sequence[bool],
+    codes: NDArray[np.uint8] | None,
+) -> pa.Table:
+    """Passages as rows of a table: with their row numbers, flags and codes [n, code_size] (None: it has none)."""
+    others = other_columns(passages, metadata)
+    columns = {
+        "id": pa.array([passage.id for passage in passages], pa.string()),
+        "title": pa.array([passage.title for passage in passages], pa.string()),
+        "text": pa.array([passage.text for passage in passages], pa.string()),
+        **others,
+        "d2_row": pa.array(rows, pa.int64()),
+        "d2_hash": pa.array(_hashes(passages, others), pa.string()),
+        "d2_truncated": pa.array(truncated, pa.bool_()),
+    }
+    if codes is not None:
+        flat = pa.array(codes.reshape(-1), pa.uint8())
+        columns["d2_vector"] = pa.FixedSizeListArray.from_arrays(flat, codes.shape[1])
+    return pa.table([columns[name] for name in schema.names], schema=schema)

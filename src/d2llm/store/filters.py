@@ -1,0 +1,331 @@
+r"""The filter language: conditions on the fields of passages, as in SQL, checked and then written anew.
+
+What a user writes never reaches the database. It is split into tokens of which few kinds are allowed, sqlglot makes a
+tree of them, the tree is checked against the index's fields, and SQL for LanceDB (DataFusion) is written from it:
+
+    year >= 2020 AND (language = 'de' OR language IS NULL) AND title NOT LIKE '%draft%'
+
+Comparisons (``= == != <> < <= > >=``) of a field with a value, ``[NOT] IN (...)``, ``[NOT] BETWEEN ... AND ...``,
+``[NOT] LIKE`` (``%`` any text, ``_`` one character, ``\`` before one of them or itself: that character),
+``IS [NOT] NULL``, ``IS [NOT] TRUE`` and ``FALSE``, a boolean field alone, ``AND``, ``OR``, ``NOT`` and parentheses.
+Text stands in single quotes, a quote within it twice. Times are text too, in ISO 8601.
+
+Nulls are those of SQL: a comparison with an empty field is neither true nor false, and so is its negation; only what is
+true is found.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from difflib import get_close_matches
+from typing import cast
+
+from sqlglot import Expr, ParseError, Parser, Token, exp
+
+from d2llm.core.errors import FilterError
+from d2llm.store.filter_tokens import MAX_DEPTH, located, read_tokens, short
+from d2llm.store.schema import FieldType, MetadataSchema, parse_timestamp
+
+MAX_COMPARISONS = 1_000
+MAX_VALUES = 10_000
+"""Values of all IN lists together."""
+
+MAX_PATTERN = 1_000
+"""Characters of a LIKE pattern, which becomes a regular expression of limited size."""
+
+_PASSAGE_FIELDS: dict[str, FieldType] = {
+    "id": "string",
+    "title": "string",
+    "document_id": "string",
+    "position": "integer",
+}
+
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+_PATTERN = re.compile(r"(?:[^\\]|\\[\\%_])*", re.DOTALL)
+
+# Operator, its negation, and the operator when the two sides are exchanged.
+_OPERATORS: dict[type[Expr], tuple[str, str, str]] = {
+    exp.EQ: ("=", "<>", "="),
+    exp.NEQ: ("<>", "=", "<>"),
+    exp.LT: ("<", ">=", ">"),
+    exp.LTE: ("<=", ">", ">="),
+    exp.GT: (">", "<=", "<"),
+    exp.GTE: (">=", "<", "<="),
+}
+_NEGATED = {operator: negated for operator, negated, _ in _OPERATORS.values()}
+
+_HOW: dict[FieldType, str] = {
+    "string": "write text in single quotes, as 'text'",
+    "integer": "write a whole number of 64 bits without quotes",
+    "number": "write a number without quotes",
+    "boolean": "write TRUE or FALSE",
+    "timestamp": "write a time in single quotes, as '2024-05-31' or '2024-05-31T12:30:00Z'",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A checked filter. ``text`` is what was written, ``sql`` what LanceDB is asked, ``fields`` what it looks at."""
+
+    text: str
+    sql: str
+    fields: frozenset[str]
+
+
+def parse_filter(text: str, schema: MetadataSchema) -> Filter:
+    """Check a filter and write it as SQL for LanceDB.
+
+    Args:
+        text: the filter, in the language of this module.
+        schema: the metadata fields of the index; ``id``, ``title``, ``document_id`` and ``position`` are there besides.
+
+    Raises:
+        FilterError: the filter is no such text, is too long or too deep, names a field that is not there, or compares
+            a field with a value of another type.
+    """
+    writer = _Writer(text, {**_PASSAGE_FIELDS, **schema.fields})
+    try:
+        tree = _parse(text, read_tokens(text))
+        sql, depth = writer.condition(tree, negated=False)
+    except RecursionError:  # the caller may have used up most of the stack
+        depth = math.inf
+        sql = ""
+    if depth > 2 * MAX_DEPTH:
+        raise FilterError(f"filter {short(text)}: it is nested too deeply; use fewer parentheses")
+    return Filter(text, sql, frozenset(writer.used))
+
+
+def _parse(text: str, tokens: list[Token]) -> Expr:
+    try:
+        trees = Parser().parse_into(exp.Condition, tokens, text)
+    except ParseError as error:
+        where = error.errors[0] if error.errors else {}
+        near = where.get("highlight") or text
+        raise FilterError(
+            f"filter, at {short(near)}: this cannot be read; write conditions such as year >= 2020, "
+            "joined by AND and OR, with text in single quotes"
+        ) from None
+    if len(trees) != 1 or trees[0] is None:
+        raise FilterError(f"filter {short(text)}: it has to be one condition")
+    return trees[0]
+
+
+class _Writer:
+    """Writes the SQL of one filter, and remembers which fields it used."""
+
+    def __init__(self, text: str, columns: Mapping[str, FieldType]) -> None:
+        self.text = text
+        self.columns = columns
+        self.used: set[str] = set()
+        self.num_comparisons = 0
+        self.num_values = 0
+        self.writers: dict[type[Expr], Callable[[Expr, bool], str]] = {
+            exp.Column: self.truth,
+            exp.In: self.membership,
+            exp.Between: self.between,
+            exp.Like: self.like,
+            exp.Is: self.state,
+            **dict.fromkeys(_OPERATORS, self.comparison),
+        }
+
+    def condition(self, node: Expr, negated: bool) -> tuple[str, int]:
+        """SQL of a condition or of its negation, and how deep its parentheses are.
+
+        Negations are moved down to the comparisons (De Morgan's laws hold for nulls too), so none is left outside.
+        """
+        if type(node) is exp.Paren:
+            return self.condition(node.this, negated)
+        if type(node) is exp.Not:
+            return self.condition(node.this, not negated)
+        if isinstance(node, (exp.And, exp.Or)):
+            parts = [self.condition(part, negated) for part in node.flatten()]
+            return _join(parts, "AND" if isinstance(node, exp.And) != negated else "OR")
+        writer = self.writers.get(type(node))
+        if writer is None:
+            raise self.error(node, "this is not a condition; compare a field with a value, as in year >= 2020")
+        self.num_comparisons += 1
+        if self.num_comparisons > MAX_COMPARISONS:
+            raise self.error(node, f"a filter has at most {MAX_COMPARISONS} comparisons; use IN (...) for many values")
+        return writer(node, negated != bool(node.args.get("negate"))), 0
+
+    def truth(self, node: Expr, negated: bool) -> str:
+        """A boolean field alone."""
+        return f"{self.field(node, node, 'boolean')} = {'FALSE' if negated else 'TRUE'}"
+
+    def comparison(self, node: Expr, negated: bool) -> str:
+        """A field and a value, on either side."""
+        self.only(node, "this", "expression")
+        left, right = node.this, node.expression
+        operator, _, exchanged = _OPERATORS[type(node)]
+        if type(left) is not exp.Column:
+            left, right, operator = right, left, exchanged
+        operator = _NEGATED[operator] if negated else operator
+        column = self.field(node, left)
+        if operator not in ("=", "<>") and self.kind(left) == "boolean":
+            raise self.error(node, f"field '{left.name}' is boolean and has no order; use = or <>")
+        return f"{column} {operator} {self.value(node, left.name, right)}"
+
+    def membership(self, node: Expr, negated: bool) -> str:
+        """A field in a list of values."""
+        self.only(node, "this", "expressions")
+        column, values = self.field(node, node.this), node.expressions
+        if not values:
+            raise self.error(node, "the list after IN is empty; give it a value")
+        self.num_values += len(values)
+        if self.num_values > MAX_VALUES:
+            raise self.error(node, f"a filter has at most {MAX_VALUES} values in IN lists; split it")
+        written = ", ".join(self.value(node, node.this.name, value) for value in values)
+        return f"{column} {'NOT IN' if negated else 'IN'} ({written})"
+
+    def between(self, node: Expr, negated: bool) -> str:
+        """A field between two values, both included."""
+        self.only(node, "this", "low", "high")
+        column = self.field(node, node.this)
+        if self.kind(node.this) == "boolean":
+            raise self.error(node, f"field '{node.this.name}' is boolean and has no order; use = or <>")
+        low, high = (self.value(node, node.this.name, node.args[end]) for end in ("low", "high"))
+        return f"{column} {'NOT BETWEEN' if negated else 'BETWEEN'} {low} AND {high}"
+
+    def like(self, node: Expr, negated: bool) -> str:
+        """A text field that matches a pattern."""
+        self.only(node, "this", "expression")
+        column, pattern = self.field(node, node.this, "string"), node.expression
+        written = self.value(node, node.this.name, pattern)
+        if not _PATTERN.fullmatch(pattern.name):
+            raise self.error(
+                node, r"in a pattern a backslash stands before %, _ or another backslash; write \\ for one"
+            )
+        if len(pattern.name) > MAX_PATTERN:
+            raise self.error(node, f"a pattern has at most {MAX_PATTERN} characters; shorten it")
+        return f"{column} {'NOT LIKE' if negated else 'LIKE'} {written}"
+
+    def state(self, node: Expr, negated: bool) -> str:
+        """A field that is null, or a boolean field that is true or false."""
+        self.only(node, "this", "expression")
+        if type(node.expression) is exp.Null:
+            return f"{self.field(node, node.this)} IS {'NOT ' if negated else ''}NULL"
+        if type(node.expression) is not exp.Boolean:
+            raise self.error(node, "after IS comes NULL, NOT NULL, TRUE or FALSE")
+        column = self.field(node, node.this, "boolean")
+        return f"{column} IS {'NOT ' if negated else ''}{'TRUE' if node.expression.this else 'FALSE'}"
+
+    def only(self, node: Expr, *names: str) -> None:
+        """See that the node has nothing that its writer does not look at."""
+        if any(value for name, value in node.args.items() if name not in (*names, "negate")):
+            raise self.error(node, "this form of a comparison is not part of a filter")
+
+    def kind(self, column: Expr) -> FieldType:
+        return self.columns[column.name]
+
+    def field(self, node: Expr, column: object, wanted: FieldType | None = None) -> str:
+        """The quoted name of the field that ``column`` stands for."""
+        if type(column) is not exp.Column or type(column.this) is not exp.Identifier:
+            raise self.error(node, "one side has to be the name of a field")
+        self.only(column, "this")
+        name = column.name
+        if name not in self.columns:
+            raise self.error(
+                column,
+                f"there is no field {short(name)};{self.nearest(name)} the fields are "
+                f"{', '.join(sorted(self.columns))}; text stands in single quotes",
+            )
+        if wanted is not None and self.columns[name] != wanted:
+            raise self.error(node, f"field '{name}' is {self.columns[name]}, and this asks for a {wanted}")
+        self.used.add(name)
+        return f"`{name}`"
+
+    def nearest(self, name: str) -> str:
+        lower = {known.lower(): known for known in self.columns}
+        found = get_close_matches(name.lower()[:100], lower, n=1)
+        return f" did you mean '{lower[found[0]]}'?" if found else ""
+
+    def value(self, node: Expr, name: str, value: object) -> str:
+        """SQL of a value that is compared with the field ``name``."""
+        if type(value) is exp.Null:
+            raise self.error(node, f"nothing equals NULL; write {name} IS NULL or {name} IS NOT NULL")
+        if type(value) not in (exp.Literal, exp.Neg, exp.Boolean):
+            raise self.error(
+                node, f"{name} has to be compared with one value: a number, TRUE, FALSE, or text in single quotes"
+            )
+        kind = self.columns[name]
+        written = _write(kind, value, 32 if name == "position" else 64)
+        if written is None:
+            what = f"field '{name}' is {kind}, and {self.piece(value)} does not fit; {_HOW[kind]}"
+            raise self.error(node, what)
+        return written
+
+    def span(self, node: object) -> tuple[int, int]:
+        nodes = node.walk() if isinstance(node, Expr) else ()
+        places = [cast("dict[str, int]", found.meta) for found in nodes if "start" in found.meta]
+        if not places:
+            return 0, len(self.text)
+        return min(place["start"] for place in places), max(place["end"] for place in places) + 1
+
+    def piece(self, node: object) -> str:
+        start, end = self.span(node)
+        return short(self.text[start:end])
+
+    def error(self, node: Expr, problem: str) -> FilterError:
+        return located(self.text, *self.span(node), problem)
+
+
+def _write(kind: FieldType, value: object, bits: int) -> str | None:
+    """SQL of a value for a field of this type; None if it does not fit."""
+    if type(value) is exp.Boolean:
+        return ("TRUE" if value.this else "FALSE") if kind == "boolean" else None
+    negative = type(value) is exp.Neg
+    literal = value.this if negative else value
+    if type(literal) is not exp.Literal or kind == "boolean":
+        return None
+    text = str(literal.this)
+    if literal.is_string:
+        return None if negative else _write_text(kind, text)
+    if not _NUMBER.fullmatch(text):
+        return None
+    return _write_number(kind, f"-{text}" if negative else text, bits)
+
+
+def _write_text(kind: FieldType, text: str) -> str | None:
+    if kind == "string":
+        return "'" + text.replace("'", "''") + "'"
+    if kind == "timestamp":
+        try:
+            moment = parse_timestamp(text)
+        except ValueError:
+            return None
+        return f"TIMESTAMP '{moment.replace(tzinfo=None).isoformat(timespec='microseconds')}Z'"
+    return None
+
+
+def _write_number(kind: FieldType, text: str, bits: int) -> str | None:
+    if kind == "number":
+        number = float(text)
+        return repr(number) if math.isfinite(number) else None
+    if kind != "integer":
+        return None
+    try:
+        exact = Decimal(text)
+    except ArithmeticError:  # an exponent beyond all measure
+        return None
+    # LanceDB refuses 1.0 for an integer column, so it is written as 1; what no integer can equal is refused here.
+    if exact.adjusted() > 19 or exact != exact.to_integral_value():
+        return None
+    integer = int(exact)
+    limit = 2 ** (bits - 1)
+    if not -limit <= integer < limit:
+        return None
+    # LanceDB reads the lowest integer as the negative of one that is too large.
+    return str(integer) if integer != -(2**63) else f"({integer + 1} - 1)"
+
+
+def _join(parts: Sequence[tuple[str, int]], word: str) -> tuple[str, int]:
+    """Conditions joined by AND or OR, as a balanced tree: a long chain would be a deep one for LanceDB."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    (left, left_depth), (right, right_depth) = _join(parts[:half], word), _join(parts[half:], word)
+    return f"({left} {word} {right})", max(left_depth, right_depth) + 1

@@ -1,0 +1,511 @@
+"""A durable store of passages and their vectors that one writer changes while many readers search.
+
+INDEX/
+  manifest.json         kind "index": student, task, vector format; written once
+  passages.lance        the table (``passage_table``): the source of truth, with versions
+  checksums.json        of the table's files (``table_files``): the version that it names is the one that readers open
+  vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
+                        (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
+  words-<g>-...         the words of the same rows (``word_files``), for BM25; they follow from the texts
+  window-...-<g>        where the index has them, vectors of the windows of the same rows (``window_vectors``)
+  chunking.json         how documents were cut into passages, where they were (``side_files``)
+  snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
+  write.lock            held by the writer
+
+Every write is one commit: before it nothing is seen, after it everything. Vectors are on disk before the commit that
+names their rows.
+"""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
+from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
+from d2llm.core.shipped import name_student
+from d2llm.core.types import Passage, Task, is_text
+from d2llm.store import repair, vector_file, word_files
+from d2llm.store.blocks import (
+    COMPARED,
+    GENERATION_SHIFT,
+    ROW_MASK,
+    Changes,
+    check_passages,
+    compare,
+    table_block,
+    table_schema,
+)
+from d2llm.store.bm25 import WordSegment
+from d2llm.store.index_manifest import FORMATS, KIND, read_index_manifest, write_index_manifest
+from d2llm.store.passage_table import PassageTable
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.side_files import side_files
+from d2llm.store.storage import link_or_copy, storage_errors
+from d2llm.store.stored_vectors import StoredVectors, VectorCopies, stored_vectors
+from d2llm.store.table_files import TableFiles
+from d2llm.store.vector_file import VectorFile
+from d2llm.store.vector_formats import VectorFormat, make_format
+from d2llm.store.window_vectors import (
+    EncodeWindows,
+    ReadWindows,
+    WindowVectors,
+    append_windows,
+    create_windows,
+    open_windows,
+    replace_windows,
+)
+from d2llm.store.write_lock import WriteLock
+
+KEEP_VERSIONS = timedelta(hours=1)
+"""How long ``compact`` leaves an old version to the readers that have it open."""
+_SNAPSHOTS = "snapshots"
+_SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
+_WINDOW_ROWS = 256  # whose windows are read together in a repair
+_UNINDEXED_ROWS = 4_000  # so many are searched without an index before the indices are brought up to date
+
+
+class IndexStore:
+    """The store in a folder. Reading goes through ``view`` (``store.view``); writing needs ``writing``."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
+        self.vector_copies: VectorCopies = manifest.get("vector_copies", 2)
+        windows = manifest.get("window_format")
+        self.window_format: VectorFormat | None = make_format(windows, manifest["dim"]) if windows else None
+        self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
+        self.files = TableFiles(folder, expected="checksums" in manifest)
+        self._lock = WriteLock(folder, self.files, self._check_place)
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *,
+        student_fingerprint: str,
+        dim: int,
+        task: Task = "asymmetric",
+        vector_format: str = "bfloat16",
+        vector_copies: VectorCopies = 2,
+        window_format: str | None = None,
+        metadata: MetadataSchema | None = None,
+        student_config: Mapping[str, Any] | None = None,
+        student_source: str | None = None,
+    ) -> IndexStore:
+        """A new store without passages; it appears at ``folder`` when it is complete.
+
+        ``vector_copies``: 2, in the table too, so that a damaged vector file is read from there; 1, in the file alone,
+        which takes less space, and what is damaged must be encoded again. ``window_format``: how the vectors of windows
+        are stored; None, not at all.
+
+        Raises:
+            InputError: something is there already, or the format or number of copies is unknown.
+            StorageError: it cannot be written.
+        """
+        check_replaceable(folder, KIND)  # says what is in the way, where that is no index
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: is there already; open it, or give another folder")
+        code_size = make_format(vector_format, dim).code_size
+        windows = None if window_format is None else make_format(window_format, dim)
+        if vector_copies not in FORMATS:
+            raise InputError(f"{vector_copies!r} copies of the vectors cannot be kept; give 1 or 2")
+        with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
+            fields = (metadata or MetadataSchema()).arrow_fields()
+            PassageTable.create(draft, table_schema(fields, code_size if vector_copies == 2 else None))
+            VectorFile.create(draft, 0, code_size)
+            if windows is not None:
+                create_windows(draft, 0, windows)
+            student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
+            vectors = {
+                "dim": dim,
+                "vector_format": vector_format,
+                "vector_copies": vector_copies,
+                "window_format": window_format,
+            }
+            content = {"student_source": student_source, "task": task, **vectors, "snapshot": None}
+            write_index_manifest(draft, vector_copies, student | content)
+            TableFiles(draft).commit()
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> IndexStore:
+        """The store in a folder.
+
+        Raises:
+            DataFormatError: there is none, or its manifest is damaged or of another format.
+        """
+        manifest = read_index_manifest(folder)
+        try:
+            return cls(folder, manifest)
+        except InputError as error:
+            raise DataFormatError(folder / MANIFEST_NAME, f"is damaged ({error}); restore it from a copy") from error
+
+    def table(self, version: int | None = None, *, whole: bool = False) -> PassageTable:
+        """The table at a version, the latest by default; ``whole``, after every byte of it was compared.
+
+        Raises:
+            DamagedFileError: one of its files is not what was written.
+            DataFormatError: it cannot be opened, or is not of this index.
+        """
+        self._lock.finish()
+        table = PassageTable.open(self.folder, version, self.files, whole=whole)
+        code_size = self.format.code_size if self.vector_copies == 2 else None
+        # As sets: a metadata field that came later stands behind the rest.
+        if set(table.schema) != set(table_schema(table.metadata_fields, code_size)):
+            raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
+        return table
+
+    @property
+    def version(self) -> int:
+        """The latest version, as ``table`` would open it, without opening it."""
+        self._lock.finish()
+        number = self.files.latest()
+        return self.table().version if number is None else number
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields, as the latest version of the table has them."""
+        return MetadataSchema.from_arrow(self.table().metadata_fields)
+
+    def check_student(self, fingerprint: str) -> None:
+        """Make sure that the vectors are of the student with this fingerprint.
+
+        Raises:
+            IndexMismatchError: they are another student's.
+        """
+        if fingerprint != self.manifest["student"]:
+            maker = name_student(self.manifest["student"], self.manifest.get("student_source"))
+            raise IndexMismatchError(
+                f"{self.folder}: the index was made by student {maker}, but the student given is "
+                f"{name_student(fingerprint)}; search with the student that made it, or index the corpus again"
+            )
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether this is a snapshot of an index."""
+        return bool(self.manifest.get("snapshot"))
+
+    @contextmanager
+    def writing(self) -> Generator[None]:
+        """Hold the write lock; may be nested.
+
+        Raises:
+            IndexLockedError: another process or thread holds it.
+            IndexMismatchError: another index has taken this one's place since it was opened.
+            InputError: this is a snapshot.
+            StorageError: the folder cannot be written.
+        """
+        if self.is_snapshot:
+            raise InputError(f"{self.folder}: is the snapshot {self.manifest['snapshot']!r}, which never changes")
+        with self.locked():
+            yield
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """``writing``, also for a snapshot: its passages never change, but its vectors can be repaired."""
+        with self._lock.held():
+            yield
+
+    def _check_place(self) -> None:
+        """Files are found by the folder's name, so they may be another index's by now."""
+        if read_index_manifest(self.folder) != self.manifest:
+            raise IndexMismatchError(f"{self.folder}: another index has taken this one's place; open it again")
+
+    # Changing passages ---------------------------------------------------------------------------------------------
+
+    def compare(
+        self, passages: Sequence[Passage], table: PassageTable | None = None, *, before: PassageTable | None = None
+    ) -> Changes:
+        """What is new, what has another text, what differs in the rest, what is as it is.
+
+        ``table`` is the latest version, opened under the lock. ``before`` is an earlier one that agrees with it about
+        these ids and is asked for them: where its ids are indexed, that takes no longer however many rows came since.
+
+        Raises:
+            DuplicateIdError: two of the passages share an id.
+            InputError: a passage does not fit the schema, or has no id.
+        """
+        table = self.table() if table is None else table  # an empty one is falsy
+        schema = MetadataSchema.from_arrow(table.metadata_fields)
+        check_passages(passages, schema, self.folder)
+        if self.vector_copies == 1 and any(passage.context for passage in passages):
+            problem = "keeps its vectors once, and those of late chunks could not be encoded again from its table"
+            raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
+        asked = table if before is None else before
+        found = asked.by_ids([passage.id for passage in passages], COMPARED).to_pylist()
+        return compare(passages, {row["id"]: row for row in found}, schema)
+
+    def write(
+        self,
+        changes: Changes,
+        vectors: NDArray[np.float32],
+        truncated: Collection[int] = (),
+        table: PassageTable | None = None,
+        windows: ReadWindows | None = None,
+    ) -> int:
+        """Make the changes in one commit; returns the version that has them.
+
+        Args:
+            changes: what ``compare`` found, under the same lock.
+            vectors: [len(changes.texts), dim].
+            truncated: places in ``changes.texts`` that the student read in part.
+            table: the latest version, opened under the same lock; it then moves to the new one.
+            windows: of ``changes.texts``, for an index that stores them.
+
+        Raises:
+            InputError: a vector is not finite, or their number or width is wrong; or windows are missing.
+            StorageError: it cannot be written; nothing of these changes is in the index.
+        """
+        if vectors.shape != (wanted := (len(changes.texts), self.manifest["dim"])):
+            raise InputError(f"vectors of shape {vectors.shape} were given, but in this index the texts need {wanted}")
+        names: list[str] = [passage.id for passage in changes.texts]
+        codes, window_codes = self.format.encode(vectors, names), self._window_codes(windows, names)
+        with self.writing():
+            table = self.table() if table is None else table
+            if not changes.texts and not changes.others:
+                return table.version
+            file, generation = self.vectors.file_to_extend(table), self.vectors.generation(table)
+            kept_rows = np.array([row for _, row, _ in changes.others], np.int64)
+            column = self.vectors.column(table, codes, kept_rows.tolist())
+            with storage_errors(self.folder):
+                first = file.append(codes) if len(codes) else file.capacity
+                words = WordSegment.from_texts(passage.full_text for passage in changes.texts)
+                word_files.write_segment(self.folder, generation, first, words)
+                if self.window_format is not None and windows is not None and len(codes):
+                    append_windows(self.folder, generation, self.window_format, first, window_codes, windows.counts)
+            rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
+            flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
+            metadata = MetadataSchema.from_arrow(table.metadata_fields)
+            passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
+            block = table_block(passages, table.schema, metadata, rows, flags, column)
+            table.put(block, replaces=len(passages) > changes.num_new)
+            return table.version
+
+    def _window_codes(self, windows: ReadWindows | None, names: Sequence[str]) -> NDArray[np.uint8]:
+        if self.window_format is None:
+            return np.zeros((0, 0), np.uint8)
+        if windows is None or len(windows.counts) != len(names) or len(windows.vectors) != windows.counts.sum():
+            raise InputError(f"{self.folder}: stores vectors of windows; give those of each of the {len(names)} texts")
+        owners: list[int] = np.repeat(np.arange(len(names)), windows.counts).tolist()
+        return self.window_format.encode(windows.vectors, [names[owner] for owner in owners])
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete the passages with these ids from every result at once; returns how many there were."""
+        for wrong in (value for value in ids if not is_text(value)):
+            raise InputError(f"{wrong!r} cannot be a passage's id; give strings of valid Unicode")
+        with self.writing():
+            return self.table().delete(list(dict.fromkeys(ids)))
+
+    def add_fields(self, fields: MetadataSchema) -> None:
+        """Add metadata fields, those that are not there; the passages that are there have no value in them.
+
+        Raises:
+            InputError: one is there with another type, or under a name that differs in case.
+        """
+        with self.writing():
+            known = self.metadata
+            self.table().add_columns(known.extend(fields).arrow_fields()[len(known.fields) :])
+
+    def settle(self) -> None:
+        """Build indices that are missing and bring those up to date that lag behind."""
+        with self.writing():
+            table = self.table()
+            if len(table):
+                table.build_indices()
+                if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
+                    table.optimize(KEEP_VERSIONS)
+                self.settle_words(table)
+
+    def settle_words(self, table: PassageTable) -> None:
+        """Read the words of the latest version that are in no file, and join small files; under the lock."""
+        generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
+        with storage_errors(self.folder):
+            word_files.settle_words(self.folder, generation, num_rows, self._texts_of(table))
+
+    def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
+        """The words of the first ``num_rows`` rows of a version; what no file has is read from the table."""
+        whole = whole or self.files.after_crash
+        generation = self.vectors.generation(table)
+        return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
+
+    def windows(self, table: PassageTable, capacity: int | None = None) -> WindowVectors:
+        """The vectors of the windows of a version's rows, of an index that has them; ``capacity``: of so many rows.
+
+        Raises:
+            DataFormatError: they are missing or damaged.
+        """
+        assert self.window_format is not None
+        generation, num_rows = self.vectors.generation(table), self.vectors.num_rows(table)
+        return open_windows(
+            self.folder,
+            generation,
+            self.window_format,
+            num_rows=num_rows,
+            capacity=capacity or num_rows,
+            version=table.version,
+        )
+
+    def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
+        """Write the windows of the latest version anew, reading all of them again; under the lock.
+
+        Raises:
+            StorageError: they cannot be written; what was there is kept.
+        """
+        assert self.window_format is not None
+        vector_format, generation = self.window_format, self.vectors.generation(table)
+        num_rows, texts_of = self.vectors.num_rows(table), self._texts_of(table)
+
+        def blocks() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+            for start in range(0, num_rows, _WINDOW_ROWS):
+                end = min(start + _WINDOW_ROWS, num_rows)
+                found = read(list(texts_of(start, end)))
+                owners = np.repeat(np.arange(start, end), found.counts).tolist()
+                yield vector_format.encode(found.vectors, [f"row {row}" for row in owners]), found.counts
+
+        with storage_errors(self.folder):
+            replace_windows(self.folder, generation, vector_format, blocks(), since=table.version)
+
+    def _texts_of(self, table: PassageTable) -> word_files.TextsOf:
+        first_row = self.vectors.generation(table) << GENERATION_SHIFT
+        return lambda first, end: table.texts(first_row + first, first_row + end)
+
+    # Keeping -------------------------------------------------------------------------------------------------------
+
+    def snapshot_folder(self, name: str) -> Path:
+        """Where the snapshot of this name is; it is an index folder of its own.
+
+        Raises:
+            InputError: the name cannot be a folder's.
+        """
+        if not _SNAPSHOT_NAME.fullmatch(name):
+            raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
+        return self.folder / _SNAPSHOTS / name
+
+    def snapshots(self) -> list[str]:
+        """The names of the snapshots, in order."""
+        folder = self.folder / _SNAPSHOTS
+        return sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST_NAME}"))
+
+    def snapshot(self, name: str) -> Path:
+        """Keep the latest version under a name. It shares its files with the index, so it takes hardly any space.
+
+        Raises:
+            InputError: there is one of this name.
+        """
+        target = self.snapshot_folder(name)
+        with self.writing():
+            if target.exists():
+                raise InputError(f"{self.folder}: there is a snapshot {name!r} already; choose another name")
+            with storage_errors(target), new_folder(target, kind=KIND) as draft:
+                self.vectors.file_to_extend(table := self.table())  # makes sure that it is whole
+                self.files.link(table.version, draft)
+                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
+                for path in filter(Path.is_file, kept):
+                    link_or_copy(path, draft / path.name)
+                content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
+                write_index_manifest(draft, self.vector_copies, content | {"snapshot": name})
+                TableFiles(draft).commit()
+        return target
+
+    def drop_snapshot(self, name: str) -> None:
+        """Forget a snapshot.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        with self.writing():
+            folder = self._existing_snapshot(name)
+            with storage_errors(folder):
+                retired = folder.with_name(f".{folder.name}.old")
+                shutil.rmtree(retired, ignore_errors=True)  # of a removal that was interrupted
+                folder.rename(retired)
+                shutil.rmtree(retired)
+
+    def restore(self, name: str) -> int:
+        """Make the passages of a snapshot those of the index, in one commit; returns how many they are.
+
+        What the index held before stays in its earlier version for a while (``compact`` ends that).
+        """
+        with self.writing():
+            source = IndexStore.open(self._existing_snapshot(name))
+            repair.replace_if_damaged(self.files, source.files)
+            num_passages = self._rewrite(source)
+            self.settle()
+            return num_passages
+
+    def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
+        """Free the space of what is no longer there; returns the bytes of the index before and after.
+
+        Args:
+            keep: versions younger than this stay for the readers that have them open.
+            dense: write the vectors anew without holes; by default when a quarter of the rows are holes.
+        """
+        with self.writing(), storage_errors(self.folder):
+            before, table = folder_bytes(self.folder), self.table()
+            if dense or (dense is None and len(table) < 0.75 * self.vectors.file_to_extend(table).capacity):
+                self._rewrite(self)
+            self.settle()
+            self.table().optimize(keep)
+            used = {self.vectors.generation(self.table(version)) for version in self.table().versions()}
+            for generation in set(vector_file.generations(self.folder)) - used:
+                vector_file.remove(self.folder, generation)
+            self._sweep()
+            return before, folder_bytes(self.folder)
+
+    def _rewrite(self, source: IndexStore) -> int:
+        """All rows of ``source``, their vectors in a file of a new generation, in the table's place; how many."""
+        table, rows = self.table(), source.table(whole=True)  # damage copied would get checksums that fit
+        codes_of_batch = source.vectors.codes_of_batches(rows)
+        num_rows = source.vectors.num_rows(rows)
+        words = source.words(rows, num_rows, whole=True).words
+        windows = None if source.window_format is None else source.windows(rows)
+        generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
+        # No version before the commit may read the file, not even one whose own file of this number was lost.
+        file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
+        if self.window_format is not None:
+            create_windows(self.folder, generation, self.window_format, since=table.version + 1)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for batch in rows.batches():
+                first = file.append(codes_of_batch(batch))
+                numbers = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
+                old = np.asarray(batch.column("d2_row")) & ROW_MASK
+                word_files.write_segment(self.folder, generation, first, words.take(old))
+                if self.window_format is not None and windows is not None:
+                    append_windows(self.folder, generation, self.window_format, first, *windows.take(old))
+                place = batch.schema.get_field_index("d2_row")
+                yield batch.set_column(place, batch.schema.field(place), pa.array(numbers, pa.int64()))
+
+        table.replace_all(rows.schema, batches())
+        return len(rows)
+
+    def _sweep(self) -> None:
+        """Remove what interrupted writers left."""
+        for path in [
+            *self.folder.glob(".vectors-*.new*"),
+            *self.folder.glob(".window-*.new*"),
+            *(self.folder / _SNAPSHOTS).glob(".*"),
+        ]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        word_files.sweep(self.folder)
+        repair.sweep(self.folder)
+
+    def _existing_snapshot(self, name: str) -> Path:
+        folder, there = self.snapshot_folder(name), self.snapshots()
+        if name not in there:
+            raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {', '.join(there) or 'none'}")
+        return folder

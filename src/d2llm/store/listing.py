@@ -1,0 +1,75 @@
+"""Which passages and documents an index has, page by page, and which passages make up a document."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+from typing import cast
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import is_text
+from d2llm.store.passage_table import PassageTable, quoted
+
+PAGE_SIZE = 100
+"""Ids in a page, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedDocument:
+    """A document of an index, and how many passages it has there."""
+
+    id: str
+    num_passages: int
+
+
+def passage_ids(table: PassageTable, cursor: str, limit: int) -> list[str]:
+    """The first ``limit`` ids of passages that come after ``cursor``, in order of their characters' code points.
+
+    Raises:
+        InputError: ``cursor`` is no text, or ``limit`` is below 1.
+    """
+    _check(cursor, limit)
+    if not len(table):
+        return []
+    found = table.columns(["id"], f"id > {quoted(cursor)}" if cursor else None)
+    return nsmallest(limit, cast("list[str]", found["id"].to_pylist()))
+
+
+def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocument]:
+    """``passage_ids`` for documents; a passage without a document is one of its own.
+
+    Raises:
+        InputError: ``cursor`` is no text, or ``limit`` is below 1.
+    """
+    _check(cursor, limit)
+    if not len(table):
+        return []
+    where = f"document_id > {quoted(cursor)} OR (document_id = '' AND id > {quoted(cursor)})" if cursor else None
+    found = table.columns(["id", "document_id"], where)
+    ids, names = (cast("list[str]", found[name].to_pylist()) for name in ("id", "document_id"))
+    counts = Counter(name or own for own, name in zip(ids, names, strict=True))
+    return [ListedDocument(name, counts[name]) for name in nsmallest(limit, counts)]
+
+
+def passages_of(table: PassageTable, names: Sequence[str]) -> dict[str, list[str]]:
+    """The ids of the passages of each of these documents, by position; documents that are not there are left out.
+
+    Raises:
+        InputError: a document's id is no text.
+    """
+    for name in names:
+        _check(name, 1)
+    wanted, places = set(names), dict[str, list[tuple[int, str]]]()
+    for passage_id, document_id, position in table.parts(list(dict.fromkeys(names))):
+        if (document := document_id or passage_id) in wanted:
+            places.setdefault(document, []).append((position, passage_id))
+    return {name: [passage_id for _, passage_id in sorted(places[name])] for name in names if name in places}
+
+
+def _check(name: str, limit: int) -> None:
+    if not is_text(name):
+        raise InputError(f"{name!r} cannot be an id; give a string of valid Unicode")
+    if limit < 1:
+        raise InputError(f"limit is {limit}, but must be at least 1")

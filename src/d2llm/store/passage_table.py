@@ -1,0 +1,350 @@
+"""The table of an index: ids, texts, metadata, vectors and row numbers in LanceDB, which versions every change.
+
+LanceDB does not look whether the bytes that it reads are those that were written, so the files of a version are
+compared with checksums of ours (``table_files``) before it gets to read them.
+
+Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
+its generation in the upper bits), d2_hash (of all that the user gave: ``blocks.row_hash``), d2_truncated (the student
+read it in part), d2_vector (codes of the vector, as in the vector file; not where an index keeps its vectors once).
+"""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.types import Passage
+from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
+from d2llm.store.lance_manifest import manifests
+from d2llm.store.lancedb_import import import_lancedb
+from d2llm.store.old_versions import remove_older
+from d2llm.store.storage import first_line, is_panic, storage_errors
+from d2llm.store.table_files import TableFiles
+
+NAME = "passages"
+_KEYS = ("id", "d2_row", "document_id")  # the columns that rows are looked up by
+_ALL = (1 << 32) - 1  # LanceDB's default limit is 10
+_ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
+_SPANS_AT_ONCE = 64  # in one condition
+_DELETED_AT_ONCE = 10_000
+_SCANNED_AT_ONCE = 16_384
+_FOR_EVER = timedelta(days=36_500)
+
+
+def quoted(value: str) -> str:
+    """A string as an SQL literal."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+class PassageTable:
+    """One version of the table, opened for reading; the methods that write are for the holder of the write lock."""
+
+    def __init__(self, folder: Path, table: Any, files: TableFiles) -> None:
+        self.folder = folder
+        self._table = table
+        self._files = files
+        self._compared: set[tuple[int, tuple[str, ...]]] = set()  # versions and columns whose indices were compared
+
+    @classmethod
+    def create(cls, folder: Path, schema: pa.Schema) -> PassageTable:
+        """A new table without rows."""
+        with storage_errors(folder):
+            return cls(folder, _connect(folder).create_table(NAME, schema=schema), TableFiles(folder))
+
+    @classmethod
+    def open(
+        cls, folder: Path, version: int | None = None, files: TableFiles | None = None, *, whole: bool = False
+    ) -> PassageTable:
+        """The table at a version, the latest by default. It stays there, whatever is written meanwhile.
+
+        Args:
+            folder: of the index.
+            version: which.
+            files: of the table; what they have compared is not compared again.
+            whole: compare all of the version's files with their checksums, not samples alone.
+
+        Raises:
+            DamagedFileError: a file of the version is not what was written.
+            DataFormatError: there is no table, it is damaged, or it has no such version any more.
+        """
+        files = TableFiles(folder) if files is None else files
+        number = files.ready(version, whole=whole)
+        try:
+            table = _connect(folder).open_table(NAME)
+            table.checkout(table.version if number is None else number)
+            table.count_rows()
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            what = "its table" if version is None else f"version {version} of its table"
+            raise DataFormatError(folder, f"{what} cannot be opened ({first_line(error)})") from error
+        return cls(folder, table, files)
+
+    @property
+    def version(self) -> int:
+        """The version that this is."""
+        return cast(int, self._table.version)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+        return cast(pa.Schema, self._table.schema)
+
+    @property
+    def metadata_fields(self) -> list[pa.Field]:
+        """The user's columns."""
+        return [field for field in self.schema if field.name not in (*TEXT_COLUMNS, *INTERNAL_COLUMNS)]
+
+    def __len__(self) -> int:
+        return cast(int, self._table.count_rows())
+
+    def columns(self, names: Sequence[str], where: str | None = None) -> pa.Table:
+        """Some columns of all rows, or of those that fit an SQL condition."""
+        query = self._table.search().select(list(names)).limit(_ALL)
+        if where:
+            self._compare_indices(_KEYS)
+        return self._read(query.where(where) if where else query)
+
+    def any_row(self) -> int | None:
+        """The row number (d2_row) of some passage; None without passages."""
+        found = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
+        return cast(int, found[0]) if found else None
+
+    def has_rows_from(self, row: int) -> bool:
+        """Whether a passage has this row number (d2_row) or a higher one."""
+        self._compare_indices(_KEYS)
+        return len(self._read(self._table.search().select(["d2_row"]).where(f"d2_row >= {row}").limit(1))) > 0
+
+    def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Some columns (all by default) of all rows, a few thousand rows at a time."""
+        query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
+        with self._reading():
+            yield from query.to_batches(_SCANNED_AT_ONCE)
+
+    def codes(self) -> NDArray[np.uint8]:
+        """The codes of all vectors by row [largest row + 1, code_size]; rows that this version lacks are zeros."""
+        rows = np.asarray(self.columns(["d2_row"])["d2_row"]) & ROW_MASK
+        size = self.schema.field("d2_vector").type.list_size
+        codes = np.zeros((int(rows.max()) + 1 if len(rows) else 0, size), np.uint8)
+        for batch in self.batches(["d2_row", "d2_vector"]):
+            codes[np.asarray(batch.column("d2_row")) & ROW_MASK] = codes_of(batch)
+        return codes
+
+    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
+        """Columns of the rows with these ids, those that there are, in no order."""
+        ids = ids if len(self) else []
+        conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
+        return self._join((self.columns(names, where) for where in conditions), names)
+
+    def by_rows(self, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
+        """Columns of the passages with these row numbers (d2_row), in their order.
+
+        Raises:
+            DataFormatError: one is not there.
+        """
+        conditions = (f"d2_row IN ({', '.join(map(str, some))})" for some in _parts(rows, _ASKED_AT_ONCE))
+        found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
+        place_of = {row: place for place, row in enumerate(found["d2_row"].to_pylist())}
+        missing = sum(row not in place_of for row in rows)
+        if missing:
+            raise self._lacks(missing, len(rows))
+        return found.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Of every passage its row number (d2_row), and LanceDB's id of its row in this version, for ``take``."""
+        found = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
+        return np.asarray(found["d2_row"], np.int64), np.asarray(found["_rowid"], np.uint64)
+
+    def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
+        """Columns of the passages with these ids of rows (``rows``), in their order: no search, hence quick.
+
+        Raises:
+            DataFormatError: one is not there.
+        """
+        wanted, places = np.unique(row_ids, return_inverse=True)
+        found = self._read(self._table.take_row_ids(wanted.tolist()).select(list(names)).with_row_id())
+        there = np.asarray(found["_rowid"], np.uint64)
+        order = np.argsort(there)
+        if not np.array_equal(there[order], wanted):
+            raise self._lacks(len(wanted) - len(there), len(wanted))
+        return found.take(order[places]).select(list(names))
+
+    def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
+        """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
+        low, high = -(1 << 31), (1 << 31) - 1  # what the column holds; LanceDB refuses other numbers
+        wanted = [
+            f"(document_id = {quoted(document)} AND position BETWEEN {max(position - distance, low)} AND "
+            f"{min(position + distance, high)})"
+            for document, position in dict.fromkeys(places)
+        ]
+        conditions = (" OR ".join(some) for some in _parts(wanted, _SPANS_AT_ONCE))
+        found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
+        _, first = np.unique(np.asarray(found["d2_row"]), return_index=True)  # spans may overlap
+        return found.take(first).select(list(names))
+
+    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
+        """(id, document_id, position) of passages with one of these document_ids, or one of these as id; no order."""
+        found: list[tuple[str, str, int]] = []
+        names = ["id", "document_id", "position"]
+        for some in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
+            listed = ", ".join(map(quoted, some))
+            table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
+            found += zip(*(table[name].to_pylist() for name in names), strict=True)
+        return found
+
+    def texts(self, first: int, end: int) -> Iterator[str]:
+        """The full texts of the passages by row number (d2_row), from ``first`` to ``end``; "" where there is none."""
+        names = ["d2_row", "title", "text"]
+        for start in range(first, end, _SCANNED_AT_ONCE):
+            stop = min(start + _SCANNED_AT_ONCE, end)
+            found = self.columns(names, f"d2_row >= {start} AND d2_row < {stop}")
+            records = zip(*(found[name].to_pylist() for name in names), strict=True)
+            texts = {row: Passage("", text, title).full_text for row, title, text in records}
+            for row in range(start, stop):
+                yield texts.get(row, "")
+
+    @property
+    def indices(self) -> dict[str, int]:
+        """Indices by name, with the number of rows that each does not yet cover."""
+        self._compare_indices(_KEYS)
+        found = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
+        return {name: stats.num_unindexed_rows if stats else 0 for name, stats in found.items()}
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def put(self, rows: pa.Table, *, replaces: bool) -> None:
+        """Add rows in one commit; with ``replaces``, rows of the same id go in the same commit."""
+        with self._change():
+            if replaces:
+                merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+                merge.execute(rows)
+            else:
+                self._table.add(rows)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete the passages with these ids; returns how many there were. Ten thousand go in one commit."""
+        before = 0
+        with self._change():
+            before = len(self)
+            for some in _parts(ids, _DELETED_AT_ONCE):
+                self._table.delete(f"id IN ({', '.join(map(quoted, some))})")
+        return before - len(self)
+
+    def add_columns(self, fields: Sequence[pa.Field]) -> None:
+        """Add metadata columns; they are null in the rows that are there."""
+        with self._change():
+            self._table.add_columns(pa.schema(fields))
+
+    def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+        """Put other rows in the place of all rows, in one commit. Earlier versions stay readable."""
+        failures: list[Exception] = []  # what goes wrong in ``batches`` comes back as text alone
+
+        def noted() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from batches
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        with storage_errors(self.folder):
+            reader = pa.RecordBatchReader.from_batches(schema, noted())
+            try:
+                self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
+            except RuntimeError as error:
+                raise failures[0] if failures else error from None
+            self._files.commit()
+
+    def build_indices(self) -> None:
+        """Make the indices on id, row and document that are missing."""
+        from lancedb.index import BTree
+
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            self._compare_indices(_KEYS)
+            present = {index.name for index in self._table.list_indices()}
+            missing = [name for name in _KEYS if f"{name}_idx" not in present]
+        if missing:
+            with self._change(copies=True):
+                for name in missing:
+                    self._table.create_index(name, config=BTree())
+
+    def drop_indices(self, names: Collection[str]) -> None:
+        """Forget the indices of these names, without reading them."""
+        with self._change():
+            for name in names:
+                self._table.drop_index(name)
+
+    def optimize(self, keep: timedelta) -> None:
+        """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
+        with self._change(copies=True):
+            self._table.optimize(cleanup_older_than=_FOR_EVER)
+        with storage_errors(self.folder):
+            remove_older(self._files, keep)
+
+    def versions(self) -> list[int]:
+        """The versions that can still be opened."""
+        return sorted(manifests(self._files.table))
+
+    @contextmanager
+    def _change(self, *, copies: bool = False) -> Generator[None]:
+        """A change of the latest version, committed at the end. What ``copies`` rows is given none that are damaged."""
+        with storage_errors(self.folder):
+            self._table.checkout_latest()
+            if copies:
+                self._files.check(self.version, whole=True)
+            yield
+            self._files.commit()
+
+    def _compare_indices(self, columns: tuple[str, ...]) -> None:
+        """Compare the indices of some columns with their checksums, all of them, before they are first used."""
+        use = (self.version, columns)
+        if use not in self._compared:
+            self._files.check_indices(self.version, [f"{name}_idx" for name in columns])
+            self._compared.add(use)
+
+    @cached_property
+    def _index_names(self) -> set[str]:
+        return {index.name for index in self._table.list_indices()}  # of a version, so they do not change
+
+    def _read(self, query: Any) -> pa.Table:
+        with self._reading():
+            return cast(pa.Table, query.to_arrow())
+
+    def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
+        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} rows asked for")
+
+    @contextmanager
+    def _reading(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            problem = f"version {self.version} of its table cannot be read ({first_line(error)})"
+            advice = "refresh or open it again, and run `d2llm index ... verify` if that does not help"
+            raise DataFormatError(self.folder, f"{problem}; {advice}") from error
+
+    def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
+        found = list(tables)
+        return pa.concat_tables(found) if found else self.schema.empty_table().select(list(names))
+
+
+def _connect(folder: Path) -> Any:
+    return import_lancedb().connect(folder)
+
+
+def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

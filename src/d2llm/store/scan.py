@@ -1,0 +1,312 @@
+"""Exact inner products of a query with all stored rows: the best of them, where they lie.
+
+FAISS scans the rows without a copy: an empty index of the right type is pointed at them, memory-mapped or not. Its
+float32 sums are good enough to propose, not to decide: their last bits depend on the processor and on how the rows are
+blocked. So some more rows than asked for are taken, their products are summed again in float64, in one fixed way, and
+the search is widened until no row left out can belong to the best, by a bound of the float32 error. Ranking and scores
+thus depend neither on FAISS nor on its threads; without FAISS the same answer comes from numpy.
+
+Several queries together are proposed for by numpy: a block of rows is widened once for all of them, and one matrix
+product takes the place of many reads of the same rows. What is proposed is decided on as above, so a query's answer
+does not depend on those beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import fell_back
+from d2llm.ops.selection import top_rows
+from d2llm.store.vector_formats import VectorFormat
+
+IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
+"""The ids of some rows, in their order."""
+
+_FLOAT32_ERROR = 2.0**-24
+_SPARE_ROWS = 32  # taken beyond top_k (or an eighth of it), so that one pass is nearly always enough
+_WIDEN = 4
+_BLOCK_ROWS = 1_024  # rows that numpy widens at a time: they stay in the cache
+_PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays are new pages of memory, which takes 4 times as long
+_TOGETHER = 32  # queries of one matrix product: more are hardly faster, and each has its candidates in memory
+_FEWEST_TOGETHER = 8  # fewer are as fast one by one
+_GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot leave rows out,
+_FEW_LEFT_OUT = 4_096  # unless it is quicker to search for so many more and drop what is not allowed
+
+
+class RowScan:
+    """The scan over rows ``codes`` [capacity, code_size], C-contiguous, mapped or in memory; they are not copied."""
+
+    def __init__(self, codes: NDArray[np.uint8], vector_format: VectorFormat, *, use_faiss: bool = True) -> None:
+        self._codes = codes
+        self._format = vector_format
+        self._faiss: Any = _import_faiss() if use_faiss else None
+        self._index = self._index_over(codes)
+
+    def search(
+        self,
+        query: NDArray[np.float32],
+        top_k: int,
+        mask: NDArray[np.bool_] | None = None,
+        *,
+        ids_of: IdsOf,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The rows with the highest inner products, best first; equal products in the order of their ids.
+
+        Args:
+            query: [dim].
+            top_k: how many, at least 1.
+            mask: [capacity], the rows that may be returned; None means all.
+            ids_of: the ids of some rows; asked only for rows whose product is not unique among the best.
+
+        Returns:
+            Rows int64 [k] and their products float32 [k]; k is ``top_k``, or the number of allowed rows if less.
+
+        Raises:
+            InputError: ``top_k`` < 1, or the query is of another width or not finite.
+        """
+        self._check(query, top_k)
+        query = np.ascontiguousarray(query, np.float32)
+        num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
+        if num_allowed == 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        take = top_k + max(_SPARE_ROWS, top_k // 8)
+        while True:
+            with _one_thread(self._faiss):
+                rows, lowest = self._propose(query, min(take, num_allowed), mask)
+            scores = self.products(query, rows)
+            if take >= num_allowed or self._is_enough(query, scores, lowest, top_k):
+                break
+            take *= _WIDEN
+        best = top_rows(scores, top_k, lambda places: ids_of(rows[places]))
+        return rows[best], scores[best]
+
+    def search_together(
+        self,
+        queries: NDArray[np.float32],
+        top_k: int,
+        mask: NDArray[np.bool_] | None = None,
+        *,
+        ids_of: IdsOf,
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """``search`` for each of several queries [q, dim], with the same answers, in less time than one by one.
+
+        Beyond the answers it takes memory for 32 queries' candidates at a time.
+
+        Raises:
+            InputError: as in ``search``.
+        """
+        for query in queries:
+            self._check(query, top_k)
+        num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
+        found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        take = min(top_k + max(_SPARE_ROWS, top_k // 8), num_allowed)
+        for start in range(0, len(queries), _TOGETHER):
+            some = np.ascontiguousarray(queries[start : start + _TOGETHER], np.float32)
+            if len(some) < _FEWEST_TOGETHER or not num_allowed:
+                found += [self.search(query, top_k, mask, ids_of=ids_of) for query in some]
+                continue
+            for query, (rows, lowest) in zip(some, self._propose_together(some, take, mask), strict=True):
+                scores = self.products(query, rows)
+                if len(rows) < num_allowed and not self._is_enough(query, scores, lowest, top_k):
+                    found.append(self.search(query, top_k, mask, ids_of=ids_of))
+                    continue
+                best = top_rows(scores, top_k, lambda places, rows=rows: ids_of(rows[places]))
+                found.append((rows[best], scores[best]))
+        return found
+
+    def products(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Inner products of a query [dim] with some rows: float64 sums, each in the same order, as float32."""
+        turned = self._format.turn(query)
+        scores = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _PRODUCT_ROWS):
+            levels = self._format.levels(self._codes[rows[start : start + _PRODUCT_ROWS]])
+            # Not a matrix product: BLAS sums a row in an order that depends on how many rows there are.
+            scores[start : start + len(levels)] = np.einsum("ij,j->i", levels.astype(np.float64), turned)
+        return scores
+
+    def _check(self, query: NDArray[np.float32], top_k: int) -> None:
+        if query.shape != (self._format.dim,) or not np.isfinite(query).all():
+            raise InputError(f"the query vector must be {self._format.dim} finite numbers, not {query.shape}")
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1")
+
+    def _is_enough(self, query: NDArray[np.float32], scores: NDArray[np.float32], lowest: float, top_k: int) -> bool:
+        """Whether no row that was not proposed, with products of at most ``lowest``, can be among the first."""
+        if len(scores) < top_k:
+            return False
+        border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+        return bool(lowest + self._error(query) < border)
+
+    def _error(self, query: NDArray[np.float32]) -> float:
+        """How far a proposing product may be from the final one (Higham, "Accuracy and Stability", section 3.1).
+
+        n float32 products summed in any order are off by at most n 2^-24 |query| |row|, to first order; the rest pays
+        for rounding query and levels, and the final score.
+        """
+        norm = float(np.linalg.norm(query.astype(np.float64)))
+        return (2 * self._format.dim + 64) * _FLOAT32_ERROR * norm * self._largest_norm
+
+    @cached_property
+    def _largest_norm(self) -> float:
+        return self._format.largest_norm(self._codes)
+
+    def _propose(
+        self, query: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], float]:
+        """The best ``take`` rows by float32 products, or more, and a product that no other allowed row exceeds."""
+        if self._index is None:
+            return self._propose_with_numpy(query, take, mask)
+        faiss_query = self._format.faiss_query(query)
+        if mask is None:
+            scores, rows = self._index.search(faiss_query, take)
+        elif self._format.selects:
+            allowed = self._faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
+            parameters = self._faiss.SearchParameters(sel=allowed)
+            scores, rows = self._index.search(faiss_query, take, params=parameters)
+        else:
+            allowed = np.flatnonzero(mask)
+            num_left_out = len(mask) - len(allowed)
+            if num_left_out > _FEW_LEFT_OUT:
+                return self._propose_gathered(faiss_query, take, allowed)
+            scores, rows = self._index.search(faiss_query, take + num_left_out)
+            return rows[0][mask[rows[0]]], float(scores[0, -1])
+        return rows[0], float(scores[0, -1])
+
+    def _propose_gathered(
+        self, faiss_query: NDArray[np.float32], take: int, allowed: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], float]:
+        rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        for start in range(0, len(allowed), _GATHER_ROWS):
+            part = allowed[start : start + _GATHER_ROWS]
+            whole = part[-1] - part[0] + 1 == len(part)
+            codes = self._codes[part[0] : part[-1] + 1] if whole else self._codes[part]
+            part_scores, places = self._index_over(codes).search(faiss_query, min(take, len(part)))
+            rows, scores = np.concatenate((rows, part[places[0]])), np.concatenate((scores, part_scores[0]))
+            if len(scores) > take:
+                best = np.argpartition(scores, len(scores) - take)[len(scores) - take :]
+                rows, scores = rows[best], scores[best]
+        return rows, float(scores.min())
+
+    def _propose_with_numpy(
+        self, query: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], float]:
+        turned = self._format.turn(query).astype(np.float32)
+        scores = np.empty(len(self._codes), np.float32)
+        for start in range(0, len(scores), _BLOCK_ROWS):
+            end = start + _BLOCK_ROWS
+            scores[start:end] = self._format.levels(np.asarray(self._codes[start:end])) @ turned
+        if mask is not None:
+            scores[~mask] = -np.inf
+        rows = np.argpartition(scores, len(scores) - take)[len(scores) - take :]
+        return rows, float(scores[rows].min())
+
+    def _propose_together(
+        self, queries: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
+    ) -> list[tuple[NDArray[np.int64], float]]:
+        """``_propose`` for each of some queries [q, dim], by one pass over the rows."""
+        best = _BestOfEach(len(queries), take)
+        turned = np.stack([self._format.turn(query).astype(np.float32) for query in queries], axis=1)
+        for start in range(0, len(self._codes), _BLOCK_ROWS):
+            rows = np.arange(start, min(start + _BLOCK_ROWS, len(self._codes)))
+            codes = self._codes[start : start + _BLOCK_ROWS]
+            if mask is not None and not mask[start : start + _BLOCK_ROWS].all():
+                rows = start + np.flatnonzero(mask[start : start + _BLOCK_ROWS])
+                codes = self._codes[rows]
+            if len(rows):
+                best.add(rows, self._format.levels(codes) @ turned)
+        return best.rows()
+
+    def _index_over(self, codes: NDArray[np.uint8]) -> Any:
+        """A FAISS index whose codes are this array itself, which must outlive it; None where FAISS cannot."""
+        if self._faiss is None:
+            return None
+        try:
+            index = self._format.empty_faiss_index(self._faiss)
+            view = index.codes
+            pointer = self._faiss.swig_ptr(codes.reshape(-1))
+            # What MaybeOwnedVector::create_view does, which is out of reach from Python (it wants a shared_ptr).
+            view.is_owned = False
+            view.view_data = view.c_ptr = pointer
+            view.view_size = view.c_size = codes.size
+            index.ntotal = len(codes)
+        except AttributeError as error:  # FAISS before this type, or before such views
+            fell_back("scan by FAISS", f"this FAISS cannot look at codes in place ({error}); numpy scans")
+            return None
+        return index
+
+
+class _BestOfEach:
+    """The rows with the highest products with each of some queries, as blocks of rows come."""
+
+    def __init__(self, num_queries: int, take: int) -> None:
+        self._take = take
+        self._lowest = np.full(num_queries, -np.inf, np.float32)  # no row below is among the best
+        self._rows = [np.zeros(0, np.int64)]
+        self._queries = [np.zeros(0, np.int16)]
+        self._scores = [np.zeros(0, np.float32)]
+        self._num = 0
+
+    def add(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        """Rows [n] that none before was, with their products [n, queries]."""
+        places = np.flatnonzero(scores > self._lowest)
+        above, queries = np.divmod(places, len(self._lowest))
+        self._rows.append(rows[above])
+        self._queries.append(queries.astype(np.int16))
+        self._scores.append(scores.reshape(-1)[places])
+        self._num += len(places)
+        if self._num > 2 * len(self._lowest) * max(self._take, _BLOCK_ROWS):
+            self._drop()
+
+    def rows(self) -> list[tuple[NDArray[np.int64], float]]:
+        """For each query the ``take`` best rows, or all, and the lowest of their products."""
+        self._drop()
+        ends = np.cumsum(np.bincount(self._queries[0], minlength=len(self._lowest)))[:-1]
+        return list(zip(np.split(self._rows[0], ends), self._lowest.tolist(), strict=True))
+
+    def _drop(self) -> None:
+        """Keep what is among the best, by query."""
+        queries = np.concatenate(self._queries)
+        order = np.argsort(queries, kind="stable")
+        rows, scores = np.concatenate(self._rows)[order], np.concatenate(self._scores)[order]
+        ends = np.cumsum(np.bincount(queries, minlength=len(self._lowest)))
+        kept: list[NDArray[np.int64]] = []
+        for query, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            places = np.arange(start, end)
+            if len(places) > self._take:
+                places = start + np.argpartition(scores[start:end], len(places) - self._take)[-self._take :]
+            if len(places) == self._take:
+                self._lowest[query] = scores[places].min()
+            kept.append(places)
+        places = np.concatenate(kept)
+        self._rows, self._queries, self._scores = [rows[places]], [queries[order][places]], [scores[places]]
+        self._num = len(places)
+
+
+@contextmanager
+def _one_thread(faiss: Any) -> Generator[None]:
+    """FAISS shares out queries, not rows: for one query its other threads only spin (measured: twice the time)."""
+    if faiss is None:
+        yield
+        return
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # for this thread alone, and not for torch, which has its own threads
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _import_faiss() -> Any:
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        fell_back("scan by FAISS", f"FAISS cannot be loaded ({error}); numpy scans")
+        return None

@@ -1,0 +1,324 @@
+"""Where the vectors of an index stand: in its table and its vector file (two copies), or in the file alone (one copy).
+
+With two copies the table is the source of truth, and a file that is missing or damaged is read from it again. With one
+copy the texts are: a vector that is lost can only be encoded again by the student, which ``repair`` does and nothing
+else; until then readers and writers get an error that says so.
+"""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal, NoReturn, Protocol
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError, InputError, StorageError
+from d2llm.core.fallbacks import count_fallback
+from d2llm.core.types import Passage
+from d2llm.store import vector_file
+from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of
+from d2llm.store.passage_table import PassageTable
+from d2llm.store.storage import storage_errors
+from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
+from d2llm.store.vector_formats import VectorFormat
+
+_log = logging.getLogger(__name__)
+_REPAIRED_ROWS = 2_048  # in one step of a repair: what an interruption can cost at most
+
+VectorCopies = Literal[1, 2]
+Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
+"""The student's vectors [n, dim] of some passages, of which id, title and text can be relied on."""
+
+
+class VectorOwner(Protocol):
+    """The store that the vectors are of (``store.index_store.IndexStore``)."""
+
+    folder: Path
+    format: VectorFormat
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it never changes."""
+        ...
+
+    def table(self, version: int | None = None) -> PassageTable:
+        """The table at a version, the latest by default."""
+        ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Hold the write lock."""
+        ...
+
+
+class StoredVectors(ABC):
+    """The vectors of a store's folder. What changes files is for the holder of the write lock."""
+
+    def __init__(self, store: VectorOwner) -> None:
+        self.store = store
+        self.folder = store.folder
+        self.code_size = store.format.code_size
+
+    def generation(self, table: PassageTable) -> int:
+        """Of the vectors of a version. All its rows are of one; a version without rows goes on with the newest."""
+        row = table.any_row()
+        return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
+
+    def num_rows(self, table: PassageTable) -> int:
+        """How many rows a version needs, dead ones before its last live one included."""
+        rows = _rows_of(table) & ROW_MASK
+        return int(rows.max()) + 1 if len(rows) else 0
+
+    def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
+        """The vectors of a version with these live rows (d2_row). Checksums are not looked at.
+
+        Raises:
+            DataFormatError: the file is missing, damaged or lacks rows, and there is no other copy.
+        """
+        needed = int(rows.max() & ROW_MASK) + 1 if len(rows) else 0
+        try:
+            file = VectorFile.open(self.folder, self.generation(table), self.code_size)
+            if file.capacity >= needed and file.since <= table.version:
+                return VectorRows(file.codes(), file)
+            problem = f"{file.path.name} does not have the vectors of version {table.version}"
+        except (DataFormatError, OSError, ValueError) as error:  # the last two: replaced while it was opened
+            problem = str(error)
+        return self.recover(table, problem)
+
+    def file_to_extend(self, table: PassageTable) -> VectorFile:
+        """The file of the latest version. It must hold all of its rows, else new ones would get their numbers.
+
+        Raises:
+            DataFormatError: it does not, and there is no other copy.
+        """
+        generation = self.generation(table)
+        try:
+            file = VectorFile.open(self.folder, generation, self.code_size)
+            if file.since <= table.version and not table.has_rows_from(generation << GENERATION_SHIFT | file.capacity):
+                return file
+            problem = f"{file.path.name} does not have the vectors of version {table.version}"
+        except DataFormatError as error:
+            problem = str(error)
+        return self.recover_file(table, problem)
+
+    @abstractmethod
+    def recover(self, table: PassageTable, problem: str) -> VectorRows:
+        """The vectors of a version whose file cannot be used, from wherever else they are.
+
+        Raises:
+            DataFormatError: they are nowhere else; it says ``problem`` and what to do.
+        """
+
+    @abstractmethod
+    def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
+        """The file of the latest version anew, where it cannot be used. Raises as ``recover`` does."""
+
+    @abstractmethod
+    def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8] | None:
+        """What goes into the table's column: new codes, then those of the rows that are kept; None without a column."""
+
+    @abstractmethod
+    def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
+        """What gives the codes [n, code_size] of a batch of the table's rows, sure to be those that were written.
+
+        Raises:
+            DataFormatError: some are lost.
+        """
+
+    @abstractmethod
+    def problems(self, table: PassageTable) -> Iterator[str]:
+        """Read everything; what is not as it was written."""
+
+    @abstractmethod
+    def repair(self, table: PassageTable, encode: Encode | None) -> None:
+        """Write the file of the latest version anew, durably. Rows that the version lacks are zeros in it.
+
+        Raises:
+            InputError: passages must be encoded, and ``encode`` is None.
+            StorageError: it cannot be written; what was there is kept.
+        """
+
+
+class CopiedVectors(StoredVectors):
+    """Two copies: in the table, which is the source of truth, and in the vector file, which makes scans fast."""
+
+    def recover(self, table: PassageTable, problem: str) -> VectorRows:
+        """From the table, and written for later readers; held in memory where that is impossible.
+
+        (No right to write, another writer at work, an old version.)
+        """
+        count_fallback("vector file")
+        _log.warning("%s: %s; its vectors are read from the table again", self.folder, problem)
+        store = self.store
+        if not store.is_snapshot and table.version == store.table().version:
+            try:
+                with store.writing():
+                    if table.version == store.table().version:  # none has been written meanwhile
+                        file = self._write_file(table)
+                        return VectorRows(file.codes(), file)
+            except StorageError as error:
+                _log.warning("%s: its vectors are held in memory (%s)", self.folder, error)
+        return VectorRows(table.codes(), None)
+
+    def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
+        """From the table."""
+        _log.warning("%s: %s; it is written anew", self.folder, problem)
+        return self._write_file(table)
+
+    def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8]:
+        """All of them."""
+        return np.concatenate([codes, codes_of(table.by_rows(kept, ["d2_vector"]))])
+
+    def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
+        """Those in the table."""
+        del table
+        return codes_of
+
+    def problems(self, table: PassageTable) -> Iterator[str]:
+        """Damaged parts of the file, else vectors that are not those of the table."""
+        try:
+            file = VectorFile.open(self.folder, self.generation(table), self.code_size)
+        except DataFormatError as error:
+            yield str(error)
+            return
+        codes, differing = file.codes(), 0
+        damaged = file.damaged(codes)
+        if damaged:
+            yield f"{file.path.name}: {len(damaged)} of {len(file.extents)} parts are not what was written"
+        for batch in table.batches(["d2_row", "d2_vector"]):
+            rows = np.asarray(batch.column("d2_row")) & ROW_MASK
+            inside = rows < len(codes)
+            differing += int((~inside).sum()) + int((codes[rows[inside]] != codes_of(batch)[inside]).any(axis=1).sum())
+        if differing and not damaged:
+            yield f"{file.path.name}: {differing} vectors are not those of the table"
+
+    def repair(self, table: PassageTable, encode: Encode | None) -> None:
+        """From the table, so nothing is encoded."""
+        del encode
+        self._write_file(table)
+
+    def _write_file(self, table: PassageTable) -> VectorFile:
+        """Rows that the latest version lacks are zeros, so the file says since when."""
+        with storage_errors(self.folder):
+            return VectorFile.replace(self.folder, self.generation(table), table.codes(), since=table.version)
+
+
+class SoleVectors(StoredVectors):
+    """One copy: the vector file alone. What is lost is encoded again from the texts, by ``repair``."""
+
+    def recover(self, table: PassageTable, problem: str) -> VectorRows:
+        """An error, unless the version has no passages."""
+        if len(table):
+            self._refuse(table, problem)
+        return VectorRows(np.zeros((0, self.code_size), np.uint8), None)
+
+    def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
+        """An error, unless the version has no passages."""
+        if len(table):
+            self._refuse(table, problem)
+        with storage_errors(self.folder):
+            nothing = np.zeros((0, self.code_size), np.uint8)
+            return VectorFile.replace(self.folder, self.generation(table), nothing, since=table.version)
+
+    def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> None:
+        """The table has no column of vectors."""
+        del table, codes, kept
+
+    def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
+        """Those in the file, after all its checksums were looked at."""
+        codes, file = self.read(table, _rows_of(table))
+        if file is not None and file.damaged(codes):  # copied, they would get checksums that fit
+            self._refuse(table, f"{file.path.name} is damaged")
+
+        def codes_of_batch(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+            return codes[np.asarray(batch.column("d2_row")) & ROW_MASK]
+
+        return codes_of_batch
+
+    def problems(self, table: PassageTable) -> Iterator[str]:
+        """Damaged parts of the file, and how many passages have their vectors there."""
+        rows, found = _rows_of(table) & ROW_MASK, self._salvage(table)
+        num_lost = len(rows) - int(found.whole[rows[rows < len(found.whole)]].sum())
+        if found.problem or num_lost:
+            problem = found.problem or f"{vector_file.path_of(self.folder, self.generation(table)).name} lacks rows"
+            yield f"{problem}; {num_lost:,} of {len(rows):,} passages have lost their vectors"
+
+    def repair(self, table: PassageTable, encode: Encode | None) -> None:
+        """Whole rows are kept, lost ones are encoded again. Interrupted, the next repair goes on where it was."""
+        rows = np.sort(_rows_of(table))
+        found, generation = self._salvage(table), self.generation(table)
+        live = np.zeros(int(rows[-1] & ROW_MASK) + 1 if len(rows) else 0, np.bool_)
+        live[rows & ROW_MASK] = True
+        with storage_errors(self.folder):
+            draft = VectorFile.begin(
+                self.folder, generation, self.code_size, since=table.version, purpose=_contents_of(table)
+            )
+        for start in range(draft.capacity, len(live), _REPAIRED_ROWS):
+            codes = self._mended(table, found, live[start : start + _REPAIRED_ROWS], start, generation, encode)
+            with storage_errors(self.folder):
+                draft.append(codes)
+        with storage_errors(self.folder):
+            draft.take_place(self.folder)
+
+    def _mended(
+        self,
+        table: PassageTable,
+        found: Salvage,
+        live: NDArray[np.bool_],
+        start: int,
+        generation: int,
+        encode: Encode | None,
+    ) -> NDArray[np.uint8]:
+        """The codes of the rows from ``start`` on, of which ``live`` says which are passages."""
+        codes, whole = np.zeros((len(live), self.code_size), np.uint8), np.zeros(len(live), np.bool_)
+        there = found.whole[start : start + len(live)]
+        whole[: len(there)] = there
+        codes[whole] = found.codes[start : start + len(live)][there]
+        lost = np.flatnonzero(live & ~whole)
+        if len(lost):
+            if encode is None:
+                raise InputError(f"{self.folder}: its vectors are kept once; to repair them, a student must encode")
+            stored = (lost + start) | generation << GENERATION_SHIFT
+            passages = [Passage(**record) for record in table.by_rows(stored.tolist(), TEXT_COLUMNS).to_pylist()]
+            codes[lost] = self.store.format.encode(encode(passages), [passage.id for passage in passages])
+        return codes
+
+    def _salvage(self, table: PassageTable) -> Salvage:
+        return vector_file.salvage(self.folder, self.generation(table), self.code_size, version=table.version)
+
+    def _refuse(self, table: PassageTable, problem: str) -> NoReturn:
+        if table.version < self.store.table().version:
+            what = f"version {table.version} has no vectors any more ({problem}); refresh or open the index again"
+        else:
+            what = (
+                f"vectors are lost ({problem}), and this index keeps them once; "
+                f"`d2llm index {self.folder} verify --repair` encodes their passages again"
+            )
+        raise DataFormatError(self.folder, what)
+
+
+def stored_vectors(store: VectorOwner, copies: VectorCopies) -> StoredVectors:
+    """The vectors of a store that keeps so many copies of them."""
+    return SoleVectors(store) if copies == 1 else CopiedVectors(store)
+
+
+def _rows_of(table: PassageTable) -> NDArray[np.int64]:
+    return np.asarray(table.columns(["d2_row"])["d2_row"], np.int64)
+
+
+def _contents_of(table: PassageTable) -> str:
+    """A hash of which passages are in which rows: what a repair that was interrupted may go on with."""
+    total = 0  # a sum, as the rows come in no order
+    for batch in table.batches(["d2_row", "d2_hash"]):
+        pairs = zip(batch.column("d2_row").to_pylist(), batch.column("d2_hash").to_pylist(), strict=True)
+        total += sum(xxhash.xxh3_64_intdigest(f"{row}:{digest}".encode()) for row, digest in pairs)
+    return f"-{table.version}-{total % (1 << 64):016x}"

@@ -1,0 +1,312 @@
+"""An append-only file of vectors, memory-mapped for reading.
+
+vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
+vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
+                            were written together, with a checksum of their bytes; a checksum of all this
+
+What is derived from the vectors row by row lies beside them in a file of the same kind under another name
+(``projections``), whose ``made_of`` says what its rows were computed from. The vectors of windows are in two more
+(``window_vectors``).
+
+A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
+that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
+that no table names; the next writer goes on behind them. A file that was written anew (``stored_vectors``) lacks the
+rows that only earlier versions have, hence ``since``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.fallbacks import fell_back
+from d2llm.store import word_files
+from d2llm.store.checked_json import read_checked, write_checked
+
+NAME = "vectors"
+DERIVED = "projections"
+WINDOWS, WINDOW_PLACES = "window-vectors", "window-places"
+_REMEDIES = {
+    NAME: "`d2llm index ... verify --repair` makes them anew",
+    DERIVED: "`d2llm index ... project` makes them anew",
+    WINDOWS: "`d2llm index ... verify --repair` encodes them again",
+    WINDOW_PLACES: "`d2llm index ... verify --repair` encodes them again",
+}
+_JOINED_ROWS = 16_384  # small additions share an extent up to this size, so that the list of extents stays short
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Rows ``start`` to ``start + count`` and the checksum (xxh3, 64 bits) of their codes."""
+
+    start: int
+    count: int
+    checksum: str
+
+    @property
+    def end(self) -> int:
+        """The row behind the last."""
+        return self.start + self.count
+
+
+class VectorRows(NamedTuple):
+    """Codes [capacity, code_size] of all rows, and the file they are mapped from (None: they are in memory)."""
+
+    codes: NDArray[np.uint8]
+    file: VectorFile | None
+
+
+class Salvage(NamedTuple):
+    """What can be used of a file: codes as far as there are bytes, which of those rows are whole [n], what is wrong."""
+
+    codes: NDArray[np.uint8]
+    whole: NDArray[np.bool_]
+    problem: str | None
+
+
+class VectorFile:
+    """The vectors of one generation of an index. ``append`` is for the holder of the index's write lock alone."""
+
+    def __init__(self, path: Path, code_size: int, extents: list[Extent], since: int = 0, made_of: str = "") -> None:
+        self.path = path
+        self.code_size = code_size
+        self.extents = extents
+        self.since = since
+        self.made_of = made_of
+
+    @classmethod
+    def create(
+        cls, folder: Path, generation: int, code_size: int, *, since: int = 0, name: str = NAME, made_of: str = ""
+    ) -> VectorFile:
+        """A new file without rows; one that is there (left by a crash) is replaced."""
+        file = cls(path_of(folder, generation, name), code_size, [], since, made_of)
+        file.path.unlink(missing_ok=True)  # not emptied: a snapshot or a reader may have it under another name
+        file._write_extents()  # first, since a generation counts as soon as its .bin is there
+        with file.path.open("wb") as stream:
+            stream.flush()
+            os.fsync(stream.fileno())
+        return file
+
+    @classmethod
+    def replace(cls, folder: Path, generation: int, codes: NDArray[np.uint8], *, since: int) -> VectorFile:
+        """A file with these rows in the place of one that is missing or damaged."""
+        try:
+            file = cls.begin(folder, generation, codes.shape[1], since=since)
+            if len(codes):
+                file.append(codes)
+            return file.take_place(folder)
+        finally:
+            shutil.rmtree(_draft_of(folder, generation), ignore_errors=True)
+
+    @classmethod
+    def begin(
+        cls, folder: Path, generation: int, code_size: int, *, since: int, purpose: str = "", name: str = NAME
+    ) -> VectorFile:
+        """A file that is to take the place of another (``take_place``) when its rows have been appended.
+
+        Args:
+            folder: of the index; until then the file is in a hidden folder there.
+            generation: whose file it will be.
+            code_size: bytes of a row.
+            since: the first version that it serves.
+            purpose: given, the file that an interrupted replacement left for the same purpose is gone on with.
+            name: of the file.
+        """
+        draft = _draft_of(folder, generation, purpose, name)
+        if purpose:
+            try:
+                left = cls.open(draft, generation, code_size, name=name)
+                if left.since == since and not left.damaged(left.codes()):
+                    return left
+            except DataFormatError as error:
+                if draft.is_dir():  # else there was none
+                    fell_back("interrupted replacement", f"{error}; it is begun anew", level=logging.INFO)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        return cls.create(draft, generation, code_size, since=since, name=name)
+
+    def take_place(self, folder: Path) -> VectorFile:
+        """Put a file that was begun in the place of that of its generation."""
+        # Killed between the two, the checksums tell that the parts do not belong together.
+        for path in (self.path, self.path.with_suffix(".json")):
+            path.replace(folder / path.name)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        return VectorFile(folder / self.path.name, self.code_size, self.extents, self.since)
+
+    @classmethod
+    def open(cls, folder: Path, generation: int, code_size: int | None, *, name: str = NAME) -> VectorFile:
+        """The file as its list of extents describes it; checksums are not looked at.
+
+        ``code_size`` None takes the size that the file has.
+
+        Raises:
+            DataFormatError: a part is missing, too short, or does not fit ``code_size``.
+        """
+        file = cls._described(folder, generation, code_size, name)
+        try:
+            if file.path.stat().st_size < file.num_bytes:
+                raise ValueError(f"{file.path.name} is shorter than it says")
+        except (OSError, ValueError) as error:
+            raise _unusable(file.path, name, error) from error
+        return file
+
+    @classmethod
+    def _described(
+        cls, folder: Path, generation: int, code_size: int | None, name: str = NAME, *, compare: bool = True
+    ) -> VectorFile:
+        """The file as its list of extents describes it, whether the rows are there or not."""
+        path = path_of(folder, generation, name)
+        try:
+            record = read_checked(path.with_suffix(".json"), compare=compare)
+            extents = [Extent(*extent) for extent in record["extents"]]
+            size, since, made_of = record["code_size"], record["since"], record.get("made_of", "")
+            if size != (code_size or size) or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
+                raise ValueError(f"{path.stem}.json does not describe these vectors")
+            return cls(path, size, extents, since, made_of)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise _unusable(path, name, error) from error
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows, dead ones included."""
+        return self.extents[-1].end if self.extents else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the rows take."""
+        return self.capacity * self.code_size
+
+    def append(self, codes: NDArray[np.uint8]) -> int:
+        """Write codes [n, code_size] as the next rows, durably; returns the first row's number."""
+        first = self.capacity
+        content = np.ascontiguousarray(codes)
+        with self.path.open("r+b") as stream:
+            stream.seek(first * self.code_size)
+            stream.write(content.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._extend(content)
+        self._write_extents()
+        return first
+
+    def codes(self) -> NDArray[np.uint8]:
+        """All rows [capacity, code_size], mapped and read-only."""
+        shape = (self.capacity, self.code_size)
+        if not self.capacity:
+            return np.zeros(shape, np.uint8)  # an empty file cannot be mapped
+        return np.memmap(self.path, np.uint8, "r", shape=shape)
+
+    def damaged(self, codes: NDArray[np.uint8]) -> list[Extent]:
+        """The extents whose bytes in ``codes``, all rows, are not those that were written."""
+        return [extent for extent in self.extents if _checksum(codes[extent.start : extent.end]) != extent.checksum]
+
+    def _extend(self, content: NDArray[np.uint8]) -> None:
+        last = self.extents[-1] if self.extents else None
+        if last is not None and last.count + len(content) <= _JOINED_ROWS:
+            before = np.fromfile(self.path, np.uint8, last.count * self.code_size, offset=last.start * self.code_size)
+            digest = xxhash.xxh3_64(before.tobytes())
+            if digest.hexdigest() == last.checksum:  # else a joint checksum would hide the damage
+                digest.update(content.tobytes())
+                self.extents[-1] = Extent(last.start, last.count + len(content), digest.hexdigest())
+                return
+        self.extents.append(Extent(self.capacity, len(content), _checksum(content)))
+
+    def _write_extents(self) -> None:
+        extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
+        record = {"code_size": self.code_size, "since": self.since, "extents": extents}
+        write_checked(self.path.with_suffix(".json"), record | ({"made_of": self.made_of} if self.made_of else {}))
+
+
+def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> Salvage:
+    """What a version of the table can use of a file that may be damaged, too short or missing."""
+    described, problem = VectorFile._described, None  # pyright: ignore[reportPrivateUsage]
+    try:
+        try:
+            file = described(folder, generation, code_size)
+        except DataFormatError as error:  # what it still says of parts may be true: their checksums tell
+            file, problem = described(folder, generation, code_size, compare=False), str(error)
+        num_rows = min(file.path.stat().st_size // code_size, file.capacity)
+    except (DataFormatError, OSError) as error:
+        return Salvage(np.zeros((0, code_size), np.uint8), np.zeros(0, np.bool_), str(error))
+    shape, whole = (num_rows, code_size), np.zeros(num_rows, np.bool_)
+    codes = np.memmap(file.path, np.uint8, "r", shape=shape) if num_rows else np.zeros(shape, np.uint8)
+    if file.since > version and problem is None:
+        return Salvage(codes, whole, f"{file.path.name} is of a later version")
+    num_damaged = 0
+    for extent in file.extents:
+        if extent.end <= num_rows and _checksum(codes[extent.start : extent.end]) == extent.checksum:
+            whole[extent.start : extent.end] = True
+        else:
+            num_damaged += 1
+    parts = f"{file.path.name}: {num_damaged} of {len(file.extents)} parts are not what was written"
+    return Salvage(codes, whole, problem or (parts if num_damaged else None))
+
+
+def path_of(folder: Path, generation: int, name: str = NAME) -> Path:
+    """Where the vectors of a generation lie, or what is derived from them under another name."""
+    return folder / f"{name}-{generation}.bin"
+
+
+def ann_path_of(folder: Path, generation: int) -> Path:
+    """Where the approximate index of a generation lies (``ann``), with its record beside it."""
+    return folder / f"ann-{generation}.faiss"
+
+
+def generations(folder: Path) -> Iterator[int]:
+    """The generations of which there are files."""
+    for path in folder.glob("vectors-*.bin"):
+        number = path.stem.removeprefix("vectors-")
+        if number.isdecimal():
+            yield int(number)
+
+
+def files_of(folder: Path, generation: int) -> list[Path]:
+    """The files of a generation: its vectors, those of windows, what is derived (``ann``, ``projections``), words."""
+    names = (NAME, DERIVED, WINDOWS, WINDOW_PLACES)
+    files = (*(path_of(folder, generation, name) for name in names), ann_path_of(folder, generation))
+    named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
+    return [*named, *word_files.files_of(folder, generation)]
+
+
+def remove(folder: Path, generation: int) -> int:
+    """Remove the files of a generation; returns the bytes they took.
+
+    A reader that has them mapped keeps them.
+    """
+    freed = 0
+    for path in files_of(folder, generation):
+        freed += path.stat().st_size
+        path.unlink()
+    return freed
+
+
+def _draft_of(folder: Path, generation: int, purpose: str = "", name: str = NAME) -> Path:
+    return folder / f".{name}-{generation}.new{purpose}"
+
+
+def _unusable(path: Path, name: str, error: Exception) -> DataFormatError:
+    return DataFormatError(path, f"its {name} cannot be used ({error}); {_REMEDIES[name]}")
+
+
+def _fit(extents: list[Extent]) -> bool:
+    """Whether these are extents from row 0 on, one behind the other."""
+    start = 0
+    for extent in extents:
+        if type(extent.start) is not int or type(extent.count) is not int or extent.start != start or extent.count < 1:
+            return False
+        start = extent.end
+    return True
+
+
+def _checksum(codes: NDArray[Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(codes).data)

@@ -1,0 +1,370 @@
+"""What a search reads: a store at one version, whatever is written meanwhile."""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
+from d2llm.core.types import Passage, Task, Ties, is_text
+from d2llm.ops.selection import top_rows
+from d2llm.store import listing
+from d2llm.store.ann import AnnBase, AnnIndex
+from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.index_store import IndexStore
+from d2llm.store.listing import ListedDocument
+from d2llm.store.projections import StoredProjections, projections_of
+from d2llm.store.scan import RowScan
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.vector_file import VectorFile
+from d2llm.store.window_vectors import WindowVectors
+
+_log = logging.getLogger(__name__)
+_NO_ROW = np.iinfo(np.uint64).max  # in the place of a dead row's id
+
+
+class CandidateRows(NamedTuple):
+    """Passages proposed for a query, by row, best first, with their scores: int64 [k] and float32 [k]."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+class PassageView:
+    """One version of a store. A row is a passage's place in the vector file; ``live`` says which rows are passages.
+
+    ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None where every row is live.
+    """
+
+    def __init__(self, store: IndexStore, version: int | None = None) -> None:
+        self.store = store
+        self.format = store.format
+        self._table = store.table(version)
+        self._version = self._table.version
+        stored_rows, row_ids = self._table.rows()
+        self._generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
+        self._len = len(stored_rows)
+        self._vectors = store.vectors.read(self._table, stored_rows)
+        self.capacity = len(self._vectors.codes)
+        live = np.zeros(self.capacity, np.bool_)
+        live[stored_rows & ROW_MASK] = True
+        if np.count_nonzero(live) < self._len or (self._len and np.ptp(stored_rows >> GENERATION_SHIFT)):
+            problem = "two passages of its table have the same row, or rows of two generations"
+            raise DataFormatError(store.folder, f"{problem}; restore a snapshot, or index the corpus again")
+        self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
+        self._row_ids = np.full(self.capacity, _NO_ROW, np.uint64)
+        self._row_ids[stored_rows & ROW_MASK] = row_ids
+        self._scan: RowScan | None = None
+
+    def __len__(self) -> int:
+        return self._len
+
+    @property
+    def version(self) -> int:
+        """The version of the table."""
+        return self._version
+
+    @property
+    def dim(self) -> int:
+        """Width of a vector."""
+        return cast(int, self.store.manifest["dim"])
+
+    @property
+    def task(self) -> Task:
+        """The task of a search that does not name one."""
+        return cast(Task, self.store.manifest["task"])
+
+    @property
+    def student_fingerprint(self) -> str:
+        """Fingerprint of the student that made the vectors."""
+        return cast(str, self.store.manifest["student"])
+
+    @cached_property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        return MetadataSchema.from_arrow(self._table.metadata_fields)
+
+    def check_student(self, fingerprint: str) -> None:
+        """Make sure that the vectors are of the student with this fingerprint.
+
+        Raises:
+            IndexMismatchError: they are another student's.
+        """
+        self.store.check_student(fingerprint)
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of the passages at some rows, in their order."""
+        return cast(list[str], self._take(rows, ["id"])["id"].to_pylist())
+
+    def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of the passages with these ids, in their order.
+
+        Raises:
+            InputError: one is not there.
+        """
+        found = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
+        row_of = dict(zip(found["id"].to_pylist(), np.asarray(found["d2_row"]) & ROW_MASK, strict=True))
+        missing = [passage_id for passage_id in ids if passage_id not in row_of]
+        if missing:
+            raise InputError(
+                f"{self.store.folder}: {len(missing)} of {len(ids)} passages are not in the index, the first is "
+                f"{missing[0]!r}"
+            )
+        return np.array([row_of[passage_id] for passage_id in ids], np.int64)
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows, in their order; metadata without a value are left out."""
+        return self._as_passages(self._take(rows, self._columns))
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids, in their order; those that are not there are left out."""
+        wanted = list(dict.fromkeys(ids))
+        found = {passage.id: passage for passage in self._as_passages(self._table.by_ids(wanted, self._columns))}
+        return [found[passage_id] for passage_id in wanted if passage_id in found]
+
+    def document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; none where it is not there."""
+        ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
+        return self.get(ids)
+
+    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+        """The first ``limit`` ids of passages behind the id ``cursor``, in order (``listing.passage_ids``)."""
+        return listing.passage_ids(self._table, cursor, limit)
+
+    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+        """``list_passages`` for documents; a passage without a document is one of its own."""
+        return listing.documents(self._table, cursor, limit)
+
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The document of each passage at some rows: its document_id, or its own id where it has none."""
+        found = self._take(rows, ["id", "document_id"])
+        ids, names = (cast(list[str], found[name].to_pylist()) for name in ("id", "document_id"))
+        return [name or own for own, name in zip(ids, names, strict=True)]
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """The passages of the same documents at most ``distance`` positions away, by document and position.
+
+        Those given are among them. A passage without a document_id has no neighbours.
+        """
+        places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
+        found = self._as_passages(self._table.around(places, distance, self._columns))
+        return sorted(found, key=lambda passage: (passage.document_id, passage.position, passage.id))
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        return [*TEXT_COLUMNS, *self.metadata.fields, "d2_hash"]
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows, float32 [len(rows), dim]."""
+        self._check()
+        return self.format.decode(self._vectors.codes[rows])
+
+    def block(self, start: int, end: int) -> NDArray[np.float32]:
+        """The vectors of the rows from ``start`` to ``end``, dead rows included, float32 [end - start, dim]."""
+        self._check()
+        return self.format.decode(np.asarray(self._vectors.codes[start:end]))
+
+    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CandidateRows:
+        """The live rows with the highest inner products with ``query`` [dim], ties by id. Exact for what is stored.
+
+        Raises:
+            InputError: the query has another width than the index, or ``top_k`` < 1.
+        """
+        if query.shape != (self.dim,):
+            raise InputError(f"the query vector has shape {query.shape}, but the index holds [{self.dim}]")
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        scan = self._check()
+        rows, scores = scan.search(query, top_k, self.mask(allowed), ids_of=self.ids)
+        return CandidateRows(rows, scores)
+
+    def scan_together(
+        self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> list[CandidateRows]:
+        """``scan`` for each of several queries [q, dim], with the same answers, in less time than one by one."""
+        found = self._check().search_together(queries, top_k, self.mask(allowed), ids_of=self.ids)
+        return [CandidateRows(rows, scores) for rows, scores in found]
+
+    @cached_property
+    def ann_base(self) -> AnnBase | None:
+        """What an approximate index of this version is over; None where the vectors are in memory alone."""
+        scan, file = self._check(), self.vector_file
+        if file is None:
+            return None
+        return AnnBase(
+            self.store.folder,
+            self.student_fingerprint,
+            self._generation,
+            self.version,
+            file.since,
+            self.format,
+            self._vectors.codes,
+            scan,
+        )
+
+    @cached_property
+    def ann(self) -> AnnIndex | None:
+        """The approximate index that serves this version, if one was built."""
+        return None if self.ann_base is None else AnnIndex.open(self.ann_base)
+
+    @property
+    def generation(self) -> int:
+        """Of the vectors: another has other row numbers."""
+        return self._generation
+
+    @property
+    def vector_file(self) -> VectorFile | None:
+        """Where the vectors lie; None where they are in memory alone."""
+        self._check()
+        return self._vectors.file
+
+    @cached_property
+    def projections(self) -> StoredProjections | None:
+        """What is stored of the interaction's first layer, if ``retrieval.project`` put it there."""
+        if self.vector_file is None:
+            return None
+        made_of = projections_of(self.student_fingerprint, self.format.name)
+        return StoredProjections.open(self.vector_file, self._generation, made_of)
+
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        ties: Ties = "ids",
+    ) -> CandidateRows:
+        """The passages that BM25 finds for a text, best first; the filter comes before the choice.
+
+        ``ties`` says what orders equal scores. There may be as many as passages, and to look up their ids takes time.
+
+        Raises:
+            InputError: ``top_k`` < 1, or the text is no valid Unicode.
+            FilterError: the filter cannot be read, or does not fit the metadata.
+        """
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        if not is_text(text):
+            raise InputError(f"the query {text!r} is not valid Unicode text")
+        allowed = self.select(filter)
+        words = self.words
+        if allowed is not None:
+            allowed = np.append(allowed, np.zeros(len(words) - len(allowed), np.bool_))
+        try:
+            rows, scores = words.best(words.query(text), top_k, allowed=allowed)
+        except (IndexError, ValueError) as error:  # what the samples at opening did not find of damage
+            problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
+            raise DamagedFileError(self.store.folder, problem) from error
+
+        def ids_of(places: NDArray[np.int64]) -> list[str]:
+            return self.ids(rows[places])
+
+        best = top_rows(scores, min(top_k, len(rows)), ids_of if ties == "ids" else None)
+        return CandidateRows(rows[best], scores[best])
+
+    @cached_property
+    def words(self) -> WordIndex:
+        """BM25 of this version's passages, by row; rows behind ``capacity`` may be there and do not count."""
+        words, problems = self.store.words(self._table, self.capacity)
+        if problems:
+            remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""
+            _log.warning("%s: %s; %s", self.store.folder, "; ".join(problems), remedy)
+        return words.only(np.ones(self.capacity, np.bool_) if self.live is None else self.live)
+
+    @cached_property
+    def windows(self) -> WindowVectors | None:
+        """The vectors of the windows of this version's passages, by row; None where the index stores none.
+
+        Raises:
+            DataFormatError: they are missing or damaged.
+        """
+        return None if self.store.window_format is None else self.store.windows(self._table, self.capacity)
+
+    def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The highest inner product of a query [dim] with a window, of some rows [n] (``WindowVectors.best``).
+
+        A passage that is one window has that of its own vector.
+        """
+        assert self.windows is not None, "this index stores no vectors of windows"
+        scores = self.windows.best(query, rows)
+        alone = np.flatnonzero(np.isneginf(scores))
+        if len(alone):
+            scores[alone] = self._check().products(query, rows[alone])
+        return scores
+
+    def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
+        """The rows that a filter allows, as a mask [capacity]; None without a filter.
+
+        Raises:
+            FilterError: the filter cannot be read, or does not fit the metadata.
+        """
+        condition = self._condition(filter)
+        if condition is None:
+            return None
+        allowed = np.zeros(self.capacity, np.bool_)
+        allowed[np.asarray(self._table.columns(["d2_row"], condition)["d2_row"]) & ROW_MASK] = True
+        return allowed
+
+    def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """The rows that are passages, or those of the allowed ones, in order."""
+        mask = self.mask(allowed)
+        return np.arange(self.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
+
+    def mask(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """The live rows among the allowed ones; None means all rows."""
+        if allowed is None or self.live is None:
+            return self.live if allowed is None else allowed
+        return allowed & self.live
+
+    def _condition(self, filter: str | None) -> str | None:  # noqa: A002
+        if filter is None:
+            return None
+        from d2llm.store.filters import parse_filter  # with sqlglot, which most searches do without
+
+        return parse_filter(filter, self.metadata).sql
+
+    def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
+        wanted = np.asarray(rows, np.int64)
+        known = wanted[(wanted >= 0) & (wanted < self.capacity)]
+        row_ids = self._row_ids[known]
+        num_there = int(np.count_nonzero(row_ids != _NO_ROW))
+        if num_there < len(wanted):
+            num_lacking = len(wanted) - num_there
+            raise DataFormatError(self.store.folder, f"its table lacks {num_lacking} of {len(wanted)} rows asked for")
+        return self._table.take(row_ids, names)
+
+    def _as_passages(self, found: pa.Table) -> list[Passage]:
+        """Rows of the table as passages. What the samples at opening did not find of damage, their hashes do."""
+        records = cast("list[dict[str, Any]]", found.to_pylist())
+        changed = [record["id"] for record in records if not is_as_written(record)]
+        if changed:
+            problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"
+            raise DamagedFileError(self.store.folder, f"{problem}; `d2llm index ... verify` says more")
+        return list(map(as_passage, records))
+
+    def _check(self) -> RowScan:
+        """Before the first use of the vectors: are they what was written? Else the table may have them."""
+        if self._scan is None:
+            codes, file = self._vectors
+            if file is not None and file.damaged(codes):
+                self._vectors = self.store.vectors.recover(self._table, f"{file.path.name} is damaged")
+            self._scan = RowScan(self._vectors.codes, self.format)
+        return self._scan
+
+
+def as_passage(record: dict[str, Any]) -> Passage:
+    """A row of the table as a passage."""
+    values = {name: record[name] for name in TEXT_COLUMNS}
+    others = (*TEXT_COLUMNS, "d2_hash")
+    metadata = {name: value for name, value in record.items() if name not in others and value is not None}
+    return Passage(**values, metadata=metadata)

@@ -1,0 +1,188 @@
+"""Vectors of the windows of passages (``ops.words.windows``), each read alone, beside the vectors of the passages.
+
+window-vectors-<generation>   the codes of window 0, window 1, ..., those of a passage together (``vector_file``)
+window-places-<generation>    of each row its first window and how many it has, two 64-bit integers
+
+A passage that is one window has none: its own vector stands for it. They are written behind the vectors of the same
+rows and before the commit that names these. What a crash leaves behind is of rows that no version names: the places of
+a row are written again with its vector. They are kept once; what is damaged is encoded again by ``repair``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError
+from d2llm.ops.selection import ranges
+from d2llm.store.scan import RowScan
+from d2llm.store.vector_file import WINDOW_PLACES, WINDOWS, VectorFile
+from d2llm.store.vector_formats import VectorFormat
+
+_PLACE = np.dtype("<i8")
+_PLACE_BYTES = 2 * _PLACE.itemsize
+
+
+class ReadWindows(NamedTuple):
+    """The windows of some passages.
+
+    Attributes:
+        vectors: [sum of counts, dim], passage after passage.
+        counts: [n], how many each passage has; 0 where its own vector stands for it.
+        num_tokens: that were read for them.
+    """
+
+    vectors: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    num_tokens: int
+
+
+EncodeWindows = Callable[[Sequence[str]], ReadWindows]
+"""Reads the windows of some passages, given as full texts; "" has none."""
+
+
+class WindowVectors:
+    """The vectors of the windows of an index's rows, at one version."""
+
+    def __init__(self, places: NDArray[np.int64], codes: NDArray[np.uint8], vector_format: VectorFormat) -> None:
+        """Args: ``places`` [rows, 2], the first window of each row and how many it has; ``codes`` [windows, bytes]."""
+        self._places = places
+        self._scan = RowScan(codes, vector_format)
+        self.codes = codes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of codes and places."""
+        return self.codes.nbytes + self._places.nbytes
+
+    def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many windows some rows have [n]."""
+        return self._places[rows, 1]
+
+    def best(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The highest inner product of a query [dim] with a window, of some rows [n]; -inf of a row that has none.
+
+        Each product is summed in one fixed way, whatever rows are asked for together (``RowScan.products``).
+        """
+        starts, counts = self._places[rows].T
+        scores = np.full(len(rows), -np.inf, np.float32)
+        some = np.flatnonzero(counts)
+        if len(some):
+            products = self._scan.products(query, ranges(starts[some], counts[some]))
+            firsts = np.cumsum(counts[some]) - counts[some]
+            scores[some] = np.maximum.reduceat(products, firsts)
+        return scores
+
+    def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The codes of the windows of some rows, row after row, and how many each row has."""
+        starts, counts = self._places[rows].T
+        return np.asarray(self.codes[ranges(starts, counts)]), counts
+
+
+def create_windows(folder: Path, generation: int, vector_format: VectorFormat, *, since: int = 0) -> None:
+    """Files without rows."""
+    VectorFile.create(folder, generation, vector_format.code_size, since=since, name=WINDOWS)
+    VectorFile.create(folder, generation, _PLACE_BYTES, since=since, name=WINDOW_PLACES)
+
+
+def append_windows(
+    folder: Path,
+    generation: int,
+    vector_format: VectorFormat,
+    first: int,
+    codes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+) -> None:
+    """Write the windows of the rows from ``first`` on, durably; those of these rows or later ones are forgotten first.
+
+    Raises:
+        DataFormatError: the files cannot be used.
+        OSError: they cannot be written.
+    """
+    windows = VectorFile.open(folder, generation, vector_format.code_size, name=WINDOWS)
+    places = VectorFile.open(folder, generation, _PLACE_BYTES, name=WINDOW_PLACES)
+    start = windows.append(codes) if len(codes) else windows.capacity
+    own = _places(start, counts)
+    if places.capacity <= first:
+        places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
+        return
+    # Rows that no version names are given again where a vector file was written anew.
+    kept = np.array(places.codes()[:first])
+    draft = VectorFile.begin(folder, generation, _PLACE_BYTES, since=places.since, name=WINDOW_PLACES)
+    draft.append(np.concatenate([kept, own]))
+    draft.take_place(folder)
+
+
+def open_windows(
+    folder: Path, generation: int, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
+) -> WindowVectors:
+    """The windows of a version, after all their checksums were looked at.
+
+    Args:
+        folder: of the index.
+        generation: of its vectors.
+        vector_format: of the windows' vectors.
+        num_rows: up to the last that the version names; these must be there.
+        capacity: rows that may be asked for; those behind ``num_rows``, which a crash left, may have no windows.
+        version: of the table.
+
+    Raises:
+        DataFormatError: they are missing or damaged.
+    """
+    if not num_rows:
+        return WindowVectors(
+            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
+        )
+    opened: list[NDArray[np.uint8]] = []
+    for name, code_size in ((WINDOWS, vector_format.code_size), (WINDOW_PLACES, _PLACE_BYTES)):
+        file = VectorFile.open(folder, generation, code_size, name=name)
+        codes = file.codes()
+        problem = None
+        if file.since > version:
+            problem = f"is of a later version than {version}; refresh or open the index again"
+        elif file.damaged(codes) or (name == WINDOW_PLACES and len(codes) < num_rows):
+            problem = "is not what was written; `d2llm index ... verify --repair` encodes the windows again"
+        if problem is not None:
+            raise DataFormatError(file.path, problem)
+        opened.append(codes)
+    codes, stored = opened
+    places = np.zeros((capacity, 2), np.int64)
+    there = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
+    places[: len(there)] = there
+    if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
+        problem = "names windows that are not there; `d2llm index ... verify --repair` encodes the windows again"
+        raise DataFormatError(folder / f"{WINDOW_PLACES}-{generation}.bin", problem)
+    return WindowVectors(places, codes, vector_format)
+
+
+def replace_windows(
+    folder: Path,
+    generation: int,
+    vector_format: VectorFormat,
+    blocks: Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]],
+    *,
+    since: int,
+) -> None:
+    """Put the windows of all rows, given as codes and counts of one block of rows after the other, in the files' place.
+
+    Raises:
+        OSError: they cannot be written; what was there is kept.
+    """
+    windows = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=WINDOWS)
+    places = VectorFile.begin(folder, generation, _PLACE_BYTES, since=since, name=WINDOW_PLACES)
+    for codes, counts in blocks:
+        start = windows.append(codes) if len(codes) else windows.capacity
+        if len(counts):
+            places.append(_places(start, counts))
+    windows.take_place(folder)
+    places.take_place(folder)
+
+
+def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The places of rows that have so many windows, of which the first is window ``start``, as bytes."""
+    places = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
+    return places.view(np.uint8).reshape(len(counts), _PLACE_BYTES)

@@ -1,0 +1,258 @@
+"""The words of an index on disk: segments of consecutive rows (``words``), beside the vectors of the same rows.
+
+words-<generation>-<first>-<end>.bin    the arrays of the segment of rows first to end, one behind the other
+words-<generation>-<first>-<end>.json   where each array lies, checksums of the file, a checksum of all this
+
+A segment is written before the commit that names its rows and never changed; small neighbours are joined into a new
+one and then removed. All of it follows from the texts, so whatever is missing or damaged is read from the table again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.file_sums import BLOCK_BYTES, FileSums, problem_of, sample_blocks, take_sums
+
+TextsOf = Callable[[int, int], Iterable[str]]
+"""The texts of the rows from one to another, "" for those that are no passages."""
+
+_NAME = "words"
+_ALIGNMENT = 64
+_MOST_ROWS = 1 << 17  # of a joined segment: what is read and written again at once
+_OPENINGS = 5  # a writer may join segments while a reader opens them
+_TYPES = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "terms": "<u8",
+        "starts": "<i8",
+        "rows": "<u4",
+        "counts": "<u2",
+        "tokens": "<u4",
+        "offsets": "<i8",
+        "lengths": "<u4",
+        "num_windows": "<u4",
+        "window_lengths": "<u4",
+    }.items()
+}
+
+_log = logging.getLogger(__name__)
+
+
+class _Part(NamedTuple):
+    """A segment on disk."""
+
+    first: int
+    end: int
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+class Coverage(NamedTuple):
+    """The words of the rows from 0 on, and what of them had to be read from the table again, with the reason."""
+
+    words: WordIndex
+    problems: list[str]
+
+
+def files_of(folder: Path, generation: int) -> list[Path]:
+    """The files of the segments of a generation."""
+    return [path for part in _parts(folder, generation) for path in (part.path, part.record)]
+
+
+def write_segment(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
+    """Write the words of the rows from ``first`` on, durably. Words of these rows or later ones are forgotten first.
+
+    (Rows that no version names are given again where a vector file was written anew.)
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for part in _parts(folder, generation):
+        if part.end > first:
+            _remove(part)
+    if len(segment):
+        _write(folder, generation, first, segment)
+
+
+def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, *, whole: bool = False) -> Coverage:
+    """The words of the first ``num_rows`` rows, and perhaps of some that came later.
+
+    Args:
+        folder: of the index.
+        generation: of its vectors.
+        num_rows: of the version that is read.
+        texts_of: gives texts of rows whose words are not there or damaged.
+        whole: compare all bytes with their checksums, not samples alone.
+    """
+    found: dict[_Part, WordSegment | str] = {}
+    for _ in range(_OPENINGS):
+        parts = _cover(_parts(folder, generation), num_rows)
+        found = {part: _open(part, whole=whole) for part in parts}
+        if all(part.record.exists() for part in parts):
+            break
+    segments: list[WordSegment] = []
+    problems: list[str] = []
+    at, missing = 0, 0
+
+    def fill(end: int) -> None:
+        nonlocal at, missing
+        if at < end:
+            segments.append(segment := WordSegment.from_texts(texts_of(at, end)))
+            missing += int(np.count_nonzero(segment.lengths))
+        at = max(at, end)
+
+    for part, opened in found.items():
+        if isinstance(opened, str):
+            problems.append(f"{part.path.name} {opened}")
+            continue
+        fill(part.first)
+        segments.append(opened)
+        at = part.end
+    fill(num_rows)
+    if missing:
+        problems.append(f"the words of {missing:,} passages are in no file")
+    return Coverage(WordIndex(segments), problems)
+
+
+def settle_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf) -> None:
+    """Read what is missing of the words of all rows, and join small neighbours; for the holder of the write lock.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    at = 0
+    for part in [*_cover(_parts(folder, generation), num_rows), None]:
+        end = num_rows if part is None else part.first
+        for first in range(at, end, _MOST_ROWS):
+            last = min(first + _MOST_ROWS, end)
+            _write(folder, generation, first, WordSegment.from_texts(texts_of(first, last)))
+        at = end if part is None else part.end
+    parts = _cover(_parts(folder, generation), num_rows)
+    for group in _groups(parts):
+        opened = [_open(part, whole=True) for part in group]
+        segments = [each for each in opened if not isinstance(each, str)]
+        if len(segments) == len(group):  # damaged ones stay what they are, until a repair
+            _write(folder, generation, group[0].first, WordSegment.join(segments))
+            for part in group:
+                _remove(part)
+    needed = set(_cover(_parts(folder, generation), num_rows))
+    for part in _parts(folder, generation):
+        if part not in needed:
+            _remove(part)
+
+
+def remove_damaged(folder: Path, generation: int) -> None:
+    """Remove the segments that are not what was written; ``settle_words`` then reads their rows again."""
+    for part in _parts(folder, generation):
+        if isinstance(_open(part, whole=True), str):
+            _remove(part)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers left that were killed."""
+    for path in folder.glob(f".{_NAME}-*.new"):
+        path.unlink()
+    for path in folder.glob(f"{_NAME}-*.bin"):
+        if not path.with_suffix(".json").exists():
+            path.unlink()
+
+
+def _parts(folder: Path, generation: int) -> list[_Part]:
+    parts: list[_Part] = []
+    for record in folder.glob(f"{_NAME}-{generation}-*-*.json"):
+        numbers = record.stem.split("-")[2:]
+        if len(numbers) == 2 and all(map(str.isdecimal, numbers)):
+            parts.append(_Part(int(numbers[0]), int(numbers[1]), record.with_suffix(".bin")))
+    return sorted(parts, key=lambda part: (part.first, -part.end))
+
+
+def _cover(parts: Sequence[_Part], num_rows: int) -> list[_Part]:
+    """Parts that do not overlap, the largest where they do."""
+    chosen: list[_Part] = []
+    at = 0
+    for part in parts:
+        if at <= part.first < num_rows and part.first < part.end:
+            chosen.append(part)
+            at = part.end
+    return chosen
+
+
+def _groups(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Neighbours to join: so that each segment is twice as large as the one behind it, or as large as they get.
+
+    A row is then written again as often as the number of rows doubles, not with each addition.
+    """
+    stack: list[list[_Part]] = []
+
+    def size(group: list[_Part]) -> int:
+        return group[-1].end - group[0].first
+
+    for part in parts:
+        stack.append([part])
+        while (
+            len(stack) > 1
+            and stack[-2][-1].end == stack[-1][0].first
+            and size(stack[-2]) < 2 * size(stack[-1])
+            and size(stack[-2]) + size(stack[-1]) <= _MOST_ROWS
+        ):
+            last = stack.pop()
+            stack[-1] += last
+    return (group for group in stack if len(group) > 1)
+
+
+def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
+    name = f"{_NAME}-{generation}-{first}-{first + len(segment)}"
+    draft, path = folder / f".{name}.new", folder / f"{name}.bin"
+    places: dict[str, list[int]] = {}
+    with draft.open("wb") as file:
+        for array_name, kind in _TYPES.items():
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            array: NDArray[Any] = np.ascontiguousarray(getattr(segment, array_name), kind)
+            places[array_name] = [file.tell(), len(array)]
+            file.write(array.data)
+        file.flush()
+        os.fsync(file.fileno())
+    sums = take_sums(draft)
+    draft.replace(path)
+    content = {"arrays": places, "num_bytes": sums.num_bytes, "block_bytes": BLOCK_BYTES, "checksums": sums.checksums}
+    write_checked(path.with_suffix(".json"), content)
+
+
+def _open(part: _Part, *, whole: bool) -> WordSegment | str:
+    """A segment mapped into memory, or what is wrong with it."""
+    try:
+        record = read_checked(part.record, required=True)
+        if record["block_bytes"] != BLOCK_BYTES:
+            return f"has blocks of {record['block_bytes']} bytes"
+        sums = FileSums(record["num_bytes"], record["checksums"])
+        blocks = None if whole else sample_blocks({part.path.name: sums})[part.path.name]
+        if (problem := problem_of(part.path, sums, blocks)) is not None:
+            return problem
+        content = np.asarray(np.memmap(part.path, np.uint8, "r"))  # a slice of a memmap takes 5 times an array's time
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, kind in _TYPES.items():
+            start, length = record["arrays"][name]
+            arrays[name] = content[start : start + length * kind.itemsize].view(kind)
+            if len(arrays[name]) != length:
+                return f"does not hold its {name}"
+        segment = WordSegment(**arrays)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"cannot be used ({error})"
+    return segment if len(segment) == part.end - part.first else f"holds {len(segment)} rows"
+
+
+def _remove(part: _Part) -> None:
+    part.record.unlink(missing_ok=True)  # first: without it the rest is nothing
+    part.path.unlink(missing_ok=True)

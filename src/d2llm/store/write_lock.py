@@ -1,0 +1,66 @@
+"""One writer at a time: the lock of an index, and the traces that a killed writer leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from d2llm.core.errors import IndexLockedError, StorageError
+from d2llm.store.storage import storage_errors
+from d2llm.store.table_files import TableFiles
+
+LOCK_NAME = "write.lock"
+
+
+class WriteLock:
+    """The lock of the index in a folder. It is the operating system's, so a killed writer leaves none behind."""
+
+    def __init__(self, folder: Path, files: TableFiles, check: Callable[[], None]) -> None:
+        """Args: ``check`` is called when the lock has been got, before anything is changed."""
+        self._folder = folder
+        self._files = files
+        self._check = check
+        self._lock = filelock.FileLock(folder / LOCK_NAME, timeout=0)
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Hold it; may be nested.
+
+        Raises:
+            IndexLockedError: another process or thread holds it.
+            StorageError: the folder cannot be written.
+        """
+        with storage_errors(self._folder):
+            try:
+                self._lock.acquire()
+            except filelock.Timeout as error:
+                raise IndexLockedError(f"{self._folder}: another process is writing to it; try again later") from error
+        try:
+            if self._lock.lock_counter > 1:
+                yield
+                return
+            self._check()
+            with storage_errors(self._folder):
+                self._files.begin()
+            try:
+                yield
+            finally:
+                with storage_errors(self._folder):
+                    self._files.end()
+        finally:
+            self._lock.release()
+
+    def finish(self) -> None:
+        """For readers: do what a writer that was killed did not get to. Nothing, where one is still at work."""
+        if self._lock.is_locked or not self._files.is_unfinished():
+            return
+        try:
+            with self.held():
+                pass
+        except IndexLockedError:
+            pass
+        except StorageError:
+            self._files.after_crash = True  # without the right to write, every reader compares everything

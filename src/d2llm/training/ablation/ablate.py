@@ -1,0 +1,301 @@
+"""The verb ``ablate``: what each part of a recipe is worth, by training it without that part, over several seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.files import write_json
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.core.variants import VARIANTS, find_variant
+from d2llm.data.labels import LabelStore
+from d2llm.data.plan import TrainingPlan
+from d2llm.data.training import TrainingSource, check_sources
+from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.teachers.judge import identify_judge
+from d2llm.training.ablation.report import (
+    BASE,
+    MEASURE,
+    AblationReport,
+    FailedRun,
+    MeasuredSet,
+    named_measures,
+    summarise,
+)
+from d2llm.training.ablation.run import RunSettings, fingerprint_sets, read_result, train_and_measure
+from d2llm.training.dev import DevSet, PairDevSet, make_dev_set
+from d2llm.training.training_run import epochs_of
+
+DEV_QUERIES = 500
+"""Dev queries of each data set, at most, that every run is measured on."""
+# Not a seed that a recipe is likely to have: with one, that seed's runs would be measured on the very queries that
+# chose their best step, and the other seeds' runs would not.
+_MEASURING_SEED = 1_000_003
+_log = logging.getLogger(__name__)
+
+
+def ablate(
+    sources: Sequence[TrainingSource],
+    folder: Path,
+    *,
+    recipe: Recipe,
+    labels: Path,
+    teacher: TeacherConfig,
+    variants: Sequence[str] | None = None,
+    num_seeds: int = 3,
+    max_queries: int | None = None,
+    epochs: int | None = None,
+    budget_minutes: float | None = None,
+    dev_queries: int = DEV_QUERIES,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> AblationReport:
+    """Train a recipe and its variants, each over the same seeds, and measure all on the same dev queries.
+
+    Every run is one ``distill`` in ``folder/<settings>/<variant>/seed-<n>``, where ``<settings>`` stands for all that
+    shapes the runs. A finished run is not repeated, an interrupted one goes on from its checkpoint. The first seed of
+    everything comes first, the recipe itself at the head, so that an early end leaves whole columns.
+
+    A seed decides about initial weights, batches, draws, and the dev sample by which a run chooses its best step and
+    the weight of its interaction, as in any ``distill``. What is reported is measured afterwards, with the student
+    as it was written, on dev queries that are the same for all runs whatever their seed.
+
+    A variant that cannot be trained is reported with the reason; if the recipe itself cannot, that is an error.
+
+    Args:
+        sources: data sets with their plans; each needs judged dev queries.
+        folder: where the runs go.
+        recipe: the recipe; its seed is the first.
+        labels: the label store that ``label`` wrote; not needed if the recipe has no imitation loss.
+        teacher: whose labels to use.
+        variants: names from ``core.variants``; None means all.
+        num_seeds: how many, counting up from the recipe's.
+        max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
+            contains a smaller one.
+        epochs: instead of the recipe's.
+        budget_minutes: no run is begun after so many minutes; 0 only reports what there is. None means no limit.
+        dev_queries: measure on a fixed random sample of so many dev queries of each data set; all where there are not
+            more.
+        device: by default what this machine has.
+        dtype: by default what is fast there.
+        show_progress: None means: if standard error is a terminal.
+        announce: called with one line when a run begins; by default it is logged.
+
+    Raises:
+        RecipeError: an unknown variant (the nearest is named).
+        InputError: a number out of range, no labels, or no dev queries; see also ``distill``.
+        LabelMismatchError: the store holds labels of another teacher or prompt only.
+        TrainingDivergedError: the training of the recipe itself diverged.
+    """
+    started = time.monotonic()
+    _check_numbers(num_seeds, max_queries, epochs, budget_minutes, dev_queries)
+    recipes, same = _distinct(_shortened(recipe, max_queries, epochs), VARIANTS if variants is None else variants)
+    check_sources(sources)
+    labelled = _labelled(sources, labels, teacher) if recipe.losses.imitates else None
+    notes = list(_left_out(recipe, sources, labelled))
+    sources = _training_queries(recipe, sources, labelled, max_queries)
+    dev_sets = [
+        make_dev_set(
+            source,
+            num_queries=dev_queries,
+            num_passages=recipe.training.dev_passages,
+            seed=_MEASURING_SEED,
+            show_progress=show_progress,
+        )
+        for source in sources
+    ]
+    settings = _settings(recipes[BASE], sources, labelled, teacher, device, dtype)
+    place = folder / fingerprint_json(settings)
+    shared = RunSettings(
+        sources, dev_sets, fingerprint_sets(dev_sets), place, labels, teacher, device, dtype, show_progress
+    )
+    seeds = range(recipe.seed, recipe.seed + num_seeds)
+    runs = [(name, seed) for seed in seeds for name in recipes]
+    results = {run: found for run in runs if (found := read_result(shared, *run)) is not None}
+    missing: list[tuple[str, int]] = []
+    failed: list[FailedRun] = []
+    waiting = [run for run in runs if run not in results]
+    if waiting:
+        write_json(place / "settings.json", settings)
+    seconds: list[float] = []
+    for number, (name, seed) in enumerate(waiting):
+        begun = time.monotonic()
+        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # killed before it was measured
+        if not is_trained and budget_minutes is not None and begun - started >= 60 * budget_minutes:
+            missing.append((name, seed))
+            continue
+        (announce or _log.info)(_announcement(name, seed, number, len(waiting), seconds))
+        try:
+            results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
+        except D2LLMError as error:
+            if name == BASE:
+                raise
+            failed.append(FailedRun(name, seed, str(error)))
+            _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
+        seconds.append(time.monotonic() - begun)
+    base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
+    sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
+    return AblationReport(
+        recipe=recipe.name,
+        measure=named_measures(sets),
+        sets=sets,
+        seeds=tuple(seeds),
+        base=base,
+        rows=rows,
+        same=same,
+        missing=tuple(missing),
+        failed=tuple(failed),
+        settings=settings,
+        notes=(*notes, *_notes(recipes[BASE], sources, num_seeds)),
+        folder=str(place),
+    )
+
+
+def _check_numbers(
+    num_seeds: int, max_queries: int | None, epochs: int | None, budget_minutes: float | None, dev_queries: int
+) -> None:
+    limits = {
+        "num_seeds": (num_seeds, 1),
+        "max_queries": (max_queries, 1),
+        "epochs": (epochs, 1),
+        "budget_minutes": (budget_minutes, 0),
+        "dev_queries": (dev_queries, 1),
+    }
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}, but must be at least {least}")
+
+
+def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> Recipe:
+    """The recipe as the runs have it: data sets by name, so that moving them makes no other run of it."""
+    data = [
+        item.model_copy(
+            update={
+                "path": Path(item.path).name,
+                "max_queries": min((n for n in (item.max_queries, max_queries) if n is not None), default=None),
+            }
+        )
+        for item in recipe.data
+    ]
+    training = recipe.training if epochs is None else recipe.training.model_copy(update={"epochs": epochs})
+    return recipe.model_copy(update={"data": tuple(data), "training": training})
+
+
+def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """The recipes to train by name, and the names of those that are equal to an earlier one."""
+    recipes: dict[str, Recipe] = {BASE: base}
+    same: dict[str, str] = {}
+    for name in dict.fromkeys(variants):
+        changed = find_variant(name).apply(base)
+        equal = next((n for n, r in recipes.items() if changed.model_copy(update={"name": r.name}) == r), None)
+        if equal is None:
+            recipes[name] = changed
+        else:
+            same[name] = equal
+    return recipes, same
+
+
+def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherConfig) -> list[set[str]]:
+    """The queries of each plan that have all their labels."""
+    if not (labels / MANIFEST).is_file():
+        raise InputError(f"{labels}: there are no labels yet; run the verb label with this recipe first")
+    identity = identify_judge(teacher)
+    found: list[set[str]] = []
+    for source in sources:
+        key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
+        store = LabelStore.open_for_reading(labels, **key)
+        found.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
+    return found
+
+
+def _left_out(recipe: Recipe, sources: Sequence[TrainingSource], labelled: Sequence[set[str]] | None) -> Iterator[str]:
+    """What becomes of queries without labels."""
+    does = "left out of every run" if recipe.training.unlabelled == "leave_out" else "trained on their own judgements"
+    for source, having in zip(sources, labelled or (), strict=labelled is not None):
+        if lacking := len(source.plan.entries) - len(having):
+            yield (
+                f"{source.dataset.name}: {lacking:,} of {len(source.plan.entries):,} training queries lack the "
+                f"teacher's labels and are {does}"
+            )
+
+
+def _training_queries(
+    recipe: Recipe, sources: Sequence[TrainingSource], labelled: Sequence[set[str]] | None, max_queries: int | None
+) -> list[TrainingSource]:
+    """The sources with the queries that every run is trained on, those without a teacher too.
+
+    A run without imitation would else have the unlabelled queries besides, and more steps than the recipe.
+    """
+    chosen = [{entry.query_id for entry in source.plan.entries} for source in sources]
+    if labelled is not None and recipe.training.unlabelled == "leave_out":
+        chosen = list(labelled)
+    # Not the hash by which the teacher's share is chosen: else a small sample would be labelled throughout.
+    ordered = [sorted(ids, key=lambda i: hashlib.sha256(f"ablate:{i}".encode()).digest()) for ids in chosen]
+    return [_restricted(source, set(ids[:max_queries])) for source, ids in zip(sources, ordered, strict=True)]
+
+
+def _restricted(source: TrainingSource, query_ids: set[str]) -> TrainingSource:
+    entries = tuple(entry for entry in source.plan.entries if entry.query_id in query_ids)
+    if len(entries) == len(source.plan.entries):
+        return source
+    content = fingerprint_json([source.plan.manifest["content_hash"], sorted(query_ids)])
+    return replace(source, plan=TrainingPlan(entries, source.plan.manifest | {"content_hash": content}))
+
+
+def _settings(
+    base: Recipe,
+    sources: Sequence[TrainingSource],
+    labelled: Sequence[set[str]] | None,
+    teacher: TeacherConfig,
+    device: str | None,
+    dtype: str | None,
+) -> dict[str, Any]:
+    """All that shapes the runs but variant and seed."""
+    identity = identify_judge(teacher) if labelled is not None else None
+    plans = [{entry.query_id for entry in source.plan.entries} for source in sources]
+    counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
+    target = choose_device(device)
+    return {
+        "recipe": base.model_dump(mode="json", exclude={"name", "seed", "teacher", "teacher_tuning", "mining"}),
+        "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
+        "teacher": None if identity is None else [identity.fingerprint, dict(identity.prompts)],
+        "labelled_queries": counts,
+        "device": target.type,
+        "dtype": str(choose_dtype(target, dtype)).removeprefix("torch."),
+    }
+
+
+def _measured_set(dev: DevSet | PairDevSet, source: TrainingSource) -> MeasuredSet:
+    measure = dev.gold.main_measure if isinstance(dev, PairDevSet) else MEASURE
+    return MeasuredSet(dev.name, dev.task, dev.num_items, dev.num_passages, len(source.plan.entries), measure)
+
+
+def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequence[float]) -> str:
+    left = f", about {max(1.0, fmean(seconds) * (total - number) / 60):,.0f} min left" if seconds else ""
+    return f"ablate: run {number + 1:,} of {total:,}: {name}, seed {seed}{left}"
+
+
+def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> Iterator[str]:
+    """What a reader of the figures should know."""
+    if num_seeds == 1:
+        yield "one seed only: there are no intervals, and chance cannot be told from effect"
+    training = base.training
+    per_epoch = sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
+    steps = per_epoch * epochs_of(training, per_epoch)
+    warmup = training.warmup_of(steps)
+    if warmup >= steps:
+        yield (
+            f"the warm-up of {warmup:,} steps is as long as the runs of at most {steps:,} steps or "
+            "longer: the learning rate never reached its value"
+        )

@@ -1,0 +1,167 @@
+"""What ``ablate`` found, as plain frozen values; tables, JSON, Markdown and HTML are made from these alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from d2llm.core.types import Task
+from d2llm.core.variants import VARIANTS, VariantGroup
+from d2llm.ops.significance import Interval
+from d2llm.ops.student_t import mean_interval
+
+REPORT_VERSION = 1
+"""Of ``AblationReport.to_json``: changes when a field is renamed, removed or means something else."""
+BASE = "recipe"
+"""The name under which the recipe itself, unchanged, stands among the variants."""
+MEASURE = "nDCG@10"
+"""Of retrieval sets; sets of labelled pairs have the main measure of their kind (``evaluation.gold``)."""
+RowGroup = Literal["recipe"] | VariantGroup
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One training run, measured.
+
+    ``by_set`` is the measure of each data set, ``ndcg`` the mean over them: of retrieval sets alone it is nDCG@10, of
+    sets of labelled pairs what ``MeasuredSet.measure`` says. ``residual_weights`` holds the weight r of the interaction
+    that the run chose for each task; it is empty for a head that is not an anchor with an interaction. ``best_step`` is
+    the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the time of training
+    with its dev evaluations, over all sessions of an interrupted run, without what was lost between two checkpoints.
+    """
+
+    variant: str
+    seed: int
+    ndcg: float
+    by_set: Mapping[str, float]
+    residual_weights: Mapping[Task, float]
+    steps: int
+    best_step: int
+    seconds: float
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRun:
+    """A run that could not be trained, and why."""
+
+    variant: str
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AblationRow:
+    """The recipe or one variant of it over its seeds.
+
+    ``mean`` is over the runs, ``by_set`` the same for each data set. ``differences`` holds (variant minus recipe) for
+    each seed that both have, ``difference`` is their mean. Intervals are Student's t over seeds, 95 %; None where there
+    are fewer than two. Means are None where nothing was run.
+    """
+
+    name: str
+    group: RowGroup
+    title: str
+    runs: tuple[RunResult, ...]
+    mean: float | None
+    interval: Interval | None
+    by_set: Mapping[str, float]
+    differences: Mapping[int, float]
+    difference: float | None
+    difference_interval: Interval | None
+
+    @property
+    def residual_weights(self) -> dict[Task, float]:
+        """The weight of the interaction by task, mean over the runs."""
+        tasks: list[Task] = sorted({task for run in self.runs for task in run.residual_weights})
+        return {task: fmean(run.residual_weights[task] for run in self.runs) for task in tasks}
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSet:
+    """The dev queries of one data set, or its dev pairs, that every run was measured on.
+
+    ``num_passages`` is the size of the queries' small corpus, or how many different passages the pairs have.
+    """
+
+    name: str
+    task: Task
+    num_queries: int
+    num_passages: int
+    num_training_queries: int
+    measure: str = MEASURE
+
+
+@dataclass(frozen=True, slots=True)
+class AblationReport:
+    """The result of ``ablate``.
+
+    ``measure`` names all measures that the data sets have (``named_measures``); a row's mean is over the data sets.
+    ``base`` is the recipe itself, ``rows`` its variants in the order asked for. ``same`` names the variants that were
+    not trained because nothing changes, with what they are equal to. ``missing`` are (variant, seed) that the budget
+    left for the next call, ``failed`` those that could not be trained. ``settings`` says what shaped the runs.
+    """
+
+    recipe: str
+    measure: str
+    sets: tuple[MeasuredSet, ...]
+    seeds: tuple[int, ...]
+    base: AblationRow
+    rows: tuple[AblationRow, ...]
+    same: Mapping[str, str]
+    missing: tuple[tuple[str, int], ...]
+    failed: tuple[FailedRun, ...]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...]
+    folder: str
+
+    @property
+    def best(self) -> str | None:
+        """The name of the row with the highest mean over the recipe's seeds; of equal ones the first.
+
+        A variant that lacks one of these seeds, as after a budget, cannot be compared by its mean.
+        """
+        seeds = {run.seed for run in self.base.runs}
+        means = {
+            row.name: fmean(run.ndcg for run in row.runs if run.seed in seeds)
+            for row in (self.base, *self.rows)
+            if seeds and seeds <= {run.seed for run in row.runs}
+        }
+        return max(means, key=means.__getitem__) if means else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {"report_version": REPORT_VERSION, **asdict(self)}
+
+
+def named_measures(sets: Sequence[MeasuredSet]) -> str:
+    """The measures of these data sets, each once: "nDCG@10", or "nDCG@10 and AP"."""
+    return " and ".join(dict.fromkeys(one.measure for one in sets))
+
+
+def summarise(names: Sequence[str], results: Sequence[RunResult]) -> tuple[AblationRow, tuple[AblationRow, ...]]:
+    """The base row and one row for each of the variants ``names``, from the runs that there are."""
+    by_variant = {name: [run for run in results if run.variant == name] for name in (BASE, *names)}
+    base = {run.seed: run for run in by_variant[BASE]}
+    rows = [_row(name, runs, base) for name, runs in by_variant.items()]
+    return rows[0], tuple(rows[1:])
+
+
+def _row(name: str, runs: Sequence[RunResult], base: Mapping[int, RunResult]) -> AblationRow:
+    values = [run.ndcg for run in runs]
+    differences = {run.seed: run.ndcg - base[run.seed].ndcg for run in runs if run.seed in base and name != BASE}
+    names = list(runs[0].by_set) if runs else []
+    return AblationRow(
+        name=name,
+        group="recipe" if name == BASE else VARIANTS[name].group,
+        title="the recipe as it is" if name == BASE else VARIANTS[name].title,
+        runs=tuple(runs),
+        mean=fmean(values) if values else None,
+        interval=mean_interval(values),
+        by_set={data: fmean(run.by_set[data] for run in runs) for data in names},
+        differences=differences,
+        difference=fmean(differences.values()) if differences else None,
+        difference_interval=mean_interval(list(differences.values())),
+    )

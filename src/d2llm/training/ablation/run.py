@@ -1,0 +1,128 @@
+"""One training run of an ablation: trained, measured, and found again by the next call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from d2llm.core.files import write_json
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.data.training import TrainingSource
+from d2llm.models.interaction import CosineHead
+from d2llm.models.student import Student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
+from d2llm.training.ablation.report import RunResult
+from d2llm.training.dev import DevSet, PairDevSet, evaluate_dev, value_by_set
+from d2llm.training.distill import distill
+from d2llm.training.training_run import LOG
+
+_RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all runs have in common: ``place`` is the folder of all, ``measured_on`` stands for the dev sets."""
+
+    sources: list[TrainingSource]
+    dev_sets: list[DevSet | PairDevSet]
+    measured_on: str
+    place: Path
+    labels: Path
+    teacher: TeacherConfig
+    device: str | None
+    dtype: str | None
+    show_progress: bool | None
+
+    def student(self, variant: str, seed: int) -> Path:
+        """The folder of one run's student; ``<folder>.run`` and ``<folder>.json`` beside it are its log and result."""
+        return self.place / variant / f"seed-{seed}"
+
+
+def fingerprint_sets(dev_sets: Sequence[DevSet | PairDevSet]) -> str:
+    """Of all that a measured value depends on besides the student."""
+    return fingerprint_json([_RECORD_VERSION, [_content(dev) for dev in dev_sets]])
+
+
+def _content(dev: DevSet | PairDevSet) -> list[Any]:
+    if isinstance(dev, PairDevSet):
+        return [dev.name, dev.task, [(pair.query, pair.passage, pair.label, pair.score) for pair in dev.pairs]]
+    queries = [(query.id, query.text) for query in dev.queries]
+    return [dev.name, dev.task, queries, dev.passage_ids, dev.passage_texts, dev.qrels]
+
+
+def _record(student: Path) -> Path:
+    return student.with_name(student.name + ".json")
+
+
+def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
+    """The result of an earlier call; None if there is none, or it was measured on other queries."""
+    student = shared.student(name, seed)
+    if not _record(student).is_file() or not (student / MANIFEST).is_file():
+        return None
+    record = json.loads(_record(student).read_text(encoding="utf-8"))
+    result = RunResult(**record["result"]) if record.get("measured_on") == shared.measured_on else None
+    fingerprint = read_manifest(student, KIND, FORMAT_VERSION)["fingerprint"]
+    return result if result is not None and result.fingerprint == fingerprint else None
+
+
+def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int) -> RunResult:
+    """Train one student, unless an earlier call has, and measure it as it was written."""
+    folder = shared.student(name, seed)
+    if not (folder / MANIFEST).is_file():
+        distill(
+            shared.sources,
+            folder,
+            recipe=recipe.model_copy(update={"seed": seed}),
+            labels=shared.labels,
+            teacher=shared.teacher,
+            device=shared.device,
+            dtype=shared.dtype,
+            show_progress=shared.show_progress,
+        )
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    student = Student.load(folder, device=shared.device, dtype=shared.dtype)
+    weights = manifest["residual_weights"]
+    by_set = value_by_set(evaluate_dev(student, shared.dev_sets, show_progress=shared.show_progress), weights)
+    head = student.interaction
+    has_weight = head.has_anchor and not isinstance(head, CosineHead)
+    result = RunResult(
+        variant=name,
+        seed=seed,
+        ndcg=fmean(by_set.values()),
+        by_set=by_set,
+        residual_weights=weights if has_weight else {},
+        steps=manifest["steps"],
+        best_step=manifest["best_step"],
+        seconds=_seconds(_log_lines(folder)),
+        fingerprint=student.fingerprint,
+    )
+    write_json(_record(folder), {"measured_on": shared.measured_on, "result": asdict(result)})
+    for checkpoint in _run_folder(folder).glob("*.safetensors"):
+        checkpoint.unlink()  # of no more use, and several times as large as the student
+    return result
+
+
+def _run_folder(student: Path) -> Path:
+    return student.with_name(student.name + ".run")
+
+
+def _log_lines(student: Path) -> Iterator[dict[str, Any]]:
+    for line in (_run_folder(student) / LOG).read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)
+
+
+def _seconds(lines: Iterable[Mapping[str, Any]]) -> float:
+    """The time of training; the log's clock begins anew with every session."""
+    total = before = 0.0
+    for line in lines:
+        now = line["seconds"]
+        total += now - before if now >= before else now
+        before = now
+    return total

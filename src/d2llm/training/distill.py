@@ -1,0 +1,290 @@
+"""The verb ``distill``: the teacher's judgement goes into backbone, PMA and IEM."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import check_replaceable
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.core.recipe_file import shaping_settings
+from d2llm.core.types import Task
+from d2llm.data.collation import LabelledSource
+from d2llm.data.labels import LabelStore
+from d2llm.data.training import TrainingSource, check_sources
+from d2llm.models.evidence import NO_EVIDENCE, Evidence
+from d2llm.models.student import Student
+from d2llm.models.student_files import KIND
+from d2llm.models.teachers.identity import TeacherIdentity
+from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.training.dev import make_dev_set
+from d2llm.training.distill_run import DistillRun
+from d2llm.training.fit_evidence import fit_evidence
+from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.label import label_passages
+from d2llm.training.objective import OFFSET
+from d2llm.training.processes import joined_processes, own_device
+from d2llm.training.residual import AskTeacher
+
+_log = logging.getLogger(__name__)
+_NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"})
+
+
+@dataclass(frozen=True, slots=True)
+class DistillReport:
+    """What a distillation did.
+
+    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and of
+    how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
+    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, which was written.
+    ``evidence`` has, for each task, the weights of what counts beside the vectors, and what they are worth on dev.
+    ``probabilities`` has, for each task with enough dev queries, what makes probabilities of its scores.
+    """
+
+    folder: str
+    fingerprint: str
+    steps: int
+    best_step: int
+    stopped_early: bool
+    queries: int
+    unlabelled_queries: int
+    residual_weights: dict[Task, float]
+    share_kept: float
+    is_untrained: bool
+    dev: dict[str, dict[str, Any]]
+    seconds: float
+    evidence: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
+    probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
+
+
+def distill(
+    sources: Sequence[TrainingSource],
+    folder: Path,
+    *,
+    recipe: Recipe,
+    labels: Path,
+    teacher: TeacherConfig,
+    closed_gates: Collection[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+) -> DistillReport:
+    """Train a student on a teacher's labels and write it to ``folder``; an interrupted run goes on where it stopped.
+
+    The student starts as its backbone's own cosine (default configuration), is measured on dev before the first step
+    and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
+    result, 0 included. So what is written is on dev never worse than what it started from. At the end what makes
+    probabilities of its scores is fitted on the same number of dev queries (``training.fit_probabilities``).
+
+    With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the
+    data sets' own judgements, as a tuned cosine with an interaction beside it.
+
+    Started by ``torchrun`` or ``accelerate launch``, the processes share the texts of each batch and get the result of
+    one process, but for rounding; the first alone evaluates and writes, into a folder that all must see.
+
+    Args:
+        sources: data sets with their plans; each needs judged dev queries.
+        folder: where the student goes; ``<folder>.run`` beside it keeps checkpoint, best state and log.
+        recipe: student, losses, training and seed.
+        labels: the label store that ``label`` wrote.
+        teacher: whose labels to use.
+        closed_gates: data sets on which the teacher was tried and found wanting (``training.gate``): they are trained
+            on their own judgements.
+        device: by default what this machine has.
+        dtype: by default what is fast there.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: ``folder`` holds a finished student or foreign files, the data sets cannot be told apart (see
+            ``check_sources``), there are no labels or dev queries, or the checkpoint is another run's.
+        LabelMismatchError: the store holds labels of another teacher or prompt only.
+        TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
+    """
+    if (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: holds a finished student already; give another folder, or delete it to start anew")
+    check_replaceable(folder, KIND)
+    check_sources(sources)
+    started = time.monotonic()
+    identity = identify_judge(teacher) if recipe.losses.imitates else _NO_TEACHER
+    labelled = [
+        _join(source, labels, _NO_TEACHER if source.dataset.name in closed_gates else identity, recipe)
+        for source in sources
+    ]
+    if not any(source.entries for source in labelled):
+        raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")
+    training = recipe.training
+    dev_sets = [
+        make_dev_set(
+            source,
+            num_queries=training.dev_queries,
+            num_passages=training.dev_passages,
+            seed=recipe.seed,
+            show_progress=show_progress,
+        )
+        for source in sources
+    ]
+    student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
+    student.prepare_training(seed=recipe.seed)
+    with joined_processes() as processes:
+        settings = _run_settings(recipe, labelled, identity)
+        run = DistillRun(
+            student,
+            recipe,
+            labelled,
+            dev_sets,
+            settings,
+            folder.with_name(folder.name + ".run"),
+            processes,
+            _asked_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
+            show_progress,
+        )
+        stopped_early = run.train()
+        run.take_best()
+        run.step_back()
+        run.train_interaction()
+        report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
+        if processes.is_first:
+            student.evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
+            student.calibration = fit_probabilities(
+                student,
+                [(source.dataset, source.task) for source in sources],
+                num_queries=training.dev_queries,
+                seed=recipe.seed,
+                show_progress=show_progress,
+            )
+            fitted = {task: found.model_dump() for task, found in student.calibration.tasks.items()}
+            weighed = {task: found.model_dump() for task, found in student.evidence.tasks.items()}
+            seconds = time.monotonic() - started
+            report = replace(report, evidence=weighed, probabilities=fitted, seconds=seconds)
+            content = {
+                "recipe": recipe.model_dump(),
+                "settings": settings,
+                "teacher": identity.fingerprint,
+                "tasks": sorted({source.task for source in sources}),
+                "steps": report.steps,
+                "best_step": report.best_step,
+                "dev": report.dev,
+                "residual_weights": report.residual_weights,
+                "share_kept": report.share_kept,
+                "closed_gates": sorted(closed_gates),
+                "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
+            }
+            student.save(folder, content=content)
+            run.finish()
+        return processes.from_first(report)  # when the student is written
+
+
+def _report(
+    run: DistillRun, folder: Path, labelled: Sequence[LabelledSource], stopped_early: bool, seconds: float
+) -> DistillReport:
+    progress = run.progress
+    has_interaction = run.has_stages and any(progress.best_weights.values())
+    task_of: dict[str, Task] = {dev.name: dev.task for dev in run.dev_sets}
+    return DistillReport(
+        folder=str(folder),
+        fingerprint=run.student.fingerprint,
+        steps=progress.step,
+        best_step=progress.best_step,
+        stopped_early=stopped_early,
+        queries=sum(len(source.entries) for source in labelled),
+        unlabelled_queries=sum(source.num_unlabelled for source in labelled),
+        residual_weights=progress.best_weights,
+        share_kept=progress.share_kept,
+        is_untrained=(progress.best_step == 0 or progress.share_kept == 0) and not has_interaction,
+        dev={
+            name: {
+                "start": progress.start_dev[name],
+                "last": progress.last_dev[name],
+                "kept": by_weight[str(float(progress.best_weights[task_of[name]]))],
+                "by_weight": by_weight,
+                "num_items": len(progress.start_items[name]),
+            }
+            for name, by_weight in progress.best_by_set.items()
+        },
+        seconds=seconds,
+    )
+
+
+def _asked_when_needed(
+    teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
+) -> AskTeacher:
+    """Asks the teacher about passages that training finds; it is loaded for the first that has no label."""
+    judge: Judge | None = None
+
+    def ask(labelled: LabelledSource, wanted: Mapping[str, Sequence[str]]) -> None:
+        nonlocal judge
+        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in wanted.items()):
+            return
+        judge = judge or load_judge(teacher, device=device, dtype=dtype)
+        label_passages(judge, labelled.source, labelled.labels, wanted, show_progress=show_progress)
+
+    return ask
+
+
+def _fit_evidence(
+    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, show_progress: bool | None
+) -> Evidence:
+    """Weigh the evidence on the dev queries of the data sets; labelled pairs have no corpus to count words in."""
+    if not recipe.evidence.terms or not student.has_anchor:
+        return NO_EVIDENCE
+    return fit_evidence(
+        student,
+        [(source.dataset, source.task) for source in sources if source.pairs is None],
+        terms=recipe.evidence.terms,
+        num_queries=recipe.training.dev_queries,
+        seed=recipe.seed,
+        show_progress=show_progress,
+    )
+
+
+def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recipe: Recipe) -> LabelledSource:
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
+    if identity is _NO_TEACHER:
+        return LabelledSource.join(source, LabelStore(labels, **key), keep_unlabelled=True)
+    store = LabelStore.open_for_reading(labels, **key)
+    keep = recipe.training.unlabelled == "own_labels"
+    joined = LabelledSource.join(source, store, keep_unlabelled=keep)
+    if joined.num_unlabelled:
+        _log.warning(
+            "%s: %d of %d queries of the plan lack the teacher's labels and are %s",
+            source.dataset.name,
+            joined.num_unlabelled,
+            len(source.plan.entries),
+            "trained on the data set's own judgements" if keep else "left out",
+        )
+    without_cosines = sum(
+        bool(store.log_odds(e.query_id)) and bool(store.missing_cosines(e.query_id, e.positives + e.hard_negatives))
+        for e in joined.entries
+    )
+    if without_cosines and recipe.losses.feature_imitation:
+        _log.warning(
+            "%s: %d queries lack cosines of the teacher's features for some of their passages, which take no part in "
+            "feature imitation; run `label` again to make them",
+            source.dataset.name,
+            without_cosines,
+        )
+    return joined
+
+
+def _run_settings(recipe: Recipe, sources: Sequence[LabelledSource], identity: TeacherIdentity) -> dict[str, Any]:
+    """All that shapes a run, as plain JSON: a checkpoint, or a student, of anything else is another run's."""
+    return {
+        "recipe": shaping_settings(recipe),
+        "teacher": identity.fingerprint,
+        "prompts": dict(identity.prompts),
+        "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
+        "labels": {
+            s.source.dataset.name: {
+                "queries": len(s.entries),
+                "unlabelled": s.num_unlabelled,
+                "teacher": s.labels.teacher,
+            }
+            for s in sources
+        },
+    }

@@ -1,0 +1,423 @@
+"""The training loop of ``distill``: steps, dev, checkpoints, and the state that is kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from d2llm.core.errors import TrainingDivergedError
+from d2llm.core.files import write_bytes
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.recipe import Recipe, TrainingConfig
+from d2llm.core.types import Task
+from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
+from d2llm.data.plan import read_plan, write_plan
+from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.student import Student
+from d2llm.training.dev import (
+    DevResult,
+    DevSet,
+    PairDevSet,
+    choose_residual_weights,
+    evaluate_dev,
+    value_by_set,
+)
+from d2llm.training.gradient_cache import backpropagate, graph_room
+from d2llm.training.interpolation import (
+    items_at_best_weight,
+    mean_value,
+    put_between,
+    sound_weights,
+    sufficient_share,
+    worse_sets,
+)
+from d2llm.training.mining.remine import remine
+from d2llm.training.objective import (
+    OFFSET,
+    batch_losses,
+    batch_tokens,
+    make_offsets,
+    offset_name,
+    score_vectors,
+    weighted_sum,
+)
+from d2llm.training.processes import Processes
+from d2llm.training.residual import AskTeacher, train_residual
+from d2llm.training.trackers import open_trackers
+from d2llm.training.training_run import (
+    RunLog,
+    StopSignals,
+    adamw,
+    epochs_of,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizer_step,
+    remarks,
+    require_finite,
+    restore,
+    save_checkpoint,
+    trainable,
+    warmup_steps,
+)
+
+_log = logging.getLogger(__name__)
+_BEST = "best.safetensors"
+_OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
+_LOOKS, _MOST_STEPS_BETWEEN = 5, 200
+
+
+@dataclass
+class DistillProgress:
+    """Where a run stands; plain JSON in a checkpoint."""
+
+    step: int = 0
+    measured_step: int = -1
+    start_dev: dict[str, float] = field(default_factory=dict[str, float])
+    last_dev: dict[str, float] = field(default_factory=dict[str, float])
+    start_items: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    best_step: int = -1
+    best_dev: float = -1.0
+    best_by_set: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    best_weights: dict[Task, float] = field(default_factory=dict[Task, float])
+    share_kept: float = 1.0
+    evaluations_without_gain: int = 0
+
+
+class DistillRun:
+    """The training loop of one distillation, with all that a checkpoint must bring back."""
+
+    def __init__(
+        self,
+        student: Student,
+        recipe: Recipe,
+        sources: list[LabelledSource],
+        dev_sets: list[DevSet | PairDevSet],
+        settings: dict[str, Any],
+        folder: Path,
+        processes: Processes,
+        ask_teacher: AskTeacher,
+        show_progress: bool | None = None,
+    ) -> None:
+        """Begin a run, or take up the one whose checkpoint is in ``folder``.
+
+        ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
+        ``ask_teacher`` is asked where ``training.unjudged`` says so.
+        """
+        self.show_progress = show_progress if processes.is_first else False
+        self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
+        self.settings, self.folder, self.processes = settings, folder, processes
+        self.ask_teacher = ask_teacher
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.has_stages = _has_stages(student, recipe)
+        if self.has_stages and isinstance(student.interaction, Interaction):
+            for parameter in student.interaction.residual_parameters().values():
+                parameter.requires_grad_(False)
+        self.offsets = make_offsets(student, sources)
+        self.parameters = trainable(student) | self.offsets
+        self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.optimizer = _optimizer(self.parameters, recipe.training)
+        self.progress = DistillProgress()
+        checkpoint = load_checkpoint(folder, settings=self.settings)
+        if checkpoint is not None:
+            restore(checkpoint, self.parameters, self.optimizer)
+            self.progress = DistillProgress(**checkpoint.state)
+            remarks.info("distill: goes on after step %d of an earlier run", self.progress.step)
+        self.log: RunLog | None = None
+        if processes.is_first:
+            key = fingerprint_json(self.settings)
+            trackers = open_trackers(recipe, folder, run_key=key, resume_step=self.progress.step)
+            resume_step = -1 if checkpoint is None else checkpoint.step
+            self.log = RunLog(folder, resume_step=resume_step, trackers=trackers)
+        self.per_epoch = batches_per_epoch(self.sources, recipe.training.batch_queries)
+        self.total_steps = self.per_epoch * epochs_of(recipe.training, self.per_epoch)
+        self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
+        self.eval_every = recipe.training.eval_every or min(_MOST_STEPS_BETWEEN, -(-self.total_steps // _LOOKS))
+        self.room = graph_room(student, recipe.training)
+        self.signals = StopSignals()
+        self.kept_step, self.kept_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
+
+    def train(self) -> bool:
+        """Train to the end; returns whether dev stopped it early.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
+        """
+        with self.signals, progress_bar("distilling", self.total_steps, show=self.show_progress) as advance:
+            advance(self.progress.step)
+            try:
+                return self._train(advance)
+            except KeyboardInterrupt:
+                if self.signals.is_consistent and self.progress.best_step >= 0:
+                    self._keep()
+                    remarks.info("distill: step %d is kept in %s", self.progress.step, self.folder)
+                raise
+
+    def _train(self, advance: Advance) -> bool:
+        training, progress = self.recipe.training, self.progress
+        batches: list[tuple[LabelledSource, list[Draw]]] = []
+        self._measure_and_keep()  # before the first step, or what a stop has kept from it
+        while progress.step < self.total_steps:
+            if progress.evaluations_without_gain >= training.patience:
+                return True
+            epoch, place = divmod(progress.step, self.per_epoch)
+            if not batches or place == 0:
+                self._remine(epoch)
+                batches = self._batches(epoch)
+                if place == 0:
+                    self._write(progress.step + 1, queries=queries_by_set(batches))
+            self._step(*batches[place], advance)
+            self._measure_and_keep()
+        return False
+
+    def _measure_and_keep(self) -> None:
+        """After a step: dev and a checkpoint where they are due."""
+        training, progress = self.recipe.training, self.progress
+        at_end = progress.step == self.total_steps
+        is_look = (progress.step % self.eval_every == 0 or at_end) and progress.measured_step < progress.step
+        if is_look:
+            self._evaluate()
+        # A new best state is kept with a checkpoint that knows it, so that a resumed run cannot mix the two.
+        is_due = progress.step % training.checkpoint_every == 0 or at_end or progress.best_step == progress.step
+        is_due |= time.monotonic() - self.kept_at > 60 * training.checkpoint_minutes
+        if is_due and (is_look or self.kept_step != progress.step):
+            self._keep()
+
+    def take_best(self) -> None:
+        """Put the best state and its interaction weights into the student."""
+        best = load_file(self.folder / _BEST)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(best[name])
+        self._set_residual_weights()
+
+    def step_back(self) -> None:
+        """Take back as much of the change as dev does not miss (``training.interpolation``)."""
+        training, progress = self.recipe.training, self.progress
+        if progress.best_step == 0 or not training.steps_back:
+            return
+        end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+        def measure(share: float) -> dict[str, DevResult]:
+            put_between(self.parameters, self.start, end, share)
+            title = f"measuring {share:.0%} of the change on dev"
+            return self.processes.from_first(self._dev_results(title) if self.processes.is_first else {})
+
+        self.student.eval()
+        share, results = sufficient_share(
+            training.interpolation,
+            measure,
+            progress.start_items,
+            seed=self.recipe.seed,
+            largest=training.largest_share,
+        )
+        put_between(self.parameters, self.start, end, share)
+        self._adopt(results[share])
+        self._set_residual_weights()
+        progress.share_kept = share
+        for tried, found in results.items():
+            self._write(progress.step, share=tried, dev=_rounded(found))
+
+    def train_interaction(self) -> None:
+        """The second stage, where the recipe has one: the interaction alone, on the vectors as they are now."""
+        if not self.has_stages:
+            return
+        if self.processes.is_first:
+            results = train_residual(
+                self.student,
+                self.sources,
+                self.dev_sets,
+                self.recipe,
+                lambda source: self.offsets.get(offset_name(source.source)),
+                self._write_after,
+                ask_teacher=self.ask_teacher,
+                show_progress=self.show_progress,
+            )
+            self._adopt(results)
+            self.progress.best_weights = sound_weights(results, self.progress.start_items, seed=self.recipe.seed)
+        self._set_residual_weights()
+
+    def _write_after(self, step: int, **values: Any) -> None:
+        self._write(self.progress.step + step, **values)
+
+    def finish(self) -> None:
+        """Tell the log that the run came to its end."""
+        if self.log is not None:
+            self.log.finish()
+
+    def _remine(self, epoch: int) -> None:
+        """Hard negatives by the student at the start of the epoch; kept, so that a resumed run has the same."""
+        if not self.recipe.training.remine or epoch == 0:
+            return
+        renewed: list[LabelledSource] = []
+        for labelled in self.sources:
+            folder = self.folder / "remined" / f"epoch-{epoch}" / labelled.source.dataset.name
+            if self.processes.is_first and not (folder / MANIFEST).is_file():
+                self.student.eval()
+                found = remine(
+                    labelled.source,
+                    self.student,
+                    self.recipe.mining,
+                    seed=self.recipe.seed,
+                    epoch=epoch,
+                    labels=labelled.labels,
+                    same_text=labelled.same_text,
+                    show_progress=self.show_progress,
+                )
+                write_plan(folder, found.plan.entries, {"remined": found.plan.manifest.get("remined")})
+            self.processes.from_first(None)  # when the plan is written
+            mined = labelled.with_source(replace(labelled.source, plan=read_plan(folder)))
+            renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._judged_alone(mined))
+        self.sources = renewed
+
+    def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
+        """The source with those of its newly mined negatives that the teacher has judged, after asking it if wanted."""
+        if self.recipe.training.unjudged == "ask_teacher":
+            if self.processes.is_first:
+                by_teacher = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
+                self.ask_teacher(mined, {entry.query_id: entry.hard_negatives for entry in by_teacher})
+            self.processes.from_first(None)  # when the labels are written
+            mined = replace(mined, labels=mined.labels.read_again())
+        return mined.without_unjudged_negatives()
+
+    def _batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
+        training = self.recipe.training
+        return epoch_batches(
+            self.sources,
+            epoch=epoch,
+            batch_queries=training.batch_queries,
+            num_hard=training.num_hard,
+            num_easy=training.num_easy,
+            seed=self.recipe.seed,
+            group_by_length=training.group_by_length,
+            temperature=training.sampling_temperature,
+        )
+
+    def _step(self, source: LabelledSource, draws: list[Draw], advance: Advance) -> None:
+        progress, training = self.progress, self.recipe.training
+        self.student.train()
+        batch = collate(source, draws)
+        found: dict[str, Tensor] = {}
+
+        def loss_of(vectors: Tensor) -> Tensor:
+            scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
+            offset = self.offsets.get(offset_name(source.source))
+            found.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
+            loss = weighted_sum(found, self.recipe.losses)
+            require_finite(loss, progress.step, self.folder)
+            return loss
+
+        loss = backpropagate(
+            self.student,
+            batch_tokens(self.student, batch),
+            loss_of,
+            training=training,
+            room=self.room,
+            seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout by step alone: resume is exact
+            processes=self.processes,
+        )
+        factor = learning_rate_factor(progress.step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        with self.signals.held():
+            norm = optimizer_step(
+                self.optimizer, self.parameters, factor=factor, max_gradient_norm=training.max_gradient_norm
+            )
+            progress.step += 1
+            values = {name: round(float(value.detach()), 6) for name, value in found.items()}
+            self._write(progress.step, loss=float(loss), gradient_norm=norm, task=source.source.task, **values)
+        advance(1, f"loss {float(loss):.3f}  dev {progress.best_dev:.4f}")
+
+    def _write(self, step: int, **values: Any) -> None:
+        if self.log is not None:
+            self.log.write(step, **values)
+
+    def _evaluate(self) -> None:
+        """Measure on dev in the first process; all then know how the run stands."""
+        if self.processes.is_first:
+            self.student.eval()
+            results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
+            with self.signals.held():
+                self._take_in(results)
+        vars(self.progress).update(self.processes.from_first(vars(self.progress)))
+
+    def _dev_results(self, title: str) -> dict[str, DevResult]:
+        return evaluate_dev(self.student, self.dev_sets, title=title, show_progress=self.show_progress)
+
+    def _take_in(self, results: dict[str, DevResult]) -> None:
+        """The dev results of this step: is it the best, and what do they say of the weights of the interaction?"""
+        progress = self.progress
+        weights = choose_residual_weights(results)
+        by_set = value_by_set(results, weights)
+        progress.last_dev = by_set
+        value = mean_value(results)
+        items = items_at_best_weight(results)
+        if progress.best_step < 0:
+            progress.start_dev, progress.start_items = by_set, items
+        # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
+        # the end, that step will see to it.
+        is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
+        if is_sound and value > progress.best_dev:
+            progress.best_dev, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+            self._adopt(results)
+            best = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+            write_bytes(self.folder / _BEST, save(best))
+        else:
+            progress.evaluations_without_gain += 1
+        progress.measured_step = progress.step
+        dev = _rounded(results)
+        self._write(progress.step, dev=dev)
+        _log.info("step %d: dev %s", progress.step, dev)
+
+    def _adopt(self, results: dict[str, DevResult]) -> None:
+        """These dev results are those of what will be written, with the interaction weights that they ask for."""
+        progress = self.progress
+        progress.best_by_set = {
+            name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
+        }
+        progress.best_weights = choose_residual_weights(results)
+
+    def _set_residual_weights(self) -> None:
+        head = self.student.interaction
+        if isinstance(head, CosineHead) or not head.has_anchor:
+            return
+        with torch.no_grad():
+            for task, weight in self.progress.best_weights.items():
+                head.residual_weight(task).fill_(weight)
+
+    def _keep(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise TrainingDivergedError(
+                f"weights became infinite or no numbers before step {self.progress.step}; training stopped. The last "
+                f"good checkpoint is kept in {self.folder}. Lower the learning rate"
+            )
+        self.kept_step, self.kept_at = self.progress.step, time.monotonic()
+        if self.processes.is_first:
+            step, state = self.progress.step, dict(vars(self.progress))
+            with self.signals.held():
+                save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, settings=self.settings)
+
+
+def _has_stages(student: Student, recipe: Recipe) -> bool:
+    return recipe.training.residual.epochs > 0 and student.config.interaction.head == "anchored"
+
+
+def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
+    return {name: {str(w): round(v, 5) for w, v in result.values.items()} for name, result in results.items()}
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW with a rate for the backbone and one for the heads; vectors and scalars are not decayed."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        rate = training.learning_rate if name.startswith("backbone.") else training.head_learning_rate
+        rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
+        decay = training.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return adamw((group, rate, decay) for (rate, decay), group in groups.items())

@@ -1,0 +1,185 @@
+"""Fits what makes probabilities of a student's scores (``models.probabilities``), on judged dev queries."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import Task
+from d2llm.data.beir import Dataset
+from d2llm.data.same_text import SameText
+from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
+from d2llm.ops.calibration import expected_calibration_error, reliability_bins
+from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.training.mining.ranking import bm25_lists
+
+MIN_QUERIES = 30
+"""Judged dev queries of a task below which nothing is fitted."""
+NUM_HARD, NUM_RANDOM = 1, 8
+_LEXICAL_DEPTH = 10
+_POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be read
+
+_remarks = logging.getLogger("d2llm.remarks")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPairs:
+    """Pairs drawn as a probability is meant, and a student's scores of them.
+
+    Attributes:
+        queries: [n] "data set:query id".
+        scores: [n] of the student.
+        relevant: [n] bool.
+        num_queries: by data set.
+    """
+
+    queries: list[str]
+    scores: NDArray[np.float64]
+    relevant: NDArray[np.bool_]
+    num_queries: dict[str, int]
+
+
+def fit_probabilities(
+    student: SearchStudent,
+    judged: Sequence[tuple[Dataset, Task]],
+    *,
+    num_queries: int = 150,
+    seed: int = 0,
+    show_progress: bool | None = None,
+) -> ProbabilityCalibration:
+    """Fit for each task the logistic function that makes probabilities of a student's scores.
+
+    Of each dev query one relevant passage is drawn, ``NUM_HARD`` of those that BM25 finds first or that were judged and
+    are not relevant, and ``NUM_RANDOM`` of the corpus: one in ten is relevant, which is what a probability then takes
+    for granted. The function is that of greatest likelihood for Platt's targets. A task with fewer than ``MIN_QUERIES``
+    queries, or whose scores tell nothing apart, is left out, and that is said in a remark.
+
+    Args:
+        student: whose scores.
+        judged: data sets with a dev split, each with its task.
+        num_queries: of each data set, or all where there are fewer.
+        seed: of the draws.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: a score is no finite number.
+    """
+    tasks: dict[Task, TaskCalibration] = {}
+    names: list[Task] = sorted({task for _, task in judged})
+    for task in names:
+        parts = [
+            score_drawn(student, dataset, task, num_queries=num_queries, seed=seed, show_progress=show_progress)
+            for dataset, of in judged
+            if of == task
+        ]
+        fitted = _fit(task, parts, seed)
+        if fitted is not None:
+            tasks[task] = fitted
+    return ProbabilityCalibration(student=student.fingerprint, num_hard=NUM_HARD, num_random=NUM_RANDOM, tasks=tasks)
+
+
+def score_drawn(
+    student: SearchStudent,
+    dataset: Dataset,
+    task: Task,
+    *,
+    split: str = "dev",
+    num_queries: int,
+    seed: int,
+    show_progress: bool | None = None,
+) -> ScoredPairs:
+    """Draw passages for judged queries of a data set, one relevant, some hard, most at random; and score them.
+
+    A query without enough other passages to draw from is left out.
+    """
+    judged = dataset.positives(split) if split in dataset.qrels else {}
+    rng = random.Random(f"{seed}:{dataset.name}:probabilities")
+    known = sorted(query_id for query_id, positives in judged.items() if positives)
+    chosen = sorted(rng.sample(known, min(num_queries, len(known))))
+    positives = {query_id: judged[query_id] for query_id in chosen}
+    drawn = _draw(dataset, positives, dataset.qrels.get(split, {}), rng, show_progress)
+    row_of = {passage_id: row for row, passage_id in enumerate(dict.fromkeys(p for ids in drawn.values() for p in ids))}
+    texts = [dataset.passages[passage_id].full_text for passage_id in row_of]
+    with progress_bar(f"calibrating on {dataset.name}", len(texts) + len(drawn), show=show_progress) as advance:
+        passages = student.encode_passages(texts, advance=advance).vectors
+        query_texts = [dataset.queries[query_id].text for query_id in drawn]
+        queries = student.encode_queries(query_texts, advance=advance).vectors
+    scores = [
+        student.score(query, passages[[row_of[passage_id] for passage_id in ids]], task)
+        for query, ids in zip(queries, drawn.values(), strict=True)
+    ]
+    return ScoredPairs(
+        queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
+        scores=np.concatenate(scores).astype(np.float64) if scores else np.empty(0),
+        relevant=np.array([place == 0 for ids in drawn.values() for place in range(len(ids))], bool),
+        num_queries={dataset.name: len(drawn)},
+    )
+
+
+def _draw(
+    dataset: Dataset,
+    positives: dict[str, tuple[str, ...]],
+    judged: dict[str, dict[str, int]],
+    rng: random.Random,
+    show: bool | None,
+) -> dict[str, list[str]]:
+    """For each query the passages to score, a relevant one first."""
+    if not positives:
+        return {}
+    title = f"passages to calibrate on of {dataset.name}"
+    queries = [dataset.queries[query_id] for query_id in positives]
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show, title=title)
+    same_text = SameText(dataset)
+    pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
+    drawn: dict[str, list[str]] = {}
+    for (query_id, relevant), found in zip(positives.items(), lists, strict=True):
+        excluded = {*relevant, *same_text.as_any_of(relevant)}
+        refused = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
+        hard = [passage_id for passage_id in dict.fromkeys([*found, *refused]) if passage_id not in excluded]
+        others = [passage_id for passage_id in pool if passage_id not in excluded]
+        if not others:
+            continue
+        # A small corpus gives a passage more than once: what counts is how many are relevant.
+        drawn[query_id] = [
+            rng.choice(relevant),
+            *rng.choices(hard or others, k=NUM_HARD),
+            *rng.choices(others, k=NUM_RANDOM),
+        ]
+    return drawn
+
+
+def _fit(task: Task, parts: Sequence[ScoredPairs], seed: int) -> TaskCalibration | None:
+    num_queries = {name: count for part in parts for name, count in part.num_queries.items()}
+    total = sum(num_queries.values())
+    if total < MIN_QUERIES:
+        _remarks.info(
+            "scores of %s search are not made probabilities: %d judged dev queries, %d are needed",
+            task,
+            total,
+            MIN_QUERIES,
+        )
+        return None
+    scores = np.concatenate([part.scores for part in parts])
+    relevant = np.concatenate([part.relevant for part in parts])
+    groups = [query for part in parts for query in part.queries]
+    stack = fit_stack(scores[:, None], relevant)
+    slope = stack.weights[0] / stack.scales[0]
+    if slope <= 0:
+        _remarks.info("scores of %s search are not made probabilities: they do not tell relevant from others", task)
+        return None
+    after = out_of_fold_log_odds(scores[:, None], relevant, groups, seed=seed)
+    return TaskCalibration(
+        slope=slope,
+        offset=stack.bias - slope * stack.means[0],
+        num_queries=num_queries,
+        num_pairs=len(scores),
+        error_before=expected_calibration_error(reliability_bins(scores, relevant)),
+        error_after=expected_calibration_error(reliability_bins(after, relevant)),
+    )

@@ -1,0 +1,146 @@
+"""The audit of a plan: counts, margins and examples, for a person who wants to judge the negatives."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from d2llm.core.types import Passage
+from d2llm.training.mining.draw import NegativeCandidate
+from d2llm.training.mining.select import REASONS, Dropped, Selection
+
+_RANKS = (0, 5, 10, 20, 50, 100)  # first ranks (from 0) of the ranges that are counted
+_COSINE_EDGES = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+_LOGIT_EDGES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
+_NUM_FIRST = 5
+_NUM_SHOWN = 3  # positives of an example; negatives are all shown
+
+
+@dataclass
+class MarginHistogram:
+    """Margins: the mean score of a query's positives less that of a candidate, counted between ``edges``."""
+
+    edges: tuple[float, ...]
+    kept: list[int] = field(init=False)
+    dropped: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept, self.dropped = [0] * (len(self.edges) + 1), [0] * (len(self.edges) + 1)
+
+    def add(self, margin: float, *, kept: bool) -> None:
+        """Count one; what lies on an edge belongs above it."""
+        (self.kept if kept else self.dropped)[bisect_right(self.edges, margin)] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Edges and counts: the first count is below the first edge, the last from the last edge on."""
+        return {"edges": list(self.edges), "kept": self.kept, "dropped": self.dropped}
+
+
+class Audit:
+    """Counts what ``mine`` does, query by query; texts are kept of the examples alone.
+
+    Args:
+        passages: by id.
+        sources: the lists' names.
+        examples: ids of the queries to show.
+    """
+
+    def __init__(self, passages: Mapping[str, Passage], sources: Sequence[str], examples: frozenset[str]) -> None:
+        self._passages = passages
+        self._examples = examples
+        self.from_ranks: dict[str, Counter[str]] = {source: Counter() for source in sources}
+        self.hard_from: Counter[str] = Counter()
+        self.num_candidates = self.num_tried = 0
+        self.num_dropped: dict[str, int] = dict.fromkeys(REASONS, 0)
+        self.first_dropped: dict[str, list[dict[str, Any]]] = {reason: [] for reason in REASONS}
+        self.margins: dict[str, MarginHistogram] = {}
+        self.num_without_label = 0
+        self.shown: list[dict[str, Any]] = []
+
+    def add(self, item: Selection, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Take in a finished query.
+
+        Args:
+            item: what was kept and dropped.
+            scores: by who gave them ("cosine", "student", "teacher"), of positives, kept and dropped, as far as known.
+        """
+        self.num_candidates += len(item.candidates)
+        self.num_tried += item.num_tried
+        for candidate in item.kept:
+            self.hard_from[candidate.sources] += 1
+            for source, rank in candidate.ranks.items():
+                self.from_ranks[source][rank_range(rank)] += 1
+        for drop in item.dropped:
+            self.num_dropped[drop.reason] += 1
+            if len(self.first_dropped[drop.reason]) < _NUM_FIRST:
+                self.first_dropped[drop.reason].append({"query_id": item.query.id, **_drop_json(drop)})
+        for name, values in scores.items():
+            self._add_margins(name, values, item)
+        if "teacher" in scores:
+            self.num_without_label += sum(c.passage_id not in scores["teacher"] for c in item.kept)
+        if item.query.id in self._examples:
+            self.shown.append(self._example(item, scores))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "candidates": {"in_range": self.num_candidates, "tried": self.num_tried},
+            "kept_by_rank": {source: _by_range(counts) for source, counts in self.from_ranks.items()},
+            "dropped": {
+                reason: {"count": self.num_dropped[reason], "first": self.first_dropped[reason]} for reason in REASONS
+            },
+            "margins": {name: histogram.to_json() for name, histogram in self.margins.items()},
+            "examples": self.shown,
+        }
+
+    def _add_margins(self, name: str, values: Mapping[str, float], item: Selection) -> None:
+        of_positives = [values[passage_id] for passage_id in item.positives if passage_id in values]
+        if not of_positives:
+            return
+        edges = _COSINE_EDGES if name == "cosine" else _LOGIT_EDGES
+        histogram = self.margins.setdefault(name, MarginHistogram(edges))
+        mean = sum(of_positives) / len(of_positives)
+        for candidate, kept in [(c, True) for c in item.kept] + [(drop.candidate, False) for drop in item.dropped]:
+            if candidate.passage_id in values:
+                histogram.add(mean - values[candidate.passage_id], kept=kept)
+
+    def _example(self, item: Selection, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        def shown(passage_id: str) -> dict[str, Any]:
+            found = {name: round(of[passage_id], 4) for name, of in scores.items() if passage_id in of}
+            return {"passage_id": passage_id, "text": self._passages[passage_id].full_text, "scores": found}
+
+        return {
+            "query_id": item.query.id,
+            "query": item.query.text,
+            "num_positives": len(item.positives),
+            "positives": [shown(passage_id) for passage_id in item.positives[:_NUM_SHOWN]],
+            "hard_negatives": [shown(c.passage_id) | _ranks_json(c) for c in item.kept],
+            "dropped": [shown(drop.candidate.passage_id) | _drop_json(drop) for drop in item.dropped],
+        }
+
+
+def rank_range(rank: int) -> str:
+    """The range of ranks, counted from 1, that a rank counted from 0 lies in."""
+    return range_names()[bisect_right(_RANKS, rank) - 1]
+
+
+def range_names() -> list[str]:
+    """The ranges that ranks are counted in."""
+    return [f"{first + 1}-{end}" for first, end in pairwise(_RANKS)] + [f"{_RANKS[-1] + 1}-"]
+
+
+def _by_range(counts: Counter[str]) -> dict[str, int]:
+    return {name: counts[name] for name in range_names()}
+
+
+def _ranks_json(candidate: NegativeCandidate) -> dict[str, Any]:
+    return {"ranks": {source: rank + 1 for source, rank in candidate.ranks.items()}}
+
+
+def _drop_json(drop: Dropped) -> dict[str, Any]:
+    values = {"reason": drop.reason, "value": round(drop.value, 4), "limit": round(drop.limit, 4)}
+    return {"passage_id": drop.candidate.passage_id, **_ranks_json(drop.candidate), **values}

@@ -1,0 +1,274 @@
+"""The verb ``mine``: which passages each training query learns from (method: negatives)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.progress import progress_bar
+from d2llm.core.recipe import MiningConfig
+from d2llm.core.types import Query, Task
+from d2llm.data.beir import Dataset
+from d2llm.data.plan import PlanEntry
+from d2llm.data.same_text import SameText
+from d2llm.retrieval.cosine import CosineStudent
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.training.mining.audit import Audit
+from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, work_folder
+from d2llm.training.mining.draw import draw_easy, key_of, random_of
+from d2llm.training.mining.ranking import EncoderRanking, Lists, bm25_lists
+from d2llm.training.mining.teacher import TeacherCheck
+
+_log = logging.getLogger(__name__)
+_NUM_SHOWN = 5
+_NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class MiningResult:
+    """The plan's entries, in the order of the qrels file, a report of counts and seconds, and the audit's content."""
+
+    entries: list[PlanEntry]
+    report: dict[str, Any]
+    audit: dict[str, Any]
+
+
+@dataclass
+class _Tally:
+    """What happened, counted."""
+
+    left_out: dict[str, list[str]] = field(
+        default_factory=lambda: {"without_positives": [], "shared_positive": [], "not_sampled": []}
+    )
+    same_text: int = 0
+    too_few_hard: list[str] = field(default_factory=list[str])
+    too_few_easy: list[str] = field(default_factory=list[str])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def mine(
+    dataset: Dataset,
+    split: str,
+    config: MiningConfig,
+    *,
+    encoder: TextEncoder | None,
+    student: SearchStudent | None = None,
+    teacher: TeacherCheck | None = None,
+    task: Task = "asymmetric",
+    seed: int,
+    max_queries: int | None = None,
+    exclude_passages_of: Sequence[str] = ("dev", "test"),
+    work: Path | None = None,
+    show_progress: bool | None = None,
+) -> MiningResult:
+    """Choose hard and easy negatives for the queries of a split.
+
+    Candidates of hard negatives are the union of ranges of two lists, BM25's and the encoder's, without the query's
+    positives (of any split) and passages of the same text as one. They are tried in an order that ``config.sampling``
+    says; what looks like a positive is dropped (``config.near_duplicate``, ``relative_margin``, ``teacher_margin``)
+    unless the data set itself judges it not relevant, and the first ``num_hard`` that pass are taken. Easy negatives
+    are drawn from the rest of the corpus. A query's draw depends on the seed, its id and the corpus, not on the order
+    of files or on which other queries are mined.
+
+    Args:
+        dataset: passages, queries and judgements.
+        split: the split to train on.
+        config: numbers of negatives, ranges, sampling and filters.
+        encoder: ranks by its cosine; without it and ``student``, BM25 is alone.
+        student: ranks by its full score in place of ``encoder``.
+        teacher: for ``config.teacher_margin``.
+        task: which branch of the student's interaction.
+        seed: of the draws and of the sample of queries.
+        max_queries: mine a random sample of this many queries (a larger sample contains a smaller one).
+        exclude_passages_of: queries that share a positive with a query of these splits are left out, so that dev and
+            test passages have never been positives in training. The passages stay available as negatives.
+        work: a folder that keeps the passages' vectors, so that a run that was interrupted, or another draw, need not
+            encode again; by default a temporary one.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: no query is left to mine, no list to mine from, or a teacher's margin without a teacher.
+        ModelError: the encoder gave vectors, or the teacher log-odds, that are not finite.
+    """
+    start = time.perf_counter()
+    if config.teacher_margin is not None and teacher is None:
+        raise InputError("mining has a teacher_margin, but no teacher was given; leave the margin out or give one")
+    tally = _Tally()
+    positives = _eligible(dataset, split, exclude_passages_of, tally)
+    if max_queries is not None and len(positives) > max_queries:
+        chosen = set(sorted(positives, key=lambda query_id: key_of(seed, query_id))[:max_queries])
+        tally.left_out["not_sampled"] = [query_id for query_id in positives if query_id not in chosen]
+        positives = {query_id: ids for query_id, ids in positives.items() if query_id in chosen}
+    queries = [dataset.queries[query_id] for query_id in positives]
+    corpus = sorted(dataset.passages)
+    ranker = student or (None if encoder is None else CosineStudent(encoder))
+    shown = sorted(positives, key=lambda query_id: key_of(seed, "audit", query_id))[: config.audit_examples]
+    with work_folder(work) as folder:
+        ranked = _rank(
+            dataset,
+            corpus,
+            queries,
+            config,
+            ranker,
+            folder,
+            task=task,
+            name="cosine" if student is None else "student",
+            resumable=work is not None,
+            tally=tally,
+            show=show_progress,
+        )
+        audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
+        begin = time.perf_counter()
+        judged = DatasetJudgements(dataset, SameText(dataset))
+        entries: list[PlanEntry] = []
+        forbidden: dict[str, set[str]] = {}
+        for query_id, of_query in positives.items():
+            repeats = judged.repeats(query_id, of_query)
+            tally.same_text += len(repeats)
+            forbidden[query_id] = judged.relevant(query_id, of_query) | repeats
+        found = choose(
+            dataset,
+            queries,
+            positives,
+            forbidden.__getitem__,
+            judged,
+            ranked,
+            config,
+            seeds=(seed,),
+            teacher=teacher,
+            audit=audit,
+        )
+        with progress_bar("choosing", len(queries), show=show_progress) as advance:
+            for item in found:
+                query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
+                no_easy = forbidden[query_id] | set(hard) | {drop.candidate.passage_id for drop in item.dropped}
+                easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
+                if len(hard) < config.num_hard:
+                    tally.too_few_hard.append(query_id)
+                if len(easy) < config.num_easy:
+                    tally.too_few_easy.append(query_id)
+                entries.append(PlanEntry(query_id, item.positives, hard, tuple(easy)))
+                advance(1)
+        tally.seconds["choosing"] = time.perf_counter() - begin
+        del ranked, found  # and with them the map of the vectors, before their folder goes
+    tally.seconds["total"] = time.perf_counter() - start
+    return MiningResult(entries, _report(dataset, split, entries, tally, audit, teacher), audit.to_json())
+
+
+def _rank(
+    dataset: Dataset,
+    corpus: Sequence[str],
+    queries: Sequence[Query],
+    config: MiningConfig,
+    ranker: SearchStudent | None,
+    folder: Path,
+    *,
+    task: Task,
+    name: str,
+    resumable: bool,
+    tally: _Tally,
+    show: bool | None,
+) -> Ranked:
+    """The lists, cut at the end of their ranges."""
+    lists: dict[str, Lists] = {}
+    first_rank: dict[str, int] = {}
+    encoder: EncoderRanking | None = None
+    # One after the other: BM25's index is gone when the vectors are made.
+    if "bm25" in config.sources:
+        begin = time.perf_counter()
+        first_rank["bm25"], depth = config.range_of("bm25")
+        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, depth, show)
+        tally.seconds["bm25"] = time.perf_counter() - begin
+    if "encoder" in config.sources and ranker is not None:
+        encoder = EncoderRanking(
+            ranker, dataset.passages, corpus, queries, task=task, folder=folder, resumable=resumable, show_progress=show
+        )
+        tally.seconds["encoding"] = encoder.encoding_seconds
+        begin = time.perf_counter()
+        first_rank[name], depth = config.range_of("encoder")
+        lists[name] = encoder.lists(depth)
+        tally.seconds[name] = time.perf_counter() - begin
+    if not lists:
+        raise InputError("there is no list to mine from: mining.sources names the encoder alone, and none was given")
+    return Ranked(lists, first_rank, encoder, name)
+
+
+def _eligible(
+    dataset: Dataset, split: str, exclude_passages_of: Sequence[str], tally: _Tally
+) -> dict[str, tuple[str, ...]]:
+    """Positives of the queries of ``split`` that can be trained on."""
+    others = [other for other in exclude_passages_of if other != split]
+    unread = [other for other in others if other not in dataset.qrels]
+    if unread:
+        _log.warning("%s: positives of %s are not kept apart: not read", dataset.name, ", ".join(unread))
+    reserved = {
+        passage_id
+        for other in others
+        if other in dataset.qrels
+        for positives in dataset.positives(other).values()
+        for passage_id in positives
+    }
+    eligible: dict[str, tuple[str, ...]] = {}
+    for query_id, positives in dataset.positives(split).items():
+        if not positives:
+            tally.left_out["without_positives"].append(query_id)
+        elif not reserved.isdisjoint(positives):
+            tally.left_out["shared_positive"].append(query_id)
+        else:
+            eligible[query_id] = positives
+    if not eligible:
+        raise InputError(
+            f"{dataset.path}: no query of split '{split}' is left to mine: {len(dataset.qrels[split])} in qrels, "
+            f"{len(tally.left_out['without_positives'])} without a positive in the corpus, "
+            f"{len(tally.left_out['shared_positive'])} sharing a positive with {' or '.join(others) or 'none'} "
+            "(allow that with exclude_passages_of=(), in a recipe with exclude_shared_passages = false)"
+        )
+    return eligible
+
+
+def _report(
+    dataset: Dataset,
+    split: str,
+    entries: Sequence[PlanEntry],
+    tally: _Tally,
+    audit: Audit,
+    teacher: TeacherCheck | None,
+) -> dict[str, Any]:
+    lists = {**tally.left_out, "too_few_hard": tally.too_few_hard, "too_few_easy": tally.too_few_easy}
+    return {
+        "dataset": dataset.name,
+        "split": split,
+        "num_judged_queries": len(dataset.qrels[split]),
+        "num_unknown_queries": sum(query_id not in dataset.queries for query_id in dataset.qrels[split]),
+        "num_entries": len(entries),
+        "num_positives": sum(len(entry.positives) for entry in entries),
+        "num_hard_negatives": sum(len(entry.hard_negatives) for entry in entries),
+        "num_easy_negatives": sum(len(entry.easy_negatives) for entry in entries),
+        "num_same_text_as_positive": tally.same_text,
+        "num_dropped": audit.num_dropped,
+        "hard_negatives_from": dict(sorted(audit.hard_from.items())),
+        "teacher": {
+            "judged": teacher.num_judged if teacher else 0,
+            "truncated": teacher.num_truncated if teacher else 0,
+            "without_label": audit.num_without_label if teacher else 0,
+        },
+        "queries": {name: {"count": len(ids), "first": ids[:_NUM_SHOWN]} for name, ids in lists.items()},
+        "examples": [_example(dataset, entry) for entry in entries[:_NUM_EXAMPLES]],
+        "issues": list(dataset.issues),
+        "seconds": {name: round(seconds, 3) for name, seconds in tally.seconds.items()},
+    }
+
+
+def _example(dataset: Dataset, entry: PlanEntry) -> dict[str, str | None]:
+    hard = entry.hard_negatives[0] if entry.hard_negatives else None
+    return {
+        "query_id": entry.query_id,
+        "query": dataset.queries[entry.query_id].text,
+        "positive": dataset.passages[entry.positives[0]].full_text,
+        "hard_negative": None if hard is None else dataset.passages[hard].full_text,
+    }

@@ -1,0 +1,253 @@
+"""The steps of a run from data sets to training plans: mine, and filter with the tuned teacher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2llm.core.recipe import DataConfig, MiningConfig, TeacherConfig
+from d2llm.data.beir import Dataset
+from d2llm.data.labels import LabelStore
+from d2llm.data.open_data import open_data, open_source
+from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+from d2llm.data.pairs import PairDataset, PairSource
+from d2llm.data.plan import read_plan, write_plan
+from d2llm.data.run_folder import is_finished, manifest_of
+from d2llm.models.student import Student
+from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.training.mining.audit_page import audit_page
+from d2llm.training.mining.mine import mine
+from d2llm.training.mining.teacher import TeacherCheck
+
+if TYPE_CHECKING:
+    from d2llm.training.run import Run, Skipped
+
+_remarks = logging.getLogger("d2llm.remarks")
+_log = logging.getLogger(__name__)
+_SPLIT = "train"
+
+
+def mine_plans(
+    run: Run, *, again: bool = False, student: str | None = None, before_tuning: bool = False
+) -> dict[str, dict[str, Any] | Skipped]:
+    """Make the plan of each data set; its counts by the data set's name.
+
+    Args:
+        run: recipe and folder.
+        again: make also those that are there; what was filtered of them before is put aside.
+        student: ranks in place of the recipe's.
+        before_tuning: leave the teacher's margin to ``filter_plans`` where the recipe has the teacher tuned first.
+    """
+    mining = run.recipe.mining
+    if student is not None:
+        mining = mining.model_copy(update={"student": student})
+    if again:
+        run.put_filtered_aside("mine")
+    filters_later = before_tuning and run.recipe.filters_with_tuned_teacher
+    if not before_tuning and run.recipe.filters_with_tuned_teacher and _has_untuned_head(run.teacher):
+        filters_later = True
+        if again or not all(is_finished(run.parts.plan(data)) for data in run.recipe.data):
+            _remarks.info(
+                "mine: without the teacher's margin, as its head is new: tune-teacher, and then mine with --again, "
+                "filters"
+            )
+    now = _without_margin(mining) if filters_later else mining
+    reports: dict[str, dict[str, Any] | Skipped] = {}
+    miners: _Miners | None = None
+    for data in run.recipe.data:
+        folder = run.parts.plan(data)
+        if is_finished(folder) and not again:
+            reports[folder.name] = run.skip(f"mine: {folder} is finished; --again makes it anew")
+            _compare_settings(run, data, folder, mining, remedy="mine with --again")
+            continue
+        miners = miners or _Miners.load(run, now)
+        reports[folder.name] = _mine_one(run, data, folder, now, miners, keeps_vectors=filters_later)
+    return reports
+
+
+def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] | Skipped] | Skipped:
+    """Mine again with the margin of the tuned teacher, which a run can only now; counts by the data set's name.
+
+    The plans that the teacher was tuned on stay. What it says goes to the run's labels.
+
+    Args:
+        run: recipe and folder.
+        closed: data sets that the teacher may not teach; what it says of their negatives does not count either.
+    """
+    mining = run.recipe.mining
+    if mining.teacher_margin is None:
+        return run.skip("filter: the recipe has no teacher's margin (mining.teacher_margin)")
+    if not run.recipe.filters_with_tuned_teacher:
+        return run.skip("filter: mine has filtered already, as no teacher is tuned or stored labels alone count")
+    reports: dict[str, dict[str, Any] | Skipped] = {}
+    miners: _Miners | None = None
+    teacher = identify_judge(run.teacher).fingerprint
+    for data in run.recipe.data:
+        mined, folder = run.parts.plan(data), run.parts.filtered_plan(data)
+        name = folder.name
+        source = open_source(data.path, splits=["dev"])
+        if isinstance(source, PairSource):
+            reports[name] = run.skip(f"filter: {name}: labelled pairs, of which none is mined")
+        elif source.name in closed:
+            run.put_aside("filter", folder)
+            reports[name] = run.skip(f"filter: {name}: stays as it was mined, as its gate is closed")
+        elif manifest_of(mined).get("teacher") == teacher:
+            reports[name] = run.skip(f"filter: {name}: {mined} was mined with this teacher's margin")
+        elif is_finished(folder):
+            reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter makes it anew")
+            _compare_settings(run, data, folder, mining, remedy="run with --again filter", teacher=teacher)
+        else:
+            miners = miners or _Miners.load(run, mining)
+            reports[name] = _mine_one(run, data, folder, mining, miners, verb="filter")
+        shutil.rmtree(run.parts.mining_work(data), ignore_errors=True)
+    return reports
+
+
+def _has_untuned_head(teacher: TeacherConfig) -> bool:
+    return teacher.new_head and find_tuned_teacher(teacher.model) is None
+
+
+def _without_margin(mining: MiningConfig) -> MiningConfig:
+    return mining.model_copy(update={"teacher_margin": None})
+
+
+@dataclass(frozen=True)
+class _Miners:
+    """The models that choose negatives: at most one of encoder and student, and the teacher of the margin."""
+
+    encoder: Student | None
+    student: Student | None
+    judge: Judge | None
+
+    @classmethod
+    def load(cls, run: Run, mining: MiningConfig) -> _Miners:
+        place = {"device": run.device, "dtype": run.dtype}
+        asks = mining.teacher_margin is not None and mining.teacher_labels == "judge"
+        student = None if mining.student is None else Student.load(mining.student, device=run.device, dtype=run.dtype)
+        ranks = "encoder" in mining.sources
+        return cls(
+            encoder=run.new_student() if ranks and student is None else None,
+            student=student if ranks else None,
+            judge=load_judge(run.teacher, **place) if asks else None,
+        )
+
+
+def _mine_one(
+    run: Run,
+    data: DataConfig,
+    folder: Path,
+    mining: MiningConfig,
+    miners: _Miners,
+    *,
+    verb: str = "mine",
+    keeps_vectors: bool = False,
+) -> dict[str, Any]:
+    dataset = open_data(data.path)
+    if isinstance(dataset, PairDataset):
+        return _plan_pairs(run, data, folder, mining, dataset)
+    held_out = [split for split in ("dev", "test") if split in dataset.qrels]
+    teacher = _teacher_check(run, data, mining, dataset, miners.judge)
+    work = run.parts.mining_work(data)
+    result = mine(
+        dataset,
+        _SPLIT,
+        mining,
+        encoder=miners.encoder,
+        student=miners.student,
+        teacher=teacher,
+        task=data.task,
+        seed=run.recipe.seed,
+        max_queries=data.max_queries,
+        exclude_passages_of=held_out if data.exclude_shared_passages else (),
+        work=work,
+        show_progress=run.show_progress,
+    )
+    report = result.report
+    content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
+    if teacher is not None:
+        content["teacher"] = teacher.labels.teacher
+    audit = {
+        "audit.json": (json.dumps(result.audit, indent=1, ensure_ascii=False) + "\n").encode(),
+        "audit.md": audit_page(report, result.audit).encode(),
+    }
+    write_plan(folder, result.entries, content, documents=audit)
+    if not keeps_vectors:
+        shutil.rmtree(work, ignore_errors=True)
+    dropped = sum(report["num_dropped"].values())
+    _remarks.info(
+        f"{verb}: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
+        f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
+        "read its audit.md"
+    )
+    return report
+
+
+def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
+    """Labelled pairs need no search: what was judged is the plan."""
+    found = read_pair_training_set(pairs)
+    entries = plan_of_pairs(found, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries)
+    report = {
+        "dataset": pairs.name,
+        "split": _SPLIT,
+        "num_entries": len(entries),
+        "num_pairs": sum(len(entry.targets) for entry in entries),
+        "num_repeated_pairs": found.num_repeated,
+        "issues": list(found.dataset.issues),
+    }
+    content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
+    write_plan(folder, entries, content)
+    _remarks.info(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, nothing to search, in {folder}")
+    return report
+
+
+def _teacher_check(
+    run: Run, data: DataConfig, mining: MiningConfig, dataset: Dataset, judge: Judge | None
+) -> TeacherCheck | None:
+    if mining.teacher_margin is None:
+        return None
+    identity = identify_judge(run.teacher)
+    prompt = identity.prompts[data.task]
+    labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
+    return TeacherCheck(labels, judge, data.task, mining.teacher_margin, dataset.passages)
+
+
+def _settings(run: Run, data: DataConfig, mining: MiningConfig) -> dict[str, Any]:
+    """All of a recipe that shapes a plan."""
+    return {
+        "seed": run.recipe.seed,
+        "mining": mining.model_dump(mode="json"),
+        "backbone": run.recipe.student.backbone.model,
+        "max_queries": data.max_queries,
+        "exclude_shared_passages": data.exclude_shared_passages,
+    }
+
+
+def _compare_settings(
+    run: Run, data: DataConfig, folder: Path, mining: MiningConfig, *, remedy: str, teacher: str | None = None
+) -> None:
+    """Warn of a plan that the settings, or ``teacher``, would make otherwise now."""
+    manifest = read_plan(folder).manifest
+    made_with = manifest.get("settings")
+    if made_with is None:
+        return
+    # A plan of an earlier version names its settings as they were called then, and knows fewer.
+    before = MiningConfig.model_validate(made_with["mining"])
+    made_with = made_with | {"mining": before.model_dump(mode="json")}
+    if teacher is None and before.teacher_margin is None and run.recipe.filters_with_tuned_teacher:
+        mining = _without_margin(mining)
+    changed = [name for name, value in _settings(run, data, mining).items() if made_with.get(name) != value]
+    if teacher is not None and manifest.get("teacher") != teacher:
+        changed.append("teacher")
+    if changed:
+        _log.warning(
+            "%s was made with other settings than the recipe's now (%s) and stays as it is; %s makes it anew",
+            folder,
+            ", ".join(changed),
+            remedy,
+        )

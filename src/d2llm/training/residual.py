@@ -1,0 +1,300 @@
+"""The interaction as a residual: trained on vectors that are read once, with many candidates for each query.
+
+The second stage of a staged distillation. The first has trained the vectors; now they stay, so a step costs no pass
+through the backbone, and a query can be scored against the passages that its own vector finds as well as against
+those of the plan. What the inner product already ranks right has no gradient left; the interaction learns the rest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2llm.core.progress import progress_bar
+from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
+from d2llm.core.types import Task
+from d2llm.data.collation import Draw, LabelledSource, collate_lists
+from d2llm.models.interaction import TASKS, Interaction, PairScores
+from d2llm.models.student import Student
+from d2llm.ops.batching import even_batches
+from d2llm.training.dev import (
+    DevResult,
+    DevSet,
+    EncodedDev,
+    PairDevSet,
+    encode_dev,
+    measure_dev,
+    num_rankings,
+    num_texts,
+)
+from d2llm.training.interpolation import mean_value
+from d2llm.training.objective import batch_losses, weighted_sum
+from d2llm.training.training_run import adamw, learning_rate_factor, optimizer_step, warmup_steps
+
+AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
+"""Has the teacher judge passages of queries, by id, and keeps what it says in the labels of the data set."""
+
+_BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """One data set as vectors: of its entries' queries [q, d], of the plan's passages [n, d] by row."""
+
+    labelled: LabelledSource
+    queries: Tensor
+    passages: Tensor
+    ids: list[str]
+    row: dict[str, int]
+    near: NDArray[np.int64] | None
+    """[q, depth] rows with the largest inner products; None for labelled pairs, which have no others."""
+    near_queries: NDArray[np.int64] | None
+    """The same among the queries, each itself included; None where nothing asks for it."""
+
+
+def train_residual(
+    student: Student,
+    sources: Sequence[LabelledSource],
+    dev_sets: Sequence[DevSet | PairDevSet],
+    recipe: Recipe,
+    offsets: Callable[[LabelledSource], Tensor | None],
+    write: Callable[..., None],
+    *,
+    ask_teacher: AskTeacher,
+    show_progress: bool | None,
+) -> dict[str, DevResult]:
+    """Train the interaction of an anchored student on its own vectors; the epoch with the best dev result stays.
+
+    Dev results are taken at the best weight r of each task, 0 among them: what comes out is never worse on dev than
+    the inner product alone. Nothing but the interaction changes, and its weights r are left at 1. The stage is short
+    and starts anew after an interruption.
+
+    Args:
+        student: with the head ``anchored``.
+        sources: data sets with their labels.
+        dev_sets: to choose epoch and weights by.
+        recipe: ``training.residual``, losses and seed.
+        offsets: the logit of a pair set at which yes and no are equally likely.
+        write: takes ``step`` and named values for the log.
+        ask_teacher: labels passages of queries, where ``training.unjudged`` asks for it.
+        show_progress: None means: if standard error is a terminal.
+
+    Returns:
+        The dev results of the state that stays.
+    """
+    config = recipe.training.residual
+    head = student.interaction
+    assert isinstance(head, Interaction)
+    student.eval()
+    # Only the symmetric interaction is asked to leave the queries of asymmetric sets alone.
+    is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
+    sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
+    if recipe.training.unjudged == "ask_teacher":
+        for found in sets:
+            ask_teacher(found.labelled, _drawn_neighbours(found, config, recipe.seed))
+    only_judged = recipe.training.unjudged != "negatives"
+    with progress_bar("reading dev once", sum(map(num_texts, dev_sets)), show=show_progress) as advance:
+        dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
+    parameters = head.residual_parameters()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for task in TASKS:
+        head.residual_weight(task).fill_(1.0)
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    rate = config.learning_rate
+    optimizer = adamw([(matrices, rate, config.weight_decay), (others, rate, 0.0)])
+    weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
+    max_norm = recipe.training.max_gradient_norm
+    per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
+    best = _measure(student, dev, show_progress)
+    best_value, best_state = mean_value(best), {name: p.detach().clone() for name, p in parameters.items()}
+    step, total = 0, config.epochs * per_epoch
+    warmup = warmup_steps(config, total)
+    with progress_bar("training the interaction", total, show=show_progress) as advance:
+        for epoch in range(config.epochs):
+            for found, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
+                torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
+                head.train()
+                offset = offsets(found.labelled)
+                seed = f"{recipe.seed}:{epoch}"
+                draws = [_draw(found, position, config, seed, only_judged=only_judged) for position in positions]
+                loss = _loss(student, head, found, positions, draws, config, weights, offset)
+                if config.quiet_price:
+                    change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
+                    loss = loss + config.quiet_price * change
+                loss.backward()
+                factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
+                optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
+                step += 1
+                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
+            results = _measure(student, dev, show_progress)
+            write(step, stage="residual", dev={name: result.values for name, result in results.items()})
+            if mean_value(results) > best_value:
+                best, best_value = results, mean_value(results)
+                best_state = {name: p.detach().clone() for name, p in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(best_state[name])
+    head.eval()
+    return best
+
+
+def _measure(student: Student, dev: Sequence[EncodedDev], show: bool | None) -> dict[str, DevResult]:
+    student.eval()
+    with progress_bar("measuring on dev", sum(num_rankings(found.dev) for found in dev), show=show) as advance:
+        return {found.dev.name: measure_dev(student, found, advance=advance) for found in dev}
+
+
+def _read(
+    student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None, *, with_near_queries: bool
+) -> _Vectors:
+    ids = list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
+    texts = [source.source.query_text(entry.query_id) for entry in source.entries]
+    name = source.source.dataset.name
+    with progress_bar(f"reading {name} once", len(ids) + len(texts), show=show) as advance:
+        queries = student.encode_queries(texts, advance=advance).vectors
+        passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
+    is_pairs = any(entry.targets for entry in source.entries)
+    near: NDArray[np.int64] | None = None
+    near_queries: NDArray[np.int64] | None = None
+    if not is_pairs:
+        anchors = student.anchor_queries(queries, source.source.task)
+        near = _nearest(anchors, passages, config.depth, f"neighbours in {name}", show)
+    if with_near_queries and source.source.task == "asymmetric":
+        anchors = student.anchor_queries(queries, "symmetric")
+        near_queries = _nearest(anchors, queries, config.num_near, f"queries alike in {name}", show)
+    rows = {passage_id: row for row, passage_id in enumerate(ids)}
+    return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
+
+
+def _nearest(
+    queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int, title: str, show: bool | None
+) -> NDArray[np.int64]:
+    depth = min(depth, len(passages))
+    block = max(1, _BLOCK_NUMBERS // len(passages))
+    found: list[Tensor] = []
+    with progress_bar(title, len(queries), show=show) as advance:
+        for start in range(0, len(queries), block):
+            products = torch.from_numpy(queries[start : start + block] @ passages.T)
+            found.append(torch.topk(products, depth, dim=1).indices)
+            advance(len(products))
+    return torch.cat(found).numpy()
+
+
+def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tuple[_Vectors, list[int]]]:
+    batches: list[tuple[_Vectors, list[int]]] = []
+    for found in sets:
+        order = list(range(len(found.labelled.entries)))
+        random.Random(f"{seed}:{found.labelled.source.dataset.name}").shuffle(order)
+        _, size = even_batches(len(order), batch_queries)
+        batches += [(found, order[start : start + size]) for start in range(0, len(order), size)]
+    random.Random(seed).shuffle(batches)
+    return batches
+
+
+def _loss(
+    student: Student,
+    head: Interaction,
+    found: _Vectors,
+    positions: Sequence[int],
+    draws: Sequence[Draw],
+    config: ResidualConfig,
+    weights: LossWeights,
+    offset: Tensor | None,
+) -> Tensor:
+    batch = collate_lists(found.labelled, draws)
+    width = batch.positive.shape[1]
+    lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
+    rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
+    task, device = found.labelled.source.task, student.backbone.device
+    queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
+    scores = _score_lists(student, head, queries, passages, task)
+    loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
+    if not config.bound_price:
+        return loss
+    return loss + config.bound_price * head.query_reach(queries, task).mean() * head.passage_reach(passages).mean()
+
+
+def _score_lists(student: Student, head: Interaction, queries: Tensor, passages: Tensor, task: Task) -> PairScores:
+    dtype = student.backbone.compute_dtype
+    with torch.autocast(queries.device.type, dtype, enabled=dtype != torch.float32):
+        return head.score_lists(queries, passages, task)
+
+
+def _change_elsewhere(
+    student: Student, head: Interaction, sets: Sequence[_Vectors], found: _Vectors, config: ResidualConfig, seed: str
+) -> Tensor:
+    """Mean square of what the interaction of one task changes in the ranking of another task's texts.
+
+    Their own task says nothing of how they should be ranked in this one; all that is known is that the inner product
+    has not been shown to be wrong. Symmetric pairs are texts of one kind: a query stands against itself and the
+    queries nearest to it, where it stands against passages in the asymmetric task. 0 where all sets are of one task.
+    """
+    task, device = found.labelled.source.task, student.backbone.device
+    others = [other for other in sets if other.labelled.source.task != task]
+    if not others:
+        return torch.zeros((), device=device)
+    rng = random.Random(seed)
+    other = rng.choice(others)
+    pool, near = (other.queries, other.near_queries) if task == "symmetric" else (other.passages, other.near)
+    if near is None:
+        return torch.zeros((), device=device)
+    chosen = rng.sample(range(len(near)), min(config.batch_queries, len(near)))
+    width = min(config.num_near, near.shape[1])
+    rows = [near[row, sorted(rng.sample(range(near.shape[1]), width))] for row in chosen]
+    queries, passages = other.queries[chosen].to(device), pool[torch.from_numpy(np.stack(rows))].to(device)
+    scores = _score_lists(student, head, queries, passages, task)
+    assert scores.anchor is not None
+    change = scores.logits.float() - scores.anchor.float()
+    return (change - change.mean(dim=1, keepdim=True)).square().mean()  # what all have in common moves none
+
+
+def _drawn_neighbours(found: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
+    """query_id -> the neighbours that the epochs will draw for it; of queries that learn from the teacher."""
+    entries = [] if found.near is None else found.labelled.entries
+    drawn: dict[str, list[str]] = {}
+    for position, entry in enumerate(entries):
+        if entry.query_id in found.labelled.unlabelled:
+            continue
+        excluded = found.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
+        ids: list[str] = []
+        for epoch in range(config.epochs):
+            near, _ = _neighbours(found, position, config, f"{seed}:{epoch}")
+            ids += [passage_id for passage_id in near if passage_id not in excluded]
+        drawn[entry.query_id] = list(dict.fromkeys(ids))
+    return drawn
+
+
+def _neighbours(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
+    """Some of a query's neighbours, and what the rest of its draw comes from."""
+    assert found.near is not None
+    rng = random.Random(f"{seed}:{found.labelled.entries[position].query_id}")
+    rows = rng.sample(found.near[position].tolist(), min(config.num_near, found.near.shape[1]))
+    return [found.ids[row] for row in rows], rng
+
+
+def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
+    """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged.
+
+    ``only_judged``: of the neighbours those that the teacher has judged, if the query learns from it.
+    """
+    entry = found.labelled.entries[position]
+    if found.near is None:
+        return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
+    near, rng = _neighbours(found, position, config, seed)
+    if only_judged and entry.query_id not in found.labelled.unlabelled:
+        unjudged = {*found.labelled.labels.missing(entry.query_id, near)}
+        near = [passage_id for passage_id in near if passage_id not in unjudged]
+    others = [found.ids[rng.randrange(len(found.ids))] for _ in range(config.num_random)]
+    known = {*entry.positives, *entry.hard_negatives}
+    known |= found.labelled.same_text.as_any_of(set(entry.positives))
+    drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
+    easy = [passage_id for passage_id in drawn if passage_id not in known]
+    return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)

@@ -1,0 +1,246 @@
+"""The verb ``stack``: how much each of several teachers counts, found on dev queries; one teacher is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import check_replaceable
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.types import Task
+from d2llm.data.beir import Dataset
+from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
+from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
+from d2llm.ops.measures import per_query_measures
+from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.training.dev_lists import DevLists, dev_queries, judge_dev, make_dev_lists
+
+_MEASURES = ("nDCG@10", "MRR@10")
+STACK_NAME = "stack"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFigures:
+    """How far log-odds can be believed: mean log-loss in nats, expected calibration error, and the bins behind it."""
+
+    log_loss: float
+    expected_error: float
+    bins: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StackRow:
+    """One member, or the stack, on the dev lists of one task.
+
+    ``measures`` is data set -> measure -> value over its lists. ``before`` takes the member's score as log-odds as it
+    is (None for the stack); ``after`` is calibrated, each query by a fit without it. ``weight`` is of the standardised
+    score (None for the stack).
+    """
+
+    name: str
+    weight: float | None
+    measures: Mapping[str, Mapping[str, float]]
+    before: CalibrationFigures | None
+    after: CalibrationFigures
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """The members and their stack in one task: over how many pairs and queries, and how many pairs belong together."""
+
+    rows: tuple[StackRow, ...]
+    num_queries: Mapping[str, int]
+    num_pairs: int
+    num_positives: int
+    temperature: float
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
+class StackReport:
+    """What a stacking found and wrote. ``num_truncated`` of the ``num_judged`` pairs judged now were cut."""
+
+    folder: str
+    fingerprint: str
+    tasks: Mapping[Task, TaskReport]
+    num_judged: int
+    num_truncated: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """All pairs of one task: scores [pairs, members], labels [pairs], and the query of each, named with its set."""
+
+    lists: tuple[DevLists, ...]
+    scores: NDArray[np.float64]
+    labels: NDArray[np.bool_]
+    groups: tuple[str, ...]
+
+
+def stack_teachers(
+    judged: Sequence[tuple[Dataset, Task]],
+    folder: Path,
+    *,
+    members: Sequence[TeacherConfig],
+    student: SearchStudent,
+    num_queries: int = 200,
+    depth: int = 20,
+    l2: float = DEFAULT_L2,
+    num_folds: int = 5,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+) -> StackReport:
+    """Fit a stack to relevance on dev lists and write it to ``folder`` as a teacher of kind ``stack``.
+
+    A query's list is its positives, and the first ``depth`` of BM25 and of ``student``. Judgements are kept in
+    ``<folder>.run`` beside it, so an interrupted call goes on where it stopped. The probability that a calibrated
+    log-odds stands for is that among such candidates, not among all passages.
+
+    Args:
+        judged: data sets with dev judgements, each with its task. Weights are found for each task, over its sets.
+        folder: where the stack goes.
+        members: the teachers, of any kind.
+        student: proposes candidates by its vectors.
+        num_queries: dev queries of each data set; from the other end of the random order that ``gate`` takes.
+        depth: how many candidates of each list.
+        l2: see ``ops.stacking.fit_stack``.
+        num_folds: of the cross-validation by which the reported figures are honest.
+        seed: of the sample and the folds.
+        device: by default what this machine has.
+        dtype: by default what is fast there.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: no members or the same twice, no data sets, no dev queries, ``folder`` holds something else, or no
+            member's score goes up with relevance.
+        ModelError: a member cannot be loaded, or gave log-odds that are no numbers.
+    """
+    check_replaceable(folder, STACK_KIND)
+    if not members:
+        raise InputError("a stack needs at least one member; name a teacher")
+    if not judged:
+        raise InputError("a stack is fitted on dev queries, and there is no retrieval set that has some; add one")
+    lists = [
+        make_dev_lists(
+            dataset,
+            task,
+            dev_queries(dataset, num_queries=num_queries, seed=seed, from_end=True),
+            student=student,
+            depth=depth,
+            with_positives=True,
+            show_progress=show_progress,
+        )
+        for dataset, task in judged
+    ]
+    names = _names(members)
+    asked = _Asked(folder.with_name(folder.name + ".run"), lists, show_progress)
+    for name, config in zip(names, members, strict=True):
+        asked.ask(name, config, device, dtype)
+    tasks: dict[Task, TaskReport] = {}
+    stacks: dict[Task, Stack] = {}
+    wanted: list[Task] = list(dict.fromkeys(task for _, task in judged))
+    for task in wanted:
+        pairs = asked.pairs(task)
+        stacks[task] = fit_stack(pairs.scores, pairs.labels, l2=l2)
+        tasks[task] = _report(pairs, names, stacks[task], l2=l2, num_folds=num_folds, seed=seed)
+    content = {
+        "fitted_on": {of.name: {"task": of.task, "dev_queries": sorted(of.candidates)} for of in lists},
+        "settings": {"depth": depth, "l2": l2, "num_folds": num_folds, "seed": seed, "student": student.fingerprint},
+        "report": {task: asdict(report) for task, report in tasks.items()},
+    }
+    fingerprint = write_stack(folder, asked.members, stacks, content)
+    return StackReport(str(folder), fingerprint, tasks, asked.num_judged, asked.num_truncated)
+
+
+class _Asked:
+    """What the members said of the lists, one member after the other, so that only one is in memory."""
+
+    def __init__(self, store: Path, lists: Sequence[DevLists], show_progress: bool | None) -> None:
+        self._store, self._lists, self._show = store, lists, show_progress
+        self.members: list[StackMember] = []
+        self._scores: list[dict[str, dict[str, dict[str, float]]]] = []
+        self.num_judged = self.num_truncated = 0
+
+    def ask(self, name: str, config: TeacherConfig, device: str | None, dtype: str | None) -> None:
+        judge = load_judge(config, device=device, dtype=dtype)
+        if judge.fingerprint in (member.fingerprint for member in self.members):
+            raise InputError(f"member '{name}' is the same teacher as another member; name each once")
+        self.members.append(StackMember(config, judge.fingerprint))
+        said: dict[str, dict[str, dict[str, float]]] = {}
+        for of in self._lists:
+            found = judge_dev(judge, of, name=name, store=self._store, show_progress=self._show)
+            said[of.name] = found.scores
+            self.num_judged += found.num_new
+            self.num_truncated += found.num_truncated
+        self._scores.append(said)
+
+    def pairs(self, task: Task) -> _Pairs:
+        lists = tuple(of for of in self._lists if of.task == task)
+        rows = [(of, query, passage) for of in lists for query, ids in of.candidates.items() for passage in ids]
+        scores = [[said[of.name][query][passage] for said in self._scores] for of, query, passage in rows]
+        labels = [of.qrels[query].get(passage, 0) > 0 for of, query, passage in rows]
+        groups = tuple(f"{of.name}:{query}" for of, query, _ in rows)
+        return _Pairs(lists, np.array(scores, np.float64), np.array(labels), groups)
+
+
+def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num_folds: int, seed: int) -> TaskReport:
+    def left_out(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        return out_of_fold_log_odds(scores, pairs.labels, pairs.groups, l2=l2, num_folds=num_folds, seed=seed)
+
+    rows: list[StackRow] = []
+    for place, name in enumerate(names):
+        own = pairs.scores[:, place]
+        after = left_out(own[:, None])
+        rows.append(
+            StackRow(
+                name,
+                stack.weights[place],
+                _measures(pairs, own),
+                _figures(own, pairs.labels),
+                _figures(after, pairs.labels),
+            )
+        )
+    together = left_out(pairs.scores)
+    rows.append(StackRow(STACK_NAME, None, _measures(pairs, together), None, _figures(together, pairs.labels)))
+    return TaskReport(
+        tuple(rows),
+        {of.name: len(of.candidates) for of in pairs.lists},
+        len(pairs.labels),
+        int(pairs.labels.sum()),
+        stack.temperature,
+        stack.bias,
+    )
+
+
+def _figures(log_odds: NDArray[np.float64], labels: NDArray[np.bool_]) -> CalibrationFigures:
+    bins = reliability_bins(log_odds, labels)
+    return CalibrationFigures(log_loss(log_odds, labels), expected_calibration_error(bins), tuple(bins))
+
+
+def _measures(pairs: _Pairs, scores: NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Data set -> measure -> mean over the queries of its lists."""
+    remaining = iter(scores.tolist())
+    found: dict[str, dict[str, float]] = {}
+    for of in pairs.lists:
+        by_query = {query: {passage: next(remaining) for passage in ids} for query, ids in of.candidates.items()}
+        values = per_query_measures(of.ranked(by_query), of.qrels)
+        found[of.name] = {measure: float(np.mean(list(values[measure].values()))) for measure in _MEASURES}
+    return found
+
+
+def _names(members: Sequence[TeacherConfig]) -> list[str]:
+    """Short names that tell the members apart: the last part of each one's path, or all of it."""
+    short = [Path(member.model).name or member.model for member in members]
+    return [
+        name if short.count(name) == 1 else f"{member.kind}:{member.model}"
+        for name, member in zip(short, members, strict=True)
+    ]

@@ -1,0 +1,261 @@
+"""What every training loop needs: checkpoints for exact resume, stops, the learning-rate schedule, the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
+from d2llm.core.files import write_bytes
+from d2llm.core.recipe import TrainingConfig, WarmUpConfig
+from d2llm.core.recipe_file import changed_settings
+from d2llm.training.trackers import Tracker, numbers
+
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
+_STEPS = 60  # at the default rate dev rises no more after so many, on 100 and 300 questions (docs/LOG.md)
+_log = logging.getLogger(__name__)
+remarks = logging.getLogger("d2llm.remarks")
+"""What a user of the command line should be told in passing, and needs no warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state of a run between two steps: ``state`` is plain JSON that the loop itself defines."""
+
+    step: int
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write parameters, AdamW moments and ``state`` as one safetensors file, atomically.
+
+    ``settings`` are everything that shapes the run, plain JSON; a checkpoint of another run is refused on resume.
+    """
+    tensors = {f"parameter/{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"moment/{key}/{name}"] = value.detach().cpu().contiguous()
+    metadata = {"step": str(step), "state": json.dumps(state), "settings": json.dumps(settings)}
+    write_bytes(folder / CHECKPOINT, save(tensors, metadata))
+
+
+def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint in ``folder``, or None where there is none yet.
+
+    Raises:
+        InputError: it belongs to a run with another recipe, data or seed, or cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            metadata: dict[str, str] = file.metadata()
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it to start the run anew") from error
+    begun_with = json.loads(metadata.get("settings", "{}"))
+    if begun_with != json.loads(json.dumps(settings)):
+        changes = ", ".join(changed_settings(begun_with, settings)) or "it was written by another version of d2llm"
+        raise InputError(
+            f"{path} belongs to a run with other settings: {changes}; finish that run with its own settings, or start "
+            "anew: with --again on the command line, or in another folder"
+        )
+    return Checkpoint(
+        step=int(metadata["step"]),
+        parameters={key.removeprefix("parameter/"): value for key, value in tensors.items() if key[0] == "p"},
+        moments={key.removeprefix("moment/"): value for key, value in tensors.items() if key[0] == "m"},
+        state=json.loads(metadata["state"]),
+    )
+
+
+def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's parameters and moments back in place."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.parameters[name])
+    for key, value in checkpoint.moments.items():
+        kind, name = key.split("/", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
+
+    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can keep a
+    checkpoint; what is done in ``held`` is finished first. Whoever has handlers of their own keeps them; only the main
+    thread has any.
+    """
+
+    def __init__(self) -> None:
+        self.is_consistent = True
+        """Whether the state is one between two changes; False where an error broke one off."""
+        self._pending: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) == usual:
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Finish what is inside before a stop."""
+        self.is_consistent = False
+        yield
+        self.is_consistent = True
+        if self._pending is not None:
+            number, self._pending = self._pending, None
+            self._raise(number)
+
+    def _stop(self, number: int, frame: object) -> None:
+        del frame
+        if self.is_consistent:
+            self._raise(number)
+        self._pending = number
+
+    def _raise(self, number: int) -> None:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:
+    """Epochs of a distillation: the recipe's, or as many as make 60 steps, from 2 to 10."""
+    return training.epochs or max(2, min(10, round(_STEPS / max(1, steps_of_an_epoch))))
+
+
+def warmup_steps(config: WarmUpConfig, total_steps: int) -> int:
+    """Steps of the warm-up that a recipe asks for; warns of one that takes more than half of the run."""
+    steps = config.warmup_of(total_steps)
+    if 2 * steps > total_steps:
+        _log.warning(
+            "the warm-up takes %d of %d steps, so the run hardly trains: leave warmup_steps out of the recipe, and set "
+            "warmup_fraction, the share of the steps (0.1 is usual)",
+            min(steps, total_steps),
+            total_steps,
+        )
+    return steps
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 0 to 1, then linear decay to 0 at ``total_steps``; ``step`` counts from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def adamw(groups: Iterable[tuple[Sequence[Tensor], float, float]]) -> torch.optim.AdamW:
+    """AdamW over groups of parameters with a learning rate and a weight decay each, as ``optimizer_step`` wants it."""
+    options = [
+        {"params": list(parameters), "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for parameters, rate, decay in groups
+    ]
+    return torch.optim.AdamW(options)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], *, factor: float, max_gradient_norm: float
+) -> float:
+    """Clip, set each group's rate to ``factor`` times its own, step, and clear; returns the gradient's norm.
+
+    Raises:
+        TrainingDivergedError: the norm is no finite number; the parameters are left as they were.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_gradient_norm))
+    if not math.isfinite(norm):
+        raise TrainingDivergedError(
+            f"the gradient's norm became {norm}; training stopped before it could do harm. The last good checkpoint is "
+            "kept. Lower the learning rate, or look for labels that are no numbers"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def require_finite(loss: Tensor, step: int, folder: Path) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        TrainingDivergedError: naming the step and what is kept.
+    """
+    if not torch.isfinite(loss):
+        raise TrainingDivergedError(
+            f"the loss became {float(loss)} at step {step}; training stopped. The last good checkpoint is kept in "
+            f"{folder}. Lower the learning rate, or look for labels that are no numbers"
+        )
+
+
+class RunLog:
+    """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back.
+
+    ``resume_step`` is -1 for a new run, whose log begins empty. Trackers get the numbers among the values.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._path = folder / LOG
+        self._trackers = trackers
+        self._start = time.monotonic()
+        kept: list[str] = []
+        if self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_step]
+        write_bytes(self._path, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        record = {"step": step, "seconds": round(time.monotonic() - self._start, 3)} | values
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for tracker in self._trackers:
+            tracker.log(step, numbers(values))
+
+    def finish(self) -> None:
+        """The run came to its end."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; beyond all steps for one that a killed process left unfinished."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf

@@ -1,0 +1,122 @@
+"""The wall: every pair of persons is the answer of exactly one query, and nobody else is."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from generated import wall as module
+from generated.wall import all_pairs, largest_wall, make_wall, moment_curve, write_wall
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.core.errors import InputError
+from d2llm.data.beir import read_beir
+from d2llm.ops.words import terms
+from d2llm.store.bm25 import WordIndex, rank_passages
+
+
+def likes(text: str) -> set[str]:
+    return set(re.split(r", | and ", text.removesuffix(".").split(" likes ")[1]))
+
+
+def thing(text: str) -> str:
+    return text.removeprefix("Who likes ").removesuffix("?")
+
+
+def test_all_pairs_by_hand():
+    assert all_pairs(4) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+@given(num_persons=st.integers(5, 14), num_distractors=st.integers(0, 5), seed=st.integers(0, 50))
+def test_answers_are_those_who_like_it_and_every_pair_is_one(num_persons, num_distractors, seed):
+    wall = make_wall(num_persons, num_distractors=num_distractors, seed=seed)
+    assert len(wall.passages) == num_persons + num_distractors
+    judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
+    liked = {passage.id: likes(passage.text) for passage in wall.passages}
+    for query in wall.queries:
+        assert judged[query.id] == {identifier for identifier, things in liked.items() if thing(query.text) in things}
+    persons = [f"p{number}" for number in range(num_persons)]
+    assert sorted(map(sorted, judged.values())) == sorted(map(sorted, combinations(persons, 2)))
+    assert {len(things) for things in liked.values()} == {num_persons - 1}
+
+
+def test_splits_are_disjoint_and_have_their_shares():
+    wall = make_wall(20)  # 190 queries
+    splits = [set(wall.qrels[split]) for split in ("train", "dev", "test")]
+    assert [len(split) for split in splits] == [114, 19, 57]
+    assert len(set.union(*splits)) == 190
+    texts = {query.id: query.text for query in wall.queries}
+    assert len(set(texts.values())) == 190
+
+
+def test_the_seed_decides():
+    assert make_wall(8, num_distractors=2, seed=3) == make_wall(8, num_distractors=2, seed=3)
+    assert make_wall(8, seed=3) != make_wall(8, seed=4)
+
+
+def test_every_word_stands_for_itself():
+    """So BM25 can answer everything: no thing shares a stem with another, or with a name."""
+    things, names = module._THINGS, [*module._FIRST_NAMES, *module._LAST_NAMES]
+    stems = [tuple(terms(word)) for word in (*things, *names)]
+    assert all(len(stem) == 1 for stem in stems)
+    assert len(set(stems)) == len(stems)
+
+
+def test_bm25_finds_both_answers():
+    wall = make_wall(12, num_distractors=20)
+    index = WordIndex.from_texts(passage.full_text for passage in wall.passages)
+    found = rank_passages(index, [p.id for p in wall.passages], [query.text for query in wall.queries], 2)
+    judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
+    assert all(
+        {candidate.passage_id for candidate in candidates} == judged[query.id]
+        for query, candidates in zip(wall.queries, found, strict=True)
+    )
+
+
+def test_written_as_a_beir_folder(tmp_path: Path):
+    folder = tmp_path / "wall"
+    wall = write_wall(folder, num_persons=9, num_distractors=4, seed=5)
+    dataset = read_beir(folder)
+    assert dataset.issues == ()
+    assert tuple(dataset.passages.values()) == wall.passages
+    assert tuple(dataset.queries.values()) == wall.queries
+    assert dataset.qrels == wall.qrels
+    write_wall(folder, num_persons=6)  # replaces its own folder
+    assert len(read_beir(folder).passages) == 6
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="did not make"):
+        write_wall(tmp_path / "mine")
+
+
+def test_as_large_as_there_are_words():
+    for num_distractors in (0, 1):
+        most = largest_wall(num_distractors)
+        words = len(module._THINGS) - 100 * (num_distractors > 0)
+        assert most * (most - 1) // 2 <= words < most * (most + 1) // 2
+        wall = make_wall(most, num_distractors=num_distractors)
+        assert len(wall.queries) == most * (most - 1) // 2
+        with pytest.raises(InputError, match=f"num_persons is {most + 1}, but must be from 5 to {most}"):
+            make_wall(most + 1, num_distractors=num_distractors)
+    with pytest.raises(InputError, match="num_persons is 4"):
+        make_wall(4)
+    with pytest.raises(InputError, match="num_distractors is -1"):
+        make_wall(5, num_distractors=-1)
+    with pytest.raises(InputError, match="num_distractors is 1600, but must be from 0 to 1595"):
+        make_wall(5, num_distractors=1600)
+
+
+@pytest.mark.parametrize("number", [3, 4, 17, 60])
+def test_moment_curve_puts_each_pair_on_top_by_the_margin_of_its_formula(number):
+    queries, passages = moment_curve(number)
+    assert queries.shape == (number * (number - 1) // 2, 4)
+    assert np.allclose(np.linalg.norm(passages, axis=1), np.sqrt(2))  # one length: it is a cosine as well
+    angles = 2 * np.pi * np.arange(number) / number
+    for (first, second), scores in zip(all_pairs(number), queries @ passages.T, strict=True):
+        expected = -(1 - np.cos(angles - angles[first])) * (1 - np.cos(angles - angles[second]))
+        assert np.allclose(scores - scores[first], expected, atol=1e-12)
+        assert set(np.argsort(-scores)[:2].tolist()) == {first, second}

@@ -1,0 +1,182 @@
+"""Named changes of a recipe: each is valid for the shipped recipes and changes what is built or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from d2llm.core.errors import RecipeError
+from d2llm.core.recipe import BackboneConfig, EvidenceConfig, LossWeights, Recipe, TrainingConfig
+from d2llm.core.recipe_file import load_recipe
+from d2llm.core.variants import VARIANTS, Variant, find_variant
+from d2llm.data.collation import LabelledSource, collate, epoch_batches
+from d2llm.data.labels import LabelStore
+from d2llm.models.backbone import Backbone
+from d2llm.models.student import Student
+from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.training.ablation.report import BASE
+from d2llm.training.objective import batch_losses, score_batch
+from tiny_distill import Place
+
+# What is so already in a shipped recipe.
+UNCHANGED = {
+    "d2llm-llm-teacher": {
+        "without-words",
+        "anchored-head",
+        "rich",
+        "warm-start",
+        "width-512",
+        "one-stage",
+        "no-gates",
+        "without-li",
+        "not-quiet",
+    },
+    "d2llm": {
+        "anchored-head",
+        "rich",
+        "warm-start",
+        "width-512",
+        "gates",
+        "without-ci",
+        "without-ph",
+        "without-hi",
+        "without-fi",
+    },
+    "d2llm-paper": {
+        "without-words",
+        "paper-head",
+        "concat",
+        "cold-start",
+        "width-512",
+        "one-stage",
+        "no-gates",
+        "gates",
+        "without-li",
+        "not-quiet",
+    },
+}
+RECIPES = sorted(UNCHANGED)
+Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]:
+    """What a recipe makes over a tiny backbone: parameters by shape, the backbone's pooling, losses, and rates."""
+    place = Place(tmp_path_factory.mktemp("variants"))
+    identity = identify_local_teacher(place.teacher)
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"]}
+    store = LabelStore(place.labels, **key, dataset=place.source.dataset.name)
+    labelled = LabelledSource.join(place.source, store)
+    batches = epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)
+    batch = collate(*batches[0])
+    backbones: dict[BackboneConfig, Backbone] = {}
+    losses: dict[tuple[str, LossWeights], set[str]] = {}
+
+    def build(recipe: Recipe) -> Built:
+        config = recipe.student.model_copy(
+            update={
+                "backbone": recipe.student.backbone.model_copy(update={"model": str(place.model)}),
+                "pooling": recipe.student.pooling.model_copy(update={"num_heads": 4}),
+            }
+        )
+        if config.backbone not in backbones:
+            backbones[config.backbone] = Backbone.load(config.backbone, device="cpu", dtype="float32")
+        student = Student(config, backbones[config.backbone])
+        shapes = {
+            f"{part}.{name}": tuple(parameter.shape)
+            for part, module in (("pooling", student.pooling), ("interaction", student.interaction))
+            for name, parameter in module.named_parameters()
+        }
+        kind = config.interaction.head, recipe.losses
+        if kind not in losses:
+            losses[kind] = set(batch_losses(score_batch(student, batch), batch, recipe.losses))
+        return shapes, student.backbone.pooling, losses[kind], recipe.training, recipe.evidence
+
+    return build
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_variant_changes_what_is_built_or_trained(name: str, build: Callable[[Recipe], Built]) -> None:
+    recipe = load_recipe(name)
+    base = build(recipe)
+    found: dict[str, Built] = {variant: build(VARIANTS[variant].apply(recipe)) for variant in VARIANTS}
+    assert {variant for variant, built in found.items() if built == base} == UNCHANGED[name]
+    all_losses = base[2]
+    removed = {
+        "without-ci": {"contrastive_imitation"},
+        "without-ph": {"rank_imitation_positive_hard"},
+        "without-hi": {"rank_imitation_hard_easy"},
+        "without-fi": {"feature_imitation"},
+        "without-li": {"list_imitation"},
+        "no-imitation": {loss for loss in all_losses if "imitation" in loss},
+    }
+    for variant, losses in removed.items():
+        assert found[variant] == (base[0], base[1], all_losses - losses, *base[3:])
+        assert losses <= all_losses or variant in UNCHANGED[name]
+    assert found["cosine"][:3] == ({"interaction.log_scale": ()}, "mean", {"in_batch_cross_entropy"})
+    assert set(found["cosine-for-iem"][0]) > {"interaction.log_scale", "pooling.pma.seeds"}
+    for pooling in ("mean", "last"):
+        shapes, of_backbone, *_ = found[f"{pooling}-pooling"]
+        assert of_backbone == pooling
+        assert {n for n in shapes if n.startswith("pooling")} == set()
+        assert {n: s for n, s in base[0].items() if n.startswith("interaction")} == shapes
+    assert {n.split(".")[2] for n in found["one-branch"][0] if n.startswith("interaction.branches")} == {"shared"}
+    for width in (128, 512, 1024):
+        shapes = found[f"width-{width}"][0]
+        assert shapes["interaction.first.weight"][0] == width
+        assert shapes["interaction.output.weight"] == (1, width)
+    for features, parts in (("concat", 2), ("product", 3), ("difference", 3), ("rich", 4)):
+        assert found[features][0]["interaction.first.weight"][1] == parts * 32
+    assert "pooling.gate" in found["warm-start"][0]
+    assert "pooling.gate" not in found["cold-start"][0]
+    assert not any("anchors" in n for n in found["paper-head"][0])
+    assert any("anchors" in n for n in found["anchored-head"][0])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_variant_changes_nothing_but_its_settings(name: str) -> None:
+    recipe = load_recipe(name)
+    for variant in VARIANTS.values():
+        changed = variant.apply(recipe)
+        assert changed.name == f"{name}-{variant.name}"
+        before, after, wanted = (leaves(v) for v in (recipe.model_dump(), changed.model_dump(), variant.settings))
+        assert after == before | wanted | {("name",): changed.name}
+
+
+def leaves(values: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
+    """Values by their path; a list counts as one value."""
+    if not isinstance(values, dict):
+        return {path: values}
+    return {k: v for key, value in values.items() for k, v in leaves(value, (*path, key)).items()}
+
+
+def test_no_variant_asks_for_a_teacher_that_the_recipe_does_not_need() -> None:
+    """``ablate`` asks for labels by the recipe alone."""
+    recipe = VARIANTS["no-imitation"].apply(load_recipe("d2llm"))
+    assert not any(variant.apply(recipe).losses.imitates for variant in VARIANTS.values())
+
+
+def test_names_are_fit_for_folders_and_the_command_line() -> None:
+    assert BASE not in VARIANTS
+    for name, variant in VARIANTS.items():
+        assert name == variant.name
+        assert name.replace("-", "").isalnum()
+        assert name == name.lower()
+    groups = [variant.group for variant in VARIANTS.values()]
+    assert groups == sorted(groups, key=("baseline", "published", "own").index)
+    assert len({variant.title for variant in VARIANTS.values()}) == len(VARIANTS)
+
+
+def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
+    assert find_variant("without-ci") is VARIANTS["without-ci"]
+    with pytest.raises(RecipeError, match=r"no variant 'witout-ci'; did you mean 'without-ci'\?"):
+        find_variant("witout-ci")
+    with pytest.raises(RecipeError, match="no variant 'xyzzy'; there are: cosine, paper, without-ci"):
+        find_variant("xyzzy")
+
+
+def test_a_change_that_makes_no_valid_recipe_names_the_variant() -> None:
+    wrong = Variant("wrong", "own", "no width", {"student": {"interaction": {"hidden_dim": 0}}})
+    with pytest.raises(RecipeError, match=r"variant 'wrong': student.interaction.hidden_dim"):
+        wrong.apply(load_recipe("d2llm-paper"))

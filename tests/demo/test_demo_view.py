@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from d2llm.demo.report import (
+    DemoAnswer,
+    DemoPlace,
+    JudgedPassage,
+    MessageReport,
+    MessageSystem,
+    QuestionReport,
+    TeacherAgreement,
+    TeacherOpinion,
+)
+from d2llm.demo.view import MAX_WIDTH, DemoView, excerpt
+
+LONG = "library.module.Class.method(" + ", ".join(f"parameter_{n}=None" for n in range(6)) + ")"
+
+
+def place(rank, passage_id, other_rank, *, right=False, title=None, text="Turn a crank until the music plays."):
+    return DemoPlace(rank, passage_id, title or f"{passage_id}()", text, 1.0 / rank, right, other_rank)
+
+
+ANSWER = DemoAnswer(
+    question="How do I turn the crank?",
+    right_ids=("b",),
+    baseline=(place(1, "a", 2), place(2, "b", 1, right=True), place(3, "c", None, title=LONG)),
+    d2llm=(place(1, "b", 2, right=True), place(2, "a", 1), place(3, "d", 17, title=LONG)),
+)
+QUESTIONS = QuestionReport((ANSWER,), (True,), num_candidates=12, interaction_weight=0.0)
+MESSAGE = DemoAnswer(
+    question="My card is gone.",
+    right_ids=("card lost 2",),
+    baseline=(place(1, "a", 2), place(2, "b", 4), place(3, "c", 3)),
+    d2llm=(place(1, "card lost 2", 9, right=True), place(2, "a", 1), place(3, "c", 3)),
+)
+MESSAGES = MessageReport(
+    num_messages=96,
+    num_requests=24,
+    interaction_weight=1.0,
+    systems=(MessageSystem("cosine, untuned", 0.25, 0.5), MessageSystem("D2LLM", 0.75, 0.875)),
+    p_value=0.0123,
+    num_better=7,
+    num_worse=2,
+    examples=(MESSAGE,),
+)
+OPINION = TeacherOpinion(
+    model="smollm2",
+    tuned=False,
+    question="How do I turn the crank?",
+    passages=(
+        JudgedPassage("b", "b()", 0.75, 1.0986, 0.5, 11.25, right=True),
+        JudgedPassage("c", LONG, 0.5, 0.0, 0.25, 9.5, right=False),
+    ),
+    agreement_cosine=TeacherAgreement(1.0, same_first=True),
+    agreement_d2llm=TeacherAgreement(-1 / 3, same_first=False),
+)
+
+
+def shown(draw, *, encoding="utf-8", width=MAX_WIDTH, colours=False) -> str:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+    draw(DemoView(Console(file=file, width=width, force_terminal=colours, color_system="256" if colours else None)))
+    file.flush()
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_nothing_is_wider_than_the_terminal_or_100_columns(width, encoding):
+    def draw(view):
+        view.step("The answers")
+        view.answers(QUESTIONS, "tiny", "minilm", depth=100)
+        view.messages(MESSAGES, "tiny", "minilm")
+        view.teacher(OPINION)
+
+    lines = shown(draw, width=width, encoding=encoding).splitlines()
+    assert max(map(len, lines)) == min(width, MAX_WIDTH)
+
+
+def test_places_show_where_they_were_and_what_is_right():
+    lines = shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100)).splitlines()
+    titles = [
+        [cell.strip() for cell in (line[:50], line[50:])] for line in lines if line.lstrip()[:2] in ("1 ", "2 ", "3 ")
+    ]
+    assert titles[0] == ["1 a()", "1 ✓ ▲1 b()"]
+    assert titles[1] == ["2 ✓ b()", "2 ▼1 a()"]
+    assert titles[2][0].startswith("3 library.module.Class.method(parameter_0=None")
+    assert titles[2][0].endswith("…")
+    assert titles[2][1].startswith("3 new (17) library.module.Class.method(")
+    assert sum("Turn a crank until the music plays." in line for line in lines) == 3
+
+
+@pytest.mark.parametrize(("other_rank", "mark"), [(3, "="), (1, "▼2"), (4, "new (4)"), (None, "new (>100)")])
+def test_marks(other_rank, mark):
+    answer = DemoAnswer("Why?", (), ANSWER.baseline, (*ANSWER.d2llm[:2], place(3, "e", other_rank)))
+    report = replace(QUESTIONS, answers=(answer,))
+    assert f"3 {mark} e()" in shown(lambda view: view.answers(report, "tiny", "minilm", depth=100))
+
+
+def test_right_answers_are_counted():
+    wrong = DemoAnswer("Why?", (), ANSWER.baseline, tuple(place(n, "x", None) for n in (1, 2, 3)))
+    report = QuestionReport((ANSWER, wrong), (False, False), num_candidates=12, interaction_weight=0.0)
+    text = " ".join(shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
+    assert "A right answer in the top 3: BM25 2/2, D2LLM 1/2; the cosine of untuned minilm, among the 12" in text
+    assert "rank first, 0/2." in text
+
+
+@pytest.mark.parametrize(("weight", "words"), [(0.0, "has the weight 0"), (0.25, "takes part with the weight 0.25")])
+def test_whether_the_interaction_takes_part_in_the_answers_is_said(weight, words):
+    report = replace(QUESTIONS, interaction_weight=weight)
+    text = " ".join(shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
+    assert f"interaction of 'tiny' {words}" in text
+
+
+def test_fewer_places_of_bm25_leave_room():
+    report = replace(QUESTIONS, answers=(replace(ANSWER, baseline=ANSWER.baseline[:1]),))
+    lines = shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).splitlines()
+    assert any((line[:50].strip(), line[50:].strip()) == ("", "2 ▼1 a()") for line in lines)
+
+
+def test_messages_show_what_the_interaction_is_worth_and_an_example():
+    text = shown(lambda view: view.messages(MESSAGES, "tiny", "minilm"))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["cosine,", "untuned", "25%", "50%"] in rows
+    assert ["D2LLM", "75%", "88%"] in rows
+    words = " ".join(text.split())
+    assert "gives 7 messages more of their own among the first 3, and 2 fewer (p = 0.012)" in words
+    assert "My card is gone. [card lost]" in words
+    assert "1 ✓ new (9) card lost 2()" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"interaction_weight": 0.0}, "The interaction of 'tiny' has the weight 0 here too"),
+        ({"p_value": None}, "'tiny' scores by its interaction alone"),
+    ],
+)
+def test_a_student_without_two_scores_says_why(changes, words):
+    report = replace(MESSAGES, examples=(), **changes)
+    assert words in " ".join(shown(lambda view: view.messages(report, "tiny", "minilm")).split())
+
+
+SLOW = (
+    "200 of the 500 passages (the modules with an answer to the questions below, and others by lot), since this "
+    "machine encodes 20 passages a second now, and would take 25 s for all, more than the 10 s"
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "rate", "words"),
+    [
+        (500, 20.0, "All 500 passages are encoded by the student 'tiny'."),
+        (200, 20.0, SLOW),
+        (200, None, "as an earlier demo chose, are encoded"),
+    ],
+)
+def test_how_much_is_encoded_and_why(number, rate, words, tmp_path):
+    def draw(view):
+        view.announce_index("tiny", number, 500, rate=rate, seconds=10, folder=tmp_path)
+
+    assert words in " ".join(shown(draw).split())
+
+
+def test_an_output_without_the_signs_gets_others():
+    text = shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), encoding="ascii")
+    assert "1 * ^1 b()" in text
+    assert "2 v1 a()" in text
+    assert "?" not in text.replace("crank?", "")
+
+
+def test_words_of_the_question_are_highlighted_and_only_they():
+    text = shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), colours=True)
+    assert "\x1b[1;33mTurn\x1b[0m a \x1b[1;33mcrank\x1b[0m until the music plays." in text
+
+
+def test_without_colours_nothing_but_text_is_written():
+    assert "\x1b" not in shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100))
+
+
+def test_the_teacher_is_shown_with_scores_and_honesty():
+    text = shown(lambda view: view.teacher(OPINION))
+    assert "0.750   ✓ b()" in text
+    assert "0.500   library.module" in text
+    assert "cosine tau +1.00, the same passage first; D2LLM tau -0.33, another passage first." in " ".join(text.split())
+    assert "not tuned" in text
+    tuned = TeacherOpinion("smollm2", True, *(getattr(OPINION, name) for name in OPINION.__slots__[2:]))
+    assert "not tuned" not in shown(lambda view: view.teacher(tuned))
+
+
+WORDS = {"crank", "music", "box"}
+
+
+def test_excerpt_keeps_a_short_text_and_joins_its_lines():
+    assert excerpt("Turn it.\n\n    Then\nwait.", WORDS) == "Turn it. Then wait."
+
+
+def test_excerpt_begins_at_the_beginning_unless_a_later_part_has_two_more_words():
+    beginning = "This function does something. "
+    assert excerpt(beginning + "It has a crank.", WORDS, length=30) == "This function does something. …"
+    assert excerpt(beginning + "The crank of a box.", WORDS, length=30) == "… The crank of a box."
+    assert excerpt("A box. " + "The crank of a box plays music.", WORDS, length=24) == "A box. The crank of a …"
+
+
+def test_excerpt_of_one_endless_word_is_cut():
+    assert excerpt("x" * 300, WORDS, length=10) == "x" * 10 + " …"

@@ -1,0 +1,57 @@
+"""A run from Python: all of it at once, what is finished skipped, and the student measured in its folder."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from d2llm import EvaluationSettings, Run, load_recipe
+from d2llm.core.errors import InputError
+from d2llm.training.run import Skipped
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("from-python") / "run"
+    return Run(place / "tiny.toml", folder, dtype="float32", show_progress=False)
+
+
+def kinds_of(report):
+    return {row.kind for row in report.rows}
+
+
+def test_it_is_finished_step_by_step_and_measured(run, caplog):
+    with pytest.raises(InputError, match="there is no student yet"):
+        run.evaluate()
+    order = []
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
+        results = run.finish(after=lambda step, result: order.append((step, result)))
+    steps = ["mine", "first-look", "tune-teacher", "stack", "gate", "filter", "label", "distill"]
+    assert [step for step, _ in order] == list(results) == steps
+    assert order == list(results.items())
+    assert "distill: " in caplog.text
+    assert (run.parts.student / "manifest.json").is_file()
+    assert run.teacher.model == str(run.parts.teacher)
+
+    again = run.finish()
+    assert {step for step, result in again.items() if isinstance(result, Skipped)} >= {"gate", "distill"}
+    assert isinstance(again["mine"]["everyday"], Skipped)
+    assert again["label"].pairs == 0
+
+    settings = EvaluationSettings(split="dev", task="symmetric", teacher_queries=2, teacher_depth=2)
+    reports = run.evaluate(settings)
+    assert list(reports) == ["everyday"]
+    assert reports["everyday"].task == run.recipe.data[0].task  # its own, not that of the settings
+    assert "teacher" in kinds_of(reports["everyday"])
+    assert {"bm25", "d2llm"} <= kinds_of(reports["everyday"])
+    assert (run.parts.path / "evaluation").is_dir()
+    assert "teacher" not in kinds_of(run.evaluate(settings, with_teacher=False)["everyday"])
+
+
+def test_a_recipe_can_be_given_as_it_is(place, tmp_path):
+    run = Run(load_recipe(str(place / "tiny.toml")), tmp_path / "other")
+    assert run.parts.path == tmp_path / "other"
+    with pytest.raises(InputError, match="there is no training plan yet"):
+        run.distill()
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,427 @@
+"""The verb ``evaluate`` on retrieval sets: every figure again by hand, from rankings or from the fake models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import log2
+from statistics import fmean
+
+import numpy as np
+import pytest
+
+from d2llm.evaluation.setting import Contenders
+from d2llm.ops.significance import bootstrap_interval, holm, paired_bootstrap_interval, paired_randomisation
+from d2llm.retrieval.cosine import CosineStudent
+from fake_models import FakeStudent, FakeTeacher
+from tiny_evaluations import PASSAGES, QUERIES, everyone, figures, make_dataset, make_words, measure, run
+
+TEACHER = "teacher (reranking 50 of BM25 and D2LLM)"
+FUSION, FUSION_UNTUNED = "hybrid: BM25 + D2LLM", "hybrid: BM25 + cosine, untuned"
+FITTED = "fitted sum: BM25 + cosine, tuned"
+NOT_BY_VECTORS = ("bm25", "hybrid", "fitted_sum", "teacher")
+
+
+@pytest.fixture(autouse=True)
+def few_permutations(monkeypatch):
+    """Where the p-values themselves are not tested; reports that a module shares are made before this."""
+    monkeypatch.setattr("d2llm.evaluation.statistics.NUM_PERMUTATIONS", 100)
+
+
+def values_of(ranking, grades):
+    """Every measure of one query, by its definition."""
+    relevant = {passage for passage, grade in grades.items() if grade > 0}
+    gains = [grades.get(passage, 0) for passage in ranking]
+    best = sorted(grades.values(), reverse=True)
+    dcg, ideal = (sum(gain / log2(place + 2) for place, gain in enumerate(g[:10])) for g in (gains, best))
+    ranks = [rank for rank, passage in enumerate(ranking, start=1) if passage in relevant]
+    return {
+        "nDCG@10": dcg / ideal,
+        "MRR@10": max((1 / rank for rank in ranks if rank <= 10), default=0),
+        "MAP": sum(found / rank for found, rank in enumerate(ranks, start=1)) / len(relevant),
+        "Recall@10": sum(rank <= 10 for rank in ranks) / len(relevant),
+        "Recall@100": sum(rank <= 100 for rank in ranks) / len(relevant),
+    }
+
+
+def values_by_hand(report, dataset):
+    """row -> query -> measure -> value, from the rankings of the report."""
+    return {
+        row: {
+            query: values_of([passage for passage, _ in ranking], dataset.qrels["test"][query])
+            for query, ranking in rankings.items()
+        }
+        for row, rankings in report.details.rankings.items()
+    }
+
+
+# --- five passages, by hand -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    return measure(make_dataset(), everyone())
+
+
+def test_bm25_row_by_hand(report):
+    # BM25 puts a first for q1, b before e for q2 (two terms against one), finds nothing for q3, c before d for q4.
+    row = report.row("BM25")
+    assert row.measures["nDCG@10"].value == pytest.approx((1 + 1 / log2(3) + 0 + 1) / 4)
+    assert row.measures["MRR@10"].value == pytest.approx((1 + 1 / 2 + 0 + 1) / 4)
+    assert row.measures["MAP"].value == pytest.approx((1 + 1 / 2 + 0 + 1) / 4)
+    assert row.measures["Recall@100"].value == row.measures["Recall@10"].value == pytest.approx(3 / 4)
+    assert row.num_items == 4
+
+
+def test_teacher_row_by_hand(report):
+    # Pool: the whole corpus. Shared words: q1 a 2; q2 b 2, e 1; q3 none, so ids decide and c is third; q4 c 2, d 1.
+    row = report.row(TEACHER)
+    assert row.measures["nDCG@10"].value == pytest.approx((1 + 1 / log2(3) + 1 / log2(4) + 1) / 4)
+    assert row.measures["MRR@10"].value == pytest.approx((1 + 1 / 2 + 1 / 3 + 1) / 4)
+    assert row.measures["Recall@100"].value == 1
+
+
+def test_student_rows_against_numpy(report):
+    def expected(fingerprint, scorer):
+        student = FakeStudent(fingerprint=fingerprint)
+        vectors = student.encode_passages([p.text for p in PASSAGES.values()]).vectors.astype(np.float64)
+        reciprocal = []
+        for query_id, relevant in (("q1", "a"), ("q2", "e"), ("q3", "c"), ("q4", "cd")):
+            query = student.encode_queries([QUERIES[query_id].text]).vectors[0].astype(np.float64)
+            order = np.argsort(-scorer(query, vectors))
+            reciprocal.append(1 / (1 + min(order.tolist().index("abcde".index(name)) for name in relevant)))
+        return pytest.approx(np.mean(reciprocal))
+
+    def cosine(query, vectors):
+        return vectors @ query / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
+
+    def full(query, vectors):
+        return 2 * vectors @ query + np.tanh(vectors[:, 0] * query[1])
+
+    def mrr(name):
+        return report.row(name).measures["MRR@10"].value
+
+    assert [row.name for row in report.rows] == [
+        "BM25",
+        FUSION_UNTUNED,
+        FUSION,
+        FITTED,
+        "cosine, untuned",
+        "cosine, tuned",
+        "D2LLM, paper head",
+        "cosine, D2LLM vectors",
+        "D2LLM",
+        TEACHER,
+    ]
+    assert mrr("cosine, untuned") == expected("base", cosine)
+    assert mrr("cosine, tuned") == expected("tuned", cosine)
+    assert mrr("D2LLM, paper head") == expected("paper", full)
+    assert mrr("cosine, D2LLM vectors") == expected("fake-student", lambda q, v: v @ q)
+    assert mrr("D2LLM") == expected("fake-student", full)
+
+
+def test_what_is_counted(report):
+    assert (report.kind, report.num_items, report.num_left_out, report.num_passages) == ("retrieval", 4, 2, 5)
+    assert report.missing == report.sample_rows == ()
+    odd, weights = report.notes
+    assert odd == "test: 1 odd thing"
+    assert weights.startswith(f"{FITTED}: 1 x cosine + ")
+    assert weights.endswith("each fitted on the half of the queries it does not rank")
+    assert report.row("D2LLM").fingerprint == "fake-student"
+    assert report.row("BM25").fingerprint is None
+    assert report.settings["seed"] == 0
+    assert report.seconds > 0
+    assert (report.main_measure, report.subject, report.baseline) == ("nDCG@10", "D2LLM", "cosine, tuned")
+
+
+def test_every_row_has_its_cost(report):
+    students = ["cosine, untuned", "cosine, tuned", "D2LLM, paper head", "cosine, D2LLM vectors", "D2LLM"]
+    for row in report.rows:
+        assert 0 < row.cost.total.p50 <= row.cost.total.p95
+        assert row.cost.total.mean > 0
+    for name in (*students, "BM25"):
+        assert report.row(name).cost.peak_memory_mib > 10  # Python and numpy alone take more
+    for name in students:
+        cost = report.row(name).cost
+        for part in (cost.encode, cost.candidates, cost.score):
+            assert 0 <= part.p50 <= part.p95
+        # Two calls of one probe are timed apart, so the parts need not add up; they cannot be far more than the whole.
+        assert cost.pairs_per_second > 0
+        assert cost.bytes_per_passage == 32  # 16 numbers of bfloat16
+    assert [name for name in students if report.row(name).cost.passages_per_second is None] == ["D2LLM"]  # shared index
+    bm25, fused, teacher = (report.row(name).cost for name in ("BM25", FUSION, TEACHER))
+    assert bm25.bytes_per_passage > 0
+    assert fused.bytes_per_passage == bm25.bytes_per_passage + 32
+    assert fused.total.mean == pytest.approx(bm25.total.mean + report.row("D2LLM").cost.total.mean)
+    first = bm25.total.mean + report.row("D2LLM").cost.total.mean
+    assert teacher.total.mean == pytest.approx(first + teacher.score.mean)
+    assert teacher.bytes_per_passage is None
+
+
+def test_report_is_json(report):
+    read = json.loads(json.dumps(report.to_json()))
+    assert read["report_version"] == 2
+    assert "details" not in read
+    row = next(row for row in read["rows"] if row["name"] == "D2LLM")
+    assert {name: estimate["value"] for name, estimate in row["measures"].items()} == figures(report.row("D2LLM"))
+    assert row["cost"]["total"]["p50"] == report.row("D2LLM").cost.total.p50
+    with pytest.raises(KeyError):
+        report.row("nobody")
+
+
+def test_truncated_texts_are_noted():
+    report = measure(make_dataset(), Contenders(FakeStudent(max_words=5)))
+    # a, b and e have six words; both rows of the student read the same index.
+    assert report.notes == (
+        "test: 1 odd thing",
+        "cosine, D2LLM vectors: 3 of 5 passages were truncated",
+        "D2LLM: 3 of 5 passages were truncated",
+    )
+
+
+# --- random texts: every figure from the rankings ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words():
+    return make_words()
+
+
+@pytest.fixture(scope="module")
+def full(words):
+    """Every kind of row; the teacher on a sample."""
+    other = {query: list(words.passages)[place : place + 9] for place, query in enumerate(words.queries)}
+    contenders = everyone(
+        bi_encoders={"their encoder": CosineStudent(FakeStudent(fingerprint="theirs"))},
+        cross_encoders={"their judge": FakeTeacher(fingerprint="judge")},
+        runs=[run("their run", other)],
+    )
+    return measure(words, contenders, teacher_queries=9, teacher_depth=20, num_candidates=110, seed=3)
+
+
+SAMPLED = ("teacher (reranking 20 of BM25 and D2LLM)", "their judge")
+
+
+def test_every_measure_is_that_of_the_rankings(full, words):
+    by_hand = values_by_hand(full, words)
+    assert list(by_hand) == [row.name for row in full.rows]
+    for row in full.rows:
+        asked = by_hand[row.name]
+        assert row.num_items == len(asked) == (9 if row.name in SAMPLED else 24)
+        for name, estimate in row.measures.items():
+            assert estimate.value == pytest.approx(fmean(values[name] for values in asked.values())), (row.name, name)
+        assert list(row.measures) == ["nDCG@10", "MRR@10", "MAP", "Recall@10", "Recall@100"]
+    assert 0 < full.row("D2LLM").measures["Recall@100"].value < 1
+    assert max(len(ranking) for ranking in full.details.rankings["D2LLM"].values()) == 100
+
+
+def test_values_of_single_queries_are_kept(full, words):
+    by_hand = values_by_hand(full, words)
+    assert full.details.item_ids == tuple(words.queries)
+    assert set(full.details.values) == set(by_hand) - set(SAMPLED)
+    for row, measures in full.details.values.items():
+        for name, values in measures.items():
+            assert values == pytest.approx([by_hand[row][query][name] for query in words.queries])
+
+
+def test_sample_rows_are_of_the_sample(full, words):
+    by_hand = values_by_hand(full, words)
+    sample = list(by_hand[SAMPLED[0]])
+    assert sample == list(by_hand[SAMPLED[1]]) == [query for query in words.queries if query in sample]
+    assert [row.name for row in full.sample_rows] == [row.name for row in full.rows]
+    for row in full.sample_rows:
+        assert row.num_items == 9
+        for name, estimate in row.measures.items():
+            assert estimate.value == pytest.approx(fmean(by_hand[row.name][query][name] for query in sample))
+    assert full.sample_rows[-3].measures == full.row(SAMPLED[0]).measures
+
+
+def test_intervals_are_bootstrap_intervals(full, words):
+    by_hand = values_by_hand(full, words)
+    for row in full.rows:
+        for name, estimate in row.measures.items():
+            assert estimate.low <= estimate.value <= estimate.high
+            interval = bootstrap_interval([values[name] for values in by_hand[row.name].values()], seed=3)
+            assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
+    assert full.row("D2LLM").measures["nDCG@10"].low < full.row("D2LLM").measures["nDCG@10"].high
+
+
+@pytest.mark.parametrize("name", ["nDCG@10", "MAP"])
+def test_comparisons_are_paired_tests_with_holm(full, words, name):
+    by_hand = values_by_hand(full, words)
+    base = "cosine, tuned"
+    rows = [row.name for row in full.rows if row.name != base]
+    p_values = []
+    for row in rows:
+        found = full.comparison(row, name)
+        queries = list(by_hand[row])  # of a sample: just these
+        ours, theirs = ([by_hand[system][query][name] for query in queries] for system in (row, base))
+        p_values.append(paired_randomisation(ours, theirs, seed=3))
+        interval = paired_bootstrap_interval(ours, theirs, seed=3)
+        assert found.baseline == base
+        assert found.num_items == len(queries)
+        assert found.p_value == pytest.approx(p_values[-1])
+        difference = found.difference
+        assert difference.value == pytest.approx(fmean(ours) - fmean(theirs))
+        assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
+        assert found.test == "paired randomisation, 10,000 permutations"
+    adjusted = [full.comparison(row, name).adjusted_p for row in rows]
+    assert adjusted == pytest.approx(holm(p_values))
+    assert adjusted != pytest.approx(p_values)
+    assert full.comparison(base, name) is None
+    assert len(full.comparisons) == 5 * len(rows)
+
+
+def fused_by_hand(*rankings):
+    """Reciprocal rank fusion with k = 60; equal scores by id."""
+    scores = {}
+    for ranking in rankings:
+        for rank, (passage, _) in enumerate(ranking, start=1):
+            scores[passage] = scores.get(passage, 0) + 1 / (60 + rank)
+    return sorted(scores, key=lambda passage: (-scores[passage], passage))[:100]
+
+
+@pytest.mark.parametrize(("name", "second"), [(FUSION, "D2LLM"), (FUSION_UNTUNED, "cosine, untuned")])
+def test_hybrid_is_reciprocal_rank_fusion(full, words, name, second):
+    rankings = full.details.rankings
+    for query in words.queries:
+        expected = fused_by_hand(rankings["BM25"][query], rankings[second][query])
+        assert [passage for passage, _ in rankings[name][query]] == expected
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_judge_reranks_what_bm25_and_the_student_propose(full, words, name):
+    rankings = full.details.rankings
+    for query, ranking in rankings[name].items():
+        bm25, student = ([passage for passage, _ in rankings[system][query]] for system in ("BM25", "D2LLM"))
+        pool = []
+        for place in range(100):  # one of each in turn, each passage once
+            for proposed in (bm25[place : place + 1], student[place : place + 1]):
+                pool += [passage for passage in proposed if passage not in pool and len(pool) < 20]
+        asked = set(words.queries[query].text.split())
+        shared = {passage: len(asked & set(words.passages[passage].text.split())) for passage in pool}
+        judged = sorted(pool, key=lambda passage: (-shared[passage], passage))
+        rest = [passage for passage in student if passage not in pool]
+        assert [passage for passage, _ in ranking] == (judged + rest)[:100]
+        scores = [score for _, score in ranking]
+        assert scores[:20] == [shared[passage] for passage in judged]
+        assert scores == sorted(scores, reverse=True)
+        assert len(set(scores[20:])) == len(scores[20:])  # a run file of it keeps the order
+
+
+def test_agreement_is_on_what_the_teacher_judged(full, words):
+    from scipy.stats import kendalltau
+
+    rows = {row.name: row for row in full.agreement}
+    assert list(rows) == [row.name for row in full.rows if row.kind not in NOT_BY_VECTORS][:6]
+    student, taught = FakeStudent(), full.details.rankings[SAMPLED[0]]
+    pearsons, kendalls, overlaps, pairs = [], [], [], 0
+    for query, ranking in taught.items():
+        judged = dict(ranking[:20])
+        vectors = student.encode_passages([words.passages[passage].text for passage in judged]).vectors
+        stored = (vectors.view(np.uint32) + 0x7FFF + ((vectors.view(np.uint32) >> 16) & 1)) & 0xFFFF0000  # bfloat16
+        asked = student.encode_queries([words.queries[query].text]).vectors[0]
+        logits = student.score(asked, stored.astype(np.uint32).view(np.float32), "asymmetric")
+        values = list(judged.values())
+        pearsons.append(np.corrcoef(values, logits)[0, 1])
+        kendalls.append(kendalltau(values, logits).statistic)
+        best = [list(judged)[place] for place in np.argsort(-logits)[:10]]
+        overlaps.append(len(set(best) & set(list(judged)[:10])) / 10)
+        pairs += len(judged)
+    found = rows["D2LLM"]
+    assert found.agreement.num_pairs == pairs
+    assert found.agreement.pearson_within == pytest.approx(np.mean(pearsons), abs=1e-6)
+    assert found.agreement.kendall_within == pytest.approx(np.mean(kendalls), abs=1e-6)
+    assert found.top_10_overlap == pytest.approx(np.mean(overlaps))
+
+
+def test_calibration_and_histograms_count_everything(full, words):
+    judged = [(query, p) for query, ranking in full.details.rankings[SAMPLED[0]].items() for p, _ in ranking[:20]]
+    relevant = sum(words.qrels["test"][query].get(passage, 0) > 0 for query, passage in judged)
+    assert [found.name for found in full.calibration] == [SAMPLED[0], "D2LLM"]
+    for found in full.calibration:
+        assert found.num_pairs == len(judged) == sum(one.count for one in found.bins)
+        rate = sum(one.count * one.fraction_positive for one in found.bins)
+        assert rate == pytest.approx(relevant)
+    assert {found.name for found in full.histograms} == {"cosine, untuned", "cosine, tuned", "D2LLM", SAMPLED[0]}
+    for found in full.histograms:
+        ranked = full.details.rankings[found.name]
+        assert sum(found.counts.positive) + sum(found.counts.negative) == sum(map(len, ranked.values()))
+
+
+def test_wins_and_losses_are_the_largest_differences(full, words):
+    ours, base = (full.details.values[name]["nDCG@10"] for name in ("D2LLM", "cosine, tuned"))
+    gains = dict(zip(words.queries, np.subtract(ours, base), strict=True))
+    wins, losses = full.details.wins, full.details.losses
+    assert 0 < len(wins) <= 10
+    assert 0 < len(losses) <= 10
+    assert [gains[one.id] for one in wins] == sorted([g for g in gains.values() if g > 0], reverse=True)[:10]
+    assert [gains[one.id] for one in losses] == sorted(g for g in gains.values() if g < 0)[:10]
+    one = wins[0]
+    assert one.value - one.baseline_value == pytest.approx(gains[one.id])
+    assert one.query == words.queries[one.id].text
+    assert [shown.id for shown in one.top] == [p for p, _ in full.details.rankings["D2LLM"][one.id][:3]]
+    grades = words.qrels["test"][one.id]
+    assert all(shown.is_relevant == (grades.get(shown.id, 0) > 0) for shown in (*one.top, *one.baseline_top))
+    assert {shown.id for shown in one.relevant} == {passage for passage, grade in grades.items() if grade > 0}
+
+
+def test_a_judge_as_baseline_is_compared_on_its_sample(words):
+    report = measure(words, everyone(), teacher_queries=9, teacher_depth=20, baseline="teacher", seed=3)
+    by_hand = values_by_hand(report, words)
+    sample = list(by_hand[SAMPLED[0]])
+    assert report.baseline == SAMPLED[0]
+    for row in report.rows[:-1]:
+        found = report.comparison(row.name, "MAP")
+        ours, theirs = ([by_hand[name][query]["MAP"] for query in sample] for name in (row.name, SAMPLED[0]))
+        assert found.num_items == 9
+        assert found.difference.value == pytest.approx(fmean(ours) - fmean(theirs))
+        assert found.p_value == pytest.approx(paired_randomisation(ours, theirs, num_permutations=100, seed=3))
+    assert {one.id for one in (*report.details.wins, *report.details.losses)} <= set(sample)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "name"), [("bm25", "BM25"), ("hybrid", FUSION_UNTUNED), ("anchor", "cosine, D2LLM vectors")]
+)
+def test_the_baseline_can_be_chosen(baseline, name):
+    report = measure(make_dataset(), everyone(), baseline=baseline)
+    assert report.baseline == name
+    assert {found.baseline for found in report.comparisons} == {name}
+    assert report.comparison(name, "MAP") is None
+
+
+def test_the_baseline_is_the_best_of_the_plain_rows_there():
+    assert measure(make_dataset(), everyone(tuned_cosine=None)).baseline == "cosine, untuned"
+    assert measure(make_dataset(), everyone(tuned_cosine=None, untuned=None)).baseline == "BM25"
+
+
+# --- what is not there ------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_made_say_why():
+    report = measure(make_dataset(), Contenders(FakeStudent(head="paper"), why_missing={"teacher": "it is on holiday"}))
+    assert [row.name for row in report.rows] == ["BM25", FUSION, "D2LLM"]
+    assert {row.name: row.reason for row in report.missing} == {
+        "cosine, untuned": "no untuned encoder was given",
+        "cosine, tuned": "no tuned cosine was given",
+        "D2LLM, paper head": "no student with the paper's head was given",
+        "cosine, D2LLM vectors": "the student's head has no inner-product part",
+        TEACHER: "it is on holiday",
+    }
+    assert report.agreement == report.calibration == ()
+
+
+def test_a_run_counts_what_does_not_belong():
+    theirs = run("theirs", {"q1": ["a", "x", "b"], "q4": ["d", "c"], "q9": ["a"]})
+    theirs = replace(theirs, issues=("2 different tags",))
+    report = measure(make_dataset(), everyone(runs=[theirs]))
+    assert report.rows[-1].name == "theirs"
+    assert [passage for passage, _ in report.details.rankings["theirs"]["q1"]] == ["a", "b"]
+    assert figures(report.row("theirs"))["MRR@10"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+    assert [note for note in report.notes if note.startswith("theirs: ")] == [
+        "theirs: 2 different tags",
+        "theirs: 1 queries of the run are not judged here and were left out",
+        "theirs: 2 queries are not in the run and count as 0",
+        "theirs: 1 ranked passages are not in the corpus and were left out",
+    ]
+    assert report.row("theirs").cost.total is None

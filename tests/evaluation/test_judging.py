@@ -1,0 +1,152 @@
+"""Asking a judge about a pool: in which order, what is asked, what is kept, what is taken over."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.core.errors import ModelError
+from d2llm.data.labels import LabelStore
+from d2llm.evaluation import judging
+from d2llm.evaluation.judging import interleaved, judge_pool
+from fake_models import FakeJudgements, FakeTeacher, Interruption
+
+QUERIES = {"q1": "cat dog", "q2": "fish", "q3": "red bird"}
+PASSAGES = {"a": "cat", "b": "dog cat", "c": "red fish", "d": "bird"}
+POOL = {"q1": ["b", "a"], "q2": ["c"], "q3": ["d", "c", "a"]}
+KEY = {"teacher": "fake-teacher", "prompt": "fake-prompt-asymmetric", "dataset": "tiny"}
+SCORES = {"q1": {"b": 2, "a": 1}, "q2": {"c": 1}, "q3": {"d": 1, "c": 1, "a": 0}}
+
+
+def ask(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
+    return judge_pool(
+        judge,
+        pool,
+        QUERIES,
+        PASSAGES,
+        task,
+        dataset="tiny",
+        store=folder,
+        known=known,
+        title="asking",
+        show_progress=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rankings", "depth", "expected"),
+    [
+        ([["a", "b", "c"], ["d", "e"]], 9, ["a", "d", "b", "e", "c"]),
+        ([["a", "b", "c"], ["b", "a", "d"]], 3, ["a", "b", "c"]),
+        ([["a"], ["a", "b", "c"]], 2, ["a", "b"]),
+        ([[], ["x"]], 1, ["x"]),
+        ([[], []], 3, []),
+    ],
+)
+def test_interleaved_takes_in_turn_and_each_once(rankings, depth, expected):
+    assert interleaved(rankings, depth) == expected
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=3), st.integers(1, 8))
+def test_a_deeper_interleaving_begins_with_the_shallower(rankings, depth):
+    deeper = interleaved(rankings, depth + 1)
+    assert interleaved(rankings, depth) == deeper[:depth]
+    assert set(interleaved(rankings, 100)) == {item for ranking in rankings for item in ranking}
+
+
+def test_every_pair_is_judged_once_and_kept(tmp_path):
+    judge = FakeTeacher()
+    judged = ask(judge, tmp_path / "store")
+    assert judged.scores == SCORES
+    assert [list(of_query) for of_query in judged.scores.values()] == list(POOL.values())  # in the pool's order
+    assert judge.pairs == [(QUERIES[query], PASSAGES[passage]) for query, ids in POOL.items() for passage in ids]
+    assert (judged.num_new, judged.num_truncated) == (6, 0)
+    assert judged.pairs_per_second > 0
+    kept = LabelStore.open_for_reading(tmp_path / "store", **KEY)
+    assert {query: kept.log_odds(query) for query in POOL} == SCORES
+    assert kept.gram("q1") is None
+
+
+def test_nothing_is_judged_again(tmp_path):
+    ask(FakeTeacher(), tmp_path / "store")
+    again = FakeTeacher()
+    judged = ask(again, tmp_path / "store")
+    assert (judged.scores, judged.num_new, judged.pairs_per_second, again.pairs) == (SCORES, 0, None, [])
+    more = FakeTeacher()
+    judged = ask(more, tmp_path / "store", pool=POOL | {"q2": ["a", "c"]})
+    assert more.pairs == [("fish", "cat")]
+    assert judged.scores["q2"] == {"a": 0, "c": 1}
+
+
+def test_another_judge_or_question_is_asked_itself(tmp_path):
+    ask(FakeTeacher(), tmp_path / "store")
+    other, task = FakeTeacher(fingerprint="other"), FakeTeacher()
+    ask(other, tmp_path / "store")
+    ask(task, tmp_path / "store", task="symmetric")
+    assert len(other.pairs) == len(task.pairs) == 6
+
+
+def test_known_labels_are_read_and_not_copied(tmp_path):
+    ask(FakeTeacher(), tmp_path / "known", pool={"q1": ["a", "b"], "q3": ["d"]})
+    before = sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*"))
+    judge = FakeTeacher()
+    judged = ask(judge, tmp_path / "store", known=tmp_path / "known")
+    assert judge.pairs == [("fish", "red fish"), ("red bird", "red fish"), ("red bird", "cat")]
+    assert judged.scores == SCORES
+    assert sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*")) == before
+    kept = LabelStore(tmp_path / "store", **KEY)
+    assert kept.num_pairs == 3
+
+
+def test_what_is_judged_here_counts_more_than_what_is_known(tmp_path):
+    class Contrary(FakeTeacher):
+        def judge(self, pairs, task):
+            judged = super().judge(pairs, task)
+            return FakeJudgements(-judged.log_odds, 0)
+
+    ask(Contrary(), tmp_path / "known")
+    ask(FakeTeacher(), tmp_path / "store")
+    assert ask(FakeTeacher(), tmp_path / "store", known=tmp_path / "known").scores == SCORES
+
+
+def test_what_was_written_before_an_interruption_is_not_judged_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(judging, "_WRITE_SECONDS", 0)
+    with pytest.raises(Interruption):
+        ask(FakeTeacher(fail_after=4), tmp_path / "store")
+    judge = FakeTeacher()
+    assert ask(judge, tmp_path / "store").scores == SCORES
+    assert judge.pairs == [("red bird", PASSAGES[passage]) for passage in "dca"]
+
+
+def test_truncated_pairs_are_counted(tmp_path):
+    passages = PASSAGES | {"c": "word " * 300}
+    judged = judge_pool(
+        FakeTeacher(),
+        POOL,
+        QUERIES,
+        passages,
+        "asymmetric",
+        dataset="tiny",
+        store=tmp_path / "store",
+        title="asking",
+        show_progress=False,
+    )
+    assert (judged.num_new, judged.num_truncated) == (6, 2)
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path):
+    class Broken(FakeTeacher):
+        def judge(self, pairs, task):
+            judged = super().judge(pairs, task)
+            return FakeJudgements(judged.log_odds * float("nan"), 0)
+
+    with pytest.raises(ModelError, match="log-odds of query 'q1' and passage 'b' are nan"):
+        ask(Broken(), tmp_path / "store")
+
+
+def test_an_empty_pool_asks_nothing(tmp_path):
+    judged = ask(FakeTeacher(), tmp_path / "store", pool={"q1": []})
+    assert (judged.scores, judged.num_new) == ({"q1": {}}, 0)
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,198 @@
+"""Rows of a report about words: the fitted sum of cosine and BM25, and the student without a part of its score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.evaluation import word_rows
+from d2llm.models.evidence import EvidenceWeights, WordsFactor
+from d2llm.ops.fusion import sum_weights
+from d2llm.store.bm25 import WordIndex
+from fake_models import FakeStudent
+from tiny_evaluations import everyone, make_words, measure
+
+FITTED = "fitted sum: BM25 + cosine, tuned"
+WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
+
+
+class WordyStudent(FakeStudent):
+    """A student whose score counts words."""
+
+    def evidence_weights(self, task, *, windows=True):
+        return EvidenceWeights(terms=WEIGHTS if task == "asymmetric" else {})
+
+
+class ScalingStudent(FakeStudent):
+    """A student whose words count for half, whatever the query."""
+
+    def evidence_weights(self, task, *, windows=True):
+        factor = WordsFactor(slopes=(0.0,) * 4, offset=float(np.log(0.5)), lowest=-5, highest=5)
+        return EvidenceWeights(terms=WEIGHTS, words_factor=factor)
+
+
+@pytest.fixture(autouse=True)
+def few_permutations(monkeypatch):
+    monkeypatch.setattr("d2llm.evaluation.statistics.NUM_PERMUTATIONS", 100)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return make_words()
+
+
+def stored(vectors):
+    """As bfloat16 keeps them."""
+    bits = vectors.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def by_hand(dataset, query, score, weights):
+    """All passages by a sum of scores, best first."""
+    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+    asked = index.query(query.text)
+    passages, windows = index.score(asked, np.arange(len(index)))
+    limit = asked.limit or 1.0
+    kinds = {
+        "words": passages,
+        "words_share": passages / limit,
+        "window_words": windows,
+        "window_words_share": windows / limit,
+    }
+    total = score + sum(weight * kinds[term] for term, weight in weights.items())
+    return dict(zip(dataset.passages, total.tolist(), strict=True))
+
+
+def check(rankings, dataset, score_of, weights):
+    """Whether the scores are these, and no passage that is not ranked has a higher one."""
+    for query_id, ranking in rankings.items():
+        expected = by_hand(dataset, dataset.queries[query_id], score_of(dataset.queries[query_id].text), weights)
+        assert [score for _, score in ranking] == pytest.approx([expected[p] for p, _ in ranking], rel=1e-4, abs=1e-4)
+        left = max((score for p, score in expected.items() if p not in dict(ranking)), default=-np.inf)
+        assert ranking[-1][1] >= left - 1e-4
+
+
+def cosine_of(dataset, student):
+    """The cosines of a query with all passages, as ``CosineStudent`` has them."""
+
+    def unit(vectors):
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    texts = [passage.full_text for passage in dataset.passages.values()]
+    passages = stored(unit(student.encode_passages(texts).vectors))
+    return lambda text: passages @ unit(student.encode_queries([text]).vectors)[0]
+
+
+def test_the_sum_ranks_all_passages_by_what_was_fitted_on_dev(words, monkeypatch):
+    dev = dict(list(words.qrels["test"].items())[:9])
+    test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
+    dataset = replace(words, qrels={"dev": dev, "test": test})
+    fitted_on = []
+    monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted_on.append(lists) or np.array([1.0, 0.25, 2.0]))
+    report = measure(dataset, everyone(), top_k=100)
+    assert report.row(FITTED).cost.bytes_per_passage > report.row("cosine, tuned").cost.bytes_per_passage == 32
+    (lists,) = fitted_on
+    assert len(lists) == 9
+    assert all(scores.shape == (len(grades), 3) and sorted(set(grades)) >= [0, 1] for scores, grades in lists)
+    tuned = cosine_of(dataset, FakeStudent(fingerprint="tuned"))
+    check(report.details.rankings[FITTED], dataset, tuned, {"words": 0.25, "words_share": 2.0})
+    (note,) = [note for note in report.notes if note.startswith(FITTED)]
+    assert note == (f"{FITTED}: 1 x cosine + 0.25 x BM25 + 2 x BM25 as a share of its limit, fitted on 9 dev queries")
+
+
+def test_without_dev_each_half_is_ranked_with_weights_of_the_other(words, monkeypatch):
+    fitted = []
+
+    def fit(lists):
+        fitted.append(len(lists))
+        return np.array([1.0, float(len(fitted)), 0.0])
+
+    monkeypatch.setattr(word_rows, "sum_weights", fit)
+    report = measure(words, everyone())
+    assert fitted == [12, 12]
+    rankings = report.details.rankings[FITTED]
+    assert list(rankings) == list(words.queries)
+    tuned = cosine_of(words, FakeStudent(fingerprint="tuned"))
+    for first, weight in ((0, 2.0), (1, 1.0)):
+        half = {query_id: rankings[query_id] for query_id in list(rankings)[first::2]}
+        check(half, words, tuned, {"words": weight})
+
+
+def test_it_can_be_the_baseline(words):
+    report = measure(words, everyone(), baseline="fitted_sum")
+    assert report.baseline == FITTED
+    assert report.comparison("D2LLM", "nDCG@10").baseline == FITTED
+    few = replace(words, qrels={"test": dict(list(words.qrels["test"].items())[:3])})
+    with pytest.raises(InputError, match="too few queries to fit"):
+        measure(few, everyone(), baseline="fitted_sum")
+    with pytest.raises(InputError, match="no cosine to add"):
+        measure(words, everyone(untuned=None, tuned_cosine=None), baseline="fitted_sum")
+    (missing,) = measure(few, everyone()).missing
+    assert (missing.name, missing.kind) == (FITTED, "fitted_sum")
+
+
+def test_without_a_tuned_cosine_it_is_of_the_untuned(words):
+    report = measure(words, everyone(tuned_cosine=None))
+    assert report.row("fitted sum: BM25 + cosine, untuned").num_items == 24
+
+
+def test_own_score_keeps_weight_one():
+    rng = np.random.default_rng(0)
+    lists = [(rng.standard_normal((10, 2)) + np.eye(10)[0][:, None], np.eye(10)[0]) for _ in range(50)]
+    own, other = sum_weights(lists)
+    assert own == 1
+    assert other == pytest.approx(1, abs=0.6)
+
+
+def test_what_each_part_is_worth(words):
+    report = measure(words, everyone(student=WordyStudent()), num_candidates=260)
+    names = [
+        "D2LLM without the words of passages",
+        "D2LLM without the words of windows",
+        "D2LLM without the interaction",
+    ]
+    assert [row.name for row in report.rows if row.name.startswith("D2LLM without")] == names
+    student = FakeStudent()
+    texts = [passage.full_text for passage in words.passages.values()]
+    passages = stored(student.encode_passages(texts).vectors)
+
+    def score(text):
+        return student.score(student.encode_queries([text]).vectors[0], passages, "asymmetric")
+
+    def anchor(text):
+        return passages @ student.anchor_queries(student.encode_queries([text]).vectors, "asymmetric")[0]
+
+    rankings = report.details.rankings
+    check(rankings["D2LLM"], words, score, WEIGHTS)
+    check(rankings[names[0]], words, score, {"window_words_share": 1.5})
+    check(rankings[names[1]], words, score, {"words": 0.5})
+    check(rankings[names[2]], words, anchor, WEIGHTS)
+    assert {one.row for one in report.parts} == set(names)
+    assert {one.baseline for one in report.parts} == {"D2LLM"}
+    assert not {one.row for one in report.comparisons} & set(names)
+    one = next(one for one in report.parts if (one.row, one.measure) == (names[0], "nDCG@10"))
+    without, whole = (report.row(name).measures["nDCG@10"].value for name in (names[0], "D2LLM"))
+    assert one.difference.value == pytest.approx(without - whole)
+
+
+def test_a_student_that_counts_no_words_has_no_parts(words):
+    report = measure(words, everyone())
+    assert report.parts == ()
+    assert not [row for row in report.rows if "without" in row.name]
+
+
+def test_what_the_factor_of_the_querys_words_is_worth(words):
+    report = measure(words, everyone(student=ScalingStudent()), num_candidates=260)
+    name = "D2LLM without the factor of the query's words"
+    assert name in {one.row for one in report.parts}
+    student = FakeStudent()
+    passages = stored(student.encode_passages([passage.full_text for passage in words.passages.values()]).vectors)
+
+    def score(text):
+        return student.score(student.encode_queries([text]).vectors[0], passages, "asymmetric")
+
+    check(report.details.rankings["D2LLM"], words, score, {term: weight / 2 for term, weight in WEIGHTS.items()})
+    check(report.details.rankings[name], words, score, WEIGHTS)

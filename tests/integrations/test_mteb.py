@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+import json
+import random
+import socket
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from d2llm.core.errors import DuplicateIdError, InputError, ModelError, ModelNotFoundError
+from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import read_beir
+from d2llm.models.student import Student
+from d2llm.ops.measures import per_query_measures
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import search
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
+
+mteb = pytest.importorskip("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python 3.11 or newer)")
+
+from datasets import Dataset, DatasetDict  # noqa: E402
+from mteb.abstasks import AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
+from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+from mteb.cache import ResultCache  # noqa: E402
+from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol  # noqa: E402
+from mteb.types import PromptType  # noqa: E402
+
+from d2llm.integrations.mteb import D2LLMModel, load_mteb_model  # noqa: E402
+from d2llm.integrations.mteb_tasks import (  # noqa: E402
+    OWN_SIMILARITY,
+    PAIR_TYPES,
+    TASK_OF_TYPE,
+    branch_of,
+    scores_with_interaction,
+)
+
+WORDS = " ".join(TEXTS).replace(",", "").split()
+_RANDOM = random.Random(7)
+
+
+def say(num_words: int) -> str:
+    return " ".join(_RANDOM.choices(WORDS, k=num_words))
+
+
+PASSAGES = [Passage(f"p{n:02}", say(8), say(2) if n % 3 else "") for n in range(40)]
+# Each query's judged passages begin with two of one text: their scores are equal, and only the first is relevant.
+PASSAGES += [Passage(f"same{n}{copy}", f"twice {TEXTS[n]}") for n in range(8) for copy in "ab"]
+QUERIES = [Query(f"q{n}", f"twice {TEXTS[n]}" if n < 4 else say(12)) for n in range(8)]
+QRELS = {f"q{n}": {f"same{n}a": 2, f"p{n:02}": 1, f"p{n + 9:02}": 1, f"p{n + 20:02}": 3} for n in range(8)}
+PAIRS = [(say(10), say(10)) for _ in range(24)]
+RATINGS = [_RANDOM.randint(0, 5) for _ in PAIRS]
+LABELS = [n % 2 for n in range(len(PAIRS))]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_trained_student(tmp_path_factory.mktemp("mteb"), query_prefix="rain ", max_query_tokens=10)
+
+
+@pytest.fixture(scope="module")
+def student(folder):
+    return Student.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_mteb_model(folder, device="cpu")
+
+
+def describe(name: str, kind: str, main_score: str) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        type=kind,
+        main_score=main_score,
+        description="made in memory",
+        reference=None,
+        dataset={"path": "none", "revision": "1"},
+        category="t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        date=("2026-01-01", "2026-01-01"),
+        domains=[],
+        task_subtypes=[],
+        license="cc0-1.0",
+        annotations_creators="derived",
+        dialect=[],
+        sample_creation="created",
+        bibtex_citation="",
+    )
+
+
+def retrieval_task(name="LocalRetrieval", kind="Retrieval", *, passages=PASSAGES, queries=QUERIES, qrels=QRELS, **data):
+    class Task(AbsTaskRetrieval):
+        metadata = describe(name, kind, "ndcg_at_10")
+
+        def load_data(self, num_proc=None, **kwargs):
+            corpus = [{"id": p.id, "title": p.title, "text": p.text} for p in passages]
+            rows = [{"id": q.id, "text": q.text} for q in queries]
+            split = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(rows), "top_ranked": None}
+            self.dataset = {"default": {"test": split | {"relevant_docs": dict(qrels)} | data}}
+            self.data_loaded = True
+
+    return Task()
+
+
+def pair_task(base, name, kind, main_score, target, values, pairs=PAIRS, sides=(None, None)):
+    class Task(base):
+        metadata = describe(name, kind, main_score)
+        input1_prompt_type, input2_prompt_type = sides
+
+        def load_data(self, num_proc=None, **kwargs):
+            first, second = zip(*pairs, strict=True)
+            columns = {"sentence1": list(first), "sentence2": list(second), target: values}
+            self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+            self.data_loaded = True
+
+    return Task()
+
+
+def sts_task(name="LocalSTS", **settings):
+    return pair_task(AbsTaskSTS, name, "STS", "cosine_spearman", "score", RATINGS, **settings)
+
+
+def class_task(name="LocalPairs", **settings):
+    return pair_task(AbsTaskPairClassification, name, "PairClassification", "max_ap", "labels", LABELS, **settings)
+
+
+def run(model, task, folder):
+    """mteb's own run: what it computed, and the predictions it computed that from."""
+    cache = ResultCache(folder / "results")
+    results = mteb.evaluate(
+        model, [task], cache=cache, prediction_folder=folder, show_progress_bar=False, co2_tracker=False
+    )
+    (path,) = folder.glob("*_predictions.json")
+    predictions = json.loads(path.read_text())["default"]["test"]
+    (scores,) = results.task_results[0].scores["test"]
+    return results, scores, predictions
+
+
+def our_rankings(student, folder, *, passages=PASSAGES, queries=QUERIES, task="asymmetric"):
+    encode(passages, student, folder / "ours", show_progress=False)
+    rankings = search(Index.open(folder / "ours").view, student, queries, task=task, top_k=1000)
+    return {r.query.id: [(place.passage.id, place.score) for place in r.passages] for r in rankings}
+
+
+def our_measure(rankings, qrels, name="nDCG@10"):
+    return fmean(per_query_measures({q: [p for p, _ in r] for q, r in rankings.items()}, qrels)[name].values())
+
+
+def our_scores(student, pairs, task):
+    """Logits of pairs by the definition: first text as query, second as passage."""
+    queries = student.encode_queries([first for first, _ in pairs]).vectors
+    passages = student.encode_passages([second for _, second in pairs]).vectors
+    return np.concatenate([student.score(q, p[None], task) for q, p in zip(queries, passages, strict=True)])
+
+
+def test_mteb_takes_the_model_for_a_searcher_and_an_encoder(model):
+    assert isinstance(model, SearchProtocol)
+    assert isinstance(model, EncoderProtocol)
+    assert not isinstance(model, CrossEncoderProtocol)
+
+
+@pytest.mark.parametrize(("name", "task"), [("LocalRetrieval", "asymmetric"), ("QuoraLocal", "symmetric")])
+def test_retrieval_is_that_of_search(model, student, tmp_path, name, task):
+    _, scores, predictions = run(model, retrieval_task(name), tmp_path)
+    expected = our_rankings(student, tmp_path, task=task)
+    assert {query: list(of) for query, of in predictions.items()} == {
+        query: [passage for passage, _ in ranking] for query, ranking in expected.items()
+    }
+    for query, ranking in expected.items():
+        np.testing.assert_allclose(list(predictions[query].values()), [s for _, s in ranking], rtol=1e-6)
+    # mteb rounds to five places; the equal scores of the passages "same0a", "same0b" are within these measures
+    assert scores["ndcg_at_10"] == pytest.approx(our_measure(expected, QRELS), abs=6e-6)
+    assert scores["mrr_at_10"] == pytest.approx(our_measure(expected, QRELS, "MRR@10"), abs=6e-6)
+    assert 0 < scores["ndcg_at_10"] < 1
+    places = {passage: rank for rank, (passage, _) in enumerate(expected["q0"])}
+    assert places["same0b"] == places["same0a"] + 1
+
+
+def test_without_the_interaction_it_is_another_result_filed_apart(model, folder, tmp_path):
+    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    _, with_it, ours = run(model, retrieval_task(), tmp_path)
+    _, without, anchors = run(bare, retrieval_task(), tmp_path)
+    assert ours != anchors
+    assert with_it["ndcg_at_10"] != without["ndcg_at_10"]
+    files = sorted(path.relative_to(tmp_path).parts for path in (tmp_path / "results").rglob("LocalRetrieval.json"))
+    fingerprint = model.mteb_model_meta.revision
+    assert [parts[3:] for parts in files] == [
+        (fingerprint, "LocalRetrieval.json"),
+        (fingerprint, "experiments", "interaction_False", "LocalRetrieval.json"),
+    ]
+    stated = json.loads((tmp_path.joinpath(*files[0]).parent / "model_meta.json").read_text())
+    assert (stated["name"], stated["revision"]) == ("d2llm/tiny-student", fingerprint)
+
+
+def test_few_candidates_are_the_anchor_s(folder, student, tmp_path):
+    few = load_mteb_model(folder, device="cpu", num_candidates=3)
+    task = retrieval_task()
+    task.load_data()
+    few.index(task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, **PLACE)
+    found = few.search(task.dataset["default"]["test"]["queries"], task_metadata=task.metadata, top_k=3, **PLACE)
+    encode(PASSAGES, student, tmp_path / "ours", show_progress=False)
+    expected = search(Index.open(tmp_path / "ours").view, student, QUERIES, top_k=3, num_candidates=3)
+    assert {q: list(of) for q, of in found.items()} == {
+        r.query.id: [p.passage.id for p in r.passages] for r in expected
+    }
+    assert few.mteb_model_meta.experiment_kwargs == {"num_candidates": 3}
+
+
+PLACE = {"hf_split": "test", "hf_subset": "default", "encode_kwargs": {"show_progress_bar": False}}
+
+
+def test_reranking_scores_exactly_the_given_passages(model, student, tmp_path):
+    given = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(7)}
+    task = retrieval_task("LocalReranking", "Reranking", top_ranked=given)
+    _, scores, predictions = run(model, task, tmp_path)
+    by_id = {passage.id: passage for passage in PASSAGES}
+    assert set(predictions) == {query.id for query in QUERIES}
+    assert predictions["q7"] == {}  # nothing was given for it
+    for query in QUERIES[:7]:
+        ids = given[query.id]
+        # the index keeps bfloat16
+        vectors = student.encode_passages([by_id[p].full_text for p in ids]).vectors
+        vectors = torch.from_numpy(vectors).to(torch.bfloat16).float().numpy()
+        logits = student.score(student.encode_queries([query.text]).vectors[0], vectors, "asymmetric")
+        assert set(predictions[query.id]) == set(ids)
+        np.testing.assert_allclose([predictions[query.id][p] for p in ids], logits, rtol=1e-4, atol=1e-4)
+        order = list(predictions[query.id])
+        assert order.index(f"same{query.id[1:]}a") < order.index(f"same{query.id[1:]}b")
+    assert 0 < scores["ndcg_at_10"] < 1
+
+
+def test_sts_takes_the_student_s_score(model, student, tmp_path):
+    results, scores, predictions = run(model, sts_task(), tmp_path)
+    expected = our_scores(student, PAIRS, "symmetric")
+    np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
+    assert scores["spearman"] == pytest.approx(spearmanr(expected, RATINGS).statistic)
+    assert scores["main_score"] == scores["cosine_spearman"] != scores["spearman"]
+    assert scores_with_interaction(results, [sts_task()]) == {"LocalSTS": scores["spearman"]}
+
+
+def test_pair_classification_takes_the_student_s_score(model, student, tmp_path):
+    results, scores, predictions = run(model, class_task(), tmp_path)
+    expected = our_scores(student, PAIRS, "symmetric")
+    np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
+    # average precision by hand: precision at each positive, best score first
+    hits = np.array(LABELS)[np.argsort(-expected)]
+    by_hand = np.mean([(hits[: n + 1].mean()) for n in range(len(hits)) if hits[n]])
+    assert scores["similarity_ap"] == pytest.approx(by_hand)
+    assert scores_with_interaction(results, [class_task(), sts_task()]) == {"LocalPairs": pytest.approx(by_hand)}
+
+
+def test_the_interaction_decides_pair_scores(folder, student, tmp_path):
+    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    _, _, predictions = run(bare, sts_task(), tmp_path)
+    queries = student.encode_queries([first for first, _ in PAIRS]).vectors
+    passages = student.encode_passages([second for _, second in PAIRS]).vectors
+    anchors = (student.anchor_queries(queries, "symmetric") * passages).sum(axis=1)
+    np.testing.assert_allclose(predictions["similarity_scores"], anchors, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(anchors, our_scores(student, PAIRS, "symmetric"), atol=1e-2)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_declared_sides_and_a_branch_by_name(folder, student, tmp_path, swapped):
+    asked = load_mteb_model(folder, device="cpu", tasks={"LocalPairs": "asymmetric"})
+    sides = (PromptType.query, PromptType.document)
+    pairs = [pair[::-1] for pair in PAIRS] if swapped else PAIRS
+    task = class_task(pairs=pairs, sides=sides[::-1] if swapped else sides)
+    _, _, predictions = run(asked, task, tmp_path)
+    expected = our_scores(student, PAIRS, "asymmetric")
+    np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
+    assert asked.mteb_model_meta.experiment_kwargs == {"tasks": {"LocalPairs": "asymmetric"}}
+
+
+def test_texts_of_other_tasks_are_passages_unless_they_are_queries(model, student):
+    batches = [{"text": TEXTS[:5]}, {"text": TEXTS[5:]}]
+    metadata = describe("LocalClasses", "Classification", "accuracy")
+    place = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
+    vectors = model.encode(batches, **place)
+    np.testing.assert_array_equal(vectors, student.encode_passages(TEXTS).vectors)
+    asked = model.encode(batches, **place, prompt_type=PromptType.query)
+    np.testing.assert_array_equal(asked, student.encode_queries(TEXTS).vectors)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(model.similarity(vectors, vectors)), unit @ unit.T, atol=1e-5)
+    with pytest.raises(InputError, match="do not say which texts"):
+        model.similarity_pairwise(vectors, vectors)
+
+
+def test_every_kind_of_task_in_one_run(model, folder, tmp_path):
+    given = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(8)}
+    tasks = [
+        retrieval_task(),
+        retrieval_task("LocalReranking", "Reranking", top_ranked=given),
+        sts_task(),
+        class_task(),
+    ]
+    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    own = []
+    for one in (model, bare):
+        cache = ResultCache(tmp_path / "results")
+        results = mteb.evaluate(one, tasks, cache=cache, show_progress_bar=False, co2_tracker=False)
+        own.append(scores_with_interaction(results, tasks))
+        assert not results.exceptions
+    with_it, without = own
+    assert set(with_it) == set(without) == {"LocalRetrieval", "LocalReranking", "LocalSTS", "LocalPairs"}
+    assert all(with_it[name] != without[name] for name in with_it)
+
+
+def test_what_mteb_writes_down(model, student, folder):
+    meta = model.mteb_model_meta
+    weights = [*student.backbone.model.parameters(), *student.pooling.parameters(), *student.interaction.parameters()]
+    assert meta.revision == student.fingerprint
+    assert meta.n_parameters == sum(w.numel() for w in weights)
+    assert meta.n_embedding_parameters == 400 * 32
+    bytes_in_memory = sum(w.numel() * w.element_size() for w in weights)
+    assert meta.memory_usage_mb == pytest.approx(bytes_in_memory / 1024**2, abs=0.05)
+    assert (meta.embed_dim, meta.max_tokens, meta.similarity_fn_name) == (32, 64, "custom")
+    assert meta.use_instructions  # it has a prefix
+    assert (meta.license, meta.open_weights, meta.languages, meta.experiment_kwargs) == (None, None, None, None)
+    stated = {"languages": ["zho-Hans"], "license": "mit", "training_datasets": {"LCQMC"}}
+    said = load_mteb_model(folder, device="cpu", meta=stated).mteb_model_meta
+    assert (said.languages, said.license, said.open_weights, said.training_datasets) == (
+        ["zho-Hans"],
+        "mit",
+        True,
+        {"LCQMC"},
+    )
+
+
+@pytest.mark.parametrize("meta", [{"languages": ["English"]}, {"colour": "blue"}])
+def test_a_wrong_description(folder, meta):
+    with pytest.raises(InputError, match=f"ModelMeta takes.*{next(iter(meta))}"):
+        load_mteb_model(folder, device="cpu", meta=meta)
+
+
+def test_branches_of_the_english_and_chinese_benchmarks():
+    tasks = [task for name in ("MTEB(eng, v2)", "MTEB(cmn, v1)") for task in mteb.get_benchmark(name).tasks]
+    searched = [t.metadata for t in tasks if isinstance(t, AbsTaskRetrieval)]
+    pairs = [t.metadata for t in tasks if t.metadata.type in PAIR_TYPES]
+    assert {m.type for m in [*searched, *pairs]} <= set(TASK_OF_TYPE)
+    assert {m.name for m in searched if branch_of(m, {}) == "symmetric"} == {
+        "CQADupstackGamingRetrieval",
+        "CQADupstackUnixRetrieval",
+        "AskUbuntuDupQuestions",
+    }
+    assert {branch_of(m, {}) for m in pairs} == {"symmetric"}
+    assert {m.main_score for m in pairs} <= set(OWN_SIMILARITY)
+
+
+def test_unusable_settings(folder, tmp_path):
+    with pytest.raises(InputError, match=r"'STS12': 'both' is no branch"):
+        load_mteb_model(folder, tasks={"STS12": "both"})
+    with pytest.raises(InputError, match="float8"):
+        load_mteb_model(folder, vector_format="float8")
+    with pytest.raises(ModelNotFoundError):
+        load_mteb_model(tmp_path / "nothing")
+    config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
+    paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
+    Student.create(paper, device="cpu").save(tmp_path / "paper")
+    with pytest.raises(InputError, match="'paper'"):
+        load_mteb_model(tmp_path / "paper", interaction=False)
+
+
+def test_unusable_requests(folder, student):
+    fresh = load_mteb_model(folder, device="cpu")
+    metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
+    rows = [{"id": "a", "text": "rain"}]
+    with pytest.raises(InputError, match="no index"):
+        fresh.search(rows, task_metadata=metadata, top_k=3, **PLACE)
+    with pytest.raises(DuplicateIdError, match="'a'"):
+        fresh.index(rows * 2, task_metadata=metadata, **PLACE)
+    with pytest.raises(InputError, match="precision 'int8'"):
+        fresh.index(rows, task_metadata=metadata, **(PLACE | {"encode_kwargs": {"precision": "int8"}}))
+    fresh.index(rows, task_metadata=metadata, **PLACE)
+    with pytest.raises(InputError, match="query 'c' is a conversation"):
+        fresh.search([{"id": "c", "text": ["hello", "you"]}], task_metadata=metadata, top_k=3, **PLACE)
+    with pytest.raises(InputError, match=r"query 'a': 1 passages to rerank, the first 'z'"):
+        fresh.search(rows, task_metadata=metadata, top_k=3, top_ranked={"a": ["a", "z"]}, **PLACE)
+
+    class Broken(Student):
+        def score(self, query_vector, passage_vectors, task):
+            return np.full(len(passage_vectors), np.nan, np.float32)
+
+    broken = D2LLMModel(Broken.load(folder, device="cpu"), fresh.mteb_model_meta)
+    broken.index(rows, task_metadata=metadata, **PLACE)
+    with pytest.raises(ModelError, match="query 'a': 1 of 1 scores are NaN"):
+        broken.search(rows, task_metadata=metadata, top_k=3, top_ranked={"a": ["a"]}, **PLACE)
+
+
+def test_truncated_texts_are_reported_and_indexes_are_found_again(folder, tmp_path, caplog):
+    kept = load_mteb_model(folder, device="cpu", work_folder=tmp_path)
+    metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
+    rows = [{"id": "short", "text": "rain"}, {"id": "long", "text": " ".join(TEXTS * 3)}]
+    kept.index(rows, task_metadata=metadata, **PLACE)
+    assert "LocalRetrieval: 1 of 2 texts were too long" in caplog.text
+    (made,) = tmp_path.iterdir()
+    written = made.joinpath("manifest.json").stat().st_mtime_ns
+    kept.index(rows, task_metadata=metadata, **PLACE)
+    assert list(tmp_path.iterdir()) == [made]
+    assert made.joinpath("manifest.json").stat().st_mtime_ns == written
+    query = {"id": "q", "text": "snow", "instruction": "and rain"}
+    as_mteb_joins = [{"id": "q", "text": "snow and rain"}]
+    found = [kept.search(asked, task_metadata=metadata, top_k=2, **PLACE) for asked in ([query], as_mteb_joins)]
+    assert found[0] == found[1]
+
+
+def test_the_shipped_student_on_real_questions(shared_data, tmp_path):
+    shipped = load_mteb_model(device="cpu")
+    dataset = read_beir(shared_data / "pubmedqa", splits=["test"])
+    qrels = {query: dict(of) for query, of in list(dataset.qrels["test"].items())[:25]}
+    queries = [dataset.queries[query] for query in qrels]
+    passages = [dataset.passages[passage] for of in qrels.values() for passage in of]
+    _, scores, _ = run(shipped, retrieval_task(passages=passages, queries=queries, qrels=qrels), tmp_path)
+    ours = our_rankings(Student.load("d2llm-minilm", device="cpu"), tmp_path, passages=passages, queries=queries)
+    assert scores["ndcg_at_10"] == pytest.approx(our_measure(ours, qrels), abs=6e-6)
+    assert scores["ndcg_at_10"] > 0.9
+    meta = shipped.mteb_model_meta
+    assert (meta.name, meta.languages, meta.license, meta.open_weights) == (
+        "d2llm/d2llm-minilm",
+        ["eng-Latn"],
+        "apache-2.0",
+        True,
+    )
+    assert {"Banking77Classification", "MSMARCO"} <= meta.get_training_datasets()

@@ -1,0 +1,200 @@
+"""From scores to probabilities: what is drawn, what is fitted, what is kept with a student."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import ndtri
+
+from d2llm import Student, fit_probabilities
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset
+from d2llm.models.probabilities import (
+    FILE_NAME,
+    UNCALIBRATED,
+    ProbabilityCalibration,
+    TaskCalibration,
+    read_calibration,
+    write_calibration,
+)
+from d2llm.ops.calibration import expected_calibration_error, reliability_bins
+from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, score_drawn
+from fake_models import FakeEncoded
+from tiny_models import tiny_student_config, write_tiny_model
+
+SLOPE, OFFSET = 0.7, -5.0
+FITTED = TaskCalibration(
+    slope=SLOPE, offset=OFFSET, num_queries={"a": 40}, num_pairs=400, error_before=0.5, error_after=0.01
+)
+
+
+def calibration(student: str = "known", **tasks: TaskCalibration) -> ProbabilityCalibration:
+    return ProbabilityCalibration(student=student, num_hard=1, num_random=8, tasks=tasks or {"asymmetric": FITTED})
+
+
+class Numbered:
+    """A student whose score depends on the pair's numbers: high for query n with passage n, else low, with noise."""
+
+    fingerprint = "numbered"
+    has_anchor = True
+
+    def __init__(self, *, tells: float = 8.0) -> None:
+        self.tells = tells
+
+    def _encode(self, texts, advance=None):
+        if advance is not None:
+            advance(len(texts))
+        return FakeEncoded(np.array([[int(text.split()[0])] for text in texts], np.float32), (), len(texts))
+
+    encode_queries = encode_passages = _encode
+
+    def score(self, query, passages, task):
+        is_own = passages[:, 0] % 1000 == query[0]
+        shares = (12.9898 * passages[:, 0].astype(np.float64) + 78.233 * query[0]) * 0.6180339887 % 1.0
+        noise = np.clip(1.5 * ndtri(shares), -3.0, 3.0)  # normal, so that the true probability is a logistic function
+        return (2.0 + self.tells * is_own + noise).astype(np.float32)
+
+
+def numbered(num_queries: int, *, split: str = "dev", name: str = "numbers") -> Dataset:
+    """Query n is answered by passage n; 300 passages in all."""
+    passages = {f"p{n}": Passage(f"p{n}", f"{n} word{n % 7} thing") for n in range(300)}
+    queries = {f"q{n}": Query(f"q{n}", f"{n} word{n % 7}") for n in range(num_queries)}
+    return Dataset(name, Path(name), passages, queries, {split: {f"q{n}": {f"p{n}": 1} for n in range(num_queries)}})
+
+
+def test_a_probability_is_the_logistic_function_of_the_score():
+    found = calibration().probabilities([-3.0, 0.0, 5.0, 9.0], "asymmetric")
+    assert np.allclose(found, [1 / (1 + np.exp(-(SLOPE * x + OFFSET))) for x in (-3.0, 0.0, 5.0, 9.0)])
+    assert calibration().base_rate == pytest.approx(0.1)
+    assert calibration().probabilities(np.float32([1e30, -1e30]), "asymmetric").tolist() == [1.0, 0.0]
+    with pytest.raises(InputError, match="not calibrated for symmetric search"):
+        calibration().probabilities([0.0], "symmetric")
+
+
+class TestDrawing:
+    def test_one_of_ten_is_relevant_and_the_others_are_not(self):
+        found = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=50, seed=0)
+        assert len(found.scores) == 50 * (1 + NUM_HARD + NUM_RANDOM) == len(found.queries)
+        assert found.relevant.reshape(50, -1).sum(axis=1).tolist() == [1] * 50
+        # Scores of relevant pairs lie in 2 + 8 +- 3, the others' in 2 +- 3: a relevant one among them would be seen.
+        assert found.scores[found.relevant].min() > 6.9
+        assert found.scores[~found.relevant].max() < 5.1
+        assert found.num_queries == {"numbers": 50}
+
+    def test_a_text_like_the_relevant_one_is_not_drawn_against_it(self):
+        dataset = numbered(40)
+        passages = {**dataset.passages, **{f"r{n}": Passage(f"r{n}", f"{n} word{n % 7} THING!") for n in range(40)}}
+        found = score_drawn(Numbered(), replace(dataset, passages=passages), "asymmetric", num_queries=40, seed=0)
+        assert found.scores[~found.relevant].max() < 5.1
+
+    def test_a_query_without_other_passages_is_left_out(self):
+        dataset = numbered(3)
+        passages = {"p0": dataset.passages["p0"]}
+        found = score_drawn(Numbered(), replace(dataset, passages=passages), "asymmetric", num_queries=3, seed=0)
+        assert (len(found.scores), found.num_queries) == (0, {"numbers": 0})
+
+    def test_the_number_of_queries_is_kept_to(self):
+        found = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=7, seed=0)
+        assert found.num_queries == {"numbers": 7}
+
+
+class TestFitting:
+    def test_what_is_fitted_is_calibrated_and_keeps_the_order(self):
+        dataset = numbered(150)
+        student = Numbered(tells=4.0)  # scores that overlap
+        found = fit_probabilities(student, [(dataset, "asymmetric")], show_progress=False)
+        (fitted,) = found.tasks.values()
+        assert fitted.slope > 0
+        assert found.student == "numbered"
+        assert (fitted.num_queries, fitted.num_pairs) == ({"numbers": 150}, 1500)
+        other = score_drawn(student, dataset, "asymmetric", num_queries=150, seed=1)
+        probabilities = found.probabilities(other.scores, "asymmetric")
+        assert probabilities.mean() == pytest.approx(0.1, abs=0.02)
+        bins = reliability_bins(fitted.slope * other.scores + fitted.offset, other.relevant)
+        assert expected_calibration_error(bins) < 0.05 < fitted.error_before
+        order = np.argsort(other.scores)
+        assert (np.diff(probabilities[order]) >= 0).all()
+
+    def test_scores_that_tell_all_apart_give_a_finite_function(self):
+        found = fit_probabilities(Numbered(tells=1000.0), [(numbered(40), "symmetric")], show_progress=False)
+        assert found.probabilities([2.0], "symmetric")[0] < 0.05
+        assert found.probabilities([1002.0], "symmetric")[0] > 0.95
+
+    @pytest.mark.parametrize(
+        ("student", "num_queries", "reason"),
+        [(Numbered(), MIN_QUERIES - 1, "29 judged dev queries"), (Numbered(tells=-9.0), 40, "do not tell relevant")],
+    )
+    def test_a_task_that_cannot_be_fitted_is_left_out_and_said(self, student, num_queries, reason, caplog):
+        with caplog.at_level(logging.INFO, "d2llm.remarks"):
+            found = fit_probabilities(student, [(numbered(num_queries), "asymmetric")], show_progress=False)
+        assert found.tasks == {}
+        assert reason in caplog.text
+
+    def test_several_sets_of_a_task_count_together(self):
+        judged = [(numbered(20, name="a"), "asymmetric"), (numbered(15, name="b"), "asymmetric")]
+        found = fit_probabilities(Numbered(), judged, show_progress=False)
+        assert found.tasks["asymmetric"].num_queries == {"a": 20, "b": 15}
+
+    def test_a_set_without_a_dev_split_is_left_out(self):
+        judged = [(numbered(40), "asymmetric"), (numbered(40, split="test", name="b"), "symmetric")]
+        assert set(fit_probabilities(Numbered(), judged, show_progress=False).tasks) == {"asymmetric"}
+
+
+class TestFile:
+    def test_what_was_written_is_read(self, tmp_path):
+        write_calibration(tmp_path, calibration())
+        assert read_calibration(tmp_path, "known") == calibration()
+
+    def test_no_file_means_uncalibrated_and_nothing_is_written_of_that(self, tmp_path):
+        write_calibration(tmp_path, UNCALIBRATED)
+        assert list(tmp_path.iterdir()) == []
+        assert read_calibration(tmp_path, "known") == UNCALIBRATED
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"student": "another"}, "fitted to the student another"),
+            ({"format_version": 2}, "format version 2"),
+            ({"kind": "student"}, "kind"),
+            ({"tasks": {"asymmetric": {**FITTED.model_dump(), "slope": -1.0}}}, "greater than 0"),
+            ({"tasks": {"other": FITTED.model_dump()}}, "tasks.other"),
+        ],
+    )
+    def test_what_does_not_fit_is_an_error_that_names_the_file(self, tmp_path, change, message):
+        (tmp_path / FILE_NAME).write_text(json.dumps(calibration().model_dump(mode="json") | change))
+        with pytest.raises(DataFormatError, match=message) as error:
+            read_calibration(tmp_path, "known")
+        assert FILE_NAME in str(error.value)
+
+
+class TestStudent:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("probabilities")
+        student = Student.create(tiny_student_config(write_tiny_model(folder / "bert", "bert")), dtype="float32")
+        student.calibration = calibration(student.fingerprint)
+        student.save(folder / "student")
+        return folder / "student"
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_it_goes_with_the_student_and_its_copies(self, folder, tmp_path, merge):
+        student = Student.load(folder)
+        assert student.calibration.tasks == {"asymmetric": FITTED}
+        student.save(tmp_path / "copy", merge=merge)
+        assert Student.load(tmp_path / "copy").calibration == student.calibration
+
+    def test_training_makes_another_student_without_it(self, folder):
+        student = Student.load(folder)
+        student.prepare_training()
+        assert student.calibration == UNCALIBRATED
+
+    def test_the_card_tells_what_a_probability_is(self, folder):
+        card = (folder / "README.md").read_text()
+        assert "where 10% of the passages are" in card
+        assert "| asymmetric | 40 | 0.500 | 0.010 |" in card

@@ -1,0 +1,269 @@
+"""The endpoint of a remote teacher on a real socket: pace, patience, keys and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import logging
+import os
+import random
+import signal
+import socket
+import threading
+import time
+import traceback
+
+import pytest
+
+from d2llm.core.errors import D2LLMError, InputError, ModelError, ModelNotFoundError
+from d2llm.models.teachers.remote import RemoteTeacher
+from local_endpoint import (
+    PAIRS,
+    PLAIN,
+    Reply,
+    Request,
+    always,
+    completion,
+    local_endpoint,
+    number_in,
+    remote_config,
+    remote_teacher,
+)
+from waiting import PATIENCE, until
+
+KEY = "sk-not-a-real-key-0123456789"
+
+
+def error_of(reply, *, times: int = 1, **settings: object) -> D2LLMError:
+    """The error of judging one pair, which took this many requests."""
+    with local_endpoint(reply) as endpoint:
+        teacher = remote_teacher(endpoint, patience_minutes=0, **settings)
+        with pytest.raises(D2LLMError) as caught:
+            teacher.judge(PAIRS[:1], "asymmetric")
+        assert len(endpoint.requests) == times
+    assert "served" in str(caught.value) or endpoint.url in str(caught.value)
+    return caught.value
+
+
+# --- many requests
+
+
+def answer_by_number(request: Request, number: int) -> Reply:
+    value = float(number_in(request))
+    return Reply(completion({" yes": -1.0, " no": -1.0 - value}), delay=random.Random(number).uniform(0, 0.03))
+
+
+def test_answers_belong_to_their_pairs_and_requests_under_way_are_bounded():
+    done: list[int] = []
+    with local_endpoint(answer_by_number) as endpoint:
+        judged = remote_teacher(endpoint, concurrency=3).judge(PAIRS, "asymmetric", advance=done.append)
+        assert judged.log_odds.tolist() == [float(n) for n in range(12)]
+        assert endpoint.most_at_once == 3
+        assert sum(done) == 12
+        assert len(remote_teacher(endpoint).judge([], "asymmetric").log_odds) == 0
+
+
+def test_pairs_of_one_query_go_out_one_after_the_other():
+    pairs = [(f"query {n % 3}", f"passage {n}") for n in range(9)]
+    with local_endpoint(answer_by_number) as endpoint:
+        judged = remote_teacher(endpoint, concurrency=1).judge(pairs, "asymmetric")
+    assert judged.log_odds.tolist() == [float(n) for n in range(9)]
+    assert [number_in(request) for request in endpoint.requests] == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+
+
+def test_a_rate_limit_holds_across_calls():
+    with local_endpoint(always(PLAIN)) as endpoint:
+        teacher = remote_teacher(endpoint, requests_per_minute=600)
+        started = time.monotonic()
+        teacher.judge(PAIRS[:4], "asymmetric")
+        teacher.judge(PAIRS[:3], "asymmetric")
+        assert time.monotonic() - started >= 0.6  # six pauses between seven requests
+    assert len(endpoint.requests) == 7
+
+
+def test_it_works_inside_a_notebooks_event_loop():
+    async def cell(teacher: RemoteTeacher) -> list[float]:
+        return teacher.judge(PAIRS[:2], "asymmetric").log_odds.tolist()
+
+    with local_endpoint(always(PLAIN)) as endpoint:
+        assert asyncio.run(cell(remote_teacher(endpoint))) == [1.0, 1.0]
+
+
+@pytest.fixture
+def _ctrl_c_interrupts():
+    """Python leaves SIGINT ignored where the shell that started the tests in the background had it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
+def test_ctrl_c_does_not_wait_for_what_is_under_way():
+    with local_endpoint(always(PLAIN, delay=2 * PATIENCE)) as endpoint:
+
+        def press() -> None:
+            until(lambda: endpoint.requests, "a request")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            remote_teacher(endpoint).judge(PAIRS, "asymmetric")
+        assert time.monotonic() - started < PATIENCE
+
+
+# --- an endpoint in trouble
+
+
+def wait_of_two_seconds(kind: str) -> str:
+    # A date has whole seconds: up to one is lost.
+    return "1" if kind == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_a_pause_that_the_endpoint_names_holds_for_all_requests(kind: str):
+    def reply(request: Request, number: int) -> Reply:
+        if number == 1:
+            return Reply({"error": "slow down"}, status=429, headers={"Retry-After": wait_of_two_seconds(kind)})
+        return Reply(PLAIN, delay=0.2)  # longer than the refusal takes to be heard
+
+    with local_endpoint(reply) as endpoint:
+        teacher = remote_teacher(endpoint, concurrency=2)
+        assert teacher.judge(PAIRS[:6], "asymmetric").log_odds.tolist() == [1.0] * 6
+    assert len(endpoint.requests) == 7
+    assert teacher.endpoint.num_retries == 1
+    after = [request.when - endpoint.requests[1].when for request in endpoint.requests[2:]]
+    assert min(after) > 0.9
+
+
+@pytest.mark.parametrize("trouble", ["status", "hang_up", "timeout"])
+def test_an_endpoint_that_fails_for_a_while_is_tried_again(trouble: str, monkeypatch: pytest.MonkeyPatch):
+    limits: list[float] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: limits.append(high) or 0.01)
+    bad = {
+        "status": Reply({"error": "loading"}, status=503),
+        "hang_up": Reply(hang_up=True),
+        "timeout": Reply(PLAIN, delay=0.6),
+    }
+    with local_endpoint(lambda request, number: bad[trouble] if 1 <= number <= 4 else Reply(PLAIN)) as endpoint:
+        teacher = remote_teacher(endpoint, concurrency=1, timeout_seconds=0.3)
+        assert teacher.judge(PAIRS[:3], "asymmetric").log_odds.tolist() == [1.0] * 3
+    assert len(endpoint.requests) == 7
+    assert teacher.endpoint.num_retries == 4
+    assert limits == [1, 2, 4, 8]
+
+
+def test_back_off_grows_to_a_minute(monkeypatch: pytest.MonkeyPatch):
+    limits: list[float] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: limits.append(high) or 0.001)
+    with local_endpoint(lambda request, number: Reply(PLAIN) if number == 9 else Reply("busy", status=500)) as endpoint:
+        remote_teacher(endpoint).judge(PAIRS[:1], "asymmetric")
+    assert limits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_patience_ends():
+    busy = Reply({"error": "no room"}, status=503, headers={"Retry-After": "0.1"})
+    with local_endpoint(lambda request, number: busy) as endpoint:
+        teacher = remote_teacher(endpoint, patience_minutes=0.01)
+        with pytest.raises(ModelError, match=r"answers 503: .*no room.*tried again for up to 0.01 minutes") as caught:
+            teacher.judge(PAIRS[:1], "asymmetric")
+    assert len(endpoint.requests) == teacher.endpoint.num_retries + 1 <= 6  # 0.6 seconds, in pauses of 0.1
+    assert "goes on with what is not finished" in str(caught.value)
+
+
+def test_an_address_where_nobody_answers_is_an_error_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: refuses
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        started = time.monotonic()
+        with pytest.raises(ModelError, match=rf"^{url}/completions cannot be reached: .*start the server there"):
+            RemoteTeacher.load(remote_config(url))
+        assert time.monotonic() - started < 30  # nobody waits for it, as for a server that goes away
+
+
+def test_a_server_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.05)
+    with local_endpoint(always(PLAIN)) as endpoint:
+        teacher = RemoteTeacher.load(remote_config(endpoint.url, patience_minutes=0.01))
+    with pytest.raises(ModelError, match=r"no connection .*tried again"):
+        teacher.judge(PAIRS[:1], "asymmetric")
+    assert teacher.endpoint.num_retries > 3
+
+
+def test_loading_asks_once():
+    with local_endpoint(always(PLAIN)) as endpoint:
+        RemoteTeacher.load(remote_config(endpoint.url), device="cuda", dtype="bfloat16")
+        assert len(endpoint.requests) == 1
+    error = None
+    with local_endpoint(always({"detail": "no such key"}, status=401)) as endpoint:
+        with pytest.raises(ModelError, match="refuses access") as caught:
+            RemoteTeacher.load(remote_config(endpoint.url))
+        error = str(caught.value)
+    assert "set teacher.remote.api_key_env" in error
+
+
+# --- keys
+
+
+def test_a_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setenv("SOME_KEY", f" {KEY}\n")
+    with caplog.at_level(logging.DEBUG), local_endpoint(always(PLAIN)) as endpoint:
+        teacher = remote_teacher(endpoint, api_key_env="SOME_KEY")
+        teacher.judge(PAIRS[:1], "asymmetric")
+        assert endpoint.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+        endpoint.reply = lambda request, number: Reply(f"no: {request.headers['Authorization']}", status=403)
+        with pytest.raises(ModelError) as caught:
+            teacher.judge(PAIRS[:1], "asymmetric")
+        assert len(endpoint.requests) == 2  # a refused key is not tried again
+    message = str(caught.value)
+    assert "refuses the key (403): 'no: Bearer ***'; check the key in SOME_KEY" in message
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(teacher) + repr(teacher.config)
+    assert KEY not in shown
+    assert KEY not in teacher.config.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [(None, "is not set"), ("  ", "is not set"), ("schlüssel", "characters")]
+)
+def test_no_usable_key(monkeypatch: pytest.MonkeyPatch, value: str | None, problem: str):
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOME_KEY", value)
+    with pytest.raises(InputError, match=f"SOME_KEY .*{problem}"):
+        RemoteTeacher(remote_config("http://127.0.0.1:9/v1", api_key_env="SOME_KEY"))
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "says"),
+    [
+        (Reply({"error": {"message": "The model `served` does not exist."}}, 404), ModelNotFoundError, "teacher.model"),
+        (Reply({"error": {"message": "The model `served` does not exist"}}, 400), ModelNotFoundError, "teacher.model"),
+        (
+            Reply({"error": {"message": "This model's maximum context length is 512 tokens, however ..."}}, 400),
+            InputError,
+            "lower teacher.max_tokens",
+        ),
+        (Reply({"error": {"type": "exceed_context_size_error"}}, 400), InputError, "lower teacher.max_tokens"),
+        (Reply("too large", 413), InputError, "lower teacher.max_tokens"),
+        (Reply({"error": "Requested sample logprobs of 50, greater than 20"}, 400), ModelError, "top_logprobs"),
+        (Reply({"error": "logprobs is not supported for this model"}, 500), ModelError, "start the server so"),
+        (Reply(completion(None)), ModelError, "start the server so"),
+        (Reply(completion({" yes": -0.1})), ModelError, "only that of the token it chose"),
+        (Reply("<html>hello</html>"), ModelError, "give the address of an OpenAI-compatible endpoint"),
+        (Reply({"choices": []}), ModelError, "no completion"),
+        (Reply([]), ModelError, "no completion"),
+        (Reply("", 307, {"Location": "/elsewhere"}), ModelError, "refuses the request (307)"),
+        (Reply({"error": "something else"}, 422), ModelError, '\'{"error": "something else"}\''),
+    ],
+)
+def test_refusals_say_what_to_do_and_are_not_tried_again(reply: Reply, kind: type, says: str):
+    error = error_of(lambda request, number: reply)
+    assert type(error) is kind
+    assert says in str(error)
+
+
+def test_long_answers_are_quoted_in_part():
+    assert len(str(error_of(always("x" * 10_000, status=418)))) < 600

@@ -1,0 +1,200 @@
+"""Several teachers as one: the formula, who is asked, what is kept in the folder and what makes it invalid."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import DataFormatError, InputError, MismatchError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.models.student import Student
+from d2llm.models.teachers.judge import Judge, Judgements, identify_judge, load_judge
+from d2llm.models.teachers.stacked import StackedTeacher, StackMember, stacked_queries, write_stack
+from d2llm.ops.stacking import Stack
+from tiny_models import TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
+
+PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
+TASK = "asymmetric"
+
+
+class Member:
+    """Says what it was told to; features are given where asked, if it has any."""
+
+    def __init__(self, name, log_odds, *, features=None):
+        self.fingerprint = name
+        self.log_odds = np.array(log_odds, np.float32)
+        self.features = features
+        self.asked = []
+
+    def prompt_fingerprint(self, task):
+        return f"{self.fingerprint}-{task}"
+
+    def judge(self, pairs, task, *, with_features=False, advance=None):
+        self.asked.append(with_features)
+        for _ in pairs:
+            if advance is not None:
+                advance(1)
+        features = None if self.features is None or not with_features else np.array(self.features, np.float32)
+        return Judgements(self.log_odds, features, 1, 10, 2, 3)
+
+
+def stack(weights, bias=0.5, means=(1.0, -1.0), scales=(2.0, 4.0)):
+    return Stack(means, scales, weights, bias)
+
+
+def test_log_odds_by_hand():
+    teacher = StackedTeacher([Member("x", [1, 3, 5]), Member("y", [-1, 3, -5])], {TASK: stack((1.0, 2.0))})
+    # standard scores: 0, 1, 2 and 0, 1, -1
+    finished = []
+    judged = teacher.judge(PAIRS, TASK, advance=finished.append)
+    assert judged.log_odds.tolist() == [0.5, 3.5, 0.5]
+    assert judged.log_odds.dtype == np.float32
+    assert (judged.num_truncated, judged.num_tokens, judged.num_bounded, judged.num_undecided) == (2, 20, 4, 6)
+    assert sum(finished) == len(PAIRS)
+    assert isinstance(teacher, Judge)
+
+
+def test_a_member_without_weight_is_not_asked():
+    members = [Member("x", [1, 3, 5]), Member("y", [-1, 3, -5])]
+    teacher = StackedTeacher(members, {TASK: stack((0.0, 2.0)), "symmetric": stack((1.0, 0.0))})
+    assert teacher.judge(PAIRS, TASK).log_odds.tolist() == [0.5, 2.5, -1.5]
+    assert [len(member.asked) for member in members] == [0, 1]
+    assert teacher.judge(PAIRS, "symmetric").log_odds.tolist() == [0.5, 1.5, 2.5]
+    assert [len(member.asked) for member in members] == [1, 1]
+
+
+def test_features_are_the_first_members_that_has_any():
+    features = [[1.0, 0.0]] * 3
+    members = [
+        Member("x", [0, 0, 0]),
+        Member("y", [0, 0, 0], features=features),
+        Member("z", [0, 0, 0], features=[[9.0]]),
+    ]
+    weights = Stack((0.0,) * 3, (1.0,) * 3, (1.0,) * 3, 0.0)
+    teacher = StackedTeacher(members, {TASK: weights})
+    assert teacher.judge(PAIRS, TASK, with_features=True).features.tolist() == features
+    assert [member.asked for member in members] == [[True], [True], [False]]
+    assert teacher.judge(PAIRS, TASK).features is None
+    assert (
+        StackedTeacher(members[:1], {TASK: weights.only([0])}).judge(PAIRS, TASK, with_features=True).features is None
+    )
+
+
+def test_a_task_that_was_not_fitted_is_refused():
+    teacher = StackedTeacher([Member("x", [1, 3, 5])], {TASK: Stack((0.0,), (1.0,), (1.0,), 0.0)}, name="runs/stack")
+    for call in (lambda: teacher.judge(PAIRS, "symmetric"), lambda: teacher.prompt_fingerprint("symmetric")):
+        with pytest.raises(InputError, match=r"runs/stack: was fitted for asymmetric .* for symmetric"):
+            call()
+
+
+def test_members_and_weights_make_the_fingerprint():
+    plain = {TASK: stack((1.0, 2.0))}
+    x, y = Member("x", [0]), Member("y", [0])
+    found = {
+        StackedTeacher([x, y], plain).fingerprint,
+        StackedTeacher([y, x], plain).fingerprint,
+        StackedTeacher([x, y], {TASK: stack((1.0, 2.1))}).fingerprint,
+        StackedTeacher([x, y], {TASK: stack((1.0, 2.0), bias=0.6)}).fingerprint,
+        StackedTeacher([x, y], {"symmetric": stack((1.0, 2.0))}).fingerprint,
+    }
+    assert len(found) == 5
+    assert StackedTeacher([x, y], dict(plain)).fingerprint in found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run with a decoder, a student and a stack of both, and a member that no task needs."""
+    folder = tmp_path_factory.mktemp("stacked") / "run"
+    write_tiny_model(folder / "llama", "llama")
+    encoder = write_tiny_model(folder.parent / "bert", "bert")
+    Student.create(tiny_student_config(encoder, tuning="frozen"), dtype="float32").save(folder / "student")
+    configs = [
+        tiny_teacher_config(folder / "llama"),
+        TeacherConfig(model="no-such-model"),
+        TeacherConfig(model=str(folder / "student"), kind="cosine"),
+    ]
+    fingerprints = [identify_judge(configs[0]).fingerprint, "useless", identify_judge(configs[2]).fingerprint]
+    write_stack(
+        folder / "stack",
+        [StackMember(*member) for member in zip(configs, fingerprints, strict=True)],
+        {TASK: Stack((0.5, 7.0, 10.0), (2.0, 1.0, 5.0), (1.5, 0.0, 0.25), -2.0)},
+        {"fitted_on": {"tiny": {"task": TASK, "dev_queries": ["q1", "q2"]}}},
+    )
+    return folder
+
+
+def load(folder):
+    return load_judge(TeacherConfig(model=str(folder)), device="cpu", dtype="float32")
+
+
+def test_the_folder_gives_the_same_stack(place):
+    teacher = load(place / "stack")
+    assert isinstance(teacher, StackedTeacher)
+    assert [type(member).__name__ for member in teacher.members] == ["Teacher", "CosineTeacher"]
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
+    llm, cosine = (member.judge(pairs, TASK).log_odds.astype(np.float64) for member in teacher.members)
+    judged = teacher.judge(pairs, TASK, with_features=True)
+    assert judged.log_odds == pytest.approx(-2 + 1.5 * (llm - 0.5) / 2 + 0.25 * (cosine - 10) / 5, abs=1e-4)
+    assert judged.features.shape == (2, 32)
+    assert teacher.members[0].config.prompt == "short"
+
+
+def test_its_identity_is_known_without_loading(place):
+    config = TeacherConfig(model=str(place / "stack"), kind="stack")
+    identity, teacher = identify_judge(config), load(place / "stack")
+    assert identity.fingerprint == teacher.fingerprint
+    assert identity.fingerprint == json.loads((place / "stack" / "manifest.json").read_text())["fingerprint"]
+    assert identity.prompts == {TASK: teacher.prompt_fingerprint(TASK)}
+
+
+def test_the_queries_that_fitted_it(place):
+    assert stacked_queries(TeacherConfig(model=str(place / "stack"))) == {"tiny": {"q1", "q2"}}
+    assert stacked_queries(tiny_teacher_config(place / "llama")) == {}
+
+
+def test_a_run_can_be_moved(place, tmp_path):
+    fingerprint = load(place / "stack").fingerprint
+    shutil.copytree(place, tmp_path / "moved")
+    teacher = load(tmp_path / "moved" / "stack")
+    assert teacher.fingerprint == fingerprint
+    assert str(teacher.members[0].location).startswith(str(tmp_path))
+
+
+def test_a_changed_member_is_refused(place, tmp_path):
+    shutil.copytree(place, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "llama")
+    write_tiny_model(tmp_path / "run" / "llama", "llama", seed=1)
+    config = TeacherConfig(model=str(tmp_path / "run" / "stack"))
+    for call in (identify_judge, lambda config: load(config.model)):
+        with pytest.raises(MismatchError, match=r"was fitted with .*llama.*stack again"):
+            call(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.pop("tasks"), "no stack that can be read"),
+        (lambda found: found["members"].pop(), "more or fewer members"),
+        (lambda found: found["tasks"][TASK].update(bias="high"), "no stack that can be read"),
+    ],
+)
+def test_a_damaged_folder_is_named(place, tmp_path, change, message):
+    found = json.loads((place / "stack" / "manifest.json").read_text())
+    change(found)
+    (tmp_path / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(DataFormatError, match=message):
+        StackedTeacher.identify(TeacherConfig(model=str(tmp_path)))
+
+
+def test_nothing_to_stack_and_foreign_folders_are_refused(tmp_path):
+    member, none = StackMember(TeacherConfig(model="x"), "x"), {TASK: Stack((0.0,), (1.0,), (0.0,), 0.0)}
+    with pytest.raises(InputError, match="nothing to stack"):
+        write_stack(tmp_path / "new", [member], none, {})
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="did not make"):
+        write_stack(tmp_path / "mine", [member], {TASK: Stack((0.0,), (1.0,), (1.0,), 0.0)}, {})

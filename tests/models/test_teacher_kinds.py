@@ -1,0 +1,326 @@
+"""Rerankers of other kinds as teachers, against what `transformers` itself says of texts put together by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import PreTrainedTokenizerFast as Fast
+
+from d2llm.core.errors import AnswerTokenError, InputError, ModelError, ModelNotFoundError
+from d2llm.core.recipe import LoraConfig, TeacherConfig
+from d2llm.data.labels import LabelStore
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.classifier import ClassifierTeacher
+from d2llm.models.teachers.identity import find_kind
+from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.models.teachers.prompts import load_prompt
+from d2llm.models.teachers.seq2seq import Seq2SeqTeacher
+from d2llm.training.label import label
+from tiny_data import topics
+from tiny_models import TEXTS, tiny_tokenizer, write_tiny_model
+
+LONG = " ".join(TEXTS)
+PAIRS = [(query, passage) for query in ("the cat", TEXTS[5] + "?", "a dog runs") for passage in (*TEXTS[:4], "dog")]
+TINY = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TINY |= {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", {}),
+    "xlm_roberta": ("XLMRobertaForSequenceClassification", {"max_position_embeddings": 514, "type_vocab_size": 1}),
+    "modernbert": ("ModernBertForSequenceClassification", {"cls_token_id": 1, "sep_token_id": 2}),
+}
+NLI = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
+
+
+def load(folder: Path, **settings: object) -> Judge:
+    return load_judge(config(folder, **settings), device="cpu", dtype="float32")
+
+
+def config(folder: Path, **settings: object) -> TeacherConfig:
+    return TeacherConfig.model_validate({"model": str(folder), "max_tokens": 300} | settings)
+
+
+def write_classifier(folder: Path, architecture: str, **settings: Any) -> Path:
+    name, own = CLASSIFIERS[architecture]
+    model_class = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_class(model_class.config_class(**(TINY | own | {"num_labels": 1} | settings))).save_pretrained(folder)
+    tokenizer = tiny_tokenizer(is_decoder=False)
+    types = architecture == "bert"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    tokenizer.model_input_names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words_tokenizer() -> Fast:
+    """Words by their spaces, as T5's tokenizer has them; a text is closed with </s>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS * 3, *["Query: Document: Relevant: true false yes no"] * 9], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return Fast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    settings = transformers.T5Config(
+        vocab_size=400,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_factor=3.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.T5ForConditionalGeneration(settings).save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.add_tokens(["yes", "no"])  # as one token each where nothing stands before them
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(folder)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    whole.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    whole.save_pretrained(folder)
+    return folder
+
+
+# --- against transformers
+
+
+def test_qwen3_reranker(qwen3: Path) -> None:
+    """The published way: prefix and suffix of the chat put around the whole middle, yes and no at the last place."""
+    teacher = load(qwen3, prompt="qwen3-reranker")
+    assert isinstance(teacher, Teacher)
+    tokenizer = teacher.tokenizer
+    before = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    after = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    instruct = "Given a web search query, retrieve relevant passages that answer the query"
+    model = AutoModelForCausalLM.from_pretrained(qwen3).eval()
+    yes, no = tokenizer.convert_tokens_to_ids("yes"), tokenizer.convert_tokens_to_ids("no")
+    expected = []
+    for query, passage in PAIRS:
+        middle = f"<Instruct>: {instruct}\n<Query>: {query}\n<Document>: {passage}"
+        ids = [i for part in (before, middle, after) for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        expected.append(float(logits[yes] - logits[no]))
+    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+    assert judged.features is not None
+    assert teacher.why_not_shared() == ""
+
+
+def test_monot5(t5: Path) -> None:
+    teacher = load(t5, prompt="monot5")
+    assert isinstance(teacher, Seq2SeqTeacher)
+    tokenizer, model = teacher.tokenizer, AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
+    true, false = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("true", "false"))
+    assert len(true) == len(false) == 1
+    expected, features = [], []
+    for query, passage in PAIRS:
+        inputs = tokenizer(f"Query: {query} Document: {passage} Relevant:", return_tensors="pt")
+        with torch.inference_mode():
+            output = model(
+                input_ids=inputs["input_ids"], decoder_input_ids=torch.tensor([[0]]), output_hidden_states=True
+            )
+        expected.append(float(output.logits[0, 0, true[0]] - output.logits[0, 0, false[0]]))
+        features.append(output.decoder_hidden_states[-1][0, 0].numpy())
+    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(judged.log_odds, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(judged.features, np.stack(features), rtol=1e-4, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3])
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_classifiers(tmp_path: Path, architecture: str, labels: int) -> None:
+    names = (
+        {}
+        if labels == 1
+        else {"id2label": {0: "entailment", 1: "other", 2: "third"} if labels == 3 else {0: "no", 1: "Entailment"}}
+    )
+    folder = write_classifier(tmp_path, architecture, num_labels=labels, **names)
+    teacher = load(folder, positive_label=None if labels == 1 else "entailment")
+    assert isinstance(teacher, ClassifierTeacher)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected = []
+    for query, passage in PAIRS:
+        with torch.inference_mode():
+            logits = model(**teacher.tokenizer(query, passage, return_tensors="pt")).logits[0].double().numpy()
+        positive = np.exp(logits) / np.exp(logits).sum()
+        chosen = positive[0 if labels == 3 else 1] if labels > 1 else None
+        expected.append(logits[0] if chosen is None else np.log(chosen / (1 - chosen)))
+    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
+    assert np.ptp(expected) > 0.01
+    assert judged.features is not None
+    assert judged.features.shape == (len(PAIRS), 32)
+    assert np.ptp(judged.features, axis=0).max() > 0.01
+
+
+def test_a_classifier_that_pools_later_has_no_features(tmp_path: Path) -> None:
+    """A decoder scores every token and takes the last one's score."""
+    model_class = transformers.Qwen3ForSequenceClassification
+    settings = model_class.config_class(**TINY, num_labels=1, num_key_value_heads=2, head_dim=8)
+    model_class(settings).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    judged = load(tmp_path).judge(PAIRS, "symmetric", with_features=True)
+    assert judged.features is None
+    assert np.isfinite(judged.log_odds).all()
+
+
+# --- length
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_long_pairs_are_cut_in_the_passage_and_counted(tmp_path: Path, t5: Path, kind: str) -> None:
+    folder = t5 if kind == "t5" else write_classifier(tmp_path, "bert")
+    settings = {"prompt": "monot5"} if kind == "t5" else {}
+    teacher: Any = load(folder, max_tokens=40, **settings)
+    whole: Any = load(folder, **settings)
+    pairs = [("the cat", LONG), (LONG, LONG), (LONG, "dog"), ("the cat", "dog")]
+    rows, num_truncated = teacher.tokenize(pairs, "asymmetric")
+    uncut, none = whole.tokenize(pairs, "asymmetric")
+    assert (num_truncated, none) == (3, 0)
+    assert rows[3] == uncut[3]
+    assert all(36 <= len(row) <= 40 for row in rows[:3])
+    same = next(place for place in range(40) if rows[0][place] != uncut[0][place])
+    tail = len(rows[0]) - same
+    assert rows[0][same:] == uncut[0][-tail:]  # what stands behind the passage is whole
+    assert tail <= 8
+    teacher.config = teacher.config.model_copy(update={"max_tokens": 4})
+    with pytest.raises(InputError, match="tokens stand around query and passage; raise max_tokens"):
+        teacher.tokenize(pairs, "asymmetric")
+
+
+# --- what is told apart, and refused
+
+
+def test_kinds_are_found_and_identified(tmp_path: Path, t5: Path, qwen3: Path) -> None:
+    bert = write_classifier(tmp_path / "bert", "bert", num_labels=3, **NLI)
+    cases = [
+        (config(t5, prompt="monot5"), "seq2seq"),
+        (config(qwen3, prompt="qwen3-reranker"), "causal"),
+        (config(bert, positive_label="entailment"), "classifier"),
+    ]
+    for asked, kind in cases:
+        assert find_kind(asked) == kind
+        identity, teacher = identify_judge(asked), load_judge(asked, device="cpu", dtype="float32")
+        assert identity.fingerprint == teacher.fingerprint
+        assert all(identity.prompts[task] == teacher.prompt_fingerprint(task) for task in identity.prompts)
+    other = identify_judge(config(bert, positive_label="contradiction"))
+    assert other.fingerprint == identify_judge(cases[2][0]).fingerprint
+    assert other.prompts != identify_judge(cases[2][0]).prompts
+
+
+def test_what_cannot_be_a_teacher(tmp_path: Path, t5: Path) -> None:
+    bert = write_classifier(tmp_path / "bert", "bert", num_labels=3, **NLI)
+    with pytest.raises(ModelError, match=r"classes entailment, neutral, contradiction; set .*positive_label .*None"):
+        load(bert)
+    with pytest.raises(ModelError, match="'yes'"):
+        load(bert, positive_label="yes")
+    with pytest.raises(ModelError, match="has one output and no classes"):
+        load(write_classifier(tmp_path / "one", "bert"), positive_label="yes")
+    path = tmp_path / "own.toml"
+    for yes, problem in (
+        ("absolutely", "is not one token"),
+        ("no", "'no' and 'no' are the same token"),
+    ):
+        section = f'template = "Q {{query}} P {{passage}} ?"\nyes = "{yes}"\nno = "no"\n'
+        path.write_text(f"[symmetric]\n{section}[asymmetric]\n{section}")
+        with pytest.raises(AnswerTokenError, match=problem):
+            load(t5, prompt=str(path))
+    teacher: Any = load(t5, prompt="monot5")
+    with pytest.raises(InputError, match="is a seq2seq model, which is not tuned here"):
+        teacher.prepare_training(LoraConfig())
+
+
+def test_templates_with_spaces(tmp_path: Path) -> None:
+    prompt = load_prompt("monot5", "asymmetric")
+    assert prompt.fill("q", "p") == "Query: q Document: p Relevant:"
+    assert (prompt.yes, prompt.no) == ("true", "false")
+    path = tmp_path / "own.toml"
+    path.write_text('[symmetric]\ntemplate = "Q:{query} P: {passage} ?"\nyes = "a"\nno = "b"\nspaced = true')
+    with pytest.raises(InputError, match=r"a space must stand before \{query\} and before"):
+        load_prompt(str(path), "symmetric")
+    path.write_text(path.read_text().replace("true", '"yes"'))
+    with pytest.raises(InputError, match="spaced must be true or false"):
+        load_prompt(str(path), "symmetric")
+
+
+# --- labelling with them
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "decoder"])
+def test_labelling_is_finished_with_or_without_features(tmp_path: Path, t5: Path, kind: str) -> None:
+    folder, settings = t5, {"prompt": "monot5"}
+    if kind == "bert":
+        folder, settings = write_classifier(tmp_path / "model", "bert"), {}
+    elif kind == "decoder":  # without features
+        model_class = transformers.Qwen3ForSequenceClassification
+        model_class(model_class.config_class(**TINY, num_labels=1, num_key_value_heads=2, head_dim=8)).save_pretrained(
+            tmp_path / "model"
+        )
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        folder, settings = tmp_path / "model", {}
+    source = topics(num_train=5)
+    asked = config(folder, **settings)
+    options: dict[str, Any] = {"teacher": asked, "device": "cpu", "dtype": "float32", "show_progress": False}
+    first = label([source], tmp_path / "store", **options)
+    assert first.queries == 5
+    again = label([source], tmp_path / "store", **options)
+    assert (again.queries, again.pairs, again.finished_queries) == (0, 0, 5)
+    identity = identify_judge(asked)
+    store = LabelStore.open_for_reading(
+        tmp_path / "store", teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset="tiny"
+    )
+    entry = source.plan.entries[0]
+    gram = store.gram(entry.query_id)
+    assert (gram is None) == (kind == "decoder")
+    judged = load(folder, **settings).judge(
+        [(source.query_text(entry.query_id), source.passage_text(p)) for p in entry.passage_ids], source.task
+    )
+    np.testing.assert_allclose(list(store.log_odds(entry.query_id).values()), judged.log_odds, rtol=0, atol=1e-4)
+
+
+def test_a_classifier_whose_pooler_would_be_random_is_refused(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "bert", "bert")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match="lacks 2 of the weights of a BertForSequenceClassification"):
+        load(folder)

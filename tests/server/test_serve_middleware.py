@@ -1,0 +1,185 @@
+"""Ids, headers, hosts and bodies, as clients see them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+
+from starlette.types import Message, Receive, Scope, Send
+
+from d2llm.server.middleware import SECURITY_HEADERS, BodyMiddleware
+from tiny_app import tiny_client
+
+SEARCH = {"texts": ["q"]}
+
+
+# Ids and headers
+
+
+@pytest.mark.parametrize("given", ["abc-1.2_3", "x" * 128])
+def test_a_sane_request_id_is_kept(given: str):
+    assert tiny_client().get("/health", headers={"X-Request-ID": given}).headers["X-Request-ID"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "two words", "{}", "a\tb", "é"])
+def test_another_one_is_replaced(given: str):
+    headers = {"X-Request-ID": given.encode("latin-1")}
+    found = tiny_client().get("/health", headers=headers).headers["X-Request-ID"]  # pyright: ignore[reportArgumentType]
+    assert len(found) == 32
+    assert int(found, 16)
+
+
+def test_ids_differ():
+    client = tiny_client()
+    assert len({client.get("/health").headers["X-Request-ID"] for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/health"), ("GET", "/none"), ("DELETE", "/health"), ("POST", "/v1/fail")]
+)
+def test_every_answer_has_the_headers_that_all_have(method: str, path: str):
+    answer = tiny_client().request(method, path, json=SEARCH)
+    assert {name: answer.headers[name] for name in SECURITY_HEADERS} == dict(SECURITY_HEADERS)
+    assert answer.headers["Server-Timing"].startswith("total;dur=")
+    assert answer.headers["X-Request-ID"]
+
+
+def test_a_failure_is_an_answer_without_its_reason():
+    answer = tiny_client().post("/v1/fail", json={"texts": ["my secret"]})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["kind"] == "internal"
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["request_id"] == answer.headers["X-Request-ID"]
+
+
+# Hosts
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost:9", "LOCALHOST", "[::1]:8000", "[::1]"])
+def test_this_machine_is_answered(host: str):
+    assert tiny_client().post("/v1/search", json=SEARCH, headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "", ":8000"]
+)
+def test_another_host_is_refused(host: str):
+    answer = tiny_client().post("/v1/search", json=SEARCH, headers={"Host": host})
+    assert answer.status_code == 400
+    assert "allowed_hosts" in answer.json()["error"]["message"]
+
+
+def test_two_hosts_are_refused():
+    headers = [("Host", "localhost"), ("Host", "evil.example")]
+    assert tiny_client().get("/v1/passages/a", headers=headers).status_code == 400
+
+
+def test_patterns_of_hosts():
+    client = tiny_client(allowed_hosts=("*.example.org",))
+    statuses = {
+        host: client.get("/v1/passages/a", headers={"Host": host}).status_code
+        for host in ("a.example.org", "example.org", "aexample.org", "127.0.0.1")
+    }
+    assert statuses == {"a.example.org": 200, "example.org": 400, "aexample.org": 400, "127.0.0.1": 200}
+    assert tiny_client(allowed_hosts=("*",)).get("/v1/passages/a", headers={"Host": "any"}).status_code == 200
+
+
+def test_probes_may_ask_for_health_under_an_address():
+    assert tiny_client().get("/health", headers={"Host": "10.1.2.3:8000"}).status_code == 200
+
+
+# Bodies
+
+
+def body_of(num_bytes: int) -> bytes:
+    empty = json.dumps({"texts": [""]})
+    return empty.replace('""', '"' + "x" * (num_bytes - len(empty)) + '"').encode()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_may_be_as_large_as_the_limit_and_no_larger(chunked: bool):
+    client = tiny_client(max_body_bytes=1_000)
+    for num_bytes, status in ((1_000, 200), (1_001, 413), (100_000, 413)):
+        body = body_of(num_bytes)
+        assert len(body) == num_bytes
+        content = iter([body[at : at + 100] for at in range(0, len(body), 100)]) if chunked else body
+        answer = client.post("/v1/search", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == status
+        if status == 413:
+            assert answer.json()["error"]["kind"] == "too_large"
+            assert "1,000 bytes" in answer.json()["error"]["message"]
+
+
+def test_a_body_in_pieces_arrives_whole():
+    client = tiny_client()
+    body = json.dumps({"texts": ["a", "b", "c"]}).encode()
+
+    def pieces() -> Iterator[bytes]:
+        for at in range(len(body)):
+            yield body[at : at + 1]
+
+    answer = client.post("/v1/search", content=pieces(), headers={"Content-Type": "application/json"})
+    assert answer.json() == {"num_texts": 3}
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
+def test_json_is_read(kind: str):
+    answer = tiny_client().post("/v1/search", content=b'{"texts": []}', headers={"Content-Type": kind})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonp", ""]
+)
+def test_what_a_form_can_send_is_refused(kind: str):
+    headers = {"Content-Type": kind} if kind else {}
+    answer = tiny_client().post("/v1/search", content=b'{"texts": []}', headers=headers)
+    assert answer.status_code == 415
+    assert answer.json()["error"]["kind"] == "unsupported_media_type"
+    assert "application/json" in answer.json()["error"]["message"]
+
+
+def test_an_empty_form_is_refused_but_nothing_at_all_is_read():
+    client = tiny_client()
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert client.post("/v1/index/reload", headers=form).status_code == 415
+    assert client.post("/v1/index/reload").status_code == 200
+
+
+def test_a_compressed_body_is_refused():
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = tiny_client().post("/v1/search", content=b"...", headers=headers)
+    assert answer.status_code == 415
+    assert answer.headers["Accept-Encoding"] == "identity"
+
+
+def test_many_small_pieces_take_little_memory():
+    number = 100_000
+    told: list[bytes] = []
+
+    async def receive() -> Message:
+        nonlocal number
+        number -= 1
+        return {"type": "http.request", "body": b"x", "more_body": number > 0}
+
+    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
+        told.append((await receive())["body"])
+
+    async def send(_message: Message) -> None:
+        raise AssertionError("it was refused")
+
+    headers = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+    tracemalloc.start()
+    try:
+        asyncio.run(BodyMiddleware(app, max_body_bytes=number, seconds=60)(scope, receive, send))
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert told == [b"x" * 100_000]

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pydantic_settings", reason="needs the extra 'serve'")
+
+from d2llm.cli import serve as commands_serve
+from d2llm.core.errors import InputError
+from d2llm.server.settings import (
+    LOOPBACK_NAMES,
+    LoadedSettings,
+    ServeSettings,
+    is_loopback,
+    load_settings,
+    parse_assignments,
+)
+from e2e.command_line import fail, succeed_with_report
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    import os
+
+    for name in [name for name in os.environ if name.upper().startswith("D2LLM_SERVE_")]:
+        monkeypatch.delenv(name)
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "serve.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def source_and_value(loaded: LoadedSettings, name: str) -> tuple[str, Any]:
+    return loaded.sources[name], getattr(loaded.settings, name)
+
+
+# Where values come from
+
+
+def test_flags_win_over_the_environment_which_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = toml(tmp_path, "port = 1001\nmax_texts = 11\nmax_top_k = 21\n")
+    monkeypatch.setenv("D2LLM_SERVE_PORT", "1002")
+    monkeypatch.setenv("D2LLM_SERVE_MAX_TEXTS", "12")
+    loaded = load_settings({"port": 1003, "host": None}, file=file)
+    assert source_and_value(loaded, "port") == ("--port", 1003)
+    assert source_and_value(loaded, "max_texts") == ("environment D2LLM_SERVE_MAX_TEXTS", 12)
+    assert source_and_value(loaded, "max_top_k") == (f"file {file}", 21)
+    assert source_and_value(loaded, "host") == ("default", "127.0.0.1")
+
+
+def test_set_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("D2LLM_SERVE_MAX_TEXTS", "12")
+    loaded = load_settings(assignments=parse_assignments(["max-texts=13"]))
+    assert source_and_value(loaded, "max_texts") == ("--set", 13)
+
+
+def test_keywords_alone_take_nothing_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("D2LLM_SERVE_PORT", "1002")
+    assert ServeSettings().port == 8000
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("D2LLM_SERVE_PORT", "")
+    assert source_and_value(load_settings(), "port") == ("default", 8000)
+
+
+@pytest.mark.parametrize("text", ["a.example, b.example", "a.example,b.example,"])
+def test_lists_are_written_with_commas(monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setenv("D2LLM_SERVE_CORS_ORIGINS", text)
+    loaded = load_settings(assignments={"allowed_hosts": text})
+    assert loaded.settings.cors_origins == ("a.example", "b.example") == loaded.settings.allowed_hosts
+
+
+def test_lists_of_a_file_are_lists(tmp_path: Path):
+    file = toml(tmp_path, 'allowed_hosts = ["a.example"]\nkeys_file = "keys.json"\n')
+    settings = load_settings(file=file).settings
+    assert settings.allowed_hosts == ("a.example",)
+    assert settings.keys_file == Path("keys.json")
+
+
+# What is wrong with them
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot = 1", "file {file}: unknown setting 'prot'; did you mean 'p"),
+        ("max_text = 1", "file {file}: unknown setting 'max_text'; did you mean 'max_texts'?"),
+        ("[zzz]", "file {file}: unknown setting 'zzz'; known settings: allow_unauthenticated, "),
+        ('port = "x"', "file {file}: port: Input should be a valid integer"),
+        ("port = 70000", "file {file}: port: Input should be less than or equal to 65535 (got 70000)"),
+        (
+            'engine = "jax"',
+            (
+                "file {file}: engine: Input should be 'auto', 'torch', 'onnx', 'onnx-int8', 'openvino' or "
+                "'openvino-int8' (got 'jax')"
+            ),
+        ),
+        ("port = ", "{file}: not valid TOML"),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_key_and_file(tmp_path: Path, text: str, message: str):
+    file = toml(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        load_settings(file=file)
+    assert message.format(file=file) in str(caught.value)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path):
+    with pytest.raises(InputError, match=r"none\.toml: cannot be read"):
+        load_settings(file=tmp_path / "none.toml")
+
+
+def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("D2LLM_SERVE_MAX_TEXTS", "many")
+    with pytest.raises(InputError, match=r"environment D2LLM_SERVE_MAX_TEXTS: max_texts: .*integer.* \(got 'many'\)"):
+        load_settings()
+    monkeypatch.delenv("D2LLM_SERVE_MAX_TEXTS")
+    monkeypatch.setenv("D2LLM_SERVE_WRITEABLE", "no")
+    with pytest.raises(InputError, match="D2LLM_SERVE_WRITEABLE: unknown setting 'writeable'; did you mean 'writable'"):
+        load_settings()
+
+
+def test_every_bad_value_is_told_at_once(tmp_path: Path):
+    with pytest.raises(InputError) as caught:
+        load_settings({"port": -1}, file=toml(tmp_path, "max_texts = 0"))
+    assert "--port: port: " in str(caught.value)
+    assert "serve.toml: max_texts: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["max_texts"], "write --set NAME=VALUE"),
+        (["port=1", "port=2"], "port: given twice"),
+    ],
+)
+def test_assignments_are_checked(words: list[str], message: str):
+    with pytest.raises(InputError, match=message):
+        parse_assignments(words)
+
+
+def test_an_option_and_an_assignment_of_one_setting_are_an_error():
+    with pytest.raises(InputError, match="port: given twice, as an option and by --set"):
+        load_settings({"port": 1}, assignments={"port": "2"})
+
+
+# Who can reach it
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_is_this_machine_alone(host: str):
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org"])
+def test_other_addresses_may_be_reached_from_outside(host: str):
+    assert not is_loopback(host)
+
+
+def test_others_may_reach_it_only_with_keys_or_on_purpose(tmp_path: Path):
+    with pytest.raises(InputError, match=r"host '0\.0\.0\.0' can be reached from other machines.*d2llm keys"):
+        load_settings({"host": "0.0.0.0"})
+    assert load_settings({"host": "0.0.0.0", "keys_file": tmp_path / "keys.json"}).settings.host == "0.0.0.0"
+    assert load_settings({"host": "0.0.0.0"}, assignments={"allow_unauthenticated": "yes"}).settings.host == "0.0.0.0"
+
+
+def test_the_address_that_it_listens_on_is_one_of_its_names():
+    assert ServeSettings(host="10.0.0.1", allow_unauthenticated=True).host_names == (*LOOPBACK_NAMES, "10.0.0.1")
+    assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).host_names == LOOPBACK_NAMES
+
+
+# The command line
+
+
+def test_each_option_of_serve_is_a_setting():
+    options = set(inspect.signature(commands_serve.serve).parameters) - set(commands_serve.OWN_OPTIONS)
+    assert options < set(ServeSettings.model_fields)
+
+
+def test_show_config_shows_values_and_sources_without_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("D2LLM_SERVE_TEACHER", "remote:http://me:hunter2@models.example/v1")
+    arguments = ("serve", "docs.index", "--port", 9, "--config", toml(tmp_path, "log_texts = true"), "--show-config")
+    result, report = succeed_with_report(*arguments, folder=tmp_path)
+    rows = {cells[1].strip(): cells[2:4] for line in result.stdout.splitlines() if len(cells := line.split("│")) > 3}
+    assert [cell.strip() for cell in rows["port"]] == ["9", "--port"]
+    assert rows["index"][1].strip() == "INDEX"
+    assert rows["log_texts"][0].strip() == "true"
+    assert "***@models.example" in rows["teacher"][0]
+    assert "hunter2" not in result.stdout
+    assert set(rows) >= set(ServeSettings.model_fields)
+    assert report["result"]["settings"]["port"] == 9
+    assert report["result"]["sources"]["port"] == "--port"
+
+
+def test_serve_needs_something_to_serve():
+    fail("serve", containing=["nothing to serve", "--student"])
+
+
+def test_serve_refuses_a_bad_setting():
+    fail("serve", "x.index", "--set", "max_txts=1", containing=["--set: unknown setting 'max_txts'", "'max_texts'"])
+
+
+def test_the_table_of_settings_in_the_docs_is_the_schema(repository: Path):
+    text = (repository / "docs" / "how-to" / "operate.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    documented = {row[0].strip("`"): row[1:] for row in rows if len(row) == 3}
+    shown = {
+        name: value
+        for name, value, _ in LoadedSettings(ServeSettings(), dict.fromkeys(ServeSettings.model_fields, "")).lines()
+    }
+    expected = {name: [f"`{shown[name]}`", field.description] for name, field in ServeSettings.model_fields.items()}
+    assert documented == expected

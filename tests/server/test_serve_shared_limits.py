@@ -1,0 +1,128 @@
+"""Requests that several servers count together, in a Redis that runs, hangs or is away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+
+from d2llm.core.errors import InputError
+from d2llm.server import limits
+from d2llm.server.limits import RateLimiter
+from d2llm.server.running import listen
+from tiny_app import tiny_client
+from waiting import until
+
+
+def test_an_address_that_is_none_is_refused_without_repeating_it():
+    pytest.importorskip("redis", reason="needs the extra 'redis'")
+    with pytest.raises(InputError, match="redis://localhost:6379") as caught:
+        RateLimiter("http://user:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_password_in_an_address_is_not_shown():
+    from d2llm.server.settings import load_settings
+
+    loaded = load_settings(assignments={"rate_limit_storage": "redis://:secret@host:1"})
+    assert "secret" not in str(loaded) + str(loaded.lines()) + str(loaded.settings.model_dump_json())
+
+
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    """Takes connections and says nothing."""
+    with listen("127.0.0.1", 0) as bound:
+        bound.listen()
+        yield bound
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["hangs", "away"])
+def test_without_an_answer_a_server_counts_alone(
+    listening: socket.socket, there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    pytest.importorskip("redis", reason="needs the extra 'redis'")
+    monkeypatch.setattr(limits, "_PATIENCE", 0.3)
+    address = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+    if not there:
+        listening.close()
+    client = tiny_client(requests_per_minute=3, rate_limit_storage=address)
+    monkeypatch.setattr(limits, "_PAUSE", 1_000.0)
+    with caplog.at_level(logging.ERROR):
+        statuses = [client.post("/v1/search", json={"texts": ["q"]}).status_code for _ in range(5)]
+    assert statuses == [200, 200, 200, 429, 429]
+    assert caplog.text.count("counted alone") == 1  # asked once, not five times
+
+
+class Redis:
+    """A real one, on a port of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        with listen("127.0.0.1", 0) as bound:
+            self.port = bound.getsockname()[1]
+        self._folder = folder
+        self.address = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)
+        until(self._is_there, "a Redis that listens")
+
+    def _is_there(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    pytest.importorskip("redis", reason="needs the extra 'redis'")
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server (Debian: apt install redis-server)")
+    server = Redis(tmp_path)
+    yield server
+    server.stop()
+
+
+def test_two_servers_count_together(redis: Redis):
+    async def main() -> list[bool]:
+        limiters = [RateLimiter(redis.address), RateLimiter(redis.address)]
+        taken = [await limiters[n % 2].take("key one", 5) for n in range(7)]
+        other = await limiters[0].take("key two", 5)
+        assert (other.remaining, other.limit) == (4, 5)
+        assert taken[4].remaining == 0
+        assert 50 < taken[6].reset <= 60
+        return [one.allowed for one in taken]
+
+    assert asyncio.run(main()) == [True] * 5 + [False] * 2
+
+
+def test_a_storage_that_comes_back_is_asked_again(redis: Redis, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "_PAUSE", 0.2)
+
+    async def main() -> None:
+        limiter, other = RateLimiter(redis.address), RateLimiter(redis.address)
+        assert (await limiter.take("key", 5)).remaining == 4
+        redis.stop()
+        assert (await limiter.take("key", 5)).remaining == 4  # alone
+        redis.start()
+        await asyncio.sleep(0.3)  # more than the pause
+        taken = [(await other.take("key", 5)).remaining for _ in range(3)]
+        assert taken == [4, 3, 2]
+        assert (await limiter.take("key", 5)).remaining == 1  # alone it would be 3
+
+    asyncio.run(main())

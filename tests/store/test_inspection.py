@@ -1,0 +1,150 @@
+"""Facts are counted right, and verify finds each kind of damage."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from d2llm.core.types import Passage
+from d2llm.store import vector_file
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import stats, verify
+from d2llm.store.view import PassageView
+from tiny_store import check_contents, few_passages, forget_checksums, new_store, put, vectors_of
+
+PASSAGES = few_passages(20)
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = new_store(tmp_path / "index")
+    put(made, PASSAGES.values())
+    return made
+
+
+def test_stats(store):
+    with store.writing():
+        changes = store.compare([Passage("long", "x"), Passage("p1", "y")])
+        store.write(changes, vectors_of(changes.texts), truncated=[0])
+    store.delete(["p2", "p3"])
+    store.snapshot("a")
+    facts = stats(store)
+    assert facts.num_passages == 19
+    assert facts.num_rows == 22
+    assert facts.num_truncated == 1
+    assert facts.snapshots == ["a"]
+    assert (facts.dim, facts.vector_format, facts.vector_bytes) == (8, "bfloat16", 16)
+    assert facts.metadata == {"year": "integer", "language": "string"}
+    files = [path for path in store.folder.rglob("*") if path.is_file()]
+    sizes = {path.stat().st_ino: path.stat().st_size for path in files}
+    assert facts.bytes_per_passage == round(sum(sizes.values()) / 19, 1)
+    in_table = [path for path in (store.folder / "passages.lance").rglob("*") if path.is_file()]
+    assert facts.table_bytes == sum(path.stat().st_size for path in in_table)
+    assert facts.vector_file_bytes == 22 * 16 + (store.folder / "vectors-0.json").stat().st_size
+    assert facts.unindexed == {}
+    assert json.loads(json.dumps(facts.to_json()))["version"] == store.table().version
+    store.settle()
+    put(store, few_passages(3, start=90).values())
+    assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3}
+
+
+def test_stats_of_nothing(tmp_path):
+    facts = stats(new_store(tmp_path / "index"))
+    assert (facts.num_passages, facts.num_rows, facts.num_truncated, facts.snapshots) == (0, 0, 0, [])
+
+
+def test_all_is_well(store):
+    store.settle()
+    store.snapshot("a")
+    report = verify(store)
+    assert report.problems == []
+    assert (report.num_passages, report.num_vectors, report.num_snapshots) == (20, 20, 1)
+    assert json.loads(json.dumps(report.to_json()))["problems"] == []
+
+
+def _damage_vectors(folder):
+    path = vector_file.path_of(folder, 0)
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.unlink()  # a snapshot shares it
+    path.write_bytes(content)
+
+
+def test_damaged_vectors_are_found_and_repaired(store):
+    _damage_vectors(store.folder)
+    assert verify(store).problems == ["vectors-0.bin: 1 of 1 parts are not what was written"]
+    (problem,) = verify(store, repair=True).problems
+    assert problem.endswith("it was written anew")
+    assert verify(store).problems == []
+    check_contents(PassageView(store), PASSAGES)
+
+
+def test_vectors_of_others_are_found(store):
+    """Whole, with the right checksums, but not those of the table."""
+    file = vector_file.VectorFile.create(store.folder, 0, 16)
+    file.append(np.zeros((20, 16), np.uint8))
+    assert verify(store).problems == ["vectors-0.bin: 20 vectors are not those of the table"]
+    verify(store, repair=True)
+    check_contents(PassageView(store), PASSAGES)
+
+
+@pytest.mark.parametrize("column", ["title", "text", "year", "document_id", "position", "language", "id"])
+def test_changed_columns_are_found(store, column):
+    """As if bytes of the table had flipped: every column that the user gave is under the hash."""
+    table = store.table()
+    rows = table.columns(table.schema.names).to_pylist()
+    rows[3][column] = {"year": 7, "position": 9}.get(column, "other")
+    table.replace_all(table.schema, iter(pa.Table.from_pylist(rows, schema=table.schema).to_batches()))
+    name = "other" if column == "id" else rows[3]["id"]
+    assert verify(store).problems == [f"1 passages in the table are not what was written, the first is {name!r}"]
+
+
+def test_ids_and_rows_that_occur_twice_are_found(store):
+    table = store.table()
+    rows = table.columns(table.schema.names).to_pylist()
+    table.replace_all(table.schema, iter(pa.Table.from_pylist([*rows, rows[0]], schema=table.schema).to_batches()))
+    assert verify(store).problems[:2] == [
+        "1 ids occur twice in the table",
+        "row numbers in the table are not distinct, or of several generations",
+    ]
+
+
+def test_a_damaged_table_is_found(store):
+    (path,) = (store.folder / "passages.lance" / "data").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    (problem,) = verify(store).problems
+    assert problem.startswith(f"passages.lance/data/{path.name}: has 100 bytes where ")
+    forget_checksums(store.folder)
+    lacking, problem = verify(IndexStore.open(store.folder)).problems
+    assert "have no checksums" in lacking
+    assert f"{store.folder}: version 2 of its table cannot be read" in problem
+
+
+def test_damaged_indices_are_found_and_made_anew(store):
+    store.settle()
+    for path in (store.folder / "passages.lance" / "_indices").rglob("*.lance"):
+        path.write_bytes(b"")
+    problems = verify(store).problems
+    assert len(problems) == 6
+    assert all("/_indices/" in problem and "verify --repair` makes it anew" in problem for problem in problems)
+    *_, done, earlier = verify(store, repair=True).problems
+    assert done == "6 of the table's files were damaged indices, which were made anew"
+    assert earlier == "versions 3, 4, 5, 6, 7 of the table, earlier ones, were damaged and are gone"
+    assert verify(store).problems == []
+    view = PassageView(store)
+    check_contents(view, PASSAGES)
+    assert view.ids(view.match("own3", 3).rows) == ["p3"]
+
+
+def test_a_damaged_snapshot_is_found(store):
+    folder = store.snapshot("a")
+    store.snapshot("b")
+    _damage_vectors(folder)
+    assert verify(store).problems == ["snapshot 'a': vectors-0.bin: 1 of 1 parts are not what was written"]
+    (folder / "manifest.json").write_text("{")
+    (problem,) = verify(store).problems
+    assert problem.startswith("snapshot 'a': ")
+    assert "not valid JSON" in problem

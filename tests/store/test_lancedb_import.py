@@ -1,0 +1,70 @@
+"""LanceDB without its service client: what is put off is there as soon as somebody asks for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from d2llm.store.lancedb_import import put_off
+
+
+def printed(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_lancedb_is_imported_without_the_client_s_calls():
+    code = """
+import sys
+from d2llm.store.lancedb_import import import_lancedb
+import_lancedb()
+print(*(name for name in sys.modules if name.startswith("lance_namespace_urllib3_client.api")))
+"""
+    assert printed(code) == []
+
+
+def test_the_client_is_whole_once_it_is_asked_for():
+    code = """
+from d2llm.store.lancedb_import import import_lancedb
+import_lancedb()
+import lance_namespace_urllib3_client as client
+from lance_namespace_urllib3_client import ApiClient, BranchApi
+import lance_namespace
+print(ApiClient.__module__, BranchApi.__module__, client.__version__ != "", hasattr(client, "nothing"))
+print(client.DescribeTableRequest is lance_namespace.DescribeTableRequest)
+"""
+    package = "lance_namespace_urllib3_client"
+    assert printed(code) == [f"{package}.api_client", f"{package}.api.branch_api", "True", "False", "True"]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    folder = tmp_path / "put_off_example"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from put_off_example.part import value\nname = value + 1\n")
+    (folder / "part.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "put_off_example"
+    for name in ("put_off_example", "put_off_example.part"):
+        sys.modules.pop(name, None)
+
+
+def test_a_part_is_imported_before_the_whole(package):
+    put_off(package)
+    from put_off_example.part import value
+
+    assert value == 1
+    assert "name" not in vars(sys.modules[package])
+    assert sys.modules[package].name == 2
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = sys.modules[package].nothing
+
+
+def test_what_is_imported_or_missing_stays_as_it_is(package):
+    import put_off_example as whole
+
+    put_off(package)
+    assert sys.modules[package] is whole
+    put_off("no_package_of_this_name")
+    assert "no_package_of_this_name" not in sys.modules

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import date, datetime, timedelta, timezone
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Passage
+from d2llm.store.schema import MetadataSchema, parse_timestamp
+
+UTC = timezone.utc
+NOON = datetime(2024, 5, 31, 12, tzinfo=UTC)
+
+
+def passages(*metadata: dict[str, Any]) -> list[Passage]:
+    return [Passage(f"p{number}", "text", metadata=fields) for number, fields in enumerate(metadata)]
+
+
+def test_types_are_found_in_the_values() -> None:
+    schema = MetadataSchema.infer(
+        passages(
+            {"year": 2020, "price": 3, "draft": False, "day": "2024-05-31", "seen": NOON, "late": None},
+            {"year": None, "price": 2.5, "language": "de", "late": 1},
+        )
+    )
+    assert schema.to_json() == {
+        "year": "integer",
+        "price": "number",  # integers and numbers together
+        "draft": "boolean",
+        "day": "string",  # whatever it looks like
+        "seen": "timestamp",
+        "late": "integer",
+        "language": "string",
+    }
+    assert MetadataSchema.infer([]) == MetadataSchema() == MetadataSchema.infer(passages({}, {}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kinds"),
+    [
+        (1, "1", ("integer", "string")),
+        (True, 1, ("boolean", "integer")),
+        (1.5, True, ("number", "boolean")),
+        (NOON, "2024-05-31", ("timestamp", "string")),
+    ],
+)
+def test_types_that_conflict_are_named_with_both_passages(
+    first: object, second: object, kinds: tuple[str, str]
+) -> None:
+    with pytest.raises(InputError) as error:
+        MetadataSchema.infer(passages({}, {"x": first}, {"x": first}, {"x": second}))
+    assert f"'x' is {kinds[0]} in passage 'p1' but {kinds[1]} in passage 'p3'" in str(error.value)
+
+
+def test_a_conflict_names_the_passage_that_made_it_a_number() -> None:
+    with pytest.raises(InputError, match=r"number in passage 'p1' but string in passage 'p2'"):
+        MetadataSchema.infer(passages({"x": 1}, {"x": 1.5}, {"x": "1"}))
+
+
+def test_a_field_without_values_has_to_be_declared() -> None:
+    empty = passages({"year": 1}, {"note": None}, {"note": None})
+    with pytest.raises(InputError, match=r"'note' has no value in any passage \(the first is 'p1'\).*'note:string'"):
+        MetadataSchema.infer(empty)
+    schema = MetadataSchema.infer(empty, known=MetadataSchema({"note": "timestamp"}))
+    assert schema.to_json() == {"note": "timestamp", "year": "integer"}
+
+
+def test_known_fields_keep_their_type_and_new_ones_come_after() -> None:
+    known = MetadataSchema({"when": "timestamp", "price": "number"})
+    schema = MetadataSchema.infer(passages({"new": "a", "price": 2, "when": "2024-05-31"}), known)
+    assert list(schema.fields.items()) == [("when", "timestamp"), ("price", "number"), ("new", "string")]
+    with pytest.raises(InputError, match=r"passage 'p0', metadata field 'price' \(number\): 'two' is no number"):
+        MetadataSchema.infer(passages({"price": "two"}), known)
+
+
+def test_declarations_and_json() -> None:
+    schema = MetadataSchema.parse(["year:integer", "seen : timestamp", "price:number"])
+    assert schema.fields == {"year": "integer", "seen": "timestamp", "price": "number"}
+    assert MetadataSchema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+    assert MetadataSchema.from_arrow(schema.arrow_fields()) == schema
+    with pytest.raises(InputError, match="timestamp\\[ns\\]"):
+        MetadataSchema.from_arrow([pa.field("t", pa.timestamp("ns"))])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schema.fields = {}  # type: ignore[misc]
+
+
+def test_a_schema_does_not_change_with_the_mapping_it_was_made_from() -> None:
+    fields = {"year": "integer"}
+    schema = MetadataSchema(fields)  # type: ignore[arg-type]
+    fields["more"] = "string"
+    assert schema.to_json() == {"year": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("declaration", "problem"),
+    [
+        ("year", "write name:type"),
+        ("year:int", "no type 'int'; use one of string, integer, number, boolean, timestamp"),
+        ("year:", "no type ''"),
+        (":integer", "begins with a letter"),
+        ("my year:integer", "begins with a letter"),
+        ("größe:number", "begins with a letter"),
+        ("1st:string", "begins with a letter"),
+        ("a-b:string", "begins with a letter"),
+        ("a`b:string", "begins with a letter"),
+        ("year\n:string", None),  # blanks around a name are no part of it
+        ("a" * 65 + ":string", "at most 64"),
+        ("a" * 64 + ":string", None),
+        ("id:string", "columns of every passage"),
+        ("Text:string", "columns of every passage"),
+        ("position:integer", "columns of every passage"),
+        ("d2_row:integer", "kept for the index"),
+        ("D2_x:integer", "kept for the index"),
+        ("_rowid:integer", "kept for the index"),
+        ("not:boolean", "words of the filter language"),
+        ("Null:string", "words of the filter language"),
+        ("select:string", None),
+        ("order:integer", None),
+    ],
+)
+def test_names_and_types_of_declarations(declaration: str, problem: str | None) -> None:
+    if problem is None:
+        assert len(MetadataSchema.parse([declaration]).fields) == 1
+    else:
+        with pytest.raises(InputError, match=problem):
+            MetadataSchema.parse([declaration])
+
+
+def test_names_that_cannot_both_be() -> None:
+    with pytest.raises(InputError, match="'year' is declared twice"):
+        MetadataSchema.parse(["year:integer", "year:integer"])
+    with pytest.raises(InputError, match="'year' and 'Year' differ only in case"):
+        MetadataSchema.parse(["year:integer", "Year:integer"])
+    with pytest.raises(InputError, match="'id' has to be renamed"):
+        MetadataSchema.infer(passages({"id": "x"}))
+
+
+@pytest.mark.parametrize("value", [None, ["year"], "year:integer"])
+def test_json_of_something_else(value: object) -> None:
+    with pytest.raises(InputError, match="object of names and types"):
+        MetadataSchema.from_json(value)
+    with pytest.raises(InputError, match="no type 7"):
+        MetadataSchema.from_json({"year": 7})
+
+
+def test_new_fields_come_to_an_index_and_types_stay() -> None:
+    schema = MetadataSchema({"year": "integer", "price": "number"})
+    wider = schema.extend(MetadataSchema({"price": "integer", "language": "string", "year": "integer"}))
+    assert list(wider.fields.items()) == [("year", "integer"), ("price", "number"), ("language", "string")]
+    assert schema.extend(MetadataSchema()) == schema == MetadataSchema().extend(schema)
+    with pytest.raises(InputError, match="'year' is integer in this index and cannot become number"):
+        schema.extend(MetadataSchema({"year": "number"}))
+    with pytest.raises(InputError, match="'price' is number in this index and cannot become string"):
+        schema.extend(MetadataSchema({"price": "string"}))
+
+
+SCHEMA = MetadataSchema(
+    {"language": "string", "year": "integer", "price": "number", "draft": "boolean", "seen": "timestamp"}
+)
+
+
+def test_arrow_fields() -> None:
+    assert SCHEMA.arrow_fields() == [
+        pa.field("language", pa.string(), nullable=True),
+        pa.field("year", pa.int64(), nullable=True),
+        pa.field("price", pa.float64(), nullable=True),
+        pa.field("draft", pa.bool_(), nullable=True),
+        pa.field("seen", pa.timestamp("us", tz="UTC"), nullable=True),
+    ]
+
+
+def test_columns() -> None:
+    columns = SCHEMA.columns(
+        passages(
+            {"language": "", "year": -(2**63), "price": 3, "draft": False, "seen": NOON},
+            {"language": "日本\0'", "year": 2**63 - 1, "price": -0.5, "draft": None, "seen": "2024-05-31T14:00+02:00"},
+            {},
+        )
+    )
+    assert {name: column.to_pylist() for name, column in columns.items()} == {
+        "language": ["", "日本\0'", None],
+        "year": [-(2**63), 2**63 - 1, None],
+        "price": [3.0, -0.5, None],
+        "draft": [False, None, None],
+        "seen": [NOON, NOON, None],
+    }
+    assert [column.type for column in columns.values()] == [field.type for field in SCHEMA.arrow_fields()]
+    assert {name: len(column) for name, column in SCHEMA.columns([]).items()} == dict.fromkeys(SCHEMA.fields, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("language", 3, "3 is no string"),
+        ("language", b"de", "b'de' is no string"),
+        ("language", "\ud800", "half of a surrogate pair"),
+        ("language", ["de"], "is no string"),
+        ("year", "2020", "'2020' is no whole number"),
+        ("year", 2020.0, "2020.0 is no whole number"),
+        ("year", True, "True is no whole number"),
+        ("year", 2**63, "no whole number of 64 bits"),
+        ("year", -(2**63) - 1, "no whole number of 64 bits"),
+        ("price", float("nan"), "nan is no finite number"),
+        ("price", float("-inf"), "-inf is no finite number"),
+        ("price", 2**53 + 1, "64-bit float holds exactly"),
+        ("price", 10**400, "64 bits can hold"),
+        ("price", False, "False is no number"),
+        ("price", "3.5", "'3.5' is no number"),
+        ("draft", 1, "1 is no true or false"),
+        ("draft", "true", "'true' is no true or false"),
+        ("seen", 1717156800, "is no datetime"),
+        ("seen", date(2024, 5, 31), "is no datetime"),
+        ("seen", "yesterday", "'yesterday' is no time"),
+        ("seen", datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1))), "outside the years"),
+        ("seen", {"a": "x" * 500}, r"x\.\.\. is no datetime"),
+        ("colour", "red", r"no such field \(it has: language, year, price, draft, seen\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(name: str, value: object, problem: str) -> None:
+    [wrong] = passages({name: value})
+    with pytest.raises(InputError, match=problem) as error:
+        SCHEMA.check(wrong)
+    assert str(error.value).startswith(f"passage 'p0', metadata field '{name}'")
+    with pytest.raises(InputError, match=problem):
+        SCHEMA.columns([wrong])
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, ("a",), b"a", date(2024, 5, 31), 1j])
+def test_values_of_no_type(value: object) -> None:
+    with pytest.raises(InputError, match=f"p0.*'x': a value of type {type(value).__name__} cannot be kept"):
+        MetadataSchema.infer(passages({"x": value}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**63, "\ud800"])
+def test_values_that_no_column_holds_are_found_when_types_are(value: object) -> None:
+    with pytest.raises(InputError, match="passage 'p0', metadata field 'x'"):
+        MetadataSchema.infer(passages({"x": value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2024-05-31", datetime(2024, 5, 31, tzinfo=UTC)),
+        ("2024-05-31T12:30", datetime(2024, 5, 31, 12, 30, tzinfo=UTC)),
+        ("2024-05-31 12:30:15", datetime(2024, 5, 31, 12, 30, 15, tzinfo=UTC)),
+        ("2024-05-31T12:30:15.5Z", datetime(2024, 5, 31, 12, 30, 15, 500_000, tzinfo=UTC)),
+        ("2024-05-31T12:30:15.000001z", datetime(2024, 5, 31, 12, 30, 15, 1, tzinfo=UTC)),
+        ("2024-05-31T00:30:00+0100", datetime(2024, 5, 30, 23, 30, tzinfo=UTC)),
+        ("2024-05-31T00:30-05:30", datetime(2024, 5, 31, 6, 0, tzinfo=UTC)),
+        ("0001-01-01", datetime(1, 1, 1, tzinfo=UTC)),
+        ("9999-12-31T23:59:59.999999Z", datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
+    ],
+)
+def test_timestamps(text: str, expected: datetime) -> None:
+    assert parse_timestamp(text) == expected
+    assert parse_timestamp(text).utcoffset() == timedelta(0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "2024", "2024-5-31", "2024-02-30", "2024-05-31T", "2024-05-31T25:00", "2024-05-31Z"),
+        *("2024-05-31T12:30:15.", "2024-05-31T12:30:15.1234567", "2024-05-31T12:30:00 Z", " 2024-05-31"),
+        *("2024-05-31\n", "２０２４-05-31", "0001-01-01T00:00+01:00", "9999-12-31T23:00-02:00"),
+        *("2024-05-31T12:30+99:99", "0000-01-01"),
+    ],
+)
+def test_text_that_is_no_timestamp(text: str) -> None:
+    with pytest.raises(ValueError, match=r"time|day|month|hour|year"):
+        parse_timestamp(text)
+
+
+@given(st.datetimes(timezones=st.sampled_from([None, UTC, timezone(timedelta(hours=-11, minutes=-30))])))
+def test_every_isoformat_is_read(moment: datetime) -> None:
+    if not 2 <= moment.year <= 9998:
+        return
+    expected = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    assert parse_timestamp(moment.isoformat()) == expected
+    [kept] = SCHEMA.columns(passages({"seen": moment}))["seen"].to_pylist()
+    assert kept == expected

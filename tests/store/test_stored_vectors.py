@@ -1,0 +1,422 @@
+"""Vectors kept once: nothing wrong is ever read from a damaged file, and the student makes good what is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, StorageError
+from d2llm.core.manifest import read_manifest
+from d2llm.core.types import Passage
+from d2llm.retrieval.index import Index
+from d2llm.store import stored_vectors, vector_file
+from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.index_manifest import KIND
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import stats, verify
+from d2llm.store.vector_file import VectorFile
+from d2llm.store.view import PassageView
+from fake_models import FakeStudent, Interruption
+from tiny_store import DIM, check_contents, few_passages, forget_checksums, new_store, put, vectors_of
+
+PASSAGES = few_passages(30)
+DELETED = ("p4", "p29")
+ALIVE = {key: passage for key, passage in PASSAGES.items() if key not in DELETED}
+QUERY = np.ones(DIM, np.float32)
+CODE_SIZE = 2 * DIM
+
+
+class Encoder:
+    """What a student would say, and of which passages it was asked."""
+
+    def __init__(self, fail_after: int | None = None):
+        self.asked: list[str] = []
+        self.fail_after = fail_after
+
+    def __call__(self, passages):
+        if self.fail_after is not None and len(self.asked) + len(passages) > self.fail_after:
+            raise Interruption
+        self.asked += [passage.id for passage in passages]
+        return vectors_of(passages)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """30 passages in three extents of ten rows, two of them deleted, one the last."""
+    folder = tmp_path_factory.mktemp("made") / "index"
+    store = new_store(folder, vector_copies=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d2llm.store.vector_file._JOINED_ROWS", 10)
+        for start in (0, 10, 20):
+            put(store, few_passages(10, start=start).values())
+    store.delete(DELETED)
+    return folder
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    return IndexStore.open(shutil.copytree(made, tmp_path / "index"))
+
+
+def _damage(folder: Path, how: str) -> list[str]:
+    """Do it; returns the ids of the live passages whose vectors are lost."""
+    path = vector_file.path_of(folder, 0)
+    content = bytearray(path.read_bytes())
+    lost = range(30)
+    path.unlink()  # readers that have it mapped and snapshots keep theirs
+    if how == "flipped":
+        content[12 * CODE_SIZE] ^= 1
+        lost = range(10, 20)
+    elif how == "flipped twice":
+        content[9 * CODE_SIZE] ^= 128
+        content[30 * CODE_SIZE - 1] ^= 1
+        lost = [*range(10), *range(20, 30)]
+    elif how == "dead row flipped":
+        content[4 * CODE_SIZE] ^= 1
+        lost = range(10)
+    elif how == "cut":
+        del content[-1:]
+        lost = range(20, 30)
+    elif how == "cut in the middle":
+        del content[15 * CODE_SIZE + 1 :]
+        lost = range(10, 30)
+    elif how == "empty":
+        content.clear()
+    if how != "missing":
+        path.write_bytes(content)
+    record = path.with_suffix(".json")
+    if how == "no list":
+        record.unlink()
+    elif how == "garbage list":
+        record.write_text('{"extents": [["a", "b", "c"]], "since": "x"}')
+    elif how == "of a later version":
+        write_checked(record, read_checked(record) | {"since": 99})
+    elif how == "an older copy":
+        content = read_checked(record)
+        write_checked(record, content | {"extents": content["extents"][:2]})
+        lost = range(20, 30)
+    return [f"p{n}" for n in lost if f"p{n}" in ALIVE]
+
+
+DAMAGES = pytest.mark.parametrize(
+    "how",
+    [
+        "flipped",
+        "flipped twice",
+        "dead row flipped",
+        "cut",
+        "cut in the middle",
+        "empty",
+        "missing",
+        "no list",
+        "garbage list",
+        "of a later version",
+        "an older copy",
+    ],
+)
+
+
+def test_the_table_has_no_vectors(store):
+    assert "d2_vector" not in store.table().schema.names
+    check_contents(PassageView(store), ALIVE)
+    assert verify(store).problems == []
+    facts = stats(store)
+    assert (facts.vector_copies, facts.vector_bytes, facts.num_rows) == (1, CODE_SIZE, 30)
+    assert facts.vector_file_bytes == 30 * CODE_SIZE + (store.folder / "vectors-0.json").stat().st_size
+
+
+def test_it_takes_less_space(tmp_path):
+    sizes = []
+    for copies in (1, 2):
+        made = IndexStore.create(tmp_path / str(copies), student_fingerprint="s", dim=384, vector_copies=copies)
+        passages = list(few_passages(2000).values())
+        changes = made.compare([Passage(p.id, p.text) for p in passages])
+        made.write(changes, np.random.default_rng(0).standard_normal((2000, 384)).astype(np.float32))
+        sizes.append(stats(made).bytes_per_passage)
+    assert 0.95 * 768 < sizes[1] - sizes[0] < 1.1 * 768
+
+
+def test_a_d2llm_that_does_not_know_it_refuses_it(store, tmp_path):
+    with pytest.raises(DataFormatError, match="has format version 3, this d2llm reads up to 2; update d2llm"):
+        read_manifest(store.folder, KIND, 2)
+    with pytest.raises(DataFormatError, match="format version 3"):
+        read_manifest(store.snapshot("a"), KIND, 2)
+    two = new_store(tmp_path / "two")
+    assert read_manifest(two.folder, KIND, 2)["format_version"] == 2
+
+
+def test_an_index_from_before_there_was_a_choice(tmp_path):
+    put(new_store(tmp_path / "index"), PASSAGES.values())
+    forget_checksums(tmp_path / "index")
+    path = tmp_path / "index" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["vector_copies"]
+    path.write_text(json.dumps(manifest))
+    store = IndexStore.open(tmp_path / "index")
+    assert store.vector_copies == 2
+    vector_file.remove(store.folder, 0)
+    check_contents(PassageView(store), PASSAGES)
+
+
+def test_a_number_of_copies_that_there_is_not(tmp_path):
+    for copies in (0, 3):
+        with pytest.raises(InputError, match="give 1 or 2"):
+            new_store(tmp_path / "index", vector_copies=copies)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "index").exists()
+
+
+@DAMAGES
+def test_damage_is_an_error_until_what_is_lost_is_encoded_again(store, how):
+    opened_before = PassageView(store)
+    lost, encode = _damage(store.folder, how), Encoder()
+    for read in (
+        lambda: PassageView(store).scan(QUERY, 3),
+        lambda: PassageView(store).vectors(np.array([0])),
+        lambda: PassageView(store).block(0, 2),
+        lambda: store.compact(dense=True),
+    ):
+        with pytest.raises(DataFormatError, match=re.escape(f"`d2llm index {store.folder} verify --repair` encodes")):
+            read()
+    check_contents(opened_before, ALIVE)
+    (problem,) = verify(store).problems
+    assert problem.endswith(f"; {len(lost)} of 28 passages have lost their vectors")
+    assert "vectors-0.bin" in problem
+    assert verify(store, repair=True, encode=encode).problems == [f"{problem}; it was written anew"]
+    assert encode.asked == lost
+    assert verify(store).problems == []
+    check_contents(PassageView(store), ALIVE)
+    put(store, few_passages(5, start=50).values())  # goes on behind
+    check_contents(PassageView(store), ALIVE | few_passages(5, start=50))
+    assert list(store.folder.glob(".vectors*")) == []
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "an older copy", "of a later version"])
+def test_nothing_is_written_behind_a_file_that_lacks_rows(store, how):
+    _damage(store.folder, how)
+    version = store.table().version
+    for change in (
+        lambda: put(store, [Passage("new", "text")]),
+        lambda: put(store, [Passage("p1", PASSAGES["p1"].text, PASSAGES["p1"].title)]),
+        lambda: store.snapshot("a"),
+        store.compact,
+    ):
+        with pytest.raises(DataFormatError, match="verify --repair"):
+            change()
+    assert (store.table().version, store.snapshots()) == (version, [])
+
+
+def test_rows_appended_do_not_hide_damage(store):
+    """A file whose rows are all there can be written on; the damage stays an error, and is repaired."""
+    lost = _damage(store.folder, "flipped")
+    put(store, few_passages(3, start=40).values())
+    with pytest.raises(DataFormatError, match="is damaged"):
+        PassageView(store).scan(QUERY, 1)
+    encode = Encoder()
+    verify(store, repair=True, encode=encode)
+    assert encode.asked == lost
+    check_contents(PassageView(store), ALIVE | few_passages(3, start=40))
+
+
+@pytest.mark.parametrize("how", ["missing", "of a later version", "no list"])
+def test_an_index_without_passages_has_nothing_to_lose(store, how):
+    _damage(store.folder, how)
+    store.delete(list(PASSAGES))
+    assert len(PassageView(store).scan(QUERY, 3).rows) == 0
+    put(store, few_passages(3).values())
+    check_contents(PassageView(store), few_passages(3))
+    assert verify(store).problems == []
+
+
+def test_a_repair_needs_an_encoder(store):
+    _damage(store.folder, "flipped")
+    with pytest.raises(InputError, match="a student must encode"):
+        verify(store, repair=True)
+    assert len(verify(store).problems) == 1
+
+
+def test_a_repair_goes_on_where_it_was_interrupted(store, monkeypatch):
+    monkeypatch.setattr(stored_vectors, "_REPAIRED_ROWS", 7)
+    lost, first = _damage(store.folder, "missing"), Encoder(fail_after=13)
+    with pytest.raises(Interruption):
+        verify(store, repair=True, encode=first)
+    with pytest.raises(DataFormatError, match="verify --repair"):
+        PassageView(store)
+    assert len(verify(store).problems) == 1
+    second = Encoder()
+    verify(store, repair=True, encode=second)
+    assert first.asked
+    assert first.asked + second.asked == lost
+    check_contents(PassageView(store), ALIVE)
+
+
+@pytest.mark.parametrize("change", ["a text", "damage"])
+def test_what_an_interrupted_repair_left_is_not_trusted(store, monkeypatch, change):
+    monkeypatch.setattr(stored_vectors, "_REPAIRED_ROWS", 7)
+    lost = _damage(store.folder, "cut in the middle")
+    with pytest.raises(Interruption):
+        verify(store, repair=True, encode=Encoder(fail_after=5))
+    (draft,) = store.folder.glob(".vectors-0.new*")
+    if change == "damage":
+        content = bytearray((draft / "vectors-0.bin").read_bytes())
+        content[0] ^= 1
+        (draft / "vectors-0.bin").write_bytes(content)
+    else:
+        store.delete(["p11"])
+        lost.remove("p11")
+    encode = Encoder()
+    verify(store, repair=True, encode=encode)
+    assert encode.asked == lost
+    check_contents(PassageView(store), {key: ALIVE[key] for key in ALIVE if change == "damage" or key != "p11"})
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_repair_killed_when_it_takes_its_place(store, monkeypatch, renames):
+    """Before its first and between its two renames."""
+    _damage(store.folder, "flipped twice")
+    replace, done = Path.replace, []
+
+    def stop(self, target):
+        if self.parent.name.startswith(".vectors"):
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(self)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            verify(store, repair=True, encode=lambda passages: vectors_of(passages) * 2)
+    with pytest.raises(DataFormatError, match="verify --repair"):
+        PassageView(store).scan(QUERY, 1)
+    for path in store.folder.glob(".vectors-*"):
+        shutil.rmtree(path)  # its vectors were others, to be told from those of the second
+    verify(store, repair=True, encode=Encoder())
+    check_contents(PassageView(store), ALIVE)
+
+
+def test_a_repair_without_room_keeps_what_was_there(store, monkeypatch):
+    lost = _damage(store.folder, "flipped")
+    content = vector_file.path_of(store.folder, 0).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VectorFile, "append", full)
+        with pytest.raises(StorageError, match="No space left"):
+            verify(store, repair=True, encode=Encoder())
+    assert vector_file.path_of(store.folder, 0).read_bytes() == content
+    encode = Encoder()
+    verify(store, repair=True, encode=encode)
+    assert encode.asked == lost
+
+
+# Versions and snapshots
+
+
+def test_versions_from_before_a_repair_say_so(store):
+    version = store.table().version
+    check_contents(PassageView(store, version - 1), PASSAGES)
+    put(store, few_passages(2, start=60).values())
+    _damage(store.folder, "missing")
+    for _ in range(2):
+        with pytest.raises(DataFormatError, match=f"version {version} has no vectors any more .*open the index again"):
+            PassageView(store, version)
+        verify(store, repair=True, encode=Encoder())
+    check_contents(PassageView(store), ALIVE | few_passages(2, start=60))
+
+
+def test_a_reader_keeps_its_version(store):
+    view = PassageView(store)
+    put(store, few_passages(20, start=20, word="changed").values())
+    store.compact(dense=True)
+    check_contents(view, ALIVE)
+    check_contents(PassageView(store, view.version), ALIVE)
+    check_contents(PassageView(store), ALIVE | few_passages(20, start=20, word="changed"))
+    assert verify(store).problems == []
+
+
+@pytest.mark.parametrize("how", ["flipped twice", "cut", "missing"])
+def test_a_damaged_snapshot_is_not_restored_but_repaired(store, how):
+    folder = store.snapshot("a")
+    lost = _damage(folder, how)
+    put(store, [Passage("new", "text")])
+    with pytest.raises(DataFormatError, match=re.escape(f"`d2llm index {folder} verify --repair`")):
+        store.restore("a")
+    check_contents(PassageView(store), ALIVE | {"new": Passage("new", "text")})
+    (problem,) = verify(store).problems
+    assert problem.startswith("snapshot 'a': ")
+    encode = Encoder()
+    assert verify(store, repair=True, encode=encode).problems == [f"{problem}; it was written anew"]
+    assert encode.asked == lost
+    assert store.restore("a") == 28
+    check_contents(PassageView(store), ALIVE)
+
+
+def test_a_snapshot_can_be_repaired_by_itself(store):
+    snapshot = IndexStore.open(store.snapshot("a"))
+    _damage(snapshot.folder, "missing")
+    verify(snapshot, repair=True, encode=Encoder())
+    check_contents(PassageView(snapshot), ALIVE)
+
+
+def test_damage_that_a_snapshot_shares_is_repaired_in_both(store):
+    snapshot = IndexStore.open(store.snapshot("a"))
+    path = vector_file.path_of(store.folder, 0)
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)  # in place: one file of two names
+    assert len(verify(store).problems) == 2
+    verify(store, repair=True, encode=Encoder())
+    assert verify(store).problems == []
+    for kept in (store, snapshot):
+        check_contents(PassageView(kept), ALIVE)
+
+
+def test_compaction_leaves_no_vectors_that_nobody_needs(store):
+    store.compact(timedelta(0), dense=True)
+    assert list(vector_file.generations(store.folder)) == [1]
+    check_contents(PassageView(store), ALIVE)
+
+
+# With its student
+
+
+def test_the_student_repairs(tmp_path):
+    student = FakeStudent()
+    index = Index.create(tmp_path / "i", student, vector_copies=1)
+    passages = [Passage(f"p{n}", f"text {n}", "title") for n in range(20)]
+    index.upsert(passages)
+    (before,) = index.search("title text 7", top_k=5)
+    vector_file.remove(index.folder, 0)
+    with pytest.raises(DataFormatError, match="verify --repair"):
+        Index.open(index.folder, student).search("text 7")
+    with pytest.raises(IndexMismatchError, match="another"):
+        Index.open(index.folder, FakeStudent(fingerprint="another")).verify(repair=True)
+    again = Index.open(index.folder, student)
+    lost, words = again.verify(repair=True).problems  # their words are gone with their file
+    assert lost.endswith("it was written anew")
+    assert words == "the words of 20 passages are in no file; they were read again"
+    assert student.encoded_passages == 40
+    assert again.verify(repair=True).problems == []
+    assert student.encoded_passages == 40
+    assert again.search("title text 7", top_k=5)[0].passages == before.passages
+
+
+def test_two_copies_are_repaired_without_the_student(tmp_path):
+    index = Index.create(tmp_path / "i", FakeStudent())
+    index.upsert([Passage(f"p{n}", f"text {n}") for n in range(20)])
+    index.snapshot("a")
+    for folder in (index.folder, index.folder / "snapshots" / "a"):
+        vector_file.remove(folder, 0)
+    without = Index.open(index.folder, tmp_path / "nowhere")
+    problems = without.verify(repair=True).problems  # of the vectors and of the words of each
+    assert len(problems) == 4
+    assert sum(problem.endswith("it was written anew") for problem in problems) == 2
+    assert without.verify().problems == []

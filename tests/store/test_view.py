@@ -1,0 +1,255 @@
+"""A view says what one version of a store holds, whatever happens to the store meanwhile."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import DataFormatError, FilterError, IndexMismatchError, InputError
+from d2llm.core.types import Passage
+from d2llm.store import vector_file
+from d2llm.store.blocks import ROW_MASK
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import verify
+from d2llm.store.view import PassageView
+from tiny_store import DIM, check_contents, exact_products, few_passages, live_rows, new_store, put, vector_of
+
+PASSAGES = few_passages(30)
+QUERY = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
+
+
+@pytest.fixture(params=["bfloat16", "int8"])
+def store(tmp_path, request):
+    made = new_store(tmp_path / "index", request.param)
+    put(made, PASSAGES.values())
+    made.settle()
+    return made
+
+
+def _best(passages, vector_format):
+    given = list(passages)
+    scores = exact_products(given, vector_format, QUERY)
+    return [given[place].id for place in sorted(range(len(given)), key=lambda n: (-scores[n], given[n].id))]
+
+
+def test_what_a_view_says_of_itself(store):
+    view = PassageView(store)
+    assert (len(view), view.capacity, view.dim, view.task) == (30, 30, DIM, "asymmetric")
+    assert view.live is None
+    assert dict(view.metadata.fields) == {"year": "integer", "language": "string"}
+    view.check_student("student")
+    with pytest.raises(IndexMismatchError, match=r"made by student student, but .* other"):
+        view.check_student("other")
+    store.delete(["p3", "p7"])
+    view = PassageView(store)
+    assert (len(view), view.capacity) == (28, 30)
+    assert np.flatnonzero(~view.live).tolist() == [3, 7]
+
+
+def test_the_scan_is_exact(store):
+    store.delete(["p3", "p7"])
+    alive = {key: p for key, p in PASSAGES.items() if key not in ("p3", "p7")}
+    view = PassageView(store)
+    for top_k in (1, 5, 28, 1000):
+        assert view.ids(view.scan(QUERY, top_k).rows) == _best(alive.values(), store.format.name)[:top_k]
+    years = view.select("year BETWEEN 2003 AND 2010")
+    chosen = [p for p in alive.values() if 2003 <= p.metadata["year"] <= 2010]
+    assert view.ids(view.scan(QUERY, 100, years).rows) == _best(chosen, store.format.name)
+    assert view.ids(view.scan(QUERY, 3, np.ones(30, np.bool_)).rows) == view.ids(view.scan(QUERY, 3).rows)
+
+
+def test_equal_texts_come_in_the_order_of_their_ids(store):
+    put(store, [Passage(name, "the same") for name in ("z", "a", "m")])
+    found = PassageView(store).scan(vector_of(Passage("", "the same")), 3)
+    assert PassageView(store).ids(found.rows) == ["a", "m", "z"]
+    assert len(set(found.scores.tolist())) == 1
+
+
+def test_words_that_tie_for_the_last_place(store):
+    """Of passages that BM25 finds equally good, those with the first ids are taken."""
+    put(store, [Passage(f"t{n:03}", "unusual words here") for n in range(99, -1, -1)])
+    view = PassageView(store)
+    for top_k in (1, 7, 60, 100, 1000):
+        assert view.ids(view.match("unusual", top_k).rows) == [f"t{n:03}" for n in range(min(top_k, 100))]
+
+
+def test_words_with_a_filter(store):
+    view = PassageView(store)
+    assert view.ids(view.match("own4", 9).rows) == ["p4"]
+    assert sorted(view.ids(view.match("common", 99, "year < 2003").rows)) == ["p0", "p1", "p2"]
+    assert view.ids(view.match("own4", 9, "year < 2003").rows) == []
+    assert len(view.match("nowhere", 5).rows) == len(view.match("", 5).rows) == 0
+    store.delete(["p4"])
+    assert view.ids(view.match("own4", 9).rows) == ["p4"]
+    assert len(PassageView(store).match("own4", 9).rows) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["+", "a AND b", '"', "'", "a*", "(", "\\", "\0", "text:own4", "😀", "a" * 5000, "-- ; DROP"]
+)
+def test_any_text_can_be_asked(store, text):
+    PassageView(store).match(text, 3)
+
+
+def test_what_cannot_be_asked(store):
+    view = PassageView(store)
+    for top_k in (0, -1):
+        with pytest.raises(InputError, match="top_k"):
+            view.scan(QUERY, top_k)
+        with pytest.raises(InputError, match="top_k"):
+            view.match("own4", top_k)
+    with pytest.raises(InputError, match="shape"):
+        view.scan(QUERY[:-1], 3)
+    with pytest.raises(InputError, match="finite"):
+        view.scan(QUERY * np.nan, 3)
+    with pytest.raises(InputError, match="valid Unicode"):
+        view.match("\ud800", 3)
+    with pytest.raises(FilterError):
+        view.select("colour = 1")
+    with pytest.raises(FilterError):
+        view.match("own4", 3, "year = 'x")
+    with pytest.raises(DataFormatError, match="lacks 1 of 2 rows"):
+        view.ids(np.array([1, 99]))
+
+
+def test_an_empty_store(tmp_path):
+    store = new_store(tmp_path / "index")
+    for _ in range(2):
+        view = PassageView(store)
+        assert len(view) == 0
+        assert len(view.scan(QUERY, 3).rows) == len(view.match("word", 3).rows) == 0
+        assert view.ids(np.zeros(0, np.int64)) == view.passages(np.zeros(0, np.int64)) == view.get(["p1"]) == []
+        assert view.vectors(np.zeros(0, np.int64)).shape == (0, DIM)
+        assert not view.select("year > 1").any()
+        put(store, PASSAGES.values())
+        store.compact(timedelta(0), dense=True)  # and once more when everything has been deleted
+        store.delete(list(PASSAGES))
+        store.compact(timedelta(0), dense=True)
+        assert verify(store).problems == []
+
+
+def test_rows_are_taken_in_the_order_asked_for(store):
+    store.delete(["p5"])
+    put(store, few_passages(3, start=40, word="later").values())  # another file of the table
+    view = PassageView(store)
+    stored = view._table.columns(["id", "d2_row"])
+    id_of = dict(zip((np.asarray(stored["d2_row"]) & ROW_MASK).tolist(), stored["id"].to_pylist(), strict=True))
+    rows = np.random.default_rng(0).permutation(np.tile(live_rows(view), 2))
+    assert view.ids(rows) == [id_of[row] for row in rows.tolist()]
+    assert [passage.id for passage in view.passages(rows)] == [id_of[row] for row in rows.tolist()]
+    assert view.ids(np.zeros(0, np.int64)) == []
+    dead = next(row for row in range(view.capacity) if row not in id_of)
+    for wrong in (dead, -1, view.capacity):
+        with pytest.raises(DataFormatError, match="lacks 1 of 3 rows"):
+            view.ids(np.array([1, 2, wrong]))
+
+
+def test_a_version_is_pinned(store):
+    view, before = PassageView(store), dict(PASSAGES)
+    put(store, few_passages(20, start=20, word="changed").values())
+    store.delete(["p1", "p2"])
+    store.compact(dense=True)
+    store.settle()
+    after = PASSAGES | few_passages(20, start=20, word="changed")
+    del after["p1"], after["p2"]
+    check_contents(view, before)
+    assert view.ids(view.scan(QUERY, 5).rows) == _best(before.values(), store.format.name)[:5]
+    assert view.ids(view.match("own1", 3).rows) == ["p1"]
+    check_contents(PassageView(store), after)
+    check_contents(PassageView(store, view.version), before)
+
+
+def test_a_version_that_is_forgotten_says_so(store):
+    view = PassageView(store)
+    view.scan(QUERY, 1)
+    put(store, few_passages(5, start=50).values())
+    store.compact(timedelta(0), dense=True)
+    with pytest.raises(DataFormatError, match="open it again"):
+        view.passages(np.array([0]))
+    with pytest.raises(DataFormatError, match="cannot be opened"):
+        PassageView(store, view.version)
+
+
+@pytest.mark.parametrize("damage", ["missing", "no list", "garbage list", "truncated", "flipped", "another size"])
+def test_vectors_that_are_damaged_are_read_from_the_table(store, damage):
+    path = vector_file.path_of(store.folder, 0)
+    opened_before = PassageView(store)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "no list":
+        path.with_suffix(".json").unlink()
+    elif damage == "garbage list":
+        path.with_suffix(".json").write_text('{"extents": [["a", "b", "c"]], "since": "x"}')
+    elif damage == "truncated":
+        path.rename(path.with_suffix(".old"))  # not in place: what others have mapped would be gone
+        path.write_bytes(path.with_suffix(".old").read_bytes()[:-1])
+        path.with_suffix(".old").unlink()
+    elif damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 64
+        path.write_bytes(content)
+    else:
+        vector_file.VectorFile.create(store.folder, 0, 5).append(np.zeros((40, 5), np.uint8))
+    check_contents(PassageView(store), PASSAGES)
+    assert (
+        PassageView(store).ids(PassageView(store).scan(QUERY, 4).rows)
+        == _best(PASSAGES.values(), store.format.name)[:4]
+    )
+    assert verify(store).problems == []
+    check_contents(opened_before, PASSAGES)
+
+
+def test_damaged_vectors_behind_which_rows_were_deleted(store):
+    """The file that is written anew ends with the last live row, so it is shorter than the one that was opened."""
+    store.delete(["p28", "p29"])
+    path = vector_file.path_of(store.folder, 0)
+    content = bytearray(path.read_bytes())
+    content[0] ^= 64
+    path.write_bytes(content)
+    view = PassageView(store)
+    alive = {key: p for key, p in PASSAGES.items() if key not in ("p28", "p29")}
+    assert view.ids(view.scan(QUERY, 40).rows) == _best(alive.values(), store.format.name)
+    assert view.ids(view.scan(QUERY, 40, view.select("year > 2020")).rows) == _best(
+        [p for p in alive.values() if p.metadata["year"] > 2020], store.format.name
+    )
+    check_contents(view, alive)
+
+
+def test_an_old_version_whose_rows_a_new_file_lacks(store):
+    version = PassageView(store).version
+    store.delete(["p29", "p4"])
+    vector_file.remove(store.folder, 0)
+    alive = {key: p for key, p in PASSAGES.items() if key not in ("p29", "p4")}
+    check_contents(PassageView(store), alive)
+    put(store, few_passages(3, start=70).values())
+    check_contents(PassageView(store, version), PASSAGES)
+    check_contents(PassageView(store), alive | few_passages(3, start=70))
+
+
+def test_a_rebuild_while_the_store_goes_on_is_in_memory(store, monkeypatch):
+    """Between the look at the latest version and the lock, a writer may delete rows."""
+    table = store.table()
+    writing = IndexStore.writing
+
+    def late(self):
+        monkeypatch.setattr(IndexStore, "writing", writing)
+        store.delete(["p0"])
+        return writing(self)
+
+    monkeypatch.setattr(IndexStore, "writing", late)
+    rebuilt = store.vectors.recover(table, "lost")
+    assert rebuilt.file is None
+    np.testing.assert_array_equal(rebuilt.codes, table.codes())
+    assert rebuilt.codes[0].any()
+
+
+def test_another_writer_at_work_does_not_stop_a_reader(store):
+    vector_file.remove(store.folder, 0)
+    other = IndexStore.open(store.folder)
+    with other.writing():
+        check_contents(PassageView(store), PASSAGES)
+        assert list(vector_file.generations(store.folder)) == []
+    check_contents(PassageView(store), PASSAGES)
+    assert list(vector_file.generations(store.folder)) == [0]

@@ -1,0 +1,197 @@
+"""The words of an index on disk: whole or read again, joined, kept by snapshots."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm.core.types import Passage
+from d2llm.store import word_files
+from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import stats, verify
+from d2llm.store.view import PassageView
+from d2llm.store.word_files import open_words, settle_words, write_segment
+from tiny_store import few_passages, new_store, put
+
+TEXTS = [f"common words and own{n}. A second sentence {n % 3}" for n in range(40)]
+QUERY = "common own7 sentence 2"
+
+
+def texts_of(first: int, end: int) -> list[str]:
+    return TEXTS[first:end]
+
+
+def unreadable(first: int, end: int) -> list[str]:
+    raise AssertionError(f"rows {first} to {end} are in files")
+
+
+def scores(words: WordIndex) -> list[float]:
+    return words.scores(words.query(QUERY)).tolist()
+
+
+EXPECTED = scores(WordIndex.from_texts(TEXTS))
+
+
+def write(folder: Path, *bounds: int) -> None:
+    for first, end in itertools.pairwise(bounds):
+        write_segment(folder, 0, first, WordSegment.from_texts(TEXTS[first:end]))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("words-*.bin"))
+
+
+def test_segments_in_files_are_what_they_were(tmp_path):
+    write(tmp_path, 0, 20, 33, 40)
+    found = open_words(tmp_path, 0, 40, unreadable, whole=True)
+    assert found.problems == []
+    assert scores(found.words) == EXPECTED
+
+
+@pytest.mark.parametrize("bounds", [(0,), (0, 20), (20, 40), (0, 5, 9)])
+def test_what_is_in_no_file_is_read_again_and_counted(tmp_path, bounds):
+    write(tmp_path, *bounds)
+    found = open_words(tmp_path, 0, 40, texts_of)
+    missing = 40 - (bounds[-1] - bounds[0])
+    assert found.problems == [f"the words of {missing} passages are in no file"]
+    assert scores(found.words) == EXPECTED
+    settle_words(tmp_path, 0, 40, texts_of)
+    found = open_words(tmp_path, 0, 40, unreadable)
+    assert (found.problems, scores(found.words)) == ([], EXPECTED)
+
+
+def test_rows_that_are_no_passages_are_not_missed(tmp_path):
+    write(tmp_path, 0, 38)
+    texts = [*TEXTS[:38], "", ""]
+    found = open_words(tmp_path, 0, 40, lambda first, end: texts[first:end])
+    assert found.problems == []
+    assert len(found.words) == 40
+
+
+def test_another_generation_has_its_own(tmp_path):
+    write(tmp_path, 0, 40)
+    assert "40 passages" in open_words(tmp_path, 1, 40, texts_of).problems[0]
+
+
+@pytest.mark.parametrize("name", ["bin", "json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
+def test_damage_is_told_and_the_words_are_read_again(tmp_path, name, damage):
+    write(tmp_path, 0, 20, 40)
+    path = tmp_path / f"words-0-20-40.{name}"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 4
+    changed = {"flip": content, "cut": content[:-3], "empty": b""}.get(damage)
+    path.unlink() if changed is None else path.write_bytes(changed)
+    found = open_words(tmp_path, 0, 40, texts_of)
+    assert "20 passages are in no file" in found.problems[-1]
+    assert scores(found.words) == EXPECTED
+    word_files.remove_damaged(tmp_path, 0)
+    settle_words(tmp_path, 0, 40, texts_of)
+    found = open_words(tmp_path, 0, 40, unreadable, whole=True)
+    assert (found.problems, scores(found.words)) == ([], EXPECTED)
+
+
+def test_small_neighbours_are_joined_and_a_row_is_rewritten_as_often_as_their_number_doubles(tmp_path, monkeypatch):
+    written = []
+    write_file = word_files._write
+    monkeypatch.setattr(word_files, "_write", lambda *args: (written.append(len(args[3])), write_file(*args)))
+    for row in range(40):
+        write(tmp_path, row, row + 1)
+        settle_words(tmp_path, 0, row + 1, unreadable)
+    found = open_words(tmp_path, 0, 40, unreadable)
+    assert (found.problems, scores(found.words)) == ([], EXPECTED)
+    assert len(files(tmp_path)) <= 6
+    assert sum(written) <= 40 * 8
+
+
+def test_no_segment_gets_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(word_files, "_MOST_ROWS", 16)
+    write(tmp_path, *range(0, 41, 4))
+    settle_words(tmp_path, 0, 40, unreadable)
+    assert files(tmp_path) == ["words-0-0-16.bin", "words-0-16-32.bin", "words-0-32-40.bin"]
+    settle_words(tmp_path, 1, 40, texts_of)
+    assert files(tmp_path)[3:] == ["words-1-0-16.bin", "words-1-16-32.bin", "words-1-32-40.bin"]
+
+
+def test_words_of_rows_that_are_given_again_are_forgotten(tmp_path):
+    write(tmp_path, 0, 20)
+    write_segment(tmp_path, 0, 20, WordSegment.from_texts(["other"] * 20))  # of a writer that did not commit
+    write(tmp_path, 20, 40)
+    assert scores(open_words(tmp_path, 0, 40, unreadable).words) == EXPECTED
+
+
+def test_rows_of_later_versions_do_not_count(tmp_path):
+    write(tmp_path, 0, 40)
+    found = open_words(tmp_path, 0, 12, unreadable)
+    only = found.words.only(np.ones(12, np.bool_))
+    assert scores(only)[:12] == scores(WordIndex.from_texts(TEXTS[:12]))
+    rows, _ = only.best(only.query("sentence"), 100)
+    assert sorted(rows) == list(range(12))
+
+
+class TestStore:
+    @pytest.fixture
+    def store(self, tmp_path) -> IndexStore:
+        made = new_store(tmp_path / "index")
+        put(made, few_passages(20).values())
+        put(made, [Passage("p3", "changed own3 own3"), Passage("later", "common words")])
+        made.delete(["p7", "p8"])
+        return made
+
+    def matches(self, store: IndexStore, text: str = "common own3 word") -> dict[str, float]:
+        view = PassageView(store)
+        found = view.match(text, 99)
+        return dict(zip(view.ids(found.rows), found.scores.tolist(), strict=True))
+
+    def expected(self, store: IndexStore, text: str = "common own3 word") -> dict[str, float]:
+        view = PassageView(store)
+        passages = view.passages(view.live_rows())
+        words = WordIndex.from_texts(passage.full_text for passage in passages)
+        found = zip(passages, words.scores(words.query(text)).tolist(), strict=True)
+        return {passage.id: score for passage, score in found if score}
+
+    def test_scores_are_as_if_the_index_had_been_built_of_what_is_there(self, store):
+        assert self.matches(store) == pytest.approx(self.expected(store))
+        assert {"later", "p3"} <= self.matches(store).keys()
+        assert not {"p7", "p8"} & self.matches(store).keys()
+
+    def test_compaction_and_restoring_take_them_along(self, store, caplog):
+        before = self.matches(store)
+        store.snapshot("kept")
+        store.compact(dense=True)
+        assert self.matches(store) == pytest.approx(before)
+        put(store, [Passage("p9", "something else")])
+        assert self.matches(store).keys() == before.keys() - {"p9"}
+        assert self.matches(IndexStore.open(store.snapshot_folder("kept"))) == pytest.approx(before)
+        store.restore("kept")
+        assert self.matches(store) == pytest.approx(before)
+        assert caplog.records == []  # nothing was read again
+
+    def test_an_old_view_goes_on(self, store):
+        view = PassageView(store)
+        put(store, few_passages(30, 50).values())
+        store.compact(dense=True)
+        assert len(view.match("common", 99).rows) == 18
+
+    def test_stats_and_verify_know_them(self, store):
+        assert stats(store).word_bytes == sum(path.stat().st_size for path in store.folder.glob("words-*"))
+        assert verify(store).problems == []
+        expected = self.expected(store)
+        for path in store.folder.glob("words-*.bin"):
+            path.write_bytes(bytes(path.stat().st_size))
+        assert any("words-0-" in problem for problem in verify(store).problems)
+        assert self.matches(store) == pytest.approx(expected)
+        assert "read again" in " ".join(verify(store, repair=True).problems)
+        assert verify(store).problems == []
+        assert self.matches(store) == pytest.approx(expected)
+
+    def test_what_reads_them_again_says_so(self, store, caplog):
+        for path in store.folder.glob("words-*"):
+            path.unlink()
+        assert self.matches(store)
+        assert "the words of 19 passages are in no file" in caplog.text

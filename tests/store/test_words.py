@@ -1,0 +1,252 @@
+"""BM25 of passages and windows against the formula in float64, and what is made of the words of several languages."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.ops.words import sentences, terms, windows
+from d2llm.store.bm25 import WordIndex, WordSegment, rank_passages
+
+TEXTS = {
+    "d": "the cat sat on the mat",
+    "b": "the dog chased the cat, the cat ran",
+    "c": "birds sing",
+    "a": "the dog chased the cat, the cat ran",
+    "e": "",
+}
+VOCABULARY = ["cat", "dog", "mat", "zebra", "猫", "北京", "9", "naïve"]
+texts = st.lists(
+    st.lists(st.lists(st.sampled_from(VOCABULARY), max_size=6).map(" ".join), max_size=5).map(". The ".join),
+    min_size=1,
+    max_size=12,
+)
+queries = st.lists(st.sampled_from([*VOCABULARY, "unknown"]), max_size=8).map(" ".join)
+
+
+def by_formula(query: str, collection: list[str], parts: list[str]) -> list[float]:
+    """Lucene's BM25 of each part, term by term: idf of the collection, mean length of the parts."""
+    words = [terms(text) for text in collection]
+    of_parts = [terms(part) for part in parts]
+    mean = sum(map(len, of_parts)) / max(len(of_parts), 1)
+    scores: list[float] = []
+    for part in of_parts:
+        score = 0.0
+        for term in terms(query):
+            containing = sum(term in found for found in words)
+            count = part.count(term)
+            if count:
+                idf = math.log(1 + (len(words) - containing + 0.5) / (containing + 0.5))
+                score += idf * count / (count + 1.2 * (1 - 0.75 + 0.75 * len(part) / mean))
+        scores.append(score)
+    return scores
+
+
+def by_windows(query: str, collection: list[str]) -> list[float]:
+    """The best window of each text by the formula."""
+    parts = [[text[start:end] for start, end in windows(text)] for text in collection]
+    # Only windows with a sentence count: an empty text has none.
+    flat = [part for own, text in zip(parts, collection, strict=True) if sentences(text) for part in own]
+    scores = iter(by_formula(query, collection, flat))
+    return [
+        max(next(scores) for _ in own) if sentences(text) else 0.0 for own, text in zip(parts, collection, strict=True)
+    ]
+
+
+def ranked(passages: dict[str, str], query: str, top_k: int = 10) -> list[tuple[str, float]]:
+    [found] = rank_passages(WordIndex.from_texts(passages.values()), list(passages), [query], top_k)
+    return [(candidate.passage_id, candidate.score) for candidate in found]
+
+
+class TestScores:
+    @pytest.mark.parametrize(
+        ("query", "order"),
+        [
+            ("cat", ["a", "b", "d"]),
+            ("The dog, the CAT!", ["a", "b", "d"]),
+            ("sitting bird unknownword", ["c"]),
+            ("mat chase", ["d", "a", "b"]),
+        ],
+    )
+    def test_order_and_values(self, query, order):
+        found = ranked(TEXTS, query)
+        assert [name for name, _ in found] == order
+        expected = dict(zip(TEXTS, by_formula(query, list(TEXTS.values()), list(TEXTS.values())), strict=True))
+        for name, score in found:
+            assert score == pytest.approx(expected[name], rel=1e-5)
+
+    def test_ties_go_by_id_and_the_first_k_are_a_prefix(self):
+        everything = ranked(TEXTS, "the dog and the cat", 100)
+        assert [name for name, _ in everything[:2]] == ["a", "b"]
+        assert everything[0][1] == everything[1][1]
+        for top_k in (1, 2, 3):
+            assert ranked(TEXTS, "the dog and the cat", top_k) == everything[:top_k]
+
+    @given(texts, queries)
+    def test_every_score_is_the_formulas(self, collection, query):
+        index = WordIndex.from_texts(collection)
+        words = index.query(query)
+        np.testing.assert_allclose(index.scores(words), by_formula(query, collection, collection), rtol=1e-5, atol=1e-6)
+        passages, best_windows = index.score(words, np.arange(len(collection)))
+        np.testing.assert_array_equal(passages, index.scores(words))
+        np.testing.assert_allclose(best_windows, by_windows(query, collection), rtol=1e-5, atol=1e-6)
+        assert passages.max(initial=0) <= words.limit
+        assert best_windows.max(initial=0) <= words.limit
+
+    @given(texts, queries, st.data())
+    def test_segments_order_and_deletions_change_nothing(self, collection, query, data):
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(collection)), max_size=3)))
+        live = np.array(data.draw(st.lists(st.booleans(), min_size=len(collection), max_size=len(collection))))
+        bounds = [0, *cuts, len(collection)]
+        segments = [WordSegment.from_texts(collection[a:b]) for a, b in pairwise(bounds)]
+        index = WordIndex(segments, live=live)
+        left = [text for text, alive in zip(collection, live, strict=True) if alive]
+        rebuilt = WordIndex.from_texts(left)
+        words, other = index.query(query), rebuilt.query(query)
+        np.testing.assert_array_equal(words.statistics, other.statistics)
+        np.testing.assert_array_equal(index.scores(words)[live], rebuilt.scores(other))
+        rows = np.flatnonzero(live)[::-1]
+        for found, expected in zip(
+            index.score(words, rows), rebuilt.score(other, np.arange(len(left))[::-1]), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+        joined = WordIndex([WordSegment.join(segments)], live=live)
+        np.testing.assert_array_equal(joined.scores(joined.query(query)), index.scores(words))
+
+    @given(texts, queries, st.integers(1, 6), st.data())
+    def test_the_best_are_those_of_all_scores(self, collection, query, num, data):
+        allowed = np.array(data.draw(st.lists(st.booleans(), min_size=len(collection), max_size=len(collection))))
+        half = len(collection) // 2
+        index = WordIndex([WordSegment.from_texts(collection[:half]), WordSegment.from_texts(collection[half:])])
+        words = index.query(query)
+        scores = np.where(allowed, index.scores(words), 0)
+        rows, found = index.best(words, num, allowed=allowed)
+        floor = np.sort(scores)[::-1][:num].min(initial=np.inf)
+        np.testing.assert_array_equal(np.sort(rows), np.flatnonzero((scores >= floor) & (scores > 0)))
+        np.testing.assert_array_equal(found, scores[rows])
+
+    @pytest.mark.parametrize("query", ["", "  ", "?!", "zebra"])
+    def test_a_query_that_matches_nothing(self, query):
+        index = WordIndex.from_texts(TEXTS.values())
+        words = index.query(query)
+        assert not index.scores(words).any()
+        assert index.best(words, 3)[0].tolist() == []
+        assert words.limit == 0
+        assert words.statistics.tolist() == pytest.approx([math.log(1 + len(terms(query))), 0, 0, 1])
+
+    @pytest.mark.parametrize("collection", [[], ["..."], ["", ""]])
+    def test_a_corpus_without_words(self, collection):
+        index = WordIndex.from_texts(collection)
+        words = index.query("cat")
+        assert index.scores(words).tolist() == [0.0] * len(collection)
+        assert [part.tolist() for part in index.score(words, np.arange(len(collection)))] == [
+            [0.0] * len(collection)
+        ] * 2
+        assert WordIndex([]).scores(WordIndex([]).query("cat")).tolist() == []
+
+    def test_no_rows_at_all(self):
+        index = WordIndex.from_texts(TEXTS.values())
+        assert [len(part) for part in index.score(index.query("cat"), np.zeros(0, np.int64))] == [0, 0]
+
+    def test_statistics_of_a_query(self):
+        words = WordIndex.from_texts(TEXTS.values()).query("cat mat mat zebra")
+        cat, mat = math.log(1 + (5 - 3 + 0.5) / 3.5), 2 * math.log(1 + (5 - 1 + 0.5) / 1.5)
+        assert words.statistics.tolist() == pytest.approx(
+            [math.log(5), math.log(1 + cat + mat), mat / (cat + mat), 0.25]
+        )
+
+    def test_a_segment_of_some_rows_is_that_of_their_texts(self):
+        texts = [*TEXTS.values()]
+        rows = np.array([3, 0, 4])
+        taken = WordIndex([WordSegment.from_texts(texts[:2]), WordSegment.from_texts(texts[2:])]).take(rows)
+        built = WordSegment.from_texts([texts[row] for row in rows])
+        for name in WordSegment.__slots__:
+            np.testing.assert_array_equal(getattr(taken, name), getattr(built, name), err_msg=name)
+
+
+class TestTerms:
+    @pytest.mark.parametrize(
+        ("query", "best"),
+        [
+            ("猫在哪里睡觉?", "zh-cat"),
+            ("北京的天气怎么样", "zh-beijing"),
+            ("東京タワーの高さ", "ja"),
+            ("한국어 문법은 어렵다", "ko"),
+            ("сколько стоит билет", "ru"),
+        ],
+    )
+    def test_queries_in_other_scripts_find(self, query, best):
+        passages = {
+            "zh-cat": "小猫喜欢睡觉。",
+            "zh-beijing": "今天北京天气晴朗。",
+            "ja": "東京タワーは333メートルの高さです。",
+            "ko": "한국어 문법 입문",
+            "ru": "Билет стоит сто рублей.",
+        }
+        assert ranked(passages, query)[0][0] == best
+
+    def test_one_character_finds_longer_words(self):
+        assert [name for name, _ in ranked({"a": "今天天气晴朗。", "b": "小猫喜欢睡觉。"}, "猫")] == ["b"]
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("Running, RAN!", ["run", "ran"]),
+            ("naïve Füße", ["naïve", "füße"]),
+            ("猫咪", ["猫", "咪", "猫咪"]),
+            ("GPT-4o_mini", ["gpt", "4o", "mini"]),
+            ("", []),
+            ("\ud800 cat", ["cat"]),
+        ],
+    )
+    def test_terms(self, text, expected):
+        assert terms(text) == expected
+
+
+class TestSentences:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("", []),
+            (" \n ", []),
+            ("One sentence", ["One sentence"]),
+            ("First one. Second one! Third?", ["First one.", "Second one!", "Third?"]),
+            ('He said "No." Then he left.', ['He said "No."', "Then he left."]),
+            ("Use e.g. this one. Next.", ["Use e.g. this one.", "Next."]),
+            ("Title\n\nText here.", ["Title", "Text here."]),
+            ("第一句。第二句！第三句", ["第一句。", "第二句！", "第三句"]),
+        ],
+    )
+    def test_sentences(self, text, expected):
+        assert [text[start:end] for start, end in sentences(text)] == expected
+
+    def test_windows_are_neighbouring_sentences(self):
+        text = "One here. Two here. Three here. Four here."
+        found = [text[start:end] for start, end in windows(text)]
+        assert found == ["One here. Two here.", "Two here. Three here.", "Three here. Four here."]
+        assert windows("One here. Two here.") == [(0, 19)]
+        assert windows("") == [(0, 0)]
+
+    @given(st.text(alphabet="ab .\n。!", max_size=300))
+    def test_sentences_hold_everything_but_white_space(self, text):
+        spans = sentences(text)
+        assert all(start < end for start, end in spans)
+        assert all(end <= following for (_, end), (following, _) in pairwise(spans))
+        assert "".join(text[start:end] for start, end in spans).split() == text.split() or "".join(
+            "".join(text[start:end].split()) for start, end in spans
+        ) == "".join(text.split())
+
+    def test_what_has_no_end_is_cut(self):
+        word = "x" * 10_000
+        assert max(end - start for start, end in sentences(word)) == 400
+        assert "".join(word[start:end] for start, end in sentences(word)) == word
+        table = "cell " * 1000
+        assert all(200 <= end - start <= 400 for start, end in sentences(table)[:-1])
+        assert all(
+            table[start:end].split() == ["cell"] * len(table[start:end].split()) for start, end in sentences(table)
+        )

@@ -1,0 +1,357 @@
+"""What a check of a data set counts, finds and keeps in memory."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
+from d2llm.data.beir import beir_source
+from d2llm.data.check import read_through
+from d2llm.data.check_leaks import near_queries
+from d2llm.data.check_report import Leak, SharedPositives, SplitCounts
+from d2llm.data.check_texts import Sample, guess_languages, hash64, measure_lengths
+from d2llm.data.open_data import open_source
+from d2llm.data.same_text import comparable
+from d2llm.training.check_data import check_data
+from e2e.command_line import write_lines
+from tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tiny_model(folder / "bert", "bert")
+    return str(folder / "bert")
+
+
+def write_beir(folder, passages, queries, qrels):
+    (folder / "qrels").mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", [{"_id": key, "text": text} for key, text in passages.items()])
+    write_lines(folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()])
+    for split, judged in qrels.items():
+        rows = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in judged)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def write_pairs(folder, **splits):
+    folder.mkdir()
+    for split, rows in splits.items():
+        records = [{"query": query, "document": passage, "label": label} for query, passage, label in rows]
+        write_lines(folder / f"{split}.jsonl", records)
+    return folder
+
+
+def repeats(found):
+    return {of.what: (of.count, of.examples) for of in found.repeats}
+
+
+class TestRetrieval:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return write_beir(
+            tmp_path / "pets",
+            {"p1": "Cats sleep.", "p2": "cats SLEEP!", "p3": "Dogs bark.", "p4": " ", "p5": "?!", "p6": "..."},
+            {
+                "q1": "Who sleeps?",
+                "q2": "who sleeps",
+                "q3": "Who barks?",
+                "q4": "Who swims?",
+                "q5": "",
+                "q6": "WHO: barks",
+            },
+            {
+                "train": [("q1", "p1", 1), ("q2", "p3", 2), ("q3", "p3", 1), ("lost", "p1", 1)],
+                "dev": [("q5", "p9", 1)],
+                "test": [("q6", "p2", 1), ("q6", "p3", 0), ("q1", "p1", 0)],
+            },
+        )
+
+    @pytest.fixture
+    def found(self, folder):
+        return read_through(beir_source(folder), sample_size=10)
+
+    def test_counts(self, found):
+        assert (found.kind, found.num_queries, found.num_passages) == ("retrieval", 6, 6)
+        assert found.splits == (
+            SplitCounts("train", 4, 2, 4, {"1": 3, "2": 1}),
+            SplitCounts("dev", 1, 1, 1, {"1": 1}),
+            SplitCounts("test", 2, 3, 3, {"0": 2, "1": 1}),
+        )
+
+    def test_leaks_are_the_same_letters_and_digits(self, found):
+        # q1 is judged in both; q6 asks what q3 asks
+        assert found.leaks == (Leak("same query", "train", "test", 2, (("q1", "q1"), ("q6", "q3"))),)
+
+    def test_repeats_and_shared_positives(self, found):
+        # texts without letters and digits repeat no other
+        assert repeats(found) == {
+            "passages with another's text": (1, ("p2",)),
+            "train: queries with another's text": (1, ("q2",)),
+        }
+        assert found.shared_positives == (SharedPositives("train", "test", 1, 1),)  # p2 says what p1 says
+
+    def test_issues(self, found):
+        assert found.issues == (
+            "train: 1 judgements point to unknown queries, first 1: lost",
+            "dev: 1 judgements point to unknown passages, first 1: p9",
+            "1 passages have an empty text, first 1: p4",
+            "1 queries have an empty text, first 1: q5",
+            "1 queries are judged in no split, first 1: q4",
+            "test: 1 queries have no relevant passage, first 1: q1",
+        )
+
+    def test_ids_used_twice_are_refused(self, folder):
+        for name in ("queries", "corpus"):
+            lines = (folder / f"{name}.jsonl").read_text().splitlines()
+            (folder / f"{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
+            with pytest.raises(DuplicateIdError, match="was already used in line 1") as caught:
+                read_through(beir_source(folder), sample_size=10)
+            assert (caught.value.path, caught.value.line) == (folder / f"{name}.jsonl", 7)
+
+    def test_memory_grows_with_ids_not_with_texts(self, tmp_path):
+        def peak(num_passages):
+            passages = {f"p{n}": f"passage {n} " + "long" * 500 for n in range(num_passages)}
+            folder = write_beir(tmp_path / str(num_passages), passages, {"q": "who"}, {"test": [("q", "p0", 1)]})
+            del passages
+            tracemalloc.start()
+            found = read_through(beir_source(folder), sample_size=20)
+            size = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert found.num_passages == num_passages
+            return size
+
+        per_passage = (peak(4000) - peak(1000)) / 3000
+        assert per_passage < 400  # an id, its line and a hash; a text is 2,000
+
+
+class TestPairs:
+    def test_counts_repeats_and_conflicts(self, tmp_path):
+        rows = [
+            ("a b", "c", 1),
+            ("A, b!", "c", 1),
+            ("c", "a b", 1),
+            ("c", "a b", 1),
+            ("d", "e", 0),
+            ("d", "e", 1),
+            ("f", "", 0),
+        ]
+        found = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
+        assert found.splits == (SplitCounts("train", 4, 4, 7, {"0": 2, "1": 5}),)  # passages: c, a b, e, none
+        assert repeats(found) == {
+            "train: pairs that are there already": (3, ("train-2", "train-4", "train-6")),
+            "train: pairs that are there the other way round": (1, ("train-3",)),
+            "pairs that another line labels differently": (1, ("train/train-6",)),
+        }
+        assert found.issues == ("train: 1 pairs have an empty text",)
+        assert found.leaks == ()
+
+    def test_the_other_way_round_may_be_labelled_differently(self, tmp_path):
+        rows = [("a dog", "an animal", "entailment"), ("an animal", "a dog", "neutral")]
+        found = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
+        assert list(repeats(found)) == ["train: pairs that are there the other way round"]
+
+    def test_leaks_of_queries_and_of_pairs_in_either_order(self, tmp_path):
+        folder = write_pairs(
+            tmp_path / "p",
+            train=[("a", "b", 1), ("c", "d", 0), ("e", "f", 1)],
+            dev=[("b", "a", 1)],
+            test=[("C.", "x", 1), ("e", "f", 0), ("e", "y", 0)],
+        )
+        found = read_through(open_source(folder), sample_size=10)
+        assert found.leaks == (
+            Leak("same query", "train", "test", 2, (("test-1", "train-2"), ("test-2", "train-3"))),
+            Leak("same pair", "train", "dev", 1, (("dev-1", "train-1"),)),
+            Leak("same pair", "train", "test", 1, (("test-2", "train-3"),)),
+        )
+        assert repeats(found) == {"pairs that another line labels differently": (1, ("test/test-2",))}
+
+    def test_scores(self, tmp_path):
+        records = [{"query": f"q{n}", "document": "d", "score": score} for n, score in enumerate((1.0, 4.5, 2.0))]
+        write_lines(tmp_path / "test.jsonl", records)
+        found = read_through(open_source(tmp_path), sample_size=10)
+        assert found.kind == "scores"
+        assert found.splits == (SplitCounts("test", 3, 1, 3, {}, (1.0, 2.5, 4.5)),)
+
+
+def jaccard(first, second):
+    """Of the sets of character trigrams, as an array of all trigrams of both."""
+    sets = [{text[i : i + 3] for i in range(len(text) - 2)} for text in (first, second)]
+    everything = sorted(sets[0] | sets[1])
+    rows = np.array([[trigram in of for trigram in everything] for of in sets])
+    return rows.all(axis=0).sum() / rows.any(axis=0).sum()
+
+
+class TestNearQueries:
+    def near(self, texts_of, threshold=0.8):
+        pytest.importorskip("datasketch", reason="needs the package datasketch")
+        ids_of = {
+            split: {hash64(comparable(text)): key for key, text in texts.items()} for split, texts in texts_of.items()
+        }
+        streams = {split: (lambda texts=texts: iter(texts.items())) for split, texts in texts_of.items()}
+        finished = []
+        leaks = near_queries(streams, ids_of, threshold, finished.append)
+        assert len(splits := [s for s in ids_of if ids_of[s]]) < 2 or sum(finished) == sum(
+            len(texts_of[split]) for split in splits
+        )
+        return leaks
+
+    def test_found_whichever_split_is_the_largest(self):
+        first = {"a": "how do i keep my old cat warm in a cold winter"}
+        second = {"b": "How do I keep my old cat warm in the cold winter?"}
+        fill = {f"f{n}": f"{n} something else altogether {n * n}" for n in range(3)}
+        assert jaccard(comparable(first["a"]), comparable(second["b"])) > 0.8
+        expected = [Leak("near query", "train", "test", 1, (("b", "a"),))]
+        assert self.near({"train": first | fill, "test": second}) == expected
+        assert self.near({"train": first, "test": second | fill}) == expected
+        assert self.near({"train": first, "test": second}, threshold=0.95) == []
+
+    def test_what_is_the_same_is_not_also_near(self):
+        train = {
+            "a": "how do i keep my old cat warm in a cold winter",
+            "b": "how do i keep my old cat warm in the cold winter",
+        }
+        assert self.near({"train": train, "test": {"c": train["a"].upper()}}) == []
+
+    def test_splits_without_queries_and_texts_without_letters(self):
+        assert self.near({"train": {}, "test": {"a": "x"}}) == []
+        assert self.near({"train": {"b": "?"}, "test": {"a": "!"}}) == []
+
+    def test_against_every_pair(self):
+        rng = random.Random(0)
+        words = ["river", "stone", "cloud", "garden", "window", "letter", "music", "winter", "bread", "horse"]
+        texts = [" ".join(rng.choice(words) for _ in range(9)) for _ in range(60)]
+        splits = {"train": {}, "dev": {}, "test": {}}
+        for n, text in enumerate(texts):
+            splits["train"][f"t{n}"] = text
+            for split in ("dev", "test"):  # one or two words replaced
+                changed = text.split()
+                for place in rng.sample(range(9), rng.choice([1, 2])):
+                    changed[place] = rng.choice(words)
+                splits[split][f"{split}{n}"] = " ".join(changed)
+        everything = {text for texts in splits.values() for text in texts.values()}
+        assert len(everything) > 150
+        expected = {}
+        for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
+            known = set(splits[first].values())
+            expected[first, second] = sum(
+                any(jaccard(text, other) >= 0.7 for other in known - set(splits[second].values()))
+                for text in set(splits[second].values()) - known
+            )
+        assert sum(expected.values()) > 50
+        found = {(leak.first, leak.second): leak.count for leak in self.near(splits, threshold=0.7)}
+        # nothing is made up, hardly anything missed
+        assert all(found[pair] <= expected[pair] for pair in expected)
+        assert sum(found.values()) >= 0.98 * sum(expected.values())
+
+
+class TestTexts:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("The  CAT, sat!", "the cat sat"),
+            ("１2ﬁ", "12fi"),
+            ("你好，世界。", "你好 世界"),
+            ("?!", ""),
+            ("नमस्ते", "नमस्ते"),
+        ],
+    )
+    def test_comparable(self, text, expected):
+        assert comparable(text) == expected
+
+    def test_a_sample_is_even_over_the_stream(self):
+        drawn = np.zeros(40)
+        for seed in range(2000):
+            sample = Sample(4, seed=seed)
+            for n in range(40):
+                sample.add(str(n))
+            assert (sample.num_seen, len(set(sample.texts))) == (40, 4)
+            drawn[[int(text) for text in sample.texts]] += 1
+        # binomial: 2000 draws with 1/10; 5 standard deviations are 67
+        assert np.abs(drawn - 200).max() < 67
+
+    def test_lengths(self):
+        sample = Sample(1000)
+        for length in range(1, 101):
+            sample.add("x" * length)
+        finished = []
+        lengths = measure_lengths("queries", sample, lambda texts: [len(text) for text in texts], 80, finished.append)
+        assert lengths.percentiles == {50: 50, 75: 75, 90: 90, 95: 95, 99: 99, 100: 100}
+        assert lengths.share_over == pytest.approx(0.2)
+        assert lengths.bars == tuple(
+            (bound, pytest.approx(share))
+            for bound, share in zip([*range(10, 90, 10), None], [0.1] * 8 + [0.2], strict=True)
+        )
+        assert sum(finished) == lengths.num_texts == lengths.num_all == 100
+        assert measure_lengths("queries", Sample(5), len, 80, finished.append) is None
+
+    def test_languages(self):
+        pytest.importorskip("py3langid", reason="needs the package py3langid")
+        texts = [
+            "Where can I read more about the history of this city?",
+            "What is the fastest way to learn how to swim?",
+            "今天的天气非常好，我们一起去公园散步吧。",
+        ]
+        assert guess_languages("queries", texts).counts == {"en": 2, "zh": 1}
+        assert guess_languages("queries", []) is None
+
+
+class TestVerb:
+    def test_everything_together(self, tmp_path, tokenizer):
+        folder = write_pairs(
+            tmp_path / "p",
+            train=[("the cat sat on the mat and slept in the sun", "a dog runs fast", 1)],
+            test=[("the cat sat on the mat and slept in the sun all", "rain falls", 0)],
+        )
+        report = check_data(folder, tokenizer=tokenizer)
+        assert report.leaks == (Leak("near query", "train", "test", 1, (("test-1", "train-1"),)),)
+        assert report.num_leaks == 1
+        assert [(of.what, of.num_texts, of.limit) for of in report.lengths] == [
+            ("queries", 2, 128),
+            ("passages", 2, 250),
+        ]
+        # every word of these texts is one token of the tiny tokenizer, with one special token at each end
+        assert report.lengths[0].percentiles[100] >= 13
+        assert [of.num_texts for of in report.languages] == [2, 2]
+        assert check_data(folder, tokenizer=tokenizer, near=1).leaks == ()
+        json.dumps(report.settings)
+
+    def test_a_sample_is_named_as_one(self, tmp_path, tokenizer):
+        folder = write_pairs(tmp_path / "p", train=[(f"query {n}", "b", 1) for n in range(30)])
+        lengths = check_data(folder, tokenizer=tokenizer, sample_size=10).lengths[0]
+        assert (lengths.num_texts, lengths.num_all) == (10, 30)
+
+    def test_limits_of_the_shipped_student(self, tmp_path):
+        folder = write_pairs(tmp_path / "p", train=[("a", "b", 1)])
+        report = check_data(folder)
+        assert [of.limit for of in report.lengths] == [64, 256]
+        assert report.lengths[0].percentiles[50] == 3  # [CLS] a [SEP]
+
+    def test_bad_arguments(self, tmp_path, tokenizer):
+        with pytest.raises(InputError, match=r"near is 1\.5"):
+            check_data(tmp_path, tokenizer=tokenizer, near=1.5)
+        with pytest.raises(InputError, match="sample_size is 0"):
+            check_data(tmp_path, tokenizer=tokenizer, sample_size=0)
+        with pytest.raises(DataFormatError, match="no such file or folder"):
+            check_data(tmp_path / "lost", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "num_passages", "splits"),
+    [
+        ("stackfaq", "retrieval", 719, {"train": 779, "dev": 150, "test": 320}),
+        ("pawsx-zh", "binary", None, {"train": 1473, "dev": 353, "test": 1989}),
+    ],
+)
+def test_real_sets(shared_data, name, kind, num_passages, splits):
+    """Counts from the table in the data sets' own README; it also promises that no query is in two splits."""
+    found = read_through(open_source(shared_data / name), sample_size=100)
+    counts = {s.name: s.num_queries if kind == "retrieval" else s.num_items for s in found.splits}
+    assert (found.kind, counts) == (kind, splits)
+    assert num_passages in (None, found.num_passages)
+    assert [leak for leak in found.leaks if leak.kind == "same query"] == []

@@ -1,0 +1,264 @@
+"""The dev measure: nDCG@10 by weight of the interaction against scores made by hand."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core import progress
+from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import Query, Task
+from d2llm.models.student import Student
+from d2llm.training.dev import (
+    RESIDUAL_WEIGHTS,
+    DevResult,
+    DevSet,
+    choose_residual_weights,
+    evaluate_dev,
+    make_dev_set,
+    value_by_set,
+)
+from tiny_data import make_source, topics
+from tiny_models import randomise, tiny_student_config, write_tiny_model
+
+IDS = ("pa", "pb", "pc", "pd")
+
+
+class HandMadeStudent:
+    """Anchor scores and changes as given, [queries, passages]; what is encoded is the row or column itself."""
+
+    def __init__(self, anchors: np.ndarray, changes: np.ndarray, *, has_anchor: bool = True) -> None:
+        self.anchors, self.changes = anchors.astype(np.float32), changes.astype(np.float32)
+        self.has_anchor = has_anchor
+        self.residual = torch.tensor(0.375)
+        self.interaction = SimpleNamespace(residual_weight=lambda task: self.residual)
+
+    def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
+        advance(len(texts))
+        return SimpleNamespace(vectors=np.eye(len(self.anchors), dtype=np.float32)[[int(text) for text in texts]])
+
+    def encode_passages(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
+        advance(len(texts))
+        return SimpleNamespace(vectors=np.ascontiguousarray(self.anchors.T))
+
+    def anchor_queries(self, vectors: np.ndarray, task: Task) -> np.ndarray:
+        return vectors
+
+    def score(self, query: np.ndarray, passages: np.ndarray, task: Task) -> np.ndarray:
+        change = self.changes[int(query.argmax())]
+        return passages @ query + (float(self.residual) if self.has_anchor else 1.0) * change
+
+
+def dev_set(qrels: dict[str, dict[str, int]], *, name: str = "set", task: Task = "asymmetric") -> DevSet:
+    queries = tuple(Query(query_id, str(row)) for row, query_id in enumerate(qrels))
+    return DevSet(name, task, queries, IDS, IDS, qrels)
+
+
+def discount(rank: int) -> float:
+    return 1 / math.log2(1 + rank)
+
+
+# Query 0: pb is right. Anchor order pa 4, pb 3, pc 2, pd 1; the interaction moves pb by +2 and pa by -1:
+#   r = 0: pb second; r = 0.25: pa 3.75, pb 3.5: second; r = 0.5: pa 3.5, pb 4: first; and so on.
+# Query 1: pa (grade 2) and pd (grade 1) are right. Anchor order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by -1.75,
+# pc by +0.25:
+#   pd, pa, pc up to r = 0.5 (pa 2.625, pc 2.125); r = 0.75: pa 2.1875, pc 2.1875: a tie, and pa is before pc by id;
+#   r = 1: pa 1.75, pc 2.25: pd, pc, pa.
+ANCHORS = np.array([[4, 3, 2, 1], [3.5, 1, 2, 4]])
+CHANGES = np.array([[-1, 2, 0, 0], [-1.75, 0, 0.25, 0]])
+QRELS = {"q0": {"pb": 1, "pa": 0}, "q1": {"pa": 2, "pd": 1}}
+IDEAL = 2 * discount(1) + discount(2)
+SECOND_BEST = (discount(1) + 2 * discount(2)) / IDEAL
+BY_HAND = {
+    0.0: (discount(2) + SECOND_BEST) / 2,
+    0.25: (discount(2) + SECOND_BEST) / 2,
+    0.5: (1 + SECOND_BEST) / 2,
+    0.75: (1 + SECOND_BEST) / 2,
+    1.0: (1 + (discount(1) + 2 * discount(3)) / IDEAL) / 2,
+}
+
+
+def test_ndcg_by_weight_of_hand_made_scores() -> None:
+    student = HandMadeStudent(ANCHORS, CHANGES)
+    result = evaluate_dev(student, [dev_set(QRELS)])["set"]
+    assert result.task == "asymmetric"
+    assert result.values == pytest.approx(BY_HAND, abs=1e-6)
+    assert float(student.residual) == 0.375
+
+
+def test_without_an_anchor_there_is_one_weight() -> None:
+    student = HandMadeStudent(ANCHORS, CHANGES, has_anchor=False)
+    result = evaluate_dev(student, [dev_set(QRELS)])["set"]
+    assert result.values == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
+
+
+def test_a_log_follows_the_texts_that_are_read_and_the_queries_that_are_ranked(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
+        evaluate_dev(HandMadeStudent(ANCHORS, CHANGES), [dev_set(QRELS), dev_set(QRELS, name="other")], title="looking")
+    lines = [record.getMessage() for record in caplog.records]
+    counts = [(line.split(" (")[0], line.rsplit(", ", 1)[1]) for line in lines]
+    assert counts == [
+        (f"looking: {finished} of 16", name)  # two queries and four passages are read, then two queries are ranked
+        for name, at in (("set", (0, 2, 6, 7, 8)), ("other", (8, 10, 14, 15, 16)))
+        for finished in at
+    ]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("has_anchor", [True, False])
+def test_scores_that_are_no_numbers_are_divergence(wrong: float, has_anchor: bool) -> None:
+    changes = CHANGES.copy()
+    changes[1, 2] = wrong
+    student = HandMadeStudent(ANCHORS, changes, has_anchor=has_anchor)
+    with pytest.raises(TrainingDivergedError, match="dev queries of 'set' are no numbers"):
+        evaluate_dev(student, [dev_set(QRELS)])
+    assert float(student.residual) == 0.375
+
+
+# --- a real student ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Student:
+    return Student.create(tiny_student_config(write_tiny_model(tmp_path / "model")), device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def real_dev() -> DevSet:
+    return make_dev_set(topics(), num_queries=50, num_passages=100, seed=0)
+
+
+def ndcg_of(student: Student, dev: DevSet) -> float:
+    """Independent of the code under test: binary nDCG@10 of the student's own scores."""
+    queries = student.encode_queries([query.text for query in dev.queries]).vectors
+    passages = student.encode_passages(dev.passage_texts).vectors
+    values: list[float] = []
+    for query, vector in zip(dev.queries, queries, strict=True):
+        scores = student.score(vector, passages, dev.task)
+        order = sorted(range(len(scores)), key=lambda row: (-scores[row], dev.passage_ids[row]))[:10]
+        right = dev.qrels[query.id]
+        gain = sum(discount(rank) for rank, row in enumerate(order, 1) if dev.passage_ids[row] in right)
+        values.append(gain / sum(discount(rank) for rank in range(1, 1 + min(10, len(right)))))
+    return float(np.mean(values))
+
+
+def test_every_weight_gives_what_a_student_of_that_weight_scores(student: Student, real_dev: DevSet) -> None:
+    student.prepare_training()
+    randomise(student, seed=3)
+    residual = student.interaction.residual_weight("asymmetric")
+    residual.fill_(0.5)
+    result = evaluate_dev(student, [real_dev])["tiny"]
+    assert float(residual) == 0.5
+    assert float(student.interaction.residual_weight("symmetric")) == 1.0
+    assert set(result.values) == set(RESIDUAL_WEIGHTS)
+    for weight, value in result.values.items():
+        residual.fill_(weight)
+        assert value == pytest.approx(ndcg_of(student, real_dev), abs=1e-6)
+    assert len({round(value, 4) for value in result.values.values()}) > 1  # the weight matters in this test
+
+
+def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student: Student) -> None:
+    """Passages of one text tie exactly, so that rounding in the change of 0 would show."""
+    texts = {f"p{n}": "the cat sat on the mat" for n in range(30)}
+    dev = make_dev_set(
+        make_source(texts, {"q": "the cat"}, [], qrels={"dev": {"q": {"p3": 1, "p4": 1}}}),
+        num_queries=1,
+        num_passages=30,
+        seed=0,
+    )
+    values = evaluate_dev(student, [dev])["tiny"].values
+    assert len(set(values.values())) == 1
+    assert choose_residual_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
+
+
+def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> None:
+    config = tiny_student_config(write_tiny_model(tmp_path / "model"))
+    paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
+    student = Student.create(paper, device="cpu", dtype="float32")
+    values = evaluate_dev(student, [real_dev])["tiny"].values
+    assert values == pytest.approx({1.0: ndcg_of(student, real_dev)}, abs=1e-6)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def result(task: Task, *values: float) -> DevResult:
+    return DevResult(task, dict(zip(RESIDUAL_WEIGHTS, values, strict=True)))
+
+
+def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
+    results = {
+        "a": result("asymmetric", 0.5, 0.6, 0.7, 0.5, 0.2),
+        "b": result("asymmetric", 0.5, 0.9, 0.7, 0.5, 0.2),
+        "c": result("symmetric", 0.1, 0.1, 0.1, 0.1, 0.2),
+    }
+    weights = choose_residual_weights(results)
+    assert weights == {"asymmetric": 0.25, "symmetric": 1.0}
+    assert value_by_set(results, weights) == {"a": 0.6, "b": 0.9, "c": 0.2}
+
+
+def test_of_equal_weights_the_smallest_is_chosen() -> None:
+    assert choose_residual_weights({"a": result("asymmetric", 0.5, 0.5, 0.5, 0.5, 0.5)}) == {"asymmetric": 0.0}
+    assert choose_residual_weights({"a": result("asymmetric", 0.4, 0.5, 0.3, 0.5, 0.5)}) == {"asymmetric": 0.25}
+    turned = DevResult("asymmetric", {1.0: 0.5, 0.5: 0.5, 0.0: 0.4})
+    assert choose_residual_weights({"a": turned}) == {"asymmetric": 0.5}
+
+
+# --- the dev set ------------------------------------------------------------------------------------------------------
+
+
+def test_a_dev_set_holds_positives_lexical_neighbours_and_random_passages() -> None:
+    passages = {f"p{n:03}": f"filler number{n}" for n in range(100)}
+    passages |= {"answer": "nothing in common", "near": "the cat sat", "graded0": "unlike anything"}
+    queries = {"q": "where the cat sat", "unjudged": "x", "hopeless": "y"}
+    judged = {"q": {"answer": 2, "graded0": 0}, "hopeless": {"p000": 0, "unknown": 1}}
+    source = make_source(passages, queries, [], qrels={"dev": judged, "test": {}})
+    dev = make_dev_set(source, num_queries=10, num_passages=20, seed=0)
+    assert (dev.name, dev.task) == ("tiny", "asymmetric")
+    assert dev.queries == (Query("q", "where the cat sat"),)
+    assert len(dev.passage_ids) == 20
+    assert {"answer", "near"} <= set(dev.passage_ids)
+    assert list(dev.passage_ids) == sorted(dev.passage_ids)
+    assert dev.passage_texts == tuple(passages[passage_id] for passage_id in dev.passage_ids)
+    assert dev.qrels == {"q": {"answer": 2, "graded0": 0}}
+    assert make_dev_set(source, num_queries=10, num_passages=20, seed=0) == dev
+    assert make_dev_set(source, num_queries=10, num_passages=20, seed=1).passage_ids != dev.passage_ids
+    # never fewer than are needed, never more than there are
+    assert set(make_dev_set(source, num_queries=1, num_passages=1, seed=0).passage_ids) >= {"answer", "near"}
+    assert len(make_dev_set(source, num_queries=1, num_passages=999, seed=0).passage_ids) == len(passages)
+
+
+def test_dev_queries_are_a_sample() -> None:
+    source = topics(num_dev=20)
+    dev = make_dev_set(source, num_queries=6, num_passages=100, seed=0)
+    assert len({query.id for query in dev.queries}) == 6
+    assert set(dev.qrels) == {query.id for query in dev.queries}
+    assert make_dev_set(source, num_queries=6, num_passages=100, seed=3).queries != dev.queries
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    [
+        {},
+        {"train": {"q": {"p": 1}}},
+        {"dev": {}},
+        {"dev": {"unknown": {"p": 1}}},
+        {"dev": {"q": {"unknown": 1}}},
+        {"dev": {"q": {"p": 0}}},
+    ],
+)
+def test_a_data_set_without_dev_queries_is_an_error(qrels: dict[str, dict[str, dict[str, int]]]) -> None:
+    source = make_source({"p": "text"}, {"q": "text"}, [], qrels=qrels)
+    with pytest.raises(InputError, match=r"qrels/dev.tsv has no query with a positive"):
+        make_dev_set(source, num_queries=1, num_passages=1, seed=0)

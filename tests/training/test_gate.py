@@ -1,0 +1,472 @@
+"""Trying a teacher on dev lists: which queries and candidates, what is kept, when a gate opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.recipe import GateConfig, LossWeights, TeacherConfig
+from d2llm.core.types import Passage
+from d2llm.data.collation import LabelledSource, collate, epoch_batches
+from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.data.training import TrainingSource
+from d2llm.models.interaction import PairScores
+from d2llm.models.student import Student
+from d2llm.models.teachers.cosine import CosineTeacher
+from d2llm.ops.measures import per_query_measures
+from d2llm.reports.teach_tables import gate_table
+from d2llm.training import gate as verb
+from d2llm.training.dev_lists import dev_queries, make_dev_lists, make_dev_pairs
+from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
+from d2llm.training.objective import batch_losses
+from d2llm.training.sentences import gate_advice, look_sentence, verdict_words
+from fake_models import FakeJudgements, FakeStudent, Interruption
+from tiny_data import LETTERS, everyday, make_plan
+from tiny_models import tiny_student_config, write_tiny_model
+
+TEACHER = TeacherConfig(model="told")
+
+
+class Told:
+    """A judge that knows the answers, or takes them for the wrong ones; with ``fail_after`` it stops there."""
+
+    def __init__(self, *, right=True, fingerprint="told", fail_after=None):
+        self.fingerprint, self.right, self.fail_after = fingerprint, right, fail_after
+        self.asked = 0
+
+    def prompt_fingerprint(self, task):
+        return task
+
+    def judge(self, pairs, task, **_):
+        if self.fail_after is not None and self.asked >= self.fail_after:
+            raise Interruption
+        self.asked += len(pairs)
+        best = "2" if self.right else "0"
+        values = [query[0] == passage[0] and passage.endswith(best) for query, passage in pairs]
+        return FakeJudgements(np.array(values, np.float32), 1)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    model = write_tiny_model(tmp_path_factory.mktemp("gate") / "bert", "bert")
+    return Student.create(tiny_student_config(model, tuning="frozen"), dtype="float32")
+
+
+@pytest.fixture
+def trial(student, tmp_path, monkeypatch):
+    """Runs a gate with a teacher that is told what to say."""
+
+    def run(judge, *, judged=None, **settings):
+        monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
+        return gate(
+            judged or [(everyday(), "asymmetric")],
+            tmp_path / "run",
+            teacher=TEACHER,
+            student=student,
+            settings=GateConfig(**{"queries": 12, "depth": 3} | settings),
+            show_progress=False,
+        )
+
+    return run
+
+
+def test_the_sample_is_random_and_nested_and_has_two_ends():
+    dataset = everyday()
+    small, large = ([q.id for q in dev_queries(dataset, num_queries=n, seed=0)] for n in (4, 8))
+    assert large[:4] == small
+    assert small != sorted(small)
+    end = [q.id for q in dev_queries(dataset, num_queries=4, seed=0, from_end=True)]
+    assert not {*end} & {*large}
+    everything = [q.id for q in dev_queries(dataset, num_queries=50, seed=0)]
+    assert sorted(everything) == [f"q{letter}" for letter in LETTERS]  # "none" has no positive
+    assert [q.id for q in dev_queries(dataset, num_queries=50, seed=0, from_end=True)] == everything
+    assert [q.id for q in dev_queries(dataset, num_queries=50, seed=1)] != everything
+
+
+@pytest.mark.parametrize("qrels", [{}, {"dev": {"qa": {"a0": 0}}}])
+def test_no_dev_query_is_an_error(qrels):
+    with pytest.raises(InputError, match=r"dev\.tsv has no query with a positive"):
+        dev_queries(dataclasses.replace(everyday(), qrels=qrels), num_queries=3, seed=0)
+
+
+def test_lists_are_the_union_of_words_and_vectors():
+    dataset, student = everyday(), FakeStudent()
+    queries = dev_queries(dataset, num_queries=3, seed=0)
+    found = make_dev_lists(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
+    vectors = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
+    for query in queries:
+        scores = vectors @ student.encode_queries([query.text]).vectors[0]
+        nearest = [list(dataset.passages)[row] for row in np.argsort(-scores)[:2]]
+        letter = query.id[1]
+        assert found.candidates[query.id][:2] == [f"{letter}0", f"{letter}1"]  # equal words: by id
+        assert set(found.candidates[query.id]) == {f"{letter}0", f"{letter}1", *nearest}
+    assert found.qrels == {query.id: dataset.qrels["dev"][query.id] for query in queries}
+
+
+def test_lists_with_positives_leave_out_repeats_of_them():
+    dataset = everyday()
+    dataset.passages["a0"] = Passage("a0", dataset.passages["a2"].text.upper())
+    found = make_dev_lists(
+        dataset, "asymmetric", [dataset.queries["qa"]], student=FakeStudent(), depth=3, with_positives=True
+    )
+    assert found.candidates["qa"][0] == "a2"
+    assert "a0" not in found.candidates["qa"]
+    assert "a1" in found.candidates["qa"]
+
+
+def test_a_head_without_an_anchor_proposes_by_cosine():
+    dataset = everyday()
+    queries = dev_queries(dataset, num_queries=2, seed=0)
+    found = make_dev_lists(
+        dataset, "asymmetric", queries, student=FakeStudent(head="paper"), depth=2, with_positives=False
+    )
+    assert all(len(ids) >= 2 for ids in found.candidates.values())
+
+
+def test_a_teacher_that_knows_opens_and_one_that_misleads_closes(trial, student, tmp_path):
+    report = trial(Told())
+    (row,) = report.sets
+    assert (row.name, row.task, row.num_items, row.teacher, row.is_open) == ("everyday", "asymmetric", 12, 1.0, True)
+    assert report.closed == ()
+    # The cosine's figure is that of the student's scores on the same lists.
+    dataset = everyday()
+    lists = make_dev_lists(
+        dataset,
+        "asymmetric",
+        dev_queries(dataset, num_queries=12, seed=0),
+        student=student,
+        depth=3,
+        with_positives=False,
+    )
+    cosine = CosineTeacher(student)
+    rankings = {}
+    for query, ids in lists.candidates.items():
+        pairs = [(dataset.queries[query].text, dataset.passages[passage].full_text) for passage in ids]
+        scores = dict(zip(ids, cosine.judge(pairs, "asymmetric").log_odds.tolist(), strict=True))
+        rankings[query] = sorted(ids, key=lambda passage, scores=scores: (-scores[passage], passage))
+    expected = np.mean(list(per_query_measures(rankings, lists.qrels)["nDCG@10"].values()))
+    assert row.cosine == pytest.approx(expected)
+    assert row.difference == pytest.approx(1 - expected)
+    assert report.num_judged == sum(len(ids) for ids in lists.candidates.values())
+    assert report.cosine == student.fingerprint
+
+    wrong = trial(Told(right=False, fingerprint="wrong"))
+    assert wrong.sets[0].difference < 0
+    assert not wrong.sets[0].is_open
+    assert wrong.closed == ("everyday",)
+    assert read_gate(tmp_path / "run", "told") == {"everyday": True}
+    assert read_gate(tmp_path / "run", "wrong") == {"everyday": False}
+    assert read_gate(tmp_path / "run", "untried") is None
+    assert read_gate(tmp_path / "elsewhere", "told") is None
+
+
+def test_a_teacher_no_better_than_the_cosine_is_closed(trial, student):
+    report = trial(CosineTeacher(student))
+    assert (report.sets[0].difference, report.sets[0].p_value, report.sets[0].is_open) == (0, 1, False)
+
+
+def test_a_task_has_all_queries_of_its_sets(trial):
+    judged = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
+    report = trial(Told(), judged=judged, queries=6)
+    assert [(row.name, row.num_items) for row in report.sets] == [("everyday", 6), ("second", 6), ("third", 6)]
+    assert [(row.name, row.num_items) for row in report.tasks] == [("asymmetric", 12), ("symmetric", 6)]
+    assert report.tasks[0].cosine == pytest.approx((report.sets[0].cosine + report.sets[1].cosine) / 2)
+    assert report.tasks[0].p_value < report.sets[0].p_value
+
+
+def test_judgements_are_kept_when_it_is_stopped(trial, monkeypatch, tmp_path):
+    from d2llm.evaluation import judging
+
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 10)
+    monkeypatch.setattr(judging, "_WRITE_SECONDS", 0)
+    with pytest.raises(Interruption):
+        trial(Told(fail_after=20))
+    assert not (tmp_path / "run" / GATE_FILE).exists()
+    rest, whole = Told(), Told(fingerprint="whole")
+    assert trial(rest).sets[0].is_open
+    trial(whole)
+    assert 0 < rest.asked <= whole.asked - 20
+    again = Told()
+    assert trial(again).num_judged == again.asked == 0
+
+
+def test_queries_that_fitted_a_stack_are_counted(trial, monkeypatch):
+    monkeypatch.setattr(verb, "stacked_queries", lambda config: {"everyday": frozenset({"qa", "qb", "other"})})
+    assert trial(Told()).num_seen == 2
+
+
+def test_a_foreign_gate_file_is_not_replaced(trial, tmp_path):
+    path = tmp_path / "run" / GATE_FILE
+    path.parent.mkdir()
+    for content, message in (("{", "not valid JSON"), ('{"kind": "door"}', "not what"), ("[]", "not what")):
+        path.write_text(content)
+        with pytest.raises(DataFormatError, match=message):
+            trial(Told())
+        assert path.read_text() == content
+
+
+def test_the_file_says_what_made_it(trial, tmp_path):
+    trial(Told(), alpha=0.01)
+    found = json.loads((tmp_path / "run" / GATE_FILE).read_text())
+    assert (found["kind"], found["format_version"]) == ("gate", 1)
+    assert "d2llm" in found["packages"]
+    assert found["gates"]["told"]["settings"]["alpha"] == 0.01
+    assert found["gates"]["told"]["sets"][0]["p_value"] < 0.01
+
+
+# --- labelled pairs ---------------------------------------------------------------------------------------------------
+
+
+def couples(truth, *, kind="binary", name="couples", split="dev"):
+    """Pairs of which ``truth`` is told; the score of a pair can be looked up by its passage, "<name> <number>"."""
+    pairs = tuple(
+        LabelledPair(
+            f"{split}-{n}",
+            f"query {n // 2}",
+            f"{name} {n}",
+            None if kind == "scores" else str(value),
+            float(value) if kind == "scores" else None,
+        )
+        for n, value in enumerate(truth)
+    )
+    return PairDataset(name, Path(name), kind, (), {split: pairs}, ())
+
+
+class Says(Told):
+    """A judge that gives the passage "<name> <n>" the n-th of the scores of that data set."""
+
+    def __init__(self, fingerprint="says", **scores):
+        super().__init__(fingerprint=fingerprint)
+        self.scores = scores
+
+    def judge(self, pairs, task, **_):
+        self.asked += len(pairs)
+        names_and_numbers = [passage.split() for _, passage in pairs]
+        return FakeJudgements(np.array([self.scores[name][int(n)] for name, n in names_and_numbers], np.float32), 0)
+
+
+@pytest.fixture
+def compare(trial, monkeypatch):
+    """Runs a gate on pair sets with these two judges."""
+
+    def run(teacher, cosine, *sets, **settings):
+        monkeypatch.setattr(verb, "CosineTeacher", lambda student: cosine)
+        return trial(teacher, judged=sets, **settings)
+
+    return run
+
+
+YES_NO = ["1", "0"] * 10
+
+
+def test_pairs_are_tried_by_average_precision(compare, tmp_path):
+    right, wrong = [int(label) + n / 100 for n, label in enumerate(YES_NO)], [-int(label) for label in YES_NO]
+    report = compare(Says(couples=right), Says("cosine", couples=wrong), (couples(YES_NO), "symmetric"))
+    (row,) = report.sets
+    assert (row.name, row.task, row.measure, row.num_items) == ("couples", "symmetric", "AP", 20)
+    # All yeses come after the ten noes, with one score: they come in together, at a precision of 10 / 20.
+    assert (row.teacher, row.cosine, row.difference) == pytest.approx((1, 0.5, 0.5))
+    # Every pair goes from the wrong side of all others to the right one: 2 of 2^20 signs are as extreme.
+    assert row.p_value < 0.001
+    assert row.is_open
+    assert report.closed == ()
+    assert report.num_judged == 20
+    assert [dataclasses.replace(row, name="couples") for row in report.tasks] == [row]
+    turned = compare(Says("turned", couples=wrong), Says("other", couples=right), (couples(YES_NO), "symmetric"))
+    assert turned.sets[0].difference == pytest.approx(-0.5)
+    assert turned.closed == ("couples",)
+    assert read_gate(tmp_path / "run", "says") == {"couples": True}
+    assert read_gate(tmp_path / "run", "turned") == {"couples": False}
+    # The value is that of the store when it is tried again, and nobody is asked.
+    again = Says(couples=wrong)
+    assert compare(again, Says("cosine"), (couples(YES_NO), "symmetric")).sets == report.sets
+    assert again.asked == 0
+
+
+def test_a_few_pairs_open_no_gate(compare):
+    report = compare(
+        Says(couples=[1, 0, 1, 0]), Says("cosine", couples=[0, 1, 0, 1]), (couples(YES_NO[:4]), "symmetric")
+    )
+    assert report.sets[0].teacher == 1
+    assert report.sets[0].p_value == pytest.approx(2 / 16, abs=0.02)
+    assert not report.sets[0].is_open
+
+
+def test_graded_pairs_are_tried_by_spearman(compare):
+    grades = list(range(16))
+    sets = [(couples(grades, kind="scores"), "symmetric")]
+    report = compare(Says(couples=grades), Says("cosine", couples=grades[::-1]), *sets)
+    assert (report.sets[0].measure, report.sets[0].teacher, report.sets[0].cosine) == ("Spearman", 1, -1)
+    assert report.sets[0].is_open
+    # By score two neighbours have changed places, all others are right.
+    nearly = [1, 0, *grades[2:]]
+    report = compare(Says("nearly", couples=nearly), Says("right", couples=grades), *sets)
+    assert report.sets[0].teacher == pytest.approx(1 - 6 * 2 / (16 * (16**2 - 1)))
+    assert not report.sets[0].is_open
+
+
+CLASSES = ["contradiction", "neutral", "entailment"] * 12
+
+
+def test_classes_are_tried_at_thresholds_of_the_other_half(compare):
+    dataset = couples(CLASSES, kind="classes")
+    number = {"contradiction": 0, "neutral": 1, "entailment": 2}
+    # The halves of each class, in the sample's order; the second half's scores lie above all of the first's.
+    seen, shifted = dict.fromkeys(number, 0), [0.0] * len(CLASSES)
+    for pair in make_dev_pairs(dataset, "symmetric", num_pairs=36, seed=0).pairs:
+        shifted[int(pair.passage.split()[1])] = number[pair.label] + 10 * (seen[pair.label] % 2)
+        seen[pair.label] += 1
+    right = [number[label] for label in CLASSES]
+    report = compare(Says(couples=right), Says("cosine", couples=shifted), (dataset, "symmetric"))
+    (row,) = report.sets
+    assert (row.measure, row.teacher) == ("accuracy (3 classes)", 1)
+    # One half's cuts call the other all entailment, or all contradiction: a third is right.
+    assert row.cosine == pytest.approx(1 / 3)
+    assert row.is_open
+
+
+def test_a_class_that_is_too_rare_for_thresholds_is_said(compare):
+    dataset = couples(CLASSES[:6], kind="classes")
+    compare(Says(couples=range(6)), Says("cosine", couples=range(6)), (dataset, "symmetric"))
+    rare = couples(["contradiction", "neutral", "entailment", "contradiction", "neutral"], kind="classes")
+    with pytest.raises(InputError, match="no pair of the dev split is 'entailment'"):
+        compare(Says("b", couples=range(5)), Says("c", couples=range(5)), (rare, "symmetric"))
+
+
+def test_ten_pairs_stand_for_a_query_and_a_pair_that_repeats_is_judged_once(compare):
+    dataset = couples(YES_NO * 3)
+    twin = dataclasses.replace(dataset.splits["dev"][0], id="twin")
+    dataset = dataclasses.replace(dataset, splits={"dev": (*dataset.splits["dev"], twin)})
+    scores = {"couples": [int(label) for label in YES_NO * 3]}
+    small = compare(Says(**scores), Says("cosine", **scores), (dataset, "symmetric"), queries=2)
+    assert (small.sets[0].num_items, small.num_judged) == (20, 20)
+    whole = compare(Says(**scores), Says("cosine", **scores), (dataset, "symmetric"), queries=7)
+    assert (whole.sets[0].num_items, whole.num_judged) == (61, 40)  # the larger sample contains the smaller
+
+
+def test_other_texts_under_the_same_ids_are_judged_anew(compare):
+    scores = {"couples": [1, 0] * 10, "others": [0, 1] * 10}
+    before = compare(Says(**scores), Says("cosine", **scores), (couples(YES_NO), "symmetric"))
+    changed = dataclasses.replace(couples(YES_NO, name="others"), name="couples")
+    after = compare(Says(**scores), Says("cosine", **scores), (changed, "symmetric"))
+    assert (before.sets[0].teacher, after.sets[0].teacher) == (1, 0.5)
+    assert after.num_judged == 20
+
+
+def test_sets_of_one_measure_are_pooled_and_others_are_not(compare):
+    names = {"couples": YES_NO, "doubles": YES_NO[:10], "grades": list(range(12))}
+    sets = [
+        (couples(truth, kind="scores" if name == "grades" else "binary", name=name), "symmetric")
+        for name, truth in names.items()
+    ]
+    right = {name: [float(value) for value in truth] for name, truth in names.items()}
+    wrong = {name: [-value for value in values] for name, values in right.items()}
+    report = compare(Says(**right), Says("cosine", **wrong | {"couples": right["couples"]}), *sets)
+    rows = [(row.name, row.measure, row.num_items, row.is_open) for row in report.tasks]
+    assert rows == [("symmetric", "AP", 30, True), ("symmetric", "Spearman", 12, True)]
+    assert report.tasks[0].cosine == pytest.approx((20 * 1 + 10 * 0.5) / 30)
+    assert report.closed == ("couples",)  # equal scores
+    cells = {
+        str(column.header): [str(cell) for cell in column.cells]
+        for column in gate_table(report).columns
+        if column.header
+    }
+    assert cells["measure"] == ["AP", "AP", "Spearman", "AP", "Spearman"]
+    assert cells["tried on"] == ["20", "10", "12", "30", "12"]
+    assert cells["gate"] == ["closed", "open", "open", "open", "open"]
+    assert gate_advice(report).startswith("gate: closed for couples: ")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        (couples(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tried"),
+        (couples(["1", "1"]), DataFormatError, "no negative pair"),
+        (couples(["red", "blue"], kind="classes"), DataFormatError, "natural language inference: entailment, "),
+    ],
+)
+def test_pairs_that_cannot_be_measured_are_an_error(dataset, error, message):
+    with pytest.raises(error, match=message):
+        make_dev_pairs(dataset, "symmetric", num_pairs=10, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["binary", "classes", "scores"])
+def test_a_closed_pair_set_is_trained_on_its_own_targets_whatever_the_teacher_said(kind, tmp_path):
+    truth = {"binary": YES_NO, "classes": CLASSES, "scores": list(range(12))}[kind]
+    pairs = couples(truth, kind=kind, split="train")
+    prepared = read_pair_training_set(pairs)
+    plan = make_plan(plan_of_pairs(prepared, "train", num_easy=0, seed=0))
+    source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
+    key = {"prompt": "none", "dataset": "couples"}
+    all_yes = LabelStore(tmp_path / "labels", teacher="told", **key)
+    all_yes.write(
+        [QueryLabels(e.query_id, e.passage_ids, np.full(len(e.targets), 5, np.float32)) for e in plan.entries]
+    )
+    closed = LabelledSource.join(source, LabelStore(tmp_path / "labels", teacher="none", **key), keep_unlabelled=True)
+    assert len(closed.entries) == len(plan.entries)
+    taught = LabelledSource.join(source, LabelStore(tmp_path / "labels", teacher="told", **key))
+    assert closed.num_unlabelled == len(plan.entries)
+    assert taught.num_unlabelled == 0
+
+    def losses(joined, share):
+        ((of, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
+        batch = collate(of, draws)
+        logits = torch.linspace(0.5, 3, batch.positive.size).reshape(batch.positive.shape)
+        found = batch_losses(PairScores(logits, logits / 2, None), batch, LossWeights(teacher_share=share))
+        return {name: value.item() for name, value in found.items()}
+
+    own = losses(closed, 0.0)
+    assert set(own) == {"pair_cross_entropy", "anchor_pair_cross_entropy"}
+    for share in (0.5, 1.0):
+        assert losses(closed, share) == pytest.approx(own, rel=1e-5)
+        assert losses(taught, share) != pytest.approx(own, rel=1e-2)
+
+
+class TestFirstLook:
+    @pytest.fixture
+    def look(self, student, tmp_path, monkeypatch):
+        def run(judge):
+            monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
+            return first_look(
+                [(everyday(), "asymmetric")],
+                tmp_path / "run",
+                teacher=TEACHER,
+                student=student,
+                settings=GateConfig(queries=2, depth=3),
+                show_progress=False,
+            )
+
+        return run
+
+    def test_it_tries_few_queries_on_bm25s_candidates_and_keeps_no_verdict(self, look, tmp_path):
+        found = look(Told())
+        (row,) = found.sets
+        assert (row.name, row.num_items, row.teacher) == (
+            "everyday",
+            12,
+            1.0,
+        )  # all twelve are fewer than those of a look
+        assert LOOK_QUERIES >= 12
+        assert found.num_judged == 12 * 3  # three passages have the words of each query; no vector proposes others
+        assert read_gate(tmp_path / "run", "told") is None
+
+    def test_what_was_judged_is_not_judged_again(self, look):
+        look(Told())
+        assert look(Told(fail_after=0)).num_judged == 0
+
+    def test_a_teacher_that_is_behind_is_said_to_be(self, look):
+        assert "is behind the cosine by" in look_sentence(look(Told(right=False)))
+        assert "is as good as the cosine or better" in look_sentence(look(Told(fingerprint="other")))
+
+
+def test_a_verdict_in_words():
+    assert verdict_words({"a": True, "b": False, "c": True}) == "open for a, c; closed for b"
+    assert verdict_words({"a": True}) == "open for a"

@@ -1,0 +1,264 @@
+"""The gradient of a batch in parts, against one backward pass through all of it, written out here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from d2llm.core.recipe import LoraConfig, LossWeights, TrainingConfig
+from d2llm.data.collation import DistillationBatch
+from d2llm.models.student import Student
+from d2llm.training import gradient_cache
+from d2llm.training.gradient_cache import backpropagate, graph_room
+from d2llm.training.objective import batch_losses, batch_tokens, score_batch, score_vectors, weighted_sum
+from tiny_data import make_source
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+WEIGHTS = LossWeights(rank_imitation_hard_easy=0.5, feature_imitation=0.5)
+NUM_QUERIES, NUM_PASSAGES = 5, 17
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), "modernbert", initializer_range=0.1)
+
+
+def make_student(model: Path, *, dropout: float = 0.0, **backbone: Any) -> Student:
+    config = tiny_student_config(model, lora=LoraConfig(rank=4, alpha=8.0, dropout=dropout), **backbone)
+    head = config.interaction.model_copy(update={"dropout": dropout})
+    student = Student.create(config.model_copy(update={"interaction": head}), device="cpu", dtype="float32")
+    student.prepare_training()
+    randomise(student, scale=0.1)
+    return student.train()
+
+
+@pytest.fixture(scope="module")
+def student(model: Path) -> Student:
+    return make_student(model)
+
+
+@pytest.fixture(scope="module")
+def batch() -> DistillationBatch:
+    """Texts of 1 to 8 words in no order; the first passage of a query is its positive, two others are hard."""
+    rng = random.Random(0)
+    words = " ".join(TEXTS).split()
+    passages = {f"p{n:02}": " ".join(rng.sample(words, rng.randint(1, 8))) for n in range(NUM_PASSAGES)}
+    queries = {f"q{n}": " ".join(rng.sample(words, rng.randint(1, 8))) for n in range(NUM_QUERIES)}
+    own = np.arange(NUM_QUERIES * 3).reshape(NUM_QUERIES, 3)
+    masks = np.zeros((3, NUM_QUERIES, NUM_PASSAGES), bool)
+    for row, columns in enumerate(own):
+        masks[0, row, columns[0]] = masks[1, row, columns[1:]] = True
+    masks[2] = ~(masks[0] | masks[1])
+    log_odds = np.random.default_rng(0).normal(0, 2, (NUM_QUERIES, NUM_PASSAGES)).astype(np.float32)
+    gram = np.stack([np.eye(3, dtype=np.float32) * 0.5 + 0.5] * NUM_QUERIES)
+    return DistillationBatch(
+        make_source(passages, queries, []), tuple(queries), tuple(passages), *masks, log_odds, own, gram
+    )
+
+
+@dataclass
+class Found:
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def taken(student: Student, loss: Tensor) -> Found:
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad(set_to_none=True)
+    return Found(float(loss.detach()), gradients)
+
+
+def in_one(student: Student, batch: DistillationBatch) -> Found:
+    """Every text in one forward pass, one backward pass."""
+    loss = weighted_sum(batch_losses(score_batch(student, batch), batch, WEIGHTS), WEIGHTS)
+    loss.backward()
+    return taken(student, loss)
+
+
+def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: weighted_sum(batch_losses(score_vectors(student, vectors, batch), batch, WEIGHTS), WEIGHTS)
+
+
+def in_parts(
+    student: Student, batch: DistillationBatch, *, seed: int = 3, room: int = 1 << 20, **training: Any
+) -> Found:
+    loss = backpropagate(
+        student,
+        batch_tokens(student, batch),
+        loss_of(student, batch),
+        training=TrainingConfig.model_validate(training),
+        room=room,
+        seed=seed,
+    )
+    return taken(student, loss)
+
+
+def assert_same(found: Found, expected: Found, tolerance: float = 1e-5) -> None:
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.gradients.keys() == expected.gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    for name, gradient in expected.gradients.items():
+        difference = float((found.gradients[name] - gradient).abs().max())
+        assert difference <= tolerance * largest, (name, difference, largest)
+
+
+@pytest.mark.parametrize("caching", ["on", "off", "auto"])
+@pytest.mark.parametrize("part_tokens", [1, 40])
+def test_it_is_the_gradient_of_one_pass(
+    student: Student, batch: DistillationBatch, caching: str, part_tokens: int
+) -> None:
+    expected = in_one(student, batch)
+    assert max(float(gradient.abs().max()) for gradient in expected.gradients.values()) > 0.01
+    assert_same(in_parts(student, batch, gradient_caching=caching, part_tokens=part_tokens), expected)
+
+
+@settings(max_examples=6, deadline=None)
+@given(part_tokens=st.integers(1, 300), room=st.integers(0, 1 << 22))
+def test_whatever_the_parts_and_the_room(
+    student: Student, batch: DistillationBatch, part_tokens: int, room: int
+) -> None:
+    assert_same(in_parts(student, batch, part_tokens=part_tokens, room=room), in_one(student, batch))
+
+
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_whatever_is_trained(model: Path, batch: DistillationBatch, tuning: str) -> None:
+    student = make_student(model, tuning=tuning)
+    assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), in_one(student, batch))
+
+
+def test_a_head_on_an_encoder_that_stands_still(model: Path, batch: DistillationBatch) -> None:
+    student = make_student(model)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.startswith("interaction."))
+    expected = in_one(student, batch)
+    assert set(expected.gradients) <= {name for name, _ in student.named_parameters() if name.startswith("interaction")}
+    assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), expected)
+    assert_same(in_parts(student, batch, gradient_caching="off", part_tokens=40), expected)
+
+
+def test_with_dropout_the_second_reading_is_the_first_one_again(model: Path, batch: DistillationBatch) -> None:
+    """So the memory that is free changes nothing of a run, not even of one that is resumed elsewhere."""
+    student = make_student(model, dropout=0.3)
+    kept = in_parts(student, batch, gradient_caching="off", part_tokens=40)
+    others = [in_parts(student, batch, gradient_caching="on", part_tokens=40)]
+    others += [in_parts(student, batch, room=room, part_tokens=40) for room in (0, 200_000, 1 << 30)]
+    for other in others:
+        assert other.loss == kept.loss
+        for name, gradient in kept.gradients.items():
+            assert torch.equal(other.gradients[name], gradient), name
+    other = in_parts(student, batch, seed=4, part_tokens=40)
+    assert abs(other.loss - kept.loss) > 1e-3  # dropout was on
+    student.eval()
+    assert abs(in_parts(student, batch, part_tokens=40).loss - kept.loss) > 1e-3
+
+
+def peak_of_saved(student: Student, ids: list[list[int]], caching: str) -> int:
+    """The most numbers of token states that the backward pass had to keep at a time."""
+    alive = peak = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal alive, peak
+            self.tensor, self.size = tensor, tensor.numel() if tensor.ndim >= 3 else 0
+            alive += self.size
+            peak = max(peak, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= self.size
+
+    training = TrainingConfig.model_validate({"gradient_caching": caching, "part_tokens": 64})
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), training=training, room=0, seed=0)
+    student.zero_grad(set_to_none=True)
+    return peak
+
+
+def test_memory_is_that_of_some_parts_however_many_texts(student: Student) -> None:
+    ids = [[5] * 8] * 32
+    few, many = (
+        {caching: peak_of_saved(student, ids * times, caching) for caching in ("on", "off")} for times in (1, 4)
+    )
+    assert many["off"] == 4 * few["off"]
+    assert many["on"] == few["on"] == few["off"] / 4  # one part of four
+
+
+def read_with_graph(
+    student: Student, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[bool]:
+    """Whether each reading of a part, in their order, kept what its backward pass needs."""
+    readings: list[bool] = []
+    whole = type(student).forward
+
+    def forward(self: Student, *inputs: Tensor) -> Tensor:
+        readings.append(torch.is_grad_enabled())
+        return whole(self, *inputs)
+
+    monkeypatch.setattr(type(student), "forward", forward)
+    training = TrainingConfig(part_tokens=64)
+    backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), training=training, seed=0, **options)
+    student.zero_grad(set_to_none=True)
+    return readings
+
+
+def bytes_of_a_part(student: Student, ids: list[list[int]]) -> int:
+    """What the graph of one reading holds besides the weights, counted here by the tensors' places in memory."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        vectors = student(*student.backbone.pad(ids))
+    for tensor in (*student.parameters(), *student.buffers()):
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    del vectors
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(("parts", "kept"), [(0.5, 1), (1.5, 1), (2.5, 2), (3.9, 3), (9.0, 4)])
+def test_as_many_parts_are_kept_as_there_is_room_for(
+    student: Student, monkeypatch: pytest.MonkeyPatch, parts: float, kept: int
+) -> None:
+    ids = [[5] * 8] * 32  # four parts of 8 texts
+    room = int(parts * gradient_cache.ALLOCATED["cpu"] * bytes_of_a_part(student, ids[:8]))
+    readings = read_with_graph(student, ids, monkeypatch, room=room)
+    assert readings == [True] * kept + [False] * (4 - kept) + [True] * (4 - kept)
+
+
+class TestRoom:
+    def room(self, monkeypatch: pytest.MonkeyPatch, student: Student, free: int | None, **training: Any) -> int:
+        monkeypatch.setattr(gradient_cache, "free_memory", lambda device: free)
+        return graph_room(student, TrainingConfig.model_validate(training))
+
+    def test_it_is_a_third_of_what_is_free_and_that_is_said(
+        self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", logger="d2llm.remarks")
+        assert self.room(monkeypatch, student, 6 << 30) == 2 << 30
+        assert "6.0 GiB are free; up to 2.0 GiB of it hold intermediate results" in caplog.text
+        assert self.room(monkeypatch, student, None) == 1 << 30
+        assert "cannot be read here" in caplog.text
+
+    def test_processes_of_one_machine_share_it(self, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert self.room(monkeypatch, student, 6 << 30) == 1 << 30
+
+    def test_the_recipe_may_say_another_number(
+        self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", logger="d2llm.remarks")
+        assert self.room(monkeypatch, student, 6 << 30, graph_gib=0.5) == 1 << 29
+        assert self.room(monkeypatch, student, 6 << 30, gradient_caching="off") == 0
+        assert caplog.text == ""

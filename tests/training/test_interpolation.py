@@ -1,0 +1,84 @@
+"""How much of a training is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from d2llm.core.types import Task
+from d2llm.training.dev import DevResult
+from d2llm.training.interpolation import items_at_best_weight, put_between, sound_weights, sufficient_share
+
+NUM = 40
+
+
+def result(*values: float, task: Task = "asymmetric") -> DevResult:
+    """A dev set whose 40 queries all have the value of a weight: any other mean is significantly different."""
+    weights = (0.0, 1.0)[: len(values)]
+    by_item = {weight: np.full(NUM, value) for weight, value in zip(weights, values, strict=True)}
+    return DevResult(task, dict(zip(weights, values, strict=True)), by_item)
+
+
+def test_between_start_and_end_an_adapter_s_product_is_the_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = {
+        "x.lora_A.default.weight": torch.randn(2, 5, generator=generator),
+        "x.lora_B.default.weight": torch.zeros(4, 2),
+        "head": torch.tensor([1.0, 2.0]),
+    }
+    end = {name: value + torch.randn(value.shape, generator=generator) for name, value in start.items()}
+    parameters = {name: nn.Parameter(value.clone()) for name, value in end.items()}
+    put_between(parameters, start, end, 0.25)
+    product = parameters["x.lora_B.default.weight"] @ parameters["x.lora_A.default.weight"]
+    whole = end["x.lora_B.default.weight"] @ end["x.lora_A.default.weight"]
+    torch.testing.assert_close(product, 0.25 * whole)
+    torch.testing.assert_close(parameters["head"].data, start["head"] + 0.25 * (end["head"] - start["head"]))
+    put_between(parameters, start, end, 0.0)
+    assert not parameters["x.lora_B.default.weight"].any()
+    torch.testing.assert_close(parameters["head"].data, start["head"])
+
+
+@pytest.mark.parametrize(
+    ("by_share", "kept"),
+    [
+        ({0.5: (0.6, 0.6), 1.0: (0.6, 0.6)}, 0.5),  # half the way is as good
+        ({0.5: (0.6, 0.6), 1.0: (0.7, 0.7)}, 1.0),  # it is not
+        ({0.5: (0.6, 0.6), 1.0: (0.9, 0.4)}, 0.5),  # the whole way lost on a set, half of it did not
+        ({0.5: (0.6, 0.4), 1.0: (0.9, 0.4)}, 0.0),  # every share lost
+        ({0.25: (0.6, 0.6), 0.5: (0.7, 0.6), 1.0: (0.5, 0.5)}, 0.5),  # better on the way than at its end
+    ],
+)
+def test_the_share_that_is_kept(by_share: dict[float, tuple[float, float]], kept: float) -> None:
+    start = items_at_best_weight({"a": result(0.5), "b": result(0.5)})
+
+    def measure(share: float) -> dict[str, DevResult]:
+        first, second = by_share.get(share, (0.5, 0.5))
+        return {"a": result(first), "b": result(second)}
+
+    share, results = sufficient_share([s for s in by_share if s < 1], measure, start, seed=0)
+    assert share == kept
+    assert set(results) == set(by_share) | ({0.0} if kept == 0 else set())
+
+
+def test_no_more_is_kept_than_the_largest_share() -> None:
+    start = items_at_best_weight({"a": result(0.5)})
+
+    def measure(share: float) -> dict[str, DevResult]:
+        return {"a": result(0.5 + 0.4 * share)}  # ever better
+
+    share, results = sufficient_share([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
+    assert share == 0.6
+    assert set(results) == {0.25, 0.5, 0.6}
+    assert sufficient_share([], measure, start, seed=0, largest=0.5)[0] == 0.5
+
+
+def test_a_weight_that_costs_one_set_is_not_taken_for_another_s_gain() -> None:
+    start = items_at_best_weight({"a": result(0.5), "b": result(0.5), "c": result(0.5, task="symmetric")})
+    results = {"a": result(0.5, 0.9), "b": result(0.5, 0.4), "c": result(0.4, 0.6, task="symmetric")}
+    assert sound_weights(results, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
+    # Better than the start, but worse than the vectors alone have become.
+    lost = {"a": result(0.7, 0.9), "b": result(0.7, 0.6), "c": results["c"]}
+    assert sound_weights(lost, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
+    assert sound_weights({"c": result(0.3, 0.4, task="symmetric")}, {"c": start["c"]}, seed=0) == {"symmetric": 0.0}

@@ -1,0 +1,140 @@
+"""Labelling when the disk is full, when nothing fits in memory, and what the bar says."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import d2llm.core.files as files
+import d2llm.training.label as verb
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.core.types import Task
+from d2llm.data.labels import LabelStore
+from d2llm.models.teachers.judge import Judgements, TextPair
+from tiny_data import topics
+
+NUM_QUERIES = 40
+
+
+class LengthTeacher:
+    """Says how much longer the passage is than the query; notes how many pairs it was asked at a time."""
+
+    fingerprint = "length"
+
+    def __init__(self, *, has_features: bool = True) -> None:
+        self.has_features = has_features
+        self.asked: list[int] = []
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        return f"length-{task}"
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        del task
+        self.asked.append(len(pairs))
+        if advance is not None:
+            advance(len(pairs))
+        log_odds = np.array([len(passage) - len(query) for query, passage in pairs], dtype=np.float32)
+        features = np.stack([log_odds, np.ones_like(log_odds)], axis=1) if with_features and self.has_features else None
+        return Judgements(log_odds, features, 0, len(pairs), num_bounded=1, num_undecided=2)
+
+
+@pytest.fixture
+def teacher(monkeypatch: pytest.MonkeyPatch) -> LengthTeacher:
+    teacher = LengthTeacher()
+    monkeypatch.setattr(verb, "load_judge", lambda *_, **__: teacher)
+    monkeypatch.setattr(verb, "_QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(verb, "_SHARD_SECONDS", 0.0)
+    return teacher
+
+
+def run(store: Path) -> verb.LabelReport:
+    return verb.label([topics(num_train=NUM_QUERIES)], store, teacher=TeacherConfig(), show_progress=False)
+
+
+def stored(folder: Path) -> LabelStore:
+    return LabelStore(folder, teacher="length", prompt="length-asymmetric", dataset="tiny")
+
+
+def test_a_full_disk_loses_nothing_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LengthTeacher
+) -> None:
+    """The file system refuses while a shard's second file is flushed, as one does that is full."""
+    whole = run(tmp_path / "whole")
+    genuine, left = os.fsync, [14]
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        genuine(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        with pytest.raises(
+            InputError, match=r"labels cannot be written \(No space left on device\).*goes on from there"
+        ):
+            run(tmp_path / "store")
+    before = stored(tmp_path / "store")
+    assert 0 < len(before) < NUM_QUERIES
+    assert not list((tmp_path / "store").rglob(".*"))  # no half of a file is left behind
+    asked = sum(teacher.asked)
+    report = run(tmp_path / "store")
+    assert report.finished_queries == len(before)
+    assert sum(teacher.asked) - asked == report.pairs == whole.pairs - before.num_pairs
+    after, undisturbed = stored(tmp_path / "store"), stored(tmp_path / "whole")
+    assert after.num_duplicates == 0
+    assert {q: after.log_odds(q) for q in after.query_ids} == {
+        q: undisturbed.log_odds(q) for q in undisturbed.query_ids
+    }
+
+
+def test_memory_holds_one_chunk_of_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LengthTeacher
+) -> None:
+    """However many pairs there are: the teacher gets a few queries at a time, and the store keeps none of them."""
+    opened: list[LabelStore] = []
+    genuine = LabelStore.__init__
+
+    def noting(self: LabelStore, folder: Path, **key: str) -> None:
+        genuine(self, folder, **key)
+        opened.append(self)
+
+    monkeypatch.setattr(LabelStore, "__init__", noting)
+    report = run(tmp_path)
+    most = max(len(entry.passage_ids) for entry in topics(num_train=NUM_QUERIES).plan.entries)
+    assert max(teacher.asked) <= 4 * most < report.pairs
+    assert len(opened) == 1
+    assert opened[0].num_pairs == 0
+    assert stored(tmp_path).num_pairs == report.pairs
+
+
+def test_without_features_only_what_is_new_is_judged(tmp_path: Path, teacher: LengthTeacher) -> None:
+    teacher.has_features = False
+    first = run(tmp_path)
+    assert (first.num_bounded, first.num_undecided) == (len(teacher.asked), 2 * len(teacher.asked))
+    assert stored(tmp_path).gram(stored(tmp_path).query_ids[0]) is None
+    again = run(tmp_path)
+    assert (again.pairs, again.finished_queries) == (0, NUM_QUERIES)
+
+
+def test_the_bar_says_pairs_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 102.0, 110.0])
+    monkeypatch.setattr(verb.time, "monotonic", lambda: next(clock))
+    said: list[tuple[int, str]] = []
+    count = verb._with_rate(lambda number, note="": said.append((number, note)))
+    count(10)
+    count(40)
+    assert said == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]

@@ -1,0 +1,359 @@
+"""What mining drops as likely positives, in what order it tries candidates, and what the audit says of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import MiningConfig
+from d2llm.core.recipe_file import parse_recipe
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset
+from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.data.same_text import likeness, shingles
+from d2llm.models.teachers.judge import Judgements
+from d2llm.training.mining.audit import MarginHistogram, rank_range
+from d2llm.training.mining.audit_page import audit_page
+from d2llm.training.mining.draw import order_candidates, random_of
+from d2llm.training.mining.mine import MiningResult, mine
+from d2llm.training.mining.teacher import TeacherCheck
+from d2llm.training.mining.vectors import encode_to_file
+from fake_models import FakeStudent, Interruption
+
+# BM25 of "cat": shorter passages first, so a, b, c ... in rank.
+TEXTS = {name: " ".join(["cat", *(f"{name * 3}{word}" for word in range(n))]) for n, name in enumerate("abcdefgh", 1)}
+
+
+def world(grades: dict[str, int], texts: dict[str, str] | None = None, **splits: dict[str, dict[str, int]]) -> Dataset:
+    passages = {name: Passage(name, text) for name, text in (texts or TEXTS).items()}
+    qrels = {"train": {"q": grades}, "dev": {}, "test": {}, **splits}
+    return Dataset("tiny", Path("/somewhere/else/tiny"), passages, {"q": Query("q", "cat")}, qrels)
+
+
+def mined(dataset: Dataset, teacher: TeacherCheck | None = None, student: Any = None, **settings: Any) -> MiningResult:
+    config = MiningConfig.model_validate({"num_hard": 8, "num_easy": 0, "sampling": "top", **settings})
+    return mine(dataset, "train", config, encoder=None, student=student, teacher=teacher, seed=0)
+
+
+def hard(result: MiningResult) -> tuple[str, ...]:
+    return result.entries[0].hard_negatives
+
+
+@dataclass
+class Teacher:
+    """Log-odds by the first word that is not "cat"; the features are two numbers of it."""
+
+    log_odds: dict[str, float]
+    fingerprint: str = "t"
+    asked: list[list[str]] = field(default_factory=list)
+
+    def prompt_fingerprint(self, task: str) -> str:
+        return "p"
+
+    def judge(self, pairs: Any, task: str, *, with_features: bool = False, advance: Any = None) -> Judgements:
+        assert with_features
+        names = [text.split()[1][0] for _, text in pairs]
+        self.asked.append(names)
+        values = np.array([self.log_odds[name] for name in names], np.float32)
+        features = np.array([[1.0, self.log_odds[name]] for name in names], np.float32)
+        return Judgements(values, features, 0, 0)
+
+
+def check(folder: Path, dataset: Dataset, judge: Teacher | None, margin: float) -> TeacherCheck:
+    store = LabelStore(folder, teacher="t", prompt="p", dataset="tiny")
+    return TeacherCheck(store, judge, "asymmetric", margin, dataset.passages)
+
+
+LISTS = {"bm25": list("abcde"), "cosine": list("edxyz")}
+ODDS = {"a": 3.0, "b": 2.5, "c": -4.0, "d": 1.0, "e": 0.9, "f": -1.0, "g": -2.0, "h": -3.0}
+POSITIVE = "cat the quick brown fox jumps over the lazy dog near the river bank today"
+
+
+class TestOrder:
+    def test_top_takes_the_better_rank_then_the_id(self):
+        found = order_candidates(LISTS, {"a"}, {"bm25": 0, "cosine": 0}, "top", random.Random(0))
+        # Without the positive: bm25 b0 c1 d2 e3, cosine e0 d1 x2 y3 z4.
+        assert [c.passage_id for c in found] == ["b", "e", "c", "d", "x", "y", "z"]
+        assert found[1].ranks == {"bm25": 3, "cosine": 0}
+        assert (found[1].best_rank, found[1].sources) == (0, "bm25+cosine")
+
+    def test_each_list_has_its_own_first_rank(self):
+        found = order_candidates(LISTS, {"a"}, {"bm25": 2, "cosine": 1}, "top", random.Random(0))
+        assert [c.passage_id for c in found] == ["d", "x", "y", "z"]  # b, c of bm25 and e of cosine are left out
+
+    @pytest.mark.parametrize("sampling", ["uniform", "rank_weighted"])
+    def test_draws_follow_the_seed_and_hold_all(self, sampling):
+        first, again, other = (
+            order_candidates(LISTS, (), {"bm25": 0, "cosine": 0}, sampling, random_of(seed)) for seed in (1, 1, 2)
+        )
+        assert first == again != other
+        assert sorted(c.passage_id for c in first) == list("abcdexyz")
+
+    def test_rank_weighted_draws_with_a_chance_of_one_over_rank(self):
+        lists = {"bm25": ["a", "b", "c"]}
+        firsts = Counter(
+            order_candidates(lists, (), {"bm25": 0}, "rank_weighted", random_of(seed))[0].passage_id
+            for seed in range(4000)
+        )
+        # weights 1, 1/2, 1/3: shares 6/11, 3/11, 2/11; the standard deviation of a share is below 0.008
+        for name, share in (("a", 6 / 11), ("b", 3 / 11), ("c", 2 / 11)):
+            assert firsts[name] / 4000 == pytest.approx(share, abs=0.03)
+
+    def test_more_wanted_keeps_the_first(self):
+        some, more = (hard(mined(world({"a": 1}), sampling="uniform", num_hard=n)) for n in (2, 5))
+        assert more[:2] == some
+
+
+class TestRanges:
+    def test_of_one_list_alone(self):
+        assert hard(mined(world({"a": 1}), bm25_range=[2, 5])) == ("d", "e")  # of a-e, without a, b and c are skipped
+
+    def test_old_names_are_read(self):
+        assert MiningConfig.model_validate({"depth": 7, "skip_top": 2}) == MiningConfig(range_max=7, range_min=2)
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"depth": 3, "range_max": 4}, "depth is the old name of range_max"),
+            ({"range_min": 50}, r"the range of bm25 is \[50, 50\]"),
+            ({"encoder_range": [-1, 5]}, r"the range of encoder is \[-1, 5\]"),
+            ({"sources": []}, "sources is empty"),
+            ({"sampling": "best"}, "mining.sampling"),
+        ],
+    )
+    def test_wrong_ones_are_refused(self, values, said):
+        with pytest.raises(Exception, match=said):
+            parse_recipe({"mining": values})
+
+    def test_no_list_to_mine_from(self):
+        with pytest.raises(InputError, match="there is no list to mine from"):
+            mined(world({"a": 1}), sources=["encoder"])
+
+
+class TestNearDuplicates:
+    def test_likeness_is_that_of_trigrams(self):
+        # "abcd": abc bcd; "abce": abc bce: 1 of 3. Case and punctuation are not compared.
+        assert likeness(shingles("abcd"), shingles("ABCE!")) == pytest.approx(1 / 3)
+        assert likeness(shingles("ab"), shingles("ab")) == 1
+        assert likeness(shingles(""), shingles("...")) == 0
+
+    def test_a_text_nearly_a_positives_is_dropped_and_counted(self):
+        texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s"}
+        result = mined(world({"p": 1}, texts), num_hard=9)
+        assert set(hard(result)) == set(TEXTS)
+        assert result.report["num_dropped"] == {"near_duplicate": 1, "relative_margin": 0, "teacher_margin": 0}
+        [drop] = result.audit["dropped"]["near_duplicate"]["first"]
+        assert (drop["query_id"], drop["passage_id"], drop["limit"]) == ("q", "n", 0.9)
+        expected = likeness(shingles(POSITIVE), shingles(POSITIVE + "s"))
+        assert drop["value"] == pytest.approx(expected, abs=1e-4)
+        assert "n" in hard(mined(world({"p": 1}, texts), num_hard=9, near_duplicate=1))
+
+    def test_what_the_data_set_judges_not_relevant_stays(self):
+        texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s"}
+        assert "n" in hard(mined(world({"p": 1, "n": 0}, texts), num_hard=9))
+        # ... but not what another split judges relevant
+        assert "n" not in hard(mined(world({"p": 1, "n": 0}, texts, more={"q": {"n": 1}}), num_hard=9))
+
+
+class TestRelativeMargin:
+    @dataclass
+    class Student:
+        """Scores by the passage's first own letter, through an inner product with (1, 0)."""
+
+        scores: dict[str, float]
+        fingerprint: str = "s"
+        has_anchor: bool = True
+        config: Any = None
+
+        def _encode(self, texts: Any, advance: Any) -> Any:
+            @dataclass
+            class Encoded:
+                vectors: Any
+                num_truncated: int = 0
+                num_tokens: int = 0
+
+            names = [text.split()[1][0] if " " in text else "" for text in texts]
+            return Encoded(np.array([[self.scores.get(name, 1.0), 1.0] for name in names], np.float32))
+
+        def encode_passages(self, texts: Any, *, advance: Any = None) -> Any:
+            return self._encode(texts, advance)
+
+        encode_queries = encode_passages
+
+        def anchor_queries(self, vectors: Any, task: str) -> Any:
+            return np.array([[1.0, 0.0]] * len(vectors), np.float32)
+
+        def score(self, query: Any, passages: Any, task: str) -> Any:
+            return passages[:, 0]
+
+    def test_scores_near_the_positives_are_dropped(self):
+        student = self.Student({"a": 0.8, "b": 0.6, "c": 0.69, "d": 0.66, "e": 0.67, "f": 0.1, "g": 0.9, "h": 0.0})
+        result = mined(world({"a": 1, "b": 1}), student=student, relative_margin=0.05)
+        # The positives' mean is 0.7; above 0.665 is dropped: c, e, g.
+        assert set(hard(result)) == {"d", "f", "h"}
+        assert result.report["num_dropped"]["relative_margin"] == 3
+        # Margins -0.2, 0.01 and 0.03 of what was dropped, 0.04, 0.6 and 0.7 of what was kept; edges -8 -4 -2 -1 0 1 ...
+        histogram = result.audit["margins"]["student"]
+        assert histogram["dropped"] == [0, 0, 0, 0, 1, 2, 0, 0, 0, 0]
+        assert histogram["kept"] == [0, 0, 0, 0, 0, 3, 0, 0, 0, 0]
+
+    def test_a_negative_mean_lowers_the_limit_too(self):
+        student = self.Student({"a": -1.0, "b": -1.02, "c": -1.2, **dict.fromkeys("defgh", -9.0)})
+        result = mined(world({"a": 1}), student=student, relative_margin=0.1)
+        assert "b" not in hard(result)  # -1.02 > -1.1
+        assert "c" in hard(result)
+
+    def test_it_needs_an_encoder(self):
+        with pytest.raises(InputError, match="no encoder ranks"):
+            mined(world({"a": 1}), relative_margin=0.05)
+
+
+class TestTeacherMargin:
+    def test_candidates_as_relevant_as_the_positives_are_dropped(self, tmp_path):
+        given = world({"a": 1})
+        teacher = Teacher(ODDS)
+        result = mined(given, check(tmp_path, given, teacher, 2.0), num_hard=2)
+        assert hard(result) == ("c", "d")  # b 2.5 > 3 - 2; d 1.0 is not above 1
+        assert teacher.asked == [["a", "b", "c"], ["d"]]  # as few as needed, the positive once
+        assert result.report["num_dropped"]["teacher_margin"] == 1
+        assert result.report["teacher"] == {"judged": 4, "truncated": 0, "without_label": 0}
+        histogram = result.audit["margins"]["teacher"]
+        # kept 3 - -4 = 7 and 3 - 1 = 2, dropped 0.5; edges -8 -4 -2 -1 0 1 2 4 8
+        assert histogram["kept"] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
+        assert histogram["dropped"] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+    def test_the_mean_of_several_positives_counts(self, tmp_path):
+        given = world({"a": 1, "c": 1})  # mean (3 - 4) / 2 = -0.5
+        result = mined(given, check(tmp_path, given, Teacher(ODDS), 1.0))
+        assert set(hard(result)) == {"g", "h"}  # below or at -1.5; f -1 is above
+
+    def test_what_was_judged_is_stored_with_its_gram_and_not_judged_again(self, tmp_path):
+        given, teacher = world({"a": 1}), Teacher(ODDS)
+        first = mined(given, check(tmp_path, given, teacher, 2.0), num_hard=2)
+        store = LabelStore(tmp_path, teacher="t", prompt="p", dataset="tiny")
+        assert store.log_odds("q") == {"a": 3.0, "b": 2.5, "c": -4.0, "d": 1.0}
+        ids, gram = store.gram("q")
+        assert ids == ("a", "c", "d")
+        # cosine of (1, 3) and (1, -4)
+        assert gram[0, 1] == pytest.approx((1 - 12) / np.sqrt(10 * 17), abs=1e-6)
+        assert store.missing_cosines("q", first.entries[0].positives + hard(first)) == []
+        asked = len(teacher.asked)
+        again = mined(given, check(tmp_path, given, teacher, 2.0), num_hard=2)
+        assert again.entries == first.entries
+        assert len(teacher.asked) == asked
+
+    def test_stored_labels_alone(self, tmp_path):
+        given = world({"a": 1})
+        store = LabelStore(tmp_path, teacher="t", prompt="p", dataset="tiny")
+        store.write([QueryLabels("q", ("a", "b", "c"), np.array([3, 2.5, -4], np.float32))])
+        result = mined(given, check(tmp_path, given, None, 2.0), num_hard=3)
+        assert hard(result) == ("c", "d", "e")
+        assert result.report["teacher"] == {"judged": 0, "truncated": 0, "without_label": 2}
+
+    def test_a_human_no_outweighs_the_teachers_yes(self, tmp_path):
+        given = world({"a": 1, "b": 0})
+        assert hard(mined(given, check(tmp_path, given, Teacher(ODDS), 2.0), num_hard=1)) == ("b",)
+
+    def test_a_margin_without_a_teacher_is_refused(self):
+        with pytest.raises(InputError, match="no teacher was given"):
+            mined(world({"a": 1}), teacher_margin=1.0)
+
+
+class TestStudentRanking:
+    def test_the_full_score_ranks(self):
+        student = FakeStudent()
+        result = mined(world({"a": 1}), student=student, sources=["encoder"], num_hard=7)
+        names = [name for name in TEXTS if name != "a"]
+        vectors = student.encode_passages([TEXTS[name] for name in names]).vectors
+        scores = student.score(student.encode_queries(["cat"]).vectors[0], vectors, "asymmetric")
+        assert list(hard(result)) == [names[row] for row in np.argsort(-scores)]
+        assert result.report["hard_negatives_from"] == {"student": 7}
+
+    def test_a_head_without_an_anchor_scores_every_passage(self):
+        student = FakeStudent(head="paper")
+        assert len(hard(mined(world({"a": 1}), student=student, sources=["encoder"]))) == 7
+
+    def test_an_interrupted_run_goes_on(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("d2llm.training.mining.vectors.BLOCK_PASSAGES", 3)
+        passages = world({}).passages
+        ids = sorted(passages)
+        with pytest.raises(Interruption):
+            encode_to_file(FakeStudent(fail_after=6), passages, ids, tmp_path)
+        student = FakeStudent(fail_after=2)
+        vectors = encode_to_file(student, passages, ids, tmp_path)
+        assert student.encoded_passages == 2
+        whole = FakeStudent()
+        np.testing.assert_array_equal(vectors, whole.encode_passages([TEXTS[name] for name in ids]).vectors)
+        # finished: nothing is encoded again; another student or text has a file of its own
+        encode_to_file(FakeStudent(fail_after=0), passages, ids, tmp_path)
+        for other, texts in (
+            (FakeStudent(fingerprint="other"), passages),
+            (whole, passages | {"a": Passage("a", "x")}),
+        ):
+            before = other.encoded_passages
+            encode_to_file(other, texts, ids, tmp_path)
+            assert other.encoded_passages == before + 8
+
+
+class TestAudit:
+    def test_ranks_are_counted_in_ranges(self):
+        assert [rank_range(rank) for rank in (0, 4, 5, 19, 20, 100, 5000)] == [
+            "1-5",
+            "1-5",
+            "6-10",
+            "11-20",
+            "21-50",
+            "101-",
+            "101-",
+        ]
+        result = mined(world({"a": 1}))
+        assert result.audit["kept_by_rank"]["bm25"] == {
+            "1-5": 5,
+            "6-10": 2,
+            "11-20": 0,
+            "21-50": 0,
+            "51-100": 0,
+            "101-": 0,
+        }
+        assert result.audit["candidates"] == {"in_range": 7, "tried": 7}
+
+    def test_an_edge_belongs_above_it(self):
+        histogram = MarginHistogram((0.0, 1.0))
+        for margin in (-0.5, 0.0, 0.99, 1.0, 7.0):
+            histogram.add(margin, kept=True)
+        assert histogram.to_json() == {"edges": [0.0, 1.0], "kept": [1, 2, 2], "dropped": [0, 0, 0]}
+
+    def test_the_page_reads_and_names_no_place(self, tmp_path):
+        from markdown_it import MarkdownIt
+
+        texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s", "w": "cat | <b>*odd*</b> `x`\n# text " + "long " * 200}
+        given = world({"p": 1}, texts)
+        result = mined(given, num_hard=9)
+        page = audit_page(result.report, result.audit)
+        assert "somewhere" not in page + json.dumps(result.audit)
+        html = MarkdownIt().enable("table").render(page)
+        assert html.count("<table>") == 3
+        assert html.count("<h3>") == 1
+        assert "<b>" not in html
+        assert "cat | &lt;b&gt;*odd*&lt;/b&gt; `x` # text long" in html
+        assert "dropped (near_duplicate" in html
+        assert f"<strong>positive</strong> <code>p</code>: {POSITIVE}" in html
+        assert len(max(page.splitlines(), key=len)) < 500
+
+    def test_examples_are_a_sample_by_the_seed(self):
+        given = world({"a": 1})
+        queries = {f"q{n}": Query(f"q{n}", "cat") for n in range(30)}
+        given = Dataset("tiny", given.path, given.passages, queries, {"train": {q: {"a": 1} for q in queries}})
+        shown = [e["query_id"] for e in mined(given, audit_examples=4).audit["examples"]]
+        assert len(shown) == 4
+        assert shown == [e["query_id"] for e in mined(given, audit_examples=4).audit["examples"]]
+        assert shown != list(queries)[:4]
+        assert mined(given, audit_examples=0).audit["examples"] == []

@@ -1,0 +1,280 @@
+"""The training objective: the losses of ops on the batch's own masks, and vectors that know their texts."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import InteractionConfig, LossWeights
+from d2llm.data.collation import DistillationBatch
+from d2llm.models.interaction import PairScores
+from d2llm.models.student import Student
+from d2llm.ops import losses
+from d2llm.training.objective import batch_losses, score_batch, weighted_sum
+from tiny_data import make_source
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+
+NONE = -np.inf
+ALL_WEIGHTS = LossWeights(
+    contrastive_imitation=0.5,
+    list_imitation=13.0,
+    rank_imitation_positive_hard=2.0,
+    rank_imitation_hard_easy=3.0,
+    feature_imitation=5.0,
+    in_batch_cross_entropy=7.0,
+    anchor_cross_entropy=11.0,
+    temperature=0.7,
+    list_temperature=2.0,
+)
+POSITIVE = [[1, 0, 0, 0], [0, 0, 0, 1]]
+HARD = [[0, 1, 1, 0], [0, 0, 1, 0]]
+EASY = [[0, 0, 0, 1], [1, 0, 0, 0]]
+LOG_ODDS = [[2.0, -1.0, 0.5, NONE], [NONE, 9.0, -3.0, 1.0]]
+OWN = [[0, 2, 1], [3, 2, -1]]
+GRAM = [[[1, 0.3, 0.2], [0.3, 1, 0.6], [0.2, 0.6, 1]], [[1, -0.4, 0], [-0.4, 1, 0], [0, 0, 0]]]
+
+
+@pytest.fixture
+def batch() -> DistillationBatch:
+    passages = {f"p{n}": text for n, text in enumerate(TEXTS[:4])}
+    source = make_source(passages, {"q0": TEXTS[4], "q1": TEXTS[5]}, [])
+    masks = (np.array(mask, bool) for mask in (POSITIVE, HARD, EASY))
+    return DistillationBatch(
+        source,
+        ("q0", "q1"),
+        tuple(passages),
+        *masks,
+        np.array(LOG_ODDS, np.float32),
+        np.array(OWN),
+        np.array(GRAM, np.float32),
+    )
+
+
+@pytest.fixture
+def scores() -> PairScores:
+    generator = torch.Generator().manual_seed(0)
+    return PairScores(
+        torch.randn(2, 4, generator=generator, requires_grad=True),
+        torch.randn(2, 4, generator=generator, requires_grad=True),
+        torch.randn(2, 4, 3, generator=generator, requires_grad=True),
+    )
+
+
+def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
+    positive, hard, easy = (torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY))
+    log_odds = torch.tensor(LOG_ODDS)
+    believed = 1 / (1 + torch.exp(-log_odds))  # 0 without a label
+    features = torch.zeros(2, 3, 3)
+    features[0] = scores.features[0, [0, 2, 1]]
+    features[1, :2] = scores.features[1, [3, 2]]
+    listed = torch.tensor([[True, True, True], [True, True, False]])
+    assert scores.anchor is not None
+    change = scores.logits - scores.anchor  # of the interaction; what is common to a query's passages takes no part
+    taking_part = positive | hard | easy
+    logits = scores.logits - (change * taking_part).sum(1, keepdim=True) / taking_part.sum(1, keepdim=True)
+    return {
+        "contrastive_imitation": losses.contrastive_imitation(logits, believed, positive, hard | easy, temperature=0.7),
+        "list_imitation": losses.list_imitation(logits, log_odds, positive | hard | easy, temperature=2.0),
+        "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
+        "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, believed, hard, easy),
+        "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
+        "in_batch_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
+        "anchor_cross_entropy": losses.in_batch_cross_entropy(scores.anchor, positive, positive | hard | easy),
+    }
+
+
+def test_each_loss_is_that_of_ops_on_the_masks_of_the_batch(scores: PairScores, batch: DistillationBatch) -> None:
+    found, expected = batch_losses(scores, batch, ALL_WEIGHTS), by_hand(scores)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert value.item() != 0.0
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBatch) -> None:
+    found = batch_losses(scores, batch, ALL_WEIGHTS)
+    parts = {name: value.item() for name, value in found.items()}
+    total = weighted_sum(found, ALL_WEIGHTS).item()
+    assert total == pytest.approx(
+        0.5 * parts["contrastive_imitation"]
+        + 13 * parts["list_imitation"]
+        + 2 * parts["rank_imitation_positive_hard"]
+        + 3 * parts["rank_imitation_hard_easy"]
+        + 5 * parts["feature_imitation"]
+        + 7 * parts["in_batch_cross_entropy"]
+        + 11 * parts["anchor_cross_entropy"],
+        rel=1e-5,
+    )
+
+
+PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
+LOSS_NAMES = [
+    n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "list_temperature", "teacher_share"}
+]
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_weight_of_0_leaves_the_loss_out(scores: PairScores, batch: DistillationBatch, name: str) -> None:
+    found = batch_losses(scores, batch, ALL_WEIGHTS.model_copy(update={name: 0.0}))
+    assert set(found) == set(LOSS_NAMES) - {name}
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: DistillationBatch, name: str) -> None:
+    alone = LossWeights.model_validate(dict.fromkeys(LOSS_NAMES, 0.0) | {name: 1.0})
+    found = batch_losses(scores, batch, alone)
+    assert set(found) == {name}
+    weighted_sum(found, alone).backward()
+    reached = {part: getattr(scores, part).grad is not None for part in ("logits", "anchor", "features")}
+    # Losses of the logits reach the anchor too: what the interaction adds is the logit less the anchor.
+    expected = {"feature_imitation": {"features"}, "anchor_cross_entropy": {"anchor"}}.get(name, {"logits", "anchor"})
+    assert reached == {part: part in expected for part in reached}
+    # A passage that takes no part gets no push: p1 is nothing to q1.
+    for part in expected - {"features"}:
+        assert float(getattr(scores, part).grad[1, 1]) == 0.0
+
+
+def test_what_the_interaction_adds_to_all_passages_alike_changes_no_loss(
+    scores: PairScores, batch: DistillationBatch
+) -> None:
+    shift = torch.tensor([[3.0], [-5.0]], requires_grad=True)
+    shifted = PairScores(scores.logits + shift, scores.anchor, scores.features)
+    before, after = (batch_losses(found, batch, ALL_WEIGHTS) for found in (scores, shifted))
+    for name, value in before.items():
+        assert after[name].item() == pytest.approx(value.item(), abs=1e-5), name
+    weighted_sum(after, ALL_WEIGHTS).backward()
+    assert shift.grad is not None
+    assert shift.grad.abs().max().item() < 1e-5  # so nothing drives the interaction to its bound
+
+
+def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
+    paper = PairScores(scores.logits, None, scores.features)
+    assert set(batch_losses(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"anchor_cross_entropy"}
+
+
+def test_no_loss_at_all_is_an_error_that_says_so(scores: PairScores, batch: DistillationBatch) -> None:
+    weights = LossWeights.model_validate(dict.fromkeys(LOSS_NAMES, 0.0) | {"anchor_cross_entropy": 1.0})
+    found = batch_losses(PairScores(scores.logits, None, scores.features), batch, weights)
+    with pytest.raises(InputError, match="no loss has a weight above 0"):
+        weighted_sum(found, weights)
+
+
+# --- labelled pairs ---------------------------------------------------------------------------------------------------
+
+TARGETS = [[1.0, 0.0, np.nan, np.nan], [np.nan, np.nan, 0.5, np.nan]]
+JUDGED = [(0, 0), (0, 1), (1, 2)]
+
+
+def pair_batch(batch: DistillationBatch) -> DistillationBatch:
+    return replace(batch, targets=np.array(TARGETS, np.float32))
+
+
+def cross_entropy_by_hand(logits: torch.Tensor, offset: float, share: float) -> float:
+    values: list[float] = []
+    for row, column in JUDGED:
+        teacher = 1 / (1 + math.exp(-LOG_ODDS[row][column]))
+        target = (1 - share) * TARGETS[row][column] + share * teacher
+        yes = 1 / (1 + math.exp(offset - logits[row, column].item()))
+        values.append(-target * math.log(yes) - (1 - target) * math.log(1 - yes))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_labelled_pairs_are_judged_one_by_one(scores: PairScores, batch: DistillationBatch, share: float) -> None:
+    weights = ALL_WEIGHTS.model_copy(update={"teacher_share": share})
+    found = batch_losses(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
+    assert set(found) == PAIR_LOSSES
+    assert scores.anchor is not None
+    for name, logits in ("pair_cross_entropy", scores.logits), ("anchor_pair_cross_entropy", scores.anchor):
+        assert found[name].item() == pytest.approx(cross_entropy_by_hand(logits, 0.5, share), rel=1e-5)
+
+
+def test_what_was_not_judged_is_not_pushed(scores: PairScores, batch: DistillationBatch) -> None:
+    offset = torch.tensor(0.5, requires_grad=True)
+    weights = ALL_WEIGHTS.model_copy(update={"anchor_pair_cross_entropy": 0.0})
+    weighted_sum(batch_losses(scores, pair_batch(batch), weights, offset=offset), weights).backward()
+    gradient = scores.logits.grad
+    assert gradient is not None
+    assert {(row, column) for row, column in gradient.nonzero().tolist()} == set(JUDGED)
+    assert offset.grad is not None
+    assert offset.grad.item() == pytest.approx(-gradient.sum().item(), rel=1e-5)
+
+
+def test_pairs_and_a_head_without_anchor(scores: PairScores, batch: DistillationBatch) -> None:
+    found = batch_losses(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
+    assert set(found) == {"pair_cross_entropy"}
+
+
+# --- scores of a batch ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def student(model: Path) -> Student:
+    student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
+    student.prepare_training()
+    randomise(student, scale=0.1)
+    return student
+
+
+@pytest.fixture
+def long_batch() -> DistillationBatch:
+    """Texts of 1 to 8 words in no order, so that batches by length must be put back."""
+    rng = random.Random(0)
+    words = " ".join(TEXTS).split()
+    passages = {f"p{n:02}": " ".join(rng.sample(words, rng.randint(1, 8))) for n in range(17)}
+    queries = {f"q{n}": " ".join(rng.sample(words, rng.randint(1, 8))) for n in range(5)}
+    shape = (5, 17)
+    empty = [np.zeros(shape, bool)] * 3
+    return DistillationBatch(
+        make_source(passages, queries, [], task="symmetric"),
+        tuple(queries),
+        tuple(passages),
+        *empty,
+        np.zeros(shape, np.float32),
+        np.full((5, 1), -1),
+        np.zeros((5, 1, 1), np.float32),
+    )
+
+
+def test_scores_are_those_of_texts_encoded_one_by_one(student: Student, long_batch: DistillationBatch) -> None:
+    scores = score_batch(student, long_batch)
+    texts = [long_batch.source.passage_text(passage_id) for passage_id in long_batch.passage_ids]
+    passages = np.concatenate([student.encode_passages([text]).vectors for text in texts])
+    for row, query_id in enumerate(long_batch.query_ids):
+        query = student.encode_queries([long_batch.source.query_text(query_id)]).vectors
+        one_by_one = student.score(query[0], passages, "symmetric")
+        np.testing.assert_allclose(scores.logits[row].detach().numpy(), one_by_one, rtol=1e-4, atol=1e-4)
+        anchor = (student.anchor_queries(query, "symmetric") @ passages.T)[0]
+        assert scores.anchor is not None
+        np.testing.assert_allclose(scores.anchor[row].detach().numpy(), anchor, rtol=1e-4, atol=1e-4)
+    spread = float(scores.logits.detach().std())
+    assert spread > 0.1  # the scores differ, so a wrong order would show
+
+
+def test_gradients_reach_adapters_pooling_and_interaction(student: Student, long_batch: DistillationBatch) -> None:
+    score_batch(student, long_batch).logits.sum().backward()
+    without = {name for name, p in student.named_parameters() if p.requires_grad and p.grad is None}
+    # the branch of the other task alone
+    assert without
+    assert all("asymmetric" in name for name in without)
+
+
+def test_a_paper_head_scores_a_batch_too(model: Path, long_batch: DistillationBatch) -> None:
+    interaction = InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)
+    config = tiny_student_config(model).model_copy(update={"interaction": interaction})
+    scores = score_batch(Student.create(config, device="cpu", dtype="float32"), long_batch)
+    assert scores.anchor is None
+    assert scores.logits.shape == (5, 17)
+    assert scores.features.shape == (5, 17, 8)

@@ -1,0 +1,62 @@
+"""The second stage's price on what an interaction does to texts that it was not taught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.core.recipe import ResidualConfig
+from d2llm.core.types import Task
+from d2llm.data.collation import LabelledSource
+from d2llm.data.labels import LabelStore
+from d2llm.models.student import Student
+from d2llm.training.dev import DevResult, make_dev_set
+from d2llm.training.residual import train_residual
+from tiny_data import tiny_recipe, topics
+from tiny_models import tiny_student_config, write_tiny_model
+
+
+def trained(folder: Path, tasks: dict[str, Task], quiet_price: float) -> dict[str, DevResult]:
+    """Dev results after the second stage alone, on the data sets' own judgements: what belongs is the next topic."""
+    stage = ResidualConfig(
+        epochs=20,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        batch_queries=8,
+        num_near=4,
+        num_random=4,
+        quiet_price=quiet_price,
+    )
+    recipe = tiny_recipe(
+        tiny_student_config(write_tiny_model(folder, "modernbert", initializer_range=0.1)), residual=stage
+    )
+    student = Student.create(recipe.student, device="cpu", dtype="float32", seed=0)
+    student.prepare_training(seed=0)
+    sources = [topics(num_train=64, name=name, task=task, shift=1) for name, task in tasks.items()]
+    stores = [LabelStore(folder / "labels", teacher="none", prompt="none", dataset=name) for name in tasks]
+    labelled = [LabelledSource.join(s, store, keep_unlabelled=True) for s, store in zip(sources, stores, strict=True)]
+    dev = [make_dev_set(source, num_queries=8, num_passages=24, seed=0) for source in sources]
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    return train_residual(student, labelled, dev, recipe, nothing, nothing, ask_teacher=nothing, show_progress=False)
+
+
+def gain(result: DevResult) -> float:
+    return result.values[1.0] - result.values[0.0]
+
+
+def test_what_one_task_learned_does_not_move_the_other_tasks_texts(tmp_path: Path) -> None:
+    tasks: dict[str, Task] = {"one": "symmetric", "two": "asymmetric"}
+    # The texts of both tasks are alike, so that an interaction that may not move the ones cannot move the others.
+    assert gain(trained(tmp_path / "free", tasks, 0.0)["one"]) > 0.2
+    assert gain(trained(tmp_path / "priced", tasks, 1e4)["one"]) == pytest.approx(0.0, abs=0.1)
+
+
+def test_a_single_task_has_nothing_to_be_quiet_about(tmp_path: Path) -> None:
+    free, priced = (trained(tmp_path / str(price), {"one": "symmetric"}, price)["one"] for price in (0.0, 1e4))
+    assert free.values == priced.values
+    assert gain(free) > 0.2

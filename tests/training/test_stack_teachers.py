@@ -1,0 +1,170 @@
+"""Stacking on dev lists: what is measured, what is written, and the page that shows it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import TeacherConfig
+from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
+from d2llm.ops.stacking import Stack, out_of_fold_log_odds
+from d2llm.reports.stack_page import render_page
+from d2llm.reports.teach_tables import stack_cells, stack_headings
+from d2llm.training import stack_teachers as verb
+from d2llm.training.stack_teachers import stack_teachers
+from fake_models import FakeJudgements, FakeStudent
+from tiny_data import everyday
+
+
+class Noisy:
+    """Says 1 for the answer and 0 for others, plus an error of its own for every pair, times ``factor``."""
+
+    def __init__(self, name, *, noise, factor=1.0, sense=1.0):
+        self.fingerprint = name
+        self.noise, self.factor, self.sense = noise, factor, sense
+        self.asked = 0
+
+    def prompt_fingerprint(self, task):
+        return task
+
+    def judge(self, pairs, task, **_):
+        self.asked += len(pairs)
+        return FakeJudgements(np.array([self._say(*pair) for pair in pairs], np.float32), 1)
+
+    def _say(self, query, passage):
+        error = np.random.default_rng(zlib.crc32(f"{self.fingerprint} {query} {passage}".encode())).normal(
+            0, self.noise
+        )
+        return self.factor * (self.sense * (query[0] == passage[0] and passage.endswith("2")) + error)
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    found = {
+        judge.fingerprint: judge
+        for judge in (
+            Noisy("llm", noise=0.4, factor=20),
+            Noisy("cosine", noise=0.4, factor=0.01),
+            Noisy("noise", noise=1, sense=0),
+            Noisy("contrary", noise=0.4, sense=-1),
+        )
+    }
+    monkeypatch.setattr(verb, "load_judge", lambda config, **_: found[config.model])
+    return found
+
+
+def stacked(folder, *names, judged=None, **settings):
+    return stack_teachers(
+        judged or [(everyday(), "asymmetric")],
+        folder,
+        members=[TeacherConfig(model=name) for name in names],
+        student=FakeStudent(),
+        **{"num_queries": 12, "depth": 8, "show_progress": False} | settings,
+    )
+
+
+def test_what_helps_is_weighted_and_what_does_not_is_left_out(tmp_path, judges):
+    report = stacked(tmp_path / "stack", "llm", "cosine", "contrary")
+    found = report.tasks["asymmetric"]
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == ["llm", "cosine", "contrary", "stack"]
+    assert min(rows["llm"].weight, rows["cosine"].weight) > 0.5
+    assert rows["contrary"].weight == 0
+    assert rows["stack"].after.log_loss < min(rows["llm"].after.log_loss, rows["cosine"].after.log_loss)
+    # A score of the size of 20 is far too sure as log-odds, one of 0.01 says nothing; calibration mends both.
+    assert rows["llm"].before.expected_error > 3 * rows["llm"].after.expected_error
+    assert rows["cosine"].before.log_loss == pytest.approx(np.log(2), abs=0.02)
+    assert rows["cosine"].after.log_loss < 0.9 * np.log(2)
+    assert rows["stack"].before is None
+    assert (found.num_queries, found.num_positives) == ({"everyday": 12}, 12)
+
+    manifest = json.loads((tmp_path / "stack" / "manifest.json").read_text())
+    assert manifest["fingerprint"] == report.fingerprint
+    assert [member["fingerprint"] for member in manifest["members"]] == ["llm", "cosine"]
+    assert manifest["tasks"]["asymmetric"]["weights"] == [rows["llm"].weight, rows["cosine"].weight]
+    assert sorted(manifest["fitted_on"]["everyday"]["dev_queries"]) == sorted(f"q{letter}" for letter in "abcdefghijkl")
+
+
+def test_one_member_is_calibrated_and_its_figures_are_honest(tmp_path, judges):
+    report = stacked(tmp_path / "stack", "llm", l2=0.1, num_folds=4, seed=5)
+    alone, together = report.tasks["asymmetric"].rows
+    assert together.after == alone.after
+    dataset = everyday()
+    lists = verb.make_dev_lists(
+        dataset,
+        "asymmetric",
+        verb.dev_queries(dataset, num_queries=12, seed=5, from_end=True),
+        student=FakeStudent(),
+        depth=8,
+        with_positives=True,
+    )
+    pairs = [(query, passage) for query, ids in lists.candidates.items() for passage in ids]
+    texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
+    scores = judges["llm"].judge(texts, "asymmetric").log_odds[:, None]
+    labels = [passage == f"{query[1]}2" for query, passage in pairs]
+    groups = [f"everyday:{query}" for query, _ in pairs]
+    log_odds = out_of_fold_log_odds(scores, labels, groups, l2=0.1, num_folds=4, seed=5)
+    assert alone.after.log_loss == pytest.approx(log_loss(log_odds, labels))
+    assert alone.after.expected_error == pytest.approx(expected_calibration_error(reliability_bins(log_odds, labels)))
+    assert alone.before.log_loss == pytest.approx(log_loss(scores[:, 0], labels))
+    assert report.num_judged == len(pairs)
+
+
+def test_without_a_retrieval_set_there_is_nothing_to_fit_on(tmp_path, judges):
+    with pytest.raises(InputError, match="there is no retrieval set"):
+        stack_teachers([], tmp_path / "stack", members=[TeacherConfig(model="llm")], student=FakeStudent())
+    assert not (tmp_path / "stack").exists()
+
+
+def test_weights_are_of_each_task(tmp_path, judges):
+    judged = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
+    report = stacked(tmp_path / "stack", "llm", "cosine", judged=judged, num_queries=6)
+    assert {task: found.num_queries for task, found in report.tasks.items()} == {
+        "asymmetric": {"everyday": 6, "second": 6},
+        "symmetric": {"third": 6},
+    }
+    assert set(report.tasks["asymmetric"].rows[0].measures) == {"everyday", "second"}
+    tasks = json.loads((tmp_path / "stack" / "manifest.json").read_text())["tasks"]
+    assert Stack(**{k: tuple(v) if isinstance(v, list) else v for k, v in tasks["symmetric"].items()}).bias < 0
+
+
+def test_it_goes_on_and_replaces_only_a_stack(tmp_path, judges):
+    before = stacked(tmp_path / "stack", "llm")
+    asked = judges["llm"].asked
+    again = stacked(tmp_path / "stack", "llm", "cosine")
+    assert judges["llm"].asked == asked
+    assert before.num_judged == again.num_judged == asked  # now of the other member
+    assert again.fingerprint != before.fingerprint
+    assert stacked(tmp_path / "stack", "llm", "cosine").fingerprint == again.fingerprint
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"kind": "student", "format_version": 1}')
+    with pytest.raises(InputError, match="'student', which a 'stack' would replace"):
+        stacked(tmp_path / "other", "llm")
+    assert judges["llm"].asked == asked
+
+
+def test_wrong_members_are_refused(tmp_path, judges):
+    with pytest.raises(InputError, match="at least one member"):
+        stacked(tmp_path / "stack")
+    with pytest.raises(InputError, match="is the same teacher as another"):
+        stacked(tmp_path / "stack", "llm", "llm")
+    with pytest.raises(InputError, match="nothing to stack"):
+        stacked(tmp_path / "stack", "contrary")
+    assert not (tmp_path / "stack").exists()
+
+
+def test_the_page_has_a_diagram_for_every_calibration(tmp_path, judges):
+    judges["<b>llm</b>"] = judges["llm"]
+    report = stacked(tmp_path / "stack", "<b>llm</b>", "cosine")
+    page = render_page(report)
+    assert page.count("<svg") == 2 * 2 + 1
+    assert "<b>llm" not in page
+    assert "<script" not in page
+    for row in report.tasks["asymmetric"].rows:
+        for cell in stack_cells(row)[1:]:
+            assert cell in page
+    assert len(stack_cells(report.tasks["asymmetric"].rows[0])) == len(stack_headings(report.tasks["asymmetric"]))

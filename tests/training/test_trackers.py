@@ -1,0 +1,110 @@
+"""Trackers: what the real packages have kept after a run, read back with their own readers."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.core.errors import MissingExtraError, RecipeError
+from d2llm.core.recipe import Recipe, TrainingConfig
+from d2llm.core.recipe_file import parse_recipe
+from d2llm.training import trackers
+from d2llm.training.trackers import numbers, open_trackers
+from d2llm.training.training_run import LOG, RunLog
+
+
+def recipe(*names: str) -> Recipe:
+    return Recipe(name="tracked", training=TrainingConfig.model_validate({"trackers": names, "batch_queries": 7}))
+
+
+def log_three_steps(folder: Path, name: str, *, resume_step: int = 0) -> None:
+    opened = open_trackers(recipe(name), folder, run_key="abc123", resume_step=resume_step)
+    log = RunLog(folder, resume_step=resume_step, trackers=opened)
+    for step in range(resume_step + 1, resume_step + 4):
+        log.write(step, loss=1 / step, task="asymmetric", dev={"set": {"0.5": step / 10}})
+    log.finish()
+
+
+def test_numbers_by_hand() -> None:
+    values = {"loss": 2, "task": "symmetric", "dev": {"a b": {"0.0": 0.25, "note": "x"}}, "bad": math.inf, "list": [1]}
+    assert numbers(values) == {"loss": 2.0, "dev/a b/0.0": 0.25, "bad": math.inf}
+
+
+def test_auto_is_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert open_trackers(Recipe(), tmp_path, run_key="k", resume_step=0) == []
+    opened: list[str] = []
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    monkeypatch.setitem(trackers._TRACKERS, "tensorboard", lambda *arguments: opened.append("tensorboard"))
+    open_trackers(Recipe(), tmp_path, run_key="k", resume_step=0)
+    assert opened == ["tensorboard"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_named_tracker_that_is_not_installed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (name, "mlflow.tracking"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"the tracker '{name}' needs .*pip install .*'d2llm\[track\]'"):
+        open_trackers(recipe(name), tmp_path, run_key="k", resume_step=0)
+
+
+def test_an_unknown_tracker() -> None:
+    with pytest.raises(RecipeError, match=r"trackers.*'tensorboard', 'wandb' or 'mlflow'"):
+        parse_recipe({"training": {"trackers": ["tensorbord"]}})
+
+
+def test_tensorboard_reads_its_files_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_three_steps(tmp_path, "tensorboard")
+    log_three_steps(tmp_path, "tensorboard", resume_step=2)  # killed after step 3, whose checkpoint was step 2
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert set(found.Tags()["scalars"]) == {"loss", "dev/set/0.5"}
+    loss = [(event.step, event.value) for event in found.Scalars("loss")]
+    assert loss == [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 4, 5)]
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(step, 1 / step) for step in (1, 2, 3, 4, 5)]
+
+
+def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow: Any = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/runs")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the only store of the light package without a server
+    log_three_steps(tmp_path, "mlflow")
+    log_three_steps(tmp_path, "mlflow", resume_step=3)
+    client = mlflow.tracking.MlflowClient()
+    [run] = client.search_runs([client.get_experiment_by_name("d2llm").experiment_id])
+    assert run.info.run_name == "tracked"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["batch_queries"] == "7.0"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 7)]
+    assert client.get_metric_history(run.info.run_id, "dev/set/0.5")[2].value == pytest.approx(0.3)
+
+
+def test_wandb_offline_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log_three_steps(tmp_path, "wandb")
+    [file] = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    # LevelDB's log format behind a header of 7 bytes: check sum, length and kind (1: whole), then the record.
+    content, place, losses = file.read_bytes(), 7, list[float]()
+    while place < len(content):
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        assert kind == 1
+        record = Record()
+        record.ParseFromString(content[place + 7 : place + 7 + length])
+        items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        losses += [float(items["loss"])] if "loss" in items else []
+        place += 7 + length
+    assert losses == [pytest.approx(1 / step) for step in (1, 2, 3)]

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
+from d2llm.core.recipe import TrainingConfig
+from d2llm.training.training_run import (
+    CHECKPOINT,
+    LOG,
+    RunLog,
+    StopSignals,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizer_step,
+    require_finite,
+    restore,
+    save_checkpoint,
+    trainable,
+    warmup_steps,
+)
+
+DATA = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
+
+
+class Run:
+    """A small training loop with dropout, as the verbs have it."""
+
+    def __init__(self, folder, settings=None):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 1), nn.LayerNorm(1))
+        self.model[3].requires_grad_(False)
+        self.parameters = trainable(self.model)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.1)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.folder, self.settings, self.step, self.losses = folder, settings or {"seed": 0}, 0, []
+
+    def train(self, until, total=10):
+        while self.step < until:
+            torch.manual_seed(self.step)
+            loss = self.model[2](self.model[1](self.model[0](DATA))).square().mean()
+            loss.backward()
+            factor = learning_rate_factor(self.step, warmup_steps=3, total_steps=total)
+            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
+            self.step += 1
+            self.losses.append(float(loss.detach()))
+
+    def keep(self):
+        save_checkpoint(
+            self.folder, self.step, self.parameters, self.optimizer, {"losses": self.losses}, settings=self.settings
+        )
+
+    def resume(self):
+        checkpoint = load_checkpoint(self.folder, settings=self.settings)
+        restore(checkpoint, self.parameters, self.optimizer)
+        self.step, self.losses = checkpoint.step, checkpoint.state["losses"]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    whole = Run(tmp_path)
+    whole.train(until=10)
+    for stop in (0, 1, 4, 10):
+        first = Run(tmp_path)
+        first.train(until=stop)
+        first.keep()
+        second = Run(tmp_path)
+        second.resume()
+        second.train(until=10)
+        assert second.losses == whole.losses
+        assert set(second.parameters) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        for name, parameter in second.parameters.items():
+            assert torch.equal(parameter, whole.parameters[name])
+
+
+def test_the_moments_matter(tmp_path):
+    """A resume without AdamW's state would go another way: so the test above can see it."""
+    whole, forgetful = Run(tmp_path), Run(tmp_path)
+    whole.train(until=10)
+    forgetful.train(until=4)
+    forgetful.optimizer.state.clear()
+    forgetful.train(until=10)
+    assert forgetful.losses != whole.losses
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert load_checkpoint(tmp_path, settings={}) is None
+
+
+def test_a_checkpoint_of_another_run_says_what_differs(tmp_path):
+    run = Run(tmp_path, {"recipe": {"training": {"learning_rate": 0.1, "epochs": 2}, "names": ["a"]}, "seed": 0})
+    run.keep()
+    now = {"recipe": {"training": {"learning_rate": 0.2, "epochs": 2}, "names": ("a",)}, "seed": 1}
+    changes = r"recipe.training.learning_rate \(was 0.1, is 0.2\), seed \(was 0, is 1\); finish that run"
+    with pytest.raises(InputError, match=rf"checkpoint.safetensors belongs to a run with other settings: {changes}"):
+        load_checkpoint(tmp_path, settings=now)
+    with pytest.raises(InputError, match="written by another version"):
+        load_checkpoint(tmp_path, settings=run.settings | {"new": 1})
+
+
+def test_a_damaged_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    run.keep()
+    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:100])
+    with pytest.raises(InputError, match=r"checkpoint.safetensors: cannot be read .*delete it to start the run anew"):
+        load_checkpoint(tmp_path, settings=run.settings)
+
+
+def test_learning_rate_by_hand():
+    factors = [learning_rate_factor(step, warmup_steps=4, total_steps=10) for step in range(11)]
+    expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert factors == pytest.approx(expected)
+    assert learning_rate_factor(0, warmup_steps=0, total_steps=5) == 1
+    assert learning_rate_factor(4, warmup_steps=0, total_steps=5) == pytest.approx(1 / 5)
+    # warm-up longer than the run
+    assert learning_rate_factor(2, warmup_steps=1000, total_steps=3) == pytest.approx(3 / 1000)
+
+
+def test_the_warm_up_is_a_share_of_the_steps_unless_the_recipe_counts_them(caplog):
+    assert [warmup_steps(TrainingConfig(), total) for total in (20, 24, 1000)] == [2, 2, 100]
+    assert warmup_steps(TrainingConfig(warmup_steps=50, warmup_fraction=0.5), 100) == 50
+    assert caplog.text == ""
+    # The published number of steps in a run of 20: the rate would end at a fiftieth of its value.
+    assert warmup_steps(TrainingConfig(warmup_steps=1000), 20) == 1000
+    assert "the warm-up takes 20 of 20 steps, so the run hardly trains" in caplog.text
+
+
+class TestStopSignals:
+    @pytest.fixture(autouse=True)
+    def usual_handlers(self):
+        """As in a program that was just started, whatever tests before have left: an untaken signal would end it."""
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+    def test_a_stop_waits_for_what_is_held(self, number, error):
+        before, done, signals = signal.getsignal(number), [], StopSignals()
+
+        def work():
+            with signals:
+                with signals.held():
+                    signal.raise_signal(number)
+                    done.append("held")
+                done.append("after")
+
+        with pytest.raises(error) as raised:
+            work()
+        assert type(raised.value) is error
+        assert done == ["held"]
+        assert signals.is_consistent
+        assert signal.getsignal(number) is before
+
+    def test_elsewhere_it_comes_at_once(self):
+        done = []
+
+        def work():
+            with StopSignals():
+                signal.raise_signal(signal.SIGINT)
+                done.append("after")
+
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert done == []
+
+    def test_an_error_in_a_change_leaves_no_state_to_keep(self):
+        with pytest.raises(ZeroDivisionError), StopSignals() as signals, signals.held():
+            _ = 1 / 0
+        assert not signals.is_consistent
+
+    def test_a_handler_of_someone_else_is_left_alone(self):
+        calls = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+        try:
+            with StopSignals():
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert calls == [signal.SIGTERM]
+
+    def test_other_threads_have_none(self):
+        found = []
+
+        def work():
+            with StopSignals() as signals, signals.held():
+                found.append(signal.getsignal(signal.SIGTERM))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert found == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_one_step_by_hand():
+    parameter = nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=123.0)
+    optimizer.param_groups[0]["initial_lr"] = 0.5
+    parameter.grad = torch.tensor([3.0, 4.0])
+    norm = optimizer_step(optimizer, {"p": parameter}, factor=0.1, max_gradient_norm=1.0)
+    assert norm == pytest.approx(5.0)
+    # clipped to length 1: [.6, .8]; rate .5 x .1
+    assert parameter.tolist() == pytest.approx([1 - 0.05 * 0.6, 1 - 0.05 * 0.8], abs=1e-6)
+    assert parameter.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_changes_nothing(bad):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    parameter.grad = torch.tensor([1.0, bad])
+    with pytest.raises(TrainingDivergedError, match=r"gradient's norm became .*checkpoint is kept"):
+        optimizer_step(optimizer, {"p": parameter}, factor=1.0, max_gradient_norm=1.0)
+    assert parameter.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number(tmp_path, bad):
+    require_finite(torch.tensor(1e30), 7, tmp_path)
+    with pytest.raises(TrainingDivergedError, match="at step 7; training stopped") as raised:
+        require_finite(torch.tensor(bad), 7, tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def test_the_log_goes_on_after_the_checkpoint(tmp_path):
+    log = RunLog(tmp_path, resume_step=-1)
+    for step in (0, 1, 2, 3, 4):
+        log.write(step, loss=step / 10)
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 5, "sec')  # killed while writing
+    again = RunLog(tmp_path, resume_step=2)
+    again.write(3, loss=7.0)
+    assert [(record["step"], record["loss"]) for record in read_log(tmp_path)] == [
+        (0, 0.0),
+        (1, 0.1),
+        (2, 0.2),
+        (3, 7.0),
+    ]
+    assert all(record["seconds"] >= 0 for record in read_log(tmp_path))
+    RunLog(tmp_path, resume_step=0)
+    assert [record["step"] for record in read_log(tmp_path)] == [0]
+    RunLog(tmp_path, resume_step=-1)
+    assert read_log(tmp_path) == []

@@ -1,0 +1,329 @@
+"""Tuning a teacher: held-out queries and the best state, every weight instead of adapters, kinds, and dropout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
+from d2llm.core.types import Task
+from d2llm.data.training import TrainingPair
+from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.judge import Judgements, identify_judge, load_judge
+from d2llm.training import teacher_dev
+from d2llm.training import tune_teacher as verb
+from d2llm.training.teacher_dev import DevScore, hold_out, score_dev
+from tiny_data import topics
+from tiny_models import TEXTS, tiny_teacher_config, tiny_tokenizer, write_tiny_model
+
+PAIRS = [(query, passage) for query in ("the cat", "a dog runs") for passage in TEXTS[:3]]
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "llama", num_hidden_layers=1)
+
+
+def tune(teacher: TeacherConfig, folder: Path, **settings: object) -> verb.TeacherTuningReport:
+    values = {"lora": LORA, "learning_rate": 5e-3, "batch_pairs": 8, "checkpoint_minutes": 1e-9, "num_negatives": 2}
+    tuning = TeacherTuningConfig.model_validate(values | settings)
+    source = topics(num_train=20)
+    return verb.tune_teacher([source], folder, teacher=teacher, tuning=tuning, device="cpu", dtype="float32")
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    lines = folder.with_name(folder.name + ".run").joinpath("log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def say(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """The looks at held-out pairs find these cross-entropies, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr(teacher_dev, "score_dev", lambda *_: DevScore(next(left), 0.5))
+
+
+# --- held-out queries
+
+
+def test_held_out_queries_and_their_positives_stay_out_of_training() -> None:
+    source = topics(num_train=40, num_passages=64)
+    tuning = TeacherTuningConfig(eval_every=1, dev_queries=3)
+    (kept,), pairs = hold_out([source], tuning, seed=1)
+    held = {pair.query for pair in pairs}
+    assert len(held) == 3
+    rest = {source.query_text(entry.query_id) for entry in kept.plan.entries}
+    assert held.isdisjoint(rest)
+    positives = {pair.passage for pair in pairs if pair.is_positive}
+    trained = {source.passage_text(p) for entry in kept.plan.entries for p in entry.positives}
+    assert positives
+    assert positives.isdisjoint(trained)
+    assert hold_out([source], tuning, seed=1)[1] == pairs
+    assert {pair.query for pair in hold_out([source], tuning, seed=2)[1]} != held
+    # for lists, all of the plan's negatives; for cross-entropy as many as in training
+    lists = hold_out([source], tuning.model_copy(update={"dev_measure": "mrr"}), seed=1)[1]
+    assert len(lists) > len(pairs)
+    with pytest.raises(InputError, match="too small to hold queries out"):
+        hold_out([topics(num_train=4)], tuning, seed=1)
+
+
+class Parrot:
+    """Says log-odds by the passage."""
+
+    fingerprint = "parrot"
+
+    def __init__(self, said: dict[str, float]) -> None:
+        self._said = said
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        return task
+
+    def judge(self, pairs: Any, task: Task, **options: object) -> Judgements:
+        del task, options
+        return Judgements(np.array([self._said[p] for _, p in pairs], dtype=np.float32), None, 0, 0)
+
+
+def test_scores_by_hand() -> None:
+    said = {"a": 2.0, "b": 1.0, "c": 2.0, "d": -1.0}
+    pairs = [
+        TrainingPair("q1", "a", "asymmetric", 1.0),  # first
+        TrainingPair("q2", "a", "symmetric", 0.0),
+        TrainingPair("q1", "b", "asymmetric", 0.0),
+        TrainingPair("q2", "c", "symmetric", 1.0),  # ties with a: behind it
+        TrainingPair("q3", "d", "symmetric", 0.0),  # a list without a positive
+    ]
+    score = score_dev(Parrot(said), pairs)
+    losses = [
+        np.log1p(np.exp(-2)),
+        np.log1p(np.exp(2)),
+        np.log1p(np.exp(1)),
+        np.log1p(np.exp(-2)),
+        np.log1p(np.exp(-1)),
+    ]
+    assert score.cross_entropy == pytest.approx(np.mean(losses), rel=1e-6)
+    assert score.mrr == pytest.approx((1 + 1 / 2) / 2)
+    assert score.better_than(None, "mrr")
+    assert score.better_than(0.7, "mrr")
+    assert not score.better_than(0.75, "mrr")
+    assert score.better_than(5.0, "cross_entropy")
+    assert not score.better_than(score.cross_entropy, "cross_entropy")
+
+
+def test_it_stops_and_keeps_the_best_state(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teacher_config(llama)
+    say(monkeypatch, [0.9, 0.5, 0.6, 0.5, 0.1])
+    report = tune(teacher, tmp_path / "stopped", eval_every=1, patience=2, epochs=3)
+    assert (report.steps, report.best_step, report.dev) == (4, 2, 0.5)
+    assert [line["dev_cross_entropy"] for line in log(tmp_path / "stopped")] == [0.9, 0.5, 0.6, 0.5]
+    # The same run broken off after its second step has that state.
+    say(monkeypatch, [0.9, 0.5, 0.6, 0.5, 0.1])
+    states: list[dict[str, torch.Tensor]] = []
+    genuine = verb.save_checkpoint
+
+    def noting(folder: Path, step: int, parameters: Any, *rest: Any, **options: Any) -> None:
+        states.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+        genuine(folder, step, parameters, *rest, **options)
+
+    monkeypatch.setattr(verb, "save_checkpoint", noting)
+    tune(teacher, tmp_path / "again", eval_every=1, patience=2, epochs=3)
+    found = load_file(tmp_path / "again" / "adapter.safetensors")
+    down = {name: tensor for name, tensor in states[1].items() if "lora_A" in name}
+    for name, tensor in down.items():
+        key = name.removeprefix("model.").replace(".lora_A.default.weight", ".lora_down")
+        assert torch.equal(found[key], tensor)
+        assert not torch.equal(tensor, states[3][name])
+    assert not (tmp_path / "again.run" / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_resumed_run_stops_at_the_same_state(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    settings = {"eval_every": 2, "patience": 1, "epochs": 2, "dev_measure": "mrr", "dev_queries": 3}
+    whole = tune(tiny_teacher_config(llama), tmp_path / "whole", **settings)
+    genuine = verb.accumulate_pairs
+    calls: list[int] = []
+
+    def interrupted(*inputs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return genuine(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "accumulate_pairs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
+    resumed = tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
+    assert (resumed.fingerprint, resumed.best_step, resumed.dev) == (whole.fingerprint, whole.best_step, whole.dev)
+    times = {"seconds"}
+    assert [{k: v for k, v in line.items() if k not in times} for line in log(tmp_path / "resumed")] == [
+        {k: v for k, v in line.items() if k not in times} for line in log(tmp_path / "whole")
+    ]
+
+
+# --- every weight, and classifiers
+
+
+def test_every_weight_can_be_tuned_and_the_model_is_whole(tmp_path: Path, llama: Path) -> None:
+    teacher = tiny_teacher_config(llama)
+    report = tune(teacher, tmp_path / "full", tuning="full", learning_rate=1e-3)
+    asked = TeacherConfig(model=str(tmp_path / "full"))
+    tuned = load_judge(asked, device="cpu", dtype="float32")
+    assert tuned.fingerprint == report.fingerprint == identify_judge(asked).fingerprint
+    assert identify_judge(asked).prompts["symmetric"] == tuned.prompt_fingerprint("symmetric")
+    before = load_judge(teacher, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
+    after = tuned.judge(PAIRS, "asymmetric").log_odds
+    assert np.abs(after - before).max() > 0.01
+    # anybody's transformers can read it
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert isinstance(tuned, Teacher)
+    ids = tuned.tokenize(PAIRS[:1], "asymmetric")[0][0]
+    yes, no = tuned._answer_ids["asymmetric"]
+    with torch.inference_mode():
+        logits = plain(input_ids=torch.tensor([ids])).logits[0, -1]
+    assert float(logits[yes] - logits[no]) == pytest.approx(float(after[0]), abs=1e-4)
+    # and an adapter can be put on it
+    (tmp_path / "adapter").mkdir()
+    again = Teacher.load(asked, device="cpu", dtype="float32")
+    again.prepare_training(LORA)
+    again.save(tmp_path / "adapter", {})
+    reloaded = load_judge(TeacherConfig(model=str(tmp_path / "adapter")), device="cpu", dtype="float32")
+    np.testing.assert_allclose(reloaded.judge(PAIRS, "asymmetric").log_odds, after, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_classifier_learns(tmp_path: Path, tuning: str) -> None:
+    settings = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(
+            transformers.BertConfig(**settings, intermediate_size=48, num_labels=1, initializer_range=0.2)
+        )
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(is_decoder=False).save_pretrained(tmp_path / "model")
+    asked = TeacherConfig(model=str(tmp_path / "model"), max_tokens=128)
+    report = tune(asked, tmp_path / "tuned", tuning=tuning, epochs=6, learning_rate=1e-2 if tuning == "lora" else 5e-3)
+    losses = [line["loss"] for line in log(tmp_path / "tuned")]
+    assert report.loss < 0.9 * np.mean(losses[:3])
+    tuned = load_judge(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
+    assert tuned.fingerprint == report.fingerprint
+    before = load_judge(asked, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
+    assert np.abs(tuned.judge(PAIRS, "asymmetric").log_odds - before).max() > 0.05
+
+
+def test_a_teacher_without_weights_here_is_not_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verb, "load_judge", lambda *_, **__: Parrot({}))
+    with pytest.raises(InputError, match="has no weights here to tune; leave tune-teacher out"):
+        tune(TeacherConfig(model="far-away"), tmp_path / "tuned")
+
+
+def test_frozen_layers_read_without_dropout(tmp_path: Path) -> None:
+    """They are read so when the teacher labels; only the adapters' own dropout is on while it learns."""
+    folder = write_tiny_model(tmp_path, "phi", attention_dropout=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    teacher = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
+    teacher.prepare_training(LoraConfig(rank=2, dropout=0.0))
+    inputs = teacher.pad(teacher.tokenize(PAIRS, "asymmetric")[0])
+    teacher.train()
+    assert teacher.training
+    with torch.no_grad():
+        first, second = (teacher(*inputs, "asymmetric")[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    whole = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
+    whole.prepare_training(LORA, tuning="full")
+    whole.train()
+    with torch.no_grad():
+        first, second = (whole(*inputs, "asymmetric")[0] for _ in range(2))
+    assert (first - second).abs().max() > 1e-3
+
+
+# --- a new head, and lists
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("encoder") / "bert", "bert")
+
+
+def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None:
+    teacher = TeacherConfig(model=str(encoder), kind="classifier", new_head=True, max_tokens=64)
+    with pytest.raises(InputError, match="says nothing until it is tuned; run tune-teacher"):
+        load_judge(teacher, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match=r"tuned with every weight; set teacher_tuning.tuning = 'full'"):
+        tune(teacher, tmp_path / "refused")
+    report = tune(teacher, tmp_path / "tuned", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
+    losses = [line["loss"] for line in log(tmp_path / "tuned")]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    judge = load_judge(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
+    assert judge.fingerprint == report.fingerprint
+    assert np.isfinite(judge.judge(PAIRS, "asymmetric").log_odds).all()
+    own = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert own.config.num_labels == 1
+    again = tune(teacher, tmp_path / "again", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
+    assert again.fingerprint == report.fingerprint  # the new head is drawn the same
+
+
+def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> None:
+    model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model.prepare_training(LORA)
+    model.eval()
+    pairs = [
+        TrainingPair("the cat", TEXTS[0], "symmetric", 1.0),
+        TrainingPair("the cat", TEXTS[1], "symmetric", 0.0),
+        TrainingPair("the cat", TEXTS[2], "symmetric", 0.0),
+        TrainingPair("a dog runs", TEXTS[3], "symmetric", 0.0),
+        TrainingPair("a dog runs", TEXTS[4], "symmetric", 1.0),
+    ]
+    loss, _ = verb.accumulate_lists(model, pairs, 512)
+    odds = model.judge([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
+    softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
+    signs = np.array([1, -1, -1, -1, 1])
+    expected = -np.mean(softmax) + 0.3 * np.logaddexp(0, -signs * odds).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert whole
+    model.zero_grad()
+    # Whatever their order, one list at a time, and lists that are longer than what may be read at a time.
+    for order, part_tokens in ((-1, 512), (1, 64), (1, 1)):
+        model.zero_grad()
+        found, _ = verb.accumulate_lists(model, pairs[::order], part_tokens)
+        assert float(found) == pytest.approx(expected, rel=1e-4)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6)
+
+
+def test_both_readings_of_a_long_list_have_the_same_dropout(llama: Path) -> None:
+    model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model.prepare_training(LORA.model_copy(update={"dropout": 0.4}))
+    model.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    inputs, _ = model.tokenize([("the cat", text) for text in TEXTS[:3]], "symmetric")
+    read: list[torch.Tensor] = []
+    whole = type(model).forward
+
+    def forward(self: Teacher, *given: Any) -> Any:
+        log_odds, features = whole(self, *given)
+        read.append(log_odds.detach())
+        return log_odds, features
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", forward)
+        verb._backpropagate(model, inputs, "symmetric", lambda odds: odds.square().sum(), 1)
+    assert len(read) == 6
+    assert [float(odds) for odds in read[:3]] == [float(odds) for odds in read[3:]]
+    model.eval()
+    with torch.no_grad():
+        assert abs(float(model(*model.pad(inputs[:1]), "symmetric")[0]) - float(read[0])) > 1e-4  # there was dropout
