@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +151,34 @@ def test_writing_eight_bits_shows_only_its_own_line(tmp_path):
         assert done.returncode == 0, done.stderr
         (line,) = (done.stdout + done.stderr).splitlines()
         assert line.startswith("export: ")
+
+
+class SignalStack(ctypes.Structure):
+    """``stack_t`` of ``sigaltstack``: where a thread's signal handlers run."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the structure is Linux's")
+def test_ctrl_c_is_handled_after_openvino_has_gone(tmp_path):
+    """OpenVINO gives a thread that compiles a signal stack and frees it later; the main thread must keep its own."""
+    pytest.importorskip("openvino")
+
+    def signal_stack() -> tuple[int | None, int]:
+        stack = SignalStack()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+        return stack.start, stack.size
+
+    make(tmp_path)
+    before = signal_stack()
+    student = Student.load(tmp_path / "student", device="cpu", dtype="float32", engine="openvino")
+    student.encode_passages(MIXED)
+    assert signal_stack() == before
+    del student
+    gc.collect()
+    assert signal_stack() == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.skipif(not cpu_has_fast_bfloat16(), reason="this CPU has no products of bfloat16")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,7 +148,10 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
         "NUM_STREAMS": torch.get_num_threads(),  # batches are on different cores (``core_workers``)
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,  # for weights of eight bits alone
     }
-    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    # In a thread of its own: OpenVINO gives the thread that compiles a signal stack, and frees it with the model, after
+    # which the next signal that thread handles (Ctrl-C in the main one) would end the process.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        compiled = thread.submit(lambda: openvino.Core().compile_model(str(file), "CPU", settings)).result()
     of_thread = local()  # a request answers one caller at a time
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
