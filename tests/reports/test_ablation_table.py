@@ -16,14 +16,13 @@ from rich.console import Console
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import Task
 from d2llm.core.variants import VARIANTS
-from d2llm.reports.ablation_page import forest_plot, render_page
-from d2llm.reports.ablation_table import (
+from d2llm.reports.ablation import (
     ablation_table,
-    cells,
+    forest_plot,
     groups,
-    headings,
     remarks,
     render_markdown,
+    render_page,
     variants_table,
 )
 from d2llm.training.ablation.report import (
@@ -68,6 +67,11 @@ def report(num_seeds: int = 3) -> AblationReport:
     )
 
 
+def figures(ablation: AblationReport) -> dict[str, list[str]]:
+    """Variant -> its figures, as a wide table shows them."""
+    return {name: cells for name, _, *cells in ablation_table(ablation, wide=True).texts()}
+
+
 def shown(table: object, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
@@ -76,22 +80,20 @@ def shown(table: object, width: int = 200) -> str:
 
 class TestCells:
     def test_by_hand(self) -> None:
-        found = report()
+        rows = figures(report())
         # Recipe: means .6, .65, .55, so s = .05 and the half width 4.30265 * .05 / sqrt(3) = .1242.
-        expected = ["0.6000 ±0.1242", "-", "0.5000", "0.7000", "asym 0.50 sym 0.25", "140 of 200", "61", "3 of 3"]
-        assert cells(found, found.base) == expected
-        cosine, without_ci, rich = (cells(found, row) for row in found.rows)
-        assert cosine[:2] == ["0.5500 ±0.1242", "-0.0500 ±0.0000"]
-        assert cosine[4] == "-"
+        expected = ["0.6000 ±0.1242", "–", "0.5000", "0.7000", "asym 0.50\nsym 0.25", "140 of 200", "61", "3 of 3"]
+        assert rows["recipe"] == expected
+        assert rows["cosine"][:2] == ["0.5500 ±0.1242", "-0.0500 ±0.0000"]
+        assert rows["cosine"][4] == "–"
         # Differences .05 and .1: s = .0354, t(1) = 12.7062, half width 12.7062 * .0354 / sqrt(2) = .3177.
-        assert without_ci[1] == "+0.0750 ±0.3177"
-        assert without_ci[-1] == "2 of 3"
-        assert rich == ["-", "-", "-", "-", "-", "-", "-", "0 of 3"]
+        assert rows["without-ci"][1] == "+0.0750 ±0.3177"
+        assert rows["without-ci"][-1] == "2 of 3"
+        assert rows["rich"] == ["–", "–", "–", "–", "–", "–", "–", "0 of 3"]
 
     def test_one_seed_has_no_intervals(self) -> None:
-        found = report(1)
-        assert cells(found, found.rows[0])[:2] == ["0.5500", "-0.0500"]
-        assert "±" not in remarks(found)[0]
+        assert figures(report(1))["cosine"][:2] == ["0.5500", "-0.0500"]
+        assert "±" not in remarks(report(1))[0]
         assert "±: 95 % interval over seeds" in remarks(report())[0]
 
     def test_groups_come_in_their_order(self) -> None:
@@ -120,7 +122,7 @@ def test_the_measures_of_all_sets_are_named() -> None:
     assert named_measures(report().sets) == "nDCG@10"
     assert named_measures([graded]) == "Spearman"
     found = replace(report(), sets=sets, measure=named_measures(sets))
-    assert headings(found)[0] == "nDCG@10 and Spearman"
+    assert ablation_table(found).columns[1].heading == "nDCG@10 and Spearman"
     assert remarks(found)[0].startswith("nDCG@10 and Spearman: mean over data sets and seeds on dev; ")
     assert (
         "graded (symmetric): trained on 90 queries, Spearman measured on 4,800 dev pairs, the same" in remarks(found)[3]
@@ -151,8 +153,8 @@ def test_the_best_is_bold() -> None:
     bold = re.findall(r"\x1b\[1m([^\x1b]*)\x1b", console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
     assert {"cosine", "0.9000"} <= {part.strip() for part in bold}
     assert not any("recipe" in part for part in bold)
-    assert "| **0.9000 ±0.0000** |" in render_markdown(found)
-    assert render_markdown(found).count("**") == 2
+    rows = [line for line in render_markdown(found).splitlines() if line.startswith("| **cosine** ")]
+    assert ["| **0.9000** ±0.0000 |" in row for row in rows] == [True]
 
 
 def test_the_best_has_every_seed_of_the_recipe() -> None:
@@ -164,8 +166,8 @@ def test_the_best_has_every_seed_of_the_recipe() -> None:
 
 def test_markdown_is_a_table_of_even_width() -> None:
     lines = [line for line in render_markdown(report()).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 4
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {12}
+    assert len(lines) == 2 + 4 + 4  # a head, a line above each of four groups, and four rows
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {11}
     assert "<script>" not in render_markdown(report()).partition("## Settings")[0].replace(r"\<script\>", "")
 
 
@@ -176,12 +178,12 @@ class TestListing:
             assert f" {variant.name} " in text
             assert f" {variant.title} " in text
         assert "nothing changes" not in text
-        assert re.findall(r"^│ (\w+)", text, re.M) == ["baseline", "published", "own"]
+        assert [section.title for section in variants_table(None).sections] == ["baseline", "published", "own"]
 
     def test_with_a_recipe_what_is_so_already(self) -> None:
         table = shown(variants_table(load_recipe("d2llm-paper")))
         lines = [line for line in table.splitlines() if "nothing changes" in line]
-        assert {"concat", "cold-start"} < {line.split("│")[2].strip() for line in lines}
+        assert {"concat", "cold-start"} < {line.split("│")[1].strip() for line in lines}
         assert len(lines) < 10
 
 
@@ -201,10 +203,10 @@ class TestPage:
         page = render_page(report())
         assert page.count('<svg id="plot-ablation" ') == 1
         for row in (report().base, *report().rows):
-            assert f'<th scope="row">{row.name}</th>' in page
-            for cell in cells(report(), row):
-                assert f"<td>{cell}</td>" in page.replace("\n±", " ±").replace("\nsym", " sym")
-        assert page.count('<tr class="best">') == 1
+            assert f"<bdi>{row.name}</bdi>" in page
+        shown = re.sub("</?(small|strong)>", "", page)
+        for cells in figures(report()).values():
+            assert all(f"<td>{cell}</td>" in shown for cell in cells)
         assert "one note" in page
 
     def test_the_plot_is_drawn_to_scale(self) -> None:

@@ -39,7 +39,7 @@ def plain(inline):
 def test_rows_hold_the_values_of_the_report_with_best_and_significance():
     report = retrieval_report()
     rows = tables(render_markdown(report))[0]
-    assert rows[0] == ["", "nDCG@10", "MRR@10", "Recall@100", "95 % of nDCG@10", "queries"]
+    assert rows[0] == ["system", "nDCG@10", "MRR@10", "Recall@100", "95 % of nDCG@10", "queries"]
     assert [row[0] for row in rows[1:]] == [row.name for row in report.rows]
     by_name = {row[0]: row for row in rows}
     ours, bm25 = report.row("D2LLM").measures["nDCG@10"], report.row("BM25").measures["nDCG@10"]

@@ -11,8 +11,8 @@ from rich.console import Console
 from d2llm.cli.session import Session
 from d2llm.core.types import Passage, Query, RankedPassage, Ranking
 from d2llm.evaluation.report import Comparison, Cost, Estimate, EvaluationRow, Milliseconds, MissingRow
-from d2llm.reports.index_tables import passage_lines
-from d2llm.reports.tables import evaluation_tables, judgement_table, ranking_list
+from d2llm.reports.evaluation_tables import evaluation_tables
+from d2llm.reports.search_tables import judgement_table, passage_lines, ranking_list
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
 
 
@@ -69,16 +69,15 @@ def make_report(*, marks=True):
 
 def test_every_figure_is_shown():
     lines = rendered(make_report())
-    title = " ".join(lines[:3])  # it wraps at the width of its table
-    assert title.startswith("zoo / test, 1,200 queries, 5,000 passages, 3 without a relevant passage in the corpus")
+    assert lines[0].startswith("zoo / test, 1,200 queries, 5,000 passages, 3 without a relevant passage in the corpus")
     measures, costs = cells(lines)
-    assert measures[""] == ["nDCG@10", "MRR@10", "items"]
+    assert measures["system"] == ["nDCG@10", "MRR@10", "queries"]
     assert measures["BM25"] == ["0.5000", "0.2500", "1,200"]
     assert measures["D2LLM"] == ["0.6123*", "0.2000†", "1,200"]
     (missing,) = (row for name, row in measures.items() if name.startswith("teacher"))
     assert missing == ["–", "–", "–"]
     assert "teacher: not measured, no" in " ".join(lines)
-    assert dict(zip(costs[""], costs["D2LLM"], strict=True)) == {
+    assert dict(zip(costs["system"], costs["D2LLM"], strict=True)) == {
         "total ms, p50": "1,234",
         "total ms, p95": "2,000",
         "bytes per passage": "768",
@@ -118,9 +117,9 @@ def test_a_full_report_has_a_table_for_each_part():
     assert not any("*" in cell or "†" in cell for row in sample.values() for cell in row)
     (d2llm,) = (row for row in report.agreement if row.name == "D2LLM")
     found = d2llm.agreement
-    expected = (found.label_loyalty, found.pearson_within, found.kendall_within, found.pearson_over_all)
-    assert agreement["D2LLM"] == [*(f"{value:.4f}" for value in expected), f"{d2llm.top_10_overlap:.4f}", "4,000"]
-    assert agreement["cosine, untuned"][-2] == "–"
+    expected = (found.label_loyalty, found.kendall_within, found.pearson_within, found.pearson_over_all)
+    assert agreement["D2LLM"] == [*(f"{value:.4f}" for value in expected), f"{d2llm.top_10_overlap:.4f}", "100", "4,000"]
+    assert agreement["cosine, untuned"][-3] == "–"
     assert list(costs)[1:] == names
     assert TEACHER in costs
     for note in report.notes:
@@ -136,7 +135,7 @@ def test_pairs_are_counted_as_pairs():
 
 def test_a_bare_report():
     lines = rendered(bare_report())
-    assert [list(table) for table in cells(lines)] == [["", "D2LLM"], ["", "D2LLM"]]
+    assert [list(table) for table in cells(lines)] == [["system", "D2LLM"], ["system", "D2LLM"]]
 
 
 def test_names_and_notes_stay_texts():

@@ -12,8 +12,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import Stack, out_of_fold_log_odds
-from d2llm.reports.stack_page import render_page
-from d2llm.reports.teach_tables import stack_cells, stack_headings
+from d2llm.reports.training_tables import render_stack_page, stack_table
 from d2llm.training import stack_teachers as verb
 from d2llm.training.stack_teachers import stack_teachers
 from fake_models import FakeJudgements, FakeStudent
@@ -160,11 +159,9 @@ def test_wrong_members_are_refused(tmp_path, judges):
 def test_the_page_has_a_diagram_for_every_calibration(tmp_path, judges):
     judges["<b>llm</b>"] = judges["llm"]
     report = stacked(tmp_path / "stack", "<b>llm</b>", "cosine")
-    page = render_page(report)
+    page = render_stack_page(report)
     assert page.count("<svg") == 2 * 2 + 1
     assert "<b>llm" not in page
     assert "<script" not in page
-    for row in report.tasks["asymmetric"].rows:
-        for cell in stack_cells(row)[1:]:
-            assert cell in page
-    assert len(stack_cells(report.tasks["asymmetric"].rows[0])) == len(stack_headings(report.tasks["asymmetric"]))
+    for cells in stack_table("asymmetric", report.tasks["asymmetric"]).texts():
+        assert all(f"<td>{cell}</td>" in page for cell in cells[1:])

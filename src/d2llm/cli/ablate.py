@@ -76,7 +76,7 @@ def ablate(
     """
     from d2llm.core.files import write_bytes
     from d2llm.core.recipe_file import load_recipe
-    from d2llm.reports.ablation_table import ablation_table, listed, render_markdown, variants_table
+    from d2llm.reports.ablation import ablation_table, listed, render_markdown, render_page, variants_table
 
     session = session_of(context)
     if list_variants:
@@ -115,8 +115,6 @@ def ablate(
     if markdown_path is not None:
         write_bytes(markdown_path, render_markdown(report).encode())
     if html_path is not None:
-        from d2llm.reports.ablation_page import render_page
-
         write_bytes(html_path, render_page(report).encode())
 
 

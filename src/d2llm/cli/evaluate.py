@@ -189,7 +189,7 @@ def evaluate(
     from d2llm.evaluation.evaluate import evaluate
     from d2llm.evaluation.loading import load_contenders
     from d2llm.evaluation.setting import EvaluationSettings
-    from d2llm.reports.tables import evaluation_tables
+    from d2llm.reports.evaluation_tables import evaluation_tables
 
     session = session_of(context)
     settings = EvaluationSettings(

@@ -172,7 +172,7 @@ def get(
     json_path: JsonOption = None,
 ) -> None:
     """Show passages by id, or all those of a document, in its order."""
-    from d2llm.reports.index_tables import passage_lines
+    from d2llm.reports.search_tables import passage_lines
     from d2llm.retrieval.index import Index
 
     (asked, documents), index = _ids(ids, ids_file, document), Index.open(folder_of(context))
@@ -219,7 +219,7 @@ def list_ids(
 @index_app.command("stats")
 def stats(context: typer.Context, json_path: JsonOption = None) -> None:
     """Say what it holds, and how many bytes it takes."""
-    from d2llm.reports.index_tables import stats_table
+    from d2llm.reports.search_tables import stats_table
     from d2llm.retrieval.index import Index
 
     found = Index.open(folder_of(context)).stats()

@@ -61,8 +61,7 @@ def add(
 @keys_app.command("list")
 def show(context: typer.Context, json_path: JsonOption = None) -> None:
     """Show the keys' names, scopes and limits."""
-    from rich.table import Table
-
+    from d2llm.core.table import Table
     from d2llm.server.keys import read_keys
 
     keys = read_keys(_file_of(context))

@@ -44,7 +44,7 @@ def judge(
 ) -> None:
     """Ask a teacher how surely a passage answers a query."""
     from d2llm.models.teachers.judge import load_judge
-    from d2llm.reports.tables import judgement_table
+    from d2llm.reports.search_tables import judgement_table
 
     for text in (query, *passages):
         if not text.strip():

@@ -208,7 +208,7 @@ def search(
     from d2llm.core.errors import InputError
     from d2llm.models.attribution import why_no_interaction
     from d2llm.models.student import Student
-    from d2llm.reports.tables import explanation_table, ranking_list
+    from d2llm.reports.search_tables import explanation_table, ranking_list
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.search import search
     from d2llm.retrieval.settings import SearchSettings

@@ -18,8 +18,7 @@ from d2llm.cli.session import session_of
 from d2llm.core.types import EngineName
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from d2llm.core.table import Table
     from d2llm.server.settings import LoadedSettings
 
 OWN_OPTIONS = ("context", "config", "assignments", "show_config", "json_path")
@@ -163,12 +162,11 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
 
 
 def _settings_table(loaded: LoadedSettings) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from d2llm.core.table import Table
 
     table = Table("setting", "value", "from")
     for row in loaded.lines():
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     return table
 
 

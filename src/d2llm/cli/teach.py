@@ -57,7 +57,7 @@ def stack(
     It goes to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a recipe.
     """
     from d2llm.core.files import write_bytes
-    from d2llm.reports.teach_tables import stack_tables
+    from d2llm.reports.training_tables import stack_tables
 
     session = session_of(context)
     run = open_run(session, recipe, out, data, device, dtype, files=(json_path, html_path))
@@ -67,9 +67,9 @@ def stack(
         session.show(part)
     session.write_report(context, json_path, report)
     if html_path is not None:
-        from d2llm.reports.stack_page import render_page
+        from d2llm.reports.training_tables import render_stack_page
 
-        write_bytes(html_path, render_page(report).encode())
+        write_bytes(html_path, render_stack_page(report).encode())
 
 
 def gate(
@@ -106,7 +106,7 @@ def gate(
     Comes before label. [gate] in the recipe says how many queries (ten times as many pairs), and what becomes of a data
     set whose gate is closed.
     """
-    from d2llm.reports.teach_tables import gate_table
+    from d2llm.reports.training_tables import gate_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice
 

@@ -119,7 +119,7 @@ def run(
     """
     session = session_of(context)
     opened = open_run(session, recipe, out, data, device, dtype, files=(json_path,))  # told before torch is loaded
-    from d2llm.reports.teach_tables import gate_table, run_table
+    from d2llm.reports.training_tables import gate_table, run_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice
 

@@ -63,7 +63,7 @@ def ann(
     Passages that come later are found all the same; build it again when they are many.
     """
     from d2llm.data.beir import read_queries
-    from d2llm.reports.index_tables import ann_remark
+    from d2llm.reports.search_tables import ann_remark
     from d2llm.retrieval.build_ann import build_ann
     from d2llm.retrieval.index import Index
 

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.table import Table
-from rich.text import Text
-
 from d2llm.core.errors import D2LLMError
+from d2llm.core.table import Cell, Style, Table
 
 Level = Literal["ok", "note", "problem"]
 _REPORT = "report it with the output of d2llm doctor --json; the other checks were made all the same"
-_STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
+_STYLES: dict[Level, Style] = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +58,15 @@ def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Fi
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """All findings, the areas in their order."""
-    table = Table(box=None, header_style="bold")
-    for heading in ("", "", "", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
+    table = Table("", "", "", "found", "what to do", framed=False)
     area = ""
     for finding in findings:
         table.add_row(
-            Text("" if finding.area == area else finding.area, style="bold"),
-            Text(finding.what),
-            Text(finding.level, style=_STYLES[finding.level]),
-            Text(finding.found),
-            Text(finding.advice),
+            Cell("" if finding.area == area else finding.area, "bold"),
+            finding.what,
+            Cell(finding.level, _STYLES[finding.level]),
+            finding.found,
+            finding.advice,
         )
         area = finding.area
     return table

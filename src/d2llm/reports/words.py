@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from d2llm.core.table import ABSENT
 from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Milliseconds
 
 BETTER, WORSE = "*", "†"
-ABSENT = "–"
 
 _MEANINGS = {
     "nDCG": "how high the relevant passages stand in the ranking, better ones and first places counting most; 1 is the "
@@ -92,13 +92,12 @@ def legend(report: EvaluationReport) -> str:
 def facts(report: EvaluationReport) -> list[tuple[str, str]]:
     """What was measured: label and value."""
     unit = item_noun(report, report.num_items)
-    found = [("data", f"{report.dataset} / {report.split}"), (unit, f"{report.num_items:,}")]
+    pairs = [("data", f"{report.dataset} / {report.split}"), (unit, f"{report.num_items:,}")]
     if report.kind == "retrieval":
-        found.append(("passages", f"{report.num_passages:,}"))
+        pairs.append(("passages", f"{report.num_passages:,}"))
     if report.num_left_out:
-        found.append(("left out", f"{report.num_left_out:,} without a relevant passage in the corpus"))
-    found.append(("task", report.task))
-    return [*found, ("took", duration(report.seconds))]
+        pairs.append(("left out", f"{report.num_left_out:,} without a relevant passage in the corpus"))
+    return [*pairs, ("task", report.task), ("took", duration(report.seconds))]
 
 
 def item_noun(report: EvaluationReport, count: int) -> str:
@@ -107,19 +106,25 @@ def item_noun(report: EvaluationReport, count: int) -> str:
     return one if count == 1 else many
 
 
+def sample_title(report: EvaluationReport) -> str:
+    """The heading of the measures on what the teacher judged."""
+    count = report.sample_rows[0].num_items
+    return f"The same systems on the {count:,} {item_noun(report, count)} that the teacher judged"
+
+
 def verdict(report: EvaluationReport) -> str | None:
     """The subject against the baseline in the main measure, in one sentence; None where they were not compared."""
-    found = report.comparison(report.subject, report.main_measure)
-    if found is None:
+    comparison = report.comparison(report.subject, report.main_measure)
+    if comparison is None:
         return None
-    difference = found.difference
-    words = "not a significant difference"
-    if found.is_significant:
-        words = "significantly better" if difference.value > 0 else "significantly worse"
+    difference = comparison.difference
+    judgement = "not a significant difference"
+    if comparison.is_significant:
+        judgement = "significantly better" if difference.value > 0 else "significantly worse"
     return (
-        f"{found.row} against {found.baseline}: {found.measure} {difference.value:+.4f} "
-        f"[{difference.low:+.4f}, {difference.high:+.4f}], {words} (adjusted {p_text(found.adjusted_p)}, "
-        f"{found.num_items:,} {item_noun(report, found.num_items)})."
+        f"{comparison.row} against {comparison.baseline}: {comparison.measure} {difference.value:+.4f} "
+        f"[{difference.low:+.4f}, {difference.high:+.4f}], {judgement} (adjusted {p_text(comparison.adjusted_p)}, "
+        f"{comparison.num_items:,} {item_noun(report, comparison.num_items)})."
     )
 
 
@@ -141,11 +146,6 @@ def quantity(value: float | None) -> str:
         return f"{value:g}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 4)}f}"
-
-
-def ratio(value: float | None) -> str:
-    """A share or correlation with four decimals; a dash for None."""
-    return ABSENT if value is None else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no script, no font, no address is loaded."""
+"""The report of an evaluation as one HTML file that needs nothing else: no script, no font, no address is loaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from d2llm.evaluation.report import EvaluationReport, EvaluationRow
 from d2llm.reports import words
+from d2llm.reports.evaluation_tables import agreement_table, comparison_table, cost_table, measure_table
 from d2llm.reports.html import charts
-from d2llm.reports.html.page import environment, styling
+from d2llm.reports.html.page import render
 
 _SIZES = (False, True)  # wide and narrow: the style sheet shows one of the two
 
@@ -19,30 +20,33 @@ def render_html(report: EvaluationReport) -> str:
     Nothing in the report's texts acts as HTML, and the page's content security policy forbids scripts, foreign styles
     and every request. Parts without data say so.
     """
-    page = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            words=words,
-            **styling(),
-            labels=_labels(report),
-            **_quality_cost(report),
-            **_differences(report),
-            calibration=[
-                (one, charts.reliability(one, "plot-calibration" if not place else f"plot-calibration-{place + 1}"))
-                for place, one in enumerate(report.calibration)
-            ],
-            histograms=[
-                (
-                    one,
-                    charts.histogram(one.counts, f"plot-histogram-{place + 1}", name=one.name, labels=_labels(report)),
-                )
-                for place, one in enumerate(report.histograms)
-            ],
+    sample = None
+    if report.sample_rows:
+        sample = measure_table(
+            report, report.sample_rows, title=words.sample_title(report), marks=False, intervals="cells", tagged=True
         )
+    return render(
+        "evaluation.html.j2",
+        report=report,
+        words=words,
+        measures=measure_table(report, report.rows, title="Measures of every system", intervals="cells", tagged=True),
+        sample=sample,
+        comparisons=comparison_table(report, report.comparisons, title="All comparisons", detailed=True),
+        parts_of_score=comparison_table(report, report.parts, title="Without a part of the score", detailed=True),
+        agreement=agreement_table(report, tagged=True),
+        costs=cost_table(report, tagged=True),
+        labels=_labels(report),
+        **_quality_cost(report),
+        **_differences(report),
+        calibration=[
+            (one, charts.reliability(one, "plot-calibration" if not place else f"plot-calibration-{place + 1}"))
+            for place, one in enumerate(report.calibration)
+        ],
+        histograms=[
+            (one, charts.histogram(one.counts, f"plot-histogram-{place + 1}", name=one.name, labels=_labels(report)))
+            for place, one in enumerate(report.histograms)
+        ],
     )
-    return page.encode("utf-8", "replace").decode("utf-8")  # half an emoji, as a cut-off JSON text holds it
 
 
 def _labels(report: EvaluationReport) -> tuple[str, str]:
@@ -95,13 +99,13 @@ def _differences(report: EvaluationReport) -> dict[str, Any]:
     if not common or not details.item_ids:
         return {"differences": [], "differences_measure": None}
     measure = report.main_measure if report.main_measure in common else common[0]
-    found = [
+    changes = [
         charts.Difference(item_id, mine - other)
         for item_id, mine, other in zip(details.item_ids, ours[measure], theirs[measure], strict=True)
     ]
     return {
         "differences": [
-            charts.differences(found, measure, report.subject, report.baseline or "", narrow=narrow)
+            charts.differences(changes, measure, report.subject, report.baseline or "", narrow=narrow)
             for narrow in _SIZES
         ],
         "differences_measure": measure,

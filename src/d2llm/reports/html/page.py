@@ -10,9 +10,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 
+def render(template: str, style: str = "", **values: object) -> str:
+    """A page of one of the templates, with ``style`` at the end of the style sheet; every value is escaped."""
+    sheet = _environment().get_template("style.css").render() + style
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup(sheet),
+            style_hash=base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode(),
+            **values,
+        )
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # half an emoji, as a cut-off JSON text holds it
+
+
 @functools.cache
-def environment() -> Environment:
-    """The templates, compiled once for all pages of a process; everything put into them is escaped."""
+def _environment() -> Environment:
+    """The templates, compiled once for all pages of a process."""
     return Environment(
         loader=PackageLoader("d2llm.reports.html"),
         autoescape=True,
@@ -20,12 +35,3 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def styling(more: str = "") -> dict[str, Markup | str]:
-    """``style``, the style sheet with ``more`` at its end, and ``style_hash``, by which a page's policy allows it."""
-    style = environment().get_template("style.css").render() + more
-    return {
-        "style": Markup(style),
-        "style_hash": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-    }

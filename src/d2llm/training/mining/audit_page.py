@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
+
+from d2llm.core.table import Column, Table, escape_markdown
 
 _MAX_CHARACTERS = 300
 _BAR = 20  # characters of the longest bar
@@ -37,7 +39,8 @@ def audit_page(report: dict[str, Any], audit: dict[str, Any]) -> str:
 
 
 def _summary(report: dict[str, Any], audit: dict[str, Any]) -> str:
-    rows = [
+    table = Table("", Column("number", ","))
+    for name, count in (
         ("queries", report["num_entries"]),
         ("positives", report["num_positives"]),
         ("hard negatives", report["num_hard_negatives"]),
@@ -48,23 +51,25 @@ def _summary(report: dict[str, Any], audit: dict[str, Any]) -> str:
         ("passages with the text of a positive, left out", report["num_same_text_as_positive"]),
         ("pairs judged by the teacher", report["teacher"]["judged"]),
         ("candidates let through without a teacher label", report["teacher"]["without_label"]),
-    ]
-    return _table(("", "number"), [(name, f"{count:,}") for name, count in rows])
+    ):
+        table.add_row(name, count)
+    return table.to_markdown()
 
 
 def _ranks(audit: dict[str, Any]) -> str:
     kept: dict[str, dict[str, int]] = audit["kept_by_rank"]
-    names = next(iter(kept.values()), {})
-    rows = [(_inline(source), *(f"{count:,}" for count in counts.values())) for source, counts in kept.items()]
-    return _table(("list", *names), rows)
+    table = Table("list", *(Column(name, ",") for name in next(iter(kept.values()), {})))
+    for source, counts in kept.items():
+        table.add_row(source, *counts.values())
+    return table.to_markdown()
 
 
 def _dropped(audit: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for reason, found in audit["dropped"].items():
-        first = ", ".join(f"{_inline(drop['query_id'])} / {_inline(drop['passage_id'])}" for drop in found["first"])
-        rows.append((reason, _REASONS[reason], f"{found['count']:,}", first))
-    return _table(("reason", "meaning", "number", "first (query / passage)"), rows)
+    table = Table("reason", "meaning", Column("number", ","), "first (query / passage)")
+    for reason, drops in audit["dropped"].items():
+        first = ", ".join(f"{drop['query_id']} / {drop['passage_id']}" for drop in drops["first"])
+        table.add_row(reason, _REASONS[reason], drops["count"], first)
+    return table.to_markdown()
 
 
 def _margins(audit: dict[str, Any]) -> Iterable[str]:
@@ -72,15 +77,14 @@ def _margins(audit: dict[str, Any]) -> Iterable[str]:
         edges = [f"{edge:g}" for edge in histogram["edges"]]
         bins = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges))]
         most = max(histogram["kept"]) or 1
-        rows = [
-            (where, f"{kept:,}", f"{dropped:,}", "█" * round(_BAR * kept / most))
-            for where, kept, dropped in zip(
-                [*bins, f"{edges[-1]} and more"], histogram["kept"], histogram["dropped"], strict=True
-            )
-        ]
+        table = Table("margin", Column("kept", ","), Column("dropped", ","), "")
+        for margin, kept, dropped in zip(
+            [*bins, f"{edges[-1]} and more"], histogram["kept"], histogram["dropped"], strict=True
+        ):
+            table.add_row(margin, kept, dropped, "█" * round(_BAR * kept / most))
         yield (
             f"## Margins: {name}\n\nMean score of the query's positives less that of the candidate; below 0 the "
-            f"{name} prefers the candidate.\n\n" + _table(("margin", "kept", "dropped", ""), rows)
+            f"{name} prefers the candidate.\n\n" + table.to_markdown()
         )
 
 
@@ -107,11 +111,6 @@ def _scores(shown: dict[str, Any]) -> str:
     return f"`{_plain(shown['passage_id'])}`" + (f" ({scores})" if scores else "")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
-
-
 def _plain(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
@@ -121,4 +120,4 @@ def _inline(text: str) -> str:
     text = " ".join(text.split())
     if len(text) > _MAX_CHARACTERS:
         text = text[: _MAX_CHARACTERS - 1] + "…"
-    return "".join(f"\\{character}" if character in "\\`*_[]<>|#" else character for character in text)
+    return escape_markdown(text)

@@ -1,0 +1,218 @@
+"""The one table of d2llm, as a terminal, Markdown and a page show it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape as escape_html
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+ABSENT = "–"
+"""Shown where a value is None."""
+_MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
+
+Value = str | float | None
+Style = Literal["", "bold", "dim", "cyan", "green", "yellow", "bold red"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of numbers (``format`` as for Python's ``format``), or of text if ``align`` is left.
+
+    ``max_width`` is in characters of a terminal, where longer texts are wrapped.
+    """
+
+    heading: str
+    format: str = ""
+    align: Literal["left", "right"] = "right"
+    max_width: int | None = None
+
+    def text(self, value: Value) -> str:
+        """A value of this column as it is shown."""
+        if value is None:
+            return ABSENT
+        return value if isinstance(value, str) else format(value, self.format)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value with a style, a mark right behind it (``*``), or a note in smaller type below it.
+
+    Markdown and pages know bold alone of the styles.
+    """
+
+    value: Value
+    style: Style = ""
+    mark: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table; a page shows a highlighted one in the colour of the report's subject."""
+
+    cells: tuple[Cell, ...]
+    highlighted: bool = False
+
+
+@dataclass(slots=True)
+class Section:
+    """Rows that belong together; the title, where there is one, stands above them."""
+
+    title: str
+    rows: list[Row]
+
+
+class Table:
+    """Columns, rows in sections, a title and a caption. Every text is shown letter by letter, whatever is in it.
+
+    A heading that is a string stands for a left-aligned column of text. A table can be printed with Rich and put into a
+    Jinja template as it is.
+    """
+
+    def __init__(self, *columns: Column | str, title: str = "", caption: str = "", framed: bool = True) -> None:
+        self.columns = tuple(Column(one, align="left") if isinstance(one, str) else one for one in columns)
+        self.title = title
+        self.caption = caption
+        self.framed = framed
+        self.sections: list[Section] = [Section("", [])]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all sections."""
+        return [row for section in self.sections for row in section.rows]
+
+    def add_section(self, title: str = "") -> None:
+        """Begin a new section; the rows that are added from now on belong to it."""
+        if not self.sections[-1].rows:
+            self.sections.pop()
+        self.sections.append(Section(title, []))
+
+    def add_row(self, *values: Value | Cell, highlighted: bool = False) -> None:
+        """Add a row to the last section.
+
+        Raises:
+            ValueError: there are more or fewer values than columns.
+        """
+        if len(values) != len(self.columns):
+            raise ValueError(f"{len(values)} values for {len(self.columns)} columns")
+        cells = tuple(value if isinstance(value, Cell) else Cell(value) for value in values)
+        self.sections[-1].rows.append(Row(cells, highlighted))
+
+    def texts(self) -> list[list[str]]:
+        """The text of each cell, row by row, with its mark and its note."""
+        return [
+            [f"{column.text(cell.value)}{cell.mark} {cell.note}".rstrip() for column, cell in self._pairs(row)]
+            for row in self.rows
+        ]
+
+    def to_terminal(self) -> RenderableType:
+        """For a Rich console: the title, which is as wide as the terminal, the grid and the caption."""
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        headings = [column.heading for column in self.columns]
+        grid = Grid(box=box.HEAVY_HEAD if self.framed else None, show_header=any(headings), header_style="bold")
+        for column in self.columns:
+            grid.add_column(Text(column.heading), justify=column.align, max_width=column.max_width, overflow="fold")
+        for section in self.sections:
+            grid.add_section()
+            if section.title:
+                grid.add_row(Text(section.title, style="dim"))
+            for row in section.rows:
+                grid.add_row(*(_terminal_cell(column, cell) for column, cell in self._pairs(row)))
+        title = [Text(self.title, style="bold")] if self.title else []
+        caption = [Text(self.caption, style="dim")] if self.caption else []
+        return Group(*title, grid, *caption)
+
+    def to_markdown(self) -> str:
+        """For GitHub and other readers with tables; title and caption are left to the text around it."""
+        lines = [
+            [escape_markdown(column.heading) for column in self.columns],
+            ["---" if column.align == "left" else "---:" for column in self.columns],
+        ]
+        for section in self.sections:
+            if section.title:
+                lines.append([f"**{escape_markdown(section.title)}**", *("" for _ in self.columns[1:])])
+            lines += [[_markdown_cell(column, cell) for column, cell in self._pairs(row)] for row in section.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def to_html(self) -> str:
+        """A table that scrolls by itself where a page is too narrow; its accessible name is the title."""
+        return "\n".join(
+            [
+                f'<div class="scroll" tabindex="0" role="region" aria-label="{escape_html(self.title)}">',
+                "<table>",
+                f"<thead><tr>{''.join(self._html_headings())}</tr></thead>",
+                "<tbody>",
+                *self._html_rows(),
+                "</tbody>",
+                "</table>",
+                "</div>",
+            ]
+        )
+
+    __rich__ = to_terminal
+    __html__ = to_html
+
+    def _pairs(self, row: Row) -> Iterator[tuple[Column, Cell]]:
+        return zip(self.columns, row.cells, strict=True)
+
+    def _html_headings(self) -> Iterator[str]:
+        for column in self.columns:
+            yield f'<th scope="col"{_html_class(column)}><bdi>{escape_html(column.heading)}</bdi></th>'
+
+    def _html_rows(self) -> Iterator[str]:
+        for section in self.sections:
+            if section.title:
+                yield (
+                    f'<tr class="group"><th scope="rowgroup" colspan="{len(self.columns)}">'
+                    f"<bdi>{escape_html(section.title)}</bdi></th></tr>"
+                )
+            for row in section.rows:
+                (_, first), *others = self._pairs(row)
+                cells = [f'<th scope="row">{_html_text(self.columns[0], first)}</th>']
+                cells += [f"<td{_html_class(column)}>{_html_text(column, cell)}</td>" for column, cell in others]
+                opening = '<tr class="subject">' if row.highlighted else "<tr>"
+                yield f"{opening}{''.join(cells)}</tr>"
+
+
+def escape_markdown(text: str) -> str:
+    """Text on one line of which Markdown takes nothing for its own, unless it stands at the beginning of a line."""
+    return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(text.split()))
+
+
+def _terminal_cell(column: Column, cell: Cell) -> Text:
+    from rich.text import Text
+
+    text = Text(column.text(cell.value) + cell.mark, style=cell.style)
+    return text.append(f"\n{cell.note}", style="dim") if cell.note else text
+
+
+def _markdown_cell(column: Column, cell: Cell) -> str:
+    text = escape_markdown(column.text(cell.value))
+    if cell.style == "bold" and text:
+        text = f"**{text}**"
+    return " ".join(part for part in (text, escape_markdown(cell.mark), escape_markdown(cell.note)) if part)
+
+
+def _html_class(column: Column) -> str:
+    return ' class="text"' if column.align == "left" else ""
+
+
+def _html_text(column: Column, cell: Cell) -> str:
+    text = escape_html(column.text(cell.value))
+    if column.align == "left":
+        text = f"<bdi>{text}</bdi>"  # keeps the direction of a name to itself
+    if cell.style == "bold":
+        text = f"<strong>{text}</strong>"
+    if cell.mark:
+        text += f'<span class="mark-sign">{escape_html(cell.mark)}</span>'
+    return text + (f" <small>{escape_html(cell.note)}</small>" if cell.note else "")

@@ -1,0 +1,162 @@
+"""The tables of an evaluation: what a terminal, Markdown and the page show of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from d2llm.core.table import Cell, Column, Table
+from d2llm.evaluation.report import Comparison, EvaluationReport, EvaluationRow
+from d2llm.reports import words
+
+_SYSTEM = Column("system", align="left", max_width=40)
+
+
+def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
+    """A report for a terminal: measures, the teacher's sample, agreement, cost, and what to know of the figures."""
+    facts = ", ".join(
+        value if label in ("data", "task") else f"{value} {label}" for label, value in words.facts(report)
+    )
+    measures = measure_table(report, report.rows, title=facts)
+    for row in report.missing:
+        measures.add_row(f"{row.name}: not measured, {row.reason}", *(None for _ in measures.columns[1:]))
+    parts: list[RenderableType] = [measures]
+    if report.sample_rows:
+        parts.append(measure_table(report, report.sample_rows, title=words.sample_title(report), marks=False))
+    if report.agreement:
+        parts.append(agreement_table(report))
+    parts.append(cost_table(report))
+    verdict = words.verdict(report)
+    remarks = [words.legend(report), *([verdict] if verdict else []), *report.notes]
+    return [*parts, Text("\n".join(remarks))]
+
+
+def measure_table(
+    report: EvaluationReport,
+    rows: Sequence[EvaluationRow],
+    *,
+    title: str,
+    marks: bool = True,
+    intervals: Literal["none", "column", "cells"] = "none",
+    tagged: bool = False,
+) -> Table:
+    """The measures of every system; the best of each column is bold.
+
+    Args:
+        report: what the rows belong to.
+        rows: all of them, or those of the teacher's sample.
+        title: of the table.
+        marks: whether ``*`` and ``†`` say what differs significantly from the baseline.
+        intervals: "column" adds one with the interval of the main measure, "cells" puts each below its figure.
+        tagged: whether the baseline is called so.
+    """
+    measures = words.measure_names(rows)
+    best = {measure: words.best_rows(rows, measure) for measure in measures}
+    columns = [_SYSTEM, *(Column(measure, ".4f") for measure in measures)]
+    if intervals == "column":
+        columns.append(Column(f"95 % of {report.main_measure}"))
+    table = Table(*columns, Column(words.item_noun(report, 2), ","), title=title)
+
+    def cell(row: EvaluationRow, measure: str) -> Cell | None:
+        estimate = row.measures.get(measure)
+        if estimate is None:
+            return None
+        return Cell(
+            estimate.value,
+            "bold" if row.name in best[measure] else "",
+            mark=words.mark(report, row.name, measure) if marks else "",
+            note=f"{estimate.low:.3f} to {estimate.high:.3f}" if intervals == "cells" else "",
+        )
+
+    for row in rows:
+        cells: list[Cell | str | None] = [cell(row, measure) for measure in measures]
+        if intervals == "column":
+            estimate = row.measures.get(report.main_measure)
+            cells.append(None if estimate is None else f"{estimate.low:.4f} to {estimate.high:.4f}")
+        table.add_row(_system(report, row.name, tagged), *cells, row.num_items, highlighted=row.name == report.subject)
+    return table
+
+
+def cost_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
+    """What each system costs; only what was measured for some system has a column."""
+    columns = words.cost_columns(report.rows)
+    table = Table(_SYSTEM, *(Column(heading) for heading, _ in columns), title="Cost, one at a time")
+    for place, row in enumerate(report.rows):
+        cells = [costs[place] for _, costs in columns]
+        table.add_row(_system(report, row.name, tagged), *cells, highlighted=row.name == report.subject)
+    return table
+
+
+def agreement_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
+    """How far each system's scores follow the teacher's."""
+    table = Table(
+        _SYSTEM,
+        Column("label loyalty", ".4f"),
+        Column("Kendall", ".4f"),
+        Column("Pearson", ".4f"),
+        Column("Pearson, all pairs", ".4f"),
+        Column("top-10 overlap", ".4f"),
+        Column("queries", ","),
+        Column("pairs", ","),
+        title="Agreement with the teacher, on what it judged",
+    )
+    for row in report.agreement:
+        agreement = row.agreement
+        table.add_row(
+            _system(report, row.name, tagged),
+            agreement.label_loyalty,
+            agreement.kendall_within,
+            agreement.pearson_within,
+            agreement.pearson_over_all,
+            row.top_10_overlap,
+            agreement.num_queries,
+            agreement.num_pairs,
+            highlighted=row.name == report.subject,
+        )
+    return table
+
+
+def comparison_table(
+    report: EvaluationReport, comparisons: Sequence[Comparison], *, title: str, detailed: bool
+) -> Table:
+    """Differences with their tests; ``detailed`` names measure and test of each."""
+    table = Table(
+        _SYSTEM,
+        *(["measure"] if detailed else []),
+        Column("difference", "+.4f"),
+        Column("95 %"),
+        Column("p", ".4f"),
+        Column("p, Holm", ".4f"),
+        Column(words.item_noun(report, 2), ","),
+        *(["test"] if detailed else []),
+        title=title,
+    )
+    for comparison in comparisons:
+        difference = comparison.difference
+        table.add_row(
+            comparison.row,
+            *([comparison.measure] if detailed else []),
+            difference.value,
+            f"{difference.low:+.4f} to {difference.high:+.4f}",
+            comparison.p_value,
+            comparison.adjusted_p,
+            comparison.num_items,
+            *([comparison.test] if detailed else []),
+            highlighted=comparison.row == report.subject,
+        )
+    return table
+
+
+def calibration_table(report: EvaluationReport) -> Table:
+    """How far the probabilities of each system are off."""
+    table = Table(_SYSTEM, Column("expected error", ".4f"), Column("pairs", ","), title='Calibration of "yes"')
+    for row in report.calibration:
+        table.add_row(row.name, row.expected_error, row.num_pairs)
+    return table
+
+
+def _system(report: EvaluationReport, name: str, tagged: bool) -> Cell:
+    return Cell(name, note="baseline" if tagged and name == report.baseline else "")

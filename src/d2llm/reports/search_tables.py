@@ -1,0 +1,154 @@
+"""What the verbs ``search``, ``judge`` and ``index`` show in a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.styled import Styled
+from rich.text import Text
+
+from d2llm.core.table import Cell, Column, Table
+
+if TYPE_CHECKING:
+    from d2llm.core.types import Passage, Ranking
+    from d2llm.retrieval.build_ann import AnnReport
+    from d2llm.store.inspection import IndexStats
+
+_SHOWN_CHARACTERS = 300
+
+
+def ranking_list(ranking: Ranking) -> RenderableType:
+    """One query with its passages, best first: rank, score and id, the beginning of the text below; neighbours in grey.
+
+    An id stands on a line of its own, however long it is, so that it can be copied.
+    """
+    width = len(str(len(ranking.passages)))
+    parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
+    for place in ranking.passages:
+        parts += [part for passage in place.before for part in _neighbour(passage, width)]
+        head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
+        parts += [_unbroken(head), _indented(place.passage.full_text, width)]
+        parts += [part for passage in place.after for part in _neighbour(passage, width)]
+    return Group(*parts)
+
+
+def _neighbour(passage: Passage, width: int) -> list[RenderableType]:
+    return [
+        _unbroken(Text(" " * (width + 2) + passage.id, style="dim")),
+        Styled(_indented(passage.text, width), "dim"),
+    ]
+
+
+def _indented(text: str, width: int) -> RenderableType:
+    return Padding(Text(_beginning(text)), (0, 0, 0, width + 2))
+
+
+def _unbroken(line: Text) -> Text:
+    line.no_wrap, line.overflow = True, "ignore"
+    return line
+
+
+def explanation_table(ranking: Ranking) -> Table:
+    """Why the passages of a ranking stand where they do."""
+    table = Table(
+        Column("rank"),
+        Column("inner product", ".3f"),
+        Column("words", "+.3f"),
+        Column("best window", "+.3f"),
+        Column("interaction", "+.3f"),
+        "ranks of sources",
+        "terms of the query",
+        title="why",
+        framed=False,
+    )
+    for place in ranking.passages:
+        why = place.explanation
+        if why is None:
+            continue
+        ranks = ", ".join(f"{name} {rank} ({why.source_scores[name]:.3f})" for name, rank in why.source_ranks.items())
+        terms = ", ".join(f"{term} {count}" for term, count in sorted(why.terms.items(), key=lambda item: -item[1]))
+        table.add_row(
+            place.rank,
+            why.anchor,
+            why.lexical,
+            why.windows,
+            None if why.interaction is None else round(why.interaction, 3) or 0.0,  # no -0.000
+            ranks or None,
+            terms or None,
+        )
+    return table
+
+
+def judgement_table(query: str, passages: Sequence[str], log_odds: Sequence[float]) -> Table:
+    """A teacher's judgement of each passage, in the order given: probability of yes, log-odds, text."""
+    table = Table(Column("P(yes)", ".4f"), Column("log-odds", "+.3f"), "passage", title=query, framed=False)
+    for passage, value in zip(passages, log_odds, strict=True):
+        table.add_row(0.5 + 0.5 * math.tanh(value / 2), value, _beginning(passage))
+    return table
+
+
+def passage_lines(passage: Passage) -> RenderableType:
+    """A passage with all that is known of it, its id on a line of its own, however long it is."""
+    facts = {"document": f"{passage.document_id} [{passage.position}]"} if passage.document_id else {}
+    facts |= {name: str(value) for name, value in passage.metadata.items()}
+    lines = [_unbroken(Text(f"{name}: {value}", style="dim")) for name, value in facts.items()]
+    body = "\n".join(part for part in (passage.title, passage.text) if part)
+    return Group(_unbroken(Text(passage.id, style="cyan")), *lines, Text(body), "")
+
+
+def stats_table(stats: IndexStats) -> Table:
+    """The facts about an index, one per line."""
+    fields = ", ".join(f"{name}: {kind}" for name, kind in stats.metadata.items())
+    holes = stats.num_rows - stats.num_passages
+    copies = "once" if stats.vector_copies == 1 else "twice"
+    facts = {
+        "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them read in part",
+        "documents": "none so far; passages alone" if stats.chunking is None else f"cut into {stats.chunking}",
+        "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each, kept {copies}; "
+        f"{holes:,} holes",
+        "metadata": fields or "none",
+        "student": f"{stats.student_name or stats.student}, task {stats.task}",
+        "version": f"{stats.version:,}; {stats.num_versions:,} can still be read",
+        "snapshots": ", ".join(stats.snapshots) or "none",
+        "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "
+        "per passage in all",
+    }
+    if stats.window_format is not None:
+        facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
+    if not stats.checksums:
+        facts["checksums"] = "none; the next write, or verify --repair, takes them"
+    if stats.num_projections:
+        facts["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
+    if stats.ann_passages:
+        later = stats.num_passages - stats.ann_passages
+        facts["approximate"] = f"{stats.ann_passages:,} passages, made to find {stats.ann_recall:.0%} of the candidates"
+        facts["approximate"] += f"; {later:,} more are scanned" if later > 0 else ""
+    if stats.unindexed:
+        lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
+        facts["not indexed"] = f"{lag} (searched all the same, more slowly; compact brings the indices up to date)"
+    table = Table("", "", title=stats.folder, framed=False)
+    for name, fact in facts.items():
+        table.add_row(Cell(name, "cyan"), fact)
+    return table
+
+
+def ann_remark(report: AnnReport) -> str:
+    """What was built, and how good and how quick it is."""
+    recall = report.recalls[-1]
+    queries = "given queries" if report.queries == "given" else "passages as queries"
+    slower = "" if report.ms < report.exact_ms else "; the exact scan is quicker here, leave this out"
+    return (
+        f"ann: {report.num_passages:,} passages in {report.num_lists:,} lists, {report.bytes_per_passage:,.0f} bytes "
+        f"each, built in {report.seconds:,.1f} s. It finds {recall.recall:.4f} (at least {recall.at_least:.4f}) of the "
+        f"first {recall.depth:,} and {report.first_ten:.4f} of the first ten, measured with {report.num_queries:,} "
+        f"{queries}; {report.ms:.2f} ms a search, {report.exact_ms:.2f} ms exactly{slower}"
+    )
+
+
+def _beginning(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _SHOWN_CHARACTERS else flat[: _SHOWN_CHARACTERS - 1] + "…"

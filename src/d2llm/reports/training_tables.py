@@ -1,0 +1,151 @@
+"""What the steps of a run, ``stack`` and ``gate`` found: tables, and the page of ``stack``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from markupsafe import Markup
+from rich.console import RenderableType
+from rich.text import Text
+
+from d2llm.core.table import Column, Table
+from d2llm.evaluation.report import Calibration
+from d2llm.reports.html import charts
+from d2llm.reports.html.page import render
+from d2llm.training.distill import DistillReport
+from d2llm.training.gate import FirstLook, GateReport
+from d2llm.training.label import LabelReport
+from d2llm.training.run import Skipped
+from d2llm.training.sentences import label_words, look_sentence, student_words, verdict_words
+from d2llm.training.stack_teachers import CalibrationFigures, StackReport, TaskReport
+from d2llm.training.tune_teacher import TeacherTuningReport
+
+_STACK_STYLE = """
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; }
+.pair figure { flex: 1 1 18rem; max-width: 24rem; }
+"""
+
+
+def run_table(results: Mapping[str, Any]) -> Table:
+    """What each step of a run did, or why it did nothing."""
+    table = Table("step", "result", title="The run, step by step")
+    for step, result in results.items():
+        table.add_row(step, _step_words(step, result))
+    return table
+
+
+def _step_words(step: str, result: Any) -> str:
+    if isinstance(result, Skipped):
+        return result.skipped.removeprefix(f"{step}: ")
+    if isinstance(result, dict):
+        parts = cast("dict[str, Any]", result)
+        return "; ".join(f"{name}: {_plan_words(step, name, counts)}" for name, counts in parts.items())
+    if isinstance(result, FirstLook):
+        return look_sentence(result).removeprefix("first-look: ")
+    if isinstance(result, TeacherTuningReport):
+        return f"{result.pairs:,} pairs, final loss {result.loss:.3f}, in {result.folder}"
+    if isinstance(result, StackReport):
+        return f"one teacher of several, in {result.folder}"
+    if isinstance(result, GateReport):
+        return verdict_words({row.name: row.is_open for row in result.sets})
+    if isinstance(result, LabelReport):
+        return label_words(result)
+    return student_words(cast(DistillReport, result))
+
+
+def _plan_words(step: str, name: str, counts: Mapping[str, Any] | Skipped) -> str:
+    if isinstance(counts, Skipped):
+        return "mined before" if step == "mine" else counts.skipped.removeprefix(f"{step}: {name}: ")
+    queries = f"{counts['num_entries']:,} queries"
+    if step == "mine":
+        return queries
+    return f"{queries}, {counts['num_dropped']['teacher_margin']:,} passages dropped by the teacher's margin"
+
+
+def gate_table(report: GateReport) -> Table:
+    """Teacher and cosine for each data set, and for each task over its sets of one measure."""
+    table = Table(
+        "data",
+        "measure",
+        Column("tried on", ","),
+        Column("teacher", ".4f"),
+        Column("cosine", ".4f"),
+        Column("difference", "+.4f"),
+        Column("p", ".4f"),
+        Column("gate"),
+        title="Teacher against cosine on dev queries and pairs",
+    )
+    for rows in (report.sets, report.tasks):
+        table.add_section()
+        for row in rows:
+            verdict = "open" if row.is_open else "closed"
+            figures = (row.num_items, row.teacher, row.cosine, row.difference, row.p_value)
+            table.add_row(row.name, row.measure, *figures, verdict)
+    return table
+
+
+def stack_tables(report: StackReport) -> list[RenderableType]:
+    """One table for each task: weights, ranking, and calibration before and after."""
+    tables = [stack_table(task, task_report) for task, task_report in report.tasks.items()]
+    remark = (
+        "nDCG and MRR over lists that hold all positives. ECE: expected calibration error. Before: the score taken as "
+        "log-odds; after: calibrated, each query by a fit without it."
+    )
+    cut = f" {report.num_truncated:,} of {report.num_judged:,} pairs judged now were cut." * bool(report.num_truncated)
+    return [*tables, Text(remark + cut)]
+
+
+def stack_table(task: str, report: TaskReport) -> Table:
+    """The members and their stack in one task; the title says what they were measured on."""
+    queries = ", ".join(f"{count:,} of {name}" for name, count in report.num_queries.items())
+    measures = [f"{name} {measure}" for name, values in report.rows[0].measures.items() for measure in values]
+    table = Table(
+        "teacher",
+        Column("weight", ".3f"),
+        *(Column(measure, ".4f") for measure in measures),
+        Column("log-loss before", ".4f"),
+        Column("after", ".4f"),
+        Column("ECE before", ".4f"),
+        Column("after", ".4f"),
+        title=f"{task}: {report.num_pairs:,} pairs, {report.num_positives:,} relevant; dev queries: {queries}",
+    )
+    for row in report.rows:
+        before, after = row.before, row.after
+        table.add_row(
+            row.name,
+            row.weight,
+            *(value for values in row.measures.values() for value in values.values()),
+            None if before is None else before.log_loss,
+            after.log_loss,
+            None if before is None else before.expected_error,
+            after.expected_error,
+        )
+    return table
+
+
+def render_stack_page(report: StackReport) -> str:
+    """``stack`` with reliability diagrams as a page to open in a browser, mail or print."""
+    tasks = [
+        (stack_table(task, task_report), _diagrams(task, task_report)) for task, task_report in report.tasks.items()
+    ]
+    return render("stack.html.j2", _STACK_STYLE, report=report, tasks=tasks)
+
+
+def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, Markup]]]:
+    """For each row its diagram before (where there is one) and after calibration, with captions."""
+    rows: list[list[tuple[str, Markup]]] = []
+    for number, row in enumerate(report.rows):
+        pair: list[tuple[str, Markup]] = []
+        for when, figures in (("before", row.before), ("after", row.after)):
+            if figures is not None:
+                name = f"{row.name}, {when} calibration"
+                caption = f"{name}: ECE {figures.expected_error:.4f}, log-loss {figures.log_loss:.4f}"
+                pair.append((caption, _diagram(name, figures, f"plot-{task}-{number}-{when}")))
+        rows.append(pair)
+    return rows
+
+
+def _diagram(name: str, figures: CalibrationFigures, identity: str) -> Markup:
+    num_pairs = sum(part.count for part in figures.bins)
+    return charts.reliability(Calibration(name, figures.bins, figures.expected_error, num_pairs), identity)
