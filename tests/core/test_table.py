@@ -17,7 +17,9 @@ PRINTABLE = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp", "Z
 
 
 def example() -> Table:
-    table = Table("system", Column("nDCG", "+.3f"), Column("items", ","), "remark", title="A title", caption="A caption")
+    table = Table(
+        "system", Column("nDCG", "+.3f"), Column("items", ","), "remark", title="A title", caption="A caption"
+    )
     table.add_section("first group")
     table.add_row("[red]BM25[/red]", 0.25, 1200, "<b>|*odd*|</b>")
     table.add_section("second group")

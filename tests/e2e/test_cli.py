@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import subprocess
 import sys
@@ -25,23 +24,6 @@ VERBS = [
 ]
 
 
-def verbs_below(command, path=()):
-    """Every verb as its words, those of groups such as ("index", "get") too."""
-    if not hasattr(command, "commands"):
-        return [path]
-    return [verb for name, below in command.commands.items() for verb in verbs_below(below, (*path, name))]
-
-
-def verb_at(path):
-    command = typer.main.get_command(app)
-    for name in path:
-        command = command.commands[name]
-    return command
-
-
-ALL_VERBS = verbs_below(typer.main.get_command(app))
-
-
 def imported_by(*arguments):
     """The modules, and the packages that are not the standard library's, after a call in a process of its own."""
     code = f"""
@@ -62,7 +44,8 @@ finally:
 class TestHelp:
     def test_the_program_lists_every_verb_under_a_heading(self):
         text = succeed("--help").stdout
-        assert [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Look")]
+        places = [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Look")]
+        assert places == sorted(places)
         for verb in VERBS:
             assert f"│ {verb} " in text
         assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)
@@ -76,24 +59,12 @@ class TestHelp:
         summary = command.help.splitlines()[0]
         assert summary[0].isupper()
         assert summary.endswith(".")
-        assert len(summary) <= 64  # one line of the list on a screen of 80 columns
+        assert len(summary) <= 62  # one line of the list on a screen of 80 columns
         for parameter in command.params:
             assert parameter.help, f"{verb}: {parameter.name} is not explained"
             assert parameter.help.endswith(".")
         assert "json_path" in {parameter.name for parameter in command.params}
         assert summary.split()[0] in succeed(verb, "--help").stdout
-
-    @pytest.mark.parametrize("verb", ALL_VERBS, ids=" ".join)
-    def test_help_shows_every_word_that_is_written(self, verb):
-        command = verb_at(verb)
-        written = [inspect.getdoc(command.callback) or "", *(parameter.help or "" for parameter in command.params)]
-        place = ["PLACE"] if verb[0] in ("index", "keys") else []  # their verbs come after a folder or file
-        shown = succeed(verb[0], *place, *verb[1:], "--help").stdout
-        assert [word for text in written for word in text.split() if word not in shown] == []
-
-    def test_words_in_square_brackets_are_not_markup(self):
-        assert "[gate] in the recipe says how many queries" in succeed("gate", "--help").stdout
-        assert "model of [teacher] in a recipe" in succeed("stack", "--help").stdout
 
     @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["--version"]])
     def test_help_imports_little(self, arguments):

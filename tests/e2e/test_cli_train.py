@@ -250,7 +250,7 @@ class TestInit:
 
     def test_no_file_is_replaced(self, place, tmp_path):
         (tmp_path / "mine.toml").write_text("kept")
-        fail("init", place / "everyday", "--out", tmp_path / "mine.toml", containing=["mine.toml: is there already"])
+        fail("init", place / "everyday", "--out", tmp_path / "mine.toml", containing=["mine.toml: already exists"])
         assert (tmp_path / "mine.toml").read_text() == "kept"
 
     def test_without_judged_dev_questions_it_says_what_to_do(self, place, tmp_path):

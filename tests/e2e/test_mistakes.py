@@ -337,7 +337,7 @@ RUNS = {
         lambda w: ("init", w.data, "--out", "no/r.toml"),
         "there is no folder no to write it in",
     ),
-    "a recipe in the way": (lambda w: ("init", w.data, "--out", w.recipe), "is there already and stays as it is"),
+    "a recipe in the way": (lambda w: ("init", w.data, "--out", w.recipe), "already exists and is not replaced"),
     "a recipe for nothing": (lambda w: ("init", "gone"), "gone: no such file or folder; give a folder in BEIR layout"),
 }
 
@@ -453,7 +453,7 @@ def test_any_other_file_that_the_system_refuses_is_told_by_its_name(world, monke
         raise PermissionError(13, "Permission denied", "/secret/file")
 
     monkeypatch.setattr("d2llm.retrieval.search.search", refuse)
-    _refused("search", world.index, "cat", words=["/secret/file: Permission denied; check the path, its rights"])
+    _refused("search", world.index, "cat", words=["/secret/file: Permission denied; check the path, its permissions"])
 
 
 def test_a_folder_without_the_right_to_write(world, monkeypatch):

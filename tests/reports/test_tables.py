@@ -118,7 +118,12 @@ def test_a_full_report_has_a_table_for_each_part():
     (d2llm,) = (row for row in report.agreement if row.name == "D2LLM")
     found = d2llm.agreement
     expected = (found.label_loyalty, found.kendall_within, found.pearson_within, found.pearson_over_all)
-    assert agreement["D2LLM"] == [*(f"{value:.4f}" for value in expected), f"{d2llm.top_10_overlap:.4f}", "100", "4,000"]
+    assert agreement["D2LLM"] == [
+        *(f"{value:.4f}" for value in expected),
+        f"{d2llm.top_10_overlap:.4f}",
+        "100",
+        "4,000",
+    ]
     assert agreement["cosine, untuned"][-3] == "–"
     assert list(costs)[1:] == names
     assert TEACHER in costs

@@ -1,4 +1,4 @@
-"""The verb ablate: what each part of a recipe is worth."""
+"""The verb ``ablate``: what each part of a recipe is worth."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import (
-    MEASURE,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    RunJsonOption,
-    RunOption,
-    in_a_folder_that_is_there,
-    open_run,
-)
+from d2llm.cli.options import RunOptions, in_existing_folder, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import shipped_recipes
 
 
+@with_option_groups
 def ablate(
     context: typer.Context,
+    options: RunOptions,
     recipe: Annotated[
         str | None,
         typer.Argument(
@@ -32,14 +25,12 @@ def ablate(
             show_default=False,
         ),
     ] = None,
-    out: RunOption = None,
-    data: DataOption = None,
     variants: Annotated[
         str | None,
         typer.Option("--variants", metavar="A,B,C", help="Train these beside the recipe.", show_default="all"),
     ] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="Name the variants and stop.")] = False,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repeat with so many seeds, for intervals.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, for intervals.")] = 3,
     max_queries: Annotated[
         int | None,
         typer.Option("--max-queries", min=1, help="Train on a random sample of each plan.", show_default="all"),
@@ -52,13 +43,10 @@ def ablate(
         typer.Option(
             "--budget-minutes",
             min=0,
-            help="Begin no run after so many minutes; the same command goes on later. 0 shows what there is.",
+            help="Start no run after this many minutes; the same command continues later. 0 shows the results so far.",
             show_default="no limit",
         ),
     ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    json_path: RunJsonOption = None,
     markdown_path: Annotated[
         Path | None,
         typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.", show_default=False),
@@ -72,7 +60,7 @@ def ablate(
 ) -> None:
     """Train a recipe with parts left out or exchanged, and compare.
 
-    Comes after mine and label. Finished runs are skipped, so the same command goes on after an interruption.
+    Comes after mine and label. Finished runs are skipped, so the same command continues after an interruption.
     """
     from d2llm.core.files import write_bytes
     from d2llm.core.recipe_file import load_recipe
@@ -80,9 +68,9 @@ def ablate(
 
     session = session_of(context)
     if list_variants:
-        in_a_folder_that_is_there(json_path)
+        in_existing_folder(options.json_path)
         session.show(variants_table(load_recipe(recipe) if recipe else None))
-        session.write_report(context, json_path, listed())
+        session.write_report(context, options.json_path, listed())
         return
     if recipe is None:
         raise InputError("RECIPE is missing: give a TOML file or the name of a recipe; --list needs none")
@@ -92,7 +80,7 @@ def ablate(
     names = None if variants is None else [name.strip() for name in variants.split(",")]
     for name in names or ():
         find_variant(name)  # before data and labels are read
-    run = open_run(session, recipe, out, data, device, dtype, files=(json_path, markdown_path, html_path))
+    run = options.open(session, recipe, files=[markdown_path, html_path])
     run.require_plans()
     report = ablate(
         run.parts.sources(run.recipe),
@@ -105,19 +93,14 @@ def ablate(
         max_queries=max_queries,
         epochs=epochs,
         budget_minutes=budget_minutes,
-        device=device,
-        dtype=dtype,
+        device=options.device,
+        dtype=options.dtype,
         show_progress=session.show_progress,
         announce=session.say,
     )
     session.show(ablation_table(report))
-    session.write_report(context, json_path, report)
+    session.write_report(context, options.json_path, report)
     if markdown_path is not None:
         write_bytes(markdown_path, render_markdown(report).encode())
     if html_path is not None:
         write_bytes(html_path, render_page(report).encode())
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.command("ablate", rich_help_panel=MEASURE)(ablate)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.cli.options import MEASURE, JsonOption
+from d2llm.cli.options import JsonOption
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
@@ -70,8 +70,3 @@ def _leak_message(report: DataReport) -> str:
         f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(parts)}. Figures measured on such splits "
         "are too high: take these out of one of them, or accept them with --allow-leaks"
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this group of verbs to the program."""
-    app.add_typer(data_app, rich_help_panel=MEASURE)

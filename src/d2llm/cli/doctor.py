@@ -1,4 +1,4 @@
-"""The verb that looks whether d2llm can work here: doctor."""
+"""The verb ``doctor``: can d2llm work here?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import LOOK, DeviceOption, JsonOption
+from d2llm.cli.options import DeviceOption, JsonOption
 from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 
@@ -42,8 +42,3 @@ def doctor(
     if problems:
         session.complain("warning", f"{problems} problem{'' if problems == 1 else 's'}: see the last column")
         raise typer.Exit(EXIT_PROBLEM)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.command("doctor", rich_help_panel=LOOK)(doctor)

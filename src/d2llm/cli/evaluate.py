@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2llm.cli.options import (
-    MEASURE,
     DeviceOption,
     DtypeOption,
     JsonOption,
     PromptOption,
     StudentOption,
     TaskOption,
-    in_a_folder_that_is_there,
+    in_existing_folder,
     known_teacher,
     teacher_config,
 )
@@ -155,7 +154,7 @@ def evaluate(
         typer.Option(
             "--html",
             metavar="PATH",
-            callback=in_a_folder_that_is_there,
+            callback=in_existing_folder,
             help="Write a page with plots and texts.",
             show_default=False,
         ),
@@ -165,7 +164,7 @@ def evaluate(
         typer.Option(
             "--markdown",
             metavar="PATH",
-            callback=in_a_folder_that_is_there,
+            callback=in_existing_folder,
             help="Write the tables.",
             show_default=False,
         ),
@@ -176,7 +175,7 @@ def evaluate(
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Measure a student beside BM25, cosines, the teacher and others.
+    """Measure a student beside BM25, cosines, teacher and others.
 
     Every row is measured on the same queries (or pairs), with intervals, and compared with the baseline by a paired
     test. Rows that need a student trained on the same data (tuned cosine, paper head) are found beside the student;
@@ -250,8 +249,3 @@ def _write_files(report: EvaluationReport, *, html: Path | None, markdown: Path 
         for name, rankings in report.details.rankings.items():
             tag = "-".join(re.findall(r"\w+", name))
             write_run(runs / f"{tag}.run", tag, rankings)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.command("evaluate", rich_help_panel=MEASURE)(evaluate)

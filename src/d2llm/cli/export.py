@@ -7,16 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from d2llm.cli.options import LOOK, JsonOption
+from d2llm.cli.options import JsonOption, StudentArgument
 from d2llm.cli.session import session_of
 
 
 def export(
     context: typer.Context,
-    student: Annotated[
-        str,
-        typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.", show_default=False),
-    ],
+    student: StudentArgument,
     to: Annotated[
         Literal["onnx", "openvino", "numpy"],
         typer.Option(
@@ -28,13 +25,13 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files go.", show_default=False)],
     int8: Annotated[
-        bool, typer.Option("--int8", help="Products of eight bits where a text is read: smaller, faster, less exact.")
+        bool, typer.Option("--int8", help="Eight-bit products in the encoder: smaller, faster, less exact.")
     ] = False,
     json_path: JsonOption = None,
 ) -> None:
     """Write a student as files for programs without d2llm.
 
-    What is written is float32, whatever this machine computes with, and with --int8 the text's products of eight bits.
+    The files are float32, whatever this machine computes with; with --int8 the encoder has eight-bit products.
     """
     from d2llm.models.export.export import export
     from d2llm.models.student import Student
@@ -43,8 +40,3 @@ def export(
     report = export(Student.load(student, device="cpu", dtype="float32"), out, to, int8=int8)
     session.say(f"export: {', '.join(report.files)} in {out}, {report.num_bytes:,} bytes, {report.precision}")
     session.write_report(context, json_path, report)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.command("export", rich_help_panel=LOOK)(export)

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from d2llm.cli.index_options import (
-    ChunkOption,
-    CopiesOption,
-    CorpusArgument,
-    DocumentsOption,
-    FieldOption,
-    FormatOption,
-    IdsArgument,
-    IdsFileOption,
-    LateOption,
-    LenientOption,
-    MakerOption,
-    NewTaskOption,
-    OverlapOption,
-    PlainOption,
-    WholeOption,
-    WindowOption,
-    WindowVectorsOption,
+from d2llm.cli.index_options import ChunkingOptions, CorpusArgument, NewIndexOptions
+from d2llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    IndexTaskOption,
+    JsonOption,
+    PromptOption,
+    known_student,
+    known_teacher,
+    teacher_config,
+    with_option_groups,
 )
-from d2llm.cli.index_writing import Loading, Making, Splitting, write_corpus
-from d2llm.cli.options import SEARCH, DeviceOption, DtypeOption, EngineOption, JsonOption
 from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+from d2llm.core.shipped import DEFAULT_STUDENT
+
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
+    from d2llm.retrieval.index import Index
+    from d2llm.store.stored_vectors import VectorCopies
 
 _FOLDER = "d2llm.store"
-_NAMED = 20  # of the ids that are not there
+_NAMED = 20  # missing ids that are named
 
 index_app = typer.Typer(
     name="index",
@@ -42,194 +45,91 @@ index_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+IndexStudentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--student",
+        metavar="NAME_OR_FOLDER",
+        callback=known_student,
+        help="The student whose vectors it holds.",
+        show_default=f"the index's own; {DEFAULT_STUDENT} for a new one",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """What is read of a corpus, and what encodes it."""
+
+    student: IndexStudentOption = None
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")] = False
+    lenient_metadata: Annotated[
+        bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
+    ] = False
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    engine: EngineOption = "torch"
+    json_path: JsonOption = None
+
+
+@dataclass(frozen=True)
+class IdOptions:
+    """Which passages or documents are meant."""
+
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.", show_default=False)] = None
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids", metavar="FILE", help="A file with one id per line.", show_default=False)
+    ] = None
+    document: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--document",
+            metavar="ID",
+            help="All passages of a document; may be given several times.",
+            show_default=False,
+        ),
+    ] = None
+    json_path: JsonOption = None
+
+    def read(self) -> tuple[list[str], list[str]]:
+        """The ids of passages and of documents.
+
+        Raises:
+            InputError: there is none.
+        """
+        from d2llm.data.lines import read_lines
+
+        ids = list(self.ids or [])
+        if self.ids_file is not None:
+            ids += [text for _, text in read_lines(self.ids_file) if text]
+        if not ids and not self.document:
+            raise InputError("there is no id; write ids behind the verb, give a file with --ids, or --document ID")
+        return ids, list(dict.fromkeys(self.document or []))
+
+
+@dataclass(frozen=True)
+class OpeningOptions:
+    """The student of an index, where it computes, and where the result goes."""
+
+    student: IndexStudentOption = None
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    json_path: JsonOption = None
+
+    def open(self, context: typer.Context) -> Index:
+        """The index with its student."""
+        from d2llm.retrieval.index import Index
+
+        return Index.open(folder_of(context), self.student, device=self.device, dtype=self.dtype)
+
 
 @index_app.callback()
 def choose(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.", show_default=False)],
 ) -> None:
-    """Remember which index is meant."""
+    """Remember the index for the verb that follows."""
     context.meta[_FOLDER] = folder
-
-
-@index_app.command("add")
-def add(
-    context: typer.Context,
-    corpus: CorpusArgument,
-    student: MakerOption = None,
-    task: NewTaskOption = "asymmetric",
-    vectors: FormatOption = "bfloat16",
-    vector_copies: CopiesOption = 2,
-    window_vectors: WindowVectorsOption = "auto",
-    field: FieldOption = None,
-    no_metadata: PlainOption = False,
-    lenient_metadata: LenientOption = False,
-    chunk_tokens: ChunkOption = None,
-    chunk_overlap: OverlapOption = None,
-    late: LateOption = False,
-    late_window: WindowOption = None,
-    whole: WholeOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "torch",
-    json_path: JsonOption = None,
-) -> None:
-    """Add texts, none of which is there; makes the index where there is none.
-
-    Stopped, give upsert to go on: what is there already is not encoded again.
-    """
-    write_corpus(
-        context,
-        folder_of(context),
-        corpus,
-        making=Making(task, vectors, vector_copies, window_vectors, field or ()),
-        splitting=Splitting(chunk_tokens, chunk_overlap, late, late_window, whole),
-        loading=Loading(student, device, dtype, engine),
-        only_new=True,
-        no_metadata=no_metadata,
-        lenient_metadata=lenient_metadata,
-        json_path=json_path,
-    )
-
-
-@index_app.command("upsert")
-def upsert(
-    context: typer.Context,
-    corpus: CorpusArgument,
-    student: MakerOption = None,
-    task: NewTaskOption = "asymmetric",
-    vectors: FormatOption = "bfloat16",
-    vector_copies: CopiesOption = 2,
-    window_vectors: WindowVectorsOption = "auto",
-    field: FieldOption = None,
-    no_metadata: PlainOption = False,
-    lenient_metadata: LenientOption = False,
-    chunk_tokens: ChunkOption = None,
-    chunk_overlap: OverlapOption = None,
-    late: LateOption = False,
-    late_window: WindowOption = None,
-    whole: WholeOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "torch",
-    json_path: JsonOption = None,
-) -> None:
-    """Add texts, and change those that are there; makes the index where there is none.
-
-    Long texts are split into passages, the same way each time. Only new and changed texts are encoded. Stopped,
-    it goes on where it was when given again.
-    """
-    write_corpus(
-        context,
-        folder_of(context),
-        corpus,
-        making=Making(task, vectors, vector_copies, window_vectors, field or ()),
-        splitting=Splitting(chunk_tokens, chunk_overlap, late, late_window, whole),
-        loading=Loading(student, device, dtype, engine),
-        only_new=False,
-        no_metadata=no_metadata,
-        lenient_metadata=lenient_metadata,
-        json_path=json_path,
-    )
-
-
-@index_app.command("delete")
-def delete(
-    context: typer.Context,
-    ids: IdsArgument = None,
-    ids_file: IdsFileOption = None,
-    document: DocumentsOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Delete passages by id, or whole documents."""
-    from d2llm.retrieval.index import Index
-
-    (asked, documents), index = _ids(ids, ids_file, document), Index.open(folder_of(context))
-    missing, missing_documents = index.missing(asked), [name for name in documents if not index.get_document(name)]
-    num_deleted = (index.delete(asked) if asked else 0) + (index.delete_documents(documents) if documents else 0)
-    num_there = len(documents) - len(missing_documents)
-    of_documents = f"; {num_there:,} of {len(documents):,} documents were there" if documents else ""
-    of_asked = f" of {len(asked):,}" if not documents else ""
-    session_of(context).say(
-        f"index: {num_deleted:,}{of_asked} passages deleted from {folder_of(context)}{of_documents}"
-    )
-    report = {
-        "num_asked": len(asked),
-        "num_deleted": num_deleted,
-        "missing": missing,
-        "missing_documents": missing_documents,
-    }
-    session_of(context).write_report(context, json_path, report)
-    _complain_of_missing(context, missing, missing_documents)
-
-
-@index_app.command("get")
-def get(
-    context: typer.Context,
-    ids: IdsArgument = None,
-    ids_file: IdsFileOption = None,
-    document: DocumentsOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Show passages by id, or all those of a document, in its order."""
-    from d2llm.reports.search_tables import passage_lines
-    from d2llm.retrieval.index import Index
-
-    (asked, documents), index = _ids(ids, ids_file, document), Index.open(folder_of(context))
-    passages, missing = index.get(asked), index.missing(asked)
-    missing_documents: list[str] = []
-    for name in documents:
-        passages += (found := index.get_document(name))
-        missing_documents += [] if found else [name]
-    for passage in passages:
-        session_of(context).show(passage_lines(passage))
-    report = {"passages": passages, "missing": missing, "missing_documents": missing_documents}
-    session_of(context).write_report(context, json_path, report)
-    _complain_of_missing(context, missing, missing_documents)
-
-
-@index_app.command("list")
-def list_ids(
-    context: typer.Context,
-    documents: Annotated[
-        bool, typer.Option("--documents", help="Documents, with their numbers of passages, in place of passages.")
-    ] = False,
-    cursor: Annotated[
-        str, typer.Option("--cursor", metavar="ID", help="Those behind this id.", show_default="from the beginning")
-    ] = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 100,
-    json_path: JsonOption = None,
-) -> None:
-    """List ids in order, one a line; a page at a time, as an index may hold millions."""
-    from d2llm.retrieval.index import Index
-
-    session, index = session_of(context), Index.open(folder_of(context))
-    found = index.list_documents(cursor, limit + 1) if documents else index.list_passages(cursor, limit + 1)
-    page = found[:limit]
-    for one in page:
-        session.show(one if isinstance(one, str) else f"{one.id}\t{one.num_passages}")
-    last = page[-1] if page else None
-    next_cursor = (last if isinstance(last, str) or last is None else last.id) if len(found) > limit else None
-    if next_cursor is not None:
-        session.say(f"index: there are more; go on with --cursor {shlex.quote(next_cursor)}")
-    name = "documents" if documents else "ids"
-    session.write_report(context, json_path, {name: page, "next_cursor": next_cursor})
-
-
-@index_app.command("stats")
-def stats(context: typer.Context, json_path: JsonOption = None) -> None:
-    """Say what it holds, and how many bytes it takes."""
-    from d2llm.reports.search_tables import stats_table
-    from d2llm.retrieval.index import Index
-
-    found = Index.open(folder_of(context)).stats()
-    session_of(context).show(stats_table(found))
-    session_of(context).write_report(context, json_path, found)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.add_typer(index_app, rich_help_panel=SEARCH)
 
 
 def folder_of(context: typer.Context) -> Path:
@@ -237,25 +137,396 @@ def folder_of(context: typer.Context) -> Path:
     return cast(Path, context.meta[_FOLDER])
 
 
-def _complain_of_missing(context: typer.Context, missing: list[str], documents: list[str]) -> None:
-    """Name what is not there, and end with exit code 1."""
-    for what, absent in (("", missing), ("documents ", documents)):
-        if absent:
-            named = ", ".join(map(repr, absent[:_NAMED]))
-            named += f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
-            session_of(context).complain("warning", f"{what}not in {folder_of(context)}: {named}")
-    if missing or documents:
+@index_app.command("add")
+@with_option_groups
+def add(
+    context: typer.Context,
+    corpus: CorpusArgument,
+    new: NewIndexOptions,
+    splitting: ChunkingOptions,
+    writing: WritingOptions,
+) -> None:
+    """Add texts that are not in it yet; makes the index if there is none.
+
+    Stopped, continue with upsert: what is stored already is not encoded again.
+    """
+    _write_corpus(context, corpus, new, splitting, writing, only_new=True)
+
+
+@index_app.command("upsert")
+@with_option_groups
+def upsert(
+    context: typer.Context,
+    corpus: CorpusArgument,
+    new: NewIndexOptions,
+    splitting: ChunkingOptions,
+    writing: WritingOptions,
+) -> None:
+    """Add new texts and replace changed ones; makes the index if there is none.
+
+    Long texts are split into passages, the same way each time. Only new and changed texts are encoded. Stopped, the
+    same command continues where it was.
+    """
+    _write_corpus(context, corpus, new, splitting, writing, only_new=False)
+
+
+@index_app.command("delete")
+@with_option_groups
+def delete(context: typer.Context, selection: IdOptions) -> None:
+    """Delete passages by id, or whole documents."""
+    from d2llm.retrieval.index import Index
+
+    (ids, documents), index = selection.read(), Index.open(folder_of(context))
+    missing, missing_documents = index.missing(ids), [name for name in documents if not index.get_document(name)]
+    num_deleted = (index.delete(ids) if ids else 0) + (index.delete_documents(documents) if documents else 0)
+    num_there = len(documents) - len(missing_documents)
+    of_documents = f"; {num_there:,} of {len(documents):,} documents were there" if documents else ""
+    of_ids = f" of {len(ids):,}" if not documents else ""
+    session_of(context).say(f"index: {num_deleted:,}{of_ids} passages deleted from {folder_of(context)}{of_documents}")
+    report = {
+        "num_asked": len(ids),
+        "num_deleted": num_deleted,
+        "missing": missing,
+        "missing_documents": missing_documents,
+    }
+    session_of(context).write_report(context, selection.json_path, report)
+    _complain_of_missing(context, missing, missing_documents)
+
+
+@index_app.command("get")
+@with_option_groups
+def get(context: typer.Context, selection: IdOptions) -> None:
+    """Show passages by id, or all those of a document, in its order."""
+    from d2llm.reports.search_tables import passage_lines
+    from d2llm.retrieval.index import Index
+
+    (ids, documents), index = selection.read(), Index.open(folder_of(context))
+    passages, missing = index.get(ids), index.missing(ids)
+    missing_documents: list[str] = []
+    for name in documents:
+        document = index.get_document(name)
+        passages += document
+        missing_documents += [] if document else [name]
+    for passage in passages:
+        session_of(context).show(passage_lines(passage))
+    report = {"passages": passages, "missing": missing, "missing_documents": missing_documents}
+    session_of(context).write_report(context, selection.json_path, report)
+    _complain_of_missing(context, missing, missing_documents)
+
+
+@index_app.command("list")
+def list_ids(
+    context: typer.Context,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="List documents, with their numbers of passages.")
+    ] = False,
+    cursor: Annotated[
+        str, typer.Option("--cursor", metavar="ID", help="Start after this id.", show_default="from the beginning")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Ids of a page.")] = 100,
+    json_path: JsonOption = None,
+) -> None:
+    """List ids in order, one per line; a page at a time, as an index may hold millions."""
+    from d2llm.retrieval.index import Index
+
+    session, index = session_of(context), Index.open(folder_of(context))
+    entries = index.list_documents(cursor, limit + 1) if documents else index.list_passages(cursor, limit + 1)
+    page = entries[:limit]
+    for entry in page:
+        session.show(entry if isinstance(entry, str) else f"{entry.id}\t{entry.num_passages}")
+    last = page[-1] if page else None
+    next_cursor = (last if isinstance(last, str) or last is None else last.id) if len(entries) > limit else None
+    if next_cursor is not None:
+        session.say(f"index: there are more; continue with --cursor {shlex.quote(next_cursor)}")
+    name = "documents" if documents else "ids"
+    session.write_report(context, json_path, {name: page, "next_cursor": next_cursor})
+
+
+@index_app.command("stats")
+def stats(context: typer.Context, json_path: JsonOption = None) -> None:
+    """Show what it holds, and how many bytes it takes."""
+    from d2llm.reports.search_tables import stats_table
+    from d2llm.retrieval.index import Index
+
+    report = Index.open(folder_of(context)).stats()
+    session_of(context).show(stats_table(report))
+    session_of(context).write_report(context, json_path, report)
+
+
+@index_app.command("compact")
+def compact(
+    context: typer.Context,
+    keep_minutes: Annotated[
+        float, typer.Option("--keep-minutes", min=0, help="Leave younger versions to the readers that have them open.")
+    ] = 60.0,
+    dense: Annotated[
+        bool | None,
+        typer.Option(
+            "--dense/--no-dense", help="Write the vectors again without holes.", show_default="if a quarter are holes"
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Free the space of what was deleted or changed."""
+    from datetime import timedelta
+
+    from d2llm.retrieval.index import Index
+
+    before, after = Index.open(folder_of(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
+    session_of(context).say(
+        f"index: {before:,} bytes before, {after:,} after; versions of the last {keep_minutes:g} minutes are kept"
+    )
+    session_of(context).write_report(context, json_path, {"bytes_before": before, "bytes_after": after})
+
+
+@index_app.command("ann")
+@with_option_groups
+def ann(
+    context: typer.Context,
+    opening: OpeningOptions,
+    recall: Annotated[
+        float, typer.Option("--recall", min=0, max=1, help="The share of the exact candidates that it should find.")
+    ] = 0.95,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="The number of candidates of a search.")] = 1000,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            "--queries",
+            metavar="FILE",
+            help="queries.jsonl or queries.jsonl.gz to measure recall with.",
+            show_default="passages of the index, each to find others",
+        ),
+    ] = None,
+) -> None:
+    """Build an approximate index for large corpora; `search --source ann` uses it.
+
+    Passages that are added later are found all the same; build it again when they are many.
+    """
+    from d2llm.data.beir import read_queries
+    from d2llm.reports.search_tables import ann_remark
+    from d2llm.retrieval.build_ann import build_ann
+
+    session, index = session_of(context), opening.open(context)
+    texts = None if queries is None else [query.text for query in read_queries(queries).values()]
+    report = build_ann(
+        index.store, index.student, recall=recall, depth=depth, queries=texts, show_progress=session.show_progress
+    )
+    session.say(ann_remark(report))
+    session.write_report(context, opening.json_path, report)
+
+
+@index_app.command("snapshot")
+def snapshot(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.", show_default=False)],
+    drop: Annotated[bool, typer.Option("--drop", help="Delete the snapshot of this name.")] = False,
+) -> None:
+    """Keep what it holds now under a name; `stats` lists them.
+
+    A snapshot is a folder that search takes, in snapshots/ of the index.
+    """
+    from d2llm.retrieval.index import Index
+
+    index = Index.open(folder_of(context))
+    if drop:
+        index.store.drop_snapshot(name)
+        session_of(context).say(f"index: the snapshot {name!r} is deleted")
+    else:
+        session_of(context).say(f"index: {len(index):,} passages are kept in {index.snapshot(name)}")
+
+
+@index_app.command("restore")
+def restore(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
+) -> None:
+    """Replace the passages of the index by those of a snapshot."""
+    from d2llm.retrieval.index import Index
+
+    num_passages = Index.open(folder_of(context)).restore(name)
+    session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
+
+
+@index_app.command("verify")
+@with_option_groups
+def verify(
+    context: typer.Context,
+    opening: OpeningOptions,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Rebuild damaged indices and vectors, and take other damaged files from snapshots."
+        ),
+    ] = False,
+    go_back: Annotated[
+        bool,
+        typer.Option("--go-back", help="With --repair, if passages are damaged: return to the last intact version."),
+    ] = False,
+) -> None:
+    """Read everything and report what has changed since it was written."""
+    session, index = session_of(context), opening.open(context)
+    report = index.verify(repair=repair, go_back=go_back, show_progress=session.show_progress)
+    for problem in report.problems:
+        session.complain("problem", problem)
+    left = index.verify().problems if repair and report.problems else report.problems
+    after = f", {len(left)} after the repair" if repair and report.problems else ""
+    session.say(
+        f"index: {report.num_passages:,} passages and {report.num_snapshots} snapshots checked, "
+        f"{len(report.problems)} problems{after}"
+    )
+    session.write_report(context, opening.json_path, report)
+    if left:
         raise typer.Exit(1)
 
 
-def _ids(ids: list[str] | None, file: Path | None, documents: list[str] | None) -> tuple[list[str], list[str]]:
-    """The ids of passages and of documents that are meant."""
-    from d2llm.core.errors import InputError
-    from d2llm.data.lines import read_lines
+@index_app.command("calibrate")
+@with_option_groups
+def calibrate(
+    context: typer.Context,
+    opening: OpeningOptions,
+    teacher: Annotated[
+        str,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            callback=known_teacher,
+            help="A teacher: a folder, a name, or KIND:MODEL.",
+            show_default=False,
+        ),
+    ],
+    queries: Annotated[
+        Path,
+        typer.Option(
+            "--queries",
+            metavar="FILE",
+            help="queries.jsonl or queries.jsonl.gz, like those that searches will ask; no judgements are needed.",
+            show_default=False,
+        ),
+    ],
+    num_queries: Annotated[
+        int, typer.Option("--num-queries", min=1, help="Size of a random sample of them (always the same).")
+    ] = 40,
+    prompt: PromptOption = None,
+    task: IndexTaskOption = None,
+) -> None:
+    """Measure the error of its student against a teacher, for `search --teacher`.
 
-    asked = list(ids or [])
-    if file is not None:
-        asked += [text for _, text in read_lines(file) if text]
-    if not asked and not documents:
-        raise InputError("there is no id; write ids behind the verb, give a file with --ids, or --document ID")
-    return asked, list(dict.fromkeys(documents or []))
+    The teacher reads ten of the first fifty passages of each query. The result is kept beside the index.
+    """
+    import random
+
+    from d2llm.data.beir import read_queries
+    from d2llm.models.teachers.judge import load_judge
+    from d2llm.retrieval.calibrate import measure_error, write_error
+    from d2llm.retrieval.row_evidence import weights_for
+
+    session = session_of(context)
+    all_queries = list(read_queries(queries).values())
+    sample = random.Random(0).sample(all_queries, min(num_queries, len(all_queries)))
+    index = opening.open(context)
+    judge = load_judge(teacher_config(teacher, prompt), device=opening.device, dtype=opening.dtype)
+    error = measure_error(index.view, index.student, judge, sample, task=task)
+    index_task = task or index.view.task
+    evidence = weights_for(index.view, index.student, index_task)
+    file = write_error(folder_of(context), judge, index_task, error, evidence)
+    session.say(
+        f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
+        f"(standard deviation, of {error.num_pairs:,} pairs); kept in {file}"
+    )
+    session.write_report(context, opening.json_path, error)
+
+
+@index_app.command("project")
+@with_option_groups
+def project(context: typer.Context, opening: OpeningOptions) -> None:
+    """Store W_p b of each passage, for quicker scores (concat heads).
+
+    The first layer of such a head is a sum of a query's and a passage's part. With the passage's part stored, a score
+    skips the largest product; it takes two bytes for each number of the hidden layer. Later upserts keep it up to date.
+    """
+    from d2llm.retrieval.project import project as store_projections
+
+    session, index = session_of(context), opening.open(context)
+    report = store_projections(index.store, index.student, show_progress=session.show_progress)
+    before = report.num_rows - report.num_added
+    session.say(
+        f"project: {report.num_added:,} rows added, {before:,} were there, {report.width} numbers and "
+        f"{report.bytes_per_row:,} bytes each; {report.seconds:,.1f} s, in {report.folder}"
+    )
+    session.write_report(context, opening.json_path, report)
+
+
+def _write_corpus(
+    context: typer.Context,
+    corpus: Path,
+    new: NewIndexOptions,
+    splitting: ChunkingOptions,
+    writing: WritingOptions,
+    *,
+    only_new: bool,
+) -> None:
+    """Upsert the texts of a corpus, or add them, and report the counts."""
+    from d2llm.data.indexed_corpus import check_corpus, iter_corpus
+
+    session, with_metadata = session_of(context), not writing.no_metadata
+    num_documents = check_corpus(corpus, with_metadata=with_metadata)  # before an index is made for it
+    with _opened(folder_of(context), new, writing) as index:
+        report = index.upsert_documents(
+            iter_corpus(corpus, with_metadata=with_metadata),
+            splitting.chunking(cast("Student", index.student)),
+            only_new=only_new,
+            lenient_metadata=writing.lenient_metadata,
+            num_documents=num_documents,
+            show_progress=session.show_progress,
+        )
+    session.say(
+        f"index: {report.num_documents:,} texts in {report.num_passages:,} passages ({index.chunking}): "
+        f"{report.num_added:,} added, {report.num_updated:,} with another text, {report.num_metadata:,} with other "
+        f"metadata, {report.num_unchanged:,} as they were, {report.num_deleted:,} deleted; {report.num_truncated:,} "
+        "truncated; "
+        + (f"read in {report.num_windows:,} windows; " if report.num_windows else "")
+        + f"{report.seconds:,.1f} s, in {folder_of(context)}"
+    )
+    session.write_report(context, writing.json_path, report)
+
+
+@contextmanager
+def _opened(folder: Path, new: NewIndexOptions, writing: WritingOptions) -> Generator[Index]:
+    """The index in a folder, made if there is none; a new one is deleted again if an error leaves it empty."""
+    from d2llm.core.files import MANIFEST_NAME
+    from d2llm.retrieval.index import Index
+    from d2llm.store.schema import MetadataSchema
+
+    if (folder / MANIFEST_NAME).is_file():
+        new.check_unused(folder)
+        yield Index.open(folder, writing.student, device=writing.device, dtype=writing.dtype, engine=writing.engine)
+        return
+    index = Index.create(
+        folder,
+        writing.student or DEFAULT_STUDENT,
+        task=new.task,
+        vector_format=new.vectors,
+        vector_copies=cast("VectorCopies", new.vector_copies),
+        window_vectors=new.window_vectors,
+        metadata=MetadataSchema.parse(new.field or ()).fields,
+        device=writing.device,
+        dtype=writing.dtype,
+        engine=writing.engine,
+    )
+    try:
+        yield index
+    except BaseException:
+        if not len(index.store.table()):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _complain_of_missing(context: typer.Context, missing: list[str], documents: list[str]) -> None:
+    """Name the ids that are not there, and end with exit code 1."""
+    for noun, ids in (("", missing), ("documents ", documents)):
+        if ids:
+            names = ", ".join(map(repr, ids[:_NAMED]))
+            names += f" and {len(ids) - _NAMED:,} more" if len(ids) > _NAMED else ""
+            session_of(context).complain("warning", f"{noun}not in {folder_of(context)}: {names}")
+    if missing or documents:
+        raise typer.Exit(1)

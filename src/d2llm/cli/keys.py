@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from d2llm.cli.options import SERVE, JsonOption, in_a_folder_that_is_there
+from d2llm.cli.options import JsonOption, in_existing_folder
 from d2llm.cli.session import session_of
 
 _FILE = "d2llm.keys"
@@ -50,7 +50,7 @@ def add(
     """Make a key and show it, this once: the file has only its hash."""
     from d2llm.server.keys import add_key
 
-    in_a_folder_that_is_there(_file_of(context))
+    in_existing_folder(_file_of(context))
     secret = add_key(_file_of(context), name, scope, requests_per_minute)
     session_of(context).say(
         f"keys: '{name}' may {scope}; send it as 'Authorization: Bearer KEY'. It is not shown again:"
@@ -79,11 +79,6 @@ def remove(context: typer.Context, name: NameArgument) -> None:
 
     remove_key(_file_of(context), name)
     session_of(context).say(f"keys: '{name}' is not accepted any more")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.add_typer(keys_app, rich_help_panel=SERVE)
 
 
 def _file_of(context: typer.Context) -> Path:

@@ -1,4 +1,4 @@
-"""The command line ``d2llm``: options of the whole program, the verbs, and what becomes of errors.
+"""The command line ``d2llm``: options of the whole program, the verbs, and how errors are shown.
 
 Nothing heavy is imported here: each verb imports what it needs when it is called, so that the help is quick.
 """
@@ -13,36 +13,36 @@ import typer
 from typer.core import TyperGroup
 
 from d2llm import __version__
-from d2llm.cli import ablate as commands_ablate
-from d2llm.cli import cascade as commands_cascade
-from d2llm.cli import data as commands_data
-from d2llm.cli import doctor as commands_doctor
-from d2llm.cli import evaluate as commands_evaluate
-from d2llm.cli import export as commands_export
-from d2llm.cli import hub as commands_hub
-from d2llm.cli import index as commands_index
-from d2llm.cli import keys as commands_keys
-from d2llm.cli import look as commands_look
-from d2llm.cli import project as commands_project
-from d2llm.cli import search as commands_search
-from d2llm.cli import serve as commands_serve
-from d2llm.cli import teach as commands_teach
-from d2llm.cli import train as commands_train
-from d2llm.cli import upkeep as commands_upkeep
+from d2llm.cli.ablate import ablate
+from d2llm.cli.data import data_app
+from d2llm.cli.demo import demo
+from d2llm.cli.doctor import doctor
+from d2llm.cli.encode import encode
+from d2llm.cli.evaluate import evaluate
+from d2llm.cli.export import export
+from d2llm.cli.fit_scores import fit_scores
+from d2llm.cli.index import index_app
+from d2llm.cli.init import init
+from d2llm.cli.judge import judge
+from d2llm.cli.keys import keys_app
+from d2llm.cli.push import push
+from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
+from d2llm.cli.search import search
+from d2llm.cli.serve import serve
 from d2llm.cli.session import Session, start_logging
 from d2llm.core.errors import D2LLMError, Terminated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
-"""What a shell reports for a program that was stopped with Ctrl-C, and for one that was asked to end."""
+"""What a shell reports for a program that Ctrl-C stopped, and for one that SIGTERM ended."""
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
 class _Program(TyperGroup):
-    """Turns errors that d2llm raises on purpose, and of files, into one paragraph and exit code 2."""
+    """Turns d2llm's own errors, and those of files, into one paragraph and exit code 2."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -59,27 +59,28 @@ class _Program(TyperGroup):
         try:
             return super().invoke(ctx)
         except D2LLMError as error:
-            session = ctx.obj or Session()
-            if session.verbose:
-                traceback.print_exc()
-            session.complain("error", str(error))
+            self._fail(ctx, str(error))
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except OSError as error:
-            if error.filename is None:  # not of a file of the user's: a fault of ours
+            if error.filename is None:  # not about a file of the user's: a bug
                 raise
-            session = ctx.obj or Session()
-            if session.verbose:
-                traceback.print_exc()
-            session.complain("error", f"{error.filename}: {error.strerror}; check the path, its rights and the disk")
+            self._fail(ctx, f"{error.filename}: {error.strerror}; check the path, its permissions and the disk")
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except KeyboardInterrupt as error:
             session = ctx.obj or Session()
-            session.complain("stopped", "type the same command again to go on; finished parts are kept")
+            session.complain("stopped", "type the same command again to continue; finished parts are kept")
             raise typer.Exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED) from error
+
+    @staticmethod
+    def _fail(ctx: Any, message: str) -> None:
+        session = ctx.obj or Session()
+        if session.verbose:
+            traceback.print_exc()
+        session.complain("error", message)
 
 
 def _tidy_help(command: Any) -> None:
-    """Make the help of a verb, of those below it and of their options read as it is written.
+    """Show the help of a verb, of its own verbs and of their options letter by letter.
 
     Rich takes words in square brackets for markup, and typer breaks a paragraph where its source does.
     """
@@ -94,7 +95,7 @@ def _tidy_help(command: Any) -> None:
 
 
 def _joined_lines(text: str) -> str:
-    """Each paragraph on one line, but for those with indented lines, which are lists or examples."""
+    """Each paragraph on one line, except those with indented lines, which are lists or examples."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
     return "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in paragraphs)
 
@@ -111,8 +112,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"d2llm {__version__}")
         raise typer.Exit
 
@@ -133,25 +134,20 @@ def prepare(
     context.call_on_close(start_logging(context.obj))
 
 
-for _commands in (
-    commands_train,
-    commands_teach,
-    commands_index,
-    commands_upkeep,
-    commands_cascade,
-    commands_project,
-    commands_search,
-    commands_serve,
-    commands_keys,
-    commands_evaluate,
-    commands_export,
-    commands_ablate,
-    commands_data,
-    commands_hub,
-    commands_look,
-    commands_doctor,
-):
-    _commands.register(app)
+_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Distil": (init, run, mine, tune_teacher, gate, label, distill, stack, fit_scores, push),
+    "Search": (encode, search),
+    "Serve": (serve,),
+    "Measure": (evaluate, ablate),
+    "Look": (export, demo, judge, doctor),
+}
+_GROUPS = {"Search": index_app, "Serve": keys_app, "Measure": data_app}
+
+for _heading, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        app.command(_verb.__name__.replace("_", "-"), rich_help_panel=_heading)(_verb)
+for _heading, _group in _GROUPS.items():
+    app.add_typer(_group, rich_help_panel=_heading)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
@@ -18,42 +21,9 @@ if TYPE_CHECKING:
     from d2llm.core.recipe import TeacherConfig
     from d2llm.training.run import Run
 
-DISTIL, SEARCH, SERVE, MEASURE, LOOK = "Distil", "Search", "Serve", "Measure", "Look"
-"""Headings of the help."""
-
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
-        show_default=False,
-    ),
-]
-RunOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="RUN_FOLDER",
-        file_okay=False,
-        help="Where plans, teacher, labels and student go.",
-        show_default="runs/<name of the recipe>",
-    ),
-]
-DataOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="[NAME=]FOLDER",
-        help="Where a data set of the recipe is on this machine, or the folder that holds all of them by name; may be "
-        "given several times.",
-        show_default=False,
-    ),
-]
-AgainOption = Annotated[bool, typer.Option("--again", help="Do it anew even if it is finished.")]
-
 
 def known_student(name: str | None) -> str | None:
-    """For an option that names a student: a wrong name is told before anything heavy is loaded.
+    """Check an option that names a student, before anything heavy is loaded.
 
     Raises:
         ModelNotFoundError: there is no such student.
@@ -75,6 +45,39 @@ def known_teacher(name: str | None) -> str | None:
     return name
 
 
+def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
+    """The teacher that two options name; ``model`` may be ``KIND:MODEL``."""
+    from d2llm.core.recipe import TeacherConfig
+
+    return (TeacherConfig() if prompt is None else TeacherConfig(prompt=prompt)).named(model)
+
+
+def in_existing_folder(path: Path | None) -> Path | None:
+    """Check, before the work begins, that a file can be written; no folder is made because of a typing error.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be written to.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent} to write it in; make it first, or correct the path")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"{path}: the folder {path.parent} cannot be written to; give another path, or change its permissions"
+        )
+    return path
+
+
+def in_existing_folder_or_run(run: Path, paths: Iterable[Path | None]) -> None:
+    """``in_existing_folder`` for files of a verb that makes the folder ``run``, in which they may lie.
+
+    Raises:
+        InputError: the folder of a file does not exist and is not ``run``, or cannot be written to.
+    """
+    for path in paths:
+        if path is not None and path.parent.resolve() != run.resolve():
+            in_existing_folder(path)
+
+
 StudentOption = Annotated[
     str,
     typer.Option(
@@ -83,6 +86,10 @@ StudentOption = Annotated[
         callback=known_student,
         help="A student's folder, or the name of a shipped one.",
     ),
+]
+StudentArgument = Annotated[
+    str,
+    typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.", show_default=False),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -102,92 +109,140 @@ EngineOption = Annotated[
         "are faster and change them a little.",
     ),
 ]
-
-
-def in_a_folder_that_is_there(path: Path | None) -> Path | None:
-    """For a file that is to be written: said before the work begins, and no folder is made of a slip of the keys.
-
-    Raises:
-        InputError: there is no such folder, or it cannot be written to.
-    """
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent} to write it in; make it first, or correct the path")
-    if path is not None and not os.access(path.parent, os.W_OK):
-        raise InputError(
-            f"{path}: the folder {path.parent} cannot be written to; give another path, or change its rights"
-        )
-    return path
-
-
-def in_a_folder_or_the_run(run: Path, paths: Iterable[Path | None]) -> None:
-    """``in_a_folder_that_is_there`` for files of a verb that makes the folder ``run``, in which they may lie.
-
-    Raises:
-        InputError: the folder of a file is not there and is not ``run``, or cannot be written to.
-    """
-    for path in paths:
-        if path is not None and path.parent.resolve() != run.resolve():
-            in_a_folder_that_is_there(path)
-
-
 JsonOption = Annotated[
     Path | None,
     typer.Option(
         "--json",
         metavar="PATH",
         dir_okay=False,
-        callback=in_a_folder_that_is_there,
+        callback=in_existing_folder,
         help="Also write the result as JSON.",
         show_default=False,
     ),
 ]
-RunJsonOption = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False),
-]
-"""``JsonOption`` of verbs that make a run folder: the file may lie in it (``open_run`` checks that)."""
 TaskOption = Annotated[
     Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
 ]
-QueryTaskOption = Annotated[
-    Task | None, typer.Option("--task", help="What the queries ask.", show_default="the index's")
+IndexTaskOption = Annotated[
+    Task | None,
+    typer.Option(
+        "--task",
+        help="Whether a passage should answer (asymmetric) or say the same (symmetric).",
+        show_default="the index's",
+    ),
 ]
 PromptOption = Annotated[
     str | None,
     typer.Option(
         "--prompt",
         metavar="NAME",
-        help="How a teacher that was not tuned is asked: a name or TOML file.",
+        help="Prompt of a teacher that was not tuned: a name or a TOML file.",
         show_default="paper",
     ),
 ]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
+        show_default=False,
+    ),
+]
+AgainOption = Annotated[bool, typer.Option("--again", help="Repeat the step even if it is finished.")]
 
 
-def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
-    """The teacher that two options name; ``model`` may be ``KIND:MODEL``."""
-    from d2llm.core.recipe import TeacherConfig
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is, what it computes with, and where its result goes: options of every verb that works on a run.
 
-    return (TeacherConfig() if prompt is None else TeacherConfig(prompt=prompt)).named(model)
-
-
-def open_run(
-    session: Session,
-    recipe: str,
-    out: Path | None,
-    data: Sequence[str] | None,
-    device: str | None,
-    dtype: str | None,
-    *,
-    files: Sequence[Path | None],
-) -> Run:
-    """The run that the arguments of a verb describe; ``files`` are what the verb will write besides.
-
-    Raises:
-        RecipeError: no such recipe, or its data sets cannot be told apart.
-        InputError: a data set is not on this machine, or the folder of a file is not there: told before the work.
+    ``--json`` may name a file in the run folder, which need not exist yet; ``open`` checks that.
     """
-    from d2llm.training.run import Run
 
-    run = Run(recipe, out, data=data or (), device=device, dtype=dtype, show_progress=session.show_progress)
-    in_a_folder_or_the_run(run.parts.path, files)
-    return run
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="RUN_FOLDER",
+            file_okay=False,
+            help="Where plans, teacher, labels and student go.",
+            show_default="runs/<name of the recipe>",
+        ),
+    ] = None
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[NAME=]FOLDER",
+            help="Where a data set of the recipe is on this machine, or the folder that holds all of them by name; may "
+            "be given several times.",
+            show_default=False,
+        ),
+    ] = None
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False
+        ),
+    ] = None
+
+    def open(self, session: Session, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:
+        """The run of a recipe; ``files`` are what the verb will write besides ``--json``.
+
+        Raises:
+            RecipeError: no such recipe, or its data sets cannot be told apart.
+            InputError: a data set is not on this machine, or the folder of a file does not exist.
+        """
+        from d2llm.training.run import Run
+
+        run = Run(
+            recipe,
+            self.out,
+            data=self.data or (),
+            device=self.device,
+            dtype=self.dtype,
+            show_progress=session.show_progress,
+        )
+        in_existing_folder_or_run(run.parts.path, [self.json_path, *files])
+        return run
+
+
+def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
+    """Let a verb take its options in groups.
+
+    Typer makes one option of each parameter. Here a parameter whose type is a dataclass becomes one option for each
+    field, and the verb gets the dataclass.
+    """
+    hints = get_type_hints(verb, include_extras=True)
+    groups = {name: hints[name] for name in signature(verb).parameters if is_dataclass(hints[name])}
+    parameters: list[Parameter] = []
+    for name, parameter in signature(verb).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @functools.wraps(verb)
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        verb(**values)
+
+    flat = cast(Any, call)
+    flat.__signature__ = Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _parameters(group: type) -> list[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(cast(Any, group))
+    ]

@@ -1,47 +1,34 @@
-"""The verbs that search: encode and search."""
+"""The verb ``search``."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.cli.index_options import (
-    ChunkOption,
-    CopiesOption,
-    CorpusArgument,
-    FormatOption,
-    LateOption,
-    NewTaskOption,
-    OverlapOption,
-    WholeOption,
-    WindowOption,
-    WindowVectorsOption,
-)
-from d2llm.cli.index_writing import Splitting
 from d2llm.cli.options import (
-    SEARCH,
     DeviceOption,
     DtypeOption,
     EngineOption,
+    IndexTaskOption,
     JsonOption,
     PromptOption,
-    QueryTaskOption,
-    StudentOption,
     known_student,
     known_teacher,
+    teacher_config,
 )
-from d2llm.cli.session import session_of
-from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import Grouping
+from d2llm.cli.session import Session, session_of
+from d2llm.core.errors import InputError
+from d2llm.core.types import Grouping, Task
 
 if TYPE_CHECKING:
-    from d2llm.core.types import Certificate, Query, Ranking
+    from d2llm.core.types import CascadeReport, Certificate, Query, Ranking
+    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.settings import SearchSettings
-    from d2llm.store.stored_vectors import VectorCopies
 
 
 class SourceChoice(str, Enum):
@@ -52,75 +39,24 @@ class SourceChoice(str, Enum):
     bm25 = "bm25"
 
 
-_NAMED = 5  # of the queries that are too long
-_QUICK_QUERIES = 32  # so many are answered before a progress bar is of use
-
-
-def encode(
-    context: typer.Context,
-    corpus: CorpusArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="INDEX", help="Where the index goes.", show_default=False)],
-    student: StudentOption = DEFAULT_STUDENT,
-    task: NewTaskOption = "asymmetric",
-    vectors: FormatOption = "bfloat16",
-    vector_copies: CopiesOption = 2,
-    window_vectors: WindowVectorsOption = "auto",
-    chunk_tokens: ChunkOption = None,
-    chunk_overlap: OverlapOption = None,
-    late: LateOption = False,
-    late_window: WindowOption = None,
-    whole: WholeOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "torch",
-    json_path: JsonOption = None,
-) -> None:
-    """Turn a whole corpus into a new index, at once.
-
-    It appears when it is complete; d2llm index changes it. Stopped, it goes on where it was when the same command is
-    given again.
-    """
-    from d2llm.models.student import Student
-    from d2llm.retrieval.chunking import default_chunking
-    from d2llm.retrieval.encode import encode
-    from d2llm.retrieval.student_source import source_of
-
-    session = session_of(context)
-    splitting = Splitting(chunk_tokens, chunk_overlap, late, late_window, whole)
-    model = Student.load(student, device=device, dtype=dtype, engine=engine)
-    report = encode(
-        corpus,
-        model,
-        out,
-        task=task,
-        vector_format=vectors,
-        vector_copies=cast("VectorCopies", vector_copies),
-        window_vectors=window_vectors,
-        chunking=splitting.chunking(model) or default_chunking(model),
-        student_source=source_of(student),
-        overwrite=overwrite,
-        show_progress=session.show_progress,
-    )
-    session.say(
-        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages, {report.num_truncated:,} "
-        f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
-        f"({report.vector_bytes_per_passage:,} of vector), in {out}"
-    )
-    session.write_report(context, json_path, report)
+_NAMED = 5  # queries that are too long and are named
+_QUICK_QUERIES = 32  # answered before a progress bar is of use
 
 
 def search(
     context: typer.Context,
     index: Annotated[
-        Path, typer.Argument(metavar="INDEX", help="What index or encode made, or a snapshot.", show_default=False)
+        Path,
+        typer.Argument(metavar="INDEX", help="A folder that index or encode made, or a snapshot.", show_default=False),
     ],
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="QUERY", help="What to look for.", show_default=False)
     ] = None,
     queries: Annotated[
         Path | None,
-        typer.Option("--queries", metavar="FILE", help="queries.jsonl or queries.jsonl.gz to ask as well."),
+        typer.Option(
+            "--queries", metavar="FILE", help="Also search for each query of queries.jsonl or queries.jsonl.gz."
+        ),
     ] = None,
     student: Annotated[
         str | None,
@@ -138,7 +74,7 @@ def search(
         typer.Option(
             "--filter",
             metavar="CONDITION",
-            help="Only passages whose metadata fit, as in \"year >= 2020 AND language = 'en'\".",
+            help="Only passages whose metadata match, as in \"year >= 2020 AND language = 'en'\".",
             show_default=False,
         ),
     ] = None,
@@ -149,7 +85,7 @@ def search(
         list[SourceChoice] | None,
         typer.Option(
             "--source",
-            help="Who proposes passages for the full score, several united; ann: quicker, see d2llm index.",
+            help="What proposes passages for the full score; may be repeated. ann: quicker, see d2llm index.",
             show_default="vectors, and bm25 where the student's score counts words",
         ),
     ] = None,
@@ -160,24 +96,30 @@ def search(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Fuse the student's ranking with BM25's, which also proposes; BM25's share, as in --hybrid 0.5.",
+            help="Fuse the student's ranking with BM25's; BM25's share, as in --hybrid 0.5.",
             show_default=False,
         ),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="The exact ranking of all passages, proved.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="The exact ranking of all passages, with a proof.")] = False,
     budget_ms: Annotated[
         float | None,
         typer.Option(
-            "--budget-ms", min=0, help="With --exact: stop in time and say what is proved.", show_default=False
+            "--budget-ms",
+            min=0,
+            help="With --exact: stop after this time and say how much is proved.",
+            show_default=False,
         ),
     ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why each passage stands where it does.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Explain the rank of each passage.")] = False,
     group: Annotated[
         Grouping,
         typer.Option("--group", help="Rank documents by their best passage, or by the sum of their three best."),
     ] = "passage",
     neighbours: Annotated[
-        int, typer.Option("--neighbours", min=0, help="Also show so many passages before and after, of the document.")
+        int,
+        typer.Option(
+            "--neighbours", min=0, help="Also show this many passages before and after, from the same document."
+        ),
     ] = 0,
     teacher: Annotated[
         str | None,
@@ -185,42 +127,37 @@ def search(
             "--teacher",
             metavar="MODEL",
             callback=known_teacher,
-            help="Reads again what the student is unsure of; `d2llm index INDEX calibrate` comes first.",
+            help="A teacher that reads what the student is unsure of; `d2llm index INDEX calibrate` comes first.",
             show_default=False,
         ),
     ] = None,
     teacher_passages: Annotated[
-        int, typer.Option("--teacher-passages", min=0, help="It reads at most so many for a query.")
+        int, typer.Option("--teacher-passages", min=0, help="The most passages it reads for a query.")
     ] = 20,
     teacher_ms: Annotated[
         float | None,
-        typer.Option("--teacher-ms", min=0, help="It reads for so long at most.", show_default=False),
+        typer.Option("--teacher-ms", min=0, help="The longest time it reads for a query.", show_default=False),
     ] = None,
     prompt: PromptOption = None,
-    task: QueryTaskOption = None,
+    task: IndexTaskOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
-    from d2llm.cli.cascade import cascade_line, load_cascade
-    from d2llm.core.errors import InputError
-    from d2llm.models.attribution import why_no_interaction
-    from d2llm.models.student import Student
-    from d2llm.reports.search_tables import explanation_table, ranking_list
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.search import search
     from d2llm.retrieval.settings import SearchSettings
 
     session = session_of(context)
-    asked = _questions(texts or [], queries)
+    all_queries = _read_queries(texts or [], queries)
     settings = SearchSettings(
         task=task,
         top_k=top_k,
         num_candidates=num_candidates,
         filter=filter,
-        sources=tuple(one.value for one in source) if source else None,
+        sources=tuple(choice.value for choice in source) if source else None,
         hybrid=hybrid,
         exact=exact,
         budget_ms=budget_ms,
@@ -234,60 +171,92 @@ def search(
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
-    model = opened.student
+    index_task = task or opened.view.task
     cascade = None
     if teacher is not None:
-        cascade = load_cascade(
-            opened, task or opened.view.task, teacher, prompt, teacher_passages, teacher_ms, device, dtype
-        )
-    show = session.show_progress if len(asked) > _QUICK_QUERIES else False
-    rankings = search(opened.view, model, asked, settings, cascade=cascade, show_progress=show)
+        cascade = _load_cascade(opened, index_task, teacher, prompt, teacher_passages, teacher_ms, device, dtype)
+    show_progress = session.show_progress if len(all_queries) > _QUICK_QUERIES else False
+    rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, show_progress=show_progress)
     for ranking in rankings:
-        session.show(ranking_list(ranking))
-        if not ranking.passages:
-            session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
-        if explain:
-            session.show(explanation_table(ranking))
-            reason = why_no_interaction(model, task or opened.view.task) if isinstance(model, Student) else None
-            if reason is not None:
-                session.say(f"search: {reason}")
-        if ranking.cascade is not None:
-            session.say(cascade_line(ranking.cascade))
-        if ranking.certificate is not None:
-            session.say(_proof(ranking.certificate, len(ranking.passages)))
-    if (remark := _too_long(rankings, model)) is not None:
+        _show(session, ranking, settings, opened.student, index_task)
+    if (remark := _truncated_queries(rankings, opened.student)) is not None:
         session.complain("warning", remark)
-    session.write_report(context, json_path, {"student": model.fingerprint, "rankings": rankings})
+    session.write_report(context, json_path, {"student": opened.student.fingerprint, "rankings": rankings})
 
 
-def register(app: typer.Typer) -> None:
-    """Add these verbs to the program."""
-    for verb in (encode, search):
-        app.command(verb.__name__, rich_help_panel=SEARCH)(verb)
+def _show(session: Session, ranking: Ranking, settings: SearchSettings, student: SearchStudent, task: Task) -> None:
+    """One ranking with all that is known of it."""
+    from d2llm.models.attribution import why_no_interaction
+    from d2llm.models.student import Student
+    from d2llm.reports.search_tables import explanation_table, ranking_list
+
+    session.show(ranking_list(ranking))
+    if not ranking.passages:
+        session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
+    if settings.explain:
+        session.show(explanation_table(ranking))
+        reason = why_no_interaction(student, task) if isinstance(student, Student) else None
+        if reason is not None:
+            session.say(f"search: {reason}")
+    if ranking.cascade is not None:
+        session.say(_cascade_line(ranking.cascade))
+    if ranking.certificate is not None:
+        session.say(_proof(ranking.certificate, len(ranking.passages)))
 
 
-def _questions(texts: list[str], file: Path | None) -> list[Query]:
-    from d2llm.core.errors import InputError
+def _load_cascade(
+    index: Index,
+    task: Task,
+    teacher: str,
+    prompt: str | None,
+    teacher_passages: int | None,
+    teacher_ms: float | None,
+    device: str | None,
+    dtype: str | None,
+) -> Cascade:
+    """The cascade that the options of a search name; the student's error is the one kept beside the index."""
+    from d2llm.models.teachers.judge import load_judge
+    from d2llm.retrieval.calibrate import read_error
+    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.row_evidence import weights_for
+
+    judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
+    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
+    return Cascade(judge, error, teacher_passages, teacher_ms)
+
+
+def _cascade_line(report: CascadeReport) -> str:
+    """What a teacher did to a ranking, in one line."""
+    moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
+    cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
+    cut += ", until its time was up" if report.out_of_time else ""
+    return (
+        f"teacher: the student was unsure of {len(report.unsure)} passages; {len(report.read)} were read{cut}, in "
+        f"{1e3 * report.seconds:,.0f} ms; " + (f"places: {moves}" if moves else "no place changed")
+    )
+
+
+def _read_queries(texts: list[str], file: Path | None) -> list[Query]:
     from d2llm.core.types import Query
     from d2llm.data.beir import read_queries
 
     if not texts and file is None:
         raise InputError("there is no query; write one behind the index, or give a file with --queries")
-    asked = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
-    return asked + (list(read_queries(file).values()) if file is not None else [])
+    typed = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
+    return typed + (list(read_queries(file).values()) if file is not None else [])
 
 
-def _too_long(rankings: list[Ranking], student: SearchStudent) -> str | None:
-    """What to say of queries that were cut; None where none was."""
+def _truncated_queries(rankings: list[Ranking], student: SearchStudent) -> str | None:
+    """A warning about queries that were cut; None if none was."""
     cut = [ranking.query for ranking in rankings if ranking.truncated]
     if not cut:
         return None
     limit = getattr(student, "max_query_tokens", None)
     read = "the student reads" if limit is None else f"the {limit} tokens that the student reads"
-    named = ", ".join(repr(query.id) for query in cut[:_NAMED]) + (", ..." if len(cut) > _NAMED else "")
+    names = ", ".join(repr(query.id) for query in cut[:_NAMED]) + (", ..." if len(cut) > _NAMED else "")
     count = f"{len(cut):,} of {len(rankings):,} queries {'is' if len(cut) == 1 else 'are'}"
     return (
-        f"{count} longer than {read} ({named}): what stands behind has no part in the student's scores. Ask a shorter "
+        f"{count} longer than {read} ({names}): what stands behind has no part in the student's scores. Ask a shorter "
         "question, or several"
     )
 
@@ -299,11 +268,11 @@ def _why_none(settings: SearchSettings) -> str:
 
 
 def _proof(certificate: Certificate, num_places: int) -> str:
-    of_all = certificate.num_scored + certificate.num_left
+    num_passages = certificate.num_scored + certificate.num_left
     proved = "all" if certificate.proved == num_places else f"the first {certificate.proved}"
     return (
-        f"exact: {proved} of {num_places} places are proved; {certificate.num_scored:,} of {of_all:,} passages got the "
-        f"full score"
+        f"exact: {proved} of {num_places} places are proved; {certificate.num_scored:,} of {num_passages:,} passages "
+        f"got the full score"
         + (
             f", none of the others can have more than {certificate.highest_bound_left:.3f}"
             if certificate.num_left

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.cli.options import SERVE, DeviceOption, DtypeOption, JsonOption, PromptOption
+from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, PromptOption
 from d2llm.cli.session import session_of
 from d2llm.core.types import EngineName
 
@@ -168,8 +168,3 @@ def _settings_table(loaded: LoadedSettings) -> Table:
     for row in loaded.lines():
         table.add_row(*row)
     return table
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.command(serve.__name__, rich_help_panel=SERVE)(serve)

@@ -120,8 +120,13 @@ class Table:
 
         headings = [column.heading for column in self.columns]
         grid = Grid(box=box.HEAVY_HEAD if self.framed else None, show_header=any(headings), header_style="bold")
-        for column in self.columns:
-            grid.add_column(Text(column.heading), justify=column.align, max_width=column.max_width, overflow="fold")
+        for place, column in enumerate(self.columns):
+            width = column.max_width
+            if column.align == "right":  # no wider than its figures and the words of its heading
+                lines = [line for row in self.rows for line in _lines(column, row.cells[place])]
+                needed = max(map(len, [*lines, *column.heading.split()]), default=0)
+                width = min(needed, width or needed)
+            grid.add_column(Text(column.heading), justify=column.align, max_width=width, overflow="fold")
         for section in self.sections:
             grid.add_section()
             if section.title:
@@ -187,6 +192,10 @@ class Table:
 def escape_markdown(text: str) -> str:
     """Text on one line of which Markdown takes nothing for its own, unless it stands at the beginning of a line."""
     return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(text.split()))
+
+
+def _lines(column: Column, cell: Cell) -> list[str]:
+    return [*(column.text(cell.value) + cell.mark).splitlines(), cell.note]
 
 
 def _terminal_cell(column: Column, cell: Cell) -> Text:

@@ -17,9 +17,8 @@ _SYSTEM = Column("system", align="left", max_width=40)
 
 def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
     """A report for a terminal: measures, the teacher's sample, agreement, cost, and what to know of the figures."""
-    facts = ", ".join(
-        value if label in ("data", "task") else f"{value} {label}" for label, value in words.facts(report)
-    )
+    data, *counts, (_, task), (_, seconds) = words.facts(report)
+    facts = ", ".join([data[1], *(f"{count} {noun}" for noun, count in counts), task, f"took {seconds}"])
     measures = measure_table(report, report.rows, title=facts)
     for row in report.missing:
         measures.add_row(f"{row.name}: not measured, {row.reason}", *(None for _ in measures.columns[1:]))

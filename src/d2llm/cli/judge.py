@@ -1,26 +1,22 @@
-"""The verbs that look at what there is: judge and demo."""
+"""The verb ``judge``: a teacher asked about a few passages."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from d2llm.cli.options import (
-    LOOK,
     DeviceOption,
     DtypeOption,
     JsonOption,
     PromptOption,
-    StudentOption,
     TaskOption,
     known_teacher,
     teacher_config,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
-from d2llm.core.shipped import DEFAULT_STUDENT
 
 
 def judge(
@@ -55,29 +51,3 @@ def judge(
     session.show(judgement_table(query, passages, log_odds))
     judged = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]
     session.write_report(context, json_path, {"teacher": model.fingerprint, "judgements": judged})
-
-
-def demo(
-    context: typer.Context,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Keep the indexes here.", show_default="the user's cache folder"),
-    ] = None,
-    student: StudentOption = DEFAULT_STUDENT,
-    json_path: JsonOption = None,
-) -> None:
-    """Search your Python's documentation, to see it work.
-
-    Takes a few minutes: the texts are read from the standard library on this machine, nothing is downloaded.
-    """
-    from d2llm.demo.demo import run_demo
-
-    session = session_of(context)
-    report = run_demo(folder, student=student, show_progress=session.show_progress)
-    session.write_report(context, json_path, report)
-
-
-def register(app: typer.Typer) -> None:
-    """Add these verbs to the program."""
-    for verb in (demo, judge):
-        app.command(verb.__name__, rich_help_panel=LOOK)(verb)

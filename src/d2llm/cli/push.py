@@ -1,4 +1,4 @@
-"""The verb that puts a student on the Hugging Face Hub: push."""
+"""The verb ``push``: a student put on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,25 +8,20 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import DISTIL, JsonOption
+from d2llm.cli.options import JsonOption, StudentArgument
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 
 
 def push(
     context: typer.Context,
-    student: Annotated[
-        str,
-        typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.", show_default=False),
-    ],
+    student: StudentArgument,
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="Where on the Hub: owner/name.", show_default=False)
     ],
     private: Annotated[
         bool | None,
-        typer.Option(
-            "--private/--public", help="Who may read a repository that is made.", show_default="the account's default"
-        ),
+        typer.Option("--private/--public", help="Who may read a new repository.", show_default="the account's default"),
     ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="BRANCH", help="The branch to commit to.", show_default="main")
@@ -36,7 +31,7 @@ def push(
         typer.Option(
             "--license",
             metavar="NAME",
-            help="Of the weights, as the Hub names it: apache-2.0, mit.",
+            help="License of the weights, as the Hub names it: apache-2.0, mit.",
             show_default="the card's",
         ),
     ] = None,
@@ -66,10 +61,10 @@ def push(
     folder = find_student(student)
     manifest, config = read_student_manifest(folder)
     if card_licence(model_card(folder, manifest, licence=licence)) is None:
-        session.complain("warning", "no licence is named, so nobody may use the student; say --license")
+        session.complain("warning", "no license is named, so nobody may use the student; give --license")
     is_merged, plain = (folder / BACKBONE_FOLDER).is_dir(), why_not_plain(config) is None
     if merge is False and is_merged:
-        raise InputError(f"{folder}: has all weights of its backbone, and no adapter to put there; leave out --adapter")
+        raise InputError(f"{folder}: has all weights of its backbone, and no adapter to push; leave out --adapter")
     is_complete = is_merged and (not plain or (folder / MODULES_FILE).is_file())
     with TemporaryDirectory() as temporary:
         if (plain if merge is None else merge) and not is_complete:
@@ -82,8 +77,3 @@ def push(
     else:
         session.say(f"push: sentence-transformers cannot load it without d2llm: {report.needs_d2llm}")
     session.write_report(context, json_path, report)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this verb to the program."""
-    app.command("push", rich_help_panel=DISTIL)(push)

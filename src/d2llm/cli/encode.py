@@ -1,0 +1,62 @@
+"""The verb ``encode``: a whole corpus turned into a new index at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from d2llm.cli.index_options import ChunkingOptions, CorpusArgument, VectorOptions
+from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, StudentOption, with_option_groups
+from d2llm.cli.session import session_of
+from d2llm.core.shipped import DEFAULT_STUDENT
+
+if TYPE_CHECKING:
+    from d2llm.store.stored_vectors import VectorCopies
+
+
+@with_option_groups
+def encode(
+    context: typer.Context,
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="INDEX", help="Where the index goes.", show_default=False)],
+    vectors: VectorOptions,
+    splitting: ChunkingOptions,
+    student: StudentOption = DEFAULT_STUDENT,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = "torch",
+    json_path: JsonOption = None,
+) -> None:
+    """Turn a whole corpus into a new index, at once.
+
+    It appears when it is complete; d2llm index changes it. Stopped, the same command continues where it was.
+    """
+    from d2llm.models.student import Student
+    from d2llm.retrieval.chunking import default_chunking
+    from d2llm.retrieval.encode import encode
+    from d2llm.retrieval.student_source import source_of
+
+    session = session_of(context)
+    model = Student.load(student, device=device, dtype=dtype, engine=engine)
+    report = encode(
+        corpus,
+        model,
+        out,
+        task=vectors.task,
+        vector_format=vectors.vectors,
+        vector_copies=cast("VectorCopies", vectors.vector_copies),
+        window_vectors=vectors.window_vectors,
+        chunking=splitting.chunking(model) or default_chunking(model),
+        student_source=source_of(student),
+        overwrite=overwrite,
+        show_progress=session.show_progress,
+    )
+    session.say(
+        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages, {report.num_truncated:,} "
+        f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
+        f"({report.vector_bytes_per_passage:,} of vector), in {out}"
+    )
+    session.write_report(context, json_path, report)

@@ -1,0 +1,90 @@
+"""The verb ``fit-scores``: what words add to a student's scores, and their probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    TaskOption,
+    in_existing_folder,
+    known_student,
+)
+from d2llm.cli.session import session_of
+
+
+def fit_scores(
+    context: typer.Context,
+    student: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDENT", help="A student's folder, or its name.", callback=known_student, show_default=False
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...", help="Data sets with a corpus and judged queries in their dev split.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            callback=in_existing_folder,
+            help="Where the fitted student goes.",
+            show_default=False,
+        ),
+    ],
+    task: TaskOption = "asymmetric",
+    num_queries: Annotated[int, typer.Option("--queries", min=1, help="Dev queries of each data set, at most.")] = 200,
+    words: Annotated[
+        bool, typer.Option("--words/--no-words", help="Also fit the weight of words (BM25) in the score of an index.")
+    ] = True,
+    window_vectors: Annotated[
+        bool,
+        typer.Option(
+            "--window-vectors/--no-window-vectors",
+            help="With words: also fit the weight of vectors of each two sentences; indexing then takes longer.",
+        ),
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of queries and passages.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Fit a student's scores to your judged queries; no training.
+
+    Two things are fitted on dev: what words (BM25) and sentences add to the score of a passage in an index, and what
+    turns scores into probabilities. Vectors stay as they are, so an index made with the student can be searched with
+    the one that is written. What the student has for the other task is kept.
+    """
+    from d2llm.data.open_data import open_data
+    from d2llm.models.student import Student
+    from d2llm.training.fit_scores import fit_scores
+    from d2llm.training.sentences import evidence_words, probability_words
+
+    session = session_of(context)
+    datasets = [open_data(path, splits=["dev"]) for path in data]
+    model = Student.load(student, device=device, dtype=dtype)
+    report = fit_scores(
+        model,
+        datasets,
+        task,
+        words=words,
+        window_vectors=window_vectors,
+        num_queries=num_queries,
+        seed=seed,
+        show_progress=session.show_progress,
+    )
+    model.save(out)
+    evidence = evidence_words({task: report.evidence}) if report.evidence else "words were not weighed"
+    probabilities = probability_words({task: report.probabilities} if report.probabilities else {})
+    session.say(f"fit-scores: {evidence}; probabilities: {probabilities}; in {out}")
+    session.write_report(context, json_path, report)

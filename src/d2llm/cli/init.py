@@ -1,0 +1,78 @@
+"""The verb ``init``: a recipe for the user's data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import DeviceOption, JsonOption, in_existing_folder
+from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+from d2llm.core.types import Task
+
+
+def init(
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A data set with judged questions in train and dev: a folder in BEIR layout, or of pairs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            dir_okay=False,
+            callback=in_existing_folder,
+            help="Where the recipe goes; an existing file is not replaced.",
+        ),
+    ] = Path("recipe.toml"),
+    backbone: Annotated[
+        str,
+        typer.Option("--backbone", metavar="MODEL", help="Model that reads each text alone: a folder or a Hub name."),
+    ] = "minilm",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            help="Model that judges pairs, untuned: a folder, a Hub name, or KIND:MODEL.",
+            show_default="one made of the backbone from 1,000 questions on, else none",
+        ),
+    ] = None,
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            "--task",
+            help="Whether a passage answers (asymmetric) or says the same (symmetric).",
+            show_default="by the lengths of the texts",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Write a recipe for your data, with the reason for each value.
+
+    Epochs and teacher follow from how many questions there are, limits from how long the texts are.
+    """
+    from d2llm.core.files import write_bytes
+    from d2llm.training.starting_recipe import starting_recipe
+
+    if out.exists():
+        raise InputError(f"{out}: already exists and is not replaced; give another path with --out")
+    session = session_of(context)
+    start = starting_recipe(data, backbone=backbone, teacher=teacher, task=task, device=device)
+    write_bytes(out, start.text.encode())
+    for note in start.notes:
+        session.complain("warning", note)
+    session.say(
+        f"init: {start.num_train:,} questions or pairs to train on, {start.num_dev:,} of dev; read {out}, then: "
+        f"d2llm run {out} (about {start.duration} at the speed of this machine)"
+    )
+    session.write_report(context, json_path, start)

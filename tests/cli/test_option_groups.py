@@ -1,0 +1,51 @@
+"""Options in groups: what Typer sees of a verb, and what the verb gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from typer.testing import CliRunner
+
+from d2llm.cli.options import with_option_groups
+
+calls: list[tuple[str, Place, int]] = []
+
+
+@dataclass(frozen=True)
+class Place:
+    street: Annotated[str, typer.Option("--street", help="A street.")]
+    number: Annotated[int, typer.Option("--number", help="A number.")] = 1
+
+
+@with_option_groups
+def visit(
+    name: Annotated[str, typer.Argument(help="A name.")],
+    place: Place,
+    times: Annotated[int, typer.Option("--times", help="How often.")] = 2,
+) -> None:
+    """Visit somebody."""
+    calls.append((name, place, times))
+
+
+def run(*arguments: str) -> int:
+    calls.clear()
+    app = typer.Typer()
+    app.command()(visit)
+    return CliRunner().invoke(app, arguments).exit_code
+
+
+def test_the_verb_gets_its_groups() -> None:
+    assert run("Ada", "--street", "Main", "--times", "3", "--number", "7") == 0
+    assert calls == [("Ada", Place("Main", 7), 3)]
+
+
+def test_defaults_of_fields_are_those_of_options() -> None:
+    assert run("Ada", "--street", "Main") == 0
+    assert calls == [("Ada", Place("Main", 1), 2)]
+
+
+def test_a_field_without_default_is_required() -> None:
+    assert run("Ada") == 2
+    assert calls == []
