@@ -1,4 +1,4 @@
-"""The verb ``judge``: a teacher asked about a few passages."""
+"""The verb ``judge``: a teacher's judgement of a few passages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from d2llm.core.errors import InputError
 
 def judge(
     context: typer.Context,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.", show_default=False)],
     passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.", show_default=False)],
     teacher: Annotated[
         str,
@@ -44,7 +44,7 @@ def judge(
 
     for text in (query, *passages):
         if not text.strip():
-            raise InputError(f"{text!r} has no text; give a query and passages with words in them")
+            raise InputError(f"{text!r} is empty; give a query and passages with words in them")
     session = session_of(context)
     model = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()

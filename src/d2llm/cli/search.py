@@ -96,7 +96,7 @@ def search(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Fuse the student's ranking with BM25's; BM25's share, as in --hybrid 0.5.",
+            help="Fuse the student's ranking with BM25's, which then also proposes passages; SHARE is BM25's, say 0.5.",
             show_default=False,
         ),
     ] = None,

@@ -88,7 +88,6 @@ def serve(
     Settings come from options, from the environment (D2LLM_SERVE_MAX_TEXTS) and from a file, in this order. Stop it
     with Ctrl-C or SIGTERM: what it has accepted is answered. SIGHUP reads the index again.
     """
-    # They are read from the context, by name.
     del (
         index,
         student,
@@ -115,8 +114,8 @@ def serve(
     loaded = load_settings(flags, file=config, assignments=parse_assignments(assignments or []))
     if show_config:
         session.show(_settings_table(loaded))
-        found = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
-        session.write_report(context, json_path, found)
+        report_values = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
+        session.write_report(context, json_path, report_values)
     elif loaded.settings.index is None and loaded.settings.student is None:
         raise InputError("there is nothing to serve; give the folder of an index, or --student")
     else:
@@ -144,9 +143,9 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     with contextlib.ExitStack() as undo:
         undo.callback(bound.close)
         if settings.index is not None:
-            read_index_manifest(settings.index)  # what is no index is told before anything is loaded
+            read_index_manifest(settings.index)  # fails on a folder that is no index, before anything is loaded
         undo.callback(start_logs(settings))
-        from d2llm.server.app import make_app  # takes seconds, and a port in use should be told at once
+        from d2llm.server.app import make_app  # takes seconds; a port in use is reported before
         from d2llm.server.services import Serving
 
         app = make_app(settings)

@@ -1,4 +1,4 @@
-"""One call of the command line: what the user wants to see, and where it goes."""
+"""One call of the command line: what is printed, and where it goes."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ class Session:
         return Console(stderr=True, highlight=False)
 
     def show(self, result: RenderableType) -> None:
-        """What was asked for."""
+        """Print a result."""
         # Tables and wrapped texts know the width; what is wider is an id, which is to be copied whole.
         self._out.print(result, markup=False, crop=False)
 
     def say(self, remark: str) -> None:
-        """What is good to know; silent with ``--quiet``."""
+        """Print a remark; silent with ``--quiet``."""
         if not self.quiet:
             self._err.print(remark, markup=False, soft_wrap=True)
 
     def complain(self, kind: str, message: str) -> None:
-        """One paragraph, on one line, so that it can be searched for."""
+        """Print an error or a warning as one line, so that it can be searched for."""
         self._err.print(
             f"{kind}: {message}", markup=False, soft_wrap=True, style="red" if kind == "error" else "yellow"
         )
 
     def write_report(self, context: typer.Context, path: Path | None, result: object) -> None:
-        """Write what a verb found, with the arguments that it was given, as JSON; nothing where ``path`` is None."""
+        """Write the result of a verb with its arguments as JSON; nothing if ``path`` is None."""
         if path is None:
             return
         from d2llm import __version__
@@ -88,7 +88,7 @@ def session_of(context: typer.Context) -> Session:
 
 
 _REMARKS = "d2llm.remarks"
-"""The logger of what a user should be told in passing, though it is no warning."""
+"""The logger of remarks: worth a line on the screen, but no warning."""
 
 
 class _Relay(logging.Handler):
@@ -99,7 +99,7 @@ class _Relay(logging.Handler):
         self._session, self._threshold = session, threshold
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one record."""
+        """Show a record."""
         if record.name == _REMARKS:
             self._session.say(record.getMessage())
         elif record.levelno >= self._threshold:
@@ -107,7 +107,11 @@ class _Relay(logging.Handler):
 
 
 def start_logging(session: Session) -> Callable[[], None]:
-    """Show remarks and warnings (``--quiet``: errors only; ``--verbose``: everything); returns what undoes it."""
+    """Show remarks and warnings (``--quiet``: errors only; ``--verbose``: everything).
+
+    Returns:
+        What restores the logging as it was.
+    """
     logger, remarks = logging.getLogger("d2llm"), logging.getLogger(_REMARKS)
     before = logger.level
     remarks.setLevel(logging.INFO)
@@ -127,7 +131,7 @@ def start_logging(session: Session) -> Callable[[], None]:
 
 
 def _hush_libraries() -> None:
-    """Progress bars and advice of the libraries below say nothing that a user of the command line can act on."""
+    """Silence progress bars and advice of libraries, on which a user of the command line cannot act."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -135,7 +139,7 @@ def _hush_libraries() -> None:
 
 
 def _plain(value: object) -> Any:
-    """Dataclasses, paths, numpy numbers and containers as what JSON has. A number that is none becomes null."""
+    """Dataclasses, paths, numpy numbers and containers as plain values for JSON; NaN and infinities become null."""
     if hasattr(value, "to_json"):
         value = cast(Any, value).to_json()
     if is_dataclass(value) and not isinstance(value, type):

@@ -14,7 +14,7 @@ from d2llm.retrieval.protocols import SearchStudent
 
 TOP_K = 3
 DEPTH = 100
-"""Ranks up to here are compared; what is further down counts as not found."""
+"""Ranks up to here are compared; anything further down counts as missing."""
 _PROPOSED = 10
 """Of each question, by BM25 and by D2LLM, to the untuned cosine: its own index would take as long as D2LLM's."""
 
@@ -41,7 +41,7 @@ class Candidates:
         return list({passage.id: passage for passage, _ in places}.values())
 
     def scores(self, number: int, passages: Sequence[Passage]) -> tuple[list[float], list[float]]:
-        """The untuned cosine's and D2LLM's of passages that ``top`` gave, up to those that the cosine has read."""
+        """Scores of the untuned cosine and of D2LLM for passages that ``top`` returned, if the cosine has read them."""
         view, student = self._index.view, self._index.student
         query = student.encode_queries([QUESTIONS[number].text]).vectors[0]
         rows = view.rows([passage.id for passage in passages])
@@ -79,8 +79,8 @@ def is_right(question: DemoQuestion, passage_id: str) -> bool:
 
 
 def _match(index: Index, text: str) -> list[tuple[Passage, float]]:
-    found = index.view.match(text, DEPTH)
-    return list(zip(index.view.passages(found.rows), np.asarray(found.scores).tolist(), strict=True))
+    matches = index.view.match(text, DEPTH)
+    return list(zip(index.view.passages(matches.rows), np.asarray(matches.scores).tolist(), strict=True))
 
 
 def _places(

@@ -106,7 +106,7 @@ def build_corpus(stdlib: Path | None = None) -> Corpus:
 
 def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
     passages: list[Passage] = []
-    seen: set[tuple[str, str]] = set()
+    known: set[tuple[str, str]] = set()
     num_documented = num_tiny = num_duplicates = 0
     for entry in entries:
         # A lone surrogate in a docstring is legal Python, but no text that can be written to a file.
@@ -115,10 +115,10 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
         key = (entry.name.rpartition(".")[2], text)
         if len(text.split()) < MIN_WORDS:
             num_tiny += 1
-        elif key in seen:
+        elif key in known:
             num_duplicates += 1
         else:
-            seen.add(key)
+            known.add(key)
             num_documented += 1
             for number, piece in enumerate(cut(text), start=1):
                 passage_id = entry.name if number == 1 else f"{entry.name}#{number}"
@@ -215,8 +215,8 @@ def _read_module(module: str, path: Path, stdlib: Path) -> Iterator[_Entry]:
     exports = _static_all(tree)
     for node in _statements(tree.body):
         if isinstance(node, ast.ImportFrom) and (home := _private_source(node, package, stdlib)):
-            wanted = {alias.name for alias in node.names}
-            names = None if "*" in wanted else wanted & exports
+            imported = {alias.name for alias in node.names}
+            names = None if "*" in imported else imported & exports
             yield from _read_body(module, _parse(home).body, only=names)
 
 
@@ -305,7 +305,7 @@ def _shorten(name: str, parameters: str | None) -> str:
 
 
 def _read_c_parts() -> Iterator[_Entry]:
-    seen: set[int] = set()
+    described: set[int] = set()
     for module_name in _WITH_C_PARTS:
         try:
             module = importlib.import_module(module_name)
@@ -318,10 +318,10 @@ def _read_c_parts() -> Iterator[_Entry]:
             value = getattr(module, name, None)
             if name.endswith("hook"):  # sys.__excepthook__ is sys.excepthook before somebody put another in its place
                 value = getattr(module, f"__{name}__", value)
-            if name.startswith("_") or id(value) in seen:
+            if name.startswith("_") or id(value) in described:
                 continue
             if isinstance(value, types.BuiltinFunctionType) or (isinstance(value, type) and _is_c_type(value)):
-                seen.add(id(value))
+                described.add(id(value))
                 yield from _describe(f"{prefix}{name}", value)
 
 

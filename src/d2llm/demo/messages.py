@@ -1,4 +1,4 @@
-"""What the demo sorts by meaning: short messages to a bank, four to a request.
+"""Short messages to a bank, four for each request, which the demo sorts by meaning.
 
 The interaction of the shipped students was taught on messages like these (BANKING77), not on these: they were written
 for the demo before any system had ranked them, and are not changed by how a system does. Requests that lie close
@@ -21,9 +21,9 @@ from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.protocols import SearchStudent
 
 TOP_K = 3
-"""As many other messages make the same request."""
+"""The number of other messages with the same request."""
 MAX_GAINED, MAX_LOST = 2, 1
-"""Examples that are shown."""
+"""The number of examples shown."""
 _WITHOUT = "D2LLM without its interaction"
 
 MESSAGES: dict[str, tuple[str, str, str, str]] = {
@@ -204,9 +204,9 @@ def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
         student: scores in the symmetric task, with its interaction and without.
         cosine: the untuned baseline.
     """
-    found = messages()
-    request = np.unique([message.title for message in found], return_inverse=True)[1]
-    texts = [message.text for message in found]  # without the request, which is what is to be found
+    passages = messages()
+    request = np.unique([message.title for message in passages], return_inverse=True)[1]
+    texts = [message.text for message in passages]  # without the request, which the systems must find
     encoded = student.encode_queries(texts).vectors, student.encode_passages(texts).vectors
     scores = {
         "cosine, untuned": _score(cosine, cosine.encode_queries(texts).vectors, cosine.encode_passages(texts).vectors)
@@ -215,18 +215,18 @@ def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
         scores[_WITHOUT] = _score(AnchorStudent(student), *encoded)
     scores["D2LLM"] = _score(student, *encoded)
     hits = {name: request[_order(values)[:, :TOP_K]] == request[:, None] for name, values in scores.items()}
-    p_value, gains, examples = None, np.zeros(len(found), np.int64), ()
+    p_value, gains, examples = None, np.zeros(len(passages), np.int64), ()
     if student.has_anchor:
         gains = hits["D2LLM"].sum(1) - hits[_WITHOUT].sum(1)
         p_value = paired_randomisation(hits["D2LLM"].sum(1), hits[_WITHOUT].sum(1))
         by_gain = np.argsort(-gains, kind="stable")
         gained, lost = by_gain[gains[by_gain] > 0][:MAX_GAINED], by_gain[gains[by_gain] < 0][::-1][:MAX_LOST]
         examples = tuple(
-            _example(found, place, scores[_WITHOUT][place], scores["D2LLM"][place])
+            _example(passages, place, scores[_WITHOUT][place], scores["D2LLM"][place])
             for place in (*gained.tolist(), *lost.tolist())
         )
     return MessageReport(
-        num_messages=len(found),
+        num_messages=len(passages),
         num_requests=len(MESSAGES),
         interaction_weight=interaction_weight(student, "symmetric"),
         systems=tuple(MessageSystem(name, float(hit.mean()), float(hit[:, 0].mean())) for name, hit in hits.items()),
@@ -249,24 +249,24 @@ def _order(scores: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _example(
-    found: Sequence[Passage], place: int, without: NDArray[np.float32], whole: NDArray[np.float32]
+    passages: Sequence[Passage], place: int, without: NDArray[np.float32], whole: NDArray[np.float32]
 ) -> DemoAnswer:
-    message = found[place]
+    message = passages[place]
 
     def places(scores: NDArray[np.float32], others: NDArray[np.float32]) -> tuple[DemoPlace, ...]:
         other_ranks = {at: rank for rank, at in enumerate(_order(others).tolist(), start=1)}
         return tuple(
             DemoPlace(
                 rank=rank,
-                passage_id=found[at].id,
-                title=found[at].title,
-                text=found[at].text,
+                passage_id=passages[at].id,
+                title=passages[at].title,
+                text=passages[at].text,
                 score=float(scores[at]),
-                right=found[at].title == message.title,
+                right=passages[at].title == message.title,
                 other_rank=other_ranks[at],
             )
             for rank, at in enumerate(_order(scores)[:TOP_K].tolist(), start=1)
         )
 
-    same = tuple(other.id for other in found if other.title == message.title and other.id != message.id)
+    same = tuple(other.id for other in passages if other.title == message.title and other.id != message.id)
     return DemoAnswer(message.text, same, places(without, whole), places(whole, without))

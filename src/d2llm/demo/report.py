@@ -1,4 +1,4 @@
-"""What the demo found, as plain frozen values."""
+"""The results of the demo, as plain frozen values."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class DemoSizes:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """The result of the demo. ``seconds``: step -> time; a step that found its work done has no entry.
+    """The result of the demo. ``seconds``: step -> time; a step that had nothing to do has no entry.
 
     ``num_passages_whole``: what the corpus would hold if this machine were fast enough to read all of it at once.
     """

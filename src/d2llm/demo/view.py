@@ -46,7 +46,7 @@ _ASCII = str.maketrans({"▲": "^", "▼": "v", "✓": "*", "…": "~", "×": "x
 
 
 class DemoView:
-    """Shows the steps of the demo, on standard output unless told otherwise."""
+    """Shows the steps of the demo, on standard output by default."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -74,7 +74,7 @@ class DemoView:
     def announce_index(
         self, student: str, num_passages: int, num_whole: int, *, rate: float | None, seconds: float, folder: Path
     ) -> None:
-        """What is about to be encoded, and why not all of it; ``rate`` is None where an earlier demo decided that."""
+        """What is encoded now, and why not all of it; ``rate`` is None if an earlier demo decided that."""
         part = f"All {num_passages:,} passages are encoded"
         if num_passages < num_whole:
             why = "as an earlier demo chose"
@@ -90,9 +90,9 @@ class DemoView:
         self._say(f"{part} by the student '{student}'. The index stays in {folder}, so a second demo starts at once.")
 
     def index(self, index: Index, seconds: float | None) -> None:
-        """The finished index; ``seconds`` is None where it was there already."""
+        """The finished index; ``seconds`` is None if it already existed."""
         if seconds is None:
-            self._say("Same texts and same student as last time, so the index of then is used again.")
+            self._say("Same texts and same student as last time, so its index is used again.")
             return
         num_truncated = index.stats().num_truncated
         cut = f", {num_truncated:,} of them cut to the length limit" if num_truncated else ""
@@ -127,7 +127,7 @@ class DemoView:
             )
 
     def messages(self, report: MessageReport, student: str, baseline: str) -> None:
-        """How well each scorer brings messages of one request together, and what the interaction moves."""
+        """How well each scorer brings messages of one request together, and what the interaction changes."""
         self._say(
             f"{report.num_messages} messages to a bank, {report.num_messages // report.num_requests} for each of "
             f"{report.num_requests} requests, written for this demo before any system had ranked them. Each asks for "
@@ -149,7 +149,7 @@ class DemoView:
             self._say(
                 f"The interaction (weight {report.interaction_weight:.2g}) gives {report.num_better} messages more of "
                 f"their own among the first {MESSAGES_TOP_K}, and {report.num_worse} fewer (p = {report.p_value:.3f}). "
-                "Those that it changed most, for better and for worse:"
+                "The messages that it changed most, for better and for worse:"
             )
         for answer in report.examples:
             heading = f"{answer.question}  [{request_of(answer)}]"
@@ -247,7 +247,7 @@ class DemoView:
         return text
 
     def _plain(self, text: str) -> str:
-        """The text with nothing that the output's encoding lacks."""
+        """The text without characters that the output's encoding lacks."""
         encoding = self._console.encoding
         try:
             text.encode(encoding)
@@ -262,9 +262,9 @@ def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
     if len(text) <= length:
         return text
     starts = [0, *(match.end() for match in re.finditer(r"[.!?:;] ", text))]
-    found = {start: len(words & set(terms(text[start : start + length]))) for start in starts}
-    best = max(starts, key=lambda start: (found[start], -start))
-    best = best if found[best] >= found[0] + 2 else 0
+    matches = {start: len(words & set(terms(text[start : start + length]))) for start in starts}
+    best = max(starts, key=lambda start: (matches[start], -start))
+    best = best if matches[best] >= matches[0] + 2 else 0
     part = text[best : best + length]
     if best + length < len(text):
         part = (part.rpartition(" ")[0] or part) + " …"

@@ -1,4 +1,4 @@
-"""``d2llm doctor``: looks whether d2llm can work here, and says what to do where it cannot."""
+"""``d2llm doctor``: whether d2llm can work here, and what to do if it cannot."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _machine_checks(device: str | None) -> list[Check]:
         from d2llm.doctor.machine import machine_checks
     except Exception as error:  # noqa: BLE001 - a library that cannot be imported raises what it likes
         reason = f"{type(error).__name__}: {error}"
-        found = Finding("device", "import", "problem", reason, "install d2llm again, in a new environment")
-        return [Check("device", "import", lambda: found)]
+        finding = Finding("device", "import", "problem", reason, "install d2llm again, in a new environment")
+        return [Check("device", "import", lambda: finding)]
     return machine_checks(device)
 
 
@@ -68,7 +68,7 @@ def _hub_cache() -> Finding:
 
 def _writable(what: str, folder: Path) -> Finding:
     advice = (
-        "set HF_HOME to a folder that can be written" if "Hub" in what else "set XDG_CACHE_HOME, or the rights of it"
+        "set HF_HOME to a folder that can be written" if "Hub" in what else "set XDG_CACHE_HOME, or its permissions"
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,13 +89,13 @@ def _hub() -> Finding:
 
     if is_offline_mode():
         advice = "unset it to fetch models by their names on the Hub"
-        return Finding("places", "Hugging Face Hub", "note", "not asked: HF_HUB_OFFLINE is set", advice)
+        return Finding("places", "Hugging Face Hub", "note", "not checked: HF_HUB_OFFLINE is set", advice)
     try:
         status = get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS).status_code
     except (HTTPError, OSError) as error:
         advice = "shipped students need no network; for others set a proxy (HTTPS_PROXY), or HF_HUB_OFFLINE=1"
-        found = f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
-        return Finding("places", "Hugging Face Hub", "note", found, advice)
+        failure = f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
+        return Finding("places", "Hugging Face Hub", "note", failure, advice)
     return Finding("places", "Hugging Face Hub", "ok", f"{constants.ENDPOINT} answers ({status})")
 
 
@@ -111,7 +111,7 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         student = Student.load(folder, device=device)
         base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")
         yield Finding("student", "backbone", "ok", f"{base}, {student.vector_dim} wide, in {dtype}")
-        calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores give an order alone"
+        calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores only give an order"
         yield Finding("student", "probabilities", "ok", f"calibrated for {calibrated}")
         started = time.perf_counter()
         query = student.encode_queries([_QUESTION]).vectors[0]
@@ -123,7 +123,7 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         return
     if not all(map(math.isfinite, scores)):
         advice = "try --dtype float32; if that does not help, restore the student's folder"
-        yield Finding("student", "scores", "problem", f"no numbers: {scores}", advice)
+        yield Finding("student", "scores", "problem", f"not finite: {scores}", advice)
         return
     shown = ", ".join(f"{score:.2f}" for score in scores)
     yield Finding("student", "scores", "ok", f"{shown} of two sentences, in {1000 * seconds:.0f} ms")
@@ -142,15 +142,19 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
         if stats.unindexed:
             lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
             advice = f"d2llm index {folder} compact"
-            yield Finding("index", "indices", "note", f"rows that are not in them yet, so slower: {lag}", advice)
-        yield Finding("index", "student", "ok", f"{index.student.fingerprint} is found, and made it")
+            yield Finding(
+                "index", "indices", "note", f"rows that are not in them yet, so searches are slower: {lag}", advice
+            )
+        yield Finding("index", "student", "ok", f"{index.student.fingerprint} is here, and made it")
         if stats.num_passages:
-            found = index.search([_QUESTION], top_k=1)[0].passages
-            score = found[0].score if found else math.nan
+            passages = index.search([_QUESTION], top_k=1)[0].passages
+            score = passages[0].score if passages else math.nan
             level = "ok" if math.isfinite(score) else "problem"
             advice = "" if level == "ok" else f"d2llm index {folder} verify --repair"
-            yield Finding("index", "search", level, f"the best of a question has {score:.2f}", advice)
+            yield Finding(
+                "index", "search", level, f"the best passage for a question has the score {score:.2f}", advice
+            )
         advice = f"d2llm index {folder} verify"
-        yield Finding("index", "every byte", "note", "not read: that takes longer", advice)
+        yield Finding("index", "every byte", "note", "not read, because that takes longer", advice)
     except D2LLMError as error:
         yield problem_of("index", str(folder), error, otherwise="restore it from a copy, or index the corpus again")

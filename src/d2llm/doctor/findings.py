@@ -1,4 +1,4 @@
-"""The checks of ``d2llm doctor``, and what they found."""
+"""The checks of ``d2llm doctor`` and their findings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from d2llm.core.errors import D2LLMError
 from d2llm.core.table import Cell, Style, Table
 
 Level = Literal["ok", "note", "problem"]
-_REPORT = "report it with the output of d2llm doctor --json; the other checks were made all the same"
+_REPORT = "report it with the output of d2llm doctor --json; the other checks still ran"
 _STYLES: dict[Level, Style] = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: what was found, and what to do where that is not as it should be.
+    """The result of one check, and what to do if it is not as it should be.
 
-    A ``problem`` keeps something from working; a ``note`` is slower, missing or unusual, and may be meant.
+    A ``problem`` stops something from working; a ``note`` is slower, missing or unusual, and may be intended.
     """
 
     area: str
@@ -30,20 +30,20 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing to look at. Whatever goes wrong while looking is a finding too, so that the other checks are made."""
+    """One thing to check. An error of the check itself is a finding too, so that the other checks still run."""
 
     area: str
     what: str
     look: Callable[[], Finding | Iterable[Finding]]
 
     def findings(self) -> Iterator[Finding]:
-        """What was found, and a problem where the check itself failed."""
+        """The results, and a problem if the check itself failed."""
         try:
-            found = self.look()
-            yield from [found] if isinstance(found, Finding) else found
+            result = self.look()
+            yield from [result] if isinstance(result, Finding) else result
         except D2LLMError as error:
             yield problem_of(self.area, self.what, error, otherwise=_REPORT)
-        except Exception as error:  # noqa: BLE001 - a doctor looks at what is broken in ways that nobody foresaw
+        except Exception as error:  # noqa: BLE001 - what is broken may raise anything
             reason = " ".join(str(error).split()) or "without a message"
             yield Finding(
                 self.area, self.what, "problem", f"this check failed: {type(error).__name__}: {reason}", _REPORT
@@ -51,9 +51,11 @@ class Check:
 
 
 def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:
-    """An error of d2llm as a finding; most of its messages end with what to do, ``otherwise`` stands for the others."""
-    found, _, advice = str(error).rpartition("; ")
-    return Finding(area, what, "problem", found, advice) if found else Finding(area, what, "problem", advice, otherwise)
+    """An error of d2llm as a finding; the advice is the end of its message, or ``otherwise`` if that has none."""
+    message, _, advice = str(error).rpartition("; ")
+    if not message:
+        return Finding(area, what, "problem", advice, otherwise)
+    return Finding(area, what, "problem", message, advice)
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

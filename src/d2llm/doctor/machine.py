@@ -1,4 +1,4 @@
-"""What ``d2llm doctor`` says of the machine: processor, memory, threads, and whether products come out right."""
+"""Checks of the machine: processor, memory, threads, and whether products are computed correctly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
 
 
 def machine_checks(device: str | None = None) -> list[Check]:
-    """Processor, accelerators, memory and threads; whether the products that scores are made of come out right."""
+    """Processor, accelerators, memory and threads; whether the products behind scores are computed correctly."""
     return [
         Check("device", "processor", _processor),
         Check("device", "computes on", lambda: _computes_on(device)),
@@ -71,8 +71,8 @@ def _computes_on(device: str | None) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(chosen)
         level = "ok" if free > _LITTLE_MEMORY else "note"
         advice = "" if level == "ok" else "end other programs on it, or use --device cpu"
-        found = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-        yield Finding("device", "its memory", level, found, advice)
+        memory = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+        yield Finding("device", "its memory", level, memory, advice)
 
 
 def _product() -> Finding:
@@ -88,13 +88,13 @@ def _scan() -> Finding:
 
 def _interaction() -> Finding:
     left, right, _ = _example()
-    how = "fused by oneDNN" if can_fuse_bfloat16_layers() else "asked for and computed in float32"
+    how = "fused by oneDNN" if can_fuse_bfloat16_layers() else "requested, but computed in float32"
     error = _interaction_error(left[0], right)
     return _agreement("interaction", error, 0.05, f"of bfloat16, {how}, with float32; scores are in [-1, 1]")
 
 
 def _example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two sets of vectors, and the products of each with each in float64."""
+    """Two sets of vectors, and their inner products in float64."""
     left, right = np.random.default_rng(0).standard_normal((2, _PASSAGES, _DIM), np.float32)
     return left, right, left.astype(np.float64) @ right.T.astype(np.float64)
 
@@ -104,29 +104,29 @@ def _num_cpus() -> int:
 
 
 def _memory() -> Finding:
-    found = available_memory()
-    if found is None:
+    memory = available_memory()
+    if memory is None:
         return Finding("device", "memory", "note", "cannot be read on this system")
-    if found < _LITTLE_MEMORY:
+    if memory < _LITTLE_MEMORY:
         advice = "end other programs; an index needs its vectors in memory, a student half a GiB"
-        return Finding("device", "memory", "note", f"{found / _GIB:.1f} GiB available", advice)
-    return Finding("device", "memory", "ok", f"{found / _GIB:.1f} GiB available")
+        return Finding("device", "memory", "note", f"{memory / _GIB:.1f} GiB available", advice)
+    return Finding("device", "memory", "ok", f"{memory / _GIB:.1f} GiB available")
 
 
 def _threads() -> Finding:
     faiss = importlib.import_module("faiss")  # which has no types
     threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), _num_cpus()
-    found = f"torch {threads}, faiss {scan}, of {cores} usable cores"
+    counts = f"torch {threads}, faiss {scan}, of {cores} usable cores"
     if max(threads, scan) > cores:
         advice = f"more threads than cores are slower: OMP_NUM_THREADS={cores}"
-        return Finding("device", "threads", "note", found, advice)
+        return Finding("device", "threads", "note", counts, advice)
     if max(threads, scan) < cores and not os.environ.get("OMP_NUM_THREADS"):
-        return Finding("device", "threads", "note", found, f"to use them all: OMP_NUM_THREADS={cores}")
-    return Finding("device", "threads", "ok", found)
+        return Finding("device", "threads", "note", counts, f"to use them all: OMP_NUM_THREADS={cores}")
+    return Finding("device", "threads", "ok", counts)
 
 
 def _openmp() -> Iterator[Finding]:
-    importlib.import_module("faiss")  # which may bring one of its own
+    importlib.import_module("faiss")  # may bring its own
     runtimes = openmp_runtimes()
     if len({family for family, _ in runtimes}) > 1:
         names = ", ".join(sorted(path for _, path in runtimes))
@@ -138,21 +138,21 @@ def _openmp() -> Iterator[Finding]:
 
 
 def openmp_runtimes() -> set[tuple[str, str]]:
-    """Family and path of each OpenMP library in this process; empty where the system does not tell."""
+    """Family and path of each OpenMP library in this process; empty if the system does not show them."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
     paths = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "/" in line}
-    return {(found[1], path) for path in paths if (found := _OPENMP.search(path))}
+    return {(match[1], path) for path in paths if (match := _OPENMP.search(path))}
 
 
-def _agreement(what: str, error: float, allowed: float, of_what: str) -> Finding:
-    found = f"largest difference {error:.1e} {of_what}"
+def _agreement(what: str, error: float, allowed: float, comparison: str) -> Finding:
+    result = f"largest difference {error:.1e} {comparison}"
     if error <= allowed:  # false for NaN too
-        return Finding("kernels", what, "ok", found)
+        return Finding("kernels", what, "ok", result)
     advice = "scores cannot be trusted here: use --dtype float32, and another version of torch or faiss-cpu"
-    return Finding("kernels", what, "problem", found, advice)
+    return Finding("kernels", what, "problem", result, advice)
 
 
 def _scan_error(queries: np.ndarray, passages: np.ndarray, reference: np.ndarray) -> float:
@@ -164,7 +164,7 @@ def _scan_error(queries: np.ndarray, passages: np.ndarray, reference: np.ndarray
 
 
 def _interaction_error(query: np.ndarray, passages: np.ndarray) -> float:
-    """Largest difference of tanh of the interaction between the two number formats, with random weights."""
+    """Largest difference of tanh of the interaction between bfloat16 and float32, with random weights."""
     config = InteractionConfig(hidden_dim=128, feature_dim=64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -184,15 +184,15 @@ def _interaction_error(query: np.ndarray, passages: np.ndarray) -> float:
 def _speed() -> Finding:
     rates = {dtype: _rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     plain, short = rates[torch.float32], rates[torch.bfloat16]
-    found = f"float32 {plain:.0f}, bfloat16 {short:.0f} GFLOP/s with {torch.get_num_threads()} threads"
+    speeds = f"float32 {plain:.0f}, bfloat16 {short:.0f} GFLOP/s with {torch.get_num_threads()} threads"
     if cpu_has_fast_bfloat16() and short < plain:
         advice = "bfloat16 is taken for fast here and is not: use --dtype float32, or another version of torch"
-        return Finding("kernels", "speed", "note", found, advice)
-    return Finding("kernels", "speed", "ok", found)
+        return Finding("kernels", "speed", "note", speeds, advice)
+    return Finding("kernels", "speed", "ok", speeds)
 
 
 def _rate(dtype: torch.dtype) -> float:
-    """Thousand million multiplications and additions a second, in the best of the products of a tenth of a second."""
+    """GFLOP/s of the fastest product within a tenth of a second."""
     left, right = (torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype) for _ in range(2))
     torch.matmul(left, right)  # the first one sets up what the others use
     best, until = float("inf"), time.perf_counter() + _MEASURED_SECONDS

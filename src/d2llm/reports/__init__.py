@@ -1,1 +1,1 @@
-"""What was found, as tables for a terminal, as Markdown and as HTML."""
+"""Results as tables for a terminal, as Markdown and as HTML."""

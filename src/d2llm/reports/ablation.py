@@ -1,4 +1,4 @@
-"""What ``ablate`` found: the table, Markdown, and a page with a forest plot."""
+"""The results of ``ablate``: a table, Markdown, and a page with a forest plot."""
 
 from __future__ import annotations
 

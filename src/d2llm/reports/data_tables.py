@@ -1,4 +1,4 @@
-"""What ``data check`` found, as tables for a terminal."""
+"""The results of ``data check`` as tables for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps of a run, ``stack`` and ``gate`` found: tables, and the page of ``stack``."""
+"""The results of ``run``, ``gate`` and ``stack``: tables, and the page of ``stack``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every written report says of its figures in the same words: marks, units, legends, how to read a measure."""
+"""Words that every report of an evaluation shares: marks, units, legends, how to read a measure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEANINGS = {
     "best order there is",
     "MRR": "one divided by the rank of the first relevant passage, 0 if there is none in the first places",
     "Recall": "share of the relevant passages that are among the first places",
-    "MAP": "precision at the rank of each relevant passage, averaged over all of them, found or not",
+    "MAP": "precision at the rank of each relevant passage, averaged over all of them, also those not found",
     "accuracy": "share of the pairs that are put into the right class, with the threshold chosen on other pairs",
     "F1": "harmonic mean of precision and recall of yes, with the threshold chosen on other pairs",
     "AP": "precision at each right yes, averaged, when the pairs are sorted by score; needs no threshold",
@@ -42,7 +42,7 @@ COSTS: tuple[tuple[str, Callable[[EvaluationRow], float | None]], ...] = (
 
 
 def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
-    """The costs that were measured for some row: heading, and one cell for each row."""
+    """The costs that were measured for some row: the heading, and a cell for each row."""
     columns = [(heading, [figure(row) for row in rows]) for heading, figure in COSTS]
     return [
         (heading, [quantity(value) for value in values])
@@ -90,7 +90,7 @@ def legend(report: EvaluationReport) -> str:
 
 
 def facts(report: EvaluationReport) -> list[tuple[str, str]]:
-    """What was measured: label and value."""
+    """The facts at the head of a report: label and value."""
     unit = item_noun(report, report.num_items)
     pairs = [("data", f"{report.dataset} / {report.split}"), (unit, f"{report.num_items:,}")]
     if report.kind == "retrieval":
@@ -101,7 +101,7 @@ def facts(report: EvaluationReport) -> list[tuple[str, str]]:
 
 
 def item_noun(report: EvaluationReport, count: int) -> str:
-    """What the measures are taken over: "query", "queries", "pair" or "pairs"."""
+    """What was measured: "query", "queries", "pair" or "pairs"."""
     one, many = ("query", "queries") if report.kind == "retrieval" else ("pair", "pairs")
     return one if count == 1 else many
 

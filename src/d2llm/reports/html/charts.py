@@ -43,7 +43,7 @@ class Difference:
 
 def quality_cost(points: Sequence[Point], measure: str, item: str, *, narrow: bool = False) -> Markup:
     """Quality with its interval against time on a logarithmic axis, each point named; at least one point.
-    ``item`` is what is asked: a query or a pair.
+    ``item`` is the noun of what is scored: query or pair.
 
     A stepped line joins the systems that none of the others beats in both.
     """
@@ -83,7 +83,7 @@ def quality_cost(points: Sequence[Point], measure: str, item: str, *, narrow: bo
 
 
 def differences(
-    found: Sequence[Difference], measure: str, subject: str, baseline: str, *, narrow: bool = False
+    changes: Sequence[Difference], measure: str, subject: str, baseline: str, *, narrow: bool = False
 ) -> Markup:
     """The subject minus the baseline for every item, the largest win first; at least one item.
 
@@ -91,7 +91,7 @@ def differences(
     """
     width, height = _NARROW if narrow else _WIDE, 300.0
     frame = svg.Box(58, 34, width - 14, height - 34)
-    ordered = sorted(found, key=lambda one: -one.value)
+    ordered = sorted(changes, key=lambda one: -one.value)
     won, lost = sum(one.value > 0 for one in ordered), sum(one.value < 0 for one in ordered)
     low, high = min(0.0, ordered[-1].value), max(0.0, ordered[0].value)
     if low == high:
@@ -139,7 +139,7 @@ def differences(
 
 
 def reliability(calibration: Calibration, identity: str) -> Markup:
-    """What is said against what is so: a dot for each bin, on the diagonal where right; below, the pairs in each."""
+    """Predicted probability against the true share: a dot for each bin; below, the number of pairs in each."""
     width, height = 360.0, 420.0
     frame = svg.Box(50, 12, width - 12, 310)
     x = svg.linear(0, 1, frame.left, frame.right)
@@ -159,15 +159,15 @@ def reliability(calibration: Calibration, identity: str) -> Markup:
     most = max(part.count for part in calibration.bins)
     floor, tallest = height - 4, 38.0
     for part in calibration.bins:
-        said, true = x(part.mean_probability), y(part.fraction_positive)
-        text = f"said {part.mean_probability:.3f}, was {part.fraction_positive:.3f}: {part.count:,} pairs"
+        predicted, true = x(part.mean_probability), y(part.fraction_positive)
+        text = f"predicted {part.mean_probability:.3f}, was {part.fraction_positive:.3f}: {part.count:,} pairs"
         mark = _titled(root, "bin", text)
         tall = max(1.0, tallest * part.count / most)
         left, right = x(part.low) + 1, x(part.high) - 1
         svg.add(mark, "rect", class_="mark count", x=left, y=floor - tall, width=right - left, height=tall)
         svg.label(mark, "small muted", (left + right) / 2, floor - tall - 4, _short_count(part.count), anchor="middle")
-        svg.line(mark, "gap", said, y(part.mean_probability), said, true)
-        svg.add(mark, "circle", class_="mark dot", cx=said, cy=true, r=3 + 5 * (part.count / most) ** 0.5)
+        svg.line(mark, "gap", predicted, y(part.mean_probability), predicted, true)
+        svg.add(mark, "circle", class_="mark dot", cx=predicted, cy=true, r=3 + 5 * (part.count / most) ** 0.5)
     return svg.markup(root)
 
 

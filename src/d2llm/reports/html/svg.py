@@ -97,7 +97,7 @@ def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round figures in [low, high], about as many as asked for, 1, 2 or 5 times a power of ten apart."""
+    """Round figures in [low, high], about as many as requested, 1, 2 or 5 times a power of ten apart."""
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - about))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
