@@ -28,14 +28,20 @@ def drawn(part, width=400, **options):
 
 
 def cells(lines):
-    """Tables one after the other: name -> cells."""
-    tables = []
+    """Tables one after the other: name -> cells. A heading may take several lines."""
+    tables, heads = [], []
     for line in lines:
+        parts = [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
         if line.startswith("┏"):
             tables.append({})
-        elif line.startswith(("│", "┃")):
-            name, *rest = (cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│"))
+            heads = []
+        elif line.startswith("┃"):
+            heads.append(parts)
+        elif line.startswith("┡"):
+            name, *rest = (" ".join(words).strip() for words in zip(*heads, strict=True))
             tables[-1][name] = rest
+        elif line.startswith("│"):
+            tables[-1][parts[0]] = parts[1:]
     return tables
 
 

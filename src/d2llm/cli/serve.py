@@ -1,19 +1,20 @@
 """The verb ``serve``: an index and its student behind HTTP.
 
-A server's settings are one schema (``server/settings.py``). The options that are typed by hand most often are written
-out below, with types and help; all others are given as ``--set NAME=VALUE``, so that no setting is written twice more
-for a flag that nobody types. ``tests/server/test_serve_settings.py`` checks that each option is a field of the schema.
+A server's settings are one schema (``server/settings.py``). The options that are typed by hand most often are options
+of their own, with types and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_serve_settings.py``
+checks that each option is a field of the schema.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, PromptOption
+from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, PromptOption, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.types import EngineName
 
@@ -21,16 +22,15 @@ if TYPE_CHECKING:
     from d2llm.core.table import Table
     from d2llm.server.settings import LoadedSettings
 
-OWN_OPTIONS = ("context", "config", "assignments", "show_config", "json_path")
-"""Of the verb itself; the others are settings."""
 
+@dataclass(frozen=True)
+class SettingOptions:
+    """Settings of the server that have an option of their own; None leaves a setting to environment and file."""
 
-def serve(
-    context: typer.Context,
     index: Annotated[
         Path | None,
-        typer.Argument(metavar="INDEX", help="Folder of an index; without, a student alone.", show_default=False),
-    ] = None,
+        typer.Argument(metavar="INDEX", help="Folder of an index; without it, a student alone.", show_default=False),
+    ] = None
     student: Annotated[
         str | None,
         typer.Option(
@@ -39,36 +39,42 @@ def serve(
             help="A student's folder, or the name of a shipped one.",
             show_default="the index's",
         ),
-    ] = None,
+    ] = None
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", metavar="MODEL", help="A teacher that searches may ask.", show_default=False),
-    ] = None,
-    prompt: PromptOption = None,
+    ] = None
+    prompt: PromptOption = None
     host: Annotated[
         str | None, typer.Option("--host", metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")
-    ] = None,
+    ] = None
     port: Annotated[
         int | None, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.", show_default="8000")
-    ] = None,
+    ] = None
     keys_file: Annotated[
         Path | None,
         typer.Option("--keys-file", metavar="FILE", help="API keys, made by: d2llm keys.", show_default=False),
-    ] = None,
+    ] = None
     writable: Annotated[
         bool | None,
         typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),
-    ] = None,
+    ] = None
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="FILE", help="A page of `d2llm evaluate --html` to show.", show_default=False),
-    ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    ] = None
+    device: DeviceOption = None
+    dtype: DtypeOption = None
     engine: Annotated[
         EngineName | None,
         typer.Option("--engine", help="What encodes texts.", show_default="auto"),
-    ] = None,
+    ] = None
+
+
+@with_option_groups
+def serve(
+    context: typer.Context,
+    options: SettingOptions,
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML.", show_default=False)
     ] = None,
@@ -88,20 +94,6 @@ def serve(
     Settings come from options, from the environment (D2LLM_SERVE_MAX_TEXTS) and from a file, in this order. Stop it
     with Ctrl-C or SIGTERM: what it has accepted is answered. SIGHUP reads the index again.
     """
-    del (
-        index,
-        student,
-        teacher,
-        prompt,
-        host,
-        port,
-        keys_file,
-        writable,
-        report,
-        device,
-        dtype,
-        engine,
-    )  # in the context, by name
     from d2llm.core.extras import require
 
     for module in ("pydantic_settings", "fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
@@ -110,12 +102,11 @@ def serve(
     from d2llm.server.settings import load_settings, parse_assignments
 
     session = session_of(context)
-    flags = {name: value for name, value in context.params.items() if name not in OWN_OPTIONS}
-    loaded = load_settings(flags, file=config, assignments=parse_assignments(assignments or []))
+    loaded = load_settings(vars(options), file=config, assignments=parse_assignments(assignments or []))
     if show_config:
         session.show(_settings_table(loaded))
-        report_values = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
-        session.write_report(context, json_path, report_values)
+        values = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
+        session.write_report(context, json_path, values)
     elif loaded.settings.index is None and loaded.settings.student is None:
         raise InputError("there is nothing to serve; give the folder of an index, or --student")
     else:
