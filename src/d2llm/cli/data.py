@@ -1,4 +1,4 @@
-"""The verb about data: ``data check``."""
+"""The verb ``data`` and its own verb ``check``."""
 
 from __future__ import annotations
 
@@ -30,20 +30,18 @@ def check(
         ),
     ],
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Queries or pairs that are in two splits are no error.")
+        bool, typer.Option("--allow-leaks", help="Do not fail on queries or pairs that are in two splits.")
     ] = False,
     tokenizer: Annotated[
         str,
-        typer.Option(
-            "--tokenizer", metavar="NAME_OR_FOLDER", help="Whose tokens and limits count: a student, a model."
-        ),
+        typer.Option("--tokenizer", metavar="NAME_OR_FOLDER", help="Student or model whose tokens and limits count."),
     ] = DEFAULT_STUDENT,
     near: Annotated[
         float,
-        typer.Option("--near", min=0.1, max=1.0, help="Least likeness of near queries (trigrams in common); 1: none."),
+        typer.Option("--near", min=0.1, max=1.0, help="Least similarity of near queries (shared trigrams); 1: none."),
     ] = 0.8,
     sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Queries and passages whose length is measured.")
+        int, typer.Option("--sample", min=1, help="Number of queries and passages whose length is measured.")
     ] = 50_000,
     json_path: JsonOption = None,
 ) -> None:
@@ -68,5 +66,5 @@ def _leak_message(report: DataReport) -> str:
     ]
     return (
         f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(parts)}. Figures measured on such splits "
-        "are too high: take these out of one of them, or accept them with --allow-leaks"
+        "are too high: remove these from one split, or accept them with --allow-leaks"
     )

@@ -22,14 +22,14 @@ def doctor(
     ] = DEFAULT_STUDENT,  # not StudentOption: a student that is not there is one of the findings
     index: Annotated[
         Path | None,
-        typer.Option("--index", metavar="INDEX", help="Also look at an index, with its student.", show_default=False),
+        typer.Option("--index", metavar="INDEX", help="Also check an index, with its student.", show_default=False),
     ] = None,
     device: DeviceOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Check packages, machine, student and index; say what to do.
 
-    Ends with code 1 where there is a problem; a note is none.
+    Ends with exit code 1 if there is a problem; notes do not count.
     """
     from d2llm.doctor.doctor import examine
     from d2llm.doctor.findings import findings_table

@@ -1,4 +1,4 @@
-"""The verb evaluate: what each scorer is worth and costs on the user's data."""
+"""The verb ``evaluate``: quality and cost of each scorer on the user's data."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from d2llm.core.types import SystemKind
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
 
-_CACHE = "the user's cache folder"
-
 
 def evaluate(
     context: typer.Context,
@@ -41,15 +39,19 @@ def evaluate(
         ),
     ],
     student: StudentOption = DEFAULT_STUDENT,
-    split: Annotated[str, typer.Option("--split", help="The judgements to measure by.")] = "test",
+    split: Annotated[str, typer.Option("--split", help="The split whose judgements count.")] = "test",
     task: TaskOption = "asymmetric",
     tuned_cosine: Annotated[
         str | None,
-        typer.Option("--tuned-cosine", metavar="FOLDER", help="The row of that name.", show_default="STUDENT-cosine"),
+        typer.Option(
+            "--tuned-cosine", metavar="FOLDER", help="Student of the row of that name.", show_default="STUDENT-cosine"
+        ),
     ] = None,
     paper_head: Annotated[
         str | None,
-        typer.Option("--paper-head", metavar="FOLDER", help="The row of that name.", show_default="STUDENT-paper"),
+        typer.Option(
+            "--paper-head", metavar="FOLDER", help="Student of the row of that name.", show_default="STUDENT-paper"
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -57,17 +59,22 @@ def evaluate(
             "--teacher",
             metavar="NAME_OR_FOLDER",
             callback=known_teacher,
-            help="Ask this one.",
+            help="The teacher to measure.",
             show_default="the student's own",
         ),
     ] = None,
-    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do without its row, the slowest.")] = False,
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Leave out the teacher's row, the slowest.")] = False,
     teacher_depth: Annotated[
-        int, typer.Option("--teacher-depth", min=1, help="Passages that it reorders, of BM25 and the student in turn.")
+        int,
+        typer.Option(
+            "--teacher-depth", min=1, help="Passages that the teacher reranks, from BM25 and the student in turn."
+        ),
     ] = 50,
     teacher_queries: Annotated[
         int,
-        typer.Option("--teacher-queries", min=0, help="Ask it a random sample of so many queries or pairs; 0: all."),
+        typer.Option(
+            "--teacher-queries", min=0, help="Size of the random sample of queries or pairs for the teacher; 0: all."
+        ),
     ] = 100,
     prompt: PromptOption = None,
     models: Annotated[
@@ -95,17 +102,17 @@ def evaluate(
         typer.Option(
             "--stored-as",
             metavar="FORMAT",
-            help="Also with vectors in fewer bits (int8, int3, binary, ...): a row each. May be repeated.",
+            help="Add a row with vectors in fewer bits (int8, int3, binary, ...). May be repeated.",
             show_default=False,
         ),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Also the exact search, with its certificate.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Add the exact search, with its certificate.")] = False,
     ann_recall: Annotated[
         float | None,
         typer.Option(
             "--ann",
             metavar="RECALL",
-            help="Also candidates of an approximate index that finds this share of them (0.95, say).",
+            help="Add candidates of an approximate index that finds this share of them, say 0.95.",
             show_default=False,
         ),
     ] = None,
@@ -115,7 +122,7 @@ def evaluate(
             "--cascade",
             metavar="N",
             min=1,
-            help="Also with a teacher that reads again at most N passages of a query, where the student is unsure.",
+            help="Add a teacher that reads at most N passages of a query, those the student is unsure of.",
             show_default=False,
         ),
     ] = None,
@@ -124,7 +131,7 @@ def evaluate(
         typer.Option(
             "--filter",
             metavar="CONDITION",
-            help="Also a search for passages whose metadata fit, as in \"year >= 2020 AND language = 'en'\".",
+            help="Add a search for passages whose metadata match, as in \"year >= 2020 AND language = 'en'\".",
             show_default=False,
         ),
     ] = None,
@@ -133,7 +140,7 @@ def evaluate(
         typer.Option(
             "--labels",
             metavar="FOLDER",
-            help="A label store to take the teacher's judgements from.",
+            help="A label store with judgements of the teacher.",
             show_default=False,
         ),
     ] = None,
@@ -142,11 +149,11 @@ def evaluate(
         typer.Option(
             "--work",
             metavar="FOLDER",
-            help="Keep indexes and measured rows here: an interrupted evaluation goes on, a repeated one is quick.",
-            show_default=_CACHE,
+            help="Keep indexes and measured rows here: an interrupted evaluation continues, a repeated one is quick.",
+            show_default="the user's cache folder",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of samples and of significance tests.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of samples and of significance tests.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     html: Annotated[
@@ -155,7 +162,7 @@ def evaluate(
             "--html",
             metavar="PATH",
             callback=in_existing_folder,
-            help="Write a page with plots and texts.",
+            help="Write an HTML page with plots and texts.",
             show_default=False,
         ),
     ] = None,
@@ -165,7 +172,7 @@ def evaluate(
             "--markdown",
             metavar="PATH",
             callback=in_existing_folder,
-            help="Write the tables.",
+            help="Write the tables as Markdown.",
             show_default=False,
         ),
     ] = None,

@@ -62,8 +62,8 @@ def fit_scores(
     """Fit a student's scores to your judged queries; no training.
 
     Two things are fitted on dev: what words (BM25) and sentences add to the score of a passage in an index, and what
-    turns scores into probabilities. Vectors stay as they are, so an index made with the student can be searched with
-    the one that is written. What the student has for the other task is kept.
+    turns scores into probabilities. Vectors do not change, so an index of the old student can be searched with the new
+    one. What the student has for the other task is kept.
     """
     from d2llm.data.open_data import open_data
     from d2llm.models.student import Student

@@ -1,4 +1,4 @@
-"""The verb ``keys`` and its own verbs: who may ask a server."""
+"""The verb ``keys`` and its own verbs: who may use a server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ _FILE = "d2llm.keys"
 
 keys_app = typer.Typer(
     name="keys",
-    help="Make and take away the API keys of a server.",
+    help="Make and revoke the API keys of a server.",
     no_args_is_help=True,
     epilog="As in: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the key, as logs show it.", show_default=False)]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the key, as logs show it.", show_default=False)
+]
 
 
 @keys_app.callback()
@@ -28,7 +30,7 @@ def choose(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of keys.", show_default=False)],
 ) -> None:
-    """Remember which file is meant."""
+    """Remember the file for the verb that follows."""
     context.meta[_FILE] = file
 
 
@@ -43,11 +45,11 @@ def add(
     requests_per_minute: Annotated[
         int | None,
         typer.Option(
-            "--requests-per-minute", metavar="N", min=1, help="Most requests a minute.", show_default="the server's"
+            "--requests-per-minute", metavar="N", min=1, help="Limit of requests a minute.", show_default="the server's"
         ),
     ] = None,
 ) -> None:
-    """Make a key and show it, this once: the file has only its hash."""
+    """Make a key and show it once: the file has only its hash."""
     from d2llm.server.keys import add_key
 
     in_existing_folder(_file_of(context))
@@ -74,11 +76,11 @@ def show(context: typer.Context, json_path: JsonOption = None) -> None:
 
 @keys_app.command("remove")
 def remove(context: typer.Context, name: NameArgument) -> None:
-    """Take a key away; running servers refuse it at once."""
+    """Revoke a key; running servers refuse it at once."""
     from d2llm.server.keys import remove_key
 
     remove_key(_file_of(context), name)
-    session_of(context).say(f"keys: '{name}' is not accepted any more")
+    session_of(context).say(f"keys: '{name}' is no longer accepted")
 
 
 def _file_of(context: typer.Context) -> Path:

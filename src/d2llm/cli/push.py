@@ -16,9 +16,7 @@ from d2llm.core.errors import InputError
 def push(
     context: typer.Context,
     student: StudentArgument,
-    repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="Where on the Hub: owner/name.", show_default=False)
-    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: owner/name.", show_default=False)],
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Who may read a new repository.", show_default="the account's default"),
@@ -39,7 +37,7 @@ def push(
         bool | None,
         typer.Option(
             "--merge/--adapter",
-            help="Put all weights of the backbone there, or only what training changed.",
+            help="Push all weights of the backbone, or only what training changed.",
             show_default="all where sentence-transformers can then load it",
         ),
     ] = None,
@@ -47,8 +45,8 @@ def push(
 ) -> None:
     """Put a student on the Hugging Face Hub.
 
-    The account is that of `hf auth login`, or of the token in HF_TOKEN. The manifest goes along, and with it the
-    recipe, paths of data sets included. Others then load it as owner/name; where its head and pooling allow,
+    The account is that of `hf auth login`, or of the token in HF_TOKEN. The manifest is published too, with the
+    recipe and its paths of data sets. Others then load the student as owner/name; where its head and pooling allow,
     sentence-transformers does so without d2llm.
     """
     from d2llm.models.export.merged_copy import merge_student
