@@ -147,7 +147,7 @@ def test_a_student_without_two_scores_says_why(changes, words):
 
 
 SLOW = (
-    "200 of the 500 passages (the modules with an answer to the questions below, and others by lot), since this "
+    "200 of the 500 passages (the modules with an answer to the questions below, and others at random), since this "
     "machine encodes 20 passages a second now, and would take 25 s for all, more than the 10 s"
 )
 

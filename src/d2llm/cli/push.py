@@ -29,7 +29,7 @@ def push(
         typer.Option(
             "--license",
             metavar="NAME",
-            help="License of the weights, as the Hub names it: apache-2.0, mit.",
+            help="Licence of the weights, as the Hub names it: apache-2.0, mit.",
             show_default="the card's",
         ),
     ] = None,
@@ -59,7 +59,7 @@ def push(
     folder = find_student(student)
     manifest, config = read_student_manifest(folder)
     if card_licence(model_card(folder, manifest, licence=licence)) is None:
-        session.complain("warning", "no license is named, so nobody may use the student; give --license")
+        session.complain("warning", "no licence is named, so nobody may use the student; give --license")
     is_merged, plain = (folder / BACKBONE_FOLDER).is_dir(), why_not_plain(config) is None
     if merge is False and is_merged:
         raise InputError(f"{folder}: has all weights of its backbone, and no adapter to push; leave out --adapter")

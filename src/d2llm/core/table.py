@@ -1,4 +1,4 @@
-"""The one table of d2llm, as a terminal, Markdown and a page show it."""
+"""Tables for a terminal, Markdown and HTML. Every table that d2llm shows is one of these."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Column:
     max_width: int | None = None
 
     def text(self, value: Value) -> str:
-        """A value of this column as it is shown."""
+        """A value of this column as text."""
         if value is None:
             return ABSENT
         return value if isinstance(value, str) else format(value, self.format)
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(slots=True)
 class Section:
-    """Rows that belong together; the title, where there is one, stands above them."""
+    """Rows that belong together; the title, if any, stands above them."""
 
     title: str
     rows: list[Row]
@@ -112,7 +112,7 @@ class Table:
         ]
 
     def to_terminal(self) -> RenderableType:
-        """For a Rich console: the title, which is as wide as the terminal, the grid and the caption."""
+        """For a Rich console: title, grid and caption."""
         from rich import box
         from rich.console import Group
         from rich.table import Table as Grid
@@ -138,7 +138,7 @@ class Table:
         return Group(*title, grid, *caption)
 
     def to_markdown(self) -> str:
-        """For GitHub and other readers with tables; title and caption are left to the text around it."""
+        """As GitHub shows it, without title and caption, which belong in the text around it."""
         lines = [
             [escape_markdown(column.heading) for column in self.columns],
             ["---" if column.align == "left" else "---:" for column in self.columns],
@@ -190,7 +190,7 @@ class Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text on one line of which Markdown takes nothing for its own, unless it stands at the beginning of a line."""
+    """Text on one line with Markdown's inline signs escaped; at the beginning of a line it may still begin a list."""
     return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""The demo's questions put to three systems: BM25, the untuned cosine, and D2LLM, on one index."""
+"""Answers to the demo's questions by BM25, the untuned cosine and D2LLM, on one index."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TOP_K = 3
 DEPTH = 100
 """Ranks up to here are compared; anything further down counts as missing."""
 _PROPOSED = 10
-"""Of each question, by BM25 and by D2LLM, to the untuned cosine: its own index would take as long as D2LLM's."""
+"""Passages of each question that BM25 and D2LLM each pass to the untuned cosine, which has no index of its own."""
 
 
 class Candidates:
-    """What BM25 and D2LLM rank first for each question, with the untuned cosine of the very first."""
+    """The rankings of BM25 and D2LLM for each question, and the untuned cosine of their first passages."""
 
     def __init__(self, index: Index, cosine: SearchStudent) -> None:
         self._index = index
@@ -36,7 +36,7 @@ class Candidates:
         self._cosine = [dict(zip(proposed, row.tolist(), strict=True)) for row in scores]
 
     def top(self, number: int, top_k: int) -> list[Passage]:
-        """The first of D2LLM and the first of BM25 for a question, each once."""
+        """The first passages of D2LLM and of BM25 for a question, without repetitions."""
         places = [*self._d2llm[number][:top_k], *self._bm25[number][:top_k]]
         return list({passage.id: passage for passage, _ in places}.values())
 
@@ -51,7 +51,7 @@ class Candidates:
         )
 
     def answer(self, interaction_weight: float) -> QuestionReport:
-        """The first places of BM25 and D2LLM, and whether the untuned cosine has a right one among as many."""
+        """The first places of BM25 and D2LLM, and whether the untuned cosine has a right answer in its own."""
         ids = set(self._index.view.ids(self._index.view.live_rows()))
         answers = tuple(
             DemoAnswer(
@@ -74,7 +74,7 @@ class Candidates:
 
 
 def is_right(question: DemoQuestion, passage_id: str) -> bool:
-    """Whether a passage, or a later piece of it, was named as an answer."""
+    """Whether a passage, or the passage that it continues, was named as an answer."""
     return without_piece(passage_id) in question.right_ids
 
 

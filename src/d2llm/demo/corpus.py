@@ -50,7 +50,7 @@ _C_VALUES = (types.GetSetDescriptorType, types.MemberDescriptorType)
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Passages and how they came about.
+    """The passages, and counts of what they were made of.
 
     ``num_documented``: modules, classes, functions and properties whose documentation is in the passages.
     ``num_pieces``: passages that continue another one. ``num_tiny`` and ``num_duplicates``: what was left out.
@@ -67,7 +67,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One documented thing; ``signature`` is its qualified name, and for a call its parameters."""
+    """One documentation string; ``signature`` is the qualified name, with parameters if it can be called."""
 
     name: str
     signature: str
@@ -111,7 +111,7 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
     for entry in entries:
         # A lone surrogate in a docstring is legal Python, but no text that can be written to a file.
         text = inspect.cleandoc(entry.docstring).encode("utf-8", "replace").decode()
-        # The same words under the same last name are one thing under two roofs; "Return the name." is not.
+        # The same text under the same last name is the same thing in two places; "Return the name." is not.
         key = (entry.name.rpartition(".")[2], text)
         if len(text.split()) < MIN_WORDS:
             num_tiny += 1
@@ -140,9 +140,9 @@ def group_of(passage_id: str) -> str:
 
 
 def choose_groups(passages: Iterable[Passage], num_passages: int, needed: Collection[str]) -> set[str]:
-    """Outermost names that together hold at least ``num_passages``: the needed ones, then others as if drawn by lot.
+    """Outermost names that together hold at least ``num_passages``: the needed ones, then others in a random order.
 
-    The lot depends on the names alone, so a smaller number gives a part of what a larger one gives.
+    The order depends on the names alone, so a smaller number gives a subset of what a larger one gives.
     """
     sizes = Counter(group_of(passage.id) for passage in passages)
     chosen = sizes.keys() & set(needed)
@@ -206,7 +206,7 @@ def _find_modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_module(module: str, path: Path, stdlib: Path) -> Iterator[_Entry]:
-    """What a module documents itself, and what it offers as its own from a private one (``from ._local import *``)."""
+    """The documentation of a module, and of what it exports from a private one (``from ._local import *``)."""
     tree = _parse(path)
     if docstring := ast.get_docstring(tree, clean=False):
         yield _Entry(module, f"module {module}", docstring)
@@ -261,7 +261,7 @@ def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _read_body(parent: str, body: Sequence[ast.stmt], *, only: set[str] | None = None) -> Iterator[_Entry]:
-    """Public classes and functions, with the classes' own ones. ``only`` restricts the outermost names."""
+    """Public classes and functions, with the members of classes. ``only`` restricts the outermost names."""
     for node in _statements(body):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -275,7 +275,7 @@ def _read_body(parent: str, body: Sequence[ast.stmt], *, only: set[str] | None =
 
 
 def _parameters(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    """The parameters without annotations and without ``self``; None where there is nothing to call."""
+    """The parameters without annotations and without ``self``; None if it cannot be called."""
     if isinstance(node, ast.ClassDef):
         for member in _statements(node.body):
             if isinstance(member, ast.FunctionDef) and member.name == "__init__":
@@ -294,7 +294,7 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> 
 
 
 def _shorten(name: str, parameters: str | None) -> str:
-    """The name with its parameters, which are cut where they would make a title too long."""
+    """The name with its parameters, which are cut if the title gets too long."""
     if parameters is None:
         return name
     title = f"{name}({parameters})"

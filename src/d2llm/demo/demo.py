@@ -42,7 +42,7 @@ from d2llm.store.index_manifest import KIND as INDEX_KIND
 
 JUDGED_TOP_K = 5
 READING_SECONDS = 50.0
-"""What encoding the corpus may take; a slower machine gets a part of it."""
+"""Time for encoding the corpus; a slower machine encodes a part of it."""
 
 _SAMPLE = 96  # passages that are encoded to see how fast this machine is
 _TUNED_TEACHER = "smollm2-tuned"  # shipped
@@ -68,12 +68,12 @@ def run_demo(
     show_progress: bool | None = None,
     console: Console | None = None,
 ) -> DemoReport:
-    """Index the standard library's documentation, ask it questions, sort messages, and let the teacher judge.
+    """Index the standard library's documentation, ask it questions, sort messages, and let the teacher judge passages.
 
     Args:
         folder: where the index is kept for the next demo; by default in the user's cache folder.
         student: a shipped student's name, or a student's folder.
-        reading_seconds: where encoding the whole documentation would take longer, a part of it is taken.
+        reading_seconds: if encoding the whole documentation would take longer, a part of it is used.
         show_progress: progress bars; None means: if standard error is a terminal.
         console: where to show the steps; by default standard output.
 
@@ -161,13 +161,13 @@ def run_demo(
 
 
 def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
-    """A tuned teacher, from beside the student or shipped, else the untuned language model; and which of the two."""
+    """The tuned teacher beside the student, or the shipped one, else the untuned model; and whether it is tuned."""
     beside = find_tuned_teacher(str(student_folder / "teacher")) or find_tuned_teacher(_TUNED_TEACHER)
     return (TeacherConfig(model=str(beside)), True) if beside else (TeacherConfig(), False)
 
 
 def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
-    """Say at the start what is missing, rather than after a minute."""
+    """Fail at the start if weights are missing, rather than after a minute."""
     needed = {teacher.model}
     if Path(teacher.model).is_dir():
         needed = {
@@ -187,9 +187,9 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
 def _choose_passages(
     whole: Corpus, student: Student, earlier: Index | None, reading_seconds: float
 ) -> tuple[list[Passage], float | None]:
-    """What is indexed, and the passages that this machine encodes in a second; None where that was not measured.
+    """The passages to index, and how many this machine encodes in a second (None if that was not measured).
 
-    Where an earlier demo has made an index, what that holds: a second demo should start at once.
+    If there is an index of an earlier demo, the passages are those of that index: a second demo should start at once.
     """
     passages = list(whole.passages)
     if earlier is not None:
@@ -216,7 +216,7 @@ def _make_index(
     *,
     student_source: str | None = None,
 ) -> tuple[Index, float | None]:
-    """The index of an earlier demo, brought up to date, else a new one; the seconds are None where nothing was new."""
+    """The updated index of an earlier demo, or a new one; the seconds are None if nothing was new."""
     begin = time.perf_counter()
     if earlier is None:
         encode(
@@ -243,12 +243,12 @@ def _earlier(target: Path, student: SearchStudent) -> Index | None:
         index = Index.open(target, student)
         index.view.check_student(student.fingerprint)
     except (DataFormatError, IndexMismatchError):
-        return None  # encode says so where it is not ours to replace
+        return None  # encode fails if the folder must not be replaced
     return index
 
 
 def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
-    """Judge the top of both lists together; the systems' scores are of the same passages, wherever they rank them."""
+    """Judge the first passages of both rankings; both systems' scores are of the same passages."""
     question = QUESTIONS[JUDGED]
     judged = candidates.top(JUDGED, JUDGED_TOP_K)
     teacher = Teacher.load(config)

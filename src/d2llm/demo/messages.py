@@ -172,11 +172,11 @@ MESSAGES: dict[str, tuple[str, str, str, str]] = {
         "I'm going to another bank, close everything.",
     ),
 }
-"""Request -> four messages that make it."""
+"""Request -> its four messages."""
 
 
 def messages() -> list[Passage]:
-    """Each as a passage whose title is its request, and whose id is that and a number ("card lost 2")."""
+    """The messages as passages; the title is the request, the id the request with a number ("card lost 2")."""
     return [
         Passage(f"{request} {number}", text, request)
         for request, texts in MESSAGES.items()
@@ -185,12 +185,12 @@ def messages() -> list[Passage]:
 
 
 def request_of(answer: DemoAnswer) -> str:
-    """The request that the message of an example makes."""
+    """The request of an example's message."""
     return answer.right_ids[0].rpartition(" ")[0]
 
 
 def interaction_weight(student: Student, task: Task) -> float:
-    """The weight of the interaction in a student's score, which was chosen on its dev data; 0 where there is none."""
+    """The weight of the interaction in a student's score, chosen on its dev data; 0 if it has no interaction."""
     head = student.interaction
     if not isinstance(head, Interaction):
         return 0.0
@@ -198,7 +198,7 @@ def interaction_weight(student: Student, task: Task) -> float:
 
 
 def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
-    """Ask for each message among all others, and see how many of the first three make its request.
+    """Use each message as a query among all others, and count how many of the first three make the same request.
 
     Args:
         student: scores in the symmetric task, with its interaction and without.
@@ -238,7 +238,7 @@ def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
 
 
 def _score(scorer: SearchStudent, queries: NDArray[np.float32], passages: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Every text against every other; itself comes last."""
+    """Scores of every text against every other; the text itself comes last."""
     scores = np.stack([scorer.score(query, passages, "symmetric") for query in queries])
     np.fill_diagonal(scores, -np.inf)
     return scores

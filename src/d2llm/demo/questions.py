@@ -1,4 +1,4 @@
-"""What the demo asks, and which documentation answers it.
+"""The demo's questions, and the documentation that answers them.
 
 The questions and the right ids were written down from knowledge of the standard library before any system had ranked
 them, and are not changed by how a system does.

@@ -69,7 +69,7 @@ class QuestionReport:
 
 @dataclass(frozen=True, slots=True)
 class MessageSystem:
-    """How well one scorer brings messages of one request together, each message asked for among all others.
+    """How well one scorer brings messages of one request together, with each message as a query among all others.
 
     ``precision``: share of the first three places that make the same request, ``first``: of the first places alone.
     """
@@ -100,7 +100,7 @@ class MessageReport:
 
 @dataclass(frozen=True, slots=True)
 class JudgedPassage:
-    """One passage before the teacher: its P(yes), and the two systems' own scores of it."""
+    """One passage: the teacher's P(yes), and the scores of both systems."""
 
     passage_id: str
     title: str
@@ -113,7 +113,7 @@ class JudgedPassage:
 
 @dataclass(frozen=True, slots=True)
 class TeacherAgreement:
-    """Of a system with the teacher, over the judged passages: Kendall's tau_b, and whether the first is the same."""
+    """Agreement of a system with the teacher: Kendall's tau_b, and whether the first passage is the same."""
 
     kendall_tau: float
     same_first: bool
@@ -121,7 +121,7 @@ class TeacherAgreement:
 
 @dataclass(frozen=True, slots=True)
 class TeacherOpinion:
-    """The teacher on the best passages of both systems for one question, its most likely answer first."""
+    """The teacher's judgements of the best passages of both systems for one question, best first."""
 
     model: str
     tuned: bool
@@ -133,7 +133,7 @@ class TeacherOpinion:
 
 @dataclass(frozen=True, slots=True)
 class DemoSizes:
-    """Bytes: of D2LLM's index on disk, of what it keeps of one passage, and of the student's own files."""
+    """Bytes: of the index on disk, of one passage in it, of one vector, and of the student's own files."""
 
     index: int
     per_passage: float
@@ -166,7 +166,7 @@ class DemoReport:
     seconds: Mapping[str, float]
     total_seconds: float
     next_commands: tuple[tuple[str, str], ...]
-    """(what for, what to type)."""
+    """(purpose, command)."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""

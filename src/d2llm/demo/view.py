@@ -66,7 +66,7 @@ class DemoView:
         """Counts of the corpus."""
         self._say(
             f"Python {corpus.python}: {corpus.num_documented:,} documented modules, classes and functions were found "
-            f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. With the long ones cut, that makes "
+            f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. Long ones are cut, which makes "
             f"{len(corpus.passages):,} passages. Left out: {corpus.num_duplicates:,} duplicates, and "
             f"{corpus.num_tiny:,} of fewer than {MIN_WORDS} words."
         )
@@ -85,7 +85,7 @@ class DemoView:
                 )
             part = (
                 f"{num_passages:,} of the {num_whole:,} passages (the modules with an answer to the questions below, "
-                f"and others by lot), {why}, are encoded"
+                f"and others at random), {why}, are encoded"
             )
         self._say(f"{part} by the student '{student}'. The index stays in {folder}, so a second demo starts at once.")
 
@@ -156,14 +156,14 @@ class DemoView:
             self._print(self._answer_table(heading, answer, ("D2LLM without its interaction", "D2LLM"), 0))
 
     def announce_teacher(self, model: str, is_tuned: bool) -> None:
-        """Which language model is about to judge."""
+        """The language model that will judge."""
         what = f"The language model '{model}' is loaded as it was published: not tuned to judge, so a weak judge."
         if is_tuned:
             what = "The tuned teacher that came with d2llm is loaded."
         self._say(f"{what} (Its weights are converted the first time, which may take half a minute.)")
 
     def teacher(self, opinion: TeacherOpinion) -> None:
-        """P(yes) of each judged passage, and how far the two systems agree."""
+        """P(yes) of each judged passage, and how far the two systems agree with the teacher."""
         table = self._table(f"Does the passage answer it?  {opinion.question}")
         table.add_column("teacher's P(yes)", justify="right", no_wrap=True)
         table.add_column("passage", ratio=1, no_wrap=True, overflow=self._overflow)
@@ -183,7 +183,7 @@ class DemoView:
             f"{_in_words(opinion.agreement_d2llm)}. (Kendall's tau: 1 the same order, 0 unrelated, -1 reversed.)"
         )
         if not opinion.tuned:
-            self._say("This teacher is not tuned: agreeing with it is no merit, and disagreeing no fault.")
+            self._say("This teacher is not tuned: agreeing with it is no merit, disagreeing no fault.")
 
     def end(self, report: DemoReport) -> None:
         """Times, sizes and the next commands."""

@@ -35,7 +35,7 @@ svg .whisker { stroke-width: 2; } svg .seed { fill: var(--muted); opacity: .55; 
 def ablation_table(report: AblationReport, *, wide: bool = False) -> Table:
     """The recipe and its variants by group, with the half widths of intervals; the best mean is bold.
 
-    ``wide`` gives what each variant is a column of its own, which a terminal has no room for.
+    ``wide`` gives the description of a variant a column of its own, for which a terminal has no room.
     """
     sets = [data.name for data in report.sets] if len(report.sets) > 1 else []
     table = Table(
@@ -102,7 +102,7 @@ def render_page(report: AblationReport) -> str:
 
 
 def variants_table(recipe: Recipe | None) -> Table:
-    """All variants by group; with a recipe, which of them are that recipe itself."""
+    """All variants by group; with a recipe, those that change nothing in it are marked."""
     table = Table("variant", "what it is")
     for group in _GROUPS:
         table.add_section(group)
@@ -125,7 +125,7 @@ def groups(report: AblationReport) -> list[list[AblationRow]]:
 
 
 def remarks(report: AblationReport) -> list[str]:
-    """How to read the figures, and what is not there."""
+    """How to read the figures, and what is missing."""
     lines = [_legend(report), *(_measured_on(report))]
     for name, equal in report.same.items():
         lines.append(f"{name}: not trained, {'the recipe is so already' if equal == BASE else f'the same as {equal}'}")
@@ -162,7 +162,7 @@ def _half_width(interval: Interval | None) -> str:
 
 
 def forest_plot(report: AblationReport) -> str | None:
-    """The difference of each variant with its interval and its seeds, by group; None where there is none yet.
+    """The difference of each variant with its interval and its seeds, by group; None if there is none yet.
 
     An interval that reaches beyond four times the largest difference of a seed ends in an arrow there.
     """
@@ -198,7 +198,7 @@ def forest_plot(report: AblationReport) -> str | None:
 
 
 def _extent(rows: list[AblationRow]) -> tuple[float, float]:
-    """Ends of the axis: all seeds, and the intervals as far as they are drawn; 0 is always inside."""
+    """The ends of the axis: all seeds, the intervals as far as they are drawn, and 0."""
     seeds = [value for row in rows for value in row.differences.values()]
     limit = _LARGEST * max(map(abs, seeds)) or 0.01
     ends = [end for row in rows if (i := row.difference_interval) is not None for end in (i.low, i.high)]

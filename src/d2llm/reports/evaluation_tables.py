@@ -16,7 +16,7 @@ _SYSTEM = Column("system", align="left", max_width=40)
 
 
 def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
-    """A report for a terminal: measures, the teacher's sample, agreement, cost, and what to know of the figures."""
+    """A report for a terminal: measures, the teacher's sample, agreement, cost, and remarks."""
     data, *counts, (_, task), (_, seconds) = words.facts(report)
     facts = ", ".join([data[1], *(f"{count} {noun}" for noun, count in counts), task, f"took {seconds}"])
     measures = measure_table(report, report.rows, title=facts)
@@ -50,7 +50,7 @@ def measure_table(
         title: of the table.
         marks: whether ``*`` and ``†`` say what differs significantly from the baseline.
         intervals: "column" adds one with the interval of the main measure, "cells" puts each below its figure.
-        tagged: whether the baseline is called so.
+        tagged: whether the word baseline stands beside its name.
     """
     measures = words.measure_names(rows)
     best = {measure: words.best_rows(rows, measure) for measure in measures}
@@ -80,7 +80,7 @@ def measure_table(
 
 
 def cost_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
-    """What each system costs; only what was measured for some system has a column."""
+    """What each system costs; a cost that was measured for no system has no column."""
     columns = words.cost_columns(report.rows)
     table = Table(_SYSTEM, *(Column(heading) for heading, _ in columns), title="Cost, one at a time")
     for place, row in enumerate(report.rows):

@@ -54,12 +54,12 @@ def render_markdown(report: EvaluationReport) -> str:
 
 
 def escape(text: str) -> str:
-    """Text on one line that no Markdown reader takes for anything but text, at the beginning of a line either."""
+    """Text on one line that Markdown readers take for plain text, also at the beginning of a line."""
     return re.sub(r"^([-+=]|\d+(?=[.)]))", lambda match: _harmless(match.group()), escape_markdown(text))
 
 
 def _harmless(start: str) -> str:
-    """The beginning of a line that would be a list or a heading."""
+    """The first characters of a line, escaped so that they begin no list and no heading."""
     return f"&#{ord(start[0])};{start[1:]}"
 
 
@@ -79,7 +79,7 @@ def _sample(report: EvaluationReport) -> list[str]:
 
 
 def _comparisons(report: EvaluationReport, comparisons: Sequence[Comparison], title: str) -> list[str]:
-    """Those of the main measure."""
+    """The section of the comparisons in the main measure."""
     main = [comparison for comparison in comparisons if comparison.measure == report.main_measure]
     if not main:
         return []

@@ -1,4 +1,4 @@
-"""What the verbs ``search``, ``judge`` and ``index`` show in a terminal."""
+"""Output of the verbs ``search``, ``judge`` and ``index`` for a terminal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _unbroken(line: Text) -> Text:
 
 
 def explanation_table(ranking: Ranking) -> Table:
-    """Why the passages of a ranking stand where they do."""
+    """What put each passage of a ranking in its place."""
     table = Table(
         Column("rank"),
         Column("inner product", ".3f"),
@@ -92,7 +92,7 @@ def judgement_table(query: str, passages: Sequence[str], log_odds: Sequence[floa
 
 
 def passage_lines(passage: Passage) -> RenderableType:
-    """A passage with all that is known of it, its id on a line of its own, however long it is."""
+    """A passage with its metadata; the id stands on a line of its own, however long it is."""
     facts = {"document": f"{passage.document_id} [{passage.position}]"} if passage.document_id else {}
     facts |= {name: str(value) for name, value in passage.metadata.items()}
     lines = [_unbroken(Text(f"{name}: {value}", style="dim")) for name, value in facts.items()]
@@ -137,7 +137,7 @@ def stats_table(stats: IndexStats) -> Table:
 
 
 def ann_remark(report: AnnReport) -> str:
-    """What was built, and how good and how quick it is."""
+    """One line about a new approximate index: its size, recall and speed."""
     recall = report.recalls[-1]
     queries = "given queries" if report.queries == "given" else "passages as queries"
     slower = "" if report.ms < report.exact_ms else "; the exact scan is quicker here, leave this out"

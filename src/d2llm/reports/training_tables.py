@@ -28,7 +28,7 @@ _STACK_STYLE = """
 
 
 def run_table(results: Mapping[str, Any]) -> Table:
-    """What each step of a run did, or why it did nothing."""
+    """What each step of a run did, or why it was skipped."""
     table = Table("step", "result", title="The run, step by step")
     for step, result in results.items():
         table.add_row(step, _step_words(step, result))
@@ -97,7 +97,7 @@ def stack_tables(report: StackReport) -> list[RenderableType]:
 
 
 def stack_table(task: str, report: TaskReport) -> Table:
-    """The members and their stack in one task; the title says what they were measured on."""
+    """The members and their stack in one task; the title names the data."""
     queries = ", ".join(f"{count:,} of {name}" for name, count in report.num_queries.items())
     measures = [f"{name} {measure}" for name, values in report.rows[0].measures.items() for measure in values]
     table = Table(
@@ -133,7 +133,7 @@ def render_stack_page(report: StackReport) -> str:
 
 
 def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, Markup]]]:
-    """For each row its diagram before (where there is one) and after calibration, with captions."""
+    """For each row its diagram before (if there is one) and after calibration, with captions."""
     rows: list[list[tuple[str, Markup]]] = []
     for number, row in enumerate(report.rows):
         pair: list[tuple[str, Markup]] = []

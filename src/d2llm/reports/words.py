@@ -38,7 +38,7 @@ COSTS: tuple[tuple[str, Callable[[EvaluationRow], float | None]], ...] = (
     ("bytes per passage", lambda row: row.cost.bytes_per_passage),
     ("peak MiB", lambda row: row.cost.peak_memory_mib),
 )
-"""Heading -> figure of a row; those of one report that hold a figure at all are ``cost_columns``."""
+"""Heading and figure of each cost; ``cost_columns`` are those that were measured."""
 
 
 def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
@@ -57,9 +57,9 @@ def measure_names(rows: Sequence[EvaluationRow]) -> list[str]:
 
 
 def best_rows(rows: Sequence[EvaluationRow], measure: str) -> frozenset[str]:
-    """Names of the rows with the highest value as it is printed.
+    """Names of the rows with the highest printed value.
 
-    Rows over fewer items than others (the teacher's, on a sample) cannot be compared and do not take part.
+    Rows over fewer items than others (the teacher's, on a sample) cannot be compared and are left out.
     """
     most = max((row.num_items for row in rows), default=0)
     values = {
@@ -79,7 +79,7 @@ def mark(report: EvaluationReport, row: str, measure: str) -> str:
 
 
 def legend(report: EvaluationReport) -> str:
-    """What bold, ``*`` and ``†`` stand for, in one sentence."""
+    """The meaning of bold, ``*`` and ``†``, in one sentence."""
     if not report.comparisons:
         return "Bold: the best of a column. Nothing was tested for significance."
     tests = ", ".join(dict.fromkeys(comparison.test for comparison in report.comparisons))
@@ -113,7 +113,7 @@ def sample_title(report: EvaluationReport) -> str:
 
 
 def verdict(report: EvaluationReport) -> str | None:
-    """The subject against the baseline in the main measure, in one sentence; None where they were not compared."""
+    """The subject against the baseline in the main measure, in one sentence; None if they were not compared."""
     comparison = report.comparison(report.subject, report.main_measure)
     if comparison is None:
         return None
@@ -129,7 +129,7 @@ def verdict(report: EvaluationReport) -> str | None:
 
 
 def meaning(measure: str) -> str | None:
-    """How to read a measure, in one clause; None for one that is not known here."""
+    """How to read a measure, in one clause; None for an unknown measure."""
     return _MEANINGS.get(re.split(r"[@ ]", measure)[0])
 
 

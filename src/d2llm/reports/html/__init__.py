@@ -50,7 +50,7 @@ def render_html(report: EvaluationReport) -> str:
 
 
 def _labels(report: EvaluationReport) -> tuple[str, str]:
-    """What the two sides of the histograms are called."""
+    """The names of the two sides of the histograms."""
     return ("relevant", "others") if report.kind == "retrieval" else ("yes", "no")
 
 
@@ -80,7 +80,7 @@ def _quality_cost(report: EvaluationReport) -> dict[str, Any]:
 
 
 def _milliseconds(row: EvaluationRow) -> float | None:
-    """A time that stands on a logarithmic axis."""
+    """The median time, if a logarithmic axis can show it."""
     time = row.cost.total
     return time.p50 if time is not None and math.isfinite(time.p50) and time.p50 > 0 else None
 
@@ -92,7 +92,7 @@ def _role(report: EvaluationReport, row: EvaluationRow) -> charts.Role:
 
 
 def _differences(report: EvaluationReport) -> dict[str, Any]:
-    """The plot of subject minus baseline in the main measure, or in the first one that is known for single items."""
+    """The plot of subject minus baseline in the main measure, or in the first measure that single items have."""
     details = report.details
     ours, theirs = details.values.get(report.subject, {}), details.values.get(report.baseline or "", {})
     common = [measure for measure in ours if measure in theirs]

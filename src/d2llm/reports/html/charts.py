@@ -172,7 +172,7 @@ def reliability(calibration: Calibration, identity: str) -> Markup:
 
 
 def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple[str, str]) -> Markup:
-    """Scores of the two labels, each as a share of its own, since the second are far more; ``labels`` names them."""
+    """Scores of the two labels, each as a share of its own number; ``labels`` are their names."""
     width, height = 360.0, 250.0
     frame = svg.Box(50, 12, width - 12, height - 44)
     shares = [_shares(counts.positive), _shares(counts.negative)]

@@ -1,4 +1,4 @@
-"""What every page is made with: escaping templates, and one style sheet that the page's security policy knows."""
+"""Rendering of every page: escaping templates, and one style sheet that the page's security policy allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few pieces that a small SVG chart is drawn with: scales, ticks, places for labels, escaped elements.
+"""The parts of a small SVG chart: scales, ticks, places for labels, escaped elements.
 
 Charts carry class names, no colours: the page's style sheet colours them for light, dark and paper.
 """
@@ -120,12 +120,12 @@ def tick_text(value: float) -> str:
 
 
 def text_width(text: str, size: float) -> float:
-    """About how wide text stands in a sans-serif font of this size; East Asian letters are square."""
+    """The approximate width of text in a sans-serif font of this size; East Asian letters are square."""
     return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.58 for letter in text)
 
 
 def shortened(text: str, width: float, size: float) -> str:
-    """The beginning of a text that is not wider, on one line, with an ellipsis where it was cut."""
+    """A text cut to a width, on one line, with an ellipsis if it was cut."""
     text = " ".join(text.split())
     if text_width(text, size) <= width:
         return text
