@@ -1,4 +1,4 @@
-"""Reports as a terminal shows them: every figure, marks, what is missing, and texts that stay texts."""
+"""An evaluation as a terminal shows it: every figure, marks, what is missing, and texts that stay texts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from d2llm.cli.session import Session
-from d2llm.core.types import Passage, Query, RankedPassage, Ranking
 from d2llm.evaluation.report import Comparison, Cost, Estimate, EvaluationRow, Milliseconds, MissingRow
 from d2llm.reports.evaluation_tables import evaluation_tables
-from d2llm.reports.search_tables import judgement_table, passage_lines, ranking_list
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
 
 
@@ -163,39 +160,3 @@ def test_a_narrow_terminal_loses_no_row(width):
     text = drawn(evaluation_tables(make_report())[0], width)
     assert "BM25" in text
     assert "0.5000" in text
-
-
-@pytest.mark.parametrize("width", [20, 80])
-def test_an_id_is_never_broken(width):
-    """So that it can be copied, and found with grep, from a terminal of any width."""
-    ids = [f"{n}/a very long path/to a file/of which each part counts/file {n}.md#12" for n in range(4)]
-    first, before, after, other = (Passage(passage_id, "some words " * 30, metadata={"year": 1}) for passage_id in ids)
-    places = (RankedPassage(1, first, 2.5, before=(before,), after=(after,)), RankedPassage(2, other, 1.5))
-    lines = shown(ranking_list(Ranking(Query("q", "what?"), places, 1)), width).splitlines()
-    for passage_id in ids:
-        assert sum(line.endswith(passage_id) for line in lines) == 1
-    assert all(len(line) <= width for line in lines if "some words" in line)
-    assert ids[0] in shown(passage_lines(first), width).splitlines()
-
-
-def shown(result, width):
-    """As the command line shows it."""
-    out = io.StringIO()
-    session = Session()
-    session.__dict__["_out"] = Console(file=out, width=width)
-    session.show(result)
-    return out.getvalue()
-
-
-def test_ranking_and_judgement():
-    passage = Passage("p[1]", "a long text " * 40)
-    text = drawn(ranking_list(Ranking(Query("q", "[b]what[/b]?"), (RankedPassage(1, passage, 2.5),), 1)), 100)
-    assert "[b]what[/b]?" in text
-    assert "p[1]" in text
-    assert "2.500" in text
-    assert "…" in text
-    judged = drawn(judgement_table("why?", ["because", "no"], [0.0, -2.0]), 100)
-    assert "0.5000" in judged
-    assert "+0.000" in judged
-    assert "0.1192" in judged  # 1 / (1 + e^2)
-    assert "-2.000" in judged
