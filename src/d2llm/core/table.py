@@ -217,7 +217,7 @@ def _html_class(column: Column) -> str:
 
 
 def _html_text(column: Column, cell: Cell) -> str:
-    text = escape_html(column.text(cell.value))
+    text = escape_html(column.text(cell.value)).replace("\n", "<br>")
     if column.align == "left":
         text = f"<bdi>{text}</bdi>"  # keeps the direction of a name to itself
     if cell.style == "bold":
