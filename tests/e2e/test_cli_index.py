@@ -48,7 +48,7 @@ def test_a_second_time_nothing_is_encoded(place):
 def test_search_explains_and_proves(place):
     found = succeed("search", place / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
     assert SENTENCES[3][:40] in found.stdout
-    assert "inner product" in found.stdout
+    assert "ranks of sources" in found.stdout
     assert "all of 2 places are proved" in found.stderr
     exact = report_of(place, "search", place / "i", SENTENCES[3], "--exact", "--top-k", "3")
     assert ids_of(exact)[0] == "s3"
@@ -116,7 +116,7 @@ def test_ids_are_listed_a_page_at_a_time(place):
     in_order = sorted(f"s{number}" for number in range(len(SENTENCES)))
     said = succeed("index", place / "i", "list", "--limit", "3")
     assert said.stdout.split() == in_order[:3]
-    assert f"go on with --cursor {in_order[2]}" in said.stderr
+    assert f"continue with --cursor {in_order[2]}" in said.stderr
     listed, cursor = [], ""
     while cursor is not None:
         page = report_of(place, "index", place / "i", "list", "--cursor", cursor, "--limit", "25")

@@ -185,7 +185,7 @@ class TestFirstRun:
 @needs_models
 def test_a_second_run_uses_the_index_again(first, place, student, corpus):
     report, text = run(place, student, corpus, reading_seconds=0)  # however slow the machine is by then
-    assert "the index of then is used again" in text
+    assert "its index is used again" in text
     assert "index" not in report.seconds
     assert report.num_passages == len(corpus.passages)
     assert report.questions == first[0].questions

@@ -495,7 +495,7 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_goes_on(world, mon
     monkeypatch.setattr(Student, "encode_passages", interrupted)
     result = d2llm(*command)
     assert (result.exit_code, calls) == (130, [20, 20, 20])
-    assert "type the same command again to go on; finished parts are kept" in result.stderr
+    assert "type the same command again to continue; finished parts are kept" in result.stderr
     assert "Traceback" not in result.stderr
     with Index.open(folder) as index:
         assert len(index) == 40

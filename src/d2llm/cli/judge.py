@@ -44,7 +44,7 @@ def judge(
 
     for text in (query, *passages):
         if not text.strip():
-            raise InputError(f"{text!r} is empty; give a query and passages with words in them")
+            raise InputError(f"{text!r} has no text; give a query and passages with words in them")
     session = session_of(context)
     model = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
