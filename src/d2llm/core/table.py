@@ -218,10 +218,8 @@ def _html_class(column: Column) -> str:
 
 def _html_text(column: Column, cell: Cell) -> str:
     text = escape_html(column.text(cell.value))
-    if column.align == "left":
-        text = f"<bdi>{text}</bdi>"  # keeps the direction of a name to itself
-    else:
-        text = text.replace("\n", "<br>")  # two figures in one cell
+    # A figure may have two lines; <bdi> keeps the direction of a name to itself.
+    text = f"<bdi>{text}</bdi>" if column.align == "left" else text.replace("\n", "<br>")
     if cell.style == "bold":
         text = f"<strong>{text}</strong>"
     if cell.mark:
