@@ -14,6 +14,7 @@ class ArrayView:
     """Vectors [n, dim]; the id of a row is its number."""
 
     live = None
+    projections = None
 
     def __init__(self, vectors: NDArray[np.float32]) -> None:
         self._vectors, self.capacity = vectors, len(vectors)
@@ -26,6 +27,12 @@ class ArrayView:
 
     def block(self, start: int, end: int) -> NDArray[np.float32]:
         return self._vectors[start:end]
+
+    def mask(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        return allowed
+
+    def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        return np.arange(self.capacity) if allowed is None else np.flatnonzero(allowed)
 
     def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CertifiedRows:
         assert allowed is None

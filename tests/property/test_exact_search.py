@@ -69,12 +69,17 @@ class ArrayView:
     def block(self, start, end):
         return self._vectors[start:end]
 
-    def matching(self, allowed):
-        mask = np.ones(self.capacity, bool) if self.live is None else self.live
-        return np.flatnonzero(mask if allowed is None else mask & allowed)
+    def mask(self, allowed):
+        if allowed is None or self.live is None:
+            return self.live if allowed is None else allowed
+        return self.live & allowed
+
+    def live_rows(self, allowed):
+        mask = self.mask(allowed)
+        return np.arange(self.capacity) if mask is None else np.flatnonzero(mask)
 
     def scan(self, query, top_k, allowed=None):
-        rows, scores = self.matching(allowed), self._vectors @ query
+        rows, scores = self.live_rows(allowed), self._vectors @ query
         best = rows[top_rows(scores[rows], top_k, lambda places: self.ids(rows[places]))]
         return exact_search.CertifiedRows(best, scores[best], None, None)
 
@@ -94,7 +99,7 @@ def random_case(seed):
 
 def brute_force(view, student, query, task, top_k, allowed, evidence=None):
     """Every passage's score in the arithmetic that the module names, sorted."""
-    score, rows = student.prepare(query, task), view.matching(allowed)
+    score, rows = student.prepare(query, task), view.live_rows(allowed)
     if score.anchor_query is None:
         values = score(view.block(0, view.capacity))
     else:
@@ -173,11 +178,11 @@ def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
         found = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
         assert found.rows.tolist() == expected, seed
         assert found.scores.tolist() == values[expected].tolist(), seed
-        certificate, total = found.certificate, len(view.matching(allowed))
+        certificate, total = found.certificate, len(view.live_rows(allowed))
         assert certificate.proved == len(expected) == min(top_k, total)
         assert certificate.num_scored + certificate.num_left == total
         assert certificate.kth_score == (values[expected[-1]] if expected else -math.inf)
-        left = sorted(set(view.matching(allowed).tolist()) - set(expected))
+        left = sorted(set(view.live_rows(allowed).tolist()) - set(expected))
         if certificate.num_left and student not in (PAPER, WEIGHTLESS):
             early += 1
             assert certificate.highest_bound_left < certificate.kth_score

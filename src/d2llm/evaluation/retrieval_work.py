@@ -12,7 +12,6 @@ from d2llm.core.types import Passage, Query, SystemKind
 from d2llm.data.beir import Dataset
 from d2llm.evaluation.setting import EvaluationSettings
 from d2llm.evaluation.store import MeasuredStore
-from d2llm.evaluation.stored_as import StoredAs
 from d2llm.evaluation.systems import System, Trial, student_system
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
@@ -84,7 +83,7 @@ class RetrievalWork:
         index: Index,
         settings: SearchSettings,
         *,
-        view: PassageView | StoredAs | None = None,
+        view: PassageView | None = None,
         trial: Trial | None = None,
         cascade: Cascade | None = None,
         passages_per_second: float | None = None,

@@ -14,17 +14,17 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.candidates import SearchableIndex
 from d2llm.retrieval.protocols import PairJudge, SearchStudent
 from d2llm.retrieval.search import search
 from d2llm.store.checked_json import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
+from d2llm.store.view import PassageView
 
 _ERRORS = TypeAdapter(dict[str, StudentError])
 
 
 def measure_error(
-    index: SearchableIndex,
+    index: PassageView,
     student: SearchStudent,
     judge: PairJudge,
     queries: Sequence[Query] | Sequence[str],

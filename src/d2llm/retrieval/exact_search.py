@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.store.view import PassageView
 
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
 _SCANS = (1_024, 8_192)
@@ -39,50 +40,6 @@ _SCANNED_SHARE = 8  # of fewer passages than so many times a scan's, all are rea
 _FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
 _FEWEST = 64  # not worth a call when the time ends
 _NO_LIMIT = 1 << 62
-
-
-class FoundRows(Protocol):
-    """Rows with their inner products, best first."""
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """[k]."""
-        ...
-
-    @property
-    def scores(self) -> NDArray[np.float32]:
-        """[k]."""
-        ...
-
-
-class VectorView(Protocol):
-    """What is read of an index (``store.view.PassageView`` fits)."""
-
-    @property
-    def capacity(self) -> int:
-        """Rows, dead ones included."""
-        ...
-
-    @property
-    def live(self) -> NDArray[np.bool_] | None:
-        """[capacity], which rows hold a passage; None where all do."""
-        ...
-
-    def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of some rows."""
-        ...
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, dim], of some rows."""
-        ...
-
-    def block(self, start: int, end: int) -> NDArray[np.float32]:
-        """[end - start, dim], of rows in order; finite numbers where a row is dead."""
-        ...
-
-    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> FoundRows:
-        """The live, allowed rows with the highest inner products, ties by id."""
-        ...
 
 
 class CertifiedRows(NamedTuple):
@@ -109,7 +66,7 @@ class KeptReaches:
         self.of_all = np.broadcast_to(np.float32(1), of_all.shape) if (of_all == 1).all() else of_all
 
 
-def passage_reaches(view: VectorView, student: BoundedStudent) -> NDArray[np.float32]:
+def passage_reaches(view: PassageView, student: BoundedStudent) -> NDArray[np.float32]:
     """r_p of every row, float32 [capacity], of the passages alone."""
     reaches = np.empty(view.capacity, np.float32)
     for start in range(0, view.capacity, _PASS_ROWS):
@@ -119,7 +76,7 @@ def passage_reaches(view: VectorView, student: BoundedStudent) -> NDArray[np.flo
 
 
 def certified_top_k(
-    view: VectorView,
+    view: PassageView,
     student: SearchStudent,
     query_vector: NDArray[np.float32],
     task: Task,
@@ -161,7 +118,7 @@ def certified_top_k(
     row_scorer = RowScorer(view, student, query_vector, task, evidence)
     scorer = row_scorer.prepared
     if scorer is None or scorer.anchor_query is None:
-        rows = _matching(view, allowed)
+        rows = view.live_rows(allowed)
         bounds = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
         found = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
@@ -169,7 +126,8 @@ def certified_top_k(
             anchor_query = student.anchor_queries(query_vector[None], task)[0]
             return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
         return found
-    total = _num_matching(view, allowed)
+    mask = view.mask(allowed)
+    total = view.capacity if mask is None else int(np.count_nonzero(mask))
     assert isinstance(student, BoundedStudent)
     if evidence is None:
         if scorer.reach == 0:
@@ -179,7 +137,7 @@ def certified_top_k(
         )
         if early is not None:
             return early
-    rows = _matching(view, allowed)
+    rows = view.live_rows(allowed)
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
     highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
     bounds = _numbers((highest + reach)[rows])
@@ -188,31 +146,14 @@ def certified_top_k(
     return found._replace(anchors=anchors[found.rows])
 
 
-def _check_masks(view: VectorView, allowed: NDArray[np.bool_] | None) -> None:
+def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
     for mask in (view.live, allowed):
         if mask is not None and mask.shape != (view.capacity,):
             raise InputError(f"a mask of rows has shape {mask.shape}, but the index has {view.capacity} rows")
 
 
-def _mask(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    """The live rows among the allowed ones; None means all rows."""
-    if view.live is None or allowed is None:
-        return allowed if view.live is None else view.live
-    return view.live & allowed
-
-
-def _num_matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> int:
-    mask = _mask(view, allowed)
-    return view.capacity if mask is None else int(np.count_nonzero(mask))
-
-
-def _matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    mask = _mask(view, allowed)
-    return np.arange(view.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
-
-
 def _scan(
-    view: VectorView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
+    view: PassageView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> CertifiedRows:
     """Where the anchor is the whole score: the exact scan, one place further to know the best of those left."""
     found = view.scan(anchor_query, top_k + 1, allowed)
@@ -224,7 +165,7 @@ def _scan(
 
 
 def _by_scans(
-    view: VectorView,
+    view: PassageView,
     student: BoundedStudent,
     row_scorer: RowScorer,
     query_reach: float,
@@ -281,7 +222,7 @@ def _finals(
 
 
 def _pass(
-    view: VectorView,
+    view: PassageView,
     student: BoundedStudent,
     scorer: PairScorer,
     anchor_query: NDArray[np.float32],
@@ -302,7 +243,7 @@ def _pass(
 
 
 def _score_from_the_top(
-    view: VectorView,
+    view: PassageView,
     rows: NDArray[np.int64],
     bounds: NDArray[np.float32],
     parts: Iterator[NDArray[np.int64]],
@@ -352,7 +293,7 @@ class _Clock:
 
 
 def _ranked(
-    view: VectorView,
+    view: PassageView,
     scored: list[NDArray[np.int64]],
     scores: list[NDArray[np.float32]],
     top_k: int,

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import CascadeReport, Certificate, Explanation, Query, RankedDocument, RankedPassage
-from d2llm.retrieval.candidates import SearchableIndex
 from d2llm.retrieval.cascade import Reread
 from d2llm.retrieval.documents import FoundDocument, with_neighbours
-from d2llm.retrieval.exact_search import FoundRows
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
+from d2llm.store.view import CandidateRows, PassageView
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class ScoredCandidates:
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
     num_scored: int
-    proposals: Mapping[str, FoundRows]
+    proposals: Mapping[str, CandidateRows]
     certificate: Certificate | None
     is_all: bool
 
@@ -50,7 +49,7 @@ class Order:
 
 
 def show(
-    index: SearchableIndex,
+    index: PassageView,
     query: Query,
     anchor: NDArray[np.float32] | None,
     evidence: RowEvidence | None,
@@ -83,9 +82,7 @@ def show(
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 
 
-def _documents(
-    index: SearchableIndex, order: Order, found: Sequence[FoundDocument], shown: int
-) -> list[RankedDocument]:
+def _documents(index: PassageView, order: Order, found: Sequence[FoundDocument], shown: int) -> list[RankedDocument]:
     others = [document.places[1:shown] for document in found]
     flat = np.array([place for places in others for place in places], np.int64)
     texts = iter(index.passages(order.scored.rows[flat]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,26 +14,7 @@ from d2llm.core.types import EvidenceTerm, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent
 from d2llm.store.bm25 import QueryWords, WordIndex
-from d2llm.store.window_vectors import WindowVectors
-
-
-@runtime_checkable
-class EvidenceIndex(Protocol):
-    """An index that has more of passages than a vector (``store.view.PassageView`` has)."""
-
-    @property
-    def words(self) -> WordIndex:
-        """BM25 by row; rows behind the index's last may be there."""
-        ...
-
-    @property
-    def windows(self) -> WindowVectors | None:
-        """The vectors of windows by row; None where it stores none."""
-        ...
-
-    def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window, of some rows [n]."""
-        ...
+from d2llm.store.view import PassageView
 
 
 class EvidenceParts(NamedTuple):
@@ -48,7 +29,7 @@ class RowEvidence:
 
     def __init__(
         self,
-        index: EvidenceIndex,
+        index: PassageView,
         text: str,
         weights: EvidenceWeights,
         anchor: NDArray[np.float32] | None,
@@ -116,7 +97,7 @@ def evidence_weights(student: SearchStudent, task: Task, *, windows: bool = True
 
 
 def weights_for(
-    index: object,
+    index: PassageView,
     student: SearchStudent,
     task: Task,
     given: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
@@ -129,7 +110,7 @@ def weights_for(
     if given is not None and not isinstance(given, EvidenceWeights):
         given = EvidenceWeights(terms=dict(given))
     wanted = evidence_weights(student, task) if given is None else given
-    if not wanted.counts_windows or (isinstance(index, EvidenceIndex) and index.windows is not None):
+    if not wanted.counts_windows or index.windows is not None:
         return wanted
     if given is not None:
         raise InputError(
@@ -140,12 +121,11 @@ def weights_for(
 
 
 def row_evidence(
-    index: object, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
+    index: PassageView, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
 ) -> RowEvidence | None:
     """What an index adds to the scores of a query; ``anchor`` [dim] is its vector for inner products. None: nothing."""
     if not weights:
         return None
-    assert isinstance(index, EvidenceIndex), "these scores count words, which the index does not"
     return RowEvidence(index, text, weights, anchor)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,24 +11,7 @@ from d2llm.core.types import Task
 from d2llm.retrieval.protocols import BoundedStudent, ProjectingStudent, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.store.projections import StoredProjections
-
-
-class VectorReader(Protocol):
-    """An index, as far as scoring reads it."""
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, dim], of some rows."""
-        ...
-
-
-@runtime_checkable
-class ProjectedIndex(Protocol):
-    """What an index has besides if it can keep projections (``store.view.PassageView`` has)."""
-
-    @property
-    def projections(self) -> StoredProjections | None:
-        """Those of its first rows; None where there are none."""
-        ...
+from d2llm.store.view import PassageView
 
 
 class RowScorer:
@@ -42,7 +23,7 @@ class RowScorer:
 
     def __init__(
         self,
-        view: VectorReader,
+        view: PassageView,
         student: SearchStudent,
         query_vector: NDArray[np.float32],
         task: Task,
@@ -57,7 +38,7 @@ class RowScorer:
         self._stored: StoredProjections | None = None
         is_needed = self.prepared is not None and (self.prepared.anchor_query is None or self.prepared.reach > 0)
         if is_needed and isinstance(student, ProjectingStudent) and student.can_project:
-            self._stored = view.projections if isinstance(view, ProjectedIndex) else None
+            self._stored = view.projections
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final logits [n] of the query with the passages at some rows [n]."""

@@ -20,17 +20,17 @@ from d2llm.retrieval.candidates import (
     AnnSource,
     CandidateSource,
     LexicalSource,
-    SearchableIndex,
     VectorSource,
 )
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.documents import group_passages
-from d2llm.retrieval.exact_search import FoundRows, KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, show
 from d2llm.retrieval.row_evidence import RowEvidence, row_evidence, weights_for
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed
+from d2llm.store.view import CandidateRows, PassageView
 
 _WIDENED = 4  # times as many candidates, where those found are of too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
@@ -38,7 +38,7 @@ _SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
 
 
 def search(
-    index: SearchableIndex,
+    index: PassageView,
     student: SearchStudent,
     queries: Sequence[Query] | Sequence[str],
     settings: SearchSettings | None = None,
@@ -95,7 +95,7 @@ class _Asked:
     evidence: RowEvidence | None
     scorer: RowScorer | None
     depth: int
-    scanned: FoundRows | None
+    scanned: CandidateRows | None
     seconds: dict[str, float]
 
 
@@ -104,7 +104,7 @@ class Searcher:
 
     def __init__(
         self,
-        index: SearchableIndex,
+        index: PassageView,
         student: SearchStudent,
         settings: SearchSettings | None = None,
         *,
@@ -214,7 +214,7 @@ class Searcher:
         final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
         depth = self.settings.top_k if final else max(share, self.settings.top_k)
-        scanned: Sequence[FoundRows | None] = [None] * len(queries)
+        scanned: Sequence[CandidateRows | None] = [None] * len(queries)
         together = [anchor for anchor in anchors if anchor is not None]
         if source is not None and len(together) > 1:
             scanned = source.propose_together(np.stack(together), depth)
@@ -267,7 +267,7 @@ class Searcher:
     def _candidates(self, asked: _Asked, depth: int) -> ScoredCandidates:
         """At least ``depth`` candidates with the student's scores, if there are so many."""
         begin = time.perf_counter()
-        proposals: dict[str, FoundRows] = {}
+        proposals: dict[str, CandidateRows] = {}
         for source in self._sources:
             if isinstance(source, VectorSource) and asked.scanned is not None and depth == asked.depth:
                 proposals[source.name] = asked.scanned
@@ -280,7 +280,7 @@ class Searcher:
         asked.seconds["score"] += time.perf_counter() - proposed
         return scored
 
-    def _score(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> ScoredCandidates:
+    def _score(self, asked: _Asked, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
         if self._anchor_is_score(asked.scorer):
             (found,), top_k = proposals.values(), self.settings.top_k
             rows, scores = found.rows[:top_k], found.scores[:top_k]
@@ -294,7 +294,7 @@ class Searcher:
         is_all = all(len(found.rows) < depth for found in proposals.values())
         return ScoredCandidates(rows, scores, len(rows), proposals, None, is_all)
 
-    def _score_exactly(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> ScoredCandidates:
+    def _score_exactly(self, asked: _Asked, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
         top_k = self.settings.top_k if self._in_students_order else depth
         try:
             found = certified_top_k(

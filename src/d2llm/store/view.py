@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,10 +27,12 @@ from d2llm.store.listing import ListedDocument
 from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.vector_file import VectorFile
+from d2llm.store.vector_file import VectorFile, VectorRows
+from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors
 
 _log = logging.getLogger(__name__)
+_STORED_ROWS = 8_192  # of a view in another format, encoded at a time
 _NO_ROW = np.iinfo(np.uint64).max  # in the place of a dead row's id
 
 
@@ -68,6 +71,25 @@ class PassageView:
 
     def __len__(self) -> int:
         return self._len
+
+    def stored_as(self, vector_format: str) -> PassageView:
+        """The same version with its vectors in another format, in memory: to measure what fewer bits cost.
+
+        Raises:
+            InputError: there is no format of that name, or it cannot hold the vectors.
+        """
+        view = copy.copy(self)
+        for name in ("ann_base", "ann", "projections"):  # made of the vectors as they are stored
+            view.__dict__.pop(name, None)
+        view.format = make_format(vector_format, self.dim)
+        codes = np.zeros((self.capacity, view.format.code_size), np.uint8)
+        rows = self.live_rows()
+        for start in range(0, len(rows), _STORED_ROWS):
+            block = rows[start : start + _STORED_ROWS]
+            codes[block] = view.format.encode(self.vectors(block), self.ids(block))
+        view._vectors = VectorRows(codes, None)
+        view._scan = RowScan(codes, view.format)
+        return view
 
     @property
     def version(self) -> int:
