@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
-from d2llm.models.inference import inference
+from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
 

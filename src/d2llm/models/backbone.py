@@ -9,8 +9,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,6 +65,21 @@ class TokenizedTexts:
     def lengths(self) -> list[int]:
         """Tokens of each text."""
         return [len(ids) for ids in self.ids]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """Vectors of n texts, the places of those cut to the length limit, and the tokens read (``lengths``: of each)."""
+
+    vectors: Float32[np.ndarray, "texts dim"]
+    truncated: tuple[int, ...]
+    num_tokens: int
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def num_truncated(self) -> int:
+        """How many texts lost their end."""
+        return len(self.truncated)
 
 
 class Backbone(nn.Module):

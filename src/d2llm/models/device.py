@@ -1,13 +1,15 @@
-"""Which device and number format this machine computes fastest with."""
+"""Which device and number format this machine computes fastest with, and reading a model's output without training."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
@@ -137,3 +139,17 @@ def use_plain_attention_on_cpu(model: Any) -> None:
     """
     if next(model.parameters()).device.type == "cpu":
         model.set_attn_implementation("eager")
+
+
+@contextmanager
+def inference(model: nn.Module) -> Generator[None]:
+    """No gradients and no dropout inside the block, also in the middle of a training run."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            model.train()

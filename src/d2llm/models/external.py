@@ -20,8 +20,8 @@ from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
+from d2llm.models.backbone import EncodedTexts
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.models.sources import find_model, fingerprint_model, quiet_transformers
 
 _BLOCK = 256  # texts between two reports of progress

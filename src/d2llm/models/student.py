@@ -5,6 +5,7 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,15 +23,13 @@ from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName, Task, WholeText
 from d2llm.models import student_files as files
-from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts, search_query_tokens
-from d2llm.models.device import choose_device
-from d2llm.models.encoded_texts import EncodedTexts
+from d2llm.models.backbone import Backbone, EncodedTexts, TextKind, TokenizedTexts, search_query_tokens
+from d2llm.models.device import choose_device, inference
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
 from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
-from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
@@ -427,3 +426,18 @@ class Student(nn.Module):
                 if advance is not None:
                     advance(len(batch))
         return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths), tuple(tokenized.lengths))
+
+
+def merge_student(folder: Path, copy: Path) -> None:
+    """Write the student in ``folder`` to ``copy`` with all weights, in float32: those of no machine in particular.
+
+    What else there is goes along: what the manifest records, the card as it is, a licence.
+
+    Raises:
+        D2LLMError: the student cannot be loaded (``Student.load``).
+    """
+    Student.load(folder, device="cpu", dtype="float32").save(copy, merge=True)
+    for path in folder.iterdir():
+        is_written = any((copy / part / path.name).exists() for part in ("", files.BACKBONE_FOLDER))
+        if path.suffix == ".md" or (path.is_file() and path.name != files.ADAPTER_FILE and not is_written):
+            shutil.copyfile(path, copy / path.name)

@@ -14,36 +14,15 @@ from d2llm.models.evidence import EvidenceWeights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from d2llm.models.backbone import EncodedTexts
+    from d2llm.models.late_chunking import EncodedChunks
+
 
 class Describable(Protocol):
     """A configuration that can be written down."""
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
         """As plain values, with ``mode="json"``."""
-        ...
-
-
-class EncodedBatch(Protocol):
-    """Vectors of some texts, with what it took."""
-
-    @property
-    def vectors(self) -> NDArray[np.float32]:
-        """[n, dim], in the texts' order."""
-        ...
-
-    @property
-    def truncated(self) -> Sequence[int]:
-        """Places of the texts that were longer than the limit."""
-        ...
-
-    @property
-    def num_truncated(self) -> int:
-        """How many they are."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens read, padding not counted."""
         ...
 
 
@@ -65,11 +44,11 @@ class TextEncoder(Protocol):
         """Width of a text's vector."""
         ...
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode queries; ``advance`` is called with the number of texts finished since the last call."""
         ...
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode passages (title and text as one string)."""
         ...
 
@@ -93,20 +72,11 @@ class SearchStudent(TextEncoder, Protocol):
         ...
 
 
-class EncodedParts(EncodedBatch, Protocol):
-    """Vectors of parts of long texts."""
-
-    @property
-    def num_windows(self) -> int:
-        """In how many windows the texts were read."""
-        ...
-
-
 @runtime_checkable
 class ChunkStudent(Protocol):
     """What a ``SearchStudent`` has besides if it reads parts of a text with the rest around them (``Student`` has)."""
 
-    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedParts:
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
         """Encode parts of texts, given by the characters where they begin and end."""
         ...
 

@@ -18,8 +18,8 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.types import Task
 from d2llm.models.backbone import Backbone
+from d2llm.models.device import inference
 from d2llm.models.export.eight_bits import Runtime, quantise
-from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.ops.pooling import PoolingName, pool

@@ -19,7 +19,7 @@ from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.inference import inference
+from d2llm.models.device import inference
 from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.local import Answers, LocalTeacher

@@ -22,8 +22,7 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
-from d2llm.models.inference import inference
+from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
     find_model,
