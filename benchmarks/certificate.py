@@ -50,7 +50,7 @@ def measure(student: Student, place: Path, task: str, split: str, num_queries: i
     passages = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     rows: list[dict[str, float]] = []
-    residual = head.residual_weight(task)
+    residual = head.interaction_weight(task)
     for weight in WEIGHTS:
         residual.fill_(weight)
         with torch.inference_mode():
@@ -97,7 +97,7 @@ def measure_speed(
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     view = ArrayView(passages)
     reaches = KeptReaches(passage_reaches(view, student))
-    residual = head.residual_weight(task)
+    residual = head.interaction_weight(task)
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:
         residual.fill_(weight)

@@ -58,7 +58,7 @@ def by_student(head, query, task):
 def test_scores_as_the_student_does(name):
     module, (query,), passages = make(**HEADS[name]), vectors(1, 1), vectors(1100, 2)
     if name.startswith("anchored"):
-        module.residual_weight("asymmetric").fill_(0.5)
+        module.interaction_weight("asymmetric").fill_(0.5)
     found = NumpyHead(head_arrays(module))
     for task in TASKS:
         scorer = by_student(module, query, task)
@@ -89,7 +89,7 @@ def test_what_both_tasks_share_is_written_once():
 
 def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
     module, (query,), passages = make("anchored"), vectors(1, 1), vectors(9, 2)
-    module.residual_weight("symmetric").fill_(0.0)
+    module.interaction_weight("symmetric").fill_(0.0)
     found = NumpyHead(head_arrays(module))
     monkeypatch.setattr(NumpyHead, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
     expected = by_student(module, query, "symmetric")(passages)

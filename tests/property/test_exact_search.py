@@ -40,7 +40,7 @@ class TinyStudent:
         self.has_anchor = head == "anchored"
         if self.has_anchor:
             for task in TASKS:
-                self.interaction.residual_weight(task).fill_(weight)
+                self.interaction.interaction_weight(task).fill_(weight)
         with torch.inference_mode():
             self._weights = {task: HeadWeights(self.interaction, task, dtype) for task in TASKS}
         self.num_scored = 0

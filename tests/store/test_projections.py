@@ -155,7 +155,7 @@ class TestScores:
         index.upsert(passages(5))
         project(index.store, student)
         monkeypatch.setattr(StoredProjections, "read", lambda *_: pytest.fail("projections were read"))
-        residual = student.interaction.residual_weight("symmetric")
+        residual = student.interaction.interaction_weight("symmetric")
         before = residual.clone()
         residual.fill_(0.0)
         try:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
@@ -18,10 +17,10 @@ from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Query, Task
 from d2llm.models.student import Student
 from d2llm.training.dev import (
-    RESIDUAL_WEIGHTS,
+    INTERACTION_WEIGHTS,
     DevResult,
     DevSet,
-    choose_residual_weights,
+    choose_interaction_weights,
     evaluate_dev,
     make_dev_set,
     value_by_set,
@@ -38,8 +37,7 @@ class HandMadeStudent:
     def __init__(self, anchors: np.ndarray, changes: np.ndarray, *, has_anchor: bool = True) -> None:
         self.anchors, self.changes = anchors.astype(np.float32), changes.astype(np.float32)
         self.has_anchor = has_anchor
-        self.residual = torch.tensor(0.375)
-        self.interaction = SimpleNamespace(residual_weight=lambda task: self.residual)
+        self.interaction = SimpleNamespace()
 
     def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
         advance(len(texts))
@@ -52,9 +50,14 @@ class HandMadeStudent:
     def anchor_queries(self, vectors: np.ndarray, task: Task) -> np.ndarray:
         return vectors
 
-    def score(self, query: np.ndarray, passages: np.ndarray, task: Task) -> np.ndarray:
-        change = self.changes[int(query.argmax())]
-        return passages @ query + (float(self.residual) if self.has_anchor else 1.0) * change
+    def score(
+        self, query: np.ndarray, passages: np.ndarray, task: Task, *, interaction_weight: float | None = None
+    ) -> np.ndarray:
+        assert (interaction_weight is not None) == self.has_anchor
+        return (
+            passages @ query
+            + (1.0 if interaction_weight is None else interaction_weight) * self.changes[int(query.argmax())]
+        )
 
 
 def dev_set(qrels: dict[str, dict[str, int]], *, name: str = "set", task: Task = "asymmetric") -> DevSet:
@@ -91,7 +94,6 @@ def test_ndcg_by_weight_of_hand_made_scores() -> None:
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
     assert result.task == "asymmetric"
     assert result.values == pytest.approx(BY_HAND, abs=1e-6)
-    assert float(student.residual) == 0.375
 
 
 def test_without_an_anchor_there_is_one_weight() -> None:
@@ -123,7 +125,6 @@ def test_scores_that_are_no_numbers_are_divergence(wrong: float, has_anchor: boo
     student = HandMadeStudent(ANCHORS, changes, has_anchor=has_anchor)
     with pytest.raises(TrainingDivergedError, match="dev queries of 'set' are no numbers"):
         evaluate_dev(student, [dev_set(QRELS)])
-    assert float(student.residual) == 0.375
 
 
 # --- a real student ---------------------------------------------------------------------------------------------------
@@ -156,12 +157,12 @@ def ndcg_of(student: Student, dev: DevSet) -> float:
 def test_every_weight_gives_what_a_student_of_that_weight_scores(student: Student, real_dev: DevSet) -> None:
     student.prepare_training()
     randomise(student, seed=3)
-    residual = student.interaction.residual_weight("asymmetric")
+    residual = student.interaction.interaction_weight("asymmetric")
     residual.fill_(0.5)
     result = evaluate_dev(student, [real_dev])["tiny"]
     assert float(residual) == 0.5
-    assert float(student.interaction.residual_weight("symmetric")) == 1.0
-    assert set(result.values) == set(RESIDUAL_WEIGHTS)
+    assert float(student.interaction.interaction_weight("symmetric")) == 1.0
+    assert set(result.values) == set(INTERACTION_WEIGHTS)
     for weight, value in result.values.items():
         residual.fill_(weight)
         assert value == pytest.approx(ndcg_of(student, real_dev), abs=1e-6)
@@ -179,7 +180,7 @@ def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student:
     )
     values = evaluate_dev(student, [dev])["tiny"].values
     assert len(set(values.values())) == 1
-    assert choose_residual_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
+    assert choose_interaction_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
 
 
 def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> None:
@@ -194,7 +195,7 @@ def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> 
 
 
 def result(task: Task, *values: float) -> DevResult:
-    return DevResult(task, dict(zip(RESIDUAL_WEIGHTS, values, strict=True)))
+    return DevResult(task, dict(zip(INTERACTION_WEIGHTS, values, strict=True)))
 
 
 def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
@@ -203,16 +204,16 @@ def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
         "b": result("asymmetric", 0.5, 0.9, 0.7, 0.5, 0.2),
         "c": result("symmetric", 0.1, 0.1, 0.1, 0.1, 0.2),
     }
-    weights = choose_residual_weights(results)
+    weights = choose_interaction_weights(results)
     assert weights == {"asymmetric": 0.25, "symmetric": 1.0}
     assert value_by_set(results, weights) == {"a": 0.6, "b": 0.9, "c": 0.2}
 
 
 def test_of_equal_weights_the_smallest_is_chosen() -> None:
-    assert choose_residual_weights({"a": result("asymmetric", 0.5, 0.5, 0.5, 0.5, 0.5)}) == {"asymmetric": 0.0}
-    assert choose_residual_weights({"a": result("asymmetric", 0.4, 0.5, 0.3, 0.5, 0.5)}) == {"asymmetric": 0.25}
+    assert choose_interaction_weights({"a": result("asymmetric", 0.5, 0.5, 0.5, 0.5, 0.5)}) == {"asymmetric": 0.0}
+    assert choose_interaction_weights({"a": result("asymmetric", 0.4, 0.5, 0.3, 0.5, 0.5)}) == {"asymmetric": 0.25}
     turned = DevResult("asymmetric", {1.0: 0.5, 0.5: 0.5, 0.0: 0.4})
-    assert choose_residual_weights({"a": turned}) == {"asymmetric": 0.5}
+    assert choose_interaction_weights({"a": turned}) == {"asymmetric": 0.5}
 
 
 # --- the dev set ------------------------------------------------------------------------------------------------------

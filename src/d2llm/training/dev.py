@@ -24,7 +24,7 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.training.mining.ranking import bm25_lists
 
-RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
 """Pairs of a dev set for each query that a dev set of queries would have."""
 _LEXICAL_DEPTH = 10
@@ -211,7 +211,7 @@ def measure_dev(student: Student, encoded: EncodedDev, *, advance: Callable[[int
     return _measure_pairs(dev, scores)
 
 
-def choose_residual_weights(results: dict[str, DevResult]) -> dict[Task, float]:
+def choose_interaction_weights(results: dict[str, DevResult]) -> dict[Task, float]:
     """For each task the weight r with the best mean over its dev sets; of equal ones the smallest."""
     chosen: dict[Task, float] = {}
     tasks: list[Task] = sorted({result.task for result in results.values()})
@@ -266,23 +266,21 @@ def _scores_by_weight(
         _anchor(student, query, encoded.passages[rows], task)
         for query, rows in zip(encoded.queries, encoded.wanted, strict=True)
     ]
-    residual = head.residual_weight(task)
-    kept = residual.clone()
-    residual.fill_(1.0)
-    try:
-        whole = _score_all(student, encoded, advance)
-    finally:
-        residual.copy_(kept)
+    whole = _score_all(student, encoded, advance, interaction_weight=1.0)
     return {
         weight: [anchor + weight * (score - anchor) for anchor, score in zip(anchors, whole, strict=True)]
-        for weight in RESIDUAL_WEIGHTS
+        for weight in INTERACTION_WEIGHTS
     }
 
 
-def _score_all(student: Student, encoded: EncodedDev, advance: Callable[[int], None]) -> list[NDArray[np.float32]]:
+def _score_all(
+    student: Student, encoded: EncodedDev, advance: Callable[[int], None], *, interaction_weight: float | None = None
+) -> list[NDArray[np.float32]]:
     scores: list[NDArray[np.float32]] = []
     for query, rows in zip(encoded.queries, encoded.wanted, strict=True):
-        scores.append(student.score(query, encoded.passages[rows], encoded.dev.task))
+        scores.append(
+            student.score(query, encoded.passages[rows], encoded.dev.task, interaction_weight=interaction_weight)
+        )
         advance(1)
     if not all(np.isfinite(of_query).all() for of_query in scores):
         raise TrainingDivergedError(

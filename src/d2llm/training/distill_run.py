@@ -27,7 +27,7 @@ from d2llm.training.dev import (
     DevResult,
     DevSet,
     PairDevSet,
-    choose_residual_weights,
+    choose_interaction_weights,
     evaluate_dev,
     value_by_set,
 )
@@ -197,7 +197,7 @@ class DistillRun:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(best[name])
-        self._set_residual_weights()
+        self._set_interaction_weights()
 
     def step_back(self) -> None:
         """Take back as much of the change as dev does not miss (``training.interpolation``)."""
@@ -221,7 +221,7 @@ class DistillRun:
         )
         put_between(self.parameters, self.start, end, share)
         self._adopt(results[share])
-        self._set_residual_weights()
+        self._set_interaction_weights()
         progress.share_kept = share
         for tried, found in results.items():
             self._write(progress.step, share=tried, dev=_rounded(found))
@@ -243,7 +243,7 @@ class DistillRun:
             )
             self._adopt(results)
             self.progress.best_weights = sound_weights(results, self.progress.start_items, seed=self.recipe.seed)
-        self._set_residual_weights()
+        self._set_interaction_weights()
 
     def _write_after(self, step: int, **values: Any) -> None:
         self._write(self.progress.step + step, **values)
@@ -353,7 +353,7 @@ class DistillRun:
     def _take_in(self, results: dict[str, DevResult]) -> None:
         """The dev results of this step: is it the best, and what do they say of the weights of the interaction?"""
         progress = self.progress
-        weights = choose_residual_weights(results)
+        weights = choose_interaction_weights(results)
         by_set = value_by_set(results, weights)
         progress.last_dev = by_set
         value = mean_value(results)
@@ -381,15 +381,15 @@ class DistillRun:
         progress.best_by_set = {
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
         }
-        progress.best_weights = choose_residual_weights(results)
+        progress.best_weights = choose_interaction_weights(results)
 
-    def _set_residual_weights(self) -> None:
+    def _set_interaction_weights(self) -> None:
         head = self.student.interaction
         if isinstance(head, CosineHead) or not head.has_anchor:
             return
         with torch.no_grad():
             for task, weight in self.progress.best_weights.items():
-                head.residual_weight(task).fill_(weight)
+                head.interaction_weight(task).fill_(weight)
 
     def _keep(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):

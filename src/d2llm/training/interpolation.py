@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2llm.core.types import Task
 from d2llm.ops.gating import never_worse
-from d2llm.training.dev import DevResult, choose_residual_weights, value_by_set
+from d2llm.training.dev import DevResult, choose_interaction_weights, value_by_set
 
 Items = dict[str, dict[str, float]]
 """By data set, the value of each of its queries or pairs."""
@@ -102,13 +102,13 @@ def sound_weights(
 
 def mean_value(results: Mapping[str, DevResult]) -> float:
     """Mean over the data sets of the dev measure, at the best interaction weight of each task."""
-    by_set = value_by_set(dict(results), choose_residual_weights(dict(results)))
+    by_set = value_by_set(dict(results), choose_interaction_weights(dict(results)))
     return sum(by_set.values()) / len(by_set)
 
 
 def items_at_best_weight(results: Mapping[str, DevResult]) -> Items:
     """The value of each query or pair, by its place, of each dev set at its task's best interaction weight."""
-    weights = choose_residual_weights(dict(results))
+    weights = choose_interaction_weights(dict(results))
     return {name: by_place(result.by_item[weights[result.task]]) for name, result in results.items()}
 
 

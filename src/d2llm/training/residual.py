@@ -105,7 +105,7 @@ def train_residual(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for task in TASKS:
-        head.residual_weight(task).fill_(1.0)
+        head.interaction_weight(task).fill_(1.0)
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     rate = config.learning_rate
