@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -81,17 +81,10 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     Raises:
         InputError: the student's tokenizer does not say where its tokens are.
     """
-    tokenizer: Any = student.backbone.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(student.backbone.tokenizer, "is_fast", False):
         raise InputError("this student's tokenizer does not say where its tokens are, so words cannot be weighed")
-    prefix = student.config.backbone.passage_prefix
     tokenized = student.tokenize([passage], "passage")
-    offsets = tokenizer(
-        prefix + passage,
-        truncation=True,
-        max_length=student.config.backbone.max_passage_tokens,
-        return_offsets_mapping=True,
-    )["offset_mapping"]
+    places = student.backbone.token_places(passage, len(tokenized.ids[0]))
     encoded = student.encode_queries([query])
     asked = torch.from_numpy(encoded.vectors).to(student.backbone.device)
     with inference(student):
@@ -107,7 +100,7 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
         score=score,
         anchor=anchor,
         interaction=None if anchor is None else score - anchor,
-        words=_words(passage, [(start - len(prefix), end - len(prefix)) for start, end in offsets], weights.tolist()),
+        words=_words(passage, places, weights.tolist()),
         truncated=bool(tokenized.truncated),
         query_truncated=bool(encoded.truncated),
     )

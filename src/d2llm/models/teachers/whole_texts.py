@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from d2llm.core.errors import InputError
 from d2llm.models.teachers.judge import TextPair
+from d2llm.ops.truncation import fit_pair
 
 _Row = TypeVar("_Row", bound="Sequence[Any]")
 
@@ -16,8 +17,7 @@ def fit_pairs(
 ) -> tuple[list[_Row], int]:
     """Inputs of at most ``max_tokens`` tokens, and how many pairs lost text.
 
-    What is over is cut from the end of the passage; a query that alone would leave the passage less than half of the
-    room is cut to that half.
+    What is over is cut as ``ops.truncation`` says.
 
     Args:
         pairs: query text and full passage text.
@@ -57,8 +57,7 @@ def _cut(query: str, passage: str, tokenizer: Any, room: int) -> TextPair:
         ]
         for text in (query, passage)
     ]
-    for_query = min(len(ends[0]), max(room // 2, room - len(ends[1])))
-    for_passage = min(len(ends[1]), max(0, room - for_query))
+    for_query, for_passage = fit_pair(len(ends[0]), len(ends[1]), room)
     return _up_to(query, ends[0], for_query), _up_to(passage, ends[1], for_passage)
 
 
