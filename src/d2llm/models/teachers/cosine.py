@@ -112,20 +112,15 @@ class CosineTeacher:
         num_tokens = 0
         if new:
             encoded = (self.student.encode_queries if kind == "query" else self.student.encode_passages)(new)
-            cut = self._cut_texts(new, kind) if encoded.num_truncated else frozenset[str]()
             num_tokens = encoded.num_tokens
             # Copies: a row that is kept must not keep the whole array.
             vectors = (vector.copy() for vector in encoded.vectors)
-            found |= {text: _Encoded(vector, text in cut) for text, vector in zip(new, vectors, strict=True)}
+            cut = set(encoded.truncated)
+            both = zip(new, vectors, strict=True)
+            found |= {text: _Encoded(vector, place in cut) for place, (text, vector) in enumerate(both)}
         known = {text: encoded for text, encoded in found.items() if encoded is not None}
         kept.put(known)
         return known, num_tokens
-
-    def _cut_texts(self, texts: Sequence[str], kind: TextKind) -> frozenset[str]:
-        """The texts that lost their end. Encoding tells only how many; whichever was cut has the greatest length."""
-        lengths = self.student.tokenize(texts, kind).lengths
-        full = [text for text, length in zip(texts, lengths, strict=True) if length == max(lengths)]
-        return frozenset(text for text in full if self.student.tokenize([text], kind).num_truncated)
 
 
 @dataclass(frozen=True, slots=True)
