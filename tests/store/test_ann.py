@@ -19,7 +19,7 @@ from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
 from d2llm.store.ann import AnnSearch
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 from fake_models import AnchorStudent, FakeStudent, PreparedAnchorStudent

@@ -16,7 +16,7 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.types import Passage
 from d2llm.retrieval.index import Index
 from d2llm.store import stored_vectors, vector_file
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_manifest import KIND
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify

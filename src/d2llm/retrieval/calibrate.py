@@ -16,7 +16,7 @@ from d2llm.models.evidence import EvidenceWeights
 from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.retrieval.protocols import PairJudge, SearchStudent
 from d2llm.retrieval.search import search
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
 from d2llm.store.view import PassageView
 

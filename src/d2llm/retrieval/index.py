@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.retrieval.student_source import find_source, source_of
 from d2llm.store import listing
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
@@ -50,6 +50,24 @@ def window_format(student: SearchStudent, task: Task, asked: str | None) -> str 
     if asked != "auto":
         return None if asked == "none" else asked
     return WINDOW_FORMAT if evidence_weights(student, task).counts_windows else None
+
+
+def find_source(source: object, folder: Path) -> str:
+    """The student that an index remembers.
+
+    Raises:
+        InputError: it remembers none, or a folder that is not there any more.
+    """
+    if not isinstance(source, str):
+        raise InputError(f"{folder}: the index does not know where its student is; name it with --student")
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise InputError(f"{folder}: its student was in {source}, which is not there; name it with --student")
+    return source
+
+
+def source_of(student: str | Path) -> str:
+    """What an index remembers of where its student was loaded from."""
+    return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
 
 
 class Index:

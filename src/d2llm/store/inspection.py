@@ -14,7 +14,7 @@ from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
 from d2llm.store import ann, word_files
 from d2llm.store.blocks import GENERATION_SHIFT, is_as_written
-from d2llm.store.checksum_record import remedy_for
+from d2llm.store.checksums import remedy_for
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import NAME, PassageTable
 from d2llm.store.projections import StoredProjections, open_file, projections_of, remove_file

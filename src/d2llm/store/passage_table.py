@@ -29,7 +29,6 @@ from d2llm.core.types import Passage
 from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.store.lance_manifest import manifests
 from d2llm.store.lancedb_import import import_lancedb
-from d2llm.store.old_versions import remove_older
 from d2llm.store.storage import first_line, is_panic, storage_errors
 from d2llm.store.table_files import TableFiles
 
@@ -291,7 +290,7 @@ class PassageTable:
         with self._change(copies=True):
             self._table.optimize(cleanup_older_than=_FOR_EVER)
         with storage_errors(self.folder):
-            remove_older(self._files, keep)
+            self._files.remove_older(keep)
 
     def versions(self) -> list[int]:
         """The versions that can still be opened."""

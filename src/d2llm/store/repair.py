@@ -14,8 +14,7 @@ from pathlib import Path
 
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.store.checksum_record import RECORD_NAME, TABLE_FOLDER, Damage, Record
-from d2llm.store.file_sums import problem_of, take_sums
+from d2llm.store.checksums import RECORD_NAME, TABLE_FOLDER, Damage, Record, problem_of, take_sums
 from d2llm.store.lance_manifest import manifest_names, manifests
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.storage import storage_errors

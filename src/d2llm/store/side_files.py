@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import DataFormatError
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 
 ERRORS_FILE = "student-errors.json"
 """Of ``retrieval.calibrate``."""

@@ -1,7 +1,7 @@
 """Checksums of the files of an index's table: LanceDB has none of its own, and trusts the bytes that it reads.
 
 INDEX/
-  checksums.json     the version that was committed last; of every file its size and checksums (``file_sums``)
+  checksums.json     the version that was committed last; of every file its size and checksums (``checksums``)
   write.unfinished   there while a writer is at work, and after one that was killed
 
 A change is committed when ``checksums.json`` names its version: LanceDB commits first, then the checksums of the files
@@ -21,27 +21,26 @@ import logging
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.store.checksum_record import (
+from d2llm.store.checksums import (
     RECORD_NAME,
     TABLE_FOLDER,
     Damage,
-    Record,
-    read_record,
-    remedy_for,
-    write_record,
-)
-from d2llm.store.file_sums import (
     FileState,
     FileSums,
+    Record,
     problem_of,
+    read_record,
+    remedy_for,
     sample_blocks,
     state_of,
     take_sums,
     unreadable,
+    write_record,
 )
 from d2llm.store.lance_manifest import VersionFiles, files_named, manifests
 from d2llm.store.storage import link_or_copy
@@ -267,6 +266,35 @@ class TableFiles:
         """Put a record in the place of the one that is there."""
         write_record(self.folder, record)
         self._record = state_of(self.folder / RECORD_NAME), record
+
+    def remove_older(self, keep: timedelta) -> None:
+        """Remove the versions older than ``keep``, and the files that only they need. The latest stays.
+
+        LanceDB can do it too, in the same call that joins files. What readers open would then be gone before the
+        version that takes its place is committed, so it is done here, afterwards.
+
+        Raises:
+            DamagedFileError: a manifest is not what was written, so what it needs is not known.
+            OSError: a file cannot be removed.
+        """
+        there = manifests(self.table)
+        named = {
+            version: self.named(version) or self.parsed(f"{TABLE_FOLDER}/{path}") for version, path in there.items()
+        }
+        end = time.time() - keep.total_seconds()
+        old = [version for version in sorted(there)[:-1] if named[version].seconds <= end]
+        if not old:
+            return
+        kept = {path for version, each in named.items() if version not in old for path in each.all_files}
+        for version in old:  # first, so that nobody opens a version some of whose files are gone
+            (self.table / there[version]).unlink()
+        for path in {path for version in old for path in named[version].all_files} - kept:
+            place = self.table / path
+            for file in place.iterdir() if path.endswith("/") else (place,):
+                file.unlink(missing_ok=True)
+            if path.startswith("_indices/") and place.parent.exists() and not any(place.parent.iterdir()):
+                place.parent.rmdir()
+        self.commit()
 
     # Parts ---------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fallbacks import fell_back
 from d2llm.store import word_files
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 
 NAME = "vectors"
 DERIVED = "projections"

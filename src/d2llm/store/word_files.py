@@ -19,8 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.store.bm25 import WordIndex, WordSegment
-from d2llm.store.checked_json import read_checked, write_checked
-from d2llm.store.file_sums import BLOCK_BYTES, FileSums, problem_of, sample_blocks, take_sums
+from d2llm.store.checksums import (
+    BLOCK_BYTES,
+    FileSums,
+    problem_of,
+    read_checked,
+    sample_blocks,
+    take_sums,
+    write_checked,
+)
 
 TextsOf = Callable[[int, int], Iterable[str]]
 """The texts of the rows from one to another, "" for those that are no passages."""
