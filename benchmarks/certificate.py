@@ -32,7 +32,7 @@ from d2llm.models.student import Student
 from d2llm.ops.certificates import num_rescored
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
@@ -96,7 +96,7 @@ def measure_speed(
     chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     view = ArrayView(passages)
-    reaches = KeptReaches(passage_reaches(view, student))
+    reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity)))
     residual = head.interaction_weight(task)
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.ann import AnnSearch
 from d2llm.store.scan import RowScan
@@ -53,7 +53,7 @@ def true_rankings(
         AssertionError: they differ.
     """
     view = ArrayView(vectors)
-    reaches = KeptReaches(passage_reaches(view, student))
+    reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity)))
     rows: list[list[int]] = []
     shares: list[float] = []
     for number, query in enumerate(asked.vectors):
@@ -75,7 +75,7 @@ def our_searches(
     Those that count words rank otherwise than the truth they are compared with: of them the time counts alone.
     """
     anchors = student.anchor_queries(asked.vectors, task)
-    reaches = KeptReaches(passage_reaches(view, student))
+    reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity)))
     queries = [Query(str(number), text) for number, text in enumerate(asked.texts)]
     approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
 

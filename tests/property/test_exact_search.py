@@ -20,7 +20,7 @@ from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval import exact_search
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.row_evidence import RowEvidence
 from evidence_rows import EvidenceRows
 from fake_models import FakeStudent
@@ -174,7 +174,7 @@ def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
         view, query, allowed, top_k, rng = random_case(seed)
         task = TASKS[seed % 2]
         expected, values = brute_force(view, student, query, task, top_k, allowed)
-        reaches = KeptReaches(passage_reaches(view, student)) if rng.random() < 0.5 else None
+        reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity))) if rng.random() < 0.5 else None
         found = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
         assert found.rows.tolist() == expected, seed
         assert found.scores.tolist() == values[expected].tolist(), seed
@@ -272,7 +272,7 @@ def test_reaches_of_all_rows_are_computed_once_and_only_where_the_scans_do_not_d
     assert kept.of_all is None
     monkeypatch.setattr(exact_search, "_SCANS", ())
     first = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
-    np.testing.assert_allclose(kept.of_all, passage_reaches(view, gated), rtol=1e-6)
+    np.testing.assert_allclose(kept.of_all, gated.passage_reach(view.block(0, view.capacity)), rtol=1e-6)
     monkeypatch.setattr(gated, "passage_reach", lambda _: pytest.fail("computed again"))
     again = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
     assert (first.rows.tolist(), first.scores.tolist()) == (again.rows.tolist(), again.scores.tolist())

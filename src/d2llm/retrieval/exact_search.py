@@ -66,15 +66,6 @@ class KeptReaches:
         self.of_all = np.broadcast_to(np.float32(1), of_all.shape) if (of_all == 1).all() else of_all
 
 
-def passage_reaches(view: PassageView, student: BoundedStudent) -> NDArray[np.float32]:
-    """r_p of every row, float32 [capacity], of the passages alone."""
-    reaches = np.empty(view.capacity, np.float32)
-    for start in range(0, view.capacity, _PASS_ROWS):
-        end = min(start + _PASS_ROWS, view.capacity)
-        reaches[start:end] = student.passage_reach(view.block(start, end))
-    return reaches
-
-
 def certified_top_k(
     view: PassageView,
     student: SearchStudent,

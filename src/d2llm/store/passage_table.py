@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -312,10 +311,6 @@ class PassageTable:
         if use not in self._compared:
             self._files.check_indices(self.version, [f"{name}_idx" for name in columns])
             self._compared.add(use)
-
-    @cached_property
-    def _index_names(self) -> set[str]:
-        return {index.name for index in self._table.list_indices()}  # of a version, so they do not change
 
     def _read(self, query: Any) -> pa.Table:
         with self._reading():

@@ -135,17 +135,6 @@ class MetadataSchema:
         return cls(fields)
 
     @classmethod
-    def from_json(cls, value: object) -> MetadataSchema:
-        """The schema that ``to_json`` wrote.
-
-        Raises:
-            InputError: it is no such object.
-        """
-        if not isinstance(value, dict):
-            raise InputError(f"metadata fields should be an object of names and types, not {value!r}")
-        return cls(cast("dict[str, FieldType]", value))
-
-    @classmethod
     def from_arrow(cls, fields: Iterable[pa.Field]) -> MetadataSchema:  # pyright: ignore[reportUnknownParameterType]
         """The schema whose ``arrow_fields`` these are.
 
