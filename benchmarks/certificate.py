@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scaling.array_view import ArrayView
+from scaling.array_view import ArrayView, passage_reaches
 from scaling.data_sets import DATA, require
 
 from d2llm.core.files import write_bytes
@@ -96,7 +96,7 @@ def measure_speed(
     chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     view = ArrayView(passages)
-    reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity)))
+    reaches = KeptReaches(passage_reaches(view, student))
     residual = head.interaction_weight(task)
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:

@@ -1,4 +1,4 @@
-"""Vectors in memory, as ``certified_top_k`` reads an index."""
+"""Vectors in memory, as ``certified_top_k`` reads an index, and what it can be given beside them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from numpy.typing import NDArray
 from d2llm.core.types import Certificate
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.exact_search import CertifiedRows
+from d2llm.retrieval.protocols import BoundedStudent
+from d2llm.store.view import PassageView
+
+_BLOCK_ROWS = 8_192
 
 
 class ArrayView:
@@ -39,3 +43,12 @@ class ArrayView:
         scores = self._vectors @ query
         rows = top_rows(scores, top_k, self.ids)
         return CertifiedRows(rows, scores[rows], None, Certificate(0, 0, 0, 0, 0))
+
+
+def passage_reaches(view: ArrayView | PassageView, student: BoundedStudent) -> NDArray[np.float32]:
+    """r_p of every row, float32 [capacity]."""
+    reaches = np.empty(view.capacity, np.float32)
+    for start in range(0, view.capacity, _BLOCK_ROWS):
+        end = min(start + _BLOCK_ROWS, view.capacity)
+        reaches[start:end] = student.passage_reach(view.block(start, end))
+    return reaches

@@ -19,7 +19,7 @@ from d2llm.store.ann import AnnSearch
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
-from scaling.array_view import ArrayView
+from scaling.array_view import ArrayView, passage_reaches
 from scaling.corpus import BLOCK, KnownVectors, Queries
 
 TOP_K = 10
@@ -53,7 +53,7 @@ def true_rankings(
         AssertionError: they differ.
     """
     view = ArrayView(vectors)
-    reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity)))
+    reaches = KeptReaches(passage_reaches(view, student))
     rows: list[list[int]] = []
     shares: list[float] = []
     for number, query in enumerate(asked.vectors):
@@ -75,7 +75,7 @@ def our_searches(
     Those that count words rank otherwise than the truth they are compared with: of them the time counts alone.
     """
     anchors = student.anchor_queries(asked.vectors, task)
-    reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity)))
+    reaches = KeptReaches(passage_reaches(view, student))
     queries = [Query(str(number), text) for number, text in enumerate(asked.texts)]
     approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
 
