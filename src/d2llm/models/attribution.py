@@ -86,11 +86,11 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     tokenized = student.tokenize([passage], "passage")
     places = student.backbone.token_places(passage, len(tokenized.ids[0]))
     encoded = student.encode_queries([query])
-    asked = torch.from_numpy(encoded.vectors).to(student.backbone.device)
+    query_vectors = torch.from_numpy(encoded.vectors).to(student.backbone.device)
     with inference(student):
         read, mask = student.backbone(*student.backbone.pad(tokenized.ids))
     states = read.float().clone().requires_grad_()
-    scores = student.interaction(asked, student.pool(states, mask.clone()), task)
+    scores = student.interaction(query_vectors, student.pool(states, mask.clone()), task)
     logit = scores.logits[0, 0]
     (slope,) = cast("tuple[Tensor]", torch.autograd.grad(logit, states))
     weights: Float[Tensor, " tokens"] = (slope * states).sum(-1)[0].detach()

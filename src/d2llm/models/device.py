@@ -28,12 +28,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what each back end likes
-            there = devices_here()
+            present = devices_here()
             # Of a device that is there the reason helps, such as a full memory; of one that is not it is pages long.
-            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in there}
+            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in present}
             reason = f" ({str(error).splitlines()[0].rstrip('.')})" if is_there else ""
             raise InputError(
-                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(there)}), or none"
+                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(present)}), or none"
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():

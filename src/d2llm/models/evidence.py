@@ -100,13 +100,13 @@ class Evidence(FittedFile):
 
     def weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
         """Those of one task that are not 0; ``windows``: for an index that stores the vectors of windows."""
-        found = self.tasks.get(task)
-        if found is not None and not windows:
-            found = found.without_windows or found
-        if found is None:
+        fitted = self.tasks.get(task)
+        if fitted is not None and not windows:
+            fitted = fitted.without_windows or fitted
+        if fitted is None:
             return EvidenceWeights()
-        kept: dict[EvidenceTerm, float] = {term: weight for term, weight in found.weights.items() if weight}
-        return EvidenceWeights(terms=kept, words_factor=found.words_factor)
+        kept: dict[EvidenceTerm, float] = {term: weight for term, weight in fitted.weights.items() if weight}
+        return EvidenceWeights(terms=kept, words_factor=fitted.words_factor)
 
 
 NO_EVIDENCE = Evidence(student="", tasks={})

@@ -287,10 +287,10 @@ def _refuse_pickles(folder: Path) -> None:
     # Other back ends' exports lie in folders of their own, which are not read.
     pickled = [path for path in pickled if path.relative_to(folder).parts[0] not in ("onnx", "openvino")]
     if pickled or not safe:
-        found = f" Found {', '.join(str(path.relative_to(folder)) for path in pickled[:3])}:" if pickled else ""
+        examples = f" Found {', '.join(str(path.relative_to(folder)) for path in pickled[:3])}:" if pickled else ""
         raise ModelNotFoundError(
-            f"{folder}: no safetensors weights in this model or a part of it.{found} pickled weights are never loaded; "
-            "convert them to safetensors first"
+            f"{folder}: no safetensors weights in this model or a part of it.{examples} pickled weights are never "
+            "loaded; convert them to safetensors first"
         )
 
 

@@ -178,8 +178,8 @@ class Interaction(nn.Module):
         anchor = None
         if self.anchors is not None:
             with torch.autocast(queries.device.type, enabled=False):
-                asked = self.anchor_queries(at_least_float32(queries), task)
-                anchor = (at_least_float32(passages) @ asked.unsqueeze(2)).squeeze(2)
+                anchor_queries = self.anchor_queries(at_least_float32(queries), task)
+                anchor = (at_least_float32(passages) @ anchor_queries.unsqueeze(2)).squeeze(2)
         return self._score(queries.unsqueeze(1), passages, anchor, task)
 
     def score_anchors(

@@ -59,9 +59,9 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(folder, manifest)
     card = ModelCard(text) if text.startswith("---\n") else None
-    said: dict[str, Any] = card.data.to_dict() if card is not None else {}
+    metadata: dict[str, Any] = card.data.to_dict() if card is not None else {}
     body: str = card.text if card is not None else text
-    fields: dict[str, Any] = _front_matter(folder, manifest) | said
+    fields: dict[str, Any] = _front_matter(folder, manifest) | metadata
     if licence is not None:
         fields["license"] = licence
     if why_not_loadable(folder, manifest) is None and _LIBRARY_TAG not in (tags := fields.get("tags") or []):
@@ -141,7 +141,7 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     calibration = read_calibration(folder, str(manifest["fingerprint"]))
     if not calibration.tasks:
         return []
-    told = (
+    note = (
         "Scores give an order; `student.calibration.probabilities(scores, task)`, and a server's relevance scores, are "
         f"how likely a passage is relevant where {calibration.base_rate:.0%} of the passages are (one relevant, "
         f"{calibration.num_hard} that shares the query's words, {calibration.num_random} drawn at random). Of another "
@@ -152,7 +152,7 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         f"| {task} | {sum(found.num_queries.values())} | {found.error_before:.3f} | {found.error_after:.3f} |"
         for task, found in calibration.tasks.items()
     ]
-    return ["## Probabilities", told, "\n".join(lines)]
+    return ["## Probabilities", note, "\n".join(lines)]
 
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -196,11 +196,11 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
     for name, found in measured.items():
         kept = found.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))
         lines.append(f"| {name} | {_figure(found.get('start'))} | {_figure(kept)} |")
-    told = (
+    note = (
         "Dev measures that training recorded (nDCG@10 of retrieval sets; of sets of pairs the measure that steps were "
         "chosen by). Steps and the weight of the interaction were chosen on these sets, so they flatter."
     )
-    return ["## Figures", told, "\n".join(lines)]
+    return ["## Figures", note, "\n".join(lines)]
 
 
 def _figure(value: object) -> str:

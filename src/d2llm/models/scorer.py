@@ -71,10 +71,10 @@ class _ReluLayer:
         self._weight = pack_bfloat16_weight(weight) if self._is_packed else weight
         self._bias = bias
 
-    def __call__(self, seen: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
         if self._is_packed:
-            return fused_bfloat16_layer(seen, self._weight, self._bias)
-        return nn.functional.linear(seen, self._weight, self._bias).relu_()
+            return fused_bfloat16_layer(inputs, self._weight, self._bias)
+        return nn.functional.linear(inputs, self._weight, self._bias).relu_()
 
 
 class QueryScorer:
@@ -146,8 +146,8 @@ class QueryScorer:
         work: Callable[[_Block, _Buffers | None], Tensor],
     ) -> Float[np.ndarray, " passages"]:
         vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
-        given = vectors if projections is None else projections
-        if given is None:
+        inputs = vectors if projections is None else projections
+        if inputs is None:
             raise InputError("there are neither vectors nor projections of passages; give one of them")
         if projections is not None and not (self._weights is not None and self._weights.can_project):
             raise InputError("projections of passages were given, but this head has none; give vectors alone")
@@ -155,10 +155,10 @@ class QueryScorer:
         with torch.inference_mode():
             buffers = None
             if self._weights is not None and self._first is not None:
-                width = given.shape[1] if projections is not None else self._first.weight.shape[1]
-                buffers = _Buffers(self._weights, width, min(self._block, len(given)), device)
+                width = inputs.shape[1] if projections is not None else self._first.weight.shape[1]
+                buffers = _Buffers(self._weights, width, min(self._block, len(inputs)), device)
             scores: list[Tensor] = []
-            for start in range(0, max(len(given), 1), self._block):
+            for start in range(0, max(len(inputs), 1), self._block):
                 rows = slice(start, start + self._block)
                 block = _Block(*(None if part is None else part[rows].to(device) for part in (vectors, projections)))
                 scores.append(work(block, buffers).cpu())
@@ -188,21 +188,21 @@ class QueryScorer:
         assert first is not None
         assert buffers is not None
         num, rows = len(block), _filled_up(len(block))
-        seen = buffers.seen[:rows]
+        activations = buffers.activations[:rows]
         if block.projections is not None:
             assert first.bias is not None
             # Widened first: an addition of two number formats takes half as long again.
-            torch.add(block.projections.to(seen.dtype), first.bias, out=seen[:num]).relu_()
+            torch.add(block.projections.to(activations.dtype), first.bias, out=activations[:num]).relu_()
         else:
             assert block.vectors is not None
             dim = block.vectors.shape[1]
-            seen[:num, :dim] = block.vectors
+            activations[:num, :dim] = block.vectors
             if weights.difference is not None:
-                seen[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
-            seen = nn.functional.linear(seen, first.weight, first.bias).relu_()
+                activations[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
+            activations = nn.functional.linear(activations, first.weight, first.bias).relu_()
         for layer in weights.inner:
-            seen = layer(seen)
-        wide = seen if seen.dtype == weights.last.dtype else buffers.wide[:rows].copy_(seen)
+            activations = layer(activations)
+        wide = activations if activations.dtype == weights.last.dtype else buffers.wide[:rows].copy_(activations)
         return torch.mv(wide, weights.last)[:num] + weights.constant
 
 
@@ -214,9 +214,9 @@ class _Block:
     projections: Tensor | None
 
     def __len__(self) -> int:
-        given = self.vectors if self.projections is None else self.projections
-        assert given is not None
-        return len(given)
+        inputs = self.vectors if self.projections is None else self.projections
+        assert inputs is not None
+        return len(inputs)
 
 
 class _Buffers:
@@ -224,7 +224,7 @@ class _Buffers:
 
     def __init__(self, weights: HeadWeights, width: int, num: int, device: torch.device) -> None:
         rows = _filled_up(num)
-        self.seen = torch.zeros(rows, width, dtype=weights.dtype, device=device)
+        self.activations = torch.zeros(rows, width, dtype=weights.dtype, device=device)
         self.wide = torch.empty(rows, len(weights.last), dtype=weights.last.dtype, device=device)
 
 

@@ -66,12 +66,12 @@ class AnnSource:
 
     def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
         """The rows found, with exact inner products."""
-        found = None
+        result = None
         if self._search is not None and anchor is not None:
-            found = self._search.search(anchor, top_k)
-            if found is None:
+            result = self._search.search(anchor, top_k)
+            if result is None:
                 count_fallback("approximate index")  # as the exact scan is as quick, or reaches deeper
-        return self._exact.propose(query, anchor, top_k) if found is None else CandidateRows(*found)
+        return self._exact.propose(query, anchor, top_k) if result is None else CandidateRows(*result)
 
 
 @dataclass(frozen=True, slots=True)

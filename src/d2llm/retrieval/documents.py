@@ -13,7 +13,7 @@ from d2llm.core.types import Grouping, Passage, RankedPassage
 
 
 @dataclass(frozen=True, slots=True)
-class FoundDocument:
+class GroupedDocument:
     """A document with its score, and the places of its passages among the candidates, best first."""
 
     id: str
@@ -27,7 +27,7 @@ def group_passages(
     documents: Sequence[str],
     how: Grouping,
     num_parts: int,
-) -> list[FoundDocument]:
+) -> list[GroupedDocument]:
     """Documents by score, best first, ties by the document's id.
 
     ``best`` is MaxP. ``sum`` is SumP over the best ``num_parts`` passages, with odds exp(score) in the place of
@@ -49,11 +49,11 @@ def group_passages(
     for place in order:
         places.setdefault(documents[place], []).append(place)
     summed = num_parts if how == "sum" else 1
-    found = [
-        FoundDocument(name, float(np.logaddexp.reduce(scores[of_document[:summed]])), of_document)
+    grouped = [
+        GroupedDocument(name, float(np.logaddexp.reduce(scores[of_document[:summed]])), of_document)
         for name, of_document in places.items()
     ]
-    return sorted(found, key=lambda document: (-document.score, document.id))
+    return sorted(grouped, key=lambda document: (-document.score, document.id))
 
 
 class _Surroundings(Protocol):

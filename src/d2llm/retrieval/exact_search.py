@@ -112,11 +112,11 @@ def certified_top_k(
         rows = view.live_rows(allowed)
         bounds = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
-        found = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
+        result = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
         if student.has_anchor:
             anchor_query = student.anchor_queries(query_vector[None], task)[0]
-            return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
-        return found
+            return result._replace(anchors=view.vectors(result.rows) @ anchor_query)
+        return result
     mask = view.mask(allowed)
     total = view.capacity if mask is None else int(np.count_nonzero(mask))
     assert isinstance(student, BoundedStudent)
@@ -133,8 +133,8 @@ def certified_top_k(
     highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
     bounds = _numbers((highest + reach)[rows])
     parts = from_the_highest(bounds, max(_LARGEST, top_k))
-    found = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
-    return found._replace(anchors=anchors[found.rows])
+    result = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
+    return result._replace(anchors=anchors[result.rows])
 
 
 def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
@@ -147,9 +147,9 @@ def _scan(
     view: PassageView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> CertifiedRows:
     """Where the anchor is the whole score: the exact scan, one place further to know the best of those left."""
-    found = view.scan(anchor_query, top_k + 1, allowed)
-    rows, scores = found.rows[:top_k], found.scores[:top_k]
-    next_score = float(found.scores[top_k]) if len(found.scores) > top_k else -math.inf
+    result = view.scan(anchor_query, top_k + 1, allowed)
+    rows, scores = result.rows[:top_k], result.scores[:top_k]
+    next_score = float(result.scores[top_k]) if len(result.scores) > top_k else -math.inf
     kth_score = float(scores[-1]) if len(scores) else -math.inf
     certificate = Certificate(len(rows), total - len(rows), next_score, kth_score, len(rows))
     return CertifiedRows(rows, scores, scores, certificate)
@@ -180,16 +180,16 @@ def _by_scans(
         bounds = _numbers(anchors + reach)
         parts = from_the_highest(bounds, max(_LARGEST, top_k))
         final = _finals(row_scorer, anchors, reach, rows)
-        found = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
-        highest_left = max(found.certificate.highest_bound_left, float(anchors.min() + largest))
-        if found.certificate.kth_score > highest_left or clock.num_fitting() == 0:
+        result = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
+        highest_left = max(result.certificate.highest_bound_left, float(anchors.min() + largest))
+        if result.certificate.kth_score > highest_left or clock.num_fitting() == 0:
             certificate = replace(
-                found.certificate,
-                num_left=total - found.certificate.num_scored,
+                result.certificate,
+                num_left=total - result.certificate.num_scored,
                 highest_bound_left=highest_left,
-                proved=int((found.scores > highest_left).sum()),
+                proved=int((result.scores > highest_left).sum()),
             )
-            return CertifiedRows(found.rows, found.scores, anchors[np.searchsorted(rows, found.rows)], certificate)
+            return CertifiedRows(result.rows, result.scores, anchors[np.searchsorted(rows, result.rows)], certificate)
     return None
 
 

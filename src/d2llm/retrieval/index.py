@@ -42,13 +42,13 @@ WINDOW_FORMAT = "int3"
 """How the vectors of windows are stored unless told otherwise (``store.vector_formats``)."""
 
 
-def window_format(student: SearchStudent, task: Task, asked: str | None) -> str | None:
+def window_format(student: SearchStudent, task: Task, requested: str | None) -> str | None:
     """The format of the windows' vectors in a new index, None for none of them.
 
     ``asked`` "none" is None; "auto" as well, unless the student's score counts windows.
     """
-    if asked != "auto":
-        return None if asked == "none" else asked
+    if requested != "auto":
+        return None if requested == "none" else requested
     return WINDOW_FORMAT if evidence_weights(student, task).counts_windows else None
 
 
@@ -78,7 +78,7 @@ class Index:
 
     def __init__(self, store: IndexStore, student: SearchStudent | str | Path | None, **loading: Any) -> None:
         self.store = store
-        self._given = student
+        self._student_or_source = student
         self._loading = loading
 
     @classmethod
@@ -188,15 +188,15 @@ class Index:
             InputError: the index does not know where it is.
             IndexMismatchError: the one given, or found, is another.
         """
-        given = self._given
-        if given is None:
-            given = find_source(self.store.manifest.get("student_source"), self.folder)
-        if isinstance(given, str | Path):
+        source = self._student_or_source
+        if source is None:
+            source = find_source(self.store.manifest.get("student_source"), self.folder)
+        if isinstance(source, str | Path):
             from d2llm.models.student import Student
 
-            student: SearchStudent = Student.load(given, **self._loading)
+            student: SearchStudent = Student.load(source, **self._loading)
         else:
-            student = given
+            student = source
         self.store.check_student(student.fingerprint)
         return student
 
@@ -337,8 +337,9 @@ class Index:
             IndexLockedError: another process is writing.
         """
         with self.store.writing():
-            found = listing.passages_of(self.store.table(), list(ids))
-            return self.delete([passage_id for of_one in found.values() for passage_id in of_one]) if found else 0
+            ids_by_document = listing.passages_of(self.store.table(), list(ids))
+            passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
+            return self.delete(passage_ids) if passage_ids else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of what is no longer there; bytes before and after. Arguments: ``IndexStore.compact``."""
@@ -384,8 +385,8 @@ class Index:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the ids that the latest version does not have, in their order, each once."""
-        there = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
-        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in there]
+        present = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
+        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in present]
 
     def search(
         self,
@@ -406,10 +407,10 @@ class Index:
         from d2llm.retrieval.search import Searcher
         from d2llm.retrieval.settings import changed
 
-        asked = [queries] if isinstance(queries, str) else queries
+        query_list = [queries] if isinstance(queries, str) else queries
         return Searcher(
             self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
-        ).rank(asked)
+        ).rank(query_list)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""
@@ -444,9 +445,9 @@ class Index:
             def encode_windows(texts: Sequence[str]) -> ReadWindows:
                 if not windows:
                     windows.append(stack.enter_context(progress_bar("reading windows again", None, show=show_progress)))
-                read = read_windows(self.student, texts)
+                windows_read = read_windows(self.student, texts)
                 windows[0](len(texts))
-                return read
+                return windows_read
 
             report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_windows=encode_windows)
         self.refresh()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import CascadeReport, Certificate, Explanation, Query, RankedDocument, RankedPassage
 from d2llm.retrieval.cascade import Reread
-from d2llm.retrieval.documents import FoundDocument, with_neighbours
+from d2llm.retrieval.documents import GroupedDocument, with_neighbours
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.store.view import CandidateRows, PassageView
 
@@ -36,7 +36,7 @@ class Order:
     scored: ScoredCandidates
     scores: NDArray[np.floating[Any]]
     best_first: NDArray[np.int64]
-    documents: Sequence[FoundDocument] | None
+    documents: Sequence[GroupedDocument] | None
     reread: Reread | None
     student_ranks: NDArray[np.int64] | None
 
@@ -82,8 +82,10 @@ def show(
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 
 
-def _documents(index: PassageView, order: Order, found: Sequence[FoundDocument], shown: int) -> list[RankedDocument]:
-    others = [document.places[1:shown] for document in found]
+def _documents(
+    index: PassageView, order: Order, documents: Sequence[GroupedDocument], shown: int
+) -> list[RankedDocument]:
+    others = [document.places[1:shown] for document in documents]
     flat = np.array([place for places in others for place in places], np.int64)
     texts = iter(index.passages(order.scored.rows[flat]))
     return [
@@ -93,7 +95,7 @@ def _documents(index: PassageView, order: Order, found: Sequence[FoundDocument],
             len(document.places),
             tuple((next(texts), float(order.scores[place])) for place in places),
         )
-        for document, places in zip(found, others, strict=True)
+        for document, places in zip(documents, others, strict=True)
     ]
 
 
@@ -102,7 +104,7 @@ def _explained(
 ) -> tuple[RankedPassage, ...]:
     from d2llm.ops.words import terms
 
-    asked = set(terms(query.text))
+    query_terms = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places
     places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
     explained: list[RankedPassage] = []
@@ -113,7 +115,7 @@ def _explained(
     windows = nothing if added.windows is None else added.windows.tolist()
     for place, row, score, of_words, of_windows in zip(passages, rows, scores, lexical, windows, strict=True):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
-        counts = Counter(term for term in terms(place.passage.full_text) if term in asked)
+        counts = Counter(term for term in terms(place.passage.full_text) if term in query_terms)
         why = Explanation(
             anchor=place.anchor_score,
             interaction=None
@@ -131,9 +133,9 @@ def _explained(
 
 def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread) -> tuple[RankedPassage, ...]:
     assert order.student_ranks is not None
-    said = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
+    teacher_log_odds = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
     return tuple(
-        replace(one, log_odds=said.get(place), student_rank=int(order.student_ranks[place]))
+        replace(one, log_odds=teacher_log_odds.get(place), student_rank=int(order.student_ranks[place]))
         for one, place in zip(shown, order.places.tolist(), strict=True)
     )
 

@@ -100,19 +100,19 @@ def weights_for(
     index: PassageView,
     student: SearchStudent,
     task: Task,
-    given: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
+    requested: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
 ) -> EvidenceWeights:
     """What counts in a search of an index: what is ``given``, else what the student wants of what the index has.
 
     Raises:
         InputError: windows are given a weight, and the index has no vectors of theirs.
     """
-    if given is not None and not isinstance(given, EvidenceWeights):
-        given = EvidenceWeights(terms=dict(given))
-    wanted = evidence_weights(student, task) if given is None else given
-    if not wanted.counts_windows or index.windows is not None:
-        return wanted
-    if given is not None:
+    if requested is not None and not isinstance(requested, EvidenceWeights):
+        requested = EvidenceWeights(terms=dict(requested))
+    weights = evidence_weights(student, task) if requested is None else requested
+    if not weights.counts_windows or index.windows is not None:
+        return weights
+    if requested is not None:
         raise InputError(
             "window_vectors have a weight, but this index stores no vectors of windows; index the corpus again with "
             "--window-vectors (in Python, window_vectors='int3'), or leave that weight out"
@@ -144,13 +144,13 @@ def scored_list(
     """
     of_passages, of_windows = words.score(query, rows)
     limit = query.limit or 1.0
-    found: dict[EvidenceTerm, NDArray[np.float32]] = {
+    values: dict[EvidenceTerm, NDArray[np.float32]] = {
         "words": of_passages,
         "words_share": of_passages / limit,
         "window_words": of_windows,
         "window_words_share": of_windows / limit,
     }
     if best_windows is not None:
-        found["window_vectors"] = best_windows
-    scores = np.stack([own, *(found[term] for term in terms)], axis=1)
+        values["window_vectors"] = best_windows
+    scores = np.stack([own, *(values[term] for term in terms)], axis=1)
     return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)

@@ -86,7 +86,7 @@ def upsert_passages(
     """
     begin = time.perf_counter()
     report = UpsertReport(store.folder, 0)
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     with store.writing():
         # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table itself,
         # whose new rows are not, each block would take longer than the last.
@@ -94,7 +94,7 @@ def upsert_passages(
         before = store.table()
         written = before.version
         for block in _blocks(passages):
-            _refuse_repeated(block, seen, store.folder)
+            _refuse_repeated(block, seen_ids, store.folder)
             report = _count_blank(block, report)
             table = store.table()
             if table.version != written:  # whoever gives the passages has changed the index meanwhile
@@ -161,8 +161,8 @@ def _write_block(
     """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
     changes = store.compare(block, table, before=before)
     if only_new and changes.num_new < len(block):
-        there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
-        problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
+        present = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+        problem = f"{len(present)} of the passages are there already, {present[0]!r} is one; upsert changes them"
         raise DuplicateIdError(store.folder, problem)
     advance(len(block) - len(changes.texts))
     if store.window_format is None:
@@ -218,21 +218,21 @@ def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         yield block
 
 
-def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None:
+def _refuse_repeated(block: list[Passage], seen_ids: set[int], folder: Path) -> None:
     """An id that comes twice in one call is a mistake: the second text would silently win."""
     for passage in block:
         digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
-        if digest in seen:
-            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen) + 1:,}"
+        if digest in seen_ids:
+            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen_ids) + 1:,}"
             raise DuplicateIdError(folder, f"{which}; keep one of them")
-        seen.add(digest)
+        seen_ids.add(digest)
 
 
 def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
     """A document that was split would be there twice, were it also to become a passage under its own id."""
     names = [passage.id for passage in block if passage.document_id in ("", passage.id)]
-    found = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
-    split = [piece["document_id"] for piece in found if piece["id"] == piece_id(piece["document_id"], 1)]
+    pieces = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
+    split = [piece["document_id"] for piece in pieces if piece["id"] == piece_id(piece["document_id"], 1)]
     if split:
         raise InputError(
             f"{before.folder}: {len(split)} of the passages have the id of a document that was split and is there in "

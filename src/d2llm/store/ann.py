@@ -208,8 +208,8 @@ class AnnSearch:
         options = {} if self._selector is None else {"sel": self._selector}
         parameters = faiss.SearchParametersIVF(nprobe=num_probes, **options)
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), self._head)
-        found = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
-        rows = found[found >= 0]
+        labels = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
+        rows = labels[labels >= 0]
         if len(rows) < min(top_k, self._head):
             return None
         scores = ann.base.scan.products(query, rows)

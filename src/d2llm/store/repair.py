@@ -189,10 +189,10 @@ def _forget_earlier(files: TableFiles) -> set[int]:
 
 def _forget(files: TableFiles, versions: Collection[int], latest: int) -> None:
     """Remove versions by their manifests, and the checksums of those, whose names may come again."""
-    record, there = files.record(), manifests(files.table)
+    record, paths = files.record(), manifests(files.table)
     for version in versions:
-        if version in there:
-            (files.table / there[version]).unlink()
+        if version in paths:
+            (files.table / paths[version]).unlink()
     gone = {f"{TABLE_FOLDER}/{name}" for version in versions for name in manifest_names(version)}
     if record is not None:
         files.replace(Record(latest, {path: sums for path, sums in record.files.items() if path not in gone}))

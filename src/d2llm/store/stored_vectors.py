@@ -246,16 +246,16 @@ class SoleVectors(StoredVectors):
 
     def problems(self, table: PassageTable) -> Iterator[str]:
         """Damaged parts of the file, and how many passages have their vectors there."""
-        rows, found = _rows_of(table) & ROW_MASK, self._salvage(table)
-        num_lost = len(rows) - int(found.whole[rows[rows < len(found.whole)]].sum())
-        if found.problem or num_lost:
-            problem = found.problem or f"{vector_file.path_of(self.folder, self.generation(table)).name} lacks rows"
+        rows, salvaged = _rows_of(table) & ROW_MASK, self._salvage(table)
+        num_lost = len(rows) - int(salvaged.whole[rows[rows < len(salvaged.whole)]].sum())
+        if salvaged.problem or num_lost:
+            problem = salvaged.problem or f"{vector_file.path_of(self.folder, self.generation(table)).name} lacks rows"
             yield f"{problem}; {num_lost:,} of {len(rows):,} passages have lost their vectors"
 
     def repair(self, table: PassageTable, encode: Encode | None) -> None:
         """Whole rows are kept, lost ones are encoded again. Interrupted, the next repair goes on where it was."""
         rows = np.sort(_rows_of(table))
-        found, generation = self._salvage(table), self.generation(table)
+        salvaged, generation = self._salvage(table), self.generation(table)
         live = np.zeros(int(rows[-1] & ROW_MASK) + 1 if len(rows) else 0, np.bool_)
         live[rows & ROW_MASK] = True
         with storage_errors(self.folder):
@@ -263,7 +263,7 @@ class SoleVectors(StoredVectors):
                 self.folder, generation, self.code_size, since=table.version, purpose=_contents_of(table)
             )
         for start in range(draft.capacity, len(live), _REPAIRED_ROWS):
-            codes = self._mended(table, found, live[start : start + _REPAIRED_ROWS], start, generation, encode)
+            codes = self._mended(table, salvaged, live[start : start + _REPAIRED_ROWS], start, generation, encode)
             with storage_errors(self.folder):
                 draft.append(codes)
         with storage_errors(self.folder):
@@ -272,7 +272,7 @@ class SoleVectors(StoredVectors):
     def _mended(
         self,
         table: PassageTable,
-        found: Salvage,
+        salvaged: Salvage,
         live: NDArray[np.bool_],
         start: int,
         generation: int,
@@ -280,9 +280,9 @@ class SoleVectors(StoredVectors):
     ) -> NDArray[np.uint8]:
         """The codes of the rows from ``start`` on, of which ``live`` says which are passages."""
         codes, whole = np.zeros((len(live), self.code_size), np.uint8), np.zeros(len(live), np.bool_)
-        there = found.whole[start : start + len(live)]
-        whole[: len(there)] = there
-        codes[whole] = found.codes[start : start + len(live)][there]
+        intact = salvaged.whole[start : start + len(live)]
+        whole[: len(intact)] = intact
+        codes[whole] = salvaged.codes[start : start + len(live)][intact]
         lost = np.flatnonzero(live & ~whole)
         if len(lost):
             if encode is None:

@@ -113,11 +113,11 @@ class TableFiles:
         """
         end = time.monotonic() + _WAIT_S
         while True:
-            unfinished, there, record = self.is_unfinished(), manifests(self.table), self.record()
-            newest = next(iter(there), None)
+            unfinished, versions, record = self.is_unfinished(), manifests(self.table), self.record()
+            newest = next(iter(versions), None)
             if record is None:
                 return newest
-            if newest is None or newest <= record.version or (unfinished and record.version in there):
+            if newest is None or newest <= record.version or (unfinished and record.version in versions):
                 return record.version
             if unfinished and time.monotonic() < end:
                 time.sleep(_LOOK_S)
@@ -188,8 +188,8 @@ class TableFiles:
         if manifest is None:
             raise self._damaged(TABLE_FOLDER, f"has no version {version}")
         named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
-        there = [*self._files_there(), f"{TABLE_FOLDER}/{named.transaction}"]
-        return [f"{TABLE_FOLDER}/{manifest}", *self._paths(there, [*named.needed, named.transaction])]
+        present = [*self._files_there(), f"{TABLE_FOLDER}/{named.transaction}"]
+        return [f"{TABLE_FOLDER}/{manifest}", *self._paths(present, [*named.needed, named.transaction])]
 
     def link(self, version: int, target: Path) -> None:
         """Put a version into another folder by hard links, which take no space, with its checksums.
@@ -244,11 +244,11 @@ class TableFiles:
             DamagedFileError: the newest version cannot be read.
             OSError: the checksums cannot be written.
         """
-        before, there = self.record(), manifests(self.table)
-        if not there:
+        before, versions = self.record(), manifests(self.table)
+        if not versions:
             raise self._damaged(TABLE_FOLDER, "has no versions")
         known = {} if before is None else before.files
-        version, manifest = next(iter(there.items()))
+        version, manifest = next(iter(versions.items()))
         named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
         try:
             files = {path: known[path] if path in known else self._take(path) for path in self._files_there()}
@@ -256,10 +256,10 @@ class TableFiles:
             files |= {path: known[path] for path in self._paths(known, named.needed)}
             self.replace(Record(version, files))
         except OSError:
-            if undo and before is not None and before.version in there:
-                for number in there:
+            if undo and before is not None and before.version in versions:
+                for number in versions:
                     if number > before.version:
-                        (self.table / there[number]).unlink()
+                        (self.table / versions[number]).unlink()
             raise
 
     def replace(self, record: Record) -> None:
@@ -277,17 +277,17 @@ class TableFiles:
             DamagedFileError: a manifest is not what was written, so what it needs is not known.
             OSError: a file cannot be removed.
         """
-        there = manifests(self.table)
+        versions = manifests(self.table)
         named = {
-            version: self.named(version) or self.parsed(f"{TABLE_FOLDER}/{path}") for version, path in there.items()
+            version: self.named(version) or self.parsed(f"{TABLE_FOLDER}/{path}") for version, path in versions.items()
         }
         end = time.time() - keep.total_seconds()
-        old = [version for version in sorted(there)[:-1] if named[version].seconds <= end]
+        old = [version for version in sorted(versions)[:-1] if named[version].seconds <= end]
         if not old:
             return
         kept = {path for version, each in named.items() if version not in old for path in each.all_files}
         for version in old:  # first, so that nobody opens a version some of whose files are gone
-            (self.table / there[version]).unlink()
+            (self.table / versions[version]).unlink()
         for path in {path for version in old for path in named[version].all_files} - kept:
             place = self.table / path
             for file in place.iterdir() if path.endswith("/") else (place,):

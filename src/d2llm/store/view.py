@@ -134,8 +134,8 @@ class PassageView:
         Raises:
             InputError: one is not there.
         """
-        found = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
-        row_of = dict(zip(found["id"].to_pylist(), np.asarray(found["d2_row"]) & ROW_MASK, strict=True))
+        table = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
+        row_of = dict(zip(table["id"].to_pylist(), np.asarray(table["d2_row"]) & ROW_MASK, strict=True))
         missing = [passage_id for passage_id in ids if passage_id not in row_of]
         if missing:
             raise InputError(
@@ -150,9 +150,9 @@ class PassageView:
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
         """The passages with these ids, in their order; those that are not there are left out."""
-        wanted = list(dict.fromkeys(ids))
-        found = {passage.id: passage for passage in self._as_passages(self._table.by_ids(wanted, self._columns))}
-        return [found[passage_id] for passage_id in wanted if passage_id in found]
+        distinct = list(dict.fromkeys(ids))
+        passages = {passage.id: passage for passage in self._as_passages(self._table.by_ids(distinct, self._columns))}
+        return [passages[passage_id] for passage_id in distinct if passage_id in passages]
 
     def document(self, document_id: str) -> list[Passage]:
         """The passages of a document, by position; none where it is not there."""
@@ -169,8 +169,8 @@ class PassageView:
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id where it has none."""
-        found = self._take(rows, ["id", "document_id"])
-        ids, names = (cast(list[str], found[name].to_pylist()) for name in ("id", "document_id"))
+        table = self._take(rows, ["id", "document_id"])
+        ids, names = (cast(list[str], table[name].to_pylist()) for name in ("id", "document_id"))
         return [name or own for own, name in zip(ids, names, strict=True)]
 
     def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
@@ -179,8 +179,8 @@ class PassageView:
         Those given are among them. A passage without a document_id has no neighbours.
         """
         places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
-        found = self._as_passages(self._table.around(places, distance, self._columns))
-        return sorted(found, key=lambda passage: (passage.document_id, passage.position, passage.id))
+        nearby = self._as_passages(self._table.around(places, distance, self._columns))
+        return sorted(nearby, key=lambda passage: (passage.document_id, passage.position, passage.id))
 
     @cached_property
     def _columns(self) -> list[str]:
@@ -214,8 +214,8 @@ class PassageView:
         self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
     ) -> list[CandidateRows]:
         """``scan`` for each of several queries [q, dim], with the same answers, in less time than one by one."""
-        found = self._check().search_together(queries, top_k, self.mask(allowed), ids_of=self.ids)
-        return [CandidateRows(rows, scores) for rows, scores in found]
+        results = self._check().search_together(queries, top_k, self.mask(allowed), ids_of=self.ids)
+        return [CandidateRows(rows, scores) for rows, scores in results]
 
     @cached_property
     def ann_base(self) -> AnnBase | None:
@@ -356,18 +356,19 @@ class PassageView:
         return parse_filter(filter, self.metadata).sql
 
     def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
-        wanted = np.asarray(rows, np.int64)
-        known = wanted[(wanted >= 0) & (wanted < self.capacity)]
-        row_ids = self._row_ids[known]
+        requested = np.asarray(rows, np.int64)
+        inside = requested[(requested >= 0) & (requested < self.capacity)]
+        row_ids = self._row_ids[inside]
         num_there = int(np.count_nonzero(row_ids != _NO_ROW))
-        if num_there < len(wanted):
-            num_lacking = len(wanted) - num_there
-            raise DataFormatError(self.store.folder, f"its table lacks {num_lacking} of {len(wanted)} rows asked for")
+        if num_there < len(requested):
+            num_lacking = len(requested) - num_there
+            problem = f"its table lacks {num_lacking} of {len(requested)} rows asked for"
+            raise DataFormatError(self.store.folder, problem)
         return self._table.take(row_ids, names)
 
-    def _as_passages(self, found: pa.Table) -> list[Passage]:
+    def _as_passages(self, table: pa.Table) -> list[Passage]:
         """Rows of the table as passages. What the samples at opening did not find of damage, their hashes do."""
-        records = cast("list[dict[str, Any]]", found.to_pylist())
+        records = cast("list[dict[str, Any]]", table.to_pylist())
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
             problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"

@@ -103,10 +103,10 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
         texts_of: gives texts of rows whose words are not there or damaged.
         whole: compare all bytes with their checksums, not samples alone.
     """
-    found: dict[_Part, WordSegment | str] = {}
+    opened_parts: dict[_Part, WordSegment | str] = {}
     for _ in range(_OPENINGS):
         parts = _cover(_parts(folder, generation), num_rows)
-        found = {part: _open(part, whole=whole) for part in parts}
+        opened_parts = {part: _open(part, whole=whole) for part in parts}
         if all(part.record.exists() for part in parts):
             break
     segments: list[WordSegment] = []
@@ -120,7 +120,7 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
             missing += int(np.count_nonzero(segment.lengths))
         at = max(at, end)
 
-    for part, opened in found.items():
+    for part, opened in opened_parts.items():
         if isinstance(opened, str):
             problems.append(f"{part.path.name} {opened}")
             continue

@@ -104,9 +104,9 @@ class LeanBert(nn.Module):
         types = parts["token_type_embeddings"](torch.zeros_like(input_ids))
         places = parts["position_embeddings"](torch.arange(input_ids.shape[1], device=input_ids.device)[None])
         states = parts["LayerNorm"](parts["word_embeddings"](input_ids) + types + places)
-        seen = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
+        key_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            states = layer(states, seen, self.config.num_attention_heads)
+            states = layer(states, key_mask, self.config.num_attention_heads)
         return SimpleNamespace(last_hidden_state=states)
 
 
@@ -121,13 +121,13 @@ class _Layer(nn.Module):
         self.output = _sum_of(inner, dim, eps)
 
     def forward(
-        self, states: Float[Tensor, "batch tokens dim"], seen: Tensor | None, num_heads: int
+        self, states: Float[Tensor, "batch tokens dim"], key_mask: Tensor | None, num_heads: int
     ) -> Float[Tensor, "batch tokens dim"]:
         own = cast(nn.ModuleDict, self.attention["self"])
         shape = (*states.shape[:2], num_heads, -1)
         query, key, value = (own[name](states).view(shape).transpose(1, 2) for name in ("query", "key", "value"))
         scale = 1 / math.sqrt(query.shape[-1])
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, scale=scale)
         states = _add(self.attention["output"], attended.transpose(1, 2).reshape(states.shape), states)
         return _add(self.output, functional.gelu(self.intermediate["dense"](states)), states)
 
