@@ -426,7 +426,7 @@ def test_checksums_that_are_lost(store, how):
         put(IndexStore.open(store.folder), LATER.values())
     problem, done = verify(IndexStore.open(store.folder), repair=True).problems
     assert "checksums.json" in problem
-    assert done == "the checksums and the table's indices were made anew, after all of its rows were compared"
+    assert done == "the checksums and the table's indices were rebuilt after all of its rows were compared"
     assert verify(IndexStore.open(store.folder)).problems == []
     view = _opened(store)
     check_contents(view, PASSAGES)

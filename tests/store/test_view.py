@@ -143,7 +143,7 @@ def test_rows_are_taken_in_the_order_asked_for(store):
     assert view.ids(np.zeros(0, np.int64)) == []
     dead = next(row for row in range(view.capacity) if row not in id_of)
     for wrong in (dead, -1, view.capacity):
-        with pytest.raises(DataFormatError, match="lacks 1 of 3 rows"):
+        with pytest.raises(DataFormatError, match="lacks 1 of 3 requested rows"):
             view.ids(np.array([1, 2, wrong]))
 
 

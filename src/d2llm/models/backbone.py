@@ -69,7 +69,7 @@ class TokenizedTexts:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """Vectors of n texts, the places of those cut to the length limit, and the tokens read (``lengths``: of each)."""
+    """Vectors of n texts, the places of those cut to the length limit, and the tokens read, in all and of each."""
 
     vectors: Float32[np.ndarray, "texts dim"]
     truncated: tuple[int, ...]

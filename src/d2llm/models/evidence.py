@@ -1,4 +1,4 @@
-"""Evidence: what a score stands on beside the vectors.
+"""Evidence: what counts in a score beside the vectors.
 
     z(q, p) = t <U y_q, V y_p> + w max_k t <U y_q, V y_pk> + l(q) sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p))
 

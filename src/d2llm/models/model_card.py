@@ -51,7 +51,7 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     """The text of README.md for the student in ``folder``.
 
     What a card that is there says stays; of its front matter only what is missing is added, and what it says of plain
-    sentence-transformers, between marks of its own, is written anew. ``licence``: an identifier of the Hub
+    sentence-transformers, between marks of its own, is rewritten. ``licence``: an identifier of the Hub
     ("apache-2.0"), taken instead of the card's.
     """
     from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need

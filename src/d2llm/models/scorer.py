@@ -182,7 +182,7 @@ class QueryScorer:
         return torch.tanh(self._interaction(block, buffers)).clamp(-1, 1)
 
     def _interaction(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
-        """What the IEM alone says, g."""
+        """What the IEM alone gives, g."""
         weights, first = self._weights, self._first
         assert weights is not None
         assert first is not None

@@ -174,7 +174,7 @@ def load_pretrained(
 
 
 def find_model_file(location: str, name: str) -> Path | None:
-    """A small file beside the weights at ``location`` (a local folder or a Hub name), or None where there is none."""
+    """A small file beside the weights at ``location`` (a local folder or a Hub name), or None if there is none."""
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None

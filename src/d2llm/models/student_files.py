@@ -94,7 +94,7 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
 
     Args:
         config: its configuration, as JSON has it.
-        base_fingerprint: of the pretrained backbone, in the place of its name.
+        base_fingerprint: of the pretrained backbone, in place of its name.
         tensors: the head and what tuning changed, by name, on the CPU.
     """
     import torch

@@ -1,4 +1,4 @@
-"""The verb ``ann``: an approximate index beside the vectors, tuned until it finds the share asked for."""
+"""The verb ``ann``: an approximate index beside the vectors, tuned until it finds the requested share."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (faiss ships no types)
@@ -34,7 +34,7 @@ _SAMPLE_BYTES = 256 << 20
 _ITERATIONS = 8
 _BLOCK_ROWS = 16_384
 _DEEPER = 8  # a filter that leaves an eighth makes a search for the first k reach as deep as one for the first 8 k
-_REPORTED = (10, 100)  # depths reported besides the one asked for
+_REPORTED = (10, 100)  # depths reported besides the requested one
 _ONE_SIDED_95 = 1.645
 _MORE_PROBES = 1.15
 
@@ -99,7 +99,7 @@ def build_ann(
     Args:
         store: the index.
         student: that made its vectors.
-        recall: the share of the exact first ``depth`` that is to be found, above 0 and at most 1; with 95 % confidence.
+        recall: the share of the exact first ``depth`` to find, above 0 and at most 1; with 95 % confidence.
             What is missed lies at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
         depth: the number of candidates of a search.
         queries: like those that will be asked, not used for anything else. By default passages of the index are asked,

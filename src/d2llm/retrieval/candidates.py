@@ -51,7 +51,7 @@ class VectorSource:
 
 
 class AnnSource:
-    """About the highest inner products, by an approximate index; by the exact scan where that is as quick."""
+    """Nearly the highest inner products, by an approximate index, or by the exact scan where that is as quick."""
 
     name = "ann"
 
@@ -76,7 +76,7 @@ class AnnSource:
 
 @dataclass(frozen=True, slots=True)
 class LexicalSource:
-    """BM25. ``ties`` as ``match`` has them: where all that is found is scored in full, their order decides nothing."""
+    """BM25. ``ties`` as in ``match``: where every candidate is scored in full, their order decides nothing."""
 
     index: PassageView
     filter: str | None

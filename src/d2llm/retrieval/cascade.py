@@ -20,13 +20,13 @@ _FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ,
 
 @dataclass(frozen=True, slots=True)
 class Reread:
-    """Scores after the teacher read some passages again.
+    """Scores after the teacher has reread some passages.
 
     Attributes:
-        scores: [n] log-odds, of the teacher for what it read, else of the probability to be expected; the order of the
-            passages is theirs.
+        scores: [n] log-odds: the teacher's for what it read, else those of the expected probability. The passages are
+            ordered by them.
         read: [m] places that the teacher read, in the order of reading.
-        log_odds: [m] what it said.
+        log_odds: [m] the teacher's, of those.
         unsure: places whose order the student was unsure of, before anything was read.
         seconds: what choosing and reading took.
         num_truncated: passages that the teacher read in part.
@@ -58,7 +58,7 @@ class Rereader(Protocol):
 
 
 class Cascade:
-    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen anew.
+    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen afresh.
 
     The student is unsure of a passage if reading it can be expected to better the first results by ``min_gain`` of DCG:
     its margin to others is small against the student's error, and their places count. The time that a pair takes is
@@ -84,8 +84,8 @@ class Cascade:
             teacher_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
             teacher_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
                 the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
-            depth: of the student's first so many passages.
-            batch_passages: read in one call; fewer look anew more often.
+            depth: how many of the student's first passages may be read.
+            batch_passages: read in one call; smaller batches are chosen with more knowledge.
             min_gain: of DCG, in probabilities, that reading a passage must promise.
 
         Raises:

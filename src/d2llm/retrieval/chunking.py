@@ -101,14 +101,14 @@ class Chunker:
 
 
 def default_chunking(student: Student) -> Chunking:
-    """How documents are cut unless told otherwise: into passages of 128 tokens, or as many as the student reads."""
+    """How documents are cut by default: into passages of 128 tokens, or as many as the student reads."""
     return Chunking(min(CHUNK_TOKENS, student.config.backbone.max_passage_tokens))
 
 
 def choose_chunking(folder: Path, student: Student, requested: Chunking | None = None) -> Chunking:
     """How to cut documents for the index in a folder: as wanted, as it does, or as by default.
 
-    That an index cuts in another way than is wanted is told by ``upsert_documents``, which holds its lock.
+    ``upsert_documents``, which holds the lock, refuses to cut in another way than the index does.
     """
     return requested or read_chunking(folder) or default_chunking(student)
 

@@ -36,7 +36,7 @@ from d2llm.store.view import PassageView
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
 _SCANS = (1_024, 8_192)
 """The highest anchors that are tried before all vectors are read, which takes as long as six scans."""
-_SCANNED_SHARE = 8  # of fewer passages than so many times a scan's, all are read at once
+_SCANNED_SHARE = 8  # with fewer passages than this many times a scan's, all are read at once
 _FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
 _FEWEST = 64  # not worth a call when the time ends
 _NO_LIMIT = 1 << 62
@@ -80,7 +80,7 @@ def certified_top_k(
 ) -> CertifiedRows:
     """The ``top_k`` passages with the highest final scores of all that are live and allowed, proved, ties by id.
 
-    A student whose score has no bound (head ``paper``; one without ``prepare``) is asked for every passage's score.
+    A student whose score has no bound (head ``paper``, or one without ``prepare``) scores every passage.
     Where the interaction has no weight, the index's exact scan is the answer. Memory: some float32 numbers a row.
 
     Args:
@@ -146,7 +146,7 @@ def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
 def _scan(
     view: PassageView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> CertifiedRows:
-    """Where the anchor is the whole score: the exact scan, one place further to know the best of those left."""
+    """The exact scan, for a score that is the anchor alone; one row deeper, to know the best of those left out."""
     result = view.scan(anchor_query, top_k + 1, allowed)
     rows, scores = result.rows[:top_k], result.scores[:top_k]
     next_score = float(result.scores[top_k]) if len(result.scores) > top_k else -math.inf
@@ -199,7 +199,7 @@ def _finals(
     reach: NDArray[np.float32],
     rows: NDArray[np.int64] | None = None,
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """What gives some rows their final scores; anchors and reach are of ``rows``, in rising order, or of all."""
+    """A function from rows to final scores; anchors and reach belong to ``rows``, in rising order, or to all rows."""
 
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)

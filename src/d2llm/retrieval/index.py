@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 WINDOW_FORMAT = "int3"
-"""How the vectors of windows are stored unless told otherwise (``store.vector_formats``)."""
+"""How the vectors of windows are stored by default (``store.vector_formats``)."""
 
 
 def window_format(student: SearchStudent, task: Task, requested: str | None) -> str | None:
@@ -56,7 +56,7 @@ def find_source(source: object, folder: Path) -> str:
     """The student that an index remembers.
 
     Raises:
-        InputError: it remembers none, or a folder that is not there any more.
+        InputError: it remembers none, or the folder is gone.
     """
     if not isinstance(source, str):
         raise InputError(f"{folder}: the index does not know where its student is; name it with --student")
@@ -102,7 +102,7 @@ class Index:
         Args:
             folder: where; must not exist, or be empty.
             student: whose vectors it holds: a student, its folder, or the name of a shipped one.
-            task: what a search asks unless told otherwise.
+            task: what a search asks by default.
             vector_format: how vectors are stored (``store.vector_formats.FORMATS``).
             vector_copies: 2, so that a damaged copy is made good from the other; 1 takes less space, and what is
                 damaged must be encoded again (``verify``).
@@ -111,7 +111,7 @@ class Index:
             metadata: fields with their types; fields that come later are inferred from their values all the same.
             student_source: where the student was loaded from, so that ``open`` finds it again; known where ``student``
                 is a folder or name.
-            device: of the student, if it is to be loaded.
+            device: of the student, if it has to be loaded.
             dtype: its number format.
             engine: what encodes texts with it (``models.engines.engines``).
 
@@ -148,7 +148,7 @@ class Index:
         engine: EngineName = "torch",
         lean: bool = False,
     ) -> Index:
-        """An index that is there. Its student is loaded when it is first needed.
+        """Open an existing index. Its student is loaded when it is first needed.
 
         Args:
             folder: of an index, or of a snapshot of one.
@@ -319,7 +319,7 @@ class Index:
         return read_chunking(self.folder)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Delete passages from vectors, BM25 and results at once; returns how many there were.
+        """Delete passages from vectors, BM25 and results at once; returns their number.
 
         Raises:
             InputError: an id is no valid text.
@@ -330,7 +330,7 @@ class Index:
         return num_deleted
 
     def delete_documents(self, ids: Iterable[str]) -> int:
-        """Delete all passages of these documents; returns how many passages there were.
+        """Delete all passages of these documents; returns the number of passages.
 
         Raises:
             InputError: an id is no valid text.
@@ -352,7 +352,7 @@ class Index:
         return self.store.snapshot(name)
 
     def restore(self, name: str) -> int:
-        """Make a snapshot's passages those of the index; returns how many they are."""
+        """Make a snapshot's passages those of the index; returns their number."""
         num_passages = self.store.restore(name)
         self.refresh()
         return num_passages
@@ -360,11 +360,11 @@ class Index:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; those that are not there are left out."""
+        """The passages with these ids, in their order; missing ones are left out."""
         return self.view.get(ids)
 
     def get_document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; none where it is not there.
+        """The passages of a document, by position; none if it is missing.
 
         Raises:
             InputError: the id is no valid text.
@@ -426,7 +426,7 @@ class Index:
         ``show_progress`` None means: if standard error is a terminal.
 
         Raises:
-            IndexLockedError: another process is writing, and there is to be repaired.
+            IndexLockedError: another process is writing, and something has to be repaired.
             StorageError: a repaired file cannot be written.
         """
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the verbs ask of a model. ``Student`` and ``Teacher`` fit; so does anything else with these methods."""
+"""What the verbs need of a model. ``Student`` and ``Teacher`` fit, and so does anything else with these methods."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class SearchStudent(TextEncoder, Protocol):
 
 @runtime_checkable
 class ChunkStudent(Protocol):
-    """What a ``SearchStudent`` has besides if it reads parts of a text with the rest around them (``Student`` has)."""
+    """A ``SearchStudent`` that can read parts of a text with the rest around them (``Student`` can)."""
 
     def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
         """Encode parts of texts, given by the characters where they begin and end."""
@@ -98,18 +98,18 @@ class PairScorer(Protocol):
         """[n, dim] -> final logits [n].
 
         With ``projections`` [n, hidden] of the same passages (``ProjectingStudent``) the vectors are for the anchor
-        alone, and None where there is none.
+        alone, and None if there is none.
         """
         ...
 
     def change(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
-        """[n, dim], or projections -> what the interaction makes of its reach, [n] in [-1, 1]."""
+        """[n, dim], or projections -> the share of its reach that the interaction uses, [n] in [-1, 1]."""
         ...
 
 
 @runtime_checkable
 class BoundedStudent(Protocol):
-    """What a ``SearchStudent`` has besides if its score is an inner product and a bounded change (``Student`` has)."""
+    """A ``SearchStudent`` whose score is an inner product and a bounded change (``Student`` is one)."""
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
         """What scores one query [dim]."""
@@ -122,7 +122,7 @@ class BoundedStudent(Protocol):
 
 @runtime_checkable
 class EvidenceStudent(Protocol):
-    """What a ``SearchStudent`` has if an index can add to its score (``Student`` has)."""
+    """A ``SearchStudent`` to whose score an index can add (``Student`` is one)."""
 
     def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
         """What is added, by weight; nothing where the vectors' score is all.
@@ -134,7 +134,7 @@ class EvidenceStudent(Protocol):
 
 @runtime_checkable
 class ProjectingStudent(Protocol):
-    """What a ``SearchStudent`` has if part of its score can be computed of a passage alone (``Student`` has)."""
+    """A ``SearchStudent`` part of whose score can be computed from a passage alone (``Student`` is one)."""
 
     @property
     def fingerprint(self) -> str:
@@ -152,7 +152,7 @@ class ProjectingStudent(Protocol):
 
 
 class JudgedPairs(Protocol):
-    """What a teacher said of some pairs."""
+    """A teacher's judgements of some pairs."""
 
     @property
     def log_odds(self) -> NDArray[np.float32]:

@@ -10,11 +10,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import CascadeReport, Certificate, Explanation, Query, RankedDocument, RankedPassage
+from d2llm.core.types import (
+    CascadeReport,
+    Certificate,
+    Explanation,
+    Grouping,
+    Passage,
+    Query,
+    RankedDocument,
+    RankedPassage,
+)
 from d2llm.retrieval.cascade import Reread
-from d2llm.retrieval.documents import GroupedDocument, with_neighbours
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.store.view import CandidateRows, PassageView
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedDocument:
+    """A document with its score, and the places of its passages among the candidates, best first."""
+
+    id: str
+    score: float
+    places: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,41 @@ class Order:
         return np.array([document.places[0] for document in self.documents], np.int64)
 
 
+def group_passages(
+    scores: NDArray[np.floating[Any]],
+    best_first: NDArray[np.int64],
+    documents: Sequence[str],
+    how: Grouping,
+    num_parts: int,
+) -> list[GroupedDocument]:
+    """Documents by score, best first, ties by the document's id.
+
+    ``best`` is MaxP. ``sum`` is SumP over the best ``num_parts`` passages, with odds exp(score) in place of
+    probabilities, and shown as a logarithm: log sum exp(score). Odds, since probabilities near 1 hide which passage is
+    the better one; a logarithm, since a document of one passage then has that passage's score, as with ``best``.
+
+    Args:
+        scores: [n] of passages, log-odds or logits.
+        best_first: [n] their places, best first.
+        documents: [n] the document of each.
+        how: ``best`` or ``sum``.
+        num_parts: how many passages of a document are summed at most.
+
+    Source: Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural Language Modeling", SIGIR 2019,
+    section 3.
+    """
+    places: dict[str, list[int]] = {}
+    order: list[int] = best_first.tolist()
+    for place in order:
+        places.setdefault(documents[place], []).append(place)
+    summed = num_parts if how == "sum" else 1
+    grouped = [
+        GroupedDocument(name, float(np.logaddexp.reduce(scores[of_document[:summed]])), of_document)
+        for name, of_document in places.items()
+    ]
+    return sorted(grouped, key=lambda document: (-document.score, document.id))
+
+
 def show(
     index: PassageView,
     query: Query,
@@ -59,7 +111,7 @@ def show(
     document_passages: int,
     neighbours: int,
 ) -> tuple[RankedPassage, ...]:
-    """The places of a ranking with their texts and all that was asked for (``SearchSettings``)."""
+    """The places of a ranking with their texts and all that the settings ask for (``SearchSettings``)."""
     places, rows = order.places, order.scored.rows[order.places]
     scores = order.scores[places].tolist()
     documents: list[RankedDocument | None] = [None] * len(places)
@@ -78,7 +130,7 @@ def show(
     if explain:
         shown = _explained(query, shown, order, None if evidence is None else evidence.parts(rows))
     if neighbours:
-        shown = with_neighbours(index, shown, neighbours)
+        shown = _with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 
 
@@ -97,6 +149,21 @@ def _documents(
         )
         for document, places in zip(documents, others, strict=True)
     ]
+
+
+def _with_neighbours(index: PassageView, places: tuple[RankedPassage, ...], distance: int) -> tuple[RankedPassage, ...]:
+    """Each place with the passages at most ``distance`` positions before and after it in its document."""
+    around: dict[str, list[Passage]] = {}
+    for passage in index.neighbours([place.passage for place in places], distance):
+        around.setdefault(passage.document_id, []).append(passage)
+    filled: list[RankedPassage] = []
+    for place in places:
+        at = place.passage.position
+        others = [other for other in around.get(place.passage.document_id, []) if other.id != place.passage.id]
+        before = tuple(other for other in others if at - distance <= other.position < at)
+        after = tuple(other for other in others if at < other.position <= at + distance)
+        filled.append(replace(place, before=before, after=after))
+    return tuple(filled)
 
 
 def _explained(

@@ -1,4 +1,4 @@
-"""What an index adds to the scores of passages, for one query (``models.evidence``)."""
+"""What an index adds to the scores of its passages for one query (``models.evidence``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2llm.store.view import PassageView
 
 
 class EvidenceParts(NamedTuple):
-    """What words and the vectors of windows each add to the scores of some rows [n]; None where they do not count."""
+    """What words and windows each add to the scores of some rows [n]; None for what does not count."""
 
     words: NDArray[np.float32] | None
     windows: NDArray[np.float32] | None
@@ -87,7 +87,7 @@ class RowEvidence:
 
 
 def evidence_weights(student: SearchStudent, task: Task, *, windows: bool = True) -> EvidenceWeights:
-    """What a student wants to be added to its scores, by weight; nothing where its vectors' score is all.
+    """The weights of the evidence in a student's score; none if its vectors' score is all.
 
     ``windows``: by an index that stores the vectors of windows.
     """
@@ -102,10 +102,10 @@ def weights_for(
     task: Task,
     requested: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
 ) -> EvidenceWeights:
-    """What counts in a search of an index: what is ``given``, else what the student wants of what the index has.
+    """The weights in a search of an index: those requested, else the student's own for what the index stores.
 
     Raises:
-        InputError: windows are given a weight, and the index has no vectors of theirs.
+        InputError: windows have a weight, and the index stores no vectors of windows.
     """
     if requested is not None and not isinstance(requested, EvidenceWeights):
         requested = EvidenceWeights(terms=dict(requested))
@@ -123,7 +123,7 @@ def weights_for(
 def row_evidence(
     index: PassageView, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
 ) -> RowEvidence | None:
-    """What an index adds to the scores of a query; ``anchor`` [dim] is its vector for inner products. None: nothing."""
+    """What an index adds to the scores for a query, if anything; ``anchor`` [dim] is its vector for inner products."""
     if not weights:
         return None
     return RowEvidence(index, text, weights, anchor)

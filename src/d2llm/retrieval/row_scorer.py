@@ -1,4 +1,4 @@
-"""One query's scores of rows of an index: from stored projections (W_p b) where there are some, else from vectors."""
+"""Scores of an index's rows for one query: from stored projections (W_p b) if there are any, else from vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2llm.store.view import PassageView
 
 
 class RowScorer:
-    """Scores the rows of ``view`` for one query; ``evidence`` of it is added, where there is any.
+    """Scores rows of ``view`` for one query, and adds its ``evidence``, if any.
 
     ``prepared`` is what the student prepared of the query, None of a student that only scores. Whether a projection
     was stored or is computed now makes no difference to a score; without any, a score differs by their rounding.
@@ -53,13 +53,13 @@ class RowScorer:
         return self.prepared(self._view.vectors(rows) if is_read else None, projections)
 
     def change(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What the interaction makes of its reach, [n] in [-1, 1], of a student with ``prepared``."""
+        """The share of its reach that the interaction uses, [n] in [-1, 1]; for a student with ``prepared``."""
         assert self.prepared is not None
         projections = self._projections(rows)
         return self.prepared.change(self._view.vectors(rows) if projections is None else None, projections)
 
     def _projections(self, rows: NDArray[np.int64]) -> Tensor | None:
-        """Those of some rows [n, hidden]; of rows that came after the file they are computed as it would hold them."""
+        """Those of some rows [n, hidden]; for rows that came after the file they are computed, in its rounding."""
         stored = self._stored
         if stored is None:
             return None

@@ -23,10 +23,9 @@ from d2llm.retrieval.candidates import (
     VectorSource,
 )
 from d2llm.retrieval.cascade import Rereader
-from d2llm.retrieval.documents import group_passages
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, show
+from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import RowEvidence, row_evidence, weights_for
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed

@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UpsertReport:
-    """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
+    """What ``upsert`` did: how many passages were new, changed, changed in their metadata alone, or unchanged.
 
-    Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
-    ``num_tokens`` were read, padding not counted, those of windows too where the index stores these. Another text is
-    also another document around a late chunk; documents of late chunks were read in ``num_windows`` windows.
-    ``left_out`` counts by field the metadata values that did not fit and were left out, where that was asked for.
-    ``num_blank`` of those given have neither title nor text but white space, ``first_blank`` is the id of the first.
+    Only new and changed texts were encoded; ``num_truncated`` of them were too long and were read in part.
+    ``num_tokens`` counts the tokens read, without padding, including those of windows if the index stores them. A late
+    chunk has also changed when the document around it has; documents of late chunks were read in ``num_windows``
+    windows. ``left_out`` counts, by field, metadata values that did not fit and were left out on request.
+    ``num_blank`` passages have nothing but white space; ``first_blank`` is the id of the first.
     """
 
     folder: Path
@@ -81,8 +81,8 @@ def upsert_passages(
 ) -> UpsertReport:
     """Add passages to a store, or change those that are there (``Index.upsert``).
 
-    ``as_documents``: they are whole documents, or pieces of such, and whoever gives them deletes what earlier forms of
-    the documents leave; a document that is there in pieces may then become one passage.
+    ``as_documents``: the passages are whole documents or pieces of documents, and the caller deletes what earlier forms
+    of the documents leave behind; a document stored in pieces may then become one passage.
     """
     begin = time.perf_counter()
     report = UpsertReport(store.folder, 0)
@@ -97,7 +97,7 @@ def upsert_passages(
             _refuse_repeated(block, seen_ids, store.folder)
             report = _count_blank(block, report)
             table = store.table()
-            if table.version != written:  # whoever gives the passages has changed the index meanwhile
+            if table.version != written:  # the iterable itself has changed the index meanwhile
                 before = store.table()
             if not as_documents:
                 _refuse_documents(block, before)
@@ -134,7 +134,7 @@ def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport
 
 
 def warn_of_truncation(report: UpsertReport, advice: str) -> None:
-    """Say how many of the passages that were read were read in part."""
+    """Warn how many passages were too long to be read whole."""
     if report.num_truncated:
         share = report.num_truncated / report.num_encoded
         _log.warning(

@@ -59,12 +59,12 @@ class AnnRecord:
         student: fingerprint of the student that made the vectors.
         vector_format: of the stored vectors.
         version: of the table; earlier versions have rows that it lacks.
-        since: of the vector file (``vector_file``); another means that row numbers may have been given anew.
+        since: of the vector file (``vector_file``); another means that rows may have been renumbered.
         covered: rows below are in it, those that were live; rows from here on are not.
         num_rows: rows in it.
         num_lists: lists that the rows lie in.
         probes: [depth, lists probed for it], rising.
-        target: the recall asked for.
+        target: the requested recall.
         queries: "given", or "passages" where passages of the index were asked.
         num_queries: how many.
         recalls: what was measured.
@@ -251,7 +251,7 @@ class AnnSearch:
 
 
 def write_ann(ann: AnnIndex) -> AnnRecord:
-    """Put an approximate index beside its vectors, in the place of those that are there; for the holder of the lock.
+    """Put an approximate index beside its vectors, replacing any that are there; for the holder of the lock.
 
     Killed between file and record, the checksum tells that they do not belong together.
     """

@@ -450,7 +450,7 @@ def _known(segment: WordSegment, query: QueryWords) -> list[tuple[int, np.float3
 
 
 def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
-    """Where the tokens of some rows begin, and how many they are."""
+    """Where the tokens of some rows begin, and their number."""
     starts = segment.offsets[rows]
     return starts, segment.offsets[rows + 1] - starts
 

@@ -109,7 +109,7 @@ def read_checked(path: Path, *, required: bool = False, compare: bool = True) ->
     Args:
         path: of the file.
         required: refuse JSON without a checksum.
-        compare: False reads what may be damaged, for whoever has other means to tell.
+        compare: False reads a file that may be damaged, for a caller with other means to tell.
 
     Raises:
         OSError: it cannot be read.
@@ -173,7 +173,7 @@ def remedy_for(path: str) -> str:
     if path == MANIFEST_NAME:
         return "put it back from a copy, or index the corpus again"
     if path == RECORD_NAME or "/_indices/" in path:
-        return "`d2llm index ... verify --repair` makes it anew from the table"
+        return "`d2llm index ... verify --repair` rebuilds it from the table"
     return (
         "`d2llm index ... verify --repair` takes it from a snapshot that has it whole, with --go-back it returns to "
         "the last version that is whole; else restore a snapshot, or index the corpus again"

@@ -1,4 +1,4 @@
-r"""The filter language: conditions on the fields of passages, as in SQL, checked and then written anew.
+r"""The filter language: conditions on the fields of passages, as in SQL, checked and then written out again.
 
 What a user writes never reaches the database. It is split into tokens of which few kinds are allowed, sqlglot makes a
 tree of them, the tree is checked against the index's fields, and SQL for LanceDB (DataFusion) is written from it:

@@ -306,7 +306,7 @@ class IndexStore:
         return self.window_format.encode(windows.vectors, [names[owner] for owner in owners])
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids from every result at once; returns how many there were."""
+        """Delete the passages with these ids from every result at once; returns their number."""
         for wrong in (value for value in ids if not is_text(value)):
             raise InputError(f"{wrong!r} cannot be a passage's id; give strings of valid Unicode")
         with self.writing():
@@ -362,7 +362,7 @@ class IndexStore:
         )
 
     def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
-        """Write the windows of the latest version anew, reading all of them again; under the lock.
+        """Rewrite the windows of the latest version, reading all of them again; under the lock.
 
         Raises:
             StorageError: they cannot be written; what was there is kept.
@@ -438,7 +438,7 @@ class IndexStore:
                 shutil.rmtree(retired)
 
     def restore(self, name: str) -> int:
-        """Make the passages of a snapshot those of the index, in one commit; returns how many they are.
+        """Make the passages of a snapshot those of the index, in one commit; returns their number.
 
         What the index held before stays in its earlier version for a while (``compact`` ends that).
         """
@@ -454,7 +454,7 @@ class IndexStore:
 
         Args:
             keep: versions younger than this stay for the readers that have them open.
-            dense: write the vectors anew without holes; by default when a quarter of the rows are holes.
+            dense: rewrite the vectors without holes; by default when a quarter of the rows are holes.
         """
         with self.writing(), storage_errors(self.folder):
             before, table = folder_bytes(self.folder), self.table()

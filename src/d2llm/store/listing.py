@@ -13,7 +13,7 @@ from d2llm.core.types import is_text
 from d2llm.store.passage_table import PassageTable, quoted
 
 PAGE_SIZE = 100
-"""Ids in a page, unless told otherwise."""
+"""Ids in a page by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocume
 
 
 def passages_of(table: PassageTable, names: Sequence[str]) -> dict[str, list[str]]:
-    """The ids of the passages of each of these documents, by position; documents that are not there are left out.
+    """The ids of the passages of each of these documents, by position; missing documents are left out.
 
     Raises:
         InputError: a document's id is no text.

@@ -141,7 +141,7 @@ class PassageTable:
         return codes
 
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
-        """Columns of the rows with these ids, those that there are, in no order."""
+        """Columns of the rows with these ids, as far as they exist, in no order."""
         ids = ids if len(self) else []
         conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
         return self._join((self.columns(names, where) for where in conditions), names)
@@ -150,7 +150,7 @@ class PassageTable:
         """Columns of the passages with these row numbers (d2_row), in their order.
 
         Raises:
-            DataFormatError: one is not there.
+            DataFormatError: one is missing.
         """
         conditions = (f"d2_row IN ({', '.join(map(str, some))})" for some in _parts(rows, _ASKED_AT_ONCE))
         table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
@@ -169,7 +169,7 @@ class PassageTable:
         """Columns of the passages with these ids of rows (``rows``), in their order: no search, hence quick.
 
         Raises:
-            DataFormatError: one is not there.
+            DataFormatError: one is missing.
         """
         distinct, places = np.unique(row_ids, return_inverse=True)
         table = self._read(self._table.take_row_ids(distinct.tolist()).select(list(names)).with_row_id())
@@ -232,7 +232,7 @@ class PassageTable:
                 self._table.add(rows)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids; returns how many there were. Ten thousand go in one commit."""
+        """Delete the passages with these ids; returns their number. Ten thousand go in one commit."""
         before = 0
         with self._change():
             before = len(self)
@@ -246,7 +246,7 @@ class PassageTable:
             self._table.add_columns(pa.schema(fields))
 
     def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-        """Put other rows in the place of all rows, in one commit. Earlier versions stay readable."""
+        """Put other rows in place of all rows, in one commit. Earlier versions stay readable."""
         failures: list[Exception] = []  # what goes wrong in ``batches`` comes back as text alone
 
         def noted() -> Iterator[pa.RecordBatch]:
@@ -317,7 +317,7 @@ class PassageTable:
             return cast(pa.Table, query.to_arrow())
 
     def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
-        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} rows asked for")
+        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} requested rows")
 
     @contextmanager
     def _reading(self) -> Generator[None]:

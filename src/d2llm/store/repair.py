@@ -1,6 +1,6 @@
 """What can be done about damaged files of a table: for the holder of the write lock.
 
-A file that a snapshot still has whole is taken from there. Indices are made anew from the rows. Where rows are damaged,
+A file that a snapshot still has whole is taken from there. Indices are rebuilt from the rows. Where rows are damaged,
 the table can go back to the last version that is whole, which loses what came since, so it does when asked alone. Texts
 that no version and no snapshot has cannot be made again.
 """
@@ -40,7 +40,7 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
         damages = _of_latest(files)
         if damages and all("/_indices/" in damage.path for damage in damages):
             _rebuild_indices(files, [damage.path for damage in damages])
-            done.append(f"{len(damages)} of the table's files were damaged indices, which were made anew")
+            done.append(f"{len(damages)} of the table's files were damaged indices, which were rebuilt")
         elif damages and (version := _last_whole(files)) is not None:
             if go_back:
                 lost = _go_back(files, version)
@@ -64,7 +64,7 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
 def rebuild_record(files: TableFiles) -> None:
     """New checksums where those of a table are lost, after its rows were compared with hashes of their own.
 
-    Nothing tells whether its indices are what was written, so they are made anew.
+    Nothing tells whether its indices are what was written, so they are rebuilt.
     """
     with storage_errors(files.folder):
         (files.folder / RECORD_NAME).unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def rebuild_record(files: TableFiles) -> None:
 
 
 def replace_if_damaged(files: TableFiles, source: TableFiles) -> None:
-    """Put the table of a snapshot in the place of one that is damaged; one that can be opened stays.
+    """Replace a damaged table by that of a snapshot; one that can be opened stays.
 
     Killed in between, the index cannot be opened until the snapshot is restored again.
 

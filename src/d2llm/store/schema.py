@@ -90,7 +90,7 @@ class MetadataSchema:
     def leave_out_misfits(self, passages: Sequence[Passage]) -> tuple[list[Passage], Counter[str]]:
         """The passages with the metadata that ``infer`` takes, these fields being known; what is left out, by field.
 
-        A field that comes anew has the type of its first value. Empty values of such a field are not counted.
+        A new field has the type of its first value. Empty values of such a field are not counted.
         """
         kinds, left_out = dict(self.fields), Counter[str]()
         cased = {name.lower(): name for name in kinds}

@@ -14,7 +14,7 @@ ERRORS_FILE = "student-errors.json"
 CHUNKING_FILE = "chunking.json"
 """How documents are cut into passages, so that the next writer cuts them the same way."""
 CHUNK_TOKENS = 128
-"""Of a passage unless told otherwise: the best on long articles (docs/index.md), in students that read so many."""
+"""Of a passage by default: the best on long articles (docs/index.md), in students that read so many."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class StoredVectors(ABC):
         return int(rows.max()) + 1 if len(rows) else 0
 
     def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
-        """The vectors of a version with these live rows (d2_row). Checksums are not looked at.
+        """The vectors of a version with these live rows (d2_row). Checksums are not compared.
 
         Raises:
             DataFormatError: the file is missing, damaged or lacks rows, and there is no other copy.
@@ -120,7 +120,7 @@ class StoredVectors(ABC):
 
     @abstractmethod
     def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
-        """The file of the latest version anew, where it cannot be used. Raises as ``recover`` does."""
+        """A new file for the latest version whose own cannot be used. Raises as ``recover`` does."""
 
     @abstractmethod
     def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8] | None:
@@ -140,7 +140,7 @@ class StoredVectors(ABC):
 
     @abstractmethod
     def repair(self, table: PassageTable, encode: Encode | None) -> None:
-        """Write the file of the latest version anew, durably. Rows that the version lacks are zeros in it.
+        """Rewrite the file of the latest version, durably. Rows that the version lacks are zeros in it.
 
         Raises:
             InputError: passages must be encoded, and ``encode`` is None.
@@ -171,7 +171,7 @@ class CopiedVectors(StoredVectors):
 
     def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
         """From the table."""
-        _log.warning("%s: %s; it is written anew", self.folder, problem)
+        _log.warning("%s: %s; it is rewritten", self.folder, problem)
         return self._write_file(table)
 
     def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8]:
@@ -234,7 +234,7 @@ class SoleVectors(StoredVectors):
         del table, codes, kept
 
     def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
-        """Those in the file, after all its checksums were looked at."""
+        """Those in the file, after all its checksums were compared."""
         codes, file = self.read(table, _rows_of(table))
         if file is not None and file.damaged(codes):  # copied, they would get checksums that fit
             self._refuse(table, f"{file.path.name} is damaged")
@@ -307,7 +307,7 @@ class SoleVectors(StoredVectors):
 
 
 def stored_vectors(store: VectorOwner, copies: VectorCopies) -> StoredVectors:
-    """The vectors of a store that keeps so many copies of them."""
+    """How a store reads and writes its vectors, by the number of copies that it keeps."""
     return SoleVectors(store) if copies == 1 else CopiedVectors(store)
 
 

@@ -6,9 +6,9 @@ INDEX/
 
 A change is committed when ``checksums.json`` names its version: LanceDB commits first, then the checksums of the files
 that came with it are taken and the file is replaced. Readers open the version that it names, so nobody sees one between
-the two commits. After a writer that was killed there, whoever comes next takes the lock, compares all that was known,
+the two commits. After a writer that was killed there, the next one takes the lock, compares all that was known,
 and takes the version over. The files of a table never change, so a checksum is taken once and carried over from then
-on; it is never taken anew from a file that had one, or damage would be made official.
+on; it is never taken again from a file that had one, or damage would be made official.
 
 Opening a version compares the sizes of all of its files, the manifest, every last block and others at random up to 8
 MiB, which is all of a small index. Indices are compared wholly before they are first used (``check_indices``),
@@ -106,7 +106,7 @@ class TableFiles:
         return self._unfinished.exists()
 
     def latest(self) -> int | None:
-        """The version that readers open; None where there is none.
+        """The version that readers open; None if there is none.
 
         Raises:
             DamagedFileError: the checksums cannot be read.
@@ -213,7 +213,7 @@ class TableFiles:
     def begin(self) -> None:
         """Say that a writer is at work; after one that was killed, compare everything and take over what it committed.
 
-        What is damaged is left for whoever opens the table, so that the lock can be had to repair it.
+        Damage is left for those who open the table to report, so that a repair can get the lock.
         """
         self.after_crash = self.is_unfinished()
         if not self.after_crash:
@@ -263,7 +263,7 @@ class TableFiles:
             raise
 
     def replace(self, record: Record) -> None:
-        """Put a record in the place of the one that is there."""
+        """Replace the record."""
         write_record(self.folder, record)
         self._record = state_of(self.folder / RECORD_NAME), record
 

@@ -33,7 +33,7 @@ from d2llm.store.window_vectors import WindowVectors
 
 _log = logging.getLogger(__name__)
 _STORED_ROWS = 8_192  # of a view in another format, encoded at a time
-_NO_ROW = np.iinfo(np.uint64).max  # in the place of a dead row's id
+_NO_ROW = np.iinfo(np.uint64).max  # in place of a dead row's id
 
 
 class CandidateRows(NamedTuple):
@@ -132,7 +132,7 @@ class PassageView:
         """The rows of the passages with these ids, in their order.
 
         Raises:
-            InputError: one is not there.
+            InputError: one is missing.
         """
         table = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
         row_of = dict(zip(table["id"].to_pylist(), np.asarray(table["d2_row"]) & ROW_MASK, strict=True))
@@ -149,13 +149,13 @@ class PassageView:
         return self._as_passages(self._take(rows, self._columns))
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; those that are not there are left out."""
+        """The passages with these ids, in their order; missing ones are left out."""
         distinct = list(dict.fromkeys(ids))
         passages = {passage.id: passage for passage in self._as_passages(self._table.by_ids(distinct, self._columns))}
         return [passages[passage_id] for passage_id in distinct if passage_id in passages]
 
     def document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; none where it is not there."""
+        """The passages of a document, by position; none if it is missing."""
         ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
         return self.get(ids)
 
@@ -362,7 +362,7 @@ class PassageView:
         num_there = int(np.count_nonzero(row_ids != _NO_ROW))
         if num_there < len(requested):
             num_lacking = len(requested) - num_there
-            problem = f"its table lacks {num_lacking} of {len(requested)} rows asked for"
+            problem = f"its table lacks {num_lacking} of {len(requested)} requested rows"
             raise DataFormatError(self.store.folder, problem)
         return self._table.take(row_ids, names)
 

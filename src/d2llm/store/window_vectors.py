@@ -110,7 +110,7 @@ def append_windows(
     if places.capacity <= first:
         places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
         return
-    # Rows that no version names are given again where a vector file was written anew.
+    # Rows that no version names are given again where a vector file was rewritten.
     kept = np.array(places.codes()[:first])
     draft = VectorFile.begin(folder, generation, _PLACE_BYTES, since=places.since, name=WINDOW_PLACES)
     draft.append(np.concatenate([kept, own]))

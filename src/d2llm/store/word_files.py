@@ -81,7 +81,7 @@ def files_of(folder: Path, generation: int) -> list[Path]:
 def write_segment(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
     """Write the words of the rows from ``first`` on, durably. Words of these rows or later ones are forgotten first.
 
-    (Rows that no version names are given again where a vector file was written anew.)
+    (Rows that no version names are given again where a vector file was rewritten.)
 
     Raises:
         OSError: it cannot be written.
