@@ -41,7 +41,7 @@ class Attribution:
 
     Attributes:
         score: final logit.
-        anchor: its inner-product part; None where the head has none.
+        anchor: its inner-product part; None if the head has none.
         interaction: what the IEM added; None where the head has no anchor.
         words: of the passage as far as it was read, in its order; their weights are in logits.
         truncated: whether the passage's end was not read.

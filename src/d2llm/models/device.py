@@ -19,10 +19,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or else CUDA, Apple's MPS, or the CPU, in that order.
+    """The requested device, or else CUDA, Apple's MPS, or the CPU, in that order.
 
     Raises:
-        InputError: the device asked for does not exist, or not here.
+        InputError: there is no such device on this machine.
     """
     if device is not None:
         try:
@@ -99,7 +99,7 @@ def fused_bfloat16_layer(inputs: Tensor, packed: Tensor, bias: Tensor) -> Tensor
 
 
 def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
-    """The number format asked for, or else bfloat16 where ``device`` is fast with it, or else float32.
+    """The requested number format, or else bfloat16 where ``device`` is fast with it, or else float32.
 
     Raises:
         InputError: an unknown name.

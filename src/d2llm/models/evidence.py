@@ -93,7 +93,7 @@ class TaskEvidence(FittedPart):
 
 
 class Evidence(FittedFile):
-    """The weights of the evidence in one student's score, by task; a task that is not there has none."""
+    """The weights of the evidence in one student's score, by task; a task without an entry has none."""
 
     kind: Literal["evidence"] = "evidence"
     tasks: dict[Task, TaskEvidence]

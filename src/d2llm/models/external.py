@@ -1,7 +1,7 @@
 """Other people's models in our reports: bi-encoders and cross-encoders of the package sentence-transformers.
 
-Weights are read from safetensors alone and no code that comes with a model is run. Numbers are float32 unless asked
-otherwise, so that a system is not made worse than it is.
+Weights are read from safetensors alone and no code that comes with a model is run. Numbers are float32 by default, so
+that a system is not made worse than it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SIMILARITIES = ("cosine", "dot")
 
 @dataclass(frozen=True, slots=True)
 class ExternalJudgements:
-    """Log-odds [n] of n pairs, and what it took."""
+    """Log-odds [n] of n pairs, with counts of what was read."""
 
     log_odds: NDArray[np.float32]
     num_truncated: int
@@ -137,7 +137,7 @@ class ExternalBiEncoder:
 
 
 class ExternalCrossEncoder:
-    """A sentence-transformers cross-encoder, asked like a teacher.
+    """A sentence-transformers cross-encoder, used like a teacher.
 
     Log-odds are the logit of a model with one output, the logit of "1" less that of "0" with two, and of more those of
     "entailment" against all the others.

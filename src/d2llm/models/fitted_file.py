@@ -29,7 +29,7 @@ _File = TypeVar("_File", bound=FittedFile)
 
 
 def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> _File | None:
-    """What the file says, None if there is none; ``remedy`` is what to do where it cannot be used.
+    """The content of the file, None if there is none; ``remedy`` says what to do if it cannot be used.
 
     Raises:
         DataFormatError: the file is damaged, newer, or another student's.

@@ -67,7 +67,7 @@ class _Anchor(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
 
     def queries(self, vectors: Float[Tensor, "queries dim"]) -> Float[Tensor, "queries dim"]:
-        """V^T U a t / dim: passages stay as they are, all of the anchor is on the query's side."""
+        """V^T U a t / dim: all of the anchor is on the query's side, so passages stay unchanged."""
         return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
 
 

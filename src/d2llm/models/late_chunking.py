@@ -29,7 +29,7 @@ _BATCH_TOKENS, _BATCH_ROWS = 8192, 256
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunks:
-    """Vectors of n parts, the places of those not read whole, and what it took: tokens read, in how many windows."""
+    """Vectors of n parts, the places of those not read whole, and how many tokens in how many windows were read."""
 
     vectors: Float32[np.ndarray, "chunks dim"]
     truncated: tuple[int, ...]
@@ -129,8 +129,8 @@ class ChunkReader:
 
         A text longer than its window is read in windows that overlap by half, each with the title before it; a part is
         pooled from the window in which it has most around it on the side where it has less. A part longer than a window
-        is read to where the window ends, and told as truncated; so are all parts of a text whose title alone takes more
-        than half of the window.
+        is read to the end of the window and counted as truncated, as are all parts of a text whose title alone takes
+        more than half of the window.
 
         Args:
             texts: each with the places of its parts, in characters of ``text``.

@@ -137,7 +137,7 @@ def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What its probabilities mean and how far they could be believed; nothing where it has none."""
+    """What its probabilities mean and how far they could be believed; nothing if it has none."""
     calibration = read_calibration(folder, str(manifest["fingerprint"]))
     if not calibration.tasks:
         return []
@@ -184,7 +184,7 @@ def _training(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(manifest: Mapping[str, Any]) -> list[str]:
-    """The dev measures that training recorded; none are made up where it recorded none."""
+    """The dev measures that training recorded; nothing is made up if there are none."""
     measured: Mapping[str, Mapping[str, Any]] = _recorded(manifest, "dev")
     if not measured:
         return ["## Figures", "None were recorded with this student."]

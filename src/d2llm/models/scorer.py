@@ -31,7 +31,7 @@ _ROWS = 32  # a block is filled up to a multiple: products of very few rows are 
 class HeadWeights:
     """An interaction's weights in one task, folded and cast for scoring; ``is_of`` says if they are up to date.
 
-    ``dtype`` is the number format of the products. Where bfloat16 is asked for and the CPU has no fused layer of it, it
+    ``dtype`` is the number format of the products. If bfloat16 is requested and the CPU has no fused layer of it, it
     is float32: torch's own bfloat16 product takes several times as long there (docs/LOG.md), and is less exact.
     """
 
@@ -245,7 +245,7 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _state(head: Interaction) -> list[tuple[int, int]]:
-    """What changes with any weight: where it lies, and how often it was written to."""
+    """Changes when any weight does: where each lies in memory, and how often it was written to."""
     weights = [*head.parameters(), *head.buffers()]
     # Tensors made in inference mode count no writes; they cannot be trained either.
     return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]  # pyright: ignore[reportPrivateUsage]

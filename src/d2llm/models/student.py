@@ -54,8 +54,8 @@ _ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 class Student(nn.Module):
     """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors.
 
-    ``calibration`` makes probabilities of the scores, where it was fitted (``models.probabilities``). ``evidence`` has
-    the weights of what an index adds to the scores of its passages (``models.evidence``).
+    ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
+    weights of what an index adds to the scores of its passages (``models.evidence``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -181,9 +181,9 @@ class Student(nn.Module):
             folder: where to write; a student already there is replaced.
             merge: keep all weights of the backbone, tuning merged in, rather than the adapter beside the backbone's
                 name. By default only where full tuning, or a merged copy that was loaded, leaves no adapter. Plain
-                sentence-transformers then reads it too, where it can (``why_not_plain``).
-            content: what the manifest should say besides (recipe, data, figures); by default, of a student that was
-                loaded and not trained since, what its own said.
+                sentence-transformers can then read it too, unless ``why_not_plain`` says otherwise.
+            content: more for the manifest (recipe, data, figures); by default, for a student that was loaded and not
+                trained since, what its own manifest had.
 
         Raises:
             InputError: ``folder`` holds something else, or ``merge=False`` for a student loaded from a merged copy.
@@ -256,7 +256,7 @@ class Student(nn.Module):
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        # From here on it is another student: nothing that was said of the loaded one holds.
+        # From here on it is another student: nothing recorded about the loaded one holds.
         self._saved_fingerprint = None
         self._recorded = {}
         self.calibration = UNCALIBRATED
@@ -437,9 +437,9 @@ class Student(nn.Module):
 
 
 def merge_student(folder: Path, copy: Path) -> None:
-    """Write the student in ``folder`` to ``copy`` with all weights, in float32: those of no machine in particular.
+    """Write the student in ``folder`` to ``copy`` with all weights of its backbone, in float32.
 
-    What else there is goes along: what the manifest records, the card as it is, a licence.
+    Everything else in the folder goes along: what the manifest records, the card, a licence.
 
     Raises:
         D2LLMError: the student cannot be loaded (``Student.load``).

@@ -94,7 +94,7 @@ def on_one_scale(
 ) -> NDArray[np.float64]:
     """The teacher's log-odds [n] of all passages of a query: what it said, else the mean of what it may say.
 
-    The passages read also tell of the query's offset: it is their mean residual, shrunk by
+    The passages read also show the query's offset: it is their mean residual, shrunk by
     n query_sigma^2 / (n query_sigma^2 + sigma^2).
 
     Args:

@@ -44,9 +44,9 @@ _Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"
 def choose_engine(
     name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> EngineName:
-    """The engine asked for; ``auto`` is the fastest one that gives the same vectors on this machine.
+    """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO where it is installed and the machine has no accelerator, or none is asked for; else torch.
+    That is OpenVINO if it is installed and the machine has no accelerator, or none is requested; else torch.
     Weights of eight bits change the vectors, so ``auto`` never means them.
 
     Raises:

@@ -1,6 +1,6 @@
 """A BERT and its tokenizer without ``transformers``, for one who only reads some texts: a search on the command line.
 
-To import ``transformers`` and to load a small model with it takes longer than all else that such a search does. This is
+Importing ``transformers`` and loading a small model with it takes longer than everything else in such a search. This is
 the same encoder, in the same products and under the same names of its parts, so a student's adapter fits it; and the
 same tokenizer, from the file in the student's folder. It is for models that are exactly this, which ``open_lean`` looks
 at; of others it says so, and they are loaded as always. A test holds both to the same states.
@@ -99,7 +99,7 @@ class LeanBert(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
     ) -> SimpleNamespace:
-        """``last_hidden_state`` [batch, tokens, dim]; tokens at 0 of the mask are not looked at."""
+        """``last_hidden_state`` [batch, tokens, dim]; tokens at 0 of the mask are ignored."""
         parts = self.embeddings
         types = parts["token_type_embeddings"](torch.zeros_like(input_ids))
         places = parts["position_embeddings"](torch.arange(input_ids.shape[1], device=input_ids.device)[None])

@@ -45,7 +45,7 @@ class ExportReport:
 def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
     """Write a student for programs without d2llm into ``folder``, atomically.
 
-    What makes probabilities of its scores, where it has that, goes with it (``probabilities.json``).
+    The calibration of its scores, if it has one, goes with it (``probabilities.json``).
 
     Args:
         student: what to write, in float32 on the CPU.

@@ -78,7 +78,7 @@ def write_text_graph(
         pooling: of the student.
         head: of the student; the cosine has its vectors on a sphere.
         file: where to.
-        int8_for: the runtime whose form of eight bits the products are to have; by default they are float32.
+        int8_for: the runtime for whose 8-bit form the products are written; by default they are float32.
 
     Raises:
         InputError: the student computes in another format or elsewhere.
