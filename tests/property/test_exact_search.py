@@ -269,10 +269,10 @@ def test_reaches_of_all_rows_are_computed_once_and_only_where_the_scans_do_not_d
     query, kept = generator.standard_normal(DIM).astype(np.float32), KeptReaches()
     gated = TinyStudent(weight=0.01)
     certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
-    assert kept.of_all is None
+    assert kept.values is None
     monkeypatch.setattr(exact_search, "_SCANS", ())
     first = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
-    np.testing.assert_allclose(kept.of_all, gated.passage_reach(view.block(0, view.capacity)), rtol=1e-6)
+    np.testing.assert_allclose(kept.values, gated.passage_reach(view.block(0, view.capacity)), rtol=1e-6)
     monkeypatch.setattr(gated, "passage_reach", lambda _: pytest.fail("computed again"))
     again = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
     assert (first.rows.tolist(), first.scores.tolist()) == (again.rows.tolist(), again.scores.tolist())
@@ -285,8 +285,8 @@ def test_without_gates_kept_reaches_take_no_memory(monkeypatch):
     for _ in range(2):
         found = certified_top_k(view, student, query, "symmetric", 4, reaches=kept)
         assert (found.rows.tolist(), found.scores.tolist()) == (expected, values[expected].tolist())
-        assert (kept.of_all == 1).all()
-        assert kept.of_all.base.nbytes == 4
+        assert (kept.values == 1).all()
+        assert kept.values.base.nbytes == 4
 
 
 def test_a_student_without_bounds_is_scanned_in_full():

@@ -119,21 +119,21 @@ class _Fit:
         observed = statistics[self.kept]
         centre, spread = observed.mean(axis=0), observed.std(axis=0)
         spread[spread == 0] = np.inf  # what is the same for all queries tells nothing
-        of_row = np.repeat((observed - centre) / spread, self.sizes, axis=0)
+        row_statistics = np.repeat((observed - centre) / spread, self.sizes, axis=0)
         num_terms, price = self.scores.shape[1], _FACTOR_PRICE / len(self.kept)
 
         def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             weights, slopes = parameters[:num_terms], parameters[num_terms:]
-            factor = np.where(is_scaled, np.exp(of_row @ slopes)[:, None], 1.0)
+            factor = np.where(is_scaled, np.exp(row_statistics @ slopes)[:, None], 1.0)
             columns = self.scores * factor
             value, pull = self._loss(columns @ weights)
-            of_scaled = columns[:, is_scaled] @ weights[is_scaled]
+            scaled_sum = columns[:, is_scaled] @ weights[is_scaled]
             value += self.ridge * float(weights @ weights) + price * float(slopes @ slopes)
-            of_weights = pull @ columns + 2 * self.ridge * weights
-            return value, np.concatenate([of_weights, (pull * of_scaled) @ of_row + 2 * price * slopes])
+            weight_gradient = pull @ columns + 2 * self.ridge * weights
+            return value, np.concatenate([weight_gradient, (pull * scaled_sum) @ row_statistics + 2 * price * slopes])
 
-        start = np.concatenate([self.weights() * self.scale, np.zeros(of_row.shape[1])])
-        bounds: list[tuple[float | None, None]] = [(0, None)] * num_terms + [(None, None)] * of_row.shape[1]
+        start = np.concatenate([self.weights() * self.scale, np.zeros(row_statistics.shape[1])])
+        bounds: list[tuple[float | None, None]] = [(0, None)] * num_terms + [(None, None)] * row_statistics.shape[1]
         solution = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)
         slopes = solution[num_terms:] / spread
         return ScaledWeights(self._in_own_units(solution[:num_terms]), slopes, -float(slopes @ centre))

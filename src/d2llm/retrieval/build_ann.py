@@ -266,7 +266,10 @@ def _probes_needed(
         places = place[ann.list_of[rows]]
         for number, depth in enumerate(depths):
             recalls[number, query] = np.cumsum(np.bincount(places[:depth], minlength=num_lists)) / min(depth, len(rows))
-    needed = [np.argmax(_at_least(of_depth.astype(np.float64)) >= ann.record.target) + 1 for of_depth in recalls]
+    needed = [
+        np.argmax(_at_least(recalls_at_depth.astype(np.float64)) >= ann.record.target) + 1
+        for recalls_at_depth in recalls
+    ]
     return np.array(needed, np.float64)
 
 

@@ -55,15 +55,15 @@ class KeptReaches:
     """r_p of a view's rows, kept from the first search that needed those of all rows: 4 bytes a row.
 
     Most searches need those of some rows alone. Keep it beside a view that answers many queries, of either task.
-    ``of_all`` is float32 [capacity], or None as long as none needed it.
+    ``values`` is float32 [capacity], or None as long as none needed it.
     """
 
-    def __init__(self, of_all: NDArray[np.float32] | None = None) -> None:
-        self.of_all = of_all
+    def __init__(self, values: NDArray[np.float32] | None = None) -> None:
+        self.values = values
 
-    def keep(self, of_all: NDArray[np.float32]) -> None:
+    def keep(self, values: NDArray[np.float32]) -> None:
         """Keep those of all rows; where all are 1, as without gates, that takes no memory."""
-        self.of_all = np.broadcast_to(np.float32(1), of_all.shape) if (of_all == 1).all() else of_all
+        self.values = np.broadcast_to(np.float32(1), values.shape) if (values == 1).all() else values
 
 
 def certified_top_k(
@@ -124,7 +124,7 @@ def certified_top_k(
         if scorer.reach == 0:
             return _scan(view, scorer.anchor_query, total, top_k, allowed)
         early = _by_scans(
-            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock
+            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.values, clock
         )
         if early is not None:
             return early
@@ -221,14 +221,14 @@ def _pass(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Anchor and R_q r_p of every row, float32 [capacity]; of dead rows anything."""
     anchors = np.empty(view.capacity, np.float32)
-    reach = np.empty(view.capacity, np.float32) if reaches.of_all is None else reaches.of_all
+    reach = np.empty(view.capacity, np.float32) if reaches.values is None else reaches.values
     for start in range(0, view.capacity, _PASS_ROWS):
         end = min(start + _PASS_ROWS, view.capacity)
         block = view.block(start, end)
         anchors[start:end] = block @ anchor_query
-        if reaches.of_all is None:
+        if reaches.values is None:
             reach[start:end] = student.passage_reach(block)
-    if reaches.of_all is None:
+    if reaches.values is None:
         reaches.keep(reach)
     return anchors, np.float32(scorer.reach) * reach
 

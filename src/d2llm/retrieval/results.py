@@ -94,8 +94,8 @@ def group_passages(
         places.setdefault(documents[place], []).append(place)
     summed = num_parts if how == "sum" else 1
     grouped = [
-        GroupedDocument(name, float(np.logaddexp.reduce(scores[of_document[:summed]])), of_document)
-        for name, of_document in places.items()
+        GroupedDocument(name, float(np.logaddexp.reduce(scores[document_places[:summed]])), document_places)
+        for name, document_places in places.items()
     ]
     return sorted(grouped, key=lambda document: (-document.score, document.id))
 
@@ -180,16 +180,16 @@ def _explained(
     nothing: list[None] = [None] * len(rows)
     lexical = nothing if added.words is None else added.words.tolist()
     windows = nothing if added.windows is None else added.windows.tolist()
-    for place, row, score, of_words, of_windows in zip(passages, rows, scores, lexical, windows, strict=True):
+    for place, row, score, word_score, window_score in zip(passages, rows, scores, lexical, windows, strict=True):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
         counts = Counter(term for term in terms(place.passage.full_text) if term in query_terms)
         why = Explanation(
             anchor=place.anchor_score,
             interaction=None
             if place.anchor_score is None
-            else score - place.anchor_score - (of_words or 0.0) - (of_windows or 0.0),
-            lexical=of_words,
-            windows=of_windows,
+            else score - place.anchor_score - (word_score or 0.0) - (window_score or 0.0),
+            lexical=word_score,
+            windows=window_score,
             source_ranks={name: found + 1 for name, found in at.items()},
             source_scores={name: float(proposals[name].scores[found]) for name, found in at.items()},
             terms=dict(counts),

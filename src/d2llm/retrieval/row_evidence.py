@@ -40,23 +40,26 @@ class RowEvidence:
         limit = self._query.limit or 1.0  # a query without a known word has score 0, whatever it is divided by
         terms, factor = weights.terms, weights.words_factor
         scale = 1.0 if factor is None else factor(self._query.statistics)
-        of_passage = terms.get("words", 0.0) + terms.get("words_share", 0.0) / limit
-        of_window = terms.get("window_words", 0.0) + terms.get("window_words_share", 0.0) / limit
-        self._passage_weight, self._window_weight = np.float32(scale * of_passage), np.float32(scale * of_window)
+        passage_weight = terms.get("words", 0.0) + terms.get("words_share", 0.0) / limit
+        window_weight = terms.get("window_words", 0.0) + terms.get("window_words_share", 0.0) / limit
+        self._passage_weight, self._window_weight = (
+            np.float32(scale * passage_weight),
+            np.float32(scale * window_weight),
+        )
         self._anchor, self._vector_weight = anchor, np.float32(terms.get("window_vectors", 0.0))
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of some rows [n]."""
-        return self._with_windows(self._of_words(rows), rows)
+        return self._with_windows(self._word_evidence(rows), rows)
 
     def parts(self, rows: NDArray[np.int64]) -> EvidenceParts:
         """Of some rows [n], each kind of evidence by itself."""
         return EvidenceParts(
-            self._of_words(rows) if self._passage_weight or self._window_weight else None,
-            self._of_windows(rows) if self._vector_weight else None,
+            self._word_evidence(rows) if self._passage_weight or self._window_weight else None,
+            self._window_evidence(rows) if self._vector_weight else None,
         )
 
-    def _of_words(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _word_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         if not self._window_weight:
             return self._passage_weight * self._passages[rows]
         return self._sum(*self._words.score(self._query, rows))
@@ -79,9 +82,9 @@ class RowEvidence:
         return self._passage_weight * passages + self._window_weight * windows
 
     def _with_windows(self, words: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return words + self._of_windows(rows) if self._vector_weight else words
+        return words + self._window_evidence(rows) if self._vector_weight else words
 
-    def _of_windows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _window_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self._anchor is not None, "windows count by inner products, which this student has not"
         return self._vector_weight * self._index.best_windows(self._anchor, rows)
 
@@ -142,13 +145,13 @@ def scored_list(
 
     Each kind of evidence is what ``RowEvidence`` weighs; ``best_windows`` [n] are for the term "window_vectors".
     """
-    of_passages, of_windows = words.score(query, rows)
+    passage_scores, window_scores = words.score(query, rows)
     limit = query.limit or 1.0
     values: dict[EvidenceTerm, NDArray[np.float32]] = {
-        "words": of_passages,
-        "words_share": of_passages / limit,
-        "window_words": of_windows,
-        "window_words_share": of_windows / limit,
+        "words": passage_scores,
+        "words_share": passage_scores / limit,
+        "window_words": window_scores,
+        "window_words_share": window_scores / limit,
     }
     if best_windows is not None:
         values["window_vectors"] = best_windows

@@ -37,7 +37,7 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
     """
     with storage_errors(files.folder):
         done = list(_take_from_others(files, list(others)))
-        damages = _of_latest(files)
+        damages = _damages_of_latest(files)
         if damages and all("/_indices/" in damage.path for damage in damages):
             _rebuild_indices(files, [damage.path for damage in damages])
             done.append(f"{len(damages)} of the table's files were damaged indices, which were rebuilt")
@@ -54,7 +54,7 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
                     f"version {version} is the last that is whole; `d2llm index ... verify --repair --go-back` returns "
                     "to it and loses what came since"
                 )
-        if not _of_latest(files):
+        if not _damages_of_latest(files):
             if gone := _forget_earlier(files):
                 done.append(f"{_listed(gone)} of the table, earlier ones, were damaged and are gone")
             files.after_crash = False
@@ -120,7 +120,7 @@ def sweep(folder: Path) -> None:
     (folder / _TAKEN).unlink(missing_ok=True)
 
 
-def _of_latest(files: TableFiles) -> list[Damage]:
+def _damages_of_latest(files: TableFiles) -> list[Damage]:
     record = files.record()
     return [damage for damage in files.damages() if not damage.versions or (record and record[0] in damage.versions)]
 

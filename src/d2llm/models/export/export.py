@@ -123,14 +123,14 @@ def _write_numpy(student: Student, folder: Path) -> None:
 def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
     """Arrays of float32 by name; those that both tasks share once as ``name``, the others as ``task/name``."""
     with torch.inference_mode():
-        of_task = {task: _task_arrays(head, task) for task in TASKS}
-    first, second = (of_task[task] for task in TASKS)
+        arrays_by_task = {task: _task_arrays(head, task) for task in TASKS}
+    first, second = (arrays_by_task[task] for task in TASKS)
     weights: dict[str, np.ndarray] = {}
     for name in first:
         if np.array_equal(first[name], second[name]):
             weights[name] = first[name]
         else:
-            weights |= {f"{task}/{name}": of_task[task][name] for task in TASKS}
+            weights |= {f"{task}/{name}": arrays_by_task[task][name] for task in TASKS}
     return weights
 
 
