@@ -44,7 +44,7 @@ class ExternalJudgements:
 
 @dataclass(frozen=True, slots=True)
 class ExternalConfig:
-    """What is known of a model from outside."""
+    """The configuration of somebody else's model."""
 
     model: str
     similarity: str

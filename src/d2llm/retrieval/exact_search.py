@@ -43,7 +43,7 @@ _NO_LIMIT = 1 << 62
 
 
 class CertifiedRows(NamedTuple):
-    """Rows int64 [k], final scores float32 [k] best first, their anchors (None without), and what is proved of it."""
+    """Rows int64 [k], final scores float32 [k] best first, their anchors (None without), and the certificate."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -52,17 +52,17 @@ class CertifiedRows(NamedTuple):
 
 
 class KeptReaches:
-    """r_p of a view's rows, kept from the first search that needed those of all rows: 4 bytes a row.
+    """r_p of all rows of a view, kept from the first search that needed them: 4 bytes a row.
 
-    Most searches need those of some rows alone. Keep it beside a view that answers many queries, of either task.
-    ``values`` is float32 [capacity], or None as long as none needed it.
+    Most searches need those of some rows only. Keep it beside a view that answers many queries, of either task.
+    ``values`` is float32 [capacity], or None until a search needs them.
     """
 
     def __init__(self, values: NDArray[np.float32] | None = None) -> None:
         self.values = values
 
     def keep(self, values: NDArray[np.float32]) -> None:
-        """Keep those of all rows; where all are 1, as without gates, that takes no memory."""
+        """Keep the values of all rows; if all are 1, as without gates, that takes no memory."""
         self.values = np.broadcast_to(np.float32(1), values.shape) if (values == 1).all() else values
 
 
@@ -92,7 +92,7 @@ def certified_top_k(
         allowed: [capacity], a filter's rows; None allows all.
         budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
             first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
-        reaches: what earlier searches of this view had to compute; what this one has to is kept in it.
+        reaches: what earlier searches of this view computed for all rows; what this one computes is kept in it.
         evidence: of the query (``row_evidence``), where the student's score has any.
 
     Raises:

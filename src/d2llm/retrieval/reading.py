@@ -17,7 +17,7 @@ from d2llm.store.window_vectors import ReadWindows
 
 @dataclass(frozen=True, slots=True)
 class ReadPassages:
-    """Vectors [n, dim] of passages, the places of those read in part, the tokens read, and windows of documents."""
+    """Vectors [n, dim] of passages, the places of truncated ones, and the numbers of tokens and windows read."""
 
     vectors: NDArray[np.float32]
     truncated: tuple[int, ...] = ()
@@ -67,7 +67,7 @@ def read_passages(
 def read_windows(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
 ) -> ReadWindows:
-    """Read each window of passages alone, as a passage; one that is a single window has none (its own vector is it).
+    """Encode each window of passages as a passage; a passage of a single window has none, as its own vector serves.
 
     ``advance`` is called with the number of windows finished since the last call.
     """

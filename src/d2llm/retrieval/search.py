@@ -31,7 +31,7 @@ from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed
 from d2llm.store.view import CandidateRows, PassageView
 
-_WIDENED = 4  # times as many candidates, where those found are of too few documents
+_WIDENED = 4  # times as many candidates, if the first ones belong to too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
 _SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
 
@@ -75,16 +75,16 @@ def search(
 
 @dataclass(frozen=True, slots=True)
 class _PreparedQuery:
-    """A query on its way.
+    """A query with what is computed before its ranking.
 
     Attributes:
-        query: as it was asked.
+        query: text and id.
         vector: [dim].
-        anchor: [dim], for inner products; None for a head without.
-        evidence: what words add to the scores; None where the vectors' score is all.
+        anchor: [dim], for inner products; None for a head without them.
+        evidence: what words and windows add to the scores; None if nothing does.
         scorer: scores rows for it; None in an exact search, which has its own.
-        depth: how many candidates each source is asked for first.
-        scanned: the result of a scan to that depth that it had with others; None where it had none.
+        depth: how many candidates each source proposes at first.
+        scanned: its result of a scan shared with other queries, to that depth; None without one.
         seconds: as a ranking has them.
     """
 
@@ -110,7 +110,7 @@ class Searcher:
         reaches: KeptReaches | None = None,
         cascade: Rereader | None = None,
     ) -> None:
-        """Args: ``reaches``, what exact searches of this version had to compute."""
+        """Args: ``reaches`` keeps what exact searches of this version compute for all rows."""
         self.settings = settings or SearchSettings()
         self.settings.check()
         if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
@@ -159,7 +159,7 @@ class Searcher:
     ) -> list[Ranking]:
         """Rank the passages for each query; ``title`` is the progress bar's.
 
-        With their ``vectors`` [n, dim] given, queries are not read here, and no ranking says that its query was cut.
+        Given their ``vectors`` [n, dim], queries are not encoded here, and no ranking is marked as ``truncated``.
         """
         all_queries = _as_queries(queries)
         if vectors is not None and vectors.shape != (len(all_queries), self._student.vector_dim):
@@ -224,7 +224,7 @@ class Searcher:
             yield _PreparedQuery(query, vector, anchor, one, scorer, depth, proposal, seconds)
 
     def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
-        """Whether candidates come with their final scores, the inner products, and nothing else changes the order."""
+        """Whether the inner products of the candidates are their final scores, and nothing else changes the order."""
         prepared = None if scorer is None else scorer.prepared
         if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
             return False
@@ -264,7 +264,7 @@ class Searcher:
         return Ranking(query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report)
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
-        """At least ``depth`` candidates with the student's scores, if there are so many."""
+        """At least ``depth`` candidates with the student's scores, if the index has as many."""
         begin = time.perf_counter()
         proposals: dict[str, CandidateRows] = {}
         for source in self._sources:

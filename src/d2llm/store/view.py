@@ -1,4 +1,4 @@
-"""What a search reads: a store at one version, whatever is written meanwhile."""
+"""What a search reads: one version of a store, whatever is written meanwhile."""
 
 # pyright: reportUnknownParameterType=false
 # (pyarrow ships no types)
@@ -284,7 +284,7 @@ class PassageView:
             allowed = np.append(allowed, np.zeros(len(words) - len(allowed), np.bool_))
         try:
             rows, scores = words.best(words.query(text), top_k, allowed=allowed)
-        except (IndexError, ValueError) as error:  # what the samples at opening did not find of damage
+        except (IndexError, ValueError) as error:  # damage that the samples at opening missed
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
 
@@ -367,7 +367,7 @@ class PassageView:
         return self._table.take(row_ids, names)
 
     def _as_passages(self, table: pa.Table) -> list[Passage]:
-        """Rows of the table as passages. What the samples at opening did not find of damage, their hashes do."""
+        """Rows of the table as passages. Their hashes find damage that the samples at opening missed."""
         records = cast("list[dict[str, Any]]", table.to_pylist())
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
@@ -376,7 +376,7 @@ class PassageView:
         return list(map(as_passage, records))
 
     def _check(self) -> RowScan:
-        """Before the first use of the vectors: are they what was written? Else the table may have them."""
+        """Compare the vectors with their checksums before the first use; the table replaces damaged ones if it can."""
         if self._scan is None:
             codes, file = self._vectors
             if file is not None and file.damaged(codes):
