@@ -65,9 +65,9 @@ class AnnRecord:
         num_lists: lists that the rows lie in.
         probes: [depth, lists probed for it], rising.
         target: the requested recall.
-        queries: "given", or "passages" where passages of the index were asked.
+        queries: "given", or "passages" if passages of the index served as queries.
         num_queries: how many.
-        recalls: what was measured.
+        recalls: as measured, by depth.
         num_bytes: size of the file.
         checksum: xxh3, 64 bits, of the file.
     """
@@ -94,7 +94,7 @@ class AnnRecord:
 
 @dataclass(frozen=True, slots=True)
 class AnnBase:
-    """The vectors of one version of a store, all rows, which an approximate index is over."""
+    """The vectors of all rows of one version of a store, over which an approximate index is built."""
 
     folder: Path
     student: str

@@ -9,8 +9,8 @@ with its own length, the mean length of all windows, and the idf of passages.
 
 The words of consecutive rows are a segment, which never changes and depends on the texts of its rows alone. It holds
 them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. What
-depends on the whole corpus (N, n_t, mean lengths) is summed over the segments when it is asked for, of live rows alone,
-so that passages can come and go and every score is as if the index had been built of those that are left.
+depends on the whole corpus (N, n_t, mean lengths) is summed over the live rows of the segments when it is needed, so
+that passages can come and go and every score is as if the index had been built from those that are left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Rows = NDArray[np.int64]
 _Scores = NDArray[np.float32]
 _LARGEST_COUNT = np.iinfo(np.uint16).max
 _OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are no term of a query
-_KNOWN_TERMS = 1 << 20  # hashes that are remembered while texts are read
+_KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class PassageTable:
 
     @property
     def version(self) -> int:
-        """The version that this is."""
+        """The number that LanceDB gave this version."""
         return cast(int, self._table.version)
 
     @property
@@ -166,7 +166,7 @@ class PassageTable:
         return np.asarray(table["d2_row"], np.int64), np.asarray(table["_rowid"], np.uint64)
 
     def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
-        """Columns of the passages with these ids of rows (``rows``), in their order: no search, hence quick.
+        """Columns of the passages with these row ids (``rows``), in their order: no search, hence quick.
 
         Raises:
             DataFormatError: one is missing.
@@ -193,7 +193,7 @@ class PassageTable:
         return table.take(first).select(list(names))
 
     def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
-        """(id, document_id, position) of passages with one of these document_ids, or one of these as id; no order."""
+        """(id, document_id, position) of passages with one of these as document_id or as id, in no order."""
         passages: list[tuple[str, str, int]] = []
         names = ["id", "document_id", "position"]
         for some in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
@@ -279,7 +279,7 @@ class PassageTable:
                     self._table.create_index(name, config=BTree())
 
     def drop_indices(self, names: Collection[str]) -> None:
-        """Forget the indices of these names, without reading them."""
+        """Drop the indices of these names, without reading them."""
         with self._change():
             for name in names:
                 self._table.drop_index(name)

@@ -2,7 +2,7 @@
 
 A file that a snapshot still has whole is taken from there. Indices are rebuilt from the rows. Where rows are damaged,
 the table can go back to the last version that is whole, which loses what came since, so it does when asked alone. Texts
-that no version and no snapshot has cannot be made again.
+that no version and no snapshot has are lost.
 """
 
 from __future__ import annotations

@@ -79,9 +79,9 @@ def files_of(folder: Path, generation: int) -> list[Path]:
 
 
 def write_segment(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
-    """Write the words of the rows from ``first`` on, durably. Words of these rows or later ones are forgotten first.
+    """Write the words of the rows from ``first`` on, durably. Existing words of these and later rows go first.
 
-    (Rows that no version names are given again where a vector file was rewritten.)
+    (Row numbers that no version names are used again after a vector file was rewritten.)
 
     Raises:
         OSError: it cannot be written.
