@@ -104,7 +104,7 @@ class TestRecall:
         vectors = np.random.default_rng(0).standard_normal((1_000, DIM)).astype(np.float32)
         (found,) = build_ann(new_ann_store(tmp_path / "i", vectors), PlainStudent(), recall=0.5, depth=1).recalls
         assert found.num_probes >= 5
-        asked = module._Asked(np.zeros((1, 2), np.float32), np.array([7]))
+        asked = module._TuningQueries(np.zeros((1, 2), np.float32), np.array([7]))
         assert module._others(asked, 0, np.array([3, 7, 5])).tolist() == [3, 5]
 
     def test_bound_by_hand(self):
