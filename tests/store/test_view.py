@@ -111,7 +111,7 @@ def test_what_cannot_be_asked(store):
         view.select("colour = 1")
     with pytest.raises(FilterError):
         view.match("own4", 3, "year = 'x")
-    with pytest.raises(DataFormatError, match="lacks 1 of 2 rows"):
+    with pytest.raises(DataFormatError, match="lacks 1 of 2 requested rows"):
         view.ids(np.array([1, 99]))
 
 
