@@ -13,10 +13,9 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
-from d2llm.ops.batching import even_batches, like_length_batches
+from d2llm.ops.batching import even_batches
 
 _CERTAIN = 20.0  # log-odds of a data set's own judgement
-_SORTED_BATCHES = 8  # whose queries are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,6 @@ def epoch_batches(
     num_hard: int,
     num_easy: int,
     seed: int,
-    group_by_length: bool = False,
     temperature: float = 1.0,
 ) -> list[tuple[LabelledSource, list[Draw]]]:
     """All batches of an epoch, each of one data set, in an order fixed by seed and epoch.
@@ -134,7 +132,6 @@ def epoch_batches(
         num_hard: hard negatives of a query.
         num_easy: easy negatives of a query.
         seed: of order and draws.
-        group_by_length: put queries together whose texts have about the same length in sum.
         temperature: T; a data set of m batches has a share of m^(1/T) in the batches of an epoch, whose number T does
             not change. With T = 1 every query comes once an epoch.
     """
@@ -143,7 +140,7 @@ def epoch_batches(
     for source, of_pass, of_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
         numbers = range(epoch * of_epoch, (epoch + 1) * of_epoch)
         for round_ in sorted({number // of_pass for number in numbers}):
-            drawn = _round(source, round_, batch_queries, num_hard, num_easy, seed, group_by_length)
+            drawn = _round(source, round_, batch_queries, num_hard, num_easy, seed)
             batches += [(source, drawn[n % of_pass]) for n in numbers if n // of_pass == round_]
     random.Random(f"{seed}:{epoch}").shuffle(batches)
     return batches
@@ -174,27 +171,15 @@ def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
 
 
 def _round(
-    source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int, by_length: bool
+    source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
 ) -> list[list[Draw]]:
     """All queries of a data set in batches, for the ``number``-th time."""
     entries = list(source.entries)
     rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
     rng.shuffle(entries)
     draws = [_draw(entry, number, num_hard, num_easy, seed) for entry in entries]
-    count, size = even_batches(len(draws), batch_queries)
-    # At least four windows: in one alone the same queries would meet each time, which are then no new negatives.
-    window = min(_SORTED_BATCHES, count // 4) if by_length else 1
-    if window <= 1:
-        return [draws[start : start + size] for start in range(0, len(draws), size)]
-    lengths = [_length(source.source, draw) for draw in draws]
-    batches = like_length_batches(lengths, batch_size=size, window=window)
-    rng.shuffle(batches)  # an epoch may stop in the middle, and must not end with long texts
-    return [[draws[index] for index in batch] for batch in batches]
-
-
-def _length(source: TrainingSource, draw: Draw) -> int:
-    """Characters of the query and its passages: what takes long to read, whatever the tokenizer."""
-    return len(source.query_text(draw.entry.query_id)) + sum(len(source.passage_text(p)) for p in draw.passage_ids)
+    _, size = even_batches(len(draws), batch_queries)
+    return [draws[start : start + size] for start in range(0, len(draws), size)]
 
 
 def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> Draw:
