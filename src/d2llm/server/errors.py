@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from d2llm.core.errors import (
     D2LLMError,
@@ -25,6 +26,7 @@ from d2llm.core.errors import (
     MissingExtraError,
     StorageError,
 )
+from d2llm.server.facts import current_facts
 
 _log = logging.getLogger(__name__)
 
@@ -253,3 +255,9 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     if len(problems) > 1:
         text += f" (and {len(problems) - 1} more)"
     return Problem(422, "invalid_request", text, where, reason=str(first["type"]))
+
+
+async def answer_problem(scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
+    """Send ``problem`` in the shape of the path's interface, with the request's id."""
+    response = problem_response(scope["path"], replace(problem, request_id=current_facts().request_id))
+    await response(scope, receive, send)

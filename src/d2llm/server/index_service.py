@@ -36,10 +36,8 @@ from d2llm.retrieval.upserting import UpsertReport
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError
 from d2llm.server.facts import note_items
-from d2llm.server.model_service import Observe
-from d2llm.server.open_version import Asked, OpenVersion, rank_again, rank_together
-from d2llm.server.served_version import ServedVersion
-from d2llm.server.student_lane import StudentLane
+from d2llm.server.model_service import Observe, StudentLane
+from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
 from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
@@ -90,7 +88,7 @@ class IndexService:
         self.judge = judge
         self.teacher_name = teacher_name
         self._observe = observe
-        self._ranks: Batcher[Asked, Ranking] = Batcher(
+        self._ranks: Batcher[PendingSearch, Ranking] = Batcher(
             rank_together, name="rank", max_queued=queue, max_batch=_SCANNED_AT_ONCE
         )
         self._readings: Batcher[Callable[[], Any], Any] = Batcher(
@@ -141,12 +139,12 @@ class IndexService:
             if rescore in ("teacher", "cascade"):
                 self._readings.require_room(1)
             encoded = await version.models.encode([query], "query")
-            asked = Asked(version, query, encoded.vectors[0], settings, rescore != "none")
+            search = PendingSearch(version, query, encoded.vectors[0], settings, rescore != "none")
             if rescore in ("teacher", "cascade"):
                 again = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
-                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(asked, again)]))
+                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, again)]))
             else:
-                done = await self._ranks.submit([asked], bounded=False)
+                done = await self._ranks.submit([search], bounded=False)
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked

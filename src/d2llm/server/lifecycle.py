@@ -8,8 +8,7 @@ from typing import Literal
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from d2llm.server.access import is_open
-from d2llm.server.answers import answer_problem
-from d2llm.server.errors import NotReadyError
+from d2llm.server.errors import NotReadyError, answer_problem
 
 State = Literal["starting", "ready", "broken", "stopping"]
 _log = logging.getLogger(__name__)

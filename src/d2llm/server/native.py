@@ -18,14 +18,11 @@ from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task
 from d2llm.models.attribution import why_no_interaction
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.server.checks import ERRORS, at_most, short_enough
+from d2llm.server.answers import FastJSONResponse, ranking_json
 from d2llm.server.errors import ConflictError, invalid, request_id_of
-from d2llm.server.fast_json import FastJSONResponse
 from d2llm.server.index_service import Reading
 from d2llm.server.lifecycle import Lifecycle
 from d2llm.server.model_service import ModelService
-from d2llm.server.open_version import OpenVersion
-from d2llm.server.ranking_json import ranking_json
 from d2llm.server.schemas import (
     EncodeAnswer,
     EncodeRequest,
@@ -42,7 +39,8 @@ from d2llm.server.schemas import (
     TeacherAnswer,
     WordAnswer,
 )
-from d2llm.server.services import Services, Serving, TheIndex, TheServices, index_of
+from d2llm.server.served_version import OpenVersion
+from d2llm.server.services import ERRORS, Services, Serving, TheIndex, TheServices, at_most, index_of, short_enough
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)

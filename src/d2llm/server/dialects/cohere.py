@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    Answer,
     RerankResult,
     StrictBody,
     Text,
@@ -30,7 +30,7 @@ from d2llm.server.dialects.shared import (
     task_of,
 )
 from d2llm.server.errors import Problem
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/v2/rerank",)

@@ -16,8 +16,8 @@ from fastapi import APIRouter, Depends
 from pydantic import AliasChoices, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    Answer,
     CutOptions,
     OpenBody,
     RerankResult,
@@ -33,7 +33,7 @@ from d2llm.server.dialects.shared import (
     task_of,
 )
 from d2llm.server.errors import Problem, invalid
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/v1/rerank",)

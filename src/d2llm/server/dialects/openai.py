@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     SUFFIXES,
-    Answer,
     StrictBody,
     Texts,
     Truncate,
@@ -39,7 +39,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/v1/embeddings", "/v1/models")

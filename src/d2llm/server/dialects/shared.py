@@ -14,6 +14,7 @@ from d2llm.core.types import Task
 from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services
 
 Truncate = Literal["NONE", "END"]
@@ -53,12 +54,6 @@ class CutOptions(OpenBody):
         """
         check_limit(self.max_tokens_per_query, models.max_query_tokens, "max_tokens_per_query")
         check_limit(self.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
-
-
-class Answer(BaseModel):
-    """What answers have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class DocumentText(Answer):

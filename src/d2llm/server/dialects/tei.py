@@ -19,10 +19,10 @@ from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
 from d2llm.models.backbone import TextKind
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     EMPTY,
-    Answer,
     OpenBody,
     Text,
     TextList,
@@ -43,7 +43,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/embed", "/rerank", "/similarity", "/info")

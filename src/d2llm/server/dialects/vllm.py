@@ -18,8 +18,8 @@ from fastapi import APIRouter, Depends
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    Answer,
     CutOptions,
     Texts,
     as_list,
@@ -34,7 +34,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/score", "/v1/score")
