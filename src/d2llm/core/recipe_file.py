@@ -138,8 +138,8 @@ def _explain(problem: ErrorDetails) -> str:
 
 def _explain_unknown_key(key: str, location: tuple[int | str, ...]) -> str:
     known = sorted(_section_at(location[:-1]).model_fields)
-    meant = nearest(str(location[-1]), known)
-    hint = f"known keys here: {', '.join(known)}" if meant is None else f"did you mean '{meant}'?"
+    suggestion = nearest(str(location[-1]), known)
+    hint = f"known keys here: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
     return f"unknown key '{key}'; {hint}"
 
 

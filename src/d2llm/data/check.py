@@ -61,7 +61,7 @@ def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed
 
 
 @dataclass
-class _Tally:
+class _Occurrences:
     """Something odd: how often, and the first few ids."""
 
     count: int = 0
@@ -84,8 +84,8 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
     qrels = {split: qrels[split] for split in in_order(qrels)}
     lines, hashes, empty_passages = _read_passages(source, passages)
     ids_of: dict[str, dict[int, str]] = {split: {} for split in qrels}
-    repeats = {split: _Tally() for split in qrels}
-    empty, unjudged = _Tally(), _Tally()
+    repeats = {split: _Occurrences() for split in qrels}
+    empty, unjudged = _Occurrences(), _Occurrences()
     query_lines: dict[str, int] = {}
     for line, query in source.iter_queries():
         refuse_duplicate(source.queries_path, line, query.id, query_lines)
@@ -107,7 +107,7 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
         *unjudged.as_issue("queries are judged in no split"),
     ]
     for split, judged in qrels.items():
-        barren = _Tally()
+        barren = _Occurrences()
         for query_id, grades in judged.items():
             if not any(grade > 0 for grade in grades.values()):
                 barren.add(query_id)
@@ -132,11 +132,11 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
     )
 
 
-def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Tally]:
+def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Occurrences]:
     """Id -> line, the hash of each passage in that order (0: no letters and digits), and those without text."""
     lines: dict[str, int] = {}
     hashes = array("Q")
-    empty = _Tally()
+    empty = _Occurrences()
     for line, passage in source.iter_passages():
         refuse_duplicate(source.corpus_path, line, passage.id, lines)
         sample.add(passage.full_text)
@@ -152,7 +152,7 @@ def _repeated_passages(ids: list[str], hashes: array[int]) -> list[Repeats]:
     _, first = np.unique(values, return_index=True)
     repeated = np.setdiff1d(np.flatnonzero(values), first)
     examples = [ids[place] for place in repeated[:_NUM_EXAMPLES]]
-    return _Tally(len(repeated), examples).as_repeats("passages with another's text")
+    return _Occurrences(len(repeated), examples).as_repeats("passages with another's text")
 
 
 def _count_judgements(split: str, judged: Mapping[str, Mapping[str, int]]) -> SplitCounts:
@@ -197,9 +197,9 @@ class _PairSplit:
         self.classes: Counter[str] = Counter()
         self.num_pairs = 0
         self.score_sum, self.lowest, self.highest = 0.0, float("inf"), float("-inf")
-        self.twice, self.turned = _Tally(), _Tally()
+        self.twice, self.turned = _Occurrences(), _Occurrences()
 
-    def add(self, pair: LabelledPair, said_of: dict[int, str | float | None], conflicts: _Tally) -> None:
+    def add(self, pair: LabelledPair, targets: dict[int, str | float | None], conflicts: _Occurrences) -> None:
         """Count a pair. ``said_of``: pair -> its label or score, over all splits."""
         self.num_pairs += 1
         if pair.score is not None:
@@ -214,8 +214,8 @@ class _PairSplit:
         if not (query and passage):
             return
         key = hash64(f"{query}\n{passage}")
-        said = pair.label if pair.score is None else pair.score
-        if said_of.setdefault(key, said) != said:
+        target = pair.label if pair.score is None else pair.score
+        if targets.setdefault(key, target) != target:
             conflicts.add(f"{self.name}/{pair.id}")
         either = hash64("\n".join(sorted((query, passage))))
         if either not in self.pair_ids:
@@ -242,7 +242,7 @@ class _PairSplit:
 def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findings:
     splits = {name: _PairSplit(name) for name in source.splits}
     said_of: dict[int, str | float | None] = {}
-    conflicts = _Tally()
+    conflicts = _Occurrences()
     issues = list(source.issues)
     for name, split in splits.items():
         counts: Counter[str] = Counter()

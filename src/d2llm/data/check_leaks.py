@@ -56,36 +56,36 @@ def near_queries(
     if len(splits) < 2:
         return []
     largest = max(splits, key=lambda split: len(ids_of[split]))
-    index = _Index(threshold)
-    found: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in combinations(splits, 2)}
+    index = _TextSketches(threshold)
+    leaks: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in combinations(splits, 2)}
     for split in [*(name for name in splits if name != largest), largest]:
-        seen: set[int] = set()
+        keys: set[int] = set()
         for identifier, text in texts_of[split]():
             text = comparable(text)
             key = hash64(text)
-            if not text or key in seen:
+            if not text or key in keys:
                 advance(1)
                 continue
-            seen.add(key)
+            keys.add(key)
             sketch = index.sketch(text)
             for other, other_id, other_text in index.alike(sketch, text):
                 if other == split or key in ids_of[other] or hash64(other_text) in ids_of[split]:
                     continue
                 pair, ids = ((other, split), (identifier, other_id))
-                if pair not in found:
+                if pair not in leaks:
                     pair, ids = (split, other), (other_id, identifier)
-                found[pair].setdefault(*ids)
+                leaks[pair].setdefault(*ids)
             if split != largest:
                 index.add(split, identifier, text, sketch)
             advance(1)
     return [
         Leak("near query", first, second, len(ids), tuple(ids.items())[:_NUM_EXAMPLES])
-        for (first, second), ids in found.items()
+        for (first, second), ids in leaks.items()
         if ids
     ]
 
 
-class _Index:
+class _TextSketches:
     """Texts by MinHash; keeps the texts too, which are smaller than their sketches, to decide exactly."""
 
     def __init__(self, threshold: float) -> None:

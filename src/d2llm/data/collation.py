@@ -44,27 +44,27 @@ class LabelledSource:
         """
         plan = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         labelled = [entry for entry in plan if not labels.missing(entry.query_id, entry.passage_ids)]
-        kept = plan if keep_unlabelled else labelled
+        entries = plan if keep_unlabelled else labelled
         without = {entry.query_id for entry in plan} - {entry.query_id for entry in labelled}
-        trained = frozenset(without & {entry.query_id for entry in kept})
-        return cls(source, labels, SameText(source.dataset), tuple(kept), len(without), trained)
+        trained = frozenset(without & {entry.query_id for entry in entries})
+        return cls(source, labels, SameText(source.dataset), tuple(entries), len(without), trained)
 
     def with_source(self, source: TrainingSource) -> LabelledSource:
         """The same queries with another plan for them."""
-        kept = {entry.query_id for entry in self.entries}
-        entries = sorted((e for e in source.plan.entries if e.query_id in kept), key=lambda entry: entry.query_id)
+        query_ids = {entry.query_id for entry in self.entries}
+        entries = sorted((e for e in source.plan.entries if e.query_id in query_ids), key=lambda entry: entry.query_id)
         return replace(self, source=source, entries=tuple(entries))
 
     def without_unjudged_negatives(self) -> LabelledSource:
         """Hard negatives that have no label left out, for the queries that learn from the teacher."""
-        kept: list[PlanEntry] = []
+        entries: list[PlanEntry] = []
         for entry in self.entries:
             unjudged = {*self.labels.missing(entry.query_id, entry.hard_negatives)}
             if unjudged and not entry.targets and entry.query_id not in self.unlabelled:
                 left = tuple(passage_id for passage_id in entry.hard_negatives if passage_id not in unjudged)
                 entry = replace(entry, hard_negatives=left)
-            kept.append(entry)
-        return replace(self, entries=tuple(kept))
+            entries.append(entry)
+        return replace(self, entries=tuple(entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +137,11 @@ def epoch_batches(
     """
     per_pass = _batches_per_pass(sources, batch_queries)
     batches: list[tuple[LabelledSource, list[Draw]]] = []
-    for source, of_pass, of_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
-        numbers = range(epoch * of_epoch, (epoch + 1) * of_epoch)
-        for round_ in sorted({number // of_pass for number in numbers}):
-            drawn = _round(source, round_, batch_queries, num_hard, num_easy, seed)
-            batches += [(source, drawn[n % of_pass]) for n in numbers if n // of_pass == round_]
+    for source, num_per_pass, num_per_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
+        numbers = range(epoch * num_per_epoch, (epoch + 1) * num_per_epoch)
+        for round_number in sorted({number // num_per_pass for number in numbers}):
+            round_batches = _round(source, round_number, batch_queries, num_hard, num_easy, seed)
+            batches += [(source, round_batches[n % num_per_pass]) for n in numbers if n // num_per_pass == round_number]
     random.Random(f"{seed}:{epoch}").shuffle(batches)
     return batches
 

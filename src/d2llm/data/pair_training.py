@@ -109,8 +109,8 @@ def plan_of_pairs(
 def _entry(query_id: str, judged: Mapping[str, float], corpus: list[str], num_easy: int, seed: int) -> PlanEntry:
     positives = tuple(passage_id for passage_id, target in judged.items() if target > _YES)
     negatives = tuple(passage_id for passage_id, target in judged.items() if target <= _YES)
-    drawn = random.Random(f"{seed}:{query_id}").sample(corpus, min(len(corpus), num_easy + len(judged)))
-    easy = [passage_id for passage_id in drawn if passage_id not in judged][:num_easy]
+    sample = random.Random(f"{seed}:{query_id}").sample(corpus, min(len(corpus), num_easy + len(judged)))
+    easy = [passage_id for passage_id in sample if passage_id not in judged][:num_easy]
     targets = tuple(judged[passage_id] for passage_id in positives + negatives)
     return PlanEntry(query_id, positives, negatives, tuple(easy), targets)
 

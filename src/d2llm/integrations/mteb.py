@@ -23,9 +23,8 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.shipped import shipped_models
-from d2llm.core.types import Passage, Query, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
-from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student, find_student
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import AnchorStudent
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_CANDIDATES, _DEFAULT_FORMAT = 1000, "bfloat16"
+_DEFAULT_FORMAT = "bfloat16"
 _Side = Literal["query", "passage"]
 
 
@@ -84,7 +83,7 @@ class D2LLMModel:
         student: SearchStudent,
         meta: ModelMeta,
         *,
-        num_candidates: int = _DEFAULT_CANDIDATES,
+        num_candidates: int = DEFAULT_NUM_CANDIDATES,
         vector_format: str = _DEFAULT_FORMAT,
         tasks: Mapping[str, Task] | None = None,
         work_folder: Path | None = None,
@@ -163,15 +162,15 @@ class D2LLMModel:
         _refuse_precision(encode_kwargs)
         if self._index is None:
             raise InputError("there is no index to search; call index(corpus, ...) first")
-        asked = [_query(row) for row in queries]
+        mteb_queries = [_query(row) for row in queries]
         task = branch_of(task_metadata, self._tasks)
         if top_ranked is not None:
-            return self._rerank(asked, top_ranked, task, top_k)
+            return self._rerank(mteb_queries, top_ranked, task, top_k)
         searcher = Searcher(self._index.view, self._student, SearchSettings(task, top_k, self._num_candidates))
         show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
         return {
             ranking.query.id: _falling([(place.passage.id, place.score) for place in ranking.passages])
-            for ranking in searcher.rank(asked, show_progress=show_progress)
+            for ranking in searcher.rank(mteb_queries, show_progress=show_progress)
         }
 
     def encode(
@@ -277,7 +276,7 @@ def load_mteb_model(
     folder_or_name: str | Path = "d2llm-minilm",
     *,
     device: str | None = None,
-    num_candidates: int = _DEFAULT_CANDIDATES,
+    num_candidates: int = DEFAULT_NUM_CANDIDATES,
     vector_format: str = _DEFAULT_FORMAT,
     interaction: bool = True,
     tasks: Mapping[str, Task] | None = None,
@@ -309,7 +308,7 @@ def load_mteb_model(
     if not interaction and not student.has_anchor:
         raise InputError("this student has the head 'paper', which scores by the interaction alone; keep it on")
     settings = {
-        "num_candidates": (num_candidates, _DEFAULT_CANDIDATES),
+        "num_candidates": (num_candidates, DEFAULT_NUM_CANDIDATES),
         "vector_format": (vector_format, _DEFAULT_FORMAT),
         "interaction": (interaction, True),
         "tasks": (dict(tasks or {}), {}),

@@ -84,8 +84,8 @@ async def running(
     """Load in the background, serve, and stop when what was accepted is answered."""
 
     def note(problem: str | None) -> None:  # the version in memory goes on answering
-        told = without_places(problem or "", private)
-        lifecycle.become("ready", told and f"a new version cannot be read: {told}")
+        message = without_places(problem or "", private)
+        lifecycle.become("ready", message and f"a new version cannot be read: {message}")
 
     async def start() -> None:
         try:
@@ -204,10 +204,10 @@ def _hide(private: list[Path], *paths: str) -> None:
 
 
 def _private_paths(settings: ServeSettings) -> list[Path]:
-    given = (
+    paths = (
         settings.index,
         settings.keys_file,
         settings.report,
         *map(Path, filter(None, (settings.student, settings.teacher))),
     )
-    return [path for path in given if path is not None and path.name]
+    return [path for path in paths if path is not None and path.name]

@@ -32,14 +32,14 @@ def problem_of_text(body: bytes) -> Problem | None:
     if b"\\u" not in body or not _HALF_ESCAPED.search(body):
         return None
     try:
-        found = _find_half(json.loads(body), ())
+        half = _find_half(json.loads(body), ())
     except ValueError:
         return None
     except RecursionError:
         return Problem(400, "invalid_request", "the body is nested too deeply to be read", reason="json_invalid")
-    if found is None:
+    if half is None:
         return None
-    place, text = found
+    place, text = half
     field = ".".join(place) or None
     message = f"{text!r} has half of a surrogate pair, which is no text; leave it out"
     return Problem(422, "invalid_request", f"{field}: {message}" if field else message, field, reason="string_unicode")

@@ -43,9 +43,9 @@ Lenient = Annotated[bool, Query(description="Leave out metadata values that do n
 @router.get("/v1/passages")
 async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListAnswer:
     """The ids of all passages, a page at a time."""
-    found = await index.read(lambda view: view.list_passages(cursor, limit + 1))
-    page = found[:limit]
-    return PassageListAnswer(ids=page, next_cursor=page[-1] if len(found) > limit else None)
+    entries = await index.read(lambda view: view.list_passages(cursor, limit + 1))
+    page = entries[:limit]
+    return PassageListAnswer(ids=page, next_cursor=page[-1] if len(entries) > limit else None)
 
 
 @router.post("/v1/passages")
@@ -77,11 +77,11 @@ async def delete_passage(passage_id: str, services: TheServices, index: TheIndex
 @router.get("/v1/documents")
 async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListAnswer:
     """All documents with their numbers of passages, a page at a time; a passage without a document is its own."""
-    found = await index.read(lambda view: view.list_documents(cursor, limit + 1))
-    page = found[:limit]
+    entries = await index.read(lambda view: view.list_documents(cursor, limit + 1))
+    page = entries[:limit]
     return DocumentListAnswer(
         documents=[ListedDocumentAnswer(id=entry.id, num_passages=entry.num_passages) for entry in page],
-        next_cursor=page[-1].id if len(found) > limit else None,
+        next_cursor=page[-1].id if len(entries) > limit else None,
     )
 
 

@@ -202,8 +202,8 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
-        told = without_places(problem.message, private)
-        problem = replace(problem, message=told, request_id=request_id_of(request))
+        message = without_places(problem.message, private)
+        problem = replace(problem, message=message, request_id=request_id_of(request))
         if problem.status == 405:
             allowed = ", ".join(_methods(app, request.url.path)) or (problem.headers or {}).get("Allow", "")
             problem = replace(problem, headers={"Allow": allowed})

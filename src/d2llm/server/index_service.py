@@ -235,11 +235,11 @@ class IndexService:
 
     async def _passages(self, version: OpenVersion, ids: Sequence[str]) -> list[Passage]:
         passages = await self._in(self._reads, lambda: version.view.get(ids))
-        found = {passage.id: passage for passage in passages}
-        missing = [passage_id for passage_id in ids if passage_id not in found]
+        by_id = {passage.id: passage for passage in passages}
+        missing = [passage_id for passage_id in ids if passage_id not in by_id]
         if missing:
             raise NotFoundError(f"there is no passage {missing[0]!r} in the index")
-        return [found[passage_id] for passage_id in ids]
+        return [by_id[passage_id] for passage_id in ids]
 
     # Changing ------------------------------------------------------------------------------------------------------
 
@@ -272,11 +272,11 @@ class IndexService:
         note_items([document.text for document in documents])
 
         def work(index: Index, student: Student) -> DocumentsReport:
-            wanted = None
+            chunking = None
             if chunk_tokens is not None or chunk_overlap is not None:
                 tokens = chunk_tokens or default_chunking(student).chunk_tokens
-                wanted = Chunking(tokens, chunk_overlap or 0)
-            chunker = Chunker(student, choose_chunking(index.folder, student, wanted))
+                chunking = Chunking(tokens, chunk_overlap or 0)
+            chunker = Chunker(student, choose_chunking(index.folder, student, chunking))
             return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
 
         report = await self._write(work)

@@ -214,12 +214,12 @@ class BodyMiddleware:
         kind = headers.get("content-type", "").partition(";")[0].strip()
         is_read = kind.lower() == FORM_TYPE if takes_form else _JSON.fullmatch(kind) is not None
         if method in _BODY_METHODS and not is_read and (kind or _has_body(headers)):
-            wanted = (
+            remedy = (
                 f"send files as a form ({FORM_TYPE})"
                 if takes_form
                 else "send JSON with 'Content-Type: application/json'"
             )
-            message = f"a body of type {kind!r} is not read; {wanted}" if kind else f"the body has no type; {wanted}"
+            message = f"a body of type {kind!r} is not read; {remedy}" if kind else f"the body has no type; {remedy}"
             return Problem(415, "unsupported_media_type", message)
         coding = headers.get("content-encoding", "identity")
         if coding.lower() != "identity" and _has_body(headers):
@@ -248,8 +248,8 @@ def _has_body(headers: Headers) -> bool:
 
 def _id_of(headers: Headers) -> str:
     """The client's own id where it can stand in logs and headers as it is."""
-    given = headers.get("x-request-id", "")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    client_id = headers.get("x-request-id", "")
+    return client_id if _SANE_ID.fullmatch(client_id) else uuid.uuid4().hex
 
 
 def _host_name(host: str) -> str:

@@ -68,24 +68,24 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
-    passage, found = await index.explain(body.query, body.passage_id, task)
+    passage, explanation = await index.explain(body.query, body.passage_id, task)
     teacher = None
     if body.teacher:
-        said = await index.judge_pair(body.query, passage, task)
-        probability = float(expit(said.log_odds))
+        verdict = await index.judge_pair(body.query, passage, task)
+        probability = float(expit(verdict.log_odds))
         teacher = TeacherAnswer(
-            log_odds=said.log_odds, probability=probability, seconds=said.seconds, truncated=said.truncated
+            log_odds=verdict.log_odds, probability=probability, seconds=verdict.seconds, truncated=verdict.truncated
         )
     return ExplainAnswer(
         id=passage.id,
         title=passage.title,
         text=passage.text,
-        score=found.score,
-        anchor=found.anchor,
-        interaction=found.interaction,
-        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
-        truncated=found.truncated,
-        query_truncated=found.query_truncated,
+        score=explanation.score,
+        anchor=explanation.anchor,
+        interaction=explanation.interaction,
+        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in explanation.words],
+        truncated=explanation.truncated,
+        query_truncated=explanation.query_truncated,
         no_interaction=why_no_interaction(services.models.student, task),
         teacher=teacher,
     )

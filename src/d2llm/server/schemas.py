@@ -17,7 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean
-from d2llm.core.types import Grouping, SourceName, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Grouping, SourceName, Task
 from d2llm.server.index_service import Rescore
 from d2llm.server.model_service import TextKind
 from d2llm.store.side_files import Chunking
@@ -68,8 +68,8 @@ class SearchRequest(Body):
     """A query, and how to search for it."""
 
     query: NonEmpty = Field(description="What to look for.", examples=["how do I read a file line by line?"])
-    top_k: int = Field(10, ge=1, description="Length of the ranking.")
-    num_candidates: int = Field(1_000, ge=1, description="Passages that get the full score.")
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="Length of the ranking.")
+    num_candidates: int = Field(DEFAULT_NUM_CANDIDATES, ge=1, description="Passages that get the full score.")
     filter: str | None = Field(
         None, description="A condition on metadata.", examples=["year >= 2020 AND language = 'en'"]
     )
@@ -91,7 +91,9 @@ class SearchRequest(Body):
         "cascade (it reads those that the IEM is unsure of).",
     )
     budget_ms: float | None = Field(None, ge=0, description="Time of an exact search, in milliseconds.")
-    teacher_passages: int = Field(20, ge=1, le=200, description="The teacher reads at most so many.")
+    teacher_passages: int = Field(
+        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="The teacher reads at most so many."
+    )
     teacher_ms: float | None = Field(
         None, ge=0, description="It reads for so long at most, in milliseconds; null, or more: the server's teacher_ms."
     )

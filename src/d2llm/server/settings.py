@@ -129,8 +129,8 @@ class ServeSettings(BaseSettings):
     @property
     def host_names(self) -> tuple[str, ...]:
         """``allowed_hosts``, and the address that it listens on where that is one address."""
-        own = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
-        return tuple(dict.fromkeys((*self.allowed_hosts, *own)))
+        own_address = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
+        return tuple(dict.fromkeys((*self.allowed_hosts, *own_address)))
 
 
 def is_loopback(host: str) -> bool:
@@ -177,12 +177,12 @@ def load_settings(
         layers.append((values, dict.fromkeys(values, f"file {file}")))
     values = _read_environment()
     layers.append((values, {name: f"environment {PREFIX}{name.upper()}" for name in values}))
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    options = {name: value for name, value in (flags or {}).items() if value is not None}
     assigned = dict(assignments or {})
-    if twice := sorted(given.keys() & assigned.keys()):
-        raise InputError(f"{twice[0]}: given twice, as an option and by --set; give it once")
+    if repeated := sorted(options.keys() & assigned.keys()):
+        raise InputError(f"{repeated[0]}: given twice, as an option and by --set; give it once")
     layers.append((assigned, dict.fromkeys(assigned, "--set")))
-    layers.append((given, {name: _flag_of(name) for name in given}))
+    layers.append((options, {name: _flag_of(name) for name in options}))
     merged: dict[str, Any] = {}
     sources = dict.fromkeys(ServeSettings.model_fields, "default")
     for values, origins in layers:
@@ -203,16 +203,16 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
     Raises:
         InputError: a word without "=", or one field twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
             raise InputError(f"--set {word}: write --set NAME=VALUE, as in --set max_texts=64")
-        if name in found:
+        if name in values:
             raise InputError(f"--set {name}: given twice; give it once")
-        found[name] = value.strip()
-    return found
+        values[name] = value.strip()
+    return values
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -241,8 +241,8 @@ def _flag_of(name: str) -> str:
 
 def _meant_instead(name: str) -> str:
     known = sorted(ServeSettings.model_fields)
-    meant = nearest(name, known)
-    return f"known settings: {', '.join(known)}" if meant is None else f"did you mean '{meant}'?"
+    suggestion = nearest(name, known)
+    return f"known settings: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
 
 
 def _explain(problem: Any, sources: Mapping[str, str]) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
-from d2llm.models.interaction import TASKS, Interaction, PairScores
+from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.training.dev import (

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2llm.core.types import Task
-from d2llm.models.interaction import TASKS, CosineHead, Interaction
+from d2llm.core.types import TASKS, Task
+from d2llm.models.interaction import CosineHead, Interaction
 
 
 def head_weights(head: Interaction | CosineHead) -> dict[str, np.ndarray]:

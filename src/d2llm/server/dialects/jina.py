@@ -129,8 +129,8 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
     body.check_limits(models)
     if body.return_embeddings:
         raise invalid("return_embeddings: the answer has no vectors; ask /v1/embeddings for them", "return_embeddings")
-    given = [body.documents] if isinstance(body.documents, str) else body.documents
-    documents = [document if isinstance(document, str) else document.text for document in given]
+    items = [body.documents] if isinstance(body.documents, str) else body.documents
+    documents = [document if isinstance(document, str) else document.text for document in items]
     check_size(services, body.query, "query")
     check_size(services, documents, "documents")
     scored = await models.score(body.query, documents, task_of(services))
