@@ -118,5 +118,5 @@ def _duration(seconds: float) -> str:
 
 
 def ignore(count: int, note: str = "", /) -> None:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
     del count, note

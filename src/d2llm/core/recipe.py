@@ -79,7 +79,7 @@ class BackboneConfig(_Section):
     tuning: Literal["lora", "full", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
     layers: int | None = Field(default=None, ge=1)
-    """Use only so many of the model's layers, from the first: cheaper, and for search often no worse. None: all."""
+    """Use only the first layers of the model, this many: cheaper, and for search often no worse. None: all."""
     pooling: Literal["auto", "mean", "last", "first"] = "auto"
     """The backbone's own pooling; ``auto`` reads the model's own setting, else mean for encoders, last for decoders."""
     max_query_tokens: int = Field(default=128, ge=4)
@@ -147,7 +147,7 @@ class RemoteConfig(_Section):
     url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
     """Base address, up to ``/v1``. A key has no place in it."""
     api: Literal["completions", "chat"] = "completions"
-    """``completions`` puts the prompt as it is, ``chat`` as a user's message in the model's chat template."""
+    """``completions`` sends the prompt unchanged, ``chat`` as a user's message in the model's chat template."""
     revision: str = ""
     """Which weights the endpoint serves, in your own words: part of the labels' identity, together with the model's
     name. Change it when the weights change; an endpoint does not tell."""
@@ -212,7 +212,7 @@ class TeacherTuningConfig(_Section):
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     epochs: int = Field(default=1, ge=0)
-    """0: the teacher is used as it is."""
+    """0: the teacher is not tuned."""
     batch_pairs: int = Field(default=32, ge=1)
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, padding included, that go through the model at a time; their gradients are added up. By default 512 on a
@@ -222,30 +222,31 @@ class TeacherTuningConfig(_Section):
     max_queries: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between looks at held-out queries, of which the best state is kept; by default none, and the last is."""
+    """Steps between evaluations on held-out queries, the best of which is kept. By default there are none, and the last
+    state is kept."""
     patience: int = Field(default=5, ge=1)
-    """Stop after this many looks without a better one."""
+    """Stop after this many evaluations without a better one."""
     dev_queries: int = Field(default=100, ge=1)
-    """Queries of each data set's plan held out for this, at most a fifth of them; their positives are never trained as
-    positives."""
+    """Queries of each data set's plan that are held out for this, at most a fifth. Their positives are never trained on
+    as positives."""
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
-    """What is best: the lowest yes/no cross-entropy of the held-out pairs, or the highest mean reciprocal rank of the
-    first positive in the held-out lists."""
+    """Which state is best: the one with the lowest yes/no cross-entropy of the held-out pairs, or with the highest mean
+    reciprocal rank of the first positive in the held-out lists."""
 
 
 class DataConfig(_Section):
     """One data set of a recipe: a retrieval set in BEIR layout, or a set of labelled pairs."""
 
     path: str
-    """Where it is; its name is the last part. ``--data`` says where it is on another machine."""
+    """Where it is; the last part is its name. ``--data`` says where it is on another machine."""
     about: str = ""
-    """What it holds and under which licence: what somebody who does not have it needs to know."""
+    """What it holds, its licence and where to get it, for those who do not have it."""
     task: Task = "asymmetric"
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
     max_labelled: int | None = Field(default=None, ge=1)
-    """Let the teacher label a random sample of this many of them; what becomes of the others, training.unlabelled says.
-    For a teacher that is slow beside the student."""
+    """Let the teacher label a random sample of this many of them; ``training.unlabelled`` says what becomes of the
+    others. For a teacher that is slow compared with the student."""
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
     never been positives. Where all splits share one small corpus (intents, FAQ), nothing would be left: set it false,
@@ -281,19 +282,20 @@ class MiningConfig(_Section):
     num_hard: int = Field(default=8, ge=0)
     num_easy: int = Field(default=4, ge=0)
     sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
-    """Whose lists give the candidates of hard negatives, minus the positives; the union is drawn from."""
+    """Whose rankings give the candidates of hard negatives: their union, without the positives."""
     student: str | None = None
     """The encoder: a trained student's folder or name, ranking by its full score. By default the recipe's backbone
     before training, ranking by its cosine."""
     range_min: int = Field(default=0, ge=0)
-    """Leave out the first few of each list that are no positives: the likeliest false negatives."""
+    """Leave out this many from the top of each list, positives not counted: the most likely false negatives."""
     range_max: int = Field(default=50, ge=1)
-    """How many passages of each list are looked at."""
+    """How many passages of each list are candidates."""
     sampling: Literal["uniform", "top", "rank_weighted"] = "uniform"
-    """How to draw from the range: all alike, the best ranks, or with a chance of 1 / rank (the better of two lists)."""
+    """How to draw from the range: with equal chances, the best ranks first, or with a chance of 1 / rank (the better of
+    two lists)."""
     near_duplicate: float = Field(default=0.9, gt=0, le=1)
-    """A candidate whose text is alike a positive's by more than this (Jaccard similarity of character trigrams) is no
-    negative; 1 lets all through but the same texts."""
+    """A candidate whose text is more similar to a positive's than this (Jaccard similarity of character trigrams) is no
+    negative; 1 drops identical texts alone."""
     relative_margin: float | None = Field(default=None, ge=0)
     """A candidate is no negative if the encoder's score of it is above that of the positives (their mean) less this
     share of it; 0.05 is a usual value."""
@@ -376,7 +378,7 @@ class ResidualConfig(WarmUpConfig):
     weight_decay: float = Field(default=0.01, ge=0)
     batch_queries: int = Field(default=32, ge=1)
     depth: int = Field(default=200, ge=1)
-    """Neighbours are drawn from so many passages of the plan with the largest inner products."""
+    """Neighbours are drawn from this many passages of the plan with the largest inner products."""
     num_near: int = Field(default=30, ge=0)
     """Neighbours of a query in one step, besides the plan's negatives."""
     num_random: int = Field(default=20, ge=0)
@@ -419,7 +421,7 @@ class TrainingConfig(WarmUpConfig):
     the teacher has not judged: taken for irrelevant, left out, or judged by the teacher first, which takes time and is
     kept with the other labels. Queries that learn from the data set's own judgements take them for irrelevant."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between dev evaluations; by default a fifth of the run's, but no more than 200."""
+    """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
     patience: int = Field(default=5, ge=1)
     """Stop after this many dev evaluations without a better one."""
     dev_queries: int = Field(default=200, ge=1)

@@ -283,7 +283,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class TeacherLabel:
-    """What one teacher, asked with one prompt, said of one pair. ``log_odds`` = logit(yes) - logit(no)."""
+    """One teacher's judgement of one pair with one prompt. ``log_odds`` = logit(yes) - logit(no)."""
 
     teacher: str
     prompt: str

@@ -47,7 +47,7 @@ def near_queries(
         texts_of: split -> its queries, read anew with each call; in the order in which leaks name splits.
         ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is no near leak.
         threshold: least similarity, between 0 and 1.
-        advance: is told of finished queries.
+        advance: called with the number of finished queries.
 
     Raises:
         MissingExtraError: datasketch is not installed.

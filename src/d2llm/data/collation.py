@@ -38,7 +38,7 @@ class LabelledSource:
 
         Args:
             source: the data set with its plan.
-            labels: what the teacher said.
+            labels: the teacher's.
             keep_unlabelled: train the queries without all their labels on the data set's own judgements; otherwise
                 they are left out.
         """

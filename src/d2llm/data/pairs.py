@@ -34,7 +34,7 @@ WITHOUT_LABEL, EMPTY_TEXT = "pairs without an agreed label were left out", "pair
 
 @dataclass(frozen=True, slots=True)
 class LabelledPair:
-    """Two texts and what was said of them: ``label`` in a set of classes, ``score`` in a set of scores.
+    """Two texts and their judgement: ``label`` in a set of classes, ``score`` in a set of scores.
 
     ``id`` is the file's own, or ``<split>-<line number>`` where it has none; it is unique within its split.
     """

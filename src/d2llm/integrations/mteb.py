@@ -397,7 +397,7 @@ def model_meta(
     Args:
         student: as it was loaded.
         folder_or_name: from where.
-        settings: what is not as it is by default; mteb files the results under it.
+        settings: those that differ from the default; mteb files the results under them.
         overrides: fields of ``ModelMeta``.
 
     Raises:

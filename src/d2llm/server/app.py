@@ -34,7 +34,7 @@ from d2llm.server.telemetry import Telemetry, metrics_router
 from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
-_KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clients that there is one to send."
+_KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clients to send one."
 
 
 def make_app(settings: ServeSettings) -> FastAPI:
@@ -129,7 +129,7 @@ def watch_index(telemetry: Telemetry, index: IndexService) -> None:
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
-    """Load student, teacher and index; ``private`` is told of folders that no client is to know.
+    """Load student, teacher and index; folders that no client may know are added to ``private``.
 
     Raises:
         InputError: there is neither a student nor an index.

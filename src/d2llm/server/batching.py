@@ -106,7 +106,7 @@ class Batcher(Generic[_Item, _Result]):
             max_batch: a batch's items times the greatest cost among them, unless one item alone is more.
             cost: of an item, for ``max_batch``.
             wait_seconds: how long to wait for more when there is something to do; 0 takes what is there.
-            observe_batch: is told each batch's size and seconds.
+            observe_batch: called with each batch's size and seconds.
             lanes: threads for batches that run side by side; what finds nothing else to do runs in a thread of its
                 own, where it may have all cores.
             num_lanes: batches that may run at a time.
@@ -184,7 +184,7 @@ class Batcher(Generic[_Item, _Result]):
             self._forget(group)
 
     def require_room(self, num_items: int) -> None:
-        """Make sure that so many items may join the queue; it takes any number when it is empty.
+        """Make sure that this many items may join the queue; it takes any number when it is empty.
 
         Raises:
             OverloadedError: it is full.

@@ -168,7 +168,7 @@ def problem_response(path: str, problem: Problem) -> Response:
 
 
 def problem_of(error: Exception) -> Problem:
-    """What an exception means to a client; those that are not meant for it are told without their text."""
+    """What an exception means to a client; the text of those that are not meant for it is left out."""
     if isinstance(error, ServingError):
         return error.problem
     if isinstance(error, RequestValidationError):
@@ -197,7 +197,7 @@ def is_clients(error: Exception) -> bool:
 def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
     """Let every error of a request become an answer in its interface's shape.
 
-    Of the ``private`` folders and files a client is told the name alone, not where they are.
+    A client sees the names of ``private`` folders and files, but not where they are.
     """
 
     async def answer(request: Request, error: Exception) -> Response:

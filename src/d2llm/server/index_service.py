@@ -51,7 +51,7 @@ Rescore = Literal["none", "iem", "teacher", "cascade"]
 
 _SCANNED_AT_ONCE = 32
 _WAITING = 32  # explanations, or writes, that wait or are worked on; each holds a request's texts
-_SEARCHES_A_READING = 64  # so many times fewer searches may wait for the teacher than for the student
+_SEARCHES_A_READING = 64  # the queue for the teacher is this many times shorter than that for the student
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class IndexService:
 
         Raises:
             InputError: settings that do not go together or do not fit the index.
-            OverloadedError: too many searches are under way. It is told before the query is encoded: one that is
+            OverloadedError: too many searches are under way. It is raised before the query is encoded: one that is
                 admitted is not refused halfway, when others have paid for its beginning.
         """
 
@@ -179,7 +179,7 @@ class IndexService:
 
         Raises:
             InputError: there is no teacher.
-            ModelError: it said something that is no finite number.
+            ModelError: its answer is not a finite number.
             OverloadedError: too many wait for it.
         """
         judge = self._teacher()

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """The state of a server, with a sentence for whoever asks; each change is logged."""
+    """The state of a server, with a sentence that explains it; each change is logged."""
 
     def __init__(self) -> None:
         self.state: State = "starting"

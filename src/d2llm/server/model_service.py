@@ -26,7 +26,7 @@ from d2llm.server.batching import Batcher
 from d2llm.server.facts import note_items
 
 Observe = Callable[[str, float], None]
-_FEW_CHARACTERS = 10_000  # so many are tokenized in the event loop's thread, as going to another costs more
+_FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, as going to another costs more
 _Value = TypeVar("_Value")
 
 

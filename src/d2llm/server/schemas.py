@@ -92,10 +92,10 @@ class SearchRequest(Body):
     )
     budget_ms: float | None = Field(None, ge=0, description="Time of an exact search, in milliseconds.")
     teacher_passages: int = Field(
-        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="The teacher reads at most so many."
+        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="Most passages that the teacher reads."
     )
     teacher_ms: float | None = Field(
-        None, ge=0, description="It reads for so long at most, in milliseconds; null, or more: the server's teacher_ms."
+        None, ge=0, description="Longest time that it reads, in milliseconds; null, or more: the server's teacher_ms."
     )
     task: Task | None = Field(None, description="What is asked; null: what the index is made for.")
     group: Grouping = Field("passage", description="Rank passages, or documents by their best or summed passages.")
@@ -157,7 +157,7 @@ class ErrorAnswer(Answer):
 
 
 class ShortPassage(Answer):
-    """A passage beside another."""
+    """A neighbour of a passage in its document."""
 
     id: str
     title: str
@@ -166,7 +166,7 @@ class ShortPassage(Answer):
 
 
 class ExplanationAnswer(Answer):
-    """Why a passage stands where it does: its score is ``anchor`` + ``interaction`` + ``lexical`` + ``windows``."""
+    """The parts of a passage's score, which is ``anchor`` + ``interaction`` + ``lexical`` + ``windows``."""
 
     anchor: float | None
     interaction: float | None
@@ -370,7 +370,7 @@ Metadata = Annotated[
     dict[str, Any],
     Field(json_schema_extra={"additionalProperties": {"type": ["string", "number", "boolean", "null"]}}),
 ]
-"""Values that cannot be kept are told by the index, which names passage and field, or leaves them out if asked to."""
+"""For a value that does not fit the index names passage and field, or leaves it out where that is asked for."""
 SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
 _LENIENT = Field(False, description="Leave out metadata values that do not fit, and count them.")
 

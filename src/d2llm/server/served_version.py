@@ -31,7 +31,7 @@ from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
-_LONGEST_PAUSE = 30.0  # seconds between two looks at what cannot be read
+_LONGEST_PAUSE = 30.0  # seconds between two tries to read what cannot be read
 _KEPT_SEARCHERS = 64  # of a version: each keeps what a filter allows
 
 
@@ -119,7 +119,7 @@ def _manifest_state(folder: Path) -> tuple[int, int]:
     try:
         manifest = (folder / MANIFEST_NAME).stat()
     except FileNotFoundError:
-        return 0, 0  # whoever opens it says what is wrong
+        return 0, 0  # opening it raises the error
     return manifest.st_ino, manifest.st_mtime_ns
 
 
@@ -182,7 +182,7 @@ class ServedVersion:
         return await self._begin(self._renew())
 
     async def watch(self, seconds: float, on_change: Callable[[str | None], None] = lambda _problem: None) -> None:
-        """Look for a new version every so many seconds, until cancelled; ``on_change`` is told a problem, or None.
+        """Look for a new version every ``seconds``, until cancelled; ``on_change`` is called with a problem, or None.
 
         What cannot be read is tried again less and less often.
         """
@@ -207,7 +207,7 @@ class ServedVersion:
             task.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, _Value]) -> asyncio.Future[_Value]:
-        """It goes on when whoever asked has gone: no thread can be stopped, and no student is to be loaded twice."""
+        """Run ``work`` to its end even if its caller is cancelled: threads cannot stop, and no student loads twice."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -43,7 +43,7 @@ class CohereRerankRequest(StrictBody):
     model: str
     query: Text
     documents: TextList
-    top_n: int | None = Field(None, ge=1, description="Answer with the best so many; null: all.")
+    top_n: int | None = Field(None, ge=1, description="Answer with the best ones alone, this many; null: all.")
     return_documents: bool = Field(False, description="Repeat the documents' texts in the answer.")
     max_tokens_per_doc: int | None = Field(
         None, ge=1, description="Documents are cut to what the model reads; less than that cannot be asked for."
@@ -124,6 +124,6 @@ async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depend
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Cohere tells it: 400 for what is wrong, but 422 for a field that there is not."""
+    """A problem in Cohere's form: 400 for a bad value, but 422 for an unknown field."""
     status = 422 if problem.reason == "extra_forbidden" else status_of(problem, invalid=400)
     return status, {"id": problem.request_id or str(uuid.uuid4()), "message": problem.message}

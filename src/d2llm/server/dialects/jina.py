@@ -65,7 +65,7 @@ class JinaRerankRequest(CutOptions):
     model: str | None = None
     query: Text
     documents: Annotated[Text | Annotated[list[Text | JinaDocument], Field(min_length=1)], BeforeValidator(_readable)]
-    top_n: int | None = Field(None, ge=0, description="Answer with the best so many; null or 0: all.")
+    top_n: int | None = Field(None, ge=0, description="Answer with the best ones alone, this many; null or 0: all.")
     return_documents: bool = Field(True, description="Repeat the documents' texts in the answer.")
     return_embeddings: bool = Field(False, description="The answer has no vectors; true is an error.")
     truncate: bool = Field(
@@ -151,7 +151,7 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Jina tells it; a model that there is not is a wrong field."""
+    """A problem in Jina's form; an unknown model is a wrong field."""
     status = 422 if problem.field == "model" else status_of(problem, invalid=422)
     if status == 401:
         return status, {"detail": problem.message}

@@ -34,7 +34,7 @@ class OpenBody(BaseModel):
 
 
 class CutOptions(OpenBody):
-    """How vLLM is told to cut texts. What the student does not do is refused."""
+    """vLLM's options for cutting texts. What the student cannot do is refused."""
 
     truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: cut to what the model reads.")
     truncation_side: Literal["right"] | None = Field(None, description="Texts are cut at the right, and nowhere else.")
@@ -235,7 +235,7 @@ def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:
-    """The header that tells of texts that were cut, where the dialect's answers have no place for it."""
+    """The header that names texts that were cut, for dialects whose answers have no place for it."""
     return {"X-Warning": "; ".join(warnings)} if warnings else {}
 
 

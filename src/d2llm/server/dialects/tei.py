@@ -231,7 +231,7 @@ async def info(services: TheServices) -> InfoAnswer:
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Text Embeddings Inference tells it: 400 for an empty text and a body that is no JSON, else 422."""
+    """A problem in the form of Text Embeddings Inference: 400 for an empty text or a body that is no JSON, else 422."""
     is_empty = problem.reason in EMPTY
     status = status_of(problem, invalid=400 if is_empty or problem.reason == "json_invalid" else 422)
     kinds = {429: "Overloaded", 503: "Unhealthy"}

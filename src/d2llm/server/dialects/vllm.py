@@ -1,6 +1,6 @@
 """vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``.
 
-Its ``/v1/rerank`` is Jina's, ``/rerank`` is told from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
+Its ``/v1/rerank`` is Jina's, ``/rerank`` differs from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
 
 Checked against the source of vLLM 0.33.0 (``entrypoints/pooling/scoring``, ``entrypoints/serve/exception_handling``).
 Other than there, a server at its limit answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
@@ -157,7 +157,7 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as vLLM tells it: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
+    """A problem in vLLM's form: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
     status = status_of(problem, invalid=400)
     types = {404: "NotFoundError", 500: "InternalServerError"}
     if problem.reason is None:
