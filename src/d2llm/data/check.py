@@ -120,7 +120,11 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
         tuple(_count_judgements(split, judged) for split, judged in qrels.items()),
         (
             *_repeated_passages(list(lines), hashes),
-            *(found for split in qrels for found in repeats[split].as_repeats(f"{split}: queries with another's text")),
+            *(
+                repeat
+                for split in qrels
+                for repeat in repeats[split].as_repeats(f"{split}: queries with another's text")
+            ),
         ),
         tuple(same_keys("same query", ids_of)),
         _shared_positives(qrels, place_of, hashes),
@@ -156,8 +160,8 @@ def _repeated_passages(ids: list[str], hashes: array[int]) -> list[Repeats]:
 
 
 def _count_judgements(split: str, judged: Mapping[str, Mapping[str, int]]) -> SplitCounts:
-    grades = Counter(grade for of_query in judged.values() for grade in of_query.values())
-    num_passages = len({passage_id for of_query in judged.values() for passage_id in of_query})
+    grades = Counter(grade for passages in judged.values() for grade in passages.values())
+    num_passages = len({passage_id for passages in judged.values() for passage_id in passages})
     values = {str(grade): grades[grade] for grade in sorted(grades)}
     return SplitCounts(split, len(judged), num_passages, sum(grades.values()), values)
 
@@ -200,7 +204,7 @@ class _PairSplit:
         self.twice, self.turned = _Occurrences(), _Occurrences()
 
     def add(self, pair: LabelledPair, targets: dict[int, str | float | None], conflicts: _Occurrences) -> None:
-        """Count a pair. ``said_of``: pair -> its label or score, over all splits."""
+        """Count a pair. ``targets``: pair -> its label or score, over all splits."""
         self.num_pairs += 1
         if pair.score is not None:
             self.score_sum += pair.score
@@ -241,7 +245,7 @@ class _PairSplit:
 
 def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findings:
     splits = {name: _PairSplit(name) for name in source.splits}
-    said_of: dict[int, str | float | None] = {}
+    targets: dict[int, str | float | None] = {}
     conflicts = _Occurrences()
     issues = list(source.issues)
     for name, split in splits.items():
@@ -249,7 +253,7 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
         for pair in source.iter_pairs(name, counts):
             queries.add(pair.query)
             passages.add(pair.passage)
-            split.add(pair, said_of, conflicts)
+            split.add(pair, targets, conflicts)
         issues += [f"{name}: {count} {what}" for what, count in counts.items() if count]
     splits = {name: split for name, split in splits.items() if split.num_pairs}
     classes_of: dict[str, set[str | None]] = {name: set(split.classes) or {None} for name, split in splits.items()}
@@ -261,7 +265,7 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
         len(set().union(*(split.passage_keys for split in splits.values()))),
         tuple(split.counts() for split in splits.values()),
         (
-            *(found for split in splits.values() for found in split.repeats()),
+            *(repeat for split in splits.values() for repeat in split.repeats()),
             *conflicts.as_repeats("pairs that another line labels differently"),
         ),
         (

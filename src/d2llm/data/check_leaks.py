@@ -118,12 +118,12 @@ def _bands(threshold: float) -> tuple[int, int]:
     Two texts of similarity s share a band of r hashes with probability s^r (Leskovec, Rajaraman and Ullman, Mining of
     Massive Datasets, 3.4.2). The library's own choice weighs wrong proposals, which here cost only a comparison.
     """
-    widths = (width for width in range(_NUM_HASHES // 2, 1, -1) if _found(threshold, width) >= _FOUND)
+    widths = (width for width in range(_NUM_HASHES // 2, 1, -1) if _chance_to_find(threshold, width) >= _FOUND)
     width = next(widths, 1)
     return _NUM_HASHES // width, width
 
 
-def _found(similarity: float, width: int) -> float:
+def _chance_to_find(similarity: float, width: int) -> float:
     return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
 
 

@@ -232,7 +232,7 @@ def kind_of(path: Path, classes_of: dict[str, set[str | None]]) -> tuple[PairKin
         )
     if scored:
         return "scores", ()
-    classes = tuple(sorted({label for found in classes_of.values() for label in found if label is not None}))
+    classes = tuple(sorted({label for labels in classes_of.values() for label in labels if label is not None}))
     is_binary = any({label.lower() for label in classes} <= set(names) for names in _BINARY)
     return ("binary" if is_binary else "classes"), classes
 

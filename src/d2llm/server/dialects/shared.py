@@ -114,8 +114,8 @@ def errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 def status_of(problem: Problem, invalid: int) -> int:
     """A problem's status where everything wrong with a body's content has the status ``invalid``."""
-    of_content = problem.kind == "invalid_request" or (problem.kind == "too_large" and problem.field is not None)
-    return invalid if of_content else problem.status
+    is_about_content = problem.kind == "invalid_request" or (problem.kind == "too_large" and problem.field is not None)
+    return invalid if is_about_content else problem.status
 
 
 def find_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
@@ -169,17 +169,17 @@ def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit:
         raise ServingError(Problem(413, "too_large", message, where))
 
 
-def check_limit(asked: int | None, limit: int, field: str) -> None:
+def check_limit(tokens: int | None, limit: int, field: str) -> None:
     """Refuse to cut texts to fewer tokens than the model's ``limit``; 0 and None ask for nothing.
 
     Raises:
         ServingError: 400, fewer are asked for.
     """
-    if asked and asked < limit:
+    if tokens and tokens < limit:
         raise invalid(f"{field}: texts are cut to {limit} tokens here; ask for no less", field)
 
 
-def check_dimensions(asked: int | None, models: ModelService) -> None:
+def check_dimensions(dimensions: int | None, models: ModelService) -> None:
     """Refuse vectors of another width than the student's.
 
     The first components of a vector are worth something alone only where a student was trained for it; none is yet.
@@ -187,12 +187,12 @@ def check_dimensions(asked: int | None, models: ModelService) -> None:
     Raises:
         ServingError: 400, another width is asked for.
     """
-    if asked is not None and asked != models.dim:
+    if dimensions is not None and dimensions != models.dim:
         message = (
             f"dimensions: this student's vectors have {models.dim} components and were not trained to be cut to "
-            f"{asked}; leave dimensions out, or ask for {models.dim}"
-            if asked < models.dim
-            else f"dimensions: this student's vectors have {models.dim} components, {asked} were asked for"
+            f"{dimensions}; leave dimensions out, or ask for {models.dim}"
+            if dimensions < models.dim
+            else f"dimensions: this student's vectors have {models.dim} components, {dimensions} were asked for"
         )
         raise invalid(message, "dimensions")
 
