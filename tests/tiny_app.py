@@ -8,12 +8,11 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Body, FastAPI, Request
 from starlette.testclient import TestClient
 
-from d2llm.server import metrics_route
 from d2llm.server.errors import install_error_handlers
 from d2llm.server.facts import note_items
 from d2llm.server.middleware import install_middleware
 from d2llm.server.settings import ServeSettings
-from d2llm.server.telemetry import Telemetry
+from d2llm.server.telemetry import Telemetry, metrics_router
 
 Texts = Annotated[list[str], Body(embed=True)]
 
@@ -57,7 +56,7 @@ def tiny_app(settings: ServeSettings) -> FastAPI:
     app = FastAPI()
     app.state.telemetry = Telemetry()
     app.include_router(tiny_router())
-    app.include_router(metrics_route.router)
+    app.include_router(metrics_router)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, epoch_batches, queries_by_set
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
-from d2llm.ops.batching import like_length_batches
 from tiny_data import make_source
 
 Batches = list[tuple[LabelledSource, list[Draw]]]
@@ -73,10 +71,9 @@ def test_queries_are_counted(three: list[LabelledSource]) -> None:
     assert 45 <= counts["middle"] <= 47
 
 
-@pytest.mark.parametrize("group_by_length", [False, True])
-def test_no_query_comes_twice_before_all_have_come(three: list[LabelledSource], group_by_length: bool) -> None:
+def test_no_query_comes_twice_before_all_have_come(three: list[LabelledSource]) -> None:
     """Over three epochs of 18 batches the large set is gone through exactly twice, whatever an epoch begins with."""
-    epochs = [drawn(three, epoch, temperature=3, group_by_length=group_by_length) for epoch in range(3)]
+    epochs = [drawn(three, epoch, temperature=3) for epoch in range(3)]
     seen = Counter(query_id for batches in epochs for query_id in ids(batches, "large"))
     assert set(seen.values()) == {2}
     assert len(seen) == 108
@@ -89,56 +86,13 @@ def test_a_query_that_comes_again_draws_anew(three: list[LabelledSource]) -> Non
     assert len({(draw.entry.query_id, tuple(draw.hard)) for draw in draws}) > 3
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 2.5}, {"group_by_length": True, "temperature": 2.5}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.5}])
 def test_an_epoch_depends_on_seed_and_number_alone(three: list[LabelledSource], options: dict[str, object]) -> None:
     assert drawn(three, 4, **options) == drawn(three, 4, **options)
     assert drawn(three, 4, **options) != drawn(three, 5, **options)
     assert drawn(three, 4, **options) != drawn(three, 4, seed=1, **options)
 
 
-def test_grouping_changes_who_meets_and_nothing_else(three: list[LabelledSource]) -> None:
-    plain, grouped = drawn(three), drawn(three, group_by_length=True)
-    assert plain != grouped
-
-    def by_id(batches: Batches) -> dict[str, Draw]:
-        return {draw.entry.query_id: draw for _, draws in batches for draw in draws}
-
-    assert by_id(plain) == by_id(grouped)
-    assert sorted(len(draws) for _, draws in plain) == sorted(len(draws) for _, draws in grouped)
-
-
-def spread(batches: Batches) -> float:
-    """Mean over batches of the lengths' standard deviation."""
-    lengths = [[len(s.source.query_text(d.entry.query_id)) for d in draws] for s, draws in batches]
-    return float(np.mean([np.std(row) for row in lengths]))
-
-
-def test_grouped_queries_are_of_like_length_and_meet_others_each_time(tmp_path: Path) -> None:
-    source = labelled(tmp_path, "set", 1280)
-    plain, grouped = (drawn([source], group_by_length=by) for by in (False, True))
-    assert spread(grouped) < 0.3 * spread(plain)
-    meetings = [
-        {frozenset((a.entry.query_id, b.entry.query_id)) for _, ds in batches for a in ds for b in ds if a != b}
-        for batches in (grouped, drawn([source], 1, group_by_length=True))
-    ]
-    assert len(meetings[0] & meetings[1]) < 0.1 * len(meetings[0])
-
-
-def test_a_small_set_is_not_grouped(tmp_path: Path) -> None:
-    """Of fewer than eight batches, sorting would leave each query the same company in every epoch."""
-    source = labelled(tmp_path, "set", 28)
-    plain, grouped = (drawn([source], group_by_length=by) for by in (False, True))
-    assert {frozenset(ids([b], "set")) for b in plain} == {frozenset(ids([b], "set")) for b in grouped}
-
-
 def test_an_empty_set_has_no_share(three: list[LabelledSource], tmp_path: Path) -> None:
     assert names(drawn([*three, labelled(tmp_path, "none", 0)], temperature=3)) == names(drawn(three, temperature=3))
     assert drawn([]) == []
-
-
-def test_windows_of_like_length_by_hand() -> None:
-    lengths = [5, 1, 4, 2, 9, 3, 8, 7, 6]
-    # windows of two batches of two: indices 0-3 and 4-7; the last index alone
-    assert like_length_batches(lengths, batch_size=2, window=2) == [[1, 3], [2, 0], [5, 7], [6, 4], [8]]
-    assert like_length_batches(lengths, batch_size=2, window=1) == [[1, 0], [3, 2], [5, 4], [7, 6], [8]]
-    assert like_length_batches([], batch_size=2, window=3) == []

@@ -120,8 +120,8 @@ def test_reading_labels_of_another_teacher_names_both(tmp_path: Path) -> None:
     with pytest.raises(LabelMismatchError) as caught:
         LabelStore.open_for_reading(tmp_path, teacher="T1", prompt="P1", dataset="D")
     message = str(caught.value)
-    assert "wanted of teacher T1, prompt P1, data set D" in message
-    assert "found only: teacher T1, prompt P7, data set D; teacher T2, prompt P1, data set D" in message
+    assert "has no labels of teacher T1, prompt P1, data set D" in message
+    assert "only of teacher T1, prompt P7, data set D; teacher T2, prompt P1, data set D" in message
     assert len(open_store(tmp_path)) == 0  # opened for writing it is just empty
 
 

@@ -97,7 +97,7 @@ path = "{data}"
 [mining]
 num_hard = 3
 num_easy = 2
-depth = 10
+range_max = 10
 [gate]
 queries = 4
 when_closed = "teacher"

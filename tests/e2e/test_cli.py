@@ -119,7 +119,7 @@ class TestDistil:
     def test_a_plan_of_other_settings_is_noticed(self, place, reports, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run")
         recipe = tmp_path / "other.toml"
-        recipe.write_text((place / "tiny.toml").read_text().replace("depth = 10", "depth = 20"))
+        recipe.write_text((place / "tiny.toml").read_text().replace("range_max = 10", "range_max = 20"))
         result = succeed("mine", recipe, "--out", tmp_path / "run")
         assert "warning: " in result.stderr
         assert "other settings than the recipe's now (mining)" in result.stderr

@@ -71,8 +71,7 @@ def test_the_teachers_margin_stores_what_it_asked(place, reports, tmp_path):
     for entry in full:
         odds = labels.log_odds(entry.query_id)
         assert max(odds[p] for p in entry.hard_negatives) <= odds[entry.positives[0]]
-    stored = mining(place, tmp_path / "s.toml", 'teacher_margin = 0.0\nteacher_labels = "stored"')
-    _, report = succeed_with_report("mine", stored, "--out", run, "--again", folder=tmp_path)
+    _, report = succeed_with_report("mine", recipe, "--out", run, "--again", "--dtype", "float32", folder=tmp_path)
     assert report["result"]["everyday"]["teacher"]["judged"] == 0
 
 
@@ -105,12 +104,12 @@ def test_an_interrupted_run_goes_on(place, reports, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run" / "plans").iterdir()] == ["everyday"]
 
 
-@pytest.mark.parametrize("old", [True, False])
-def test_a_plan_of_an_earlier_version_is_read(place, reports, tmp_path, old):
+@pytest.mark.parametrize("same", [True, False])
+def test_a_plan_of_an_earlier_version_is_read(place, reports, tmp_path, same):
     shutil.copytree(place / "run", tmp_path / "run")
     path = tmp_path / "run" / "plans" / "everyday" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["settings"]["mining"] = {"num_hard": 3, "num_easy": 2, "depth": 10 if old else 11, "skip_top": 0}
+    manifest["settings"]["mining"] = {"num_hard": 3, "range_max": 10 if same else 11, "audit_examples": 20}
     path.write_text(json.dumps(manifest))
     result = succeed("mine", place / "tiny.toml", "--out", tmp_path / "run")
-    assert ("other settings" in result.stderr) is not old
+    assert ("other settings" in result.stderr) is not same

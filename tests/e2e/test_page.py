@@ -50,7 +50,7 @@ def state_of(page):
 
 def test_search_as_you_type(visit, address):
     page = visit(address)
-    assert page.locator(".message h2").inner_text() == "Ask something"
+    assert page.locator(".message h2").inner_text() == "Ask a question"
     search(page, QUESTION)
     first = page.locator(".card").first
     assert "Boiling pasta in plenty of salted water" in first.locator(".text").inner_text()
@@ -134,7 +134,7 @@ def test_a_wrong_filter_is_told_beside_its_box(visit, address):
     page.locator("#filter").fill("subject LIKE '%it''s%'")
     page.wait_for_selector(".column .quiet")
     assert page.locator("#filter-error").inner_text() == ""
-    assert "No passage fits the filter." in page.locator(".column").inner_text()
+    assert "No passage matches the filter." in page.locator(".column").inner_text()
 
 
 def test_quotes_and_patterns_of_values_are_escaped(visit, address):

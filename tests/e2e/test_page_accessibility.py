@@ -66,7 +66,7 @@ def check(page, measurable=True):
 
 def test_start(visit, address):
     page = visit(address)
-    page.locator(".message h2", has_text="Ask something").wait_for()
+    page.locator(".message h2", has_text="Ask a question").wait_for()
     check(page)
 
 
@@ -155,7 +155,7 @@ def test_keys_of_one_letter_can_be_turned_off(visit, address):
     focused = "document.activeElement.id || document.activeElement.dataset.id"
     first = page.locator(".card").first
     for turned_on in (False, True):
-        page.get_by_label("Keys of one letter").set_checked(turned_on)
+        page.get_by_label("Single-letter shortcuts").set_checked(turned_on)
         page.reload()
         first.focus()
         page.keyboard.press("j")
@@ -163,7 +163,7 @@ def test_keys_of_one_letter_can_be_turned_off(visit, address):
         page.keyboard.press("/")
         assert (page.evaluate(focused) == "query") == turned_on
     first.focus()
-    page.get_by_label("Keys of one letter").uncheck()
+    page.get_by_label("Single-letter shortcuts").uncheck()
     first.focus()
     page.keyboard.press("Enter")  # other keys go on
     page.wait_for_selector(".why")

@@ -282,9 +282,9 @@ def test_a_teacher_without_time_says_so(visit, settings):
         page.wait_for_selector(".card")
         note, names = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
         page.get_by_role("radio", name="Cascade").check()
-        page.locator(".note", has_text="The teacher’s time was up before it could read: ").wait_for()
+        page.locator(".note", has_text="The teacher ran out of time before it read anything: ").wait_for()
     assert note.startswith("The teacher read the first 8 passages, in ")  # it begins one batch whatever the time
-    assert note.endswith("Then its time was up: the others follow in the student’s order.")
+    assert note.endswith("Then it ran out of time: the others follow in the student’s order.")
     assert [name.startswith("teacher’s log-odds") for name in names] == [True] * 8 + [False] * 2
 
 
@@ -296,7 +296,7 @@ def test_a_teacher_whose_time_ends_says_so(visit, settings):
         page.wait_for_selector(".card")
         note, names = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
     assert note.startswith("The teacher read 1 passage that the student was unsure of, in ")
-    assert note.endswith("Then its time was up: the others stand where the student expects them.")
+    assert note.endswith("Then it ran out of time: the others stand where the student expects them.")
     assert {name.rsplit(" ", 1)[0] for name in names} <= {"teacher’s log-odds", "expected log-odds"}
 
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig
+from d2llm.core.types import TASKS
 from d2llm.core.variants import VARIANTS
-from d2llm.models.interaction import TASKS, CosineHead, make_head
+from d2llm.models.interaction import CosineHead, make_head
 from d2llm.models.pooling import TextPooling
 from d2llm.models.scorer import QueryScorer
 from d2llm.models.student import Student

@@ -8,7 +8,8 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
-from d2llm.models.interaction import TASKS, Interaction
+from d2llm.core.types import TASKS
+from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.scoring import Linear, anchor_logit, anchored_logit, multilayer_perceptron, pair_features
 from tiny_models import randomise

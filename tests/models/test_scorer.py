@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from d2llm.core.recipe import InteractionConfig
-from d2llm.models.interaction import TASKS, CosineHead, Interaction
+from d2llm.core.types import TASKS
+from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import Student
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model

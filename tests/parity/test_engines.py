@@ -18,13 +18,13 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import InteractionConfig, PoolingConfig
+from d2llm.core.types import TASKS
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.models.device import cpu_has_fast_bfloat16
 from d2llm.models.engines import engines
 from d2llm.models.engines.engines import choose_engine, open_engine
 from d2llm.models.export.export import export
-from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import InteractionConfig
+from d2llm.core.types import TASKS
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
-from d2llm.models.interaction import TASKS, Interaction
+from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows

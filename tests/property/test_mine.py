@@ -42,7 +42,7 @@ def shuffled(dataset: Dataset, order: random.Random) -> Dataset:
 @settings(deadline=None, max_examples=60)
 @given(dataset=datasets(), seed=st.integers(0, 9), order=st.randoms(use_true_random=False))
 def test_shuffling_the_files_changes_no_draw(dataset: Dataset, seed: int, order: random.Random) -> None:
-    config = MiningConfig(num_hard=2, num_easy=2, depth=5, skip_top=1)
+    config = MiningConfig(num_hard=2, num_easy=2, range_max=5, range_min=1)
     one = mine(dataset, "train", config, encoder=None, seed=seed).entries
     other = mine(shuffled(dataset, order), "train", config, encoder=None, seed=seed).entries
     drawn = {entry.query_id: (entry.hard_negatives, entry.easy_negatives) for entry in one}

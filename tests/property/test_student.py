@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2llm.models.interaction import TASKS
+from d2llm.core.types import TASKS
 from d2llm.models.student import Student
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 

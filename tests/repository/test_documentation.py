@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from d2llm.cli.main import app
+from d2llm.core.errors import MissingExtraError
+from d2llm.core.recipe import Recipe
+from d2llm.core.recipe_file import load_recipe_text
 
 PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md")
 FILE = re.compile(r"`([\w*.-]*(?:/[\w*.-]+)+|[\w*-]+\.(?:py|js|toml|sh|md|yaml|json))`")
@@ -41,6 +47,111 @@ def test_the_tour_names_only_what_exists(repository):
     assert len(names) > 50
     missing = [name for name in names if not any(p.match(name.removeprefix("../")) for p in [*files, *folders])]
     assert missing == []
+
+
+def living_pages(repository: Path) -> list[Path]:
+    """Pages about what d2llm is now; the log and the changelog name what once was."""
+    return [page for page in pages(repository) if page.name not in ("LOG.md", "CHANGELOG.md")]
+
+
+def files_in(text: str) -> set[str]:
+    """Names of source files, and paths that begin with a folder of the checkout."""
+    return set(re.findall(r"`((?:src|tests|docs|benchmarks|scripts|deploy)/[\w./-]+|[\w/-]+\.(?:py|js|sh))`", text))
+
+
+def python_names_in(text: str) -> set[str]:
+    """Dotted names that begin with ``d2llm``, and what examples import from it."""
+    names = set(re.findall(r"(?<![\w./\"-])(d2llm(?:\.[A-Za-z_]\w*)+)", text)) - LOGGERS
+    for module, imported in re.findall(r"from (d2llm[\w.]*) import \(?([\w, ]+)", text):
+        names |= {f"{module}.{name.split(' as ')[0].strip()}" for name in imported.split(",") if name.strip()}
+    return names
+
+
+LOGGERS = {"d2llm.remarks"}
+
+
+def python_name_exists(name: str) -> bool:
+    parts = name.split(".")
+    value: object = importlib.import_module(parts[0])
+    for number, part in enumerate(parts[1:], start=2):
+        if not hasattr(value, part):
+            try:
+                importlib.import_module(".".join(parts[:number]))
+            except MissingExtraError:  # the module is there, and another library is not
+                return True
+            except ModuleNotFoundError:
+                return False
+        value = getattr(value, part)
+    return True
+
+
+def options_in(text: str) -> set[str]:
+    """``section.option`` of a recipe, between backticks."""
+    names = re.findall(r"`\[*([a-z_]+(?:\.[a-z_]+)+)[`\] ]", text)
+    sections = {*Recipe.model_fields} - {"student"} | {
+        f"student.{name}" for name in ("backbone", "pooling", "interaction")
+    }
+    return {
+        name
+        for name in names
+        if any(name.startswith(f"{section}.") for section in sections) and not name.endswith((".py", ".json"))
+    }
+
+
+def option_exists(name: str) -> bool:
+    section: type[BaseModel] | None = Recipe
+    for part in name.split("."):
+        if section is None or part not in section.model_fields:
+            return False
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and hasattr(c, "model_fields")), None)
+    return True
+
+
+def test_pages_name_only_files_that_exist(repository):
+    files = tracked_files(repository)
+    known = [*files, *{parent for file in files for parent in file.parents}]
+    named = [(page, name) for page in living_pages(repository) for name in files_in(page.read_text(encoding="utf-8"))]
+    assert len(named) > 60
+    missing = [f"{page.name}: {name}" for page, name in named if not any(path.match(name) for path in known)]
+    assert missing == []
+
+
+def test_pages_name_only_what_python_can_import(repository):
+    texts = [(page, page.read_text(encoding="utf-8")) for page in living_pages(repository)]
+    named = [(page, name) for page, text in texts for name in python_names_in(text)]
+    assert len(named) > 30
+    assert [f"{page.name}: {name}" for page, name in named if not python_name_exists(name)] == []
+
+
+def test_pages_name_only_options_that_a_recipe_has(repository):
+    texts = [(page, page.read_text(encoding="utf-8")) for page in living_pages(repository)]
+    named = [(page, name) for page, text in texts for name in options_in(text)]
+    assert len(named) > 10
+    assert [f"{page.name}: {name}" for page, name in named if not option_exists(name)] == []
+    examples = [
+        (page, block)
+        for page, text in texts
+        for block in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+        if (tables := re.findall(r"^\[+([a-z_]+)", block, flags=re.MULTILINE)) and {*tables} <= {*Recipe.model_fields}
+    ]
+    assert len(examples) > 3
+    for page, block in examples:
+        load_recipe_text(block, where=page.name)
+
+
+@pytest.mark.parametrize(
+    ("exists", "name"),
+    [
+        (python_name_exists, "d2llm.Student.load"),
+        (python_name_exists, "d2llm.store.bm25"),
+        (option_exists, "training.residual.epochs"),
+    ],
+)
+def test_a_wrong_name_is_noticed(exists, name):
+    assert exists(name)
+    assert not exists(f"{name}_gone")
 
 
 def test_links_between_pages_lead_somewhere(repository):

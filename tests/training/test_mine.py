@@ -67,7 +67,7 @@ def cats(train: dict[str, int], **splits: dict[str, dict[str, int]]) -> Dataset:
 
 
 def test_hard_negatives_come_from_the_first_depth_and_easy_ones_from_the_rest() -> None:
-    result = mine(cats({"c2": 1}), "train", MiningConfig(num_hard=8, num_easy=3, depth=4), encoder=None, seed=0)
+    result = mine(cats({"c2": 1}), "train", MiningConfig(num_hard=8, num_easy=3, range_max=4), encoder=None, seed=0)
     [entry] = result.entries
     assert entry.query_id == "q1"
     assert entry.positives == ("c2",)
@@ -78,8 +78,8 @@ def test_hard_negatives_come_from_the_first_depth_and_easy_ones_from_the_rest() 
     assert result.report["queries"]["too_few_easy"] == {"count": 0, "first": []}
 
 
-def test_skip_top_leaves_out_the_first_that_are_no_positives() -> None:
-    config = MiningConfig(num_hard=8, num_easy=0, depth=5, skip_top=2)
+def test_range_min_leaves_out_the_first_that_are_no_positives() -> None:
+    config = MiningConfig(num_hard=8, num_easy=0, range_max=5, range_min=2)
     [entry] = mine(cats({"c2": 1}), "train", config, encoder=None, seed=0).entries
     assert set(entry.hard_negatives) == {"c4", "c5"}  # without the positive c2, the first two are c1 and c3
 
@@ -88,12 +88,12 @@ def test_union_with_the_encoders_cosine() -> None:
     # By inner product x1 would be nearest; by cosine x3, then c1, then x2.
     vectors = {"cat": (1, 0), "word1": (50, 60), "word2": (2, 1), "word3": (0.1, 0), CATS["c1"]: (3, 1)}
     encoder = Encoder(lambda text: vectors.get(text, (-1, 0)))
-    config = MiningConfig(num_hard=8, num_easy=0, depth=3)
+    config = MiningConfig(num_hard=8, num_easy=0, range_max=3)
     result = mine(cats({"c2": 1}), "train", config, encoder=encoder, seed=0)
     assert set(result.entries[0].hard_negatives) == {"c1", "c3", "x2", "x3"}
     assert result.report["hard_negatives_from"] == {"bm25": 1, "bm25+cosine": 1, "cosine": 2}
     assert set(result.report["seconds"]) == {"bm25", "encoding", "cosine", "choosing", "total"}
-    # skip_top counts in both lists: c1 (BM25) and x3 (cosine) go, c1 also from the cosine list.
+    # range_min counts in both lists: c1 (BM25) and x3 (cosine) go, c1 also from the cosine list.
     result = mine(cats({"c2": 1}), "train", config.model_copy(update={"range_min": 1}), encoder=encoder, seed=0)
     assert set(result.entries[0].hard_negatives) == {"c3", "x2"}
 
@@ -103,7 +103,7 @@ def test_positives_of_any_split_and_their_repeats_are_never_negatives() -> None:
     given.passages["c4"] = Passage("c4", given.passages["c1"].text.upper().replace(" ", " ,"), title="Other title")
     given.passages["x1"] = Passage("x1", given.passages["c3"].text + "!")
     for seed in range(5):
-        result = mine(given, "train", MiningConfig(num_hard=9, num_easy=9, depth=9), encoder=None, seed=seed)
+        result = mine(given, "train", MiningConfig(num_hard=9, num_easy=9, range_max=9), encoder=None, seed=seed)
         [entry] = result.entries
         assert entry.positives == ("c1",)
         assert set(entry.hard_negatives) == {"c2", "c5", "c6"}
@@ -194,7 +194,7 @@ def test_sample_of_queries_keeps_order_and_draws() -> None:
 def test_draws_are_spread_over_the_pool_and_follow_the_seed() -> None:
     queries = {f"q{number:03}": "cat" for number in range(300)}
     given = dataset(CATS | OTHERS, queries, {"train": {query_id: {"c1": 1} for query_id in queries}})
-    config = MiningConfig(num_hard=1, num_easy=1, depth=6)
+    config = MiningConfig(num_hard=1, num_easy=1, range_max=6)
     entries = mine(given, "train", config, encoder=None, seed=0).entries
     hard = [entry.hard_negatives[0] for entry in entries]
     # 300 draws of 5: 60 each, standard deviation 6.9; easy 300 of 10 (6 others, 4 cats): 30, deviation 5.2.
@@ -213,7 +213,7 @@ def test_vectors_that_are_not_finite_are_named() -> None:
 
 
 def test_report_shows_examples() -> None:
-    result = mine(cats({"c2": 1}), "train", MiningConfig(num_hard=1, depth=1), encoder=None, seed=0)
+    result = mine(cats({"c2": 1}), "train", MiningConfig(num_hard=1, range_max=1), encoder=None, seed=0)
     assert result.report["examples"] == [
         {"query_id": "q1", "query": "cat", "positive": CATS["c2"], "hard_negative": CATS["c1"]}
     ]

@@ -113,18 +113,16 @@ class TestOrder:
 
 
 class TestRanges:
-    def test_of_one_list_alone(self):
-        assert hard(mined(world({"a": 1}), bm25_range=[2, 5])) == ("d", "e")  # of a-e, without a, b and c are skipped
-
-    def test_old_names_are_read(self):
-        assert MiningConfig.model_validate({"depth": 7, "skip_top": 2}) == MiningConfig(range_max=7, range_min=2)
+    def test_ranks_before_the_first_are_left_out(self):
+        mining = mined(world({"a": 1}), range_min=2, range_max=5)
+        assert hard(mining) == ("d", "e")  # of a-e, without a, b and c are skipped
 
     @pytest.mark.parametrize(
         ("values", "said"),
         [
-            ({"depth": 3, "range_max": 4}, "depth is the old name of range_max"),
-            ({"range_min": 50}, r"the range of bm25 is \[50, 50\]"),
-            ({"encoder_range": [-1, 5]}, r"the range of encoder is \[-1, 5\]"),
+            ({"depth": 3}, "mining.depth was removed .*set range_max"),
+            ({"range_min": 50}, "range_min is 50, but must be below range_max, which is 50"),
+            ({"range_min": -1}, "mining.range_min: .*greater than or equal to 0"),
             ({"sources": []}, "sources is empty"),
             ({"sampling": "best"}, "mining.sampling"),
         ],
@@ -352,8 +350,7 @@ class TestAudit:
         given = world({"a": 1})
         queries = {f"q{n}": Query(f"q{n}", "cat") for n in range(30)}
         given = Dataset("tiny", given.path, given.passages, queries, {"train": {q: {"a": 1} for q in queries}})
-        shown = [e["query_id"] for e in mined(given, audit_examples=4).audit["examples"]]
-        assert len(shown) == 4
-        assert shown == [e["query_id"] for e in mined(given, audit_examples=4).audit["examples"]]
-        assert shown != list(queries)[:4]
-        assert mined(given, audit_examples=0).audit["examples"] == []
+        shown = [e["query_id"] for e in mined(given).audit["examples"]]
+        assert len(shown) == 20
+        assert shown == [e["query_id"] for e in mined(given).audit["examples"]]
+        assert set(shown) != set(list(queries)[:20])

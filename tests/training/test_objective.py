@@ -31,7 +31,6 @@ ALL_WEIGHTS = LossWeights(
     in_batch_cross_entropy=7.0,
     anchor_cross_entropy=11.0,
     temperature=0.7,
-    list_temperature=2.0,
 )
 POSITIVE = [[1, 0, 0, 0], [0, 0, 0, 1]]
 HARD = [[0, 1, 1, 0], [0, 0, 1, 0]]
@@ -81,7 +80,7 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
     logits = scores.logits - (change * taking_part).sum(1, keepdim=True) / taking_part.sum(1, keepdim=True)
     return {
         "contrastive_imitation": losses.contrastive_imitation(logits, believed, positive, hard | easy, temperature=0.7),
-        "list_imitation": losses.list_imitation(logits, log_odds, positive | hard | easy, temperature=2.0),
+        "list_imitation": losses.list_imitation(logits, log_odds, positive | hard | easy),
         "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
         "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, believed, hard, easy),
         "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
@@ -115,9 +114,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
 
 
 PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
-LOSS_NAMES = [
-    n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "list_temperature", "teacher_share"}
-]
+LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "teacher_share"}]
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)

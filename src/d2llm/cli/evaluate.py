@@ -22,7 +22,7 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import SystemKind
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
@@ -96,7 +96,7 @@ def evaluate(
     ] = None,
     num_candidates: Annotated[
         int, typer.Option("--num-candidates", min=1, help="Passages that get the student's full score.")
-    ] = 1000,
+    ] = DEFAULT_NUM_CANDIDATES,
     stored_as: Annotated[
         list[str] | None,
         typer.Option(

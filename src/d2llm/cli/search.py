@@ -21,7 +21,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.core.errors import InputError
-from d2llm.core.types import Grouping, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, Grouping, Task
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Query, Ranking
@@ -80,7 +80,7 @@ def search(
     ] = None,
     num_candidates: Annotated[
         int, typer.Option("--num-candidates", min=1, help="Passages that get the full score; more is slower and surer.")
-    ] = 1000,
+    ] = DEFAULT_NUM_CANDIDATES,
     source: Annotated[
         list[SourceChoice] | None,
         typer.Option(
@@ -133,7 +133,7 @@ def search(
     ] = None,
     teacher_passages: Annotated[
         int, typer.Option("--teacher-passages", min=0, help="The most passages it reads for a query.")
-    ] = 20,
+    ] = DEFAULT_TEACHER_PASSAGES,
     teacher_ms: Annotated[
         float | None,
         typer.Option("--teacher-ms", min=0, help="The longest time it reads for a query.", show_default=False),

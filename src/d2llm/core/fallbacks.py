@@ -1,4 +1,4 @@
-"""Fast ways that could not be taken: what went the slower way is counted, and said once for each reason."""
+"""Fast paths that could not be used: each fallback to a slower one is counted, and logged once for each reason."""
 
 from __future__ import annotations
 

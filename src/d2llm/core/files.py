@@ -104,11 +104,11 @@ def check_replaceable(target: Path, kind: str | None) -> None:
             )
     elif kind is not None:
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
+            existing_kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
         except (ValueError, LookupError, TypeError):
-            found = None
-        if found != kind:
-            raise InputError(f"{target}: holds a {found!r}, which a {kind!r} would replace; give another path")
+            existing_kind = None
+        if existing_kind != kind:
+            raise InputError(f"{target}: holds a {existing_kind!r}, which a {kind!r} would replace; give another path")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'top_k'?`` for a name that is not known; empty where none is near."""
     names = list(known)
-    meant = RENAMED.get(name.lower())
-    if meant not in names:
-        meant = nearest(name.lower(), names)
-    return "" if meant is None else f"; did you mean '{meant}'?"
+    suggestion = RENAMED.get(name.lower())
+    if suggestion not in names:
+        suggestion = nearest(name.lower(), names)
+    return "" if suggestion is None else f"; did you mean '{suggestion}'?"

@@ -104,11 +104,11 @@ def _lines(description: str, total: int | None) -> Advance:
             return
         logged = now
         seconds = now - started
-        of_all = ""
+        share = ""
         if total:
             until = f", {_duration(seconds * (total - finished) / finished)} left" if finished else ""
-            of_all = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{until}"
-        _remarks.info("%s: %s%s%s", description, f"{finished:,}", of_all, f", {remark}" if remark else "")
+            share = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{until}"
+        _remarks.info("%s: %s%s%s", description, f"{finished:,}", share, f", {remark}" if remark else "")
 
     return advance
 
@@ -118,5 +118,5 @@ def _duration(seconds: float) -> str:
 
 
 def ignore(count: int, note: str = "", /) -> None:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
     del count, note

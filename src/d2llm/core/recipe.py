@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from d2llm.core.types import EvidenceTerm, Task
 
 
+@dataclass(frozen=True, slots=True)
+class RemovedOption:
+    """An option that recipes no longer have. Files of earlier versions hold its default, which is ignored."""
+
+    version: str
+    """The first version without it."""
+    default: Any
+    """What it was where a recipe did not set it; ``NO_DEFAULT``: every value is refused."""
+    meaning: str
+    """What it did."""
+    advice: str
+    """What to do now."""
+
+
+NO_DEFAULT = object()
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    removed: ClassVar[Mapping[str, RemovedOption]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_options(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        settings = cast("dict[str, Any]", values)
+        for name in cls.removed.keys() & settings.keys():
+            option = cls.removed[name]
+            if option.default is NO_DEFAULT or settings[name] != option.default:
+                raise PydanticCustomError(
+                    "removed_option",
+                    "{name} was removed in d2llm {version} ({meaning}); {advice}",
+                    {"name": name, "version": option.version, "meaning": option.meaning, "advice": option.advice},
+                )
+        return {name: value for name, value in settings.items() if name not in cls.removed}
 
 
 class LoraConfig(_Section):
@@ -42,7 +79,7 @@ class BackboneConfig(_Section):
     tuning: Literal["lora", "full", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
     layers: int | None = Field(default=None, ge=1)
-    """Use only so many of the model's layers, from the first: cheaper, and for search often no worse. None: all."""
+    """Use only the first layers of the model, this many: cheaper, and for search often no worse. None: all."""
     pooling: Literal["auto", "mean", "last", "first"] = "auto"
     """The backbone's own pooling; ``auto`` reads the model's own setting, else mean for encoders, last for decoders."""
     max_query_tokens: int = Field(default=128, ge=4)
@@ -94,7 +131,10 @@ class InteractionConfig(_Section):
 
 
 class StudentConfig(_Section):
-    """Backbone + PMA + IEM. The defaults are ours; ``paper``, ``concat`` and no warm start are the publication's."""
+    """Backbone + PMA + IEM. The defaults are ours; ``paper``, ``concat`` and no warm start are the publication's.
+
+    No option here is taken away, also in the sections below: a student's fingerprint is computed from all of them.
+    """
 
     backbone: BackboneConfig = BackboneConfig()
     pooling: PoolingConfig = PoolingConfig()
@@ -107,7 +147,7 @@ class RemoteConfig(_Section):
     url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
     """Base address, up to ``/v1``. A key has no place in it."""
     api: Literal["completions", "chat"] = "completions"
-    """``completions`` puts the prompt as it is, ``chat`` as a user's message in the model's chat template."""
+    """``completions`` sends the prompt unchanged, ``chat`` as a user's message in the model's chat template."""
     revision: str = ""
     """Which weights the endpoint serves, in your own words: part of the labels' identity, together with the model's
     name. Change it when the weights change; an endpoint does not tell."""
@@ -172,7 +212,7 @@ class TeacherTuningConfig(_Section):
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     epochs: int = Field(default=1, ge=0)
-    """0: the teacher is used as it is."""
+    """0: the teacher is not tuned."""
     batch_pairs: int = Field(default=32, ge=1)
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, padding included, that go through the model at a time; their gradients are added up. By default 512 on a
@@ -182,30 +222,31 @@ class TeacherTuningConfig(_Section):
     max_queries: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between looks at held-out queries, of which the best state is kept; by default none, and the last is."""
+    """Steps between evaluations on held-out queries, the best of which is kept. By default there are none, and the last
+    state is kept."""
     patience: int = Field(default=5, ge=1)
-    """Stop after this many looks without a better one."""
+    """Stop after this many evaluations without a better one."""
     dev_queries: int = Field(default=100, ge=1)
-    """Queries of each data set's plan held out for this, at most a fifth of them; their positives are never trained as
-    positives."""
+    """Queries of each data set's plan that are held out for this, at most a fifth. Their positives are never trained on
+    as positives."""
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
-    """What is best: the lowest yes/no cross-entropy of the held-out pairs, or the highest mean reciprocal rank of the
-    first positive in the held-out lists."""
+    """Which state is best: the one with the lowest yes/no cross-entropy of the held-out pairs, or with the highest mean
+    reciprocal rank of the first positive in the held-out lists."""
 
 
 class DataConfig(_Section):
     """One data set of a recipe: a retrieval set in BEIR layout, or a set of labelled pairs."""
 
     path: str
-    """Where it is; its name is the last part. ``--data`` says where it is on another machine."""
+    """Where it is; the last part is its name. ``--data`` says where it is on another machine."""
     about: str = ""
-    """What it holds and under which licence: what somebody who does not have it needs to know."""
+    """What it holds, its licence and where to get it, for those who do not have it."""
     task: Task = "asymmetric"
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
     max_labelled: int | None = Field(default=None, ge=1)
-    """Let the teacher label a random sample of this many of them; what becomes of the others, training.unlabelled says.
-    For a teacher that is slow beside the student."""
+    """Let the teacher label a random sample of this many of them; ``training.unlabelled`` says what becomes of the
+    others. For a teacher that is slow compared with the student."""
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
     never been positives. Where all splits share one small corpus (intents, FAQ), nothing would be left: set it false,
@@ -213,28 +254,48 @@ class DataConfig(_Section):
 
 
 class MiningConfig(_Section):
-    """Negatives of the training plan. ``range_min`` and ``range_max`` were once ``skip_top`` and ``depth``."""
+    """Negatives of the training plan. The names are those of sentence-transformers' ``mine_hard_negatives``."""
+
+    removed = {
+        "skip_top": RemovedOption("0.1.0", NO_DEFAULT, "the former name of range_min", "set range_min"),
+        "depth": RemovedOption("0.1.0", NO_DEFAULT, "the former name of range_max", "set range_max"),
+        "bm25_range": RemovedOption(
+            "0.1.0", None, "the range of ranks of BM25 alone", "set range_min and range_max, which hold for both lists"
+        ),
+        "encoder_range": RemovedOption(
+            "0.1.0",
+            None,
+            "the range of ranks of the encoder alone",
+            "set range_min and range_max, which hold for both lists",
+        ),
+        "teacher_labels": RemovedOption(
+            "0.1.0",
+            "judge",
+            "whether the teacher judges candidates that have no label yet",
+            "leave it out: with a teacher_margin the teacher judges them",
+        ),
+        "audit_examples": RemovedOption(
+            "0.1.0", 20, "the number of queries that the audit shows", "leave it out: the audit shows 20"
+        ),
+    }
 
     num_hard: int = Field(default=8, ge=0)
     num_easy: int = Field(default=4, ge=0)
     sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
-    """Whose lists give the candidates of hard negatives, minus the positives; the union is drawn from."""
+    """Whose rankings give the candidates of hard negatives: their union, without the positives."""
     student: str | None = None
     """The encoder: a trained student's folder or name, ranking by its full score. By default the recipe's backbone
     before training, ranking by its cosine."""
     range_min: int = Field(default=0, ge=0)
-    """Leave out the first few of each list that are no positives: the likeliest false negatives."""
+    """Leave out this many from the top of each list, positives not counted: the most likely false negatives."""
     range_max: int = Field(default=50, ge=1)
-    """How many passages of each list are looked at."""
-    bm25_range: tuple[int, int] | None = None
-    """Range of BM25 alone, as [min, max]; by default as above."""
-    encoder_range: tuple[int, int] | None = None
-    """Range of the encoder alone."""
+    """How many passages of each list are candidates."""
     sampling: Literal["uniform", "top", "rank_weighted"] = "uniform"
-    """How to draw from the range: all alike, the best ranks, or with a chance of 1 / rank (the better of two lists)."""
+    """How to draw from the range: with equal chances, the best ranks first, or with a chance of 1 / rank (the better of
+    two lists)."""
     near_duplicate: float = Field(default=0.9, gt=0, le=1)
-    """A candidate whose text is alike a positive's by more than this (Jaccard similarity of character trigrams) is no
-    negative; 1 lets all through but the same texts."""
+    """A candidate whose text is more similar to a positive's than this (Jaccard similarity of character trigrams) is no
+    negative; 1 drops identical texts alone."""
     relative_margin: float | None = Field(default=None, ge=0)
     """A candidate is no negative if the encoder's score of it is above that of the positives (their mean) less this
     share of it; 0.05 is a usual value."""
@@ -242,38 +303,14 @@ class MiningConfig(_Section):
     """A candidate is no negative if the teacher's log-odds of it are above those of the positives (their mean) less
     this. Costs a teacher pass per candidate, kept in the label store. A run that tunes the teacher mines without this
     first, and with it and the tuned teacher afterwards."""
-    teacher_labels: Literal["judge", "stored"] = "judge"
-    """``stored``: only labels that are in the store already; candidates without are let through, and counted."""
-    audit_examples: int = Field(default=20, ge=0)
-    """Queries that the audit shows with their texts."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename_old_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        renamed = dict(cast("dict[str, Any]", values))
-        for old, new in (("skip_top", "range_min"), ("depth", "range_max")):
-            if old in renamed and new in renamed:
-                raise ValueError(f"{old} is the old name of {new}; give one of them")
-            if old in renamed:
-                renamed[new] = renamed.pop(old)
-        return renamed
 
     @model_validator(mode="after")
     def _check_ranges(self) -> MiningConfig:
         if not self.sources:
             raise ValueError("sources is empty; name bm25, encoder or both")
-        for source in self.sources:
-            first, end = self.range_of(source)
-            if not 0 <= first < end:
-                raise ValueError(f"the range of {source} is [{first}, {end}], but the first must be below the second")
+        if self.range_min >= self.range_max:
+            raise ValueError(f"range_min is {self.range_min}, but must be below range_max, which is {self.range_max}")
         return self
-
-    def range_of(self, source: Literal["bm25", "encoder"]) -> tuple[int, int]:
-        """Ranks of a list (from 0) whose passages are candidates: the first, and the one after the last."""
-        own = self.bm25_range if source == "bm25" else self.encoder_range
-        return own or (self.range_min, self.range_max)
 
 
 class WarmUpConfig(_Section):
@@ -291,6 +328,12 @@ class WarmUpConfig(_Section):
 
 class LossWeights(_Section):
     """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy)."""
+
+    removed = {
+        "list_temperature": RemovedOption(
+            "0.1.0", 1.0, "a divisor of the teacher's log-odds in the list imitation", "leave it out: it is 1"
+        )
+    }
 
     contrastive_imitation: float = Field(default=1.0, ge=0)
     list_imitation: float = Field(default=0.0, ge=0)
@@ -310,8 +353,6 @@ class LossWeights(_Section):
     """Of the target of a labelled pair: how much is the teacher's P(yes), the rest the data set's own label."""
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head has a learned scale of its own besides."""
-    list_temperature: float = Field(default=1.0, gt=0)
-    """Divides the teacher's log-odds in the list imitation."""
 
     @property
     def imitates(self) -> bool:
@@ -322,18 +363,25 @@ class LossWeights(_Section):
 class ResidualConfig(WarmUpConfig):
     """The second stage: the interaction alone, on vectors that are read once (anchored head)."""
 
+    removed = {
+        "bound_price": RemovedOption(
+            "0.1.0",
+            0.0,
+            "a price on the bound B in the loss",
+            "leave it out, and set student.interaction.max_bound for a smaller bound",
+        )
+    }
+
     epochs: int = Field(default=0, ge=0)
     """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     batch_queries: int = Field(default=32, ge=1)
     depth: int = Field(default=200, ge=1)
-    """Neighbours are drawn from so many passages of the plan with the largest inner products."""
+    """Neighbours are drawn from this many passages of the plan with the largest inner products."""
     num_near: int = Field(default=30, ge=0)
     """Neighbours of a query in one step, besides the plan's negatives."""
     num_random: int = Field(default=20, ge=0)
-    bound_price: float = Field(default=0.0, ge=0)
-    """Added to the loss for each unit of the bound B: a smaller bound certifies a ranking sooner."""
     quiet_price: float = Field(default=0.0, ge=0)
     """Added to the loss for each unit of squared change that one task's interaction makes to rankings of the other
     task's texts: an interaction should leave alone what it was not taught."""
@@ -341,6 +389,18 @@ class ResidualConfig(WarmUpConfig):
 
 class TrainingConfig(WarmUpConfig):
     """How ``distill`` optimises."""
+
+    removed = {
+        "group_by_length": RemovedOption(
+            "0.1.0",
+            False,
+            "batches of queries whose texts are of like length",
+            "leave it out: a batch is read in parts of like length anyway (part_tokens)",
+        ),
+        "graph_tokens": RemovedOption(
+            "0.1.0", NO_DEFAULT, "memory for intermediate results, in tokens", "set graph_gib, in GiB"
+        ),
+    }
 
     learning_rate: float = Field(default=1e-3, gt=0)
     """Of adapters on a small model; large models want a third of it, all weights (``tuning = "full"``) a thirtieth."""
@@ -361,7 +421,7 @@ class TrainingConfig(WarmUpConfig):
     the teacher has not judged: taken for irrelevant, left out, or judged by the teacher first, which takes time and is
     kept with the other labels. Queries that learn from the data set's own judgements take them for irrelevant."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between dev evaluations; by default a fifth of the run's, but no more than 200."""
+    """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
     patience: int = Field(default=5, ge=1)
     """Stop after this many dev evaluations without a better one."""
     dev_queries: int = Field(default=200, ge=1)
@@ -371,9 +431,6 @@ class TrainingConfig(WarmUpConfig):
     """Most steps between checkpoints."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """Most minutes between checkpoints. One is also kept when the run is stopped by Ctrl-C or SIGTERM."""
-    group_by_length: bool = False
-    """Batches of queries whose texts are of like length in sum, out of windows of shuffled queries; a data set of fewer
-    than eight batches is left as it is."""
     sampling_temperature: float = Field(default=1.0, ge=1)
     """T: a data set of n queries has a share of n^(1/T) in the batches. 1: in proportion; more: small sets come more
     often, large ones less, at the same number of batches."""
@@ -462,5 +519,4 @@ class Recipe(_Section):
     @property
     def filters_with_tuned_teacher(self) -> bool:
         """Whether a run mines twice: without the teacher's margin, and with it when the teacher is tuned."""
-        has_margin = self.mining.teacher_margin is not None and self.mining.teacher_labels == "judge"
-        return has_margin and self.losses.imitates and self.teacher_tuning.epochs > 0
+        return self.mining.teacher_margin is not None and self.losses.imitates and self.teacher_tuning.epochs > 0

@@ -130,14 +130,16 @@ def _explain(problem: ErrorDetails) -> str:
             return f"{key} should be a table: write [{key}]"
         case "tuple_type":
             return f"{key} should be a list of tables: write [[{key}]]"
+        case "removed_option":
+            return f"{key}.{problem['msg']}"
         case _:
             return f"{key}: {problem['msg']} (got {problem['input']!r})"
 
 
 def _explain_unknown_key(key: str, location: tuple[int | str, ...]) -> str:
     known = sorted(_section_at(location[:-1]).model_fields)
-    meant = nearest(str(location[-1]), known)
-    hint = f"known keys here: {', '.join(known)}" if meant is None else f"did you mean '{meant}'?"
+    suggestion = nearest(str(location[-1]), known)
+    hint = f"known keys here: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
     return f"unknown key '{key}'; {hint}"
 
 

@@ -11,6 +11,15 @@ from typing import Literal
 
 Task = Literal["symmetric", "asymmetric"]
 """``symmetric``: do two texts say the same. ``asymmetric``: does the passage answer the query."""
+TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
+"""The order in which a head's weights are kept."""
+
+DEFAULT_TOP_K = 10
+"""Length of a ranking."""
+DEFAULT_NUM_CANDIDATES = 1_000
+"""Passages of a search that get the full score."""
+DEFAULT_TEACHER_PASSAGES = 20
+"""Passages of a search that a teacher reads again at most."""
 
 SystemKind = Literal[
     "bm25",
@@ -53,9 +62,6 @@ Grouping = Literal["passage", "best", "sum"]
 
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""
-
-Run = Mapping[str, Mapping[str, float]]
-"""query_id -> passage_id -> score."""
 
 
 def is_text(value: object) -> bool:
@@ -277,7 +283,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class TeacherLabel:
-    """What one teacher, asked with one prompt, said of one pair. ``log_odds`` = logit(yes) - logit(no)."""
+    """One teacher's judgement of one pair with one prompt. ``log_odds`` = logit(yes) - logit(no)."""
 
     teacher: str
     prompt: str

@@ -44,8 +44,8 @@ def find_variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    meant = nearest(name, VARIANTS)
-    hint = f"there are: {', '.join(VARIANTS)}" if meant is None else f"did you mean '{meant}'?"
+    suggestion = nearest(name, VARIANTS)
+    hint = f"there are: {', '.join(VARIANTS)}" if suggestion is None else f"did you mean '{suggestion}'?"
     raise RecipeError(f"no variant '{name}'; {hint}")
 
 

@@ -266,12 +266,12 @@ def _qrels_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
 
 
 def _by_id(path: Path, items: Iterable[tuple[int, _Item]]) -> dict[str, _Item]:
-    found: dict[str, _Item] = {}
+    items_by_id: dict[str, _Item] = {}
     first_lines: dict[str, int] = {}
     for line, item in items:
         refuse_duplicate(path, line, item.id, first_lines)
-        found[item.id] = item
-    return found
+        items_by_id[item.id] = item
+    return items_by_id
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -290,8 +290,8 @@ def _qrels_files(folder: Path, splits: Sequence[str] | None) -> list[Path]:
     files = [folder / "qrels" / f"{split}.tsv" for split in splits]
     for file in files:
         if not file.is_file():
-            found = ", ".join(sorted(path.name for path in (folder / "qrels").glob("*.tsv"))) or "none"
-            raise DataFormatError(file, f"no such file; qrels found in this folder: {found}")
+            names = ", ".join(sorted(path.name for path in (folder / "qrels").glob("*.tsv"))) or "none"
+            raise DataFormatError(file, f"no such file; qrels found in this folder: {names}")
     return files
 
 

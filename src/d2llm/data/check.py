@@ -61,7 +61,7 @@ def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed
 
 
 @dataclass
-class _Tally:
+class _Occurrences:
     """Something odd: how often, and the first few ids."""
 
     count: int = 0
@@ -84,8 +84,8 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
     qrels = {split: qrels[split] for split in in_order(qrels)}
     lines, hashes, empty_passages = _read_passages(source, passages)
     ids_of: dict[str, dict[int, str]] = {split: {} for split in qrels}
-    repeats = {split: _Tally() for split in qrels}
-    empty, unjudged = _Tally(), _Tally()
+    repeats = {split: _Occurrences() for split in qrels}
+    empty, unjudged = _Occurrences(), _Occurrences()
     query_lines: dict[str, int] = {}
     for line, query in source.iter_queries():
         refuse_duplicate(source.queries_path, line, query.id, query_lines)
@@ -107,7 +107,7 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
         *unjudged.as_issue("queries are judged in no split"),
     ]
     for split, judged in qrels.items():
-        barren = _Tally()
+        barren = _Occurrences()
         for query_id, grades in judged.items():
             if not any(grade > 0 for grade in grades.values()):
                 barren.add(query_id)
@@ -120,7 +120,11 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
         tuple(_count_judgements(split, judged) for split, judged in qrels.items()),
         (
             *_repeated_passages(list(lines), hashes),
-            *(found for split in qrels for found in repeats[split].as_repeats(f"{split}: queries with another's text")),
+            *(
+                repeat
+                for split in qrels
+                for repeat in repeats[split].as_repeats(f"{split}: queries with another's text")
+            ),
         ),
         tuple(same_keys("same query", ids_of)),
         _shared_positives(qrels, place_of, hashes),
@@ -132,11 +136,11 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
     )
 
 
-def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Tally]:
+def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Occurrences]:
     """Id -> line, the hash of each passage in that order (0: no letters and digits), and those without text."""
     lines: dict[str, int] = {}
     hashes = array("Q")
-    empty = _Tally()
+    empty = _Occurrences()
     for line, passage in source.iter_passages():
         refuse_duplicate(source.corpus_path, line, passage.id, lines)
         sample.add(passage.full_text)
@@ -152,12 +156,12 @@ def _repeated_passages(ids: list[str], hashes: array[int]) -> list[Repeats]:
     _, first = np.unique(values, return_index=True)
     repeated = np.setdiff1d(np.flatnonzero(values), first)
     examples = [ids[place] for place in repeated[:_NUM_EXAMPLES]]
-    return _Tally(len(repeated), examples).as_repeats("passages with another's text")
+    return _Occurrences(len(repeated), examples).as_repeats("passages with another's text")
 
 
 def _count_judgements(split: str, judged: Mapping[str, Mapping[str, int]]) -> SplitCounts:
-    grades = Counter(grade for of_query in judged.values() for grade in of_query.values())
-    num_passages = len({passage_id for of_query in judged.values() for passage_id in of_query})
+    grades = Counter(grade for passages in judged.values() for grade in passages.values())
+    num_passages = len({passage_id for passages in judged.values() for passage_id in passages})
     values = {str(grade): grades[grade] for grade in sorted(grades)}
     return SplitCounts(split, len(judged), num_passages, sum(grades.values()), values)
 
@@ -197,10 +201,10 @@ class _PairSplit:
         self.classes: Counter[str] = Counter()
         self.num_pairs = 0
         self.score_sum, self.lowest, self.highest = 0.0, float("inf"), float("-inf")
-        self.twice, self.turned = _Tally(), _Tally()
+        self.twice, self.turned = _Occurrences(), _Occurrences()
 
-    def add(self, pair: LabelledPair, said_of: dict[int, str | float | None], conflicts: _Tally) -> None:
-        """Count a pair. ``said_of``: pair -> its label or score, over all splits."""
+    def add(self, pair: LabelledPair, targets: dict[int, str | float | None], conflicts: _Occurrences) -> None:
+        """Count a pair. ``targets``: pair -> its label or score, over all splits."""
         self.num_pairs += 1
         if pair.score is not None:
             self.score_sum += pair.score
@@ -214,8 +218,8 @@ class _PairSplit:
         if not (query and passage):
             return
         key = hash64(f"{query}\n{passage}")
-        said = pair.label if pair.score is None else pair.score
-        if said_of.setdefault(key, said) != said:
+        target = pair.label if pair.score is None else pair.score
+        if targets.setdefault(key, target) != target:
             conflicts.add(f"{self.name}/{pair.id}")
         either = hash64("\n".join(sorted((query, passage))))
         if either not in self.pair_ids:
@@ -241,15 +245,15 @@ class _PairSplit:
 
 def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findings:
     splits = {name: _PairSplit(name) for name in source.splits}
-    said_of: dict[int, str | float | None] = {}
-    conflicts = _Tally()
+    targets: dict[int, str | float | None] = {}
+    conflicts = _Occurrences()
     issues = list(source.issues)
     for name, split in splits.items():
         counts: Counter[str] = Counter()
         for pair in source.iter_pairs(name, counts):
             queries.add(pair.query)
             passages.add(pair.passage)
-            split.add(pair, said_of, conflicts)
+            split.add(pair, targets, conflicts)
         issues += [f"{name}: {count} {what}" for what, count in counts.items() if count]
     splits = {name: split for name, split in splits.items() if split.num_pairs}
     classes_of: dict[str, set[str | None]] = {name: set(split.classes) or {None} for name, split in splits.items()}
@@ -261,7 +265,7 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
         len(set().union(*(split.passage_keys for split in splits.values()))),
         tuple(split.counts() for split in splits.values()),
         (
-            *(found for split in splits.values() for found in split.repeats()),
+            *(repeat for split in splits.values() for repeat in split.repeats()),
             *conflicts.as_repeats("pairs that another line labels differently"),
         ),
         (

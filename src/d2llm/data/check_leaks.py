@@ -47,7 +47,7 @@ def near_queries(
         texts_of: split -> its queries, read anew with each call; in the order in which leaks name splits.
         ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is no near leak.
         threshold: least similarity, between 0 and 1.
-        advance: is told of finished queries.
+        advance: called with the number of finished queries.
 
     Raises:
         MissingExtraError: datasketch is not installed.
@@ -56,36 +56,36 @@ def near_queries(
     if len(splits) < 2:
         return []
     largest = max(splits, key=lambda split: len(ids_of[split]))
-    index = _Index(threshold)
-    found: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in combinations(splits, 2)}
+    index = _TextSketches(threshold)
+    leaks: dict[tuple[str, str], dict[str, str]] = {pair: {} for pair in combinations(splits, 2)}
     for split in [*(name for name in splits if name != largest), largest]:
-        seen: set[int] = set()
+        keys: set[int] = set()
         for identifier, text in texts_of[split]():
             text = comparable(text)
             key = hash64(text)
-            if not text or key in seen:
+            if not text or key in keys:
                 advance(1)
                 continue
-            seen.add(key)
+            keys.add(key)
             sketch = index.sketch(text)
             for other, other_id, other_text in index.alike(sketch, text):
                 if other == split or key in ids_of[other] or hash64(other_text) in ids_of[split]:
                     continue
                 pair, ids = ((other, split), (identifier, other_id))
-                if pair not in found:
+                if pair not in leaks:
                     pair, ids = (split, other), (other_id, identifier)
-                found[pair].setdefault(*ids)
+                leaks[pair].setdefault(*ids)
             if split != largest:
                 index.add(split, identifier, text, sketch)
             advance(1)
     return [
         Leak("near query", first, second, len(ids), tuple(ids.items())[:_NUM_EXAMPLES])
-        for (first, second), ids in found.items()
+        for (first, second), ids in leaks.items()
         if ids
     ]
 
 
-class _Index:
+class _TextSketches:
     """Texts by MinHash; keeps the texts too, which are smaller than their sketches, to decide exactly."""
 
     def __init__(self, threshold: float) -> None:
@@ -118,12 +118,12 @@ def _bands(threshold: float) -> tuple[int, int]:
     Two texts of similarity s share a band of r hashes with probability s^r (Leskovec, Rajaraman and Ullman, Mining of
     Massive Datasets, 3.4.2). The library's own choice weighs wrong proposals, which here cost only a comparison.
     """
-    widths = (width for width in range(_NUM_HASHES // 2, 1, -1) if _found(threshold, width) >= _FOUND)
+    widths = (width for width in range(_NUM_HASHES // 2, 1, -1) if _chance_to_find(threshold, width) >= _FOUND)
     width = next(widths, 1)
     return _NUM_HASHES // width, width
 
 
-def _found(similarity: float, width: int) -> float:
+def _chance_to_find(similarity: float, width: int) -> float:
     return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
 
 

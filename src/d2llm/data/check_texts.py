@@ -46,7 +46,7 @@ class Sample:
 def measure_lengths(
     what: str, sample: Sample, count_tokens: CountTokens, limit: int, advance: Callable[[int], None]
 ) -> Lengths | None:
-    """Lengths of the sampled texts in tokens; None where there are none. ``advance`` is told of finished texts."""
+    """Lengths of the sampled texts in tokens; None where there are none. ``advance`` gets the number of read texts."""
     lengths: list[int] = []
     for start in range(0, len(sample.texts), _BATCH_TEXTS):
         batch = sample.texts[start : start + _BATCH_TEXTS]

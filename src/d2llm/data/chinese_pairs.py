@@ -77,8 +77,8 @@ def split_of(name: str) -> str | None:
 
 def sample_size(name: str) -> int | None:
     """The thousands in ``train.50k.json``: OCNLI's files of that kind hold one another. None for other names."""
-    found = re.search(r"\.(\d+)k\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"\.(\d+)k\.", name)
+    return int(match[1]) if match else None
 
 
 def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple[int, Record]]:

@@ -13,10 +13,9 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
-from d2llm.ops.batching import even_batches, like_length_batches
+from d2llm.ops.batching import even_batches
 
 _CERTAIN = 20.0  # log-odds of a data set's own judgement
-_SORTED_BATCHES = 8  # whose queries are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,33 +38,33 @@ class LabelledSource:
 
         Args:
             source: the data set with its plan.
-            labels: what the teacher said.
+            labels: the teacher's.
             keep_unlabelled: train the queries without all their labels on the data set's own judgements; otherwise
                 they are left out.
         """
         plan = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         labelled = [entry for entry in plan if not labels.missing(entry.query_id, entry.passage_ids)]
-        kept = plan if keep_unlabelled else labelled
+        entries = plan if keep_unlabelled else labelled
         without = {entry.query_id for entry in plan} - {entry.query_id for entry in labelled}
-        trained = frozenset(without & {entry.query_id for entry in kept})
-        return cls(source, labels, SameText(source.dataset), tuple(kept), len(without), trained)
+        trained = frozenset(without & {entry.query_id for entry in entries})
+        return cls(source, labels, SameText(source.dataset), tuple(entries), len(without), trained)
 
     def with_source(self, source: TrainingSource) -> LabelledSource:
         """The same queries with another plan for them."""
-        kept = {entry.query_id for entry in self.entries}
-        entries = sorted((e for e in source.plan.entries if e.query_id in kept), key=lambda entry: entry.query_id)
+        query_ids = {entry.query_id for entry in self.entries}
+        entries = sorted((e for e in source.plan.entries if e.query_id in query_ids), key=lambda entry: entry.query_id)
         return replace(self, source=source, entries=tuple(entries))
 
     def without_unjudged_negatives(self) -> LabelledSource:
         """Hard negatives that have no label left out, for the queries that learn from the teacher."""
-        kept: list[PlanEntry] = []
+        entries: list[PlanEntry] = []
         for entry in self.entries:
             unjudged = {*self.labels.missing(entry.query_id, entry.hard_negatives)}
             if unjudged and not entry.targets and entry.query_id not in self.unlabelled:
                 left = tuple(passage_id for passage_id in entry.hard_negatives if passage_id not in unjudged)
                 entry = replace(entry, hard_negatives=left)
-            kept.append(entry)
-        return replace(self, entries=tuple(kept))
+            entries.append(entry)
+        return replace(self, entries=tuple(entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,6 @@ def epoch_batches(
     num_hard: int,
     num_easy: int,
     seed: int,
-    group_by_length: bool = False,
     temperature: float = 1.0,
 ) -> list[tuple[LabelledSource, list[Draw]]]:
     """All batches of an epoch, each of one data set, in an order fixed by seed and epoch.
@@ -134,17 +132,16 @@ def epoch_batches(
         num_hard: hard negatives of a query.
         num_easy: easy negatives of a query.
         seed: of order and draws.
-        group_by_length: put queries together whose texts have about the same length in sum.
         temperature: T; a data set of m batches has a share of m^(1/T) in the batches of an epoch, whose number T does
             not change. With T = 1 every query comes once an epoch.
     """
     per_pass = _batches_per_pass(sources, batch_queries)
     batches: list[tuple[LabelledSource, list[Draw]]] = []
-    for source, of_pass, of_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
-        numbers = range(epoch * of_epoch, (epoch + 1) * of_epoch)
-        for round_ in sorted({number // of_pass for number in numbers}):
-            drawn = _round(source, round_, batch_queries, num_hard, num_easy, seed, group_by_length)
-            batches += [(source, drawn[n % of_pass]) for n in numbers if n // of_pass == round_]
+    for source, num_per_pass, num_per_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
+        numbers = range(epoch * num_per_epoch, (epoch + 1) * num_per_epoch)
+        for round_number in sorted({number // num_per_pass for number in numbers}):
+            round_batches = _round(source, round_number, batch_queries, num_hard, num_easy, seed)
+            batches += [(source, round_batches[n % num_per_pass]) for n in numbers if n // num_per_pass == round_number]
     random.Random(f"{seed}:{epoch}").shuffle(batches)
     return batches
 
@@ -174,27 +171,15 @@ def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
 
 
 def _round(
-    source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int, by_length: bool
+    source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
 ) -> list[list[Draw]]:
     """All queries of a data set in batches, for the ``number``-th time."""
     entries = list(source.entries)
     rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
     rng.shuffle(entries)
     draws = [_draw(entry, number, num_hard, num_easy, seed) for entry in entries]
-    count, size = even_batches(len(draws), batch_queries)
-    # At least four windows: in one alone the same queries would meet each time, which are then no new negatives.
-    window = min(_SORTED_BATCHES, count // 4) if by_length else 1
-    if window <= 1:
-        return [draws[start : start + size] for start in range(0, len(draws), size)]
-    lengths = [_length(source.source, draw) for draw in draws]
-    batches = like_length_batches(lengths, batch_size=size, window=window)
-    rng.shuffle(batches)  # an epoch may stop in the middle, and must not end with long texts
-    return [[draws[index] for index in batch] for batch in batches]
-
-
-def _length(source: TrainingSource, draw: Draw) -> int:
-    """Characters of the query and its passages: what takes long to read, whatever the tokenizer."""
-    return len(source.query_text(draw.entry.query_id)) + sum(len(source.passage_text(p)) for p in draw.passage_ids)
+    _, size = even_batches(len(draws), batch_queries)
+    return [draws[start : start + size] for start in range(0, len(draws), size)]
 
 
 def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> Draw:

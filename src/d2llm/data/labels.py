@@ -1,4 +1,4 @@
-"""The label store: what teachers said of pairs of query and passage, kept by identity, in Parquet shards.
+"""The label store: teachers' judgements of pairs of query and passage, kept by identity, in Parquet shards.
 
 One ``write`` makes one shard: a file in ``labels/`` and a file of the same name in ``grams/``. A shard counts only when
 both are there, so a process may be killed at any moment: a query is finished or absent, never half of it. Labels of
@@ -37,7 +37,7 @@ _GRAMS = pa.schema([*_KEY, ("passage_ids", pa.list_(pa.string())), ("gram", pa.l
 
 @dataclass(frozen=True, eq=False)
 class QueryLabels:
-    """What a teacher said of the passages of one query.
+    """A teacher's judgements of the passages of one query.
 
     ``log_odds`` [n] belongs to ``passage_ids``; ``gram`` [m, m] holds the cosines between the teacher's features of the
     first m passages (feature imitation), or is None.
@@ -108,10 +108,10 @@ class LabelStore:
         if len(store) == 0:
             if not store._others:
                 raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
-            found = "; ".join(f"teacher {by}, prompt {asked}, data set {of}" for by, asked, of in sorted(store._others))
+            others = "; ".join("teacher {}, prompt {}, data set {}".format(*key) for key in sorted(store._others))
             raise LabelMismatchError(
-                f"{folder}: labels wanted of teacher {teacher}, prompt {prompt}, data set {dataset}, found only: "
-                f"{found}. Use the teacher and prompt that labelled, or label again with these"
+                f"{folder}: has no labels of teacher {teacher}, prompt {prompt}, data set {dataset}, only of "
+                f"{others}. Use the teacher and prompt that labelled, or label again with these"
             )
         return store
 
@@ -225,11 +225,11 @@ class LabelStore:
     def _own_rows(self, table: Any) -> Any:
         """The rows of this teacher, prompt and data set; who else has rows is noted."""
         names = ("teacher", "prompt", "dataset")
-        for maker in table.group_by(list(names)).aggregate([]).to_pylist():
-            if (key := (maker["teacher"], maker["prompt"], maker["dataset"])) != self._key:
+        for key_columns in table.group_by(list(names)).aggregate([]).to_pylist():
+            if (key := (key_columns["teacher"], key_columns["prompt"], key_columns["dataset"])) != self._key:
                 self._others.add(key)
-        own = (pc.field(name) == value for name, value in zip(names, self._key, strict=True))
-        return table.filter(functools.reduce(operator.and_, own))
+        conditions = (pc.field(name) == value for name, value in zip(names, self._key, strict=True))
+        return table.filter(functools.reduce(operator.and_, conditions))
 
     @property
     def _key(self) -> tuple[str, str, str]:

@@ -65,16 +65,16 @@ def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
             values.setdefault((query_id, passage_id), []).append(_target(pairs, pair, lowest, highest))
         queries |= {query_id: Query(query_id, text) for text, query_id in query_of.items()}
         passages |= {passage_id: Passage(passage_id, text) for text, passage_id in passage_of.items()}
-        num_repeated += sum(len(found) - 1 for found in values.values())
-        of_split = targets.setdefault(split, {})
-        for (query_id, passage_id), found in values.items():
-            of_split.setdefault(query_id, {})[passage_id] = sum(found) / len(found)
+        num_repeated += sum(len(repeats) - 1 for repeats in values.values())
+        split_targets = targets.setdefault(split, {})
+        for (query_id, passage_id), repeats in values.items():
+            split_targets.setdefault(query_id, {})[passage_id] = sum(repeats) / len(repeats)
     qrels = {
         split: {
             query_id: {passage_id: int(target > _YES) for passage_id, target in judged.items()}
-            for query_id, judged in of_split.items()
+            for query_id, judged in split_targets.items()
         }
-        for split, of_split in targets.items()
+        for split, split_targets in targets.items()
     }
     issues = (*pairs.issues, *([f"{num_repeated:,} pairs occur more than once"] if num_repeated else []))
     dataset = Dataset(pairs.name, pairs.path, passages, queries, qrels, issues)
@@ -109,8 +109,8 @@ def plan_of_pairs(
 def _entry(query_id: str, judged: Mapping[str, float], corpus: list[str], num_easy: int, seed: int) -> PlanEntry:
     positives = tuple(passage_id for passage_id, target in judged.items() if target > _YES)
     negatives = tuple(passage_id for passage_id, target in judged.items() if target <= _YES)
-    drawn = random.Random(f"{seed}:{query_id}").sample(corpus, min(len(corpus), num_easy + len(judged)))
-    easy = [passage_id for passage_id in drawn if passage_id not in judged][:num_easy]
+    sample = random.Random(f"{seed}:{query_id}").sample(corpus, min(len(corpus), num_easy + len(judged)))
+    easy = [passage_id for passage_id in sample if passage_id not in judged][:num_easy]
     targets = tuple(judged[passage_id] for passage_id in positives + negatives)
     return PlanEntry(query_id, positives, negatives, tuple(easy), targets)
 

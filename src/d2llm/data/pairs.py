@@ -34,7 +34,7 @@ WITHOUT_LABEL, EMPTY_TEXT = "pairs without an agreed label were left out", "pair
 
 @dataclass(frozen=True, slots=True)
 class LabelledPair:
-    """Two texts and what was said of them: ``label`` in a set of classes, ``score`` in a set of scores.
+    """Two texts and their judgement: ``label`` in a set of classes, ``score`` in a set of scores.
 
     ``id`` is the file's own, or ``<split>-<line number>`` where it has none; it is unique within its split.
     """
@@ -232,7 +232,7 @@ def kind_of(path: Path, classes_of: dict[str, set[str | None]]) -> tuple[PairKin
         )
     if scored:
         return "scores", ()
-    classes = tuple(sorted({label for found in classes_of.values() for label in found if label is not None}))
+    classes = tuple(sorted({label for labels in classes_of.values() for label in labels if label is not None}))
     is_binary = any({label.lower() for label in classes} <= set(names) for names in _BINARY)
     return ("binary" if is_binary else "classes"), classes
 
@@ -263,8 +263,8 @@ def _columns_of(path: Path, line: int, record: Record, target: Target | None) ->
     texts = next(((first, second) for first, second in TEXT_FIELDS if first in record and second in record), None)
     if texts is None:
         known = ", ".join(f"{first}/{second}" for first, second in TEXT_FIELDS)
-        found = ", ".join(f"'{field}'" for field in list(record)[:8]) or "none"
-        raise DataFormatError(path, f"no two texts: looked for {known}; fields found: {found}", line=line)
+        names = ", ".join(f"'{field}'" for field in list(record)[:8]) or "none"
+        raise DataFormatError(path, f"no two texts: looked for {known}; fields found: {names}", line=line)
     label = next((field for field in _LABEL_FIELDS if field in record), None)
     score = next((field for field in _SCORE_FIELDS if field in record), None)
     if label and score and target is None:
@@ -280,12 +280,12 @@ def _pair_of(path: Path, line: int, record: Record, columns: _Columns, fallback:
     query, passage = (string_field(path, line, record, field) for field in (columns.query, columns.passage))
     identifier = fallback
     if columns.identifier is not None:
-        found = record.get(columns.identifier)
-        if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
+        raw_id = record.get(columns.identifier)
+        if isinstance(raw_id, bool) or not isinstance(raw_id, str | int) or raw_id == "":
             raise DataFormatError(
-                path, f"field '{columns.identifier}' must be a text or whole number, found {found!r}", line=line
+                path, f"field '{columns.identifier}' must be a text or whole number, found {raw_id!r}", line=line
             )
-        identifier = str(found)
+        identifier = str(raw_id)
     if columns.target is None:
         for field in (*_LABEL_FIELDS, *_SCORE_FIELDS):
             if field in record:
@@ -354,7 +354,7 @@ def _files_of(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         return {split_of(path.name) or "all": [path]}, ()
     if not path.is_dir():
         raise DataFormatError(path, "no such file or folder; check the path")
-    found: dict[str, list[Path]] = {}
+    files_by_split: dict[str, list[Path]] = {}
     ignored: list[str] = []
     for file in sorted(path.iterdir()):
         if file.is_file() and _format_of(file) in readable and not file.name.startswith("."):
@@ -362,21 +362,21 @@ def _files_of(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
             if split is None:
                 ignored.append(file.name)
             else:
-                found.setdefault(split, []).append(file)
-    if not found:
+                files_by_split.setdefault(split, []).append(file)
+    if not files_by_split:
         raise DataFormatError(
             path,
             "looked for files of pairs named train, dev or test (.jsonl, .json, .tsv, ..., .parquet); found none, and "
             "no corpus.jsonl either, which a retrieval set has; check the path",
         )
-    for split, files in found.items():
+    for split, files in files_by_split.items():
         formats = {_format_of(file) for file in files}
         if len(formats) > 1:
             names = ", ".join(file.name for file in files)
             raise DataFormatError(path, f"split '{split}' has files of several formats ({names}); keep one of them")
-        found[split], smaller = _largest_sample(files)
+        files_by_split[split], smaller = _largest_sample(files)
         ignored += smaller
-    return found, ((f"files that were not read: {', '.join(ignored)}",) if ignored else ())
+    return files_by_split, ((f"files that were not read: {', '.join(ignored)}",) if ignored else ())
 
 
 def _largest_sample(files: list[Path]) -> tuple[list[Path], list[str]]:
@@ -385,5 +385,5 @@ def _largest_sample(files: list[Path]) -> tuple[list[Path], list[str]]:
     numbers = [size for size in sizes if size is not None]
     if len(numbers) < 2:
         return files, []
-    kept = [file for file, size in zip(files, sizes, strict=True) if size is None or size == max(numbers)]
-    return kept, [file.name for file in files if file not in kept]
+    largest = [file for file, size in zip(files, sizes, strict=True) if size is None or size == max(numbers)]
+    return largest, [file.name for file in files if file not in largest]

@@ -68,8 +68,8 @@ def write_plan(
         for name, document in (documents or {}).items():
             (temporary / name).write_bytes(document)
         # Ours last: what the caller says must not be able to hide the hash that reading checks.
-        own = {"num_entries": num_entries, "content_hash": fingerprint_files([temporary / PLAN_FILE])}
-        write_manifest(temporary, _KIND, _FORMAT_VERSION, {**content, **own})
+        identity = {"num_entries": num_entries, "content_hash": fingerprint_files([temporary / PLAN_FILE])}
+        write_manifest(temporary, _KIND, _FORMAT_VERSION, {**content, **identity})
 
 
 def read_plan(folder: Path) -> TrainingPlan:

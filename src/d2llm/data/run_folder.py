@@ -101,10 +101,10 @@ def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
         DataFormatError: it cannot be read.
         MismatchError: the plan is of another data set.
     """
-    found = open_data(data.path)
-    if isinstance(found, Dataset):
-        return TrainingSource(found, plan, data.task, data.max_labelled)
-    return TrainingSource(read_pair_training_set(found).dataset, plan, data.task, data.max_labelled, pairs=found)
+    dataset = open_data(data.path)
+    if isinstance(dataset, Dataset):
+        return TrainingSource(dataset, plan, data.task, data.max_labelled)
+    return TrainingSource(read_pair_training_set(dataset).dataset, plan, data.task, data.max_labelled, pairs=dataset)
 
 
 def companion(student: Path, variant: str) -> Path:

@@ -48,8 +48,8 @@ class SameText:
 
     def as_any_of(self, passage_ids: Iterable[str]) -> set[str]:
         """Other passages with the text of one of these. A text without letters and digits equals no other."""
-        given = set(passage_ids)
-        return {repeat for passage_id in given for repeat in self._repeats(passage_id)} - given
+        ids = set(passage_ids)
+        return {repeat for passage_id in ids for repeat in self._repeats(passage_id)} - ids
 
     def _repeats(self, passage_id: str) -> frozenset[str]:
         """Passages with the same text, itself among them; remembered, since training asks again and again."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import SystemKind, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
@@ -133,7 +133,7 @@ class EvaluationSettings:
     split: str = "test"
     task: Task = "asymmetric"
     top_k: int = 100
-    num_candidates: int = 1000
+    num_candidates: int = DEFAULT_NUM_CANDIDATES
     teacher_depth: int = 50
     teacher_queries: int | None = 100
     latency_queries: int = 50

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
-from d2llm.core.types import RankedPassage, Task
+from d2llm.core.types import DEFAULT_TOP_K, RankedPassage, Task
 from d2llm.integrations.haystack_filters import as_condition
 from d2llm.integrations.texts import (
     check_top_k,
@@ -150,7 +150,7 @@ class D2LLMRanker(_StudentComponent):
         self,
         student: str = "d2llm-minilm",
         *,
-        top_k: int | None = 10,
+        top_k: int | None = DEFAULT_TOP_K,
         task: Task = "asymmetric",
         device: str | None = None,
         dtype: str | None = None,
@@ -203,7 +203,7 @@ class D2LLMRetriever(_Component):
         self,
         index: str,
         *,
-        top_k: int = 10,
+        top_k: int = DEFAULT_TOP_K,
         filters: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         student: str | None = None,
@@ -218,7 +218,7 @@ class D2LLMRetriever(_Component):
         self.device = device
         self.dtype = dtype
         self._index: Index | None = None
-        self._wanted(top_k, filters).check()
+        self._search_settings(top_k, filters).check()
 
     def warm_up(self) -> None:
         """Open the index and load its student."""
@@ -232,8 +232,10 @@ class D2LLMRetriever(_Component):
             InputError: there is no text, or ``top_k`` is below 1.
             FilterError: ``filters`` cannot be read, or do not fit the metadata.
         """
-        wanted = self._wanted(self.top_k if top_k is None else top_k, self.filters if filters is None else filters)
-        (ranking,) = self._ready().search([query], wanted)
+        settings = self._search_settings(
+            self.top_k if top_k is None else top_k, self.filters if filters is None else filters
+        )
+        (ranking,) = self._ready().search([query], settings)
         return {"documents": [_document(place) for place in ranking.passages]}
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +259,7 @@ class D2LLMRetriever(_Component):
             self._index = index
         return self._index
 
-    def _wanted(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
+    def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
         try:
             settings = SearchSettings(**_tuples(self.settings))
         except TypeError as error:

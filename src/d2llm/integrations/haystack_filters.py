@@ -46,7 +46,7 @@ def _comparison(field: str, operator: object, value: Any) -> str:
     if operator == "in":
         if not isinstance(value, list | tuple | set) or not value:
             raise FilterError(f"filters: 'in' on '{field}' needs a list with values, but has {value!r:.60}")
-        return f"({field} IN ({', '.join(_written(field, one) for one in value)}) AND {field} IS NOT NULL)"
+        return f"({field} IN ({', '.join(_written(field, item) for item in value)}) AND {field} IS NOT NULL)"
     if operator not in _COMPARISONS:
         raise FilterError(
             f"filters: there is no operator {operator!r}; use {', '.join(_COMPARISONS)}, !=, in, not in, AND, OR or NOT"

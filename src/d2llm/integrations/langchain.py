@@ -64,7 +64,7 @@ class D2LLMEmbeddings(Embeddings):
 
 
 class D2LLMReranker(BaseDocumentCompressor):
-    """Orders documents by the student's full score (IEM), which stands in the metadata as ``relevance_score``.
+    """Orders documents by the student's full score (IEM), which is in the metadata as ``relevance_score``.
 
     A document is read as its ``title`` in the metadata, if it has one, and its text.
     """

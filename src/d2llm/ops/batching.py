@@ -53,27 +53,6 @@ def even_batches(num_items: int, most: int) -> tuple[int, int]:
     return count, -(-num_items // count) if count else most
 
 
-def like_length_batches(lengths: Sequence[int], *, batch_size: int, window: int) -> list[list[int]]:
-    """Cut items into batches of like length: those of each ``window`` consecutive batches are sorted among themselves.
-
-    The wider the window, the more alike the items of a batch, and the fewer the items that can meet in one.
-
-    Args:
-        lengths: of each item, in random order: what is near in this order can come together.
-        batch_size: items of a batch; the last one may have fewer.
-        window: batches whose items are sorted together.
-
-    Returns:
-        Batches of indices into ``lengths``, every index exactly once; as many batches as without sorting.
-    """
-    batches: list[list[int]] = []
-    for start in range(0, len(lengths), batch_size * window):
-        inside = range(start, min(len(lengths), start + batch_size * window))
-        ordered = sorted(inside, key=lambda index: lengths[index])
-        batches += [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
-    return batches
-
-
 def pad_right(
     rows: Sequence[Sequence[int]], padding: int, device: torch.device
 ) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:

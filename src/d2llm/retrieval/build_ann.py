@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.ann import AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
@@ -85,7 +86,7 @@ def build_ann(
     student: SearchStudent,
     *,
     recall: float = 0.95,
-    depth: int = 1000,
+    depth: int = DEFAULT_NUM_CANDIDATES,
     queries: Sequence[str] | None = None,
     num_lists: int | None = None,
     seed: int = 0,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import Task
+from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Task
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 from d2llm.retrieval.protocols import PairJudge
 
@@ -51,7 +51,7 @@ class Rereader(Protocol):
         scores: NDArray[np.float32],
         texts: Callable[[NDArray[np.int64]], Sequence[str]],
         task: Task,
-        top_k: int = 10,
+        top_k: int = DEFAULT_TOP_K,
     ) -> Reread:
         """Read again some of the passages that the student scored [n]; ``texts`` gives full texts at some places."""
         ...
@@ -117,7 +117,7 @@ class Cascade:
         scores: NDArray[np.float32],
         texts: Callable[[NDArray[np.int64]], Sequence[str]],
         task: Task,
-        top_k: int = 10,
+        top_k: int = DEFAULT_TOP_K,
     ) -> Reread:
         """Read again some of the passages that the student scored for a query.
 
@@ -197,7 +197,12 @@ class TeacherReading:
     """
 
     def __init__(
-        self, judge: PairJudge, teacher_passages: int = 20, teacher_ms: float | None = None, *, batch_passages: int = 8
+        self,
+        judge: PairJudge,
+        teacher_passages: int = DEFAULT_TEACHER_PASSAGES,
+        teacher_ms: float | None = None,
+        *,
+        batch_passages: int = 8,
     ) -> None:
         if teacher_passages < 1 or batch_passages < 1 or (teacher_ms is not None and teacher_ms < 0):
             raise InputError(
@@ -215,7 +220,7 @@ class TeacherReading:
         scores: NDArray[np.float32],
         texts: Callable[[NDArray[np.int64]], Sequence[str]],
         task: Task,
-        top_k: int = 10,
+        top_k: int = DEFAULT_TOP_K,
     ) -> Reread:
         """Arguments and errors: ``Cascade.rerank``; at least ``top_k`` are read, if there is time."""
         begin = time.perf_counter()

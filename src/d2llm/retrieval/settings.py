@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import did_you_mean
-from d2llm.core.types import EvidenceTerm, Grouping, SourceName, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, EvidenceTerm, Grouping, SourceName, Task
 from d2llm.models.evidence import EvidenceWeights
 
 
@@ -42,8 +42,8 @@ class SearchSettings:
     """
 
     task: Task | None = None
-    top_k: int = 10
-    num_candidates: int = 1000
+    top_k: int = DEFAULT_TOP_K
+    num_candidates: int = DEFAULT_NUM_CANDIDATES
     filter: str | None = None
     sources: tuple[SourceName, ...] | None = None
     evidence: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None

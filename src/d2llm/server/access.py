@@ -6,8 +6,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server import keys
-from d2llm.server.answers import answer_problem
-from d2llm.server.errors import Problem
+from d2llm.server.errors import Problem, answer_problem
 from d2llm.server.facts import current_facts
 from d2llm.server.keys import ApiKey, KeyRing
 from d2llm.server.limits import Allowance, RateLimiter

@@ -20,22 +20,21 @@ from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.retrieval.index import find_source
-from d2llm.server import corpus_routes, metrics_route, native, page_routes
+from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
-from d2llm.server.disconnects import CancelWhenGone
 from d2llm.server.errors import install_error_handlers, register_error_shape, without_places
 from d2llm.server.index_service import IndexService
 from d2llm.server.lifecycle import Lifecycle, ReadyGate
-from d2llm.server.middleware import install_middleware
+from d2llm.server.middleware import CancelWhenGone, install_middleware
 from d2llm.server.model_service import ModelService
 from d2llm.server.served_version import ServedVersion
 from d2llm.server.services import Serving
 from d2llm.server.settings import ServeSettings
-from d2llm.server.telemetry import Telemetry
+from d2llm.server.telemetry import Telemetry, metrics_router
 from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
-_KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clients that there is one to send."
+_KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clients to send one."
 
 
 def make_app(settings: ServeSettings) -> FastAPI:
@@ -67,7 +66,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
     app.include_router(native.router)
     app.include_router(corpus_routes.router)
     app.include_router(native.health_router)
-    app.include_router(metrics_route.router)
+    app.include_router(metrics_router)
     for dialect in DIALECTS:
         app.include_router(dialect.router)
         register_error_shape(dialect.PATHS, dialect.shape)
@@ -85,8 +84,8 @@ async def running(
     """Load in the background, serve, and stop when what was accepted is answered."""
 
     def note(problem: str | None) -> None:  # the version in memory goes on answering
-        told = without_places(problem or "", private)
-        lifecycle.become("ready", told and f"a new version cannot be read: {told}")
+        message = without_places(problem or "", private)
+        lifecycle.become("ready", message and f"a new version cannot be read: {message}")
 
     async def start() -> None:
         try:
@@ -130,7 +129,7 @@ def watch_index(telemetry: Telemetry, index: IndexService) -> None:
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
-    """Load student, teacher and index; ``private`` is told of folders that no client is to know.
+    """Load student, teacher and index; folders that no client may know are added to ``private``.
 
     Raises:
         InputError: there is neither a student nor an index.
@@ -192,8 +191,8 @@ def load_models(
 def _load_judge(settings: ServeSettings) -> Judge | None:
     if settings.teacher is None:
         return None
-    asked = TeacherConfig() if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
-    return load_judge(asked.named(settings.teacher), device=settings.device, dtype=settings.dtype)
+    template = TeacherConfig() if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
+    return load_judge(template.named(settings.teacher), device=settings.device, dtype=settings.dtype)
 
 
 def _named(models: ModelService) -> dict[str, str]:
@@ -205,10 +204,10 @@ def _hide(private: list[Path], *paths: str) -> None:
 
 
 def _private_paths(settings: ServeSettings) -> list[Path]:
-    given = (
+    paths = (
         settings.index,
         settings.keys_file,
         settings.report,
         *map(Path, filter(None, (settings.student, settings.teacher))),
     )
-    return [path for path in given if path is not None and path.name]
+    return [path for path in paths if path is not None and path.name]

@@ -106,7 +106,7 @@ class Batcher(Generic[_Item, _Result]):
             max_batch: a batch's items times the greatest cost among them, unless one item alone is more.
             cost: of an item, for ``max_batch``.
             wait_seconds: how long to wait for more when there is something to do; 0 takes what is there.
-            observe_batch: is told each batch's size and seconds.
+            observe_batch: called with each batch's size and seconds.
             lanes: threads for batches that run side by side; what finds nothing else to do runs in a thread of its
                 own, where it may have all cores.
             num_lanes: batches that may run at a time.
@@ -184,7 +184,7 @@ class Batcher(Generic[_Item, _Result]):
             self._forget(group)
 
     def require_room(self, num_items: int) -> None:
-        """Make sure that so many items may join the queue; it takes any number when it is empty.
+        """Make sure that this many items may join the queue; it takes any number when it is empty.
 
         Raises:
             OverloadedError: it is full.
@@ -235,23 +235,23 @@ class Batcher(Generic[_Item, _Result]):
 
     def _take(self) -> list[_Place[_Item, _Result]]:
         """The next batch: the item that waits longest, and those in sight whose costs are most like its own."""
-        seen = self._in_sight()
-        if not seen:
+        in_sight = self._in_sight()
+        if not in_sight:
             return []
-        first = seen[0].cost
+        first = in_sight[0].cost
         room = self._max_batch
         if self._num_lanes > 1:  # where little waits, each lane gets its part: texts more alike, and answers sooner
-            fair = sum(place.cost for place in seen) / self._num_lanes
+            fair = sum(place.cost for place in in_sight) / self._num_lanes
             room = max(_SMALLEST_BATCH * room, min(fair, room))
-        taken: list[_Place[_Item, _Result]] = []
+        batch: list[_Place[_Item, _Result]] = []
         most = 0.0
-        for place in sorted(seen, key=lambda place: abs(place.cost - first)):
+        for place in sorted(in_sight, key=lambda place: abs(place.cost - first)):
             most = max(most, place.cost)
-            if taken and most * (len(taken) + 1) > room:
+            if batch and most * (len(batch) + 1) > room:
                 break
-            taken.append(place)
-        self._remove(taken)
-        return taken
+            batch.append(place)
+        self._remove(batch)
+        return batch
 
     def _remove(self, taken: Sequence[_Place[_Item, _Result]]) -> None:
         """Take these out of the queue; a group of which some are left goes behind the others."""
@@ -269,16 +269,16 @@ class Batcher(Generic[_Item, _Result]):
 
     def _in_sight(self) -> list[_Place[_Item, _Result]]:
         """A few items of each group, as many as several batches hold, those that wait longest first."""
-        seen: list[_Place[_Item, _Result]] = []
+        places: list[_Place[_Item, _Result]] = []
         room = self._max_batch * _BATCHES_IN_SIGHT
         for group in self._groups:
             for number in group.waiting[:_ITEMS_A_TURN]:
                 place = _Place(group, number, self._cost(group.items[number]))
                 room -= place.cost
-                seen.append(place)
+                places.append(place)
             if room < 0:
                 break
-        return seen
+        return places
 
     def _run_apart(self, items: Sequence[_Item]) -> list[_Result | Exception]:
         """Run a batch; where it fails, its halves, so that only the items that cannot be done have an error."""

@@ -1,7 +1,7 @@
 r"""Whether the body of a request is text: UTF-8, and no half of a surrogate pair in any of its strings.
 
 JSON can write half of a pair as an escape ("\ud83d" alone), and Python reads it as a character that nothing else takes:
-no tokenizer, no table, no answer. One look at every body, before any route reads it, so that no field is forgotten.
+no tokenizer, no table, no answer. Every body is checked before any route reads it, so that no field is forgotten.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, cast
 from d2llm.server.errors import Problem
 
 # The escape of a first half that no second follows, of a second that follows no first, or of a first after a backslash,
-# which may make plain text of it: then the parsed body tells. Each begins with the same two bytes: quick to scan.
+# which may make plain text of it: then the parsed body decides. Each begins with the same two bytes: quick to scan.
 _HALF_ESCAPED = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<=\\\\u[dD])[89abAB]|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])", re.DOTALL
 )
@@ -22,7 +22,7 @@ _SHOWN = 20  # characters before and after the half
 
 
 def problem_of_text(body: bytes) -> Problem | None:
-    """What is wrong with the text of a body; None also where it is no JSON, which its route tells."""
+    """What is wrong with the text of a body; None also where it is not JSON, which its route reports."""
     try:
         body.decode()
     except UnicodeDecodeError:
@@ -32,14 +32,14 @@ def problem_of_text(body: bytes) -> Problem | None:
     if b"\\u" not in body or not _HALF_ESCAPED.search(body):
         return None
     try:
-        found = _find_half(json.loads(body), ())
+        half = _find_half(json.loads(body), ())
     except ValueError:
         return None
     except RecursionError:
         return Problem(400, "invalid_request", "the body is nested too deeply to be read", reason="json_invalid")
-    if found is None:
+    if half is None:
         return None
-    place, text = found
+    place, text = half
     field = ".".join(place) or None
     message = f"{text!r} has half of a surrogate pair, which is no text; leave it out"
     return Problem(422, "invalid_request", f"{field}: {message}" if field else message, field, reason="string_unicode")

@@ -10,14 +10,16 @@ from fastapi import APIRouter, Query, Request
 from d2llm.core.types import Passage
 from d2llm.retrieval.chunking import DocumentsReport
 from d2llm.retrieval.upserting import UpsertReport
-from d2llm.server.checks import ERRORS, at_most, short_enough, writable
-from d2llm.server.corpus_schemas import (
+from d2llm.server.answers import passage_json
+from d2llm.server.errors import NotFoundError
+from d2llm.server.schemas import (
     DeletedAnswer,
     DocumentListAnswer,
     DocumentPassagesAnswer,
     DocumentsAnswer,
     DocumentsRequest,
-    ListedDocument,
+    ListedDocumentAnswer,
+    PassageAnswer,
     PassageListAnswer,
     PassagesAnswer,
     PassagesRequest,
@@ -26,10 +28,7 @@ from d2llm.server.corpus_schemas import (
     SnapshotName,
     SnapshotRequest,
 )
-from d2llm.server.errors import NotFoundError
-from d2llm.server.ranking_json import passage_json
-from d2llm.server.schemas import PassageAnswer
-from d2llm.server.services import TheIndex, TheServices
+from d2llm.server.services import ERRORS, TheIndex, TheServices, at_most, short_enough, writable
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS)
@@ -44,9 +43,9 @@ Lenient = Annotated[bool, Query(description="Leave out metadata values that do n
 @router.get("/v1/passages")
 async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListAnswer:
     """The ids of all passages, a page at a time."""
-    found = await index.read(lambda view: view.list_passages(cursor, limit + 1))
-    page = found[:limit]
-    return PassageListAnswer(ids=page, next_cursor=page[-1] if len(found) > limit else None)
+    entries = await index.read(lambda view: view.list_passages(cursor, limit + 1))
+    page = entries[:limit]
+    return PassageListAnswer(ids=page, next_cursor=page[-1] if len(entries) > limit else None)
 
 
 @router.post("/v1/passages")
@@ -78,11 +77,11 @@ async def delete_passage(passage_id: str, services: TheServices, index: TheIndex
 @router.get("/v1/documents")
 async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListAnswer:
     """All documents with their numbers of passages, a page at a time; a passage without a document is its own."""
-    found = await index.read(lambda view: view.list_documents(cursor, limit + 1))
-    page = found[:limit]
+    entries = await index.read(lambda view: view.list_documents(cursor, limit + 1))
+    page = entries[:limit]
     return DocumentListAnswer(
-        documents=[ListedDocument(id=one.id, num_passages=one.num_passages) for one in page],
-        next_cursor=page[-1].id if len(found) > limit else None,
+        documents=[ListedDocumentAnswer(id=entry.id, num_passages=entry.num_passages) for entry in page],
+        next_cursor=page[-1].id if len(entries) > limit else None,
     )
 
 

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from d2llm.core.errors import (
     D2LLMError,
@@ -25,6 +26,7 @@ from d2llm.core.errors import (
     MissingExtraError,
     StorageError,
 )
+from d2llm.server.facts import current_facts
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +168,7 @@ def problem_response(path: str, problem: Problem) -> Response:
 
 
 def problem_of(error: Exception) -> Problem:
-    """What an exception means to a client; those that are not meant for it are told without their text."""
+    """What an exception means to a client; the text of those that are not meant for it is left out."""
     if isinstance(error, ServingError):
         return error.problem
     if isinstance(error, RequestValidationError):
@@ -195,13 +197,13 @@ def is_clients(error: Exception) -> bool:
 def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
     """Let every error of a request become an answer in its interface's shape.
 
-    Of the ``private`` folders and files a client is told the name alone, not where they are.
+    A client sees the names of ``private`` folders and files, but not where they are.
     """
 
     async def answer(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
-        told = without_places(problem.message, private)
-        problem = replace(problem, message=told, request_id=request_id_of(request))
+        message = without_places(problem.message, private)
+        problem = replace(problem, message=message, request_id=request_id_of(request))
         if problem.status == 405:
             allowed = ", ".join(_methods(app, request.url.path)) or (problem.headers or {}).get("Allow", "")
             problem = replace(problem, headers={"Allow": allowed})
@@ -253,3 +255,9 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     if len(problems) > 1:
         text += f" (and {len(problems) - 1} more)"
     return Problem(422, "invalid_request", text, where, reason=str(first["type"]))
+
+
+async def answer_problem(scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
+    """Send ``problem`` in the shape of the path's interface, with the request's id."""
+    response = problem_response(scope["path"], replace(problem, request_id=current_facts().request_id))
+    await response(scope, receive, send)

@@ -36,10 +36,8 @@ from d2llm.retrieval.upserting import UpsertReport
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError
 from d2llm.server.facts import note_items
-from d2llm.server.model_service import Observe
-from d2llm.server.open_version import Asked, OpenVersion, rank_again, rank_together
-from d2llm.server.served_version import ServedVersion
-from d2llm.server.student_lane import StudentLane
+from d2llm.server.model_service import Observe, StudentLane
+from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
 from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
@@ -53,7 +51,7 @@ Rescore = Literal["none", "iem", "teacher", "cascade"]
 
 _SCANNED_AT_ONCE = 32
 _WAITING = 32  # explanations, or writes, that wait or are worked on; each holds a request's texts
-_SEARCHES_A_READING = 64  # so many times fewer searches may wait for the teacher than for the student
+_SEARCHES_A_READING = 64  # the queue for the teacher is this many times shorter than that for the student
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class IndexService:
         self.judge = judge
         self.teacher_name = teacher_name
         self._observe = observe
-        self._ranks: Batcher[Asked, Ranking] = Batcher(
+        self._ranks: Batcher[PendingSearch, Ranking] = Batcher(
             rank_together, name="rank", max_queued=queue, max_batch=_SCANNED_AT_ONCE
         )
         self._readings: Batcher[Callable[[], Any], Any] = Batcher(
@@ -133,7 +131,7 @@ class IndexService:
 
         Raises:
             InputError: settings that do not go together or do not fit the index.
-            OverloadedError: too many searches are under way. It is told before the query is encoded: one that is
+            OverloadedError: too many searches are under way. It is raised before the query is encoded: one that is
                 admitted is not refused halfway, when others have paid for its beginning.
         """
 
@@ -141,12 +139,12 @@ class IndexService:
             if rescore in ("teacher", "cascade"):
                 self._readings.require_room(1)
             encoded = await version.models.encode([query], "query")
-            asked = Asked(version, query, encoded.vectors[0], settings, rescore != "none")
+            search = PendingSearch(version, query, encoded.vectors[0], settings, rescore != "none")
             if rescore in ("teacher", "cascade"):
                 again = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
-                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(asked, again)]))
+                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, again)]))
             else:
-                done = await self._ranks.submit([asked], bounded=False)
+                done = await self._ranks.submit([search], bounded=False)
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
@@ -181,7 +179,7 @@ class IndexService:
 
         Raises:
             InputError: there is no teacher.
-            ModelError: it said something that is no finite number.
+            ModelError: its answer is not a finite number.
             OverloadedError: too many wait for it.
         """
         judge = self._teacher()
@@ -237,11 +235,11 @@ class IndexService:
 
     async def _passages(self, version: OpenVersion, ids: Sequence[str]) -> list[Passage]:
         passages = await self._in(self._reads, lambda: version.view.get(ids))
-        found = {passage.id: passage for passage in passages}
-        missing = [passage_id for passage_id in ids if passage_id not in found]
+        by_id = {passage.id: passage for passage in passages}
+        missing = [passage_id for passage_id in ids if passage_id not in by_id]
         if missing:
             raise NotFoundError(f"there is no passage {missing[0]!r} in the index")
-        return [found[passage_id] for passage_id in ids]
+        return [by_id[passage_id] for passage_id in ids]
 
     # Changing ------------------------------------------------------------------------------------------------------
 
@@ -274,11 +272,11 @@ class IndexService:
         note_items([document.text for document in documents])
 
         def work(index: Index, student: Student) -> DocumentsReport:
-            wanted = None
+            chunking = None
             if chunk_tokens is not None or chunk_overlap is not None:
                 tokens = chunk_tokens or default_chunking(student).chunk_tokens
-                wanted = Chunking(tokens, chunk_overlap or 0)
-            chunker = Chunker(student, choose_chunking(index.folder, student, wanted))
+                chunking = Chunking(tokens, chunk_overlap or 0)
+            chunker = Chunker(student, choose_chunking(index.folder, student, chunking))
             return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
 
         report = await self._write(work)

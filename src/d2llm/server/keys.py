@@ -137,11 +137,11 @@ class KeyRing:
         """The key that ``secret`` is, or None. The time that it takes tells nothing about the keys."""
         self._refresh()
         digest = _hash(secret)
-        found = None
+        match = None
         for key in self._keys:  # all of them, wherever the right one is
             if hmac.compare_digest(key.sha256, digest):
-                found = key
-        return found
+                match = key
+        return match
 
     def _refresh(self) -> None:
         state = self._state()

@@ -8,15 +8,14 @@ from typing import Literal
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from d2llm.server.access import is_open
-from d2llm.server.answers import answer_problem
-from d2llm.server.errors import NotReadyError
+from d2llm.server.errors import NotReadyError, answer_problem
 
 State = Literal["starting", "ready", "broken", "stopping"]
 _log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """The state of a server, with a sentence for whoever asks; each change is logged."""
+    """The state of a server, with a sentence that explains it; each change is logged."""
 
     def __init__(self) -> None:
         self.state: State = "starting"

@@ -67,8 +67,8 @@ class RateLimiter:
             require("redis", extra="redis", purpose="counting the requests of several servers together")
             if not storage.startswith(_SCHEMES):
                 raise InputError("rate_limit_storage: give the address of a Redis, as in redis://localhost:6379")
-            found = aio.storage.RedisStorage(f"async+{storage}", wrap_exceptions=True, implementation="redispy")
-            self._together = aio.strategies.MovingWindowRateLimiter(found)
+            redis = aio.storage.RedisStorage(f"async+{storage}", wrap_exceptions=True, implementation="redispy")
+            self._together = aio.strategies.MovingWindowRateLimiter(redis)
 
     async def take(self, who: str, requests_per_minute: int) -> Allowance:
         """Count a request of ``who``; refused ones do not count."""

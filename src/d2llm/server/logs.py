@@ -106,8 +106,8 @@ class _ErrorRenderer:
         while (earlier := chain[-1].__cause__ or chain[-1].__context__) and earlier not in chain:
             chain.append(earlier)
         parts: list[str] = []
-        for one in reversed(chain):
-            parts += ["Traceback (most recent call last):\n", *traceback.format_tb(one.__traceback__)]
-            told = f": {one.strerror}" if isinstance(one, OSError) and one.strerror else ""
-            parts.append(f"{type(one).__qualname__}{told}\n")
+        for link in reversed(chain):
+            parts += ["Traceback (most recent call last):\n", *traceback.format_tb(link.__traceback__)]
+            reason = f": {link.strerror}" if isinstance(link, OSError) and link.strerror else ""
+            parts.append(f"{type(link).__qualname__}{reason}\n")
         return parts

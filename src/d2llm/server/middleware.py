@@ -7,27 +7,28 @@ variables and hides disconnects.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from re import Pattern
 
 import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount, Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server.access import AccessMiddleware
-from d2llm.server.answers import answer_problem
 from d2llm.server.body_text import problem_of_text
-from d2llm.server.errors import Problem, problem_of
+from d2llm.server.errors import Problem, answer_problem, problem_of
 from d2llm.server.facts import begin_facts
 from d2llm.server.keys import KeyRing
 from d2llm.server.limits import RateLimiter
 from d2llm.server.logs import log_request
-from d2llm.server.route_table import RouteTable
 from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import Telemetry
 from d2llm.server.uploads import FILES_PATH, FORM_TYPE
@@ -213,12 +214,12 @@ class BodyMiddleware:
         kind = headers.get("content-type", "").partition(";")[0].strip()
         is_read = kind.lower() == FORM_TYPE if takes_form else _JSON.fullmatch(kind) is not None
         if method in _BODY_METHODS and not is_read and (kind or _has_body(headers)):
-            wanted = (
+            remedy = (
                 f"send files as a form ({FORM_TYPE})"
                 if takes_form
                 else "send JSON with 'Content-Type: application/json'"
             )
-            message = f"a body of type {kind!r} is not read; {wanted}" if kind else f"the body has no type; {wanted}"
+            message = f"a body of type {kind!r} is not read; {remedy}" if kind else f"the body has no type; {remedy}"
             return Problem(415, "unsupported_media_type", message)
         coding = headers.get("content-encoding", "identity")
         if coding.lower() != "identity" and _has_body(headers):
@@ -247,8 +248,8 @@ def _has_body(headers: Headers) -> bool:
 
 def _id_of(headers: Headers) -> str:
     """The client's own id where it can stand in logs and headers as it is."""
-    given = headers.get("x-request-id", "")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    client_id = headers.get("x-request-id", "")
+    return client_id if _SANE_ID.fullmatch(client_id) else uuid.uuid4().hex
 
 
 def _host_name(host: str) -> str:
@@ -257,3 +258,96 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0] or host
+
+
+class CancelWhenGone:
+    """Cancels a request's work when its connection is closed before the answer is complete.
+
+    Starlette itself goes on working for nobody. What waits in a queue is taken out of it (``batching``).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and listen for its end meanwhile."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Message] = asyncio.Queue(1)  # one: a body is read no faster than it is used
+        answered = False
+
+        async def listen() -> None:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                await messages.put(message)
+
+        async def next_message() -> Message:
+            waiting = asyncio.ensure_future(messages.get())
+            await asyncio.wait({waiting, listener}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+            waiting.cancel()
+            return {"type": "http.disconnect"}
+
+        async def send_on(message: Message) -> None:
+            nonlocal answered
+            await send(message)
+            answered = answered or (message["type"] == "http.response.body" and not message.get("more_body", False))
+
+        listener = asyncio.ensure_future(listen())
+        work = asyncio.ensure_future(self.app(scope, next_message, send_on))
+        try:
+            await asyncio.wait({listener, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not answered:
+                work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+        finally:
+            listener.cancel()
+            work.cancel()
+
+
+UNMATCHED = "(none)"
+"""Stands for the route of a request that has none."""
+
+
+class RouteTable:
+    """Templates of an application's routes, such as "/v1/passages/{id}"; they are read when the server starts.
+
+    They are not taken from the request's scope, which has none when a middleware refused the request, and where the
+    prefix of an included router is missing.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._table: list[tuple[str, Pattern[str]]] = []
+
+    def prepare(self) -> None:
+        """Read them; it takes a while, as FastAPI makes its schema for it, and keeps that."""
+        self._table = [(template, compile_path(template)[0]) for template in _templates(self._app)]
+
+    def find(self, scope: Scope) -> str:
+        """The template of a request's route."""
+        if not self._table:  # an application that was never started, as in a test
+            self.prepare()
+        for template, pattern in self._table:
+            if pattern.match(scope["path"]):
+                return template
+        route = scope.get("route")  # in no schema, or with a parameter that has slashes
+        return route.path_format if isinstance(route, Route) else UNMATCHED
+
+
+def _templates(app: FastAPI) -> list[str]:
+    """Those without parameters first: "/v1/passages/all" is not the passage "all"."""
+    return sorted({*app.openapi()["paths"], *_plain_paths(app)}, key=lambda template: template.count("{"))
+
+
+def _plain_paths(app: FastAPI) -> Iterator[str]:
+    for route in app.routes:
+        if isinstance(route, Mount):
+            yield route.path + "/{path:path}"
+        elif isinstance(route, Route):
+            yield route.path

@@ -18,14 +18,11 @@ from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task
 from d2llm.models.attribution import why_no_interaction
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.server.checks import ERRORS, at_most, short_enough
+from d2llm.server.answers import FastJSONResponse, ranking_json
 from d2llm.server.errors import ConflictError, invalid, request_id_of
-from d2llm.server.fast_json import FastJSONResponse
 from d2llm.server.index_service import Reading
 from d2llm.server.lifecycle import Lifecycle
 from d2llm.server.model_service import ModelService
-from d2llm.server.open_version import OpenVersion
-from d2llm.server.ranking_json import ranking_json
 from d2llm.server.schemas import (
     EncodeAnswer,
     EncodeRequest,
@@ -42,7 +39,8 @@ from d2llm.server.schemas import (
     TeacherAnswer,
     WordAnswer,
 )
-from d2llm.server.services import Services, Serving, TheIndex, TheServices, index_of
+from d2llm.server.served_version import OpenVersion
+from d2llm.server.services import ERRORS, Services, Serving, TheIndex, TheServices, at_most, index_of, short_enough
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -70,24 +68,24 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
-    passage, found = await index.explain(body.query, body.passage_id, task)
+    passage, explanation = await index.explain(body.query, body.passage_id, task)
     teacher = None
     if body.teacher:
-        said = await index.judge_pair(body.query, passage, task)
-        probability = float(expit(said.log_odds))
+        verdict = await index.judge_pair(body.query, passage, task)
+        probability = float(expit(verdict.log_odds))
         teacher = TeacherAnswer(
-            log_odds=said.log_odds, probability=probability, seconds=said.seconds, truncated=said.truncated
+            log_odds=verdict.log_odds, probability=probability, seconds=verdict.seconds, truncated=verdict.truncated
         )
     return ExplainAnswer(
         id=passage.id,
         title=passage.title,
         text=passage.text,
-        score=found.score,
-        anchor=found.anchor,
-        interaction=found.interaction,
-        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in found.words],
-        truncated=found.truncated,
-        query_truncated=found.query_truncated,
+        score=explanation.score,
+        anchor=explanation.anchor,
+        interaction=explanation.interaction,
+        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in explanation.words],
+        truncated=explanation.truncated,
+        query_truncated=explanation.query_truncated,
         no_interaction=why_no_interaction(services.models.student, task),
         teacher=teacher,
     )

@@ -116,13 +116,13 @@ def check_report(path: Path) -> None:
 @cache
 def _files() -> Mapping[str, _PageFile]:
     """All files of the page by name; no other path of the disk can be asked for."""
-    found: dict[str, _PageFile] = {}
+    files: dict[str, _PageFile] = {}
     for path in sorted(_FOLDER.iterdir()):
         if path.suffix in _TYPES:
             content = path.read_bytes()
             etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            found[path.name] = _PageFile(content, _TYPES[path.suffix], etag)
-    return found
+            files[path.name] = _PageFile(content, _TYPES[path.suffix], etag)
+    return files
 
 
 def _answer(request: Request, name: str) -> Response:

@@ -30,7 +30,7 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 class State(Protocol):
-    """What ``lifecycle.Lifecycle`` tells."""
+    """The interface of ``lifecycle.Lifecycle``."""
 
     state: str
     message: str

@@ -1,4 +1,4 @@
-"""The bodies of d2llm's own interface. Types are strict, unknown fields are errors, numbers are finite."""
+"""Bodies of requests and answers of d2llm's own interface. Types are strict, unknown fields errors, numbers finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean
-from d2llm.core.types import Grouping, SourceName, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Grouping, SourceName, Task
 from d2llm.server.index_service import Rescore
 from d2llm.server.model_service import TextKind
 from d2llm.store.side_files import Chunking
@@ -68,8 +68,8 @@ class SearchRequest(Body):
     """A query, and how to search for it."""
 
     query: NonEmpty = Field(description="What to look for.", examples=["how do I read a file line by line?"])
-    top_k: int = Field(10, ge=1, description="Length of the ranking.")
-    num_candidates: int = Field(1_000, ge=1, description="Passages that get the full score.")
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="Length of the ranking.")
+    num_candidates: int = Field(DEFAULT_NUM_CANDIDATES, ge=1, description="Passages that get the full score.")
     filter: str | None = Field(
         None, description="A condition on metadata.", examples=["year >= 2020 AND language = 'en'"]
     )
@@ -91,9 +91,11 @@ class SearchRequest(Body):
         "cascade (it reads those that the IEM is unsure of).",
     )
     budget_ms: float | None = Field(None, ge=0, description="Time of an exact search, in milliseconds.")
-    teacher_passages: int = Field(20, ge=1, le=200, description="The teacher reads at most so many.")
+    teacher_passages: int = Field(
+        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="Most passages that the teacher reads."
+    )
     teacher_ms: float | None = Field(
-        None, ge=0, description="It reads for so long at most, in milliseconds; null, or more: the server's teacher_ms."
+        None, ge=0, description="Longest time that it reads, in milliseconds; null, or more: the server's teacher_ms."
     )
     task: Task | None = Field(None, description="What is asked; null: what the index is made for.")
     group: Grouping = Field("passage", description="Rank passages, or documents by their best or summed passages.")
@@ -155,7 +157,7 @@ class ErrorAnswer(Answer):
 
 
 class ShortPassage(Answer):
-    """A passage beside another."""
+    """A neighbour of a passage in its document."""
 
     id: str
     title: str
@@ -164,7 +166,7 @@ class ShortPassage(Answer):
 
 
 class ExplanationAnswer(Answer):
-    """Why a passage stands where it does: its score is ``anchor`` + ``interaction`` + ``lexical`` + ``windows``."""
+    """The parts of a passage's score, which is ``anchor`` + ``interaction`` + ``lexical`` + ``windows``."""
 
     anchor: float | None
     interaction: float | None
@@ -362,3 +364,132 @@ class HealthAnswer(Answer):
     status: Literal["starting", "ready", "broken", "stopping"]
     message: str
     fingerprint: str | None
+
+
+Metadata = Annotated[
+    dict[str, Any],
+    Field(json_schema_extra={"additionalProperties": {"type": ["string", "number", "boolean", "null"]}}),
+]
+"""For a value that does not fit the index names passage and field, or leaves it out where that is asked for."""
+SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+_LENIENT = Field(False, description="Leave out metadata values that do not fit, and count them.")
+
+# Requests about what the index holds: passages, documents, files, snapshots -------------------------------------------
+
+
+class PassageBody(Body):
+    """A passage."""
+
+    id: PassageId = Field(examples=["bread"])
+    text: NonEmpty = Field(examples=["Bread is baked from flour, water and salt."])
+    title: str = Field("", examples=["Bread"])
+    document_id: str = ""
+    position: int = Field(0, ge=0, le=2**31 - 1)
+    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 2021}])
+
+
+class PassagesRequest(Body):
+    """Passages to add, or to change where the id is there."""
+
+    passages: list[PassageBody] = Field(min_length=1)
+    lenient_metadata: bool = _LENIENT
+
+
+class DocumentBody(Body):
+    """A text of any length."""
+
+    id: PassageId = Field(examples=["ships"])
+    text: NonEmpty = Field(examples=["Ships sail over the sea. They carry goods to far ports."])
+    title: str = Field("", examples=["Ships"])
+    metadata: Metadata = Field(default_factory=dict, examples=[{"year": 1999}])
+
+
+class DocumentsRequest(Body):
+    """Long texts to split into passages."""
+
+    documents: list[DocumentBody] = Field(min_length=1)
+    lenient_metadata: bool = _LENIENT
+    chunk_tokens: int | None = Field(
+        None, ge=8, description="Most tokens of a passage; null: as the index cuts, or 128 for its first documents."
+    )
+    chunk_overlap: int | None = Field(
+        None, ge=0, description="Tokens that a passage repeats of the one before; null: as the index cuts, or none."
+    )
+
+
+class SnapshotRequest(Body):
+    """The name of a snapshot to take."""
+
+    name: SnapshotName
+
+
+# Answers about it -----------------------------------------------------------------------------------------------------
+
+
+class PassagesAnswer(Answer):
+    """What became of the passages given; ``left_out`` counts metadata values by field, where that was asked for."""
+
+    num_passages: int
+    num_added: int
+    num_updated: int
+    num_metadata: int
+    num_unchanged: int
+    num_truncated: int
+    left_out: dict[str, int]
+    version: int
+    seconds: float
+
+
+class DocumentsAnswer(PassagesAnswer):
+    """What became of the documents given and of their passages."""
+
+    num_documents: int
+    num_deleted: int
+
+
+class DeletedAnswer(Answer):
+    """How many passages were deleted, and the version since."""
+
+    num_deleted: int
+    version: int | None
+
+
+class ListedDocumentAnswer(Answer):
+    """A document, and how many passages it has."""
+
+    id: str
+    num_passages: int
+
+
+class PassageListAnswer(Answer):
+    """Ids of passages, in order; ``next_cursor`` asks for those behind them, null where there are none."""
+
+    ids: list[str]
+    next_cursor: str | None
+
+
+class DocumentListAnswer(Answer):
+    """Documents, in order; ``next_cursor`` asks for those behind them, null where there are none."""
+
+    documents: list[ListedDocumentAnswer]
+    next_cursor: str | None
+
+
+class DocumentPassagesAnswer(Answer):
+    """A document's passages, by their positions."""
+
+    id: str
+    passages: list[PassageAnswer]
+
+
+class RestoredAnswer(Answer):
+    """How many passages the index has again, and the version since."""
+
+    num_passages: int
+    version: int | None
+
+
+class SnapshotAnswer(Answer):
+    """All snapshots."""
+
+    snapshots: list[str]

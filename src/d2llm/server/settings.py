@@ -1,4 +1,4 @@
-"""What `d2llm serve` can be told: one schema for a TOML file, for the environment and for the command line."""
+"""The settings of `d2llm serve`: one schema for a TOML file, for the environment and for the command line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ServeSettings(BaseSettings):
     student: str | None = Field(
         default=None, description="A student's folder or name; with an index, the one that made it by default."
     )
-    teacher: str | None = Field(default=None, description="A teacher that may be asked to read again what is found.")
+    teacher: str | None = Field(default=None, description="A teacher that may read again what a search found.")
     prompt: str | None = Field(default=None, description="How an untuned teacher is asked: a name or a TOML file.")
     model_name: str | None = Field(default=None, min_length=1, description="What clients call the student.")
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
@@ -61,17 +61,17 @@ class ServeSettings(BaseSettings):
     engine: EngineName = Field(
         default="auto", description="What encodes texts; auto: the fastest here that gives the same vectors."
     )
-    writable: bool = Field(default=True, description="Whether passages can be written and deleted over HTTP.")
+    writable: bool = Field(default=True, description="Whether passages may be written and deleted over HTTP.")
     keys_file: Path | None = Field(default=None, description="File of API keys, as `d2llm keys` writes it.")
     allow_unauthenticated: bool = Field(
-        default=False, description="Listen where other machines reach it although there are no keys."
+        default=False, description="Listen on an address that other machines reach, without keys."
     )
     requests_per_minute: Count | None = Field(
-        default=None, description="Most requests a minute of one key; without keys, of one client address."
+        default=None, description="Most requests per minute of one key; without keys, of one client address."
     )
     rate_limit_storage: SecretStr | None = Field(
         default=None,
-        description="Redis in which servers count requests together, as in redis://localhost:6379 (extra redis).",
+        description="Redis where several servers count requests together, as in redis://localhost:6379 (extra redis).",
     )
     allowed_hosts: Names = Field(
         default=LOOPBACK_NAMES,
@@ -80,7 +80,7 @@ class ServeSettings(BaseSettings):
     trusted_proxies: Names = Field(
         default=(), description="Addresses of reverse proxies whose X-Forwarded-For is believed; `*` means all."
     )
-    cors_origins: Names = Field(default=(), description="Origins whose pages may ask from a browser, or `*`.")
+    cors_origins: Names = Field(default=(), description="Origins whose pages may send requests from a browser, or `*`.")
     max_body_bytes: Count = Field(default=16 * 2**20, description="Largest body of a request.")
     request_seconds: Seconds = Field(
         default=30.0, description="How long a client may take to send a request's headers, and again its body."
@@ -96,7 +96,9 @@ class ServeSettings(BaseSettings):
         default=None, description="Most tokens of a batch; by default 512 on each core, 8,192 on an accelerator."
     )
     batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for more, in milliseconds.")
-    teacher_ms: Milliseconds = Field(default=2_000.0, description="Time of a teacher a search, in milliseconds.")
+    teacher_ms: Milliseconds = Field(
+        default=2_000.0, description="Longest time that a teacher reads for a search, in milliseconds."
+    )
     reload_seconds: Seconds = Field(default=2.0, description="How often to look for a new version of the index.")
     shutdown_seconds: Seconds = Field(default=30.0, description="How long accepted requests may take when it stops.")
     log_format: Literal["text", "json"] = Field(default="text", description="How log lines are written.")
@@ -129,8 +131,8 @@ class ServeSettings(BaseSettings):
     @property
     def host_names(self) -> tuple[str, ...]:
         """``allowed_hosts``, and the address that it listens on where that is one address."""
-        own = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
-        return tuple(dict.fromkeys((*self.allowed_hosts, *own)))
+        own_address = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
+        return tuple(dict.fromkeys((*self.allowed_hosts, *own_address)))
 
 
 def is_loopback(host: str) -> bool:
@@ -177,12 +179,12 @@ def load_settings(
         layers.append((values, dict.fromkeys(values, f"file {file}")))
     values = _read_environment()
     layers.append((values, {name: f"environment {PREFIX}{name.upper()}" for name in values}))
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    options = {name: value for name, value in (flags or {}).items() if value is not None}
     assigned = dict(assignments or {})
-    if twice := sorted(given.keys() & assigned.keys()):
-        raise InputError(f"{twice[0]}: given twice, as an option and by --set; give it once")
+    if repeated := sorted(options.keys() & assigned.keys()):
+        raise InputError(f"{repeated[0]}: given twice, as an option and by --set; give it once")
     layers.append((assigned, dict.fromkeys(assigned, "--set")))
-    layers.append((given, {name: _flag_of(name) for name in given}))
+    layers.append((options, {name: _flag_of(name) for name in options}))
     merged: dict[str, Any] = {}
     sources = dict.fromkeys(ServeSettings.model_fields, "default")
     for values, origins in layers:
@@ -203,16 +205,16 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
     Raises:
         InputError: a word without "=", or one field twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
             raise InputError(f"--set {word}: write --set NAME=VALUE, as in --set max_texts=64")
-        if name in found:
+        if name in values:
             raise InputError(f"--set {name}: given twice; give it once")
-        found[name] = value.strip()
-    return found
+        values[name] = value.strip()
+    return values
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -241,8 +243,8 @@ def _flag_of(name: str) -> str:
 
 def _meant_instead(name: str) -> str:
     known = sorted(ServeSettings.model_fields)
-    meant = nearest(name, known)
-    return f"known settings: {', '.join(known)}" if meant is None else f"did you mean '{meant}'?"
+    suggestion = nearest(name, known)
+    return f"known settings: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
 
 
 def _explain(problem: Any, sources: Mapping[str, str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
@@ -129,3 +131,14 @@ class Telemetry:
         if self._student is not None:
             self._student.info({**self._named()})
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+metrics_router = APIRouter(tags=["operations"])
+
+
+@metrics_router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Counts and times of the server, as Prometheus reads them."""
+    telemetry: Telemetry = request.app.state.telemetry
+    content, media_type = telemetry.exposition()
+    return Response(content, headers={"Content-Type": media_type})

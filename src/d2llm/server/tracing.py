@@ -29,7 +29,7 @@ def start_tracing(app: FastAPI, telemetry: Telemetry, exporter: SpanExporter | N
 
     Args:
         app: before it has answered anything.
-        telemetry: tells of the stages.
+        telemetry: reports the stages.
         exporter: OTLP over HTTP by default.
 
     Raises:

@@ -297,7 +297,6 @@ class DistillRun:
             num_hard=training.num_hard,
             num_easy=training.num_easy,
             seed=self.recipe.seed,
-            group_by_length=training.group_by_length,
             temperature=training.sampling_temperature,
         )
 

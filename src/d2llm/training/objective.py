@@ -84,9 +84,7 @@ def batch_losses(
             logits, probabilities, positive, hard | easy, temperature=weights.temperature
         )
     if weights.list_imitation:
-        found["list_imitation"] = losses.list_imitation(
-            logits, log_odds, candidates, temperature=weights.list_temperature
-        )
+        found["list_imitation"] = losses.list_imitation(logits, log_odds, candidates)
     if weights.rank_imitation_positive_hard:
         found["rank_imitation_positive_hard"] = losses.rank_imitation_positive_hard(logits, log_odds, positive | hard)
     if weights.rank_imitation_hard_easy:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
-from d2llm.models.interaction import TASKS, Interaction, PairScores
+from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.training.dev import (
@@ -125,7 +125,7 @@ def train_residual(
                 offset = offsets(found.labelled)
                 seed = f"{recipe.seed}:{epoch}"
                 draws = [_draw(found, position, config, seed, only_judged=only_judged) for position in positions]
-                loss = _loss(student, head, found, positions, draws, config, weights, offset)
+                loss = _loss(student, head, found, positions, draws, weights, offset)
                 if config.quiet_price:
                     change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
                     loss = loss + config.quiet_price * change
@@ -205,7 +205,6 @@ def _loss(
     found: _Vectors,
     positions: Sequence[int],
     draws: Sequence[Draw],
-    config: ResidualConfig,
     weights: LossWeights,
     offset: Tensor | None,
 ) -> Tensor:
@@ -216,10 +215,7 @@ def _loss(
     task, device = found.labelled.source.task, student.backbone.device
     queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
     scores = _score_lists(student, head, queries, passages, task)
-    loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
-    if not config.bound_price:
-        return loss
-    return loss + config.bound_price * head.query_reach(queries, task).mean() * head.passage_reach(passages).mean()
+    return weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
 
 
 def _score_lists(student: Student, head: Interaction, queries: Tensor, passages: Tensor, task: Task) -> PairScores:

@@ -16,12 +16,12 @@ from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.files import folder_bytes, new_folder
 from d2llm.core.manifest import write_manifest
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.export import numpy_head
 from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
-from d2llm.models.interaction import TASKS, CosineHead, Interaction
+from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.probabilities import write_calibration
 from d2llm.models.student import Student
 

@@ -14,7 +14,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
 from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig, TeacherConfig
 from d2llm.core.shipped import shipped_models
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.models.backbone import TextKind
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
@@ -23,7 +23,6 @@ from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 
 _KEPT_NUMBERS = 1 << 24  # of vectors that are kept for the next call: 64 MB of float32
-_TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 
 
 class CosineTeacher:
@@ -64,7 +63,7 @@ class CosineTeacher:
         Raises:
             ModelNotFoundError: neither a student nor pretrained weights.
         """
-        prompts: dict[Task, str] = {task: _question(task) for task in _TASKS}
+        prompts: dict[Task, str] = {task: _question(task) for task in TASKS}
         if _is_student(config.model):
             manifest = read_manifest(find_student(config.model), KIND, FORMAT_VERSION)
             return TeacherIdentity(str(manifest["fingerprint"]), prompts)

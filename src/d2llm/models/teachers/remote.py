@@ -20,7 +20,7 @@ import numpy as np
 from d2llm.core.errors import AnswerTokenError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
@@ -29,7 +29,6 @@ from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
-_TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
 _TRIAL: TextPair = ("what do cows drink", "Cows drink water.")
 _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a word's leading space; some endpoints show it so
 
@@ -50,7 +49,7 @@ class RemoteTeacher:
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
         self.remote = _section(config)
-        self.prompts = {task: load_prompt(config.prompt, task) for task in _TASKS}
+        self.prompts = {task: load_prompt(config.prompt, task) for task in TASKS}
         for task, prompt in self.prompts.items():
             if prompt.yes == prompt.no:
                 raise AnswerTokenError(f"prompt '{config.prompt}' ({task}): yes and no are both {prompt.yes!r}")
@@ -82,7 +81,7 @@ class RemoteTeacher:
         """
         remote = _section(config)
         fingerprint = fingerprint_json(["remote", config.model, remote.revision])
-        return TeacherIdentity(fingerprint, {task: _fingerprint_prompt(config, remote, task) for task in _TASKS})
+        return TeacherIdentity(fingerprint, {task: _fingerprint_prompt(config, remote, task) for task in TASKS})
 
     @property
     def fingerprint(self) -> str:

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    Answer,
     RerankResult,
     StrictBody,
     Text,
@@ -30,7 +30,7 @@ from d2llm.server.dialects.shared import (
     task_of,
 )
 from d2llm.server.errors import Problem
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/v2/rerank",)
@@ -43,7 +43,7 @@ class CohereRerankRequest(StrictBody):
     model: str
     query: Text
     documents: TextList
-    top_n: int | None = Field(None, ge=1, description="Answer with the best so many; null: all.")
+    top_n: int | None = Field(None, ge=1, description="Answer with the best ones alone, this many; null: all.")
     return_documents: bool = Field(False, description="Repeat the documents' texts in the answer.")
     max_tokens_per_doc: int | None = Field(
         None, ge=1, description="Documents are cut to what the model reads; less than that cannot be asked for."
@@ -124,6 +124,6 @@ async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depend
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Cohere tells it: 400 for what is wrong, but 422 for a field that there is not."""
+    """A problem in Cohere's form: 400 for a bad value, but 422 for an unknown field."""
     status = 422 if problem.reason == "extra_forbidden" else status_of(problem, invalid=400)
     return status, {"id": problem.request_id or str(uuid.uuid4()), "message": problem.message}

@@ -16,8 +16,8 @@ from fastapi import APIRouter, Depends
 from pydantic import AliasChoices, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    Answer,
     CutOptions,
     OpenBody,
     RerankResult,
@@ -33,7 +33,7 @@ from d2llm.server.dialects.shared import (
     task_of,
 )
 from d2llm.server.errors import Problem, invalid
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/v1/rerank",)
@@ -65,7 +65,7 @@ class JinaRerankRequest(CutOptions):
     model: str | None = None
     query: Text
     documents: Annotated[Text | Annotated[list[Text | JinaDocument], Field(min_length=1)], BeforeValidator(_readable)]
-    top_n: int | None = Field(None, ge=0, description="Answer with the best so many; null or 0: all.")
+    top_n: int | None = Field(None, ge=0, description="Answer with the best ones alone, this many; null or 0: all.")
     return_documents: bool = Field(True, description="Repeat the documents' texts in the answer.")
     return_embeddings: bool = Field(False, description="The answer has no vectors; true is an error.")
     truncate: bool = Field(
@@ -129,8 +129,8 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
     body.check_limits(models)
     if body.return_embeddings:
         raise invalid("return_embeddings: the answer has no vectors; ask /v1/embeddings for them", "return_embeddings")
-    given = [body.documents] if isinstance(body.documents, str) else body.documents
-    documents = [document if isinstance(document, str) else document.text for document in given]
+    items = [body.documents] if isinstance(body.documents, str) else body.documents
+    documents = [document if isinstance(document, str) else document.text for document in items]
     check_size(services, body.query, "query")
     check_size(services, documents, "documents")
     scored = await models.score(body.query, documents, task_of(services))
@@ -151,7 +151,7 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Jina tells it; a model that there is not is a wrong field."""
+    """A problem in Jina's form; an unknown model is a wrong field."""
     status = 422 if problem.field == "model" else status_of(problem, invalid=422)
     if status == 401:
         return status, {"detail": problem.message}

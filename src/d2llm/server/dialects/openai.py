@@ -2,7 +2,7 @@
 
 Beyond OpenAI's: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` says which side of the search
 a text is on (without either: a passage); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with a
-text that is too long; of those that were cut a header ``X-Warning`` tells.
+text that is too long; those that were cut are named in a header ``X-Warning``.
 
 Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors that its users report, and
 openai 3.52.0.
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     SUFFIXES,
-    Answer,
     StrictBody,
     Texts,
     Truncate,
@@ -39,7 +39,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/v1/embeddings", "/v1/models")
@@ -157,7 +157,7 @@ async def get_model(model: str, services: TheServices) -> Model:
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as OpenAI tells it."""
+    """A problem in OpenAI's form."""
     status = status_of(problem, invalid=400)
     kinds = {403: "permission_error", 429: "requests"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")

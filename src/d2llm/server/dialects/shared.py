@@ -14,6 +14,7 @@ from d2llm.core.types import Task
 from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services
 
 Truncate = Literal["NONE", "END"]
@@ -33,7 +34,7 @@ class OpenBody(BaseModel):
 
 
 class CutOptions(OpenBody):
-    """How vLLM is told to cut texts. What the student does not do is refused."""
+    """vLLM's options for cutting texts. What the student cannot do is refused."""
 
     truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: cut to what the model reads.")
     truncation_side: Literal["right"] | None = Field(None, description="Texts are cut at the right, and nowhere else.")
@@ -53,12 +54,6 @@ class CutOptions(OpenBody):
         """
         check_limit(self.max_tokens_per_query, models.max_query_tokens, "max_tokens_per_query")
         check_limit(self.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
-
-
-class Answer(BaseModel):
-    """What answers have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class DocumentText(Answer):
@@ -119,8 +114,8 @@ def errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 def status_of(problem: Problem, invalid: int) -> int:
     """A problem's status where everything wrong with a body's content has the status ``invalid``."""
-    of_content = problem.kind == "invalid_request" or (problem.kind == "too_large" and problem.field is not None)
-    return invalid if of_content else problem.status
+    is_about_content = problem.kind == "invalid_request" or (problem.kind == "too_large" and problem.field is not None)
+    return invalid if is_about_content else problem.status
 
 
 def find_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
@@ -174,17 +169,17 @@ def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit:
         raise ServingError(Problem(413, "too_large", message, where))
 
 
-def check_limit(asked: int | None, limit: int, field: str) -> None:
+def check_limit(tokens: int | None, limit: int, field: str) -> None:
     """Refuse to cut texts to fewer tokens than the model's ``limit``; 0 and None ask for nothing.
 
     Raises:
         ServingError: 400, fewer are asked for.
     """
-    if asked and asked < limit:
+    if tokens and tokens < limit:
         raise invalid(f"{field}: texts are cut to {limit} tokens here; ask for no less", field)
 
 
-def check_dimensions(asked: int | None, models: ModelService) -> None:
+def check_dimensions(dimensions: int | None, models: ModelService) -> None:
     """Refuse vectors of another width than the student's.
 
     The first components of a vector are worth something alone only where a student was trained for it; none is yet.
@@ -192,12 +187,12 @@ def check_dimensions(asked: int | None, models: ModelService) -> None:
     Raises:
         ServingError: 400, another width is asked for.
     """
-    if asked is not None and asked != models.dim:
+    if dimensions is not None and dimensions != models.dim:
         message = (
             f"dimensions: this student's vectors have {models.dim} components and were not trained to be cut to "
-            f"{asked}; leave dimensions out, or ask for {models.dim}"
-            if asked < models.dim
-            else f"dimensions: this student's vectors have {models.dim} components, {asked} were asked for"
+            f"{dimensions}; leave dimensions out, or ask for {models.dim}"
+            if dimensions < models.dim
+            else f"dimensions: this student's vectors have {models.dim} components, {dimensions} were asked for"
         )
         raise invalid(message, "dimensions")
 
@@ -240,7 +235,7 @@ def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:
-    """The header that tells of texts that were cut, where the dialect's answers have no place for it."""
+    """The header that names texts that were cut, for dialects whose answers have no place for it."""
     return {"X-Warning": "; ".join(warnings)} if warnings else {}
 
 

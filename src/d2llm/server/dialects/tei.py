@@ -19,10 +19,10 @@ from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
 from d2llm.models.backbone import TextKind
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     EMPTY,
-    Answer,
     OpenBody,
     Text,
     TextList,
@@ -43,7 +43,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
@@ -231,7 +231,7 @@ async def info(services: TheServices) -> InfoAnswer:
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as Text Embeddings Inference tells it: 400 for an empty text and a body that is no JSON, else 422."""
+    """A problem in the form of Text Embeddings Inference: 400 for an empty text or a body that is no JSON, else 422."""
     is_empty = problem.reason in EMPTY
     status = status_of(problem, invalid=400 if is_empty or problem.reason == "json_invalid" else 422)
     kinds = {429: "Overloaded", 503: "Unhealthy"}

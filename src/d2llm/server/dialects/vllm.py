@@ -1,6 +1,6 @@
 """vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``.
 
-Its ``/v1/rerank`` is Jina's, ``/rerank`` is told from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
+Its ``/v1/rerank`` is Jina's, ``/rerank`` differs from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
 
 Checked against the source of vLLM 0.33.0 (``entrypoints/pooling/scoring``, ``entrypoints/serve/exception_handling``).
 Other than there, a server at its limit answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
@@ -18,8 +18,8 @@ from fastapi import APIRouter, Depends
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
+from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    Answer,
     CutOptions,
     Texts,
     as_list,
@@ -34,7 +34,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
-from d2llm.server.fast_json import FastJSONResponse
+from d2llm.server.schemas import Answer
 from d2llm.server.services import Services, services_of
 
 PATHS = ("/score", "/v1/score")
@@ -157,7 +157,7 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem as vLLM tells it: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
+    """A problem in vLLM's form: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
     status = status_of(problem, invalid=400)
     types = {404: "NotFoundError", 500: "InternalServerError"}
     if problem.reason is None:

@@ -144,10 +144,10 @@ export function certificateText(certificate, numPlaces) {
   const proved = certificate.proved === numPlaces ? `All ${numPlaces}` : `The first ${certificate.proved} of ${numPlaces}`;
   let text = `${proved} places are proved: ${certificate.num_scored.toLocaleString("en")} of ${counted(all, "passage")} got the full score`;
   if (certificate.num_left > 0 && certificate.highest_bound_left !== null) {
-    text += `, and none of the others can have more than ${certificate.highest_bound_left.toFixed(3)}`;
+    text += `, and none of the others can score more than ${certificate.highest_bound_left.toFixed(3)}`;
   }
   if (certificate.num_left > 0 && certificate.kth_score !== null) {
-    text += ` (the last place has ${certificate.kth_score.toFixed(3)})`;
+    text += ` (the last place scores ${certificate.kth_score.toFixed(3)})`;
   }
   return `${text}.`;
 }
@@ -156,13 +156,13 @@ export function certificateText(certificate, numPlaces) {
 export function readingText(cascade, rank) {
   if (!cascade.read.length) {
     return cascade.out_of_time
-      ? "The teacher’s time was up before it could read: all stand where the student expects them."
-      : "The student was unsure of nothing, so the teacher read nothing.";
+      ? "The teacher ran out of time before it read anything: all stand where the student expects them."
+      : "The student was sure of every place, so the teacher read nothing.";
   }
   const read = counted(cascade.read.length, "passage");
   const which = rank === "cascade" ? `${read} that the student was unsure of` : `the first ${read}`;
   const cut = cascade.num_truncated ? `, ${cascade.num_truncated} of them in part` : "";
   const rest = rank === "cascade" ? "stand where the student expects them" : "follow in the student’s order";
-  const ended = cascade.out_of_time ? ` Then its time was up: the others ${rest}.` : "";
+  const ended = cascade.out_of_time ? ` Then it ran out of time: the others ${rest}.` : "";
   return `The teacher read ${which}${cut}, in ${milliseconds(cascade.seconds)}.${ended}`;
 }

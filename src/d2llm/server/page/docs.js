@@ -82,18 +82,18 @@ function answerOf(status, answer) {
 
 /** A schema with its references followed and one of "it or null" taken apart. */
 function resolved(schema) {
-  let found = schema;
-  while (found.$ref) {
-    const target = found.$ref.split("/").slice(1).reduce((place, name) => place?.[name], api);
-    found = { ...target, ...Object.fromEntries(Object.entries(found).filter(([name]) => name !== "$ref")) };
+  let definition = schema;
+  while (definition.$ref) {
+    const target = definition.$ref.split("/").slice(1).reduce((place, name) => place?.[name], api);
+    definition = { ...target, ...Object.fromEntries(Object.entries(definition).filter(([name]) => name !== "$ref")) };
   }
-  return found;
+  return definition;
 }
 
 function fieldsOf(schema, depth) {
-  const found = resolved(schema);
-  const inside = innerOf(found);
-  if (!inside || depth >= DEEPEST) return element("p", { class: "type" }, typeOf(found));
+  const definition = resolved(schema);
+  const inside = innerOf(definition);
+  if (!inside || depth >= DEEPEST) return element("p", { class: "type" }, typeOf(definition));
   const required = new Set(inside.required || []);
   const rows = Object.entries(inside.properties).map(([name, one]) => row(name, one, required.has(name), "", depth));
   return element("dl", { class: "fields" }, rows);
@@ -101,10 +101,10 @@ function fieldsOf(schema, depth) {
 
 /** The object that a schema is, is a list of, or may be besides null. */
 function innerOf(schema) {
-  const found = resolved(schema);
-  if (found.properties) return found;
-  if (found.items) return innerOf(found.items);
-  for (const one of found.anyOf || found.oneOf || []) {
+  const definition = resolved(schema);
+  if (definition.properties) return definition;
+  if (definition.items) return innerOf(definition.items);
+  for (const one of definition.anyOf || definition.oneOf || []) {
     const inner = innerOf(one);
     if (inner) return inner;
   }
@@ -112,17 +112,17 @@ function innerOf(schema) {
 }
 
 function row(name, schema, required, where, depth = 0) {
-  const found = resolved(schema);
-  const remarks = [where, required ? "required" : "", ...limitsOf(found)].filter(Boolean).join(", ");
-  const inner = innerOf(found);
+  const definition = resolved(schema);
+  const remarks = [where, required ? "required" : "", ...limitsOf(definition)].filter(Boolean).join(", ");
+  const inner = innerOf(definition);
   return element(
     "div",
     {},
-    element("dt", {}, element("code", {}, name), element("span", { class: "type" }, ` ${typeOf(found)}`)),
+    element("dt", {}, element("code", {}, name), element("span", { class: "type" }, ` ${typeOf(definition)}`)),
     element(
       "dd",
       {},
-      found.description ? element("p", {}, withCode(found.description)) : null,
+      definition.description ? element("p", {}, withCode(definition.description)) : null,
       remarks ? element("p", { class: "quiet" }, remarks) : null,
       inner && depth < DEEPEST
         ? element("details", {}, element("summary", {}, inner.title || "fields"), fieldsOf(inner, depth + 1))
@@ -132,17 +132,17 @@ function row(name, schema, required, where, depth = 0) {
 }
 
 function typeOf(schema) {
-  const found = resolved(schema);
-  if (found.const !== undefined) return JSON.stringify(found.const);
-  if (found.enum) return found.enum.map((value) => JSON.stringify(value)).join(" | ");
-  const several = found.anyOf || found.oneOf;
+  const definition = resolved(schema);
+  if (definition.const !== undefined) return JSON.stringify(definition.const);
+  if (definition.enum) return definition.enum.map((value) => JSON.stringify(value)).join(" | ");
+  const several = definition.anyOf || definition.oneOf;
   if (several) return several.map(typeOf).join(" | ");
-  if (found.type === "array") return `${typeOf(found.items || {})}[]`;
-  if (found.properties) return found.title || "object";
-  if (found.additionalProperties && typeof found.additionalProperties === "object") {
-    return `{name: ${typeOf(found.additionalProperties)}}`;
+  if (definition.type === "array") return `${typeOf(definition.items || {})}[]`;
+  if (definition.properties) return definition.title || "object";
+  if (definition.additionalProperties && typeof definition.additionalProperties === "object") {
+    return `{name: ${typeOf(definition.additionalProperties)}}`;
   }
-  return found.type || "anything";
+  return definition.type || "anything";
 }
 
 function limitsOf(schema) {
@@ -166,19 +166,19 @@ function limitsOf(schema) {
 
 /** A value that fits a schema, to begin with. */
 function exampleOf(schema, depth = 0) {
-  const found = resolved(schema);
-  if (found.examples?.length) return found.examples[0];
-  if (found.example !== undefined) return found.example;
-  if (found.default !== undefined) return found.default;
-  if (found.const !== undefined) return found.const;
-  if (found.enum) return found.enum[0];
-  if (found.anyOf || found.oneOf) return exampleOf((found.anyOf || found.oneOf)[0], depth);
-  if (found.properties) {
-    const needed = (found.required || Object.keys(found.properties)).filter((name) => found.properties[name]);
-    return depth < DEEPEST ? Object.fromEntries(needed.map((name) => [name, exampleOf(found.properties[name], depth + 1)])) : {};
+  const definition = resolved(schema);
+  if (definition.examples?.length) return definition.examples[0];
+  if (definition.example !== undefined) return definition.example;
+  if (definition.default !== undefined) return definition.default;
+  if (definition.const !== undefined) return definition.const;
+  if (definition.enum) return definition.enum[0];
+  if (definition.anyOf || definition.oneOf) return exampleOf((definition.anyOf || definition.oneOf)[0], depth);
+  if (definition.properties) {
+    const needed = (definition.required || Object.keys(definition.properties)).filter((name) => definition.properties[name]);
+    return depth < DEEPEST ? Object.fromEntries(needed.map((name) => [name, exampleOf(definition.properties[name], depth + 1)])) : {};
   }
-  if (found.type === "array") return [exampleOf(found.items || {}, depth + 1)];
-  return { string: "text", integer: found.minimum ?? 1, number: 0.5, boolean: false, object: {} }[found.type] ?? null;
+  if (definition.type === "array") return [exampleOf(definition.items || {}, depth + 1)];
+  return { string: "text", integer: definition.minimum ?? 1, number: 0.5, boolean: false, object: {} }[definition.type] ?? null;
 }
 
 function trial(path, method, parameters, body) {

@@ -15,7 +15,7 @@ export function factList(index) {
     ["Passages", index.num_passages.toLocaleString("en")],
     ["Documents", cutText(index.chunking)],
     ["Version", String(index.version)],
-    ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} a passage`],
+    ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} per passage`],
     ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", kept twice" : ""}`],
     ["Student", `${student.name}, head ${HEADS[student.head] || student.head}`],
     ["Backbone", student.backbone],
@@ -32,7 +32,7 @@ export function factList(index) {
 }
 
 function cutText(chunking) {
-  if (!chunking) return "none so far; passages alone";
+  if (!chunking) return "none yet, only passages";
   return chunking.chunk_tokens ? `cut at ${chunking.chunk_tokens} tokens` : "not cut";
 }
 

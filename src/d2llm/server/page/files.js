@@ -137,14 +137,14 @@ function readJsonLines(text, path, note, types) {
 
 /** Values that can be metadata, in the types of the fields that the index has already. */
 function metadataOf(values, types) {
-  const found = {};
+  const fields = {};
   for (const [name, value] of Object.entries(values)) {
     if (!FIELD_NAME.test(name) || RESERVED.has(name) || value === "" || (value !== null && typeof value === "object")) {
       continue;
     }
-    found[name] = typeof value === "string" ? typed(value, types[name]) : value;
+    fields[name] = typeof value === "string" ? typed(value, types[name]) : value;
   }
-  return found;
+  return fields;
 }
 
 function typed(value, type) {
@@ -157,10 +157,10 @@ function typed(value, type) {
 export async function droppedFiles(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.length) return [...transfer.files].map((file) => [file, file.name]);
-  const found = [];
+  const results = [];
   const walk = async (entry, path) => {
     if (entry.isFile) {
-      found.push([await new Promise((resolve, reject) => entry.file(resolve, reject)), path]);
+      results.push([await new Promise((resolve, reject) => entry.file(resolve, reject)), path]);
       return;
     }
     const reader = entry.createReader();
@@ -172,5 +172,5 @@ export async function droppedFiles(transfer) {
     }
   };
   for (const entry of entries) await walk(entry, entry.name);
-  return found;
+  return results;
 }

@@ -1,4 +1,4 @@
-// The page: puts its parts together, and keeps what is asked in the address.
+// The page: puts its parts together and keeps the search in the address.
 
 import { readAddress, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
@@ -30,23 +30,23 @@ const builder = new FilterBuilder(
   (written) => change({ filter: joined(state.filter, written) }),
 );
 
-function showAnswers(asked, answers) {
+function showAnswers(request, answers) {
   showFilterError("");
   if (!answers.length) {
     welcome();
     return;
   }
-  const failed = answers.filter((one) => one.error);
-  if (failed.some((one) => one.error.name === "AbortError")) return;
+  const failed = answers.filter((answer) => answer.error);
+  if (failed.some((answer) => answer.error.name === "AbortError")) return;
   if (failed.length && failed.length === answers.length) showProblem(failed[0].error);
-  else results.show(asked, answers, { hasTeacher: index.teacher !== null });
+  else results.show(request, answers, { hasTeacher: index.teacher !== null });
 }
 
 function showProblem(error) {
   if (error.status === 401) askForKey(error.message);
   if (error.field === "filter" || error.message.startsWith("filter")) {
     showFilterError(error.message);
-    results.message("The filter cannot be used", "What is wrong stands beside it.", "error");
+    results.message("The filter cannot be used", "The message next to it says why.", "error");
   } else {
     results.message(error.status === 401 ? "A key is needed" : "That did not work", problemText(error), "error");
   }
@@ -61,9 +61,9 @@ function showFilterError(message) {
 
 function welcome() {
   if (index.num_passages === 0) {
-    results.message("This index is empty", index.writable ? "Add documents: drop a folder onto the page’s box for them." : "");
+    results.message("This index is empty", index.writable ? "Drop a folder onto “Add documents” to fill it." : "");
   } else {
-    results.message("Ask something", `${counted(index.num_passages, "passage")} are here to be searched. A sentence works better than keywords.`);
+    results.message("Ask a question", `Search ${counted(index.num_passages, "passage")}. A sentence works better than keywords.`);
   }
   status.textContent = "";
 }
@@ -74,7 +74,7 @@ function filterByValue(name, value) {
   byId("filters").open = true;
 }
 
-/** Change what is asked, show it in the controls and in the address, and search. */
+/** Change the search, show it in the controls and in the address, and search. */
 function change(parts, { wait = 0 } = {}) {
   state = { ...state, ...parts };
   history.replaceState(null, "", writeAddress(state));
@@ -154,8 +154,8 @@ function listen() {
 }
 
 function places(input) {
-  const wanted = Math.round(Number(input.value)) || 10;
-  return Math.max(1, Math.min(wanted, Number(input.max)));
+  const number = Math.round(Number(input.value)) || 10;
+  return Math.max(1, Math.min(number, Number(input.max)));
 }
 
 function askForKey(message) {
@@ -203,7 +203,7 @@ async function begin() {
       results.message("Not ready yet", error.message);
       setTimeout(begin, STARTING_PAUSE);
     } else if (error.status === 404) {
-      results.message("No index is served here", `${error.message}. What this server does is on its API page.`);
+      results.message("No index is served here", `${error.message}. The API page lists what this server can do.`);
     } else {
       showProblem(error);
     }

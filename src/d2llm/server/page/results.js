@@ -39,9 +39,9 @@ export class Results {
     this.area.removeAttribute("aria-busy");
     const compact = answers.length > 1;
     const context = { query: state.q, hasTeacher, compact, onValue: this.onValue };
-    const make = (found, place) => this.#column(state, found, answers[place - 1], context);
+    const make = (ranking, place) => this.#column(state, ranking, answers[place - 1], context);
     const waiting = this.area.querySelector(":scope > .waiting");
-    const goesOn = waiting && this.answers.slice(0, -1).every((found, place) => found === answers[place]);
+    const goesOn = waiting && this.answers.slice(0, -1).every((ranking, place) => ranking === answers[place]);
     this.answers = answers;
     this.status.textContent = summary(answers);
     if (goesOn) {
@@ -76,7 +76,7 @@ export class Results {
     }
     const before = left?.answer ? new Map(left.answer.passages.map((one) => [one.id, one.rank])) : null;
     const notes = [leftOut(state, rank)];
-    if (answer.truncated) notes.push("The query is longer than the student reads: its end has no part in the scores.");
+    if (answer.truncated) notes.push("The query is longer than the student reads; its end does not count.");
     if (answer.certificate) notes.push(certificateText(answer.certificate, answer.passages.length));
     if (answer.cascade) notes.push(readingText(answer.cascade, rank));
     column.append(
@@ -90,7 +90,7 @@ export class Results {
     );
     if (!answer.passages.length) {
       column.append(
-        element("p", { class: "quiet" }, state.filter.trim() ? "No passage fits the filter." : "No passage was found."),
+        element("p", { class: "quiet" }, state.filter.trim() ? "No passage matches the filter." : "No passages found."),
       );
       return column;
     }
@@ -112,7 +112,7 @@ function countOf({ passages, num_candidates }, before) {
 function changes(passages, before) {
   const fresh = passages.filter((one) => !before.has(one.id)).length;
   const moved = passages.filter((one) => before.has(one.id) && before.get(one.id) !== one.rank).length;
-  if (!fresh && !moved) return "The same order as to the left.";
+  if (!fresh && !moved) return "Same order as on the left.";
   return [moved ? `${moved} moved` : "", fresh ? `${fresh} new` : ""].filter(Boolean).join(", ") + ".";
 }
 

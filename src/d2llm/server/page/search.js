@@ -33,14 +33,14 @@ export function requestOf(state, rank) {
 
 /** What a state asks for and a ranking does not do, in words; empty where it does all. */
 export function leftOut(state, rank) {
-  if (state.exact && rank !== "iem") return "Not exact: only the IEM’s ranking is proved.";
-  if (state.exact && state.hybrid !== null) return "Not fused with BM25: exact is by the IEM alone.";
-  if (state.hybrid !== null && asksTeacher(rank)) return "Not fused with BM25: a teacher goes by the student’s scores.";
+  if (state.exact && rank !== "iem") return "Not exact: only the IEM’s ranking can be proved.";
+  if (state.exact && state.hybrid !== null) return "Not fused with BM25: an exact search ranks by the IEM alone.";
+  if (state.hybrid !== null && asksTeacher(rank)) return "Not fused with BM25: a teacher starts from the student’s scores.";
   return "";
 }
 
 /**
- * Searches; a new one cancels the one before, and an answer that comes late is never shown. `onDone` gets what was found;
+ * Searches; a new one cancels the one before, and an answer that comes late is never shown. `onDone` gets the rankings;
  * where a teacher reads for the last ranking, it first gets the others with a last one that is `waiting`.
  */
 export class Search {
@@ -48,7 +48,7 @@ export class Search {
     Object.assign(this, { onStart, onDone, number: 0, controller: null, timer: null });
   }
 
-  /** Search soon: when nothing else was asked for so many milliseconds. */
+  /** Search soon: when nothing else is asked for `wait` milliseconds. */
   soon(state, offered, wait) {
     clearTimeout(this.timer);
     this.cancel();
@@ -68,13 +68,13 @@ export class Search {
     const ranks = rankingsOf(state, offered);
     const last = ranks.at(-1);
     this.onStart(asksTeacher(last) && ranks.length === 1);
-    const asked = ranks.map((rank) => one(state, rank, signal));
+    const searches = ranks.map((rank) => searchBy(state, rank, signal));
     if (asksTeacher(last) && ranks.length > 1) {
-      const quick = await Promise.all(asked.slice(0, -1));
+      const quick = await Promise.all(searches.slice(0, -1));
       if (number !== this.number) return;
-      if (quick.some((found) => found.answer)) this.onDone(state, [...quick, { rank: last, waiting: true }]);
+      if (quick.some((ranking) => ranking.answer)) this.onDone(state, [...quick, { rank: last, waiting: true }]);
     }
-    const answers = await Promise.all(asked);
+    const answers = await Promise.all(searches);
     if (number === this.number) this.onDone(state, answers);
   }
 
@@ -84,7 +84,7 @@ export class Search {
   }
 }
 
-async function one(state, rank, signal) {
+async function searchBy(state, rank, signal) {
   const began = performance.now();
   try {
     const answer = await ask("/v1/search", requestOf(state, rank), signal);

@@ -121,9 +121,9 @@ export class Upload {
   async #read(files) {
     const [documents, skipped, seen] = [[], [], new Set()];
     for (const [file, path] of files) {
-      const found = await readFile(file, path, this.types());
-      skipped.push(...found.skipped);
-      for (const one of found.documents) {
+      const contents = await readFile(file, path, this.types());
+      skipped.push(...contents.skipped);
+      for (const one of contents.documents) {
         const reason = this.#refused(one, seen);
         if (reason) skipped.push({ path: one.id, reason });
         else documents.push(one);
@@ -134,9 +134,9 @@ export class Upload {
   }
 
   #refused(one, seen) {
-    if (seen.has(one.id)) return "its id was there before";
+    if (seen.has(one.id)) return "another document has this id";
     if (new Blob([JSON.stringify(one)]).size > this.limits().max_body_bytes - 1000) {
-      return "it is longer than the server reads at once";
+      return "it is larger than the server accepts";
     }
     return "";
   }
@@ -146,11 +146,11 @@ export class Upload {
     const lines = [
       sum.num_documents
         ? `${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ${sum.num_added} new, ` +
-          `${sum.num_updated} changed, ${sum.num_unchanged} as before.`
+          `${sum.num_updated} changed, ${sum.num_unchanged} unchanged.`
         : "No document was added.",
     ];
     if (sum.num_truncated) lines.push(`${counted(sum.num_truncated, "passage")} read only in part by the student.`);
-    if (sum.num_deleted) lines.push(`${counted(sum.num_deleted, "passage")} deleted that the documents no longer have.`);
+    if (sum.num_deleted) lines.push(`${counted(sum.num_deleted, "passage")} deleted: the documents no longer have them.`);
     const parts = lines.map((line) => element("p", {}, line));
     if (problem) {
       parts.push(element("p", { class: "problem" }, `${problem} ${counted(numLeft, "document")} not sent.`));
@@ -168,7 +168,7 @@ function skippedList(skipped) {
   return element(
     "details",
     { class: "skipped", open: skipped.length <= 5 },
-    element("summary", {}, `${counted(skipped.length, "thing")} skipped`),
+    element("summary", {}, `${counted(skipped.length, "item")} skipped`),
     element("ul", {}, shown),
   );
 }

@@ -23,15 +23,15 @@ export function whyPanel(passage, context, { onWords, labelledBy, id }) {
 
 async function weigh(passage, context, place, onWords) {
   try {
-    const found = await ask("/v1/explain", { query: context.query, passage_id: passage.id });
-    onWords(markWeights(found.title, found.text, found.words));
+    const explanation = await ask("/v1/explain", { query: context.query, passage_id: passage.id });
+    onWords(markWeights(explanation.title, explanation.text, explanation.words));
     place.replaceChildren(
       "Words that ",
       element("mark", { class: "weight for level-4" }, "raise"),
       " the score are shaded, words that ",
       element("mark", { class: "weight against level-4" }, "lower"),
-      " it are underlined: the stronger, the more.",
-      found.truncated ? " The end of this passage was too long for the student and was not read." : "",
+      " it are underlined; stronger marks weigh more.",
+      explanation.truncated ? " The end of this passage was too long for the student and was not read." : "",
     );
   } catch (error) {
     place.replaceChildren(`Words could not be weighed: ${problemText(error)}`);
@@ -41,7 +41,7 @@ async function weigh(passage, context, place, onWords) {
 function scoreParts(passage) {
   const { anchor, interaction, lexical, windows } = passage.explanation || {};
   if (anchor === null || anchor === undefined || interaction === null || interaction === undefined) {
-    return element("p", {}, `Score ${passage.score.toFixed(3)}. It has no parts: nothing was added to it.`);
+    return element("p", {}, `Score ${passage.score.toFixed(3)}. It is one number, without parts.`);
   }
   const words = lexical ?? 0;
   const best = windows ?? 0;
@@ -50,7 +50,7 @@ function scoreParts(passage) {
     "dl",
     { class: "parts" },
     part("Inner product", anchor, most, "what two vectors alone say"),
-    ...(best ? [part("Best window", best, most, "what its two likest sentences add")] : []),
+    ...(best ? [part("Best window", best, most, "what its best two sentences add")] : []),
     ...(words ? [part("Words", words, most, "what BM25 adds")] : []),
     part("IEM", interaction, most, "what the interaction adds"),
     element(
@@ -85,34 +85,34 @@ function proposers(passage) {
   }
   if (passage.log_odds !== null) lines.push(element("li", {}, `teacher: log-odds ${signed(passage.log_odds)}`));
   const terms = Object.entries(explanation.terms).map(([term, count]) => (count > 1 ? `${term} ×${count}` : term));
-  if (terms.length) lines.push(element("li", {}, `stems of the query in it: ${terms.join(", ")}`));
+  if (terms.length) lines.push(element("li", {}, `stems of the query that it contains: ${terms.join(", ")}`));
   return lines.length ? element("ul", { class: "sources", "aria-label": "Who ranked it where" }, lines) : null;
 }
 
 function verdict(passage, context) {
-  const said = element("span", { class: "verdict", role: "status" });
+  const status = element("span", { class: "verdict", role: "status" });
   const button = element("button", { type: "button", class: "small" }, "Ask the teacher");
   const waiting = (now) => {
     button.setAttribute("aria-disabled", String(now)); // not `disabled`, which would take the focus away
-    said.className = now ? "verdict working" : "verdict";
+    status.className = now ? "verdict working" : "verdict";
   };
   button.addEventListener("click", async () => {
     if (button.getAttribute("aria-disabled") === "true") return;
     waiting(true);
-    said.textContent = "The teacher is reading …";
+    status.textContent = "The teacher is reading …";
     try {
-      const asked = { query: context.query, passage_id: passage.id, teacher: true };
-      const { teacher } = await ask("/v1/explain", asked);
+      const request = { query: context.query, passage_id: passage.id, teacher: true };
+      const { teacher } = await ask("/v1/explain", request);
       const share = Math.round(teacher.probability * 100);
       waiting(false);
-      said.textContent =
+      status.textContent =
         `${share}% that it answers the query (log-odds ${signed(teacher.log_odds)}, ${milliseconds(teacher.seconds)})` +
         (teacher.truncated ? "; it read the passage only in part" : "");
     } catch (error) {
       waiting(false);
-      said.classList.add("problem");
-      said.textContent = `The teacher did not answer: ${problemText(error)}`;
+      status.classList.add("problem");
+      status.textContent = `The teacher did not answer: ${problemText(error)}`;
     }
   });
-  return element("p", { class: "ask-teacher" }, button, said);
+  return element("p", { class: "ask-teacher" }, button, status);
 }

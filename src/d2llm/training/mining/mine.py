@@ -27,6 +27,7 @@ from d2llm.training.mining.teacher import TeacherCheck
 _log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 _NUM_EXAMPLES = 3
+_NUM_QUERIES_SHOWN = 20  # with their texts, in the audit
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def mine(
     queries = [dataset.queries[query_id] for query_id in positives]
     corpus = sorted(dataset.passages)
     ranker = student or (None if encoder is None else CosineStudent(encoder))
-    shown = sorted(positives, key=lambda query_id: key_of(seed, "audit", query_id))[: config.audit_examples]
+    shown = sorted(positives, key=lambda query_id: key_of(seed, "audit", query_id))[:_NUM_QUERIES_SHOWN]
     with work_folder(work) as folder:
         ranked = _rank(
             dataset,
@@ -181,7 +182,7 @@ def _rank(
     # One after the other: BM25's index is gone when the vectors are made.
     if "bm25" in config.sources:
         begin = time.perf_counter()
-        first_rank["bm25"], depth = config.range_of("bm25")
+        first_rank["bm25"], depth = config.range_min, config.range_max
         lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, depth, show)
         tally.seconds["bm25"] = time.perf_counter() - begin
     if "encoder" in config.sources and ranker is not None:
@@ -190,7 +191,7 @@ def _rank(
         )
         tally.seconds["encoding"] = encoder.encoding_seconds
         begin = time.perf_counter()
-        first_rank[name], depth = config.range_of("encoder")
+        first_rank[name], depth = config.range_min, config.range_max
         lists[name] = encoder.lists(depth)
         tally.seconds[name] = time.perf_counter() - begin
     if not lists:

@@ -128,13 +128,12 @@ class _Miners:
     @classmethod
     def load(cls, run: Run, mining: MiningConfig) -> _Miners:
         place = {"device": run.device, "dtype": run.dtype}
-        asks = mining.teacher_margin is not None and mining.teacher_labels == "judge"
         student = None if mining.student is None else Student.load(mining.student, device=run.device, dtype=run.dtype)
         ranks = "encoder" in mining.sources
         return cls(
             encoder=run.new_student() if ranks and student is None else None,
             student=student if ranks else None,
-            judge=load_judge(run.teacher, **place) if asks else None,
+            judge=None if mining.teacher_margin is None else load_judge(run.teacher, **place),
         )
 
 
@@ -236,10 +235,10 @@ def _compare_settings(
     made_with = manifest.get("settings")
     if made_with is None:
         return
-    # A plan of an earlier version names its settings as they were called then, and knows fewer.
-    before = MiningConfig.model_validate(made_with["mining"])
-    made_with = made_with | {"mining": before.model_dump(mode="json")}
-    if teacher is None and before.teacher_margin is None and run.recipe.filters_with_tuned_teacher:
+    # A plan of another version may know fewer settings, and some that are gone: what only one of both has says nothing.
+    before, now = made_with["mining"], mining.model_dump(mode="json")
+    made_with = made_with | {"mining": now | {name: before[name] for name in before.keys() & now.keys()}}
+    if teacher is None and before.get("teacher_margin") is None and run.recipe.filters_with_tuned_teacher:
         mining = _without_margin(mining)
     changed = [name for name, value in _settings(run, data, mining).items() if made_with.get(name) != value]
     if teacher is not None and manifest.get("teacher") != teacher:

@@ -76,7 +76,7 @@ def remine(
     def forbidden(query_id: str) -> set[str]:
         return judged.relevant(query_id, positives[query_id]) | judged.repeats(query_id, positives[query_id])
 
-    first_rank, depth = config.range_of("encoder")
+    first_rank, depth = config.range_min, config.range_max
     with work_folder(folder) as work:
         ranking = EncoderRanking(
             student,
