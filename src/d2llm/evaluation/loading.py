@@ -21,7 +21,7 @@ from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.retrieval.cosine import untuned_config
-from d2llm.retrieval.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
 """The variants (``core.variants``) that are rows of every report."""
@@ -116,9 +116,9 @@ def _named(run: TrecRun) -> TrecRun:
     return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
 
 
-def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, PairJudge]]:
+def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
     bi_encoders: dict[str, SearchStudent] = {}
-    cross_encoders: dict[str, PairJudge] = {}
+    cross_encoders: dict[str, Judge] = {}
     for name in models:
         loaded = load_external(name, device=device)
         label = Path(name).name

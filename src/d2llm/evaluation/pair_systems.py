@@ -23,7 +23,8 @@ from d2llm.evaluation.report import Cost
 from d2llm.evaluation.setting import EvaluationSettings, Row
 from d2llm.evaluation.store import MeasuredStore
 from d2llm.evaluation.systems import milliseconds
-from d2llm.retrieval.protocols import PairJudge, SearchStudent
+from d2llm.models.teachers.judge import Judge
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import WordIndex
 
 _TIMED_JUDGEMENTS = 10  # pairs judged once more, alone and then together, for the time
@@ -168,7 +169,7 @@ def score_pairs(
     return scores, encoded[0].num_truncated + encoded[1].num_truncated
 
 
-def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: PairJudge) -> ScoredSplits:
+def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:
     """A judge's scores of a sample of both splits."""
     parts = [(work.settings.split, work.pairs), ("tuning", work.tuning_pairs)]
     positions = [work.sample(len(pairs)) for _, pairs in parts]

@@ -30,8 +30,8 @@ from d2llm.evaluation.systems import (
     with_first_stages,
 )
 from d2llm.evaluation.word_rows import fitted_sum, without_parts
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
-from d2llm.retrieval.protocols import PairJudge
 
 MAIN_MEASURE = "nDCG@10"
 _TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, alone, for the time
@@ -133,7 +133,7 @@ def _search(work: RetrievalWork, row: Row) -> System:
 
 
 def _judge(
-    work: RetrievalWork, name: str, kind: SystemKind, judge: PairJudge, pool: Pool, lexical: System, subject: System
+    work: RetrievalWork, name: str, kind: SystemKind, judge: Judge, pool: Pool, lexical: System, subject: System
 ) -> tuple[System, shown.Scores]:
     """The system that a judge makes of the pool, and its scores."""
     texts = {query.id: query.text for query in work.sampled}

@@ -9,8 +9,9 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import SystemKind, Task
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
+from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
-from d2llm.retrieval.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.store.vector_formats import FORMATS
 
 RECALL_DEPTH = 100
@@ -50,9 +51,9 @@ class Contenders:
     untuned: TextEncoder | None = None
     tuned_cosine: SearchStudent | None = None
     paper_head: SearchStudent | None = None
-    teacher: PairJudge | None = None
+    teacher: Judge | None = None
     bi_encoders: Mapping[str, SearchStudent] = field(default_factory=dict[str, SearchStudent])
-    cross_encoders: Mapping[str, PairJudge] = field(default_factory=dict[str, PairJudge])
+    cross_encoders: Mapping[str, Judge] = field(default_factory=dict[str, Judge])
     runs: Sequence[TrecRun] = ()
     why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -80,9 +81,9 @@ class Contenders:
         ]
         return [Row(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
 
-    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, PairJudge]]:
+    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, Judge]]:
         """The systems that read query and passage together."""
-        judges: list[tuple[str, SystemKind, PairJudge]] = []
+        judges: list[tuple[str, SystemKind, Judge]] = []
         if self.teacher is not None:
             judges.append((teacher_name(teacher_depth), "teacher", self.teacher))
         return judges + [(name, "external", judge) for name, judge in self.cross_encoders.items()]

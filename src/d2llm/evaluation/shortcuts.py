@@ -16,12 +16,12 @@ from d2llm.evaluation.retrieval_work import RetrievalWork
 from d2llm.evaluation.setting import NAME_D2LLM, Contenders
 from d2llm.evaluation.stored_as import StoredAs
 from d2llm.evaluation.systems import System
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.calibrate import measure_error
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import PairJudge
 
 _CALIBRATING_QUERIES = 40
 _TIMED_CASCADES = 10  # queries asked once more, alone, for the time
@@ -110,9 +110,7 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
         rows.missing.append(MissingRow(name, "shortcut", str(error)))
 
 
-def _add_cascade(
-    rows: Shortcuts, work: RetrievalWork, index: Index, teacher: PairJudge | None, num_passages: int
-) -> None:
+def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Judge | None, num_passages: int) -> None:
     """The teacher reads again what the student is unsure of."""
     name = f"{NAME_D2LLM}, teacher reads {num_passages} again"
     held_out = _held_out(work)

@@ -19,9 +19,10 @@ from d2llm.data.pairs import PairDataset
 from d2llm.data.same_text import SameText
 from d2llm.evaluation.gold import read_gold
 from d2llm.evaluation.judging import PoolScores, judge_pool
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.protocols import PairJudge, SearchStudent
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.training.dev import PairDevSet
 
@@ -90,7 +91,7 @@ class DevPairs(PairDevSet):
 
 
 def judge_dev(
-    judge: PairJudge, of: DevLists | DevPairs, *, name: str, store: Path, show_progress: bool | None
+    judge: Judge, of: DevLists | DevPairs, *, name: str, store: Path, show_progress: bool | None
 ) -> PoolScores:
     """The scores that a judge gives the candidates of each query.
 

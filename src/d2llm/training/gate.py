@@ -24,11 +24,10 @@ from d2llm.evaluation.gold import Gold, NliGold, measure_all
 from d2llm.evaluation.judging import PoolScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.gating import better
 from d2llm.ops.measures import per_query_measures
-from d2llm.retrieval.protocols import PairJudge
 from d2llm.training.dev import PAIRS_PER_QUERY
 from d2llm.training.dev_lists import DevLists, DevPairs, dev_queries, judge_dev, make_dev_lists, make_dev_pairs
 
@@ -234,7 +233,7 @@ class _Tried:
 
 
 def _ask(
-    judge: PairJudge, sets: Sequence[DevLists | DevPairs], name: str, folder: Path, show: bool | None
+    judge: Judge, sets: Sequence[DevLists | DevPairs], name: str, folder: Path, show: bool | None
 ) -> list[PoolScores]:
     store = folder / "gate-judgements"
     return [judge_dev(judge, of, name=name, store=store, show_progress=show) for of in sets]

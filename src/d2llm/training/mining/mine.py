@@ -253,8 +253,8 @@ def _report(
         "num_dropped": audit.num_dropped,
         "hard_negatives_from": dict(sorted(audit.hard_from.items())),
         "teacher": {
-            "judged": teacher.num_judged if teacher else 0,
-            "truncated": teacher.num_truncated if teacher else 0,
+            "judged": teacher.counts.pairs if teacher else 0,
+            "truncated": teacher.counts.truncated if teacher else 0,
             "without_label": audit.num_without_label if teacher else 0,
         },
         "queries": {name: {"count": len(ids), "first": ids[:_NUM_SHOWN]} for name, ids in lists.items()},
