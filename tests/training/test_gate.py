@@ -25,7 +25,7 @@ from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.measures import per_query_measures
 from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
-from d2llm.training.dev_lists import dev_queries, make_dev_lists, make_dev_pairs
+from d2llm.training.dev import dev_queries, make_dev_lists, make_dev_pairs
 from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
 from d2llm.training.objective import batch_losses
 from d2llm.training.sentences import gate_advice, look_sentence, verdict_words

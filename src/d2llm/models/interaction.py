@@ -124,14 +124,20 @@ class Interaction(nn.Module):
     def _branch(self, task: Task) -> str:
         return task if self.config.branches == "per_task" else _SHARED
 
-    def bound(self, task: Task) -> Tensor:
-        """The bound r B: the largest change of the logit that the interaction can make, of any pair."""
-        return self.residual_weight(task) * self.config.max_bound * torch.sigmoid(self.raw_bound)
+    def bound(self, task: Task, *, residual_weight: float | None = None) -> Tensor:
+        """The bound r B: the largest change of the logit that the interaction can make, of any pair.
 
-    def query_reach(self, queries: Float[Tensor, "*queries dim"], task: Task) -> Float[Tensor, "*queries"]:
-        """The query's part of the bound of a pair, r B r_q(a)."""
+        ``residual_weight`` stands in for the task's own r.
+        """
+        weight = self.residual_weight(task) if residual_weight is None else residual_weight
+        return weight * self.config.max_bound * torch.sigmoid(self.raw_bound)
+
+    def query_reach(
+        self, queries: Float[Tensor, "*queries dim"], task: Task, *, residual_weight: float | None = None
+    ) -> Float[Tensor, "*queries"]:
+        """The query's part of the bound of a pair, r B r_q(a); ``residual_weight`` stands in for the task's own r."""
         gate = torch.ones_like(queries[..., 0]) if self.query_gate is None else _gate(self.query_gate, queries)
-        return self.bound(task) * at_least_float32(gate)
+        return self.bound(task, residual_weight=residual_weight) * at_least_float32(gate)
 
     def passage_reach(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages"]:
         """The passage's part of the bound of a pair, r_p(b); 1 without gates."""

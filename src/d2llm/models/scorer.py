@@ -81,7 +81,7 @@ class QueryScorer:
     """The full score of one query with any passages, by their vectors.
 
     ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 where the anchor is the whole score. ``block`` is
-    how many passages are scored at a time.
+    how many passages are scored at a time. ``residual_weight`` stands in for the task's own r.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class QueryScorer:
         query: Float[Tensor, " dim"],
         task: Task,
         block: int,
+        residual_weight: float | None = None,
     ) -> None:
         self._head = head
         self._weights = weights
@@ -100,7 +101,7 @@ class QueryScorer:
             self._anchor = head.anchor_queries(query[None], task) if head.has_anchor else None
             self.reach = 0.0
             if isinstance(head, Interaction) and head.has_anchor:
-                self.reach = head.query_reach(query, task).item()
+                self.reach = head.query_reach(query, task, residual_weight=residual_weight).item()
             self._first = _first_layer(weights, query) if weights and (self.reach or self._anchor is None) else None
 
     @property

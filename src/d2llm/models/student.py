@@ -358,24 +358,32 @@ class Student(nn.Module):
             vectors = torch.from_numpy(passage_vectors).to(self.backbone.device)
             return head.project_passages(vectors).to(torch.bfloat16).cpu()
 
-    def prepare(self, query_vector: Float32[np.ndarray, " dim"], task: Task) -> QueryScorer:
+    def prepare(
+        self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, residual_weight: float | None = None
+    ) -> QueryScorer:
         """What scores this query with any passages; all that depends on the query alone is computed here.
 
-        The scorer is of the weights as they are now: after training prepare another.
+        The scorer is of the weights as they are now: after training prepare another. ``residual_weight`` stands in for
+        the interaction's own weight r in this task.
         """
         query = torch.from_numpy(query_vector).to(self.backbone.device)
         weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
         block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
-        return QueryScorer(self.interaction, weights, query, task, block)
+        return QueryScorer(self.interaction, weights, query, task, block, residual_weight)
 
     def score(
         self,
         query_vector: Float32[np.ndarray, " dim"],
         passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
         task: Task,
+        *,
+        residual_weight: float | None = None,
     ) -> Float32[np.ndarray, " passages"]:
-        """Final logits of one query against passages, by the IEM; bfloat16 tensors are scored as they are."""
-        return self.prepare(query_vector, task)(passage_vectors)
+        """Final logits of one query against passages, by the IEM; bfloat16 tensors are scored as they are.
+
+        ``residual_weight`` stands in for the interaction's own weight r in this task.
+        """
+        return self.prepare(query_vector, task, residual_weight=residual_weight)(passage_vectors)
 
     def score_many(
         self,

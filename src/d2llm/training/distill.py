@@ -148,6 +148,7 @@ def distill(
         run.take_best()
         run.step_back()
         run.train_interaction()
+        run.set_residual_weights()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
             student.evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
@@ -190,13 +191,13 @@ def _report(
         folder=str(folder),
         fingerprint=run.student.fingerprint,
         steps=progress.step,
-        best_step=progress.best_step,
+        best_step=run.best.step or 0,
         stopped_early=stopped_early,
         queries=sum(len(source.entries) for source in labelled),
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
         residual_weights=progress.best_weights,
         share_kept=progress.share_kept,
-        is_untrained=(progress.best_step == 0 or progress.share_kept == 0) and not has_interaction,
+        is_untrained=(run.best.step == 0 or progress.share_kept == 0) and not has_interaction,
         dev={
             name: {
                 "start": progress.start_dev[name],

@@ -31,7 +31,7 @@ from d2llm.retrieval.row_evidence import scored_list
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors
-from d2llm.training.dev_lists import dev_queries
+from d2llm.training.dev import dev_queries
 
 MIN_QUERIES = 30
 """Judged dev queries of a task below which nothing is fitted."""

@@ -20,22 +20,13 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
-from d2llm.models.interaction import TASKS, Interaction, PairScores
+from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
-from d2llm.training.dev import (
-    DevResult,
-    DevSet,
-    EncodedDev,
-    PairDevSet,
-    encode_dev,
-    measure_dev,
-    num_rankings,
-    num_texts,
-)
+from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, measure_by_weight
 from d2llm.training.interpolation import mean_value
 from d2llm.training.objective import batch_losses, weighted_sum
-from d2llm.training.training_run import adamw, learning_rate_factor, optimizer_step, warmup_steps
+from d2llm.training.training_run import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
 """Has the teacher judge passages of queries, by id, and keeps what it says in the labels of the data set."""
@@ -61,7 +52,7 @@ class _Vectors:
 def train_residual(
     student: Student,
     sources: Sequence[LabelledSource],
-    dev_sets: Sequence[DevSet | PairDevSet],
+    dev_sets: Sequence[DevSet],
     recipe: Recipe,
     offsets: Callable[[LabelledSource], Tensor | None],
     write: Callable[..., None],
@@ -72,8 +63,8 @@ def train_residual(
     """Train the interaction of an anchored student on its own vectors; the epoch with the best dev result stays.
 
     Dev results are taken at the best weight r of each task, 0 among them: what comes out is never worse on dev than
-    the inner product alone. Nothing but the interaction changes, and its weights r are left at 1. The stage is short
-    and starts anew after an interruption.
+    the inner product alone. Nothing but the interaction changes; it is trained with r = 1, as a new student has it. The
+    stage is short and starts anew after an interruption.
 
     Args:
         student: with the head ``anchored``.
@@ -99,13 +90,12 @@ def train_residual(
         for found in sets:
             ask_teacher(found.labelled, _drawn_neighbours(found, config, recipe.seed))
     only_judged = recipe.training.unjudged != "negatives"
-    with progress_bar("reading dev once", sum(map(num_texts, dev_sets)), show=show_progress) as advance:
+    num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
+    with progress_bar("reading dev once", num_texts, show=show_progress) as advance:
         dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    for task in TASKS:
-        head.residual_weight(task).fill_(1.0)
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     rate = config.learning_rate
@@ -114,8 +104,9 @@ def train_residual(
     max_norm = recipe.training.max_gradient_norm
     per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
     best = _measure(student, dev, show_progress)
-    best_value, best_state = mean_value(best), {name: p.detach().clone() for name, p in parameters.items()}
     step, total = 0, config.epochs * per_epoch
+    best_state = BestState(parameters)
+    best_state.offer(mean_value(best), step)
     warmup = warmup_steps(config, total)
     with progress_bar("training the interaction", total, show=show_progress) as advance:
         for epoch in range(config.epochs):
@@ -133,23 +124,20 @@ def train_residual(
                 factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
                 optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
                 step += 1
-                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
+                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_state.value:.4f}")
             results = _measure(student, dev, show_progress)
             write(step, stage="residual", dev={name: result.values for name, result in results.items()})
-            if mean_value(results) > best_value:
-                best, best_value = results, mean_value(results)
-                best_state = {name: p.detach().clone() for name, p in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best_state[name])
+            if best_state.offer(mean_value(results), step):
+                best = results
+    best_state.put_back()
     head.eval()
     return best
 
 
 def _measure(student: Student, dev: Sequence[EncodedDev], show: bool | None) -> dict[str, DevResult]:
     student.eval()
-    with progress_bar("measuring on dev", sum(num_rankings(found.dev) for found in dev), show=show) as advance:
-        return {found.dev.name: measure_dev(student, found, advance=advance) for found in dev}
+    with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in dev), show=show) as advance:
+        return {encoded.dev.name: measure_by_weight(student, encoded, advance=advance) for encoded in dev}
 
 
 def _read(

@@ -24,7 +24,6 @@ from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.training.ablation.report import (
     BASE,
-    MEASURE,
     AblationReport,
     FailedRun,
     MeasuredSet,
@@ -32,7 +31,7 @@ from d2llm.training.ablation.report import (
     summarise,
 )
 from d2llm.training.ablation.run import RunSettings, fingerprint_sets, read_result, train_and_measure
-from d2llm.training.dev import DevSet, PairDevSet, make_dev_set
+from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.training_run import epochs_of
 
 DEV_QUERIES = 500
@@ -276,9 +275,9 @@ def _settings(
     }
 
 
-def _measured_set(dev: DevSet | PairDevSet, source: TrainingSource) -> MeasuredSet:
-    measure = dev.gold.main_measure if isinstance(dev, PairDevSet) else MEASURE
-    return MeasuredSet(dev.name, dev.task, dev.num_items, dev.num_passages, len(source.plan.entries), measure)
+def _measured_set(dev: DevSet, source: TrainingSource) -> MeasuredSet:
+    num_queries, num_passages = len(dev.item_ids), len(dev.passages)
+    return MeasuredSet(dev.name, dev.task, num_queries, num_passages, len(source.plan.entries), dev.measure_name)
 
 
 def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequence[float]) -> str:
