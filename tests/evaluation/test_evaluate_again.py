@@ -17,7 +17,7 @@ from tiny_evaluations import everyone, figures, make_dataset, make_words, measur
 @pytest.fixture(autouse=True)
 def few_permutations(monkeypatch):
     """Where the p-values themselves are not tested; reports that a module shares are made before this."""
-    monkeypatch.setattr("d2llm.evaluation.statistics.NUM_PERMUTATIONS", 100)
+    monkeypatch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

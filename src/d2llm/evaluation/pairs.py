@@ -1,31 +1,32 @@
-"""Measuring systems that score single pairs of texts."""
+"""Measuring systems that score single pairs of texts: what each scores, what that costs, and the report of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.data.pairs import PairDataset
-from d2llm.evaluation import setting, shown
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import SystemKind, Task
+from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.evaluation import figures, setting
+from d2llm.evaluation.figures import adjusted
 from d2llm.evaluation.gold import Floats, Gold, Positions, measure_all, read_gold
-from d2llm.evaluation.pair_systems import (
-    PairWork,
-    ScoredSplits,
-    judge_scores,
-    lexical_scores,
-    student_scores,
-)
+from d2llm.evaluation.judging import judge_pool
 from d2llm.evaluation.report import (
     AgreementRow,
     Calibration,
     Comparison,
+    Cost,
     Details,
     Estimate,
     EvaluationReport,
@@ -35,10 +36,214 @@ from d2llm.evaluation.report import (
     MissingRow,
     ShownPassage,
 )
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
-from d2llm.evaluation.statistics import adjusted
+from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.store.bm25 import WordIndex
+
+_TIMED_JUDGEMENTS = 10  # pairs judged once more, alone and then together, for the time
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSplits:
+    """One system's scores of the measured split and of the one that thresholds come from (empty without one).
+
+    ``positions`` and ``tuning_positions`` are the pairs that were scored.
+    """
+
+    name: str
+    kind: SystemKind
+    positions: Positions
+    scores: Floats
+    tuning_positions: Positions
+    tuning_scores: Floats
+    cost: Cost
+    fingerprint: str | None = None
+
+
+@dataclass
+class PairWork:
+    """What every system of one evaluation is measured with."""
+
+    dataset: PairDataset
+    settings: EvaluationSettings
+    pairs: Sequence[LabelledPair]
+    tuning_pairs: Sequence[LabelledPair]
+    folder: Path
+    labels: Path | None
+    show_progress: bool | None
+
+    def __post_init__(self) -> None:
+        self.store = MeasuredStore(self.folder / "measured")
+        texts = [[(pair.id, pair.query, pair.passage) for pair in split] for split in (self.pairs, self.tuning_pairs)]
+        self.content = fingerprint_json(texts)
+        self.notes: list[str] = []
+
+    def sample(self, size: int) -> Positions:
+        """Positions of a random sample, in order; all of them when there are not more."""
+        wanted = self.settings.teacher_queries
+        if wanted is None or wanted >= size:
+            return np.arange(size)
+        return np.sort(np.random.default_rng(self.settings.seed).choice(size, wanted, replace=False))
+
+    @property
+    def probes(self) -> list[LabelledPair]:
+        """The pairs that are timed."""
+        count = min(self.settings.latency_queries, len(self.pairs))
+        chosen = np.random.default_rng(self.settings.seed).choice(len(self.pairs), count, replace=False)
+        return [self.pairs[position] for position in chosen.tolist()]
+
+    def scored(
+        self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
+    ) -> ScoredSplits:
+        """The scores of all pairs, measured now or by an earlier run."""
+        found = self.store.values([name, fingerprint, self.content, self.settings.task, "pairs"], measure)
+        seconds: list[float] = found["probe_seconds"]
+        cost = Cost(
+            total=milliseconds(seconds),
+            passages_per_second=found.get("passages_per_second"),
+            pairs_per_second=found["pairs_per_second"],
+            peak_memory_mib=found["peak_memory_mib"],
+        )
+        if found.get("num_truncated"):
+            self.notes.append(f"{name}: {found['num_truncated']:,} texts were truncated")
+        every = (np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs)))
+        scores, tuning_scores = (np.array(found[part], np.float64) for part in ("scores", "tuning_scores"))
+        return ScoredSplits(name, kind, every[0], scores, every[1], tuning_scores, cost, fingerprint)
+
+
+def lexical_scores(work: PairWork) -> ScoredSplits:
+    """BM25 of a pair, with the passages of its split as the collection."""
+
+    def of_split(pairs: Sequence[LabelledPair]) -> list[float]:
+        passages = list(dict.fromkeys(pair.passage for pair in pairs))
+        if not passages:
+            return []
+        places = {text: place for place, text in enumerate(passages)}
+        index = WordIndex.from_texts(passages)
+        scores = np.zeros(len(pairs))
+        for query, positions in _by_query(_texts(pairs)).items():
+            of_query = index.scores(index.query(query))
+            scores[positions] = of_query[[places[pairs[position].passage] for position in positions]]
+        return scores.tolist()
+
+    def measure() -> dict[str, Any]:
+        with peak_memory() as peak:
+            begin = perf_counter()
+            scores = of_split(work.pairs)
+            rate = len(scores) / (perf_counter() - begin)
+            found = {"scores": scores, "tuning_scores": of_split(work.tuning_pairs), "probe_seconds": []}
+            return {**found, "pairs_per_second": rate, "peak_memory_mib": peak()}
+
+    return work.scored(setting.NAME_BM25, "bm25", None, measure)
+
+
+def student_scores(work: PairWork, row: Row) -> ScoredSplits:
+    """A student's scores of all pairs; each text is encoded once."""
+    model, task = row.model, work.settings.task
+
+    def score(pairs: Sequence[LabelledPair], show_progress: bool | None) -> tuple[Floats, int]:
+        return score_pairs(model, _texts(pairs), task, title=f"encoding for {row.name}", show_progress=show_progress)
+
+    def measure() -> dict[str, Any]:
+        with peak_memory() as peak:
+            begin = perf_counter()
+            scores, num_truncated = score(work.pairs, work.show_progress)
+            seconds = perf_counter() - begin
+            tuning_scores, _ = score(work.tuning_pairs, work.show_progress)
+            times: list[float] = []
+            for pair in work.probes:
+                begin = perf_counter()
+                score([pair], False)
+                times.append(perf_counter() - begin)
+            return {
+                "scores": scores.tolist(),
+                "tuning_scores": tuning_scores.tolist(),
+                "probe_seconds": times,
+                "pairs_per_second": len(work.pairs) / seconds,
+                "peak_memory_mib": peak(),
+                "num_truncated": num_truncated,
+            }
+
+    return work.scored(row.name, row.kind, model.fingerprint, measure)
+
+
+def score_pairs(
+    student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task, *, title: str, show_progress: bool | None
+) -> tuple[Floats, int]:
+    """A student's score of each pair of query and passage text [n], and how many different texts were truncated.
+
+    Each text is encoded once; ``title`` is that of the progress bar, which counts texts.
+    """
+    if not pairs:
+        return np.zeros(0), 0
+    queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
+    with progress_bar(title, len(queries) + len(passages), show=show_progress) as advance:
+        encoded = student.encode_queries(queries, advance=advance), student.encode_passages(passages, advance=advance)
+    query_rows, passage_rows = ({text: row for row, text in enumerate(texts)} for texts in (queries, passages))
+    scores = np.zeros(len(pairs))
+    for query, positions in _by_query(pairs).items():
+        vectors = encoded[1].vectors[[passage_rows[pairs[position][1]] for position in positions]]
+        scores[positions] = student.score(encoded[0].vectors[query_rows[query]], vectors, task)
+    return scores, encoded[0].num_truncated + encoded[1].num_truncated
+
+
+def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:
+    """A judge's scores of a sample of both splits."""
+    parts = [(work.settings.split, work.pairs), ("tuning", work.tuning_pairs)]
+    positions = [work.sample(len(pairs)) for _, pairs in parts]
+    chosen = {
+        f"{label}:{pairs[position].id}": pairs[position]
+        for (label, pairs), of_split in zip(parts, positions, strict=True)
+        for position in of_split.tolist()
+    }
+    judged = judge_pool(
+        judge,
+        {key: [key] for key in chosen},
+        {key: pair.query for key, pair in chosen.items()},
+        {key: pair.passage for key, pair in chosen.items()},
+        work.settings.task,
+        dataset=work.dataset.name,
+        store=work.folder / "judgements" / work.content,
+        known=work.labels,
+        title=f"asking {name} (pairs)",
+        show_progress=work.show_progress,
+    )
+    if judged.num_truncated:
+        work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
+
+    def measure_time() -> dict[str, Any]:
+        probes = _texts(work.probes[:_TIMED_JUDGEMENTS])
+        seconds: list[float] = []
+        for pairs in (*([pair] for pair in probes), probes):
+            begin = perf_counter()
+            judge.judge(pairs, work.settings.task)
+            seconds.append(perf_counter() - begin)
+        return {"alone": seconds[:-1], "pairs_per_second": len(probes) / seconds[-1]}
+
+    times = work.store.values([name, judge.fingerprint, work.content, work.settings.task, "time"], measure_time)
+    scores = [
+        np.array([judged.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
+        for (label, pairs), of_split in zip(parts, positions, strict=True)
+    ]
+    cost = Cost(total=milliseconds(times["alone"]), pairs_per_second=times["pairs_per_second"])
+    return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, judge.fingerprint)
+
+
+def _texts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
+    return [(pair.query, pair.passage) for pair in pairs]
+
+
+def _by_query(pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
+    """Positions of the pairs of each query text."""
+    positions: defaultdict[str, list[int]] = defaultdict(list)
+    for position, (query, _) in enumerate(pairs):
+        positions[query].append(position)
+    return positions
+
 
 NUM_RESAMPLES = 2_000  # so that p can be below .01 after the correction for all rows
 _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
@@ -253,7 +458,7 @@ class _Figures:
         said = _as_one_query(teacher.scores)
         return [
             replace(
-                shown.agreement_row(system.name, said, _as_one_query(system.scores[teacher.positions])),
+                figures.agreement_row(system.name, said, _as_one_query(system.scores[teacher.positions])),
                 top_10_overlap=None,
             )
             for system in self.systems
@@ -266,7 +471,7 @@ class _Figures:
             return []
         speakers = [system for system in self.systems if system.kind == "d2llm" or system is teacher]
         return [
-            shown.calibration(system.name, system.scores.tolist(), positive[system.positions].tolist())
+            figures.calibration(system.name, system.scores.tolist(), positive[system.positions].tolist())
             for system in speakers
         ]
 
@@ -277,7 +482,7 @@ class _Figures:
         return [
             Histogram(system.name, score_histogram(system.scores, positive[system.positions]))
             for system in self.systems
-            if system.kind in shown.HISTOGRAM_KINDS
+            if system.kind in figures.HISTOGRAM_KINDS
         ]
 
     def _examples(
@@ -287,8 +492,8 @@ class _Figures:
         positions = reference.positions
         ours, theirs = self._of_items(subject, positions), self._of_items(reference, positions)
         order = np.argsort(theirs - ours, kind="stable").tolist()
-        wins = [place for place in order[: shown.NUM_EXAMPLES] if ours[place] > theirs[place]]
-        losses = [place for place in order[::-1][: shown.NUM_EXAMPLES] if ours[place] < theirs[place]]
+        wins = [place for place in order[: figures.NUM_EXAMPLES] if ours[place] > theirs[place]]
+        losses = [place for place in order[::-1][: figures.NUM_EXAMPLES] if ours[place] < theirs[place]]
 
         def example(place: int) -> Example:
             position, positive = positions[place], self.gold.positive

@@ -12,14 +12,14 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, SystemKind
 from d2llm.data.beir import Dataset
-from d2llm.evaluation import setting, shown
+from d2llm.evaluation import figures, setting
+from d2llm.evaluation.figures import Values, compare_means, mean_row
 from d2llm.evaluation.judging import Pool, interleaved, judge_pool
 from d2llm.evaluation.report import Details, EvaluationReport, EvaluationRow
-from d2llm.evaluation.retrieval_work import RetrievalWork
 from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
 from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
-from d2llm.evaluation.statistics import Values, compare_means, mean_row
 from d2llm.evaluation.systems import (
+    RetrievalWork,
     System,
     Trial,
     hybrid_system,
@@ -91,7 +91,7 @@ def evaluate_retrieval(
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
     systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
-    followers: dict[str, shown.Scores] = {}
+    followers: dict[str, figures.Scores] = {}
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
     names = [name for name, _, _ in judges]
@@ -134,7 +134,7 @@ def _search(work: RetrievalWork, row: Row) -> System:
 
 def _judge(
     work: RetrievalWork, name: str, kind: SystemKind, judge: Judge, pool: Pool, lexical: System, subject: System
-) -> tuple[System, shown.Scores]:
+) -> tuple[System, figures.Scores]:
     """The system that a judge makes of the pool, and its scores."""
     texts = {query.id: query.text for query in work.sampled}
     passages = {p: work.dataset.passages[p].full_text for ids in pool.values() for p in ids}
@@ -169,7 +169,7 @@ def _judge(
     return with_first_stages(system, seconds, (lexical, subject)), judged.scores
 
 
-def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> shown.Scores:
+def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> figures.Scores:
     """What a student says of the passages that the teacher judged."""
     texts = {query.id: query.text for query in work.sampled}
     view = work.index(row.model)[0].view
@@ -194,8 +194,8 @@ def _report(
     parts: Sequence[str],
     shortcuts: Shortcuts,
     subject: System,
-    teacher_scores: shown.Scores | None,
-    followers: Mapping[str, shown.Scores],
+    teacher_scores: figures.Scores | None,
+    followers: Mapping[str, figures.Scores],
     num_left_out: int,
 ) -> EvaluationReport:
     settings, seed = work.settings, work.settings.seed
@@ -219,7 +219,7 @@ def _report(
         """The main measure on the queries that the baseline answered."""
         return {query_id: values[name][MAIN_MEASURE][query_id] for query_id in asked[baseline]}
 
-    wins, losses = shown.examples(
+    wins, losses = figures.examples(
         subject,
         next(system for system in systems if system.name == baseline),
         (on_baselines(subject.name), on_baselines(baseline)),
@@ -228,15 +228,15 @@ def _report(
         work.relevant,
     )
     histograms = [
-        shown.ranking_histogram(system, work.relevant) for system in systems if system.kind in shown.HISTOGRAM_KINDS
+        figures.ranking_histogram(system, work.relevant) for system in systems if system.kind in figures.HISTOGRAM_KINDS
     ]
     calibrations, agreements = [], []
     if teacher_scores is not None:
         said = {setting.teacher_name(settings.teacher_depth): teacher_scores, subject.name: followers[subject.name]}
         calibrations = [
-            shown.calibration(name, *shown.pool_labels(scores, work.relevant)) for name, scores in said.items()
+            figures.calibration(name, *figures.pool_labels(scores, work.relevant)) for name, scores in said.items()
         ]
-        agreements = [shown.agreement_row(name, teacher_scores, scores) for name, scores in followers.items()]
+        agreements = [figures.agreement_row(name, teacher_scores, scores) for name, scores in followers.items()]
     cut = [
         f"{s.name}: {s.num_truncated:,} of {len(work.passages):,} passages were truncated"
         for s in systems

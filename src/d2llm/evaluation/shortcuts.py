@@ -12,10 +12,9 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query
 from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.retrieval_work import RetrievalWork
 from d2llm.evaluation.setting import NAME_D2LLM, Contenders
 from d2llm.evaluation.stored_as import StoredAs
-from d2llm.evaluation.systems import System
+from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.build_ann import build_ann

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import EvidenceTerm, Query
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.retrieval_work import RetrievalWork
 from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Row
-from d2llm.evaluation.systems import System
+from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.ops.fusion import sum_weights
 from d2llm.retrieval.cosine import AnchorStudent

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
+from d2llm.evaluation.pairs import score_pairs
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
@@ -105,19 +105,15 @@ def score_drawn(
     chosen = sorted(rng.sample(known, min(num_queries, len(known))))
     positives = {query_id: judged[query_id] for query_id in chosen}
     drawn = _draw(dataset, positives, dataset.qrels.get(split, {}), rng, show_progress)
-    row_of = {passage_id: row for row, passage_id in enumerate(dict.fromkeys(p for ids in drawn.values() for p in ids))}
-    texts = [dataset.passages[passage_id].full_text for passage_id in row_of]
-    with progress_bar(f"calibrating on {dataset.name}", len(texts) + len(drawn), show=show_progress) as advance:
-        passages = student.encode_passages(texts, advance=advance).vectors
-        query_texts = [dataset.queries[query_id].text for query_id in drawn]
-        queries = student.encode_queries(query_texts, advance=advance).vectors
-    scores = [
-        student.score(query, passages[[row_of[passage_id] for passage_id in ids]], task)
-        for query, ids in zip(queries, drawn.values(), strict=True)
+    pairs = [
+        (dataset.queries[query_id].text, dataset.passages[passage_id].full_text)
+        for query_id, ids in drawn.items()
+        for passage_id in ids
     ]
+    scores, _ = score_pairs(student, pairs, task, title=f"calibrating on {dataset.name}", show_progress=show_progress)
     return ScoredPairs(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
-        scores=np.concatenate(scores).astype(np.float64) if scores else np.empty(0),
+        scores=scores,
         relevant=np.array([place == 0 for ids in drawn.values() for place in range(len(ids))], bool),
         num_queries={dataset.name: len(drawn)},
     )

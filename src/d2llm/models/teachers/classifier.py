@@ -18,8 +18,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.inference import inference
 from d2llm.models.teachers.judge import TextPair
-from d2llm.models.teachers.local import LocalTeacher
-from d2llm.models.teachers.whole_texts import fit_pairs
+from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 
 _TokenAndType = tuple[int, int]
 _HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # where architectures keep what an encoder lacks

@@ -16,9 +16,8 @@ from d2llm.core.errors import AnswerTokenError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.judge import TextPair
-from d2llm.models.teachers.local import LocalTeacher
+from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-from d2llm.models.teachers.whole_texts import fit_pairs
 
 
 class Seq2SeqTeacher(LocalTeacher):

@@ -19,8 +19,7 @@ from d2llm.data.same_text import SameText
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.training.mining.audit import Audit
-from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, work_folder
-from d2llm.training.mining.draw import draw_easy, key_of, random_of
+from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, draw_easy, key_of, random_of, work_folder
 from d2llm.training.mining.ranking import EncoderRanking, Lists, bm25_lists
 from d2llm.training.mining.teacher import TeacherCheck
 

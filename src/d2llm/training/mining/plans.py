@@ -21,7 +21,7 @@ from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
-from d2llm.training.mining.audit_page import audit_page
+from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
 from d2llm.training.mining.teacher import TeacherCheck
 

@@ -16,9 +16,8 @@ from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.training.mining.audit import Audit
-from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, work_folder
+from d2llm.training.mining.choose import DatasetJudgements, Ranked, Selection, choose, work_folder
 from d2llm.training.mining.ranking import EncoderRanking, Lists
-from d2llm.training.mining.select import Selection
 from d2llm.training.mining.teacher import TeacherCheck
 
 
