@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import SystemKind, Task
+from d2llm.core.types import SystemKind
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.evaluation import figures, setting
 from d2llm.evaluation.figures import adjusted
@@ -41,7 +41,7 @@ from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.reading import ScoredPairs, score_pairs
 from d2llm.store.bm25 import WordIndex
 
 _TIMED_JUDGEMENTS = 10  # pairs judged once more, alone and then together, for the time
@@ -145,50 +145,33 @@ def student_scores(work: PairWork, row: Row) -> ScoredSplits:
     """A student's scores of all pairs; each text is encoded once."""
     model, task = row.model, work.settings.task
 
-    def score(pairs: Sequence[LabelledPair], show_progress: bool | None) -> tuple[Floats, int]:
-        return score_pairs(model, _texts(pairs), task, title=f"encoding for {row.name}", show_progress=show_progress)
+    def score(pairs: Sequence[LabelledPair], show_progress: bool | None) -> ScoredPairs:
+        texts = _texts(pairs)
+        num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
+        with progress_bar(f"encoding for {row.name}", num_texts, show=show_progress) as advance:
+            return score_pairs(model, texts, task, advance)
 
     def measure() -> dict[str, Any]:
         with peak_memory() as peak:
             begin = perf_counter()
-            scores, num_truncated = score(work.pairs, work.show_progress)
+            scored = score(work.pairs, work.show_progress)
             seconds = perf_counter() - begin
-            tuning_scores, _ = score(work.tuning_pairs, work.show_progress)
+            tuning = score(work.tuning_pairs, work.show_progress) if work.tuning_pairs else None
             times: list[float] = []
             for pair in work.probes:
                 begin = perf_counter()
                 score([pair], False)
                 times.append(perf_counter() - begin)
             return {
-                "scores": scores.tolist(),
-                "tuning_scores": tuning_scores.tolist(),
+                "scores": scored.scores.tolist(),
+                "tuning_scores": [] if tuning is None else tuning.scores.tolist(),
                 "probe_seconds": times,
                 "pairs_per_second": len(work.pairs) / seconds,
                 "peak_memory_mib": peak(),
-                "num_truncated": num_truncated,
+                "num_truncated": scored.num_truncated,
             }
 
     return work.scored(row.name, row.kind, model.fingerprint, measure)
-
-
-def score_pairs(
-    student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task, *, title: str, show_progress: bool | None
-) -> tuple[Floats, int]:
-    """A student's score of each pair of query and passage text [n], and how many different texts were truncated.
-
-    Each text is encoded once; ``title`` is that of the progress bar, which counts texts.
-    """
-    if not pairs:
-        return np.zeros(0), 0
-    queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
-    with progress_bar(title, len(queries) + len(passages), show=show_progress) as advance:
-        encoded = student.encode_queries(queries, advance=advance), student.encode_passages(passages, advance=advance)
-    query_rows, passage_rows = ({text: row for row, text in enumerate(texts)} for texts in (queries, passages))
-    scores = np.zeros(len(pairs))
-    for query, positions in _by_query(pairs).items():
-        vectors = encoded[1].vectors[[passage_rows[pairs[position][1]] for position in positions]]
-        scores[positions] = student.score(encoded[0].vectors[query_rows[query]], vectors, task)
-    return scores, encoded[0].num_truncated + encoded[1].num_truncated
 
 
 def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
-from d2llm.evaluation.pairs import score_pairs
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.reading import score_pairs
 from d2llm.training.mining.ranking import bm25_lists
 
 MIN_QUERIES = 30
@@ -110,10 +111,12 @@ def score_drawn(
         for query_id, ids in drawn.items()
         for passage_id in ids
     ]
-    scores, _ = score_pairs(student, pairs, task, title=f"calibrating on {dataset.name}", show_progress=show_progress)
+    num_texts = sum(len(set(side)) for side in zip(*pairs, strict=True))
+    with progress_bar(f"calibrating on {dataset.name}", num_texts, show=show_progress) as advance:
+        scores = score_pairs(student, pairs, task, advance).scores if pairs else np.empty(0)
     return ScoredPairs(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
-        scores=scores,
+        scores=scores.astype(np.float64),
         relevant=np.array([place == 0 for ids in drawn.values() for place in range(len(ids))], bool),
         num_queries={dataset.name: len(drawn)},
     )
