@@ -40,30 +40,30 @@ def mean_row(system: System, values: Values, query_ids: Sequence[str], *, seed: 
 
 
 def compare_means(
-    values: Mapping[str, Values], baseline: str, asked: Mapping[str, Sequence[str]], *, seed: int
+    values: Mapping[str, Values], baseline: str, query_ids_of: Mapping[str, Sequence[str]], *, seed: int
 ) -> list[Comparison]:
     """Every system against the baseline in every measure; Holm's correction is over the systems of one measure.
 
     Args:
         values: system -> measure -> query_id -> value.
         baseline: the system compared with.
-        asked: system -> the queries that it answered; it is compared on those that the baseline answered too, and of
+        query_ids_of: system -> the queries that it answered; it is compared on those that the baseline answered too, and of
             two such lists one is part of the other.
         seed: of the permutations and resamples.
     """
     comparisons: list[Comparison] = []
     for measure in values[baseline]:
-        found: list[Comparison] = []
-        for name in asked:
+        of_measure: list[Comparison] = []
+        for name in query_ids_of:
             if name == baseline:
                 continue
-            query_ids = min(asked[name], asked[baseline], key=len)
+            query_ids = min(query_ids_of[name], query_ids_of[baseline], key=len)
             ours, theirs = ([values[row][measure][query_id] for query_id in query_ids] for row in (name, baseline))
             p_value = paired_randomisation(ours, theirs, num_permutations=NUM_PERMUTATIONS, seed=seed)
             interval = paired_bootstrap_interval(ours, theirs, seed=seed)
             difference = Estimate(fmean(ours) - fmean(theirs), interval.low, interval.high)
-            found.append(Comparison(measure, name, baseline, difference, p_value, p_value, len(query_ids), _TEST))
-        comparisons += adjusted(found)
+            of_measure.append(Comparison(measure, name, baseline, difference, p_value, p_value, len(query_ids), _TEST))
+        comparisons += adjusted(of_measure)
     return comparisons
 
 

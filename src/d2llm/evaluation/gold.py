@@ -108,8 +108,8 @@ class NliGold:
     def of_items(self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None) -> Floats:
         """1 where the class is right, else 0."""
         assert thresholds is not None  # ``measurer`` has refused that
-        said, order = pair_measures.ordinal_answers(scores, thresholds.ordinal), pair_measures.NLI_CLASSES
-        right = [order[place] == name for place, name in zip(said.tolist(), self._at(positions), strict=True)]
+        answers, order = pair_measures.ordinal_answers(scores, thresholds.ordinal), pair_measures.NLI_CLASSES
+        right = [order[place] == name for place, name in zip(answers.tolist(), self._at(positions), strict=True)]
         return np.array(right, np.float64)
 
     def _at(self, positions: Positions) -> list[str]:

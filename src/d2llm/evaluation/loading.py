@@ -65,11 +65,11 @@ def load_contenders(
     except ModelNotFoundError as error:
         why["cosine_untuned"] = str(error)
     companions: dict[str, Student | None] = {}
-    for variant, given in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
-        place = companion(folder, variant) if given is None else find_student(given)
-        found = (place / MANIFEST).is_file()
-        companions[variant] = Student.load(place, device=device, dtype=dtype) if found else None
-        if not found:
+    for variant, named in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
+        place = companion(folder, variant) if named is None else find_student(named)
+        exists = (place / MANIFEST).is_file()
+        companions[variant] = Student.load(place, device=device, dtype=dtype) if exists else None
+        if not exists:
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
             why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
     judge: Judge | None = None
@@ -104,11 +104,11 @@ def load_contenders(
 
 def _own_teacher(student: Path) -> TeacherConfig | None:
     """The teacher whose labels a student learnt from: of the same run, or shipped."""
-    wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
+    fingerprint = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
     run = RunFolder(student.parent)
     beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
-    return next((config for config in configs if identify_judge(config).fingerprint == wanted), None)
+    return next((config for config in configs if identify_judge(config).fingerprint == fingerprint), None)
 
 
 def _named(run: TrecRun) -> TrecRun:
@@ -134,9 +134,9 @@ def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, Sea
 def _provenance(folder: Path) -> dict[str, Any]:
     """What the student's manifest says of how it was made."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    wanted = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
+    names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
     of_gates = ("closed_gates", "share_kept")
-    return {"name": folder.name, **{key: manifest[key] for key in (*wanted, *of_gates) if key in manifest}}
+    return {"name": folder.name, **{key: manifest[key] for key in (*names, *of_gates) if key in manifest}}
 
 
 def _gate_notes(folder: Path) -> tuple[str, ...]:

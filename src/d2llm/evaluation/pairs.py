@@ -84,10 +84,10 @@ class PairWork:
 
     def sample(self, size: int) -> Positions:
         """Positions of a random sample, in order; all of them when there are not more."""
-        wanted = self.settings.teacher_queries
-        if wanted is None or wanted >= size:
+        num_pairs = self.settings.teacher_queries
+        if num_pairs is None or num_pairs >= size:
             return np.arange(size)
-        return np.sort(np.random.default_rng(self.settings.seed).choice(size, wanted, replace=False))
+        return np.sort(np.random.default_rng(self.settings.seed).choice(size, num_pairs, replace=False))
 
     @property
     def probes(self) -> list[LabelledPair]:
@@ -100,18 +100,18 @@ class PairWork:
         self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
     ) -> ScoredSplits:
         """The scores of all pairs, measured now or by an earlier run."""
-        found = self.store.values([name, fingerprint, self.content, self.settings.task, "pairs"], measure)
-        seconds: list[float] = found["probe_seconds"]
+        measured = self.store.values([name, fingerprint, self.content, self.settings.task, "pairs"], measure)
+        seconds: list[float] = measured["probe_seconds"]
         cost = Cost(
             total=milliseconds(seconds),
-            passages_per_second=found.get("passages_per_second"),
-            pairs_per_second=found["pairs_per_second"],
-            peak_memory_mib=found["peak_memory_mib"],
+            passages_per_second=measured.get("passages_per_second"),
+            pairs_per_second=measured["pairs_per_second"],
+            peak_memory_mib=measured["peak_memory_mib"],
         )
-        if found.get("num_truncated"):
-            self.notes.append(f"{name}: {found['num_truncated']:,} texts were truncated")
+        if measured.get("num_truncated"):
+            self.notes.append(f"{name}: {measured['num_truncated']:,} texts were truncated")
         every = (np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs)))
-        scores, tuning_scores = (np.array(found[part], np.float64) for part in ("scores", "tuning_scores"))
+        scores, tuning_scores = (np.array(measured[part], np.float64) for part in ("scores", "tuning_scores"))
         return ScoredSplits(name, kind, every[0], scores, every[1], tuning_scores, cost, fingerprint)
 
 
@@ -135,8 +135,8 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
             begin = perf_counter()
             scores = of_split(work.pairs)
             rate = len(scores) / (perf_counter() - begin)
-            found = {"scores": scores, "tuning_scores": of_split(work.tuning_pairs), "probe_seconds": []}
-            return {**found, "pairs_per_second": rate, "peak_memory_mib": peak()}
+            measured = {"scores": scores, "tuning_scores": of_split(work.tuning_pairs), "probe_seconds": []}
+            return {**measured, "pairs_per_second": rate, "peak_memory_mib": peak()}
 
     return work.scored(setting.NAME_BM25, "bm25", None, measure)
 
@@ -399,12 +399,12 @@ class _Figures:
             return drawn[-1][self.gold.main_measure]
 
         bootstrap_statistic(all_at_once, len(positions), num_resamples=NUM_RESAMPLES, seed=self.work.settings.seed)
-        found: Resampled = {}
+        resamples: Resampled = {}
         for measure, value in values.items():
             resampled = np.array([of_draw[measure] for of_draw in drawn])
             low, high = np.nanquantile(resampled, [0.025, 0.975]).tolist()
-            found[measure] = (Estimate(value, low, high), resampled)
-        return found
+            resamples[measure] = (Estimate(value, low, high), resampled)
+        return resamples
 
     def _row(self, system: ScoredSplits, measured: Resampled) -> EvaluationRow:
         measures = {measure: estimate for measure, (estimate, _) in measured.items()}
@@ -416,7 +416,7 @@ class _Figures:
         """Every system against the baseline in every measure, on the pairs that both scored."""
         comparisons: list[Comparison] = []
         for measure in measured[baseline]:
-            found: list[Comparison] = []
+            of_measure: list[Comparison] = []
             for system in self.systems:
                 if system.name == baseline:
                     continue
@@ -427,8 +427,8 @@ class _Figures:
                 low, high = np.nanquantile(differences, [0.025, 0.975]).tolist()
                 estimate = Estimate(ours[0].value - theirs[0].value, low, high)
                 size = len(self._all if source is measured else self._sample)
-                found.append(Comparison(measure, system.name, baseline, estimate, p_value, p_value, size, _TEST))
-            comparisons += adjusted(found)
+                of_measure.append(Comparison(measure, system.name, baseline, estimate, p_value, p_value, size, _TEST))
+            comparisons += adjusted(of_measure)
         return comparisons
 
     def _teacher(self) -> ScoredSplits | None:
@@ -438,10 +438,10 @@ class _Figures:
         teacher = self._teacher()
         if teacher is None:
             return []
-        said = _as_one_query(teacher.scores)
+        teacher_scores = _as_one_query(teacher.scores)
         return [
             replace(
-                figures.agreement_row(system.name, said, _as_one_query(system.scores[teacher.positions])),
+                figures.agreement_row(system.name, teacher_scores, _as_one_query(system.scores[teacher.positions])),
                 top_10_overlap=None,
             )
             for system in self.systems

@@ -216,7 +216,7 @@ class EvaluationReport:
 
     def comparison(self, row: str, measure: str) -> Comparison | None:
         """The comparison of a row with the baseline in one measure; None for the baseline itself."""
-        return next((found for found in self.comparisons if (found.row, found.measure) == (row, measure)), None)
+        return next((one for one in self.comparisons if (one.row, one.measure) == (row, measure)), None)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values, without ``details``."""

@@ -176,11 +176,11 @@ def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> figures.Scores:
 
     def score() -> dict[str, dict[str, float]]:
         vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
-        found: dict[str, dict[str, float]] = {}
+        scores_of: dict[str, dict[str, float]] = {}
         for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
             scores = row.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
-            found[query_id] = dict(zip(ids, scores.tolist(), strict=True))
-        return found
+            scores_of[query_id] = dict(zip(ids, scores.tolist(), strict=True))
+        return scores_of
 
     key = work.key(row.name, row.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
     return work.store.values(key, score)
@@ -200,7 +200,7 @@ def _report(
 ) -> EvaluationReport:
     settings, seed = work.settings, work.settings.seed
     all_ids, sampled_ids = ([query.id for query in queries] for queries in (work.trial.queries, work.sampled))
-    asked = {system.name: all_ids for system in systems} | dict.fromkeys(judges, sampled_ids) | shortcuts.asked
+    query_ids_of = {system.name: all_ids for system in systems} | dict.fromkeys(judges, sampled_ids) | shortcuts.asked
     values: dict[str, Values] = {
         system.name: per_query_measures(
             {query_id: system.ids(query_id) for query_id in system.rankings},
@@ -209,7 +209,7 @@ def _report(
         for system in systems
     }
     comparable = [system for system in systems if system.name not in shortcuts.qrels]
-    rows = [mean_row(system, values[system.name], asked[system.name], seed=seed) for system in systems]
+    rows = [mean_row(system, values[system.name], query_ids_of[system.name], seed=seed) for system in systems]
     sample_rows: list[EvaluationRow] = []
     if judges and len(sampled_ids) < len(all_ids):
         sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in comparable]
@@ -217,7 +217,7 @@ def _report(
 
     def on_baselines(name: str) -> dict[str, float]:
         """The main measure on the queries that the baseline answered."""
-        return {query_id: values[name][MAIN_MEASURE][query_id] for query_id in asked[baseline]}
+        return {query_id: values[name][MAIN_MEASURE][query_id] for query_id in query_ids_of[baseline]}
 
     wins, losses = figures.examples(
         subject,
@@ -232,9 +232,13 @@ def _report(
     ]
     calibrations, agreements = [], []
     if teacher_scores is not None:
-        said = {setting.teacher_name(settings.teacher_depth): teacher_scores, subject.name: followers[subject.name]}
+        calibrated = {
+            setting.teacher_name(settings.teacher_depth): teacher_scores,
+            subject.name: followers[subject.name],
+        }
         calibrations = [
-            figures.calibration(name, *figures.pool_labels(scores, work.relevant)) for name, scores in said.items()
+            figures.calibration(name, *figures.pool_labels(scores, work.relevant))
+            for name, scores in calibrated.items()
         ]
         agreements = [figures.agreement_row(name, teacher_scores, scores) for name, scores in followers.items()]
     cut = [
@@ -259,11 +263,13 @@ def _report(
         sample_rows=tuple(sample_rows),
         comparisons=tuple(
             compare_means(
-                values, baseline, {s.name: asked[s.name] for s in comparable if s.name not in parts}, seed=seed
+                values, baseline, {s.name: query_ids_of[s.name] for s in comparable if s.name not in parts}, seed=seed
             )
         ),
         parts=tuple(
-            compare_means(values, subject.name, {name: asked[name] for name in (subject.name, *parts)}, seed=seed)
+            compare_means(
+                values, subject.name, {name: query_ids_of[name] for name in (subject.name, *parts)}, seed=seed
+            )
         ),
         agreement=tuple(agreements),
         calibration=tuple(calibrations),
@@ -284,7 +290,7 @@ def _report(
             values={
                 name: {measure: tuple(by_query[q] for q in all_ids) for measure, by_query in of_row.items()}
                 for name, of_row in values.items()
-                if asked[name] is all_ids
+                if query_ids_of[name] is all_ids
             },
             wins=wins,
             losses=losses,

@@ -177,18 +177,18 @@ def teacher_name(depth: int | None) -> str:
     return "teacher" if depth is None else f"teacher (reranking {depth} of {NAME_BM25} and {NAME_D2LLM})"
 
 
-def check_baseline(contenders: Contenders, wanted: SystemKind | None, besides: Sequence[SystemKind]) -> None:
+def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides: Sequence[SystemKind]) -> None:
     """Refuse a baseline that will not be measured, before anything is; ``besides`` are rows that need no model.
 
     Raises:
         InputError: no row is of that kind.
     """
     kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
-    if wanted is not None and wanted not in kinds:
-        raise InputError(f"the baseline '{wanted}' is not among the rows of this report: {', '.join(sorted(kinds))}")
+    if baseline is not None and baseline not in kinds:
+        raise InputError(f"the baseline '{baseline}' is not among the rows of this report: {', '.join(sorted(kinds))}")
 
 
-def choose_baseline(rows: Sequence[EvaluationRow], wanted: SystemKind | None) -> str:
+def choose_baseline(rows: Sequence[EvaluationRow], baseline: SystemKind | None) -> str:
     """Name of the row that the others are compared with; ``check_baseline`` has made sure that there is one."""
     names = {row.kind: row.name for row in reversed(rows)}
-    return next(names[kind] for kind in ((wanted,) if wanted is not None else _BASELINES) if kind in names)
+    return next(names[kind] for kind in ((baseline,) if baseline is not None else _BASELINES) if kind in names)

@@ -105,8 +105,8 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
         rate = len(passages) / (time.perf_counter() - begin)
         rankings: dict[str, RankedIds] = {}
         with progress_bar(f"ranking by {name}", len(trial.queries), show=trial.show_progress) as advance:
-            found = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
-            for query, candidates in zip(trial.queries, found, strict=True):
+            lists = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
+            for query, candidates in zip(trial.queries, lists, strict=True):
                 rankings[query.id] = tuple((candidate.passage_id, candidate.score) for candidate in candidates)
                 advance(1)
         totals = timed(lambda query: list(rank_passages(index, ids, [query.text], trial.top_k)), trial.probes)
@@ -129,15 +129,18 @@ def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial
             answer.query.id: tuple((place.passage.id, place.score) for place in answer.passages) for answer in answers
         }
         num_cut = sum(answer.truncated for answer in answers)
-        asked = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
+        probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
         totals = timed(lambda query: searcher.rank([query]), trial.probes)
-        parts = {part: tuple(ranking.seconds[part] for ranking in asked) for part in ("encode", "candidates", "score")}
+        parts = {
+            part: tuple(ranking.seconds[part] for ranking in probe_answers)
+            for part in ("encode", "candidates", "score")
+        }
         return System(
             name,
             kind,
             rankings,
             {"total": totals, **parts},
-            pairs_per_second=sum(ranking.num_candidates for ranking in asked) / max(sum(parts["score"]), 1e-9),
+            pairs_per_second=sum(ranking.num_candidates for ranking in probe_answers) / max(sum(parts["score"]), 1e-9),
             peak_memory_mib=peak(),
             notes=(f"{name}: {num_cut:,} of {len(answers):,} queries were truncated",) if num_cut else (),
         )
@@ -161,18 +164,18 @@ def hybrid_system(name: str, first: System, second: System, trial: Trial) -> Sys
 
 def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> System:
     """A system of somebody else, by the rankings it wrote; what does not belong to this evaluation is counted."""
-    asked = {query.id for query in trial.queries}
+    query_ids = {query.id for query in trial.queries}
     rankings = {
         query_id: tuple(
             (passage_id, run.scores[query_id][passage_id]) for passage_id in ranking if passage_id in passages
         )
         for query_id, ranking in run.rankings.items()
-        if query_id in asked
+        if query_id in query_ids
     }
     strangers = sum(passage_id not in passages for query_id in rankings for passage_id in run.rankings[query_id])
     counts = {
-        "queries of the run are not judged here and were left out": len(run.rankings.keys() - asked),
-        "queries are not in the run and count as 0": len(asked - rankings.keys()),
+        "queries of the run are not judged here and were left out": len(run.rankings.keys() - query_ids),
+        "queries are not in the run and count as 0": len(query_ids - rankings.keys()),
         "ranked passages are not in the corpus and were left out": strangers,
     }
     notes = tuple(f"{run.name}: {count:,} {what}" for what, count in counts.items() if count)
@@ -259,9 +262,9 @@ class MeasuredStore:
         if path.is_file():
             self.num_found += 1
             return json.loads(path.read_text(encoding="utf-8"))
-        made = make()
-        write_bytes(path, json.dumps(made, ensure_ascii=False).encode())
-        return made
+        values = make()
+        write_bytes(path, json.dumps(values, ensure_ascii=False).encode())
+        return values
 
     def system(self, key: object, make: Callable[[], System]) -> System:
         """The system measured under ``key``, or the one that ``make`` measures, kept."""
@@ -299,8 +302,8 @@ class RetrievalWork:
     def key(self, name: str, *parts: object) -> list[object]:
         """What a measured system depends on: its name, ``parts``, the corpus and what is asked."""
         trial = self.trial
-        asked = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
-        return [name, *parts, self.corpus, fingerprint_json(asked), trial.task, trial.top_k]
+        texts = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
+        return [name, *parts, self.corpus, fingerprint_json(texts), trial.task, trial.top_k]
 
     def identity(self, model: SearchStudent) -> object:
         """What a student's rankings depend on: its fingerprint, and what an index adds to its scores."""

@@ -46,15 +46,15 @@ def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
         if held_out:
             weights = _fit(work, index, held_out, work.dataset.qrels["dev"])
             system = _ranked(work, index, name, weights, work.trial.queries)
-            told = f"{name}: {_told(weights)}, fitted on {len(held_out):,} dev queries"
-            return replace(system, notes=(*system.notes, told))
+            note = f"{name}: {_told(weights)}, fitted on {len(held_out):,} dev queries"
+            return replace(system, notes=(*system.notes, note))
         halves = work.trial.queries[::2], work.trial.queries[1::2]
         weights, others = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
         system, rest = (_ranked(work, index, name, *of_half) for of_half in ((others, halves[0]), (weights, halves[1])))
-        told = f"{name}: {_told(weights)} and {_told(others)}, each fitted on the half of the queries it does not rank"
+        note = f"{name}: {_told(weights)} and {_told(others)}, each fitted on the half of the queries it does not rank"
         both = {**system.rankings, **rest.rankings}
         in_order = {query.id: both[query.id] for query in work.trial.queries}
-        return replace(system, rankings=in_order, notes=(*system.notes, told))
+        return replace(system, rankings=in_order, notes=(*system.notes, note))
 
     fitted_on = fingerprint_json([query.id for query in held_out])
     key = work.key(name, model.fingerprint, work.settings.num_candidates, fitted_on, work.settings.dtype)
@@ -111,11 +111,11 @@ def _fit(
     for query, vector, anchor in zip(queries, vectors, student.anchor_queries(vectors, task), strict=True):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
-        asked = words.query(query.text)
-        near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(asked, _FIT_DEPTH)[0]
+        query_words = words.query(query.text)
+        near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
         rows = np.unique(np.concatenate([near, by_words, np.array([*judged], np.int64)]))
         own = student.score(vector, view.vectors(rows), task)
-        lists.append(scored_list(own, words, asked, rows, judged, _TERMS))
+        lists.append(scored_list(own, words, query_words, rows, judged, _TERMS))
     return dict(zip(_TERMS, sum_weights(lists)[1:].tolist(), strict=True))
 
 

@@ -269,8 +269,8 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     measured = {weight: dev.measure(of_weight) for weight, of_weight in scores.items()}
     return DevResult(
         dev.task,
-        {weight: found.value for weight, found in measured.items()},
-        {weight: found.by_item for weight, found in measured.items()},
+        {weight: at_weight.value for weight, at_weight in measured.items()},
+        {weight: at_weight.by_item for weight, at_weight in measured.items()},
     )
 
 

@@ -159,8 +159,8 @@ def distill(
                 seed=recipe.seed,
                 show_progress=show_progress,
             )
-            fitted = {task: found.model_dump() for task, found in student.calibration.tasks.items()}
-            weighed = {task: found.model_dump() for task, found in student.evidence.tasks.items()}
+            fitted = {task: of_task.model_dump() for task, of_task in student.calibration.tasks.items()}
+            weighed = {task: of_task.model_dump() for task, of_task in student.evidence.tasks.items()}
             seconds = time.monotonic() - started
             report = replace(report, evidence=weighed, probabilities=fitted, seconds=seconds)
             content = {
@@ -218,12 +218,12 @@ def _asked_when_needed(
     """Asks the teacher about passages that training finds; it is loaded for the first that has no label."""
     judge: Judge | None = None
 
-    def ask(labelled: LabelledSource, wanted: Mapping[str, Sequence[str]]) -> None:
+    def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
         nonlocal judge
-        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in wanted.items()):
+        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()):
             return
         judge = judge or load_judge(teacher, device=device, dtype=dtype)
-        label_passages(judge, labelled.source, labelled.labels, wanted, show_progress=show_progress)
+        label_passages(judge, labelled.source, labelled.labels, passages, show_progress=show_progress)
 
     return ask
 

@@ -210,8 +210,8 @@ class DistillRun:
         put_between(self.parameters, self.start, end, share)
         self._adopt(results[share])
         progress.share_kept = share
-        for tried, found in results.items():
-            self._write(progress.step, share=tried, dev=_rounded(found))
+        for tried_share, of_share in results.items():
+            self._write(progress.step, share=tried_share, dev=_rounded(of_share))
 
     def train_interaction(self) -> None:
         """The second stage, where the recipe has one: the interaction alone, on the vectors as they are now."""
@@ -249,7 +249,7 @@ class DistillRun:
             folder = self.folder / "remined" / f"epoch-{epoch}" / labelled.source.dataset.name
             if self.processes.is_first and not (folder / MANIFEST).is_file():
                 self.student.eval()
-                found = remine(
+                remined = remine(
                     labelled.source,
                     self.student,
                     self.recipe.mining,
@@ -259,7 +259,7 @@ class DistillRun:
                     same_text=labelled.same_text,
                     show_progress=self.show_progress,
                 )
-                write_plan(folder, found.plan.entries, {"remined": found.plan.manifest.get("remined")})
+                write_plan(folder, remined.plan.entries, {"remined": remined.plan.manifest.get("remined")})
             self.processes.from_first(None)  # when the plan is written
             mined = labelled.with_source(replace(labelled.source, plan=read_plan(folder)))
             renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._judged_alone(mined))
@@ -292,13 +292,13 @@ class DistillRun:
         progress, training = self.progress, self.recipe.training
         self.student.train()
         batch = collate(source, draws)
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
 
         def loss_of(vectors: Tensor) -> Tensor:
             scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
             offset = self.offsets.get(offset_name(source.source))
-            found.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
-            loss = weighted_sum(found, self.recipe.losses)
+            losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
+            loss = weighted_sum(losses, self.recipe.losses)
             require_finite(loss, progress.step, self.folder)
             return loss
 
@@ -317,7 +317,7 @@ class DistillRun:
                 self.optimizer, self.parameters, factor=factor, max_gradient_norm=training.max_gradient_norm
             )
             progress.step += 1
-            values = {name: round(float(value.detach()), 6) for name, value in found.items()}
+            values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
             self._write(progress.step, loss=float(loss), gradient_norm=norm, task=source.source.task, **values)
         advance(1, f"loss {float(loss):.3f}  dev {self.best.value or 0:.4f}")
 

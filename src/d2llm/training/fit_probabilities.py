@@ -77,8 +77,8 @@ def fit_probabilities(
     for task in names:
         parts = [
             score_drawn(student, dataset, task, num_queries=num_queries, seed=seed, show_progress=show_progress)
-            for dataset, of in judged
-            if of == task
+            for dataset, set_task in judged
+            if set_task == task
         ]
         fitted = _fit(task, parts, seed)
         if fitted is not None:
@@ -138,10 +138,10 @@ def _draw(
     same_text = SameText(dataset)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}
-    for (query_id, relevant), found in zip(positives.items(), lists, strict=True):
+    for (query_id, relevant), lexical in zip(positives.items(), lists, strict=True):
         excluded = {*relevant, *same_text.as_any_of(relevant)}
         refused = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
-        hard = [passage_id for passage_id in dict.fromkeys([*found, *refused]) if passage_id not in excluded]
+        hard = [passage_id for passage_id in dict.fromkeys([*lexical, *refused]) if passage_id not in excluded]
         others = [passage_id for passage_id in pool if passage_id not in excluded]
         if not others:
             continue

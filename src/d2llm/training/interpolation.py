@@ -63,7 +63,7 @@ def sufficient_share(
         The share, and the dev results of all that were tried.
     """
     results = {share: measure(share) for share in sorted({s for s in shares if s < largest} | {largest})}
-    items: dict[float, Items] = {share: items_at_best_weight(found) for share, found in results.items()}
+    items: dict[float, Items] = {share: items_at_best_weight(result) for share, result in results.items()}
     sound = [share for share in results if not worse_sets(start, items[share], seed=seed)]
     if not sound:
         return 0.0, {0.0: measure(0.0), **results}

@@ -87,8 +87,8 @@ def train_residual(
     is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
     sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
     if recipe.training.unjudged == "ask_teacher":
-        for found in sets:
-            ask_teacher(found.labelled, _drawn_neighbours(found, config, recipe.seed))
+        for vectors in sets:
+            ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))
     only_judged = recipe.training.unjudged != "negatives"
     num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
     with progress_bar("reading dev once", num_texts, show=show_progress) as advance:
@@ -102,7 +102,7 @@ def train_residual(
     optimizer = adamw([(matrices, rate, config.weight_decay), (others, rate, 0.0)])
     weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
     max_norm = recipe.training.max_gradient_norm
-    per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
+    per_epoch = sum(-(-len(vectors.labelled.entries) // config.batch_queries) for vectors in sets)
     best = _measure(student, dev, show_progress)
     step, total = 0, config.epochs * per_epoch
     best_state = BestState(parameters)
@@ -110,15 +110,15 @@ def train_residual(
     warmup = warmup_steps(config, total)
     with progress_bar("training the interaction", total, show=show_progress) as advance:
         for epoch in range(config.epochs):
-            for found, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
+            for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
                 torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
                 head.train()
-                offset = offsets(found.labelled)
+                offset = offsets(vectors.labelled)
                 seed = f"{recipe.seed}:{epoch}"
-                draws = [_draw(found, position, config, seed, only_judged=only_judged) for position in positions]
-                loss = _loss(student, head, found, positions, draws, config, weights, offset)
+                draws = [_draw(vectors, position, config, seed, only_judged=only_judged) for position in positions]
+                loss = _loss(student, head, vectors, positions, draws, config, weights, offset)
                 if config.quiet_price:
-                    change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
+                    change = _change_elsewhere(student, head, sets, vectors, config, f"{seed}:{step}")
                     loss = loss + config.quiet_price * change
                 loss.backward()
                 factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
@@ -167,22 +167,22 @@ def _nearest(
 ) -> NDArray[np.int64]:
     depth = min(depth, len(passages))
     block = max(1, _BLOCK_NUMBERS // len(passages))
-    found: list[Tensor] = []
+    blocks: list[Tensor] = []
     with progress_bar(title, len(queries), show=show) as advance:
         for start in range(0, len(queries), block):
             products = torch.from_numpy(queries[start : start + block] @ passages.T)
-            found.append(torch.topk(products, depth, dim=1).indices)
+            blocks.append(torch.topk(products, depth, dim=1).indices)
             advance(len(products))
-    return torch.cat(found).numpy()
+    return torch.cat(blocks).numpy()
 
 
 def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tuple[_Vectors, list[int]]]:
     batches: list[tuple[_Vectors, list[int]]] = []
-    for found in sets:
-        order = list(range(len(found.labelled.entries)))
-        random.Random(f"{seed}:{found.labelled.source.dataset.name}").shuffle(order)
+    for vectors in sets:
+        order = list(range(len(vectors.labelled.entries)))
+        random.Random(f"{seed}:{vectors.labelled.source.dataset.name}").shuffle(order)
         _, size = even_batches(len(order), batch_queries)
-        batches += [(found, order[start : start + size]) for start in range(0, len(order), size)]
+        batches += [(vectors, order[start : start + size]) for start in range(0, len(order), size)]
     random.Random(seed).shuffle(batches)
     return batches
 
@@ -190,19 +190,19 @@ def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tupl
 def _loss(
     student: Student,
     head: Interaction,
-    found: _Vectors,
+    vectors: _Vectors,
     positions: Sequence[int],
     draws: Sequence[Draw],
     config: ResidualConfig,
     weights: LossWeights,
     offset: Tensor | None,
 ) -> Tensor:
-    batch = collate_lists(found.labelled, draws)
+    batch = collate_lists(vectors.labelled, draws)
     width = batch.positive.shape[1]
-    lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
+    lists = [[vectors.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
     rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
-    task, device = found.labelled.source.task, student.backbone.device
-    queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
+    task, device = vectors.labelled.source.task, student.backbone.device
+    queries, passages = vectors.queries[list(positions)].to(device), vectors.passages[rows].to(device)
     scores = _score_lists(student, head, queries, passages, task)
     loss = weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
     if not config.bound_price:
@@ -217,7 +217,7 @@ def _score_lists(student: Student, head: Interaction, queries: Tensor, passages:
 
 
 def _change_elsewhere(
-    student: Student, head: Interaction, sets: Sequence[_Vectors], found: _Vectors, config: ResidualConfig, seed: str
+    student: Student, head: Interaction, sets: Sequence[_Vectors], vectors: _Vectors, config: ResidualConfig, seed: str
 ) -> Tensor:
     """Mean square of what the interaction of one task changes in the ranking of another task's texts.
 
@@ -225,7 +225,7 @@ def _change_elsewhere(
     has not been shown to be wrong. Symmetric pairs are texts of one kind: a query stands against itself and the
     queries nearest to it, where it stands against passages in the asymmetric task. 0 where all sets are of one task.
     """
-    task, device = found.labelled.source.task, student.backbone.device
+    task, device = vectors.labelled.source.task, student.backbone.device
     others = [other for other in sets if other.labelled.source.task != task]
     if not others:
         return torch.zeros((), device=device)
@@ -244,45 +244,45 @@ def _change_elsewhere(
     return (change - change.mean(dim=1, keepdim=True)).square().mean()  # what all have in common moves none
 
 
-def _drawn_neighbours(found: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
+def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
     """query_id -> the neighbours that the epochs will draw for it; of queries that learn from the teacher."""
-    entries = [] if found.near is None else found.labelled.entries
+    entries = [] if vectors.near is None else vectors.labelled.entries
     drawn: dict[str, list[str]] = {}
     for position, entry in enumerate(entries):
-        if entry.query_id in found.labelled.unlabelled:
+        if entry.query_id in vectors.labelled.unlabelled:
             continue
-        excluded = found.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
+        excluded = vectors.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
         ids: list[str] = []
         for epoch in range(config.epochs):
-            near, _ = _neighbours(found, position, config, f"{seed}:{epoch}")
+            near, _ = _neighbours(vectors, position, config, f"{seed}:{epoch}")
             ids += [passage_id for passage_id in near if passage_id not in excluded]
         drawn[entry.query_id] = list(dict.fromkeys(ids))
     return drawn
 
 
-def _neighbours(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
+def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
     """Some of a query's neighbours, and what the rest of its draw comes from."""
-    assert found.near is not None
-    rng = random.Random(f"{seed}:{found.labelled.entries[position].query_id}")
-    rows = rng.sample(found.near[position].tolist(), min(config.num_near, found.near.shape[1]))
-    return [found.ids[row] for row in rows], rng
+    assert vectors.near is not None
+    rng = random.Random(f"{seed}:{vectors.labelled.entries[position].query_id}")
+    rows = rng.sample(vectors.near[position].tolist(), min(config.num_near, vectors.near.shape[1]))
+    return [vectors.ids[row] for row in rows], rng
 
 
-def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
+def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
     """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged.
 
     ``only_judged``: of the neighbours those that the teacher has judged, if the query learns from it.
     """
-    entry = found.labelled.entries[position]
-    if found.near is None:
+    entry = vectors.labelled.entries[position]
+    if vectors.near is None:
         return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
-    near, rng = _neighbours(found, position, config, seed)
-    if only_judged and entry.query_id not in found.labelled.unlabelled:
-        unjudged = {*found.labelled.labels.missing(entry.query_id, near)}
+    near, rng = _neighbours(vectors, position, config, seed)
+    if only_judged and entry.query_id not in vectors.labelled.unlabelled:
+        unjudged = {*vectors.labelled.labels.missing(entry.query_id, near)}
         near = [passage_id for passage_id in near if passage_id not in unjudged]
-    others = [found.ids[rng.randrange(len(found.ids))] for _ in range(config.num_random)]
+    others = [vectors.ids[rng.randrange(len(vectors.ids))] for _ in range(config.num_random)]
     known = {*entry.positives, *entry.hard_negatives}
-    known |= found.labelled.same_text.as_any_of(set(entry.positives))
+    known |= vectors.labelled.same_text.as_any_of(set(entry.positives))
     drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
     easy = [passage_id for passage_id in drawn if passage_id not in known]
     return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)

@@ -402,9 +402,9 @@ def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens
         def loss_of(log_odds: Tensor, targets: Tensor = targets, by_list: Sequence[Tensor] = by_list) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
             loss = _PAIR_SHARE * yes_or_no / len(batch)
-            for scores, wanted in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
-                if float(wanted.sum()) > 0:
-                    loss = loss + functional.cross_entropy(scores, wanted / wanted.sum()) / len(lists)
+            for scores, of_list in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
+                if float(of_list.sum()) > 0:
+                    loss = loss + functional.cross_entropy(scores, of_list / of_list.sum()) / len(lists)
             return loss
 
         total += _backpropagate(model, [inputs[place] for place in chosen], batch[0].task, loss_of, part_tokens)

@@ -198,8 +198,8 @@ class Teacher(LocalTeacher):
             kept_passage = own_passage[: room - len(kept_query)]
             is_cut = len(kept_query) < len(own_query)
             num_truncated += is_cut or len(kept_passage) < len(own_passage)
-            asked = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]
-            inputs.append(((*self._special_ids, *head, *asked), [*kept_passage, *tail]))
+            query_part = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]
+            inputs.append(((*self._special_ids, *head, *query_part), [*kept_passage, *tail]))
         return inputs, num_truncated
 
     def _require_causal(self) -> None:
@@ -219,7 +219,7 @@ class Teacher(LocalTeacher):
 
     def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
         tail, with_yes, with_no = self._ids([prompt.tail, prompt.tail + prompt.yes, prompt.tail + prompt.no])
-        found: list[int] = []
+        answer_ids: list[int] = []
         for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
             if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
                 tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
@@ -228,13 +228,13 @@ class Teacher(LocalTeacher):
                     f"the tokenizer of '{self.config.model}': alone it gives {tokens}; use a prompt file with answer "
                     "words that are one token each (mind the space before the word)"
                 )
-            found.append(ids[-1])
-        if found[0] == found[1]:
+            answer_ids.append(ids[-1])
+        if answer_ids[0] == answer_ids[1]:
             raise AnswerTokenError(
                 f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
                 f"'{self.config.model}'; use a prompt file with two distinct words"
             )
-        return found[0], found[1]
+        return answer_ids[0], answer_ids[1]
 
 
 def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -100,17 +100,17 @@ class ClassifierTeacher(LocalTeacher):
 
     def _find_positive(self) -> int:
         names: dict[int, str] = cast(Any, self.model).config.id2label
-        wanted = self.config.positive_label
-        if len(names) == 1 and wanted is None:
+        label = self.config.positive_label
+        if len(names) == 1 and label is None:
             return 0
-        found = [index for index, name in names.items() if wanted is not None and name.lower() == wanted.lower()]
-        if found:
-            return found[0]
+        outputs = [index for index, name in names.items() if label is not None and name.lower() == label.lower()]
+        if outputs:
+            return outputs[0]
         if len(names) == 1:
             raise ModelError(f"'{self.config.model}' has one output and no classes; leave positive_label out")
         raise ModelError(
             f"'{self.config.model}' has the classes {', '.join(names.values())}; set the teacher's positive_label to "
-            f"the one that means yes (it is {wanted!r})"
+            f"the one that means yes (it is {label!r})"
         )
 
     def _last_linear(self) -> nn.Linear:

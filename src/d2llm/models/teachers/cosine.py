@@ -107,8 +107,8 @@ class CosineTeacher:
     def _encode(self, texts: Sequence[str], kind: TextKind) -> tuple[dict[str, _Encoded], int]:
         """Each different text with its vector, and how many tokens were read for those not kept from before."""
         kept = self._kept[kind]
-        found = {text: kept.get(text) for text in dict.fromkeys(texts)}
-        new = [text for text, encoded in found.items() if encoded is None]
+        encoded_texts = {text: kept.get(text) for text in dict.fromkeys(texts)}
+        new = [text for text, encoded in encoded_texts.items() if encoded is None]
         num_tokens = 0
         if new:
             encoded = (self.student.encode_queries if kind == "query" else self.student.encode_passages)(new)
@@ -116,8 +116,8 @@ class CosineTeacher:
             num_tokens = encoded.num_tokens
             # Copies: a row that is kept must not keep the whole array.
             vectors = (vector.copy() for vector in encoded.vectors)
-            found |= {text: _Encoded(vector, text in cut) for text, vector in zip(new, vectors, strict=True)}
-        known = {text: encoded for text, encoded in found.items() if encoded is not None}
+            encoded_texts |= {text: _Encoded(vector, text in cut) for text, vector in zip(new, vectors, strict=True)}
+        known = {text: encoded for text, encoded in encoded_texts.items() if encoded is not None}
         kept.put(known)
         return known, num_tokens
 

@@ -95,8 +95,8 @@ class LocalTeacher(nn.Module):
 
         tuned = read_tuned_teacher(config)
         self.config = (tuned.config if tuned else config).model_copy(update={"kind": self.kind})
-        asked = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
-        if tuned and any(getattr(self.config, name) != getattr(config, name) for name in asked):
+        set_fields = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
+        if tuned and any(getattr(self.config, name) != getattr(config, name) for name in set_fields):
             _log.warning(
                 "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
                 *(tuned.folder, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),

@@ -223,12 +223,12 @@ class RemoteTeacher:
 
 def read_log_odds(log_probabilities: dict[str, float], prompt: Prompt) -> tuple[float | None, bool]:
     """logp(yes) - logp(no), and whether it is exact rather than a bound; None where neither word is given."""
-    given = {token.translate(_SPACES): value for token, value in log_probabilities.items()}
-    if prompt.yes not in given and prompt.no not in given:
+    probabilities = {token.translate(_SPACES): value for token, value in log_probabilities.items()}
+    if prompt.yes not in probabilities and prompt.no not in probabilities:
         return None, False
-    least = min(given.values())
-    value = given.get(prompt.yes, least) - given.get(prompt.no, least)
-    return value, prompt.yes in given and prompt.no in given
+    least = min(probabilities.values())
+    value = probabilities.get(prompt.yes, least) - probabilities.get(prompt.no, least)
+    return value, prompt.yes in probabilities and prompt.no in probabilities
 
 
 def _section(config: TeacherConfig) -> RemoteConfig:

@@ -121,7 +121,7 @@ def ablate(
     )
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
-    results = {run: found for run in runs if (found := read_result(shared, *run)) is not None}
+    results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
     missing: list[tuple[str, int]] = []
     failed: list[FailedRun] = []
     waiting = [run for run in runs if run not in results]
@@ -210,12 +210,12 @@ def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherC
     if not (labels / MANIFEST).is_file():
         raise InputError(f"{labels}: there are no labels yet; run the verb label with this recipe first")
     identity = identify_judge(teacher)
-    found: list[set[str]] = []
+    labelled: list[set[str]] = []
     for source in sources:
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
         store = LabelStore.open_for_reading(labels, **key)
-        found.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
-    return found
+        labelled.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
+    return labelled
 
 
 def _left_out(recipe: Recipe, sources: Sequence[TrainingSource], labelled: Sequence[set[str]] | None) -> Iterator[str]:

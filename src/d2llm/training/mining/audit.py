@@ -110,8 +110,10 @@ class Audit:
 
     def _example(self, item: Selection, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         def shown(passage_id: str) -> dict[str, Any]:
-            found = {name: round(of[passage_id], 4) for name, of in scores.items() if passage_id in of}
-            return {"passage_id": passage_id, "text": self._passages[passage_id].full_text, "scores": found}
+            known_scores = {
+                name: round(values[passage_id], 4) for name, values in scores.items() if passage_id in values
+            }
+            return {"passage_id": passage_id, "text": self._passages[passage_id].full_text, "scores": known_scores}
 
         return {
             "query_id": item.query.id,

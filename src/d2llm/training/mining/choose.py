@@ -78,8 +78,8 @@ def order_candidates(
     """
     ranks: dict[str, dict[str, int]] = {}
     skipped: set[str] = set()
-    for source, found in ranked.items():
-        allowed = [passage_id for passage_id in found if passage_id not in forbidden]
+    for source, passage_ids in ranked.items():
+        allowed = [passage_id for passage_id in passage_ids if passage_id not in forbidden]
         # What either list puts first, another list's lower place does not make a surer negative.
         skipped.update(allowed[: first_rank[source]])
         for rank, passage_id in enumerate(allowed):
@@ -148,10 +148,14 @@ def select(
         proposed = [(item, _propose(item, num_hard - len(item.kept), checks)) for item in waiting]
         if teacher is not None:
             teacher.judge(
-                [(item.query, item.positives + tuple(c.passage_id for c in found)) for item, found in proposed if found]
+                [
+                    (item.query, item.positives + tuple(c.passage_id for c in candidates))
+                    for item, candidates in proposed
+                    if candidates
+                ]
             )
-        for item, found in proposed:
-            for candidate in found:
+        for item, candidates in proposed:
+            for candidate in candidates:
                 drop = None if teacher is None else _teacher_drop(teacher, item, candidate)
                 if drop is None:
                     item.kept.append(candidate)
@@ -191,9 +195,9 @@ def relative_margin_check(ranking: EncoderRanking, margin: float) -> Check:
     return check
 
 
-def _propose(item: Selection, wanted: int, checks: Sequence[Check]) -> list[NegativeCandidate]:
+def _propose(item: Selection, num_wanted: int, checks: Sequence[Check]) -> list[NegativeCandidate]:
     proposed: list[NegativeCandidate] = []
-    while len(proposed) < wanted and item.num_tried < len(item.candidates):
+    while len(proposed) < num_wanted and item.num_tried < len(item.candidates):
         candidate = item.candidates[item.num_tried]
         item.num_tried += 1
         trusted = candidate.passage_id in item.judged_negative
@@ -340,6 +344,6 @@ def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> di
     if ranked.encoder is not None:
         scores[ranked.encoder_name] = dict(zip(ids, ranked.encoder.scores(item.place, ids).tolist(), strict=True))
     if teacher is not None:
-        said = ((passage_id, teacher.log_odds(item.query.id, passage_id)) for passage_id in ids)
-        scores["teacher"] = {passage_id: value for passage_id, value in said if value is not None}
+        labelled = ((passage_id, teacher.log_odds(item.query.id, passage_id)) for passage_id in ids)
+        scores["teacher"] = {passage_id: value for passage_id, value in labelled if value is not None}
     return scores

@@ -130,7 +130,7 @@ def mine(
             repeats = judged.repeats(query_id, of_query)
             tally.same_text += len(repeats)
             forbidden[query_id] = judged.relevant(query_id, of_query) | repeats
-        found = choose(
+        selections = choose(
             dataset,
             queries,
             positives,
@@ -143,7 +143,7 @@ def mine(
             audit=audit,
         )
         with progress_bar("choosing", len(queries), show=show_progress) as advance:
-            for item in found:
+            for item in selections:
                 query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
                 no_easy = forbidden[query_id] | set(hard) | {drop.candidate.passage_id for drop in item.dropped}
                 easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
@@ -154,7 +154,7 @@ def mine(
                 entries.append(PlanEntry(query_id, item.positives, hard, tuple(easy)))
                 advance(1)
         tally.seconds["choosing"] = time.perf_counter() - begin
-        del ranked, found  # and with them the map of the vectors, before their folder goes
+        del ranked, selections  # and with them the map of the vectors, before their folder goes
     tally.seconds["total"] = time.perf_counter() - start
     return MiningResult(entries, _report(dataset, split, entries, tally, audit, teacher), audit.to_json())
 

@@ -190,15 +190,17 @@ def _mine_one(
 
 def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
     """Labelled pairs need no search: what was judged is the plan."""
-    found = read_pair_training_set(pairs)
-    entries = plan_of_pairs(found, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries)
+    training_set = read_pair_training_set(pairs)
+    entries = plan_of_pairs(
+        training_set, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries
+    )
     report = {
         "dataset": pairs.name,
         "split": _SPLIT,
         "num_entries": len(entries),
         "num_pairs": sum(len(entry.targets) for entry in entries),
-        "num_repeated_pairs": found.num_repeated,
-        "issues": list(found.dataset.issues),
+        "num_repeated_pairs": training_set.num_repeated,
+        "issues": list(training_set.dataset.issues),
     }
     content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
     write_plan(folder, entries, content)

@@ -149,11 +149,11 @@ def nearest_rows(
         q arrays of min(top_k, n) row numbers.
     """
     num_queries = max(1, block_numbers // max(1, len(passages)))
-    found: list[NDArray[np.int64]] = []
+    rows: list[NDArray[np.int64]] = []
     for start in range(0, len(queries), num_queries):
         scores = queries[start : start + num_queries] @ passages.T
-        found += [top_rows(of_query, top_k, partial(ids_at, ids)) for of_query in scores]
-    return found
+        rows += [top_rows(of_query, top_k, partial(ids_at, ids)) for of_query in scores]
+    return rows
 
 
 BLOCK_PASSAGES = 2_048

@@ -91,7 +91,7 @@ def remine(
         teacher = None
         if labels is not None and config.teacher_margin is not None:
             teacher = TeacherCheck(labels, None, source.task, config.teacher_margin, dataset.passages)
-        found = choose(
+        selections = choose(
             dataset,
             queries,
             positives,
@@ -103,8 +103,8 @@ def remine(
             teacher=teacher,
             audit=Audit(dataset.passages, ["student"], frozenset()),
         )
-        renewed = [_renew(entry, item, config.num_hard) for entry, item in zip(entries, found, strict=True)]
-        del ranking, found  # and with them the map of the vectors, before their folder goes
+        renewed = [_renew(entry, item, config.num_hard) for entry, item in zip(entries, selections, strict=True)]
+        del ranking, selections  # and with them the map of the vectors, before their folder goes
     num_new = sum(
         len(set(new.hard_negatives) - set(old.hard_negatives)) for new, old in zip(renewed, entries, strict=True)
     )
