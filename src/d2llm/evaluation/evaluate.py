@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: BM25, cosines, D2LLM and the teacher on the same judged queries or pairs, in one report."""
+"""The verb ``evaluate``: one report of BM25, cosines, D2LLM and the teacher on the same judged queries or pairs."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def compare_means(
     Args:
         values: system -> measure -> query_id -> value.
         baseline: the system compared with.
-        query_ids_of: system -> the queries that it answered; it is compared on those that the baseline answered too, and of
-            two such lists one is part of the other.
+        query_ids_of: system -> the queries that it answered; it is compared on those that the baseline answered too,
+            and of two such lists one is part of the other.
         seed: of the permutations and resamples.
     """
     comparisons: list[Comparison] = []

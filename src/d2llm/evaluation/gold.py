@@ -1,4 +1,4 @@
-"""What is true of the pairs of a split, and how scores are measured by it: yes or no, three classes, or graded."""
+"""The true labels of a split of pairs, and how scores are measured against them: yes or no, classes, or grades."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Positions = NDArray[np.intp]
 
 
 class Gold(Protocol):
-    """The truth about the pairs of one split."""
+    """The true labels of the pairs of one split."""
 
     @property
     def main_measure(self) -> str:
@@ -161,7 +161,7 @@ def measure_all(gold: Gold, scores: Floats, positions: Positions, thresholds: An
 
 
 def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | GradedGold:
-    """The truth about a split.
+    """The true labels of a split.
 
     Raises:
         DataFormatError: classes that are no natural language inference, or a split with one label only.

@@ -1,4 +1,4 @@
-"""From names and folders to the systems of an evaluation; what is not there is a missing row with its reason."""
+"""Loads the systems of an evaluation by names and folders; what is not there becomes a missing row with a reason."""
 
 from __future__ import annotations
 

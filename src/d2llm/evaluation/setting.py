@@ -1,4 +1,4 @@
-"""Who takes part in an evaluation, and how it is done."""
+"""The systems that take part in an evaluation, and its settings."""
 
 from __future__ import annotations
 

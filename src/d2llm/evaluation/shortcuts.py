@@ -1,4 +1,4 @@
-"""The same student where something makes its search cheaper, or is asked of it besides: a row of the report each."""
+"""The student with a cheaper search, or with a filter or a teacher added: one row of the report for each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TIMED_CASCADES = 10  # queries asked once more, alone, for the time
 
 @dataclass
 class Shortcuts:
-    """Rows, and what is particular about them.
+    """Rows of cheaper or extended searches.
 
     Attributes:
         systems: what was measured.

@@ -1,4 +1,4 @@
-"""Rows that say what words are worth: the fitted sum of a cosine and BM25, and the student without a part of its score.
+"""Rows that show what words are worth: a fitted sum of cosine and BM25, and the student without a part of its score.
 
 The fitted sum needs no D2LLM: two weights, fitted on the dev queries of the data set (``training.fit_evidence``). Where
 dev is measured itself, or there is none, each half of the queries is ranked with the weights of the other half.

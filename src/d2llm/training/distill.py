@@ -1,4 +1,4 @@
-"""The verb ``distill``: the teacher's judgement goes into backbone, PMA and IEM."""
+"""The verb ``distill``: a student learns the teacher's judgement."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"
 class DistillReport:
     """What a distillation did.
 
-    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and of
-    how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
-    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, which was written.
+    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and the
+    number of queries or pairs. ``share_kept`` is the share of the change from the start that was kept
+    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, so the start was written.
     ``evidence`` has, for each task, the weights of what counts beside the vectors, and what they are worth on dev.
-    ``probabilities`` has, for each task with enough dev queries, what makes probabilities of its scores.
+    ``probabilities`` has, for each task with enough dev queries, what turns its scores into probabilities.
     """
 
     folder: str
@@ -77,16 +77,16 @@ def distill(
 ) -> DistillReport:
     """Train a student on a teacher's labels and write it to ``folder``; an interrupted run goes on where it stopped.
 
-    The student starts as its backbone's own cosine (default configuration), is measured on dev before the first step
-    and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
-    result, 0 included. So what is written is on dev never worse than what it started from. At the end what makes
-    probabilities of its scores is fitted on the same number of dev queries (``training.fit_probabilities``).
+    The student starts as its backbone's own cosine (default configuration) and is measured on dev before the first step
+    and then regularly. The best state is kept, and for each task the weight r of the interaction with the best dev
+    result, which may be 0. So what is written is never worse on dev than the start. At the end its scores are
+    calibrated as probabilities, on the same number of dev queries (``training.fit_probabilities``).
 
-    With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the
-    data sets' own judgements, as a tuned cosine with an interaction beside it.
+    If every imitation loss has weight 0, neither teacher nor labels are needed: the student is trained on the data
+    sets' own judgements, as a tuned cosine with an interaction beside it.
 
-    Started by ``torchrun`` or ``accelerate launch``, the processes share the texts of each batch and get the result of
-    one process, but for rounding; the first alone evaluates and writes, into a folder that all must see.
+    Under ``torchrun`` or ``accelerate launch`` the processes share the texts of each batch; the result is that of one
+    process, up to rounding. Only the first evaluates and writes, into a folder that all of them must see.
 
     Args:
         sources: data sets with their plans; each needs judged dev queries.
@@ -94,8 +94,8 @@ def distill(
         recipe: student, losses, training and seed.
         labels: the label store that ``label`` wrote.
         teacher: whose labels to use.
-        closed_gates: data sets on which the teacher was tried and found wanting (``training.gate``): they are trained
-            on their own judgements.
+        closed_gates: data sets on which the teacher did not beat the cosine (``training.gate``); the student learns
+            from their own judgements.
         device: by default what this machine has.
         dtype: by default what is fast there.
         show_progress: None means: if standard error is a terminal.
@@ -215,7 +215,7 @@ def _report(
 def _asked_when_needed(
     teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
 ) -> AskTeacher:
-    """Asks the teacher about passages that training finds; it is loaded for the first that has no label."""
+    """Asks the teacher about passages that training finds; it is loaded for the first one without a label."""
     judge: Judge | None = None
 
     def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:

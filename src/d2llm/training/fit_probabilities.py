@@ -1,4 +1,4 @@
-"""Fits what makes probabilities of a student's scores (``models.probabilities``), on judged dev queries."""
+"""Calibrates a student's scores as probabilities (``models.probabilities``), on judged dev queries."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def fit_probabilities(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> ProbabilityCalibration:
-    """Fit for each task the logistic function that makes probabilities of a student's scores.
+    """Fit for each task the logistic function that turns a student's scores into probabilities.
 
     Of each dev query one relevant passage is drawn, ``NUM_HARD`` of those that BM25 finds first or that were judged and
-    are not relevant, and ``NUM_RANDOM`` of the corpus: one in ten is relevant, which is what a probability then takes
-    for granted. The function is that of greatest likelihood for Platt's targets. A task with fewer than ``MIN_QUERIES``
-    queries, or whose scores tell nothing apart, is left out, and that is said in a remark.
+    are not relevant, and ``NUM_RANDOM`` of the corpus. So one in ten is relevant, which the probabilities assume. The
+    function has the greatest likelihood for Platt's targets. A task with fewer than ``MIN_QUERIES`` queries, or whose
+    scores do not tell relevant passages from others, is left out with a remark.
 
     Args:
         student: whose scores.

@@ -1,4 +1,4 @@
-"""The verb ``gate``: is the teacher better than the cosine it is to improve? Where it is not, say so."""
+"""The verb ``gate``: does the teacher beat the cosine on dev, before its labels are used?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from d2llm.training.dev import (
 
 GATE_FILE = "gate.json"
 LOOK_QUERIES = 20
-"""Dev queries of each data set that a first look takes."""
+"""Dev queries of each data set in a first look."""
 _KIND, _FORMAT_VERSION = "gate", 1
 
 
@@ -91,7 +91,7 @@ class GateReport:
 
 @dataclass(frozen=True, slots=True)
 class FirstLook:
-    """How a teacher that is yet to be tuned does beside the cosine, on few queries: no verdict, and none is kept."""
+    """How an untuned teacher compares with the cosine on a few queries. It is no verdict, and nothing is recorded."""
 
     sets: tuple[GateRow, ...]
     num_judged: int
@@ -117,24 +117,24 @@ def gate(
 ) -> GateReport:
     """Let teacher and cosine score the same dev queries or pairs, and test the difference item by item.
 
-    Of a retrieval set both rank the candidates of dev queries, the first of BM25 and of the student's vectors, as a
-    search would find them; the measure is nDCG@10. Of labelled pairs both score a sample of the dev pairs; the measure
-    is that of their kind: average precision (yes or no), accuracy of three classes, or Spearman's correlation. What is
-    tested there is a value of each pair (``evaluation.gold``): for AP the share of pairs of the other label that it is
-    on the right side of, for a correlation how near its places by score and by grade are. The thresholds between
-    classes are fitted on one half of the sample and used on the other, in turn, for both alike.
+    On a retrieval set both rank the candidates of dev queries: the first of BM25 and of the student's vectors, as a
+    search would find them. The measure is nDCG@10. On labelled pairs both score a sample of the dev pairs. The measure
+    depends on the labels: average precision (yes or no), accuracy of three classes, or Spearman's correlation. The test
+    takes one value for each pair (``evaluation.gold``): for AP the share of pairs with the other label that it is on
+    the right side of, for a correlation how close its places by score and by grade are. Thresholds between classes are
+    fitted on one half of the sample and used on the other, in turn, for both judges.
 
-    The gate of a data set is open where the teacher has the higher measure, and the higher mean of these values with a
-    p-value below ``settings.alpha``; few items close a gate that more might open. The verdicts go to ``gate.json`` in
-    ``folder``, beside those of other teachers; judgements are kept in ``gate-judgements``, so an interrupted call goes
-    on where it stopped.
+    The gate of a data set is open if the teacher has the higher measure, and the higher mean of these values with a
+    p-value below ``settings.alpha``. With few items a gate may stay closed that more would open. The verdicts go to
+    ``gate.json`` in ``folder``, beside those of other teachers; judgements are kept in ``gate-judgements``, so an
+    interrupted call goes on where it stopped.
 
     Args:
         judged: data sets with a dev split, each with its task.
-        folder: of the run.
-        teacher: of any kind.
+        folder: the run's.
+        teacher: a teacher of any kind.
         student: the cosine to beat: untuned, or a tuned bi-encoder.
-        settings: how many queries (ten times as many pairs), how deep, which level.
+        settings: number of queries (ten times as many pairs), depth of the candidates, significance level.
         seed: of the sample and the test.
         device: by default what this machine has.
         dtype: by default what is fast there.
@@ -184,10 +184,10 @@ def first_look(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> FirstLook:
-    """Teacher and cosine on ``LOOK_QUERIES`` dev queries of each data set, before hours go into tuning the teacher.
+    """Compare teacher and cosine on ``LOOK_QUERIES`` dev queries of each data set, before hours go into tuning.
 
-    Both rank BM25's candidates, so that no corpus has to be encoded. ``gate.json`` stays as it is; judgements are kept
-    with the gate's. Arguments and errors are those of ``gate``.
+    Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not touched; judgements are kept with
+    the gate's. Arguments and errors are those of ``gate``.
     """
     started = time.monotonic()
     few = (settings or GateConfig()).model_copy(update={"queries": LOOK_QUERIES})
@@ -205,7 +205,7 @@ def first_look(
 
 
 def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
-    """Whether the gate of each data set is open for a teacher, by the data set's name; None where it was not tried.
+    """Whether the gate of each data set is open for a teacher, by the data set's name; None before ``gate`` has run.
 
     Args:
         folder: of the run.

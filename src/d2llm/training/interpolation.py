@@ -29,8 +29,8 @@ def put_between(
 ) -> None:
     """Set the parameters to ``share`` of the way from ``start`` to ``end``.
 
-    Of a low-rank adapter, whose change is the product of two matrices and 0 at the start, only the second is scaled:
-    the weights that it changes are then exactly ``share`` of the way.
+    A low-rank adapter's change is the product of two matrices and 0 at the start. Only the second one is scaled, so the
+    weights that it changes are exactly ``share`` of the way.
     """
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -46,11 +46,11 @@ def sufficient_share(
     seed: int,
     largest: float = 1.0,
 ) -> tuple[float, dict[float, dict[str, DevResult]]]:
-    """The share of the way that is kept: never worse than the start, as good as any, and no more of it than needed.
+    """The share of the change that is kept: never worse than the start, as good as any, and no larger than needed.
 
-    Of the shares whose result is on no data set significantly worse than the start's, the one with the best mean is
-    found; of those again that are on no data set significantly worse than that one, the smallest is taken. Where no
-    share will do, it is 0, the start itself.
+    First, the shares that are significantly worse than the start on some data set are dropped. Of the rest, the one
+    with the best mean is found, and the smallest share is taken that is on no data set significantly worse than that
+    one. If no share is left, the result is 0: the start itself.
 
     Args:
         shares: to try, each in (0, 1]; ``largest`` is always among them, and none beyond it.
@@ -138,5 +138,5 @@ def items_at_best_weight(results: Mapping[str, DevResult]) -> Items:
 
 
 def by_place(values: NDArray[np.float64]) -> dict[str, float]:
-    """Values of the items of a dev set by their place, as the paired tests want them."""
+    """Values of the items of a dev set by their place, for the paired tests."""
     return {str(place): float(value) for place, value in enumerate(values)}

@@ -1,4 +1,4 @@
-"""The verb ``label``: the teacher judges every pair of the training plans; what is finished is never judged again."""
+"""The verb ``label``: the teacher judges every pair of the training plans that has no label yet."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from d2llm.models.teachers.judge import Judge, load_judge
 class LabelReport:
     """What a labelling run did.
 
-    ``pairs`` were judged now; ``finished_pairs`` were labelled before, ``finished_queries`` had all theirs.
-    ``num_truncated`` pairs lost text to the teacher's length limit; of a remote teacher, ``num_bounded`` log-odds are
-    only a bound and ``num_undecided`` pairs got no answer.
+    ``pairs`` were judged in this run. ``finished_pairs`` had labels before, and ``finished_queries`` had all of theirs.
+    ``num_truncated`` pairs lost text to the teacher's length limit. From a remote teacher, ``num_bounded`` log-odds are
+    only a bound, and ``num_undecided`` pairs got no answer.
     """
 
     store: str
@@ -50,11 +50,11 @@ def label(
 ) -> LabelReport:
     """Label every query's positives, hard and easy negatives of the plans, and keep the Gram matrix of the features.
 
-    Labels are kept under (teacher, prompt, query_id, passage_id), in shards written every half minute: an interrupted
-    run goes on where it stopped, and the order of a plan does not matter. A query whose positives or hard negatives
-    changed since is judged anew as a whole, since the Gram matrix needs the features of all; one with other easy
-    negatives has only these judged. A teacher without features leaves no Gram matrix. What is in memory besides data
-    and plan is what was judged since the last shard, and on a resume the labels that are there.
+    Labels are kept by (teacher, prompt, query_id, passage_id), in shards that are written every half minute: an
+    interrupted run goes on where it stopped, and the order of a plan does not matter. A query with new positives or
+    hard negatives is judged again as a whole, because the Gram matrix needs the features of all of them; if only its
+    easy negatives are new, only they are judged. A teacher without features leaves no Gram matrix. Memory holds the
+    data, the plan, the labels that were there at the start, and what was judged since the last shard.
 
     Args:
         sources: data sets with their plans and tasks.
@@ -160,7 +160,7 @@ def label_passages(
 
 
 def _unfinished(labels: LabelStore, entry: PlanEntry) -> QueryPairs:
-    """What is still to be judged of one query."""
+    """The passages of one query that still have to be judged."""
     listed = entry.positives + entry.hard_negatives
     # A query with labels and no Gram matrix was judged by a teacher without features: there are no cosines to wait for.
     has_no_features = bool(labels.log_odds(entry.query_id)) and labels.gram(entry.query_id) is None

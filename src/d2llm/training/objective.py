@@ -1,4 +1,4 @@
-"""What a batch of distillation is trained on: the weighted sum of the imitation losses.
+"""The objective of a batch: the weighted sum of the imitation losses.
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 """
@@ -111,7 +111,7 @@ def _losses_of_pairs(
     weights: LossWeights,
     offset: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Of labelled pairs, judged one by one: nothing is known of the others of the batch, so they are no negatives."""
+    """Losses of labelled pairs. Each was judged alone, so the other pairs of the batch are no negatives."""
     own = torch.from_numpy(own_targets).to(scores.logits.device)
     judged = torch.isfinite(own)
     teacher = torch.sigmoid(torch.from_numpy(teacher_log_odds).to(own.device))

@@ -1,8 +1,8 @@
 """The interaction as a residual: trained on vectors that are read once, with many candidates for each query.
 
-The second stage of a staged distillation. The first has trained the vectors; now they stay, so a step costs no pass
-through the backbone, and a query can be scored against the passages that its own vector finds as well as against
-those of the plan. What the inner product already ranks right has no gradient left; the interaction learns the rest.
+This is the second stage of a distillation in stages. The first has trained the vectors. Now they stay fixed, so a step
+costs no pass through the backbone, and a query can be scored against the passages that its own vector finds as well as
+those of its plan. What the inner product already ranks right has no gradient; the interaction learns the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from d2llm.training.objective import batch_losses, weighted_sum
 from d2llm.training.training_run import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
-"""Has the teacher judge passages of queries, by id, and keeps what it says in the labels of the data set."""
+"""Lets the teacher judge passages of queries, by id, and puts its labels into the store of the data set."""
 
 _BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
 
@@ -261,7 +261,7 @@ def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> d
 
 
 def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
-    """Some of a query's neighbours, and what the rest of its draw comes from."""
+    """Some of a query's neighbours, and the random generator for the rest of its draw."""
     assert vectors.near is not None
     rng = random.Random(f"{seed}:{vectors.labelled.entries[position].query_id}")
     rows = rng.sample(vectors.near[position].tolist(), min(config.num_near, vectors.near.shape[1]))
@@ -269,9 +269,9 @@ def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: 
 
 
 def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
-    """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged.
+    """A positive, the plan's negatives, neighbours by inner product and random passages; for pairs, the judged ones.
 
-    ``only_judged``: of the neighbours those that the teacher has judged, if the query learns from it.
+    ``only_judged``: keep only neighbours that the teacher has judged, if the query learns from the teacher.
     """
     entry = vectors.labelled.entries[position]
     if vectors.near is None:

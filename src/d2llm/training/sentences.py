@@ -1,4 +1,4 @@
-"""What a step of a run found, in a sentence."""
+"""The results of a run's steps as sentences for the user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FEW = 50
 
 
 def look_sentence(look: FirstLook) -> str:
-    """How an untuned teacher does, and what that asks of its tuning."""
+    """How an untuned teacher does, and what its tuning has to make up for."""
     sets = ", ".join(f"{row.name} {row.measure} {row.teacher:.3f} against {row.cosine:.3f}" for row in look.sets)
     if look.difference >= 0:
         return f"first-look: untuned, the teacher is as good as the cosine or better: {sets}"
@@ -37,7 +37,7 @@ def verdict_words(gates: Mapping[str, bool]) -> str:
 
 
 def gate_advice(report: GateReport) -> str:
-    """Which gates closed, and what the recipe makes of it."""
+    """Which gates closed, and what the recipe does about it."""
     parts: list[str] = []
     if report.num_seen:
         parts.append(f"{report.num_seen} of the queries have fitted the stack's weights, so its figures flatter it.")
@@ -65,7 +65,7 @@ def label_words(report: LabelReport) -> str:
 
 
 def student_words(report: DistillReport) -> str:
-    """What a distillation gave: steps, dev, and whether its scores can be read as probabilities."""
+    """The outcome of a distillation: steps, dev, and whether its scores can be read as probabilities."""
     dev = [
         f"{name} {of_set['start']:.3f} -> {of_set['kept']:.3f} ({of_set['num_items']:,} questions or pairs)"
         for name, of_set in report.dev.items()
@@ -88,7 +88,7 @@ def evidence_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
 
 
 def probability_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
-    """How far the probabilities of each task can be believed."""
+    """How well the probabilities of each task are calibrated."""
     return (
         ", ".join(
             f"{task} (expected calibration error {fit['error_before']:.3f} before, {fit['error_after']:.3f} after)"
@@ -99,7 +99,7 @@ def probability_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
 
 
 def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
-    """What a distillation that learnt nothing should be told: what dev said, and what to turn."""
+    """What to tell the user of a distillation that learnt nothing: the dev results, and which setting to change."""
     starts, ends = ([of_set[key] for of_set in report.dev.values()] for key in ("start", "last"))
     changes = ", ".join(f"{name} {of_set['start']:.4f} -> {of_set['last']:.4f}" for name, of_set in report.dev.items())
     change = fmean(ends) - fmean(starts)

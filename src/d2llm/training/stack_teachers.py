@@ -1,4 +1,4 @@
-"""The verb ``stack``: how much each of several teachers counts, found on dev queries; one teacher is calibrated."""
+"""The verb ``stack``: fit the weight of each of several teachers on dev queries; a single teacher is calibrated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STACK_NAME = "stack"
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFigures:
-    """How far log-odds can be believed: mean log-loss in nats, expected calibration error, and the bins behind it."""
+    """How well log-odds are calibrated: mean log-loss in nats, expected calibration error, and its bins."""
 
     log_loss: float
     expected_error: float
@@ -64,7 +64,7 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class StackReport:
-    """What a stacking found and wrote. ``num_truncated`` of the ``num_judged`` pairs judged now were cut."""
+    """The result of stacking. ``num_truncated`` of the ``num_judged`` pairs judged now were cut."""
 
     folder: str
     fingerprint: str
@@ -161,7 +161,7 @@ def stack_teachers(
 
 
 class _Judging:
-    """What the members say of the lists, one member after the other, so that only one is in memory."""
+    """The members' scores of the lists. One member judges after the other, so that only one is in memory."""
 
     def __init__(self, store: Path, lists: Sequence[DevSet], show_progress: bool | None) -> None:
         self._store, self._lists, self._show = store, lists, show_progress

@@ -1,4 +1,4 @@
-"""Tune the teacher on labelled pairs: yes/no cross-entropy, adapters or all weights; then it is frozen and labels."""
+"""The verb ``tune-teacher``: train a teacher on labelled pairs, by yes/no cross-entropy, adapters or all weights."""
 
 from __future__ import annotations
 

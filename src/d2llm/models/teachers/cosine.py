@@ -1,4 +1,4 @@
-"""A bi-encoder as a teacher: the score of two vectors as log-odds, before any calibration."""
+"""A bi-encoder as a teacher: the score of two vectors taken as log-odds, uncalibrated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 
 
 class CosineTeacher:
-    """A student, or a backbone's own cosine, asked like any teacher. It has no features of a pair.
+    """A student, or a backbone's own cosine, used like any teacher. It has no features of a pair.
 
     ``log_odds`` are the student's own logits, t cos(a, b) for a cosine; ``ops.stacking`` calibrates them. Each text is
     encoded once a call, and the vectors used last are kept for the next.

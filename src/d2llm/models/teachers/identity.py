@@ -1,4 +1,4 @@
-"""Which teacher, asked what: the key of its labels, found without loading the model."""
+"""The identity of a teacher and its prompt, which is the key of its labels, found without loading the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_tuned_teacher(model: str) -> Path | None:
 
 
 def find_kind(config: TeacherConfig) -> str:
-    """The kind of teacher that ``config`` names; for ``auto``, what its folder says.
+    """The kind of teacher that ``config`` names; for ``auto``, it is read from its folder.
 
     A tuned teacher is of the kind it was tuned as, a student stands for its cosine; of pretrained weights config.json
     names the architecture.

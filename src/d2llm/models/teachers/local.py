@@ -54,7 +54,7 @@ _BATCH_TOKENS_ELSEWHERE, _BATCH_PAIRS = 8192, 64
 
 
 class Answers:
-    """Room for the judgements of n pairs, filled batch by batch."""
+    """The judgements of n pairs, filled in batch by batch."""
 
     def __init__(self, num_pairs: int, dim: int | None) -> None:
         self.log_odds: NDArray[np.float32] = np.empty(num_pairs, dtype=np.float32)
@@ -65,7 +65,7 @@ class Answers:
     def put(
         self, pairs: Sequence[int], log_odds: Float[Tensor, " pairs"], features: Float[Tensor, "pairs dim"] | None
     ) -> None:
-        """Put in what was said of some pairs, given by their places."""
+        """Store the answers for some pairs, given by their places."""
         self.log_odds[pairs] = log_odds.cpu().numpy()
         if self.features is not None and features is not None:
             self.features[pairs] = features.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Several teachers as one: each is asked, and a calibrated log-odds is made of what they say."""
+"""Several teachers as one: each judges a pair, and their scores are combined into one calibrated log-odds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Recorded:
 
 
 class StackedTeacher:
-    """A judge that asks its members; per task log-odds = bias + sum of weight times standardised score."""
+    """A judge made of others; for each task, log-odds = bias + sum of weight times standardised score."""
 
     def __init__(self, members: Sequence[Judge], stacks: Mapping[Task, Stack], *, name: str = "the stack") -> None:
         """Join ``members``, whose order is that of the weights in ``stacks``; ``name`` is for errors."""

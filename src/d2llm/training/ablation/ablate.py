@@ -1,4 +1,4 @@
-"""The verb ``ablate``: what each part of a recipe is worth, by training it without that part, over several seeds."""
+"""The verb ``ablate``: how much each part of a recipe is worth, by training without it, over several seeds."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def mine_plans(
 
 
 def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] | Skipped] | Skipped:
-    """Mine again with the margin of the tuned teacher, which a run can only now; counts by the data set's name.
+    """Mine again with the margin of the tuned teacher, which exists only now; counts by the data set's name.
 
     The plans that the teacher was tuned on stay. What it says goes to the run's labels.
 
@@ -189,7 +189,7 @@ def _mine_one(
 
 
 def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
-    """Labelled pairs need no search: what was judged is the plan."""
+    """Labelled pairs need no search: the judged pairs are the plan."""
     training_set = read_pair_training_set(pairs)
     entries = plan_of_pairs(
         training_set, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries

@@ -1,4 +1,4 @@
-"""Mining anew during training: the student's own ranking says which negatives are hard now."""
+"""Mining again during training: the student's own ranking says which negatives are hard now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the teacher says of candidates: labels of the store, and new ones that are put there."""
+"""The teacher's log-odds of candidates: labels from the store, and new ones that are added to it."""
 
 from __future__ import annotations
 
