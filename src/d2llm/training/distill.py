@@ -151,34 +151,50 @@ def distill(
         run.set_residual_weights()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
-            student.evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
-            student.calibration = fit_probabilities(
-                student,
-                [(source.dataset, source.task) for source in sources],
-                num_queries=training.dev_queries,
-                seed=recipe.seed,
-                show_progress=show_progress,
-            )
-            fitted = {task: of_task.model_dump() for task, of_task in student.calibration.tasks.items()}
-            weighed = {task: of_task.model_dump() for task, of_task in student.evidence.tasks.items()}
-            seconds = time.monotonic() - started
-            report = replace(report, evidence=weighed, probabilities=fitted, seconds=seconds)
-            content = {
-                "recipe": recipe.model_dump(),
-                "settings": settings,
-                "teacher": identity.fingerprint,
-                "tasks": sorted({source.task for source in sources}),
-                "steps": report.steps,
-                "best_step": report.best_step,
-                "dev": report.dev,
-                "residual_weights": report.residual_weights,
-                "share_kept": report.share_kept,
-                "closed_gates": sorted(closed_gates),
-                "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
-            }
-            student.save(folder, content=content)
-            run.finish()
+            report = _fit_and_write(run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates)
+            report = replace(report, seconds=time.monotonic() - started)
         return processes.from_first(report)  # when the student is written
+
+
+def _fit_and_write(
+    run: DistillRun,
+    folder: Path,
+    sources: Sequence[TrainingSource],
+    report: DistillReport,
+    *,
+    teacher: str,
+    closed: Collection[str],
+) -> DistillReport:
+    """Fit evidence and probabilities of the trained student on dev, write it, and complete the report."""
+    student, recipe = run.student.eval(), run.recipe
+    student.evidence = _fit_evidence(student, sources, recipe, run.show_progress)
+    student.calibration = fit_probabilities(
+        student,
+        [(source.dataset, source.task) for source in sources],
+        num_queries=recipe.training.dev_queries,
+        seed=recipe.seed,
+        show_progress=run.show_progress,
+    )
+    content = {
+        "recipe": recipe.model_dump(),
+        "settings": run.settings,
+        "teacher": teacher,
+        "tasks": sorted({source.task for source in sources}),
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "dev": report.dev,
+        "residual_weights": report.residual_weights,
+        "share_kept": report.share_kept,
+        "closed_gates": sorted(closed),
+        "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
+    }
+    student.save(folder, content=content)
+    run.finish()
+    return replace(
+        report,
+        evidence={task: fitted.model_dump() for task, fitted in student.evidence.tasks.items()},
+        probabilities={task: fitted.model_dump() for task, fitted in student.calibration.tasks.items()},
+    )
 
 
 def _report(
