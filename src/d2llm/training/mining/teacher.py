@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,7 +19,6 @@ class TeacherCheck:
     Attributes:
         labels: the store of this teacher and prompt; what is there is not judged again, what is judged goes there.
         counts: of the pairs judged now.
-        seconds: that the teacher took for them.
     """
 
     def __init__(
@@ -37,7 +35,6 @@ class TeacherCheck:
         """
         self.labels = labels
         self.counts = JudgingCounts()
-        self.seconds = 0.0
         self._judge, self._task, self._margin, self._passages = judge, task, margin, passages
         self._writer = LabelWriter(labels)
         self._new_log_odds: dict[str, dict[str, float]] = {}
@@ -55,7 +52,6 @@ class TeacherCheck:
         ]
         if not pairs:
             return
-        begin = time.monotonic()
         texts = [(query.text, self._passages[passage_id].full_text) for query, passage_id in pairs]
         judgements = self._judge.judge(texts, self._task, with_features=True)
         for number, (query, passage_id) in enumerate(pairs):
@@ -63,7 +59,6 @@ class TeacherCheck:
             if judgements.features is not None:
                 self._features[query.id, passage_id] = judgements.features[number]
         self.counts.add(judgements)
-        self.seconds += time.monotonic() - begin
 
     def log_odds(self, query_id: str, passage_id: str) -> float | None:
         """The teacher's log-odds; None where there is no label."""
