@@ -103,7 +103,7 @@ def load_contenders(
 
 
 def _own_teacher(student: Path) -> TeacherConfig | None:
-    """The teacher whose labels a student learnt from: of the same run, or shipped."""
+    """The teacher whose labels a student learnt from: the run's own, or a shipped one."""
     fingerprint = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
     run = RunFolder(student.parent)
     beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
@@ -112,7 +112,7 @@ def _own_teacher(student: Path) -> TeacherConfig | None:
 
 
 def _named(run: TrecRun) -> TrecRun:
-    """A run that an earlier report saved of one of our rows stands beside the row of today."""
+    """A run that an earlier report saved of one of our rows gets a name of its own beside that row."""
     return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
 
 
@@ -132,7 +132,7 @@ def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, Sea
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """What the student's manifest says of how it was made."""
+    """How the student was made, from its manifest."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
     of_gates = ("closed_gates", "share_kept")
@@ -140,7 +140,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 
 def _gate_notes(folder: Path) -> tuple[str, ...]:
-    """Which gates closed when the student was made, as a report should say."""
+    """Remarks on how the student was made: closed gates, the share kept, interactions without weight."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     notes: list[str] = []
     if closed := manifest.get("closed_gates"):

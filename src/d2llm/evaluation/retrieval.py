@@ -34,7 +34,7 @@ from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
 
 MAIN_MEASURE = "nDCG@10"
-_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, alone, for the time
+_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, one at a time, for the timing
 
 
 def evaluate_retrieval(
@@ -216,7 +216,7 @@ class _Figures:
         self._query_ids = {
             **{system.name: self._all_ids for system in self.systems},
             **dict.fromkeys(self.judges, self._sampled_ids),
-            **self.shortcuts.asked,
+            **self.shortcuts.query_ids,
         }
         self._values: dict[str, Values] = {
             system.name: per_query_measures(

@@ -41,7 +41,7 @@ class Contenders:
 
     None leaves a row out; ``why_missing`` then says why, and what would bring it. ``untuned`` is the encoder that the
     student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data and steps. Names
-    are those of the rows. ``provenance`` is what the report should say of how all these were made.
+    are those of the rows. ``provenance`` says in the report how all these were made.
 
     Raises:
         InputError: two systems have the same name, or one has the name of a row that every report has.
@@ -58,7 +58,7 @@ class Contenders:
     why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
     notes: tuple[str, ...] = ()
-    """What a report should say of how the student was made."""
+    """Remarks for the report on how the student was made."""
 
     def __post_init__(self) -> None:
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
@@ -116,7 +116,7 @@ class EvaluationSettings:
         teacher_depth: passages of a query that the teacher reranks: from the top of BM25 and of the student in turn.
         teacher_queries: let the teacher judge a random sample of so many queries (or pairs, of a pair set, and as many
             of its dev split); None means all.
-        latency_queries: queries (at most) that are asked one at a time to measure the time.
+        latency_queries: queries (at most) that are answered one at a time, to measure the time.
         baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
             else BM25.
         seed: of the samples and the significance tests.
@@ -178,7 +178,7 @@ def teacher_name(depth: int | None) -> str:
 
 
 def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides: Sequence[SystemKind]) -> None:
-    """Refuse a baseline that will not be measured, before anything is; ``besides`` are rows that need no model.
+    """Refuse, before anything is measured, a baseline that no row will be; ``besides`` are rows that need no model.
 
     Raises:
         InputError: no row is of that kind.

@@ -23,7 +23,7 @@ from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.index import Index
 
 _CALIBRATING_QUERIES = 40
-_TIMED_CASCADES = 10  # queries asked once more, alone, for the time
+_TIMED_CASCADES = 10  # queries that are timed one at a time
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Shortcuts:
 
     Attributes:
         systems: what was measured.
-        asked: row -> the queries that it was asked, where those are not all.
+        query_ids: row -> the queries that it answered, where those are not all.
         qrels: row -> query_id -> passage_id -> grade, where passages are left out by a filter.
         missing: rows that could not be measured, with the reason.
     """
 
     systems: list[System] = field(default_factory=list[System])
-    asked: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    query_ids: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     qrels: dict[str, Mapping[str, Mapping[str, int]]] = field(
         default_factory=dict[str, Mapping[str, Mapping[str, int]]]
     )
@@ -139,11 +139,11 @@ def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Ju
         return work.measure(name, "shortcut", index, search, trial=trial, cascade=cascade)
 
     rows.systems.append(work.store.system(key, measure))
-    rows.asked[name] = [query.id for query in work.sampled]
+    rows.query_ids[name] = [query.id for query in work.sampled]
 
 
 def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: str, subject: System) -> None:
-    """Only passages that fit a condition: asked for before the choice of the first k, and sorted out afterwards.
+    """Only passages that fit a condition: filtered before the choice of the first k, and removed afterwards.
 
     Both are judged by the relevant passages that fit, on the queries that have one.
     """
@@ -170,7 +170,7 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     left = {query_id: tuple(place for place in subject.rankings[query_id] if place[0] in allowed) for query_id in qrels}
     rows.systems.append(replace(subject, name=afterwards, kind="shortcut", rankings=left))
     for name in (before, afterwards):
-        rows.asked[name] = list(qrels)
+        rows.query_ids[name] = list(qrels)
         rows.qrels[name] = qrels
     work.notes.append(
         f"{condition}: {len(allowed):,} of {len(view):,} passages fit; {len(qrels):,} of {len(work.qrels):,} queries "

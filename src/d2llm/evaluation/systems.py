@@ -59,7 +59,7 @@ class System:
     notes: tuple[str, ...] = ()
 
     def ids(self, query_id: str) -> list[str]:
-        """The ranking of one query without its scores; empty for one that was not asked."""
+        """The ranking of one query without its scores; empty if the system did not answer it."""
         return [passage_id for passage_id, _ in self.rankings.get(query_id, ())]
 
     @property
@@ -80,7 +80,7 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What is asked of every system. ``probes`` are the queries that are timed."""
+    """What every system has to answer. ``probes`` are the queries that are timed."""
 
     queries: Sequence[Query]
     probes: Sequence[Query]
@@ -206,7 +206,7 @@ def with_first_stages(system: System, judging: Sequence[float], first_stages: Se
 
 
 def timed(ask: Callable[[Query], object], probes: Sequence[Query]) -> tuple[float, ...]:
-    """Seconds that each probe takes, asked alone; a first call before pays for what is set up once."""
+    """Seconds that each probe takes alone; a first call before them pays for what is set up once."""
     ask(probes[0])
     seconds: list[float] = []
     for query in probes:
@@ -283,7 +283,7 @@ def _system(values: Mapping[str, Any]) -> System:
 
 @dataclass
 class RetrievalWork:
-    """One evaluation. Judges are asked ``sampled`` queries; ``folder`` keeps indexes and what is measured."""
+    """One evaluation. Judges answer the ``sampled`` queries; ``folder`` keeps indexes and measured systems."""
 
     dataset: Dataset
     settings: EvaluationSettings
@@ -300,18 +300,18 @@ class RetrievalWork:
         self._window_formats: dict[str, str] = {}
 
     def key(self, name: str, *parts: object) -> list[object]:
-        """What a measured system depends on: its name, ``parts``, the corpus and what is asked."""
+        """What a measured system depends on: its name, ``parts``, the corpus and the queries."""
         trial = self.trial
         texts = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
         return [name, *parts, self.corpus, fingerprint_json(texts), trial.task, trial.top_k]
 
     def identity(self, model: SearchStudent) -> object:
-        """What a student's rankings depend on: its fingerprint, and what an index adds to its scores."""
+        """What a student's rankings depend on: its fingerprint, and the evidence that an index adds to its scores."""
         weights = evidence_weights(model, self.trial.task)
         return [model.fingerprint, weights.model_dump(mode="json")] if weights else model.fingerprint
 
     def store_windows_for(self, student: SearchStudent) -> None:
-        """Let the index of a student, which its inner product alone shares, have what its score counts."""
+        """Store window vectors in a student's index if its score counts them; its inner product shares the index."""
         windows = window_format(student, self.trial.task, "auto")
         if windows is not None:
             self._window_formats[student.fingerprint] = windows
@@ -346,9 +346,9 @@ class RetrievalWork:
         cascade: Cascade | None = None,
         passages_per_second: float | None = None,
     ) -> System:
-        """Rank by an index's student; ``view`` is searched in the place of the index, ``trial`` asked in that of all.
+        """Rank by an index's student; ``view`` replaces the index, and ``trial`` the queries of all systems.
 
-        ``passages_per_second`` is what the encoding did.
+        ``passages_per_second`` is the speed of the encoding.
         """
         searched = view or index.view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)

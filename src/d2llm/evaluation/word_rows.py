@@ -26,7 +26,7 @@ from d2llm.retrieval.row_evidence import evidence_weights, scored_list
 
 _TERMS: tuple[EvidenceTerm, ...] = ("words", "words_share")
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
-_FEWEST_QUERIES = 4  # a half of them still says something
+_FEWEST_QUERIES = 4  # two for each half
 
 _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
     "the words of passages": ("words", "words_share"),
@@ -46,12 +46,13 @@ def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
         if held_out:
             weights = _fit(work, index, held_out, work.dataset.qrels["dev"])
             system = _ranked(work, index, name, weights, work.trial.queries)
-            note = f"{name}: {_told(weights)}, fitted on {len(held_out):,} dev queries"
+            note = f"{name}: {_formula(weights)}, fitted on {len(held_out):,} dev queries"
             return replace(system, notes=(*system.notes, note))
         halves = work.trial.queries[::2], work.trial.queries[1::2]
         weights, others = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
         system, rest = (_ranked(work, index, name, *of_half) for of_half in ((others, halves[0]), (weights, halves[1])))
-        note = f"{name}: {_told(weights)} and {_told(others)}, each fitted on the half of the queries it does not rank"
+        formulas = f"{_formula(weights)} and {_formula(others)}"
+        note = f"{name}: {formulas}, each fitted on the half of the queries it does not rank"
         both = {**system.rankings, **rest.rankings}
         in_order = {query.id: both[query.id] for query in work.trial.queries}
         return replace(system, rankings=in_order, notes=(*system.notes, note))
@@ -91,7 +92,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
 
 
 def _dev_queries(work: RetrievalWork) -> list[Query]:
-    """Judged dev queries, at most so many; none where dev is what is measured."""
+    """Judged dev queries, at most ``_FIT_QUERIES``; none where dev itself is measured."""
     if work.settings.split == "dev" or "dev" not in work.dataset.qrels:
         return []
     positives = work.dataset.positives("dev")
@@ -103,7 +104,7 @@ def _dev_queries(work: RetrievalWork) -> list[Query]:
 def _fit(
     work: RetrievalWork, index: Index, queries: Sequence[Query], qrels: Mapping[str, Mapping[str, int]]
 ) -> dict[EvidenceTerm, float]:
-    """Weights of the words beside the student's own score, which has weight 1."""
+    """The weights of words beside the student's own score, which has weight 1."""
     view, student, task = index.view, index.student, work.trial.task
     words = view.words
     vectors = student.encode_queries([query.text for query in queries]).vectors
@@ -130,5 +131,5 @@ def _ranked(
     return work.measure(name, "fitted_sum", index, settings, trial=replace(work.trial, queries=queries, probes=probes))
 
 
-def _told(weights: Mapping[EvidenceTerm, float]) -> str:
+def _formula(weights: Mapping[EvidenceTerm, float]) -> str:
     return f"1 x cosine + {weights['words']:.3g} x BM25 + {weights['words_share']:.3g} x BM25 as a share of its limit"

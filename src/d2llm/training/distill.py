@@ -141,7 +141,7 @@ def distill(
             settings,
             folder.with_name(folder.name + ".run"),
             processes,
-            _asked_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
+            _teacher_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
             show_progress,
         )
         stopped_early = run.train()
@@ -228,7 +228,7 @@ def _report(
     )
 
 
-def _asked_when_needed(
+def _teacher_when_needed(
     teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
 ) -> AskTeacher:
     """Asks the teacher about passages that training finds; it is loaded for the first one without a label."""

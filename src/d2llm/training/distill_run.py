@@ -101,7 +101,7 @@ class DistillRun:
         """Begin a run, or take up the one whose checkpoint is in ``folder``.
 
         ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
-        ``ask_teacher`` is asked where ``training.unjudged`` says so.
+        ``ask_teacher`` is called where ``training.unjudged`` says so.
         """
         self.show_progress = show_progress if processes.is_first else False
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
@@ -236,12 +236,12 @@ class DistillRun:
         self._write(self.progress.step + step, **values)
 
     def finish(self) -> None:
-        """Tell the log that the run came to its end."""
+        """Close the log of a finished run."""
         if self.log is not None:
             self.log.finish()
 
     def _remine(self, epoch: int) -> None:
-        """Hard negatives by the student at the start of the epoch; kept, so that a resumed run has the same."""
+        """Mine hard negatives with the student of this epoch's start; they are kept, so a resumed run has the same."""
         if not self.recipe.training.remine or epoch == 0:
             return
         renewed: list[LabelledSource] = []
@@ -266,7 +266,7 @@ class DistillRun:
         self.sources = renewed
 
     def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
-        """The source with those of its newly mined negatives that the teacher has judged, after asking it if wanted."""
+        """The source with those newly mined negatives that the teacher has judged, which it may judge now first."""
         if self.recipe.training.unjudged == "ask_teacher":
             if self.processes.is_first:
                 by_teacher = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
@@ -340,7 +340,7 @@ class DistillRun:
         return evaluate_dev(self.student, self.dev_sets, title=title, show_progress=self.show_progress)
 
     def _take_in(self, results: dict[str, DevResult]) -> None:
-        """The dev results of this step: is it the best, and what do they say of the weights of the interaction?"""
+        """Take in the dev results of this step: keep the state if it is the best so far."""
         progress = self.progress
         weights = choose_residual_weights(results)
         by_set = value_by_set(results, weights)
@@ -360,7 +360,7 @@ class DistillRun:
         _log.info("step %d: dev %s", progress.step, dev)
 
     def _adopt(self, results: dict[str, DevResult]) -> None:
-        """These dev results are those of what will be written, with the interaction weights that they ask for."""
+        """Take these as the dev results of what will be written, and choose the weights r by them."""
         progress = self.progress
         progress.best_by_set = {
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()

@@ -74,7 +74,7 @@ def fit_evidence(
 ) -> Evidence:
     """Fit for each task what words add to a student's score; give it to the student as its ``evidence``.
 
-    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out, and that is said in a remark.
+    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out with a remark.
 
     Args:
         student: whose score it is added to.

@@ -32,7 +32,7 @@ _UNKNOWN = 1 << 30  # room where the system does not say how much is free
 
 
 def graph_room(student: Student, training: TrainingConfig) -> int:
-    """Bytes for the intermediate results that are kept from the forward to the backward pass; said where it is chosen.
+    """Bytes for the intermediate results that are kept from the forward to the backward pass; logged if chosen here.
 
     ``training.graph_gib``, or a third of what is free now. Processes of one machine share its memory, but each has a
     GPU to itself.

@@ -129,7 +129,7 @@ class Run:
             else:
                 keep("label", self.skip("label: the gate is closed for every data set, so no pair is labelled"))
         else:
-            _remarks.info("run: no loss of the recipe imitates a teacher, so none is tuned, tried or asked for labels")
+            _remarks.info("run: no loss of the recipe imitates a teacher, so no teacher is tuned, tested or used")
         keep("distill", self.distill(again="distill" in anew))
         return results
 

@@ -1,4 +1,4 @@
-"""The teacher: an LLM that reads query and passage together and is asked for yes or no.
+"""The causal teacher: an LLM that reads query and passage together and answers yes or no.
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.1.
 """
@@ -146,7 +146,7 @@ class Teacher(LocalTeacher):
         return logits[:, 0] - logits[:, 1], features
 
     def _sharing(self, inputs: Sequence[_Split]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
-        """Groups of prefixes that several inputs begin with, and the places of these inputs."""
+        """Groups of prefixes that several inputs share, and the places of these inputs."""
         counts = Counter(prefix for prefix, _ in inputs)
         places: dict[tuple[int, ...], list[int]] = {}
         for place, (prefix, _) in enumerate(inputs):
@@ -203,7 +203,7 @@ class Teacher(LocalTeacher):
         return inputs, num_truncated
 
     def _require_causal(self) -> None:
-        """What an encoder says at the last position is no answer; told by whether a token sees the one after it."""
+        """Refuse a model that is no causal one: there a token sees the one after it."""
         yes, no = self._answer_ids["asymmetric"]
         with inference(self):
             inputs = torch.tensor([[yes, yes], [yes, no]], device=self.device)
@@ -212,7 +212,7 @@ class Teacher(LocalTeacher):
             raise ModelError(f"'{self.config.model}' is no causal language model: its tokens see the ones after them")
 
     def _leading_special_ids(self) -> list[int]:
-        """What the tokenizer puts before a text; what it puts after one has no place before the answer."""
+        """The special tokens before a text; those after a text have no place before the answer."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
         return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]

@@ -78,7 +78,7 @@ class LocalTeacher(nn.Module):
     _auto_class: ClassVar[str]
     """The class of ``transformers`` that loads it."""
     _no_tuning: ClassVar[str] = ""
-    """Why this kind is not tuned; empty where it is."""
+    """Why this kind cannot be tuned; empty if it can."""
 
     def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped teacher.
@@ -134,7 +134,7 @@ class LocalTeacher(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> _T:
-        """Load a teacher on the device and in the number format that this machine is fast with, or as asked."""
+        """Load a teacher; by default on the best device here and in the number format that is fast on it."""
         chosen = choose_device(device)
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
 
@@ -162,7 +162,7 @@ class LocalTeacher(nn.Module):
         raise NotImplementedError
 
     def pad(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """What ``tokenize`` gave as tensors for ``forward``."""
+        """The output of ``tokenize`` as tensors for ``forward``."""
         return self._pad(inputs)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "pairs tokens"], Bool[Tensor, "pairs tokens"]]:
@@ -316,7 +316,7 @@ def fit_pairs(
 ) -> tuple[list[_Row], int]:
     """Inputs of at most ``max_tokens`` tokens, and how many pairs lost text.
 
-    What is over is cut from the end of the passage; a query that alone would leave the passage less than half of the
+    Excess tokens are cut from the end of the passage; a query that alone would leave the passage less than half of the
     room is cut to that half.
 
     Args:

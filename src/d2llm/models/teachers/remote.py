@@ -1,6 +1,6 @@
 """The remote teacher: an LLM behind an OpenAI-compatible endpoint that gives log-probabilities of the next token.
 
-It is asked what a local causal teacher is asked (``models.teachers.causal``), one request a pair, one token an answer.
+It gets the prompt of a local causal teacher (``models.teachers.causal``): one request a pair, one token an answer.
 Its log-odds are logp(yes) - logp(no) for exactly the answer words of the prompt set, space and case included: " yes",
 "Yes" and "yes" are different tokens, and only one of them is what the prompt asks for.
 
@@ -59,7 +59,7 @@ class RemoteTeacher:
 
     @classmethod
     def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> RemoteTeacher:
-        """A teacher whose endpoint has been asked once, so that a wrong address, key or model is known at once.
+        """A teacher whose endpoint has answered once, so that a wrong address, key or model is reported at once.
 
         ``device`` and ``dtype`` are the endpoint's own affair and ignored.
 

@@ -86,7 +86,7 @@ class StackedTeacher:
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Of all the questions that the members are asked.
+        """The identity of the questions to all members.
 
         Raises:
             InputError: the stack was not fitted for ``task``.
@@ -104,8 +104,8 @@ class StackedTeacher:
     ) -> Judgements:
         """Judge pairs by every member that counts for ``task``.
 
-        The features are those of the first such member that has any. What is counted is counted for each member: a
-        pair that two of them cut counts twice.
+        The features are those of the first such member that has any. Counts are sums over the members: a pair that two
+        of them cut counts twice.
 
         Raises:
             InputError: the stack was not fitted for ``task``.

@@ -231,7 +231,7 @@ class Ranked:
 
 
 class DatasetJudgements:
-    """What the data set says of a query's passages, in any split."""
+    """The data set's own judgements of a query's passages, in any split."""
 
     def __init__(self, dataset: Dataset, same_text: SameText) -> None:
         self._same_text = same_text
@@ -246,7 +246,7 @@ class DatasetJudgements:
                     kind.setdefault(query_id, set()).add(passage_id)
 
     def relevant(self, query_id: str, positives: Sequence[str]) -> set[str]:
-        """What must not be a negative for what the data set says; ``positives`` are of the plan."""
+        """Passages that the data set judges relevant, in any split; ``positives`` are the plan's."""
         return self._relevant.get(query_id, set()) | set(positives)
 
     def repeats(self, query_id: str, positives: Sequence[str]) -> set[str]:
@@ -337,7 +337,7 @@ def _checks(dataset: Dataset, ranked: Ranked, config: MiningConfig) -> list[Chec
 
 
 def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> dict[str, dict[str, float]]:
-    """What encoder and teacher say of the positives and of what was kept or dropped."""
+    """Scores by encoder and teacher, of the positives and of what was kept or dropped."""
     negatives = [c.passage_id for c in item.kept] + [drop.candidate.passage_id for drop in item.dropped]
     ids = [*item.positives, *negatives]
     scores: dict[str, dict[str, float]] = {}

@@ -99,7 +99,7 @@ class EncoderRanking:
     def lists(self, top_k: int) -> Lists:
         """The ``top_k`` passages of each query by the full score, ties by id.
 
-        With an inner-product part (anchor) the score is asked of the best by that alone, four times ``top_k``, at
+        With an inner-product part (anchor) only the best by that are scored in full, four times ``top_k``, at
         least 200; without one, of every passage.
         """
         num_rescored = max(_RESCORED * top_k, _MIN_RESCORED)
