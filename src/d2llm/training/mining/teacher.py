@@ -35,7 +35,8 @@ class TeacherCheck:
         """
         self.labels = labels
         self.counts = JudgingCounts()
-        self._judge, self._task, self._margin, self._passages = judge, task, margin, passages
+        self._judge, self._margin, self._passages = judge, margin, passages
+        self._task: Task = task
         self._writer = LabelWriter(labels)
         self._new_log_odds: dict[str, dict[str, float]] = {}
         self._features: dict[tuple[str, str], Float32[np.ndarray, " dim"]] = {}
