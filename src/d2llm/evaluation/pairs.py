@@ -350,7 +350,7 @@ class _Figures:
             details=Details(
                 item_ids=tuple(pair.id for pair in work.pairs),
                 values={
-                    system.name: {gold.main_measure: tuple(self._of_items(system, self._all).tolist())}
+                    system.name: {gold.main_measure: tuple(self._item_values(system, self._all).tolist())}
                     for system in self.systems
                     if system.name not in self.judges
                 },
@@ -380,9 +380,9 @@ class _Figures:
             system.name: self.tuning_gold.fit(system.tuning_scores, system.tuning_positions) for system in self.systems
         }
 
-    def _of_items(self, system: ScoredSplits, positions: Positions) -> Floats:
+    def _item_values(self, system: ScoredSplits, positions: Positions) -> Floats:
         """How well a system scored each of some of its pairs."""
-        return self.gold.of_items(_at(system, positions), positions, self._thresholds[system.name])
+        return self.gold.item_values(_at(system, positions), positions, self._thresholds[system.name])
 
     def _measure(self, system: ScoredSplits, positions: Positions) -> Resampled:
         """The measures of a system on some of the pairs that it scored."""
@@ -473,7 +473,7 @@ class _Figures:
     ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         """The pairs that the subject scores much better, and much worse, than the reference."""
         positions = reference.positions
-        ours, theirs = self._of_items(subject, positions), self._of_items(reference, positions)
+        ours, theirs = self._item_values(subject, positions), self._item_values(reference, positions)
         order = np.argsort(theirs - ours, kind="stable").tolist()
         wins = [place for place in order[: figures.NUM_EXAMPLES] if ours[place] > theirs[place]]
         losses = [place for place in order[::-1][: figures.NUM_EXAMPLES] if ours[place] < theirs[place]]

@@ -127,7 +127,7 @@ class DevSet:
         everything = np.arange(len(self.pairs))
         thresholds = None if cross_fit else self.gold.fit(of_pairs, everything)
         value = measure_all(self.gold, of_pairs, everything, thresholds)[self.measure_name]
-        return Measured(self.measure_name, value, self.gold.of_items(of_pairs, everything, thresholds))
+        return Measured(self.measure_name, value, self.gold.item_values(of_pairs, everything, thresholds))
 
 
 def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -135,7 +135,7 @@ def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.floa
     halves = by_class[::2], by_class[1::2]
     values = np.empty(len(scores))
     for here, other in (halves, halves[::-1]):
-        values[here] = gold.of_items(scores[here], here, gold.fit(scores[other], other))
+        values[here] = gold.item_values(scores[here], here, gold.fit(scores[other], other))
     return values
 
 
