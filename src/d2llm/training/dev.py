@@ -120,14 +120,14 @@ class DevSet:
             for (query_id, ids), values in zip(self.candidates.items(), scores, strict=True)
             for passage_id, value in zip(ids, values, strict=True)
         }
-        of_pairs = np.array([by_pair[pair.query, pair.passage] for pair in self.pairs], np.float64)
+        pair_scores = np.array([by_pair[pair.query, pair.passage] for pair in self.pairs], np.float64)
         if cross_fit and isinstance(self.gold, NliGold):
-            by_item = _cross_fitted(self.gold, of_pairs)
+            by_item = _cross_fitted(self.gold, pair_scores)
             return Measured(self.measure_name, float(by_item.mean()), by_item)
         everything = np.arange(len(self.pairs))
-        thresholds = None if cross_fit else self.gold.fit(of_pairs, everything)
-        value = measure_all(self.gold, of_pairs, everything, thresholds)[self.measure_name]
-        return Measured(self.measure_name, value, self.gold.item_values(of_pairs, everything, thresholds))
+        thresholds = None if cross_fit else self.gold.fit(pair_scores, everything)
+        value = measure_all(self.gold, pair_scores, everything, thresholds)[self.measure_name]
+        return Measured(self.measure_name, value, self.gold.item_values(pair_scores, everything, thresholds))
 
 
 def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.float64]:
