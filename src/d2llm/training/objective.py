@@ -51,14 +51,6 @@ def score_vectors(
         return head(queries, passages, batch.source.task)
 
 
-def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
-    """Read the batch's texts in one pass and score all queries against all passages; differentiable.
-
-    The plain form of what ``gradient_cache.backpropagate`` does in parts.
-    """
-    return score_vectors(student, student(*student.backbone.pad(batch_tokens(student, batch))), batch)
-
-
 def batch_losses(
     scores: PairScores, batch: DistillationBatch, weights: LossWeights, *, offset: Tensor | None = None
 ) -> dict[str, Tensor]:
