@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scaling.array_view import ArrayView
+from scaling.array_view import ArrayView, passage_reaches
 from scaling.data_sets import DATA, require
 
 from d2llm.core.files import write_bytes
@@ -32,7 +32,7 @@ from d2llm.models.student import Student
 from d2llm.ops.certificates import num_rescored
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
@@ -50,7 +50,7 @@ def measure(student: Student, place: Path, task: str, split: str, num_queries: i
     passages = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     rows: list[dict[str, float]] = []
-    residual = head.residual_weight(task)
+    residual = head.interaction_weight(task)
     for weight in WEIGHTS:
         residual.fill_(weight)
         with torch.inference_mode():
@@ -97,7 +97,7 @@ def measure_speed(
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     view = ArrayView(passages)
     reaches = KeptReaches(passage_reaches(view, student))
-    residual = head.residual_weight(task)
+    residual = head.interaction_weight(task)
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:
         residual.fill_(weight)

@@ -1,4 +1,4 @@
-"""Vectors in memory, as ``certified_top_k`` reads an index."""
+"""Vectors in memory, as ``certified_top_k`` reads an index, and what it can be given beside them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from numpy.typing import NDArray
 from d2llm.core.types import Certificate
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.exact_search import CertifiedRows
+from d2llm.retrieval.protocols import BoundedStudent
+from d2llm.store.view import PassageView
+
+_BLOCK_ROWS = 8_192
 
 
 class ArrayView:
     """Vectors [n, dim]; the id of a row is its number."""
 
     live = None
+    projections = None
 
     def __init__(self, vectors: NDArray[np.float32]) -> None:
         self._vectors, self.capacity = vectors, len(vectors)
@@ -27,8 +32,23 @@ class ArrayView:
     def block(self, start: int, end: int) -> NDArray[np.float32]:
         return self._vectors[start:end]
 
+    def mask(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        return allowed
+
+    def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        return np.arange(self.capacity) if allowed is None else np.flatnonzero(allowed)
+
     def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CertifiedRows:
         assert allowed is None
         scores = self._vectors @ query
         rows = top_rows(scores, top_k, self.ids)
         return CertifiedRows(rows, scores[rows], None, Certificate(0, 0, 0, 0, 0))
+
+
+def passage_reaches(view: ArrayView | PassageView, student: BoundedStudent) -> NDArray[np.float32]:
+    """r_p of every row, float32 [capacity]."""
+    reaches = np.empty(view.capacity, np.float32)
+    for start in range(0, view.capacity, _BLOCK_ROWS):
+        end = min(start + _BLOCK_ROWS, view.capacity)
+        reaches[start:end] = student.passage_reach(view.block(start, end))
+    return reaches

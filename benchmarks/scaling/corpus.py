@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_beir
-from d2llm.models.encoded_texts import EncodedTexts
+from d2llm.models.backbone import EncodedTexts
 
 SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # of the real passages
 ASKED: dict[Task, str] = {"symmetric": "quora", "asymmetric": "squad-sent"}  # whose dev queries

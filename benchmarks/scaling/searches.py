@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.ann import AnnSearch
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
-from scaling.array_view import ArrayView
+from scaling.array_view import ArrayView, passage_reaches
 from scaling.corpus import BLOCK, KnownVectors, Queries
 
 TOP_K = 10

@@ -163,7 +163,7 @@ def test_vectors_kept_once(place, tmp_path):
     found = d2llm("index", folder, "verify")
     assert found.exit_code == 1
     assert f"{len(SENTENCES)} of {len(SENTENCES)} passages have lost their vectors" in " ".join(found.stderr.split())
-    assert "it was written anew" in succeed("index", folder, "verify", "--repair").stderr
+    assert "it was rewritten" in succeed("index", folder, "verify", "--repair").stderr
     assert "0 problems" in succeed("index", folder, "verify").stderr
     assert ids_of(report_of(place, *asked)) == before
     assert d2llm("index", tmp_path / "new", "add", place / "corpus.jsonl", "--vector-copies", "3").exit_code == 2

@@ -130,9 +130,9 @@ def test_the_student_on_disk_scores_as_the_one_that_was_trained(place: Place, tr
     np.testing.assert_allclose(scores(reloaded), scores(trained.student), rtol=1e-4, atol=1e-4)
     untrained = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     assert np.abs(scores(reloaded) - scores(untrained)).max() > 0.1
-    weight = reloaded.interaction.residual_weight("asymmetric")
+    weight = reloaded.interaction.interaction_weight("asymmetric")
     assert float(weight) == trained.report.residual_weights["asymmetric"]
-    assert float(reloaded.interaction.residual_weight("symmetric")) == 1.0  # not trained, not chosen
+    assert float(reloaded.interaction.interaction_weight("symmetric")) == 1.0  # not trained, not chosen
 
 
 def test_the_student_on_disk_has_the_dev_result_of_the_report(place: Place, trained: Trained) -> None:

@@ -105,6 +105,6 @@ def test_answers_name_the_student_beside_its_hash(ask):
 def test_why_the_interaction_is_zero(index):
     student = Index.open(index, dtype="float32").student
     assert why_no_interaction(student, "asymmetric") is None
-    student.interaction.residual_weight("asymmetric").zero_()
+    student.interaction.interaction_weight("asymmetric").zero_()
     assert "weight r is 0 in asymmetric search" in why_no_interaction(student, "asymmetric")
     assert why_no_interaction(student, "symmetric") is None

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat16, devices_here
-from d2llm.models.inference import inference
+from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat16, devices_here, inference
 
 CPU = torch.device("cpu")
 

@@ -111,7 +111,7 @@ def test_a_shared_branch_is_the_same_for_both_tasks():
     assert torch.equal(symmetric.features, asymmetric.features)
     assert torch.equal(symmetric.logits, asymmetric.logits)
     assert set(module.branches) == set(module.anchors) == {"shared"}
-    module.residual_weight("symmetric").fill_(0.5)  # the weight is still each task's own
+    module.interaction_weight("symmetric").fill_(0.5)  # the weight is still each task's own
     halved = module(queries, passages, "symmetric")
     torch.testing.assert_close(halved.logits - halved.anchor, (asymmetric.logits - asymmetric.anchor) / 2)
 
@@ -138,8 +138,8 @@ def test_gates_narrow_the_bound_of_each_pair(task):
     module, queries, passages = make(gates=True), vectors(5, 1), vectors(6, 2)
     plain = make(gates=False)
     plain.load_state_dict({name: p for name, p in module.state_dict().items() if "gate" not in name})
-    module.residual_weight(task).fill_(0.5)
-    plain.residual_weight(task).fill_(0.5)
+    module.interaction_weight(task).fill_(0.5)
+    plain.interaction_weight(task).fill_(0.5)
     gated, ungated = module(queries, passages, task), plain(queries, passages, task)
     query_gate = torch.sigmoid(queries @ module.query_gate.weight[0] + module.query_gate.bias)
     passage_gate = torch.sigmoid(passages @ module.passage_gate.weight[0] + module.passage_gate.bias)
@@ -183,7 +183,7 @@ def test_the_interaction_stays_within_its_bound(task):
     module, queries, passages = make(max_bound=3.0), vectors(20, 1), vectors(20, 2)
     with torch.no_grad():
         module.output.weight.mul_(1000)  # drive tanh to its limits
-        module.residual_weight(task).fill_(0.25)
+        module.interaction_weight(task).fill_(0.25)
     scores = module(queries, passages, task)
     bound = module.bound(task).item()
     assert 0 < bound <= 0.25 * 3.0
@@ -195,7 +195,7 @@ def test_the_interaction_stays_within_its_bound(task):
 def test_weight_zero_leaves_the_anchor_alone(task):
     module, queries, passages = make(), vectors(3, 1), vectors(4, 2)
     other = TASKS[1 - TASKS.index(task)]
-    module.residual_weight(task).fill_(0.0)
+    module.interaction_weight(task).fill_(0.0)
     scores = module(queries, passages, task)
     assert torch.equal(scores.logits, scores.anchor)
     searched = search_scores(module, queries[0], passages, task)
@@ -206,11 +206,11 @@ def test_weight_zero_leaves_the_anchor_alone(task):
 
 def test_the_weight_is_saved_with_the_head():
     module = make()
-    module.residual_weight("symmetric").fill_(0.5)
+    module.interaction_weight("symmetric").fill_(0.5)
     copy = make(trained=False)
     copy.load_state_dict(module.state_dict())
-    assert copy.residual_weight("symmetric").item() == 0.5
-    assert copy.residual_weight("asymmetric").item() == 1.0
+    assert copy.interaction_weight("symmetric").item() == 0.5
+    assert copy.interaction_weight("asymmetric").item() == 1.0
 
 
 def test_the_paper_head_has_no_anchor():

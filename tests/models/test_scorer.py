@@ -120,7 +120,7 @@ def test_blocks_and_threads_do_not_matter(dtype, num_threads, monkeypatch):
 
 def test_the_change_is_what_the_interaction_adds():
     module, (query,), passages = make(gates=True, max_bound=3.0), vectors(1, 1), vectors(60, 2)
-    module.residual_weight("asymmetric").fill_(0.5)
+    module.interaction_weight("asymmetric").fill_(0.5)
     score = prepare(module, query, task="asymmetric")
     change = score.change(passages)
     assert change.min() >= -1
@@ -132,9 +132,26 @@ def test_the_change_is_what_the_interaction_adds():
     np.testing.assert_allclose(passages @ score.anchor_query + score.reach * reach * change, score(passages), atol=1e-5)
 
 
+def test_another_weight_than_the_heads_own_can_be_asked():
+    module, query, passages = make(gates=True), torch.from_numpy(vectors(1, 1)[0]), vectors(60, 2)
+    module.interaction_weight("symmetric").fill_(0.25)
+    with torch.inference_mode():
+        weights = HeadWeights(module, "symmetric", torch.float32)
+    expected = {}
+    for weight in (0.0, 0.5, 1.0):
+        module.interaction_weight("symmetric").fill_(weight)
+        expected[weight] = QueryScorer(module, weights, query, "symmetric", 16)(passages)
+    module.interaction_weight("symmetric").fill_(0.25)
+    for weight, scores in expected.items():
+        asked = QueryScorer(module, weights, query, "symmetric", 16, interaction_weight=weight)
+        np.testing.assert_array_equal(asked(passages), scores)
+    assert float(module.interaction_weight("symmetric")) == 0.25
+    assert np.ptp(expected[1.0] - expected[0.0]) > 0.1
+
+
 def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
     module, (query,), passages = make(), vectors(1, 1), vectors(9, 2)
-    module.residual_weight("symmetric").fill_(0.0)
+    module.interaction_weight("symmetric").fill_(0.0)
     monkeypatch.setattr(QueryScorer, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
     score = prepare(module, query)
     assert score.reach == 0

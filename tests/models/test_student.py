@@ -35,7 +35,7 @@ def trained(folder, *, seed=0, **backbone) -> Student:
     randomise(student, seed=seed, scale=0.05)
     with torch.no_grad():
         student.pooling.gate.fill_(0.3)
-    student.interaction.residual_weight("symmetric").fill_(0.75)
+    student.interaction.interaction_weight("symmetric").fill_(0.75)
     return student.eval()
 
 
@@ -316,7 +316,7 @@ def test_the_fingerprint_follows_the_settings_and_the_base(tmp_path, llama):
 def test_residual_weights_are_in_the_fingerprint(llama):
     student = trained(llama)
     before = student.fingerprint
-    student.interaction.residual_weight("asymmetric").fill_(0.5)
+    student.interaction.interaction_weight("asymmetric").fill_(0.5)
     assert student.fingerprint != before
 
 

@@ -12,8 +12,7 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import InteractionConfig
-from d2llm.models.export.export import export
-from d2llm.models.export.head_weights import head_weights
+from d2llm.models.export.export import export, head_arrays
 from d2llm.models.export.numpy_head import NumpyHead, load
 from d2llm.models.interaction import TASKS, CosineHead, make_head
 from d2llm.models.scorer import HeadWeights, QueryScorer
@@ -59,8 +58,8 @@ def by_student(head, query, task):
 def test_scores_as_the_student_does(name):
     module, (query,), passages = make(**HEADS[name]), vectors(1, 1), vectors(1100, 2)
     if name.startswith("anchored"):
-        module.residual_weight("asymmetric").fill_(0.5)
-    found = NumpyHead(head_weights(module))
+        module.interaction_weight("asymmetric").fill_(0.5)
+    found = NumpyHead(head_arrays(module))
     for task in TASKS:
         scorer = by_student(module, query, task)
         expected = scorer(passages)
@@ -81,7 +80,7 @@ def test_scores_as_the_student_does(name):
 
 
 def test_what_both_tasks_share_is_written_once():
-    weights = head_weights(make("anchored", gates=True))
+    weights = head_arrays(make("anchored", gates=True))
     assert weights["passage"].shape == (40, DIM)
     assert weights["symmetric/inner_1_weight"].shape == weights["asymmetric/inner_1_weight"].shape == (40, 40)
     assert "symmetric/passage" not in weights
@@ -90,8 +89,8 @@ def test_what_both_tasks_share_is_written_once():
 
 def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
     module, (query,), passages = make("anchored"), vectors(1, 1), vectors(9, 2)
-    module.residual_weight("symmetric").fill_(0.0)
-    found = NumpyHead(head_weights(module))
+    module.interaction_weight("symmetric").fill_(0.0)
+    found = NumpyHead(head_arrays(module))
     monkeypatch.setattr(NumpyHead, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
     expected = by_student(module, query, "symmetric")(passages)
     np.testing.assert_allclose(found.score(query, passages, "symmetric"), expected, rtol=0, atol=1e-4)
@@ -99,7 +98,7 @@ def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
 
 def test_wrong_arguments_are_refused():
     query, passages = vectors(1, 1)[0], vectors(3, 2)
-    found = NumpyHead(head_weights(make("paper")))
+    found = NumpyHead(head_arrays(make("paper")))
     with pytest.raises(ValueError, match="no inner product"):
         found.anchor_queries(query[None], "symmetric")
     with pytest.raises(ValueError, match="no task 'other'"):

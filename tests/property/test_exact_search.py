@@ -20,7 +20,7 @@ from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.certificates import from_the_highest
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval import exact_search
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k, passage_reaches
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.row_evidence import RowEvidence
 from evidence_rows import EvidenceRows
 from fake_models import FakeStudent
@@ -40,7 +40,7 @@ class TinyStudent:
         self.has_anchor = head == "anchored"
         if self.has_anchor:
             for task in TASKS:
-                self.interaction.residual_weight(task).fill_(weight)
+                self.interaction.interaction_weight(task).fill_(weight)
         with torch.inference_mode():
             self._weights = {task: HeadWeights(self.interaction, task, dtype) for task in TASKS}
         self.num_scored = 0
@@ -69,12 +69,17 @@ class ArrayView:
     def block(self, start, end):
         return self._vectors[start:end]
 
-    def matching(self, allowed):
-        mask = np.ones(self.capacity, bool) if self.live is None else self.live
-        return np.flatnonzero(mask if allowed is None else mask & allowed)
+    def mask(self, allowed):
+        if allowed is None or self.live is None:
+            return self.live if allowed is None else allowed
+        return self.live & allowed
+
+    def live_rows(self, allowed):
+        mask = self.mask(allowed)
+        return np.arange(self.capacity) if mask is None else np.flatnonzero(mask)
 
     def scan(self, query, top_k, allowed=None):
-        rows, scores = self.matching(allowed), self._vectors @ query
+        rows, scores = self.live_rows(allowed), self._vectors @ query
         best = rows[top_rows(scores[rows], top_k, lambda places: self.ids(rows[places]))]
         return exact_search.CertifiedRows(best, scores[best], None, None)
 
@@ -94,7 +99,7 @@ def random_case(seed):
 
 def brute_force(view, student, query, task, top_k, allowed, evidence=None):
     """Every passage's score in the arithmetic that the module names, sorted."""
-    score, rows = student.prepare(query, task), view.matching(allowed)
+    score, rows = student.prepare(query, task), view.live_rows(allowed)
     if score.anchor_query is None:
         values = score(view.block(0, view.capacity))
     else:
@@ -169,15 +174,15 @@ def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
         view, query, allowed, top_k, rng = random_case(seed)
         task = TASKS[seed % 2]
         expected, values = brute_force(view, student, query, task, top_k, allowed)
-        reaches = KeptReaches(passage_reaches(view, student)) if rng.random() < 0.5 else None
+        reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity))) if rng.random() < 0.5 else None
         found = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
         assert found.rows.tolist() == expected, seed
         assert found.scores.tolist() == values[expected].tolist(), seed
-        certificate, total = found.certificate, len(view.matching(allowed))
+        certificate, total = found.certificate, len(view.live_rows(allowed))
         assert certificate.proved == len(expected) == min(top_k, total)
         assert certificate.num_scored + certificate.num_left == total
         assert certificate.kth_score == (values[expected[-1]] if expected else -math.inf)
-        left = sorted(set(view.matching(allowed).tolist()) - set(expected))
+        left = sorted(set(view.live_rows(allowed).tolist()) - set(expected))
         if certificate.num_left and student not in (PAPER, WEIGHTLESS):
             early += 1
             assert certificate.highest_bound_left < certificate.kth_score
@@ -264,10 +269,10 @@ def test_reaches_of_all_rows_are_computed_once_and_only_where_the_scans_do_not_d
     query, kept = generator.standard_normal(DIM).astype(np.float32), KeptReaches()
     gated = TinyStudent(weight=0.01)
     certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
-    assert kept.of_all is None
+    assert kept.values is None
     monkeypatch.setattr(exact_search, "_SCANS", ())
     first = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
-    np.testing.assert_allclose(kept.of_all, passage_reaches(view, gated), rtol=1e-6)
+    np.testing.assert_allclose(kept.values, gated.passage_reach(view.block(0, view.capacity)), rtol=1e-6)
     monkeypatch.setattr(gated, "passage_reach", lambda _: pytest.fail("computed again"))
     again = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
     assert (first.rows.tolist(), first.scores.tolist()) == (again.rows.tolist(), again.scores.tolist())
@@ -280,8 +285,8 @@ def test_without_gates_kept_reaches_take_no_memory(monkeypatch):
     for _ in range(2):
         found = certified_top_k(view, student, query, "symmetric", 4, reaches=kept)
         assert (found.rows.tolist(), found.scores.tolist()) == (expected, values[expected].tolist())
-        assert (kept.of_all == 1).all()
-        assert kept.of_all.base.nbytes == 4
+        assert (kept.values == 1).all()
+        assert kept.values.base.nbytes == 4
 
 
 def test_a_student_without_bounds_is_scanned_in_full():

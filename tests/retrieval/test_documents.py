@@ -13,8 +13,8 @@ from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.chunking import Chunker
-from d2llm.retrieval.documents import group_passages
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.results import group_passages
 from d2llm.store.side_files import Chunking
 from fake_models import FakeStudent, FakeTeacher
 

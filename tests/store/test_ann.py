@@ -19,7 +19,7 @@ from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
 from d2llm.store.ann import AnnSearch
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 from fake_models import AnchorStudent, FakeStudent, PreparedAnchorStudent
@@ -104,7 +104,7 @@ class TestRecall:
         vectors = np.random.default_rng(0).standard_normal((1_000, DIM)).astype(np.float32)
         (found,) = build_ann(new_ann_store(tmp_path / "i", vectors), PlainStudent(), recall=0.5, depth=1).recalls
         assert found.num_probes >= 5
-        asked = module._Asked(np.zeros((1, 2), np.float32), np.array([7]))
+        asked = module._TuningQueries(np.zeros((1, 2), np.float32), np.array([7]))
         assert module._others(asked, 0, np.array([3, 7, 5])).tolist() == [3, 5]
 
     def test_bound_by_hand(self):

@@ -77,7 +77,7 @@ def test_damaged_vectors_are_found_and_repaired(store):
     _damage_vectors(store.folder)
     assert verify(store).problems == ["vectors-0.bin: 1 of 1 parts are not what was written"]
     (problem,) = verify(store, repair=True).problems
-    assert problem.endswith("it was written anew")
+    assert problem.endswith("it was rewritten")
     assert verify(store).problems == []
     check_contents(PassageView(store), PASSAGES)
 
@@ -129,9 +129,9 @@ def test_damaged_indices_are_found_and_made_anew(store):
         path.write_bytes(b"")
     problems = verify(store).problems
     assert len(problems) == 6
-    assert all("/_indices/" in problem and "verify --repair` makes it anew" in problem for problem in problems)
+    assert all("/_indices/" in problem and "verify --repair` rebuilds it" in problem for problem in problems)
     *_, done, earlier = verify(store, repair=True).problems
-    assert done == "6 of the table's files were damaged indices, which were made anew"
+    assert done == "6 of the table's files were damaged indices, which were rebuilt"
     assert earlier == "versions 3, 4, 5, 6, 7 of the table, earlier ones, were damaged and are gone"
     assert verify(store).problems == []
     view = PassageView(store)

@@ -44,7 +44,7 @@ def test_rows_by_id_and_row(table):
     assert table.by_rows([4, 1, 4], ["id"])["id"].to_pylist() == ["p4", "p1", "p4"]
     assert table.by_rows([], ["id", "year"]).to_pydict() == {"id": [], "year": []}
     assert table.by_ids([], ["id"]).to_pydict() == {"id": []}
-    with pytest.raises(DataFormatError, match="lacks 2 of 3 rows"):
+    with pytest.raises(DataFormatError, match="lacks 2 of 3 requested rows"):
         table.by_rows([1, 9, 9], ["id"])
     assert table.has_rows_from(4)
     assert not table.has_rows_from(5)

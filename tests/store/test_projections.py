@@ -18,7 +18,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.project import project
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.search import search
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.projections import StoredProjections
@@ -155,7 +155,7 @@ class TestScores:
         index.upsert(passages(5))
         project(index.store, student)
         monkeypatch.setattr(StoredProjections, "read", lambda *_: pytest.fail("projections were read"))
-        residual = student.interaction.residual_weight("symmetric")
+        residual = student.interaction.interaction_weight("symmetric")
         before = residual.clone()
         residual.fill_(0.0)
         try:

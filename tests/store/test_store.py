@@ -433,7 +433,6 @@ def test_create_needs_an_empty_place(store, tmp_path):
     [
         ({"kind": "student"}, "describes a 'student'"),
         ({"format_version": 99}, "update d2llm"),
-        ({"format_version": 1}, "first format"),
         ({"dim": "8"}, "no valid dim"),
         ({"student": None, "task": 3}, "no valid student, task"),
         ({"vector_format": "int7"}, "int7"),

@@ -16,7 +16,7 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.types import Passage
 from d2llm.retrieval.index import Index
 from d2llm.store import stored_vectors, vector_file
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_manifest import KIND
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
@@ -187,7 +187,7 @@ def test_damage_is_an_error_until_what_is_lost_is_encoded_again(store, how):
     (problem,) = verify(store).problems
     assert problem.endswith(f"; {len(lost)} of 28 passages have lost their vectors")
     assert "vectors-0.bin" in problem
-    assert verify(store, repair=True, encode=encode).problems == [f"{problem}; it was written anew"]
+    assert verify(store, repair=True, encode=encode).problems == [f"{problem}; it was rewritten"]
     assert encode.asked == lost
     assert verify(store).problems == []
     check_contents(PassageView(store), ALIVE)
@@ -353,7 +353,7 @@ def test_a_damaged_snapshot_is_not_restored_but_repaired(store, how):
     (problem,) = verify(store).problems
     assert problem.startswith("snapshot 'a': ")
     encode = Encoder()
-    assert verify(store, repair=True, encode=encode).problems == [f"{problem}; it was written anew"]
+    assert verify(store, repair=True, encode=encode).problems == [f"{problem}; it was rewritten"]
     assert encode.asked == lost
     assert store.restore("a") == 28
     check_contents(PassageView(store), ALIVE)
@@ -401,7 +401,7 @@ def test_the_student_repairs(tmp_path):
         Index.open(index.folder, FakeStudent(fingerprint="another")).verify(repair=True)
     again = Index.open(index.folder, student)
     lost, words = again.verify(repair=True).problems  # their words are gone with their file
-    assert lost.endswith("it was written anew")
+    assert lost.endswith("it was rewritten")
     assert words == "the words of 20 passages are in no file; they were read again"
     assert student.encoded_passages == 40
     assert again.verify(repair=True).problems == []
@@ -418,5 +418,5 @@ def test_two_copies_are_repaired_without_the_student(tmp_path):
     without = Index.open(index.folder, tmp_path / "nowhere")
     problems = without.verify(repair=True).problems  # of the vectors and of the words of each
     assert len(problems) == 4
-    assert sum(problem.endswith("it was written anew") for problem in problems) == 2
+    assert sum(problem.endswith("it was rewritten") for problem in problems) == 2
     assert without.verify().problems == []

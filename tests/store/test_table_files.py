@@ -16,9 +16,8 @@ import xxhash
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError, StorageError
 from d2llm.core.types import Passage
-from d2llm.store import checksum_record, file_sums, table_files
-from d2llm.store.checked_json import read_checked
-from d2llm.store.file_sums import FileSums, problem_of, sample_blocks, take_sums
+from d2llm.store import checksums, table_files
+from d2llm.store.checksums import FileSums, problem_of, read_checked, sample_blocks, take_sums
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.lance_manifest import manifests
@@ -63,9 +62,8 @@ def _newest(store):
 def _small_blocks(monkeypatch, sampled):
     """As if the files were large: a block is 64 bytes, and so many are compared at opening besides the last."""
     with monkeypatch.context() as patch:
-        patch.setattr(file_sums, "BLOCK_BYTES", 64)
-        patch.setattr(checksum_record, "BLOCK_BYTES", 64)
-        patch.setattr(file_sums, "_SAMPLED_BLOCKS", sampled)
+        patch.setattr(checksums, "BLOCK_BYTES", 64)
+        patch.setattr(checksums, "_SAMPLED_BLOCKS", sampled)
         yield
 
 
@@ -110,9 +108,9 @@ def test_the_record_lists_all_that_a_search_reads(store):
     assert record["files"].keys() == listed
     assert "manifest.json" in listed
     assert record["version"] == store.table().version == store.version
-    for path, (num_bytes, checksums) in record["files"].items():
+    for path, (num_bytes, sums) in record["files"].items():
         content = (store.folder / path).read_bytes()
-        assert (num_bytes, checksums) == (len(content), xxhash.xxh3_64_hexdigest(content))
+        assert (num_bytes, sums) == (len(content), xxhash.xxh3_64_hexdigest(content))
 
 
 # What is found, and when
@@ -176,7 +174,7 @@ def test_samples_are_others_each_time(tmp_path, monkeypatch):
         num_blocks = data.stat().st_size // 64
         assert num_blocks > 60
         monkeypatch.setattr(
-            file_sums, "_SAMPLED_BLOCKS", num_blocks // 4
+            checksums, "_SAMPLED_BLOCKS", num_blocks // 4
         )  # not found in sixty: once in 30 million times
         _flip(data, 70)
         found = 0
@@ -293,7 +291,7 @@ def test_checksums_that_cannot_be_written(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checksum_record, "write_checked", full)
+        patch.setattr(checksums, "write_checked", full)
         for change in (lambda: put(store, LATER.values()), lambda: store.delete(["p1"])):
             with pytest.raises(StorageError, match="No space left"):
                 change()
@@ -428,7 +426,7 @@ def test_checksums_that_are_lost(store, how):
         put(IndexStore.open(store.folder), LATER.values())
     problem, done = verify(IndexStore.open(store.folder), repair=True).problems
     assert "checksums.json" in problem
-    assert done == "the checksums and the table's indices were made anew, after all of its rows were compared"
+    assert done == "the checksums and the table's indices were rebuilt after all of its rows were compared"
     assert verify(IndexStore.open(store.folder)).problems == []
     view = _opened(store)
     check_contents(view, PASSAGES)

@@ -100,14 +100,14 @@ def test_a_flipped_byte_is_noticed_and_later_rows_do_not_hide_it(file, place):
 )
 def test_a_list_of_extents_that_does_not_fit_is_refused(file, changes):
     _change(file, **changes)
-    with pytest.raises(DataFormatError, match=r"vectors-3\.bin: its vectors cannot be used .*makes them anew"):
+    with pytest.raises(DataFormatError, match=r"vectors-3\.bin: its vectors cannot be used .*rebuilds them"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'"text"', b"\xff\xfe", b"{}"])
 def test_garbage_in_the_list_of_extents(file, content):
     file.path.with_suffix(".json").write_bytes(content)
-    with pytest.raises(DataFormatError, match="makes them anew"):
+    with pytest.raises(DataFormatError, match="rebuilds them"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 

@@ -13,6 +13,7 @@ from d2llm.store import vector_file
 from d2llm.store.blocks import ROW_MASK
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
+from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
 from tiny_store import DIM, check_contents, exact_products, few_passages, live_rows, new_store, put, vector_of
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_asked(store):
         view.select("colour = 1")
     with pytest.raises(FilterError):
         view.match("own4", 3, "year = 'x")
-    with pytest.raises(DataFormatError, match="lacks 1 of 2 rows"):
+    with pytest.raises(DataFormatError, match="lacks 1 of 2 requested rows"):
         view.ids(np.array([1, 99]))
 
 
@@ -142,7 +143,7 @@ def test_rows_are_taken_in_the_order_asked_for(store):
     assert view.ids(np.zeros(0, np.int64)) == []
     dead = next(row for row in range(view.capacity) if row not in id_of)
     for wrong in (dead, -1, view.capacity):
-        with pytest.raises(DataFormatError, match="lacks 1 of 3 rows"):
+        with pytest.raises(DataFormatError, match="lacks 1 of 3 requested rows"):
             view.ids(np.array([1, 2, wrong]))
 
 
@@ -253,3 +254,30 @@ def test_another_writer_at_work_does_not_stop_a_reader(store):
         assert list(vector_file.generations(store.folder)) == []
     check_contents(PassageView(store), PASSAGES)
     assert list(vector_file.generations(store.folder)) == [0]
+
+
+def test_a_view_in_another_format(store):
+    store.delete(["p3", "p7"])
+    alive = [p for key, p in PASSAGES.items() if key not in ("p3", "p7")]
+    view = PassageView(store)
+    words = view.words
+    assert view.ann_base is not None  # of the vectors as the index stores them, not as the other view does
+    other = view.stored_as("int3")
+    assert (other.format.name, view.format.name) == ("int3", store.format.name)
+    assert other.ids(other.scan(QUERY, 100).rows) == _best_of_stored(view, alive)
+    np.testing.assert_array_equal(other.block(0, 30)[view.live], other.vectors(view.live_rows()))
+    assert other.words is words
+    assert other.ann_base is other.projections is other.vector_file is None
+    assert view.vector_file is not None
+    assert len(other) == 28
+    with pytest.raises(InputError, match="vector format 'int5' is unknown"):
+        view.stored_as("int5")
+
+
+def _best_of_stored(view, passages):
+    """The order by int3 codes of what the view holds, in float64."""
+    ids = [p.id for p in passages]
+    made = make_format("int3", DIM)
+    vectors = made.decode(made.encode(view.vectors(view.rows(ids)), ids)).astype(np.float64)
+    scores = (vectors @ QUERY.astype(np.float64)).astype(np.float32)
+    return [ids[place] for place in sorted(range(len(ids)), key=lambda n: (-scores[n], ids[n]))]

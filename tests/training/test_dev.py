@@ -17,13 +17,13 @@ from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.models.student import Student
 from d2llm.training.dev import (
-    RESIDUAL_WEIGHTS,
+    INTERACTION_WEIGHTS,
     DevResult,
     DevSet,
     evaluate_dev,
     make_dev_set,
 )
-from d2llm.training.interpolation import choose_residual_weights, value_by_set
+from d2llm.training.interpolation import choose_interaction_weights, value_by_set
 from tiny_data import make_source, topics
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 
@@ -49,8 +49,8 @@ class HandMadeStudent:
     def anchor_queries(self, vectors: np.ndarray, task: Task) -> np.ndarray:
         return vectors
 
-    def score(self, query: np.ndarray, passages: np.ndarray, task: Task, *, residual_weight: float) -> np.ndarray:
-        return passages @ query + residual_weight * self.changes[int(query.argmax())]
+    def score(self, query: np.ndarray, passages: np.ndarray, task: Task, *, interaction_weight: float) -> np.ndarray:
+        return passages @ query + interaction_weight * self.changes[int(query.argmax())]
 
 
 def dev_set(qrels: dict[str, dict[str, int]], *, name: str = "set", task: Task = "asymmetric") -> DevSet:
@@ -152,12 +152,12 @@ def ndcg_of(student: Student, dev: DevSet) -> float:
 def test_every_weight_gives_what_a_student_of_that_weight_scores(student: Student, real_dev: DevSet) -> None:
     student.prepare_training()
     randomise(student, seed=3)
-    residual = student.interaction.residual_weight("asymmetric")
+    residual = student.interaction.interaction_weight("asymmetric")
     residual.fill_(0.5)
     result = evaluate_dev(student, [real_dev])["tiny"]
     assert float(residual) == 0.5
-    assert float(student.interaction.residual_weight("symmetric")) == 1.0
-    assert set(result.values) == set(RESIDUAL_WEIGHTS)
+    assert float(student.interaction.interaction_weight("symmetric")) == 1.0
+    assert set(result.values) == set(INTERACTION_WEIGHTS)
     for weight, value in result.values.items():
         residual.fill_(weight)
         assert value == pytest.approx(ndcg_of(student, real_dev), abs=1e-6)
@@ -175,7 +175,7 @@ def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student:
     )
     values = evaluate_dev(student, [dev])["tiny"].values
     assert len(set(values.values())) == 1
-    assert choose_residual_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
+    assert choose_interaction_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
 
 
 def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> None:
@@ -190,7 +190,7 @@ def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> 
 
 
 def result(task: Task, *values: float) -> DevResult:
-    return DevResult(task, dict(zip(RESIDUAL_WEIGHTS, values, strict=True)))
+    return DevResult(task, dict(zip(INTERACTION_WEIGHTS, values, strict=True)))
 
 
 def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
@@ -199,16 +199,16 @@ def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
         "b": result("asymmetric", 0.5, 0.9, 0.7, 0.5, 0.2),
         "c": result("symmetric", 0.1, 0.1, 0.1, 0.1, 0.2),
     }
-    weights = choose_residual_weights(results)
+    weights = choose_interaction_weights(results)
     assert weights == {"asymmetric": 0.25, "symmetric": 1.0}
     assert value_by_set(results, weights) == {"a": 0.6, "b": 0.9, "c": 0.2}
 
 
 def test_of_equal_weights_the_smallest_is_chosen() -> None:
-    assert choose_residual_weights({"a": result("asymmetric", 0.5, 0.5, 0.5, 0.5, 0.5)}) == {"asymmetric": 0.0}
-    assert choose_residual_weights({"a": result("asymmetric", 0.4, 0.5, 0.3, 0.5, 0.5)}) == {"asymmetric": 0.25}
+    assert choose_interaction_weights({"a": result("asymmetric", 0.5, 0.5, 0.5, 0.5, 0.5)}) == {"asymmetric": 0.0}
+    assert choose_interaction_weights({"a": result("asymmetric", 0.4, 0.5, 0.3, 0.5, 0.5)}) == {"asymmetric": 0.25}
     turned = DevResult("asymmetric", {1.0: 0.5, 0.5: 0.5, 0.0: 0.4})
-    assert choose_residual_weights({"a": turned}) == {"asymmetric": 0.5}
+    assert choose_interaction_weights({"a": turned}) == {"asymmetric": 0.5}
 
 
 # --- the dev set ------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def encode(
     from d2llm.models.student import Student
     from d2llm.retrieval.chunking import default_chunking
     from d2llm.retrieval.encode import encode
-    from d2llm.retrieval.student_source import source_of
+    from d2llm.retrieval.index import source_of
 
     session = session_of(context)
     model = Student.load(student, device=device, dtype=dtype, engine=engine)

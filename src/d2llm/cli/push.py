@@ -49,10 +49,10 @@ def push(
     recipe and its paths of data sets. Others then load the student as owner/name; where its head and pooling allow,
     sentence-transformers does so without d2llm.
     """
-    from d2llm.models.export.merged_copy import merge_student
     from d2llm.models.export.sentence_transformers import MODULES_FILE, why_not_plain
     from d2llm.models.hub import find_student, push_student
     from d2llm.models.model_card import card_licence, model_card
+    from d2llm.models.student import merge_student
     from d2llm.models.student_files import BACKBONE_FOLDER, read_student_manifest
 
     session = session_of(context)

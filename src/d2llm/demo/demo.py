@@ -35,9 +35,8 @@ from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
 from d2llm.retrieval.cosine import CosineStudent, untuned_config
 from d2llm.retrieval.encode import encode
-from d2llm.retrieval.index import Index
+from d2llm.retrieval.index import Index, source_of
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.student_source import source_of
 from d2llm.store.index_manifest import KIND as INDEX_KIND
 
 JUDGED_TOP_K = 5

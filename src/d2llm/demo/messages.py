@@ -194,7 +194,7 @@ def interaction_weight(student: Student, task: Task) -> float:
     head = student.interaction
     if not isinstance(head, Interaction):
         return 0.0
-    return float(head.residual_weight(task)) if head.has_anchor else 1.0
+    return float(head.interaction_weight(task)) if head.has_anchor else 1.0
 
 
 def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:

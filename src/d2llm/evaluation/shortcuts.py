@@ -13,7 +13,6 @@ from d2llm.core.types import Query
 from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.setting import NAME_D2LLM, Contenders
-from d2llm.evaluation.stored_as import StoredAs
 from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
@@ -67,7 +66,7 @@ def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
     name, search = f"{NAME_D2LLM}, {vector_format} vectors", work.search_settings(work.settings.num_candidates)
     return work.store.system(
         work.key(name, work.identity(index.student), search.num_candidates),
-        lambda: work.measure(name, "shortcut", index, search, view=StoredAs(index.view, vector_format)),
+        lambda: work.measure(name, "shortcut", index, search, view=index.view.stored_as(vector_format)),
     )
 
 

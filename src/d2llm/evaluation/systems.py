@@ -22,7 +22,6 @@ from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Milliseconds
 from d2llm.evaluation.setting import EvaluationSettings
-from d2llm.evaluation.stored_as import StoredAs
 from d2llm.ops.ranking import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
@@ -341,7 +340,7 @@ class RetrievalWork:
         index: Index,
         settings: SearchSettings,
         *,
-        view: PassageView | StoredAs | None = None,
+        view: PassageView | None = None,
         trial: Trial | None = None,
         cascade: Cascade | None = None,
         passages_per_second: float | None = None,

@@ -24,13 +24,14 @@ from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.types import Passage, Query, Task
 from d2llm.integrations.mteb_meta import model_meta
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
+from d2llm.models.backbone import EncodedTexts
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import EncodedBatch, SearchStudent
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import FORMAT_VERSION
 from d2llm.store.vector_formats import make_format
@@ -268,7 +269,7 @@ class D2LLMModel:
     def _as_side(self, source: _Source, vectors: NDArray[np.float32], side: _Side) -> NDArray[np.float32]:
         return vectors if source.side == side else self._encode(source.texts, side).vectors
 
-    def _encode(self, texts: Sequence[str], side: _Side) -> EncodedBatch:
+    def _encode(self, texts: Sequence[str], side: _Side) -> EncodedTexts:
         return self._student.encode_queries(texts) if side == "query" else self._student.encode_passages(texts)
 
 

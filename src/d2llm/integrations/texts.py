@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Task
 from d2llm.retrieval import reading
-from d2llm.retrieval.protocols import EncodedBatch, SearchStudent
+from d2llm.retrieval.protocols import SearchStudent
+
+if TYPE_CHECKING:
+    from d2llm.models.backbone import EncodedTexts
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ def check_top_k(top_k: int | None) -> None:
         raise InputError(f"top_k is {top_k}, but must be at least 1; leave it out for all")
 
 
-def _read(encoded: EncodedBatch, what: str) -> NDArray[np.float32]:
+def _read(encoded: EncodedTexts, what: str) -> NDArray[np.float32]:
     if encoded.num_truncated:
         _log.warning(
             "%d of %d %s were too long and were read in part", encoded.num_truncated, len(encoded.vectors), what

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
-from d2llm.models.inference import inference
+from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
 
@@ -41,7 +41,7 @@ class Attribution:
 
     Attributes:
         score: final logit.
-        anchor: its inner-product part; None where the head has none.
+        anchor: its inner-product part; None if the head has none.
         interaction: what the IEM added; None where the head has no anchor.
         words: of the passage as far as it was read, in its order; their weights are in logits.
         truncated: whether the passage's end was not read.
@@ -61,7 +61,7 @@ def why_no_interaction(student: Student, task: Task) -> str | None:
     head = student.interaction
     if isinstance(head, CosineHead):
         return "this student has no interaction: its head is the cosine"
-    if head.has_anchor and not float(head.residual_weight(task)):
+    if head.has_anchor and not float(head.interaction_weight(task)):
         return (
             f"the interaction's weight r is 0 in {task} search: on the dev sets it added nothing to the inner product, "
             "so training switched it off"
@@ -81,23 +81,16 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     Raises:
         InputError: the student's tokenizer does not say where its tokens are.
     """
-    tokenizer: Any = student.backbone.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(student.backbone.tokenizer, "is_fast", False):
         raise InputError("this student's tokenizer does not say where its tokens are, so words cannot be weighed")
-    prefix = student.config.backbone.passage_prefix
     tokenized = student.tokenize([passage], "passage")
-    offsets = tokenizer(
-        prefix + passage,
-        truncation=True,
-        max_length=student.config.backbone.max_passage_tokens,
-        return_offsets_mapping=True,
-    )["offset_mapping"]
+    places = student.backbone.token_places(passage, len(tokenized.ids[0]))
     encoded = student.encode_queries([query])
-    asked = torch.from_numpy(encoded.vectors).to(student.backbone.device)
+    query_vectors = torch.from_numpy(encoded.vectors).to(student.backbone.device)
     with inference(student):
         read, mask = student.backbone(*student.backbone.pad(tokenized.ids))
     states = read.float().clone().requires_grad_()
-    scores = student.interaction(asked, student.pool(states, mask.clone()), task)
+    scores = student.interaction(query_vectors, student.pool(states, mask.clone()), task)
     logit = scores.logits[0, 0]
     (slope,) = cast("tuple[Tensor]", torch.autograd.grad(logit, states))
     weights: Float[Tensor, " tokens"] = (slope * states).sum(-1)[0].detach()
@@ -107,7 +100,7 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
         score=score,
         anchor=anchor,
         interaction=None if anchor is None else score - anchor,
-        words=_words(passage, [(start - len(prefix), end - len(prefix)) for start, end in offsets], weights.tolist()),
+        words=_words(passage, places, weights.tolist()),
         truncated=bool(tokenized.truncated),
         query_truncated=bool(encoded.truncated),
     )

@@ -9,14 +9,15 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
-from d2llm.core.types import is_text
+from d2llm.core.types import Span, is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.engines.lean import open_lean
 from d2llm.models.lora import (
@@ -64,6 +65,21 @@ class TokenizedTexts:
     def lengths(self) -> list[int]:
         """Tokens of each text."""
         return [len(ids) for ids in self.ids]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """Vectors of n texts, the places of those cut to the length limit, and the tokens read, in all and of each."""
+
+    vectors: Float32[np.ndarray, "texts dim"]
+    truncated: tuple[int, ...]
+    num_tokens: int
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def num_truncated(self) -> int:
+        """How many texts lost their end."""
+        return len(self.truncated)
 
 
 class Backbone(nn.Module):
@@ -231,6 +247,21 @@ class Backbone(nn.Module):
         # A tokenizer without special tokens gives nothing for an empty text; a model needs one token to read.
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
         return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))
+
+    def token_places(self, passage: str, num_tokens: int) -> list[Span]:
+        """Where in a passage the ``num_tokens`` tokens stand that ``tokenize`` read of it, by its characters.
+
+        Needs a fast tokenizer. A special token stands nowhere: its place is empty.
+        """
+        prefix = self.config.passage_prefix
+        with TOKENIZING:
+            offsets = cast(
+                "list[Span]",
+                self.tokenizer(prefix + passage, truncation=True, max_length=num_tokens, return_offsets_mapping=True)[
+                    "offset_mapping"
+                ],
+            )
+        return [(start - len(prefix), end - len(prefix)) for start, end in offsets]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
         """Token ids as one right-padded tensor, and its mask."""

@@ -1,13 +1,15 @@
-"""Which device and number format this machine computes fastest with."""
+"""Which device and number format this machine computes fastest with, and reading a model's output without training."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
@@ -17,21 +19,21 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or else CUDA, Apple's MPS, or the CPU, in that order.
+    """The requested device, or else CUDA, Apple's MPS, or the CPU, in that order.
 
     Raises:
-        InputError: the device asked for does not exist, or not here.
+        InputError: there is no such device on this machine.
     """
     if device is not None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what each back end likes
-            there = devices_here()
+            present = devices_here()
             # Of a device that is there the reason helps, such as a full memory; of one that is not it is pages long.
-            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in there}
+            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in present}
             reason = f" ({str(error).splitlines()[0].rstrip('.')})" if is_there else ""
             raise InputError(
-                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(there)}), or none"
+                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(present)}), or none"
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():
@@ -97,7 +99,7 @@ def fused_bfloat16_layer(inputs: Tensor, packed: Tensor, bias: Tensor) -> Tensor
 
 
 def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
-    """The number format asked for, or else bfloat16 where ``device`` is fast with it, or else float32.
+    """The requested number format, or else bfloat16 where ``device`` is fast with it, or else float32.
 
     Raises:
         InputError: an unknown name.
@@ -137,3 +139,17 @@ def use_plain_attention_on_cpu(model: Any) -> None:
     """
     if next(model.parameters()).device.type == "cpu":
         model.set_attn_implementation("eager")
+
+
+@contextmanager
+def inference(model: nn.Module) -> Generator[None]:
+    """No gradients and no dropout inside the block, also in the middle of a training run."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            model.train()

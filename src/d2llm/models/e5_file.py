@@ -307,6 +307,6 @@ def _check_installed_hash(path: Path, content: bytes) -> None:
             continue
         if Path(str(file.locate())).resolve() != path.resolve():
             continue
-        found = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-        if found != file.hash.value:
-            _refuse(path, f"its SHA-256 is {found}, but the package was made with {file.hash.value}")
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        if digest != file.hash.value:
+            _refuse(path, f"its SHA-256 is {digest}, but the package was made with {file.hash.value}")

@@ -1,4 +1,4 @@
-"""Evidence: what a score stands on beside the vectors.
+"""Evidence: what counts in a score beside the vectors.
 
     z(q, p) = t <U y_q, V y_p> + w max_k t <U y_q, V y_pk> + l(q) sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p))
 
@@ -93,20 +93,20 @@ class TaskEvidence(FittedPart):
 
 
 class Evidence(FittedFile):
-    """The weights of the evidence in one student's score, by task; a task that is not there has none."""
+    """The weights of the evidence in one student's score, by task; a task without an entry has none."""
 
     kind: Literal["evidence"] = "evidence"
     tasks: dict[Task, TaskEvidence]
 
     def weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
         """Those of one task that are not 0; ``windows``: for an index that stores the vectors of windows."""
-        found = self.tasks.get(task)
-        if found is not None and not windows:
-            found = found.without_windows or found
-        if found is None:
+        fitted = self.tasks.get(task)
+        if fitted is not None and not windows:
+            fitted = fitted.without_windows or fitted
+        if fitted is None:
             return EvidenceWeights()
-        kept: dict[EvidenceTerm, float] = {term: weight for term, weight in found.weights.items() if weight}
-        return EvidenceWeights(terms=kept, words_factor=found.words_factor)
+        kept: dict[EvidenceTerm, float] = {term: weight for term, weight in fitted.weights.items() if weight}
+        return EvidenceWeights(terms=kept, words_factor=fitted.words_factor)
 
 
 NO_EVIDENCE = Evidence(student="", tasks={})

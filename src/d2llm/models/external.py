@@ -1,7 +1,7 @@
 """Other people's models in our reports: bi-encoders and cross-encoders of the package sentence-transformers.
 
-Weights are read from safetensors alone and no code that comes with a model is run. Numbers are float32 unless asked
-otherwise, so that a system is not made worse than it is.
+Weights are read from safetensors alone and no code that comes with a model is run. Numbers are float32 by default, so
+that a system is not made worse than it is.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
+from d2llm.models.backbone import EncodedTexts
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.encoded_texts import EncodedTexts
 from d2llm.models.sources import find_model, fingerprint_model, quiet_transformers
 from d2llm.models.teachers.judge import Judgements
 
@@ -36,7 +36,7 @@ _SIMILARITIES = ("cosine", "dot")
 
 @dataclass(frozen=True, slots=True)
 class ExternalConfig:
-    """What is known of a model from outside."""
+    """The configuration of somebody else's model."""
 
     model: str
     similarity: str
@@ -129,7 +129,7 @@ class ExternalBiEncoder:
 
 
 class ExternalCrossEncoder:
-    """A sentence-transformers cross-encoder, asked like a teacher.
+    """A sentence-transformers cross-encoder, used like a teacher.
 
     Log-odds are the logit of a model with one output, the logit of "1" less that of "0" with two, and of more those of
     "entailment" against all the others.
@@ -280,10 +280,10 @@ def _refuse_pickles(folder: Path) -> None:
     # Other back ends' exports lie in folders of their own, which are not read.
     pickled = [path for path in pickled if path.relative_to(folder).parts[0] not in ("onnx", "openvino")]
     if pickled or not safe:
-        found = f" Found {', '.join(str(path.relative_to(folder)) for path in pickled[:3])}:" if pickled else ""
+        examples = f" Found {', '.join(str(path.relative_to(folder)) for path in pickled[:3])}:" if pickled else ""
         raise ModelNotFoundError(
-            f"{folder}: no safetensors weights in this model or a part of it.{found} pickled weights are never loaded; "
-            "convert them to safetensors first"
+            f"{folder}: no safetensors weights in this model or a part of it.{examples} pickled weights are never "
+            "loaded; convert them to safetensors first"
         )
 
 

@@ -29,7 +29,7 @@ _File = TypeVar("_File", bound=FittedFile)
 
 
 def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> _File | None:
-    """What the file says, None where there is none; ``remedy`` is what to do where it cannot be used.
+    """The content of the file, None if there is none; ``remedy`` says what to do if it cannot be used.
 
     Raises:
         DataFormatError: the file is damaged, newer, or another student's.
@@ -37,14 +37,14 @@ def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> 
     if not path.is_file():
         return None
     try:
-        found = kind.model_validate_json(path.read_bytes())
+        content = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DataFormatError(path, f"cannot be read ({problems}); {remedy}") from error
-    if found.format_version > FORMAT_VERSION:
+    if content.format_version > FORMAT_VERSION:
         raise DataFormatError(
-            path, f"has format version {found.format_version}, this d2llm reads up to {FORMAT_VERSION}; update d2llm"
+            path, f"has format version {content.format_version}, this d2llm reads up to {FORMAT_VERSION}; update d2llm"
         )
-    if found.student != student:
-        raise DataFormatError(path, f"was fitted to the student {found.student}, but this one is {student}; {remedy}")
-    return found
+    if content.student != student:
+        raise DataFormatError(path, f"was fitted to the student {content.student}, but this one is {student}; {remedy}")
+    return content

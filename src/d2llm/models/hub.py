@@ -78,7 +78,7 @@ def find_student(folder_or_name: str | Path) -> Path:
 
 
 def fetch_student(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder, in the Hub's own cache, of a student on the Hub; what is there already is not fetched again.
+    """The folder, in the Hub's own cache, of a student on the Hub; files already there are not fetched again.
 
     Args:
         repo_id: ``owner/name``.
@@ -89,7 +89,7 @@ def fetch_student(repo_id: str, *, revision: str | None = None, token: str | Non
         ModelNotFoundError: there is none that can be read, or the Hub cannot be reached (``HF_HUB_OFFLINE`` too) and
             there is no copy.
         ModelError: it is damaged, or its backbone wants to run code of its own.
-        DataFormatError: what is there is no student.
+        DataFormatError: it is not a student.
     """
     from huggingface_hub import snapshot_download
 

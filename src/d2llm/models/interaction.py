@@ -67,7 +67,7 @@ class _Anchor(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
 
     def queries(self, vectors: Float[Tensor, "queries dim"]) -> Float[Tensor, "queries dim"]:
-        """V^T U a t / dim: passages stay as they are, all of the anchor is on the query's side."""
+        """V^T U a t / dim: all of the anchor is on the query's side, so passages stay unchanged."""
         return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
 
 
@@ -124,28 +124,28 @@ class Interaction(nn.Module):
     def _branch(self, task: Task) -> str:
         return task if self.config.branches == "per_task" else _SHARED
 
-    def bound(self, task: Task, *, residual_weight: float | None = None) -> Tensor:
+    def bound(self, task: Task, *, interaction_weight: float | None = None) -> Tensor:
         """The bound r B: the largest change of the logit that the interaction can make, of any pair.
 
-        ``residual_weight`` stands in for the task's own r.
+        ``interaction_weight`` is r, by default the task's own.
         """
-        weight = self.residual_weight(task) if residual_weight is None else residual_weight
+        weight = self.interaction_weight(task) if interaction_weight is None else interaction_weight
         return weight * self.config.max_bound * torch.sigmoid(self.raw_bound)
 
     def query_reach(
-        self, queries: Float[Tensor, "*queries dim"], task: Task, *, residual_weight: float | None = None
+        self, queries: Float[Tensor, "*queries dim"], task: Task, *, interaction_weight: float | None = None
     ) -> Float[Tensor, "*queries"]:
-        """The query's part of the bound of a pair, r B r_q(a); ``residual_weight`` stands in for the task's own r."""
+        """The query's part of the bound of a pair, r B r_q(a); ``interaction_weight`` as of ``bound``."""
         gate = torch.ones_like(queries[..., 0]) if self.query_gate is None else _gate(self.query_gate, queries)
-        return self.bound(task, residual_weight=residual_weight) * at_least_float32(gate)
+        return self.bound(task, interaction_weight=interaction_weight) * at_least_float32(gate)
 
     def passage_reach(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages"]:
         """The passage's part of the bound of a pair, r_p(b); 1 without gates."""
         gate = torch.ones_like(passages[..., 0]) if self.passage_gate is None else _gate(self.passage_gate, passages)
         return at_least_float32(gate)
 
-    def residual_weight(self, task: Task) -> Tensor:
-        """The weight r of the interaction in one task."""
+    def interaction_weight(self, task: Task) -> Tensor:
+        """The weight r of the interaction in one task, from 0 to 1: chosen on dev after training."""
         return self.get_buffer(f"residual_{task}")
 
     def project_passages(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
@@ -178,8 +178,8 @@ class Interaction(nn.Module):
         anchor = None
         if self.anchors is not None:
             with torch.autocast(queries.device.type, enabled=False):
-                asked = self.anchor_queries(at_least_float32(queries), task)
-                anchor = (at_least_float32(passages) @ asked.unsqueeze(2)).squeeze(2)
+                anchor_queries = self.anchor_queries(at_least_float32(queries), task)
+                anchor = (at_least_float32(passages) @ anchor_queries.unsqueeze(2)).squeeze(2)
         return self._score(queries.unsqueeze(1), passages, anchor, task)
 
     def score_anchors(

@@ -29,7 +29,7 @@ _BATCH_TOKENS, _BATCH_ROWS = 8192, 256
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunks:
-    """Vectors of n parts, the places of those not read whole, and what it took: tokens read, in how many windows."""
+    """Vectors of n parts, the places of those not read whole, and how many tokens in how many windows were read."""
 
     vectors: Float32[np.ndarray, "chunks dim"]
     truncated: tuple[int, ...]
@@ -107,30 +107,30 @@ class ChunkReader:
         self._backbone = backbone
         self._pool = pool
 
-    def window(self, wanted: int | None = None) -> int | None:
+    def window(self, requested: int | None = None) -> int | None:
         """How many tokens are read at once: as many as wanted, or as the backbone can (None: any number).
 
         Raises:
             InputError: fewer than 16, or more than the backbone can.
         """
         readable = readable_tokens(self._backbone.model.config)
-        if wanted is None:
+        if requested is None:
             return readable
-        if wanted < _LEAST_WINDOW or (readable is not None and wanted > readable):
+        if requested < _LEAST_WINDOW or (readable is not None and requested > readable):
             limit = "more" if readable is None else str(readable)
             raise InputError(
-                f"a window is to have {wanted} tokens, but '{self._backbone.config.model}' reads up to {limit}; give "
-                f"{_LEAST_WINDOW} to {limit}"
+                f"a window is to have {requested} tokens, but '{self._backbone.config.model}' reads up to {limit}; "
+                f"give {_LEAST_WINDOW} to {limit}"
             )
-        return wanted
+        return requested
 
     def encode(self, texts: Iterable[tuple[WholeText, Sequence[Span]]]) -> EncodedChunks:
         """Vectors of the parts of each text, one after another.
 
         A text longer than its window is read in windows that overlap by half, each with the title before it; a part is
         pooled from the window in which it has most around it on the side where it has less. A part longer than a window
-        is read to where the window ends, and told as truncated; so are all parts of a text whose title alone takes more
-        than half of the window.
+        is read to the end of the window and counted as truncated, as are all parts of a text whose title alone takes
+        more than half of the window.
 
         Args:
             texts: each with the places of its parts, in characters of ``text``.
@@ -162,7 +162,7 @@ class ChunkReader:
         tokens = self._tokenize(whole, limit)
         around = len(tokens.opening) + len(tokens.closing)
         room = max(len(tokens.text), 1) if limit is None else limit - around
-        made: dict[int, _Window] = {}
+        windows_at: dict[int, _Window] = {}
         truncated: list[int] = []
         for place, (start, end) in enumerate(spans, start=first):
             begin, stop = tokens.span(start, end)
@@ -174,30 +174,30 @@ class ChunkReader:
             at = window_start(begin, stop, len(tokens.text), room)
             if tokens.is_cut or stop > at + room:
                 truncated.append(place)
-            if at not in made:
-                made[at] = _Window([*tokens.opening, *tokens.text[at : at + room], *tokens.closing])
-            shift, length = len(tokens.opening) - at, len(made[at].ids)
+            if at not in windows_at:
+                windows_at[at] = _Window([*tokens.opening, *tokens.text[at : at + room], *tokens.closing])
+            shift, length = len(tokens.opening) - at, len(windows_at[at].ids)
             own = range(begin + shift, min(stop + shift, length - len(tokens.closing)))
-            made[at].chunks.append(
+            windows_at[at].chunks.append(
                 (place, [*range(len(tokens.opening)), *own, *range(length - len(tokens.closing), length)])
             )
-        windows += made.values()
+        windows += windows_at.values()
         return truncated
 
     def _tokenize(self, whole: WholeText, limit: int | None) -> _Tokens:
         before = self._backbone.config.passage_prefix + (whole.title + "\n" if whole.title else "")
         tokenizer = cast(Any, self._backbone.tokenizer)
         with TOKENIZING:
-            found = tokenizer(
+            encoded = tokenizer(
                 before + whole.text,
                 truncation=False,
                 verbose=False,
                 return_offsets_mapping=True,
                 return_special_tokens_mask=True,
             )
-        ids: list[int] = found["input_ids"]
-        special: list[int] = found["special_tokens_mask"]
-        places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2) - len(before)
+        ids: list[int] = encoded["input_ids"]
+        special: list[int] = encoded["special_tokens_mask"]
+        places = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) - len(before)
         first = next((t for t in range(len(ids)) if not special[t] and places[t, 1] > 0), len(ids))
         last = next((t for t in range(len(ids), first, -1) if not special[t - 1]), first)
         opening, closing = ids[:first], ids[last:]

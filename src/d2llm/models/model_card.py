@@ -51,7 +51,7 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     """The text of README.md for the student in ``folder``.
 
     What a card that is there says stays; of its front matter only what is missing is added, and what it says of plain
-    sentence-transformers, between marks of its own, is written anew. ``licence``: an identifier of the Hub
+    sentence-transformers, between marks of its own, is rewritten. ``licence``: an identifier of the Hub
     ("apache-2.0"), taken instead of the card's.
     """
     from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need
@@ -59,9 +59,9 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(folder, manifest)
     card = ModelCard(text) if text.startswith("---\n") else None
-    said: dict[str, Any] = card.data.to_dict() if card is not None else {}
+    metadata: dict[str, Any] = card.data.to_dict() if card is not None else {}
     body: str = card.text if card is not None else text
-    fields: dict[str, Any] = _front_matter(folder, manifest) | said
+    fields: dict[str, Any] = _front_matter(folder, manifest) | metadata
     if licence is not None:
         fields["license"] = licence
     if why_not_loadable(folder, manifest) is None and _LIBRARY_TAG not in (tags := fields.get("tags") or []):
@@ -137,11 +137,11 @@ def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What its probabilities mean and how far they could be believed; nothing where it has none."""
+    """What its probabilities mean and how far they could be believed; nothing if it has none."""
     calibration = read_calibration(folder, str(manifest["fingerprint"]))
     if not calibration.tasks:
         return []
-    told = (
+    note = (
         "Scores give an order; `student.calibration.probabilities(scores, task)`, and a server's relevance scores, are "
         f"how likely a passage is relevant where {calibration.base_rate:.0%} of the passages are (one relevant, "
         f"{calibration.num_hard} that shares the query's words, {calibration.num_random} drawn at random). Of another "
@@ -152,7 +152,7 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         f"| {task} | {sum(found.num_queries.values())} | {found.error_before:.3f} | {found.error_after:.3f} |"
         for task, found in calibration.tasks.items()
     ]
-    return ["## Probabilities", told, "\n".join(lines)]
+    return ["## Probabilities", note, "\n".join(lines)]
 
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -184,7 +184,7 @@ def _training(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(manifest: Mapping[str, Any]) -> list[str]:
-    """The dev measures that training recorded; none are made up where it recorded none."""
+    """The dev measures that training recorded; nothing is made up if there are none."""
     measured: Mapping[str, Mapping[str, Any]] = _recorded(manifest, "dev")
     if not measured:
         return ["## Figures", "None were recorded with this student."]
@@ -196,11 +196,11 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
     for name, found in measured.items():
         kept = found.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))
         lines.append(f"| {name} | {_figure(found.get('start'))} | {_figure(kept)} |")
-    told = (
+    note = (
         "Dev measures that training recorded (nDCG@10 of retrieval sets; of sets of pairs the measure that steps were "
         "chosen by). Steps and the weight of the interaction were chosen on these sets, so they flatter."
     )
-    return ["## Figures", told, "\n".join(lines)]
+    return ["## Figures", note, "\n".join(lines)]
 
 
 def _figure(value: object) -> str:

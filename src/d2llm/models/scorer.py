@@ -31,7 +31,7 @@ _ROWS = 32  # a block is filled up to a multiple: products of very few rows are 
 class HeadWeights:
     """An interaction's weights in one task, folded and cast for scoring; ``is_of`` says if they are up to date.
 
-    ``dtype`` is the number format of the products. Where bfloat16 is asked for and the CPU has no fused layer of it, it
+    ``dtype`` is the number format of the products. If bfloat16 is requested and the CPU has no fused layer of it, it
     is float32: torch's own bfloat16 product takes several times as long there (docs/LOG.md), and is less exact.
     """
 
@@ -71,17 +71,18 @@ class _ReluLayer:
         self._weight = pack_bfloat16_weight(weight) if self._is_packed else weight
         self._bias = bias
 
-    def __call__(self, seen: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
         if self._is_packed:
-            return fused_bfloat16_layer(seen, self._weight, self._bias)
-        return nn.functional.linear(seen, self._weight, self._bias).relu_()
+            return fused_bfloat16_layer(inputs, self._weight, self._bias)
+        return nn.functional.linear(inputs, self._weight, self._bias).relu_()
 
 
 class QueryScorer:
     """The full score of one query with any passages, by their vectors.
 
     ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 where the anchor is the whole score. ``block`` is
-    how many passages are scored at a time. ``residual_weight`` stands in for the task's own r.
+    how many passages are scored at a time. ``interaction_weight`` takes the place of the head's own
+    weight r, to measure what another one gives.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class QueryScorer:
         query: Float[Tensor, " dim"],
         task: Task,
         block: int,
-        residual_weight: float | None = None,
+        *,
+        interaction_weight: float | None = None,
     ) -> None:
         self._head = head
         self._weights = weights
@@ -101,7 +103,7 @@ class QueryScorer:
             self._anchor = head.anchor_queries(query[None], task) if head.has_anchor else None
             self.reach = 0.0
             if isinstance(head, Interaction) and head.has_anchor:
-                self.reach = head.query_reach(query, task, residual_weight=residual_weight).item()
+                self.reach = head.query_reach(query, task, interaction_weight=interaction_weight).item()
             self._first = _first_layer(weights, query) if weights and (self.reach or self._anchor is None) else None
 
     @property
@@ -144,8 +146,8 @@ class QueryScorer:
         work: Callable[[_Block, _Buffers | None], Tensor],
     ) -> Float[np.ndarray, " passages"]:
         vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
-        given = vectors if projections is None else projections
-        if given is None:
+        inputs = vectors if projections is None else projections
+        if inputs is None:
             raise InputError("there are neither vectors nor projections of passages; give one of them")
         if projections is not None and not (self._weights is not None and self._weights.can_project):
             raise InputError("projections of passages were given, but this head has none; give vectors alone")
@@ -153,10 +155,10 @@ class QueryScorer:
         with torch.inference_mode():
             buffers = None
             if self._weights is not None and self._first is not None:
-                width = given.shape[1] if projections is not None else self._first.weight.shape[1]
-                buffers = _Buffers(self._weights, width, min(self._block, len(given)), device)
+                width = inputs.shape[1] if projections is not None else self._first.weight.shape[1]
+                buffers = _Buffers(self._weights, width, min(self._block, len(inputs)), device)
             scores: list[Tensor] = []
-            for start in range(0, max(len(given), 1), self._block):
+            for start in range(0, max(len(inputs), 1), self._block):
                 rows = slice(start, start + self._block)
                 block = _Block(*(None if part is None else part[rows].to(device) for part in (vectors, projections)))
                 scores.append(work(block, buffers).cpu())
@@ -180,27 +182,27 @@ class QueryScorer:
         return torch.tanh(self._interaction(block, buffers)).clamp(-1, 1)
 
     def _interaction(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
-        """What the IEM alone says, g."""
+        """What the IEM alone gives, g."""
         weights, first = self._weights, self._first
         assert weights is not None
         assert first is not None
         assert buffers is not None
         num, rows = len(block), _filled_up(len(block))
-        seen = buffers.seen[:rows]
+        activations = buffers.activations[:rows]
         if block.projections is not None:
             assert first.bias is not None
             # Widened first: an addition of two number formats takes half as long again.
-            torch.add(block.projections.to(seen.dtype), first.bias, out=seen[:num]).relu_()
+            torch.add(block.projections.to(activations.dtype), first.bias, out=activations[:num]).relu_()
         else:
             assert block.vectors is not None
             dim = block.vectors.shape[1]
-            seen[:num, :dim] = block.vectors
+            activations[:num, :dim] = block.vectors
             if weights.difference is not None:
-                seen[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
-            seen = nn.functional.linear(seen, first.weight, first.bias).relu_()
+                activations[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
+            activations = nn.functional.linear(activations, first.weight, first.bias).relu_()
         for layer in weights.inner:
-            seen = layer(seen)
-        wide = seen if seen.dtype == weights.last.dtype else buffers.wide[:rows].copy_(seen)
+            activations = layer(activations)
+        wide = activations if activations.dtype == weights.last.dtype else buffers.wide[:rows].copy_(activations)
         return torch.mv(wide, weights.last)[:num] + weights.constant
 
 
@@ -212,9 +214,9 @@ class _Block:
     projections: Tensor | None
 
     def __len__(self) -> int:
-        given = self.vectors if self.projections is None else self.projections
-        assert given is not None
-        return len(given)
+        inputs = self.vectors if self.projections is None else self.projections
+        assert inputs is not None
+        return len(inputs)
 
 
 class _Buffers:
@@ -222,7 +224,7 @@ class _Buffers:
 
     def __init__(self, weights: HeadWeights, width: int, num: int, device: torch.device) -> None:
         rows = _filled_up(num)
-        self.seen = torch.zeros(rows, width, dtype=weights.dtype, device=device)
+        self.activations = torch.zeros(rows, width, dtype=weights.dtype, device=device)
         self.wide = torch.empty(rows, len(weights.last), dtype=weights.last.dtype, device=device)
 
 
@@ -243,7 +245,7 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _state(head: Interaction) -> list[tuple[int, int]]:
-    """What changes with any weight: where it lies, and how often it was written to."""
+    """Changes when any weight does: where each lies in memory, and how often it was written to."""
     weights = [*head.parameters(), *head.buffers()]
     # Tensors made in inference mode count no writes; they cannot be trained either.
     return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]  # pyright: ignore[reportPrivateUsage]

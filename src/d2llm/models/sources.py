@@ -123,7 +123,7 @@ def hub_name(name: str) -> str:
 def fingerprint_model(location: str) -> str:
     """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
 
-    A local folder is told by the size and the first and last MiB of each weight file, so that a model of many
+    A local folder is identified by the size and the first and last MiB of each weight file, so that a model of many
     gigabytes takes milliseconds. A folder converted from a file has that file's fingerprint, whatever version of the
     libraries converted it. A Hub name is resolved to its local snapshot first.
 
@@ -174,7 +174,7 @@ def load_pretrained(
 
 
 def find_model_file(location: str, name: str) -> Path | None:
-    """A small file beside the weights at ``location`` (a local folder or a Hub name), or None where there is none."""
+    """A small file beside the weights at ``location`` (a local folder or a Hub name), or None if there is none."""
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
@@ -191,7 +191,7 @@ def find_model_file(location: str, name: str) -> Path | None:
 
 
 def readable_tokens(config: Any) -> int | None:
-    """How many tokens a model of this ``transformers`` configuration can read, where it has a limit."""
+    """How many tokens a model of this ``transformers`` configuration can read; None without a limit."""
     readable: int | None = getattr(config, "max_position_embeddings", None)
     if readable is None or readable < 0:
         return None

@@ -5,6 +5,7 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,15 +23,13 @@ from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName, Task, WholeText
 from d2llm.models import student_files as files
-from d2llm.models.backbone import Backbone, TextKind, TokenizedTexts, search_query_tokens
-from d2llm.models.device import choose_device
-from d2llm.models.encoded_texts import EncodedTexts
+from d2llm.models.backbone import Backbone, EncodedTexts, TextKind, TokenizedTexts, search_query_tokens
+from d2llm.models.device import choose_device, inference
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
 from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
-from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
@@ -55,8 +54,8 @@ _ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 class Student(nn.Module):
     """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors.
 
-    ``calibration`` makes probabilities of the scores, where it was fitted (``models.probabilities``). ``evidence`` has
-    the weights of what an index adds to the scores of its passages (``models.evidence``).
+    ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
+    weights of what an index adds to the scores of its passages (``models.evidence``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -182,9 +181,9 @@ class Student(nn.Module):
             folder: where to write; a student already there is replaced.
             merge: keep all weights of the backbone, tuning merged in, rather than the adapter beside the backbone's
                 name. By default only where full tuning, or a merged copy that was loaded, leaves no adapter. Plain
-                sentence-transformers then reads it too, where it can (``why_not_plain``).
-            content: what the manifest should say besides (recipe, data, figures); by default, of a student that was
-                loaded and not trained since, what its own said.
+                sentence-transformers can then read it too, unless ``why_not_plain`` says otherwise.
+            content: more for the manifest (recipe, data, figures); by default, for a student that was loaded and not
+                trained since, what its own manifest had.
 
         Raises:
             InputError: ``folder`` holds something else, or ``merge=False`` for a student loaded from a merged copy.
@@ -257,7 +256,7 @@ class Student(nn.Module):
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        # From here on it is another student: nothing that was said of the loaded one holds.
+        # From here on it is another student: nothing recorded about the loaded one holds.
         self._saved_fingerprint = None
         self._recorded = {}
         self.calibration = UNCALIBRATED
@@ -359,17 +358,17 @@ class Student(nn.Module):
             return head.project_passages(vectors).to(torch.bfloat16).cpu()
 
     def prepare(
-        self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, residual_weight: float | None = None
+        self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None
     ) -> QueryScorer:
         """What scores this query with any passages; all that depends on the query alone is computed here.
 
-        The scorer is of the weights as they are now: after training prepare another. ``residual_weight`` stands in for
-        the interaction's own weight r in this task.
+        The scorer is of the weights as they are now: after training prepare another. ``interaction_weight`` is the
+        weight r of the interaction, by default the student's own for the task.
         """
         query = torch.from_numpy(query_vector).to(self.backbone.device)
         weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
         block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
-        return QueryScorer(self.interaction, weights, query, task, block, residual_weight)
+        return QueryScorer(self.interaction, weights, query, task, block, interaction_weight=interaction_weight)
 
     def score(
         self,
@@ -377,13 +376,13 @@ class Student(nn.Module):
         passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
         task: Task,
         *,
-        residual_weight: float | None = None,
+        interaction_weight: float | None = None,
     ) -> Float32[np.ndarray, " passages"]:
         """Final logits of one query against passages, by the IEM; bfloat16 tensors are scored as they are.
 
-        ``residual_weight`` stands in for the interaction's own weight r in this task.
+        ``interaction_weight`` is the weight r of the interaction, by default the student's own for the task.
         """
-        return self.prepare(query_vector, task, residual_weight=residual_weight)(passage_vectors)
+        return self.prepare(query_vector, task, interaction_weight=interaction_weight)(passage_vectors)
 
     def score_many(
         self,
@@ -435,3 +434,18 @@ class Student(nn.Module):
                 if advance is not None:
                     advance(len(batch))
         return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths), tuple(tokenized.lengths))
+
+
+def merge_student(folder: Path, copy: Path) -> None:
+    """Write the student in ``folder`` to ``copy`` with all weights of its backbone, in float32.
+
+    Everything else in the folder goes along: what the manifest records, the card, a licence.
+
+    Raises:
+        D2LLMError: the student cannot be loaded (``Student.load``).
+    """
+    Student.load(folder, device="cpu", dtype="float32").save(copy, merge=True)
+    for path in folder.iterdir():
+        is_written = any((copy / part / path.name).exists() for part in ("", files.BACKBONE_FOLDER))
+        if path.suffix == ".md" or (path.is_file() and path.name != files.ADAPTER_FILE and not is_written):
+            shutil.copyfile(path, copy / path.name)

@@ -80,11 +80,12 @@ def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone
     Raises:
         MismatchError: it has other weights.
     """
-    found = backbone.fingerprint_base()
-    if found != manifest["base_fingerprint"]:
+    fingerprint = backbone.fingerprint_base()
+    if fingerprint != manifest["base_fingerprint"]:
         raise MismatchError(
             f"{folder}: the student was trained on backbone weights {manifest['base_fingerprint']} of "
-            f"'{manifest['config']['backbone']['model']}', but here that name gives {found}; install the same weights"
+            f"'{manifest['config']['backbone']['model']}', but here that name gives {fingerprint}; install "
+            "the same weights"
         )
 
 
@@ -93,7 +94,7 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
 
     Args:
         config: its configuration, as JSON has it.
-        base_fingerprint: of the pretrained backbone, in the place of its name.
+        base_fingerprint: of the pretrained backbone, in place of its name.
         tensors: the head and what tuning changed, by name, on the CPU.
     """
     import torch
@@ -118,18 +119,18 @@ def check_weights(folder: Path) -> None:
     """
     manifest, _ = read_student_manifest(folder)
     if (folder / BACKBONE_FOLDER).is_dir():
-        wanted = manifest.get(MERGED_HASH)
-        found = wanted if wanted is None else merged_sha256(folder)
+        expected = manifest.get(MERGED_HASH)
+        actual = expected if expected is None else merged_sha256(folder)
     else:
         tensors = load_tensors(folder / HEAD_FILE, remedy=RESTORE)
         if (folder / ADAPTER_FILE).is_file():
             tensors |= load_tensors(folder / ADAPTER_FILE, remedy=RESTORE)
-        wanted = manifest["fingerprint"]
-        found = fingerprint_student(manifest["config"], manifest["base_fingerprint"], tensors)
-    if found != wanted:
+        expected = manifest["fingerprint"]
+        actual = fingerprint_student(manifest["config"], manifest["base_fingerprint"], tensors)
+    if actual != expected:
         raise ModelError(
-            f"{folder}: the weights have the fingerprint {found}, but the manifest says {wanted}: they are damaged, or "
-            "another student's; fetch or restore the folder again"
+            f"{folder}: the weights have the fingerprint {actual}, but the manifest says {expected}: they are damaged, "
+            "or another student's; fetch or restore the folder again"
         )
 
 

@@ -94,7 +94,7 @@ class _Fit:
         if not self.kept:
             raise InputError("no list has a relevant passage, so weights cannot be fitted; give judged queries")
         judged = [lists[place] for place in self.kept]
-        scores = np.concatenate([found for found, _ in judged]).astype(np.float64)
+        scores = np.concatenate([scores for scores, _ in judged]).astype(np.float64)
         if not np.isfinite(scores).all():
             raise InputError("some scores are not finite, so weights cannot be fitted; check the student")
         self.sizes = np.array([len(grades) for _, grades in judged])
@@ -112,31 +112,31 @@ class _Fit:
             return value + self.ridge * float(weights @ weights), pull @ self.scores + 2 * self.ridge * weights
 
         start = np.ones(self.scores.shape[1])
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
-        return self._in_own_units(np.asarray(found.x, np.float64))
+        solution = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
+        return self._in_own_units(np.asarray(solution.x, np.float64))
 
     def scaled(self, statistics: NDArray[np.float64], is_scaled: NDArray[np.bool_]) -> ScaledWeights:
-        seen = statistics[self.kept]
-        centre, spread = seen.mean(axis=0), seen.std(axis=0)
+        observed = statistics[self.kept]
+        centre, spread = observed.mean(axis=0), observed.std(axis=0)
         spread[spread == 0] = np.inf  # what is the same for all queries tells nothing
-        of_row = np.repeat((seen - centre) / spread, self.sizes, axis=0)
+        row_statistics = np.repeat((observed - centre) / spread, self.sizes, axis=0)
         num_terms, price = self.scores.shape[1], _FACTOR_PRICE / len(self.kept)
 
         def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             weights, slopes = parameters[:num_terms], parameters[num_terms:]
-            factor = np.where(is_scaled, np.exp(of_row @ slopes)[:, None], 1.0)
+            factor = np.where(is_scaled, np.exp(row_statistics @ slopes)[:, None], 1.0)
             columns = self.scores * factor
             value, pull = self._loss(columns @ weights)
-            of_scaled = columns[:, is_scaled] @ weights[is_scaled]
+            scaled_sum = columns[:, is_scaled] @ weights[is_scaled]
             value += self.ridge * float(weights @ weights) + price * float(slopes @ slopes)
-            of_weights = pull @ columns + 2 * self.ridge * weights
-            return value, np.concatenate([of_weights, (pull * of_scaled) @ of_row + 2 * price * slopes])
+            weight_gradient = pull @ columns + 2 * self.ridge * weights
+            return value, np.concatenate([weight_gradient, (pull * scaled_sum) @ row_statistics + 2 * price * slopes])
 
-        start = np.concatenate([self.weights() * self.scale, np.zeros(of_row.shape[1])])
-        bounds: list[tuple[float | None, None]] = [(0, None)] * num_terms + [(None, None)] * of_row.shape[1]
-        found = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)
-        slopes = found[num_terms:] / spread
-        return ScaledWeights(self._in_own_units(found[:num_terms]), slopes, -float(slopes @ centre))
+        start = np.concatenate([self.weights() * self.scale, np.zeros(row_statistics.shape[1])])
+        bounds: list[tuple[float | None, None]] = [(0, None)] * num_terms + [(None, None)] * row_statistics.shape[1]
+        solution = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)
+        slopes = solution[num_terms:] / spread
+        return ScaledWeights(self._in_own_units(solution[:num_terms]), slopes, -float(slopes @ centre))
 
     def _loss(self, logits: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """The mean loss of the lists, and its slope by each row's logit."""

@@ -1,4 +1,4 @@
-"""Two questions put to values of the same queries: is one system better, and has one become worse?"""
+"""Two tests on values of the same queries: is one system better, and has one become worse?"""
 
 from __future__ import annotations
 

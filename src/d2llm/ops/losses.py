@@ -229,7 +229,7 @@ def feature_imitation(
     teacher_gram: Float[Tensor, "queries entries entries"],
     mask: Bool[Tensor, "queries entries"],
 ) -> Float[Tensor, ""]:
-    """The pairs of one query should be as alike to the student as they are to the teacher.
+    """The pairs of one query should be as similar to the student as they are to the teacher.
 
     L_i = mean_{j != k} ( cos(y^T_ij, y^T_ik) - cos(y^S_ij, y^S_ik) )^2 over D+ and D_H
 

@@ -160,11 +160,11 @@ def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[f
     pairs = _Sorted.of(values, truth)
     if thresholds is None:
         return lambda rows: pairs.cuts(rows).ranking_measures()
-    is_right, said = (values >= thresholds[0]) == truth, values >= thresholds[1]
+    is_right, answers = (values >= thresholds[0]) == truth, values >= thresholds[1]
 
     def measure(rows: NDArray[np.intp]) -> dict[str, float]:
         ranking = pairs.cuts(rows).ranking_measures()
-        return {"accuracy": float(np.mean(is_right[rows])), "F1": _f1(said[rows], truth[rows])} | ranking
+        return {"accuracy": float(np.mean(is_right[rows])), "F1": _f1(answers[rows], truth[rows])} | ranking
 
     return measure
 
@@ -291,19 +291,19 @@ def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
     values, numbers = _paired(scores, _nli_numbers(classes))
     decided, truth = numbers != 1, numbers == 2
     pairs = _Sorted.of(values, truth)
-    said = values >= thresholds.f1
+    answers = values >= thresholds.f1
     right_of_two = (values >= thresholds.contradiction) == truth
     right_of_other = (values >= thresholds.other) == truth
     right_of_three = ordinal_answers(values, thresholds.ordinal) == numbers
 
     def measure(rows: NDArray[np.intp]) -> dict[str, float]:
-        asked = rows[decided[rows]]
-        average = pairs.cuts(asked).average_precision()
+        decided_rows = rows[decided[rows]]
+        average = pairs.cuts(decided_rows).average_precision()
         return {
-            "accuracy (entailment/contradiction)": float(np.mean(right_of_two[asked])),
+            "accuracy (entailment/contradiction)": float(np.mean(right_of_two[decided_rows])),
             "AP": average,
-            "precision": _precision(said[asked], truth[asked]),
-            "recall": _recall(said[asked], truth[asked]),
+            "precision": _precision(answers[decided_rows], truth[decided_rows]),
+            "recall": _recall(answers[decided_rows], truth[decided_rows]),
             "accuracy (entailment/other)": float(np.mean(right_of_other[rows])),
             "accuracy (3 classes)": float(np.mean(right_of_three[rows])),
         }
@@ -353,19 +353,19 @@ def _require_both(num_positive: int, num_pairs: int) -> None:
         raise InputError(f"none of the {num_pairs} pairs is {kind}; a split with both labels is needed")
 
 
-def _precision(said: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    num_said = int(said.sum())
-    return int((said & truth).sum()) / num_said if num_said else 0.0
+def _precision(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    num_answers = int(answers.sum())
+    return int((answers & truth).sum()) / num_answers if num_answers else 0.0
 
 
-def _recall(said: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+def _recall(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     positives = int(truth.sum())
-    return int((said & truth).sum()) / positives if positives else 0.0
+    return int((answers & truth).sum()) / positives if positives else 0.0
 
 
-def _f1(said: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    hits = int((said & truth).sum())
-    return 2 * hits / (int(said.sum()) + int(truth.sum())) if hits else 0.0
+def _f1(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    hits = int((answers & truth).sum())
+    return 2 * hits / (int(answers.sum()) + int(truth.sum())) if hits else 0.0
 
 
 def _pearson(left: Floats, right: Floats) -> float:

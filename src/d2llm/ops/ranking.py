@@ -80,11 +80,11 @@ def reciprocal_rank_scores(
     """
     if k < 0:
         raise InputError(f"k is {k}, but 1 / (k + rank) needs 0 or more")
-    given = [1.0] * len(rankings) if weights is None else list(weights)
-    if len(given) != len(rankings) or not all(weight >= 0 for weight in given):
-        raise InputError(f"the weights of {len(rankings)} rankings are {given}; give each one of at least 0")
+    ranking_weights = [1.0] * len(rankings) if weights is None else list(weights)
+    if len(ranking_weights) != len(rankings) or not all(weight >= 0 for weight in ranking_weights):
+        raise InputError(f"the weights of {len(rankings)} rankings are {ranking_weights}; give each one of at least 0")
     shares: defaultdict[_Item, list[float]] = defaultdict(list)
-    for number, (ranking, weight) in enumerate(zip(rankings, given, strict=True), start=1):
+    for number, (ranking, weight) in enumerate(zip(rankings, ranking_weights, strict=True), start=1):
         seen: set[_Item] = set()
         for rank, item in enumerate(ranking, start=1):
             if item in seen:

@@ -75,15 +75,15 @@ def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[st
         )
     counts = np.bincount(group)
     student_means, teacher_means = (np.bincount(group, values) / counts for values in (student, teacher))
-    within, wanted = student - student_means[group], teacher - teacher_means[group]
+    within, teacher_within = student - student_means[group], teacher - teacher_means[group]
     spread = float(within @ within)
-    slope = float(within @ wanted) / spread if spread > 0 else 0.0
+    slope = float(within @ teacher_within) / spread if spread > 0 else 0.0
     if slope <= 0:
         raise InputError(
             "within queries the student's scores do not go up with the teacher's log-odds, so the two cannot be put on "
             "one scale; check that they belong to the same pairs and task"
         )
-    variance = float(np.square(wanted - slope * within).sum()) / freedom
+    variance = float(np.square(teacher_within - slope * within).sum()) / freedom
     offsets = teacher_means - slope * student_means
     between = float(offsets.var(ddof=1) - np.mean(variance / counts)) if num_queries > 1 else 0.0
     return StudentError(slope, float(offsets.mean()), variance**0.5, max(0.0, between) ** 0.5, len(student))
@@ -94,7 +94,7 @@ def on_one_scale(
 ) -> NDArray[np.float64]:
     """The teacher's log-odds [n] of all passages of a query: what it said, else the mean of what it may say.
 
-    The passages read also tell of the query's offset: it is their mean residual, shrunk by
+    The passages read also show the query's offset: it is their mean residual, shrunk by
     n query_sigma^2 / (n query_sigma^2 + sigma^2).
 
     Args:
@@ -144,10 +144,10 @@ def reading_gains(
     worth = 1 / np.log2(np.arange(min(top_k, len(log_odds))) + 2)
     now = _sigmoid(expected_log_odds(log_odds, unread, sigma))
     places = np.flatnonzero(unread)
-    said = np.tile(now, (len(places), len(_NODES), 1))
-    said[np.arange(len(places)), :, places] = _sigmoid(log_odds[places, None] + sigma * _NODES)
+    outcomes = np.tile(now, (len(places), len(_NODES), 1))
+    outcomes[np.arange(len(places)), :, places] = _sigmoid(log_odds[places, None] + sigma * _NODES)
     gains = np.zeros(len(log_odds))
-    gains[places] = (_best(said, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
+    gains[places] = (_best(outcomes, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
     return np.maximum(gains, 0.0)  # they are never below, but for rounding
 
 

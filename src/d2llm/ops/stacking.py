@@ -65,7 +65,7 @@ def fit_logistic(
     SIAM Journal on Control and Optimization 20, 1982.
     """
     columns = np.asarray(scores, np.float64)
-    wanted = np.asarray(targets, np.float64)
+    target_probabilities = np.asarray(targets, np.float64)
     num_pairs, num_members = columns.shape
     design = np.column_stack((columns, np.ones(num_pairs)))  # the bias is the last parameter
     shrinking = np.array([l2] * num_members + [0.0])
@@ -73,12 +73,12 @@ def fit_logistic(
 
     def loss(at: NDArray[np.float64]) -> float:
         logits = design @ at
-        return float(np.mean(np.logaddexp(0, logits) - wanted * logits) + shrinking @ at**2 / 2)
+        return float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
 
     parameters = np.zeros(num_members + 1)
     for _ in range(_MAX_STEPS):
         probabilities = _sigmoid(design @ parameters)
-        gradient = design.T @ (probabilities - wanted) / num_pairs + shrinking * parameters
+        gradient = design.T @ (probabilities - target_probabilities) / num_pairs + shrinking * parameters
         free = (parameters > lowest) | (gradient < 0)
         if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:
             break

@@ -45,7 +45,7 @@ def terms(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[Span]:
-    """Where the sentences of a text begin and end; a text without any but white space has none."""
+    """Where the sentences of a text begin and end; a text of white space alone has none."""
     spans: list[Span] = []
     start = 0
     for match in _SENTENCE_END.finditer(text):
@@ -67,7 +67,7 @@ def windows(text: str) -> list[Span]:
 
 
 def _without_margins(text: str, start: int, end: int) -> list[Span]:
-    """A sentence without white space around it, in pieces where it is too long; none where nothing is left."""
+    """A sentence without white space around it, in pieces where it is too long; none if nothing is left."""
     pieces: list[Span] = []
     while True:
         start += len(text[start:end]) - len(text[start:end].lstrip())

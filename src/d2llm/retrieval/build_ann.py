@@ -1,4 +1,4 @@
-"""The verb ``ann``: an approximate index beside the vectors, tuned until it finds the share asked for."""
+"""The verb ``ann``: an approximate index beside the vectors, tuned until it finds the requested share."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (faiss ships no types)
@@ -34,7 +34,7 @@ _SAMPLE_BYTES = 256 << 20
 _ITERATIONS = 8
 _BLOCK_ROWS = 16_384
 _DEEPER = 8  # a filter that leaves an eighth makes a search for the first k reach as deep as one for the first 8 k
-_REPORTED = (10, 100)  # depths reported besides the one asked for
+_REPORTED = (10, 100)  # depths reported besides the requested one
 _ONE_SIDED_95 = 1.645
 _MORE_PROBES = 1.15
 
@@ -73,7 +73,7 @@ class AnnReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _TuningQueries:
     """Queries for tuning: ``anchors`` [q, dim]; ``own`` [q], the row each was made of and must not find, or None."""
 
     anchors: NDArray[np.float32]
@@ -99,7 +99,7 @@ def build_ann(
     Args:
         store: the index.
         student: that made its vectors.
-        recall: the share of the exact first ``depth`` that is to be found, above 0 and at most 1; with 95 % confidence.
+        recall: the share of the exact first ``depth`` to find, above 0 and at most 1; with 95 % confidence.
             What is missed lies at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
         depth: the number of candidates of a search.
         queries: like those that will be asked, not used for anything else. By default passages of the index are asked,
@@ -119,9 +119,9 @@ def build_ann(
     base = _checked(view, student, recall, depth)
     random = np.random.default_rng(seed)
     live = view.live_rows()
-    asked = _asked(view, student, queries, live, random)
+    tuning = _tuning_queries(view, student, queries, live, random)
     num_lists = num_lists or round(_LISTS * len(live) ** 0.5)
-    with progress_bar("building", len(live) + len(asked.anchors), show=show_progress) as advance:
+    with progress_bar("building", len(live) + len(tuning.anchors), show=show_progress) as advance:
         index = _trained(view, live, num_lists, random)
         for start in range(0, len(live), _BLOCK_ROWS):
             rows = live[start : start + _BLOCK_ROWS]
@@ -137,23 +137,23 @@ def build_ann(
             num_lists,
             [[1, 1]],
             recall,
-            "passages" if asked.own is not None else "given",
-            len(asked.anchors),
+            "passages" if tuning.own is not None else "given",
+            len(tuning.anchors),
             [],
         )
         deepest = min(depth * _DEEPER, len(live) - 1)
         begin_exact = time.perf_counter()
         exact: list[NDArray[np.int64]] = []
-        for place in range(len(asked.anchors)):
-            exact.append(_others(asked, place, view.scan(asked.anchors[place], deepest + 1).rows)[:deepest])
+        for place in range(len(tuning.anchors)):
+            exact.append(_others(tuning, place, view.scan(tuning.anchors[place], deepest + 1).rows)[:deepest])
             advance(1)
         _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
-    ann = _tuned(view, AnnIndex(base, index, record), asked, exact, depth)
+    ann = _tuned(view, AnnIndex(base, index, record), tuning, exact, depth)
     with store.writing(), storage_errors(store.folder):
         if store.vectors.generation(store.table()) != base.generation:
             raise InputError(f"{store.folder}: was compacted or restored meanwhile; build again")
         record = write_ann(ann)
-    ms, exact_ms = _times(view, ann, asked, depth)
+    ms, exact_ms = _times(view, ann, tuning, depth)
     return AnnReport(
         folder=str(store.folder),
         version=base.version,
@@ -161,8 +161,8 @@ def build_ann(
         num_lists=num_lists,
         target=recall,
         depth=depth,
-        recalls=[Recall(**found) for found in record.recalls],  # pyright: ignore[reportArgumentType]
-        first_ten=_first_ten(view, ann, asked, exact, depth),
+        recalls=[Recall(**values) for values in record.recalls],  # pyright: ignore[reportArgumentType]
+        first_ten=_first_ten(view, ann, tuning, exact, depth),
         share_probed=float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists,
         queries=record.queries,
         num_queries=record.num_queries,
@@ -192,21 +192,21 @@ def _checked(view: PassageView, student: SearchStudent, recall: float, depth: in
     return view.ann_base
 
 
-def _asked(
+def _tuning_queries(
     view: PassageView,
     student: SearchStudent,
     queries: Sequence[str] | None,
     live: NDArray[np.int64],
     random: np.random.Generator,
-) -> _Asked:
+) -> _TuningQueries:
     if queries is None:
         own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
-        return _Asked(student.anchor_queries(view.vectors(own), view.task), own)
+        return _TuningQueries(student.anchor_queries(view.vectors(own), view.task), own)
     if not queries:
         raise InputError("there are no queries; give some, or none at all to ask passages")
     chosen = random.choice(len(queries), min(NUM_QUERIES, len(queries)), replace=False)
     vectors = student.encode_queries([queries[int(place)] for place in chosen]).vectors
-    return _Asked(student.anchor_queries(vectors, view.task), None)
+    return _TuningQueries(student.anchor_queries(vectors, view.task), None)
 
 
 def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
@@ -221,36 +221,38 @@ def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random:
     return index
 
 
-def _others(asked: _Asked, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows found for a query without the passage it was made of."""
-    return rows if asked.own is None else rows[rows != asked.own[place]]
+    return rows if tuning.own is None else rows[rows != tuning.own[place]]
 
 
-def _tuned(view: PassageView, ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depth: int) -> AnnIndex:
+def _tuned(
+    view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
+) -> AnnIndex:
     """With as many probes for every depth as the target needs, as searches confirm."""
     target, num_lists = ann.record.target, ann.record.num_lists
     deepest = min(len(rows) for rows in exact)
     reported = sorted({*(shallow for shallow in _REPORTED if shallow < depth), depth})
     depths = sorted({*reported, *(min(depth * 2**double, deepest) for double in range(1, _DEEPER.bit_length()))})
-    probes = np.maximum.accumulate(_probes_needed(ann, asked, exact, depths))
+    probes = np.maximum.accumulate(_probes_needed(ann, tuning, exact, depths))
     while True:
         ladder = [[at, int(count)] for at, count in zip(depths, probes, strict=True)]
         ann = AnnIndex(ann.base, ann.faiss_index, replace(ann.record, probes=ladder))
-        found = [_measured(view, ann, asked, exact, at) for at in reported]
-        if found[-1] is None:
+        recalls = [_measured(view, ann, tuning, exact, at) for at in reported]
+        if recalls[-1] is None:
             share = float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists
             raise InputError(
                 f"{view.store.folder}: to find {target:.4g} of the first {depth:,}, {share:.0%} of the vectors would "
                 "be read, and the exact scan is quicker; ask for less recall or depth, or search exactly"
             )
-        measured = [recall for recall in found if recall is not None]
+        measured = [recall for recall in recalls if recall is not None]
         if all(recall.at_least >= target for recall in measured):
             return AnnIndex(ann.base, ann.faiss_index, replace(ann.record, recalls=[asdict(one) for one in measured]))
         probes = np.minimum(np.ceil(probes * _MORE_PROBES), num_lists)  # 8 bits cost some recall
 
 
 def _probes_needed(
-    ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depths: Sequence[int]
+    ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depths: Sequence[int]
 ) -> NDArray[np.float64]:
     """The fewest probes for each depth whose lists hold the target's share of the exact first ones.
 
@@ -260,11 +262,14 @@ def _probes_needed(
     recalls = np.zeros((len(depths), len(exact), num_lists), np.float32)
     for query, rows in enumerate(exact):
         place = np.empty(num_lists, np.int64)
-        place[np.argsort(-(ann.centroids @ asked.anchors[query]), kind="stable")] = np.arange(num_lists)
+        place[np.argsort(-(ann.centroids @ tuning.anchors[query]), kind="stable")] = np.arange(num_lists)
         places = place[ann.list_of[rows]]
         for number, depth in enumerate(depths):
             recalls[number, query] = np.cumsum(np.bincount(places[:depth], minlength=num_lists)) / min(depth, len(rows))
-    needed = [np.argmax(_at_least(of_depth.astype(np.float64)) >= ann.record.target) + 1 for of_depth in recalls]
+    needed = [
+        np.argmax(_at_least(recalls_at_depth.astype(np.float64)) >= ann.record.target) + 1
+        for recalls_at_depth in recalls
+    ]
     return np.array(needed, np.float64)
 
 
@@ -275,38 +280,38 @@ def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _measured(
-    view: PassageView, ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depth: int
+    view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> Recall | None:
     """The recall of searches; None where probing so many lists takes as long as the exact scan."""
     search = AnnSearch(ann, view.live, view.ids)
-    num_probes = search.num_probes(asked.anchors[0], depth)
+    num_probes = search.num_probes(tuning.anchors[0], depth)
     if num_probes is None:
         return None
     recalls = np.zeros(len(exact))
     for place, rows in enumerate(exact):
-        found = search.search(asked.anchors[place], depth if asked.own is None else depth + 1)
+        result = search.search(tuning.anchors[place], depth if tuning.own is None else depth + 1)
         # Where the lists hold too few, the exact scan answers.
-        recalls[place] = 1.0 if found is None else np.isin(rows[:depth], _others(asked, place, found[0])).mean()
+        recalls[place] = 1.0 if result is None else np.isin(rows[:depth], _others(tuning, place, result[0])).mean()
     return Recall(depth, num_probes, float(recalls.mean()), float(_at_least(recalls)))
 
 
 def _first_ten(
-    view: PassageView, ann: AnnIndex, asked: _Asked, exact: Sequence[NDArray[np.int64]], depth: int
+    view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> float:
     """The share of the exact first ten among what a search at ``depth`` finds, the mean over queries."""
     search = AnnSearch(ann, view.live, view.ids)
     shares: list[float] = []
-    for anchor, rows in zip(asked.anchors, exact, strict=True):
-        found = search.search(anchor, depth)
-        shares.append(1.0 if found is None else float(np.isin(rows[: min(10, depth)], found[0]).mean()))
+    for anchor, rows in zip(tuning.anchors, exact, strict=True):
+        result = search.search(anchor, depth)
+        shares.append(1.0 if result is None else float(np.isin(rows[: min(10, depth)], result[0]).mean()))
     return sum(shares) / len(shares)
 
 
-def _times(view: PassageView, ann: AnnIndex, asked: _Asked, depth: int) -> tuple[float, float]:
+def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float]:
     """Milliseconds of a search and of the exact scan, the medians."""
     search = AnnSearch(ann, view.live, view.ids)
     times: list[tuple[float, float]] = []
-    for anchor in asked.anchors[:50]:
+    for anchor in tuning.anchors[:50]:
         begin = time.perf_counter()
         search.search(anchor, depth)
         between = time.perf_counter()

@@ -15,17 +15,17 @@ from d2llm.core.types import Query, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.candidates import SearchableIndex
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import search
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
+from d2llm.store.view import PassageView
 
 _ERRORS = TypeAdapter(dict[str, StudentError])
 
 
 def measure_error(
-    index: SearchableIndex,
+    index: PassageView,
     student: SearchStudent,
     judge: Judge,
     queries: Sequence[Query] | Sequence[str],
@@ -48,17 +48,17 @@ def measure_error(
     Raises:
         InputError: too few queries or passages, or the student's scores do not go up with the teacher's.
     """
-    asked: Task = task or index.task
+    search_task: Task = task or index.task
     pairs: list[tuple[str, str]] = []
     scores: list[float] = []
     names: list[str] = []
-    for number, ranking in enumerate(search(index, student, queries, top_k=depth, task=asked)):
-        found = ranking.passages
-        for place in np.unique(np.linspace(0, len(found) - 1, min(num_passages, len(found))).astype(np.int64)):
-            pairs.append((ranking.query.text, found[place].passage.full_text))
-            scores.append(found[place].score)
+    for number, ranking in enumerate(search(index, student, queries, top_k=depth, task=search_task)):
+        passages = ranking.passages
+        for place in np.unique(np.linspace(0, len(passages) - 1, min(num_passages, len(passages))).astype(np.int64)):
+            pairs.append((ranking.query.text, passages[place].passage.full_text))
+            scores.append(passages[place].score)
             names.append(str(number))
-    return calibrate_error(scores, judge.judge(pairs, asked).log_odds, names)
+    return calibrate_error(scores, judge.judge(pairs, search_task).log_odds, names)
 
 
 def write_error(
@@ -87,14 +87,14 @@ def read_error(folder: Path, judge: Judge, task: Task, evidence: EvidenceWeights
         DataFormatError: the file cannot be read.
     """
     file = folder / ERRORS_FILE
-    found = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
-    if found is None:
+    error = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
+    if error is None:
         raise InputError(
             f"{folder}: it is not known how far its student, as it scores now, errs against this teacher ({task}); "
             "measure it with "
             "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
         )
-    return found
+    return error
 
 
 def _read_errors(file: Path) -> dict[str, StudentError]:

@@ -1,4 +1,4 @@
-"""Where candidates come from: what an index offers a search, and the sources that propose passages."""
+"""Where candidates come from: the sources that propose passages of an index."""
 
 from __future__ import annotations
 
@@ -11,67 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.fallbacks import count_fallback
-from d2llm.core.types import Passage, Query, Task, Ties
-from d2llm.retrieval.exact_search import FoundRows, VectorView
+from d2llm.core.types import Query, Ties
 from d2llm.store.ann import AnnSearch
 from d2llm.store.view import CandidateRows, PassageView
 
 _log = logging.getLogger(__name__)
-
-
-class SearchableIndex(VectorView, Protocol):
-    """What a search reads of an index (``store.view.PassageView`` fits)."""
-
-    def __len__(self) -> int:
-        """Passages."""
-        ...
-
-    @property
-    def task(self) -> Task:
-        """The task of a search that does not name one."""
-        ...
-
-    @property
-    def version(self) -> int | None:
-        """The version that is read, of an index that has versions."""
-        ...
-
-    def check_student(self, fingerprint: str) -> None:
-        """Raise an IndexMismatchError unless the student with this fingerprint made the vectors."""
-        ...
-
-    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows, in their order."""
-        ...
-
-    def scan_together(
-        self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
-    ) -> Sequence[FoundRows]:
-        """``scan`` for each of several queries [q, dim], with the same answers."""
-        ...
-
-    def match(
-        self,
-        text: str,
-        top_k: int,
-        filter: str | None = None,  # noqa: A002
-        *,
-        ties: Ties = "ids",
-    ) -> FoundRows:
-        """What BM25 finds, best first; ``ties`` says what orders equal scores."""
-        ...
-
-    def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
-        """The rows that a filter allows, as a mask [capacity]; None without a filter."""
-        ...
-
-    def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows: its document_id, or its own id where it has none."""
-        ...
-
-    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
-        """The passages of the same documents at most ``distance`` positions away, those given among them."""
-        ...
 
 
 class CandidateSource(Protocol):
@@ -82,7 +26,7 @@ class CandidateSource(Protocol):
         """What an explanation calls it."""
         ...
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
         """At most ``top_k`` rows, best first. ``anchor`` [dim] is the query for an inner product."""
         ...
 
@@ -91,55 +35,55 @@ class CandidateSource(Protocol):
 class VectorSource:
     """The highest inner products: an exact scan of what is stored. Nothing for a head without an anchor."""
 
-    index: SearchableIndex
+    index: PassageView
     allowed: NDArray[np.bool_] | None
     name: str = "vectors"
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
         """The rows with the highest inner products."""
         del query
         assert anchor is not None, "a search without an anchor has no vector source"
         return self.index.scan(anchor, top_k, self.allowed)
 
-    def propose_together(self, anchors: NDArray[np.float32], top_k: int) -> Sequence[FoundRows]:
+    def propose_together(self, anchors: NDArray[np.float32], top_k: int) -> Sequence[CandidateRows]:
         """``propose`` for each of several queries [q, dim]."""
         return self.index.scan_together(anchors, top_k, self.allowed)
 
 
 class AnnSource:
-    """About the highest inner products, by an approximate index; by the exact scan where that is as quick."""
+    """Nearly the highest inner products, by an approximate index, or by the exact scan where that is as quick."""
 
     name = "ann"
 
-    def __init__(self, index: SearchableIndex, allowed: NDArray[np.bool_] | None) -> None:
+    def __init__(self, index: PassageView, allowed: NDArray[np.bool_] | None) -> None:
         self._exact = VectorSource(index, allowed)
         self._search: AnnSearch | None = None
-        if isinstance(index, PassageView) and index.ann is not None:
+        if index.ann is not None:
             self._search = AnnSearch(index.ann, index.mask(allowed), index.ids)
         else:
             count_fallback("approximate index")
             _log.warning("no approximate index fits (d2llm index INDEX ann builds one); the exact scan answers")
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
         """The rows found, with exact inner products."""
-        found = None
+        result = None
         if self._search is not None and anchor is not None:
-            found = self._search.search(anchor, top_k)
-            if found is None:
+            result = self._search.search(anchor, top_k)
+            if result is None:
                 count_fallback("approximate index")  # as the exact scan is as quick, or reaches deeper
-        return self._exact.propose(query, anchor, top_k) if found is None else CandidateRows(*found)
+        return self._exact.propose(query, anchor, top_k) if result is None else CandidateRows(*result)
 
 
 @dataclass(frozen=True, slots=True)
 class LexicalSource:
-    """BM25. ``ties`` as ``match`` has them: where all that is found is scored in full, their order decides nothing."""
+    """BM25. ``ties`` as in ``match``: where every candidate is scored in full, their order decides nothing."""
 
-    index: SearchableIndex
+    index: PassageView
     filter: str | None
     ties: Ties
     name: str = "bm25"
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> FoundRows:
+    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
         """The rows that BM25 finds."""
         del anchor
         return self.index.match(query.text, top_k, self.filter, ties=self.ties)

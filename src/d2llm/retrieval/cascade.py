@@ -20,13 +20,13 @@ _FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ,
 
 @dataclass(frozen=True, slots=True)
 class Reread:
-    """Scores after the teacher read some passages again.
+    """Scores after the teacher has reread some passages.
 
     Attributes:
-        scores: [n] log-odds, of the teacher for what it read, else of the probability to be expected; the order of the
-            passages is theirs.
+        scores: [n] log-odds: the teacher's for what it read, else those of the expected probability. The passages are
+            ordered by them.
         read: [m] places that the teacher read, in the order of reading.
-        log_odds: [m] what it said.
+        log_odds: [m] the teacher's, of those.
         unsure: places whose order the student was unsure of, before anything was read.
         seconds: what choosing and reading took.
         num_truncated: passages that the teacher read in part.
@@ -58,7 +58,7 @@ class Rereader(Protocol):
 
 
 class Cascade:
-    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen anew.
+    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen afresh.
 
     The student is unsure of a passage if reading it can be expected to better the first results by ``min_gain`` of DCG:
     its margin to others is small against the student's error, and their places count. The time that a pair takes is
@@ -84,22 +84,22 @@ class Cascade:
             teacher_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
             teacher_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
                 the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
-            depth: of the student's first so many passages.
-            batch_passages: read in one call; fewer look anew more often.
+            depth: how many of the student's first passages may be read.
+            batch_passages: read in one call; smaller batches are chosen with more knowledge.
             min_gain: of DCG, in probabilities, that reading a passage must promise.
 
         Raises:
             InputError: a number out of range.
         """
         least = {"teacher_passages": 0, "teacher_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
-        given = {
+        limits = {
             "teacher_passages": teacher_passages,
             "teacher_ms": teacher_ms,
             "depth": depth,
             "batch_passages": batch_passages,
             "min_gain": min_gain,
         }
-        for name, value in given.items():
+        for name, value in limits.items():
             if value is not None and not value >= least[name]:
                 raise InputError(f"{name} is {value}, but must be at least {least[name]}")
         self.judge = judge
@@ -135,30 +135,34 @@ class Cascade:
         deep = np.argsort(-scores, kind="stable")[: self.depth]
         unread = np.zeros(len(scores), np.bool_)
         unread[deep] = True
-        read, said, num_truncated = np.zeros(0, np.int64), np.zeros(0), 0
-        unsure = order = self._unsure(scores, read, said, deep, unread, top_k)
+        read, teacher_log_odds, num_truncated = np.zeros(0, np.int64), np.zeros(0), 0
+        unsure = order = self._unsure(scores, read, teacher_log_odds, deep, unread, top_k)
         while len(batch := order[: self._room(len(read), time.perf_counter() - begin)]):
             values, num_cut = self._read(query, texts(batch), task)
-            read, said, num_truncated = np.append(read, batch), np.append(said, values), num_truncated + num_cut
+            read, teacher_log_odds, num_truncated = (
+                np.append(read, batch),
+                np.append(teacher_log_odds, values),
+                num_truncated + num_cut,
+            )
             unread[batch] = False
-            order = self._unsure(scores, read, said, deep, unread, top_k)
+            order = self._unsure(scores, read, teacher_log_odds, deep, unread, top_k)
         out_of_time = len(order) > 0 and (self.teacher_passages is None or len(read) < self.teacher_passages)
         unread[:] = True
         unread[read] = False
-        now = expected_log_odds(on_one_scale(scores, read, said, self.error), unread, self.error.sigma)
-        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
+        now = expected_log_odds(on_one_scale(scores, read, teacher_log_odds, self.error), unread, self.error.sigma)
+        return Reread(now, read, teacher_log_odds, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 
     def _unsure(
         self,
         scores: NDArray[np.float32],
         read: NDArray[np.int64],
-        said: NDArray[np.float64],
+        teacher_log_odds: NDArray[np.float64],
         deep: NDArray[np.int64],
         unread: NDArray[np.bool_],
         top_k: int,
     ) -> NDArray[np.int64]:
         """Places of the passages that are worth reading, those that promise most first."""
-        log_odds = on_one_scale(scores, read, said, self.error)
+        log_odds = on_one_scale(scores, read, teacher_log_odds, self.error)
         gains = reading_gains(log_odds[deep], unread[deep], self.error.sigma, top_k)
         best = np.argsort(-gains, kind="stable")
         return deep[best[(gains[best] >= self.min_gain) & unread[deep][best]]]
@@ -216,21 +220,21 @@ class TeacherReading:
         """Arguments and errors: ``Cascade.rerank``; at least ``top_k`` are read, if there is time."""
         begin = time.perf_counter()
         order = np.argsort(-scores, kind="stable")
-        wanted, said, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
-        for start in range(0, len(wanted), self.batch_passages):
+        to_read, teacher_log_odds, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
+        for start in range(0, len(to_read), self.batch_passages):
             if start and self.teacher_ms is not None and time.perf_counter() - begin > self.teacher_ms / 1e3:
                 break
             values, num_cut = judge_passages(
-                self.judge, query, texts(wanted[start : start + self.batch_passages]), task
+                self.judge, query, texts(to_read[start : start + self.batch_passages]), task
             )
-            said, num_truncated = np.append(said, values), num_truncated + num_cut
-        read, unread = order[: len(said)], order[len(said) :]
+            teacher_log_odds, num_truncated = np.append(teacher_log_odds, values), num_truncated + num_cut
+        read, unread = order[: len(teacher_log_odds)], order[len(teacher_log_odds) :]
         now = scores.astype(np.float64)
-        now[read] = said
+        now[read] = teacher_log_odds
         if len(read) and len(unread):
-            now[unread] -= max(0.0, float(now[unread[0]] - said.min()))
-        unsure, out_of_time = np.zeros(0, np.int64), len(read) < len(wanted)
-        return Reread(now, read, said, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
+            now[unread] -= max(0.0, float(now[unread[0]] - teacher_log_odds.min()))
+        unsure, out_of_time = np.zeros(0, np.int64), len(read) < len(to_read)
+        return Reread(now, read, teacher_log_odds, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 
 
 def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
@@ -239,8 +243,8 @@ def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -
     Raises:
         ModelError: the teacher said something that is no finite number.
     """
-    judged = judge.judge([(query, text) for text in texts], task)
-    values = np.asarray(judged.log_odds, np.float64)
+    judgements = judge.judge([(query, text) for text in texts], task)
+    values = np.asarray(judgements.log_odds, np.float64)
     if not np.isfinite(values).all():
         raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
-    return values, judged.num_truncated
+    return values, judgements.num_truncated

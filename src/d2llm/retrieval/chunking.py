@@ -101,16 +101,16 @@ class Chunker:
 
 
 def default_chunking(student: Student) -> Chunking:
-    """How documents are cut unless told otherwise: into passages of 128 tokens, or as many as the student reads."""
+    """How documents are cut by default: into passages of 128 tokens, or as many as the student reads."""
     return Chunking(min(CHUNK_TOKENS, student.config.backbone.max_passage_tokens))
 
 
-def choose_chunking(folder: Path, student: Student, wanted: Chunking | None = None) -> Chunking:
+def choose_chunking(folder: Path, student: Student, requested: Chunking | None = None) -> Chunking:
     """How to cut documents for the index in a folder: as wanted, as it does, or as by default.
 
-    That an index cuts in another way than is wanted is told by ``upsert_documents``, which holds its lock.
+    ``upsert_documents``, which holds the lock, refuses to cut in another way than the index does.
     """
-    return wanted or read_chunking(folder) or default_chunking(student)
+    return requested or read_chunking(folder) or default_chunking(student)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +148,10 @@ def upsert_documents(
                 if document.id in num_pieces:
                     problem = f"two of the documents given share the id {document.id!r}; keep one of them"
                     raise DuplicateIdError(store.folder, problem)
-                found = chunker.split(document)
-                num_pieces[document.id] = len(found)
-                unfinished.append(len(found))
-                yield from found
+                parts = chunker.split(document)
+                num_pieces[document.id] = len(parts)
+                unfinished.append(len(parts))
+                yield from parts
 
     with store.writing(), progress_bar("indexing", num_documents, show=show_progress) as advance:
 
@@ -227,9 +227,9 @@ def _keep_chunking(store: IndexStore, chunking: Chunking) -> None:
 
 
 def _refuse_present(documents: Sequence[Passage], table: PassageTable) -> None:
-    there = table.parts([document.id for document in documents])
-    if there:
-        name = min(document_id or passage_id for passage_id, document_id, _ in there)
+    present = table.parts([document.id for document in documents])
+    if present:
+        name = min(document_id or passage_id for passage_id, document_id, _ in present)
         problem = f"some of the documents are there already, {name!r} is one; upsert changes them"
         raise DuplicateIdError(table.folder, problem)
 

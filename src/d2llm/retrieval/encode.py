@@ -72,7 +72,7 @@ def encode(
         corpus: a ``corpus.jsonl[.gz]`` file, a folder that holds one, or the passages themselves.
         student: makes the vectors.
         folder: where the index goes. Until it is complete, it lies in a hidden folder beside that.
-        task: what a search on this index does unless told otherwise.
+        task: what a search on this index does by default.
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
         vector_copies: in how many places each stands (``Index.create``).
         window_vectors: how those of windows are stored, if at all (``Index.create``).
@@ -82,7 +82,7 @@ def encode(
         show_progress: None means: if standard error is a terminal.
 
     Raises:
-        InputError: no passages, ``folder`` in the way, an unknown format, or a vector is not finite.
+        InputError: there are no passages, ``folder`` is in the way, a format is unknown, or a vector is not finite.
         DataFormatError: the corpus file is missing or malformed (names file and line).
         DuplicateIdError: two passages share an id.
         IndexLockedError: when all is encoded, another process is writing to the index at ``folder``.
@@ -147,7 +147,7 @@ def encode(
 
 
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
-    """Hold the write lock of the index that is to be replaced: half a write must not end up in the new one."""
+    """Hold the write lock of the index that will be replaced, so that no half write ends up in the new one."""
     try:
         return IndexStore.open(folder).locked()
     except InputError:  # nothing is there, or nothing that can be written

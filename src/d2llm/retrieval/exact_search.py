@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,62 +31,19 @@ from d2llm.ops.selection import top_rows
 from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.store.view import PassageView
 
 _PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
 _SCANS = (1_024, 8_192)
 """The highest anchors that are tried before all vectors are read, which takes as long as six scans."""
-_SCANNED_SHARE = 8  # of fewer passages than so many times a scan's, all are read at once
+_SCANNED_SHARE = 8  # with fewer passages than this many times a scan's, all are read at once
 _FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
 _FEWEST = 64  # not worth a call when the time ends
 _NO_LIMIT = 1 << 62
 
 
-class FoundRows(Protocol):
-    """Rows with their inner products, best first."""
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """[k]."""
-        ...
-
-    @property
-    def scores(self) -> NDArray[np.float32]:
-        """[k]."""
-        ...
-
-
-class VectorView(Protocol):
-    """What is read of an index (``store.view.PassageView`` fits)."""
-
-    @property
-    def capacity(self) -> int:
-        """Rows, dead ones included."""
-        ...
-
-    @property
-    def live(self) -> NDArray[np.bool_] | None:
-        """[capacity], which rows hold a passage; None where all do."""
-        ...
-
-    def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of some rows."""
-        ...
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, dim], of some rows."""
-        ...
-
-    def block(self, start: int, end: int) -> NDArray[np.float32]:
-        """[end - start, dim], of rows in order; finite numbers where a row is dead."""
-        ...
-
-    def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> FoundRows:
-        """The live, allowed rows with the highest inner products, ties by id."""
-        ...
-
-
 class CertifiedRows(NamedTuple):
-    """Rows int64 [k], final scores float32 [k] best first, their anchors (None without), and what is proved of it."""
+    """Rows int64 [k], final scores float32 [k] best first, their anchors (None without), and the certificate."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -95,31 +52,22 @@ class CertifiedRows(NamedTuple):
 
 
 class KeptReaches:
-    """r_p of a view's rows, kept from the first search that needed those of all rows: 4 bytes a row.
+    """r_p of all rows of a view, kept from the first search that needed them: 4 bytes a row.
 
-    Most searches need those of some rows alone. Keep it beside a view that answers many queries, of either task.
-    ``of_all`` is float32 [capacity], or None as long as none needed it.
+    Most searches need those of some rows only. Keep it beside a view that answers many queries, of either task.
+    ``values`` is float32 [capacity], or None until a search needs them.
     """
 
-    def __init__(self, of_all: NDArray[np.float32] | None = None) -> None:
-        self.of_all = of_all
+    def __init__(self, values: NDArray[np.float32] | None = None) -> None:
+        self.values = values
 
-    def keep(self, of_all: NDArray[np.float32]) -> None:
-        """Keep those of all rows; where all are 1, as without gates, that takes no memory."""
-        self.of_all = np.broadcast_to(np.float32(1), of_all.shape) if (of_all == 1).all() else of_all
-
-
-def passage_reaches(view: VectorView, student: BoundedStudent) -> NDArray[np.float32]:
-    """r_p of every row, float32 [capacity], of the passages alone."""
-    reaches = np.empty(view.capacity, np.float32)
-    for start in range(0, view.capacity, _PASS_ROWS):
-        end = min(start + _PASS_ROWS, view.capacity)
-        reaches[start:end] = student.passage_reach(view.block(start, end))
-    return reaches
+    def keep(self, values: NDArray[np.float32]) -> None:
+        """Keep the values of all rows; if all are 1, as without gates, that takes no memory."""
+        self.values = np.broadcast_to(np.float32(1), values.shape) if (values == 1).all() else values
 
 
 def certified_top_k(
-    view: VectorView,
+    view: PassageView,
     student: SearchStudent,
     query_vector: NDArray[np.float32],
     task: Task,
@@ -132,7 +80,7 @@ def certified_top_k(
 ) -> CertifiedRows:
     """The ``top_k`` passages with the highest final scores of all that are live and allowed, proved, ties by id.
 
-    A student whose score has no bound (head ``paper``; one without ``prepare``) is asked for every passage's score.
+    A student whose score has no bound (head ``paper``, or one without ``prepare``) scores every passage.
     Where the interaction has no weight, the index's exact scan is the answer. Memory: some float32 numbers a row.
 
     Args:
@@ -144,7 +92,7 @@ def certified_top_k(
         allowed: [capacity], a filter's rows; None allows all.
         budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
             first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
-        reaches: what earlier searches of this view had to compute; what this one has to is kept in it.
+        reaches: what earlier searches of this view computed for all rows; what this one computes is kept in it.
         evidence: of the query (``row_evidence``), where the student's score has any.
 
     Raises:
@@ -161,70 +109,54 @@ def certified_top_k(
     row_scorer = RowScorer(view, student, query_vector, task, evidence)
     scorer = row_scorer.prepared
     if scorer is None or scorer.anchor_query is None:
-        rows = _matching(view, allowed)
+        rows = view.live_rows(allowed)
         bounds = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
-        found = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
+        result = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
         if student.has_anchor:
             anchor_query = student.anchor_queries(query_vector[None], task)[0]
-            return found._replace(anchors=view.vectors(found.rows) @ anchor_query)
-        return found
-    total = _num_matching(view, allowed)
+            return result._replace(anchors=view.vectors(result.rows) @ anchor_query)
+        return result
+    mask = view.mask(allowed)
+    total = view.capacity if mask is None else int(np.count_nonzero(mask))
     assert isinstance(student, BoundedStudent)
     if evidence is None:
         if scorer.reach == 0:
             return _scan(view, scorer.anchor_query, total, top_k, allowed)
         early = _by_scans(
-            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.of_all, clock
+            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.values, clock
         )
         if early is not None:
             return early
-    rows = _matching(view, allowed)
+    rows = view.live_rows(allowed)
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
     highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
     bounds = _numbers((highest + reach)[rows])
     parts = from_the_highest(bounds, max(_LARGEST, top_k))
-    found = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
-    return found._replace(anchors=anchors[found.rows])
+    result = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
+    return result._replace(anchors=anchors[result.rows])
 
 
-def _check_masks(view: VectorView, allowed: NDArray[np.bool_] | None) -> None:
+def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
     for mask in (view.live, allowed):
         if mask is not None and mask.shape != (view.capacity,):
             raise InputError(f"a mask of rows has shape {mask.shape}, but the index has {view.capacity} rows")
 
 
-def _mask(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    """The live rows among the allowed ones; None means all rows."""
-    if view.live is None or allowed is None:
-        return allowed if view.live is None else view.live
-    return view.live & allowed
-
-
-def _num_matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> int:
-    mask = _mask(view, allowed)
-    return view.capacity if mask is None else int(np.count_nonzero(mask))
-
-
-def _matching(view: VectorView, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    mask = _mask(view, allowed)
-    return np.arange(view.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
-
-
 def _scan(
-    view: VectorView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
+    view: PassageView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> CertifiedRows:
-    """Where the anchor is the whole score: the exact scan, one place further to know the best of those left."""
-    found = view.scan(anchor_query, top_k + 1, allowed)
-    rows, scores = found.rows[:top_k], found.scores[:top_k]
-    next_score = float(found.scores[top_k]) if len(found.scores) > top_k else -math.inf
+    """The exact scan, for a score that is the anchor alone; one row deeper, to know the best of those left out."""
+    result = view.scan(anchor_query, top_k + 1, allowed)
+    rows, scores = result.rows[:top_k], result.scores[:top_k]
+    next_score = float(result.scores[top_k]) if len(result.scores) > top_k else -math.inf
     kth_score = float(scores[-1]) if len(scores) else -math.inf
     certificate = Certificate(len(rows), total - len(rows), next_score, kth_score, len(rows))
     return CertifiedRows(rows, scores, scores, certificate)
 
 
 def _by_scans(
-    view: VectorView,
+    view: PassageView,
     student: BoundedStudent,
     row_scorer: RowScorer,
     query_reach: float,
@@ -248,16 +180,16 @@ def _by_scans(
         bounds = _numbers(anchors + reach)
         parts = from_the_highest(bounds, max(_LARGEST, top_k))
         final = _finals(row_scorer, anchors, reach, rows)
-        found = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
-        highest_left = max(found.certificate.highest_bound_left, float(anchors.min() + largest))
-        if found.certificate.kth_score > highest_left or clock.num_fitting() == 0:
+        result = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
+        highest_left = max(result.certificate.highest_bound_left, float(anchors.min() + largest))
+        if result.certificate.kth_score > highest_left or clock.num_fitting() == 0:
             certificate = replace(
-                found.certificate,
-                num_left=total - found.certificate.num_scored,
+                result.certificate,
+                num_left=total - result.certificate.num_scored,
                 highest_bound_left=highest_left,
-                proved=int((found.scores > highest_left).sum()),
+                proved=int((result.scores > highest_left).sum()),
             )
-            return CertifiedRows(found.rows, found.scores, anchors[np.searchsorted(rows, found.rows)], certificate)
+            return CertifiedRows(result.rows, result.scores, anchors[np.searchsorted(rows, result.rows)], certificate)
     return None
 
 
@@ -267,7 +199,7 @@ def _finals(
     reach: NDArray[np.float32],
     rows: NDArray[np.int64] | None = None,
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """What gives some rows their final scores; anchors and reach are of ``rows``, in rising order, or of all."""
+    """A function from rows to final scores; anchors and reach belong to ``rows``, in rising order, or to all rows."""
 
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)
@@ -281,7 +213,7 @@ def _finals(
 
 
 def _pass(
-    view: VectorView,
+    view: PassageView,
     student: BoundedStudent,
     scorer: PairScorer,
     anchor_query: NDArray[np.float32],
@@ -289,20 +221,20 @@ def _pass(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Anchor and R_q r_p of every row, float32 [capacity]; of dead rows anything."""
     anchors = np.empty(view.capacity, np.float32)
-    reach = np.empty(view.capacity, np.float32) if reaches.of_all is None else reaches.of_all
+    reach = np.empty(view.capacity, np.float32) if reaches.values is None else reaches.values
     for start in range(0, view.capacity, _PASS_ROWS):
         end = min(start + _PASS_ROWS, view.capacity)
         block = view.block(start, end)
         anchors[start:end] = block @ anchor_query
-        if reaches.of_all is None:
+        if reaches.values is None:
             reach[start:end] = student.passage_reach(block)
-    if reaches.of_all is None:
+    if reaches.values is None:
         reaches.keep(reach)
     return anchors, np.float32(scorer.reach) * reach
 
 
 def _score_from_the_top(
-    view: VectorView,
+    view: PassageView,
     rows: NDArray[np.int64],
     bounds: NDArray[np.float32],
     parts: Iterator[NDArray[np.int64]],
@@ -352,7 +284,7 @@ class _Clock:
 
 
 def _ranked(
-    view: VectorView,
+    view: PassageView,
     scored: list[NDArray[np.int64]],
     scores: list[NDArray[np.float32]],
     top_k: int,

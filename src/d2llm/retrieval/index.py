@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.retrieval.student_source import find_source, source_of
 from d2llm.store import listing
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
@@ -39,17 +39,35 @@ if TYPE_CHECKING:
 
 
 WINDOW_FORMAT = "int3"
-"""How the vectors of windows are stored unless told otherwise (``store.vector_formats``)."""
+"""How the vectors of windows are stored by default (``store.vector_formats``)."""
 
 
-def window_format(student: SearchStudent, task: Task, asked: str | None) -> str | None:
+def window_format(student: SearchStudent, task: Task, requested: str | None) -> str | None:
     """The format of the windows' vectors in a new index, None for none of them.
 
     ``asked`` "none" is None; "auto" as well, unless the student's score counts windows.
     """
-    if asked != "auto":
-        return None if asked == "none" else asked
+    if requested != "auto":
+        return None if requested == "none" else requested
     return WINDOW_FORMAT if evidence_weights(student, task).counts_windows else None
+
+
+def find_source(source: object, folder: Path) -> str:
+    """The student that an index remembers.
+
+    Raises:
+        InputError: it remembers none, or the folder is gone.
+    """
+    if not isinstance(source, str):
+        raise InputError(f"{folder}: the index does not know where its student is; name it with --student")
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise InputError(f"{folder}: its student was in {source}, which is not there; name it with --student")
+    return source
+
+
+def source_of(student: str | Path) -> str:
+    """What an index remembers of where its student was loaded from."""
+    return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
 
 
 class Index:
@@ -60,7 +78,7 @@ class Index:
 
     def __init__(self, store: IndexStore, student: SearchStudent | str | Path | None, **loading: Any) -> None:
         self.store = store
-        self._given = student
+        self._student_or_source = student
         self._loading = loading
 
     @classmethod
@@ -84,7 +102,7 @@ class Index:
         Args:
             folder: where; must not exist, or be empty.
             student: whose vectors it holds: a student, its folder, or the name of a shipped one.
-            task: what a search asks unless told otherwise.
+            task: what a search asks by default.
             vector_format: how vectors are stored (``store.vector_formats.FORMATS``).
             vector_copies: 2, so that a damaged copy is made good from the other; 1 takes less space, and what is
                 damaged must be encoded again (``verify``).
@@ -93,7 +111,7 @@ class Index:
             metadata: fields with their types; fields that come later are inferred from their values all the same.
             student_source: where the student was loaded from, so that ``open`` finds it again; known where ``student``
                 is a folder or name.
-            device: of the student, if it is to be loaded.
+            device: of the student, if it has to be loaded.
             dtype: its number format.
             engine: what encodes texts with it (``models.engines.engines``).
 
@@ -130,7 +148,7 @@ class Index:
         engine: EngineName = "torch",
         lean: bool = False,
     ) -> Index:
-        """An index that is there. Its student is loaded when it is first needed.
+        """Open an existing index. Its student is loaded when it is first needed.
 
         Args:
             folder: of an index, or of a snapshot of one.
@@ -170,15 +188,15 @@ class Index:
             InputError: the index does not know where it is.
             IndexMismatchError: the one given, or found, is another.
         """
-        given = self._given
-        if given is None:
-            given = find_source(self.store.manifest.get("student_source"), self.folder)
-        if isinstance(given, str | Path):
+        source = self._student_or_source
+        if source is None:
+            source = find_source(self.store.manifest.get("student_source"), self.folder)
+        if isinstance(source, str | Path):
             from d2llm.models.student import Student
 
-            student: SearchStudent = Student.load(given, **self._loading)
+            student: SearchStudent = Student.load(source, **self._loading)
         else:
-            student = given
+            student = source
         self.store.check_student(student.fingerprint)
         return student
 
@@ -301,7 +319,7 @@ class Index:
         return read_chunking(self.folder)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Delete passages from vectors, BM25 and results at once; returns how many there were.
+        """Delete passages from vectors, BM25 and results at once; returns their number.
 
         Raises:
             InputError: an id is no valid text.
@@ -312,15 +330,16 @@ class Index:
         return num_deleted
 
     def delete_documents(self, ids: Iterable[str]) -> int:
-        """Delete all passages of these documents; returns how many passages there were.
+        """Delete all passages of these documents; returns the number of passages.
 
         Raises:
             InputError: an id is no valid text.
             IndexLockedError: another process is writing.
         """
         with self.store.writing():
-            found = listing.passages_of(self.store.table(), list(ids))
-            return self.delete([passage_id for of_one in found.values() for passage_id in of_one]) if found else 0
+            ids_by_document = listing.passages_of(self.store.table(), list(ids))
+            passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
+            return self.delete(passage_ids) if passage_ids else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of what is no longer there; bytes before and after. Arguments: ``IndexStore.compact``."""
@@ -333,7 +352,7 @@ class Index:
         return self.store.snapshot(name)
 
     def restore(self, name: str) -> int:
-        """Make a snapshot's passages those of the index; returns how many they are."""
+        """Make a snapshot's passages those of the index; returns their number."""
         num_passages = self.store.restore(name)
         self.refresh()
         return num_passages
@@ -341,11 +360,11 @@ class Index:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; those that are not there are left out."""
+        """The passages with these ids, in their order; missing ones are left out."""
         return self.view.get(ids)
 
     def get_document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; none where it is not there.
+        """The passages of a document, by position; none if it is missing.
 
         Raises:
             InputError: the id is no valid text.
@@ -366,8 +385,8 @@ class Index:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the ids that the latest version does not have, in their order, each once."""
-        there = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
-        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in there]
+        present = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
+        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in present]
 
     def search(
         self,
@@ -388,10 +407,10 @@ class Index:
         from d2llm.retrieval.search import Searcher
         from d2llm.retrieval.settings import changed
 
-        asked = [queries] if isinstance(queries, str) else queries
+        query_list = [queries] if isinstance(queries, str) else queries
         return Searcher(
             self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
-        ).rank(asked)
+        ).rank(query_list)
 
     def stats(self) -> IndexStats:
         """What the latest version holds, and how many bytes it takes."""
@@ -407,7 +426,7 @@ class Index:
         ``show_progress`` None means: if standard error is a terminal.
 
         Raises:
-            IndexLockedError: another process is writing, and there is to be repaired.
+            IndexLockedError: another process is writing, and something has to be repaired.
             StorageError: a repaired file cannot be written.
         """
         with ExitStack() as stack:
@@ -426,9 +445,9 @@ class Index:
             def encode_windows(texts: Sequence[str]) -> ReadWindows:
                 if not windows:
                     windows.append(stack.enter_context(progress_bar("reading windows again", None, show=show_progress)))
-                read = read_windows(self.student, texts)
+                windows_read = read_windows(self.student, texts)
                 windows[0](len(texts))
-                return read
+                return windows_read
 
             report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_windows=encode_windows)
         self.refresh()

@@ -42,10 +42,10 @@ class ProjectReport:
 
 
 def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | None = False) -> ProjectReport:
-    """Store W_p b of all passages of the latest version; of those that are stored nothing is computed again.
+    """Store W_p b of all passages of the latest version; those that are stored already are not computed again.
 
     Interrupted, it goes on where it was. Searches use what is there at once, and compute it of passages that came
-    later; ``extend_projections`` is called by every upsert. A compaction that numbers the rows anew drops it.
+    later; ``extend_projections`` is called by every upsert. A compaction that renumbers the rows drops it.
 
     Args:
         store: the index. Its write lock is held meanwhile.

@@ -17,36 +17,15 @@ from d2llm.models.evidence import EvidenceWeights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from d2llm.models.backbone import EncodedTexts
+    from d2llm.models.late_chunking import EncodedChunks
+
 
 class Describable(Protocol):
     """A configuration that can be written down."""
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
         """As plain values, with ``mode="json"``."""
-        ...
-
-
-class EncodedBatch(Protocol):
-    """Vectors of some texts, with what it took."""
-
-    @property
-    def vectors(self) -> NDArray[np.float32]:
-        """[n, dim], in the texts' order."""
-        ...
-
-    @property
-    def truncated(self) -> Sequence[int]:
-        """Places of the texts that were longer than the limit."""
-        ...
-
-    @property
-    def num_truncated(self) -> int:
-        """How many they are."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens read, padding not counted."""
         ...
 
 
@@ -68,11 +47,11 @@ class TextEncoder(Protocol):
         """Width of a text's vector."""
         ...
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode queries; ``advance`` is called with the number of texts finished since the last call."""
         ...
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedBatch:
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode passages (title and text as one string)."""
         ...
 
@@ -96,20 +75,11 @@ class SearchStudent(TextEncoder, Protocol):
         ...
 
 
-class EncodedParts(EncodedBatch, Protocol):
-    """Vectors of parts of long texts."""
-
-    @property
-    def num_windows(self) -> int:
-        """In how many windows the texts were read."""
-        ...
-
-
 @runtime_checkable
 class ChunkStudent(Protocol):
-    """What a ``SearchStudent`` has besides if it reads parts of a text with the rest around them (``Student`` has)."""
+    """A ``SearchStudent`` that can read parts of a text with the rest around them (``Student`` can)."""
 
-    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedParts:
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
         """Encode parts of texts, given by the characters where they begin and end."""
         ...
 
@@ -131,18 +101,18 @@ class PairScorer(Protocol):
         """[n, dim] -> final logits [n].
 
         With ``projections`` [n, hidden] of the same passages (``ProjectingStudent``) the vectors are for the anchor
-        alone, and None where there is none.
+        alone, and None if there is none.
         """
         ...
 
     def change(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
-        """[n, dim], or projections -> what the interaction makes of its reach, [n] in [-1, 1]."""
+        """[n, dim], or projections -> the share of its reach that the interaction uses, [n] in [-1, 1]."""
         ...
 
 
 @runtime_checkable
 class BoundedStudent(Protocol):
-    """What a ``SearchStudent`` has besides if its score is an inner product and a bounded change (``Student`` has)."""
+    """A ``SearchStudent`` whose score is an inner product and a bounded change (``Student`` is one)."""
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
         """What scores one query [dim]."""
@@ -155,7 +125,7 @@ class BoundedStudent(Protocol):
 
 @runtime_checkable
 class EvidenceStudent(Protocol):
-    """What a ``SearchStudent`` has if an index can add to its score (``Student`` has)."""
+    """A ``SearchStudent`` to whose score an index can add (``Student`` is one)."""
 
     def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
         """What is added, by weight; nothing where the vectors' score is all.
@@ -167,7 +137,7 @@ class EvidenceStudent(Protocol):
 
 @runtime_checkable
 class ProjectingStudent(Protocol):
-    """What a ``SearchStudent`` has if part of its score can be computed of a passage alone (``Student`` has)."""
+    """A ``SearchStudent`` part of whose score can be computed from a passage alone (``Student`` is one)."""
 
     @property
     def fingerprint(self) -> str:

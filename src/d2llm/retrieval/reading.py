@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, Task, WholeText
 from d2llm.ops.words import windows
-from d2llm.retrieval.protocols import ChunkStudent, EncodedBatch, SearchStudent
+from d2llm.retrieval.protocols import ChunkStudent, SearchStudent
 from d2llm.store.window_vectors import ReadWindows
+
+if TYPE_CHECKING:
+    from d2llm.models.backbone import EncodedTexts
 
 
 @dataclass(frozen=True, slots=True)
 class ReadPassages:
-    """Vectors [n, dim] of passages, the places of those read in part, the tokens read, and windows of documents."""
+    """Vectors [n, dim] of passages, the places of truncated ones, and the numbers of tokens and windows read."""
 
     vectors: NDArray[np.float32]
     truncated: tuple[int, ...] = ()
@@ -67,7 +71,7 @@ def read_passages(
 def read_windows(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
 ) -> ReadWindows:
-    """Read each window of passages alone, as a passage; one that is a single window has none (its own vector is it).
+    """Encode each window of passages as a passage; a passage of a single window has none, as its own vector serves.
 
     ``advance`` is called with the number of windows finished since the last call.
     """
@@ -89,8 +93,8 @@ class ScoredPairs:
     """Scores [n] of pairs of texts, and their different queries and passages as vectors."""
 
     scores: NDArray[np.float32]
-    queries: EncodedBatch
-    passages: EncodedBatch
+    queries: EncodedTexts
+    passages: EncodedTexts
 
     @property
     def num_truncated(self) -> int:

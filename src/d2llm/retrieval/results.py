@@ -10,12 +10,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import CascadeReport, Certificate, Explanation, Query, RankedDocument, RankedPassage
-from d2llm.retrieval.candidates import SearchableIndex
+from d2llm.core.types import (
+    CascadeReport,
+    Certificate,
+    Explanation,
+    Grouping,
+    Passage,
+    Query,
+    RankedDocument,
+    RankedPassage,
+)
 from d2llm.retrieval.cascade import Reread
-from d2llm.retrieval.documents import FoundDocument, with_neighbours
-from d2llm.retrieval.exact_search import FoundRows
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
+from d2llm.store.view import CandidateRows, PassageView
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedDocument:
+    """A document with its score, and the places of its passages among the candidates, best first."""
+
+    id: str
+    score: float
+    places: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +41,7 @@ class ScoredCandidates:
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
     num_scored: int
-    proposals: Mapping[str, FoundRows]
+    proposals: Mapping[str, CandidateRows]
     certificate: Certificate | None
     is_all: bool
 
@@ -37,7 +53,7 @@ class Order:
     scored: ScoredCandidates
     scores: NDArray[np.floating[Any]]
     best_first: NDArray[np.int64]
-    documents: Sequence[FoundDocument] | None
+    documents: Sequence[GroupedDocument] | None
     reread: Reread | None
     student_ranks: NDArray[np.int64] | None
 
@@ -49,8 +65,43 @@ class Order:
         return np.array([document.places[0] for document in self.documents], np.int64)
 
 
+def group_passages(
+    scores: NDArray[np.floating[Any]],
+    best_first: NDArray[np.int64],
+    documents: Sequence[str],
+    how: Grouping,
+    num_parts: int,
+) -> list[GroupedDocument]:
+    """Documents by score, best first, ties by the document's id.
+
+    ``best`` is MaxP. ``sum`` is SumP over the best ``num_parts`` passages, with odds exp(score) in place of
+    probabilities, and shown as a logarithm: log sum exp(score). Odds, since probabilities near 1 hide which passage is
+    the better one; a logarithm, since a document of one passage then has that passage's score, as with ``best``.
+
+    Args:
+        scores: [n] of passages, log-odds or logits.
+        best_first: [n] their places, best first.
+        documents: [n] the document of each.
+        how: ``best`` or ``sum``.
+        num_parts: how many passages of a document are summed at most.
+
+    Source: Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural Language Modeling", SIGIR 2019,
+    section 3.
+    """
+    places: dict[str, list[int]] = {}
+    order: list[int] = best_first.tolist()
+    for place in order:
+        places.setdefault(documents[place], []).append(place)
+    summed = num_parts if how == "sum" else 1
+    grouped = [
+        GroupedDocument(name, float(np.logaddexp.reduce(scores[document_places[:summed]])), document_places)
+        for name, document_places in places.items()
+    ]
+    return sorted(grouped, key=lambda document: (-document.score, document.id))
+
+
 def show(
-    index: SearchableIndex,
+    index: PassageView,
     query: Query,
     anchor: NDArray[np.float32] | None,
     evidence: RowEvidence | None,
@@ -60,7 +111,7 @@ def show(
     document_passages: int,
     neighbours: int,
 ) -> tuple[RankedPassage, ...]:
-    """The places of a ranking with their texts and all that was asked for (``SearchSettings``)."""
+    """The places of a ranking with their texts and all that the settings ask for (``SearchSettings``)."""
     places, rows = order.places, order.scored.rows[order.places]
     scores = order.scores[places].tolist()
     documents: list[RankedDocument | None] = [None] * len(places)
@@ -79,14 +130,14 @@ def show(
     if explain:
         shown = _explained(query, shown, order, None if evidence is None else evidence.parts(rows))
     if neighbours:
-        shown = with_neighbours(index, shown, neighbours)
+        shown = _with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 
 
 def _documents(
-    index: SearchableIndex, order: Order, found: Sequence[FoundDocument], shown: int
+    index: PassageView, order: Order, documents: Sequence[GroupedDocument], shown: int
 ) -> list[RankedDocument]:
-    others = [document.places[1:shown] for document in found]
+    others = [document.places[1:shown] for document in documents]
     flat = np.array([place for places in others for place in places], np.int64)
     texts = iter(index.passages(order.scored.rows[flat]))
     return [
@@ -96,8 +147,23 @@ def _documents(
             len(document.places),
             tuple((next(texts), float(order.scores[place])) for place in places),
         )
-        for document, places in zip(found, others, strict=True)
+        for document, places in zip(documents, others, strict=True)
     ]
+
+
+def _with_neighbours(index: PassageView, places: tuple[RankedPassage, ...], distance: int) -> tuple[RankedPassage, ...]:
+    """Each place with the passages at most ``distance`` positions before and after it in its document."""
+    around: dict[str, list[Passage]] = {}
+    for passage in index.neighbours([place.passage for place in places], distance):
+        around.setdefault(passage.document_id, []).append(passage)
+    filled: list[RankedPassage] = []
+    for place in places:
+        at = place.passage.position
+        others = [other for other in around.get(place.passage.document_id, []) if other.id != place.passage.id]
+        before = tuple(other for other in others if at - distance <= other.position < at)
+        after = tuple(other for other in others if at < other.position <= at + distance)
+        filled.append(replace(place, before=before, after=after))
+    return tuple(filled)
 
 
 def _explained(
@@ -105,7 +171,7 @@ def _explained(
 ) -> tuple[RankedPassage, ...]:
     from d2llm.ops.words import terms
 
-    asked = set(terms(query.text))
+    query_terms = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places
     places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
     explained: list[RankedPassage] = []
@@ -114,16 +180,16 @@ def _explained(
     nothing: list[None] = [None] * len(rows)
     lexical = nothing if added.words is None else added.words.tolist()
     windows = nothing if added.windows is None else added.windows.tolist()
-    for place, row, score, of_words, of_windows in zip(passages, rows, scores, lexical, windows, strict=True):
+    for place, row, score, word_score, window_score in zip(passages, rows, scores, lexical, windows, strict=True):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
-        counts = Counter(term for term in terms(place.passage.full_text) if term in asked)
+        counts = Counter(term for term in terms(place.passage.full_text) if term in query_terms)
         why = Explanation(
             anchor=place.anchor_score,
             interaction=None
             if place.anchor_score is None
-            else score - place.anchor_score - (of_words or 0.0) - (of_windows or 0.0),
-            lexical=of_words,
-            windows=of_windows,
+            else score - place.anchor_score - (word_score or 0.0) - (window_score or 0.0),
+            lexical=word_score,
+            windows=window_score,
             source_ranks={name: found + 1 for name, found in at.items()},
             source_scores={name: float(proposals[name].scores[found]) for name, found in at.items()},
             terms=dict(counts),
@@ -134,9 +200,9 @@ def _explained(
 
 def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread) -> tuple[RankedPassage, ...]:
     assert order.student_ranks is not None
-    said = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
+    teacher_log_odds = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
     return tuple(
-        replace(one, log_odds=said.get(place), student_rank=int(order.student_ranks[place]))
+        replace(one, log_odds=teacher_log_odds.get(place), student_rank=int(order.student_ranks[place]))
         for one, place in zip(shown, order.places.tolist(), strict=True)
     )
 

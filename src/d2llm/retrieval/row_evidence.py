@@ -1,10 +1,10 @@
-"""What an index adds to the scores of passages, for one query (``models.evidence``)."""
+"""What an index adds to the scores of its passages for one query (``models.evidence``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,30 +14,11 @@ from d2llm.core.types import EvidenceTerm, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent
 from d2llm.store.bm25 import QueryWords, WordIndex
-from d2llm.store.window_vectors import WindowVectors
-
-
-@runtime_checkable
-class EvidenceIndex(Protocol):
-    """An index that has more of passages than a vector (``store.view.PassageView`` has)."""
-
-    @property
-    def words(self) -> WordIndex:
-        """BM25 by row; rows behind the index's last may be there."""
-        ...
-
-    @property
-    def windows(self) -> WindowVectors | None:
-        """The vectors of windows by row; None where it stores none."""
-        ...
-
-    def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window, of some rows [n]."""
-        ...
+from d2llm.store.view import PassageView
 
 
 class EvidenceParts(NamedTuple):
-    """What words and the vectors of windows each add to the scores of some rows [n]; None where they do not count."""
+    """What words and windows each add to the scores of some rows [n]; None for what does not count."""
 
     words: NDArray[np.float32] | None
     windows: NDArray[np.float32] | None
@@ -48,7 +29,7 @@ class RowEvidence:
 
     def __init__(
         self,
-        index: EvidenceIndex,
+        index: PassageView,
         text: str,
         weights: EvidenceWeights,
         anchor: NDArray[np.float32] | None,
@@ -59,23 +40,26 @@ class RowEvidence:
         limit = self._query.limit or 1.0  # a query without a known word has score 0, whatever it is divided by
         terms, factor = weights.terms, weights.words_factor
         scale = 1.0 if factor is None else factor(self._query.statistics)
-        of_passage = terms.get("words", 0.0) + terms.get("words_share", 0.0) / limit
-        of_window = terms.get("window_words", 0.0) + terms.get("window_words_share", 0.0) / limit
-        self._passage_weight, self._window_weight = np.float32(scale * of_passage), np.float32(scale * of_window)
+        passage_weight = terms.get("words", 0.0) + terms.get("words_share", 0.0) / limit
+        window_weight = terms.get("window_words", 0.0) + terms.get("window_words_share", 0.0) / limit
+        self._passage_weight, self._window_weight = (
+            np.float32(scale * passage_weight),
+            np.float32(scale * window_weight),
+        )
         self._anchor, self._vector_weight = anchor, np.float32(terms.get("window_vectors", 0.0))
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of some rows [n]."""
-        return self._with_windows(self._of_words(rows), rows)
+        return self._with_windows(self._word_evidence(rows), rows)
 
     def parts(self, rows: NDArray[np.int64]) -> EvidenceParts:
         """Of some rows [n], each kind of evidence by itself."""
         return EvidenceParts(
-            self._of_words(rows) if self._passage_weight or self._window_weight else None,
-            self._of_windows(rows) if self._vector_weight else None,
+            self._word_evidence(rows) if self._passage_weight or self._window_weight else None,
+            self._window_evidence(rows) if self._vector_weight else None,
         )
 
-    def _of_words(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _word_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         if not self._window_weight:
             return self._passage_weight * self._passages[rows]
         return self._sum(*self._words.score(self._query, rows))
@@ -98,15 +82,15 @@ class RowEvidence:
         return self._passage_weight * passages + self._window_weight * windows
 
     def _with_windows(self, words: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return words + self._of_windows(rows) if self._vector_weight else words
+        return words + self._window_evidence(rows) if self._vector_weight else words
 
-    def _of_windows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _window_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self._anchor is not None, "windows count by inner products, which this student has not"
         return self._vector_weight * self._index.best_windows(self._anchor, rows)
 
 
 def evidence_weights(student: SearchStudent, task: Task, *, windows: bool = True) -> EvidenceWeights:
-    """What a student wants to be added to its scores, by weight; nothing where its vectors' score is all.
+    """The weights of the evidence in a student's score; none if its vectors' score is all.
 
     ``windows``: by an index that stores the vectors of windows.
     """
@@ -116,22 +100,22 @@ def evidence_weights(student: SearchStudent, task: Task, *, windows: bool = True
 
 
 def weights_for(
-    index: object,
+    index: PassageView,
     student: SearchStudent,
     task: Task,
-    given: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
+    requested: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
 ) -> EvidenceWeights:
-    """What counts in a search of an index: what is ``given``, else what the student wants of what the index has.
+    """The weights in a search of an index: those requested, else the student's own for what the index stores.
 
     Raises:
-        InputError: windows are given a weight, and the index has no vectors of theirs.
+        InputError: windows have a weight, and the index stores no vectors of windows.
     """
-    if given is not None and not isinstance(given, EvidenceWeights):
-        given = EvidenceWeights(terms=dict(given))
-    wanted = evidence_weights(student, task) if given is None else given
-    if not wanted.counts_windows or (isinstance(index, EvidenceIndex) and index.windows is not None):
-        return wanted
-    if given is not None:
+    if requested is not None and not isinstance(requested, EvidenceWeights):
+        requested = EvidenceWeights(terms=dict(requested))
+    weights = evidence_weights(student, task) if requested is None else requested
+    if not weights.counts_windows or index.windows is not None:
+        return weights
+    if requested is not None:
         raise InputError(
             "window_vectors have a weight, but this index stores no vectors of windows; index the corpus again with "
             "--window-vectors (in Python, window_vectors='int3'), or leave that weight out"
@@ -140,12 +124,11 @@ def weights_for(
 
 
 def row_evidence(
-    index: object, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
+    index: PassageView, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
 ) -> RowEvidence | None:
-    """What an index adds to the scores of a query; ``anchor`` [dim] is its vector for inner products. None: nothing."""
+    """What an index adds to the scores for a query, if anything; ``anchor`` [dim] is its vector for inner products."""
     if not weights:
         return None
-    assert isinstance(index, EvidenceIndex), "these scores count words, which the index does not"
     return RowEvidence(index, text, weights, anchor)
 
 
@@ -162,15 +145,15 @@ def scored_list(
 
     Each kind of evidence is what ``RowEvidence`` weighs; ``best_windows`` [n] are for the term "window_vectors".
     """
-    of_passages, of_windows = words.score(query, rows)
+    passage_scores, window_scores = words.score(query, rows)
     limit = query.limit or 1.0
-    found: dict[EvidenceTerm, NDArray[np.float32]] = {
-        "words": of_passages,
-        "words_share": of_passages / limit,
-        "window_words": of_windows,
-        "window_words_share": of_windows / limit,
+    values: dict[EvidenceTerm, NDArray[np.float32]] = {
+        "words": passage_scores,
+        "words_share": passage_scores / limit,
+        "window_words": window_scores,
+        "window_words_share": window_scores / limit,
     }
     if best_windows is not None:
-        found["window_vectors"] = best_windows
-    scores = np.stack([own, *(found[term] for term in terms)], axis=1)
+        values["window_vectors"] = best_windows
+    scores = np.stack([own, *(values[term] for term in terms)], axis=1)
     return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)

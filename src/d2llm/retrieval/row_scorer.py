@@ -1,8 +1,6 @@
-"""One query's scores of rows of an index: from stored projections (W_p b) where there are some, else from vectors."""
+"""Scores of an index's rows for one query: from stored projections (W_p b) if there are any, else from vectors."""
 
 from __future__ import annotations
-
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,28 +11,11 @@ from d2llm.core.types import Task
 from d2llm.retrieval.protocols import BoundedStudent, ProjectingStudent, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.store.projections import StoredProjections
-
-
-class VectorReader(Protocol):
-    """An index, as far as scoring reads it."""
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, dim], of some rows."""
-        ...
-
-
-@runtime_checkable
-class ProjectedIndex(Protocol):
-    """What an index has besides if it can keep projections (``store.view.PassageView`` has)."""
-
-    @property
-    def projections(self) -> StoredProjections | None:
-        """Those of its first rows; None where there are none."""
-        ...
+from d2llm.store.view import PassageView
 
 
 class RowScorer:
-    """Scores the rows of ``view`` for one query; ``evidence`` of it is added, where there is any.
+    """Scores rows of ``view`` for one query, and adds its ``evidence``, if any.
 
     ``prepared`` is what the student prepared of the query, None of a student that only scores. Whether a projection
     was stored or is computed now makes no difference to a score; without any, a score differs by their rounding.
@@ -42,7 +23,7 @@ class RowScorer:
 
     def __init__(
         self,
-        view: VectorReader,
+        view: PassageView,
         student: SearchStudent,
         query_vector: NDArray[np.float32],
         task: Task,
@@ -57,7 +38,7 @@ class RowScorer:
         self._stored: StoredProjections | None = None
         is_needed = self.prepared is not None and (self.prepared.anchor_query is None or self.prepared.reach > 0)
         if is_needed and isinstance(student, ProjectingStudent) and student.can_project:
-            self._stored = view.projections if isinstance(view, ProjectedIndex) else None
+            self._stored = view.projections
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final logits [n] of the query with the passages at some rows [n]."""
@@ -72,13 +53,13 @@ class RowScorer:
         return self.prepared(self._view.vectors(rows) if is_read else None, projections)
 
     def change(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What the interaction makes of its reach, [n] in [-1, 1], of a student with ``prepared``."""
+        """The share of its reach that the interaction uses, [n] in [-1, 1]; for a student with ``prepared``."""
         assert self.prepared is not None
         projections = self._projections(rows)
         return self.prepared.change(self._view.vectors(rows) if projections is None else None, projections)
 
     def _projections(self, rows: NDArray[np.int64]) -> Tensor | None:
-        """Those of some rows [n, hidden]; of rows that came after the file they are computed as it would hold them."""
+        """Those of some rows [n, hidden]; for rows that came after the file they are computed, in its rounding."""
         stored = self._stored
         if stored is None:
             return None

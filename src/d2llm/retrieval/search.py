@@ -20,25 +20,24 @@ from d2llm.retrieval.candidates import (
     AnnSource,
     CandidateSource,
     LexicalSource,
-    SearchableIndex,
     VectorSource,
 )
 from d2llm.retrieval.cascade import Rereader
-from d2llm.retrieval.documents import group_passages
-from d2llm.retrieval.exact_search import FoundRows, KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, show
+from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import RowEvidence, row_evidence, weights_for
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed
+from d2llm.store.view import CandidateRows, PassageView
 
-_WIDENED = 4  # times as many candidates, where those found are of too few documents
+_WIDENED = 4  # times as many candidates, if the first ones belong to too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
 _SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
 
 
 def search(
-    index: SearchableIndex,
+    index: PassageView,
     student: SearchStudent,
     queries: Sequence[Query] | Sequence[str],
     settings: SearchSettings | None = None,
@@ -75,17 +74,17 @@ def search(
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A query on its way.
+class _PreparedQuery:
+    """A query with what is computed before its ranking.
 
     Attributes:
-        query: as it was asked.
+        query: text and id.
         vector: [dim].
-        anchor: [dim], for inner products; None for a head without.
-        evidence: what words add to the scores; None where the vectors' score is all.
+        anchor: [dim], for inner products; None for a head without them.
+        evidence: what words and windows add to the scores; None if nothing does.
         scorer: scores rows for it; None in an exact search, which has its own.
-        depth: how many candidates each source is asked for first.
-        scanned: the result of a scan to that depth that it had with others; None where it had none.
+        depth: how many candidates each source proposes at first.
+        scanned: its result of a scan shared with other queries, to that depth; None without one.
         seconds: as a ranking has them.
     """
 
@@ -95,7 +94,7 @@ class _Asked:
     evidence: RowEvidence | None
     scorer: RowScorer | None
     depth: int
-    scanned: FoundRows | None
+    scanned: CandidateRows | None
     seconds: dict[str, float]
 
 
@@ -104,14 +103,14 @@ class Searcher:
 
     def __init__(
         self,
-        index: SearchableIndex,
+        index: PassageView,
         student: SearchStudent,
         settings: SearchSettings | None = None,
         *,
         reaches: KeptReaches | None = None,
         cascade: Rereader | None = None,
     ) -> None:
-        """Args: ``reaches``, what exact searches of this version had to compute."""
+        """Args: ``reaches`` keeps what exact searches of this version compute for all rows."""
         self.settings = settings or SearchSettings()
         self.settings.check()
         if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
@@ -160,18 +159,18 @@ class Searcher:
     ) -> list[Ranking]:
         """Rank the passages for each query; ``title`` is the progress bar's.
 
-        With their ``vectors`` [n, dim] given, queries are not read here, and no ranking says that its query was cut.
+        Given their ``vectors`` [n, dim], queries are not encoded here, and no ranking is marked as ``truncated``.
         """
-        asked = _as_queries(queries)
-        if vectors is not None and vectors.shape != (len(asked), self._student.vector_dim):
+        all_queries = _as_queries(queries)
+        if vectors is not None and vectors.shape != (len(all_queries), self._student.vector_dim):
             raise InputError(
-                f"vectors have the shape {vectors.shape}, but the {len(asked)} queries need "
-                f"({len(asked)}, {self._student.vector_dim})"
+                f"vectors have the shape {vectors.shape}, but the {len(all_queries)} queries need "
+                f"({len(all_queries)}, {self._student.vector_dim})"
             )
         rankings: list[Ranking] = []
-        with progress_bar(title, len(asked), show=show_progress) as advance:
-            for start in range(0, len(asked), _ENCODED_AT_ONCE):
-                block = asked[start : start + _ENCODED_AT_ONCE]
+        with progress_bar(title, len(all_queries), show=show_progress) as advance:
+            for start in range(0, len(all_queries), _ENCODED_AT_ONCE):
+                block = all_queries[start : start + _ENCODED_AT_ONCE]
                 begin = time.perf_counter()
                 cut: Sequence[int] = ()
                 if vectors is None:
@@ -194,7 +193,7 @@ class Searcher:
         vectors: NDArray[np.float32],
         anchors: Sequence[NDArray[np.float32] | None],
         encode_seconds: float,
-    ) -> Iterator[_Asked]:
+    ) -> Iterator[_PreparedQuery]:
         """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
         begin = time.perf_counter()
         evidence = [
@@ -214,18 +213,18 @@ class Searcher:
         final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
         depth = self.settings.top_k if final else max(share, self.settings.top_k)
-        scanned: Sequence[FoundRows | None] = [None] * len(queries)
+        scanned: Sequence[CandidateRows | None] = [None] * len(queries)
         together = [anchor for anchor in anchors if anchor is not None]
         if source is not None and len(together) > 1:
             scanned = source.propose_together(np.stack(together), depth)
         scan_seconds = (time.perf_counter() - begin) / len(queries)
         parts = zip(queries, vectors, anchors, evidence, scorers, scanned, strict=True)
-        for query, vector, anchor, one, scorer, found in parts:
+        for query, vector, anchor, one, scorer, proposal in parts:
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
-            yield _Asked(query, vector, anchor, one, scorer, depth, found, seconds)
+            yield _PreparedQuery(query, vector, anchor, one, scorer, depth, proposal, seconds)
 
     def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
-        """Whether candidates come with their final scores, the inner products, and nothing else changes the order."""
+        """Whether the inner products of the candidates are their final scores, and nothing else changes the order."""
         prepared = None if scorer is None else scorer.prepared
         if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
             return False
@@ -238,10 +237,10 @@ class Searcher:
             return [None] * len(vectors)
         return list(self._student.anchor_queries(vectors, self._task))
 
-    def _rank_one(self, asked: _Asked) -> Ranking:
-        query, seconds, depth = asked.query, asked.seconds, asked.depth
+    def _rank_one(self, prepared: _PreparedQuery) -> Ranking:
+        query, seconds, depth = prepared.query, prepared.seconds, prepared.depth
         while True:
-            scored = self._candidates(asked, depth)
+            scored = self._candidates(prepared, depth)
             documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
             if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
                 break
@@ -251,8 +250,8 @@ class Searcher:
         passages = show(
             self._index,
             query,
-            asked.anchor,
-            asked.evidence,
+            prepared.anchor,
+            prepared.evidence,
             ranked,
             explain=self.settings.explain,
             document_passages=self.settings.document_passages,
@@ -264,56 +263,58 @@ class Searcher:
             report, seconds["teacher"] = cascade_report(ranked), ranked.reread.seconds
         return Ranking(query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report)
 
-    def _candidates(self, asked: _Asked, depth: int) -> ScoredCandidates:
-        """At least ``depth`` candidates with the student's scores, if there are so many."""
+    def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
+        """At least ``depth`` candidates with the student's scores, if the index has as many."""
         begin = time.perf_counter()
-        proposals: dict[str, FoundRows] = {}
+        proposals: dict[str, CandidateRows] = {}
         for source in self._sources:
-            if isinstance(source, VectorSource) and asked.scanned is not None and depth == asked.depth:
-                proposals[source.name] = asked.scanned
+            if isinstance(source, VectorSource) and prepared.scanned is not None and depth == prepared.depth:
+                proposals[source.name] = prepared.scanned
             else:
-                proposals[source.name] = source.propose(asked.query, asked.anchor, depth)
+                proposals[source.name] = source.propose(prepared.query, prepared.anchor, depth)
         proposed = time.perf_counter()
         score = self._score_exactly if self._exact else self._score
-        scored = score(asked, proposals, depth)
-        asked.seconds["candidates"] += proposed - begin
-        asked.seconds["score"] += time.perf_counter() - proposed
+        scored = score(prepared, proposals, depth)
+        prepared.seconds["candidates"] += proposed - begin
+        prepared.seconds["score"] += time.perf_counter() - proposed
         return scored
 
-    def _score(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> ScoredCandidates:
-        if self._anchor_is_score(asked.scorer):
-            (found,), top_k = proposals.values(), self.settings.top_k
-            rows, scores = found.rows[:top_k], found.scores[:top_k]
-            _refuse_nan(scores, asked.query)
-            return ScoredCandidates(rows, scores, len(rows), proposals, None, len(found.rows) < depth)
-        assert asked.scorer is not None
+    def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
+        if self._anchor_is_score(prepared.scorer):
+            (proposal,), top_k = proposals.values(), self.settings.top_k
+            rows, scores = proposal.rows[:top_k], proposal.scores[:top_k]
+            _refuse_nan(scores, prepared.query)
+            return ScoredCandidates(rows, scores, len(rows), proposals, None, len(proposal.rows) < depth)
+        assert prepared.scorer is not None
         # In the rows' order what is stored is read from the disk in one direction; the final order is made below.
-        rows = np.unique(np.concatenate([found.rows for found in proposals.values()]))
-        scores = asked.scorer(rows) if len(rows) else _NOTHING
-        _refuse_nan(scores, asked.query)
-        is_all = all(len(found.rows) < depth for found in proposals.values())
+        rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
+        scores = prepared.scorer(rows) if len(rows) else _NOTHING
+        _refuse_nan(scores, prepared.query)
+        is_all = all(len(proposal.rows) < depth for proposal in proposals.values())
         return ScoredCandidates(rows, scores, len(rows), proposals, None, is_all)
 
-    def _score_exactly(self, asked: _Asked, proposals: Mapping[str, FoundRows], depth: int) -> ScoredCandidates:
+    def _score_exactly(
+        self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int
+    ) -> ScoredCandidates:
         top_k = self.settings.top_k if self._in_students_order else depth
         try:
-            found = certified_top_k(
+            certified = certified_top_k(
                 self._index,
                 self._student,
-                asked.vector,
+                prepared.vector,
                 self._task,
                 top_k,
                 allowed=self._allowed,
                 budget_ms=self.settings.budget_ms,
                 reaches=self._reaches,
-                evidence=asked.evidence,
+                evidence=prepared.evidence,
             )
         except ModelError as error:
-            raise ModelError(f"query {asked.query.id!r}: {error}") from error
+            raise ModelError(f"query {prepared.query.id!r}: {error}") from error
         is_own_order = self._cascade is None and self.settings.group == "passage"
-        certificate = found.certificate if is_own_order else None  # it proves the student's order of passages
-        num_scored, is_all = found.certificate.num_scored, len(found.rows) < top_k
-        return ScoredCandidates(found.rows, found.scores, num_scored, proposals, certificate, is_all)
+        certificate = certified.certificate if is_own_order else None  # it proves the student's order of passages
+        num_scored, is_all = certified.certificate.num_scored, len(certified.rows) < top_k
+        return ScoredCandidates(certified.rows, certified.scores, num_scored, proposals, certificate, is_all)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
         """The first ``top_k`` by the student's score, by its fusion with BM25, or after the cascade; or documents."""
@@ -342,8 +343,8 @@ class Searcher:
         if documents is None:
             return Order(scored, final, best(final, top_k), None, reread, student_ranks)
         order, how = best(final, len(rows)), self.settings.group
-        found = group_passages(final, order, documents, how, self.settings.document_passages)
-        return Order(scored, final, order[:top_k], found[:top_k], reread, student_ranks)
+        grouped = group_passages(final, order, documents, how, self.settings.document_passages)
+        return Order(scored, final, order[:top_k], grouped[:top_k], reread, student_ranks)
 
     def _texts(self, rows: NDArray[np.int64]) -> list[str]:
         return [passage.full_text for passage in self._index.passages(rows)]
@@ -355,11 +356,11 @@ _NOTHING = np.zeros(0, np.float32)
 def _as_queries(queries: Sequence[Query] | Sequence[str]) -> list[Query]:
     if isinstance(queries, str):
         raise InputError("queries is one string; give a list of texts or queries")
-    asked = [Query(str(n), query) if isinstance(query, str) else query for n, query in enumerate(queries, start=1)]
-    for query in asked:
+    converted = [Query(str(n), query) if isinstance(query, str) else query for n, query in enumerate(queries, start=1)]
+    for query in converted:
         if not query.text.strip():
             raise InputError(f"query {query.id!r} has no text; remove it or write one")
-    return asked
+    return converted
 
 
 def _refuse_nan(scores: NDArray[np.float32], query: Query) -> None:

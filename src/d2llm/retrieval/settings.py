@@ -38,7 +38,7 @@ class SearchSettings:
             the "sum" of their best passages' odds. ``top_k`` then counts documents, and more candidates are taken where
             there are too few documents among them.
         document_passages: passages of a document that are shown, and with "sum" summed.
-        neighbours: also give the passages at most so many positions before and after each in its document.
+        neighbours: also give the passages of the same document up to this many positions before and after each.
     """
 
     task: Task | None = None

@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UpsertReport:
-    """What ``upsert`` did: passages that were new, got another text, got other metadata alone, or were as they are.
+    """What ``upsert`` did: how many passages were new, changed, changed in their metadata alone, or unchanged.
 
-    Only new passages and other texts were encoded; ``num_truncated`` of them were too long and were read in part.
-    ``num_tokens`` were read, padding not counted, those of windows too where the index stores these. Another text is
-    also another document around a late chunk; documents of late chunks were read in ``num_windows`` windows.
-    ``left_out`` counts by field the metadata values that did not fit and were left out, where that was asked for.
-    ``num_blank`` of those given have neither title nor text but white space, ``first_blank`` is the id of the first.
+    Only new and changed texts were encoded; ``num_truncated`` of them were too long and were read in part.
+    ``num_tokens`` counts the tokens read, without padding, including those of windows if the index stores them. A late
+    chunk has also changed when the document around it has; documents of late chunks were read in ``num_windows``
+    windows. ``left_out`` counts, by field, metadata values that did not fit and were left out on request.
+    ``num_blank`` passages have nothing but white space; ``first_blank`` is the id of the first.
     """
 
     folder: Path
@@ -81,12 +81,12 @@ def upsert_passages(
 ) -> UpsertReport:
     """Add passages to a store, or change those that are there (``Index.upsert``).
 
-    ``as_documents``: they are whole documents, or pieces of such, and whoever gives them deletes what earlier forms of
-    the documents leave; a document that is there in pieces may then become one passage.
+    ``as_documents``: the passages are whole documents or pieces of documents, and the caller deletes what earlier forms
+    of the documents leave behind; a document stored in pieces may then become one passage.
     """
     begin = time.perf_counter()
     report = UpsertReport(store.folder, 0)
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     with store.writing():
         # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table itself,
         # whose new rows are not, each block would take longer than the last.
@@ -94,10 +94,10 @@ def upsert_passages(
         before = store.table()
         written = before.version
         for block in _blocks(passages):
-            _refuse_repeated(block, seen, store.folder)
+            _refuse_repeated(block, seen_ids, store.folder)
             report = _count_blank(block, report)
             table = store.table()
-            if table.version != written:  # whoever gives the passages has changed the index meanwhile
+            if table.version != written:  # the iterable itself has changed the index meanwhile
                 before = store.table()
             if not as_documents:
                 _refuse_documents(block, before)
@@ -134,7 +134,7 @@ def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport
 
 
 def warn_of_truncation(report: UpsertReport, advice: str) -> None:
-    """Say how many of the passages that were read were read in part."""
+    """Warn how many passages were too long to be read whole."""
     if report.num_truncated:
         share = report.num_truncated / report.num_encoded
         _log.warning(
@@ -161,8 +161,8 @@ def _write_block(
     """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
     changes = store.compare(block, table, before=before)
     if only_new and changes.num_new < len(block):
-        there = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
-        problem = f"{len(there)} of the passages are there already, {there[0]!r} is one; upsert changes them"
+        present = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+        problem = f"{len(present)} of the passages are there already, {present[0]!r} is one; upsert changes them"
         raise DuplicateIdError(store.folder, problem)
     advance(len(block) - len(changes.texts))
     if store.window_format is None:
@@ -218,21 +218,21 @@ def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         yield block
 
 
-def _refuse_repeated(block: list[Passage], seen: set[int], folder: Path) -> None:
+def _refuse_repeated(block: list[Passage], seen_ids: set[int], folder: Path) -> None:
     """An id that comes twice in one call is a mistake: the second text would silently win."""
     for passage in block:
         digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
-        if digest in seen:
-            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen) + 1:,}"
+        if digest in seen_ids:
+            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen_ids) + 1:,}"
             raise DuplicateIdError(folder, f"{which}; keep one of them")
-        seen.add(digest)
+        seen_ids.add(digest)
 
 
 def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
     """A document that was split would be there twice, were it also to become a passage under its own id."""
     names = [passage.id for passage in block if passage.document_id in ("", passage.id)]
-    found = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
-    split = [piece["document_id"] for piece in found if piece["id"] == piece_id(piece["document_id"], 1)]
+    pieces = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
+    split = [piece["document_id"] for piece in pieces if piece["id"] == piece_id(piece["document_id"], 1)]
     if split:
         raise InputError(
             f"{before.folder}: {len(split)} of the passages have the id of a document that was split and is there in "

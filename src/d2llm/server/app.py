@@ -19,7 +19,7 @@ from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
-from d2llm.retrieval.student_source import find_source
+from d2llm.retrieval.index import find_source
 from d2llm.server import corpus_routes, metrics_route, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.disconnects import CancelWhenGone

@@ -10,34 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.types import Task
-from d2llm.models.backbone import TextKind
-from d2llm.models.encoded_texts import EncodedTexts
-from d2llm.retrieval.protocols import Describable
+from d2llm.models.backbone import EncodedTexts, TextKind
+from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.server.model_service import ModelService
 
 
-class StudentLane:
+class StudentLane(ForwardingStudent):
     """A student for threads other than the event loop's; fits ``SearchStudent`` and ``ProjectingStudent``."""
 
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(models.student)
         self._models = models
         self._student = models.student
         self._loop = loop
-
-    @property
-    def fingerprint(self) -> str:
-        """The student's."""
-        return self._models.fingerprint
-
-    @property
-    def config(self) -> Describable:
-        """The student's."""
-        return self._student.config
-
-    @property
-    def vector_dim(self) -> int:
-        """The student's."""
-        return self._models.dim
 
     @property
     def has_anchor(self) -> bool:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.ops.selection import top_rows
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.scan import IdsOf, RowScan
 from d2llm.store.vector_file import ann_path_of
 from d2llm.store.vector_formats import VectorFormat
@@ -59,15 +59,15 @@ class AnnRecord:
         student: fingerprint of the student that made the vectors.
         vector_format: of the stored vectors.
         version: of the table; earlier versions have rows that it lacks.
-        since: of the vector file (``vector_file``); another means that row numbers may have been given anew.
+        since: of the vector file (``vector_file``); another means that rows may have been renumbered.
         covered: rows below are in it, those that were live; rows from here on are not.
         num_rows: rows in it.
         num_lists: lists that the rows lie in.
         probes: [depth, lists probed for it], rising.
-        target: the recall asked for.
-        queries: "given", or "passages" where passages of the index were asked.
+        target: the requested recall.
+        queries: "given", or "passages" if passages of the index served as queries.
         num_queries: how many.
-        recalls: what was measured.
+        recalls: as measured, by depth.
         num_bytes: size of the file.
         checksum: xxh3, 64 bits, of the file.
     """
@@ -94,7 +94,7 @@ class AnnRecord:
 
 @dataclass(frozen=True, slots=True)
 class AnnBase:
-    """The vectors of one version of a store, all rows, which an approximate index is over."""
+    """The vectors of all rows of one version of a store, over which an approximate index is built."""
 
     folder: Path
     student: str
@@ -208,8 +208,8 @@ class AnnSearch:
         options = {} if self._selector is None else {"sel": self._selector}
         parameters = faiss.SearchParametersIVF(nprobe=num_probes, **options)
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), self._head)
-        found = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
-        rows = found[found >= 0]
+        labels = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
+        rows = labels[labels >= 0]
         if len(rows) < min(top_k, self._head):
             return None
         scores = ann.base.scan.products(query, rows)
@@ -251,7 +251,7 @@ class AnnSearch:
 
 
 def write_ann(ann: AnnIndex) -> AnnRecord:
-    """Put an approximate index beside its vectors, in the place of those that are there; for the holder of the lock.
+    """Put an approximate index beside its vectors, replacing any that are there; for the holder of the lock.
 
     Killed between file and record, the checksum tells that they do not belong together.
     """

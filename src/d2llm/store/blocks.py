@@ -73,8 +73,8 @@ def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], 
     for part in (passage_id.encode(), title.encode(), text.encode()):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
-    given = {name: value for name, value in others.items() if value is not None}
-    rest = json.dumps(given, sort_keys=True, default=datetime.isoformat)
+    present = {name: value for name, value in others.items() if value is not None}
+    rest = json.dumps(present, sort_keys=True, default=datetime.isoformat)
     return digest.hexdigest() + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
 
 

@@ -9,8 +9,8 @@ with its own length, the mean length of all windows, and the idf of passages.
 
 The words of consecutive rows are a segment, which never changes and depends on the texts of its rows alone. It holds
 them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. What
-depends on the whole corpus (N, n_t, mean lengths) is summed over the segments when it is asked for, of live rows alone,
-so that passages can come and go and every score is as if the index had been built of those that are left.
+depends on the whole corpus (N, n_t, mean lengths) is summed over the live rows of the segments when it is needed, so
+that passages can come and go and every score is as if the index had been built from those that are left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Rows = NDArray[np.int64]
 _Scores = NDArray[np.float32]
 _LARGEST_COUNT = np.iinfo(np.uint16).max
 _OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are no term of a query
-_KNOWN_TERMS = 1 << 20  # hashes that are remembered while texts are read
+_KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class WordSegment:
                 advance(1)
         vocabulary, places = np.unique(np.array(hashes, np.uint64), return_inverse=True)
         tokens = np.insert(places.astype(np.uint32), np.array(ends, np.int64), np.uint32(len(vocabulary)))
-        return cls._of_tokens(vocabulary, tokens, np.array(offsets, np.int64))
+        return cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
 
     @classmethod
     def join(cls, segments: Sequence[WordSegment]) -> WordSegment:
@@ -99,10 +99,10 @@ class WordSegment:
             offsets.append(segment.offsets[1:] + num_tokens)
             tokens.append(places[segment.tokens])
             num_tokens += len(segment.tokens)
-        return cls._of_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets))
+        return cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets))
 
     @classmethod
-    def _of_tokens(
+    def _from_tokens(
         cls, vocabulary: NDArray[np.uint64], tokens: NDArray[np.uint32], offsets: NDArray[np.int64]
     ) -> WordSegment:
         num = len(offsets) - 1
@@ -141,7 +141,7 @@ class WordSegment:
         place_of = np.full(len(self.terms) + 1, len(used), np.uint32)
         place_of[used] = np.arange(len(used), dtype=np.uint32)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        return self._of_tokens(self.terms[used], place_of[tokens], offsets)
+        return self._from_tokens(self.terms[used], place_of[tokens], offsets)
 
     def places(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The places of terms in ``terms``, -1 for those that no row has."""
@@ -308,9 +308,9 @@ class WordIndex:
         """What the best window of each row cannot score above: the sum of the weights of the terms that the row has."""
         limits = np.zeros(len(self), np.float32)
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
-            of_segment = limits[first : first + len(segment)]
+            segment_limits = limits[first : first + len(segment)]
             for place, weight in _known(segment, query):
-                of_segment[segment.postings(place)[0]] += weight
+                segment_limits[segment.postings(place)[0]] += weight
         return limits
 
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
@@ -399,8 +399,8 @@ class WordIndex:
             filled, firsts = np.unique(row, return_index=True)  # rows with a sentence
             whole = np.minimum(np.add.reduceat(counts, firsts, axis=0), _LARGEST_COUNT)
             passages[filled] = _sums(query.weights, whole, norms[filled])
-            of_window, in_window, in_words = _windows(counts, lengths, row)
-            _, firsts = np.unique(of_window, return_index=True)
+            window_of, in_window, in_words = _windows(counts, lengths, row)
+            _, firsts = np.unique(window_of, return_index=True)
             values = _sums(query.weights, in_window, _norm(in_words, max(self._mean_window_length, 1e-9)))
             windows[filled] = np.maximum.reduceat(values, firsts)
         return passages, windows
@@ -450,7 +450,7 @@ def _known(segment: WordSegment, query: QueryWords) -> list[tuple[int, np.float3
 
 
 def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
-    """Where the tokens of some rows begin, and how many they are."""
+    """Where the tokens of some rows begin, and their number."""
     starts = segment.offsets[rows]
     return starts, segment.offsets[rows + 1] - starts
 

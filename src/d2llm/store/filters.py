@@ -1,4 +1,4 @@
-r"""The filter language: conditions on the fields of passages, as in SQL, checked and then written anew.
+r"""The filter language: conditions on the fields of passages, as in SQL, checked and then written out again.
 
 What a user writes never reaches the database. It is split into tokens of which few kinds are allowed, sqlglot makes a
 tree of them, the tree is checked against the index's fields, and SQL for LanceDB (DataFusion) is written from it:
@@ -221,7 +221,7 @@ class _Writer:
     def kind(self, column: Expr) -> FieldType:
         return self.columns[column.name]
 
-    def field(self, node: Expr, column: object, wanted: FieldType | None = None) -> str:
+    def field(self, node: Expr, column: object, expected: FieldType | None = None) -> str:
         """The quoted name of the field that ``column`` stands for."""
         if type(column) is not exp.Column or type(column.this) is not exp.Identifier:
             raise self.error(node, "one side has to be the name of a field")
@@ -233,8 +233,8 @@ class _Writer:
                 f"there is no field {short(name)};{self.nearest(name)} the fields are "
                 f"{', '.join(sorted(self.columns))}; text stands in single quotes",
             )
-        if wanted is not None and self.columns[name] != wanted:
-            raise self.error(node, f"field '{name}' is {self.columns[name]}, and this asks for a {wanted}")
+        if expected is not None and self.columns[name] != expected:
+            raise self.error(node, f"field '{name}' is {self.columns[name]}, and this asks for a {expected}")
         self.used.add(name)
         return f"`{name}`"
 

@@ -13,8 +13,6 @@ from d2llm.core.manifest import read_manifest, write_manifest
 KIND = "index"
 FORMAT_VERSION = 3
 """The newest format that is read."""
-FIRST_FORMAT_VERSION = 2
-"""The first format that can be changed."""
 FORMATS: dict[int, int] = {2: 2, 1: 3}
 """By copies of the vectors, so that d2llm before 3 reads what it can."""
 
@@ -31,8 +29,6 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
         DataFormatError: there is none, or it is damaged or of another format.
     """
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    if manifest["format_version"] < FIRST_FORMAT_VERSION:
-        raise DataFormatError(folder, "is an index of the first format, which cannot be changed; encode it again")
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     if manifest.get("vector_copies", 2) not in (1, 2):

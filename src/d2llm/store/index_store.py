@@ -245,9 +245,9 @@ class IndexStore:
         if self.vector_copies == 1 and any(passage.context for passage in passages):
             problem = "keeps its vectors once, and those of late chunks could not be encoded again from its table"
             raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
-        asked = table if before is None else before
-        found = asked.by_ids([passage.id for passage in passages], COMPARED).to_pylist()
-        return compare(passages, {row["id"]: row for row in found}, schema)
+        earlier = table if before is None else before
+        stored = earlier.by_ids([passage.id for passage in passages], COMPARED).to_pylist()
+        return compare(passages, {row["id"]: row for row in stored}, schema)
 
     def write(
         self,
@@ -270,8 +270,10 @@ class IndexStore:
             InputError: a vector is not finite, or their number or width is wrong; or windows are missing.
             StorageError: it cannot be written; nothing of these changes is in the index.
         """
-        if vectors.shape != (wanted := (len(changes.texts), self.manifest["dim"])):
-            raise InputError(f"vectors of shape {vectors.shape} were given, but in this index the texts need {wanted}")
+        if vectors.shape != (expected := (len(changes.texts), self.manifest["dim"])):
+            raise InputError(
+                f"vectors of shape {vectors.shape} were given, but the texts need {expected} in this index"
+            )
         names: list[str] = [passage.id for passage in changes.texts]
         codes, window_codes = self.format.encode(vectors, names), self._window_codes(windows, names)
         with self.writing():
@@ -304,7 +306,7 @@ class IndexStore:
         return self.window_format.encode(windows.vectors, [names[owner] for owner in owners])
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids from every result at once; returns how many there were."""
+        """Delete the passages with these ids from every result at once; returns their number."""
         for wrong in (value for value in ids if not is_text(value)):
             raise InputError(f"{wrong!r} cannot be a passage's id; give strings of valid Unicode")
         with self.writing():
@@ -360,7 +362,7 @@ class IndexStore:
         )
 
     def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
-        """Write the windows of the latest version anew, reading all of them again; under the lock.
+        """Rewrite the windows of the latest version, reading all of them again; under the lock.
 
         Raises:
             StorageError: they cannot be written; what was there is kept.
@@ -436,7 +438,7 @@ class IndexStore:
                 shutil.rmtree(retired)
 
     def restore(self, name: str) -> int:
-        """Make the passages of a snapshot those of the index, in one commit; returns how many they are.
+        """Make the passages of a snapshot those of the index, in one commit; returns their number.
 
         What the index held before stays in its earlier version for a while (``compact`` ends that).
         """
@@ -452,7 +454,7 @@ class IndexStore:
 
         Args:
             keep: versions younger than this stay for the readers that have them open.
-            dense: write the vectors anew without holes; by default when a quarter of the rows are holes.
+            dense: rewrite the vectors without holes; by default when a quarter of the rows are holes.
         """
         with self.writing(), storage_errors(self.folder):
             before, table = folder_bytes(self.folder), self.table()
@@ -505,7 +507,7 @@ class IndexStore:
         repair.sweep(self.folder)
 
     def _existing_snapshot(self, name: str) -> Path:
-        folder, there = self.snapshot_folder(name), self.snapshots()
-        if name not in there:
-            raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {', '.join(there) or 'none'}")
+        folder, present = self.snapshot_folder(name), self.snapshots()
+        if name not in present:
+            raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {', '.join(present) or 'none'}")
         return folder

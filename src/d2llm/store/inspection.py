@@ -14,7 +14,7 @@ from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
 from d2llm.store import ann, word_files
 from d2llm.store.blocks import GENERATION_SHIFT, is_as_written
-from d2llm.store.checksum_record import remedy_for
+from d2llm.store.checksums import remedy_for
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import NAME, PassageTable
 from d2llm.store.projections import StoredProjections, open_file, projections_of, remove_file
@@ -37,7 +37,7 @@ class IndexStats:
     yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
     write takes them where an earlier d2llm made the index. ``chunking`` says how documents were cut, where there were
     any; ``student_name`` has the student's name beside its fingerprint ``student``. ``window_format`` is that of the
-    vectors of windows, None where there are none.
+    vectors of windows, None if there are none.
     """
 
     folder: str
@@ -155,8 +155,8 @@ def verify(
         encode_windows: what reads windows, where the index stores their vectors.
 
     Raises:
-        IndexLockedError: another process is writing, and there is to be repaired.
-        InputError: vectors are to be encoded again, and ``encode`` is not given; or ``go_back`` without ``repair``.
+        IndexLockedError: another process is writing, and something has to be repaired.
+        InputError: vectors have to be encoded again, and ``encode`` is missing; or ``go_back`` without ``repair``.
         StorageError: a repaired file cannot be written.
     """
     if go_back and not repair:
@@ -248,7 +248,7 @@ def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
         if problems:
             return problems
         rebuild_record(store.files)
-        return ["the checksums and the table's indices were made anew, after all of its rows were compared"]
+        return ["the checksums and the table's indices were rebuilt after all of its rows were compared"]
     owner = store.folder.parents[1] if store.is_snapshot else store.folder
     relatives = [owner, *(owner / "snapshots").glob("[!.]*")]
     others = [folder for folder in relatives if folder != store.folder]
@@ -256,7 +256,7 @@ def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
 
 
 def _problems(store: IndexStore, table: PassageTable, effort: _Effort) -> list[str]:
-    """Of a store or a snapshot. Vectors are looked at where the table is whole, since they are made anew from it."""
+    """Of a store or a snapshot. Vectors are checked where the table is whole, since they are rebuilt from it."""
     problems = list(_table_problems(table))
     if problems:
         return problems
@@ -264,7 +264,7 @@ def _problems(store: IndexStore, table: PassageTable, effort: _Effort) -> list[s
     repair = effort.repair
     if problems and repair:
         store.vectors.repair(table, effort.encode)
-        problems = [f"{problems[0]}; it was written anew", *store.vectors.problems(table)]
+        problems = [f"{problems[0]}; it was rewritten", *store.vectors.problems(table)]
     problems += _word_problems(store, table, repair=repair)
     problems += _window_problems(store, table, effort)
     return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
@@ -306,7 +306,7 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
 
 def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
     """Whether the indices find every id and row."""
-    advice = "`d2llm index ... compact --dense` makes them anew"
+    advice = "`d2llm index ... compact --dense` rebuilds them"
     try:
         if sorted(table.by_ids(ids, ["id"])["id"].to_pylist()) != sorted(ids):
             yield f"the index of ids does not find all of them; {advice}"

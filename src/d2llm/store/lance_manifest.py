@@ -54,6 +54,11 @@ class VersionFiles:
         """Those that a search may read."""
         return [*self.rows, *(path for paths in self.indices.values() for path in paths)]
 
+    @property
+    def all_files(self) -> list[str]:
+        """Those, and how the version came about."""
+        return [*self.needed, *([self.transaction] if self.transaction else [])]
+
 
 def version_of(name: str) -> int | None:
     """The version that a file in ``_versions`` is the manifest of; None for other files."""

@@ -13,7 +13,7 @@ from d2llm.core.types import is_text
 from d2llm.store.passage_table import PassageTable, quoted
 
 PAGE_SIZE = 100
-"""Ids in a page, unless told otherwise."""
+"""Ids in a page by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ def passage_ids(table: PassageTable, cursor: str, limit: int) -> list[str]:
     _check(cursor, limit)
     if not len(table):
         return []
-    found = table.columns(["id"], f"id > {quoted(cursor)}" if cursor else None)
-    return nsmallest(limit, cast("list[str]", found["id"].to_pylist()))
+    rows = table.columns(["id"], f"id > {quoted(cursor)}" if cursor else None)
+    return nsmallest(limit, cast("list[str]", rows["id"].to_pylist()))
 
 
 def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocument]:
@@ -47,23 +47,23 @@ def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocume
     if not len(table):
         return []
     where = f"document_id > {quoted(cursor)} OR (document_id = '' AND id > {quoted(cursor)})" if cursor else None
-    found = table.columns(["id", "document_id"], where)
-    ids, names = (cast("list[str]", found[name].to_pylist()) for name in ("id", "document_id"))
+    columns = table.columns(["id", "document_id"], where)
+    ids, names = (cast("list[str]", columns[name].to_pylist()) for name in ("id", "document_id"))
     counts = Counter(name or own for own, name in zip(ids, names, strict=True))
     return [ListedDocument(name, counts[name]) for name in nsmallest(limit, counts)]
 
 
 def passages_of(table: PassageTable, names: Sequence[str]) -> dict[str, list[str]]:
-    """The ids of the passages of each of these documents, by position; documents that are not there are left out.
+    """The ids of the passages of each of these documents, by position; missing documents are left out.
 
     Raises:
         InputError: a document's id is no text.
     """
     for name in names:
         _check(name, 1)
-    wanted, places = set(names), dict[str, list[tuple[int, str]]]()
+    requested, places = set(names), dict[str, list[tuple[int, str]]]()
     for passage_id, document_id, position in table.parts(list(dict.fromkeys(names))):
-        if (document := document_id or passage_id) in wanted:
+        if (document := document_id or passage_id) in requested:
             places.setdefault(document, []).append((position, passage_id))
     return {name: [passage_id for _, passage_id in sorted(places[name])] for name in names if name in places}
 

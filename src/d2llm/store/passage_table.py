@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,6 @@ from d2llm.core.types import Passage
 from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.store.lance_manifest import manifests
 from d2llm.store.lancedb_import import import_lancedb
-from d2llm.store.old_versions import remove_older
 from d2llm.store.storage import first_line, is_panic, storage_errors
 from d2llm.store.table_files import TableFiles
 
@@ -94,7 +92,7 @@ class PassageTable:
 
     @property
     def version(self) -> int:
-        """The version that this is."""
+        """The number that LanceDB gave this version."""
         return cast(int, self._table.version)
 
     @property
@@ -119,8 +117,8 @@ class PassageTable:
 
     def any_row(self) -> int | None:
         """The row number (d2_row) of some passage; None without passages."""
-        found = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
-        return cast(int, found[0]) if found else None
+        numbers = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
+        return cast(int, numbers[0]) if numbers else None
 
     def has_rows_from(self, row: int) -> bool:
         """Whether a passage has this row number (d2_row) or a higher one."""
@@ -143,7 +141,7 @@ class PassageTable:
         return codes
 
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
-        """Columns of the rows with these ids, those that there are, in no order."""
+        """Columns of the rows with these ids, as far as they exist, in no order."""
         ids = ids if len(self) else []
         conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
         return self._join((self.columns(names, where) for where in conditions), names)
@@ -152,65 +150,65 @@ class PassageTable:
         """Columns of the passages with these row numbers (d2_row), in their order.
 
         Raises:
-            DataFormatError: one is not there.
+            DataFormatError: one is missing.
         """
         conditions = (f"d2_row IN ({', '.join(map(str, some))})" for some in _parts(rows, _ASKED_AT_ONCE))
-        found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
-        place_of = {row: place for place, row in enumerate(found["d2_row"].to_pylist())}
+        table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
+        place_of = {row: place for place, row in enumerate(table["d2_row"].to_pylist())}
         missing = sum(row not in place_of for row in rows)
         if missing:
             raise self._lacks(missing, len(rows))
-        return found.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
+        return table.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
 
     def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Of every passage its row number (d2_row), and LanceDB's id of its row in this version, for ``take``."""
-        found = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
-        return np.asarray(found["d2_row"], np.int64), np.asarray(found["_rowid"], np.uint64)
+        table = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
+        return np.asarray(table["d2_row"], np.int64), np.asarray(table["_rowid"], np.uint64)
 
     def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
-        """Columns of the passages with these ids of rows (``rows``), in their order: no search, hence quick.
+        """Columns of the passages with these row ids (``rows``), in their order: no search, hence quick.
 
         Raises:
-            DataFormatError: one is not there.
+            DataFormatError: one is missing.
         """
-        wanted, places = np.unique(row_ids, return_inverse=True)
-        found = self._read(self._table.take_row_ids(wanted.tolist()).select(list(names)).with_row_id())
-        there = np.asarray(found["_rowid"], np.uint64)
-        order = np.argsort(there)
-        if not np.array_equal(there[order], wanted):
-            raise self._lacks(len(wanted) - len(there), len(wanted))
-        return found.take(order[places]).select(list(names))
+        distinct, places = np.unique(row_ids, return_inverse=True)
+        table = self._read(self._table.take_row_ids(distinct.tolist()).select(list(names)).with_row_id())
+        taken = np.asarray(table["_rowid"], np.uint64)
+        order = np.argsort(taken)
+        if not np.array_equal(taken[order], distinct):
+            raise self._lacks(len(distinct) - len(taken), len(distinct))
+        return table.take(order[places]).select(list(names))
 
     def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
         """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
         low, high = -(1 << 31), (1 << 31) - 1  # what the column holds; LanceDB refuses other numbers
-        wanted = [
+        spans = [
             f"(document_id = {quoted(document)} AND position BETWEEN {max(position - distance, low)} AND "
             f"{min(position + distance, high)})"
             for document, position in dict.fromkeys(places)
         ]
-        conditions = (" OR ".join(some) for some in _parts(wanted, _SPANS_AT_ONCE))
-        found = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
-        _, first = np.unique(np.asarray(found["d2_row"]), return_index=True)  # spans may overlap
-        return found.take(first).select(list(names))
+        conditions = (" OR ".join(some) for some in _parts(spans, _SPANS_AT_ONCE))
+        table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
+        _, first = np.unique(np.asarray(table["d2_row"]), return_index=True)  # spans may overlap
+        return table.take(first).select(list(names))
 
     def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
-        """(id, document_id, position) of passages with one of these document_ids, or one of these as id; no order."""
-        found: list[tuple[str, str, int]] = []
+        """(id, document_id, position) of passages with one of these as document_id or as id, in no order."""
+        passages: list[tuple[str, str, int]] = []
         names = ["id", "document_id", "position"]
         for some in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
             listed = ", ".join(map(quoted, some))
             table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
-            found += zip(*(table[name].to_pylist() for name in names), strict=True)
-        return found
+            passages += zip(*(table[name].to_pylist() for name in names), strict=True)
+        return passages
 
     def texts(self, first: int, end: int) -> Iterator[str]:
         """The full texts of the passages by row number (d2_row), from ``first`` to ``end``; "" where there is none."""
         names = ["d2_row", "title", "text"]
         for start in range(first, end, _SCANNED_AT_ONCE):
             stop = min(start + _SCANNED_AT_ONCE, end)
-            found = self.columns(names, f"d2_row >= {start} AND d2_row < {stop}")
-            records = zip(*(found[name].to_pylist() for name in names), strict=True)
+            table = self.columns(names, f"d2_row >= {start} AND d2_row < {stop}")
+            records = zip(*(table[name].to_pylist() for name in names), strict=True)
             texts = {row: Passage("", text, title).full_text for row, title, text in records}
             for row in range(start, stop):
                 yield texts.get(row, "")
@@ -219,8 +217,8 @@ class PassageTable:
     def indices(self) -> dict[str, int]:
         """Indices by name, with the number of rows that each does not yet cover."""
         self._compare_indices(_KEYS)
-        found = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
-        return {name: stats.num_unindexed_rows if stats else 0 for name, stats in found.items()}
+        statistics = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
+        return {name: stats.num_unindexed_rows if stats else 0 for name, stats in statistics.items()}
 
     # Writing -------------------------------------------------------------------------------------------------------
 
@@ -234,7 +232,7 @@ class PassageTable:
                 self._table.add(rows)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids; returns how many there were. Ten thousand go in one commit."""
+        """Delete the passages with these ids; returns their number. Ten thousand go in one commit."""
         before = 0
         with self._change():
             before = len(self)
@@ -248,7 +246,7 @@ class PassageTable:
             self._table.add_columns(pa.schema(fields))
 
     def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-        """Put other rows in the place of all rows, in one commit. Earlier versions stay readable."""
+        """Put other rows in place of all rows, in one commit. Earlier versions stay readable."""
         failures: list[Exception] = []  # what goes wrong in ``batches`` comes back as text alone
 
         def noted() -> Iterator[pa.RecordBatch]:
@@ -281,7 +279,7 @@ class PassageTable:
                     self._table.create_index(name, config=BTree())
 
     def drop_indices(self, names: Collection[str]) -> None:
-        """Forget the indices of these names, without reading them."""
+        """Drop the indices of these names, without reading them."""
         with self._change():
             for name in names:
                 self._table.drop_index(name)
@@ -291,7 +289,7 @@ class PassageTable:
         with self._change(copies=True):
             self._table.optimize(cleanup_older_than=_FOR_EVER)
         with storage_errors(self.folder):
-            remove_older(self._files, keep)
+            self._files.remove_older(keep)
 
     def versions(self) -> list[int]:
         """The versions that can still be opened."""
@@ -314,16 +312,12 @@ class PassageTable:
             self._files.check_indices(self.version, [f"{name}_idx" for name in columns])
             self._compared.add(use)
 
-    @cached_property
-    def _index_names(self) -> set[str]:
-        return {index.name for index in self._table.list_indices()}  # of a version, so they do not change
-
     def _read(self, query: Any) -> pa.Table:
         with self._reading():
             return cast(pa.Table, query.to_arrow())
 
     def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
-        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} rows asked for")
+        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} requested rows")
 
     @contextmanager
     def _reading(self) -> Generator[None]:
@@ -337,8 +331,8 @@ class PassageTable:
             raise DataFormatError(self.folder, f"{problem}; {advice}") from error
 
     def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
-        found = list(tables)
-        return pa.concat_tables(found) if found else self.schema.empty_table().select(list(names))
+        parts = list(tables)
+        return pa.concat_tables(parts) if parts else self.schema.empty_table().select(list(names))
 
 
 def _connect(folder: Path) -> Any:

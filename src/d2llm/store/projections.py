@@ -4,7 +4,7 @@ projections-<generation>.bin/json   a ``VectorFile`` of [rows, hidden] bfloat16,
 
 A query's score then needs no product of a passage's vector with the first layer. W_p is the same for both tasks, so one
 file serves both. A row is written once and never changes, so one file serves every version of its generation; rows that
-came after it are computed from their vectors by whoever scores them. It is derived and never trusted: where it is not
+came after it are computed from their vectors by the scorer. It is derived and never trusted: where it is not
 of these vectors and this student, or damaged, it is left aside.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _NUMBER_BYTES = 2
-_REMEDY = "`d2llm index ... project` makes it anew"
+_REMEDY = "`d2llm index ... project` rebuilds it"
 
 
 class StoredProjections:
@@ -39,7 +39,7 @@ class StoredProjections:
 
     @classmethod
     def open(cls, vectors: VectorFile, generation: int, made_of: str) -> StoredProjections | None:
-        """The projections of these vectors; None where there are none, and with a log line where they do not fit."""
+        """The projections of these vectors; None if there are none, and with a log line where they do not fit."""
         if not path_of(vectors.path.parent, generation, DERIVED).is_file():
             return None
         try:
@@ -85,7 +85,7 @@ def projections_of(student: str, vector_format: str) -> str:
 
 
 def open_file(vectors: VectorFile, generation: int, made_of: str) -> VectorFile:
-    """The file of projections that belongs to these vectors; checksums are not looked at.
+    """The file of projections that belongs to these vectors; its checksums are not compared.
 
     Raises:
         DataFormatError: it is missing, cut short, or made of something else.
@@ -99,7 +99,7 @@ def open_file(vectors: VectorFile, generation: int, made_of: str) -> VectorFile:
 
 
 def create_file(vectors: VectorFile, generation: int, made_of: str, width: int) -> VectorFile:
-    """An empty file of projections of these vectors, in the place of one that is there."""
+    """An empty file of projections of these vectors, replacing any that is there."""
     folder, size = vectors.path.parent, width * _NUMBER_BYTES
     return VectorFile.create(folder, generation, size, since=vectors.since, name=DERIVED, made_of=made_of)
 

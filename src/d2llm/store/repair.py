@@ -1,8 +1,8 @@
 """What can be done about damaged files of a table: for the holder of the write lock.
 
-A file that a snapshot still has whole is taken from there. Indices are made anew from the rows. Where rows are damaged,
+A file that a snapshot still has whole is taken from there. Indices are rebuilt from the rows. Where rows are damaged,
 the table can go back to the last version that is whole, which loses what came since, so it does when asked alone. Texts
-that no version and no snapshot has cannot be made again.
+that no version and no snapshot has are lost.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.store.checksum_record import RECORD_NAME, TABLE_FOLDER, Damage, Record
-from d2llm.store.file_sums import problem_of, take_sums
+from d2llm.store.checksums import RECORD_NAME, TABLE_FOLDER, Damage, Record, problem_of, take_sums
 from d2llm.store.lance_manifest import manifest_names, manifests
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.storage import storage_errors
@@ -38,10 +37,10 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
     """
     with storage_errors(files.folder):
         done = list(_take_from_others(files, list(others)))
-        damages = _of_latest(files)
+        damages = _damages_of_latest(files)
         if damages and all("/_indices/" in damage.path for damage in damages):
             _rebuild_indices(files, [damage.path for damage in damages])
-            done.append(f"{len(damages)} of the table's files were damaged indices, which were made anew")
+            done.append(f"{len(damages)} of the table's files were damaged indices, which were rebuilt")
         elif damages and (version := _last_whole(files)) is not None:
             if go_back:
                 lost = _go_back(files, version)
@@ -55,7 +54,7 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
                     f"version {version} is the last that is whole; `d2llm index ... verify --repair --go-back` returns "
                     "to it and loses what came since"
                 )
-        if not _of_latest(files):
+        if not _damages_of_latest(files):
             if gone := _forget_earlier(files):
                 done.append(f"{_listed(gone)} of the table, earlier ones, were damaged and are gone")
             files.after_crash = False
@@ -65,7 +64,7 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
 def rebuild_record(files: TableFiles) -> None:
     """New checksums where those of a table are lost, after its rows were compared with hashes of their own.
 
-    Nothing tells whether its indices are what was written, so they are made anew.
+    Nothing tells whether its indices are what was written, so they are rebuilt.
     """
     with storage_errors(files.folder):
         (files.folder / RECORD_NAME).unlink(missing_ok=True)
@@ -80,7 +79,7 @@ def rebuild_record(files: TableFiles) -> None:
 
 
 def replace_if_damaged(files: TableFiles, source: TableFiles) -> None:
-    """Put the table of a snapshot in the place of one that is damaged; one that can be opened stays.
+    """Replace a damaged table by that of a snapshot; one that can be opened stays.
 
     Killed in between, the index cannot be opened until the snapshot is restored again.
 
@@ -121,7 +120,7 @@ def sweep(folder: Path) -> None:
     (folder / _TAKEN).unlink(missing_ok=True)
 
 
-def _of_latest(files: TableFiles) -> list[Damage]:
+def _damages_of_latest(files: TableFiles) -> list[Damage]:
     record = files.record()
     return [damage for damage in files.damages() if not damage.versions or (record and record[0] in damage.versions)]
 
@@ -190,10 +189,10 @@ def _forget_earlier(files: TableFiles) -> set[int]:
 
 def _forget(files: TableFiles, versions: Collection[int], latest: int) -> None:
     """Remove versions by their manifests, and the checksums of those, whose names may come again."""
-    record, there = files.record(), manifests(files.table)
+    record, paths = files.record(), manifests(files.table)
     for version in versions:
-        if version in there:
-            (files.table / there[version]).unlink()
+        if version in paths:
+            (files.table / paths[version]).unlink()
     gone = {f"{TABLE_FOLDER}/{name}" for version in versions for name in manifest_names(version)}
     if record is not None:
         files.replace(Record(latest, {path: sums for path, sums in record.files.items() if path not in gone}))

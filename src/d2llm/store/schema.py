@@ -65,7 +65,7 @@ class MetadataSchema:
             InputError: a value does not fit, values of one field differ in type, or a field never has a value.
         """
         declared: Mapping[str, FieldType] = known.fields if known is not None else {}
-        found: dict[str, tuple[FieldType, str]] = {}  # the type so far, and the first passage that has it
+        types: dict[str, tuple[FieldType, str]] = {}  # the type so far, and the first passage that has it
         empty: dict[str, str] = {}
         for passage in passages:
             for name, value in passage.metadata.items():
@@ -77,20 +77,20 @@ class MetadataSchema:
                 else:
                     kind = _type_of(value, where)
                     _convert(value, kind, where)
-                    found[name] = _widen(name, found.get(name), kind, passage.id)
+                    types[name] = _widen(name, types.get(name), kind, passage.id)
         for name, passage_id in empty.items():
-            if name not in found:
+            if name not in types:
                 raise InputError(
                     f"metadata field '{name}' has no value in any passage (the first is '{passage_id}'), so its type "
                     f"is unknown; declare it, as in '{name}:string'"
                 )
-        inferred: dict[str, FieldType] = {name: kind for name, (kind, _) in found.items()}
+        inferred: dict[str, FieldType] = {name: kind for name, (kind, _) in types.items()}
         return cls({**declared, **inferred})
 
     def leave_out_misfits(self, passages: Sequence[Passage]) -> tuple[list[Passage], Counter[str]]:
         """The passages with the metadata that ``infer`` takes, these fields being known; what is left out, by field.
 
-        A field that comes anew has the type of its first value. Empty values of such a field are not counted.
+        A new field has the type of its first value. Empty values of such a field are not counted.
         """
         kinds, left_out = dict(self.fields), Counter[str]()
         cased = {name.lower(): name for name in kinds}
@@ -135,17 +135,6 @@ class MetadataSchema:
         return cls(fields)
 
     @classmethod
-    def from_json(cls, value: object) -> MetadataSchema:
-        """The schema that ``to_json`` wrote.
-
-        Raises:
-            InputError: it is no such object.
-        """
-        if not isinstance(value, dict):
-            raise InputError(f"metadata fields should be an object of names and types, not {value!r}")
-        return cls(cast("dict[str, FieldType]", value))
-
-    @classmethod
     def from_arrow(cls, fields: Iterable[pa.Field]) -> MetadataSchema:  # pyright: ignore[reportUnknownParameterType]
         """The schema whose ``arrow_fields`` these are.
 
@@ -153,12 +142,12 @@ class MetadataSchema:
             InputError: a column has a type that no metadata field has.
         """
         kinds: dict[pa.DataType, FieldType] = {arrow: kind for kind, arrow in _ARROW_TYPES.items()}
-        found: dict[str, FieldType] = {}
+        field_types: dict[str, FieldType] = {}
         for column in fields:
             if column.type not in kinds:
                 raise InputError(f"metadata field '{column.name}': no metadata field has the Arrow type {column.type}")
-            found[column.name] = kinds[column.type]
-        return cls(found)
+            field_types[column.name] = kinds[column.type]
+        return cls(field_types)
 
     def to_json(self) -> dict[str, str]:
         """Name and type of every field, for a manifest."""
@@ -296,9 +285,9 @@ def _fits(value: object, kind: FieldType) -> bool:
     return True
 
 
-def _misfit(value: object, wanted: str) -> ValueError:
+def _misfit(value: object, expected: str) -> ValueError:
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
-    return ValueError(f"{shown} is no {wanted}; correct it or leave it out")
+    return ValueError(f"{shown} is no {expected}; correct it or leave it out")
 
 
 def _to_string(value: Any) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import DataFormatError
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 
 ERRORS_FILE = "student-errors.json"
 """Of ``retrieval.calibrate``."""
 CHUNKING_FILE = "chunking.json"
 """How documents are cut into passages, so that the next writer cuts them the same way."""
 CHUNK_TOKENS = 128
-"""Of a passage unless told otherwise: the best on long articles (docs/index.md), in students that read so many."""
+"""Of a passage by default: the best on long articles (docs/index.md), in students that read so many."""
 
 
 @dataclass(frozen=True, slots=True)

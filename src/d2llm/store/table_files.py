@@ -1,14 +1,14 @@
 """Checksums of the files of an index's table: LanceDB has none of its own, and trusts the bytes that it reads.
 
 INDEX/
-  checksums.json     the version that was committed last; of every file its size and checksums (``file_sums``)
+  checksums.json     the version that was committed last; of every file its size and checksums (``checksums``)
   write.unfinished   there while a writer is at work, and after one that was killed
 
 A change is committed when ``checksums.json`` names its version: LanceDB commits first, then the checksums of the files
 that came with it are taken and the file is replaced. Readers open the version that it names, so nobody sees one between
-the two commits. After a writer that was killed there, whoever comes next takes the lock, compares all that was known,
+the two commits. After a writer that was killed there, the next one takes the lock, compares all that was known,
 and takes the version over. The files of a table never change, so a checksum is taken once and carried over from then
-on; it is never taken anew from a file that had one, or damage would be made official.
+on; it is never taken again from a file that had one, or damage would be made official.
 
 Opening a version compares the sizes of all of its files, the manifest, every last block and others at random up to 8
 MiB, which is all of a small index. Indices are compared wholly before they are first used (``check_indices``),
@@ -21,27 +21,26 @@ import logging
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.store.checksum_record import (
+from d2llm.store.checksums import (
     RECORD_NAME,
     TABLE_FOLDER,
     Damage,
-    Record,
-    read_record,
-    remedy_for,
-    write_record,
-)
-from d2llm.store.file_sums import (
     FileState,
     FileSums,
+    Record,
     problem_of,
+    read_record,
+    remedy_for,
     sample_blocks,
     state_of,
     take_sums,
     unreadable,
+    write_record,
 )
 from d2llm.store.lance_manifest import VersionFiles, files_named, manifests
 from d2llm.store.storage import link_or_copy
@@ -107,18 +106,18 @@ class TableFiles:
         return self._unfinished.exists()
 
     def latest(self) -> int | None:
-        """The version that readers open; None where there is none.
+        """The version that readers open; None if there is none.
 
         Raises:
             DamagedFileError: the checksums cannot be read.
         """
         end = time.monotonic() + _WAIT_S
         while True:
-            unfinished, there, record = self.is_unfinished(), manifests(self.table), self.record()
-            newest = next(iter(there), None)
+            unfinished, versions, record = self.is_unfinished(), manifests(self.table), self.record()
+            newest = next(iter(versions), None)
             if record is None:
                 return newest
-            if newest is None or newest <= record.version or (unfinished and record.version in there):
+            if newest is None or newest <= record.version or (unfinished and record.version in versions):
                 return record.version
             if unfinished and time.monotonic() < end:
                 time.sleep(_LOOK_S)
@@ -189,8 +188,8 @@ class TableFiles:
         if manifest is None:
             raise self._damaged(TABLE_FOLDER, f"has no version {version}")
         named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
-        there = [*self._files_there(), f"{TABLE_FOLDER}/{named.transaction}"]
-        return [f"{TABLE_FOLDER}/{manifest}", *self._paths(there, [*named.needed, named.transaction])]
+        present = [*self._files_there(), f"{TABLE_FOLDER}/{named.transaction}"]
+        return [f"{TABLE_FOLDER}/{manifest}", *self._paths(present, [*named.needed, named.transaction])]
 
     def link(self, version: int, target: Path) -> None:
         """Put a version into another folder by hard links, which take no space, with its checksums.
@@ -214,7 +213,7 @@ class TableFiles:
     def begin(self) -> None:
         """Say that a writer is at work; after one that was killed, compare everything and take over what it committed.
 
-        What is damaged is left for whoever opens the table, so that the lock can be had to repair it.
+        Damage is left for those who open the table to report, so that a repair can get the lock.
         """
         self.after_crash = self.is_unfinished()
         if not self.after_crash:
@@ -245,11 +244,11 @@ class TableFiles:
             DamagedFileError: the newest version cannot be read.
             OSError: the checksums cannot be written.
         """
-        before, there = self.record(), manifests(self.table)
-        if not there:
+        before, versions = self.record(), manifests(self.table)
+        if not versions:
             raise self._damaged(TABLE_FOLDER, "has no versions")
         known = {} if before is None else before.files
-        version, manifest = next(iter(there.items()))
+        version, manifest = next(iter(versions.items()))
         named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
         try:
             files = {path: known[path] if path in known else self._take(path) for path in self._files_there()}
@@ -257,16 +256,45 @@ class TableFiles:
             files |= {path: known[path] for path in self._paths(known, named.needed)}
             self.replace(Record(version, files))
         except OSError:
-            if undo and before is not None and before.version in there:
-                for number in there:
+            if undo and before is not None and before.version in versions:
+                for number in versions:
                     if number > before.version:
-                        (self.table / there[number]).unlink()
+                        (self.table / versions[number]).unlink()
             raise
 
     def replace(self, record: Record) -> None:
-        """Put a record in the place of the one that is there."""
+        """Replace the record."""
         write_record(self.folder, record)
         self._record = state_of(self.folder / RECORD_NAME), record
+
+    def remove_older(self, keep: timedelta) -> None:
+        """Remove the versions older than ``keep``, and the files that only they need. The latest stays.
+
+        LanceDB can do it too, in the same call that joins files. What readers open would then be gone before the
+        version that takes its place is committed, so it is done here, afterwards.
+
+        Raises:
+            DamagedFileError: a manifest is not what was written, so what it needs is not known.
+            OSError: a file cannot be removed.
+        """
+        versions = manifests(self.table)
+        named = {
+            version: self.named(version) or self.parsed(f"{TABLE_FOLDER}/{path}") for version, path in versions.items()
+        }
+        end = time.time() - keep.total_seconds()
+        old = [version for version in sorted(versions)[:-1] if named[version].seconds <= end]
+        if not old:
+            return
+        kept = {path for version, each in named.items() if version not in old for path in each.all_files}
+        for version in old:  # first, so that nobody opens a version some of whose files are gone
+            (self.table / versions[version]).unlink()
+        for path in {path for version in old for path in named[version].all_files} - kept:
+            place = self.table / path
+            for file in place.iterdir() if path.endswith("/") else (place,):
+                file.unlink(missing_ok=True)
+            if path.startswith("_indices/") and place.parent.exists() and not any(place.parent.iterdir()):
+                place.parent.rmdir()
+        self.commit()
 
     # Parts ---------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ What is derived from the vectors row by row lies beside them in a file of the sa
 
 A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
 that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
-that no table names; the next writer goes on behind them. A file that was written anew (``stored_vectors``) lacks the
+that no table names; the next writer goes on behind them. A file that was rewritten (``stored_vectors``) lacks the
 rows that only earlier versions have, hence ``since``.
 """
 
@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fallbacks import fell_back
 from d2llm.store import word_files
-from d2llm.store.checked_json import read_checked, write_checked
+from d2llm.store.checksums import read_checked, write_checked
 
 NAME = "vectors"
 DERIVED = "projections"
 WINDOWS, WINDOW_PLACES = "window-vectors", "window-places"
 _REMEDIES = {
-    NAME: "`d2llm index ... verify --repair` makes them anew",
-    DERIVED: "`d2llm index ... project` makes them anew",
+    NAME: "`d2llm index ... verify --repair` rebuilds them",
+    DERIVED: "`d2llm index ... project` rebuilds them",
     WINDOWS: "`d2llm index ... verify --repair` encodes them again",
     WINDOW_PLACES: "`d2llm index ... verify --repair` encodes them again",
 }
@@ -99,7 +99,7 @@ class VectorFile:
 
     @classmethod
     def replace(cls, folder: Path, generation: int, codes: NDArray[np.uint8], *, since: int) -> VectorFile:
-        """A file with these rows in the place of one that is missing or damaged."""
+        """A file with these rows in place of one that is missing or damaged."""
         try:
             file = cls.begin(folder, generation, codes.shape[1], since=since)
             if len(codes):
@@ -130,13 +130,13 @@ class VectorFile:
                     return left
             except DataFormatError as error:
                 if draft.is_dir():  # else there was none
-                    fell_back("interrupted replacement", f"{error}; it is begun anew", level=logging.INFO)
+                    fell_back("interrupted replacement", f"{error}; it starts again", level=logging.INFO)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         return cls.create(draft, generation, code_size, since=since, name=name)
 
     def take_place(self, folder: Path) -> VectorFile:
-        """Put a file that was begun in the place of that of its generation."""
+        """Put a file that was begun in place of that of its generation."""
         # Killed between the two, the checksums tell that the parts do not belong together.
         for path in (self.path, self.path.with_suffix(".json")):
             path.replace(folder / path.name)
@@ -145,7 +145,7 @@ class VectorFile:
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int | None, *, name: str = NAME) -> VectorFile:
-        """The file as its list of extents describes it; checksums are not looked at.
+        """The file as its list of extents describes it; checksums are not checked.
 
         ``code_size`` None takes the size that the file has.
 

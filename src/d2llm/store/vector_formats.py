@@ -123,7 +123,7 @@ class FloatFormat:
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
         """Rows [n, code_size], rounded to the nearest."""
         if self.name == "bfloat16":
-            import torch  # whoever only reads an index does without
+            import torch  # not needed to read an index
 
             rounded = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(torch.bfloat16)
             stored = rounded.view(torch.int16).numpy()

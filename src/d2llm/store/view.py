@@ -1,10 +1,11 @@
-"""What a search reads: a store at one version, whatever is written meanwhile."""
+"""What a search reads: one version of a store, whatever is written meanwhile."""
 
 # pyright: reportUnknownParameterType=false
 # (pyarrow ships no types)
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,11 +27,13 @@ from d2llm.store.listing import ListedDocument
 from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.vector_file import VectorFile
+from d2llm.store.vector_file import VectorFile, VectorRows
+from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors
 
 _log = logging.getLogger(__name__)
-_NO_ROW = np.iinfo(np.uint64).max  # in the place of a dead row's id
+_STORED_ROWS = 8_192  # of a view in another format, encoded at a time
+_NO_ROW = np.iinfo(np.uint64).max  # in place of a dead row's id
 
 
 class CandidateRows(NamedTuple):
@@ -68,6 +71,25 @@ class PassageView:
 
     def __len__(self) -> int:
         return self._len
+
+    def stored_as(self, vector_format: str) -> PassageView:
+        """The same version with its vectors in another format, in memory: to measure what fewer bits cost.
+
+        Raises:
+            InputError: there is no format of that name, or it cannot hold the vectors.
+        """
+        view = copy.copy(self)
+        for name in ("ann_base", "ann", "projections"):  # made of the vectors as they are stored
+            view.__dict__.pop(name, None)
+        view.format = make_format(vector_format, self.dim)
+        codes = np.zeros((self.capacity, view.format.code_size), np.uint8)
+        rows = self.live_rows()
+        for start in range(0, len(rows), _STORED_ROWS):
+            block = rows[start : start + _STORED_ROWS]
+            codes[block] = view.format.encode(self.vectors(block), self.ids(block))
+        view._vectors = VectorRows(codes, None)
+        view._scan = RowScan(codes, view.format)
+        return view
 
     @property
     def version(self) -> int:
@@ -110,10 +132,10 @@ class PassageView:
         """The rows of the passages with these ids, in their order.
 
         Raises:
-            InputError: one is not there.
+            InputError: one is missing.
         """
-        found = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
-        row_of = dict(zip(found["id"].to_pylist(), np.asarray(found["d2_row"]) & ROW_MASK, strict=True))
+        table = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
+        row_of = dict(zip(table["id"].to_pylist(), np.asarray(table["d2_row"]) & ROW_MASK, strict=True))
         missing = [passage_id for passage_id in ids if passage_id not in row_of]
         if missing:
             raise InputError(
@@ -127,13 +149,13 @@ class PassageView:
         return self._as_passages(self._take(rows, self._columns))
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; those that are not there are left out."""
-        wanted = list(dict.fromkeys(ids))
-        found = {passage.id: passage for passage in self._as_passages(self._table.by_ids(wanted, self._columns))}
-        return [found[passage_id] for passage_id in wanted if passage_id in found]
+        """The passages with these ids, in their order; missing ones are left out."""
+        distinct = list(dict.fromkeys(ids))
+        passages = {passage.id: passage for passage in self._as_passages(self._table.by_ids(distinct, self._columns))}
+        return [passages[passage_id] for passage_id in distinct if passage_id in passages]
 
     def document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; none where it is not there."""
+        """The passages of a document, by position; none if it is missing."""
         ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
         return self.get(ids)
 
@@ -147,8 +169,8 @@ class PassageView:
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id where it has none."""
-        found = self._take(rows, ["id", "document_id"])
-        ids, names = (cast(list[str], found[name].to_pylist()) for name in ("id", "document_id"))
+        table = self._take(rows, ["id", "document_id"])
+        ids, names = (cast(list[str], table[name].to_pylist()) for name in ("id", "document_id"))
         return [name or own for own, name in zip(ids, names, strict=True)]
 
     def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
@@ -157,8 +179,8 @@ class PassageView:
         Those given are among them. A passage without a document_id has no neighbours.
         """
         places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
-        found = self._as_passages(self._table.around(places, distance, self._columns))
-        return sorted(found, key=lambda passage: (passage.document_id, passage.position, passage.id))
+        nearby = self._as_passages(self._table.around(places, distance, self._columns))
+        return sorted(nearby, key=lambda passage: (passage.document_id, passage.position, passage.id))
 
     @cached_property
     def _columns(self) -> list[str]:
@@ -192,8 +214,8 @@ class PassageView:
         self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
     ) -> list[CandidateRows]:
         """``scan`` for each of several queries [q, dim], with the same answers, in less time than one by one."""
-        found = self._check().search_together(queries, top_k, self.mask(allowed), ids_of=self.ids)
-        return [CandidateRows(rows, scores) for rows, scores in found]
+        results = self._check().search_together(queries, top_k, self.mask(allowed), ids_of=self.ids)
+        return [CandidateRows(rows, scores) for rows, scores in results]
 
     @cached_property
     def ann_base(self) -> AnnBase | None:
@@ -262,7 +284,7 @@ class PassageView:
             allowed = np.append(allowed, np.zeros(len(words) - len(allowed), np.bool_))
         try:
             rows, scores = words.best(words.query(text), top_k, allowed=allowed)
-        except (IndexError, ValueError) as error:  # what the samples at opening did not find of damage
+        except (IndexError, ValueError) as error:  # damage that the samples at opening missed
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
 
@@ -334,18 +356,19 @@ class PassageView:
         return parse_filter(filter, self.metadata).sql
 
     def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
-        wanted = np.asarray(rows, np.int64)
-        known = wanted[(wanted >= 0) & (wanted < self.capacity)]
-        row_ids = self._row_ids[known]
+        requested = np.asarray(rows, np.int64)
+        inside = requested[(requested >= 0) & (requested < self.capacity)]
+        row_ids = self._row_ids[inside]
         num_there = int(np.count_nonzero(row_ids != _NO_ROW))
-        if num_there < len(wanted):
-            num_lacking = len(wanted) - num_there
-            raise DataFormatError(self.store.folder, f"its table lacks {num_lacking} of {len(wanted)} rows asked for")
+        if num_there < len(requested):
+            num_lacking = len(requested) - num_there
+            problem = f"its table lacks {num_lacking} of {len(requested)} requested rows"
+            raise DataFormatError(self.store.folder, problem)
         return self._table.take(row_ids, names)
 
-    def _as_passages(self, found: pa.Table) -> list[Passage]:
-        """Rows of the table as passages. What the samples at opening did not find of damage, their hashes do."""
-        records = cast("list[dict[str, Any]]", found.to_pylist())
+    def _as_passages(self, table: pa.Table) -> list[Passage]:
+        """Rows of the table as passages. Their hashes find damage that the samples at opening missed."""
+        records = cast("list[dict[str, Any]]", table.to_pylist())
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
             problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"
@@ -353,7 +376,7 @@ class PassageView:
         return list(map(as_passage, records))
 
     def _check(self) -> RowScan:
-        """Before the first use of the vectors: are they what was written? Else the table may have them."""
+        """Compare the vectors with their checksums before the first use; the table replaces damaged ones if it can."""
         if self._scan is None:
             codes, file = self._vectors
             if file is not None and file.damaged(codes):

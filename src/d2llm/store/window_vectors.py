@@ -64,9 +64,9 @@ class WindowVectors:
         return self._places[rows, 1]
 
     def best(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window, of some rows [n]; -inf of a row that has none.
+        """The highest inner product of a query [dim] with a window of each of some rows [n]; -inf for one without any.
 
-        Each product is summed in one fixed way, whatever rows are asked for together (``RowScan.products``).
+        Each product is summed in one fixed way, whatever rows come with it (``RowScan.products``).
         """
         starts, counts = self._places[rows].T
         scores = np.full(len(rows), -np.inf, np.float32)
@@ -97,7 +97,7 @@ def append_windows(
     codes: NDArray[np.uint8],
     counts: NDArray[np.int64],
 ) -> None:
-    """Write the windows of the rows from ``first`` on, durably; those of these rows or later ones are forgotten first.
+    """Write the windows of the rows from ``first`` on, durably; existing windows of these and later rows go first.
 
     Raises:
         DataFormatError: the files cannot be used.
@@ -110,7 +110,7 @@ def append_windows(
     if places.capacity <= first:
         places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
         return
-    # Rows that no version names are given again where a vector file was written anew.
+    # Row numbers that no version names are used again after a vector file was rewritten.
     kept = np.array(places.codes()[:first])
     draft = VectorFile.begin(folder, generation, _PLACE_BYTES, since=places.since, name=WINDOW_PLACES)
     draft.append(np.concatenate([kept, own]))
@@ -120,14 +120,14 @@ def append_windows(
 def open_windows(
     folder: Path, generation: int, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
 ) -> WindowVectors:
-    """The windows of a version, after all their checksums were looked at.
+    """The windows of a version, after all their checksums were compared.
 
     Args:
         folder: of the index.
         generation: of its vectors.
         vector_format: of the windows' vectors.
-        num_rows: up to the last that the version names; these must be there.
-        capacity: rows that may be asked for; those behind ``num_rows``, which a crash left, may have no windows.
+        num_rows: up to the last that the version names; their windows must exist.
+        capacity: rows that may be read; those behind ``num_rows``, which a crash left, may have no windows.
         version: of the table.
 
     Raises:

@@ -19,8 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.store.bm25 import WordIndex, WordSegment
-from d2llm.store.checked_json import read_checked, write_checked
-from d2llm.store.file_sums import BLOCK_BYTES, FileSums, problem_of, sample_blocks, take_sums
+from d2llm.store.checksums import (
+    BLOCK_BYTES,
+    FileSums,
+    problem_of,
+    read_checked,
+    sample_blocks,
+    take_sums,
+    write_checked,
+)
 
 TextsOf = Callable[[int, int], Iterable[str]]
 """The texts of the rows from one to another, "" for those that are no passages."""
@@ -72,9 +79,9 @@ def files_of(folder: Path, generation: int) -> list[Path]:
 
 
 def write_segment(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
-    """Write the words of the rows from ``first`` on, durably. Words of these rows or later ones are forgotten first.
+    """Write the words of the rows from ``first`` on, durably. Existing words of these and later rows go first.
 
-    (Rows that no version names are given again where a vector file was written anew.)
+    (Row numbers that no version names are used again after a vector file was rewritten.)
 
     Raises:
         OSError: it cannot be written.
@@ -96,10 +103,10 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
         texts_of: gives texts of rows whose words are not there or damaged.
         whole: compare all bytes with their checksums, not samples alone.
     """
-    found: dict[_Part, WordSegment | str] = {}
+    opened_parts: dict[_Part, WordSegment | str] = {}
     for _ in range(_OPENINGS):
         parts = _cover(_parts(folder, generation), num_rows)
-        found = {part: _open(part, whole=whole) for part in parts}
+        opened_parts = {part: _open(part, whole=whole) for part in parts}
         if all(part.record.exists() for part in parts):
             break
     segments: list[WordSegment] = []
@@ -113,7 +120,7 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
             missing += int(np.count_nonzero(segment.lengths))
         at = max(at, end)
 
-    for part, opened in found.items():
+    for part, opened in opened_parts.items():
         if isinstance(opened, str):
             problems.append(f"{part.path.name} {opened}")
             continue

@@ -39,7 +39,7 @@ from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.training.mining.ranking import bm25_lists
 
-RESIDUAL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
 """Pairs of a dev set for each query that a dev set of queries would have."""
 _LEXICAL_DEPTH = 10
@@ -244,7 +244,7 @@ def encode_dev(student: Student, dev: DevSet, *, advance: Callable[[int], None] 
     )
 
 
-def has_residual_weight(student: Student) -> bool:
+def has_interaction_weight(student: Student) -> bool:
     """Whether the score has an interaction beside its inner product, so that there is a weight r to choose."""
     return student.has_anchor and not isinstance(student.interaction, CosineHead)
 
@@ -257,14 +257,14 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     """
     dev = encoded.dev
     scores: dict[float, Scores] = {1.0: _score(student, encoded, advance)}
-    if has_residual_weight(student):
+    if has_interaction_weight(student):
         anchors = [
             _anchor(student, query, encoded.passages[rows], dev.task)
             for query, rows in zip(encoded.queries, encoded.rows, strict=True)
         ]
         scores = {
             weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
-            for weight in RESIDUAL_WEIGHTS
+            for weight in INTERACTION_WEIGHTS
         }
     measured = {weight: dev.measure(of_weight) for weight, of_weight in scores.items()}
     return DevResult(
@@ -278,7 +278,7 @@ def _score(student: Student, encoded: EncodedDev, advance: Callable[[int], None]
     """The scores with the whole interaction, r = 1."""
     scores: list[NDArray[np.float32]] = []
     for query, rows in zip(encoded.queries, encoded.rows, strict=True):
-        scores.append(student.score(query, encoded.passages[rows], encoded.dev.task, residual_weight=1.0))
+        scores.append(student.score(query, encoded.passages[rows], encoded.dev.task, interaction_weight=1.0))
         advance(1)
     if not all(np.isfinite(of_query).all() for of_query in scores):
         raise TrainingDivergedError(

@@ -148,7 +148,7 @@ def distill(
         run.take_best()
         run.step_back()
         run.train_interaction()
-        run.set_residual_weights()
+        run.set_interaction_weights()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
             report = _fit_and_write(run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates)

@@ -22,10 +22,10 @@ from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collat
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_residual_weight
+from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_interaction_weight
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.interpolation import (
-    choose_residual_weights,
+    choose_interaction_weights,
     items_at_best_weight,
     mean_value,
     put_between,
@@ -230,7 +230,7 @@ class DistillRun:
             )
             self._adopt(results)
             start = self.progress.start_items
-            self.progress.best_weights = choose_residual_weights(results, start, seed=self.recipe.seed)
+            self.progress.best_weights = choose_interaction_weights(results, start, seed=self.recipe.seed)
 
     def _write_after(self, step: int, **values: Any) -> None:
         self._write(self.progress.step + step, **values)
@@ -342,7 +342,7 @@ class DistillRun:
     def _take_in(self, results: dict[str, DevResult]) -> None:
         """Take in the dev results of this step: keep the state if it is the best so far."""
         progress = self.progress
-        weights = choose_residual_weights(results)
+        weights = choose_interaction_weights(results)
         by_set = value_by_set(results, weights)
         progress.last_dev = by_set
         value = mean_value(results)
@@ -365,14 +365,14 @@ class DistillRun:
         progress.best_by_set = {
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
         }
-        progress.best_weights = choose_residual_weights(results)
+        progress.best_weights = choose_interaction_weights(results)
 
-    def set_residual_weights(self) -> None:
+    def set_interaction_weights(self) -> None:
         """Give the student's interaction the weight r that was chosen for each task; until here it is 1."""
         head = self.student.interaction
-        if has_residual_weight(self.student) and isinstance(head, Interaction):
+        if has_interaction_weight(self.student) and isinstance(head, Interaction):
             for task, weight in self.progress.best_weights.items():
-                head.residual_weight(task).fill_(weight)
+                head.interaction_weight(task).fill_(weight)
 
     def _state(self) -> dict[str, Any]:
         """How the run stands, as plain JSON."""

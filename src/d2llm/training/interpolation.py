@@ -78,7 +78,7 @@ def worse_sets(
     return [name for name, values in start.items() if not never_worse(values, end[name], seed=seed).passed]
 
 
-def choose_residual_weights(
+def choose_interaction_weights(
     results: Mapping[str, DevResult], start: Mapping[str, Mapping[str, float]] | None = None, *, seed: int = 0
 ) -> dict[Task, float]:
     """For each task the weight r with the best mean over its dev sets; of equal ones the smallest.
@@ -127,13 +127,13 @@ def value_by_set(results: Mapping[str, DevResult], weights: Mapping[Task, float]
 
 def mean_value(results: Mapping[str, DevResult]) -> float:
     """Mean over the data sets of the dev measure, at the best weight r of each task."""
-    by_set = value_by_set(results, choose_residual_weights(results))
+    by_set = value_by_set(results, choose_interaction_weights(results))
     return sum(by_set.values()) / len(by_set)
 
 
 def items_at_best_weight(results: Mapping[str, DevResult]) -> Items:
     """The value of each query or pair, by its place, of each dev set at its task's best weight r."""
-    weights = choose_residual_weights(results)
+    weights = choose_interaction_weights(results)
     return {name: by_place(result.by_item[weights[result.task]]) for name, result in results.items()}
 
 

@@ -44,9 +44,9 @@ _Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"
 def choose_engine(
     name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> EngineName:
-    """The engine asked for; ``auto`` is the fastest one that gives the same vectors on this machine.
+    """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO where it is installed and the machine has no accelerator, or none is asked for; else torch.
+    That is OpenVINO if it is installed and the machine has no accelerator, or none is requested; else torch.
     Weights of eight bits change the vectors, so ``auto`` never means them.
 
     Raises:
@@ -152,12 +152,12 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
     # which the next signal that thread handles (Ctrl-C in the main one) would end the process.
     with ThreadPoolExecutor(max_workers=1) as thread:
         compiled = thread.submit(lambda: openvino.Core().compile_model(str(file), "CPU", settings)).result()
-    of_thread = local()  # a request answers one caller at a time
+    thread_state = local()  # a request answers one caller at a time
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        if not hasattr(of_thread, "request"):
-            of_thread.request = compiled.create_infer_request()
-        return of_thread.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
+        if not hasattr(thread_state, "request"):
+            thread_state.request = compiled.create_infer_request()
+        return thread_state.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
 
     # Once in one thread: where two make OpenVINO's first tensors at a time, one waits for Python's lock while it holds
     # the lock of a C++ static that the other waits for, and neither goes on.

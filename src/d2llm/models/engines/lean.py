@@ -1,6 +1,6 @@
 """A BERT and its tokenizer without ``transformers``, for one who only reads some texts: a search on the command line.
 
-To import ``transformers`` and to load a small model with it takes longer than all else that such a search does. This is
+Importing ``transformers`` and loading a small model with it takes longer than everything else in such a search. This is
 the same encoder, in the same products and under the same names of its parts, so a student's adapter fits it; and the
 same tokenizer, from the file in the student's folder. It is for models that are exactly this, which ``open_lean`` looks
 at; of others it says so, and they are loaded as always. A test holds both to the same states.
@@ -99,14 +99,14 @@ class LeanBert(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
     ) -> SimpleNamespace:
-        """``last_hidden_state`` [batch, tokens, dim]; tokens at 0 of the mask are not looked at."""
+        """``last_hidden_state`` [batch, tokens, dim]; tokens at 0 of the mask are ignored."""
         parts = self.embeddings
         types = parts["token_type_embeddings"](torch.zeros_like(input_ids))
         places = parts["position_embeddings"](torch.arange(input_ids.shape[1], device=input_ids.device)[None])
         states = parts["LayerNorm"](parts["word_embeddings"](input_ids) + types + places)
-        seen = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
+        key_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            states = layer(states, seen, self.config.num_attention_heads)
+            states = layer(states, key_mask, self.config.num_attention_heads)
         return SimpleNamespace(last_hidden_state=states)
 
 
@@ -121,13 +121,13 @@ class _Layer(nn.Module):
         self.output = _sum_of(inner, dim, eps)
 
     def forward(
-        self, states: Float[Tensor, "batch tokens dim"], seen: Tensor | None, num_heads: int
+        self, states: Float[Tensor, "batch tokens dim"], key_mask: Tensor | None, num_heads: int
     ) -> Float[Tensor, "batch tokens dim"]:
         own = cast(nn.ModuleDict, self.attention["self"])
         shape = (*states.shape[:2], num_heads, -1)
         query, key, value = (own[name](states).view(shape).transpose(1, 2) for name in ("query", "key", "value"))
         scale = 1 / math.sqrt(query.shape[-1])
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, scale=scale)
         states = _add(self.attention["output"], attended.transpose(1, 2).reshape(states.shape), states)
         return _add(self.output, functional.gelu(self.intermediate["dense"](states)), states)
 

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.files import folder_bytes, new_folder
 from d2llm.core.manifest import write_manifest
+from d2llm.core.types import Task
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.export import numpy_head
 from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
-from d2llm.models.export.head_weights import head_weights
-from d2llm.models.interaction import TASKS, CosineHead
+from d2llm.models.interaction import TASKS, CosineHead, Interaction
 from d2llm.models.probabilities import write_calibration
 from d2llm.models.student import Student
 
@@ -43,7 +45,7 @@ class ExportReport:
 def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
     """Write a student for programs without d2llm into ``folder``, atomically.
 
-    What makes probabilities of its scores, where it has that, goes with it (``probabilities.json``).
+    The calibration of its scores, if it has one, goes with it (``probabilities.json``).
 
     Args:
         student: what to write, in float32 on the CPU.
@@ -114,5 +116,48 @@ def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) ->
 def _write_numpy(student: Student, folder: Path) -> None:
     with (folder / numpy_head.FILE_NAME).open("wb") as file:
         # Uncompressed: the arrays are noise to a compressor, and are read three times as fast.
-        np.savez(file, allow_pickle=False, **head_weights(student.interaction))
+        np.savez(file, allow_pickle=False, **head_arrays(student.interaction))
     (folder / "numpy_head.py").write_text(inspect.getsource(numpy_head), encoding="utf-8")
+
+
+def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
+    """Arrays of float32 by name; those that both tasks share once as ``name``, the others as ``task/name``."""
+    with torch.inference_mode():
+        arrays_by_task = {task: _task_arrays(head, task) for task in TASKS}
+    first, second = (arrays_by_task[task] for task in TASKS)
+    weights: dict[str, np.ndarray] = {}
+    for name in first:
+        if np.array_equal(first[name], second[name]):
+            weights[name] = first[name]
+        else:
+            weights |= {f"{task}/{name}": arrays_by_task[task][name] for task in TASKS}
+    return weights
+
+
+def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.ndarray]:
+    if isinstance(head, CosineHead):
+        return {"anchor": _array(head.log_scale.exp() / head.dim)}
+    layers = head.split_layers(task)
+    parts: dict[str, Tensor | None] = {
+        "query": layers.query,
+        "passage": layers.passage,
+        "product": layers.product,
+        "difference": layers.difference,
+        "first_bias": layers.bias,
+        "last": layers.last,
+        "constant": layers.constant,
+    }
+    for number, layer in enumerate(layers.inner):
+        parts |= {f"inner_{number}_weight": layer.weight, f"inner_{number}_bias": layer.bias}
+    if head.has_anchor:
+        # Of the unit vectors: anchor_queries is linear, so this is its matrix.
+        parts["anchor"] = head.anchor_queries(torch.eye(head.dim, device=layers.last.device), task)
+        parts["bound"] = head.bound(task)
+    for name, gate in (("query_gate", head.query_gate), ("passage_gate", head.passage_gate)):
+        if gate is not None:
+            parts |= {f"{name}_weight": gate.weight[0], f"{name}_bias": gate.bias[0]}
+    return {name: _array(tensor) for name, tensor in parts.items() if tensor is not None}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().contiguous().numpy().copy()

@@ -18,8 +18,8 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.types import Task
 from d2llm.models.backbone import Backbone
+from d2llm.models.device import inference
 from d2llm.models.export.eight_bits import Runtime, quantise
-from d2llm.models.inference import inference
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.ops.pooling import PoolingName, pool
@@ -78,7 +78,7 @@ def write_text_graph(
         pooling: of the student.
         head: of the student; the cosine has its vectors on a sphere.
         file: where to.
-        int8_for: the runtime whose form of eight bits the products are to have; by default they are float32.
+        int8_for: the runtime for whose 8-bit form the products are written; by default they are float32.
 
     Raises:
         InputError: the student computes in another format or elsewhere.

@@ -39,7 +39,7 @@ _MODULES = (
 
 
 def why_not_plain(config: StudentConfig) -> str | None:
-    """Why sentence-transformers cannot have such a student without d2llm; None where it can."""
+    """Why sentence-transformers cannot load such a student without d2llm; None if it can."""
     if config.interaction.head == "paper":
         return "its head 'paper' has no inner product"
     if config.pooling.method == "pma":

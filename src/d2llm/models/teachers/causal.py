@@ -19,13 +19,14 @@ from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.inference import inference
+from d2llm.models.device import inference
 from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.local import Answers, LocalTeacher
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.shared_prefix import SharedPrefixes, why_not_shared
 from d2llm.ops.pooling import last_positions, to_right_padding
+from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
@@ -194,8 +195,8 @@ class Teacher(LocalTeacher):
         num_truncated = 0
         for query, passage in pairs:
             own_query, own_passage = query_ids[query], passage_ids[passage]
-            kept_query = own_query[: max(room // 2, room - len(own_passage))]
-            kept_passage = own_passage[: room - len(kept_query)]
+            num_query, num_passage = fit_pair(len(own_query), len(own_passage), room)
+            kept_query, kept_passage = own_query[:num_query], own_passage[:num_passage]
             is_cut = len(kept_query) < len(own_query)
             num_truncated += is_cut or len(kept_passage) < len(own_passage)
             query_part = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import ModelError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.inference import inference
+from d2llm.models.device import inference
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 

@@ -1,4 +1,4 @@
-"""A bi-encoder as a teacher: the score of two vectors taken as log-odds, uncalibrated."""
+"""A bi-encoder as a teacher: the score of two vectors as log-odds, before any calibration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 
 
 class CosineTeacher:
-    """A student, or a backbone's own cosine, used like any teacher. It has no features of a pair.
+    """A student, or a backbone's own cosine, asked like any teacher. It has no features of a pair.
 
     ``log_odds`` are the student's own logits, t cos(a, b) for a cosine; ``ops.stacking`` calibrates them. Each text is
     encoded once a call, and the vectors used last are kept for the next.
@@ -107,25 +107,20 @@ class CosineTeacher:
     def _encode(self, texts: Sequence[str], kind: TextKind) -> tuple[dict[str, _Encoded], int]:
         """Each different text with its vector, and how many tokens were read for those not kept from before."""
         kept = self._kept[kind]
-        encoded_texts = {text: kept.get(text) for text in dict.fromkeys(texts)}
-        new = [text for text, encoded in encoded_texts.items() if encoded is None]
+        found = {text: kept.get(text) for text in dict.fromkeys(texts)}
+        new = [text for text, encoded in found.items() if encoded is None]
         num_tokens = 0
         if new:
             encoded = (self.student.encode_queries if kind == "query" else self.student.encode_passages)(new)
-            cut = self._cut_texts(new, kind) if encoded.num_truncated else frozenset[str]()
             num_tokens = encoded.num_tokens
             # Copies: a row that is kept must not keep the whole array.
             vectors = (vector.copy() for vector in encoded.vectors)
-            encoded_texts |= {text: _Encoded(vector, text in cut) for text, vector in zip(new, vectors, strict=True)}
-        known = {text: encoded for text, encoded in encoded_texts.items() if encoded is not None}
+            cut = set(encoded.truncated)
+            both = zip(new, vectors, strict=True)
+            found |= {text: _Encoded(vector, place in cut) for place, (text, vector) in enumerate(both)}
+        known = {text: encoded for text, encoded in found.items() if encoded is not None}
         kept.put(known)
         return known, num_tokens
-
-    def _cut_texts(self, texts: Sequence[str], kind: TextKind) -> frozenset[str]:
-        """The texts that lost their end. Encoding tells only how many; whichever was cut has the greatest length."""
-        lengths = self.student.tokenize(texts, kind).lengths
-        full = [text for text, length in zip(texts, lengths, strict=True) if length == max(lengths)]
-        return frozenset(text for text in full if self.student.tokenize([text], kind).num_truncated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,7 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
-from d2llm.models.inference import inference
+from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
     find_model,
@@ -44,6 +43,7 @@ from d2llm.models.teachers.identity import (
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
+from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
@@ -357,8 +357,7 @@ def _cut(query: str, passage: str, tokenizer: Any, room: int) -> TextPair:
         ]
         for text in (query, passage)
     ]
-    for_query = min(len(ends[0]), max(room // 2, room - len(ends[1])))
-    for_passage = min(len(ends[1]), max(0, room - for_query))
+    for_query, for_passage = fit_pair(len(ends[0]), len(ends[1]), room)
     return _up_to(query, ends[0], for_query), _up_to(passage, ends[1], for_passage)
 
 

@@ -25,6 +25,7 @@ from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote_endpoint import Endpoint, NextToken
+from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
@@ -160,9 +161,9 @@ class RemoteTeacher:
         texts: list[str] = []
         cut: list[bool] = []
         for query, passage in pairs:
-            num_query = min(len(ends[query]), max(room // 2, room - len(ends[passage])))
+            num_query, num_passage = fit_pair(len(ends[query]), len(ends[passage]), room)
             kept_query = _keep(query, ends[query], num_query)
-            kept_passage = _keep(passage, ends[passage], room - num_query)
+            kept_passage = _keep(passage, ends[passage], num_passage)
             texts.append(_join(prompt, kept_query, kept_passage))
             cut.append((kept_query, kept_passage) != (query, passage))
         return texts, cut

@@ -18,7 +18,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.training.ablation.report import RunResult
-from d2llm.training.dev import DevSet, evaluate_dev, has_residual_weight
+from d2llm.training.dev import DevSet, evaluate_dev, has_interaction_weight
 from d2llm.training.distill import distill
 from d2llm.training.interpolation import value_by_set
 from d2llm.training.training_run import LOG
@@ -94,7 +94,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
         seed=seed,
         ndcg=fmean(by_set.values()),
         by_set=by_set,
-        residual_weights=weights if has_residual_weight(student) else {},
+        residual_weights=weights if has_interaction_weight(student) else {},
         steps=manifest["steps"],
         best_step=manifest["best_step"],
         seconds=_seconds(_log_lines(folder)),
