@@ -34,12 +34,12 @@ from d2llm.data.beir import Dataset
 from d2llm.data.passage_store import PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.evaluation.memory import peak_memory
+from d2llm.evaluation.systems import peak_memory
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.label import label
 from d2llm.training.mining.mine import mine
-from d2llm.training.mining.vectors import PassageSequence
+from d2llm.training.mining.ranking import PassageSequence
 
 RESULT = Path(__file__).parent / "results" / "teaching-memory.json"
 SIZES, SMALL_SIZES = (100_000, 400_000), (10_000, 40_000)

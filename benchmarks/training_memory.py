@@ -25,7 +25,7 @@ import torch
 from d2llm.core.files import write_json
 from d2llm.core.recipe import LoraConfig, Recipe, TeacherConfig, TrainingConfig
 from d2llm.data.training import LabelledPair
-from d2llm.evaluation.memory import peak_memory
+from d2llm.evaluation.systems import peak_memory
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import Teacher
 from d2llm.training import gradient_cache, tune_teacher

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2llm.core.recipe import InteractionConfig, StudentConfig
+from d2llm.models.teachers.judge import Judgements
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,6 @@ class FakeEncoded:
     @property
     def num_truncated(self):
         return len(self.truncated)
-
-
-@dataclass(frozen=True)
-class FakeJudgements:
-    log_odds: np.ndarray
-    num_truncated: int
 
 
 @functools.cache
@@ -137,9 +132,13 @@ class FakeTeacher:
     def prompt_fingerprint(self, task):
         return f"fake-prompt-{task}"
 
-    def judge(self, pairs, task):
+    def judge(self, pairs, task, *, with_features=False, advance=None):
+        assert not with_features
         if self.fail_after is not None and len(self.pairs) + len(pairs) > self.fail_after:
             raise Interruption
         self.pairs += pairs
         shared = [len(set(a.lower().split()) & set(b.lower().split())) for a, b in pairs]
-        return FakeJudgements(np.array(shared, np.float32), sum(len(b) > 1000 for _, b in pairs))
+        if advance is not None:
+            advance(len(pairs))
+        num_truncated = sum(len(b) > 1000 for _, b in pairs)
+        return Judgements(np.array(shared, np.float32), None, num_truncated, num_tokens=0)

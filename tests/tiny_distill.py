@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
+from d2llm.data.collation import DistillationBatch
 from d2llm.data.training import TrainingSource
+from d2llm.models.interaction import PairScores
+from d2llm.models.student import Student
 from d2llm.training import distill_run as loop
 from d2llm.training.distill import DistillReport, distill
+from d2llm.training.objective import batch_tokens, score_vectors
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
@@ -76,3 +80,11 @@ def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
         return norm
 
     patch.setattr(loop, "optimizer_step", optimizer_step)
+
+
+def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
+    """Read the batch's texts in one pass and score all queries against all passages; differentiable.
+
+    The plain form of what ``gradient_cache.backpropagate`` does in parts.
+    """
+    return score_vectors(student, student(*student.backbone.pad(batch_tokens(student, batch))), batch)

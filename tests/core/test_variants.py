@@ -16,8 +16,8 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training.ablation.report import BASE
-from d2llm.training.objective import batch_losses, score_batch
-from tiny_distill import Place
+from d2llm.training.objective import batch_losses
+from tiny_distill import Place, score_batch
 
 # What is so already in a shipped recipe.
 UNCHANGED = {

@@ -212,11 +212,12 @@ LABEL_FOREVER = """
 import sys, time
 from pathlib import Path
 import d2llm.training.label as verb
+from d2llm.evaluation import judging
 from d2llm.models.teachers.causal import Teacher
 from tiny_data import topics
 from tiny_models import tiny_teacher_config
 
-verb._QUERIES_AT_ONCE, verb._SHARD_SECONDS = 4, 0.0
+judging._PAIRS_AT_ONCE, judging._SHARD_SECONDS = 36, 0.0  # of four queries
 judge = Teacher.judge
 
 def slowly(self, pairs, task, **options):

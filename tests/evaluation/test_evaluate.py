@@ -25,7 +25,7 @@ NOT_BY_VECTORS = ("bm25", "hybrid", "fitted_sum", "teacher")
 @pytest.fixture(autouse=True)
 def few_permutations(monkeypatch):
     """Where the p-values themselves are not tested; reports that a module shares are made before this."""
-    monkeypatch.setattr("d2llm.evaluation.statistics.NUM_PERMUTATIONS", 100)
+    monkeypatch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
 
 
 def values_of(ranking, grades):

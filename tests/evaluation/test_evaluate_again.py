@@ -17,7 +17,7 @@ from tiny_evaluations import everyone, figures, make_dataset, make_words, measur
 @pytest.fixture(autouse=True)
 def few_permutations(monkeypatch):
     """Where the p-values themselves are not tested; reports that a module shares are made before this."""
-    monkeypatch.setattr("d2llm.evaluation.statistics.NUM_PERMUTATIONS", 100)
+    monkeypatch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_labels_of_another_teacher_do_not_count(few, tmp_path):
 
 
 def test_interrupted_while_the_teacher_judges_it_goes_on(few, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.judging._WRITE_SECONDS", 0)
+    monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
     monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 80)
     stopped = everyone(teacher=FakeTeacher(fail_after=100))
     with pytest.raises(Interruption):

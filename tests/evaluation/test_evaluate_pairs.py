@@ -418,7 +418,7 @@ def test_a_second_evaluation_takes_everything_over(sayings, tmp_path):
 
 
 def test_interrupted_while_the_teacher_judges_it_goes_on(sayings, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.judging._WRITE_SECONDS", 0)
+    monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
     monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)
     stopped, resumed = everyone(teacher=FakeTeacher(fail_after=50)), everyone()
     with pytest.raises(Interruption):

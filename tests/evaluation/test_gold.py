@@ -71,19 +71,19 @@ def test_measures_are_of_the_pairs_at_the_positions():
 def test_values_of_single_pairs_by_hand():
     binary = BinaryGold(np.array([True, False, True, False]))
     scores = np.array([0.9, 0.8, 0.3, 0.1])
-    assert binary.of_items(scores, ALL, (0.5, 0.2)).tolist() == [1, 0, 0, 1]
+    assert binary.item_values(scores, ALL, (0.5, 0.2)).tolist() == [1, 0, 0, 1]
     # Without a threshold: the first yes is above both noes, the first no above one of two yeses, and so on.
-    assert binary.of_items(scores, ALL, None).tolist() == [1, 0.5, 0.5, 1]
-    assert binary.of_items(np.array([2.0, 1.0, 1.0]), np.array([1, 0, 3]), None).tolist() == [0, 0.25, 0.5]
+    assert binary.item_values(scores, ALL, None).tolist() == [1, 0.5, 0.5, 1]
+    assert binary.item_values(np.array([2.0, 1.0, 1.0]), np.array([1, 0, 3]), None).tolist() == [0, 0.25, 0.5]
     nli = NliGold(("entailment", "neutral", "contradiction", "neutral"))
     thresholds = nli.fit(np.array([3.0, 2.0, 1.0, 2.0]), ALL)
     assert thresholds.ordinal == (1.5, 2.5)
-    assert nli.of_items(np.array([2.5, 2.6, 0.0, 1.5]), ALL, thresholds).tolist() == [1, 0, 1, 1]
-    assert nli.of_items(np.array([1.5, 2.5]), np.array([3, 0]), thresholds).tolist() == [1, 1]
+    assert nli.item_values(np.array([2.5, 2.6, 0.0, 1.5]), ALL, thresholds).tolist() == [1, 0, 1, 1]
+    assert nli.item_values(np.array([1.5, 2.5]), np.array([3, 0]), thresholds).tolist() == [1, 1]
     graded = GradedGold(np.array([0.0, 1.0, 2.0, 3.0]))
-    assert graded.of_items(np.array([1.0, 2.0, 3.0, 4.0]), ALL, None).tolist() == [1, 1, 1, 1]
-    assert graded.of_items(np.array([4.0, 3.0, 2.0, 1.0]), ALL, None) == pytest.approx([0, 2 / 3, 2 / 3, 0])
-    assert graded.of_items(np.array([1.0]), np.array([2]), None).tolist() == [1]
+    assert graded.item_values(np.array([1.0, 2.0, 3.0, 4.0]), ALL, None).tolist() == [1, 1, 1, 1]
+    assert graded.item_values(np.array([4.0, 3.0, 2.0, 1.0]), ALL, None) == pytest.approx([0, 2 / 3, 2 / 3, 0])
+    assert graded.item_values(np.array([1.0]), np.array([2]), None).tolist() == [1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=12))
@@ -91,6 +91,6 @@ def test_shares_on_the_right_side_average_to_the_auc(pairs):
     scores, truth = np.array([s for s, _ in pairs], np.float64), np.array([label for _, label in pairs])
     if truth.all() or not truth.any():
         return
-    values = BinaryGold(truth).of_items(scores, np.arange(len(pairs)), None)
+    values = BinaryGold(truth).item_values(scores, np.arange(len(pairs)), None)
     for label in (True, False):
         assert values[truth == label].mean() == pytest.approx(roc_auc(scores, truth))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
 from d2llm.evaluation import judging
 from d2llm.evaluation.judging import interleaved, judge_pool
-from fake_models import FakeJudgements, FakeTeacher, Interruption
+from fake_models import FakeTeacher, Interruption
 
 QUERIES = {"q1": "cat dog", "q2": "fish", "q3": "red bird"}
 PASSAGES = {"a": "cat", "b": "dog cat", "c": "red fish", "d": "bird"}
@@ -101,9 +103,9 @@ def test_known_labels_are_read_and_not_copied(tmp_path):
 
 def test_what_is_judged_here_counts_more_than_what_is_known(tmp_path):
     class Contrary(FakeTeacher):
-        def judge(self, pairs, task):
-            judged = super().judge(pairs, task)
-            return FakeJudgements(-judged.log_odds, 0)
+        def judge(self, pairs, task, **options):
+            judged = super().judge(pairs, task, **options)
+            return replace(judged, log_odds=-judged.log_odds)
 
     ask(Contrary(), tmp_path / "known")
     ask(FakeTeacher(), tmp_path / "store")
@@ -112,7 +114,7 @@ def test_what_is_judged_here_counts_more_than_what_is_known(tmp_path):
 
 def test_what_was_written_before_an_interruption_is_not_judged_again(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 3)
-    monkeypatch.setattr(judging, "_WRITE_SECONDS", 0)
+    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0)
     with pytest.raises(Interruption):
         ask(FakeTeacher(fail_after=4), tmp_path / "store")
     judge = FakeTeacher()
@@ -138,9 +140,9 @@ def test_truncated_pairs_are_counted(tmp_path):
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     class Broken(FakeTeacher):
-        def judge(self, pairs, task):
-            judged = super().judge(pairs, task)
-            return FakeJudgements(judged.log_odds * float("nan"), 0)
+        def judge(self, pairs, task, **options):
+            judged = super().judge(pairs, task, **options)
+            return replace(judged, log_odds=judged.log_odds * float("nan"))
 
     with pytest.raises(ModelError, match="log-odds of query 'q1' and passage 'b' are nan"):
         ask(Broken(), tmp_path / "store")
@@ -150,3 +152,13 @@ def test_an_empty_pool_asks_nothing(tmp_path):
     judged = ask(FakeTeacher(), tmp_path / "store", pool={"q1": []})
     assert (judged.scores, judged.num_new) == ({"q1": {}}, 0)
     assert not (tmp_path / "store").exists()
+
+
+def test_the_bar_says_pairs_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 102.0, 110.0])
+    monkeypatch.setattr(judging.time, "monotonic", lambda: next(clock))
+    said: list[tuple[int, str]] = []
+    count = judging.with_rate(lambda number, note="": said.append((number, note)))
+    count(10)
+    count(40)
+    assert said == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]

@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from d2llm.evaluation.store import MeasuredStore
-from d2llm.evaluation.systems import System, milliseconds
+from d2llm.evaluation.systems import MeasuredStore, System, milliseconds
 
 SYSTEM = System(
     "a name ✓",
@@ -60,7 +59,7 @@ def test_another_key_is_measured_anew(tmp_path):
 
 def test_another_version_is_measured_anew(tmp_path, monkeypatch):
     MeasuredStore(tmp_path).values("key", Maker(1))
-    monkeypatch.setattr("d2llm.evaluation.store._VERSION", 1_000)
+    monkeypatch.setattr("d2llm.evaluation.systems._VERSION", 1_000)
     made = Maker(2)
     assert MeasuredStore(tmp_path).values("key", made) == 2
     assert made.calls == 1

@@ -36,7 +36,7 @@ class ScalingStudent(FakeStudent):
 
 @pytest.fixture(autouse=True)
 def few_permutations(monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.statistics.NUM_PERMUTATIONS", 100)
+    monkeypatch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
 
 
 @pytest.fixture(scope="module")

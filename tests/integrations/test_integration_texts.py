@@ -41,13 +41,13 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self._student, name)
 
-    def encode_queries(self, texts):
+    def encode_queries(self, texts, **options):
         self.read += [("query", text) for text in texts]
-        return self._student.encode_queries(texts)
+        return self._student.encode_queries(texts, **options)
 
-    def encode_passages(self, texts):
+    def encode_passages(self, texts, **options):
         self.read += [("passage", text) for text in texts]
-        return self._student.encode_passages(texts)
+        return self._student.encode_passages(texts, **options)
 
 
 @pytest.mark.parametrize("task", ["symmetric", "asymmetric"])

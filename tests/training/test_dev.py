@@ -14,17 +14,16 @@ import pytest
 from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig
-from d2llm.core.types import Query, Task
+from d2llm.core.types import Task
 from d2llm.models.student import Student
 from d2llm.training.dev import (
     INTERACTION_WEIGHTS,
     DevResult,
     DevSet,
-    choose_interaction_weights,
     evaluate_dev,
     make_dev_set,
-    value_by_set,
 )
+from d2llm.training.interpolation import choose_interaction_weights, value_by_set
 from tiny_data import make_source, topics
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 
@@ -37,7 +36,7 @@ class HandMadeStudent:
     def __init__(self, anchors: np.ndarray, changes: np.ndarray, *, has_anchor: bool = True) -> None:
         self.anchors, self.changes = anchors.astype(np.float32), changes.astype(np.float32)
         self.has_anchor = has_anchor
-        self.interaction = SimpleNamespace()
+        self.interaction = None
 
     def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
         advance(len(texts))
@@ -50,19 +49,14 @@ class HandMadeStudent:
     def anchor_queries(self, vectors: np.ndarray, task: Task) -> np.ndarray:
         return vectors
 
-    def score(
-        self, query: np.ndarray, passages: np.ndarray, task: Task, *, interaction_weight: float | None = None
-    ) -> np.ndarray:
-        assert (interaction_weight is not None) == self.has_anchor
-        return (
-            passages @ query
-            + (1.0 if interaction_weight is None else interaction_weight) * self.changes[int(query.argmax())]
-        )
+    def score(self, query: np.ndarray, passages: np.ndarray, task: Task, *, interaction_weight: float) -> np.ndarray:
+        return passages @ query + interaction_weight * self.changes[int(query.argmax())]
 
 
 def dev_set(qrels: dict[str, dict[str, int]], *, name: str = "set", task: Task = "asymmetric") -> DevSet:
-    queries = tuple(Query(query_id, str(row)) for row, query_id in enumerate(qrels))
-    return DevSet(name, task, queries, IDS, IDS, qrels)
+    queries = {query_id: str(row) for row, query_id in enumerate(qrels)}
+    passages = {passage_id: passage_id for passage_id in IDS}
+    return DevSet(name, task, queries, passages, dict.fromkeys(queries, IDS), qrels)
 
 
 def discount(rank: int) -> float:
@@ -142,14 +136,15 @@ def real_dev() -> DevSet:
 
 def ndcg_of(student: Student, dev: DevSet) -> float:
     """Independent of the code under test: binary nDCG@10 of the student's own scores."""
-    queries = student.encode_queries([query.text for query in dev.queries]).vectors
-    passages = student.encode_passages(dev.passage_texts).vectors
+    queries = student.encode_queries([*dev.queries.values()]).vectors
+    passages = student.encode_passages([*dev.passages.values()]).vectors
+    passage_ids = [*dev.passages]
     values: list[float] = []
-    for query, vector in zip(dev.queries, queries, strict=True):
+    for query_id, vector in zip(dev.queries, queries, strict=True):
         scores = student.score(vector, passages, dev.task)
-        order = sorted(range(len(scores)), key=lambda row: (-scores[row], dev.passage_ids[row]))[:10]
-        right = dev.qrels[query.id]
-        gain = sum(discount(rank) for rank, row in enumerate(order, 1) if dev.passage_ids[row] in right)
+        order = sorted(range(len(scores)), key=lambda row: (-scores[row], passage_ids[row]))[:10]
+        right = dev.qrels[query_id]
+        gain = sum(discount(rank) for rank, row in enumerate(order, 1) if passage_ids[row] in right)
         values.append(gain / sum(discount(rank) for rank in range(1, 1 + min(10, len(right)))))
     return float(np.mean(values))
 
@@ -227,24 +222,24 @@ def test_a_dev_set_holds_positives_lexical_neighbours_and_random_passages() -> N
     source = make_source(passages, queries, [], qrels={"dev": judged, "test": {}})
     dev = make_dev_set(source, num_queries=10, num_passages=20, seed=0)
     assert (dev.name, dev.task) == ("tiny", "asymmetric")
-    assert dev.queries == (Query("q", "where the cat sat"),)
-    assert len(dev.passage_ids) == 20
-    assert {"answer", "near"} <= set(dev.passage_ids)
-    assert list(dev.passage_ids) == sorted(dev.passage_ids)
-    assert dev.passage_texts == tuple(passages[passage_id] for passage_id in dev.passage_ids)
+    assert dev.queries == {"q": "where the cat sat"}
+    assert len(dev.passages) == 20
+    assert {"answer", "near"} <= set(dev.passages)
+    assert list(dev.candidates["q"]) == list(dev.passages) == sorted(dev.passages)
+    assert all(text == passages[passage_id] for passage_id, text in dev.passages.items())
     assert dev.qrels == {"q": {"answer": 2, "graded0": 0}}
     assert make_dev_set(source, num_queries=10, num_passages=20, seed=0) == dev
-    assert make_dev_set(source, num_queries=10, num_passages=20, seed=1).passage_ids != dev.passage_ids
+    assert make_dev_set(source, num_queries=10, num_passages=20, seed=1).passages != dev.passages
     # never fewer than are needed, never more than there are
-    assert set(make_dev_set(source, num_queries=1, num_passages=1, seed=0).passage_ids) >= {"answer", "near"}
-    assert len(make_dev_set(source, num_queries=1, num_passages=999, seed=0).passage_ids) == len(passages)
+    assert set(make_dev_set(source, num_queries=1, num_passages=1, seed=0).passages) >= {"answer", "near"}
+    assert len(make_dev_set(source, num_queries=1, num_passages=999, seed=0).passages) == len(passages)
 
 
 def test_dev_queries_are_a_sample() -> None:
     source = topics(num_dev=20)
     dev = make_dev_set(source, num_queries=6, num_passages=100, seed=0)
-    assert len({query.id for query in dev.queries}) == 6
-    assert set(dev.qrels) == {query.id for query in dev.queries}
+    assert len(dev.queries) == 6
+    assert set(dev.qrels) == set(dev.queries)
     assert make_dev_set(source, num_queries=6, num_passages=100, seed=3).queries != dev.queries
 
 

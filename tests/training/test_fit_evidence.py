@@ -17,7 +17,7 @@ from d2llm.models.student import Student
 from d2llm.ops.fusion import sum_weights
 from d2llm.ops.words import windows
 from d2llm.training import fit_evidence as module
-from d2llm.training.dev_lists import dev_queries
+from d2llm.training.dev import dev_queries
 from d2llm.training.fit_evidence import EvidenceLists, fit_evidence, make_evidence_lists, weigh
 from d2llm.training.fit_scores import fit_scores
 from tiny_data import topics

@@ -21,14 +21,15 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
+from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.measures import per_query_measures
 from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
-from d2llm.training.dev_lists import dev_queries, make_dev_lists, make_dev_pairs
+from d2llm.training.dev import dev_queries, make_dev_lists, make_dev_pairs
 from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
 from d2llm.training.objective import batch_losses
 from d2llm.training.sentences import gate_advice, look_sentence, verdict_words
-from fake_models import FakeJudgements, FakeStudent, Interruption
+from fake_models import FakeStudent, Interruption
 from tiny_data import LETTERS, everyday, make_plan
 from tiny_models import tiny_student_config, write_tiny_model
 
@@ -51,7 +52,7 @@ class Told:
         self.asked += len(pairs)
         best = "2" if self.right else "0"
         values = [query[0] == passage[0] and passage.endswith(best) for query, passage in pairs]
-        return FakeJudgements(np.array(values, np.float32), 1)
+        return Judgements(np.array(values, np.float32), None, 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_judgements_are_kept_when_it_is_stopped(trial, monkeypatch, tmp_path):
     from d2llm.evaluation import judging
 
     monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 10)
-    monkeypatch.setattr(judging, "_WRITE_SECONDS", 0)
+    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0)
     with pytest.raises(Interruption):
         trial(Told(fail_after=20))
     assert not (tmp_path / "run" / GATE_FILE).exists()
@@ -250,7 +251,9 @@ class Says(Told):
     def judge(self, pairs, task, **_):
         self.asked += len(pairs)
         names_and_numbers = [passage.split() for _, passage in pairs]
-        return FakeJudgements(np.array([self.scores[name][int(n)] for name, n in names_and_numbers], np.float32), 0)
+        return Judgements(
+            np.array([self.scores[name][int(n)] for name, n in names_and_numbers], np.float32), None, 0, 0
+        )
 
 
 @pytest.fixture

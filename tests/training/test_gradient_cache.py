@@ -20,8 +20,9 @@ from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.training import gradient_cache
 from d2llm.training.gradient_cache import backpropagate, graph_room
-from d2llm.training.objective import batch_losses, batch_tokens, score_batch, score_vectors, weighted_sum
+from d2llm.training.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
 from tiny_data import make_source
+from tiny_distill import score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 WEIGHTS = LossWeights(rank_imitation_hard_easy=0.5, feature_imitation=0.5)

@@ -9,7 +9,7 @@ from torch import nn
 
 from d2llm.core.types import Task
 from d2llm.training.dev import DevResult
-from d2llm.training.interpolation import items_at_best_weight, put_between, sound_weights, sufficient_share
+from d2llm.training.interpolation import choose_interaction_weights, items_at_best_weight, put_between, sufficient_share
 
 NUM = 40
 
@@ -77,8 +77,10 @@ def test_no_more_is_kept_than_the_largest_share() -> None:
 def test_a_weight_that_costs_one_set_is_not_taken_for_another_s_gain() -> None:
     start = items_at_best_weight({"a": result(0.5), "b": result(0.5), "c": result(0.5, task="symmetric")})
     results = {"a": result(0.5, 0.9), "b": result(0.5, 0.4), "c": result(0.4, 0.6, task="symmetric")}
-    assert sound_weights(results, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
+    assert choose_interaction_weights(results, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
     # Better than the start, but worse than the vectors alone have become.
     lost = {"a": result(0.7, 0.9), "b": result(0.7, 0.6), "c": results["c"]}
-    assert sound_weights(lost, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
-    assert sound_weights({"c": result(0.3, 0.4, task="symmetric")}, {"c": start["c"]}, seed=0) == {"symmetric": 0.0}
+    assert choose_interaction_weights(lost, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
+    assert choose_interaction_weights({"c": result(0.3, 0.4, task="symmetric")}, {"c": start["c"]}, seed=0) == {
+        "symmetric": 0.0
+    }

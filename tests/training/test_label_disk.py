@@ -1,4 +1,4 @@
-"""Labelling when the disk is full, when nothing fits in memory, and what the bar says."""
+"""Labelling when the disk is full, and when nothing fits in memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore
+from d2llm.evaluation import judging
 from d2llm.models.teachers.judge import Judgements, TextPair
 from tiny_data import topics
 
@@ -55,8 +56,8 @@ class LengthTeacher:
 def teacher(monkeypatch: pytest.MonkeyPatch) -> LengthTeacher:
     teacher = LengthTeacher()
     monkeypatch.setattr(verb, "load_judge", lambda *_, **__: teacher)
-    monkeypatch.setattr(verb, "_QUERIES_AT_ONCE", 4)
-    monkeypatch.setattr(verb, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 36)  # of four queries
+    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
     return teacher
 
 
@@ -128,13 +129,3 @@ def test_without_features_only_what_is_new_is_judged(tmp_path: Path, teacher: Le
     assert stored(tmp_path).gram(stored(tmp_path).query_ids[0]) is None
     again = run(tmp_path)
     assert (again.pairs, again.finished_queries) == (0, NUM_QUERIES)
-
-
-def test_the_bar_says_pairs_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 102.0, 110.0])
-    monkeypatch.setattr(verb.time, "monotonic", lambda: next(clock))
-    said: list[tuple[int, str]] = []
-    count = verb._with_rate(lambda number, note="": said.append((number, note)))
-    count(10)
-    count(40)
-    assert said == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]

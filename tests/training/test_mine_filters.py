@@ -20,12 +20,11 @@ from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.same_text import likeness, shingles
 from d2llm.models.teachers.judge import Judgements
-from d2llm.training.mining.audit import MarginHistogram, rank_range
-from d2llm.training.mining.audit_page import audit_page
-from d2llm.training.mining.draw import order_candidates, random_of
+from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
+from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine
+from d2llm.training.mining.ranking import encode_to_file
 from d2llm.training.mining.teacher import TeacherCheck
-from d2llm.training.mining.vectors import encode_to_file
 from fake_models import FakeStudent, Interruption
 
 # BM25 of "cat": shorter passages first, so a, b, c ... in rank.
@@ -280,7 +279,7 @@ class TestStudentRanking:
         assert len(hard(mined(world({"a": 1}), student=student, sources=["encoder"]))) == 7
 
     def test_an_interrupted_run_goes_on(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("d2llm.training.mining.vectors.BLOCK_PASSAGES", 3)
+        monkeypatch.setattr("d2llm.training.mining.ranking.BLOCK_PASSAGES", 3)
         passages = world({}).passages
         ids = sorted(passages)
         with pytest.raises(Interruption):

@@ -17,8 +17,9 @@ from d2llm.data.collation import DistillationBatch
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
-from d2llm.training.objective import batch_losses, score_batch, weighted_sum
+from d2llm.training.objective import batch_losses, weighted_sum
 from tiny_data import make_source
+from tiny_distill import score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 NONE = -np.inf

@@ -10,12 +10,13 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig
+from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import Stack, out_of_fold_log_odds
 from d2llm.reports.training_tables import render_stack_page, stack_table
 from d2llm.training import stack_teachers as verb
 from d2llm.training.stack_teachers import stack_teachers
-from fake_models import FakeJudgements, FakeStudent
+from fake_models import FakeStudent
 from tiny_data import everyday
 
 
@@ -32,7 +33,7 @@ class Noisy:
 
     def judge(self, pairs, task, **_):
         self.asked += len(pairs)
-        return FakeJudgements(np.array([self._say(*pair) for pair in pairs], np.float32), 1)
+        return Judgements(np.array([self._say(*pair) for pair in pairs], np.float32), None, 1, 0)
 
     def _say(self, query, passage):
         error = np.random.default_rng(zlib.crc32(f"{self.fingerprint} {query} {passage}".encode())).normal(

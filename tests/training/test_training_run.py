@@ -14,6 +14,7 @@ from d2llm.core.recipe import TrainingConfig
 from d2llm.training.training_run import (
     CHECKPOINT,
     LOG,
+    BestState,
     RunLog,
     StopSignals,
     learning_rate_factor,
@@ -252,3 +253,26 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
     assert [record["step"] for record in read_log(tmp_path)] == [0]
     RunLog(tmp_path, resume_step=-1)
     assert read_log(tmp_path) == []
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("lower_is_better", "values", "best", "looks_since"),
+    [(False, [0.5, 0.7, 0.7, 0.6], 0.7, 2), (True, [0.5, 0.7, 0.4, 0.4], 0.4, 1)],
+)
+def test_the_best_state_is_kept_and_put_back(tmp_path, in_memory, lower_is_better, values, best, looks_since):
+    parameters = {"weight": nn.Parameter(torch.zeros(2))}
+    path = None if in_memory else tmp_path / "best.safetensors"
+    state = BestState(parameters, path, lower_is_better=lower_is_better)
+    state.put_back()
+    assert parameters["weight"].tolist() == [0, 0]  # no look yet
+    for step, value in enumerate(values):
+        with torch.no_grad():
+            parameters["weight"].fill_(step + 1)
+        state.offer(value, step)
+    step = values.index(best)
+    assert state.record() == {"step": step, "value": best, "looks_since": looks_since}
+    assert not state.offer(1e9 * (-1 if lower_is_better else 1), 9, is_sound=False)
+    assert (state.step, state.looks_since) == (step, looks_since + 1)
+    state.put_back()
+    assert parameters["weight"].tolist() == [step + 1] * 2

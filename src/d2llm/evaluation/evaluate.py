@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: BM25, cosines, D2LLM and the teacher on the same judged queries or pairs, in one report."""
+"""The verb ``evaluate``: one report of BM25, cosines, D2LLM and the teacher on the same judged queries or pairs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def evaluate(
         contenders: the student and what it is compared with.
         settings: split, task, depths, samples, seed.
         work_folder: where indexes, measured systems and judgements are kept: an interrupted evaluation goes on there,
-            and a repeated one takes them over. None means a temporary folder.
-        labels: a label store, read only, whose judgements of these very queries and passages spare the teacher work.
+            and a repeated one reuses them. None means a temporary folder.
+        labels: a label store, read only; pairs that it has a label for are not judged again.
         show_progress: None means: if standard error is a terminal.
 
     Raises:
         DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` holds no
             label store.
-        InputError: the baseline is not among the rows, or rows of a search were asked for and the data set has pairs.
+        InputError: the baseline is not among the rows, or rows of a search are set for a data set of pairs.
     """
     if labels is not None and not (labels / MANIFEST).is_file():
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")

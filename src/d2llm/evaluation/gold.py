@@ -1,4 +1,4 @@
-"""What is true of the pairs of a split, and how scores are measured by it: yes or no, three classes, or graded."""
+"""The true labels of a split of pairs, and how scores are measured against them: yes or no, classes, or grades."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Positions = NDArray[np.intp]
 
 
 class Gold(Protocol):
-    """The truth about the pairs of one split."""
+    """The true labels of the pairs of one split."""
 
     @property
     def main_measure(self) -> str:
@@ -42,7 +42,7 @@ class Gold(Protocol):
         """
         ...
 
-    def of_items(self, scores: Floats, positions: Positions, thresholds: Any) -> Floats:
+    def item_values(self, scores: Floats, positions: Positions, thresholds: Any) -> Floats:
         """One value in [0, 1] for each of the pairs at ``positions``: how well it was scored."""
         ...
 
@@ -70,7 +70,7 @@ class BinaryGold:
         """Accuracy, F1, AP and AUC."""
         return pair_measures.binary_measurer(scores, self.positive[positions], thresholds=thresholds)
 
-    def of_items(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> Floats:
+    def item_values(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> Floats:
         """1 where the answer is right, else 0; without a threshold the share of other pairs on the right side."""
         if thresholds is not None:
             return ((scores >= thresholds[0]) == self.positive[positions]).astype(np.float64)
@@ -105,11 +105,13 @@ class NliGold:
             raise InputError("the classes need thresholds from a split of their own; add a dev split")
         return pair_measures.nli_measurer(scores, self._at(positions), thresholds=thresholds)
 
-    def of_items(self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None) -> Floats:
+    def item_values(
+        self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None
+    ) -> Floats:
         """1 where the class is right, else 0."""
         assert thresholds is not None  # ``measurer`` has refused that
-        said, order = pair_measures.ordinal_answers(scores, thresholds.ordinal), pair_measures.NLI_CLASSES
-        right = [order[place] == name for place, name in zip(said.tolist(), self._at(positions), strict=True)]
+        answers, order = pair_measures.ordinal_answers(scores, thresholds.ordinal), pair_measures.NLI_CLASSES
+        right = [order[place] == name for place, name in zip(answers.tolist(), self._at(positions), strict=True)]
         return np.array(right, np.float64)
 
     def _at(self, positions: Positions) -> list[str]:
@@ -144,7 +146,7 @@ class GradedGold:
         """Pearson and Spearman."""
         return pair_measures.graded_measurer(scores, self.grades[positions])
 
-    def of_items(
+    def item_values(
         self,
         scores: Floats,
         positions: Positions,
@@ -161,7 +163,7 @@ def measure_all(gold: Gold, scores: Floats, positions: Positions, thresholds: An
 
 
 def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | GradedGold:
-    """The truth about a split.
+    """The true labels of a split.
 
     Raises:
         DataFormatError: classes that are no natural language inference, or a split with one label only.

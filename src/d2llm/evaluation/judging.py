@@ -1,27 +1,154 @@
-"""Asking a judge (the teacher, a cross-encoder) about pooled pairs, once each: judgements are kept in a label store."""
+"""Judging pairs, once each: a judge's log-odds go to a label store, and an interrupted call goes on from there.
+
+``label``, ``mine``, ``gate``, ``stack_teachers`` and ``evaluate`` all judge and write here.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32
 
-from d2llm.core.progress import progress_bar
+from d2llm.core.errors import InputError
+from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.retrieval.protocols import PairJudge
+from d2llm.models.teachers.judge import Judge, Judgements
 
-_PAIRS_AT_ONCE = 128  # at least, of whole queries: enough for full batches, few enough that the progress bar moves
-_WRITE_SECONDS = 20.0
+_PAIRS_AT_ONCE = 256  # at least, of whole queries: enough to make batches of like length
+_SHARD_SECONDS = 30.0  # the most work that is lost when the process is killed
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPairs:
+    """A query with passages to judge; the Gram matrix of the teacher's features covers the first ``num_listed``."""
+
+    query_id: str
+    passage_ids: tuple[str, ...]
+    num_listed: int = 0
+
+
+@dataclass(slots=True)
+class JudgingCounts:
+    """Pairs judged now, and what ``Judgements`` counts of them."""
+
+    pairs: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    bounded: int = 0
+    undecided: int = 0
+
+    def add(self, judgements: Judgements) -> None:
+        """Count the pairs of one call of a judge."""
+        self.pairs += len(judgements.log_odds)
+        self.truncated += judgements.num_truncated
+        self.tokens += judgements.num_tokens
+        self.bounded += judgements.num_bounded
+        self.undecided += judgements.num_undecided
+
+
+class LabelWriter:
+    """Collects labels and writes a shard of them every half minute, so that no more than that can be lost.
+
+    Args:
+        labels: the store.
+        remember: let the store know of them at once; otherwise they are only on disk (``LabelStore.write``).
+    """
+
+    def __init__(self, labels: LabelStore, *, remember: bool = True) -> None:
+        self.labels = labels
+        self._remember = remember
+        self._unwritten: list[QueryLabels] = []
+        self._last_written = time.monotonic()
+
+    def add(self, labels: Sequence[QueryLabels]) -> None:
+        """Take in the labels of some queries; raises what ``write`` raises."""
+        self._unwritten += labels
+        if time.monotonic() - self._last_written > _SHARD_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is not yet in the store.
+
+        Raises:
+            InputError: the shard cannot be written (disk full); the shards before it stay.
+            ModelError: the teacher gave log-odds that are no numbers.
+        """
+        try:
+            self.labels.write(self._unwritten, remember=self._remember)
+        except OSError as error:
+            lost = sum(len(item.passage_ids) for item in self._unwritten)
+            raise InputError(
+                f"{self.labels.folder}: labels cannot be written ({error.strerror or error}). The shards written "
+                f"before are whole and stay; the last {lost} pairs judged are lost. Make room and run the same command "
+                "again: it goes on from there"
+            ) from error
+        self._unwritten, self._last_written = [], time.monotonic()
+
+
+def judge_pairs(
+    judge: Judge,
+    queries: Iterable[QueryPairs],
+    writer: LabelWriter,
+    task: Task,
+    *,
+    query_text: Callable[[str], str],
+    passage_text: Callable[[str], str],
+    advance: Callable[[int], None],
+    counts: JudgingCounts,
+) -> None:
+    """Judge pairs, some hundred at a time, and write the answers.
+
+    Args:
+        judge: the teacher or cross-encoder.
+        queries: with the passages that have no label yet; read one by one as they are judged.
+        writer: of the judge's label store.
+        task: which question to ask.
+        query_text: of a query_id.
+        passage_text: full text of a passage_id.
+        advance: called with the number of pairs finished.
+        counts: are added to.
+
+    Raises:
+        InputError: a shard cannot be written.
+        ModelError: the judge gave log-odds that are no numbers.
+    """
+    for chunk in _chunks(queries):
+        pairs = [(query_text(query.query_id), passage_text(p)) for query in chunk for p in query.passage_ids]
+        with_features = any(query.num_listed for query in chunk)
+        judgements = judge.judge(pairs, task, with_features=with_features, advance=advance)
+        counts.add(judgements)
+        writer.add(_by_query(chunk, judgements.log_odds, judgements.features))
+    writer.write()
+
+
+def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "m m"]:
+    """The cosines between feature vectors."""
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
+    return directions @ directions.T
+
+
+def with_rate(advance: Advance) -> Callable[[int], None]:
+    """``advance`` with the pairs a second, since this call, beside the bar."""
+    started = time.monotonic()
+    finished = 0
+
+    def count(pairs: int) -> None:
+        nonlocal finished
+        finished += pairs
+        advance(pairs, f"{finished / max(1e-9, time.monotonic() - started):.1f} pairs/s")
+
+    return count
 
 
 @dataclass(frozen=True, slots=True)
 class PoolScores:
-    """Scores by group (query_id) and passage_id. ``num_truncated`` of the ``num_new`` pairs judged now were cut."""
+    """Scores by query_id and passage_id. ``num_truncated`` of the ``num_new`` pairs judged now were cut."""
 
     scores: dict[str, dict[str, float]]
     num_new: int
@@ -30,7 +157,7 @@ class PoolScores:
 
 
 Pool = Mapping[str, Sequence[str]]
-"""query_id -> the passages whose scores are wanted."""
+"""query_id -> the passages whose scores are needed."""
 
 
 def interleaved(rankings: Sequence[Sequence[str]], depth: int) -> list[str]:
@@ -40,7 +167,7 @@ def interleaved(rankings: Sequence[Sequence[str]], depth: int) -> list[str]:
 
 
 def judge_pool(
-    judge: PairJudge,
+    judge: Judge,
     pool: Pool,
     query_texts: Mapping[str, str],
     passage_texts: Mapping[str, str],
@@ -55,55 +182,77 @@ def judge_pool(
     """Scores of every pair of the pool; those that ``store`` or ``known`` holds are not judged again.
 
     Args:
-        judge: whom to ask.
-        pool: what is wanted.
+        judge: the teacher or cross-encoder.
+        pool: the pairs.
         query_texts: by query_id.
         passage_texts: full texts by passage_id.
-        task: which prompt.
+        task: which question to ask.
         dataset: name of the data set.
         store: folder of a label store that this call may write.
         known: folder of another label store, of the same data set, that is read only (labels made for training).
         title: of the progress bar.
         show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        InputError: a shard cannot be written.
+        ModelError: the judge gave log-odds that are no numbers.
     """
     key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
-    kept = LabelStore(store, **key)
-    before = LabelStore(known, **key) if known is not None else None
-    scores: dict[str, dict[str, float]] = {}
-    wanted: list[tuple[str, list[str]]] = []
-    for query_id, passage_ids in pool.items():
-        found = {**(before.log_odds(query_id) if before is not None else {}), **kept.log_odds(query_id)}
-        scores[query_id] = {passage_id: found[passage_id] for passage_id in passage_ids if passage_id in found}
-        if missing := [passage_id for passage_id in passage_ids if passage_id not in found]:
-            wanted.append((query_id, missing))
-    num_pairs = sum(len(passage_ids) for _, passage_ids in wanted)
-    num_truncated, unwritten = 0, list[QueryLabels]()
-    begin = last_written = time.perf_counter()
+    labels = LabelStore(store, **key)
+    earlier = LabelStore(known, **key) if known is not None else None
+    scores: dict[str, dict[str, float]] = {
+        query_id: earlier.log_odds(query_id) if earlier is not None else {} for query_id in pool
+    }
+    missing = {
+        query_id: tuple(p for p in labels.missing(query_id, passage_ids) if p not in scores[query_id])
+        for query_id, passage_ids in pool.items()
+    }
+    queries = [QueryPairs(query_id, passage_ids) for query_id, passage_ids in missing.items() if passage_ids]
+    counts, begin = JudgingCounts(), time.perf_counter()
+    num_pairs = sum(len(query.passage_ids) for query in queries)
     with progress_bar(title, num_pairs, show=show_progress) as advance:
-        for group in _groups(wanted):
-            pairs = [(query_texts[query_id], passage_texts[found]) for query_id, ids in group for found in ids]
-            judged = judge.judge(pairs, task)
-            num_truncated += judged.num_truncated
-            ends = np.cumsum([len(ids) for _, ids in group])[:-1]
-            for (query_id, ids), values in zip(group, np.split(judged.log_odds, ends), strict=True):
-                scores[query_id].update(zip(ids, values.tolist(), strict=True))
-                unwritten.append(QueryLabels(query_id, tuple(ids), values.astype(np.float32), None))
-            advance(len(pairs))
-            if time.perf_counter() - last_written > _WRITE_SECONDS:
-                kept.write(unwritten)
-                unwritten, last_written = [], time.perf_counter()
-    kept.write(unwritten)
+        judge_pairs(
+            judge,
+            queries,
+            LabelWriter(labels),
+            task,
+            query_text=query_texts.__getitem__,
+            passage_text=passage_texts.__getitem__,
+            advance=advance,
+            counts=counts,
+        )
     rate = num_pairs / (time.perf_counter() - begin) if num_pairs else None
-    return PoolScores(scores, num_pairs, num_truncated, rate)
+    for query_id, passage_ids in pool.items():
+        values = scores[query_id] | labels.log_odds(query_id)
+        scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
+    return PoolScores(scores, num_pairs, counts.truncated, rate)
 
 
-def _groups(wanted: Sequence[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:
+def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:
     """Queries with their passages, as many together as give ``_PAIRS_AT_ONCE`` pairs."""
-    group: list[tuple[str, list[str]]] = []
-    for query in wanted:
-        group.append(query)
-        if sum(len(passage_ids) for _, passage_ids in group) >= _PAIRS_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
+    chunk: list[QueryPairs] = []
+    for query in queries:
+        chunk.append(query)
+        if sum(len(query.passage_ids) for query in chunk) >= _PAIRS_AT_ONCE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _by_query(
+    queries: Sequence[QueryPairs],
+    log_odds: Float32[np.ndarray, " pairs"],
+    features: Float32[np.ndarray, "pairs dim"] | None,
+) -> list[QueryLabels]:
+    """Cut the judgements of a chunk into those of each query."""
+    labels: list[QueryLabels] = []
+    start = 0
+    for query in queries:
+        end = start + len(query.passage_ids)
+        gram = None
+        if features is not None and query.num_listed:
+            gram = gram_matrix(features[start : start + query.num_listed])
+        labels.append(QueryLabels(query.query_id, query.passage_ids, log_odds[start:end], gram))
+        start = end
+    return labels

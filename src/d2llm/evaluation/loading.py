@@ -1,4 +1,4 @@
-"""From names and folders to the systems of an evaluation; what is not there is a missing row with its reason."""
+"""Loads the systems of an evaluation by names and folders; what is not there becomes a missing row with a reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.retrieval.cosine import untuned_config
-from d2llm.retrieval.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
 """The variants (``core.variants``) that are rows of every report."""
@@ -65,11 +65,11 @@ def load_contenders(
     except ModelNotFoundError as error:
         why["cosine_untuned"] = str(error)
     companions: dict[str, Student | None] = {}
-    for variant, given in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
-        place = companion(folder, variant) if given is None else find_student(given)
-        found = (place / MANIFEST).is_file()
-        companions[variant] = Student.load(place, device=device, dtype=dtype) if found else None
-        if not found:
+    for variant, named in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
+        place = companion(folder, variant) if named is None else find_student(named)
+        exists = (place / MANIFEST).is_file()
+        companions[variant] = Student.load(place, device=device, dtype=dtype) if exists else None
+        if not exists:
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
             why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
     judge: Judge | None = None
@@ -103,22 +103,22 @@ def load_contenders(
 
 
 def _own_teacher(student: Path) -> TeacherConfig | None:
-    """The teacher whose labels a student learnt from: of the same run, or shipped."""
-    wanted = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
+    """The teacher whose labels a student learnt from: the run's own, or a shipped one."""
+    fingerprint = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
     run = RunFolder(student.parent)
     beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
-    return next((config for config in configs if identify_judge(config).fingerprint == wanted), None)
+    return next((config for config in configs if identify_judge(config).fingerprint == fingerprint), None)
 
 
 def _named(run: TrecRun) -> TrecRun:
-    """A run that an earlier report saved of one of our rows stands beside the row of today."""
+    """A run that an earlier report saved of one of our rows gets a name of its own beside that row."""
     return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
 
 
-def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, PairJudge]]:
+def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
     bi_encoders: dict[str, SearchStudent] = {}
-    cross_encoders: dict[str, PairJudge] = {}
+    cross_encoders: dict[str, Judge] = {}
     for name in models:
         loaded = load_external(name, device=device)
         label = Path(name).name
@@ -132,15 +132,15 @@ def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, Sea
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """What the student's manifest says of how it was made."""
+    """How the student was made, from its manifest."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    wanted = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
+    names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
     of_gates = ("closed_gates", "share_kept")
-    return {"name": folder.name, **{key: manifest[key] for key in (*wanted, *of_gates) if key in manifest}}
+    return {"name": folder.name, **{key: manifest[key] for key in (*names, *of_gates) if key in manifest}}
 
 
 def _gate_notes(folder: Path) -> tuple[str, ...]:
-    """Which gates closed when the student was made, as a report should say."""
+    """Remarks on how the student was made: closed gates, the share kept, interactions without weight."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     notes: list[str] = []
     if closed := manifest.get("closed_gates"):

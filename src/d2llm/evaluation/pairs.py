@@ -1,31 +1,32 @@
-"""Measuring systems that score single pairs of texts."""
+"""Measuring systems that score single pairs of texts: what each scores, what that costs, and the report of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.data.pairs import PairDataset
-from d2llm.evaluation import setting, shown
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import SystemKind
+from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.evaluation import figures, setting
+from d2llm.evaluation.figures import adjusted
 from d2llm.evaluation.gold import Floats, Gold, Positions, measure_all, read_gold
-from d2llm.evaluation.pair_systems import (
-    PairWork,
-    ScoredSplits,
-    judge_scores,
-    lexical_scores,
-    student_scores,
-)
+from d2llm.evaluation.judging import judge_pool
 from d2llm.evaluation.report import (
     AgreementRow,
     Calibration,
     Comparison,
+    Cost,
     Details,
     Estimate,
     EvaluationReport,
@@ -35,10 +36,197 @@ from d2llm.evaluation.report import (
     MissingRow,
     ShownPassage,
 )
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
-from d2llm.evaluation.statistics import adjusted
+from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
+from d2llm.retrieval.reading import ScoredPairs, score_pairs
+from d2llm.store.bm25 import WordIndex
+
+_TIMED_JUDGEMENTS = 10  # pairs judged once more, alone and then together, for the time
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSplits:
+    """One system's scores of the measured split and of the one that thresholds come from (empty without one).
+
+    ``positions`` and ``tuning_positions`` are the pairs that were scored.
+    """
+
+    name: str
+    kind: SystemKind
+    positions: Positions
+    scores: Floats
+    tuning_positions: Positions
+    tuning_scores: Floats
+    cost: Cost
+    fingerprint: str | None = None
+
+
+@dataclass
+class PairWork:
+    """What every system of one evaluation is measured with."""
+
+    dataset: PairDataset
+    settings: EvaluationSettings
+    pairs: Sequence[LabelledPair]
+    tuning_pairs: Sequence[LabelledPair]
+    folder: Path
+    labels: Path | None
+    show_progress: bool | None
+
+    def __post_init__(self) -> None:
+        self.store = MeasuredStore(self.folder / "measured")
+        texts = [[(pair.id, pair.query, pair.passage) for pair in split] for split in (self.pairs, self.tuning_pairs)]
+        self.content = fingerprint_json(texts)
+        self.notes: list[str] = []
+
+    def sample(self, size: int) -> Positions:
+        """Positions of a random sample, in order; all of them when there are not more."""
+        num_pairs = self.settings.teacher_queries
+        if num_pairs is None or num_pairs >= size:
+            return np.arange(size)
+        return np.sort(np.random.default_rng(self.settings.seed).choice(size, num_pairs, replace=False))
+
+    @property
+    def probes(self) -> list[LabelledPair]:
+        """The pairs that are timed."""
+        count = min(self.settings.latency_queries, len(self.pairs))
+        chosen = np.random.default_rng(self.settings.seed).choice(len(self.pairs), count, replace=False)
+        return [self.pairs[position] for position in chosen.tolist()]
+
+    def scored(
+        self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
+    ) -> ScoredSplits:
+        """The scores of all pairs, measured now or by an earlier run."""
+        measured = self.store.values([name, fingerprint, self.content, self.settings.task, "pairs"], measure)
+        seconds: list[float] = measured["probe_seconds"]
+        cost = Cost(
+            total=milliseconds(seconds),
+            passages_per_second=measured.get("passages_per_second"),
+            pairs_per_second=measured["pairs_per_second"],
+            peak_memory_mib=measured["peak_memory_mib"],
+        )
+        if measured.get("num_truncated"):
+            self.notes.append(f"{name}: {measured['num_truncated']:,} texts were truncated")
+        every = (np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs)))
+        scores, tuning_scores = (np.array(measured[part], np.float64) for part in ("scores", "tuning_scores"))
+        return ScoredSplits(name, kind, every[0], scores, every[1], tuning_scores, cost, fingerprint)
+
+
+def lexical_scores(work: PairWork) -> ScoredSplits:
+    """BM25 of a pair, with the passages of its split as the collection."""
+
+    def of_split(pairs: Sequence[LabelledPair]) -> list[float]:
+        passages = list(dict.fromkeys(pair.passage for pair in pairs))
+        if not passages:
+            return []
+        places = {text: place for place, text in enumerate(passages)}
+        index = WordIndex.from_texts(passages)
+        scores = np.zeros(len(pairs))
+        for query, positions in _by_query(_texts(pairs)).items():
+            of_query = index.scores(index.query(query))
+            scores[positions] = of_query[[places[pairs[position].passage] for position in positions]]
+        return scores.tolist()
+
+    def measure() -> dict[str, Any]:
+        with peak_memory() as peak:
+            begin = perf_counter()
+            scores = of_split(work.pairs)
+            rate = len(scores) / (perf_counter() - begin)
+            measured = {"scores": scores, "tuning_scores": of_split(work.tuning_pairs), "probe_seconds": []}
+            return {**measured, "pairs_per_second": rate, "peak_memory_mib": peak()}
+
+    return work.scored(setting.NAME_BM25, "bm25", None, measure)
+
+
+def student_scores(work: PairWork, row: Row) -> ScoredSplits:
+    """A student's scores of all pairs; each text is encoded once."""
+    model, task = row.model, work.settings.task
+
+    def score(pairs: Sequence[LabelledPair], show_progress: bool | None) -> ScoredPairs:
+        texts = _texts(pairs)
+        num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
+        with progress_bar(f"encoding for {row.name}", num_texts, show=show_progress) as advance:
+            return score_pairs(model, texts, task, advance)
+
+    def measure() -> dict[str, Any]:
+        with peak_memory() as peak:
+            begin = perf_counter()
+            scored = score(work.pairs, work.show_progress)
+            seconds = perf_counter() - begin
+            tuning = score(work.tuning_pairs, work.show_progress) if work.tuning_pairs else None
+            times: list[float] = []
+            for pair in work.probes:
+                begin = perf_counter()
+                score([pair], False)
+                times.append(perf_counter() - begin)
+            return {
+                "scores": scored.scores.tolist(),
+                "tuning_scores": [] if tuning is None else tuning.scores.tolist(),
+                "probe_seconds": times,
+                "pairs_per_second": len(work.pairs) / seconds,
+                "peak_memory_mib": peak(),
+                "num_truncated": scored.num_truncated,
+            }
+
+    return work.scored(row.name, row.kind, model.fingerprint, measure)
+
+
+def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:
+    """A judge's scores of a sample of both splits."""
+    parts = [(work.settings.split, work.pairs), ("tuning", work.tuning_pairs)]
+    positions = [work.sample(len(pairs)) for _, pairs in parts]
+    chosen = {
+        f"{label}:{pairs[position].id}": pairs[position]
+        for (label, pairs), of_split in zip(parts, positions, strict=True)
+        for position in of_split.tolist()
+    }
+    judged = judge_pool(
+        judge,
+        {key: [key] for key in chosen},
+        {key: pair.query for key, pair in chosen.items()},
+        {key: pair.passage for key, pair in chosen.items()},
+        work.settings.task,
+        dataset=work.dataset.name,
+        store=work.folder / "judgements" / work.content,
+        known=work.labels,
+        title=f"asking {name} (pairs)",
+        show_progress=work.show_progress,
+    )
+    if judged.num_truncated:
+        work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
+
+    def measure_time() -> dict[str, Any]:
+        probes = _texts(work.probes[:_TIMED_JUDGEMENTS])
+        seconds: list[float] = []
+        for pairs in (*([pair] for pair in probes), probes):
+            begin = perf_counter()
+            judge.judge(pairs, work.settings.task)
+            seconds.append(perf_counter() - begin)
+        return {"alone": seconds[:-1], "pairs_per_second": len(probes) / seconds[-1]}
+
+    times = work.store.values([name, judge.fingerprint, work.content, work.settings.task, "time"], measure_time)
+    scores = [
+        np.array([judged.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
+        for (label, pairs), of_split in zip(parts, positions, strict=True)
+    ]
+    cost = Cost(total=milliseconds(times["alone"]), pairs_per_second=times["pairs_per_second"])
+    return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, judge.fingerprint)
+
+
+def _texts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
+    return [(pair.query, pair.passage) for pair in pairs]
+
+
+def _by_query(pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
+    """Positions of the pairs of each query text."""
+    positions: defaultdict[str, list[int]] = defaultdict(list)
+    for position, (query, _) in enumerate(pairs):
+        positions[query].append(position)
+    return positions
+
 
 NUM_RESAMPLES = 2_000  # so that p can be below .01 after the correction for all rows
 _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
@@ -162,7 +350,7 @@ class _Figures:
             details=Details(
                 item_ids=tuple(pair.id for pair in work.pairs),
                 values={
-                    system.name: {gold.main_measure: tuple(self._of_items(system, self._all).tolist())}
+                    system.name: {gold.main_measure: tuple(self._item_values(system, self._all).tolist())}
                     for system in self.systems
                     if system.name not in self.judges
                 },
@@ -192,9 +380,9 @@ class _Figures:
             system.name: self.tuning_gold.fit(system.tuning_scores, system.tuning_positions) for system in self.systems
         }
 
-    def _of_items(self, system: ScoredSplits, positions: Positions) -> Floats:
+    def _item_values(self, system: ScoredSplits, positions: Positions) -> Floats:
         """How well a system scored each of some of its pairs."""
-        return self.gold.of_items(_at(system, positions), positions, self._thresholds[system.name])
+        return self.gold.item_values(_at(system, positions), positions, self._thresholds[system.name])
 
     def _measure(self, system: ScoredSplits, positions: Positions) -> Resampled:
         """The measures of a system on some of the pairs that it scored."""
@@ -211,12 +399,12 @@ class _Figures:
             return drawn[-1][self.gold.main_measure]
 
         bootstrap_statistic(all_at_once, len(positions), num_resamples=NUM_RESAMPLES, seed=self.work.settings.seed)
-        found: Resampled = {}
+        resamples: Resampled = {}
         for measure, value in values.items():
             resampled = np.array([of_draw[measure] for of_draw in drawn])
             low, high = np.nanquantile(resampled, [0.025, 0.975]).tolist()
-            found[measure] = (Estimate(value, low, high), resampled)
-        return found
+            resamples[measure] = (Estimate(value, low, high), resampled)
+        return resamples
 
     def _row(self, system: ScoredSplits, measured: Resampled) -> EvaluationRow:
         measures = {measure: estimate for measure, (estimate, _) in measured.items()}
@@ -228,7 +416,7 @@ class _Figures:
         """Every system against the baseline in every measure, on the pairs that both scored."""
         comparisons: list[Comparison] = []
         for measure in measured[baseline]:
-            found: list[Comparison] = []
+            of_measure: list[Comparison] = []
             for system in self.systems:
                 if system.name == baseline:
                     continue
@@ -239,8 +427,8 @@ class _Figures:
                 low, high = np.nanquantile(differences, [0.025, 0.975]).tolist()
                 estimate = Estimate(ours[0].value - theirs[0].value, low, high)
                 size = len(self._all if source is measured else self._sample)
-                found.append(Comparison(measure, system.name, baseline, estimate, p_value, p_value, size, _TEST))
-            comparisons += adjusted(found)
+                of_measure.append(Comparison(measure, system.name, baseline, estimate, p_value, p_value, size, _TEST))
+            comparisons += adjusted(of_measure)
         return comparisons
 
     def _teacher(self) -> ScoredSplits | None:
@@ -250,10 +438,10 @@ class _Figures:
         teacher = self._teacher()
         if teacher is None:
             return []
-        said = _as_one_query(teacher.scores)
+        teacher_scores = _as_one_query(teacher.scores)
         return [
             replace(
-                shown.agreement_row(system.name, said, _as_one_query(system.scores[teacher.positions])),
+                figures.agreement_row(system.name, teacher_scores, _as_one_query(system.scores[teacher.positions])),
                 top_10_overlap=None,
             )
             for system in self.systems
@@ -266,7 +454,7 @@ class _Figures:
             return []
         speakers = [system for system in self.systems if system.kind == "d2llm" or system is teacher]
         return [
-            shown.calibration(system.name, system.scores.tolist(), positive[system.positions].tolist())
+            figures.calibration(system.name, system.scores.tolist(), positive[system.positions].tolist())
             for system in speakers
         ]
 
@@ -277,7 +465,7 @@ class _Figures:
         return [
             Histogram(system.name, score_histogram(system.scores, positive[system.positions]))
             for system in self.systems
-            if system.kind in shown.HISTOGRAM_KINDS
+            if system.kind in figures.HISTOGRAM_KINDS
         ]
 
     def _examples(
@@ -285,10 +473,10 @@ class _Figures:
     ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         """The pairs that the subject scores much better, and much worse, than the reference."""
         positions = reference.positions
-        ours, theirs = self._of_items(subject, positions), self._of_items(reference, positions)
+        ours, theirs = self._item_values(subject, positions), self._item_values(reference, positions)
         order = np.argsort(theirs - ours, kind="stable").tolist()
-        wins = [place for place in order[: shown.NUM_EXAMPLES] if ours[place] > theirs[place]]
-        losses = [place for place in order[::-1][: shown.NUM_EXAMPLES] if ours[place] < theirs[place]]
+        wins = [place for place in order[: figures.NUM_EXAMPLES] if ours[place] > theirs[place]]
+        losses = [place for place in order[::-1][: figures.NUM_EXAMPLES] if ours[place] < theirs[place]]
 
         def example(place: int) -> Example:
             position, positive = positions[place], self.gold.positive

@@ -1,4 +1,4 @@
-"""What ``evaluate`` found, as plain frozen values; tables, JSON, Markdown and HTML are made from these alone."""
+"""The results of ``evaluate`` as plain frozen values; tables, JSON, Markdown and HTML are made from these alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Milliseconds:
-    """Time of one query (or pair) asked alone, over the queries that were timed."""
+    """Time of one query (or pair) alone, over the queries that were timed."""
 
     p50: float
     p95: float
@@ -70,7 +70,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True, slots=True)
 class MissingRow:
-    """A system that was not measured, why, and what would bring it."""
+    """A system that was not measured, with the reason and what would bring it."""
 
     name: str
     kind: SystemKind
@@ -150,7 +150,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What is shown but too large, or not allowed, to be passed on: values of single queries, and texts.
+    """What is shown but is too large, or not allowed, to be passed on: values of single queries, and texts.
 
     ``values``: row name -> measure -> one value for each of ``item_ids``, in their order. ``rankings``: row name ->
     query_id -> (passage_id, score), best first.
@@ -216,7 +216,7 @@ class EvaluationReport:
 
     def comparison(self, row: str, measure: str) -> Comparison | None:
         """The comparison of a row with the baseline in one measure; None for the baseline itself."""
-        return next((found for found in self.comparisons if (found.row, found.measure) == (row, measure)), None)
+        return next((one for one in self.comparisons if (one.row, one.measure) == (row, measure)), None)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values, without ``details``."""

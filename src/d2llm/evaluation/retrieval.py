@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,14 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, SystemKind
 from d2llm.data.beir import Dataset
-from d2llm.evaluation import setting, shown
+from d2llm.evaluation import figures, setting
+from d2llm.evaluation.figures import Values, compare_means, mean_row
 from d2llm.evaluation.judging import Pool, interleaved, judge_pool
-from d2llm.evaluation.report import Details, EvaluationReport, EvaluationRow
-from d2llm.evaluation.retrieval_work import RetrievalWork
+from d2llm.evaluation.report import AgreementRow, Calibration, Comparison, Details, EvaluationReport, EvaluationRow
 from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
 from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
-from d2llm.evaluation.statistics import Values, compare_means, mean_row
 from d2llm.evaluation.systems import (
+    RetrievalWork,
     System,
     Trial,
     hybrid_system,
@@ -30,11 +30,11 @@ from d2llm.evaluation.systems import (
     with_first_stages,
 )
 from d2llm.evaluation.word_rows import fitted_sum, without_parts
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
-from d2llm.retrieval.protocols import PairJudge
 
 MAIN_MEASURE = "nDCG@10"
-_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, alone, for the time
+_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, one at a time, for the timing
 
 
 def evaluate_retrieval(
@@ -91,14 +91,20 @@ def evaluate_retrieval(
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
     systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
-    followers: dict[str, shown.Scores] = {}
+    followers: dict[str, figures.Scores] = {}
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
-    names = [name for name, _, _ in judges]
-    names_of_parts = [system.name for system in parts]
-    return _report(
-        work, contenders, systems, names, names_of_parts, shortcuts, subject, teacher_scores, followers, num_left_out
-    )
+    return _Figures(
+        work,
+        contenders,
+        systems,
+        [name for name, _, _ in judges],
+        [system.name for system in parts],
+        shortcuts,
+        subject,
+        teacher_scores,
+        followers,
+    ).report(num_left_out)
 
 
 def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
@@ -133,8 +139,8 @@ def _search(work: RetrievalWork, row: Row) -> System:
 
 
 def _judge(
-    work: RetrievalWork, name: str, kind: SystemKind, judge: PairJudge, pool: Pool, lexical: System, subject: System
-) -> tuple[System, shown.Scores]:
+    work: RetrievalWork, name: str, kind: SystemKind, judge: Judge, pool: Pool, lexical: System, subject: System
+) -> tuple[System, figures.Scores]:
     """The system that a judge makes of the pool, and its scores."""
     texts = {query.id: query.text for query in work.sampled}
     passages = {p: work.dataset.passages[p].full_text for ids in pool.values() for p in ids}
@@ -169,125 +175,160 @@ def _judge(
     return with_first_stages(system, seconds, (lexical, subject)), judged.scores
 
 
-def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> shown.Scores:
+def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> figures.Scores:
     """What a student says of the passages that the teacher judged."""
     texts = {query.id: query.text for query in work.sampled}
     view = work.index(row.model)[0].view
 
     def score() -> dict[str, dict[str, float]]:
         vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
-        found: dict[str, dict[str, float]] = {}
+        scores_of: dict[str, dict[str, float]] = {}
         for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
             scores = row.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
-            found[query_id] = dict(zip(ids, scores.tolist(), strict=True))
-        return found
+            scores_of[query_id] = dict(zip(ids, scores.tolist(), strict=True))
+        return scores_of
 
     key = work.key(row.name, row.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
     return work.store.values(key, score)
 
 
-def _report(
-    work: RetrievalWork,
-    contenders: Contenders,
-    systems: Sequence[System],
-    judges: Sequence[str],
-    parts: Sequence[str],
-    shortcuts: Shortcuts,
-    subject: System,
-    teacher_scores: shown.Scores | None,
-    followers: Mapping[str, shown.Scores],
-    num_left_out: int,
-) -> EvaluationReport:
-    settings, seed = work.settings, work.settings.seed
-    all_ids, sampled_ids = ([query.id for query in queries] for queries in (work.trial.queries, work.sampled))
-    asked = {system.name: all_ids for system in systems} | dict.fromkeys(judges, sampled_ids) | shortcuts.asked
-    values: dict[str, Values] = {
-        system.name: per_query_measures(
-            {query_id: system.ids(query_id) for query_id in system.rankings},
-            shortcuts.qrels.get(system.name, work.qrels),
-        )
-        for system in systems
-    }
-    comparable = [system for system in systems if system.name not in shortcuts.qrels]
-    rows = [mean_row(system, values[system.name], asked[system.name], seed=seed) for system in systems]
-    sample_rows: list[EvaluationRow] = []
-    if judges and len(sampled_ids) < len(all_ids):
-        sample_rows = [mean_row(system, values[system.name], sampled_ids, seed=seed) for system in comparable]
-    baseline = setting.choose_baseline(rows, settings.baseline)
+@dataclass
+class _Figures:
+    """From rankings to a report.
 
-    def on_baselines(name: str) -> dict[str, float]:
-        """The main measure on the queries that the baseline answered."""
-        return {query_id: values[name][MAIN_MEASURE][query_id] for query_id in asked[baseline]}
+    ``judges`` are the rows that answered a sample of the queries, ``parts`` those of the student without a part of its
+    score; ``followers`` are the students' scores of the passages that the teacher judged.
+    """
 
-    wins, losses = shown.examples(
-        subject,
-        next(system for system in systems if system.name == baseline),
-        (on_baselines(subject.name), on_baselines(baseline)),
-        work.dataset.queries,
-        work.dataset.passages,
-        work.relevant,
-    )
-    histograms = [
-        shown.ranking_histogram(system, work.relevant) for system in systems if system.kind in shown.HISTOGRAM_KINDS
-    ]
-    calibrations, agreements = [], []
-    if teacher_scores is not None:
-        said = {setting.teacher_name(settings.teacher_depth): teacher_scores, subject.name: followers[subject.name]}
-        calibrations = [
-            shown.calibration(name, *shown.pool_labels(scores, work.relevant)) for name, scores in said.items()
-        ]
-        agreements = [shown.agreement_row(name, teacher_scores, scores) for name, scores in followers.items()]
-    cut = [
-        f"{s.name}: {s.num_truncated:,} of {len(work.passages):,} passages were truncated"
-        for s in systems
-        if s.num_truncated
-    ]
-    taken_over = [f"{work.store.num_found} parts were measured by an earlier run"] if work.store.num_found else []
-    return EvaluationReport(
-        kind="retrieval",
-        dataset=work.dataset.name,
-        split=settings.split,
-        task=settings.task,
-        num_passages=len(work.passages),
-        num_items=len(all_ids),
-        num_left_out=num_left_out,
-        main_measure=MAIN_MEASURE,
-        subject=subject.name,
-        baseline=baseline,
-        rows=tuple(rows),
-        missing=(*contenders.missing_rows(settings.teacher_depth), *shortcuts.missing),
-        sample_rows=tuple(sample_rows),
-        comparisons=tuple(
-            compare_means(
-                values, baseline, {s.name: asked[s.name] for s in comparable if s.name not in parts}, seed=seed
+    work: RetrievalWork
+    contenders: Contenders
+    systems: Sequence[System]
+    judges: Sequence[str]
+    parts: Sequence[str]
+    shortcuts: Shortcuts
+    subject: System
+    teacher_scores: figures.Scores | None
+    followers: Mapping[str, figures.Scores]
+
+    def __post_init__(self) -> None:
+        self._all_ids = [query.id for query in self.work.trial.queries]
+        self._sampled_ids = [query.id for query in self.work.sampled]
+        self._query_ids = {
+            **{system.name: self._all_ids for system in self.systems},
+            **dict.fromkeys(self.judges, self._sampled_ids),
+            **self.shortcuts.query_ids,
+        }
+        self._values: dict[str, Values] = {
+            system.name: per_query_measures(
+                {query_id: system.ids(query_id) for query_id in system.rankings},
+                self.shortcuts.qrels.get(system.name, self.work.qrels),
             )
-        ),
-        parts=tuple(
-            compare_means(values, subject.name, {name: asked[name] for name in (subject.name, *parts)}, seed=seed)
-        ),
-        agreement=tuple(agreements),
-        calibration=tuple(calibrations),
-        histograms=tuple(histogram for histogram in histograms if histogram is not None),
-        settings=asdict(settings),
-        provenance=contenders.provenance,
-        notes=(
-            *contenders.notes,
+            for system in self.systems
+        }
+        self._comparable = [system for system in self.systems if system.name not in self.shortcuts.qrels]
+
+    def report(self, num_left_out: int) -> EvaluationReport:
+        """Everything; ``num_left_out`` queries of the split have no relevant passage."""
+        work, settings = self.work, self.work.settings
+        rows = [self._row(system, self._query_ids[system.name]) for system in self.systems]
+        sample_rows: list[EvaluationRow] = []
+        if self.judges and len(self._sampled_ids) < len(self._all_ids):
+            sample_rows = [self._row(system, self._sampled_ids) for system in self._comparable]
+        baseline = setting.choose_baseline(rows, settings.baseline)
+        compared = [system.name for system in self._comparable if system.name not in self.parts]
+        histograms = [
+            figures.ranking_histogram(system, work.relevant)
+            for system in self.systems
+            if system.kind in figures.HISTOGRAM_KINDS
+        ]
+        return EvaluationReport(
+            kind="retrieval",
+            dataset=work.dataset.name,
+            split=settings.split,
+            task=settings.task,
+            num_passages=len(work.passages),
+            num_items=len(self._all_ids),
+            num_left_out=num_left_out,
+            main_measure=MAIN_MEASURE,
+            subject=self.subject.name,
+            baseline=baseline,
+            rows=tuple(rows),
+            missing=(*self.contenders.missing_rows(settings.teacher_depth), *self.shortcuts.missing),
+            sample_rows=tuple(sample_rows),
+            comparisons=self._compare(baseline, compared),
+            parts=self._compare(self.subject.name, [self.subject.name, *self.parts]),
+            agreement=self._agreement(),
+            calibration=self._calibration(),
+            histograms=tuple(histogram for histogram in histograms if histogram is not None),
+            settings=asdict(settings),
+            provenance=self.contenders.provenance,
+            notes=self._notes(),
+            seconds=0.0,
+            details=self._details(baseline),
+        )
+
+    def _row(self, system: System, query_ids: Sequence[str]) -> EvaluationRow:
+        return mean_row(system, self._values[system.name], query_ids, seed=self.work.settings.seed)
+
+    def _compare(self, baseline: str, names: Sequence[str]) -> tuple[Comparison, ...]:
+        query_ids = {name: self._query_ids[name] for name in names}
+        return tuple(compare_means(self._values, baseline, query_ids, seed=self.work.settings.seed))
+
+    def _agreement(self) -> tuple[AgreementRow, ...]:
+        if self.teacher_scores is None:
+            return ()
+        return tuple(
+            figures.agreement_row(name, self.teacher_scores, scores) for name, scores in self.followers.items()
+        )
+
+    def _calibration(self) -> tuple[Calibration, ...]:
+        """Of the teacher and the student, on the passages that the teacher judged."""
+        if self.teacher_scores is None:
+            return ()
+        teacher_name = setting.teacher_name(self.work.settings.teacher_depth)
+        judged = {teacher_name: self.teacher_scores, self.subject.name: self.followers[self.subject.name]}
+        return tuple(
+            figures.calibration(name, *figures.pool_labels(scores, self.work.relevant))
+            for name, scores in judged.items()
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        work = self.work
+        num_known = work.store.num_found
+        return (
+            *self.contenders.notes,
             *work.dataset.issues,
-            *(note for s in systems for note in s.notes),
-            *cut,
+            *(note for system in self.systems for note in system.notes),
+            *(
+                f"{system.name}: {system.num_truncated:,} of {len(work.passages):,} passages were truncated"
+                for system in self.systems
+                if system.num_truncated
+            ),
             *work.notes,
-            *taken_over,
-        ),
-        seconds=0.0,
-        details=Details(
-            item_ids=tuple(all_ids),
+            *([f"{num_known} parts were measured by an earlier run"] if num_known else []),
+        )
+
+    def _details(self, baseline: str) -> Details:
+        def of_queries(name: str) -> dict[str, float]:
+            """The main measure on the queries that the baseline answered."""
+            return {query_id: self._values[name][MAIN_MEASURE][query_id] for query_id in self._query_ids[baseline]}
+
+        wins, losses = figures.examples(
+            self.subject,
+            next(system for system in self.systems if system.name == baseline),
+            (of_queries(self.subject.name), of_queries(baseline)),
+            self.work.dataset.queries,
+            self.work.dataset.passages,
+            self.work.relevant,
+        )
+        return Details(
+            item_ids=tuple(self._all_ids),
             values={
-                name: {measure: tuple(by_query[q] for q in all_ids) for measure, by_query in of_row.items()}
-                for name, of_row in values.items()
-                if asked[name] is all_ids
+                name: {measure: tuple(by_query[q] for q in self._all_ids) for measure, by_query in of_row.items()}
+                for name, of_row in self._values.items()
+                if self._query_ids[name] is self._all_ids
             },
             wins=wins,
             losses=losses,
-            rankings={system.name: system.rankings for system in systems},
-        ),
-    )
+            rankings={system.name: system.rankings for system in self.systems},
+        )

@@ -1,4 +1,4 @@
-"""Who takes part in an evaluation, and how it is done."""
+"""The systems that take part in an evaluation, and its settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
+from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
-from d2llm.retrieval.protocols import PairJudge, SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.store.vector_formats import FORMATS
 
 RECALL_DEPTH = 100
@@ -40,7 +41,7 @@ class Contenders:
 
     None leaves a row out; ``why_missing`` then says why, and what would bring it. ``untuned`` is the encoder that the
     student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data and steps. Names
-    are those of the rows. ``provenance`` is what the report should say of how all these were made.
+    are those of the rows. ``provenance`` says in the report how all these were made.
 
     Raises:
         InputError: two systems have the same name, or one has the name of a row that every report has.
@@ -50,14 +51,14 @@ class Contenders:
     untuned: TextEncoder | None = None
     tuned_cosine: SearchStudent | None = None
     paper_head: SearchStudent | None = None
-    teacher: PairJudge | None = None
+    teacher: Judge | None = None
     bi_encoders: Mapping[str, SearchStudent] = field(default_factory=dict[str, SearchStudent])
-    cross_encoders: Mapping[str, PairJudge] = field(default_factory=dict[str, PairJudge])
+    cross_encoders: Mapping[str, Judge] = field(default_factory=dict[str, Judge])
     runs: Sequence[TrecRun] = ()
     why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
     notes: tuple[str, ...] = ()
-    """What a report should say of how the student was made."""
+    """Remarks for the report on how the student was made."""
 
     def __post_init__(self) -> None:
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
@@ -80,9 +81,9 @@ class Contenders:
         ]
         return [Row(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
 
-    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, PairJudge]]:
+    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, Judge]]:
         """The systems that read query and passage together."""
-        judges: list[tuple[str, SystemKind, PairJudge]] = []
+        judges: list[tuple[str, SystemKind, Judge]] = []
         if self.teacher is not None:
             judges.append((teacher_name(teacher_depth), "teacher", self.teacher))
         return judges + [(name, "external", judge) for name, judge in self.cross_encoders.items()]
@@ -115,7 +116,7 @@ class EvaluationSettings:
         teacher_depth: passages of a query that the teacher reranks: from the top of BM25 and of the student in turn.
         teacher_queries: let the teacher judge a random sample of so many queries (or pairs, of a pair set, and as many
             of its dev split); None means all.
-        latency_queries: queries (at most) that are asked one at a time to measure the time.
+        latency_queries: queries (at most) that are answered one at a time, to measure the time.
         baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
             else BM25.
         seed: of the samples and the significance tests.
@@ -176,18 +177,18 @@ def teacher_name(depth: int | None) -> str:
     return "teacher" if depth is None else f"teacher (reranking {depth} of {NAME_BM25} and {NAME_D2LLM})"
 
 
-def check_baseline(contenders: Contenders, wanted: SystemKind | None, besides: Sequence[SystemKind]) -> None:
-    """Refuse a baseline that will not be measured, before anything is; ``besides`` are rows that need no model.
+def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides: Sequence[SystemKind]) -> None:
+    """Refuse, before anything is measured, a baseline that no row will be; ``besides`` are rows that need no model.
 
     Raises:
         InputError: no row is of that kind.
     """
     kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
-    if wanted is not None and wanted not in kinds:
-        raise InputError(f"the baseline '{wanted}' is not among the rows of this report: {', '.join(sorted(kinds))}")
+    if baseline is not None and baseline not in kinds:
+        raise InputError(f"the baseline '{baseline}' is not among the rows of this report: {', '.join(sorted(kinds))}")
 
 
-def choose_baseline(rows: Sequence[EvaluationRow], wanted: SystemKind | None) -> str:
+def choose_baseline(rows: Sequence[EvaluationRow], baseline: SystemKind | None) -> str:
     """Name of the row that the others are compared with; ``check_baseline`` has made sure that there is one."""
     names = {row.kind: row.name for row in reversed(rows)}
-    return next(names[kind] for kind in ((wanted,) if wanted is not None else _BASELINES) if kind in names)
+    return next(names[kind] for kind in ((baseline,) if baseline is not None else _BASELINES) if kind in names)

@@ -1,4 +1,4 @@
-"""The same student where something makes its search cheaper, or is asked of it besides: a row of the report each."""
+"""The student with a cheaper search, or with a filter or a teacher added: one row of the report for each."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query
 from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.retrieval_work import RetrievalWork
 from d2llm.evaluation.setting import NAME_D2LLM, Contenders
-from d2llm.evaluation.systems import System
+from d2llm.evaluation.systems import RetrievalWork, System
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.calibrate import measure_error
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import PairJudge
 
 _CALIBRATING_QUERIES = 40
-_TIMED_CASCADES = 10  # queries asked once more, alone, for the time
+_TIMED_CASCADES = 10  # queries that are timed one at a time
 
 
 @dataclass
 class Shortcuts:
-    """Rows, and what is particular about them.
+    """Rows of cheaper or extended searches.
 
     Attributes:
         systems: what was measured.
-        asked: row -> the queries that it was asked, where those are not all.
+        query_ids: row -> the queries that it answered, where those are not all.
         qrels: row -> query_id -> passage_id -> grade, where passages are left out by a filter.
         missing: rows that could not be measured, with the reason.
     """
 
     systems: list[System] = field(default_factory=list[System])
-    asked: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    query_ids: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     qrels: dict[str, Mapping[str, Mapping[str, int]]] = field(
         default_factory=dict[str, Mapping[str, Mapping[str, int]]]
     )
@@ -109,9 +108,7 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
         rows.missing.append(MissingRow(name, "shortcut", str(error)))
 
 
-def _add_cascade(
-    rows: Shortcuts, work: RetrievalWork, index: Index, teacher: PairJudge | None, num_passages: int
-) -> None:
+def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Judge | None, num_passages: int) -> None:
     """The teacher reads again what the student is unsure of."""
     name = f"{NAME_D2LLM}, teacher reads {num_passages} again"
     held_out = _held_out(work)
@@ -141,11 +138,11 @@ def _add_cascade(
         return work.measure(name, "shortcut", index, search, trial=trial, cascade=cascade)
 
     rows.systems.append(work.store.system(key, measure))
-    rows.asked[name] = [query.id for query in work.sampled]
+    rows.query_ids[name] = [query.id for query in work.sampled]
 
 
 def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: str, subject: System) -> None:
-    """Only passages that fit a condition: asked for before the choice of the first k, and sorted out afterwards.
+    """Only passages that fit a condition: filtered before the choice of the first k, and removed afterwards.
 
     Both are judged by the relevant passages that fit, on the queries that have one.
     """
@@ -172,7 +169,7 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     left = {query_id: tuple(place for place in subject.rankings[query_id] if place[0] in allowed) for query_id in qrels}
     rows.systems.append(replace(subject, name=afterwards, kind="shortcut", rankings=left))
     for name in (before, afterwards):
-        rows.asked[name] = list(qrels)
+        rows.query_ids[name] = list(qrels)
         rows.qrels[name] = qrels
     work.notes.append(
         f"{condition}: {len(allowed):,} of {len(view):,} passages fit; {len(qrels):,} of {len(work.qrels):,} queries "

@@ -1,21 +1,37 @@
-"""The systems that ``evaluate`` compares: each ranks the same queries, and is timed on a few of them asked alone."""
+"""What ranks a corpus in an evaluation: each system ranks the same queries, is timed on a few of them, and is kept."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from d2llm.core.files import write_bytes
+from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, SystemKind, Task
+from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
-from d2llm.evaluation.memory import peak_memory
 from d2llm.evaluation.report import Cost, Milliseconds
+from d2llm.evaluation.setting import EvaluationSettings
 from d2llm.ops.ranking import reciprocal_rank_fusion
-from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.cascade import Cascade
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index, window_format
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.row_evidence import evidence_weights
+from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.bm25 import WordIndex, rank_passages
+from d2llm.store.index_manifest import FORMAT_VERSION
+from d2llm.store.view import PassageView
 
 RankedIds = tuple[tuple[str, float], ...]
 """Passage ids with their scores, best first."""
@@ -42,7 +58,7 @@ class System:
     notes: tuple[str, ...] = ()
 
     def ids(self, query_id: str) -> list[str]:
-        """The ranking of one query without its scores; empty for one that was not asked."""
+        """The ranking of one query without its scores; empty if the system did not answer it."""
         return [passage_id for passage_id, _ in self.rankings.get(query_id, ())]
 
     @property
@@ -63,7 +79,7 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What is asked of every system. ``probes`` are the queries that are timed."""
+    """What every system has to answer. ``probes`` are the queries that are timed."""
 
     queries: Sequence[Query]
     probes: Sequence[Query]
@@ -88,8 +104,8 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
         rate = len(passages) / (time.perf_counter() - begin)
         rankings: dict[str, RankedIds] = {}
         with progress_bar(f"ranking by {name}", len(trial.queries), show=trial.show_progress) as advance:
-            found = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
-            for query, candidates in zip(trial.queries, found, strict=True):
+            lists = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
+            for query, candidates in zip(trial.queries, lists, strict=True):
                 rankings[query.id] = tuple((candidate.passage_id, candidate.score) for candidate in candidates)
                 advance(1)
         totals = timed(lambda query: list(rank_passages(index, ids, [query.text], trial.top_k)), trial.probes)
@@ -112,15 +128,18 @@ def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial
             answer.query.id: tuple((place.passage.id, place.score) for place in answer.passages) for answer in answers
         }
         num_cut = sum(answer.truncated for answer in answers)
-        asked = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
+        probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
         totals = timed(lambda query: searcher.rank([query]), trial.probes)
-        parts = {part: tuple(ranking.seconds[part] for ranking in asked) for part in ("encode", "candidates", "score")}
+        parts = {
+            part: tuple(ranking.seconds[part] for ranking in probe_answers)
+            for part in ("encode", "candidates", "score")
+        }
         return System(
             name,
             kind,
             rankings,
             {"total": totals, **parts},
-            pairs_per_second=sum(ranking.num_candidates for ranking in asked) / max(sum(parts["score"]), 1e-9),
+            pairs_per_second=sum(ranking.num_candidates for ranking in probe_answers) / max(sum(parts["score"]), 1e-9),
             peak_memory_mib=peak(),
             notes=(f"{name}: {num_cut:,} of {len(answers):,} queries were truncated",) if num_cut else (),
         )
@@ -144,18 +163,18 @@ def hybrid_system(name: str, first: System, second: System, trial: Trial) -> Sys
 
 def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> System:
     """A system of somebody else, by the rankings it wrote; what does not belong to this evaluation is counted."""
-    asked = {query.id for query in trial.queries}
+    query_ids = {query.id for query in trial.queries}
     rankings = {
         query_id: tuple(
             (passage_id, run.scores[query_id][passage_id]) for passage_id in ranking if passage_id in passages
         )
         for query_id, ranking in run.rankings.items()
-        if query_id in asked
+        if query_id in query_ids
     }
     strangers = sum(passage_id not in passages for query_id in rankings for passage_id in run.rankings[query_id])
     counts = {
-        "queries of the run are not judged here and were left out": len(run.rankings.keys() - asked),
-        "queries are not in the run and count as 0": len(asked - rankings.keys()),
+        "queries of the run are not judged here and were left out": len(run.rankings.keys() - query_ids),
+        "queries are not in the run and count as 0": len(query_ids - rankings.keys()),
         "ranked passages are not in the corpus and were left out": strangers,
     }
     notes = tuple(f"{run.name}: {count:,} {what}" for what, count in counts.items() if count)
@@ -186,7 +205,7 @@ def with_first_stages(system: System, judging: Sequence[float], first_stages: Se
 
 
 def timed(ask: Callable[[Query], object], probes: Sequence[Query]) -> tuple[float, ...]:
-    """Seconds that each probe takes, asked alone; a first call before pays for what is set up once."""
+    """Seconds that each probe takes alone; a first call before them pays for what is set up once."""
     ask(probes[0])
     seconds: list[float] = []
     for query in probes:
@@ -194,3 +213,170 @@ def timed(ask: Callable[[Query], object], probes: Sequence[Query]) -> tuple[floa
         ask(query)
         seconds.append(time.perf_counter() - begin)
     return tuple(seconds)
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MIB = 2**20
+
+
+@contextmanager
+def peak_memory() -> Generator[Callable[[], float | None]]:
+    """Gives a function for the largest resident memory of this process, in MiB, since the block began.
+
+    Linux can start counting anew; elsewhere it is the largest since the process began, and None where the system does
+    not say.
+    """
+    with suppress(OSError):
+        _RESET.write_text("5")
+    yield _peak
+
+
+def _peak() -> float | None:
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / _MIB if sys.platform == "darwin" else largest / 1024
+
+
+_VERSION = 2  # of what is kept; raised when a system's rankings or times come to mean something else
+
+
+class MeasuredStore:
+    """Measured values by what they depend on, one JSON file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_found = 0
+        """Values that an earlier run had measured."""
+
+    def values(self, key: object, make: Callable[[], Any]) -> Any:
+        """The plain JSON values kept under ``key``, or those that ``make`` gives, kept."""
+        path = self.folder / f"{fingerprint_json([_VERSION, key])}.json"
+        if path.is_file():
+            self.num_found += 1
+            return json.loads(path.read_text(encoding="utf-8"))
+        values = make()
+        write_bytes(path, json.dumps(values, ensure_ascii=False).encode())
+        return values
+
+    def system(self, key: object, make: Callable[[], System]) -> System:
+        """The system measured under ``key``, or the one that ``make`` measures, kept."""
+        return _system(self.values(key, lambda: asdict(make())))
+
+
+def _system(values: Mapping[str, Any]) -> System:
+    rankings = {
+        query_id: tuple((passage_id, score) for passage_id, score in ranking)
+        for query_id, ranking in values["rankings"].items()
+    }
+    seconds = {name: tuple(times) for name, times in values["probe_seconds"].items()}
+    restored: dict[str, Any] = {"rankings": rankings, "probe_seconds": seconds, "notes": tuple(values["notes"])}
+    return System(**(dict(values) | restored))
+
+
+@dataclass
+class RetrievalWork:
+    """One evaluation. Judges answer the ``sampled`` queries; ``folder`` keeps indexes and measured systems."""
+
+    dataset: Dataset
+    settings: EvaluationSettings
+    trial: Trial
+    sampled: Sequence[Query]
+    folder: Path
+    labels: Path | None
+
+    def __post_init__(self) -> None:
+        self.passages: list[Passage] = list(self.dataset.passages.values())
+        self.corpus = fingerprint_passages(self.passages)
+        self.store = MeasuredStore(self.folder / "measured")
+        self.notes: list[str] = []
+        self._window_formats: dict[str, str] = {}
+
+    def key(self, name: str, *parts: object) -> list[object]:
+        """What a measured system depends on: its name, ``parts``, the corpus and the queries."""
+        trial = self.trial
+        texts = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
+        return [name, *parts, self.corpus, fingerprint_json(texts), trial.task, trial.top_k]
+
+    def identity(self, model: SearchStudent) -> object:
+        """What a student's rankings depend on: its fingerprint, and the evidence that an index adds to its scores."""
+        weights = evidence_weights(model, self.trial.task)
+        return [model.fingerprint, weights.model_dump(mode="json")] if weights else model.fingerprint
+
+    def store_windows_for(self, student: SearchStudent) -> None:
+        """Store window vectors in a student's index if its score counts them; its inner product shares the index."""
+        windows = window_format(student, self.trial.task, "auto")
+        if windows is not None:
+            self._window_formats[student.fingerprint] = windows
+
+    def index(self, model: SearchStudent) -> tuple[Index, float | None]:
+        """The index of a model, and the passages a second if it had to be made just now."""
+        dtype, rate = self.settings.dtype, None
+        windows = self._window_formats.get(model.fingerprint)
+        name = f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}{f'-{windows}' if windows else ''}"
+        target = self.folder / "indexes" / name
+        if not target.exists():
+            report = encode(
+                self.passages,
+                model,
+                target,
+                vector_format=dtype,
+                window_vectors=windows,
+                show_progress=self.trial.show_progress,
+            )
+            rate = report.passages_per_second
+        return Index.open(target, model), rate
+
+    def measure(
+        self,
+        name: str,
+        kind: SystemKind,
+        index: Index,
+        settings: SearchSettings,
+        *,
+        view: PassageView | None = None,
+        trial: Trial | None = None,
+        cascade: Cascade | None = None,
+        passages_per_second: float | None = None,
+    ) -> System:
+        """Rank by an index's student; ``view`` replaces the index, and ``trial`` the queries of all systems.
+
+        ``passages_per_second`` is the speed of the encoding.
+        """
+        searched = view or index.view
+        searcher = Searcher(searched, index.student, settings, cascade=cascade)
+        system = student_system(name, kind, searcher, trial or self.trial)
+        more = searched.words.num_bytes if searcher.counts_words else 0
+        if searcher.counts_windows and searched.windows is not None:
+            more += searched.windows.num_bytes
+        return replace(
+            system,
+            passages_per_second=passages_per_second,
+            bytes_per_passage=searched.format.code_size + more / max(len(searched), 1),
+            fingerprint=index.student.fingerprint,
+            num_truncated=index.stats().num_truncated,
+        )
+
+    def search_settings(self, num_candidates: int) -> SearchSettings:
+        """How a row searches: ``num_candidates`` passages get the full score."""
+        return SearchSettings(self.trial.task, self.trial.top_k, num_candidates)
+
+    @cached_property
+    def relevant(self) -> dict[str, frozenset[str]]:
+        """The relevant passages of each query."""
+        return {query_id: frozenset(ids) for query_id, ids in self.dataset.positives(self.settings.split).items()}
+
+    @cached_property
+    def qrels(self) -> dict[str, dict[str, int]]:
+        """The grades of the judged passages that are in the corpus, of each query."""
+        judged = self.dataset.qrels[self.settings.split]
+        return {
+            query.id: {p: grade for p, grade in judged[query.id].items() if p in self.dataset.passages}
+            for query in self.trial.queries
+        }

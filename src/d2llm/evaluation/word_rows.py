@@ -1,4 +1,4 @@
-"""Rows that say what words are worth: the fitted sum of a cosine and BM25, and the student without a part of its score.
+"""Rows that show what words are worth: a fitted sum of cosine and BM25, and the student without a part of its score.
 
 The fitted sum needs no D2LLM: two weights, fitted on the dev queries of the data set (``training.fit_evidence``). Where
 dev is measured itself, or there is none, each half of the queries is ranked with the weights of the other half.
@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import EvidenceTerm, Query
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.retrieval_work import RetrievalWork
 from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Row
-from d2llm.evaluation.systems import System
+from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.ops.fusion import sum_weights
 from d2llm.retrieval.cosine import AnchorStudent
@@ -27,7 +26,7 @@ from d2llm.retrieval.row_evidence import evidence_weights, scored_list
 
 _TERMS: tuple[EvidenceTerm, ...] = ("words", "words_share")
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
-_FEWEST_QUERIES = 4  # a half of them still says something
+_FEWEST_QUERIES = 4  # two for each half
 
 _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
     "the words of passages": ("words", "words_share"),
@@ -47,15 +46,16 @@ def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
         if held_out:
             weights = _fit(work, index, held_out, work.dataset.qrels["dev"])
             system = _ranked(work, index, name, weights, work.trial.queries)
-            told = f"{name}: {_told(weights)}, fitted on {len(held_out):,} dev queries"
-            return replace(system, notes=(*system.notes, told))
+            note = f"{name}: {_formula(weights)}, fitted on {len(held_out):,} dev queries"
+            return replace(system, notes=(*system.notes, note))
         halves = work.trial.queries[::2], work.trial.queries[1::2]
         weights, others = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
         system, rest = (_ranked(work, index, name, *of_half) for of_half in ((others, halves[0]), (weights, halves[1])))
-        told = f"{name}: {_told(weights)} and {_told(others)}, each fitted on the half of the queries it does not rank"
+        formulas = f"{_formula(weights)} and {_formula(others)}"
+        note = f"{name}: {formulas}, each fitted on the half of the queries it does not rank"
         both = {**system.rankings, **rest.rankings}
         in_order = {query.id: both[query.id] for query in work.trial.queries}
-        return replace(system, rankings=in_order, notes=(*system.notes, told))
+        return replace(system, rankings=in_order, notes=(*system.notes, note))
 
     fitted_on = fingerprint_json([query.id for query in held_out])
     key = work.key(name, model.fingerprint, work.settings.num_candidates, fitted_on, work.settings.dtype)
@@ -92,7 +92,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
 
 
 def _dev_queries(work: RetrievalWork) -> list[Query]:
-    """Judged dev queries, at most so many; none where dev is what is measured."""
+    """Judged dev queries, at most ``_FIT_QUERIES``; none where dev itself is measured."""
     if work.settings.split == "dev" or "dev" not in work.dataset.qrels:
         return []
     positives = work.dataset.positives("dev")
@@ -104,7 +104,7 @@ def _dev_queries(work: RetrievalWork) -> list[Query]:
 def _fit(
     work: RetrievalWork, index: Index, queries: Sequence[Query], qrels: Mapping[str, Mapping[str, int]]
 ) -> dict[EvidenceTerm, float]:
-    """Weights of the words beside the student's own score, which has weight 1."""
+    """The weights of words beside the student's own score, which has weight 1."""
     view, student, task = index.view, index.student, work.trial.task
     words = view.words
     vectors = student.encode_queries([query.text for query in queries]).vectors
@@ -112,11 +112,11 @@ def _fit(
     for query, vector, anchor in zip(queries, vectors, student.anchor_queries(vectors, task), strict=True):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
-        asked = words.query(query.text)
-        near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(asked, _FIT_DEPTH)[0]
+        query_words = words.query(query.text)
+        near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
         rows = np.unique(np.concatenate([near, by_words, np.array([*judged], np.int64)]))
         own = student.score(vector, view.vectors(rows), task)
-        lists.append(scored_list(own, words, asked, rows, judged, _TERMS))
+        lists.append(scored_list(own, words, query_words, rows, judged, _TERMS))
     return dict(zip(_TERMS, sum_weights(lists)[1:].tolist(), strict=True))
 
 
@@ -131,5 +131,5 @@ def _ranked(
     return work.measure(name, "fitted_sum", index, settings, trial=replace(work.trial, queries=queries, probes=probes))
 
 
-def _told(weights: Mapping[EvidenceTerm, float]) -> str:
+def _formula(weights: Mapping[EvidenceTerm, float]) -> str:
     return f"1 x cosine + {weights['words']:.3g} x BM25 + {weights['words_share']:.3g} x BM25 as a share of its limit"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Task
+from d2llm.retrieval import reading
 from d2llm.retrieval.protocols import SearchStudent
 
 if TYPE_CHECKING:
@@ -73,16 +74,10 @@ def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: 
         ModelError: a score is not a number.
     """
     _require_texts([text for pair in pairs for text in pair])
-    places_of: dict[str, list[int]] = {}
-    for place, (query, _) in enumerate(pairs):
-        places_of.setdefault(query, []).append(place)
-    row_of = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
-    queries = _read(student.encode_queries(list(places_of)), "queries")
-    passages = _read(student.encode_passages(list(row_of)), "passages")
-    scores = np.empty(len(pairs), np.float32)
-    for query, places in zip(queries, places_of.values(), strict=True):
-        rows = [row_of[pairs[place][1]] for place in places]
-        scores[places] = student.score(query, passages[rows], task)
+    scored = reading.score_pairs(student, pairs, task)
+    _read(scored.queries, "queries")
+    _read(scored.passages, "passages")
+    scores = scored.scores
     num_wrong = int(np.isnan(scores).sum())
     if num_wrong:
         raise ModelError(f"{num_wrong} of {len(scores)} scores are NaN; check the student")

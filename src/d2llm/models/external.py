@@ -23,6 +23,7 @@ from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.sources import find_model, fingerprint_model, quiet_transformers
+from d2llm.models.teachers.judge import Judgements
 
 _BLOCK = 256  # texts between two reports of progress
 _BATCH = 32
@@ -31,15 +32,6 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # The similarity of vectors whose inner product is what an index can follow.
 _SIMILARITIES = ("cosine", "dot")
-
-
-@dataclass(frozen=True, slots=True)
-class ExternalJudgements:
-    """Log-odds [n] of n pairs, with counts of what was read."""
-
-    log_odds: NDArray[np.float32]
-    num_truncated: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +158,9 @@ class ExternalCrossEncoder:
         pairs: Sequence[tuple[str, str]],
         task: Task,  # noqa: ARG002 - part of the protocol
         *,
+        with_features: bool = False,  # noqa: ARG002 - it has none
         advance: Callable[[int], None] | None = None,
-    ) -> ExternalJudgements:
+    ) -> Judgements:
         """Judge (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""
         blocks = [np.empty(0, np.float32)]
         num_truncated = num_tokens = 0
@@ -182,7 +175,7 @@ class ExternalCrossEncoder:
             blocks.append(self._log_odds(np.asarray(logits, np.float32)))
             if advance is not None:
                 advance(len(block))
-        return ExternalJudgements(np.concatenate(blocks), num_truncated, num_tokens)
+        return Judgements(np.concatenate(blocks), None, num_truncated, num_tokens)
 
     def _log_odds(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """[n] or [n, outputs] -> [n]."""

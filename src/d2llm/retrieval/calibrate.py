@@ -13,8 +13,9 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, Task
 from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.protocols import PairJudge, SearchStudent
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import search
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
@@ -26,7 +27,7 @@ _ERRORS = TypeAdapter(dict[str, StudentError])
 def measure_error(
     index: PassageView,
     student: SearchStudent,
-    judge: PairJudge,
+    judge: Judge,
     queries: Sequence[Query] | Sequence[str],
     *,
     task: Task | None = None,
@@ -62,7 +63,7 @@ def measure_error(
 
 def write_error(
     folder: Path,
-    judge: PairJudge,
+    judge: Judge,
     task: Task,
     error: StudentError,
     evidence: EvidenceWeights | None = None,
@@ -78,7 +79,7 @@ def write_error(
     return file
 
 
-def read_error(folder: Path, judge: PairJudge, task: Task, evidence: EvidenceWeights | None = None) -> StudentError:
+def read_error(folder: Path, judge: Judge, task: Task, evidence: EvidenceWeights | None = None) -> StudentError:
     """The error that ``write_error`` kept.
 
     Raises:
@@ -103,6 +104,6 @@ def _read_errors(file: Path) -> dict[str, StudentError]:
         raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
 
 
-def _key(judge: PairJudge, task: Task, evidence: EvidenceWeights | None) -> str:
+def _key(judge: Judge, task: Task, evidence: EvidenceWeights | None) -> str:
     key = f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
     return f"{key} {fingerprint_json(evidence.model_dump(mode='json'))}" if evidence else key

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Task
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
-from d2llm.retrieval.protocols import PairJudge
 
 _FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
 
@@ -67,7 +67,7 @@ class Cascade:
 
     def __init__(
         self,
-        judge: PairJudge,
+        judge: Judge,
         error: StudentError,
         teacher_passages: int | None = None,
         teacher_ms: float | None = None,
@@ -198,7 +198,7 @@ class TeacherReading:
 
     def __init__(
         self,
-        judge: PairJudge,
+        judge: Judge,
         teacher_passages: int = DEFAULT_TEACHER_PASSAGES,
         teacher_ms: float | None = None,
         *,
@@ -242,7 +242,7 @@ class TeacherReading:
         return Reread(now, read, teacher_log_odds, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 
 
-def judge_passages(judge: PairJudge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
     """The teacher's log-odds [n] of a query with passages, and how many passages it read in part.
 
     Raises:

@@ -1,4 +1,7 @@
-"""What the verbs need of a model. ``Student`` and ``Teacher`` fit, and so does anything else with these methods."""
+"""What the verbs ask of a student. ``Student`` fits; so does anything else with these methods.
+
+What they ask of a teacher is ``models.teachers.judge.Judge``.
+"""
 
 from __future__ import annotations
 
@@ -148,35 +151,4 @@ class ProjectingStudent(Protocol):
 
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError where the head has no such part."""
-        ...
-
-
-class JudgedPairs(Protocol):
-    """A teacher's judgements of some pairs."""
-
-    @property
-    def log_odds(self) -> NDArray[np.float32]:
-        """[n] logit(yes) - logit(no), in the pairs' order."""
-        ...
-
-    @property
-    def num_truncated(self) -> int:
-        """Pairs whose passage was cut."""
-        ...
-
-
-class PairJudge(Protocol):
-    """Reads query and passage together."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells whether two teachers are the same."""
-        ...
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Tells whether two ask the same question."""
-        ...
-
-    def judge(self, pairs: Sequence[tuple[str, str]], task: Task) -> JudgedPairs:
-        """Judge (query text, passage full text) pairs."""
         ...

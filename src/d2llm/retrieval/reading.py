@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.core.types import LateChunk, Passage, Task, WholeText
 from d2llm.ops.words import windows
 from d2llm.retrieval.protocols import ChunkStudent, SearchStudent
 from d2llm.store.window_vectors import ReadWindows
+
+if TYPE_CHECKING:
+    from d2llm.models.backbone import EncodedTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +86,40 @@ def read_windows(
         return ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
     encoded = student.encode_passages(texts, advance=advance)
     return ReadWindows(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPairs:
+    """Scores [n] of pairs of texts, and their different queries and passages as vectors."""
+
+    scores: NDArray[np.float32]
+    queries: EncodedTexts
+    passages: EncodedTexts
+
+    @property
+    def num_truncated(self) -> int:
+        """Texts that were longer than the limit."""
+        return self.queries.num_truncated + self.passages.num_truncated
+
+
+def score_pairs(
+    student: SearchStudent,
+    pairs: Sequence[tuple[str, str]],
+    task: Task,
+    advance: Callable[[int], None] | None = None,
+) -> ScoredPairs:
+    """The student's logits of (query, passage) pairs of texts; each text is read once, whatever pairs it is in.
+
+    ``advance`` is called with the number of texts finished since the last call.
+    """
+    places_of: dict[str, list[int]] = {}
+    for place, (query, _) in enumerate(pairs):
+        places_of.setdefault(query, []).append(place)
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
+    queries = student.encode_queries(list(places_of), advance=advance)
+    passages = student.encode_passages(list(row_of), advance=advance)
+    scores = np.empty(len(pairs), np.float32)
+    for query, places in zip(queries.vectors, places_of.values(), strict=True):
+        rows = [row_of[pairs[place][1]] for place in places]
+        scores[places] = student.score(query, passages.vectors[rows], task)
+    return ScoredPairs(scores, queries, passages)

@@ -18,6 +18,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import read_error
 from d2llm.retrieval.cascade import Cascade, Rereader, TeacherReading, judge_passages
@@ -29,7 +30,6 @@ from d2llm.retrieval.chunking import (
     upsert_documents,
 )
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import PairJudge
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.upserting import UpsertReport
@@ -78,7 +78,7 @@ class IndexService:
         self,
         served: ServedVersion,
         *,
-        judge: PairJudge | None = None,
+        judge: Judge | None = None,
         teacher_name: str | None = None,
         queue: int = 2_048,
         observe: Observe = lambda _stage, _seconds: None,
@@ -337,7 +337,7 @@ class IndexService:
                 ways.append("cascade")
         return ways
 
-    def _error(self, version: OpenVersion, judge: PairJudge, task: Task) -> StudentError:
+    def _error(self, version: OpenVersion, judge: Judge, task: Task) -> StudentError:
         """How far the student errs, as it scores this version.
 
         Raises:
@@ -346,7 +346,7 @@ class IndexService:
         evidence = weights_for(version.view, version.models.student, task)
         return read_error(version.index.folder, judge, task, evidence)
 
-    def _teacher(self) -> PairJudge:
+    def _teacher(self) -> Judge:
         if self.judge is None:
             raise InputError("this server has no teacher; start it with --teacher, or rescore with 'iem' or 'none'")
         return self.judge

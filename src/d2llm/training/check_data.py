@@ -65,17 +65,17 @@ def check_data(
     backbone, location = _backbone_of(tokenizer)
     tokens = load_tokenizer(location)  # before the long reading, so that a wrong name fails at once
     source = open_source(data)
-    found = read_through(source, sample_size=sample_size, seed=seed)
-    for issue in found.issues:
+    contents = read_through(source, sample_size=sample_size, seed=seed)
+    for issue in contents.issues:
         _log.warning("%s: %s", data, issue)
-    leaks = list(found.leaks)
+    leaks = list(contents.leaks)
     if near < 1:
-        rows = [split.num_queries if found.kind == "retrieval" else split.num_items for split in found.splits]
+        rows = [split.num_queries if contents.kind == "retrieval" else split.num_items for split in contents.splits]
         with progress_bar("near queries", sum(rows), show=show_progress) as bar:
-            leaks += near_queries(found.texts_of, found.ids_of, near, bar)
+            leaks += near_queries(contents.texts_of, contents.ids_of, near, bar)
     samples = (
-        ("queries", found.queries, backbone.query_prefix, backbone.max_query_tokens),
-        ("passages", found.passages, backbone.passage_prefix, backbone.max_passage_tokens),
+        ("queries", contents.queries, backbone.query_prefix, backbone.max_query_tokens),
+        ("passages", contents.passages, backbone.passage_prefix, backbone.max_passage_tokens),
     )
     with progress_bar("lengths", sum(len(sample.texts) for _, sample, _, _ in samples), show=show_progress) as bar:
         lengths = [
@@ -86,16 +86,16 @@ def check_data(
     return DataReport(
         source.name,
         str(data),
-        found.kind,
-        found.num_queries,
-        found.num_passages,
-        found.splits,
-        found.repeats,
+        contents.kind,
+        contents.num_queries,
+        contents.num_passages,
+        contents.splits,
+        contents.repeats,
         tuple(leaks),
-        found.shared_positives,
+        contents.shared_positives,
         tuple(length for length in lengths if length),
         tuple(language for language in languages if language),
-        found.issues,
+        contents.issues,
         {"tokenizer": tokenizer, "near": near, "sample_size": sample_size, "seed": seed},
     )
 

@@ -1,27 +1,42 @@
-"""The dev measure of a distillation, of anchor and interaction on a held-out split, for each data set."""
+"""Dev sets: queries or pairs of a dev split, the passages that they are scored with, and how scores are measured.
+
+``make_dev_set`` is for training: its queries are ranked over a small corpus, again and again. ``make_dev_lists`` and
+``make_dev_pairs`` are for judges, which are asked about a few candidates of each query.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.errors import InputError, ModelError, TrainingDivergedError
 from d2llm.core.progress import ignore, progress_bar
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
-from d2llm.evaluation.gold import Gold, measure_all, read_gold
+from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
+from d2llm.evaluation.judging import judge_pool
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
+from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
+from d2llm.ops.selection import ids_at, top_rows
+from d2llm.retrieval.cosine import CosineStudent
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.training.mining.ranking import bm25_lists
 
 INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -30,64 +45,106 @@ PAIRS_PER_QUERY = 10
 _LEXICAL_DEPTH = 10
 _MEASURE, _DEPTH = "nDCG@10", 10
 
+Scores = Sequence[NDArray[np.floating[Any]]]
+"""For each query of a dev set the scores of its candidates, both in the dev set's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A measure on a dev set: its value, and one for each item [items], in the order of ``DevSet.item_ids``."""
+
+    measure: str
+    value: float
+    by_item: NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class DevSet:
-    """Queries of the dev split of one data set, and a small corpus for them."""
+    """Queries of the dev split of one data set, or labelled pairs, and the passages that each query is scored with.
 
-    name: str
-    task: Task
-    queries: tuple[Query, ...]
-    passage_ids: tuple[str, ...]
-    passage_texts: tuple[str, ...]
-    qrels: dict[str, dict[str, int]]
+    The measure is nDCG@10, or that of the kind of pairs (``evaluation.gold``). Texts of pairs are their own ids: those
+    of many pair sets are line numbers, under which other pairs may stand tomorrow.
 
-    @property
-    def num_items(self) -> int:
-        """Queries that are measured."""
-        return len(self.queries)
-
-    @property
-    def num_passages(self) -> int:
-        """Passages that they are ranked among."""
-        return len(self.passage_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class PairDevSet:
-    """Judged pairs of the dev split of one data set, and what is true of them."""
-
-    name: str
-    task: Task
-    pairs: tuple[LabelledPair, ...]
-    gold: Gold
-
-    @property
-    def num_items(self) -> int:
-        """Pairs that are measured."""
-        return len(self.pairs)
-
-    @property
-    def num_passages(self) -> int:
-        """Different passages among them."""
-        return len({pair.passage for pair in self.pairs})
-
-
-@dataclass(frozen=True, slots=True)
-class DevResult:
-    """The dev measure by weight r of the interaction: nDCG@10, or of pairs what their kind is measured by.
-
-    ``by_item`` has its value for each query or pair. A head that is not an anchor with an interaction has r = 1 alone.
+    Attributes:
+        name: of the data set.
+        task: of its pairs.
+        queries: query_id -> text.
+        passages: passage_id -> full text, of all candidates.
+        candidates: query_id -> passage ids, for each of ``queries`` and in their order.
+        qrels: query_id -> passage_id -> grade; empty for pairs.
+        pairs: the labelled pairs; none where there are qrels.
+        gold: what is true of the pairs.
     """
 
+    name: str
     task: Task
-    values: dict[float, float]
-    by_item: dict[float, NDArray[np.float64]] = field(default_factory=dict[float, NDArray[np.float64]])
+    queries: Mapping[str, str]
+    passages: Mapping[str, str]
+    candidates: Mapping[str, Sequence[str]]
+    qrels: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    pairs: tuple[LabelledPair, ...] = ()
+    gold: Gold | None = None
+
+    @property
+    def item_ids(self) -> tuple[str, ...]:
+        """The ids of what is measured: queries, or pairs."""
+        return tuple(self.queries) if self.gold is None else tuple(pair.id for pair in self.pairs)
+
+    @property
+    def measure_name(self) -> str:
+        """The measure's name in reports."""
+        return _MEASURE if self.gold is None else self.gold.main_measure
+
+    def per_query(self, scores: Scores) -> dict[str, dict[str, float]]:
+        """Measure -> query_id -> value, of a set with qrels; equal scores are ranked by passage id."""
+        rankings = {
+            query_id: [passage_id for passage_id, _ in top_k(values, ids, _DEPTH)]
+            for (query_id, ids), values in zip(self.candidates.items(), scores, strict=True)
+        }
+        return per_query_measures(rankings, self.qrels)
+
+    def measure(self, scores: Scores, *, cross_fit: bool = False) -> Measured:
+        """The measure of some scores.
+
+        Args:
+            scores: of each query's candidates.
+            cross_fit: fit the thresholds between classes on one half of the pairs and use them on the other, in turn,
+                and no threshold where the measure needs none. By default thresholds are fitted on all pairs.
+        """
+        if self.gold is None:
+            values = self.per_query(scores)[_MEASURE]
+            by_query = np.array([values[query_id] for query_id in self.queries])
+            return Measured(_MEASURE, float(by_query.mean()), by_query)
+        by_pair = {
+            (query_id, passage_id): value
+            for (query_id, ids), values in zip(self.candidates.items(), scores, strict=True)
+            for passage_id, value in zip(ids, values, strict=True)
+        }
+        pair_scores = np.array([by_pair[pair.query, pair.passage] for pair in self.pairs], np.float64)
+        if cross_fit and isinstance(self.gold, NliGold):
+            by_item = _cross_fitted(self.gold, pair_scores)
+            return Measured(self.measure_name, float(by_item.mean()), by_item)
+        everything = np.arange(len(self.pairs))
+        thresholds = None if cross_fit else self.gold.fit(pair_scores, everything)
+        value = measure_all(self.gold, pair_scores, everything, thresholds)[self.measure_name]
+        return Measured(self.measure_name, value, self.gold.item_values(pair_scores, everything, thresholds))
+
+
+def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    by_class = np.argsort(gold.classes, kind="stable")  # so that both halves have pairs of each class
+    halves = by_class[::2], by_class[1::2]
+    values = np.empty(len(scores))
+    for here, other in (halves, halves[::-1]):
+        values[here] = gold.item_values(scores[here], here, gold.fit(scores[other], other))
+    return values
+
+
+# Dev sets for training -----------------------------------------------------------------------------------------------
 
 
 def make_dev_set(
     source: TrainingSource, *, num_queries: int, num_passages: int, seed: int, show_progress: bool | None = None
-) -> DevSet | PairDevSet:
+) -> DevSet:
     """Sample dev queries; their corpus is their positives, BM25's first ten of each, and random passages.
 
     Of a set of labelled pairs a sample of ten times as many pairs is taken.
@@ -104,41 +161,34 @@ def make_dev_set(
         DataFormatError: the classes of the dev pairs cannot be measured.
     """
     if source.pairs is not None:
-        return _make_pair_dev_set(source, source.pairs, num_pairs=PAIRS_PER_QUERY * num_queries, seed=seed)
+        available = _dev_pairs(source.pairs, "there is nothing to choose the best step by")
+        rng = random.Random(f"{seed}:{source.pairs.name}:dev")
+        num_pairs = min(PAIRS_PER_QUERY * num_queries, len(available))
+        chosen = sorted(rng.sample(range(len(available)), num_pairs))
+        return _pair_dev_set(source.pairs, source.task, [available[position] for position in chosen])
     dataset = source.dataset
-    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
-    positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
-    if not positives:
-        raise InputError(
-            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so there is nothing to choose the best step "
-            "by; move some training queries there"
-        )
+    positives = _dev_positives(dataset, "there is nothing to choose the best step by")
     rng = random.Random(f"{seed}:{dataset.name}:dev")
     chosen = sorted(rng.sample(sorted(positives), min(num_queries, len(positives))))
-    queries = tuple(dataset.queries[query_id] for query_id in chosen)
+    queries = [dataset.queries[query_id] for query_id in chosen]
     needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
-    needed |= _lexical_neighbours(dataset, queries, show_progress)
+    title = f"passages for the dev queries of {dataset.name}"
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show_progress, title=title)
+    needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
-    passage_ids = tuple(sorted(needed.union(filled)))
-    return DevSet(
-        name=dataset.name,
-        task=source.task,
-        queries=queries,
-        passage_ids=passage_ids,
-        passage_texts=tuple(dataset.passages[passage_id].full_text for passage_id in passage_ids),
-        qrels={query_id: dict(dataset.qrels["dev"][query_id]) for query_id in chosen},
-    )
+    passage_ids = sorted(needed.union(filled))
+    return _dev_set(dataset, source.task, queries, dict.fromkeys(chosen, passage_ids), passage_ids)
 
 
 def evaluate_dev(
     student: Student,
-    dev_sets: Sequence[DevSet | PairDevSet],
+    dev_sets: Sequence[DevSet],
     *,
     title: str = "measuring on dev",
     show_progress: bool | None = None,
 ) -> dict[str, DevResult]:
-    """The measure of every dev set by weight of the interaction; the student's own weights are left as they are.
+    """The measure of every dev set by weight r of the interaction, whatever the student's own.
 
     Args:
         student: whose texts are read and scored.
@@ -150,137 +200,85 @@ def evaluate_dev(
         TrainingDivergedError: scores are no numbers.
     """
     results: dict[str, DevResult] = {}
-    total = sum(num_texts(dev) + num_rankings(dev) for dev in dev_sets)
+    total = sum(2 * len(dev.queries) + len(dev.passages) for dev in dev_sets)
     with progress_bar(title, total, show=show_progress) as advance:
         for dev in dev_sets:
             advance(0, dev.name)
-            results[dev.name] = measure_dev(student, encode_dev(student, dev, advance=advance), advance=advance)
+            results[dev.name] = measure_by_weight(student, encode_dev(student, dev, advance=advance), advance=advance)
     return results
 
 
-def num_texts(dev: DevSet | PairDevSet) -> int:
-    """Texts that ``encode_dev`` reads."""
-    return sum(map(len, _texts(dev)))
+@dataclass(frozen=True, slots=True)
+class DevResult:
+    """The dev measure by weight r of the interaction; ``by_item`` has its values for each query or pair.
 
+    A head that is not an anchor with an interaction has r = 1 alone.
+    """
 
-def num_rankings(dev: DevSet | PairDevSet) -> int:
-    """Queries whose passages ``measure_dev`` scores."""
-    return len(_texts(dev)[0])
+    task: Task
+    values: dict[float, float]
+    by_item: dict[float, NDArray[np.float64]] = field(default_factory=dict[float, NDArray[np.float64]])
 
 
 @dataclass(frozen=True)
 class EncodedDev:
     """A dev set as a student's vectors: while these stay, its interaction can be measured again and again.
 
-    ``wanted`` has, for each query, the rows of the passages that it is scored with.
+    ``rows`` has, for each query, the rows of its candidates among the passages.
     """
 
-    dev: DevSet | PairDevSet
+    dev: DevSet
     queries: Float32[np.ndarray, "queries dim"]
     passages: Float32[np.ndarray, "passages dim"]
-    wanted: list[NDArray[np.intp]]
+    rows: list[NDArray[np.intp]]
 
 
-def encode_dev(student: Student, dev: DevSet | PairDevSet, *, advance: Callable[[int], None] = ignore) -> EncodedDev:
+def encode_dev(student: Student, dev: DevSet, *, advance: Callable[[int], None] = ignore) -> EncodedDev:
     """Read the texts of a dev set, each once; ``advance`` is called with the number of those finished."""
-    queries, passages = _texts(dev)
-    if isinstance(dev, DevSet):
-        wanted = [np.arange(len(passages))] * len(queries)
-    else:
-        row = {text: number for number, text in enumerate(passages)}
-        wanted = [np.array([row[dev.pairs[p].passage] for p in of_query]) for of_query in _positions(dev)]
+    row = {passage_id: number for number, passage_id in enumerate(dev.passages)}
     return EncodedDev(
         dev,
-        student.encode_queries(queries, advance=advance).vectors,
-        student.encode_passages(passages, advance=advance).vectors,
-        wanted,
+        student.encode_queries([*dev.queries.values()], advance=advance).vectors,
+        student.encode_passages([*dev.passages.values()], advance=advance).vectors,
+        [np.array([row[passage_id] for passage_id in ids], np.intp) for ids in dev.candidates.values()],
     )
 
 
-def measure_dev(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
+def has_interaction_weight(student: Student) -> bool:
+    """Whether the score has an interaction beside its inner product, so that there is a weight r to choose."""
+    return student.has_anchor and not isinstance(student.interaction, CosineHead)
+
+
+def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
     """The measure of a dev set by weight of the interaction; ``advance`` is called with the number of queries ranked.
 
     Raises:
         TrainingDivergedError: scores are no numbers.
     """
     dev = encoded.dev
-    scores = _scores_by_weight(student, encoded, advance)
-    if isinstance(dev, DevSet):
-        by_item = {weight: _ndcg(found, dev) for weight, found in scores.items()}
-        return DevResult(dev.task, {weight: float(values.mean()) for weight, values in by_item.items()}, by_item)
-    return _measure_pairs(dev, scores)
+    scores: dict[float, Scores] = {1.0: _score(student, encoded, advance)}
+    if has_interaction_weight(student):
+        anchors = [
+            _anchor(student, query, encoded.passages[rows], dev.task)
+            for query, rows in zip(encoded.queries, encoded.rows, strict=True)
+        ]
+        scores = {
+            weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
+            for weight in INTERACTION_WEIGHTS
+        }
+    measured = {weight: dev.measure(of_weight) for weight, of_weight in scores.items()}
+    return DevResult(
+        dev.task,
+        {weight: at_weight.value for weight, at_weight in measured.items()},
+        {weight: at_weight.by_item for weight, at_weight in measured.items()},
+    )
 
 
-def choose_interaction_weights(results: dict[str, DevResult]) -> dict[Task, float]:
-    """For each task the weight r with the best mean over its dev sets; of equal ones the smallest."""
-    chosen: dict[Task, float] = {}
-    tasks: list[Task] = sorted({result.task for result in results.values()})
-    for task in tasks:
-        of_task = [result.values for result in results.values() if result.task == task]
-        chosen[task] = max(sorted(of_task[0]), key=lambda weight: sum(values[weight] for values in of_task))
-    return chosen
-
-
-def value_by_set(results: dict[str, DevResult], weights: dict[Task, float]) -> dict[str, float]:
-    """The measure of each dev set at its task's weight."""
-    return {name: result.values[weights[result.task]] for name, result in results.items()}
-
-
-def _texts(dev: DevSet | PairDevSet) -> tuple[list[str], list[str]]:
-    """The queries and the passages of a dev set, each once."""
-    if isinstance(dev, DevSet):
-        return [query.text for query in dev.queries], list(dev.passage_texts)
-    return list(dict.fromkeys(p.query for p in dev.pairs)), list(dict.fromkeys(p.passage for p in dev.pairs))
-
-
-def _positions(dev: PairDevSet) -> list[list[int]]:
-    """For each distinct query the places of its pairs."""
-    positions: dict[str, list[int]] = {}
-    for position, pair in enumerate(dev.pairs):
-        positions.setdefault(pair.query, []).append(position)
-    return list(positions.values())
-
-
-def _measure_pairs(dev: PairDevSet, scores: dict[float, list[NDArray[np.float32]]]) -> DevResult:
-    order = np.argsort(np.concatenate(_positions(dev)))
-    everything = np.arange(len(dev.pairs))
-    values: dict[float, float] = {}
-    by_item: dict[float, NDArray[np.float64]] = {}
-    for weight, found in scores.items():
-        of_pairs = np.concatenate(found)[order].astype(np.float64)
-        thresholds = dev.gold.fit(of_pairs, everything)
-        values[weight] = measure_all(dev.gold, of_pairs, everything, thresholds)[dev.gold.main_measure]
-        by_item[weight] = dev.gold.of_items(of_pairs, everything, thresholds)
-    return DevResult(dev.task, values, by_item)
-
-
-def _scores_by_weight(
-    student: Student, encoded: EncodedDev, advance: Callable[[int], None]
-) -> dict[float, list[NDArray[np.float32]]]:
-    """For each weight r, the scores of each query with the passages that are wanted of it."""
-    head = student.interaction
-    if isinstance(head, CosineHead) or not student.has_anchor:
-        return {1.0: _score_all(student, encoded, advance)}
-    task = encoded.dev.task
-    anchors = [
-        _anchor(student, query, encoded.passages[rows], task)
-        for query, rows in zip(encoded.queries, encoded.wanted, strict=True)
-    ]
-    whole = _score_all(student, encoded, advance, interaction_weight=1.0)
-    return {
-        weight: [anchor + weight * (score - anchor) for anchor, score in zip(anchors, whole, strict=True)]
-        for weight in INTERACTION_WEIGHTS
-    }
-
-
-def _score_all(
-    student: Student, encoded: EncodedDev, advance: Callable[[int], None], *, interaction_weight: float | None = None
-) -> list[NDArray[np.float32]]:
+def _score(student: Student, encoded: EncodedDev, advance: Callable[[int], None]) -> list[NDArray[np.float32]]:
+    """The scores with the whole interaction, r = 1."""
     scores: list[NDArray[np.float32]] = []
-    for query, rows in zip(encoded.queries, encoded.wanted, strict=True):
-        scores.append(
-            student.score(query, encoded.passages[rows], encoded.dev.task, interaction_weight=interaction_weight)
-        )
+    for query, rows in zip(encoded.queries, encoded.rows, strict=True):
+        scores.append(student.score(query, encoded.passages[rows], encoded.dev.task, interaction_weight=1.0))
         advance(1)
     if not all(np.isfinite(of_query).all() for of_query in scores):
         raise TrainingDivergedError(
@@ -299,30 +297,189 @@ def _anchor(
     return torch.cat([(anchor_query @ block.T)[0] for block in blocks]).numpy()
 
 
-def _ndcg(scores: Sequence[NDArray[np.float32]], dev: DevSet) -> NDArray[np.float64]:
-    """nDCG@10 of each query."""
-    rankings = {
-        query.id: [passage_id for passage_id, _ in top_k(row, dev.passage_ids, _DEPTH)]
-        for query, row in zip(dev.queries, scores, strict=True)
-    }
-    values = per_query_measures(rankings, dev.qrels)[_MEASURE]
-    return np.array([values[query.id] for query in dev.queries])
+# Dev sets for judges -------------------------------------------------------------------------------------------------
 
 
-def _make_pair_dev_set(source: TrainingSource, pairs: PairDataset, *, num_pairs: int, seed: int) -> PairDevSet:
-    available = pairs.pairs("dev") if "dev" in pairs.splits else ()
-    if not available:
+def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool = False) -> list[Query]:
+    """A random sample of the dev queries that have a positive, by a hash of their ids.
+
+    A larger sample contains a smaller one. ``from_end`` takes the queries that an equally large sample without it would
+    take last, so that what is fitted on the one is tried on others while there are enough.
+
+    Raises:
+        InputError: there are none.
+    """
+    positives = _dev_positives(dataset, "a teacher cannot be tried")
+    ordered = sorted(positives, key=lambda query_id: _place(query_id, seed))
+    chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
+    return [dataset.queries[query_id] for query_id in chosen]
+
+
+def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: int) -> DevSet:
+    """A random sample of the dev pairs, by a hash of their ids; a larger sample contains a smaller one.
+
+    Args:
+        dataset: with its dev split.
+        task: what a pair stands for.
+        num_pairs: how many, or all where there are fewer.
+        seed: of the order.
+
+    Raises:
+        InputError: there are none.
+        DataFormatError: the labels of the sample cannot be measured.
+    """
+    available = _dev_pairs(dataset, "a teacher cannot be tried")
+    return _pair_dev_set(dataset, task, sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs])
+
+
+def make_dev_lists(
+    dataset: Dataset,
+    task: Task,
+    queries: Sequence[Query],
+    *,
+    student: SearchStudent | None,
+    depth: int,
+    with_positives: bool,
+    show_progress: bool | None = None,
+) -> DevSet:
+    """Dev queries with the first ``depth`` passages of BM25 and of the student's inner products, from the whole corpus.
+
+    Args:
+        dataset: with its dev judgements.
+        task: what a pair stands for.
+        queries: of the dev split.
+        student: whose vectors propose; a head without an inner-product part proposes by its vectors' cosine. None:
+            BM25 proposes alone, and no passage has to be encoded.
+        depth: how many of each list.
+        with_positives: put all positives first, and leave out other passages of the same text as one, for lists whose
+            every label is believed. Otherwise the lists are just what a search would find.
+        show_progress: None means: if standard error is a terminal.
+
+    Raises:
+        ModelError: the student gave vectors that are not finite.
+    """
+    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+    lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
+    nearest: list[list[str]] = [[] for _ in queries]
+    if student is not None:
+        nearest = _nearest(dataset, task, queries, student, depth, show_progress)
+    same_text = SameText(dataset) if with_positives else None
+    positives = dataset.positives("dev")
+    candidates: dict[str, list[str]] = {}
+    for query, by_words, by_vectors in zip(queries, lexical, nearest, strict=True):
+        first = positives[query.id] if same_text is not None else ()
+        repeats = same_text.as_any_of(first) if same_text is not None else set[str]()
+        proposed = dict.fromkeys([*first, *(candidate.passage_id for candidate in by_words), *by_vectors])
+        candidates[query.id] = [p for p in proposed if p in first or p not in repeats]
+    passage_ids = dict.fromkeys(passage_id for ids in candidates.values() for passage_id in ids)
+    return _dev_set(dataset, task, queries, candidates, passage_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedDev:
+    """A judge's scores of a dev set. ``num_truncated`` of the ``num_new`` pairs judged now were cut."""
+
+    scores: Scores
+    num_new: int
+    num_truncated: int
+
+
+def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, show_progress: bool | None) -> JudgedDev:
+    """Let a judge score the candidates of each query.
+
+    Args:
+        judge: the teacher.
+        dev: queries and candidates.
+        name: of the judge, for the progress bar.
+        store: folder of a label store, whose judgements are not made again.
+        show_progress: None means: if standard error is a terminal.
+    """
+    pool = judge_pool(
+        judge,
+        dev.candidates,
+        dev.queries,
+        dev.passages,
+        dev.task,
+        dataset=dev.name,
+        store=store,
+        title=f"{name} on {dev.name}",
+        show_progress=show_progress,
+    )
+    scores = [
+        np.array([pool.scores[query_id][passage_id] for passage_id in ids]) for query_id, ids in dev.candidates.items()
+    ]
+    return JudgedDev(scores, pool.num_new, pool.num_truncated)
+
+
+def _nearest(
+    dataset: Dataset, task: Task, queries: Sequence[Query], student: SearchStudent, depth: int, show: bool | None
+) -> list[list[str]]:
+    searcher = student if student.has_anchor else CosineStudent(student)
+    texts = [passage.full_text for passage in dataset.passages.values()]
+    with progress_bar(f"encoding {dataset.name}", len(texts), show=show) as advance:
+        passages = searcher.encode_passages(texts, advance=advance).vectors
+    anchors = searcher.anchor_queries(searcher.encode_queries([query.text for query in queries]).vectors, task)
+    if not (np.isfinite(passages).all() and np.isfinite(anchors).all()):
+        raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
+    ids = list(dataset.passages)
+    return [ids_at(ids, top_rows(passages @ anchor, depth, partial(ids_at, ids))) for anchor in anchors]
+
+
+def _place(identifier: str, seed: int) -> bytes:
+    """By which ids are put into a random order."""
+    return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
+
+
+# What both have in common --------------------------------------------------------------------------------------------
+
+
+def _dev_positives(dataset: Dataset, consequence: str) -> dict[str, tuple[str, ...]]:
+    """The positives of the dev queries that have any; an error where there are none."""
+    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
+    if not positives:
         raise InputError(
-            f"{pairs.path}: there are no dev pairs, so there is nothing to choose the best step by; move some training "
-            "pairs there"
+            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so {consequence}; move some training queries "
+            "there"
         )
-    rng = random.Random(f"{seed}:{pairs.name}:dev")
-    chosen = sorted(rng.sample(range(len(available)), min(num_pairs, len(available))))
-    sample = tuple(available[position] for position in chosen)
-    return PairDevSet(pairs.name, source.task, sample, read_gold(replace(pairs, splits={"dev": sample}), "dev"))
+    return positives
 
 
-def _lexical_neighbours(dataset: Dataset, queries: Sequence[Query], show: bool | None) -> set[str]:
-    title = f"passages for the dev queries of {dataset.name}"
-    found = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show, title=title)
-    return {passage_id for of_query in found for passage_id in of_query}
+def _dev_pairs(dataset: PairDataset, consequence: str) -> Sequence[LabelledPair]:
+    """The dev pairs; an error where there are none."""
+    available = dataset.pairs("dev") if "dev" in dataset.splits else ()
+    if not available:
+        raise InputError(f"{dataset.path}: there are no dev pairs, so {consequence}; move some training pairs there")
+    return available
+
+
+def _dev_set(
+    dataset: Dataset,
+    task: Task,
+    queries: Sequence[Query],
+    candidates: Mapping[str, Sequence[str]],
+    passage_ids: Sequence[str] | Mapping[str, None],
+) -> DevSet:
+    return DevSet(
+        name=dataset.name,
+        task=task,
+        queries={query.id: query.text for query in queries},
+        passages={passage_id: dataset.passages[passage_id].full_text for passage_id in passage_ids},
+        candidates=candidates,
+        qrels={query.id: dict(dataset.qrels["dev"][query.id]) for query in queries},
+    )
+
+
+def _pair_dev_set(dataset: PairDataset, task: Task, sample: Sequence[LabelledPair]) -> DevSet:
+    candidates: dict[str, dict[str, None]] = {}
+    for pair in sample:
+        candidates.setdefault(pair.query, {})[pair.passage] = None
+    return DevSet(
+        name=dataset.name,
+        task=task,
+        queries={query: query for query in candidates},
+        passages={pair.passage: pair.passage for pair in sample},
+        candidates={query: list(passages) for query, passages in candidates.items()},
+        pairs=tuple(sample),
+        gold=read_gold(replace(dataset, splits={"dev": tuple(sample)}), "dev"),
+    )

@@ -1,4 +1,4 @@
-"""The verb ``distill``: the teacher's judgement goes into backbone, PMA and IEM."""
+"""The verb ``distill``: a student learns the teacher's judgement."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"
 class DistillReport:
     """What a distillation did.
 
-    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and of
-    how many questions or pairs. ``share_kept`` is how much of the change from the start was kept
-    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, which was written.
+    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and the
+    number of queries or pairs. ``share_kept`` is the share of the change from the start that was kept
+    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, so the start was written.
     ``evidence`` has, for each task, the weights of what counts beside the vectors, and what they are worth on dev.
-    ``probabilities`` has, for each task with enough dev queries, what makes probabilities of its scores.
+    ``probabilities`` has, for each task with enough dev queries, what turns its scores into probabilities.
     """
 
     folder: str
@@ -77,16 +77,16 @@ def distill(
 ) -> DistillReport:
     """Train a student on a teacher's labels and write it to ``folder``; an interrupted run goes on where it stopped.
 
-    The student starts as its backbone's own cosine (default configuration), is measured on dev before the first step
-    and then regularly; the best state is kept, and for each task the weight of the interaction with the best dev
-    result, 0 included. So what is written is on dev never worse than what it started from. At the end what makes
-    probabilities of its scores is fitted on the same number of dev queries (``training.fit_probabilities``).
+    The student starts as its backbone's own cosine (default configuration) and is measured on dev before the first step
+    and then regularly. The best state is kept, and for each task the weight r of the interaction with the best dev
+    result, which may be 0. So what is written is never worse on dev than the start. At the end its scores are
+    calibrated as probabilities, on the same number of dev queries (``training.fit_probabilities``).
 
-    With a weight of 0 for every imitation loss neither teacher nor labels are needed: the student is trained on the
-    data sets' own judgements, as a tuned cosine with an interaction beside it.
+    If every imitation loss has weight 0, neither teacher nor labels are needed: the student is trained on the data
+    sets' own judgements, as a tuned cosine with an interaction beside it.
 
-    Started by ``torchrun`` or ``accelerate launch``, the processes share the texts of each batch and get the result of
-    one process, but for rounding; the first alone evaluates and writes, into a folder that all must see.
+    Under ``torchrun`` or ``accelerate launch`` the processes share the texts of each batch; the result is that of one
+    process, up to rounding. Only the first evaluates and writes, into a folder that all of them must see.
 
     Args:
         sources: data sets with their plans; each needs judged dev queries.
@@ -94,8 +94,8 @@ def distill(
         recipe: student, losses, training and seed.
         labels: the label store that ``label`` wrote.
         teacher: whose labels to use.
-        closed_gates: data sets on which the teacher was tried and found wanting (``training.gate``): they are trained
-            on their own judgements.
+        closed_gates: data sets on which the teacher did not beat the cosine (``training.gate``); the student learns
+            from their own judgements.
         device: by default what this machine has.
         dtype: by default what is fast there.
         show_progress: None means: if standard error is a terminal.
@@ -141,43 +141,60 @@ def distill(
             settings,
             folder.with_name(folder.name + ".run"),
             processes,
-            _asked_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
+            _teacher_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
             show_progress,
         )
         stopped_early = run.train()
         run.take_best()
         run.step_back()
         run.train_interaction()
+        run.set_interaction_weights()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
-            student.evidence = _fit_evidence(student.eval(), sources, recipe, show_progress)
-            student.calibration = fit_probabilities(
-                student,
-                [(source.dataset, source.task) for source in sources],
-                num_queries=training.dev_queries,
-                seed=recipe.seed,
-                show_progress=show_progress,
-            )
-            fitted = {task: found.model_dump() for task, found in student.calibration.tasks.items()}
-            weighed = {task: found.model_dump() for task, found in student.evidence.tasks.items()}
-            seconds = time.monotonic() - started
-            report = replace(report, evidence=weighed, probabilities=fitted, seconds=seconds)
-            content = {
-                "recipe": recipe.model_dump(),
-                "settings": settings,
-                "teacher": identity.fingerprint,
-                "tasks": sorted({source.task for source in sources}),
-                "steps": report.steps,
-                "best_step": report.best_step,
-                "dev": report.dev,
-                "residual_weights": report.residual_weights,
-                "share_kept": report.share_kept,
-                "closed_gates": sorted(closed_gates),
-                "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
-            }
-            student.save(folder, content=content)
-            run.finish()
+            report = _fit_and_write(run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates)
+            report = replace(report, seconds=time.monotonic() - started)
         return processes.from_first(report)  # when the student is written
+
+
+def _fit_and_write(
+    run: DistillRun,
+    folder: Path,
+    sources: Sequence[TrainingSource],
+    report: DistillReport,
+    *,
+    teacher: str,
+    closed: Collection[str],
+) -> DistillReport:
+    """Fit evidence and probabilities of the trained student on dev, write it, and complete the report."""
+    student, recipe = run.student.eval(), run.recipe
+    student.evidence = _fit_evidence(student, sources, recipe, run.show_progress)
+    student.calibration = fit_probabilities(
+        student,
+        [(source.dataset, source.task) for source in sources],
+        num_queries=recipe.training.dev_queries,
+        seed=recipe.seed,
+        show_progress=run.show_progress,
+    )
+    content = {
+        "recipe": recipe.model_dump(),
+        "settings": run.settings,
+        "teacher": teacher,
+        "tasks": sorted({source.task for source in sources}),
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "dev": report.dev,
+        "residual_weights": report.residual_weights,
+        "share_kept": report.share_kept,
+        "closed_gates": sorted(closed),
+        "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
+    }
+    student.save(folder, content=content)
+    run.finish()
+    return replace(
+        report,
+        evidence={task: fitted.model_dump() for task, fitted in student.evidence.tasks.items()},
+        probabilities={task: fitted.model_dump() for task, fitted in student.calibration.tasks.items()},
+    )
 
 
 def _report(
@@ -190,13 +207,13 @@ def _report(
         folder=str(folder),
         fingerprint=run.student.fingerprint,
         steps=progress.step,
-        best_step=progress.best_step,
+        best_step=run.best.step or 0,
         stopped_early=stopped_early,
         queries=sum(len(source.entries) for source in labelled),
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
         residual_weights=progress.best_weights,
         share_kept=progress.share_kept,
-        is_untrained=(progress.best_step == 0 or progress.share_kept == 0) and not has_interaction,
+        is_untrained=(run.best.step == 0 or progress.share_kept == 0) and not has_interaction,
         dev={
             name: {
                 "start": progress.start_dev[name],
@@ -211,18 +228,18 @@ def _report(
     )
 
 
-def _asked_when_needed(
+def _teacher_when_needed(
     teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
 ) -> AskTeacher:
-    """Asks the teacher about passages that training finds; it is loaded for the first that has no label."""
+    """Asks the teacher about passages that training finds; it is loaded for the first one without a label."""
     judge: Judge | None = None
 
-    def ask(labelled: LabelledSource, wanted: Mapping[str, Sequence[str]]) -> None:
+    def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
         nonlocal judge
-        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in wanted.items()):
+        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()):
             return
         judge = judge or load_judge(teacher, device=device, dtype=dtype)
-        label_passages(judge, labelled.source, labelled.labels, wanted, show_progress=show_progress)
+        label_passages(judge, labelled.source, labelled.labels, passages, show_progress=show_progress)
 
     return ask
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from d2llm.core.errors import TrainingDivergedError
-from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.progress import Advance, progress_bar
@@ -21,23 +20,17 @@ from d2llm.core.recipe import Recipe, TrainingConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
 from d2llm.data.plan import read_plan, write_plan
-from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.training.dev import (
-    DevResult,
-    DevSet,
-    PairDevSet,
-    choose_interaction_weights,
-    evaluate_dev,
-    value_by_set,
-)
+from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_interaction_weight
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.interpolation import (
+    choose_interaction_weights,
     items_at_best_weight,
     mean_value,
     put_between,
-    sound_weights,
     sufficient_share,
+    value_by_set,
     worse_sets,
 )
 from d2llm.training.mining.remine import remine
@@ -54,6 +47,7 @@ from d2llm.training.processes import Processes
 from d2llm.training.residual import AskTeacher, train_residual
 from d2llm.training.trackers import open_trackers
 from d2llm.training.training_run import (
+    BestState,
     RunLog,
     StopSignals,
     adamw,
@@ -84,12 +78,9 @@ class DistillProgress:
     start_dev: dict[str, float] = field(default_factory=dict[str, float])
     last_dev: dict[str, float] = field(default_factory=dict[str, float])
     start_items: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    best_step: int = -1
-    best_dev: float = -1.0
     best_by_set: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     best_weights: dict[Task, float] = field(default_factory=dict[Task, float])
     share_kept: float = 1.0
-    evaluations_without_gain: int = 0
 
 
 class DistillRun:
@@ -100,7 +91,7 @@ class DistillRun:
         student: Student,
         recipe: Recipe,
         sources: list[LabelledSource],
-        dev_sets: list[DevSet | PairDevSet],
+        dev_sets: list[DevSet],
         settings: dict[str, Any],
         folder: Path,
         processes: Processes,
@@ -110,7 +101,7 @@ class DistillRun:
         """Begin a run, or take up the one whose checkpoint is in ``folder``.
 
         ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
-        ``ask_teacher`` is asked where ``training.unjudged`` says so.
+        ``ask_teacher`` is called where ``training.unjudged`` says so.
         """
         self.show_progress = show_progress if processes.is_first else False
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
@@ -126,10 +117,11 @@ class DistillRun:
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer = _optimizer(self.parameters, recipe.training)
         self.progress = DistillProgress()
+        self.best = BestState(self.parameters, folder / _BEST)
         checkpoint = load_checkpoint(folder, settings=self.settings)
         if checkpoint is not None:
             restore(checkpoint, self.parameters, self.optimizer)
-            self.progress = DistillProgress(**checkpoint.state)
+            self._take_up(checkpoint.state)
             remarks.info("distill: goes on after step %d of an earlier run", self.progress.step)
         self.log: RunLog | None = None
         if processes.is_first:
@@ -156,7 +148,7 @@ class DistillRun:
             try:
                 return self._train(advance)
             except KeyboardInterrupt:
-                if self.signals.is_consistent and self.progress.best_step >= 0:
+                if self.signals.is_consistent and self.best.step is not None:
                     self._keep()
                     remarks.info("distill: step %d is kept in %s", self.progress.step, self.folder)
                 raise
@@ -166,7 +158,7 @@ class DistillRun:
         batches: list[tuple[LabelledSource, list[Draw]]] = []
         self._measure_and_keep()  # before the first step, or what a stop has kept from it
         while progress.step < self.total_steps:
-            if progress.evaluations_without_gain >= training.patience:
+            if self.best.looks_since >= training.patience:
                 return True
             epoch, place = divmod(progress.step, self.per_epoch)
             if not batches or place == 0:
@@ -186,23 +178,19 @@ class DistillRun:
         if is_look:
             self._evaluate()
         # A new best state is kept with a checkpoint that knows it, so that a resumed run cannot mix the two.
-        is_due = progress.step % training.checkpoint_every == 0 or at_end or progress.best_step == progress.step
+        is_due = progress.step % training.checkpoint_every == 0 or at_end or self.best.step == progress.step
         is_due |= time.monotonic() - self.kept_at > 60 * training.checkpoint_minutes
         if is_due and (is_look or self.kept_step != progress.step):
             self._keep()
 
     def take_best(self) -> None:
-        """Put the best state and its interaction weights into the student."""
-        best = load_file(self.folder / _BEST)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(best[name])
-        self._set_interaction_weights()
+        """Put the best state into the student."""
+        self.best.put_back()
 
     def step_back(self) -> None:
         """Take back as much of the change as dev does not miss (``training.interpolation``)."""
         training, progress = self.recipe.training, self.progress
-        if progress.best_step == 0 or not training.steps_back:
+        if self.best.step == 0 or not training.steps_back:
             return
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -221,10 +209,9 @@ class DistillRun:
         )
         put_between(self.parameters, self.start, end, share)
         self._adopt(results[share])
-        self._set_interaction_weights()
         progress.share_kept = share
-        for tried, found in results.items():
-            self._write(progress.step, share=tried, dev=_rounded(found))
+        for tried_share, of_share in results.items():
+            self._write(progress.step, share=tried_share, dev=_rounded(of_share))
 
     def train_interaction(self) -> None:
         """The second stage, where the recipe has one: the interaction alone, on the vectors as they are now."""
@@ -242,19 +229,19 @@ class DistillRun:
                 show_progress=self.show_progress,
             )
             self._adopt(results)
-            self.progress.best_weights = sound_weights(results, self.progress.start_items, seed=self.recipe.seed)
-        self._set_interaction_weights()
+            start = self.progress.start_items
+            self.progress.best_weights = choose_interaction_weights(results, start, seed=self.recipe.seed)
 
     def _write_after(self, step: int, **values: Any) -> None:
         self._write(self.progress.step + step, **values)
 
     def finish(self) -> None:
-        """Tell the log that the run came to its end."""
+        """Close the log of a finished run."""
         if self.log is not None:
             self.log.finish()
 
     def _remine(self, epoch: int) -> None:
-        """Hard negatives by the student at the start of the epoch; kept, so that a resumed run has the same."""
+        """Mine hard negatives with the student of this epoch's start; they are kept, so a resumed run has the same."""
         if not self.recipe.training.remine or epoch == 0:
             return
         renewed: list[LabelledSource] = []
@@ -262,7 +249,7 @@ class DistillRun:
             folder = self.folder / "remined" / f"epoch-{epoch}" / labelled.source.dataset.name
             if self.processes.is_first and not (folder / MANIFEST).is_file():
                 self.student.eval()
-                found = remine(
+                remined = remine(
                     labelled.source,
                     self.student,
                     self.recipe.mining,
@@ -272,14 +259,14 @@ class DistillRun:
                     same_text=labelled.same_text,
                     show_progress=self.show_progress,
                 )
-                write_plan(folder, found.plan.entries, {"remined": found.plan.manifest.get("remined")})
+                write_plan(folder, remined.plan.entries, {"remined": remined.plan.manifest.get("remined")})
             self.processes.from_first(None)  # when the plan is written
             mined = labelled.with_source(replace(labelled.source, plan=read_plan(folder)))
             renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._judged_alone(mined))
         self.sources = renewed
 
     def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
-        """The source with those of its newly mined negatives that the teacher has judged, after asking it if wanted."""
+        """The source with those newly mined negatives that the teacher has judged, which it may judge now first."""
         if self.recipe.training.unjudged == "ask_teacher":
             if self.processes.is_first:
                 by_teacher = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
@@ -304,13 +291,13 @@ class DistillRun:
         progress, training = self.progress, self.recipe.training
         self.student.train()
         batch = collate(source, draws)
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
 
         def loss_of(vectors: Tensor) -> Tensor:
             scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
             offset = self.offsets.get(offset_name(source.source))
-            found.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
-            loss = weighted_sum(found, self.recipe.losses)
+            losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
+            loss = weighted_sum(losses, self.recipe.losses)
             require_finite(loss, progress.step, self.folder)
             return loss
 
@@ -329,9 +316,9 @@ class DistillRun:
                 self.optimizer, self.parameters, factor=factor, max_gradient_norm=training.max_gradient_norm
             )
             progress.step += 1
-            values = {name: round(float(value.detach()), 6) for name, value in found.items()}
+            values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
             self._write(progress.step, loss=float(loss), gradient_norm=norm, task=source.source.task, **values)
-        advance(1, f"loss {float(loss):.3f}  dev {progress.best_dev:.4f}")
+        advance(1, f"loss {float(loss):.3f}  dev {self.best.value or 0:.4f}")
 
     def _write(self, step: int, **values: Any) -> None:
         if self.log is not None:
@@ -344,51 +331,61 @@ class DistillRun:
             results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
             with self.signals.held():
                 self._take_in(results)
-        vars(self.progress).update(self.processes.from_first(vars(self.progress)))
+        progress, best = self.processes.from_first((vars(self.progress), self.best.record()))
+        vars(self.progress).update(progress)
+        self.best.take_up(best)
 
     def _dev_results(self, title: str) -> dict[str, DevResult]:
         return evaluate_dev(self.student, self.dev_sets, title=title, show_progress=self.show_progress)
 
     def _take_in(self, results: dict[str, DevResult]) -> None:
-        """The dev results of this step: is it the best, and what do they say of the weights of the interaction?"""
+        """Take in the dev results of this step: keep the state if it is the best so far."""
         progress = self.progress
         weights = choose_interaction_weights(results)
         by_set = value_by_set(results, weights)
         progress.last_dev = by_set
         value = mean_value(results)
         items = items_at_best_weight(results)
-        if progress.best_step < 0:
+        if self.best.step is None:
             progress.start_dev, progress.start_items = by_set, items
         # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
         # the end, that step will see to it.
         is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
-        if is_sound and value > progress.best_dev:
-            progress.best_dev, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+        if self.best.offer(value, progress.step, is_sound=is_sound):
             self._adopt(results)
-            best = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-            write_bytes(self.folder / _BEST, save(best))
-        else:
-            progress.evaluations_without_gain += 1
         progress.measured_step = progress.step
         dev = _rounded(results)
         self._write(progress.step, dev=dev)
         _log.info("step %d: dev %s", progress.step, dev)
 
     def _adopt(self, results: dict[str, DevResult]) -> None:
-        """These dev results are those of what will be written, with the interaction weights that they ask for."""
+        """Take these as the dev results of what will be written, and choose the weights r by them."""
         progress = self.progress
         progress.best_by_set = {
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
         }
         progress.best_weights = choose_interaction_weights(results)
 
-    def _set_interaction_weights(self) -> None:
+    def set_interaction_weights(self) -> None:
+        """Give the student's interaction the weight r that was chosen for each task; until here it is 1."""
         head = self.student.interaction
-        if isinstance(head, CosineHead) or not head.has_anchor:
-            return
-        with torch.no_grad():
+        if has_interaction_weight(self.student) and isinstance(head, Interaction):
             for task, weight in self.progress.best_weights.items():
                 head.interaction_weight(task).fill_(weight)
+
+    def _state(self) -> dict[str, Any]:
+        """How the run stands, as plain JSON."""
+        best = {
+            "best_step": self.best.step,
+            "best_dev": self.best.value,
+            "evaluations_without_gain": self.best.looks_since,
+        }
+        return vars(self.progress) | best
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        best = {"step": "best_step", "value": "best_dev", "looks_since": "evaluations_without_gain"}
+        self.best.take_up({name: state[key] for name, key in best.items()})
+        self.progress = DistillProgress(**{key: value for key, value in state.items() if key not in best.values()})
 
     def _keep(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
@@ -398,7 +395,7 @@ class DistillRun:
             )
         self.kept_step, self.kept_at = self.progress.step, time.monotonic()
         if self.processes.is_first:
-            step, state = self.progress.step, dict(vars(self.progress))
+            step, state = self.progress.step, self._state()
             with self.signals.held():
                 save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, settings=self.settings)
 

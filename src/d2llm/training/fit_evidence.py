@@ -31,7 +31,7 @@ from d2llm.retrieval.row_evidence import scored_list
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors
-from d2llm.training.dev_lists import dev_queries
+from d2llm.training.dev import dev_queries
 
 MIN_QUERIES = 30
 """Judged dev queries of a task below which nothing is fitted."""
@@ -74,7 +74,7 @@ def fit_evidence(
 ) -> Evidence:
     """Fit for each task what words add to a student's score; give it to the student as its ``evidence``.
 
-    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out, and that is said in a remark.
+    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out with a remark.
 
     Args:
         student: whose score it is added to.
@@ -92,18 +92,18 @@ def fit_evidence(
     tasks: dict[Task, TaskEvidence] = {}
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
-        made = [
+        lists = [
             make_evidence_lists(
                 student, dataset, task, terms=terms, num_queries=num_queries, seed=seed, show_progress=show_progress
             )
-            for dataset, of in judged
-            if of == task
+            for dataset, set_task in judged
+            if set_task == task
         ]
-        found = sum(len(each.lists) for each in made)
-        if found < MIN_QUERIES:
-            _remarks.warning("%s: words are not weighed by %d dev queries; it takes %d", task, found, MIN_QUERIES)
+        num_lists = sum(len(each.lists) for each in lists)
+        if num_lists < MIN_QUERIES:
+            _remarks.warning("%s: words are not weighed by %d dev queries; it takes %d", task, num_lists, MIN_QUERIES)
         else:
-            tasks[task] = weigh(made, terms)
+            tasks[task] = weigh(lists, terms)
     return Evidence(student=student.fingerprint, tasks=tasks)
 
 
@@ -139,8 +139,8 @@ def make_evidence_lists(
     ids = list(dataset.passages)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    asked = [words.query(query.text) for query in queries]
-    by_words = [words.best(one, depth)[0] for one in asked]
+    words_of_queries = [words.query(query.text) for query in queries]
+    by_words = [words.best(one, depth)[0] for one in words_of_queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*own], np.int64) for own in grades)]))
     others = np.setdiff1d(np.arange(len(ids)), needed).tolist()
@@ -152,10 +152,10 @@ def make_evidence_lists(
     vectors = student.encode_queries([query.text for query in queries]).vectors
     listed: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float32]] = []
-    for vector, found, judged in zip(vectors, by_words, grades, strict=True):
+    for vector, lexical, judged in zip(vectors, by_words, grades, strict=True):
         own = student.score(vector, passages, task)
         nearest = pool[np.argsort(-own, kind="stable")[:depth]]
-        listed.append(rows := np.unique(np.concatenate([found, nearest, np.array([*judged], np.int64)])))
+        listed.append(rows := np.unique(np.concatenate([lexical, nearest, np.array([*judged], np.int64)])))
         scores.append(own[np.searchsorted(pool, rows)])
     best_windows: list[NDArray[np.float32] | None] = [None] * len(queries)
     if "window_vectors" in terms:
@@ -167,10 +167,10 @@ def make_evidence_lists(
         [
             scored_list(own, words, query_words, rows, judged, terms, of_windows)
             for own, query_words, rows, judged, of_windows in zip(
-                scores, asked, listed, grades, best_windows, strict=True
+                scores, words_of_queries, listed, grades, best_windows, strict=True
             )
         ],
-        np.stack([query_words.statistics for query_words in asked]),
+        np.stack([query_words.statistics for query_words in words_of_queries]),
     )
 
 
@@ -201,7 +201,7 @@ def _read_windows(
     return WindowVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
 
 
-def weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+def weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     """Weights for the data sets of one task, all 0 where evidence is no better than the student's own score.
 
     Where the vectors of windows get a weight, there are others for an index without them.
@@ -209,12 +209,12 @@ def weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskE
     Raises:
         InputError: a half of the lists has no relevant passage.
     """
-    best = _weigh(made, terms)
+    best = _weigh(sets, terms)
     if "window_vectors" not in terms:
         return best
     kept = [place for place, term in enumerate(terms) if term != "window_vectors"]
     columns = [0, *(1 + place for place in kept)]
-    fewer = [replace(each, lists=[(scores[:, columns], grades) for scores, grades in each.lists]) for each in made]
+    fewer = [replace(each, lists=[(scores[:, columns], grades) for scores, grades in each.lists]) for each in sets]
     without = _weigh(fewer, [terms[place] for place in kept])
     if not best.weights["window_vectors"] or _mean_after(best) < _mean_after(without) + WORTH_READING:
         return without
@@ -232,72 +232,72 @@ class _Sum(NamedTuple):
     is_words: NDArray[np.bool_]
     factor: WordsFactor | None = None
 
-    def ndcg(self, made: EvidenceLists) -> list[float]:
+    def ndcg(self, evidence: EvidenceLists) -> list[float]:
         """Of each list."""
         rankings: dict[str, list[str]] = {}
         qrels: dict[str, dict[str, int]] = {}
-        for number, ((scores, grades), statistics) in enumerate(zip(made.lists, made.statistics, strict=True)):
+        for number, ((scores, grades), statistics) in enumerate(zip(evidence.lists, evidence.statistics, strict=True)):
             scale = 1.0 if self.factor is None else self.factor(statistics)
             order = np.argsort(-(scores @ np.where(self.is_words, scale * self.weights, self.weights)), kind="stable")
             rankings[str(number)] = [str(place) for place in order.tolist()]
             qrels[str(number)] = {str(place): int(grade) for place, grade in enumerate(grades.tolist()) if grade > 0}
         values = per_query_measures(rankings, qrels)[_MEASURE]
-        return [values[str(number)] for number in range(len(made.lists))]
+        return [values[str(number)] for number in range(len(evidence.lists))]
 
 
-def _weigh(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+def _weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
-    before = {each.name: float(np.mean(own.ndcg(each))) for each in made}
-    after, others = _on_halves(made, terms), _on_other_sets(made, terms)
-    after_by_query = _on_halves(made, terms, by_query=True)
+    before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
+    after, others = _on_halves(sets, terms), _on_other_sets(sets, terms)
+    after_by_query = _on_halves(sets, terms, by_query=True)
     gained = [after_by_query[name] - after[name] for name in after]
-    for name, value in _on_other_sets(made, terms, by_query=True).items():
+    for name, value in _on_other_sets(sets, terms, by_query=True).items():
         gained.append(value - others[name])
     by_query = float(np.mean(gained)) > 0
     if by_query:
         after = after_by_query
-    found = own
+    fitted = own
     if np.mean([*after.values()]) > np.mean([*before.values()]):
-        found = _fit_sum(made, terms, by_query=by_query)
+        fitted = _fit_sum(sets, terms, by_query=by_query)
     return TaskEvidence(
-        weights=dict(zip(terms, found.weights[1:].tolist(), strict=True)),
-        words_factor=found.factor,
+        weights=dict(zip(terms, fitted.weights[1:].tolist(), strict=True)),
+        words_factor=fitted.factor,
         dev={name: (before[name], after[name]) for name in before},
-        num_queries={each.name: len(each.lists) for each in made},
+        num_queries={each.name: len(each.lists) for each in sets},
     )
 
 
 def _on_halves(
-    made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
 ) -> dict[str, float]:
     """nDCG@10 of each data set, each half of the queries by a sum that was fitted on the other half."""
-    halves = [[each.half(number) for each in made] for number in (0, 1)]
-    found: dict[str, list[float]] = {each.name: [] for each in made}
-    for tried, others in (halves, halves[::-1]):
+    halves = [[each.half(number) for each in sets] for number in (0, 1)]
+    by_set: dict[str, list[float]] = {each.name: [] for each in sets}
+    for half_of_sets, others in (halves, halves[::-1]):
         fitted = _fit_sum(others, terms, by_query=by_query)
-        for half in tried:
-            found[half.name] += fitted.ndcg(half)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        for half in half_of_sets:
+            by_set[half.name] += fitted.ndcg(half)
+    return {name: float(np.mean(values)) for name, values in by_set.items()}
 
 
 def _on_other_sets(
-    made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
 ) -> dict[str, float]:
     """nDCG@10 of each data set by a sum that was fitted on the others; of nothing where there is only one."""
-    if len(made) == 1:
+    if len(sets) == 1:
         return {}
     return {
         one.name: float(
-            np.mean(_fit_sum([each for each in made if each is not one], terms, by_query=by_query).ndcg(one))
+            np.mean(_fit_sum([each for each in sets if each is not one], terms, by_query=by_query).ndcg(one))
         )
-        for one in made
+        for one in sets
     }
 
 
-def _fit_sum(made: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool) -> _Sum:
-    lists, is_words = [one for each in made for one in each.lists], _are_words(terms)
+def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool) -> _Sum:
+    lists, is_words = [one for each in sets for one in each.lists], _are_words(terms)
     if by_query:
-        statistics = np.concatenate([each.statistics for each in made])
+        statistics = np.concatenate([each.statistics for each in sets])
         fitted = fit_scaled_weights(lists, statistics, is_words)
         if fitted.weights.any():
             exponents = statistics @ fitted.slopes + fitted.offset

@@ -1,4 +1,4 @@
-"""Fits what makes probabilities of a student's scores (``models.probabilities``), on judged dev queries."""
+"""Calibrates a student's scores as probabilities (``models.probabilities``), on judged dev queries."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.reading import score_pairs
 from d2llm.training.mining.ranking import bm25_lists
 
 MIN_QUERIES = 30
@@ -54,12 +55,12 @@ def fit_probabilities(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> ProbabilityCalibration:
-    """Fit for each task the logistic function that makes probabilities of a student's scores.
+    """Fit for each task the logistic function that turns a student's scores into probabilities.
 
     Of each dev query one relevant passage is drawn, ``NUM_HARD`` of those that BM25 finds first or that were judged and
-    are not relevant, and ``NUM_RANDOM`` of the corpus: one in ten is relevant, which is what a probability then takes
-    for granted. The function is that of greatest likelihood for Platt's targets. A task with fewer than ``MIN_QUERIES``
-    queries, or whose scores tell nothing apart, is left out, and that is said in a remark.
+    are not relevant, and ``NUM_RANDOM`` of the corpus. So one in ten is relevant, which the probabilities assume. The
+    function has the greatest likelihood for Platt's targets. A task with fewer than ``MIN_QUERIES`` queries, or whose
+    scores do not tell relevant passages from others, is left out with a remark.
 
     Args:
         student: whose scores.
@@ -76,8 +77,8 @@ def fit_probabilities(
     for task in names:
         parts = [
             score_drawn(student, dataset, task, num_queries=num_queries, seed=seed, show_progress=show_progress)
-            for dataset, of in judged
-            if of == task
+            for dataset, set_task in judged
+            if set_task == task
         ]
         fitted = _fit(task, parts, seed)
         if fitted is not None:
@@ -105,19 +106,17 @@ def score_drawn(
     chosen = sorted(rng.sample(known, min(num_queries, len(known))))
     positives = {query_id: judged[query_id] for query_id in chosen}
     drawn = _draw(dataset, positives, dataset.qrels.get(split, {}), rng, show_progress)
-    row_of = {passage_id: row for row, passage_id in enumerate(dict.fromkeys(p for ids in drawn.values() for p in ids))}
-    texts = [dataset.passages[passage_id].full_text for passage_id in row_of]
-    with progress_bar(f"calibrating on {dataset.name}", len(texts) + len(drawn), show=show_progress) as advance:
-        passages = student.encode_passages(texts, advance=advance).vectors
-        query_texts = [dataset.queries[query_id].text for query_id in drawn]
-        queries = student.encode_queries(query_texts, advance=advance).vectors
-    scores = [
-        student.score(query, passages[[row_of[passage_id] for passage_id in ids]], task)
-        for query, ids in zip(queries, drawn.values(), strict=True)
+    pairs = [
+        (dataset.queries[query_id].text, dataset.passages[passage_id].full_text)
+        for query_id, ids in drawn.items()
+        for passage_id in ids
     ]
+    num_texts = sum(len(set(side)) for side in zip(*pairs, strict=True))
+    with progress_bar(f"calibrating on {dataset.name}", num_texts, show=show_progress) as advance:
+        scores = score_pairs(student, pairs, task, advance).scores if pairs else np.empty(0)
     return ScoredPairs(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
-        scores=np.concatenate(scores).astype(np.float64) if scores else np.empty(0),
+        scores=scores.astype(np.float64),
         relevant=np.array([place == 0 for ids in drawn.values() for place in range(len(ids))], bool),
         num_queries={dataset.name: len(drawn)},
     )
@@ -139,10 +138,10 @@ def _draw(
     same_text = SameText(dataset)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}
-    for (query_id, relevant), found in zip(positives.items(), lists, strict=True):
+    for (query_id, relevant), lexical in zip(positives.items(), lists, strict=True):
         excluded = {*relevant, *same_text.as_any_of(relevant)}
         refused = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
-        hard = [passage_id for passage_id in dict.fromkeys([*found, *refused]) if passage_id not in excluded]
+        hard = [passage_id for passage_id in dict.fromkeys([*lexical, *refused]) if passage_id not in excluded]
         others = [passage_id for passage_id in pool if passage_id not in excluded]
         if not others:
             continue

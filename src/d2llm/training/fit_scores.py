@@ -1,4 +1,4 @@
-"""The verb ``fit-scores``: what is fitted to a student's scores on dev, without training the student."""
+"""The verb ``fit-scores``: fit evidence weights and probabilities to a student's scores on dev, without training it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb ``gate``: is the teacher better than the cosine it is to improve? Where it is not, say so."""
+"""The verb ``gate``: does the teacher beat the cosine on dev, before its labels are used?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
@@ -20,23 +19,26 @@ from d2llm.core.recipe import GateConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
-from d2llm.evaluation.gold import Gold, NliGold, measure_all
-from d2llm.evaluation.judging import PoolScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.gating import better
-from d2llm.ops.measures import per_query_measures
-from d2llm.retrieval.protocols import PairJudge
-from d2llm.training.dev import PAIRS_PER_QUERY
-from d2llm.training.dev_lists import DevLists, DevPairs, dev_queries, judge_dev, make_dev_lists, make_dev_pairs
+from d2llm.training.dev import (
+    PAIRS_PER_QUERY,
+    DevSet,
+    JudgedDev,
+    Measured,
+    dev_queries,
+    judge_dev,
+    make_dev_lists,
+    make_dev_pairs,
+)
 
 GATE_FILE = "gate.json"
 LOOK_QUERIES = 20
-"""Dev queries of each data set that a first look takes."""
+"""Dev queries of each data set in a first look."""
 _KIND, _FORMAT_VERSION = "gate", 1
-_MEASURE = "nDCG@10"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class GateReport:
 
 @dataclass(frozen=True, slots=True)
 class FirstLook:
-    """How a teacher that is yet to be tuned does beside the cosine, on few queries: no verdict, and none is kept."""
+    """How an untuned teacher compares with the cosine on a few queries. It is no verdict, and nothing is recorded."""
 
     sets: tuple[GateRow, ...]
     num_judged: int
@@ -115,24 +117,24 @@ def gate(
 ) -> GateReport:
     """Let teacher and cosine score the same dev queries or pairs, and test the difference item by item.
 
-    Of a retrieval set both rank the candidates of dev queries, the first of BM25 and of the student's vectors, as a
-    search would find them; the measure is nDCG@10. Of labelled pairs both score a sample of the dev pairs; the measure
-    is that of their kind: average precision (yes or no), accuracy of three classes, or Spearman's correlation. What is
-    tested there is a value of each pair (``evaluation.gold``): for AP the share of pairs of the other label that it is
-    on the right side of, for a correlation how near its places by score and by grade are. The thresholds between
-    classes are fitted on one half of the sample and used on the other, in turn, for both alike.
+    On a retrieval set both rank the candidates of dev queries: the first of BM25 and of the student's vectors, as a
+    search would find them. The measure is nDCG@10. On labelled pairs both score a sample of the dev pairs. The measure
+    depends on the labels: average precision (yes or no), accuracy of three classes, or Spearman's correlation. The test
+    takes one value for each pair (``evaluation.gold``): for AP the share of pairs with the other label that it is on
+    the right side of, for a correlation how close its places by score and by grade are. Thresholds between classes are
+    fitted on one half of the sample and used on the other, in turn, for both judges.
 
-    The gate of a data set is open where the teacher has the higher measure, and the higher mean of these values with a
-    p-value below ``settings.alpha``; few items close a gate that more might open. The verdicts go to ``gate.json`` in
-    ``folder``, beside those of other teachers; judgements are kept in ``gate-judgements``, so an interrupted call goes
-    on where it stopped.
+    The gate of a data set is open if the teacher has the higher measure, and the higher mean of these values with a
+    p-value below ``settings.alpha``. With few items a gate may stay closed that more would open. The verdicts go to
+    ``gate.json`` in ``folder``, beside those of other teachers; judgements are kept in ``gate-judgements``, so an
+    interrupted call goes on where it stopped.
 
     Args:
         judged: data sets with a dev split, each with its task.
-        folder: of the run.
-        teacher: of any kind.
+        folder: the run's.
+        teacher: a teacher of any kind.
         student: the cosine to beat: untuned, or a tuned bi-encoder.
-        settings: how many queries (ten times as many pairs), how deep, which level.
+        settings: number of queries (ten times as many pairs), depth of the candidates, significance level.
         seed: of the sample and the test.
         device: by default what this machine has.
         dtype: by default what is fast there.
@@ -147,23 +149,23 @@ def gate(
     started = time.monotonic()
     earlier = _read_gates(folder / GATE_FILE)
     sets = [_sample(dataset, task, student, settings, seed, show_progress) for dataset, task in judged]
-    by_cosine = _ask(CosineTeacher(student), sets, "cosine", folder, show_progress)
+    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder, show_progress)
     model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = _ask(model, sets, "teacher", folder, show_progress)
-    tried = _tried(sets, by_cosine, by_teacher)
-    pooled: dict[tuple[Task, str], list[_Tried]] = {}
-    for one in tried:
-        pooled.setdefault((one.task, one.cosine.measure), []).append(one)
-    seen = stacked_queries(teacher)
+    by_teacher = _judge(model, sets, "teacher", folder, show_progress)
+    trials = _trials(sets, by_cosine, by_teacher)
+    pooled: dict[tuple[Task, str], list[_Trial]] = {}
+    for trial in trials:
+        pooled.setdefault((trial.dev.task, trial.cosine.measure), []).append(trial)
+    fitted_on = stacked_queries(teacher)
     report = GateReport(
         teacher=model.fingerprint,
         cosine=student.fingerprint,
         settings=settings,
-        sets=tuple(_row(one.name, [one], alpha=settings.alpha, seed=seed) for one in tried),
-        tasks=tuple(_row(task, of, alpha=settings.alpha, seed=seed) for (task, _), of in pooled.items()),
-        num_seen=sum(len(seen.get(of.name, frozenset()) & of.candidates.keys()) for of in sets),
-        num_judged=sum(found.num_new for found in by_teacher),
-        num_truncated=sum(found.num_truncated for found in by_teacher),
+        sets=tuple(_row(trial.dev.name, [trial], alpha=settings.alpha, seed=seed) for trial in trials),
+        tasks=tuple(_row(task, members, alpha=settings.alpha, seed=seed) for (task, _), members in pooled.items()),
+        num_seen=sum(len(fitted_on.get(dev.name, frozenset()) & dev.queries.keys()) for dev in sets),
+        num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
+        num_truncated=sum(judged_dev.num_truncated for judged_dev in by_teacher),
         seconds=time.monotonic() - started,
     )
     _write(folder / GATE_FILE, earlier, report)
@@ -182,26 +184,28 @@ def first_look(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> FirstLook:
-    """Teacher and cosine on ``LOOK_QUERIES`` dev queries of each data set, before hours go into tuning the teacher.
+    """Compare teacher and cosine on ``LOOK_QUERIES`` dev queries of each data set, before hours go into tuning.
 
-    Both rank BM25's candidates, so that no corpus has to be encoded. ``gate.json`` stays as it is; judgements are kept
-    with the gate's. Arguments and errors are those of ``gate``.
+    Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not touched; judgements are kept with
+    the gate's. Arguments and errors are those of ``gate``.
     """
     started = time.monotonic()
     few = (settings or GateConfig()).model_copy(update={"queries": LOOK_QUERIES})
     sets = [_sample(dataset, task, None, few, seed, show_progress) for dataset, task in judged]
-    by_cosine = _ask(CosineTeacher(student), sets, "cosine", folder, show_progress)
-    by_teacher = _ask(load_judge(teacher, device=device, dtype=dtype), sets, "untuned teacher", folder, show_progress)
-    tried = _tried(sets, by_cosine, by_teacher)
+    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder, show_progress)
+    model = load_judge(teacher, device=device, dtype=dtype)
+    by_teacher = _judge(model, sets, "untuned teacher", folder, show_progress)
     return FirstLook(
-        sets=tuple(_row(one.name, [one], alpha=few.alpha, seed=seed) for one in tried),
-        num_judged=sum(found.num_new for found in by_teacher),
+        sets=tuple(
+            _row(trial.dev.name, [trial], alpha=few.alpha, seed=seed) for trial in _trials(sets, by_cosine, by_teacher)
+        ),
+        num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
         seconds=time.monotonic() - started,
     )
 
 
 def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
-    """Whether the gate of each data set is open for a teacher, by the data set's name; None where it was not tried.
+    """Whether the gate of each data set is open for a teacher, by the data set's name; None before ``gate`` has run.
 
     Args:
         folder: of the run.
@@ -210,42 +214,28 @@ def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
     Raises:
         DataFormatError: ``gate.json`` is there and cannot be read.
     """
-    found = _read_gates(folder / GATE_FILE).get(teacher_fingerprint)
-    return None if found is None else {row["name"]: bool(row["is_open"]) for row in found["sets"]}
+    report = _read_gates(folder / GATE_FILE).get(teacher_fingerprint)
+    return None if report is None else {row["name"]: bool(row["is_open"]) for row in report["sets"]}
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
-    """How a judge did on one data set: the value of its measure, and a value for each item by its id."""
+class _Trial:
+    """Cosine and teacher on one data set."""
 
-    measure: str
-    value: float
-    of_items: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """Both judges on one data set."""
-
-    name: str
-    task: Task
-    cosine: _Measured
-    teacher: _Measured
+    dev: DevSet
+    cosine: Measured
+    teacher: Measured
 
 
-def _ask(
-    judge: PairJudge, sets: Sequence[DevLists | DevPairs], name: str, folder: Path, show: bool | None
-) -> list[PoolScores]:
+def _judge(judge: Judge, sets: Sequence[DevSet], name: str, folder: Path, show: bool | None) -> list[JudgedDev]:
     store = folder / "gate-judgements"
-    return [judge_dev(judge, of, name=name, store=store, show_progress=show) for of in sets]
+    return [judge_dev(judge, dev, name=name, store=store, show_progress=show) for dev in sets]
 
 
-def _tried(
-    sets: Sequence[DevLists | DevPairs], by_cosine: Sequence[PoolScores], by_teacher: Sequence[PoolScores]
-) -> list[_Tried]:
+def _trials(sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: Sequence[JudgedDev]) -> list[_Trial]:
     return [
-        _Tried(of.name, of.task, _measure(of, cosine.scores), _measure(of, taught.scores))
-        for of, cosine, taught in zip(sets, by_cosine, by_teacher, strict=True)
+        _Trial(dev, dev.measure(cosine.scores, cross_fit=True), dev.measure(teacher.scores, cross_fit=True))
+        for dev, cosine, teacher in zip(sets, by_cosine, by_teacher, strict=True)
     ]
 
 
@@ -256,7 +246,7 @@ def _sample(
     settings: GateConfig,
     seed: int,
     show: bool | None,
-) -> DevLists | DevPairs:
+) -> DevSet:
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)
     queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
@@ -265,42 +255,24 @@ def _sample(
     )
 
 
-def _measure(of: DevLists | DevPairs, scores: Mapping[str, Mapping[str, float]]) -> _Measured:
-    if isinstance(of, DevLists):
-        of_queries = per_query_measures(of.ranked(scores), of.qrels)[_MEASURE]
-        return _Measured(_MEASURE, fmean(of_queries.values()), of_queries)
-    value, values = _measure_pairs(of.gold, of.of_pairs(scores))
-    of_items = dict(zip((pair.id for pair in of.pairs), values.tolist(), strict=True))
-    return _Measured(of.gold.main_measure, value, of_items)
-
-
-def _measure_pairs(gold: Gold, scores: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """The main measure of the scores [n] of pairs, and a value of each pair [n]."""
-    if not isinstance(gold, NliGold):  # AP and correlations need no threshold
-        everything = np.arange(len(scores))
-        found = measure_all(gold, scores, everything, None)[gold.main_measure]
-        return found, gold.of_items(scores, everything, None)
-    by_class = np.argsort(gold.classes, kind="stable")  # so that both halves have pairs of each class
-    halves = by_class[::2], by_class[1::2]
-    values = np.empty(len(scores))
-    for here, other in (halves, halves[::-1]):
-        values[here] = gold.of_items(scores[here], here, gold.fit(scores[other], other))
-    return float(values.mean()), values
-
-
-def _row(name: str, tried: Sequence[_Tried], *, alpha: float, seed: int) -> GateRow:
+def _row(name: str, trials: Sequence[_Trial], *, alpha: float, seed: int) -> GateRow:
     """One data set, or several of one task and measure: all their items together, each named with its set."""
-    of_cosine = {f"{one.name}:{item}": value for one in tried for item, value in one.cosine.of_items.items()}
-    of_teacher = {f"{one.name}:{item}": value for one in tried for item, value in one.teacher.of_items.items()}
-    test = better(of_cosine, of_teacher, alpha=alpha, seed=seed)
-    sizes = [len(one.cosine.of_items) for one in tried]
-    cosine = float(np.average([one.cosine.value for one in tried], weights=sizes))
-    teacher = float(np.average([one.teacher.value for one in tried], weights=sizes))
+    items = [f"{trial.dev.name}:{item}" for trial in trials for item in trial.dev.item_ids]
+    cosines, teachers = [trial.cosine for trial in trials], [trial.teacher for trial in trials]
+    by_cosine, by_teacher = (
+        dict(zip(items, np.concatenate([one.by_item for one in measured]).tolist(), strict=True))
+        for measured in (cosines, teachers)
+    )
+    test = better(by_cosine, by_teacher, alpha=alpha, seed=seed)
+    sizes = [len(one.by_item) for one in cosines]
+    cosine, teacher = (
+        float(np.average([one.value for one in measured], weights=sizes)) for measured in (cosines, teachers)
+    )
     return GateRow(
         name,
-        tried[0].task,
-        tried[0].cosine.measure,
-        len(of_cosine),
+        trials[0].dev.task,
+        cosines[0].measure,
+        len(items),
         teacher,
         cosine,
         teacher - cosine,

@@ -32,7 +32,7 @@ _UNKNOWN = 1 << 30  # room where the system does not say how much is free
 
 
 def graph_room(student: Student, training: TrainingConfig) -> int:
-    """Bytes for the intermediate results that are kept from the forward to the backward pass; said where it is chosen.
+    """Bytes for the intermediate results that are kept from the forward to the backward pass; logged if chosen here.
 
     ``training.graph_gib``, or a third of what is free now. Processes of one machine share its memory, but each has a
     GPU to itself.
@@ -45,11 +45,11 @@ def graph_room(student: Student, training: TrainingConfig) -> int:
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     free = free_memory(device)
     room = _UNKNOWN if free is None else free // _SHARE // sharing
-    found = "how much is free cannot be read here" if free is None else f"{free / _GIB:.1f} GiB are free"
+    measured = "how much is free cannot be read here" if free is None else f"{free / _GIB:.1f} GiB are free"
     remarks.info(
         "memory: %s; up to %.1f GiB of it hold intermediate results (training.graph_gib sets another number; it "
         "changes speed, not the result)",
-        found,
+        measured,
         room / _GIB,
     )
     return room

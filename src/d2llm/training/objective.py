@@ -1,4 +1,4 @@
-"""What a batch of distillation is trained on: the weighted sum of the imitation losses.
+"""The objective of a batch: the weighted sum of the imitation losses.
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 """
@@ -51,14 +51,6 @@ def score_vectors(
         return head(queries, passages, batch.source.task)
 
 
-def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
-    """Read the batch's texts in one pass and score all queries against all passages; differentiable.
-
-    The plain form of what ``gradient_cache.backpropagate`` does in parts.
-    """
-    return score_vectors(student, student(*student.backbone.pad(batch_tokens(student, batch))), batch)
-
-
 def batch_losses(
     scores: PairScores, batch: DistillationBatch, weights: LossWeights, *, offset: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -78,28 +70,28 @@ def batch_losses(
     logits = _without_common_change(scores, candidates)
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     if weights.contrastive_imitation:
-        found["contrastive_imitation"] = losses.contrastive_imitation(
+        values["contrastive_imitation"] = losses.contrastive_imitation(
             logits, probabilities, positive, hard | easy, temperature=weights.temperature
         )
     if weights.list_imitation:
-        found["list_imitation"] = losses.list_imitation(logits, log_odds, candidates)
+        values["list_imitation"] = losses.list_imitation(logits, log_odds, candidates)
     if weights.rank_imitation_positive_hard:
-        found["rank_imitation_positive_hard"] = losses.rank_imitation_positive_hard(logits, log_odds, positive | hard)
+        values["rank_imitation_positive_hard"] = losses.rank_imitation_positive_hard(logits, log_odds, positive | hard)
     if weights.rank_imitation_hard_easy:
-        found["rank_imitation_hard_easy"] = losses.rank_imitation_hard_easy(logits, probabilities, hard, easy)
+        values["rank_imitation_hard_easy"] = losses.rank_imitation_hard_easy(logits, probabilities, hard, easy)
     if weights.feature_imitation and scores.features is not None:
         own = torch.from_numpy(batch.own).to(device)
         rows = torch.arange(len(own), device=device).unsqueeze(1)
         features = scores.features[rows, own.clamp(min=0)].float()
         gram = torch.from_numpy(batch.gram).to(device)
-        found["feature_imitation"] = losses.feature_imitation(features, gram, own >= 0)
+        values["feature_imitation"] = losses.feature_imitation(features, gram, own >= 0)
     if weights.in_batch_cross_entropy:
-        found["in_batch_cross_entropy"] = losses.in_batch_cross_entropy(logits, positive, candidates)
+        values["in_batch_cross_entropy"] = losses.in_batch_cross_entropy(logits, positive, candidates)
     if weights.anchor_cross_entropy and scores.anchor is not None:
-        found["anchor_cross_entropy"] = losses.in_batch_cross_entropy(scores.anchor, positive, candidates)
-    return found
+        values["anchor_cross_entropy"] = losses.in_batch_cross_entropy(scores.anchor, positive, candidates)
+    return values
 
 
 def _losses_of_pairs(
@@ -109,19 +101,19 @@ def _losses_of_pairs(
     weights: LossWeights,
     offset: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Of labelled pairs, judged one by one: nothing is known of the others of the batch, so they are no negatives."""
+    """Losses of labelled pairs. Each was judged alone, so the other pairs of the batch are no negatives."""
     own = torch.from_numpy(own_targets).to(scores.logits.device)
     judged = torch.isfinite(own)
     teacher = torch.sigmoid(torch.from_numpy(teacher_log_odds).to(own.device))
     targets = (1 - weights.teacher_share) * own.nan_to_num() + weights.teacher_share * teacher
     middle = 0.0 if offset is None else offset
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     if weights.pair_cross_entropy:
-        found["pair_cross_entropy"] = losses.pair_cross_entropy(scores.logits.float() - middle, targets, judged)
+        values["pair_cross_entropy"] = losses.pair_cross_entropy(scores.logits.float() - middle, targets, judged)
     if weights.anchor_pair_cross_entropy and scores.anchor is not None:
         anchor = scores.anchor.float() - middle
-        found["anchor_pair_cross_entropy"] = losses.pair_cross_entropy(anchor, targets, judged)
-    return found
+        values["anchor_pair_cross_entropy"] = losses.pair_cross_entropy(anchor, targets, judged)
+    return values
 
 
 def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
@@ -136,17 +128,17 @@ def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
     return logits - losses.masked_mean(logits - scores.anchor.float(), candidates)[:, None]
 
 
-def weighted_sum(found: dict[str, Tensor], weights: LossWeights) -> Tensor:
+def weighted_sum(values: dict[str, Tensor], weights: LossWeights) -> Tensor:
     """The total loss.
 
     Raises:
         InputError: no loss has a weight above 0.
     """
-    if not found:
+    if not values:
         raise InputError(
             "no loss has a weight above 0 (the anchor's are for the head 'anchored' only); set one in [losses]"
         )
-    return torch.stack([getattr(weights, name) * value for name, value in found.items()]).sum()
+    return torch.stack([getattr(weights, name) * value for name, value in values.items()]).sum()
 
 
 def offset_name(source: TrainingSource) -> str:

@@ -74,7 +74,7 @@ def joined_processes() -> Generator[Processes]:
 
 
 def own_device(device: str | None) -> str | None:
-    """The device for this process: where none is asked for and each process has a GPU, its own."""
+    """The device for this process: its own GPU, if none is named and each process has one."""
     local = os.environ.get("LOCAL_RANK")
     if device is None and local is not None and torch.cuda.is_available():
         return f"cuda:{int(local) % torch.cuda.device_count()}"

@@ -1,8 +1,8 @@
 """The interaction as a residual: trained on vectors that are read once, with many candidates for each query.
 
-The second stage of a staged distillation. The first has trained the vectors; now they stay, so a step costs no pass
-through the backbone, and a query can be scored against the passages that its own vector finds as well as against
-those of the plan. What the inner product already ranks right has no gradient left; the interaction learns the rest.
+This is the second stage of a distillation in stages. The first has trained the vectors. Now they stay fixed, so a step
+costs no pass through the backbone, and a query can be scored against the passages that its own vector finds as well as
+those of its plan. What the inner product already ranks right has no gradient; the interaction learns the rest.
 """
 
 from __future__ import annotations
@@ -18,27 +18,18 @@ from torch import Tensor
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
-from d2llm.core.types import TASKS, Task
+from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
-from d2llm.training.dev import (
-    DevResult,
-    DevSet,
-    EncodedDev,
-    PairDevSet,
-    encode_dev,
-    measure_dev,
-    num_rankings,
-    num_texts,
-)
+from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, measure_by_weight
 from d2llm.training.interpolation import mean_value
 from d2llm.training.objective import batch_losses, weighted_sum
-from d2llm.training.training_run import adamw, learning_rate_factor, optimizer_step, warmup_steps
+from d2llm.training.training_run import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
-"""Has the teacher judge passages of queries, by id, and keeps what it says in the labels of the data set."""
+"""Lets the teacher judge passages of queries, by id, and puts its labels into the store of the data set."""
 
 _BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
 
@@ -61,7 +52,7 @@ class _Vectors:
 def train_residual(
     student: Student,
     sources: Sequence[LabelledSource],
-    dev_sets: Sequence[DevSet | PairDevSet],
+    dev_sets: Sequence[DevSet],
     recipe: Recipe,
     offsets: Callable[[LabelledSource], Tensor | None],
     write: Callable[..., None],
@@ -72,8 +63,8 @@ def train_residual(
     """Train the interaction of an anchored student on its own vectors; the epoch with the best dev result stays.
 
     Dev results are taken at the best weight r of each task, 0 among them: what comes out is never worse on dev than
-    the inner product alone. Nothing but the interaction changes, and its weights r are left at 1. The stage is short
-    and starts anew after an interruption.
+    the inner product alone. Nothing but the interaction changes; it is trained with r = 1, as a new student has it. The
+    stage is short and starts anew after an interruption.
 
     Args:
         student: with the head ``anchored``.
@@ -96,60 +87,57 @@ def train_residual(
     is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
     sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
     if recipe.training.unjudged == "ask_teacher":
-        for found in sets:
-            ask_teacher(found.labelled, _drawn_neighbours(found, config, recipe.seed))
+        for vectors in sets:
+            ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))
     only_judged = recipe.training.unjudged != "negatives"
-    with progress_bar("reading dev once", sum(map(num_texts, dev_sets)), show=show_progress) as advance:
+    num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
+    with progress_bar("reading dev once", num_texts, show=show_progress) as advance:
         dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    for task in TASKS:
-        head.interaction_weight(task).fill_(1.0)
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     rate = config.learning_rate
     optimizer = adamw([(matrices, rate, config.weight_decay), (others, rate, 0.0)])
     weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
     max_norm = recipe.training.max_gradient_norm
-    per_epoch = sum(-(-len(found.labelled.entries) // config.batch_queries) for found in sets)
+    per_epoch = sum(-(-len(vectors.labelled.entries) // config.batch_queries) for vectors in sets)
     best = _measure(student, dev, show_progress)
-    best_value, best_state = mean_value(best), {name: p.detach().clone() for name, p in parameters.items()}
     step, total = 0, config.epochs * per_epoch
+    best_state = BestState(parameters)
+    best_state.offer(mean_value(best), step)
     warmup = warmup_steps(config, total)
     with progress_bar("training the interaction", total, show=show_progress) as advance:
         for epoch in range(config.epochs):
-            for found, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
+            for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
                 torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
                 head.train()
-                offset = offsets(found.labelled)
+                offset = offsets(vectors.labelled)
                 seed = f"{recipe.seed}:{epoch}"
-                draws = [_draw(found, position, config, seed, only_judged=only_judged) for position in positions]
-                loss = _loss(student, head, found, positions, draws, weights, offset)
+                draws = [_draw(vectors, position, config, seed, only_judged=only_judged) for position in positions]
+                loss = _loss(student, head, vectors, positions, draws, weights, offset)
                 if config.quiet_price:
-                    change = _change_elsewhere(student, head, sets, found, config, f"{seed}:{step}")
+                    change = _change_elsewhere(student, head, sets, vectors, config, f"{seed}:{step}")
                     loss = loss + config.quiet_price * change
                 loss.backward()
                 factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
                 optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
                 step += 1
-                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_value:.4f}")
+                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_state.value:.4f}")
             results = _measure(student, dev, show_progress)
             write(step, stage="residual", dev={name: result.values for name, result in results.items()})
-            if mean_value(results) > best_value:
-                best, best_value = results, mean_value(results)
-                best_state = {name: p.detach().clone() for name, p in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best_state[name])
+            if best_state.offer(mean_value(results), step):
+                best = results
+    best_state.put_back()
     head.eval()
     return best
 
 
 def _measure(student: Student, dev: Sequence[EncodedDev], show: bool | None) -> dict[str, DevResult]:
     student.eval()
-    with progress_bar("measuring on dev", sum(num_rankings(found.dev) for found in dev), show=show) as advance:
-        return {found.dev.name: measure_dev(student, found, advance=advance) for found in dev}
+    with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in dev), show=show) as advance:
+        return {encoded.dev.name: measure_by_weight(student, encoded, advance=advance) for encoded in dev}
 
 
 def _read(
@@ -179,22 +167,22 @@ def _nearest(
 ) -> NDArray[np.int64]:
     depth = min(depth, len(passages))
     block = max(1, _BLOCK_NUMBERS // len(passages))
-    found: list[Tensor] = []
+    blocks: list[Tensor] = []
     with progress_bar(title, len(queries), show=show) as advance:
         for start in range(0, len(queries), block):
             products = torch.from_numpy(queries[start : start + block] @ passages.T)
-            found.append(torch.topk(products, depth, dim=1).indices)
+            blocks.append(torch.topk(products, depth, dim=1).indices)
             advance(len(products))
-    return torch.cat(found).numpy()
+    return torch.cat(blocks).numpy()
 
 
 def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tuple[_Vectors, list[int]]]:
     batches: list[tuple[_Vectors, list[int]]] = []
-    for found in sets:
-        order = list(range(len(found.labelled.entries)))
-        random.Random(f"{seed}:{found.labelled.source.dataset.name}").shuffle(order)
+    for vectors in sets:
+        order = list(range(len(vectors.labelled.entries)))
+        random.Random(f"{seed}:{vectors.labelled.source.dataset.name}").shuffle(order)
         _, size = even_batches(len(order), batch_queries)
-        batches += [(found, order[start : start + size]) for start in range(0, len(order), size)]
+        batches += [(vectors, order[start : start + size]) for start in range(0, len(order), size)]
     random.Random(seed).shuffle(batches)
     return batches
 
@@ -202,18 +190,18 @@ def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tupl
 def _loss(
     student: Student,
     head: Interaction,
-    found: _Vectors,
+    vectors: _Vectors,
     positions: Sequence[int],
     draws: Sequence[Draw],
     weights: LossWeights,
     offset: Tensor | None,
 ) -> Tensor:
-    batch = collate_lists(found.labelled, draws)
+    batch = collate_lists(vectors.labelled, draws)
     width = batch.positive.shape[1]
-    lists = [[found.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
+    lists = [[vectors.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
     rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
-    task, device = found.labelled.source.task, student.backbone.device
-    queries, passages = found.queries[list(positions)].to(device), found.passages[rows].to(device)
+    task, device = vectors.labelled.source.task, student.backbone.device
+    queries, passages = vectors.queries[list(positions)].to(device), vectors.passages[rows].to(device)
     scores = _score_lists(student, head, queries, passages, task)
     return weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
 
@@ -225,7 +213,7 @@ def _score_lists(student: Student, head: Interaction, queries: Tensor, passages:
 
 
 def _change_elsewhere(
-    student: Student, head: Interaction, sets: Sequence[_Vectors], found: _Vectors, config: ResidualConfig, seed: str
+    student: Student, head: Interaction, sets: Sequence[_Vectors], vectors: _Vectors, config: ResidualConfig, seed: str
 ) -> Tensor:
     """Mean square of what the interaction of one task changes in the ranking of another task's texts.
 
@@ -233,7 +221,7 @@ def _change_elsewhere(
     has not been shown to be wrong. Symmetric pairs are texts of one kind: a query stands against itself and the
     queries nearest to it, where it stands against passages in the asymmetric task. 0 where all sets are of one task.
     """
-    task, device = found.labelled.source.task, student.backbone.device
+    task, device = vectors.labelled.source.task, student.backbone.device
     others = [other for other in sets if other.labelled.source.task != task]
     if not others:
         return torch.zeros((), device=device)
@@ -252,45 +240,45 @@ def _change_elsewhere(
     return (change - change.mean(dim=1, keepdim=True)).square().mean()  # what all have in common moves none
 
 
-def _drawn_neighbours(found: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
+def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
     """query_id -> the neighbours that the epochs will draw for it; of queries that learn from the teacher."""
-    entries = [] if found.near is None else found.labelled.entries
+    entries = [] if vectors.near is None else vectors.labelled.entries
     drawn: dict[str, list[str]] = {}
     for position, entry in enumerate(entries):
-        if entry.query_id in found.labelled.unlabelled:
+        if entry.query_id in vectors.labelled.unlabelled:
             continue
-        excluded = found.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
+        excluded = vectors.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
         ids: list[str] = []
         for epoch in range(config.epochs):
-            near, _ = _neighbours(found, position, config, f"{seed}:{epoch}")
+            near, _ = _neighbours(vectors, position, config, f"{seed}:{epoch}")
             ids += [passage_id for passage_id in near if passage_id not in excluded]
         drawn[entry.query_id] = list(dict.fromkeys(ids))
     return drawn
 
 
-def _neighbours(found: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
-    """Some of a query's neighbours, and what the rest of its draw comes from."""
-    assert found.near is not None
-    rng = random.Random(f"{seed}:{found.labelled.entries[position].query_id}")
-    rows = rng.sample(found.near[position].tolist(), min(config.num_near, found.near.shape[1]))
-    return [found.ids[row] for row in rows], rng
+def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
+    """Some of a query's neighbours, and the random generator for the rest of its draw."""
+    assert vectors.near is not None
+    rng = random.Random(f"{seed}:{vectors.labelled.entries[position].query_id}")
+    rows = rng.sample(vectors.near[position].tolist(), min(config.num_near, vectors.near.shape[1]))
+    return [vectors.ids[row] for row in rows], rng
 
 
-def _draw(found: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
-    """A positive, the plan's negatives, neighbours by inner product and random passages; of pairs what was judged.
+def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
+    """A positive, the plan's negatives, neighbours by inner product and random passages; for pairs, the judged ones.
 
-    ``only_judged``: of the neighbours those that the teacher has judged, if the query learns from it.
+    ``only_judged``: keep only neighbours that the teacher has judged, if the query learns from the teacher.
     """
-    entry = found.labelled.entries[position]
-    if found.near is None:
+    entry = vectors.labelled.entries[position]
+    if vectors.near is None:
         return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
-    near, rng = _neighbours(found, position, config, seed)
-    if only_judged and entry.query_id not in found.labelled.unlabelled:
-        unjudged = {*found.labelled.labels.missing(entry.query_id, near)}
+    near, rng = _neighbours(vectors, position, config, seed)
+    if only_judged and entry.query_id not in vectors.labelled.unlabelled:
+        unjudged = {*vectors.labelled.labels.missing(entry.query_id, near)}
         near = [passage_id for passage_id in near if passage_id not in unjudged]
-    others = [found.ids[rng.randrange(len(found.ids))] for _ in range(config.num_random)]
+    others = [vectors.ids[rng.randrange(len(vectors.ids))] for _ in range(config.num_random)]
     known = {*entry.positives, *entry.hard_negatives}
-    known |= found.labelled.same_text.as_any_of(set(entry.positives))
+    known |= vectors.labelled.same_text.as_any_of(set(entry.positives))
     drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
     easy = [passage_id for passage_id in drawn if passage_id not in known]
     return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)

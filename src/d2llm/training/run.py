@@ -129,7 +129,7 @@ class Run:
             else:
                 keep("label", self.skip("label: the gate is closed for every data set, so no pair is labelled"))
         else:
-            _remarks.info("run: no loss of the recipe imitates a teacher, so none is tuned, tried or asked for labels")
+            _remarks.info("run: no loss of the recipe imitates a teacher, so no teacher is tuned, tested or used")
         keep("distill", self.distill(again="distill" in anew))
         return results
 
@@ -164,7 +164,7 @@ class Run:
             LOOK_QUERIES,
             len(recipe.data),
         )
-        found = first_look(
+        look = first_look(
             self.dev_data(),
             self.parts.path,
             teacher=recipe.teacher,
@@ -173,8 +173,8 @@ class Run:
             seed=recipe.seed,
             **self._computing,
         )
-        (_log.warning if found.difference < 0 else _remarks.info)("%s", look_sentence(found))
-        return found
+        (_log.warning if look.difference < 0 else _remarks.info)("%s", look_sentence(look))
+        return look
 
     def tune_teacher(self, *, again: bool = False) -> TeacherTuningReport | Skipped:
         """Tune the recipe's teacher on the plans."""
@@ -268,9 +268,9 @@ class Run:
         from d2llm.training.gate import gate, read_gate
         from d2llm.training.sentences import verdict_words
 
-        tried = teacher or self.teacher
+        chosen = teacher or self.teacher
         if not again:
-            known = read_gate(self.parts.path, identify_judge(tried).fingerprint) or {}
+            known = read_gate(self.parts.path, identify_judge(chosen).fingerprint) or {}
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
                 return self.skip(f"gate: the verdict on this teacher is in {self.parts.path}: {verdict_words(known)}")
         _remarks.info(
@@ -282,7 +282,7 @@ class Run:
         return gate(
             self.dev_data(),
             self.parts.path,
-            teacher=tried,
+            teacher=chosen,
             student=named or self.untuned_cosine(),
             settings=self.recipe.gate,
             seed=self.recipe.seed,
@@ -406,14 +406,14 @@ class Run:
     @property
     def teacher(self) -> TeacherConfig:
         """The recipe's where it is a stack, else the tuned teacher of the run, or the recipe's untuned."""
-        asked = self.recipe.teacher
-        if asked.stack_with_cosine and is_finished(self.parts.stack):
-            return asked.model_copy(update={"model": str(self.parts.stack), "kind": "stack", "new_head": False})
-        if find_tuned_teacher(asked.model) is not None and find_kind(asked) == "stack":
-            return asked
+        named = self.recipe.teacher
+        if named.stack_with_cosine and is_finished(self.parts.stack):
+            return named.model_copy(update={"model": str(self.parts.stack), "kind": "stack", "new_head": False})
+        if find_tuned_teacher(named.model) is not None and find_kind(named) == "stack":
+            return named
         if is_finished(self.parts.teacher):
-            return asked.model_copy(update={"model": str(self.parts.teacher), "new_head": False})
-        return asked
+            return named.model_copy(update={"model": str(self.parts.teacher), "new_head": False})
+        return named
 
     def untuned_cosine(self) -> Student:
         """The recipe's backbone with its own pooling."""
@@ -471,14 +471,14 @@ class Run:
     def put_aside(self, verb: str, folder: Path) -> None:
         """Rename what a step has made, and its checkpoints, so that nothing that took hours is lost."""
         places = (folder, folder.with_name(folder.name + ".run"))
-        made = [path for path in places if path.exists()]
+        existing = [path for path in places if path.exists()]
         number = 1
         while any(_aside(path, folder, number).exists() for path in places):
             number += 1
-        for path in made:
+        for path in existing:
             path.rename(_aside(path, folder, number))
-        if made:
-            _remarks.info("%s: what was there is now in %s", verb, _aside(made[0], folder, number))
+        if existing:
+            _remarks.info("%s: what was there is now in %s", verb, _aside(existing[0], folder, number))
 
     def put_filtered_aside(self, verb: str) -> None:
         """Rename what ``filter`` has made, before what it was made from is made anew."""
@@ -500,9 +500,9 @@ class Run:
             return None
 
     def _name_the_teacher(self, verb: str) -> None:
-        named, asked = self.teacher.model, self.recipe.teacher.model
-        untuned = f"'{asked}' as it is ({self.parts.teacher} is not there)"
-        _remarks.info("%s: the teacher is %s", verb, untuned if named == asked else named)
+        named, in_recipe = self.teacher.model, self.recipe.teacher.model
+        untuned = f"'{in_recipe}' as it is ({self.parts.teacher} is not there)"
+        _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
     def _notice_changes(
         self, verb: str, folder: Path, recipe: dict[str, Any], teacher: str | None = None, *, as_mined: bool = False
@@ -517,17 +517,17 @@ class Run:
             as_mined: it is made from the plans before a tuned teacher filters them. A plan that the run's teacher has
                 filtered says nothing of those.
         """
-        made = manifest_of(folder).get("settings", {})
-        changes = changed_settings(made.get("recipe", {}), recipe)
+        made_from = manifest_of(folder).get("settings", {})
+        changes = changed_settings(made_from.get("recipe", {}), recipe)
         for data in self.recipe.data:
             place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}
             if as_mined and "teacher" in plan and plan["teacher"] == self._teacher_fingerprint():
                 continue
             name, content = plan.get("dataset"), plan.get("content_hash")
-            if made.get("plans", {}).get(name, content) != content:
+            if made_from.get("plans", {}).get(name, content) != content:
                 changes.append(f"the plan of {name}")
-        if teacher is not None and made.get("teacher", teacher) != teacher:
+        if teacher is not None and made_from.get("teacher", teacher) != teacher:
             changes.append("the teacher")
         if changes:
             _log.warning(

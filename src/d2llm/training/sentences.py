@@ -1,4 +1,4 @@
-"""What a step of a run found, in a sentence."""
+"""The results of a run's steps as sentences for the user."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _HARDLY = 0.002  # a change of the dev measure that says nothing
 _FEW = 50
 
 
-def look_sentence(found: FirstLook) -> str:
-    """How an untuned teacher does, and what that asks of its tuning."""
-    sets = ", ".join(f"{row.name} {row.measure} {row.teacher:.3f} against {row.cosine:.3f}" for row in found.sets)
-    if found.difference >= 0:
+def look_sentence(look: FirstLook) -> str:
+    """How an untuned teacher does, and what its tuning has to make up for."""
+    sets = ", ".join(f"{row.name} {row.measure} {row.teacher:.3f} against {row.cosine:.3f}" for row in look.sets)
+    if look.difference >= 0:
         return f"first-look: untuned, the teacher is as good as the cosine or better: {sets}"
     return (
-        f"first-look: untuned, the teacher is behind the cosine by {-found.difference:.3f} on average ({sets}). Its "
+        f"first-look: untuned, the teacher is behind the cosine by {-look.difference:.3f} on average ({sets}). Its "
         "tuning has to make up for that, or the gate will close and its labels count for nothing; if you doubt it, "
         "stop now and name a better teacher"
     )
@@ -37,7 +37,7 @@ def verdict_words(gates: Mapping[str, bool]) -> str:
 
 
 def gate_advice(report: GateReport) -> str:
-    """Which gates closed, and what the recipe makes of it."""
+    """Which gates closed, and what the recipe does about it."""
     parts: list[str] = []
     if report.num_seen:
         parts.append(f"{report.num_seen} of the queries have fitted the stack's weights, so its figures flatter it.")
@@ -65,10 +65,10 @@ def label_words(report: LabelReport) -> str:
 
 
 def student_words(report: DistillReport) -> str:
-    """What a distillation gave: steps, dev, and whether its scores can be read as probabilities."""
+    """The outcome of a distillation: steps, dev, and whether its scores can be read as probabilities."""
     dev = [
-        f"{name} {found['start']:.3f} -> {found['kept']:.3f} ({found['num_items']:,} questions or pairs)"
-        for name, found in report.dev.items()
+        f"{name} {of_set['start']:.3f} -> {of_set['kept']:.3f} ({of_set['num_items']:,} questions or pairs)"
+        for name, of_set in report.dev.items()
     ]
     words = f"{evidence_words(report.evidence)}; " if report.evidence else ""
     return (
@@ -80,30 +80,30 @@ def student_words(report: DistillReport) -> str:
 def evidence_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     """What the evidence of words is worth on dev, and where it is left out."""
     parts: list[str] = []
-    for task, found in fitted.items():
-        worth = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in found["dev"].items())
-        is_used = any(found["weights"].values())
+    for task, of_task in fitted.items():
+        worth = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in of_task["dev"].items())
+        is_used = any(of_task["weights"].values())
         parts.append(f"words in the {task} score: {worth}{'' if is_used else ' (no better, so they are left out)'}")
     return "; ".join(parts)
 
 
 def probability_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
-    """How far the probabilities of each task can be believed."""
+    """How well the probabilities of each task are calibrated."""
     return (
         ", ".join(
-            f"{task} (expected calibration error {found['error_before']:.3f} before, {found['error_after']:.3f} after)"
-            for task, found in fitted.items()
+            f"{task} (expected calibration error {fit['error_before']:.3f} before, {fit['error_after']:.3f} after)"
+            for task, fit in fitted.items()
         )
         or "too few dev queries"
     )
 
 
 def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
-    """What a distillation that learnt nothing should be told: what dev said, and what to turn."""
-    starts, ends = ([found[key] for found in report.dev.values()] for key in ("start", "last"))
-    seen = ", ".join(f"{name} {found['start']:.4f} -> {found['last']:.4f}" for name, found in report.dev.items())
+    """What to tell the user of a distillation that learnt nothing: the dev results, and which setting to change."""
+    starts, ends = ([of_set[key] for of_set in report.dev.values()] for key in ("start", "last"))
+    changes = ", ".join(f"{name} {of_set['start']:.4f} -> {of_set['last']:.4f}" for name, of_set in report.dev.items())
     change = fmean(ends) - fmean(starts)
-    worse = [name for name, found in report.dev.items() if found["last"] < found["start"]]
+    worse = [name for name, of_set in report.dev.items() if of_set["last"] < of_set["start"]]
     if change < -_HARDLY:
         advice = (
             f"Training made it worse: lower training.learning_rate ({training.learning_rate:g} now) to a third, and "
@@ -119,10 +119,10 @@ def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
             f"It hardly moved in {report.steps:,} steps: raise training.learning_rate ({training.learning_rate:g} now) "
             "threefold, or training.epochs"
         )
-    few = [f"{name} {found['num_items']}" for name, found in report.dev.items() if found["num_items"] < _FEW]
+    few = [f"{name} {of_set['num_items']}" for name, of_set in report.dev.items() if of_set["num_items"] < _FEW]
     if few:
         advice += f". Few dev questions see no small gain ({', '.join(few)}): better {2 * _FEW} or more"
     return (
         "nothing was learnt: no state of the run was better on dev than the start, so what is written is the student "
-        f"before training (dev, start -> last look: {seen}). {advice}. Then --again"
+        f"before training (dev, start -> last look: {changes}). {advice}. Then --again"
     )

@@ -1,4 +1,4 @@
-"""The verb ``stack``: how much each of several teachers counts, found on dev queries; one teacher is calibrated."""
+"""The verb ``stack``: fit the weight of each of several teachers on dev queries; a single teacher is calibrated."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from d2llm.data.beir import Dataset
 from d2llm.models.teachers.judge import load_judge
 from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
-from d2llm.ops.measures import per_query_measures
 from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.training.dev_lists import DevLists, dev_queries, judge_dev, make_dev_lists
+from d2llm.training.dev import DevSet, Scores, dev_queries, judge_dev, make_dev_lists
 
 _MEASURES = ("nDCG@10", "MRR@10")
 STACK_NAME = "stack"
@@ -28,7 +27,7 @@ STACK_NAME = "stack"
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFigures:
-    """How far log-odds can be believed: mean log-loss in nats, expected calibration error, and the bins behind it."""
+    """How well log-odds are calibrated: mean log-loss in nats, expected calibration error, and its bins."""
 
     log_loss: float
     expected_error: float
@@ -65,7 +64,7 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class StackReport:
-    """What a stacking found and wrote. ``num_truncated`` of the ``num_judged`` pairs judged now were cut."""
+    """The result of stacking. ``num_truncated`` of the ``num_judged`` pairs judged now were cut."""
 
     folder: str
     fingerprint: str
@@ -78,7 +77,7 @@ class StackReport:
 class _Pairs:
     """All pairs of one task: scores [pairs, members], labels [pairs], and the query of each, named with its set."""
 
-    lists: tuple[DevLists, ...]
+    lists: tuple[DevSet, ...]
     scores: NDArray[np.float64]
     labels: NDArray[np.bool_]
     groups: tuple[str, ...]
@@ -142,54 +141,58 @@ def stack_teachers(
         for dataset, task in judged
     ]
     names = _names(members)
-    asked = _Asked(folder.with_name(folder.name + ".run"), lists, show_progress)
+    judging = _Judging(folder.with_name(folder.name + ".run"), lists, show_progress)
     for name, config in zip(names, members, strict=True):
-        asked.ask(name, config, device, dtype)
+        judging.add(name, config, device, dtype)
     tasks: dict[Task, TaskReport] = {}
     stacks: dict[Task, Stack] = {}
-    wanted: list[Task] = list(dict.fromkeys(task for _, task in judged))
-    for task in wanted:
-        pairs = asked.pairs(task)
+    different: list[Task] = list(dict.fromkeys(task for _, task in judged))
+    for task in different:
+        pairs = judging.pairs(task)
         stacks[task] = fit_stack(pairs.scores, pairs.labels, l2=l2)
         tasks[task] = _report(pairs, names, stacks[task], l2=l2, num_folds=num_folds, seed=seed)
     content = {
-        "fitted_on": {of.name: {"task": of.task, "dev_queries": sorted(of.candidates)} for of in lists},
+        "fitted_on": {dev.name: {"task": dev.task, "dev_queries": sorted(dev.queries)} for dev in lists},
         "settings": {"depth": depth, "l2": l2, "num_folds": num_folds, "seed": seed, "student": student.fingerprint},
         "report": {task: asdict(report) for task, report in tasks.items()},
     }
-    fingerprint = write_stack(folder, asked.members, stacks, content)
-    return StackReport(str(folder), fingerprint, tasks, asked.num_judged, asked.num_truncated)
+    fingerprint = write_stack(folder, judging.members, stacks, content)
+    return StackReport(str(folder), fingerprint, tasks, judging.num_judged, judging.num_truncated)
 
 
-class _Asked:
-    """What the members said of the lists, one member after the other, so that only one is in memory."""
+class _Judging:
+    """The members' scores of the lists. One member judges after the other, so that only one is in memory."""
 
-    def __init__(self, store: Path, lists: Sequence[DevLists], show_progress: bool | None) -> None:
+    def __init__(self, store: Path, lists: Sequence[DevSet], show_progress: bool | None) -> None:
         self._store, self._lists, self._show = store, lists, show_progress
         self.members: list[StackMember] = []
-        self._scores: list[dict[str, dict[str, dict[str, float]]]] = []
+        self._scores: list[dict[str, Scores]] = []
         self.num_judged = self.num_truncated = 0
 
-    def ask(self, name: str, config: TeacherConfig, device: str | None, dtype: str | None) -> None:
+    def add(self, name: str, config: TeacherConfig, device: str | None, dtype: str | None) -> None:
+        """Let one more member judge the lists."""
         judge = load_judge(config, device=device, dtype=dtype)
         if judge.fingerprint in (member.fingerprint for member in self.members):
             raise InputError(f"member '{name}' is the same teacher as another member; name each once")
         self.members.append(StackMember(config, judge.fingerprint))
-        said: dict[str, dict[str, dict[str, float]]] = {}
-        for of in self._lists:
-            found = judge_dev(judge, of, name=name, store=self._store, show_progress=self._show)
-            said[of.name] = found.scores
-            self.num_judged += found.num_new
-            self.num_truncated += found.num_truncated
-        self._scores.append(said)
+        scores: dict[str, Scores] = {}
+        for dev in self._lists:
+            judged = judge_dev(judge, dev, name=name, store=self._store, show_progress=self._show)
+            scores[dev.name] = judged.scores
+            self.num_judged += judged.num_new
+            self.num_truncated += judged.num_truncated
+        self._scores.append(scores)
 
     def pairs(self, task: Task) -> _Pairs:
-        lists = tuple(of for of in self._lists if of.task == task)
-        rows = [(of, query, passage) for of in lists for query, ids in of.candidates.items() for passage in ids]
-        scores = [[said[of.name][query][passage] for said in self._scores] for of, query, passage in rows]
-        labels = [of.qrels[query].get(passage, 0) > 0 for of, query, passage in rows]
-        groups = tuple(f"{of.name}:{query}" for of, query, _ in rows)
-        return _Pairs(lists, np.array(scores, np.float64), np.array(labels), groups)
+        """Everything of one task."""
+        lists = tuple(dev for dev in self._lists if dev.task == task)
+        rows = [(dev, query, passage) for dev in lists for query, ids in dev.candidates.items() for passage in ids]
+        of_members = [
+            np.concatenate([values for dev in lists for values in by_set[dev.name]]) for by_set in self._scores
+        ]
+        labels = [dev.qrels[query].get(passage, 0) > 0 for dev, query, passage in rows]
+        groups = tuple(f"{dev.name}:{query}" for dev, query, _ in rows)
+        return _Pairs(lists, np.stack(of_members, axis=1).astype(np.float64), np.array(labels), groups)
 
 
 def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num_folds: int, seed: int) -> TaskReport:
@@ -213,7 +216,7 @@ def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num
     rows.append(StackRow(STACK_NAME, None, _measures(pairs, together), None, _figures(together, pairs.labels)))
     return TaskReport(
         tuple(rows),
-        {of.name: len(of.candidates) for of in pairs.lists},
+        {dev.name: len(dev.queries) for dev in pairs.lists},
         len(pairs.labels),
         int(pairs.labels.sum()),
         stack.temperature,
@@ -228,13 +231,14 @@ def _figures(log_odds: NDArray[np.float64], labels: NDArray[np.bool_]) -> Calibr
 
 def _measures(pairs: _Pairs, scores: NDArray[np.float64]) -> dict[str, dict[str, float]]:
     """Data set -> measure -> mean over the queries of its lists."""
-    remaining = iter(scores.tolist())
-    found: dict[str, dict[str, float]] = {}
-    for of in pairs.lists:
-        by_query = {query: {passage: next(remaining) for passage in ids} for query, ids in of.candidates.items()}
-        values = per_query_measures(of.ranked(by_query), of.qrels)
-        found[of.name] = {measure: float(np.mean(list(values[measure].values()))) for measure in _MEASURES}
-    return found
+    measures: dict[str, dict[str, float]] = {}
+    start = 0
+    for dev in pairs.lists:
+        ends = np.cumsum([len(ids) for ids in dev.candidates.values()])
+        values = dev.per_query(np.split(scores[start : start + ends[-1]], ends[:-1]))
+        measures[dev.name] = {measure: float(np.mean(list(values[measure].values()))) for measure in _MEASURES}
+        start += int(ends[-1])
+    return measures
 
 
 def _names(members: Sequence[TeacherConfig]) -> list[str]:

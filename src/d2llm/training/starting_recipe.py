@@ -113,12 +113,12 @@ def starting_recipe(
         DataFormatError: the data cannot be read.
         ModelNotFoundError: there is no such backbone.
     """
-    found = open_data(data)
-    num_train, num_left, num_dev = _count(found)
+    dataset = open_data(data)
+    num_train, num_left, num_dev = _count(dataset)
     student = Student.create(
         StudentConfig(backbone=BackboneConfig(model=backbone), pooling=PoolingConfig(method="backbone")), device=device
     )
-    texts = _texts(found, seed)
+    texts = _texts(dataset, seed)
     queries, passages = (
         _side(student, of_side, most, prefix)
         for of_side, most, prefix in zip(
@@ -130,16 +130,16 @@ def starting_recipe(
     )
     alike = float(np.median(passages.lengths)) < _ALIKE * float(np.median(queries.lengths))
     chosen: Task = task or ("symmetric" if alike else "asymmetric")
-    num_passages = len(found.passages) if isinstance(found, Dataset) else len(texts[1].texts)
+    num_passages = len(dataset.passages) if isinstance(dataset, Dataset) else len(texts[1].texts)
     shared = 2 * num_left < num_train
     used = num_train if shared else num_left
     epochs = epochs_of(_TRAINING, even_batches(used, _BATCH)[0])
     notes = list(_notes(backbone, queries, passages, num_dev))
     minutes = _minutes(student, texts[1], queries, passages, num_passages, used * epochs, num_dev)
-    name = Path(found.name).name or "mine"
+    name = Path(dataset.name).name or "mine"
     text = "\n\n".join(
         [
-            _head(name, data, found, num_train, num_dev, minutes, student),
+            _head(name, data, dataset, num_train, num_dev, minutes, student),
             _backbone_section(student.config.backbone, queries, passages),
             *_teacher_sections(teacher, backbone, used),
             _data_section(data, chosen, alike, task is not None, shared, num_train, num_left),
@@ -155,19 +155,19 @@ def starting_recipe(
     return result
 
 
-def _count(found: Dataset | PairDataset) -> tuple[int, int, int]:
+def _count(dataset: Dataset | PairDataset) -> tuple[int, int, int]:
     """Training questions (or pairs), those of them that share no positive with dev or test, and dev questions."""
-    if isinstance(found, PairDataset):
-        counts = {split: len(pairs) for split, pairs in found.splits.items()}
+    if isinstance(dataset, PairDataset):
+        counts = {split: len(pairs) for split, pairs in dataset.splits.items()}
         num_train, num_dev = counts.get("train", 0), counts.get("dev", 0)
-        _require(found.path, num_train, num_dev, "train.jsonl", "dev.jsonl", "pairs")
+        _require(dataset.path, num_train, num_dev, "train.jsonl", "dev.jsonl", "pairs")
         return num_train, num_train, num_dev
     positives = {
-        split: [ids for ids in found.positives(split).values() if ids] if split in found.qrels else []
+        split: [ids for ids in dataset.positives(split).values() if ids] if split in dataset.qrels else []
         for split in ("train", "dev", "test")
     }
     num_train, num_dev = len(positives["train"]), len(positives["dev"])
-    _require(found.path, num_train, num_dev, "qrels/train.tsv", "qrels/dev.tsv", "queries with a positive")
+    _require(dataset.path, num_train, num_dev, "qrels/train.tsv", "qrels/dev.tsv", "queries with a positive")
     reserved = {passage_id for split in ("dev", "test") for ids in positives[split] for passage_id in ids}
     return num_train, sum(reserved.isdisjoint(ids) for ids in positives["train"]), num_dev
 
@@ -182,16 +182,16 @@ def _require(path: Path, num_train: int, num_dev: int, train: str, dev: str, wha
         )
 
 
-def _texts(found: Dataset | PairDataset, seed: int) -> tuple[Sample, Sample]:
+def _texts(dataset: Dataset | PairDataset, seed: int) -> tuple[Sample, Sample]:
     """Samples of the queries and the passages."""
     queries, passages = Sample(_SAMPLE, seed=seed), Sample(_SAMPLE, seed=seed)
-    if isinstance(found, Dataset):
-        for query in found.queries.values():
+    if isinstance(dataset, Dataset):
+        for query in dataset.queries.values():
             queries.add(query.text)
-        for passage in found.passages.values():
+        for passage in dataset.passages.values():
             passages.add(passage.full_text)
     else:
-        for pair in (pair for pairs in found.splits.values() for pair in pairs):
+        for pair in (pair for pairs in dataset.splits.values() for pair in pairs):
             queries.add(pair.query)
             passages.add(pair.passage)
     return queries, passages
@@ -205,10 +205,10 @@ def _side(student: Student, sample: Sample, most: int, prefix: str) -> _Side:
     readable = readable_tokens(student.backbone.model.config) or most
     limit = min(most, readable, max(32, 16 * math.ceil(float(np.percentile(lengths, 95)) / 16)))
     try:
-        told = guess_languages("texts", sample.texts[:_TOLD])
+        languages = guess_languages("texts", sample.texts[:_TOLD])
     except MissingExtraError:
-        told = None
-    return _Side(lengths, limit, next(iter(told.counts)) if told else None)
+        languages = None
+    return _Side(lengths, limit, next(iter(languages.counts)) if languages else None)
 
 
 def _notes(backbone: str, queries: _Side, passages: _Side, num_dev: int) -> Sequence[str]:
@@ -252,13 +252,13 @@ def _minutes(
 def _head(
     name: str,
     data: str | Path,
-    found: Dataset | PairDataset,
+    dataset: Dataset | PairDataset,
     num_train: int,
     num_dev: int,
     minutes: float,
     student: Student,
 ) -> str:
-    what = "questions" if isinstance(found, Dataset) else "pairs"
+    what = "questions" if isinstance(dataset, Dataset) else "pairs"
     device, dtype = student.backbone.device, str(student.backbone.compute_dtype).removeprefix("torch.")
     return f"""\
 # A recipe to start from, written by `d2llm init` for {data}: {num_train:,} {what} to train on, {num_dev:,} of dev.
@@ -277,9 +277,9 @@ def _in_words(minutes: float) -> str:
 
 
 def _backbone_section(backbone: BackboneConfig, queries: _Side, passages: _Side) -> str:
-    told = passages.language or queries.language
+    language_code = passages.language or queries.language
     english = " It reads English." if backbone.model in _ENGLISH else ""
-    language = f" The texts look like '{told}'." if told else ""
+    language = f" The texts look like '{language_code}'." if language_code else ""
     prefixes = ""
     if backbone.query_prefix or backbone.passage_prefix:
         prefixes = f"""

@@ -49,13 +49,13 @@ def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: in
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers among ``values`` and the mappings inside it, names joined by ``/``."""
-    found: dict[str, float] = {}
+    values_by_name: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}/")  # pyright: ignore[reportUnknownArgumentType]
+            values_by_name |= numbers(value, f"{prefix}{name}/")  # pyright: ignore[reportUnknownArgumentType]
         elif isinstance(value, (int, float)):
-            found[prefix + name] = float(value)
-    return found
+            values_by_name[prefix + name] = float(value)
+    return values_by_name
 
 
 class _TensorBoard:

@@ -1,4 +1,4 @@
-"""What every training loop needs: checkpoints for exact resume, stops, the learning-rate schedule, the log."""
+"""What every training loop needs: checkpoints for exact resume, the best state, stops, the learning rate, the log."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.files import write_bytes
 from d2llm.core.recipe import TrainingConfig, WarmUpConfig
 from d2llm.core.recipe_file import changed_settings
+from d2llm.models.sources import load_tensors
 from d2llm.training.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -108,6 +109,58 @@ def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimiz
         kind, name = key.split("/", 1)
         parameter = parameters[name]
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+
+
+class BestState:
+    """The best state that dev has seen of a training: after which step, its value, and how many looks ago it was.
+
+    Args:
+        parameters: that are kept and put back, by name.
+        path: of the safetensors file that keeps them; None: they are kept in memory.
+        lower_is_better: of two values.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], path: Path | None = None, *, lower_is_better: bool = False
+    ) -> None:
+        self.step: int | None = None
+        self.value: float | None = None
+        self.looks_since = 0
+        self.path = path
+        self._parameters, self._sign = parameters, -1 if lower_is_better else 1
+        self._state: dict[str, Tensor] = {}
+
+    def offer(self, value: float, step: int, *, is_sound: bool = True) -> bool:
+        """Keep the present state if it is better than all before, and sound; returns whether it was kept."""
+        if not is_sound or (self.value is not None and self._sign * value <= self._sign * self.value):
+            self.looks_since += 1
+            return False
+        self.step, self.value, self.looks_since = step, value, 0
+        if self.path is None:
+            self._state = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        else:
+            state = {name: parameter.detach().cpu().contiguous() for name, parameter in self._parameters.items()}
+            write_bytes(self.path, save(state))
+        return True
+
+    def put_back(self) -> None:
+        """Give the parameters their best values; without any look they stay as they are."""
+        if self.step is None:
+            return
+        best = self._state
+        if self.path is not None:
+            best = load_tensors(self.path, remedy="delete the run's folder and train again")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(best[name])
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint must bring back besides the file."""
+        return {"step": self.step, "value": self.value, "looks_since": self.looks_since}
+
+    def take_up(self, record: Mapping[str, Any]) -> None:
+        """Go on from a ``record``; looks after its checkpoint are taken again, with the same results."""
+        self.step, self.value, self.looks_since = record["step"], record["value"], record["looks_since"]
 
 
 class StopSignals:

@@ -1,4 +1,4 @@
-"""Tune the teacher on labelled pairs: yes/no cross-entropy, adapters or all weights; then it is frozen and labels."""
+"""The verb ``tune-teacher``: train a teacher on labelled pairs, by yes/no cross-entropy, adapters or all weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,16 +23,18 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.core.recipe_file import tuning_settings
 from d2llm.core.types import Task
+from d2llm.data.plan import TrainingPlan
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, tokens_at_a_time
+from d2llm.models.interaction import TASKS
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.local import LocalTeacher
 from d2llm.ops.batching import token_budget_batches
-from d2llm.training.teacher_dev import Best, DevWatch, hold_out
 from d2llm.training.training_run import (
     CHECKPOINT,
+    BestState,
     RunLog,
     StopSignals,
     adamw,
@@ -45,6 +49,9 @@ from d2llm.training.training_run import (
 )
 
 _PAIR_SHARE = 0.3  # of the yes/no loss beside the softmax over lists
+_LARGEST_SHARE = 5  # at most a fifth of a plan is held out
+_ALL = 1_000_000
+_BEST = "best.safetensors"
 _SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
 
 
@@ -106,74 +113,24 @@ def tune_teacher(
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
-    part_tokens = tuning.part_tokens or tokens_at_a_time(model.device)
-    batches = _epoch_batches(pairs, tuning, seed)
-    parameters = trainable(model)
-    optimizer = adamw([(list(parameters.values()), tuning.learning_rate, 0.0)])
-
     run_folder = folder.with_name(folder.name + ".run")
-    run_folder.mkdir(parents=True, exist_ok=True)
     settings = _run_settings(sources, teacher, model.fingerprint, tuning, seed)
-    checkpoint = load_checkpoint(run_folder, settings=settings)
-    watch, losses, num_truncated, num_finished = DevWatch(dev_pairs, tuning, run_folder), list[float](), 0, 0
-    if checkpoint is not None:
-        restore(checkpoint, parameters, optimizer)
-        losses, num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]
-        num_finished, watch.best = checkpoint.state["num_finished"], Best(**checkpoint.state["best"])
-        remarks.info("tune-teacher: goes on after step %d of an earlier run", len(losses))
-    log = RunLog(run_folder, resume_step=-1 if checkpoint is None else num_finished)
-    total, warmup = len(batches), int(tuning.warmup_fraction * len(batches))
-    accumulate = accumulate_lists if tuning.loss == "lists" else accumulate_pairs
-    signals, kept_at = StopSignals(), time.monotonic()
-
-    def keep() -> None:
-        state = {"losses": losses, "num_truncated": num_truncated, "num_finished": num_finished}
-        state["best"] = asdict(watch.best)
-        with signals.held():
-            save_checkpoint(run_folder, len(losses), parameters, optimizer, state, settings=settings)
-
-    model.train()
-    with signals, progress_bar("tuning the teacher", total, show=show_progress) as advance:
-        advance(num_finished)
-        try:
-            while not watch.is_over and num_finished < total:
-                if len(losses) == num_finished:  # else a stop came between the step and the look at held-out queries
-                    step = len(losses)
-                    torch.manual_seed(seed * 1_000_003 + step)  # dropout by the step alone: resume is exact
-                    loss, truncated = accumulate(model, batches[step], part_tokens)
-                    require_finite(loss, step, run_folder)
-                    factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
-                    with signals.held():
-                        optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
-                        losses.append(float(loss))
-                        num_truncated += truncated
-                measured = watch.measure(model, len(losses), is_last=len(losses) == total)
-                with signals.held():
-                    seen = watch.take_in(measured, parameters, len(losses))
-                    log.write(len(losses), loss=losses[-1], pairs=len(batches[num_finished]), **seen)
-                    num_finished += 1
-                advance(1)
-                if time.monotonic() - kept_at > 60 * tuning.checkpoint_minutes:
-                    keep()
-                    kept_at = time.monotonic()
-        except KeyboardInterrupt:
-            if signals.is_consistent and losses:
-                keep()
-                remarks.info("tune-teacher: step %d is kept in %s", len(losses), run_folder)
-            raise
-    keep()
-    watch.put_back(parameters)
+    batches = _epoch_batches(pairs, tuning, seed)
+    run = _TuningRun(model, batches, dev_pairs, tuning, run_folder, settings=settings, seed=seed)
+    run.train(show_progress)
+    run.best.put_back()
+    losses = run.losses
     tail = losses[-max(1, len(losses) // 10) :]
     report = TeacherTuningReport(
         folder=str(folder),
         fingerprint="",
         pairs=sum(map(len, batches[: len(losses)])),
         steps=len(losses),
-        num_truncated=num_truncated,
+        num_truncated=run.num_truncated,
         loss=sum(tail) / len(tail),
         seconds=time.monotonic() - started,
-        best_step=watch.best.step,
-        dev=watch.best.value,
+        best_step=run.best.step,
+        dev=run.best.value,
     )
     content: dict[str, Any] = {
         "tuning": tuning.model_dump(),
@@ -184,9 +141,188 @@ def tune_teacher(
     }
     with new_folder(folder, kind=TEACHER_KIND) as temporary:
         fingerprint = model.save(temporary, content)
-    watch.path.unlink(missing_ok=True)
+    (run_folder / _BEST).unlink(missing_ok=True)
     (run_folder / CHECKPOINT).unlink()  # whoever deletes the finished teacher wants a new one, not this one again
     return replace(report, fingerprint=fingerprint)
+
+
+class _TuningRun:
+    """The training loop of one tuning, with all that a checkpoint must bring back."""
+
+    def __init__(
+        self,
+        model: LocalTeacher,
+        batches: Sequence[list[TrainingPair]],
+        dev_pairs: Sequence[TrainingPair],
+        tuning: TeacherTuningConfig,
+        folder: Path,
+        *,
+        settings: dict[str, Any],
+        seed: int,
+    ) -> None:
+        """Begin a run, or take up the one whose checkpoint is in ``folder``."""
+        self.model, self.batches, self.dev_pairs, self.tuning = model, batches, dev_pairs, tuning
+        self.folder, self.settings, self.seed = folder, settings, seed
+        self.losses: list[float] = []
+        self.num_truncated = 0
+        self.num_finished = 0
+        """Steps whose look at held-out pairs is finished too: the number of ``losses``, or one less."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parameters = trainable(model)
+        self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
+        lower_is_better = tuning.dev_measure == "cross_entropy"
+        self.best = BestState(self.parameters, folder / _BEST, lower_is_better=lower_is_better)
+        checkpoint = load_checkpoint(folder, settings=settings)
+        if checkpoint is not None:
+            restore(checkpoint, self.parameters, self.optimizer)
+            self.losses, self.num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]
+            self.num_finished = checkpoint.state["num_finished"]
+            self.best.take_up(checkpoint.state["best"])
+            remarks.info("tune-teacher: goes on after step %d of an earlier run", len(self.losses))
+        self.log = RunLog(folder, resume_step=-1 if checkpoint is None else self.num_finished)
+        self.signals = StopSignals()
+
+    def train(self, show_progress: bool | None) -> None:
+        """Train to the end, or until held-out pairs stop it; the last state is kept as a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
+        """
+        self.model.train()
+        kept_at = time.monotonic()
+        with self.signals, progress_bar("tuning the teacher", len(self.batches), show=show_progress) as advance:
+            advance(self.num_finished)
+            try:
+                while self.best.looks_since < self.tuning.patience and self.num_finished < len(self.batches):
+                    if len(self.losses) == self.num_finished:  # else a stop came between the step and the look
+                        self._step()
+                    self._look()
+                    advance(1)
+                    if time.monotonic() - kept_at > 60 * self.tuning.checkpoint_minutes:
+                        self._keep()
+                        kept_at = time.monotonic()
+            except KeyboardInterrupt:
+                if self.signals.is_consistent and self.losses:
+                    self._keep()
+                    remarks.info("tune-teacher: step %d is kept in %s", len(self.losses), self.folder)
+                raise
+        self._keep()
+
+    def _step(self) -> None:
+        step, total = len(self.losses), len(self.batches)
+        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout by the step alone: resume is exact
+        accumulate = accumulate_lists if self.tuning.loss == "lists" else accumulate_pairs
+        part_tokens = self.tuning.part_tokens or tokens_at_a_time(self.model.device)
+        loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens)
+        require_finite(loss, step, self.folder)
+        warmup_steps = int(self.tuning.warmup_fraction * total)
+        factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
+        with self.signals.held():
+            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
+            self.losses.append(float(loss))
+            self.num_truncated += num_truncated
+
+    def _look(self) -> None:
+        """Measure held-out pairs where that is due after this step, and log the step."""
+        step, every = len(self.losses), self.tuning.eval_every
+        score: DevScore | None = None
+        if self.dev_pairs and every is not None and (step % every == 0 or step == len(self.batches)):
+            score = score_dev(self.model, self.dev_pairs)
+        with self.signals.held():
+            measured: dict[str, float] = {}
+            if score is not None:
+                self.best.offer(getattr(score, self.tuning.dev_measure), step)
+                measured = {"dev_cross_entropy": score.cross_entropy, "dev_mrr": score.mrr}
+            self.log.write(step, loss=self.losses[-1], pairs=len(self.batches[self.num_finished]), **measured)
+            self.num_finished += 1
+
+    def _keep(self) -> None:
+        state = {
+            "losses": self.losses,
+            "num_truncated": self.num_truncated,
+            "num_finished": self.num_finished,
+            "best": self.best.record(),
+        }
+        with self.signals.held():
+            save_checkpoint(
+                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
+            )
+
+
+# Held-out queries ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DevScore:
+    """How a teacher does on held-out pairs: yes/no cross-entropy, and mean reciprocal rank of the first positive."""
+
+    cross_entropy: float
+    mrr: float
+
+
+def hold_out(
+    sources: Sequence[TrainingSource], tuning: TeacherTuningConfig, *, seed: int
+) -> tuple[list[TrainingSource], list[TrainingPair]]:
+    """Part the plans: sources without the held-out queries, and the held-out pairs.
+
+    A query that shares a positive with a held-out one is left out of the training too: a passage that was a positive in
+    training is easily found again.
+
+    Args:
+        sources: data sets with their plans.
+        tuning: how many queries; the pairs are drawn as for training, or all of the plan's for ``mrr``.
+        seed: of the draw.
+
+    Raises:
+        InputError: the plans are too small to hold anything out.
+    """
+    kept: list[TrainingSource] = []
+    held: list[TrainingSource] = []
+    for source in sources:
+        entries = sorted(source.plan.entries, key=lambda entry: entry.query_id)
+        random.Random(f"{seed}:dev:{source.dataset.name}").shuffle(entries)
+        dev = entries[: min(tuning.dev_queries, len(entries) // _LARGEST_SHARE)]
+        taken = {passage_id for entry in dev for passage_id in entry.positives}
+        dev_ids = {entry.query_id for entry in dev}
+        rest = [e for e in source.plan.entries if e.query_id not in dev_ids and taken.isdisjoint(e.positives)]
+        kept.append(replace(source, plan=TrainingPlan(tuple(rest), source.plan.manifest)))
+        held.append(replace(source, plan=TrainingPlan(tuple(dev), source.plan.manifest)))
+    num_negatives = tuning.num_negatives if tuning.dev_measure == "cross_entropy" else _ALL
+    pairs = labelled_pairs(held, num_negatives=num_negatives, max_queries=None, seed=seed)
+    if not pairs or not any(source.plan.entries for source in kept):
+        raise InputError(
+            "the plans are too small to hold queries out (a fifth at most, and what shares their positives): "
+            "leave eval_every out of teacher_tuning, or mine larger plans"
+        )
+    return kept, pairs
+
+
+def score_dev(teacher: Judge, pairs: Sequence[TrainingPair]) -> DevScore:
+    """Judge held-out pairs, and measure the judgement."""
+    log_odds = np.empty(len(pairs), dtype=np.float32)
+    by_list: dict[tuple[Task, str], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_list.setdefault((pair.task, pair.query), []).append(index)
+    for task in TASKS:
+        places = [index for (list_task, _), places in by_list.items() if list_task == task for index in places]
+        if places:
+            texts = [(pairs[index].query, pairs[index].passage) for index in places]
+            log_odds[places] = teacher.judge(texts, task).log_odds
+    targets = torch.tensor([pair.target for pair in pairs])
+    loss = functional.binary_cross_entropy_with_logits(torch.from_numpy(log_odds), targets)
+    is_positive = np.array([pair.is_positive for pair in pairs])
+    ranks = [_reciprocal_rank(log_odds[places], is_positive[places]) for places in by_list.values()]
+    return DevScore(float(loss), float(np.mean([rank for rank in ranks if rank is not None] or [0.0])))
+
+
+def _reciprocal_rank(log_odds: NDArray[np.float32], is_positive: NDArray[np.bool_]) -> float | None:
+    """1 / rank of the first positive, behind the negatives it ties with; None for a list without one."""
+    if not is_positive.any():
+        return None
+    return 1.0 / (1 + int((log_odds[~is_positive] >= log_odds[is_positive].max()).sum()))
+
+
+# Model and batches ---------------------------------------------------------------------------------------------------
 
 
 def _load(
@@ -266,9 +402,9 @@ def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens
         def loss_of(log_odds: Tensor, targets: Tensor = targets, by_list: Sequence[Tensor] = by_list) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
             loss = _PAIR_SHARE * yes_or_no / len(batch)
-            for scores, wanted in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
-                if float(wanted.sum()) > 0:
-                    loss = loss + functional.cross_entropy(scores, wanted / wanted.sum()) / len(lists)
+            for scores, of_list in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
+                if float(of_list.sum()) > 0:
+                    loss = loss + functional.cross_entropy(scores, of_list / of_list.sum()) / len(lists)
             return loss
 
         total += _backpropagate(model, [inputs[place] for place in chosen], batch[0].task, loss_of, part_tokens)

@@ -1,1 +1,1 @@
-"""Everything that reads query and passage together and gives log-odds, and what it is asked."""
+"""Everything that reads query and passage together and gives log-odds, and its prompts."""

@@ -1,4 +1,4 @@
-"""The teacher: an LLM that reads query and passage together and is asked for yes or no.
+"""The causal teacher: an LLM that reads query and passage together and answers yes or no.
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.1.
 """
@@ -147,7 +147,7 @@ class Teacher(LocalTeacher):
         return logits[:, 0] - logits[:, 1], features
 
     def _sharing(self, inputs: Sequence[_Split]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
-        """Groups of prefixes that several inputs begin with, and the places of these inputs."""
+        """Groups of prefixes that several inputs share, and the places of these inputs."""
         counts = Counter(prefix for prefix, _ in inputs)
         places: dict[tuple[int, ...], list[int]] = {}
         for place, (prefix, _) in enumerate(inputs):
@@ -199,12 +199,12 @@ class Teacher(LocalTeacher):
             kept_query, kept_passage = own_query[:num_query], own_passage[:num_passage]
             is_cut = len(kept_query) < len(own_query)
             num_truncated += is_cut or len(kept_passage) < len(own_passage)
-            asked = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]
-            inputs.append(((*self._special_ids, *head, *asked), [*kept_passage, *tail]))
+            query_part = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]
+            inputs.append(((*self._special_ids, *head, *query_part), [*kept_passage, *tail]))
         return inputs, num_truncated
 
     def _require_causal(self) -> None:
-        """What an encoder says at the last position is no answer; told by whether a token sees the one after it."""
+        """Refuse a model that is no causal one: there a token sees the one after it."""
         yes, no = self._answer_ids["asymmetric"]
         with inference(self):
             inputs = torch.tensor([[yes, yes], [yes, no]], device=self.device)
@@ -213,14 +213,14 @@ class Teacher(LocalTeacher):
             raise ModelError(f"'{self.config.model}' is no causal language model: its tokens see the ones after them")
 
     def _leading_special_ids(self) -> list[int]:
-        """What the tokenizer puts before a text; what it puts after one has no place before the answer."""
+        """The special tokens before a text; those after a text have no place before the answer."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
         return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
 
     def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
         tail, with_yes, with_no = self._ids([prompt.tail, prompt.tail + prompt.yes, prompt.tail + prompt.no])
-        found: list[int] = []
+        answer_ids: list[int] = []
         for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
             if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
                 tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
@@ -229,13 +229,13 @@ class Teacher(LocalTeacher):
                     f"the tokenizer of '{self.config.model}': alone it gives {tokens}; use a prompt file with answer "
                     "words that are one token each (mind the space before the word)"
                 )
-            found.append(ids[-1])
-        if found[0] == found[1]:
+            answer_ids.append(ids[-1])
+        if answer_ids[0] == answer_ids[1]:
             raise AnswerTokenError(
                 f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
                 f"'{self.config.model}'; use a prompt file with two distinct words"
             )
-        return found[0], found[1]
+        return answer_ids[0], answer_ids[1]
 
 
 def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -18,8 +18,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.teachers.judge import TextPair
-from d2llm.models.teachers.local import LocalTeacher
-from d2llm.models.teachers.whole_texts import fit_pairs
+from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 
 _TokenAndType = tuple[int, int]
 _HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # where architectures keep what an encoder lacks
@@ -101,17 +100,17 @@ class ClassifierTeacher(LocalTeacher):
 
     def _find_positive(self) -> int:
         names: dict[int, str] = cast(Any, self.model).config.id2label
-        wanted = self.config.positive_label
-        if len(names) == 1 and wanted is None:
+        label = self.config.positive_label
+        if len(names) == 1 and label is None:
             return 0
-        found = [index for index, name in names.items() if wanted is not None and name.lower() == wanted.lower()]
-        if found:
-            return found[0]
+        outputs = [index for index, name in names.items() if label is not None and name.lower() == label.lower()]
+        if outputs:
+            return outputs[0]
         if len(names) == 1:
             raise ModelError(f"'{self.config.model}' has one output and no classes; leave positive_label out")
         raise ModelError(
             f"'{self.config.model}' has the classes {', '.join(names.values())}; set the teacher's positive_label to "
-            f"the one that means yes (it is {wanted!r})"
+            f"the one that means yes (it is {label!r})"
         )
 
     def _last_linear(self) -> nn.Linear:

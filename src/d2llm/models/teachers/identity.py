@@ -1,4 +1,4 @@
-"""Which teacher, asked what: the key of its labels, found without loading the model."""
+"""The identity of a teacher and its prompt, which is the key of its labels, found without loading the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OTHER_KINDS = frozenset({"remote", "cosine", "stack"})
 
 @dataclass(frozen=True, slots=True)
 class TeacherIdentity:
-    """Fingerprint of a teacher's weights, and of the question it is asked for each task."""
+    """Fingerprint of a teacher's weights, and of its question for each task."""
 
     fingerprint: str
     prompts: Mapping[Task, str]
@@ -41,7 +41,7 @@ def find_tuned_teacher(model: str) -> Path | None:
 
 
 def find_kind(config: TeacherConfig) -> str:
-    """The kind of teacher that ``config`` names; for ``auto``, what its folder says.
+    """The kind of teacher that ``config`` names; for ``auto``, it is read from its folder.
 
     A tuned teacher is of the kind it was tuned as, a student stands for its cosine; of pretrained weights config.json
     names the architecture.
@@ -135,9 +135,9 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
 
 
 def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:
-    """Identity of the question put for ``task``; the length limit is part of it, since it decides what is read.
+    """Identity of the question for ``task``. The length limit is part of it, since it decides what is read.
 
-    A classifier is asked nothing: which of its classes means yes takes the question's place.
+    A classifier has no question: the class that means yes takes its place.
     """
     if kind == "classifier":
         return fingerprint_json([kind, config.positive_label, config.max_tokens])

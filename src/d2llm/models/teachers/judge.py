@@ -1,4 +1,4 @@
-"""What every kind of teacher is to the verbs: something that reads query and passage together and gives log-odds."""
+"""The protocol of every judge: it reads query and passage together and gives log-odds."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ TextPair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Judgements:
-    """What a teacher said of n pairs: log-odds of yes over no, and features of the score token where it has any."""
+    """A judge's answers for n pairs: log-odds of yes over no, and features of the score token where it has any."""
 
     log_odds: Float32[np.ndarray, " pairs"]
     features: Float32[np.ndarray, "pairs dim"] | None
     num_truncated: int
     num_tokens: int
     num_bounded: int = 0
-    """Log-odds that are only a bound: a remote teacher did not say one of the two probabilities."""
+    """Log-odds that are only a bound, because a remote teacher gave just one of the two probabilities."""
     num_undecided: int = 0
-    """Pairs without any answer, taken as log-odds 0: a remote teacher said neither."""
+    """Pairs with log-odds 0, because a remote teacher gave neither probability."""
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """A teacher of any kind."""
+    """A teacher of any kind, or another model that reads query and passage together."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether two teachers are the same."""
+        """Tells whether two judges are the same."""
         ...
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Tells whether two ask the same question."""
+        """Tells whether two judges ask the same question."""
         ...
 
     def judge(

@@ -1,4 +1,4 @@
-"""What teachers of local weights have in common: loading, identity, batches, tuning and saving.
+"""What teachers of local weights have in common: loading, identity, cutting texts, batches, tuning and saving.
 
 Pretrained weights, an adapter on them, or a whole tuned model: ``TeacherConfig.model`` names any of the three.
 """
@@ -43,6 +43,7 @@ from d2llm.models.teachers.identity import (
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
+from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ _BATCH_TOKENS_ELSEWHERE, _BATCH_PAIRS = 8192, 64
 
 
 class Answers:
-    """Room for the judgements of n pairs, filled batch by batch."""
+    """The judgements of n pairs, filled in batch by batch."""
 
     def __init__(self, num_pairs: int, dim: int | None) -> None:
         self.log_odds: NDArray[np.float32] = np.empty(num_pairs, dtype=np.float32)
@@ -64,7 +65,7 @@ class Answers:
     def put(
         self, pairs: Sequence[int], log_odds: Float[Tensor, " pairs"], features: Float[Tensor, "pairs dim"] | None
     ) -> None:
-        """Put in what was said of some pairs, given by their places."""
+        """Store the answers for some pairs, given by their places."""
         self.log_odds[pairs] = log_odds.cpu().numpy()
         if self.features is not None and features is not None:
             self.features[pairs] = features.cpu().numpy()
@@ -77,7 +78,7 @@ class LocalTeacher(nn.Module):
     _auto_class: ClassVar[str]
     """The class of ``transformers`` that loads it."""
     _no_tuning: ClassVar[str] = ""
-    """Why this kind is not tuned; empty where it is."""
+    """Why this kind cannot be tuned; empty if it can."""
 
     def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped teacher.
@@ -94,8 +95,8 @@ class LocalTeacher(nn.Module):
 
         tuned = read_tuned_teacher(config)
         self.config = (tuned.config if tuned else config).model_copy(update={"kind": self.kind})
-        asked = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
-        if tuned and any(getattr(self.config, name) != getattr(config, name) for name in asked):
+        set_fields = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
+        if tuned and any(getattr(self.config, name) != getattr(config, name) for name in set_fields):
             _log.warning(
                 "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
                 *(tuned.folder, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),
@@ -133,7 +134,7 @@ class LocalTeacher(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> _T:
-        """Load a teacher on the device and in the number format that this machine is fast with, or as asked."""
+        """Load a teacher; by default on the best device here and in the number format that is fast on it."""
         chosen = choose_device(device)
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
 
@@ -161,7 +162,7 @@ class LocalTeacher(nn.Module):
         raise NotImplementedError
 
     def pad(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """What ``tokenize`` gave as tensors for ``forward``."""
+        """The output of ``tokenize`` as tensors for ``forward``."""
         return self._pad(inputs)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "pairs tokens"], Bool[Tensor, "pairs tokens"]]:
@@ -305,3 +306,60 @@ class LocalTeacher(nn.Module):
             "list[list[int]]",
             self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
         )
+
+
+_Row = TypeVar("_Row", bound="Sequence[Any]")
+
+
+def fit_pairs(
+    pairs: Sequence[TextPair], tokenizer: Any, encode: Callable[[Sequence[TextPair]], list[_Row]], *, max_tokens: int
+) -> tuple[list[_Row], int]:
+    """Inputs of at most ``max_tokens`` tokens, and how many pairs lost text.
+
+    Excess tokens are cut from the end of the passage; a query that alone would leave the passage less than half of the
+    room is cut to that half.
+
+    Args:
+        pairs: query text and full passage text.
+        tokenizer: a fast tokenizer, which tells where in the text each token stands.
+        encode: makes the whole inputs of pairs.
+        max_tokens: limit of a whole input.
+
+    Raises:
+        InputError: what stands around the texts alone fills ``max_tokens``.
+    """
+    if not pairs:
+        return [], 0
+    around = len(encode([("", "")])[0])
+    if max_tokens - around < 2:
+        raise InputError(
+            f"max_tokens is {max_tokens}, but {around} tokens stand around query and passage; raise max_tokens"
+        )
+    rows = encode(pairs)
+    too_long = [place for place, row in enumerate(rows) if len(row) > max_tokens]
+    for place in too_long:
+        query, passage = pairs[place]
+        room = max_tokens - around
+        # Where the parts meet, tokens may join or split, so that what should fit can be a token too long.
+        while len(row := encode([_cut(query, passage, tokenizer, room)])[0]) > max_tokens:
+            room -= len(row) - max_tokens
+        rows[place] = row
+    return rows, len(too_long)
+
+
+def _cut(query: str, passage: str, tokenizer: Any, room: int) -> TextPair:
+    ends = [
+        [
+            end
+            for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
+        ]
+        for text in (query, passage)
+    ]
+    for_query, for_passage = fit_pair(len(ends[0]), len(ends[1]), room)
+    return _up_to(query, ends[0], for_query), _up_to(passage, ends[1], for_passage)
+
+
+def _up_to(text: str, ends: Sequence[int], num_tokens: int) -> str:
+    return text if num_tokens >= len(ends) else text[: ends[num_tokens - 1] if num_tokens > 0 else 0]

@@ -1,6 +1,6 @@
 """The remote teacher: an LLM behind an OpenAI-compatible endpoint that gives log-probabilities of the next token.
 
-It is asked what a local causal teacher is asked (``models.teachers.causal``), one request a pair, one token an answer.
+It gets the prompt of a local causal teacher (``models.teachers.causal``): one request a pair, one token an answer.
 Its log-odds are logp(yes) - logp(no) for exactly the answer words of the prompt set, space and case included: " yes",
 "Yes" and "yes" are different tokens, and only one of them is what the prompt asks for.
 
@@ -59,7 +59,7 @@ class RemoteTeacher:
 
     @classmethod
     def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> RemoteTeacher:
-        """A teacher whose endpoint has been asked once, so that a wrong address, key or model is known at once.
+        """A teacher whose endpoint has answered once, so that a wrong address, key or model is reported at once.
 
         ``device`` and ``dtype`` are the endpoint's own affair and ignored.
 
@@ -223,12 +223,12 @@ class RemoteTeacher:
 
 def read_log_odds(log_probabilities: dict[str, float], prompt: Prompt) -> tuple[float | None, bool]:
     """logp(yes) - logp(no), and whether it is exact rather than a bound; None where neither word is given."""
-    given = {token.translate(_SPACES): value for token, value in log_probabilities.items()}
-    if prompt.yes not in given and prompt.no not in given:
+    probabilities = {token.translate(_SPACES): value for token, value in log_probabilities.items()}
+    if prompt.yes not in probabilities and prompt.no not in probabilities:
         return None, False
-    least = min(given.values())
-    value = given.get(prompt.yes, least) - given.get(prompt.no, least)
-    return value, prompt.yes in given and prompt.no in given
+    least = min(probabilities.values())
+    value = probabilities.get(prompt.yes, least) - probabilities.get(prompt.no, least)
+    return value, prompt.yes in probabilities and prompt.no in probabilities
 
 
 def _section(config: TeacherConfig) -> RemoteConfig:

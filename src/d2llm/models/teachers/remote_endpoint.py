@@ -199,31 +199,31 @@ class Endpoint:
 
     def _refusal(self, response: httpx2.Response) -> Exception:
         """What the status and the text of an answer other than 200 mean."""
-        status, said = response.status_code, self._quote(response)
-        if "logprobs" in said:  # before what follows: llama-cpp-python says so with status 500
-            return self._no_log_probabilities(f"it says {said}")
+        status, reason = response.status_code, self._quote(response)
+        if "logprobs" in reason:  # before what follows: llama-cpp-python says so with status 500
+            return self._no_log_probabilities(f"it says {reason}")
         if status in (401, 403):
             how = f"check the key in {self.config.api_key_env}" if self._key else "set teacher.remote.api_key_env"
             return ModelError(
-                f"{self.address} refuses {'the key' if self._key else 'access'} ({status}): {said}; {how}"
+                f"{self.address} refuses {'the key' if self._key else 'access'} ({status}): {reason}; {how}"
             )
         if status in (408, 429) or status >= 500:
             wait = _retry_after(response.headers.get("Retry-After"))
             if wait:
                 self._pace.rest(wait)
-            return _BusyError(f"answers {status}: {said}", wait=wait)
-        if status == 404 or _UNKNOWN_MODEL.search(said):
+            return _BusyError(f"answers {status}: {reason}", wait=wait)
+        if status == 404 or _UNKNOWN_MODEL.search(reason):
             return ModelNotFoundError(
-                f"{self.address} knows no model '{self.model}', or no such address ({status}): {said}; check "
+                f"{self.address} knows no model '{self.model}', or no such address ({status}): {reason}; check "
                 "teacher.model and teacher.remote.url (up to /v1)"
             )
-        if status == 413 or _TOO_LONG.search(said):
+        if status == 413 or _TOO_LONG.search(reason):
             return InputError(
-                f"{self.address}: a prompt is longer than '{self.model}' reads there ({status}): {said}; lower "
+                f"{self.address}: a prompt is longer than '{self.model}' reads there ({status}): {reason}; lower "
                 "teacher.max_tokens (or characters_per_token, or name the tokenizer in teacher.remote), or start the "
                 "server with a longer context"
             )
-        return ModelError(f"{self.address} refuses the request ({status}): {said}; see docs/remote-teacher.md")
+        return ModelError(f"{self.address} refuses the request ({status}): {reason}; see docs/remote-teacher.md")
 
     def _no_log_probabilities(self, problem: str) -> ModelError:
         return ModelError(
@@ -286,11 +286,11 @@ def _read_answer(answer: Any) -> NextToken:
     logprobs = answer["choices"][0].get("logprobs")
     if logprobs is None:
         raise _SilentError("the answer has none")
-    found = _chat_form(logprobs["content"]) if "content" in logprobs else _completion_form(logprobs["top_logprobs"])
-    if len(found) == 1:
+    content = _chat_form(logprobs["content"]) if "content" in logprobs else _completion_form(logprobs["top_logprobs"])
+    if len(content) == 1:
         raise _SilentError("the answer has only that of the token it chose")
     usage = answer.get("usage") or {}
-    return NextToken(found, usage.get("prompt_tokens"))
+    return NextToken(content, usage.get("prompt_tokens"))
 
 
 def _completion_form(positions: Any) -> dict[str, float]:
@@ -304,8 +304,8 @@ def _chat_form(positions: Any) -> dict[str, float]:
 
 def _highest(items: Any) -> dict[str, float]:
     """By text; of several tokens with one text the likeliest. Values that are no finite number are left out."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for token, value in items:
         if value is not None and math.isfinite(value):
-            found[token] = max(float(value), found.get(token, -math.inf))
-    return found
+            values[token] = max(float(value), values.get(token, -math.inf))
+    return values

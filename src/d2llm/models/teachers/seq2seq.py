@@ -1,4 +1,4 @@
-"""A sequence-to-sequence reranker as teacher: the answer is the first word that its decoder would say.
+"""A sequence-to-sequence reranker as teacher: the answer is the first word of its decoder.
 
 Source: Nogueira et al., "Document Ranking with a Pretrained Sequence-to-Sequence Model", EMNLP Findings 2020 (MonoT5).
 """
@@ -16,9 +16,8 @@ from d2llm.core.errors import AnswerTokenError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.judge import TextPair
-from d2llm.models.teachers.local import LocalTeacher
+from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-from d2llm.models.teachers.whole_texts import fit_pairs
 
 
 class Seq2SeqTeacher(LocalTeacher):
@@ -39,7 +38,7 @@ class Seq2SeqTeacher(LocalTeacher):
 
     @property
     def dim(self) -> int:
-        """Width of the features: the decoder's state from which the first word is said."""
+        """Width of the features: the decoder's state that gives the first word."""
         return int(cast(Any, self.model).config.hidden_size)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:

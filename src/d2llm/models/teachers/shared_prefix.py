@@ -107,9 +107,9 @@ def why_not_shared(model: Any, tokens: Sequence[int], *, padding: int, device: t
         shared = SharedPrefixes(model, prefixes, padding=padding, device=device).last_states(rows, suffixes)
     except _REFUSALS as error:
         return f"its cache cannot be shared ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    for row, suffix, found in zip(rows, suffixes, shared, strict=True):
+    for row, suffix, state in zip(rows, suffixes, shared, strict=True):
         whole = model(input_ids=torch.tensor([[*prefixes[row], *suffix]], device=device), use_cache=False)
         expected = whole.last_hidden_state[0, -1].float()
-        if (found.float() - expected).norm() > 0.03 * expected.norm():  # bfloat16 rounds by up to a hundredth
+        if (state.float() - expected).norm() > 0.03 * expected.norm():  # bfloat16 rounds by up to a hundredth
             return "what it reads behind a shared prefix is not what it reads whole"
     return ""

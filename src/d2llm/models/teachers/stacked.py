@@ -1,4 +1,4 @@
-"""Several teachers as one: each is asked, and a calibrated log-odds is made of what they say."""
+"""Several teachers as one: each judges a pair, and their scores are combined into one calibrated log-odds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Recorded:
 
 
 class StackedTeacher:
-    """A judge that asks its members; per task log-odds = bias + sum of weight times standardised score."""
+    """A judge made of others; for each task, log-odds = bias + sum of weight times standardised score."""
 
     def __init__(self, members: Sequence[Judge], stacks: Mapping[Task, Stack], *, name: str = "the stack") -> None:
         """Join ``members``, whose order is that of the weights in ``stacks``; ``name`` is for errors."""
@@ -72,11 +72,11 @@ class StackedTeacher:
         """The identity that ``load(config)`` has, found without loading a model. Raises what ``load`` raises."""
         folder = Path(config.model)
         recorded = _read(folder)
-        found = [identify_judge(member.config) for member in recorded.members]
-        for member, identity in zip(recorded.members, found, strict=True):
+        identities = [identify_judge(member.config) for member in recorded.members]
+        for member, identity in zip(recorded.members, identities, strict=True):
             _require_same(folder, member, identity.fingerprint)
         prompts: dict[Task, str] = {
-            task: _join_prompts([identity.prompts[task] for identity in found]) for task in recorded.stacks
+            task: _join_prompts([identity.prompts[task] for identity in identities]) for task in recorded.stacks
         }
         return TeacherIdentity(_fingerprint([one.fingerprint for one in recorded.members], recorded.stacks), prompts)
 
@@ -86,7 +86,7 @@ class StackedTeacher:
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Of all the questions that the members are asked.
+        """The identity of the questions to all members.
 
         Raises:
             InputError: the stack was not fitted for ``task``.
@@ -104,8 +104,8 @@ class StackedTeacher:
     ) -> Judgements:
         """Judge pairs by every member that counts for ``task``.
 
-        The features are those of the first such member that has any. What is counted is counted for each member: a
-        pair that two of them cut counts twice.
+        The features are those of the first such member that has any. Counts are sums over the members: a pair that two
+        of them cut counts twice.
 
         Raises:
             InputError: the stack was not fitted for ``task``.
@@ -113,20 +113,20 @@ class StackedTeacher:
         stack = self._stack(task)
         counting = [place for place, weight in enumerate(stack.weights) if weight > 0]
         step = _shared_steps(advance, len(counting)) if advance is not None else None
-        said: dict[int, Judgements] = {}
+        judgements: dict[int, Judgements] = {}
         features = None
         for place in counting:
-            wanted = with_features and features is None
-            said[place] = self.members[place].judge(pairs, task, with_features=wanted, advance=step)
-            features = said[place].features if wanted else features
-        scores = np.stack([said[place].log_odds for place in counting], axis=1)
+            needs_features = with_features and features is None
+            judgements[place] = self.members[place].judge(pairs, task, with_features=needs_features, advance=step)
+            features = judgements[place].features if needs_features else features
+        scores = np.stack([judgements[place].log_odds for place in counting], axis=1)
         return Judgements(
             stack.only(counting).log_odds(scores).astype(np.float32),
             features,
-            sum(one.num_truncated for one in said.values()),
-            sum(one.num_tokens for one in said.values()),
-            sum(one.num_bounded for one in said.values()),
-            sum(one.num_undecided for one in said.values()),
+            sum(one.num_truncated for one in judgements.values()),
+            sum(one.num_tokens for one in judgements.values()),
+            sum(one.num_bounded for one in judgements.values()),
+            sum(one.num_undecided for one in judgements.values()),
         )
 
     def _stack(self, task: Task) -> Stack:
@@ -183,7 +183,7 @@ def stacked_queries(config: TeacherConfig) -> dict[str, frozenset[str]]:
     if not (Path(config.model) / FILE_NAME).is_file() or find_kind(config) != STACK_KIND:
         return {}  # a stack is always a folder here: no need to ask the Hub what a name stands for
     fitted_on = read_manifest(Path(config.model), STACK_KIND, STACK_FORMAT_VERSION).get("fitted_on", {})
-    return {name: frozenset(found["dev_queries"]) for name, found in fitted_on.items()}
+    return {name: frozenset(fitted["dev_queries"]) for name, fitted in fitted_on.items()}
 
 
 def _member_entry(folder: Path, member: StackMember) -> dict[str, Any]:
@@ -219,11 +219,11 @@ def _read_member(folder: Path, entry: Mapping[str, Any]) -> StackMember:
     return StackMember(TeacherConfig.model_validate(values), str(entry["fingerprint"]))
 
 
-def _require_same(folder: Path, member: StackMember, found: str) -> None:
-    if found != member.fingerprint:
+def _require_same(folder: Path, member: StackMember, fingerprint: str) -> None:
+    if fingerprint != member.fingerprint:
         raise MismatchError(
             f"{folder}: was fitted with '{member.config.model}' of fingerprint {member.fingerprint}, but now that is "
-            f"{found}; restore the member, or stack again"
+            f"{fingerprint}; restore the member, or stack again"
         )
 
 

@@ -1,4 +1,4 @@
-"""The verb ``ablate``: what each part of a recipe is worth, by training it without that part, over several seeds."""
+"""The verb ``ablate``: how much each part of a recipe is worth, by training without it, over several seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.training.ablation.report import (
     BASE,
-    MEASURE,
     AblationReport,
     FailedRun,
     MeasuredSet,
@@ -32,7 +31,7 @@ from d2llm.training.ablation.report import (
     summarise,
 )
 from d2llm.training.ablation.run import RunSettings, fingerprint_sets, read_result, train_and_measure
-from d2llm.training.dev import DevSet, PairDevSet, make_dev_set
+from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.training_run import epochs_of
 
 DEV_QUERIES = 500
@@ -122,7 +121,7 @@ def ablate(
     )
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
-    results = {run: found for run in runs if (found := read_result(shared, *run)) is not None}
+    results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
     missing: list[tuple[str, int]] = []
     failed: list[FailedRun] = []
     waiting = [run for run in runs if run not in results]
@@ -211,12 +210,12 @@ def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherC
     if not (labels / MANIFEST).is_file():
         raise InputError(f"{labels}: there are no labels yet; run the verb label with this recipe first")
     identity = identify_judge(teacher)
-    found: list[set[str]] = []
+    labelled: list[set[str]] = []
     for source in sources:
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
         store = LabelStore.open_for_reading(labels, **key)
-        found.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
-    return found
+        labelled.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
+    return labelled
 
 
 def _left_out(recipe: Recipe, sources: Sequence[TrainingSource], labelled: Sequence[set[str]] | None) -> Iterator[str]:
@@ -276,9 +275,9 @@ def _settings(
     }
 
 
-def _measured_set(dev: DevSet | PairDevSet, source: TrainingSource) -> MeasuredSet:
-    measure = dev.gold.main_measure if isinstance(dev, PairDevSet) else MEASURE
-    return MeasuredSet(dev.name, dev.task, dev.num_items, dev.num_passages, len(source.plan.entries), measure)
+def _measured_set(dev: DevSet, source: TrainingSource) -> MeasuredSet:
+    num_queries, num_passages = len(dev.item_ids), len(dev.passages)
+    return MeasuredSet(dev.name, dev.task, num_queries, num_passages, len(source.plan.entries), dev.measure_name)
 
 
 def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequence[float]) -> str:

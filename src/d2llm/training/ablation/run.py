@@ -15,12 +15,12 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.data.training import TrainingSource
-from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.training.ablation.report import RunResult
-from d2llm.training.dev import DevSet, PairDevSet, evaluate_dev, value_by_set
+from d2llm.training.dev import DevSet, evaluate_dev, has_interaction_weight
 from d2llm.training.distill import distill
+from d2llm.training.interpolation import value_by_set
 from d2llm.training.training_run import LOG
 
 _RECORD_VERSION = 1
@@ -31,7 +31,7 @@ class RunSettings:
     """What all runs have in common: ``place`` is the folder of all, ``measured_on`` stands for the dev sets."""
 
     sources: list[TrainingSource]
-    dev_sets: list[DevSet | PairDevSet]
+    dev_sets: list[DevSet]
     measured_on: str
     place: Path
     labels: Path
@@ -45,16 +45,15 @@ class RunSettings:
         return self.place / variant / f"seed-{seed}"
 
 
-def fingerprint_sets(dev_sets: Sequence[DevSet | PairDevSet]) -> str:
+def fingerprint_sets(dev_sets: Sequence[DevSet]) -> str:
     """Of all that a measured value depends on besides the student."""
     return fingerprint_json([_RECORD_VERSION, [_content(dev) for dev in dev_sets]])
 
 
-def _content(dev: DevSet | PairDevSet) -> list[Any]:
-    if isinstance(dev, PairDevSet):
+def _content(dev: DevSet) -> list[Any]:
+    if dev.pairs:
         return [dev.name, dev.task, [(pair.query, pair.passage, pair.label, pair.score) for pair in dev.pairs]]
-    queries = [(query.id, query.text) for query in dev.queries]
-    return [dev.name, dev.task, queries, dev.passage_ids, dev.passage_texts, dev.qrels]
+    return [dev.name, dev.task, [*dev.queries.items()], [*dev.passages], [*dev.passages.values()], dev.qrels]
 
 
 def _record(student: Path) -> Path:
@@ -90,14 +89,12 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
     student = Student.load(folder, device=shared.device, dtype=shared.dtype)
     weights = manifest["residual_weights"]
     by_set = value_by_set(evaluate_dev(student, shared.dev_sets, show_progress=shared.show_progress), weights)
-    head = student.interaction
-    has_weight = head.has_anchor and not isinstance(head, CosineHead)
     result = RunResult(
         variant=name,
         seed=seed,
         ndcg=fmean(by_set.values()),
         by_set=by_set,
-        residual_weights=weights if has_weight else {},
+        residual_weights=weights if has_interaction_weight(student) else {},
         steps=manifest["steps"],
         best_step=manifest["best_step"],
         seconds=_seconds(_log_lines(folder)),

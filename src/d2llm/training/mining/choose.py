@@ -1,23 +1,221 @@
-"""From lists to hard negatives: what ``mine`` and mining anew during training share."""
+"""From lists to negatives: the order in which candidates are tried, what is dropped as a likely positive, the draws.
+
+What ``mine`` and mining anew during training share.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import random
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import MiningConfig
-from d2llm.core.types import Query
+from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
-from d2llm.data.same_text import SameText
-from d2llm.training.mining.audit import Audit
-from d2llm.training.mining.draw import order_candidates, random_of
+from d2llm.data.same_text import SameText, likeness, shingles
 from d2llm.training.mining.ranking import EncoderRanking, Lists
-from d2llm.training.mining.select import Check, Selection, near_duplicate_check, relative_margin_check, select
 from d2llm.training.mining.teacher import TeacherCheck
+
+if TYPE_CHECKING:
+    from d2llm.training.mining.audit import Audit
+
+Sampling = Literal["uniform", "top", "rank_weighted"]
+
+
+@dataclass(frozen=True, slots=True)
+class NegativeCandidate:
+    """A passage that may become a hard negative, with its rank (from 0, positives left out) in each list it is in."""
+
+    passage_id: str
+    ranks: Mapping[str, int]
+
+    @property
+    def best_rank(self) -> int:
+        """The better rank where two lists have it."""
+        return min(self.ranks.values())
+
+    @property
+    def sources(self) -> str:
+        """The lists it is in, as ``bm25+cosine``."""
+        return "+".join(self.ranks)
+
+
+def key_of(*parts: object) -> bytes:
+    """A hash of the parts, the same in every process."""
+    return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+
+
+def random_of(*parts: object) -> random.Random:
+    """Random numbers that depend on the parts alone."""
+    return random.Random(key_of(*parts))
+
+
+def order_candidates(
+    ranked: Mapping[str, Sequence[str]],
+    forbidden: Collection[str],
+    first_rank: Mapping[str, int],
+    sampling: Sampling,
+    rng: random.Random,
+) -> list[NegativeCandidate]:
+    """All candidates of a query in the order in which they are tried; hard negatives are the first that pass.
+
+    Args:
+        ranked: list by its source, best first, cut at the range's end.
+        forbidden: what is no negative: positives and the same texts.
+        first_rank: how many others of each list are left out at its top.
+        sampling: ``uniform``: a random order; ``top``: by the better rank, then by id; ``rank_weighted``: drawn one
+            after the other without putting back, with chances in proportion to 1 / (rank + 1).
+        rng: of the draw; the order of the sources does not matter to it.
+    """
+    ranks: dict[str, dict[str, int]] = {}
+    skipped: set[str] = set()
+    for source, passage_ids in ranked.items():
+        allowed = [passage_id for passage_id in passage_ids if passage_id not in forbidden]
+        # What either list puts first, another list's lower place does not make a surer negative.
+        skipped.update(allowed[: first_rank[source]])
+        for rank, passage_id in enumerate(allowed):
+            ranks.setdefault(passage_id, {})[source] = rank
+    pool = [NegativeCandidate(passage_id, ranks[passage_id]) for passage_id in sorted(ranks.keys() - skipped)]
+    if sampling == "top":
+        return sorted(pool, key=lambda candidate: (candidate.best_rank, candidate.passage_id))
+    if sampling == "uniform":
+        return rng.sample(pool, len(pool))
+    # Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: the largest u^(1/weight) first.
+    keys = {candidate.passage_id: math.log(1 - rng.random()) * (1 + candidate.best_rank) for candidate in pool}
+    return sorted(pool, key=lambda candidate: -keys[candidate.passage_id])
+
+
+def draw_easy(corpus: Sequence[str], forbidden: Collection[str], num_easy: int, rng: random.Random) -> list[str]:
+    """``num_easy`` of the corpus (ids in order), in random order."""
+    # So many are drawn that enough remain even if every forbidden passage is among them.
+    drawn = rng.sample(range(len(corpus)), min(len(corpus), num_easy + len(forbidden)))
+    return [corpus[row] for row in drawn if corpus[row] not in forbidden][:num_easy]
+
+
+Reason = Literal["near_duplicate", "relative_margin", "teacher_margin"]
+REASONS: tuple[Reason, ...] = ("near_duplicate", "relative_margin", "teacher_margin")
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A candidate that is no negative: ``value`` (likeness, score, log-odds) is above ``limit``."""
+
+    candidate: NegativeCandidate
+    reason: Reason
+    value: float
+    limit: float
+
+
+@dataclass
+class Selection:
+    """One query's candidates in the order in which they are tried, and what became of them."""
+
+    query: Query
+    positives: tuple[str, ...]
+    candidates: Sequence[NegativeCandidate]
+    judged_negative: Collection[str]
+    """What the data set itself says is not relevant: no check drops it."""
+    place: int
+    """Of the query among those that are mined."""
+    num_tried: int = 0
+    kept: list[NegativeCandidate] = field(default_factory=list[NegativeCandidate])
+    dropped: list[Dropped] = field(default_factory=list[Dropped])
+
+
+Check = Callable[[Selection, NegativeCandidate], Dropped | None]
+"""Says why a candidate is no negative, or None."""
+
+
+def select(
+    selections: Sequence[Selection], num_hard: int, checks: Sequence[Check], teacher: TeacherCheck | None
+) -> None:
+    """Try the candidates of some queries until each has ``num_hard`` negatives or no candidate is left.
+
+    Each round proposes as many candidates as are still wanted, so that the teacher judges many pairs at once, and few
+    that are not needed.
+    """
+    waiting = list(selections)
+    while waiting:
+        proposed = [(item, _propose(item, num_hard - len(item.kept), checks)) for item in waiting]
+        if teacher is not None:
+            teacher.judge(
+                [
+                    (item.query, item.positives + tuple(c.passage_id for c in candidates))
+                    for item, candidates in proposed
+                    if candidates
+                ]
+            )
+        for item, candidates in proposed:
+            for candidate in candidates:
+                drop = None if teacher is None else _teacher_drop(teacher, item, candidate)
+                if drop is None:
+                    item.kept.append(candidate)
+                else:
+                    item.dropped.append(drop)
+        waiting = [item for item in waiting if len(item.kept) < num_hard and item.num_tried < len(item.candidates)]
+
+
+def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> Check:
+    """Texts alike a positive's by more than ``threshold``; see ``likeness``."""
+    of_positives: dict[str, list[frozenset[str]]] = {}
+
+    def check(item: Selection, candidate: NegativeCandidate) -> Dropped | None:
+        if item.query.id not in of_positives:
+            of_positives.clear()  # queries come one after the other
+            of_positives[item.query.id] = [shingles(passages[passage_id].text) for passage_id in item.positives]
+        own = shingles(passages[candidate.passage_id].text)
+        value = max(likeness(own, other) for other in of_positives[item.query.id])
+        return Dropped(candidate, "near_duplicate", value, threshold) if value > threshold else None
+
+    return check
+
+
+def relative_margin_check(ranking: EncoderRanking, margin: float) -> Check:
+    """Scores above mean - margin |mean|, where mean is of the positives' scores."""
+    limits: dict[str, float] = {}
+
+    def check(item: Selection, candidate: NegativeCandidate) -> Dropped | None:
+        if item.query.id not in limits:
+            limits.clear()
+            mean = float(np.mean(ranking.scores(item.place, item.positives)))
+            limits[item.query.id] = mean - margin * abs(mean)
+        [value] = ranking.scores(item.place, [candidate.passage_id]).tolist()
+        limit = limits[item.query.id]
+        return Dropped(candidate, "relative_margin", value, limit) if value > limit else None
+
+    return check
+
+
+def _propose(item: Selection, num_wanted: int, checks: Sequence[Check]) -> list[NegativeCandidate]:
+    proposed: list[NegativeCandidate] = []
+    while len(proposed) < num_wanted and item.num_tried < len(item.candidates):
+        candidate = item.candidates[item.num_tried]
+        item.num_tried += 1
+        trusted = candidate.passage_id in item.judged_negative
+        drop = None if trusted else next((drop for check in checks if (drop := check(item, candidate))), None)
+        if drop is None:
+            proposed.append(candidate)
+        else:
+            item.dropped.append(drop)
+    return proposed
+
+
+def _teacher_drop(teacher: TeacherCheck, item: Selection, candidate: NegativeCandidate) -> Dropped | None:
+    limit = teacher.limit(item.query.id, item.positives)
+    value = teacher.log_odds(item.query.id, candidate.passage_id)
+    if value is None or limit is None or candidate.passage_id in item.judged_negative or value <= limit:
+        return None
+    return Dropped(candidate, "teacher_margin", value, limit)
+
 
 _QUERIES_AT_ONCE = 32  # whose candidates the teacher judges together
 
@@ -33,7 +231,7 @@ class Ranked:
 
 
 class DatasetJudgements:
-    """What the data set says of a query's passages, in any split."""
+    """The data set's own judgements of a query's passages, in any split."""
 
     def __init__(self, dataset: Dataset, same_text: SameText) -> None:
         self._same_text = same_text
@@ -48,7 +246,7 @@ class DatasetJudgements:
                     kind.setdefault(query_id, set()).add(passage_id)
 
     def relevant(self, query_id: str, positives: Sequence[str]) -> set[str]:
-        """What must not be a negative for what the data set says; ``positives`` are of the plan."""
+        """Passages that the data set judges relevant, in any split; ``positives`` are the plan's."""
         return self._relevant.get(query_id, set()) | set(positives)
 
     def repeats(self, query_id: str, positives: Sequence[str]) -> set[str]:
@@ -139,13 +337,13 @@ def _checks(dataset: Dataset, ranked: Ranked, config: MiningConfig) -> list[Chec
 
 
 def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> dict[str, dict[str, float]]:
-    """What encoder and teacher say of the positives and of what was kept or dropped."""
+    """Scores by encoder and teacher, of the positives and of what was kept or dropped."""
     negatives = [c.passage_id for c in item.kept] + [drop.candidate.passage_id for drop in item.dropped]
     ids = [*item.positives, *negatives]
     scores: dict[str, dict[str, float]] = {}
     if ranked.encoder is not None:
         scores[ranked.encoder_name] = dict(zip(ids, ranked.encoder.scores(item.place, ids).tolist(), strict=True))
     if teacher is not None:
-        said = ((passage_id, teacher.log_odds(item.query.id, passage_id)) for passage_id in ids)
-        scores["teacher"] = {passage_id: value for passage_id, value in said if value is not None}
+        labelled = ((passage_id, teacher.log_odds(item.query.id, passage_id)) for passage_id in ids)
+        scores["teacher"] = {passage_id: value for passage_id, value in labelled if value is not None}
     return scores

@@ -19,8 +19,7 @@ from d2llm.data.same_text import SameText
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.training.mining.audit import Audit
-from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, work_folder
-from d2llm.training.mining.draw import draw_easy, key_of, random_of
+from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, draw_easy, key_of, random_of, work_folder
 from d2llm.training.mining.ranking import EncoderRanking, Lists, bm25_lists
 from d2llm.training.mining.teacher import TeacherCheck
 
@@ -132,7 +131,7 @@ def mine(
             repeats = judged.repeats(query_id, of_query)
             tally.same_text += len(repeats)
             forbidden[query_id] = judged.relevant(query_id, of_query) | repeats
-        found = choose(
+        selections = choose(
             dataset,
             queries,
             positives,
@@ -145,7 +144,7 @@ def mine(
             audit=audit,
         )
         with progress_bar("choosing", len(queries), show=show_progress) as advance:
-            for item in found:
+            for item in selections:
                 query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
                 no_easy = forbidden[query_id] | set(hard) | {drop.candidate.passage_id for drop in item.dropped}
                 easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
@@ -156,7 +155,7 @@ def mine(
                 entries.append(PlanEntry(query_id, item.positives, hard, tuple(easy)))
                 advance(1)
         tally.seconds["choosing"] = time.perf_counter() - begin
-        del ranked, found  # and with them the map of the vectors, before their folder goes
+        del ranked, selections  # and with them the map of the vectors, before their folder goes
     tally.seconds["total"] = time.perf_counter() - start
     return MiningResult(entries, _report(dataset, split, entries, tally, audit, teacher), audit.to_json())
 
@@ -254,8 +253,8 @@ def _report(
         "num_dropped": audit.num_dropped,
         "hard_negatives_from": dict(sorted(audit.hard_from.items())),
         "teacher": {
-            "judged": teacher.num_judged if teacher else 0,
-            "truncated": teacher.num_truncated if teacher else 0,
+            "judged": teacher.counts.pairs if teacher else 0,
+            "truncated": teacher.counts.truncated if teacher else 0,
             "without_label": audit.num_without_label if teacher else 0,
         },
         "queries": {name: {"count": len(ids), "first": ids[:_NUM_SHOWN]} for name, ids in lists.items()},

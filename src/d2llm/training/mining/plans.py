@@ -21,7 +21,7 @@ from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
-from d2llm.training.mining.audit_page import audit_page
+from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
 from d2llm.training.mining.teacher import TeacherCheck
 
@@ -72,7 +72,7 @@ def mine_plans(
 
 
 def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] | Skipped] | Skipped:
-    """Mine again with the margin of the tuned teacher, which a run can only now; counts by the data set's name.
+    """Mine again with the margin of the tuned teacher, which exists only now; counts by the data set's name.
 
     The plans that the teacher was tuned on stay. What it says goes to the run's labels.
 
@@ -188,16 +188,18 @@ def _mine_one(
 
 
 def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
-    """Labelled pairs need no search: what was judged is the plan."""
-    found = read_pair_training_set(pairs)
-    entries = plan_of_pairs(found, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries)
+    """Labelled pairs need no search: the judged pairs are the plan."""
+    training_set = read_pair_training_set(pairs)
+    entries = plan_of_pairs(
+        training_set, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries
+    )
     report = {
         "dataset": pairs.name,
         "split": _SPLIT,
         "num_entries": len(entries),
         "num_pairs": sum(len(entry.targets) for entry in entries),
-        "num_repeated_pairs": found.num_repeated,
-        "issues": list(found.dataset.issues),
+        "num_repeated_pairs": training_set.num_repeated,
+        "issues": list(training_set.dataset.issues),
     }
     content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
     write_plan(folder, entries, content)

@@ -1,4 +1,4 @@
-"""Mining anew during training: the student's own ranking says which negatives are hard now."""
+"""Mining again during training: the student's own ranking says which negatives are hard now."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.training.mining.audit import Audit
-from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, work_folder
+from d2llm.training.mining.choose import DatasetJudgements, Ranked, Selection, choose, work_folder
 from d2llm.training.mining.ranking import EncoderRanking, Lists
-from d2llm.training.mining.select import Selection
 from d2llm.training.mining.teacher import TeacherCheck
 
 
@@ -92,7 +91,7 @@ def remine(
         teacher = None
         if labels is not None and config.teacher_margin is not None:
             teacher = TeacherCheck(labels, None, source.task, config.teacher_margin, dataset.passages)
-        found = choose(
+        selections = choose(
             dataset,
             queries,
             positives,
@@ -104,8 +103,8 @@ def remine(
             teacher=teacher,
             audit=Audit(dataset.passages, ["student"], frozenset()),
         )
-        renewed = [_renew(entry, item, config.num_hard) for entry, item in zip(entries, found, strict=True)]
-        del ranking, found  # and with them the map of the vectors, before their folder goes
+        renewed = [_renew(entry, item, config.num_hard) for entry, item in zip(entries, selections, strict=True)]
+        del ranking, selections  # and with them the map of the vectors, before their folder goes
     num_new = sum(
         len(set(new.hard_negatives) - set(old.hard_negatives)) for new, old in zip(renewed, entries, strict=True)
     )

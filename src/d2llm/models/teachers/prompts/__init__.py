@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the question: labels asked with another text are other labels."""
+        """Identity of the question: another text gives other labels."""
         spaced = [self.space] if self.space else []
         return fingerprint_json([self.head, self.middle, self.tail, self.yes, self.no, *spaced])
 
