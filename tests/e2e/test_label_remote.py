@@ -11,6 +11,7 @@ import pytest
 from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
+from d2llm.evaluation import judging
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher
 from d2llm.training import label as verb
@@ -19,7 +20,7 @@ from prepared_process import PreparedProcess, script
 from tiny_data import topics
 
 NUM_QUERIES = 24
-CHUNK = 4
+CHUNK = 4  # queries, of ten pairs at most
 
 
 def opinion(prompt: str) -> float:
@@ -39,8 +40,8 @@ def source() -> TrainingSource:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "_QUERIES_AT_ONCE", CHUNK)
-    monkeypatch.setattr(verb, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 9 * CHUNK)
+    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
 
 
 def run(source: TrainingSource, store: Path, endpoint: LocalEndpoint) -> verb.LabelReport:
@@ -109,18 +110,19 @@ def test_a_run_that_fails_in_the_middle_goes_on_where_it_stopped(source: Trainin
 LABEL = """
 import sys
 from pathlib import Path
+from d2llm.evaluation import judging
 from d2llm.training import label as verb
 from local_endpoint import remote_config
 from tiny_data import topics
 
-verb._QUERIES_AT_ONCE, verb._SHARD_SECONDS = {chunk}, 0.0
+judging._PAIRS_AT_ONCE, judging._SHARD_SECONDS = {pairs}, 0.0
 teacher = remote_config(sys.argv[1], concurrency=4)
 verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher)
 """
 
 
 def test_killed_and_resumed_asks_for_nothing_finished_again(source: TrainingSource, tmp_path: Path) -> None:
-    store, code = tmp_path / "store", LABEL.format(chunk=CHUNK, num=NUM_QUERIES)
+    store, code = tmp_path / "store", LABEL.format(pairs=9 * CHUNK, num=NUM_QUERIES)
 
     def slowly(request: Request, number: int) -> Reply:
         answer = reply(request, number)

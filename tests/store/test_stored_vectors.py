@@ -233,6 +233,17 @@ def test_an_index_without_passages_has_nothing_to_lose(store, how):
     assert verify(store).problems == []
 
 
+def test_a_later_file_beside_an_empty_version_is_no_damage(store):
+    """A writer that rewrites an empty index, killed before its commit, leaves the file of a version that is not there."""
+    store.delete(list(PASSAGES))
+    version = store.table().version
+    VectorFile.replace(store.folder, 7, np.zeros((0, CODE_SIZE), np.uint8), since=version + 1)
+    assert verify(store).problems == []
+    put(store, few_passages(3).values())
+    check_contents(PassageView(store), few_passages(3))
+    assert verify(store).problems == []
+
+
 def test_a_repair_needs_an_encoder(store):
     _damage(store.folder, "flipped")
     with pytest.raises(InputError, match="a student must encode"):

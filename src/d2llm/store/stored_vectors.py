@@ -251,7 +251,9 @@ class SoleVectors(StoredVectors):
         """Damaged parts of the file, and how many passages have their vectors there."""
         rows, salvaged = _rows_of(table) & ROW_MASK, self._salvage(table)
         num_lost = len(rows) - int(salvaged.whole[rows[rows < len(salvaged.whole)]].sum())
-        if salvaged.problem or num_lost:
+        # A version without rows has no file of its own: a writer that was killed may have left a later one beside it.
+        is_unused = salvaged.is_later and not len(rows)
+        if (salvaged.problem and not is_unused) or num_lost:
             problem = salvaged.problem or f"{vector_file.path_of(self.folder, self.generation(table)).name} lacks rows"
             yield f"{problem}; {num_lost:,} of {len(rows):,} passages have lost their vectors"
 

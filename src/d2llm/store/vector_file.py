@@ -72,6 +72,8 @@ class Salvage(NamedTuple):
     codes: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     problem: str | None
+    is_later: bool = False
+    """Nothing is damaged, but the file was written for a later version."""
 
 
 class VectorFile:
@@ -241,7 +243,7 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
     shape, whole = (num_rows, code_size), np.zeros(num_rows, np.bool_)
     codes = np.memmap(file.path, np.uint8, "r", shape=shape) if num_rows else np.zeros(shape, np.uint8)
     if file.since > version and problem is None:
-        return Salvage(codes, whole, f"{file.path.name} is of a later version")
+        return Salvage(codes, whole, f"{file.path.name} is of a later version", is_later=True)
     num_damaged = 0
     for extent in file.extents:
         if extent.end <= num_rows and _checksum(codes[extent.start : extent.end]) == extent.checksum:
