@@ -15,7 +15,7 @@ BIN := .venv/bin
 export PYTHON TORCH TORCH_PINNED EXTRAS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-avx2 test-remote check fuzz bench clean
+.PHONY: help setup demo test test-fast test-avx2 test-remote check fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,11 @@ test: setup ## set up and run all tests
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
+
+test-fast: setup ## set up and run the tests that start no programs and take no time: less than three minutes
+	@echo "==> running the quick tests in $(WORKERS) processes"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m "not slow" $(ARGS)
 
 test-avx2: setup ## run the tests of numbers as on a CPU with AVX2 alone, where this one has more
 	@echo "==> running the numeric tests with AVX2 alone in $(WORKERS) processes"

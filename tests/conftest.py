@@ -33,11 +33,39 @@ NUMERIC_UNITS = ("ann", "backbone", "calibration", "cosine_head", "device", "doc
 NUMERIC_UNITS += ("late_chunking", "lora", "losses", "pooling", "projections", "ranking", "scan", "scorer", "student")
 NUMERIC_UNITS += ("teacher", "teacher_sharing", "vector_file", "vectors", "view")
 
+# What `make test-fast` leaves out: folders that start programs, servers and browsers, and files that take their time.
+SLOW_FOLDERS = ("e2e", "dialects", "parity")
+SLOW_UNITS = (
+    "evaluate_again",
+    "shortcuts",
+    "word_rows",
+    "evaluate",
+    "store_state",
+    "exact_search",
+    "index_search",
+    "packaged_e5",
+)
+SLOW_UNITS += (
+    "documents",
+    "serve_slow_clients",
+    "residual",
+    "mteb",
+    "demo_corpus",
+    "labels",
+    "ann",
+    "serve_running",
+    "teacher_sharing",
+    "window_vectors",
+)
+SLOW_UNITS += ("integration_texts", "tune_stopping", "remote_endpoint")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in NUMERIC_FOLDERS or item.path.stem.removeprefix("test_") in NUMERIC_UNITS:
             item.add_marker(pytest.mark.numeric)
+        if item.path.parent.name in SLOW_FOLDERS or item.path.stem.removeprefix("test_") in SLOW_UNITS:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))
         if item.get_closest_marker("gpu") and not _has_gpu():

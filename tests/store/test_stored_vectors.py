@@ -234,7 +234,7 @@ def test_an_index_without_passages_has_nothing_to_lose(store, how):
 
 
 def test_a_later_file_beside_an_empty_version_is_no_damage(store):
-    """A writer that rewrites an empty index, killed before its commit, leaves the file of a version that is not there."""
+    """A writer that rewrites an empty index and is killed before its commit leaves the file of a later version."""
     store.delete(list(PASSAGES))
     version = store.table().version
     VectorFile.replace(store.folder, 7, np.zeros((0, CODE_SIZE), np.uint8), since=version + 1)
