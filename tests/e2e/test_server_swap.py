@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import logging
 import threading
@@ -180,7 +181,11 @@ def facts(pairs: tuple[Pair, Pair], folders: tuple[Path, Path]) -> tuple[dict, d
 
 @pytest.mark.parametrize("way", ["in place", "by a link"])
 def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
-    pairs: tuple[Pair, Pair], way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: tuple[Pair, Pair],
+    way: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     old, new = pairs
     old.write(tmp_path / "old")
@@ -231,11 +236,37 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
         assert again == expected
         assert http.post("/v1/passages", json={"passages": [{"id": "x", "text": "a cat"}]}).json()["num_added"] == 1
 
-        def is_gone() -> bool:  # a thread may still be on its way out of its last answer
-            gc.collect()
-            return served() is None
+        wait_for_the_end(served, caplog)
 
+
+def wait_for_the_end(served: weakref.ref[Student], caplog: pytest.LogCaptureFixture) -> None:
+    """Until nothing holds the student; a thread may still be on its way out of its last answer."""
+
+    def is_gone() -> bool:
+        caplog.clear()  # a record with a traceback holds what its frames held
+        gc.collect()
+        return served() is None
+
+    try:
         until(is_gone, "the end of the old student")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; it is held by {'; '.join(holders(served()))}") from None
+
+
+def holders(thing: object, most: int = 40) -> list[str]:
+    """Chains of what holds a thing, from the outside in, nearest first: for the message of a test that fails."""
+    chains: list[str] = []
+    known, queue = {id(thing)}, [(thing, type(thing).__name__)]
+    while queue and len(chains) < most:
+        held, chain = queue.pop(0)
+        for one in gc.get_referrers(held):
+            if id(one) in known or one is queue or inspect.isframe(one):
+                continue
+            known.add(id(one))
+            name = f"{type(one).__name__} of {', '.join(map(str, list(one)[:4]))}" if type(one) is dict else repr(one)
+            chains.append(f"{name[:80]} > {chain}")
+            queue.append((one, chains[-1]))
+    return chains[:most]
 
 
 def point(link: Path, target: str) -> None:
@@ -285,7 +316,9 @@ def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tup
         )
 
 
-def test_clients_that_have_left_do_not_keep_a_student(pairs: tuple[Pair, Pair], folder: Path):
+def test_clients_that_have_left_do_not_keep_a_student(
+    pairs: tuple[Pair, Pair], folder: Path, caplog: pytest.LogCaptureFixture
+):
     pairs[1].write(folder.parent / "new")
     app = make_app(tiny_settings(folder, reload_seconds=1_000))
     with serve(app) as address:
@@ -302,7 +335,7 @@ def test_clients_that_have_left_do_not_keep_a_student(pairs: tuple[Pair, Pair], 
         client.leave()
         until(lambda: requests_in_flight(app) == 0, "that the server sees who has gone")
         held.may_end.set()
-        until(lambda: gc.collect() >= 0 and served() is None, "the end of the old student")
+        wait_for_the_end(served, caplog)
 
 
 def test_another_students_index_without_its_student_is_refused_and_the_old_pair_serves_on(
