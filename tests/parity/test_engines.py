@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import InteractionConfig, PoolingConfig
 from d2llm.core.types import TASKS
@@ -289,15 +289,20 @@ def test_rankings_of_real_questions_stay():
     passages = list(dict.fromkeys([*(positives[query][0] for query in queries), *list(dataset.passages)[:12]]))
     qrels = {query: {positives[query][0]: 1} for query in queries}
     student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
-    found = {}
+    quality = {}
     for engine in ("torch", "openvino", "openvino-int8"):
-        vectors = by(student, engine, [dataset.passages[name].text for name in passages])
-        asked = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
-        scores = student.score_many(asked, vectors, "asymmetric")
+        try:
+            vectors = by(student, engine, [dataset.passages[name].text for name in passages])
+        except ModelError:  # OpenVINO's eight bits where the CPU has more than it may use (make test-avx2)
+            assert (engine, "ONEDNN_MAX_CPU_ISA" in os.environ) == ("openvino-int8", True)
+            break
+        query_vectors = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
+        scores = student.score_many(query_vectors, vectors, "asymmetric")
         rankings = {
             query: [passages[at] for at in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
         }
-        found[engine] = np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values()))
-    assert found["torch"] > 0.5
-    assert found["openvino"] == pytest.approx(found["torch"], abs=1e-6)
-    assert found["openvino-int8"] == pytest.approx(found["torch"], abs=0.03)
+        quality[engine] = np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values()))
+    assert quality["torch"] > 0.5
+    assert quality["openvino"] == pytest.approx(quality["torch"], abs=1e-6)
+    if "openvino-int8" in quality:
+        assert quality["openvino-int8"] == pytest.approx(quality["torch"], abs=0.03)

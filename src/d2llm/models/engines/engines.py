@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float32, Int
 from platformdirs import user_cache_path
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
@@ -161,7 +161,11 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
 
     # Once in one thread: where two make OpenVINO's first tensors at a time, one waits for Python's lock while it holds
     # the lock of a C++ static that the other waits for, and neither goes on.
-    run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
+    if len(run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))) != 1:  # seen with eight bits and a lower ISA
+        raise ModelError(
+            "OpenVINO gives no vector of a text with this student on this CPU; unset ONEDNN_MAX_CPU_ISA if it is set, "
+            "or take another engine"
+        )
     return run
 
 
