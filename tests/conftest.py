@@ -36,7 +36,7 @@ NUMERIC_UNITS += ("teacher", "teacher_sharing", "vector_file", "vectors", "view"
 # What `make test-fast` leaves out: folders that start programs, servers and browsers, and files that take their time.
 SLOW_FOLDERS = ("e2e", "dialects", "parity")
 SLOW_UNITS = ("ann", "demo_corpus", "documents", "evaluate", "evaluate_again", "exact_search", "index_search")
-SLOW_UNITS += ("integration_texts", "labels", "mteb", "packaged_e5", "remote_endpoint", "residual", "serve_running")
+SLOW_UNITS += ("integration_texts", "labels", "mteb", "remote_endpoint", "residual", "serve_running")
 SLOW_UNITS += ("serve_slow_clients", "shortcuts", "store_state", "teacher_sharing", "tune_stopping", "window_vectors")
 SLOW_UNITS += ("word_rows",)
 

@@ -190,7 +190,6 @@ class TestMemory:
 
 
 class TestStops:
-    @pytest.mark.slow
     def test_sigterm_keeps_a_checkpoint_and_the_same_command_goes_on(self, place, reports, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student*"))
         recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday")

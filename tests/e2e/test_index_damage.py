@@ -14,7 +14,7 @@ import pytest
 
 from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # hundreds of cases
+pytestmark = pytest.mark.timeout(1200)  # hundreds of cases
 
 NUM_CASES, NUM_REPAIRED = 540, 10
 _SEARCHED = (

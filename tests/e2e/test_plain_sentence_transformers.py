@@ -138,7 +138,6 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder", "encoder", "first", "symmetric", "pushed"])
 def test_the_library_alone_gives_the_students_numbers(students, answers, name):
     student, _, task = students[name]

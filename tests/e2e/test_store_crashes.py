@@ -25,7 +25,6 @@ from tiny_store import check_contents, live_rows, new_store, put, vector_of
 from waiting import PATIENCE
 
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
 
 
 class Writers:

@@ -14,10 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system limits no data"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system limits no data")
 LIMITED = """
 import os, random, resource, sys, traceback
 from pathlib import Path
