@@ -1,10 +1,10 @@
-# Everything a newcomer or a build machine needs. `make` alone lists the targets.
+# Targets for newcomers and build machines. `make` alone lists them.
 #
-# Variables: PYTHON  the Python that the virtual environment is made with   (make PYTHON=python3.12 ...)
+# Variables: PYTHON  the Python for the virtual environment                 (make PYTHON=python3.12 ...)
 #            TORCH   what pip installs as torch, with options               (make TORCH="torch --index-url URL" ...)
-#            EXTRAS  the extras of pyproject.toml that are installed        (make setup EXTRAS=serve)
-#            WORKERS processes that share the tests                         (make test WORKERS=4)
-#            ARGS    more arguments for the program that is run             (make test ARGS="-k recipe")
+#            EXTRAS  the extras of pyproject.toml to install                (make setup EXTRAS=serve)
+#            WORKERS number of test processes                               (make test WORKERS=4)
+#            ARGS    additional arguments for the program                   (make test ARGS="-k recipe")
 
 PYTHON ?= python3
 TORCH_PINNED := $(shell grep '^torch==' constraints.txt)
@@ -20,10 +20,10 @@ export PYTHON TORCH TORCH_PINNED EXTRAS
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-setup: ## make .venv ready (the others do it themselves)
+setup: ## set up .venv (the other targets do this themselves)
 	@sh scripts/setup.sh
 
-demo: setup ## set up and see D2LLM search the documentation of your Python's standard library
+demo: setup ## set up and run the demo, which searches the documentation of your Python's standard library
 	@$(BIN)/d2llm demo $(ARGS)
 
 test: setup ## set up and run all tests
@@ -32,34 +32,34 @@ test: setup ## set up and run all tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
 
-test-fast: setup ## set up and run the tests that start no programs and take no time: less than three minutes
+test-fast: setup ## set up and run the quick tests, which start no programs: less than three minutes
 	@echo "==> running the quick tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m "not slow" $(ARGS)
 
-test-avx2: setup ## run the tests of numbers as on a CPU with AVX2 alone, where this one has more
-	@echo "==> running the numeric tests with AVX2 alone in $(WORKERS) processes"
+test-avx2: setup ## run the numeric tests as on a CPU with AVX2 only, even if this one has more
+	@echo "==> running the numeric tests with AVX2 only in $(WORKERS) processes"
 	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_OPT_LEVEL=AVX2 \
 		OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m numeric $(ARGS)
 
-test-remote: setup ## install llama.cpp's server (compiles for minutes) and test the remote teacher against it
+test-remote: setup ## install llama.cpp's server (takes minutes to compile) and test the remote teacher against it
 	@echo "==> installing llama-cpp-python[server]"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c .venv/constraints.txt -e '.[remote-test]'
-	@echo "==> asking a real server"
+	@echo "==> testing against a real server"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -rs $(ARGS) tests/e2e/test_remote_server.py
 
-check: setup ## set up and check format, lint, types and the order of imports
+check: setup ## set up and check format, lint, types and import order
 	@echo "==> checking the format (ruff format)"
 	@$(BIN)/ruff format --check .
 	@echo "==> checking the code (ruff)"
 	@$(BIN)/ruff check .
 	@echo "==> checking the types (pyright)"
 	@$(BIN)/pyright -p pyproject.toml
-	@echo "==> checking the order of imports (import-linter)"
+	@echo "==> checking the import order (import-linter)"
 	@$(BIN)/lint-imports
 
-fuzz: setup ## set up and send the server what its OpenAPI description allows, and what not
+fuzz: setup ## set up and send the server requests that its OpenAPI description allows, and others
 	@$(BIN)/python scripts/fuzz_api.py $(ARGS)
 
 bench: setup ## set up and run every benchmark, printing its table

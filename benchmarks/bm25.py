@@ -1,14 +1,14 @@
-"""BM25 of an index at a million passages: reading, bytes, the best of all, and given candidates with their windows.
+"""BM25 of an index at a million passages: reading speed, bytes, top passages, and scores of candidates and windows.
 
-    python benchmarks/bm25.py                                     100,000 passages, a minute
+    python benchmarks/bm25.py                                     100,000 passages, one minute
     python benchmarks/bm25.py --passages 1000000 --json benchmarks/results/bm25.json
-    python benchmarks/bm25.py --peer                              also bm25s (pip install bm25s), the best of all
+    python benchmarks/bm25.py --peer                              also measure bm25s (pip install bm25s)
 
-The passages are real ones; further ones have the beginning of one and the end of another, so words and lengths are
-those of real passages. Queries are questions of the dev split of squad-sent. One thread; percentiles are of the
-processor's time, each query alone. Goals at a million: the best 1,000 within 30 ms, 1,000 candidates within 5 ms.
-Licences of the texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; measured on, nothing is
-trained.
+The first passages are real; the others combine the beginning of one real passage with the end of another, so words and
+lengths are realistic. Queries are questions of the dev split of squad-sent. One thread; percentiles are of processor
+time, one query at a time. Goals at a million: the top 1,000 within 30 ms, 1,000 candidates within 5 ms.
+Licences of the texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; they are only measured on,
+nothing is trained.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from d2llm.data.beir import read_beir
 from d2llm.ops.words import terms
 from d2llm.store.bm25 import WordIndex, WordSegment
 
-SEGMENT = 1 << 17  # rows: as large as an index lets its own become
+SEGMENT = 1 << 17  # rows: the size to which an index merges its segments
 TOP = 1_000
 
 
 def texts(data: Path, number: int) -> Iterator[str]:
-    """Texts of real passages, and mixtures of them, always the same."""
+    """Texts of real passages, then mixtures of them; deterministic."""
     real: list[str] = []
     ends: list[int] = []
     for name, share in SHARES.items():
-        found = [passage.full_text for passage in read_beir(data / name, splits=["dev"]).passages.values()]
-        real += found[: max(1, round(share * number))]
+        part_texts = [passage.full_text for passage in read_beir(data / name, splits=["dev"]).passages.values()]
+        real += part_texts[: max(1, round(share * number))]
         ends.append(len(real))
     random = np.random.default_rng(0)
     firsts = [0, *ends]
@@ -56,11 +56,11 @@ def texts(data: Path, number: int) -> Iterator[str]:
         yield " ".join([*words[int(share * len(words)) :], *ending[len(ending) - int(share * len(ending)) :]])
 
 
-def percentiles(work: Callable[[Any], object], asked: list[Any]) -> dict[str, float]:
-    """Milliseconds of the processor: the median and the 95th percentile."""
-    work(asked[0])
+def percentiles(work: Callable[[Any], object], inputs: list[Any]) -> dict[str, float]:
+    """Median and 95th percentile of the processor time per call, in milliseconds."""
+    work(inputs[0])
     times: list[float] = []
-    for each in asked:
+    for each in inputs:
         begin = time.process_time()
         work(each)
         times.append(1_000 * (time.process_time() - begin))
@@ -68,14 +68,14 @@ def percentiles(work: Callable[[Any], object], asked: list[Any]) -> dict[str, fl
 
 
 def measure(data: Path, number: int, num_queries: int, *, peer: bool) -> dict[str, Any]:
-    """All figures."""
+    """All figures of one corpus size."""
     dev = read_beir(data / "squad-sent", splits=["dev"])
     questions = [dev.queries[query_id].text for query_id in list(dev.qrels["dev"])[:num_queries]]
-    given = texts(data, number)
+    stream = texts(data, number)
     segments: list[WordSegment] = []
     seconds, num_characters = 0.0, 0
     for start in range(0, number, SEGMENT):
-        block = [next(given) for _ in range(min(SEGMENT, number - start))]
+        block = [next(stream) for _ in range(min(SEGMENT, number - start))]
         num_characters += sum(map(len, block))
         begin = time.process_time()
         segments.append(WordSegment.from_texts(block))
@@ -104,21 +104,21 @@ def measure(data: Path, number: int, num_queries: int, *, peer: bool) -> dict[st
         bm25s: Any = import_module("bm25s")
         retriever = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
         retriever.index([terms(text) for text in texts(data, number)], show_progress=False)
-        asked = [[terms(question)] for question in questions]
+        tokenized = [[terms(question)] for question in questions]
         row[f"bm25s: best {TOP:,} of all, ms"] = percentiles(
-            lambda one: retriever.retrieve(one, k=TOP, show_progress=False, n_threads=0), asked
+            lambda one: retriever.retrieve(one, k=TOP, show_progress=False, n_threads=0), tokenized
         )
     return row
 
 
 def main() -> None:
-    """Measure, print and perhaps write."""
+    """Measure, print and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--peer", action="store_true", help="also bm25s")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--peer", action="store_true", help="also measure bm25s")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     require(*(args.data / name for name in SHARES))
     row = measure(args.data, args.passages, args.queries, peer=args.peer)

@@ -1,13 +1,14 @@
-"""What a cascade costs and gives: the teacher reads again only what the student is unsure of.
+"""Cost and benefit of a cascade, in which the teacher reads again only what the student is uncertain about.
 
-One run, on the dev splits of two data sets with the student `d2llm-minilm` and the stacked teacher of a run of the
+One run on the dev splits of two data sets, with the student `d2llm-minilm` and the stacked teacher of a run of the
 recipe `d2llm` (`python benchmarks/cascade.py RUN_FOLDER`): nDCG@10 of the student alone, of the cascade at several
-numbers of passages, of a teacher that reads the first n, and of the teacher on all candidates. Of the dev queries those
-that fitted the teacher's weights are left out; 40 others calibrate the student's error, up to 120 are measured on.
+numbers of passages, of a teacher that reads the first n, and of the teacher on all candidates. Dev queries
+that the teacher's weights were fitted on are left out; 40 others calibrate the student's error, and up to 120 are
+measured.
 
-The teacher reads every candidate once, and the policies are compared on these values. Times are of the cascade itself
-asking the teacher, on one thread. squad-sent (CC BY-SA 4.0) is a set that both were trained on, wikiqa (research only)
-one that neither knows; nothing is trained here.
+The teacher judges every candidate once, and the policies are compared on these values. Times are measured with the
+cascade itself calling the teacher, on one thread. squad-sent (CC BY-SA 4.0) is a set that both were trained on, wikiqa
+(research only) one that neither has seen; nothing is trained here.
 """
 
 from __future__ import annotations
@@ -55,25 +56,25 @@ class Candidates(NamedTuple):
 
 
 class Known:
-    """A teacher that answers what it said before."""
+    """A teacher that returns recorded log-odds."""
 
-    def __init__(self, of: Candidates) -> None:
-        self._values = dict(zip(of.texts, of.log_odds, strict=True))
+    def __init__(self, candidates: Candidates) -> None:
+        self._values = dict(zip(candidates.texts, candidates.log_odds, strict=True))
 
     def judge(self, pairs: Sequence[tuple[str, str]], task: Task) -> SimpleNamespace:
-        """Look the pairs up."""
+        """Look up the recorded log-odds of the pairs."""
         del task
         return SimpleNamespace(log_odds=np.array([self._values[text] for _, text in pairs]), num_truncated=0)
 
 
 def read(student: Student, judge: Judge, name: str, fitted: frozenset[str]) -> tuple[list[Candidates], float]:
-    """Queries with their first candidates, judged; and milliseconds of a pair judged in one call with many."""
+    """Queries with their first candidates, judged; and milliseconds per pair when many are judged in one call."""
     data = read_beir(DATA / name, splits=["dev"])
     ids = list(data.passages)
     query_ids = [i for i in data.qrels["dev"] if i not in fitted][: CALIBRATION_QUERIES + QUERIES]
     passages = student.encode_passages([data.passages[i].full_text for i in ids]).vectors
     queries = student.encode_queries([data.queries[i].text for i in query_ids]).vectors
-    found: list[Candidates] = []
+    judged: list[Candidates] = []
     seconds = 0.0
     for query_id, vector in zip(query_ids, queries, strict=True):
         scores = student.score(vector, passages, SETS[name])
@@ -84,8 +85,8 @@ def read(student: Student, judge: Judge, name: str, fitted: frozenset[str]) -> t
         log_odds = judge.judge([(query, text) for text in texts], SETS[name]).log_odds
         seconds += time.perf_counter() - start
         kept = [ids[row] for row in best]
-        found.append(Candidates(query, kept, texts, scores[best], log_odds, dict(data.qrels["dev"][query_id])))
-    return found, 1e3 * seconds / (len(found) * CANDIDATES)
+        judged.append(Candidates(query, kept, texts, scores[best], log_odds, dict(data.qrels["dev"][query_id])))
+    return judged, 1e3 * seconds / (len(judged) * CANDIDATES)
 
 
 def fit(queries: Sequence[Candidates]) -> StudentError:
@@ -95,7 +96,7 @@ def fit(queries: Sequence[Candidates]) -> StudentError:
 
 
 def ndcg(queries: Sequence[Candidates], order: Callable[[Candidates], np.ndarray]) -> list[float]:
-    """nDCG@10 of every query, by the scores that ``order`` gives its candidates."""
+    """nDCG@10 of every query, with its candidates ranked by the scores of ``order``."""
     rankings = {
         str(n): [query.ids[place] for place in np.argsort(-order(query), kind="stable")[:10]]
         for n, query in enumerate(queries)
@@ -106,7 +107,7 @@ def ndcg(queries: Sequence[Candidates], order: Callable[[Candidates], np.ndarray
 
 
 def first_n(query: Candidates, n: int) -> np.ndarray:
-    """The usual way: the first n in the teacher's order, the rest behind them in the student's."""
+    """The usual policy: the first n in the teacher's order, followed by the rest in the student's."""
     order = np.concatenate([np.argsort(-query.log_odds[:n], kind="stable"), np.arange(n, len(query.ids))])
     scores = np.empty(len(order))
     scores[order] = -np.arange(len(order))
@@ -114,14 +115,14 @@ def first_n(query: Candidates, n: int) -> np.ndarray:
 
 
 def first_n_one_scale(query: Candidates, n: int, error: StudentError) -> np.ndarray:
-    """The first n by the teacher, the rest as the student lets expect, on one scale."""
+    """The first n by the teacher, the rest by the log-odds expected from the student's scores, on one scale."""
     return on_one_scale(query.scores, np.arange(n), query.log_odds[:n].astype(np.float64), error)
 
 
 def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -> dict[str, object]:
     """Quality and cost on one data set."""
-    known, pair_ms = read(student, judge, name, fitted)
-    error, queries = fit(known[:CALIBRATION_QUERIES]), known[CALIBRATION_QUERIES:]
+    judged, pair_ms = read(student, judge, name, fitted)
+    error, queries = fit(judged[:CALIBRATION_QUERIES]), judged[CALIBRATION_QUERIES:]
     values = {
         "student": ndcg(queries, lambda q: q.scores),
         f"teacher on all {CANDIDATES}": ndcg(queries, lambda q: q.log_odds),
@@ -144,8 +145,8 @@ def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -
         values[f"first {n}, one scale"] = ndcg(queries, lambda q, n=n: first_n_one_scale(q, n, error))
         num_read[f"first {n}"] = num_read[f"first {n}, one scale"] = float(n)
     rows = {
-        system: {"ndcg_at_10": float(np.mean(found)), "passages_read": num_read[system]}
-        for system, found in values.items()
+        system: {"ndcg_at_10": float(np.mean(per_query)), "passages_read": num_read[system]}
+        for system, per_query in values.items()
     }
     return {
         "num_queries": len(queries),
@@ -163,7 +164,7 @@ def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -
 
 
 def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task: Task) -> dict[str, object]:
-    """Milliseconds of a query: by budgets of passages, of all candidates at once, and what a budget in ms held to."""
+    """Milliseconds per query for each budget of passages, for all candidates at once, and for a budget of time."""
 
     def run(cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
         done = [
@@ -171,10 +172,10 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
         ]
         return np.array([1e3 * one.seconds for one in done]), np.array([len(one.read) for one in done])
 
-    found: dict[str, object] = {}
+    measured: dict[str, object] = {}
     for n in BUDGETS:
         ms, read = run(Cascade(judge, error, n))
-        found[f"cascade, {n}"] = {
+        measured[f"cascade, {n}"] = {
             "median_ms": float(np.median(ms)),
             "p95_ms": float(np.quantile(ms, 0.95)),
             "read": float(read.mean()),
@@ -184,31 +185,31 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
         start = time.perf_counter()
         judge.judge([(query.text, text) for text in query.texts], task)
         all_ms.append(1e3 * (time.perf_counter() - start))
-    found[f"teacher on all {CANDIDATES}"] = {"median_ms": float(np.median(all_ms))}
+    measured[f"teacher on all {CANDIDATES}"] = {"median_ms": float(np.median(all_ms))}
     ms, read = run(Cascade(judge, error, None, BUDGET_MS))
-    found[f"budget of {BUDGET_MS:g} ms"] = {
+    measured[f"budget of {BUDGET_MS:g} ms"] = {
         "median_ms": float(np.median(ms)),
         "most_ms": float(ms.max()),
         "share_late": float((ms > BUDGET_MS).mean()),
         "read": float(read.mean()),
     }
-    return found
+    return measured
 
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
     require(*(DATA / name for name in SETS))
     if len(sys.argv) < 2:
-        print("skipped: give the run folder with the stacked teacher (python benchmarks/cascade.py RUN_FOLDER)")
+        print("skipped: pass the run folder with the stacked teacher (python benchmarks/cascade.py RUN_FOLDER)")
         return
     torch.set_num_threads(1)
     config = TeacherConfig(model=str(Path(sys.argv[1]) / "stack"))
     student, judge, fitted = Student.load("d2llm-minilm"), load_judge(config), stacked_queries(config)
     result: dict[str, object] = {}
     for name in SETS:
-        found = result[name] = measure(name, student, judge, fitted.get(name, frozenset()))
-        print(f"{name}: {json.dumps({key: value for key, value in found.items() if key != 'systems'}, indent=1)}")
-        for system, row in found["systems"].items():  # type: ignore[attr-defined]
+        figures = result[name] = measure(name, student, judge, fitted.get(name, frozenset()))
+        print(f"{name}: {json.dumps({key: value for key, value in figures.items() if key != 'systems'}, indent=1)}")
+        for system, row in figures["systems"].items():  # type: ignore[attr-defined]
             print(f"  {system:24} {row['ndcg_at_10']:.4f}   {row['passages_read']:.1f} read")
     setting = {"student": "d2llm-minilm", "teacher": "stack", "split": "dev", "candidates": CANDIDATES, "threads": 1}
     RESULT.write_text(json.dumps({"setting": setting, "sets": result}, indent=2) + "\n")

@@ -1,14 +1,14 @@
-"""What a proved ranking costs: nDCG@10 of a student against the share of the corpus that a certificate rescores.
+"""Cost of a proved ranking: nDCG@10 of a student against the share of the corpus that a certificate rescores.
 
 The interaction of an anchored student changes a score by at most B r_q r_p, so passages can be rescored from the
 highest upper bound down until no other can be among the first ten (``ops.certificates``). A smaller weight r of the
-interaction gives a narrower bound, and another ranking; this draws one against the other, on dev queries.
+interaction gives a narrower bound, and another ranking; this script compares the two on dev queries.
 
     python benchmarks/certificate.py                                  the shipped student on banking77
     python benchmarks/certificate.py STUDENT DATA_SET --task symmetric --json result.json
 
-With ``--speed N`` the time instead, of ``retrieval.exact_search`` on N real passages of the data set, all in memory:
-the exact scan of inner products, the certified top ten and the full score of every passage, seconds of the process.
+With ``--speed N``, it measures the time of ``retrieval.exact_search`` on N real passages of the data set, all in
+memory: the exact scan of inner products, the certified top ten and the full score of every passage, in processor time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Documents ranked by their passages, and long texts split into passages or cut off.
+"""Documents ranked by their passages, and long texts that are split into passages or truncated.
 
-One run with the student `d2llm-minilm` on dev splits. covidqa (Apache-2.0): the article that holds the answer, out of
-98 that lie in the index as 2,612 passages, by the best passage and by the sum of the best 2 to 10. covidqa and pubmedqa
-(MIT): each passage of the set taken as a document of its own, cut off after the student's 256 tokens or split into
-passages of at most 256 or 128 tokens, ranked by both rules; those of covidqa also as late chunks, each read with the
-whole document. All that is printed is nDCG@10.
+One run with the student `d2llm-minilm` on dev splits. covidqa (Apache-2.0): find the article that holds the answer
+among 98 articles, indexed as 2,612 passages, by the best passage and by the sum of the best 2 to 10. covidqa and
+pubmedqa (MIT): each passage of the set treated as a document, truncated at the student's 256 tokens or split into
+passages of at most 256 or 128 tokens, ranked by both rules; those of covidqa also as late chunks, each encoded with the
+whole document. All results are nDCG@10.
 
     python benchmarks/documents.py [--only late]
 """
@@ -37,32 +37,32 @@ RESULT = Path(__file__).parent / "results" / "documents.json"
 
 
 def ndcg(index: Index, queries: list[Query], qrels: Qrels, **settings: object) -> dict[str, float]:
-    """nDCG@10 of a search for documents, and its time."""
+    """nDCG@10 of a search for documents, and milliseconds per query."""
     start = time.perf_counter()
-    found = index.search(queries, **settings)
+    results = index.search(queries, **settings)
     ms = 1e3 * (time.perf_counter() - start) / len(queries)
     rankings = {
         ranking.query.id: [
             place.document.id if place.document else place.passage.document_id or place.passage.id
             for place in ranking.passages
         ]
-        for ranking in found
+        for ranking in results
     }
     values = per_query_measures(rankings, qrels)["nDCG@10"].values()
     return {"ndcg_at_10": float(np.mean(list(values))), "ms_per_query": ms}
 
 
 def articles(student: Student, folder: Path) -> dict[str, dict[str, float]]:
-    """The articles of covidqa by their passages."""
+    """covidqa's articles, ranked by their passages."""
     data = read_beir(DATA / "covidqa", splits=["dev"])
     queries = [Query(i, data.queries[i].text) for i in data.qrels["dev"]]
     qrels = {i: {passage.split("-")[0]: 1 for passage in data.qrels["dev"][i]} for i in data.qrels["dev"]}
     index = Index.create(folder / "articles", student)
     index.upsert(_as_parts(data.passages.values()))
-    found = {"best": ndcg(index, queries, qrels, group="best")}
+    rows = {"best": ndcg(index, queries, qrels, group="best")}
     for count in SUMMED:
-        found[f"sum of {count}"] = ndcg(index, queries, qrels, group="sum", document_passages=count)
-    return found
+        rows[f"sum of {count}"] = ndcg(index, queries, qrels, group="sum", document_passages=count)
+    return rows
 
 
 def _as_parts(passages: Iterable[Passage]) -> Iterable[Passage]:
@@ -72,7 +72,7 @@ def _as_parts(passages: Iterable[Passage]) -> Iterable[Passage]:
 
 
 def long_texts(student: Student, folder: Path, name: str) -> dict[str, dict[str, float]]:
-    """The passages of a set, cut off or split."""
+    """The passages of a set, truncated or split."""
     data = read_beir(DATA / name, splits=["dev"])
     queries, qrels = [Query(i, data.queries[i].text) for i in data.qrels["dev"]], data.qrels["dev"]
     whole = Index.create(folder / name, student)
@@ -86,7 +86,7 @@ def long_texts(student: Student, folder: Path, name: str) -> dict[str, dict[str,
 
 
 def late_chunks(student: Student, folder: Path, name: str) -> dict[str, dict[str, float]]:
-    """The passages of a set split, and each piece read with the whole passage."""
+    """The passages of a set split, with each piece encoded together with the whole passage."""
     data = read_beir(DATA / name, splits=["dev"])
     rows: dict[str, dict[str, float]] = {}
     for tokens in LATE:
@@ -109,7 +109,7 @@ def _cost(num_passages: int, num_truncated: int) -> dict[str, float]:
 def main() -> None:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["late"], help="measure late chunks, and leave the other rows as they are")
+    parser.add_argument("--only", choices=["late"], help="measure late chunks only, and keep the other rows")
     only_late = parser.parse_args().only == "late"
     require(*(DATA / name for name in ("covidqa", "pubmedqa")))
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""How fast texts are encoded, beside sentence-transformers with the same backbone and the same texts.
+"""Encoding speed compared with sentence-transformers on the same backbone and the same texts.
 
-One run on all cores (or --threads), the rows in turn on an otherwise idle machine, the least of
-the repeats. Texts are real passages of several data sets, of mixed lengths, cut to the same number of tokens by all;
-every row is given the texts and gives vectors, tokenizing included. Beside the speed: how far the vectors are from
-torch's in float32.
+One run on all cores (or --threads), with the rows interleaved on an otherwise idle machine; each row reports the
+minimum of its repeats. Texts are real passages of several data sets, of mixed lengths, truncated to the same number of
+tokens by all; every row gets texts and returns vectors, tokenizing included. Besides the speed, it measures how far the
+vectors are from torch's in float32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 def read_texts(folders: list[Path], number: int) -> list[str]:
-    """As many passages of each data set, drawn with a fixed seed."""
+    """The same number of passages from each data set, sampled with a fixed seed."""
     texts: list[str] = []
     for folder in folders:
         dataset = open_data(folder)
@@ -46,7 +46,7 @@ def read_texts(folders: list[Path], number: int) -> list[str]:
 
 
 def rows(student_name: str) -> dict[str, Encode]:
-    """What encodes, by name; sentence-transformers first."""
+    """Encoders by name; sentence-transformers first."""
     from sentence_transformers import SentenceTransformer
 
     torch_student = Student.load(student_name, device="cpu", dtype="float32")
@@ -74,7 +74,7 @@ def _name(encoder: str, dtype: str) -> str:
 
 
 def measure(encoders: dict[str, Encode], texts: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """Each row's texts a second, its ratio to the peer in float32, and how its vectors differ from torch's."""
+    """Texts per second of each row, its speed relative to the float32 peer, and its difference from torch's vectors."""
     seconds: dict[str, float] = dict.fromkeys(encoders, float("inf"))
     vectors: dict[str, np.ndarray] = {}
     for encode in encoders.values():
@@ -85,16 +85,16 @@ def measure(encoders: dict[str, Encode], texts: list[str], repeats: int) -> dict
             vectors[name] = encode(texts)
             seconds[name] = min(seconds[name], time.perf_counter() - begin)
     first, exact = seconds[PEER], vectors["torch"]
-    found: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, float]] = {}
     for name in encoders:
-        found[name] = {"texts_per_second": len(texts) / seconds[name], "ratio": first / seconds[name]}
-        if not name.startswith(PEER):  # which has its own pooling, without PMA
+        measured[name] = {"texts_per_second": len(texts) / seconds[name], "ratio": first / seconds[name]}
+        if not name.startswith(PEER):  # the peer has its own pooling, without PMA
             norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(vectors[name], axis=1)
-            found[name] |= {
+            measured[name] |= {
                 "largest_difference": float(abs(vectors[name] - exact).max()),
                 "least_cosine": float(((exact * vectors[name]).sum(1) / norms).min()),
             }
-    return found
+    return measured
 
 
 def main() -> None:
@@ -110,8 +110,8 @@ def main() -> None:
     texts = read_texts(arguments.data, arguments.texts)
     encoders = rows(arguments.student)
     lengths = Student.load(arguments.student).tokenize(texts, "passage").lengths
-    found = measure(encoders, texts, arguments.repeats)
-    for name, row in found.items():
+    rows_measured = measure(encoders, texts, arguments.repeats)
+    for name, row in rows_measured.items():
         print(f"{name:24} {row['texts_per_second']:8.1f} texts/s  x{row['ratio']:.2f}  {row.get('least_cosine', '')}")
     result = {
         "student": arguments.student,
@@ -121,7 +121,7 @@ def main() -> None:
         "threads": arguments.threads,
         "bfloat16_products": cpu_has_fast_bfloat16(),
         "packages": package_versions(),
-        "rows": found,
+        "rows": rows_measured,
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""What an engine changes in rankings: nDCG@10 on dev queries, each engine encoding queries and passages alike.
+"""Effect of an engine on rankings: nDCG@10 on dev queries, with each engine encoding both queries and passages.
 
-Of each data set the first dev queries, with all their relevant passages and as many others as asked for, drawn with a
-fixed seed: fewer passages than the whole corpus make every figure higher, so only the differences between rows count.
+For each data set: the first dev queries, with all their relevant passages and a number of others, sampled with a
+fixed seed. Using fewer passages than the whole corpus raises every figure, so only differences between rows count.
 Every passage gets the full score.
 """
 
@@ -29,8 +29,8 @@ IN_BFLOAT16: tuple[EngineName, ...] = ("openvino", "openvino-int8")
 
 
 def sample(dataset: Dataset, num_queries: int, num_passages: int) -> tuple[list[str], list[str]]:
-    """Ids of queries, and of passages to rank for each of them."""
-    positives = {query: found for query, found in dataset.positives("dev").items() if found}
+    """Ids of the queries, and of the passages to rank for each of them."""
+    positives = {query: relevant for query, relevant in dataset.positives("dev").items() if relevant}
     queries = list(positives)[:num_queries]
     relevant = dict.fromkeys(passage for query in queries for passage in positives[query])
     others = [passage for passage in dataset.passages if passage not in relevant]
@@ -42,8 +42,8 @@ def quality(student: Student, dataset: Dataset, queries: list[str], passages: li
     """nDCG@10 of the full score, mean over the queries."""
     texts = [f"{dataset.passages[name].title} {dataset.passages[name].text}".strip() for name in passages]
     vectors = student.encode_passages(texts).vectors
-    asked = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
-    scores = student.score_many(asked, vectors, "asymmetric")
+    query_vectors = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
+    scores = student.score_many(query_vectors, vectors, "asymmetric")
     rankings = {name: [passages[at] for at in np.argsort(-row)] for name, row in zip(queries, scores, strict=True)}
     qrels = {name: dataset.qrels["dev"][name] for name in queries}
     return float(np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values())))
@@ -52,14 +52,14 @@ def quality(student: Student, dataset: Dataset, queries: list[str], passages: li
 def measure(student: Student, dataset: Dataset, num_queries: int, num_passages: int) -> dict[str, float]:
     """nDCG@10 by engine."""
     queries, passages = sample(dataset, num_queries, num_passages)
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for engine in ENGINES:
         student.use_engine(engine)
-        found[engine] = quality(student, dataset, queries, passages)
+        values[engine] = quality(student, dataset, queries, passages)
     for engine in IN_BFLOAT16 if cpu_has_fast_bfloat16() else ():
         student.use_engine(engine, dtype=torch.bfloat16)
-        found[f"{engine} bfloat16"] = quality(student, dataset, queries, passages)
-    return found
+        values[f"{engine} bfloat16"] = quality(student, dataset, queries, passages)
+    return values
 
 
 def main() -> None:

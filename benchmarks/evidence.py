@@ -1,12 +1,12 @@
-"""What evidence costs: bytes and time of a search by vectors alone, with words, and with the vectors of windows.
+"""Cost of evidence: bytes and time of a search by vectors alone, with words, and with the vectors of windows.
 
     python benchmarks/evidence.py
     python benchmarks/evidence.py --passages 100000 --json benchmarks/results/evidence.json
 
-An index as a user makes it, of real texts and variations of them (`scaling.corpus`), twice their length, so that most
-have several windows. Vectors of passages are real ones and variations, those of windows random: only the time counts.
-One thread, one query at a time; all kinds of search of a query follow each other. "encode" is reading the query with
-torch, which each of them waits for besides.
+The index is built as a user would build it, from real texts and variations of them (`scaling.corpus`), doubled in
+length so that most have several windows. Vectors of passages are real ones and variations, those of windows are random:
+only the time counts. One thread, one query at a time; the kinds of search are interleaved for each query. "encode" is
+the time to encode the query with torch, which every search needs in addition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are there
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
 os.environ.setdefault("LANCE_CPU_THREADS", "1")
 
 import numpy as np
@@ -46,9 +46,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def measure(student: Student, passages: int, num_real: int, num_queries: int, cache: Path | None) -> dict[str, Any]:
-    """Bytes a passage, and percentiles of each kind of search."""
+    """Bytes per passage, and percentiles of the time of each kind of search."""
     real, vectors, queries, _ = read_real(student, DATA, num_real, num_queries, cache)
-    asked = queries["asymmetric"]
+    task_queries = queries["asymmetric"]
     known = KnownVectors(student, list(queries.values()))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "index"
@@ -60,9 +60,9 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
             name: Searcher(view, known, SearchSettings(task="asymmetric", **kind)) for name, kind in KINDS.items()
         }
         for searcher in searchers.values():
-            searcher.rank([Query("0", asked.texts[0])])  # what is done once is not counted
+            searcher.rank([Query("0", task_queries.texts[0])])  # one-time work is not counted
         times: dict[str, list[float]] = {name: [] for name in ("encode", *KINDS)}
-        for number, text in enumerate(asked.texts):
+        for number, text in enumerate(task_queries.texts):
             begin = time.perf_counter()
             student.encode_queries([text])
             times["encode"].append(1e3 * (time.perf_counter() - begin))
@@ -72,7 +72,7 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
                 times[name].append(1e3 * (time.perf_counter() - begin))
     return {
         "passages": passages,
-        "queries": len(asked.texts),
+        "queries": len(task_queries.texts),
         "characters a passage": round(facts["text_bytes"]),
         "windows a passage": round(windows, 2),
         "bytes a passage": {
@@ -89,13 +89,13 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
 
 
 def main() -> None:
-    """Measure, print and perhaps write."""
+    """Measure, print and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=20_000)
     parser.add_argument("--real", type=int, default=1_000, help="real passages among them; the rest are variations")
     parser.add_argument("--queries", type=int, default=40)
-    parser.add_argument("--cache", type=Path, help="a folder that keeps the real passages' vectors")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     require(*(DATA / name for name in SHARES))
     torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def main() -> None:
         if name != "ms":
             print(f"{name:<40} {value}")
     for name, times in row["ms"].items():
-        ratio = "" if name == "encode" else f"   {(times['p50'] + encode) / (alone + encode):.2f} times, query read"
+        ratio = "" if name == "encode" else f"   {(times['p50'] + encode) / (alone + encode):.2f} times, with encoding"
         print(f"{name:<40} p50 {times['p50']:7.1f} ms, p95 {times['p95']:7.1f} ms{ratio}")
     if args.json:
         write_json(args.json, row)

@@ -1,10 +1,11 @@
-"""Minimal pairs: is the right one of two passages of nearly the same words scored above the wrong one?
+"""Minimal pairs: of two passages with nearly the same words, is the right one scored above the wrong one?
 
 The items (generated.minimal_pairs) come in twins, so a scorer that looks at the passages alone is right in half of
 them. Measured per kind: BM25, the untuned backbone's cosine, the shipped student, and heads fitted to the training
-items, whose content words the test items do not have: on the backbone's frozen vectors, and with LoRA on the backbone.
+items, whose content words do not occur in the test items: on the backbone's frozen vectors, and with LoRA on the
+backbone.
 
-`python benchmarks/minimal_pairs.py` measures a small part in about two minutes, `--full` what docs/wall.md shows.
+`python benchmarks/minimal_pairs.py` measures a small part in about two minutes, `--full` everything in docs/wall.md.
 Finished cells are kept in the JSON and not measured again; `--fresh` starts over.
 """
 
@@ -49,11 +50,11 @@ def verdicts(scores: Tensor) -> str:
 
 
 def result(score: Score, items: Items) -> Cell:
-    """Accuracy of each kind, where a tie counts one half, and the verdicts behind it."""
+    """Accuracy of each kind, counting a tie as one half, and the verdicts it is computed from."""
     cell: Cell = {}
     for kind in KINDS:
-        found = verdicts(score(tuple(item for item in items if item.kind == kind)))
-        cell |= {kind: sum(int(digit) for digit in found) / 2 / len(found), f"{kind} verdicts": found}
+        digits = verdicts(score(tuple(item for item in items if item.kind == kind)))
+        cell |= {kind: sum(int(digit) for digit in digits) / 2 / len(digits), f"{kind} verdicts": digits}
     return cell
 
 
@@ -133,7 +134,7 @@ def fit(
     num_twins: int,
     check_every: int,
 ) -> Cell:
-    """Fit on random twins of the training items; the test verdicts are those of the step that is best on dev."""
+    """Fit on random twins of the training items; the test verdicts are from the step that is best on dev."""
     train = splits["train"]
     best: Cell = {"dev": -1.0}
     calls = 0
@@ -203,7 +204,7 @@ def fit_lora(name: str, seed: int, rate: float, splits: dict[Split, Items]) -> C
 
 
 def fitted(cells: Cells, kind: str, name: str, num_seeds: int, splits: dict[Split, Items]) -> list[Cell]:
-    """The cells of all seeds, at the rate that is best on dev for one seed."""
+    """The cells of all seeds, at the learning rate that is best on dev for one seed."""
     work, rates = (fit_frozen, FROZEN_RATES) if kind == "frozen" else (fit_lora, LORA_RATES)
 
     def cell(rate: float, seed: int) -> Cell:
@@ -239,7 +240,7 @@ def print_table(rows: dict[str, list[Cell]]) -> None:
 
 
 def draw(rows: dict[str, list[Cell]]) -> None:
-    """Accuracy of each system, a panel for each kind."""
+    """Accuracy of each system, one panel per kind."""
     plt = pyplot()
     figure, panels = plt.subplots(1, len(KINDS), figsize=(9.5, 3.6), sharey=True, layout="constrained")
     names = list(rows)[::-1]
@@ -257,7 +258,7 @@ def draw(rows: dict[str, list[Cell]]) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, print the table, draw the plot."""
+    """Measure missing cells, print the table, draw the plot."""
     options = arguments(__doc__ or "")
     cells = Cells("minimal-pairs", options)
     rows = rows_of(cells, full=options.full)

@@ -1,10 +1,10 @@
-"""How long the whole report of `d2llm evaluate` takes: every row, 50,000 passages, 1,000 queries, the teacher on 100.
+"""Time of a complete report of `d2llm evaluate`: every row, 50,000 passages, 1,000 queries, the teacher on 100.
 
     python benchmarks/report_speed.py           a tenth of everything
     python benchmarks/report_speed.py --full    the goal: under 20 minutes on two cores
 
-The corpus is put together from data sets in BEIR layout (--data), by default short ones beside the
-checkout; without them there is nothing to measure, and it says so. Everything is made anew in a temporary folder.
+The corpus is assembled from data sets in BEIR layout (--data), by default short ones beside the
+checkout; if they are missing, the script says so and measures nothing. Everything is computed in a temporary folder.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the size of the goal")
     parser.add_argument("--data", type=Path, nargs="+", default=DATA, help="folders in BEIR layout")
     arguments = parser.parse_args()
-    absent = [str(path) for path in arguments.data if not path.is_dir()]
-    if absent:
-        print(f"skipped: no data at {', '.join(absent)}; give folders in BEIR layout with --data")
+    missing = [str(path) for path in arguments.data if not path.is_dir()]
+    if missing:
+        print(f"skipped: no data at {', '.join(missing)}; pass folders in BEIR layout with --data")
         return
     size = FULL if arguments.full else TENTH
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def main() -> None:
         report = evaluate(dataset, contenders, settings, work_folder=Path(folder) / "work")
         seconds = time.perf_counter() - begin
     num_words = sum(len(passage.full_text.split()) for passage in dataset.passages.values())
-    found: dict[str, object] = {
+    figures: dict[str, object] = {
         "passages": report.num_passages,
         "words_per_passage": round(num_words / report.num_passages, 1),
         "queries": report.num_items,
@@ -69,14 +69,14 @@ def main() -> None:
         "goal_seconds": GOAL_SECONDS if arguments.full else None,
         "ratio_to_goal": round(seconds / GOAL_SECONDS, 3) if arguments.full else None,
     }
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"{name:22} {value}")
     if arguments.full:
-        write_json(RESULT, found)
+        write_json(RESULT, figures)
 
 
 def write_corpus(folder: Path, sources: list[Path], size: Size) -> None:
-    """One BEIR folder of the given size: judged passages first, then random others."""
+    """Write one BEIR folder of the given size: judged passages first, then random others."""
     rng = random.Random(0)
     datasets = [read_beir(path, splits=["test"]) for path in sources]
     judged = [

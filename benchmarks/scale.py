@@ -2,13 +2,13 @@
 
     python benchmarks/scale.py                                    20,000 passages, less than a minute
     python benchmarks/scale.py --passages 1000000 --json benchmarks/results/scale.json
-    python benchmarks/scale.py --passages 1000000 --vector-copies 1 --no-searches      vectors kept once: the bytes
+    python benchmarks/scale.py --passages 1000000 --vector-copies 1 --no-searches      vectors stored once: the bytes
 
-The passages are real ones and variations of them (`scaling.corpus` says how). Recall is that of the first ten against
-the full score of every passage, from float32 vectors. One thread; each query alone; queries a second are of processor
-time, so that other work on the machine counts little; percentiles are of the clock. The encoding is timed apart.
-Licences of the texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; measured on, nothing is
-trained.
+The passages are real ones and variations of them (see `scaling.corpus`). Recall is that of the first ten against
+the full score of every passage, from float32 vectors. One thread, one query at a time; queries per second are of
+processor time, so that other work on the machine matters little; percentiles are of wall time. Encoding is timed
+separately. Licences of the texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; they are only
+measured on, nothing is trained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are there
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
 os.environ.setdefault("LANCE_CPU_THREADS", "1")
 
 import faiss
@@ -39,15 +39,15 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
-PART = 100_000  # of the comparisons that need no more
-OTHERS_PART = 100_000  # of the other stores
+PART = 100_000  # passages in comparisons that need no more
+OTHERS_PART = 100_000  # passages in comparisons with other stores
 FORMATS = ("bfloat16", "int8", "int3")
 OUR_SCANS = ("d2llm, scan 1000 + IEM", "d2llm, scan 200 + IEM", "d2llm, certified")
 TASKS: tuple[Task, ...] = ("asymmetric", "symmetric")
 
 
 class Run:
-    """What was measured, and where it happens."""
+    """The options, the data and the results of one run."""
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options = options
@@ -63,7 +63,7 @@ class Run:
                 "passages": options.passages,
                 "real": len(self.real),
                 "dim": self.vectors.shape[1],
-                "queries": {task: len(asked.texts) for task, asked in self.queries.items()},
+                "queries": {task: len(queries.texts) for task, queries in self.queries.items()},
                 "asked": dict(ASKED),
                 "threads": 1,
                 "encode_cpu_s": seconds,
@@ -75,7 +75,7 @@ class Run:
         return Corpus(self.real, self.vectors, size, longer=longer)
 
     def measure_parts(self) -> None:
-        """Bytes by format, and memory by length of texts, on a part."""
+        """Bytes by format, and memory by length of texts, on part of the corpus."""
         size = min(PART, self.options.passages)
         self.result["formats"] = {}
         for name in FORMATS:
@@ -88,16 +88,16 @@ class Run:
             )
         longer = self.work / "part-longer"
         build(longer, self.corpus(size, longer=4), self.known, "bfloat16", self.options.vector_copies)
-        asked = self.queries["asymmetric"]
+        queries = self.queries["asymmetric"]
         self.result["texts"] = {
-            name: measure_fresh(folder, STUDENT, asked)
+            name: measure_fresh(folder, STUDENT, queries)
             for name, folder in (("as they are", self.work / "part-bfloat16"), ("four times", longer))
         }
         for name, fresh in self.result["texts"].items():
             _print_memory(f"texts {name}", fresh)
 
     def measure_store(self) -> Path:
-        """Building, opening, memory of the whole."""
+        """Building, opening and memory of the whole index."""
         folder = self.work / "index"
         facts = build(folder, self.corpus(self.options.passages), self.known, "bfloat16", self.options.vector_copies)
         self.result["build"] = facts
@@ -106,9 +106,9 @@ class Run:
             f"({facts['rows_per_cpu_second']:,.0f} rows/s; {facts['seconds']:.0f} s by the clock), compacted in "
             f"{facts['compact_cpu_seconds']:.1f} s: {facts['bytes']:.0f} B a passage"
         )
-        asked = self.queries["asymmetric"]
+        queries = self.queries["asymmetric"]
         caches = ("cold", "warm") if self.options.passages >= PART else ("cold",)
-        self.result["fresh"] = {name: measure_fresh(folder, STUDENT, asked, cold=name == "cold") for name in caches}
+        self.result["fresh"] = {name: measure_fresh(folder, STUDENT, queries, cold=name == "cold") for name in caches}
         for name, fresh in self.result["fresh"].items():
             print(
                 f"{name}: imports {fresh['import_s']:.2f} s, opened in {fresh['open_s']:.2f} s, "
@@ -127,7 +127,7 @@ class Run:
         self.result["ann"] = report.to_json() | {"folder": "", "cpu_seconds": time.process_time() - begin}
 
     def measure_searches(self, folder: Path) -> None:
-        """Ours and FAISS, of each task's queries."""
+        """Searches with d2llm and FAISS, for each task's queries."""
         store = IndexStore.open(folder)
         self.build_approximate(store)
         vectors = self.corpus(self.options.passages).vectors()
@@ -146,28 +146,28 @@ class Run:
         view = PassageView(store)
         self.result["searches"] = {}
         for task in TASKS:
-            asked = self.queries[task]
-            truth = true_rankings(self.student, held, asked, task, self.options.checked)
-            searches = our_searches(view, self.student, self.known, asked, task)
-            searches |= format_searches(held, FORMATS[1:], self.student, asked, task)
-            searches |= faiss_searches(flat, inverted, self.student, asked, task, dim)
+            queries = self.queries[task]
+            truth = true_rankings(self.student, held, queries, task, self.options.checked)
+            searches = our_searches(view, self.student, self.known, queries, task)
+            searches |= format_searches(held, FORMATS[1:], self.student, queries, task)
+            searches |= faiss_searches(flat, inverted, self.student, queries, task, dim)
             rows = measure(searches, truth.rows)
             self.result["searches"][task] = {"certified_share": truth.share, "rows": rows}
             print(f"\n{task}, {ASKED[task]}: {size:,} passages, {truth.share:.2%} scored for the certificate")
             _print_rows(rows)
 
     def measure_others(self) -> None:
-        """Other stores, on a part."""
+        """Searches with other stores, on part of the corpus."""
         size = min(self.options.others, self.options.passages)
         vectors = self.corpus(size).vectors()
         task: Task = "asymmetric"
-        asked = self.queries[task]
-        truth = true_rankings(self.student, vectors, asked, task, 0)
+        queries = self.queries[task]
+        truth = true_rankings(self.student, vectors, queries, task, 0)
         flat = faiss.IndexFlatIP(vectors.shape[1])
         flat.add(vectors)
-        searches = faiss_searches(flat, None, self.student, asked, task, vectors.shape[1])
-        lance, times = lance_searches(self.work / "lance", vectors, self.student, asked, task)
-        with chroma_search(self.work / "chroma", self.options.chroma_python, vectors, self.student, asked, task) as (
+        searches = faiss_searches(flat, None, self.student, queries, task, vectors.shape[1])
+        lance, times = lance_searches(self.work / "lance", vectors, self.student, queries, task)
+        with chroma_search(self.work / "chroma", self.options.chroma_python, vectors, self.student, queries, task) as (
             server,
             facts,
         ):
@@ -178,12 +178,12 @@ class Run:
 
 
 def goals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was asked for, what is, and whether that is enough."""
-    found: dict[str, dict[str, Any]] = {}
+    """Each goal's measured value and limit, and whether it was reached."""
+    reached_goals: dict[str, dict[str, Any]] = {}
 
     def goal(name: str, value: float, limit: float, *, at_least: bool = False) -> None:
         reached = value >= limit if at_least else value <= limit
-        found[name] = {"value": value, "limit": limit, "reached": bool(reached)}
+        reached_goals[name] = {"value": value, "limit": limit, "reached": bool(reached)}
 
     for task, searched in result.get("searches", {}).items():
         rows = searched["rows"]
@@ -196,12 +196,12 @@ def goals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         scans = [row for name, row in rows.items() if name in OUR_SCANS and row["recall"] >= 0.99]
         best = max((row["qps"] for row in scans), default=0.0)
         for peer in ("FAISS flat 1000 + IEM", "FAISS flat"):
-            found_there = rows[peer]["recall"]
-            name = f"QPS at recall@10 of .99 to that of {peer} (recall {found_there:.3f}), {task}"
+            peer_recall = rows[peer]["recall"]
+            name = f"QPS at recall@10 of .99 to that of {peer} (recall {peer_recall:.3f}), {task}"
             goal(name, best / rows[peer]["qps"], 0.8, at_least=True)
         for name in FORMATS[1:]:
-            found_there = rows[f"d2llm, {name}, scan 1000 + IEM"]["recall"]
-            goal(f"recall@10 against the exact IEM from {name}, {task}", found_there, 0.99, at_least=True)
+            recall = rows[f"d2llm, {name}, scan 1000 + IEM"]["recall"]
+            goal(f"recall@10 against the exact IEM from {name}, {task}", recall, 0.99, at_least=True)
         certified, alone = rows["d2llm, certified"], rows["d2llm, inner products alone"]
         goal(f"certified to the inner-product scan, times, {task}", certified["cpu_ms"] / alone["cpu_ms"], 2)
     goal("bytes a passage, bfloat16", result["formats"]["bfloat16"]["bytes"], 1_200)
@@ -211,7 +211,7 @@ def goals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     goal("own memory with texts four times as long, times", own[1] / own[0], 1.1)
     goal("seconds to open", result["fresh"]["cold"]["open_s"], 1)
     goal("seconds of the first query", result["fresh"]["cold"]["first_query_s"], 2)
-    return found
+    return reached_goals
 
 
 def _print_rows(rows: dict[str, dict[str, Any]]) -> None:
@@ -223,23 +223,23 @@ def _print_rows(rows: dict[str, dict[str, Any]]) -> None:
 
 def _print_memory(name: str, fresh: dict[str, Any]) -> None:
     steps = fresh["memory_mb"]
-    own = ", ".join(f"{step} {found['RssAnon']:.0f}" for step, found in steps.items())
-    print(f"{name}: MB of own memory after {own}; of files {steps['hundred']['RssFile']:.0f}")
+    own = ", ".join(f"{step} {memory['RssAnon']:.0f}" for step, memory in steps.items())
+    print(f"{name}: MB of private memory after {own}; file pages {steps['hundred']['RssFile']:.0f}")
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=20_000)
     parser.add_argument("--real", type=int, help="real passages among them; the rest are variations")
-    parser.add_argument("--queries", type=int, help="of each task")
+    parser.add_argument("--queries", type=int, help="queries of each task")
     parser.add_argument("--checked", type=int, default=5, help="queries whose truth is compared with a full scan")
     parser.add_argument("--others", type=int, help="passages for the other stores")
     parser.add_argument("--chroma-python", help="a Python that has chromadb")
-    parser.add_argument("--cache", type=Path, help="a folder that keeps the real passages' vectors")
-    parser.add_argument("--vector-copies", type=int, choices=(1, 2), default=2, help="1: keep vectors once")
-    parser.add_argument("--no-searches", action="store_true", help="measure building, bytes, opening and memory alone")
-    parser.add_argument("--work", type=Path, help="where the indices are made; by default a temporary folder")
+    parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
+    parser.add_argument("--vector-copies", type=int, choices=(1, 2), default=2, help="1: store vectors once")
+    parser.add_argument("--no-searches", action="store_true", help="measure only building, bytes, opening and memory")
+    parser.add_argument("--work", type=Path, help="folder for the indices; by default a temporary folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     require(*(DATA / name for name in SHARES))
@@ -257,8 +257,8 @@ def main() -> None:
             run.measure_others()
     run.result["goals"] = goals(run.result)
     print()
-    for name, found in run.result["goals"].items():
-        print(f"{'yes' if found['reached'] else 'NO':3} {name}: {found['value']:.4g} (goal {found['limit']:g})")
+    for name, outcome in run.result["goals"].items():
+        print(f"{'yes' if outcome['reached'] else 'NO':3} {name}: {outcome['value']:.4g} (goal {outcome['limit']:g})")
     if options.json:
         write_json(options.json, run.result)
 

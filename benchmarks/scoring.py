@@ -1,14 +1,14 @@
-"""How fast the student scores passages, beside the plain procedure and the machine's own limit.
+"""Scoring speed of the student, compared with the plain procedure and the machine's own limit.
 
-One run, the same inputs, seconds of the process in one thread (other work on the machine counts little):
+One run, the same inputs, processor time in one thread (so that other work on the machine matters little):
 - a query against N passages with the default head (anchored, rich features): every pair's features written out,
   [a; b; a * b; |a - b|], through the unsplit network in float32; `Student.score`, from float32 and from bfloat16
   vectors; and bare matrix products of exactly the shapes that scoring needs, in the same number format (the limit);
-- what each choice of features and width costs: pairs a second at N, and the latency of 1,000 passages in two threads;
+- the cost of each choice of features and width: pairs per second at N, latency of 1,000 passages in two threads;
 - the published head at 256 x 512 with W_p b stored (`d2llm index ... project`): 1,000 of 100,000 rows, scored from
-  vectors and from projections, in memory and read from the mapped file, beside the bare products that each needs.
+  vectors and from projections, in memory and read from the mapped file, compared with the bare products of each.
 
-Where the CPU has no bfloat16 products everything is float32, and the result goes into a file of its own.
+On a CPU without bfloat16 products everything is float32, and the result is written to a separate file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Median time of some calls after one that is not counted."""
+    """Median time of several calls after one that is not counted."""
     work()
     times: list[float] = []
     for _ in range(REPEATS):
@@ -60,7 +60,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def least_wall_seconds(work: Callable[[], object]) -> float:
-    """The least wall time of many calls: what other work on the machine disturbed least. Ends after ten seconds."""
+    """Minimum wall time of many calls, the one least disturbed by other work on the machine. Ends after ten seconds."""
     walls: list[float] = []
     begin = time.perf_counter()
     while len(walls) < 10 * REPEATS and time.perf_counter() - begin < 10:
@@ -71,7 +71,7 @@ def least_wall_seconds(work: Callable[[], object]) -> float:
 
 
 def least_seconds_in_turn(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The least processor time of each of several things done in turn, so that other work disturbs all alike."""
+    """Minimum processor time of each of several functions, interleaved so that other work affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(10 * REPEATS):
         for name, work in works.items():
@@ -101,12 +101,12 @@ def limit_seconds(shapes: list[tuple[int, int]], dtype: torch.dtype) -> float:
 
 
 def shapes_of(dim: int, hidden: int, features: str) -> list[tuple[int, int]]:
-    """(in, out) of the products that scoring takes of a passage."""
+    """(in, out) of the products that scoring computes for a passage."""
     return [(dim * (2 if features in ("difference", "rich") else 1), hidden), (hidden, hidden), (hidden, hidden)]
 
 
 def default_head(rng: np.random.Generator) -> tuple[dict[str, float], int]:
-    """Seconds of N passages by each way of scoring with the default student, and its width."""
+    """Seconds for N passages with each way of scoring with the default student, and its width."""
     student = Student.load("d2llm-minilm")
     dim, interaction, dtype = student.vector_dim, student.interaction, student.backbone.compute_dtype
     assert isinstance(interaction, Interaction)
@@ -133,7 +133,7 @@ def default_head(rng: np.random.Generator) -> tuple[dict[str, float], int]:
 
 
 def cost(rng: np.random.Generator, head: str, features: str, dim: int, hidden: int) -> dict[str, str | float]:
-    """What one choice of head, features and widths costs."""
+    """Cost of one choice of head, features and widths."""
     dtype = choose_dtype(torch.device("cpu"))
     config = InteractionConfig(head=head, features=features, hidden_dim=hidden, feature_dim=hidden)  # type: ignore[arg-type]
     module = Interaction(config, dim)
@@ -163,7 +163,7 @@ def cost(rng: np.random.Generator, head: str, features: str, dim: int, hidden: i
 
 
 def stored(rng: np.random.Generator, folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds of 1,000 passages by the published head from what an index stores, in one thread and in two."""
+    """Milliseconds for 1,000 passages with the published head from what an index stores, in one thread and in two."""
     dim, hidden = 256, 512
     dtype = choose_dtype(torch.device("cpu"))
     module = Interaction(InteractionConfig(head="paper", features="concat", hidden_dim=hidden, feature_dim=hidden), dim)
@@ -206,7 +206,7 @@ def stored(rng: np.random.Generator, folder: Path) -> dict[str, dict[str, float]
 
 
 def products_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
-    """Bare products of 1,000 rows with weights of these shapes, in blocks as they are scored."""
+    """Bare products of 1,000 rows with weights of these shapes, in the blocks used for scoring."""
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     inputs = [torch.randn(SCORE_BLOCK, into, dtype=dtype) for into, _ in shapes]
     outputs = [torch.empty(SCORE_BLOCK, outof, dtype=dtype) for _, outof in shapes]
@@ -222,7 +222,7 @@ def products_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> Callable[[
 
 
 def everything(rng: np.random.Generator) -> dict[str, object]:
-    """The default student beside the plain procedure and the limit, and what each choice of head costs; printed."""
+    """Measure and print the default student beside the plain procedure and the limit, and the cost of each head."""
     times, dim = default_head(rng)
     base, limit = times["reference, float32"], times["bare products (limit)"]
     rows = {
@@ -246,22 +246,22 @@ def everything(rng: np.random.Generator) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure, print tables, write what was measured into the JSON."""
+    """Measure, print tables, write the results into the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only-stored", action="store_true", help="measure scoring from stored projections alone")
+    parser.add_argument("--only-stored", action="store_true", help="measure only scoring from stored projections")
     only_stored = parser.parse_args().only_stored
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     dtype = str(choose_dtype(torch.device("cpu"))).removeprefix("torch.")
     measured = {} if only_stored else everything(rng)
     with tempfile.TemporaryDirectory() as folder:
-        of_stored = stored(rng, Path(folder))
-    print(f"\n{'paper, concat, 256 x 512: 1,000 passages':43}1 thread (least), 2 threads")
-    for name, row in of_stored.items():
+        stored_times = stored(rng, Path(folder))
+    print(f"\n{'paper, concat, 256 x 512: 1,000 passages':43}1 thread (minimum), 2 threads")
+    for name, row in stored_times.items():
         print(f"{name:38}" + " ".join(f"{ms:9.2f} ms" for ms in row.values()))
     path = RESULTS / ("scoring.json" if dtype == "bfloat16" else f"scoring-{dtype}.json")
     before = json.loads(path.read_text()) if path.is_file() else {}
-    result = before | measured | {"number_format": dtype, "stored": of_stored}
+    result = before | measured | {"number_format": dtype, "stored": stored_times}
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 

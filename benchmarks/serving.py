@@ -1,9 +1,9 @@
-"""What serving costs: texts a second and latency over HTTP beside the library's own calls, in one run.
+"""Cost of serving: texts per second and latency over HTTP compared with the library's own calls, in one run.
 
 Encoding: the library encodes all texts in one call; 32 clients send the same texts, in requests of 32, 8 and 1, to a
-server in a process of its own. Searching: the library searches one by one and in one call; the clients search. All of
-that in turn, several times, of which the quickest counts. Overload: 32 clients against a queue with room for few; what
-is admitted should take as long as before.
+server in a separate process. Searching: the library searches one by one and in one call; the clients search. All of
+these are interleaved and repeated, and the fastest run counts. Overload: 32 clients against a short queue; accepted
+requests should take as long as before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIBRARY = "library, one call"
 
 @contextmanager
 def served(index: Path, **settings: Any) -> Iterator[str]:
-    """A server in its own process; its address."""
+    """Run a server in a separate process and yield its address."""
     flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "d2llm", "serve", str(index), "--port", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -49,10 +49,10 @@ def served(index: Path, **settings: Any) -> Iterator[str]:
 
 
 async def load(address: str, path: str, bodies: Sequence[dict[str, Any]], clients: int) -> dict[str, float]:
-    """Send all bodies through so many clients; requests a second, latencies, and how many were refused.
+    """Send all bodies through this number of clients; requests per second, latencies, and how many were refused.
 
-    The clients write bytes made before and read no more of an answer than its status and length: they share the
-    machine with the server, and clients elsewhere would not.
+    The clients send pre-encoded bytes and parse only the status and length of an answer, because they share the
+    machine with the server, as real clients would not.
     """
     host, port = urlsplit(address).hostname, urlsplit(address).port
     left, times, refused = iter([_request(f"{host}:{port}", path, body) for body in bodies]), [], 0
@@ -102,13 +102,13 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def quickest(measures: Mapping[str, Callable[[], dict[str, float]]], runs: int) -> dict[str, dict[str, float]]:
-    """Each row's quickest run, the rows in turn, so that what else the machine does meets all of them."""
+    """Each row's fastest run. Rows are interleaved, so that other work on the machine affects all of them equally."""
     rows: dict[str, dict[str, float]] = {}
     for _ in range(runs):
         for name, measure in measures.items():
-            found = measure()
-            if name not in rows or found["seconds"] < rows[name]["seconds"]:
-                rows[name] = found
+            result = measure()
+            if name not in rows or result["seconds"] < rows[name]["seconds"]:
+                rows[name] = result
     return rows
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     passages = build_corpus().passages[: arguments.passages]
     texts = [passage.full_text for passage in passages[: arguments.texts]]
     queries = [passage.title or passage.text[:60] for passage in passages[: arguments.texts]]
-    student = Student.load("d2llm-minilm", engine="auto")  # what the server takes
+    student = Student.load("d2llm-minilm", engine="auto")  # as in the server
     few = queries[:128]
     with tempfile.TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "index", student, student_source="d2llm-minilm")

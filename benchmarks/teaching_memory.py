@@ -1,13 +1,13 @@
 """How the memory of mining and labelling grows with the corpus: 100,000 and 400,000 short passages.
 
-Each case runs in a process of its own.
+Each case runs in a separate process.
 
     python benchmarks/teaching_memory.py            the goal: both sizes, texts in memory and in a file
     python benchmarks/teaching_memory.py --small    a tenth of it
 
-What mining needs for a passage is its vector (in a memory-mapped file, whose pages the system counts as ours while
-they are in use) and little else; what labelling needs does not depend on the corpus. Encoder and teacher are fake ones,
-with vectors of the width of `minilm`: memory is measured, not time.
+For each passage, mining needs its vector (in a memory-mapped file, whose pages count as resident memory while
+they are in use) and little else; the memory for labelling does not depend on the corpus. Encoder and teacher are fakes
+with vectors of the width of `minilm`, because memory is measured, not time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CASES = (
     ("file", "texts"),
     ("file", "bm25"),
 )
-"""Where the texts are, and how far the process gets. Labelling needs no vectors: its plan is random."""
+"""Where the texts are stored, and up to which step the process runs. Labelling needs no vectors: its plan is random."""
 MIB = 2**20
 
 
@@ -84,7 +84,7 @@ class FakeEncoder:
 
 
 class FakeTeacher:
-    """Log-odds and features that come from nothing."""
+    """Arbitrary log-odds and features."""
 
     fingerprint = "fake"
 
@@ -123,8 +123,8 @@ def main() -> None:
         write_json(RESULT, {"sizes": sizes, "vectors_mib": round(vectors, 1), "rows": rows})
 
 
-def row_of(texts: str, part: str, sizes: tuple[int, int], found: list[dict[str, float]]) -> dict[str, Any]:
-    small, large = found
+def row_of(texts: str, part: str, sizes: tuple[int, int], measured: list[dict[str, float]]) -> dict[str, Any]:
+    small, large = measured
     growth = (large["peak_mib"] - small["peak_mib"]) * MIB / (sizes[1] - sizes[0])
     return {
         "texts_in": texts,
@@ -141,7 +141,7 @@ def run_child(size: int, texts: str, part: str) -> Any:
 
 
 def measure(size: int, texts: str, part: str) -> dict[str, float]:
-    """Peak memory of a process that gets as far as ``part``."""
+    """Peak memory of a process that runs up to ``part``."""
     begin = time.perf_counter()
     with peak_memory() as peak:
         passages: Any = PassageStore(make_passages(size)) if texts == "file" else {p.id: p for p in make_passages(size)}
@@ -157,7 +157,7 @@ def measure(size: int, texts: str, part: str) -> dict[str, float]:
 
 
 def label_plan(dataset: Dataset, size: int) -> None:
-    """Label ten random passages and the positive of each query."""
+    """Label the positive and ten random passages of each query."""
     rng = random.Random(1)
     entries: list[PlanEntry] = []
     for query_id, positives in dataset.qrels["train"].items():
@@ -170,7 +170,7 @@ def label_plan(dataset: Dataset, size: int) -> None:
 
 
 def make_passages(size: int) -> Iterator[Passage]:
-    """Short texts of words as frequent as Zipf says."""
+    """Short texts with Zipf-distributed word frequencies."""
     rng = random.Random(0)
     weights = np.cumsum(1 / np.arange(1, VOCABULARY + 1)).tolist()
     words = [f"w{number:x}" for number in range(VOCABULARY)]

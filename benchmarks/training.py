@@ -1,12 +1,12 @@
-"""How fast a student is trained, beside the plain procedure.
+"""Training speed of a student compared with the plain procedure.
 
 One run, the same model, the same batches of the same plan: queries, each with one positive and four hard negatives,
-LoRA on all linear layers, an optimizer step a batch. Queries and tokens (of the texts themselves, each counted once) a
-second:
-- plain: every text padded to 250 tokens, the passages of each pair encoded anew, float32, attention as `transformers`
-  chooses it; four queries at a time, as many more do not fit into memory;
+LoRA on all linear layers, one optimizer step per batch. Measured are queries and tokens (of the texts themselves, each
+counted once) per second:
+- plain: every text padded to 250 tokens, the passages of each pair encoded separately, float32, attention as chosen by
+  `transformers`; four queries at a time, because many more do not fit into memory;
 - ours, step by step: each text once, padded to its neighbours only; the fast number format; the attention that trains
-  fast; and gradient caching, which bounds memory for a second forward pass.
+  fastest; and gradient caching, which bounds memory at the cost of a second forward pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RESULT = Path(__file__).parent / "results" / "training.json"
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step: a batch, and the same queries in smaller ones for the plain procedure."""
+    """One optimizer step: a batch, and the same queries in smaller batches for the plain procedure."""
 
     batch: DistillationBatch
     small: list[DistillationBatch]
@@ -68,7 +68,7 @@ def make_work(data: Path, plan: Path, count: int, num_queries: int) -> list[Work
 
 
 def make_student(dtype: str | None, attention: str | None) -> Student:
-    """MiniLM with adapters, ready to train; None: as ``distill`` chooses."""
+    """MiniLM with adapters, ready to train; None selects what ``distill`` uses."""
     lora = LoraConfig(rank=16, alpha=32, dropout=0.0)
     student = Student.create(StudentConfig(backbone=BackboneConfig(model="minilm", lora=lora)), dtype=dtype)
     student.prepare_training()
@@ -78,7 +78,7 @@ def make_student(dtype: str | None, attention: str | None) -> Student:
 
 
 def plain_step(student: Student, work: Work) -> None:
-    """Forward and backward pass of the plain procedure: a query once, then the passages of each of its pairs."""
+    """Forward and backward pass of the plain procedure: each query once, then the passages of each of its pairs."""
     for batch in work.small:
         ids, num_queries = batch_tokens(student, batch), len(batch.query_ids)
         columns = np.nonzero(batch.positive | batch.hard)[1]  # by query
@@ -96,7 +96,7 @@ def plain_step(student: Student, work: Work) -> None:
 
 
 def our_step(training: TrainingConfig) -> Callable[[Student, Work], None]:
-    """Forward and backward pass as ``distill`` does them."""
+    """Forward and backward pass as in ``distill``."""
 
     def step(student: Student, work: Work) -> None:
         ids = batch_tokens(student, work.batch)
@@ -107,7 +107,7 @@ def our_step(training: TrainingConfig) -> Callable[[Student, Work], None]:
 
 
 def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Tensor]:
-    """The loss of a batch by its vectors."""
+    """The loss of a batch as a function of its vectors."""
 
     def loss(vectors: Tensor) -> Tensor:
         return weighted_sum(batch_losses(score_vectors(student, vectors, batch), batch, OWN_JUDGEMENTS), OWN_JUDGEMENTS)
@@ -118,7 +118,6 @@ def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Te
 def run_step(
     student: Student, optimizer: torch.optim.Optimizer, step: Callable[[Student, Work], None], work: Work
 ) -> None:
-    """One optimizer step."""
     step(student, work)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -130,12 +129,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/squad-sent"))
     parser.add_argument("--plan", type=Path, default=Path("runs/d2llm/plans/squad-sent"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--queries", type=int, default=32, help="of a batch")
+    parser.add_argument("--queries", type=int, default=32, help="queries in a batch")
     parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that is busy")
+    parser.add_argument("--processor-time", action="store_true", help="processor time: one thread, busy machine")
     options = parser.parse_args()
     if not (options.plan / "plan.jsonl").is_file() or not options.data.is_dir():
-        print(f"{options.plan}: no plan there; give one that `d2llm mine` wrote: --plan FOLDER --data FOLDER")
+        print(f"{options.plan}: no plan there; pass one that `d2llm mine` wrote: --plan FOLDER --data FOLDER")
         return
     torch.set_num_threads(options.threads)
     first, *all_work = make_work(options.data, options.plan, options.batches + 1, options.queries)
@@ -150,9 +149,9 @@ def main() -> None:
     }
     optimizers = {n: torch.optim.AdamW(trainable(student).values(), lr=1e-5) for n, (student, _) in ways.items()}
     times = dict.fromkeys(ways, 0.0)
-    for name, (student, step) in ways.items():  # a small one first, which is not counted
+    for name, (student, step) in ways.items():  # a small batch first, which is not counted
         run_step(student, optimizers[name], step, Work(first.small[0], first.small[:1]))
-    for work in all_work:  # all ways in turn, so that what else the machine does hits all alike
+    for work in all_work:  # interleaved, so that other work on the machine affects all equally
         for name, (student, step) in ways.items():
             start = clock()
             run_step(student, optimizers[name], step, work)

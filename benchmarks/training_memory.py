@@ -1,9 +1,9 @@
-"""What training holds in memory, and what it costs to hold less.
+"""Memory that training holds, and the time that it takes to hold less.
 
-The default recipe's student (`minilm`) on one batch of long passages and on one of sentences: all intermediate results
-kept, those that a machine with 8 GB free has room for, and none. Each case runs in a process of its own on one thread:
-peak resident memory, and tokens read in a second of processor time (other programs on the machine take none of it), the
-first batch not counted. Then a teacher of 135 million parameters (`smollm2`) on eight pairs, so many tokens at a time.
+The default recipe's student (`minilm`) on one batch of long passages and on one of sentences, with all activations
+kept, with those that fit on a machine with 8 GB free, and with none. Each case runs in a separate process on one
+thread: peak resident memory, and tokens per second of processor time (so that other programs do not matter), without
+the first batch. Then a teacher of 135 million parameters (`smollm2`) on eight pairs, with several part sizes.
 
     python benchmarks/training_memory.py
 """
@@ -33,7 +33,7 @@ from d2llm.training import gradient_cache, tune_teacher
 RESULT = Path(__file__).parent / "results" / "training-memory.json"
 GIB, MIB = 1 << 30, 1 << 20
 BATCHES = {"passages": (40, 250), "sentences": (200, 48)}
-"""Texts, and tokens of the longest; the shortest has three quarters of them."""
+"""Number of texts, and tokens of the longest; the shortest has three quarters of them."""
 WAYS: dict[str, dict[str, Any]] = {
     "parts of 2,048 tokens, all kept": {"part_tokens": 2048, "gradient_caching": "off"},
     "parts of 512, all kept": {"gradient_caching": "off"},
@@ -58,10 +58,10 @@ def main() -> None:
     print(f"{'':10} {'':34} {'peak GiB':>8} {'tokens/s':>9}   (one core's processor time)")
     for case, way in cases:
         command = [sys.executable, __file__, "--child", case, way]
-        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        rows.append({"case": case, "way": way, **found})
-        named = f"{int(way):,} tokens at a time" if case == "teacher" else way
-        print(f"{case:10} {named:34} {found['peak_gib']:8.2f} {found['tokens_per_second']:9,.0f}", flush=True)
+        measured = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        rows.append({"case": case, "way": way, **measured})
+        label = f"{int(way):,} tokens at a time" if case == "teacher" else way
+        print(f"{case:10} {label:34} {measured['peak_gib']:8.2f} {measured['tokens_per_second']:9,.0f}", flush=True)
     write_json(RESULT, {"rows": rows})
 
 
@@ -87,12 +87,12 @@ def measure_student(batch: str, way: str) -> dict[str, float]:
 
 
 def in_batch_loss(vectors: torch.Tensor) -> torch.Tensor:
-    """Of every vector with every other."""
+    """A loss over all pairs of vectors."""
     return (vectors @ vectors.T).logsumexp(1).sum()
 
 
 def measure_teacher(part_tokens: int) -> dict[str, float]:
-    """Gradients of a batch of pairs that fill the teacher's limit."""
+    """Gradients for a batch of pairs that reach the teacher's token limit."""
     rng = random.Random(0)
     passage = " ".join(rng.choices(["the", "of", "and", "river", "house", "music", "study", "virus"], k=400))
     pairs = [LabelledPair(f"what is it {n}", passage, "asymmetric", float(n == 0)) for n in range(8)]
@@ -111,7 +111,7 @@ def measure_teacher(part_tokens: int) -> dict[str, float]:
 
 
 def timed(step: Any, num_tokens: int) -> dict[str, float]:
-    """Tokens a second of the second and third of three steps."""
+    """Tokens per second of the second and third of three steps."""
     step(0)
     start = time.process_time()
     step(1)

@@ -1,12 +1,12 @@
-"""What each format of stored vectors costs in quality, bytes and time.
+"""Cost of each format of stored vectors in quality, bytes and time.
 
 One run, the same vectors, on the dev splits of four data sets with the student `d2llm-minilm`: nDCG@10 by the anchor
-alone and by the full score on 1,000 candidates, both from what the format stores, and the loss against float32. Beside
-them the bytes of a vector and the time of an exact scan for the best 1,000 of 100,000 rows on one thread, with FAISS'
-flat float32 index on the same rows as the peer.
+alone and by the full score on 1,000 candidates, both from the stored values, and the loss relative to float32. It also
+reports the bytes of a vector and the time of an exact scan for the best 1,000 of 100,000 rows on one thread, with
+FAISS' flat float32 index on the same rows as the peer.
 
 Queries are the first 300 of each dev split, in the order of the file. Licences: squad-sent and qnli CC BY-SA 4.0,
-banking77 CC BY 4.0, checkthat2020 for research only; they are measured on, nothing is trained.
+banking77 CC BY 4.0, checkthat2020 for research only; they are only measured on, nothing is trained.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def encode(student: Student, name: str) -> Encoded:
 
 
 def quality(student: Student, data: Encoded, name: str) -> dict[str, float]:
-    """nDCG@10 by the anchor and by the full score, on the vectors as the format gives them back."""
+    """nDCG@10 by the anchor and by the full score, on the vectors as decoded from the format."""
     vector_format = make_format(name, data.passages.shape[1])
     codes = vector_format.encode(data.passages, data.ids)
     scan = RowScan(codes, vector_format)
@@ -85,7 +85,7 @@ def quality(student: Student, data: Encoded, name: str) -> dict[str, float]:
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """Lowest time of some calls after one that is not counted."""
+    """Minimum time of several calls after one that is not counted."""
     work()
     times: list[float] = []
     for _ in range(REPEATS):
@@ -96,7 +96,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def scan_times(dim: int) -> dict[str, float]:
-    """Milliseconds of the exact scan by format, and of FAISS' flat index, on random vectors of norm sqrt(dim)."""
+    """Milliseconds for the exact scan by format, and for FAISS' flat index, on random vectors of norm sqrt(dim)."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((SCAN_ROWS, dim), dtype=np.float32)
     vectors *= np.sqrt(dim) / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,11 +1,11 @@
-"""A wall for vectors: how many different answers can each head give from vectors of one width?
+"""A wall for vectors: how many different answers can each head give from vectors of a given width?
 
 Every pair of n passages is the answer of one query (Weller et al. 2025, arXiv 2508.21038). The vectors are free: they
-and the head are fitted to all judgements, which is the best case of any encoder. wall_unseen.py asks what of it carries
-over to what was not fitted, wall_text.py asks with texts.
+and the head are fitted to all judgements, which is the best case for any encoder. wall_unseen.py tests how much of this
+generalises to queries and worlds that were not fitted; wall_text.py uses texts.
 
-`python benchmarks/wall.py` measures a small part in less than a minute, `--full` what docs/wall.md shows. Finished
-cells are kept in a JSON and not measured again; `--fresh` starts over.
+`python benchmarks/wall.py` measures a small part in less than a minute, `--full` everything in docs/wall.md. Finished
+cells are kept in a JSON file and not measured again; `--fresh` starts over.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Cell = dict[str, Any]
 
 
 class Head(nn.Module):
-    """Scores of all queries against all passages from vectors that are first given the length sqrt(dim)."""
+    """Scores of all queries against all passages, from vectors that are first scaled to the length sqrt(dim)."""
 
     def __init__(self, name: str, dim: int, hidden: int = HIDDEN) -> None:
         super().__init__()
@@ -70,19 +70,19 @@ def _same_length(vectors: Tensor) -> Tensor:
 
 
 class Cells:
-    """Measured values by their key, kept in a JSON file as soon as they are there."""
+    """Measured values by their key, saved in a JSON file as soon as they are available."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.path = path = (RESULTS if options.full else QUICK_RESULTS) / f"{name}.json"
         self.values: dict[str, Cell] = {}
-        self.asked: set[str] = set()
+        self.requested: set[str] = set()
         self.num_measured = 0
         if path.is_file() and not options.fresh:
             self.values = json.loads(path.read_text(encoding="utf-8"))["cells"]
 
     def get(self, key: Sequence[object], measure: Callable[[], Cell]) -> Cell:
         name = " | ".join(str(part) for part in key)
-        self.asked.add(name)
+        self.requested.add(name)
         if name not in self.values:
             start = time.process_time()
             value = measure()
@@ -94,13 +94,13 @@ class Cells:
 
     def report(self) -> None:
         seconds = sum(cell["seconds"] for cell in self.values.values())
-        num_found = len(self.asked) - self.num_measured
-        print(f"\n{self.num_measured} cells measured, {num_found} found in {self.path.relative_to(ROOT)}", end=" ")
+        num_reused = len(self.requested) - self.num_measured
+        print(f"\n{self.num_measured} cells measured, {num_reused} read from {self.path.relative_to(ROOT)}", end=" ")
         print(f"(all cells together: {seconds:.0f} CPU seconds; --fresh measures again)")
 
 
 def optimise(groups: list[dict[str, Any]], steps: int, loss: Callable[[], Tensor | None]) -> int:
-    """Adam with a short warm-up and linear decay until ``loss`` gives None; returns the steps made."""
+    """Adam with a short warm-up and linear decay until ``loss`` returns None; returns the number of steps."""
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / 20) * (1 - step / steps) + 0.01
@@ -130,7 +130,7 @@ def qrels_of(num_passages: int) -> tuple[Tensor, Tensor]:
 def fit_vectors(
     head: Head, dim: int, num_passages: int, seed: int, rates: tuple[float, float], *, frozen: bool = False
 ) -> Cell:
-    """Fit free vectors, and the head unless it is frozen, to every judgement; stop when all are right."""
+    """Fit free vectors, and the head unless it is frozen, to every judgement; stop when all queries are right."""
     torch.manual_seed(seed)
     pairs, relevant = qrels_of(num_passages)
     queries, passages = (nn.Parameter(torch.randn(number, dim)) for number in (len(pairs), num_passages))
@@ -165,7 +165,7 @@ def capacity_rates(cells: Cells, name: str) -> tuple[float, float]:
         head = new_head(name, 4, CALIBRATION_SEED)
         key = ("capacity rates", name, rates)
         cell = cells.get(key, lambda: fit_vectors(head, 4, 20, CALIBRATION_SEED, rates))
-        return cell["right"] - cell["steps"] / 1e6  # among those that get all right, the quickest
+        return cell["right"] - cell["steps"] / 1e6  # among rates that get all right, the fastest
 
     return max(CAPACITY_RATES, key=right)
 
@@ -179,7 +179,7 @@ def capacity(cells: Cells, name: str, dim: int, num_passages: int, seed: int) ->
 
 
 def constructed(num_passages: int, dtype: torch.dtype) -> float:
-    """Share right of the vectors of width 4 that are not fitted but constructed, rounded to ``dtype``."""
+    """Share right of the constructed vectors of width 4, rounded to ``dtype``."""
     queries, passages = (torch.from_numpy(part).to(dtype).double() for part in moment_curve(num_passages))
     return share_right(queries @ passages.T, qrels_of(num_passages)[1])
 
@@ -228,7 +228,7 @@ def print_capacity(means: dict[tuple[str, int], dict[int, float]]) -> None:
 
 
 def critical(means: dict[int, float]) -> str:
-    """The largest size up to which every seed got everything right; "≥" where nothing larger was tried."""
+    """The largest size up to which every seed got everything right; "≥" if nothing larger was tried."""
     sizes = sorted(means)
     solved = [size for size in sizes if all(means[smaller] == 1 for smaller in sizes if smaller <= size)]
     if not solved:
@@ -237,7 +237,7 @@ def critical(means: dict[int, float]) -> str:
 
 
 def num_used(head: Head) -> int:
-    """Parameters that take part; the other task's branch does not."""
+    """Number of parameters in use; those of the other task's branch are not."""
     return sum(p.numel() for name, p in head.named_parameters() if ".symmetric." not in name)
 
 
@@ -280,7 +280,7 @@ def draw_capacity(means: dict[tuple[str, int], dict[int, float]]) -> None:
 
 
 def draw_by_width(values: dict[str, dict[int, list[float]]], levels: dict[str, float], ylabel: str, name: str) -> None:
-    """Mean and range over seeds of each head by width, and horizontal lines for what has no width."""
+    """Mean and range over seeds of each head by width, and horizontal lines for systems without a width."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
     for head, by_dim in values.items():
@@ -299,16 +299,16 @@ def draw_by_width(values: dict[str, dict[int, list[float]]], levels: dict[str, f
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """What the scripts of the wall and of the minimal pairs understand. Sets one thread: the products are small."""
+    """Command-line options of the wall and minimal-pair scripts. Sets one thread, because the products are small."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all widths, sizes and seeds, as in docs/wall.md")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON already")
+    parser.add_argument("--fresh", action="store_true", help="measure cells again that are already in the JSON")
     torch.set_num_threads(1)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure what is missing, print the tables, draw the plot."""
+    """Measure missing cells, print the tables, draw the plot."""
     options = arguments(__doc__ or "")
     cells = Cells("wall", options)
     means = measure_capacity(cells, full=options.full)

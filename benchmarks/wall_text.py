@@ -1,10 +1,10 @@
-"""The wall as texts: who likes what, asked of a backbone, of shipped students and of heads fitted to frozen vectors.
+"""The wall as texts: who likes what, for a backbone, for shipped students and for heads fitted to frozen vectors.
 
-Each two of 30 persons share one thing; 270 more persons like other things (generated.wall). The test queries ask for
-things that no training query asks for. The heads get a linear map of MiniLM's frozen vectors to each width and are
+Each two of 30 persons share one thing; 270 more persons like other things (generated.wall). The test queries ask about
+things that no training query mentions. The heads get a linear map of MiniLM's frozen vectors to each width and are
 fitted in 21 worlds: the test's own one and 20 with other persons.
 
-`python benchmarks/wall_text.py` measures a small part in about two minutes, `--full` what docs/wall.md shows.
+`python benchmarks/wall_text.py` measures a small part in about two minutes, `--full` everything in docs/wall.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEASURES = ("Recall@2", "nDCG@10", "Recall@100")
 
 @cache
 def text_world() -> tuple[list[Any], list[Any], dict[str, list[int]], Tensor]:
-    """Passages in an order that says nothing, queries, rows of each split, judgements [queries, passages]."""
+    """Passages in random order, queries, rows of each split, judgements [queries, passages]."""
     wall = make_wall(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
     passages = [wall.passages[row] for row in np.random.default_rng(1).permutation(len(wall.passages))]
     column = {passage.id: place for place, passage in enumerate(passages)}
@@ -84,26 +84,26 @@ def load_system(name: str) -> Any:
 
 @cache
 def training_worlds() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Vectors of queries and persons, and judgements, by MiniLM as it is: the test's own world and other ones.
+    """Untuned MiniLM's vectors of queries and persons, with judgements: the test's own world and others.
 
-    Queries for things that the test's world asks for in dev or test are left out everywhere.
+    Queries for things that the test's world asks about in dev or test are left out everywhere.
     """
     encoder = load_system("cosine, untuned MiniLM")
     first = make_wall(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
     held_out = {query.text for query in first.queries if query.id not in first.qrels["train"]}
     worlds: list[tuple[Tensor, Tensor, Tensor]] = []
     for wall in (first, *(make_wall(TEXT_PERSONS, seed=seed) for seed in range(1, 1 + NUM_WORLDS))):
-        asked = [place for place, query in enumerate(wall.queries) if query.text not in held_out]
+        rows = [place for place, query in enumerate(wall.queries) if query.text not in held_out]
         persons = wall.passages[:TEXT_PERSONS]
-        texts = [wall.queries[place].text for place in asked], [person.text for person in persons]
+        texts = [wall.queries[place].text for place in rows], [person.text for person in persons]
         vectors = [torch.from_numpy(encoder.encode_passages(part).vectors) for part in texts]
-        worlds.append((vectors[0], vectors[1], qrels_of(TEXT_PERSONS)[1][asked]))
+        worlds.append((vectors[0], vectors[1], qrels_of(TEXT_PERSONS)[1][rows]))
     return worlds
 
 
 @cache
 def test_vectors() -> tuple[Tensor, Tensor]:
-    """MiniLM's own vectors of the test world's queries and passages."""
+    """Untuned MiniLM's vectors of the test world's queries and passages."""
     passages, queries, _, _ = text_world()
     encoder = load_system("cosine, untuned MiniLM")
     texts = [query.text for query in queries], [passage.text for passage in passages]
@@ -132,19 +132,20 @@ def fit_text(name: str, dim: int, seed: int) -> Cell:
     def loss() -> Tensor:
         worlds = training_worlds()
         queries, persons, positives = worlds[int(torch.randint(len(worlds), ()))]
-        asked = torch.randperm(len(queries))[:64]
-        scores = head(queries[asked] @ query_map.T, persons @ passage_map.T)
-        return in_batch_cross_entropy(scores, positives[asked], torch.ones_like(positives[asked]))
+        batch = torch.randperm(len(queries))[:64]
+        scores = head(queries[batch] @ query_map.T, persons @ passage_map.T)
+        return in_batch_cross_entropy(scores, positives[batch], torch.ones_like(positives[batch]))
 
     def test() -> Cell:
-        wanted = rows["test"]
-        return measures(head(query_vectors[wanted] @ query_map.T, passage_vectors @ passage_map.T), relevant[wanted])
+        test_rows = rows["test"]
+        scores = head(query_vectors[test_rows] @ query_map.T, passage_vectors @ passage_map.T)
+        return measures(scores, relevant[test_rows])
 
     optimise([{"params": [query_map, passage_map, *head.parameters()], "lr": TEXT_RATE}], TEXT_STEPS, loss)
     with torch.no_grad():
         queries, persons, positives = training_worlds()[1]
-        seen = measures(head(queries @ query_map.T, persons @ passage_map.T), positives)["nDCG@10"]
-        return {"training world": seen, **test()}
+        fitted_ndcg = measures(head(queries @ query_map.T, persons @ passage_map.T), positives)["nDCG@10"]
+        return {"training world": fitted_ndcg, **test()}
 
 
 def text(cells: Cells, name: str, dim: int, seed: int) -> Cell:
@@ -152,7 +153,7 @@ def text(cells: Cells, name: str, dim: int, seed: int) -> Cell:
 
 
 def main() -> None:
-    """Measure what is missing, print the table, draw the plot."""
+    """Measure missing cells, print the table, draw the plot."""
     options = arguments(__doc__ or "")
     cells = Cells("wall-text", options)
     rows = {name: [cells.get(("text", name), lambda name=name: text_system(name))] for name in TEXT_SYSTEMS}
@@ -162,9 +163,9 @@ def main() -> None:
     }
     rows |= {f"{name}, fitted, width {dim}": fitted[name][dim] for name in HEADS for dim in dims}
     print(f"\n| system | seeds | {' | '.join(MEASURES)} |\n|---|---|{'---|' * len(MEASURES)}")
-    for name, of_seeds in rows.items():
-        means = [np.mean([cell[measure] for cell in of_seeds]) for measure in MEASURES]
-        print(f"| {name} | {len(of_seeds)} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    for name, seed_cells in rows.items():
+        means = [np.mean([cell[measure] for cell in seed_cells]) for measure in MEASURES]
+        print(f"| {name} | {len(seed_cells)} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     cells.report()
     if options.full:
         values = {name: {dim: [cell["nDCG@10"] for cell in fitted[name][dim]] for dim in dims} for name in HEADS}

@@ -1,10 +1,10 @@
-"""What of the wall's capacity carries over to what was not fitted: heads from other worlds, queries not seen.
+"""How much of the wall's capacity generalises: heads from other worlds, and unseen queries.
 
-1. frozen: a head drawn at random, or fitted in one other world or in four of them together, is frozen; the vectors of
-   a new world are fitted under it. The judgements of a world are then nowhere but in its vectors.
-2. unseen: a query is put together from the two passages it asks for by a small network; 30 % of the pairs are held out.
+1. frozen: a head with random weights, or fitted in one other world or in four of them together, is frozen, and the
+   vectors of a new world are fitted with it. The new judgements can then only be represented by the vectors.
+2. unseen: a small network makes a query from its two passages; 30 % of the pairs are held out.
 
-`python benchmarks/wall_unseen.py` measures a small part in less than a minute, `--full` what docs/wall.md shows.
+`python benchmarks/wall_unseen.py` measures a small part in less than a minute, `--full` everything in docs/wall.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ORIGINS = ("as drawn", "fitted in one world", f"fitted in {NUM_WORLDS} worlds")
 
 
 def fit_worlds(head: Head, dim: int, seed: int, rates: tuple[float, float]) -> float:
-    """Fit one head and the vectors of several worlds, one world a step; returns the mean share right."""
+    """Fit one head and the vectors of several worlds, one world per step; returns the mean share right."""
     torch.manual_seed(seed)
     pairs, relevant = qrels_of(NUM_PASSAGES)
     worlds = [
@@ -62,7 +62,7 @@ def fit_worlds(head: Head, dim: int, seed: int, rates: tuple[float, float]) -> f
 
 
 def frozen(cells: Cells, name: str, origin: str, seed: int) -> Cell:
-    """Vectors of a new world under a frozen head; ``source`` is the share right where the head was fitted."""
+    """Fit vectors of a new world to a frozen head; ``source`` is the share right in the head's own world."""
     rates = capacity_rates(cells, name)
 
     def measure() -> Cell:
@@ -78,9 +78,7 @@ def frozen(cells: Cells, name: str, origin: str, seed: int) -> Cell:
 
 
 def fit_composed(name: str, dim: int, seed: int, rate: float) -> Cell:
-    """Query (i, j) is a small network's reading of the sum of two learned item vectors; a part of the pairs is held
-    out.
-    """
+    """Fit a small network that makes query (i, j) from the sum of two learned item vectors; some pairs are held out."""
     head = new_head(name, dim, seed)
     torch.manual_seed(seed)
     pairs, relevant = qrels_of(NUM_PASSAGES)
@@ -113,7 +111,7 @@ def unseen(cells: Cells, name: str, dim: int, seed: int) -> Cell:
 
 
 def measure_unseen(cells: Cells, *, full: bool) -> dict[str, dict[int, list[Cell]]]:
-    """Head -> width -> cells of the seeds."""
+    """Head -> width -> cells of all seeds."""
     dims, num_seeds = ((2, 4, 8, 16, 32), 2) if full else ((4, 16), 1)
     return {
         name: {dim: [unseen(cells, name, dim, seed) for seed in range(num_seeds)] for dim in dims} for name in HEADS
@@ -122,7 +120,7 @@ def measure_unseen(cells: Cells, *, full: bool) -> dict[str, dict[int, list[Cell
 
 def print_unseen(cells: dict[str, dict[int, list[Cell]]]) -> None:
     dims = list(cells[HEADS[0]])
-    print(f"\nUnseen queries, n = {NUM_PASSAGES}: share right of test pairs, mean (least-most of seeds); train:\n")
+    print(f"\nUnseen queries, n = {NUM_PASSAGES}: share right of test pairs, mean (range over seeds); train:\n")
     print(f"| head | {' | '.join(f'width {dim}' for dim in dims)} |\n|---|{'---|' * len(dims)}")
     for name, by_dim in cells.items():
         shown: list[str] = []
@@ -133,8 +131,8 @@ def print_unseen(cells: dict[str, dict[int, list[Cell]]]) -> None:
 
 
 def print_frozen(cells: Cells) -> None:
-    print(f"\nFrozen head, new vectors, width {FROZEN_DIM}, n = {NUM_PASSAGES}: share right (where fitted)\n")
-    print(f"| head | {' | '.join(ORIGINS)} |\n|---|{'---|' * len(ORIGINS)}")
+    print(f"\nFrozen head, new vectors, width {FROZEN_DIM}, n = {NUM_PASSAGES}: share right (in its own world)\n")
+    print(f"| head | {' | '.join(('initial weights', *ORIGINS[1:]))} |\n|---|{'---|' * len(ORIGINS)}")
     for name in (HEADS[1], HEADS[3]):
         columns: list[str] = []
         for origin in ORIGINS:
@@ -145,7 +143,7 @@ def print_frozen(cells: Cells) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, print the tables, draw the plot."""
+    """Measure missing cells, print the tables, draw the plot."""
     options = arguments(__doc__ or "")
     cells = Cells("wall-unseen", options)
     unseen_cells = measure_unseen(cells, full=options.full)

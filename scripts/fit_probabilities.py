@@ -1,9 +1,9 @@
-"""Fit what makes probabilities of scores to students that are there, on the dev splits that their manifests name.
+"""Fit the calibration of existing students, which turns scores into probabilities, on their manifests' dev splits.
 
     python scripts/fit_probabilities.py FOLDER_OF_DATA_SETS STUDENT... [--tried-on NAME:TASK ...]
 
-Each STUDENT is a folder that `d2llm distill` wrote; its ``probabilities.json`` is written anew. ``--tried-on`` says how
-far the probabilities hold on dev splits that they were not fitted on.
+Each STUDENT is a folder that `d2llm distill` wrote; its ``probabilities.json`` is replaced. ``--tried-on`` measures the
+calibration on dev splits that were not used for fitting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from d2llm.training.fit_probabilities import fit_probabilities, score_drawn
 
 
 def main() -> None:
-    """Fit, write and say what was found."""
+    """Fit, write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("students", type=Path, nargs="+")
@@ -53,28 +53,28 @@ def main() -> None:
 
 
 def tried(student: Student, calibration: ProbabilityCalibration, data: Path, name: str, num_queries: int) -> str:
-    """How far probabilities hold on the dev split of a data set, drawn in the same way."""
+    """Calibration errors and probabilities on the dev split of a data set, sampled in the same way."""
     folder, _, task = name.partition(":")
-    asked = cast(Task, task or "asymmetric")
-    found = score_drawn(student, read_dev(data / folder), asked, num_queries=num_queries, seed=1)
-    fitted = calibration.tasks[asked]
-    log_odds = fitted.slope * found.scores + fitted.offset
+    task_name = cast(Task, task or "asymmetric")
+    sample = score_drawn(student, read_dev(data / folder), task_name, num_queries=num_queries, seed=1)
+    fitted = calibration.tasks[task_name]
+    log_odds = fitted.slope * sample.scores + fitted.offset
     before, after = (
-        expected_calibration_error(reliability_bins(values, found.relevant)) for values in (found.scores, log_odds)
+        expected_calibration_error(reliability_bins(values, sample.relevant)) for values in (sample.scores, log_odds)
     )
-    probabilities = calibration.probabilities(found.scores, asked)
-    relevant, others = probabilities[found.relevant], probabilities[~found.relevant]
+    probabilities = calibration.probabilities(sample.scores, task_name)
+    relevant, others = probabilities[sample.relevant], probabilities[~sample.relevant]
     return (
-        f"  {folder}, {asked}, {found.num_queries[folder]} queries: error {before:.4f} before, {after:.4f} after; "
+        f"  {folder}, {task_name}, {sample.num_queries[folder]} queries: error {before:.4f} before, {after:.4f} after; "
         f"median {np.median(relevant):.3f} relevant, {np.median(others):.4f} others; "
         f"{(relevant > 0.5).mean():.2f} of the relevant above .5, {(others > 0.5).mean():.3f} of the others"
     )
 
 
 def read_dev(path: Path) -> Dataset:
-    """A data set of any layout with its dev split."""
-    found = open_data(path, splits=["dev"])
-    return found if isinstance(found, Dataset) else read_pair_training_set(found).dataset
+    """Read the dev split of a data set in any layout."""
+    data = open_data(path, splits=["dev"])
+    return data if isinstance(data, Dataset) else read_pair_training_set(data).dataset
 
 
 if __name__ == "__main__":

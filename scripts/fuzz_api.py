@@ -1,9 +1,9 @@
-"""Schemathesis against a real server: no 500, and no answer that its OpenAPI description does not have.
+"""Run Schemathesis against a real server: no 500, and no answer that its OpenAPI description does not list.
 
-`fuzz_hooks.py` lets it send half characters too, wherever a body has text.
+`fuzz_hooks.py` also sends unpaired surrogates wherever a body has text.
 
-Not checked: that every body which fits the schema is accepted. Filters, fields that exclude each other, and ids that
-are not there cannot be told by a JSON schema.
+It does not check that every body which fits the schema is accepted: a JSON schema cannot describe filters, fields that
+exclude each other, and ids that do not exist.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TEXT = "iterating over an open file gives its lines, sockets send bytes, a list 
 
 
 def main() -> int:
-    """The exit status of Schemathesis."""
+    """Start a server, run Schemathesis and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=50, help="of each operation")
-    parser.add_argument("--seconds", type=int, default=600, help="at most, for all")
+    parser.add_argument("--examples", type=int, default=50, help="examples per operation")
+    parser.add_argument("--seconds", type=int, default=600, help="time limit for all operations")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

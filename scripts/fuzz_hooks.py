@@ -1,10 +1,10 @@
-r"""What `make fuzz` adds to Schemathesis: half of a surrogate pair wherever a body has text, also as a field's name.
+r"""A check for `make fuzz`: sends half of a surrogate pair wherever a body has text, also as a field's name.
 
-Schemathesis itself sends only what UTF-8 can write, and JSON can write more: "\ud83d" alone is the escape of half a
-character. A body that was accepted is sent again with a half in each of its places, once a run for each place of an
-operation; so what is refused is the half, and not the rest of a body that was drawn at random.
+Schemathesis itself sends only what UTF-8 can encode, but JSON can express more: "\ud83d" alone is the escape of half a
+surrogate pair. An accepted body is sent again with such a half in each of its places, once per run for each place of an
+operation, so that a refusal can only be caused by the half and not by the rest of the random body.
 
-Loaded by Schemathesis (its variable SCHEMATHESIS_HOOKS), not imported.
+Loaded by Schemathesis (through the variable SCHEMATHESIS_HOOKS), not imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import schemathesis
 
 HALF = "a \ud83d"
 Place = tuple[tuple[str | int, ...], str]
-"""Names and numbers from the top down to a part of a body, and what is done there: its "value" or its "name" becomes a
+"""Path to a part of a body (field names and list positions), and the change there: its "value" or its "name" becomes a
 half, or a field is "added" to it."""
 
 _tried: set[tuple[str, Place]] = set()
@@ -26,7 +26,7 @@ _tried: set[tuple[str, Place]] = set()
 def half_a_character_is_refused(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
 ) -> bool | None:
-    """Wherever it stands, also in a field that the route does not read."""
+    """Half a surrogate pair is refused everywhere, also in a field that the route ignores."""
     del ctx
     if response.status_code >= 300 or not isinstance(case.body, dict):
         return None
@@ -37,13 +37,13 @@ def half_a_character_is_refused(
             continue
         changed = case.operation.Case(body=_with_half(case.body, way, change), media_type=case.media_type)
         status = changed.call().status_code
-        assert 400 <= status < 500, f"with half a character at {place} it was answered {status}, and should be refused"
+        assert 400 <= status < 500, f"half a surrogate pair at {place} was answered with {status}, not refused"
         _tried.add(place)
     return None
 
 
 def _fields(description: Any) -> set[str]:
-    """The names of all fields that the API describes; others are read over, and one of them stands for all."""
+    """The names of all fields that the API describes; others are ignored, and one of them represents all."""
     if isinstance(description, list):
         return set().union(*map(_fields, description))
     if not isinstance(description, dict):

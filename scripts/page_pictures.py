@@ -1,7 +1,7 @@
-"""The pictures of the page in docs/images: an index of the standard library's documentation, served with its teacher.
+"""Take the pictures of the page in docs/images: an index of the standard library's documentation, with a teacher.
 
-Takes minutes, most of which calibrate the cascade; ``--folder`` keeps index and calibration for the next time. Needs
-the extras models and dev, and a Chromium.
+Takes minutes, mostly to calibrate the cascade; ``--folder`` keeps index and calibration for the next run. Needs
+the extras models and dev, and Chromium.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ a pipe, the number of processors"""
 def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where index and calibration are kept")
+    parser.add_argument("--folder", type=Path, help="folder in which to keep index and calibration")
     folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
         make_pictures(folder or Path(temporary))
 
 
 def make_pictures(folder: Path) -> None:
-    """Write them, with the index in a folder."""
+    """Write the pictures, with the index in a folder."""
     index = folder / "pydocs"
     if not index.exists():
         Index.create(index, STUDENT).upsert(passages())
         queries = folder / "queries.jsonl"
-        asked = [{"_id": str(n), "text": text.strip()} for n, text in enumerate(QUERIES.split(","))]
-        queries.write_text("".join(json.dumps(query) + "\n" for query in asked), encoding="utf-8")
+        lines = [{"_id": str(n), "text": text.strip()} for n, text in enumerate(QUERIES.split(","))]
+        queries.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         arguments = ("index", str(index), "calibrate", "--teacher", TEACHER, "--queries", str(queries))
         subprocess.run([sys.executable, "-m", "d2llm", *arguments], check=True)
     serve = ("serve", str(index), "--teacher", TEACHER, "--port", "0", "--set", "teacher_ms=30000")
@@ -78,7 +78,7 @@ def make_pictures(folder: Path) -> None:
 
 
 def passages() -> Iterator[Passage]:
-    """Functions and classes by their documentation."""
+    """One passage for each documented function and class."""
     for module in DESCRIBED:
         for name, value in sorted(vars(module).items()):
             text = inspect.getdoc(value)
@@ -93,10 +93,10 @@ def passages() -> Iterator[Passage]:
 
 
 def take_pictures(address: str) -> None:
-    """Visit the page as people do."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    """Open the page in Chromium and take screenshots."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, chromium_sandbox=False)
+        browser = driver.chromium.launch(executable_path=chromium, chromium_sandbox=False)
 
         def visit(query: str, width: int, height: int, phone: bool = False) -> Page:
             page = browser.new_page(
@@ -128,7 +128,7 @@ def take_pictures(address: str) -> None:
 
 
 def open_first(page: Page) -> None:
-    """Open why the first passage stands there."""
+    """Open the explanation of the first passage."""
     page.locator(".toggle-why").first.click()
     page.wait_for_selector(".text mark.weight")
     page.evaluate("scrollTo(0, 0)")

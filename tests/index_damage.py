@@ -303,7 +303,7 @@ def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
     except BaseException:  # noqa: BLE001
         return "traceback", traceback.format_exc()
     text = "\n".join(problems)
-    return ("went back" if "is lost: give those" in text else "problems" if text else "good"), text
+    return ("went back" if "are lost: apply them" in text else "problems" if text else "good"), text
 
 
 def look_at(folder: Path, expected: dict[str, Any], *, repair: bool) -> dict[str, tuple[str, str]]:

@@ -1,8 +1,8 @@
-"""Minimal pairs: a query and two passages of nearly the same words, of which one is right.
+"""Minimal pairs: a query and two passages with nearly the same words, one of which is right.
 
 Four kinds: negation, swapped roles, numbers, and the direction of entailment. Items come in twins: the same two
-passages with two queries, each of which makes the other passage right. So whoever looks at the passages alone is right
-in exactly half of the items. The content words of train, dev and test are disjoint; the frames of the sentences are
+passages with two queries, each of which makes the other passage right. So a scorer that looks at the passages alone is
+right in exactly half of the items. The content words of train, dev and test are disjoint; the sentence templates are
 shared.
 """
 
@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class MinimalPair:
-    """A query with its right and its wrong passage. Twins are neighbours and have passages exchanged."""
+    """A query with its right and its wrong passage. Twins are adjacent and have their passages exchanged."""
 
     id: str
     kind: Kind
@@ -62,15 +62,15 @@ def make_minimal_pairs(
     """Items of every split, kind after kind, no two alike.
 
     Args:
-        num_items: items of each kind, by split; even numbers, as items come in twins.
-        seed: of the draws. The words of the splits do not depend on it.
+        num_items: items of each kind, by split; even numbers, because items come in twins.
+        seed: of the sampling. The words of the splits do not depend on it.
 
     Raises:
         InputError: an odd or negative number, or more items than the words of a split can make.
     """
     for split, number in num_items.items():
         if number < 0 or number % 2:
-            raise InputError(f"num_items of {split} is {number}, but items come in twins: give an even number")
+            raise InputError(f"num_items of {split} is {number}, but items come in twins: use an even number")
     return {
         split: tuple(item for kind in KINDS for item in _items(split, kind, num_items[split] // 2, seed))
         for split in SPLITS
@@ -83,7 +83,7 @@ def write_minimal_pairs(
 ) -> dict[Split, tuple[MinimalPair, ...]]:
     """Write ``make_minimal_pairs`` as a pair folder, atomically.
 
-    Each item gives two lines of ``{train,dev,test}.jsonl``: ``query``, ``document``, ``label`` (1 right, 0 wrong),
+    Each item is two lines of ``{train,dev,test}.jsonl``: ``query``, ``document``, ``label`` (1 right, 0 wrong),
     ``kind``, and ``item``, which the two lines share.
 
     Raises:
@@ -104,7 +104,7 @@ def write_minimal_pairs(
 
 
 def content_words(split: Split) -> frozenset[str]:
-    """The lower-cased words and the numbers (digits) that only this split's sentences are filled with."""
+    """The lower-cased words and the numbers (digits) that occur only in this split's sentences."""
     words = _WORDS[split]
     texts = (*words.names, *words.objects, *words.cities, *words.agents, *words.actions, *words.chain_verbs)
     chains = (word for chain in words.chains for word in chain)
@@ -127,7 +127,7 @@ def spelled(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Twin:
-    """Two passages, and the query that each of them is right for."""
+    """Two passages, and for each the query that makes it right."""
 
     passages: tuple[str, str]
     queries: tuple[str, str]
@@ -159,24 +159,25 @@ def _negation(words: _Words, generator: np.random.Generator) -> _Twin:
     frames, thing = _NEGATION_OWNING, _with_article(_one(words.objects, generator))
     if generator.random() < 0.5:
         frames, thing = _NEGATION_TRAVEL, _one(words.cities, generator)
-    asked, told = _two(frames, generator)
+    query_frame, passage_frame = _two(frames, generator)
 
     def fill(frame: str) -> str:
         return _sentence(frame.format(name=subject, thing=thing, bare=thing.partition(" ")[2]))
 
-    return _Twin((fill(told[0]), fill(told[1])), (fill(asked[0]), fill(asked[1])))
+    return _Twin((fill(passage_frame[0]), fill(passage_frame[1])), (fill(query_frame[0]), fill(query_frame[1])))
 
 
 def _roles(words: _Words, generator: np.random.Generator) -> _Twin:
     first, second = _two(words.agents, generator)
     action = _one(words.actions, generator)
-    asked, told = _two(_ROLES, generator)
+    query_frame, passage_frame = _two(_ROLES, generator)
 
     def fill(frame: str, agent: str, patient: str) -> str:
         return _sentence(frame.format(agent=agent, patient=patient, action=action))
 
     return _Twin(
-        (fill(told, first, second), fill(told, second, first)), (fill(asked, first, second), fill(asked, second, first))
+        (fill(passage_frame, first, second), fill(passage_frame, second, first)),
+        (fill(query_frame, first, second), fill(query_frame, second, first)),
     )
 
 
@@ -185,21 +186,21 @@ def _numbers(words: _Words, generator: np.random.Generator) -> _Twin:
     frames, thing = _NUMBERS_PRICE, _one(words.objects, generator)
     if generator.random() < 0.5:
         frames, thing = _NUMBERS_AGE, _one(words.names, generator)
-    asked, told = _two(frames, generator)
-    asked_form, told_form = (_one((str, spelled), generator) for _ in range(2))
+    query_frame, passage_frame = _two(frames, generator)
+    query_form, passage_form = (_one((str, spelled), generator) for _ in range(2))
 
     def fill(frame: str, form: Callable[[int], str], value: int) -> str:
         return _sentence(frame.format(thing=thing, number=form(value)))
 
     first, second = values
     return _Twin(
-        (fill(told, told_form, first), fill(told, told_form, second)),
-        (fill(asked, asked_form, first), fill(asked, asked_form, second)),
+        (fill(passage_frame, passage_form, first), fill(passage_frame, passage_form, second)),
+        (fill(query_frame, query_form, first), fill(query_frame, query_form, second)),
     )
 
 
 def _entailment(words: _Words, generator: np.random.Generator) -> _Twin:
-    """What is owned is special or general; one proves, the other follows from, owning what lies between."""
+    """The passages own a special or a general thing; one proves owning the middle thing, the other follows from it."""
     subject, verb = _one(words.names, generator), _one(words.chain_verbs, generator)
     special, middle, general = (_with_article(word) for word in _one(words.chains, generator))
     proves, follows = _one(_ENTAILMENT, generator)
@@ -211,7 +212,7 @@ def _entailment(words: _Words, generator: np.random.Generator) -> _Twin:
 
 
 def _confusable(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs with digits exchanged (15, 51), or that differ in one digit by one (15, 16; 15, 25)."""
+    """Pairs with swapped digits (15, 51), or that differ in one digit by one (15, 16; 15, 25)."""
     return [
         (low, high)
         for low in numbers
@@ -241,7 +242,7 @@ _TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# Each frame beside its negation. Query and passages take different ones, so that the words alone do not tell.
+# Each template with its negation. Query and passages use different templates, so that words alone reveal nothing.
 _NEGATION_OWNING = (
     ("{name} owns {thing}.", "{name} does not own {thing}."),
     ("{name} has {thing}.", "{name} lacks {thing}."),
@@ -289,7 +290,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _chains(text: str) -> tuple[tuple[str, str, str], ...]:
-    """``general > middle: special special; middle: ...`` a line."""
+    """Lines of the form ``general > middle: special special; middle: ...``."""
     chains: list[tuple[str, str, str]] = []
     for line in text.strip().splitlines():
         general, middles = line.split(" > ")
@@ -300,7 +301,7 @@ def _chains(text: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def _with_lowest_digit(*digits: int) -> tuple[int, ...]:
-    """So 15 and 51, or 15 and 16, stay in one split."""
+    """Numbers whose lower digit is one of ``digits``, so that 15 and 51, or 15 and 16, are in the same split."""
     return tuple(number for number in range(10, 100) if min(number // 10, number % 10) in digits)
 
 

@@ -1,6 +1,6 @@
 """The wall: a generated retrieval task in which every pair of n passages is the answer of one query.
 
-It asks how many different answers a scorer can give from vectors of one width, with texts as plain as can be: persons
+It tests how many different answers a scorer can give from vectors of a given width, with very plain texts: persons
 and what they like. After Weller, Boratko, Naim and Lee, "On the Theoretical Limitations of Embedding-Based Retrieval"
 (2025, arXiv 2508.21038), sections 4 and 5 (LIMIT). All words and sentences here are d2llm's own.
 """
@@ -104,9 +104,9 @@ def all_pairs(num_passages: int) -> list[tuple[int, int]]:
 def moment_curve(num_passages: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Vectors of width 4 that solve the wall of any size in exact arithmetic, by inner product.
 
-    Passage t is (cos t, sin t, cos 2t, sin 2t), all of one length. (1 - cos(t - a)) (1 - cos(t - b)) is 0 at a and b,
-    above 0 elsewhere; minus it is, but for a constant, an inner product of t's vector with one made of a and b. The
-    margin shrinks as n^-4, so what ends it is the precision of the numbers. Trigonometric moment curve: Gale 1963.
+    Passage t is (cos t, sin t, cos 2t, sin 2t), all of equal length. (1 - cos(t - a)) (1 - cos(t - b)) is 0 at a and b,
+    above 0 elsewhere; its negative is, up to a constant, an inner product of t's vector with one made of a and b. The
+    margin shrinks as n^-4, so the precision of the numbers limits n. Trigonometric moment curve: Gale 1963.
 
     Returns:
         queries [n (n - 1) / 2, 4] in the order of ``all_pairs``, passages [n, 4].
@@ -120,7 +120,7 @@ def moment_curve(num_passages: int) -> tuple[NDArray[np.float64], NDArray[np.flo
 
 
 def largest_wall(num_distractors: int = 0) -> int:
-    """Most persons for whom there are enough things: each pair needs one of its own."""
+    """The largest number of persons for which there are enough things: each pair needs its own."""
     available = len(_THINGS) - (_NUM_DISTRACTOR_THINGS if num_distractors else 0)
     persons = _LEAST_PERSONS
     while (persons + 1) * persons // 2 <= available:
@@ -129,16 +129,16 @@ def largest_wall(num_distractors: int = 0) -> int:
 
 
 def make_wall(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0) -> Wall:
-    """Persons, of whom each two share one thing that nobody else likes; a query asks for each thing.
+    """Persons of whom each two share one thing that nobody else likes, with a query for each thing.
 
     Each person likes ``num_persons - 1`` things, named in random order. A distractor likes as many, of 100 other things
-    that no query asks for. Of the queries 60 % are for training, 10 % for dev and 30 % for test, drawn at random; the
+    that no query mentions. 60 % of the queries, chosen at random, are for training, 10 % for dev and 30 % for test; the
     things of the splits are disjoint, the passages are the same.
 
     Args:
         num_persons: n, at least 5. The wall has n (n - 1) / 2 queries, each with 2 relevant passages.
         num_distractors: passages that answer no query.
-        seed: of names, things, order and splits.
+        seed: seed for names, things, order and splits.
 
     Raises:
         InputError: fewer than 5 persons, or more than there are words for (``largest_wall``), or a negative number.
@@ -147,20 +147,20 @@ def make_wall(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0)
     if not _LEAST_PERSONS <= num_persons <= most:
         raise InputError(
             f"num_persons is {num_persons}, but must be from {_LEAST_PERSONS} to {most}: "
-            "each pair of persons needs a thing of its own"
+            "each pair of persons needs its own thing"
         )
     most_names = len(_FIRST_NAMES) * len(_LAST_NAMES) - num_persons
     if not 0 <= num_distractors <= most_names:
         raise InputError(
-            f"num_distractors is {num_distractors}, but must be from 0 to {most_names}, the names there are"
+            f"num_distractors is {num_distractors}, but must be from 0 to {most_names}, the number of names available"
         )
     generator = np.random.default_rng(seed)
     pairs = all_pairs(num_persons)
     things = [_THINGS[index] for index in generator.permutation(len(_THINGS))]
-    asked, others = things[: len(pairs)], things[len(pairs) : len(pairs) + _NUM_DISTRACTOR_THINGS]
+    queried, others = things[: len(pairs)], things[len(pairs) : len(pairs) + _NUM_DISTRACTOR_THINGS]
 
     liked: list[list[str]] = [[] for _ in range(num_persons)]
-    for thing, pair in zip(asked, pairs, strict=True):
+    for thing, pair in zip(queried, pairs, strict=True):
         for person in pair:
             liked[person].append(thing)
     num_liked = min(num_persons - 1, len(others))
@@ -169,7 +169,7 @@ def make_wall(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0)
         Passage(f"p{number}", f"{name} likes {_listed(_drawn(own, len(own), generator))}.")
         for number, (name, own) in enumerate(zip(_names(len(liked), generator), liked, strict=True))
     )
-    queries = tuple(Query(f"q{number}", f"Who likes {thing}?") for number, thing in enumerate(asked))
+    queries = tuple(Query(f"q{number}", f"Who likes {thing}?") for number, thing in enumerate(queried))
     return Wall(passages, queries, _splits(pairs, generator))
 
 

@@ -1,4 +1,4 @@
-"""Vectors in memory, as ``certified_top_k`` reads an index, and what it can be given beside them."""
+"""Vectors in memory with the interface through which ``certified_top_k`` reads an index."""
 
 from __future__ import annotations
 

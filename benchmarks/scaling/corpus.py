@@ -1,9 +1,9 @@
-"""A corpus of any size that stands to its queries as a real one does.
+"""A corpus of any size with realistic relations between passages and queries.
 
-Real passages are encoded by the student; they come first. Further ones are variations of them: the vector between that
-of a passage and that of one of its eight nearest neighbours, with some noise, at the norm that the student gives; the
-text the beginning of the one with the end of the other. So norms, neighbourhoods, words and lengths are those of real
-passages; what a million different passages would have besides, more topics, it has not.
+Real passages, encoded by the student, come first. The others are variations of them: each vector lies between that
+of a passage and that of one of its eight nearest neighbours, with some noise, and has the norm of the passage's vector;
+the text combines the beginning of the first with the end of the second. So norms, neighbourhoods, words and lengths are
+those of real passages, but there are fewer topics than in a million different passages.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_beir
 from d2llm.models.backbone import EncodedTexts
 
-SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # of the real passages
-ASKED: dict[Task, str] = {"symmetric": "quora", "asymmetric": "squad-sent"}  # whose dev queries
+SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its share of the real passages
+ASKED: dict[Task, str] = {
+    "symmetric": "quora",
+    "asymmetric": "squad-sent",
+}  # task -> the set whose dev queries are used
 BLOCK = 16_384
 _NEIGHBOURS = 8
-_NOISE = 0.3  # of a vector's norm; alone it leaves a cosine of .96 to the vector without it
+_NOISE = 0.3  # relative to a vector's norm; noise alone gives a cosine of .96 with the original
 
 
 class Queries(NamedTuple):
@@ -39,12 +42,12 @@ class Queries(NamedTuple):
 
 
 class Corpus:
-    """``size`` passages and their vectors, made block by block, always the same."""
+    """``size`` passages and their vectors, generated block by block; deterministic."""
 
     def __init__(
         self, passages: Sequence[Passage], vectors: NDArray[np.float32], size: int, *, longer: int = 1
     ) -> None:
-        """Args: the real ones; ``longer``, how many times each text is repeated."""
+        """Args: the real passages and vectors; ``longer``, how many times each text is repeated."""
         self._real = passages
         self._vectors = vectors
         self._longer = longer
@@ -89,9 +92,9 @@ class Corpus:
 
 
 class KnownVectors:
-    """A student that reads nothing: it gives the vectors that it was given, and scores as the real one does.
+    """A student without encoder: it returns vectors that it was given, and scores as the real student does.
 
-    Windows of passages, of which no vector was given, get random ones of the same length: only their time counts.
+    Windows of passages, for which no vectors were given, get random ones of the same length: only their time counts.
     """
 
     has_anchor = True
@@ -100,8 +103,8 @@ class KnownVectors:
         self._student = student
         self.fingerprint, self.config, self.vector_dim = student.fingerprint, student.config, student.vector_dim
         self.anchor_queries, self.score = student.anchor_queries, student.score
-        self._queries = {text: vector for asked in queries for text, vector in zip(*asked, strict=True)}
-        self._coming: defaultdict[str, list[NDArray[np.float32]]] = defaultdict(list)
+        self._queries = {text: vector for of_task in queries for text, vector in zip(*of_task, strict=True)}
+        self._pending: defaultdict[str, list[NDArray[np.float32]]] = defaultdict(list)
         self._random = np.random.default_rng(0)
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> Any:
@@ -111,20 +114,20 @@ class KnownVectors:
         return self._student.passage_reach(passage_vectors)
 
     def passages_of(self, corpus: Corpus) -> Iterator[Passage]:
-        """The passages of a corpus, their vectors laid ready for ``encode_passages``."""
+        """The passages of a corpus; their vectors are stored for ``encode_passages``."""
         for passages, vectors in corpus.blocks():
             for passage, vector in zip(passages, vectors, strict=True):
-                self._coming[passage.full_text].append(vector)
+                self._pending[passage.full_text].append(vector)
             yield from passages
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         del advance
         vectors = self._random.standard_normal((len(texts), self.vector_dim), np.float32)
         for place, text in enumerate(texts):
-            if text in self._coming:
-                vectors[place] = self._coming[text].pop(0)
-                if not self._coming[text]:
-                    del self._coming[text]
+            if text in self._pending:
+                vectors[place] = self._pending[text].pop(0)
+                if not self._pending[text]:
+                    del self._pending[text]
         return EncodedTexts(vectors, (), 0)
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
@@ -135,29 +138,31 @@ class KnownVectors:
 def read_real(
     student: Student, data: Path, num_passages: int, num_queries: int, cache: Path | None
 ) -> tuple[list[Passage], NDArray[np.float32], dict[Task, Queries], float]:
-    """Real passages with their vectors, dev queries with theirs, and seconds of the processor for reading them.
+    """Real passages and dev queries with their vectors, and the processor time in seconds for encoding them.
 
-    From ``cache`` where they are in it.
+    Read from ``cache`` if they are in it.
     """
     passages: list[Passage] = []
     texts: dict[Task, list[str]] = {}
     for name, share in SHARES.items():
         content = read_beir(data / name, splits=["dev"])
         passages += list(content.passages.values())[: round(share * num_passages)]
-        for task in (task for task, asked in ASKED.items() if asked == name):
+        for task in (task for task, data_set in ASKED.items() if data_set == name):
             texts[task] = [content.queries[query_id].text for query_id in list(content.qrels["dev"])[:num_queries]]
-    known = None if cache is None else cache / f"vectors-{student.fingerprint}-{num_passages}-{num_queries}.npz"
-    if known is not None and known.is_file():
-        with np.load(known) as stored:
+    cached = None if cache is None else cache / f"vectors-{student.fingerprint}-{num_passages}-{num_queries}.npz"
+    if cached is not None and cached.is_file():
+        with np.load(cached) as stored:
             queries = {task: Queries(texts[task], stored[task]) for task in texts}
             return passages, stored["passages"], queries, float(stored["seconds"])
     begin = time.process_time()
     vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
-    queries = {task: Queries(asked, student.encode_queries(asked).vectors) for task, asked in texts.items()}
+    queries = {
+        task: Queries(task_texts, student.encode_queries(task_texts).vectors) for task, task_texts in texts.items()
+    }
     seconds = time.process_time() - begin
-    if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(known, passages=vectors, seconds=seconds, **{task: asked.vectors for task, asked in queries.items()})
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cached, passages=vectors, seconds=seconds, **{task: part.vectors for task, part in queries.items()})
     return passages, vectors, queries, seconds
 
 

@@ -1,4 +1,4 @@
-"""What a store costs a process: opening, the first query, and which memory stays resident."""
+"""Cost of a store for a process: opening, the first query, and resident memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from scaling.corpus import Queries
 
-_MB = 1024  # of the kB in /proc
+_MB = 1024  # kB, the unit in /proc
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: its own (RssAnon), and pages of files, which the system may drop (RssFile)."""
+    """MB of this process: private memory (RssAnon), and pages of files, which the system may drop (RssFile)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-    return {name: int(found[name].split()[0]) / _MB for name in ("RssAnon", "RssFile")}
+    sizes = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+    return {name: int(sizes[name].split()[0]) / _MB for name in ("RssAnon", "RssFile")}
 
 
 def forget(folder: Path) -> None:
@@ -32,16 +32,16 @@ def forget(folder: Path) -> None:
 
 
 def measure_fresh(folder: Path, student: str, queries: Queries, *, cold: bool = False) -> dict[str, Any]:
-    """``_measure`` in a process of its own; ``cold``: with the index out of the system's cache."""
+    """``main`` in a separate process; ``cold``: with the index dropped from the system's cache."""
     if cold:
         forget(folder)
-    asked = json.dumps({"folder": str(folder), "student": student, "queries": queries.texts[:101]})
+    request = json.dumps({"folder": str(folder), "student": student, "queries": queries.texts[:101]})
     begin = time.perf_counter()
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     code = "import sys; from scaling.processes import main; main(sys.stdin.read())"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        input=asked,
+        input=request,
         text=True,
         capture_output=True,
         check=False,
@@ -52,9 +52,9 @@ def measure_fresh(folder: Path, student: str, queries: Queries, *, cold: bool = 
     return {"process_s": time.perf_counter() - begin, **json.loads(done.stdout)}
 
 
-def main(asked: str) -> None:
+def main(request: str) -> None:
     """Measure and print JSON."""
-    content = json.loads(asked)
+    content = json.loads(request)
     times, begin = {}, time.perf_counter()
 
     def lap(name: str) -> None:
@@ -67,7 +67,7 @@ def main(asked: str) -> None:
 
     from d2llm.retrieval.index import Index
 
-    assert lancedb.__version__  # a second of its own, which would count as opening
+    assert lancedb.__version__  # imported here, because its second would count as opening
 
     torch.set_num_threads(1)
     lap("import_s")

@@ -1,4 +1,4 @@
-"""Searches that are measured side by side, each query alone, on one thread."""
+"""Searches to compare, one query at a time, on one thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROBES = (8, 32, 128)
 _WORDS: dict[EvidenceTerm, float] = {
     "words": 0.1,
     "words_share": 2.0,
-}  # as on squad-sent; they count for the time alone
+}  # as on squad-sent; only the time counts
 _WINDOWS: dict[EvidenceTerm, float] = {"window_words": 0.05, "window_words_share": 1.0}
 _WINDOW_VECTORS: dict[EvidenceTerm, float] = {"window_vectors": 0.5}
 
@@ -38,25 +38,25 @@ Search = Callable[[int], Sequence[int]]
 
 
 class Truth(NamedTuple):
-    """The first ten of all passages by the full score, for each query; ``share`` of the passages were scored for it."""
+    """The top ten of all passages by the full score, for each query, and the share of passages scored to prove it."""
 
     rows: list[list[int]]
     share: float
 
 
 def true_rankings(
-    student: Student, vectors: NDArray[np.float32], asked: Queries, task: Task, num_checked: int
+    student: Student, vectors: NDArray[np.float32], task_queries: Queries, task: Task, num_checked: int
 ) -> Truth:
-    """By the certified search on float32 vectors; for the first queries compared with the score of every passage.
+    """Rankings of the certified search on float32 vectors; the first queries are checked against scoring every passage.
 
     Raises:
-        AssertionError: they differ.
+        AssertionError: the two differ.
     """
     view = ArrayView(vectors)
     reaches = KeptReaches(passage_reaches(view, student))
     rows: list[list[int]] = []
     shares: list[float] = []
-    for number, query in enumerate(asked.vectors):
+    for number, query in enumerate(task_queries.vectors):
         found = certified_top_k(view, student, query, task, TOP_K, reaches=reaches)
         rows.append(found.rows.tolist())
         shares.append(found.certificate.num_scored / len(vectors))
@@ -68,28 +68,28 @@ def true_rankings(
 
 
 def our_searches(
-    view: PassageView, student: Student, known: KnownVectors, asked: Queries, task: Task
+    view: PassageView, student: Student, known: KnownVectors, task_queries: Queries, task: Task
 ) -> dict[str, Search]:
-    """The searches of a store. "whole" is all that a user waits for but the encoding: texts too.
+    """The searches of a store. "whole" includes everything that a user waits for except encoding, also the texts.
 
-    Those that count words rank otherwise than the truth they are compared with: of them the time counts alone.
+    Searches that count words rank differently from the truth they are compared with: only their time is meaningful.
     """
-    anchors = student.anchor_queries(asked.vectors, task)
+    anchors = student.anchor_queries(task_queries.vectors, task)
     reaches = KeptReaches(passage_reaches(view, student))
-    queries = [Query(str(number), text) for number, text in enumerate(asked.texts)]
+    queries = [Query(str(number), text) for number, text in enumerate(task_queries.texts)]
     approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
 
     def rescored(number: int, rows: NDArray[np.int64]) -> Sequence[int]:
         ordered = np.sort(rows)
-        scores = student.score(asked.vectors[number], view.vectors(ordered), task)
+        scores = student.score(task_queries.vectors[number], view.vectors(ordered), task)
         return ordered[top_rows(scores, TOP_K, lambda places: view.ids(ordered[places]))].tolist()
 
     def near(number: int, depth: int) -> NDArray[np.int64]:
-        found = None if approximate is None else approximate.search(anchors[number], depth)
-        return view.scan(anchors[number], depth).rows if found is None else found[0]
+        hits = None if approximate is None else approximate.search(anchors[number], depth)
+        return view.scan(anchors[number], depth).rows if hits is None else hits[0]
 
     def certified(number: int) -> Sequence[int]:
-        return certified_top_k(view, student, asked.vectors[number], task, TOP_K, reaches=reaches).rows.tolist()
+        return certified_top_k(view, student, task_queries.vectors[number], task, TOP_K, reaches=reaches).rows.tolist()
 
     def whole(**settings: Any) -> Search:
         searcher = Searcher(view, known, SearchSettings(task=task, top_k=TOP_K, **settings), reaches=reaches)
@@ -112,7 +112,7 @@ def our_searches(
         weights = _WORDS | _WINDOWS | _WINDOW_VECTORS
         searches["d2llm, words and windows' vectors too, whole"] = whole(evidence=weights)
         searches["d2llm, words and windows' vectors too, certified, whole"] = whole(evidence=weights, exact=True)
-    searches["d2llm, BM25 alone"] = lambda number: view.match(asked.texts[number], TOP_K).rows.tolist()
+    searches["d2llm, BM25 alone"] = lambda number: view.match(task_queries.texts[number], TOP_K).rows.tolist()
     if approximate is not None:
         for depth in DEPTHS:
             searches[f"d2llm, ann {depth} + IEM"] = lambda number, depth=depth: rescored(number, near(number, depth))
@@ -121,10 +121,10 @@ def our_searches(
 
 
 def format_searches(
-    vectors: NDArray[np.float32], names: Sequence[str], student: Student, asked: Queries, task: Task
+    vectors: NDArray[np.float32], names: Sequence[str], student: Student, task_queries: Queries, task: Task
 ) -> dict[str, Search]:
-    """The vectors in other formats, in memory: what a store in that format would find."""
-    anchors = student.anchor_queries(asked.vectors, task)
+    """Searches on the vectors in other formats, in memory: the results of a store in that format."""
+    anchors = student.anchor_queries(task_queries.vectors, task)
     searches: dict[str, Search] = {}
     for name in names:
         stored = make_format(name, vectors.shape[1])
@@ -135,7 +135,7 @@ def format_searches(
 
         def search(number: int, scan: RowScan = scan, codes: NDArray[np.uint8] = codes, stored: Any = stored) -> Any:
             rows = np.sort(scan.search(anchors[number], DEPTHS[0], ids_of=lambda rows: rows.astype(str).tolist())[0])
-            scores = student.score(asked.vectors[number], stored.decode(codes[rows]), task)
+            scores = student.score(task_queries.vectors[number], stored.decode(codes[rows]), task)
             return rows[np.argsort(-scores, kind="stable")[:TOP_K]].tolist()
 
         searches[f"d2llm, {name}, scan 1000 + IEM"] = search
@@ -143,19 +143,19 @@ def format_searches(
 
 
 def faiss_searches(
-    flat: Any, inverted: Any, student: Student, asked: Queries, task: Task, dim: int
+    flat: Any, inverted: Any, student: Student, task_queries: Queries, task: Task, dim: int
 ) -> dict[str, Search]:
-    """FAISS on the same vectors in float32, asked by the anchor, alone or with the IEM behind it."""
-    anchors = student.anchor_queries(asked.vectors, task)
+    """FAISS on the same vectors in float32, searched with the anchor, alone or followed by the IEM."""
+    anchors = student.anchor_queries(task_queries.vectors, task)
     vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * dim).reshape(-1, dim)
 
     def first(index: Any, number: int, depth: int, **options: Any) -> NDArray[np.int64]:
-        found = index.search(anchors[number][None], depth, **options)[1][0]
-        return found[found >= 0]
+        rows = index.search(anchors[number][None], depth, **options)[1][0]
+        return rows[rows >= 0]
 
     def rescored(index: Any, number: int, **options: Any) -> Sequence[int]:
         rows = np.sort(first(index, number, DEPTHS[0], **options))
-        scores = student.score(asked.vectors[number], vectors[rows], task)
+        scores = student.score(task_queries.vectors[number], vectors[rows], task)
         return rows[np.argsort(-scores, kind="stable")[:TOP_K]].tolist()
 
     searches: dict[str, Search] = {
@@ -176,19 +176,19 @@ def faiss_searches(
 def measure(
     searches: Mapping[str, Search], truth: Sequence[Sequence[int]], elsewhere: Collection[str] = ()
 ) -> dict[str, dict[str, float | None]]:
-    """Recall and times of each; of those ``elsewhere``, in another process, by the clock alone.
+    """Recall and times of each search; for those ``elsewhere``, in another process, only wall times.
 
-    All searches of a query follow each other, so that each meets the machine alike.
+    The searches are interleaved for each query, so that other work on the machine affects all of them equally.
     """
     kept: dict[str, list[tuple[float, float, float]]] = {name: [] for name in searches}
     for search in searches.values():
-        search(0)  # what is done once is not counted
+        search(0)  # one-time work is not counted
     for number, right in enumerate(truth):
         for name, search in searches.items():
             wall, processor = time.perf_counter(), time.process_time()
-            found = search(number)
+            rows_found = search(number)
             processor, wall = time.process_time() - processor, time.perf_counter() - wall
-            kept[name].append((1e3 * wall, 1e3 * processor, len({*found} & {*right}) / len(right)))
+            kept[name].append((1e3 * wall, 1e3 * processor, len({*rows_found} & {*right}) / len(right)))
     rows: dict[str, dict[str, float | None]] = {}
     for name, values in kept.items():
         walls, processors, recalls = np.array(values).T

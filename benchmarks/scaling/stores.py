@@ -1,4 +1,4 @@
-"""Other stores on the same vectors: LanceDB's own vector search, and Chroma as a server where it is installed."""
+"""Other stores on the same vectors: LanceDB's own vector search, and Chroma as a server if it is installed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(
     vector_copies: VectorCopies = 2,
     window_vectors: str | None = None,
 ) -> dict[str, float]:
-    """Write a corpus as a user does (``Index.add``), without the encoding; what it took and takes."""
+    """Write a corpus as a user does (``Index.add``), without encoding; its times and sizes."""
     index = Index.create(
         folder, student, vector_format=vector_format, vector_copies=vector_copies, window_vectors=window_vectors
     )
@@ -78,10 +78,10 @@ def build(
 
 
 def lance_searches(
-    folder: Path, vectors: NDArray[np.float32], student: Student, asked: Queries, task: Task
+    folder: Path, vectors: NDArray[np.float32], student: Student, task_queries: Queries, task: Task
 ) -> tuple[dict[str, Search], dict[str, float]]:
-    """A LanceDB table of the vectors in float32: flat, then with an IVF-PQ index. Seconds of the processor to build."""
-    anchors = student.anchor_queries(asked.vectors, task)
+    """A LanceDB table of the vectors in float32: flat, then with an IVF-PQ index. Also the processor time to build."""
+    anchors = student.anchor_queries(task_queries.vectors, task)
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.process_time()
     schema = pa.schema({"row": pa.int64(), "vector": pa.list_(pa.float32(), vectors.shape[1])})
@@ -100,14 +100,14 @@ def lance_searches(
     inverted.create_index(metric="dot", index_type="IVF_PQ", num_sub_vectors=48, vector_column_name="vector")
     times = {"write": written / 2, "ivf_pq": time.process_time() - begin}
 
-    def found(query: Any) -> list[int]:
+    def rows_of(query: Any) -> list[int]:
         return query.limit(TOP_K).select(["row", "_distance"]).to_arrow()["row"].to_pylist()
 
     searches: dict[str, Search] = {
-        "LanceDB flat": lambda number: found(flat.search(anchors[number]).distance_type("dot"))
+        "LanceDB flat": lambda number: rows_of(flat.search(anchors[number]).distance_type("dot"))
     }
     for probes in PROBES[1:]:
-        searches[f"LanceDB IVF-PQ, {probes} probes, re-ranked"] = lambda number, probes=probes: found(
+        searches[f"LanceDB IVF-PQ, {probes} probes, re-ranked"] = lambda number, probes=probes: rows_of(
             inverted.search(anchors[number]).distance_type("dot").nprobes(probes).refine_factor(10)
         )
     return searches, times
@@ -115,13 +115,13 @@ def lance_searches(
 
 @contextmanager
 def chroma_search(
-    folder: Path, python: str | None, vectors: NDArray[np.float32], student: Student, asked: Queries, task: Task
+    folder: Path, python: str | None, vectors: NDArray[np.float32], student: Student, task_queries: Queries, task: Task
 ) -> Generator[tuple[dict[str, Search], dict[str, Any]]]:
-    """Chroma's server on this machine, asked over HTTP; nothing and the reason where it is not installed.
+    """Chroma's server on this machine, searched over HTTP; if it is not installed, nothing and the reason.
 
-    ``python``: one that has ``chromadb``, if this one has not; its folder of packages is added behind ours.
+    ``python``: one that has ``chromadb``, if this one does not; its site-packages are appended to the path.
     """
-    anchors = student.anchor_queries(asked.vectors, task)
+    anchors = student.anchor_queries(task_queries.vectors, task)
     program = Path(python or sys.executable).parent / "chroma"
     if python is not None:
         sys.path += [str(path) for path in Path(python).parents[1].glob("lib/python*/site-packages")]
@@ -142,15 +142,15 @@ def chroma_search(
     try:
         client = _wait(lambda: chromadb.HttpClient("127.0.0.1", port))
         begin = time.perf_counter()
-        made = client.create_collection("scale", metadata={"hnsw:space": "ip"})
+        collection = client.create_collection("scale", metadata={"hnsw:space": "ip"})
         for start in range(0, len(vectors), _ADDED_AT_ONCE):
             part = vectors[start : start + _ADDED_AT_ONCE]
-            made.add(ids=[str(start + place) for place in range(len(part))], embeddings=part)
+            collection.add(ids=[str(start + place) for place in range(len(part))], embeddings=part)
         seconds = time.perf_counter() - begin
 
         def search(number: int) -> list[int]:
-            found = made.query(query_embeddings=anchors[number][None], n_results=TOP_K, include=["distances"])
-            return [int(row) for row in found["ids"][0]]
+            answer = collection.query(query_embeddings=anchors[number][None], n_results=TOP_K, include=["distances"])
+            return [int(row) for row in answer["ids"][0]]
 
         yield {"Chroma server (HNSW)": search}, {"build_seconds": seconds, "version": chromadb.__version__}
     finally:

@@ -13,7 +13,7 @@ from d2llm.store import scan
 
 def test_each_time_is_counted_and_each_reason_said_once(caplog, monkeypatch):
     monkeypatch.setattr(fallbacks, "_counts", type(fallbacks._counts)())
-    monkeypatch.setattr(fallbacks, "_said", set())
+    monkeypatch.setattr(fallbacks, "_logged", set())
     with caplog.at_level(logging.INFO, "d2llm"):
         for reason in ("it rained", "it rained", "it snowed"):
             fell_back("the bus", reason)

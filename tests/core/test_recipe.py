@@ -147,13 +147,13 @@ def test_an_unknown_key_names_the_nearest(values: dict[str, Any], message: str):
             {"training": {"group_by_length": True}},
             (
                 "r.toml: training.group_by_length was removed in d2llm 0.1.0 (batches of queries whose texts are of "
-                "like length); leave it out: a batch is read in parts of like length anyway (part_tokens)"
+                "similar length); leave it out: a batch is encoded in parts of similar length anyway (part_tokens)"
             ),
         ),
         (
             {"training": {"residual": {"bound_price": 0.1}}},
             (
-                "r.toml: training.residual.bound_price was removed in d2llm 0.1.0 (a price on the bound B in the "
+                "r.toml: training.residual.bound_price was removed in d2llm 0.1.0 (a penalty on the bound B in the "
                 "loss); leave it out, and set student.interaction.max_bound for a smaller bound"
             ),
         ),

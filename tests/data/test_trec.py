@@ -34,7 +34,7 @@ def test_reads_scores_and_orders_ties_by_id(tmp_path, name):
 def test_scores_win_over_ranks_and_this_is_counted(tmp_path):
     run = read_run(written(tmp_path, "q1 Q0 a 1 1 x\nq1 Q0 b 2 2 x\nq2 Q0 a 7 2 x\nq2 Q0 b 9 1 x\n"))
     assert run.rankings["q1"] == ("b", "a")
-    assert run.issues == ("the ranks of 1 of 2 queries do not follow the scores, which count (first: q1)",)
+    assert run.issues == ("the ranks of 1 of 2 queries do not follow the scores; the scores are used (first: q1)",)
 
 
 def test_order_of_lines_does_not_matter(tmp_path):
@@ -89,7 +89,7 @@ def test_writes_what_trec_eval_reads(tmp_path):
 def test_refuses_what_the_format_cannot_hold(tmp_path):
     path = tmp_path / "run.txt"
     for name, query_id, passage_id in (("my run", "q", "p"), ("ours", "q 1", "p"), ("ours", "q", ""), ("", "q", "p")):
-        with pytest.raises(InputError, match="has a blank"):
+        with pytest.raises(InputError, match="contains white space"):
             write_run(path, name, {query_id: [(passage_id, 1.0)]})
     with pytest.raises(InputError, match="query 'q', passage 'p': the score nan"):
         write_run(path, "ours", {"q": [("p", float("nan"))]})

@@ -190,7 +190,7 @@ def test_lone_surrogates_become_writable(tmp_path, without_c):
 
 def test_a_python_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match=r"came without the sources of its standard library; run the demo with"):
+    with pytest.raises(InputError, match=r"installed without the sources of its standard library; run the demo with"):
         build_corpus()
 
 

@@ -110,7 +110,7 @@ def test_right_answers_are_counted():
     assert "rank first, 0/2." in text
 
 
-@pytest.mark.parametrize(("weight", "words"), [(0.0, "has the weight 0"), (0.25, "takes part with the weight 0.25")])
+@pytest.mark.parametrize(("weight", "words"), [(0.0, "has the weight 0"), (0.25, "has the weight 0.25")])
 def test_whether_the_interaction_takes_part_in_the_answers_is_said(weight, words):
     report = replace(QUESTIONS, interaction_weight=weight)
     text = " ".join(shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
@@ -129,7 +129,7 @@ def test_messages_show_what_the_interaction_is_worth_and_an_example():
     assert ["cosine,", "untuned", "25%", "50%"] in rows
     assert ["D2LLM", "75%", "88%"] in rows
     words = " ".join(text.split())
-    assert "gives 7 messages more of their own among the first 3, and 2 fewer (p = 0.012)" in words
+    assert "improves the first 3 of 7 messages and worsens those of 2 (p = 0.012)" in words
     assert "My card is gone. [card lost]" in words
     assert "1 ✓ new (9) card lost 2()" in words
 
@@ -147,8 +147,9 @@ def test_a_student_without_two_scores_says_why(changes, words):
 
 
 SLOW = (
-    "200 of the 500 passages (the modules with an answer to the questions below, and others at random), since this "
-    "machine encodes 20 passages a second now, and would take 25 s for all, more than the 10 s"
+    "200 of the 500 passages (the modules with an answer to the questions below, and others at random) are encoded by "
+    "the student 'tiny'. This machine encodes 20 passages per second now and would take 25 s for all of them; the "
+    "limit of the demo is 10 s."
 )
 
 
@@ -157,7 +158,7 @@ SLOW = (
     [
         (500, 20.0, "All 500 passages are encoded by the student 'tiny'."),
         (200, 20.0, SLOW),
-        (200, None, "as an earlier demo chose, are encoded"),
+        (200, None, "are encoded by the student 'tiny'. An earlier demo chose this part."),
     ],
 )
 def test_how_much_is_encoded_and_why(number, rate, words, tmp_path):

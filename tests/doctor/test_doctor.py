@@ -117,7 +117,7 @@ class TestInstall:
     def test_a_missing_extra_is_a_note_with_its_command(self, monkeypatch):
         pretend(monkeypatch, "fastapi", None)
         found = look_at(install(), "extra serve")
-        assert (found.level, found.advice) == ("note", "if you want it: pip install 'd2llm[serve]'")
+        assert (found.level, found.advice) == ("note", "if you need it: pip install 'd2llm[serve]'")
         assert "fastapi is not installed" in found.found
 
     @pytest.mark.parametrize(("version", "says"), [(None, "is not installed"), ("0.1", "is 0.1, but d2llm needs")])

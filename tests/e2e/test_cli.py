@@ -44,7 +44,7 @@ finally:
 class TestHelp:
     def test_the_program_lists_every_verb_under_a_heading(self):
         text = succeed("--help").stdout
-        places = [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Look")]
+        places = [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Tools")]
         assert places == sorted(places)
         for verb in VERBS:
             assert f"│ {verb} " in text

@@ -46,4 +46,4 @@ def test_build_and_search(folder, monkeypatch):
 
 
 def test_too_few_passages_is_one_line(folder):
-    fail("index", folder, "ann", containing=["holds 900 passages, and below 20,000 the exact scan is quicker"])
+    fail("index", folder, "ann", containing=["holds 900 passages; below 20,000 the exact scan is faster"])

@@ -35,7 +35,7 @@ def test_a_retrieval_set(tmp_path, tokenizer):
     data = write_data(tmp_path / "everyday")
     result = succeed("data", "check", data, "--tokenizer", tokenizer, "--json", tmp_path / "r.json")
     assert "everyday (retrieval): 20 queries, 60 passages" in result.stdout
-    for heading in ("Tokens of all 20 queries", "Tokens of all 60 passages", "Languages that a sample looks like"):
+    for heading in ("Tokens of all 20 queries", "Tokens of all 60 passages", "Languages detected in a sample"):
         assert heading in result.stdout
     assert "Leaks between splits" not in result.stdout
     report = json.loads((tmp_path / "r.json").read_text())
@@ -54,7 +54,7 @@ def test_leaks_are_an_error_after_all_tables_and_the_report(tmp_path, tokenizer)
     message = fail(*arguments, containing=[str(data), "1 leaks", "same query: test-1 = train-1", "--allow-leaks"])
     assert "1 of test in train" in message
     output = d2llm(*arguments).stdout
-    assert output.index("Leaks between splits") < output.index("Languages that a sample looks like")
+    assert output.index("Leaks between splits") < output.index("Languages detected in a sample")
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["result"]["leaks"][0]["examples"] == [["test-1", "train-1"]]
     allowed = succeed(*arguments, "--allow-leaks")

@@ -67,7 +67,7 @@ def test_a_teacher_reads_again(place):
         in result.stderr
     )
     assert ranking["certificate"] is None
-    fail("search", place / "i", "x", *teacher, "--exact", containing=["leave exact"])
+    fail("search", place / "i", "x", *teacher, "--exact", containing=["leave out exact"])
 
 
 def test_late_chunks(place, tmp_path):
@@ -101,14 +101,14 @@ def test_how_texts_are_split_is_remembered(place, tmp_path):
     shutil.copytree(place / "i", tmp_path / "i")
     before = facts_of(tmp_path)
     assert (before["chunking"]["chunk_tokens"], before["num_passages"] > 30) == (32, True)
-    assert f"{before['num_passages']} as they were" in succeed("index", tmp_path / "i", *corpus).stderr
+    assert f"{before['num_passages']} unchanged" in succeed("index", tmp_path / "i", *corpus).stderr
     fail(
         "index", tmp_path / "i", *corpus, "--chunk-tokens", "64", containing=["at most 32 tokens", "at most 64 tokens"]
     )
     fail("index", tmp_path / "i", *corpus, "--whole", containing=["at most 32 tokens", "whole texts"])
-    fail("index", tmp_path / "i", "add", place / "corpus.jsonl", containing=["there already", "'d0'"])
+    fail("index", tmp_path / "i", "add", place / "corpus.jsonl", containing=["already exist", "'d0'"])
     assert facts_of(tmp_path) == before
-    assert "cut into passages of at most 32 tokens" in succeed("index", tmp_path / "i", "stats").stdout
+    assert "split into passages of at most 32 tokens" in succeed("index", tmp_path / "i", "stats").stdout
 
 
 def test_long_texts_are_split_unless_whole_ones_are_asked_for(place, tmp_path):
@@ -122,7 +122,7 @@ def test_long_texts_are_split_unless_whole_ones_are_asked_for(place, tmp_path):
     assert SENTENCES[0][:30] in shown
     assert "document: long [2]" in shown
     said = succeed("index", tmp_path / "whole", "upsert", tmp_path / "corpus.jsonl", "--whole").stderr
-    assert "warning: 1 of the 2 passages that were read (50%) are longer than the student reads" in said
+    assert "warning: 1 of the 2 encoded passages (50%) are longer than the student reads" in said
     assert "--chunk-tokens" in said
     fail("index", tmp_path / "new", "add", tmp_path, "--whole", "--late", containing=["--whole splits nothing"])
     encoded = ("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "encoded")

@@ -134,14 +134,14 @@ class TestBadInput:
         shutil.copytree(index, tmp_path / "index")
         forget_checksums(tmp_path / "index")
         manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
-        for source, message in ((str(tmp_path / "gone"), "which is not there"), (None, "does not know where")):
+        for source, message in ((str(tmp_path / "gone"), "which does not exist"), (None, "does not say where")):
             (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest | {"student_source": source}))
             fail("search", tmp_path / "index", "x", containing=[message, "--student"])
 
     def test_not_an_index_and_an_index_in_the_way(self, place, index, tmp_path):
         fail("search", tmp_path, "x", containing=[str(tmp_path), "not a d2llm index folder"])
         arguments = ("encode", place / "everyday", "--student", place / "run" / "student", "--out", index)
-        fail(*arguments, containing=["holds an index already", "--overwrite"])
+        fail(*arguments, containing=["already holds an index", "--overwrite"])
 
     def test_answer_word_of_two_tokens(self, place, tmp_path):
         prompt = tmp_path / "prompt.toml"

@@ -42,7 +42,7 @@ def ids_of(found):
 
 def test_a_second_time_nothing_is_encoded(place):
     result = succeed("index", place / "i", "upsert", place / "corpus.jsonl")
-    assert f"0 added, 0 with another text, 0 with other metadata, {len(SENTENCES)} as they were" in result.stderr
+    assert f"0 added, 0 with changed text, 0 with changed metadata, {len(SENTENCES)} unchanged" in result.stderr
 
 
 def test_search_explains_and_proves(place):
@@ -108,7 +108,7 @@ def test_texts_without_a_word_are_warned_of(tmp_path, verb):
     if verb == "encode":
         command = ("encode", tmp_path / "corpus.jsonl", "--student", "d2llm-minilm", "--out", out)
     result = succeed(*command, "--device", "cpu", "--json", tmp_path / "report.json")
-    assert result.stderr.count("2 of the 4 passages given have no text but white space, the first is 's1'") == 1
+    assert result.stderr.count("2 of the 4 passages have only white space as text, the first is 's1'") == 1
     assert json.loads((tmp_path / "report.json").read_text())["result"]["num_blank"] == 2
 
 
@@ -202,7 +202,7 @@ def test_what_is_wrong_is_said(place, tmp_path):
         "int8",
         containing=["--vectors", "new index"],
     )
-    fail("index", place / "i", "add", place / "corpus.jsonl", containing=["there already"])
+    fail("index", place / "i", "add", place / "corpus.jsonl", containing=["already exist"])
     fail("index", tmp_path / "new", "add", tmp_path / "nowhere.jsonl", containing=["nowhere.jsonl"])
     fail("index", tmp_path / "none", "stats", containing=["not found"])
     fail("index", place / "i", "delete", containing=["there is no id"])
@@ -238,7 +238,7 @@ def test_an_index_of_nothing_is_told(place, tmp_path):
     Index.create(tmp_path / "empty", "d2llm-minilm")
     fail("search", tmp_path / "empty", "x", containing=["holds no passages", "upsert CORPUS"])
     found = succeed("search", place / "i", "bread", "--filter", "year > 9000")
-    assert "warning: no passage was found for 'bread': no passage fits the filter" in found.stderr
+    assert "warning: no passage was found for 'bread': no passage matches the filter" in found.stderr
 
 
 def test_no_folder_is_made_for_a_report(place, tmp_path):

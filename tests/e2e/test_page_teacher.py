@@ -296,7 +296,7 @@ def test_a_teacher_whose_time_ends_says_so(visit, settings):
         page.wait_for_selector(".card")
         note, names = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
     assert note.startswith("The teacher read 1 passage that the student was unsure of, in ")
-    assert note.endswith("Then it ran out of time: the others stand where the student expects them.")
+    assert note.endswith("Then it ran out of time: the others are ranked by the student’s estimate.")
     assert {name.rsplit(" ", 1)[0] for name in names} <= {"teacher’s log-odds", "expected log-odds"}
 
 

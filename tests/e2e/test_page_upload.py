@@ -56,8 +56,8 @@ def test_a_folder_is_added_and_what_was_skipped_is_named(visit, address, tmp_pat
     skipped = report.locator("li").all_inner_texts()
     assert len(skipped) == 6
     for part in (
-        "picture.png: its kind",
-        "latin.txt: it is no UTF-8",
+        "picture.png: its file type",
+        "latin.txt: it is not UTF-8",
         "empty.txt: it has no text",
         "row 3",
         "line 3",

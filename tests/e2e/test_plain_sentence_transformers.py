@@ -191,7 +191,7 @@ def test_a_merged_copy_keeps_what_the_folder_had(pushed):
 
 def test_an_adapter_alone_is_pushed_on_demand_and_says_what_it_needs(pushed, tmp_path):
     result, report = succeed_with_report("push", "d2llm-minilm-cosine", "me/small", "--adapter", folder=tmp_path)
-    assert "sentence-transformers cannot load it without d2llm: its folder has what training changed" in result.stderr
+    assert "sentence-transformers cannot load it without d2llm: its folder holds only what" in result.stderr
     assert report["result"]["needs_d2llm"]
     folder = find_student("me/small")
     assert (folder / "adapter.safetensors").is_file()

@@ -168,5 +168,5 @@ def test_a_wrong_key_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("key")
 def test_a_prompt_beyond_the_servers_context_is_an_error(url: str) -> None:
     config = config_for(url).model_copy(update={"max_tokens": 2000})
-    with pytest.raises(InputError, match="longer than 'smollm2' reads"):
+    with pytest.raises(InputError, match="longer than 'smollm2' can read"):
         RemoteTeacher.load(config).judge([("query", "word " * 1500)], "asymmetric")

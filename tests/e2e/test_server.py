@@ -144,7 +144,7 @@ def test_vectors_and_scores_are_the_students(index, post):
     ("path", "body", "status", "words"),
     [
         ("/v1/search", {}, 422, "query"),
-        ("/v1/search", {"query": "  "}, 422, "no text"),
+        ("/v1/search", {"query": "  "}, 422, "text is empty"),
         ("/v1/search", {"query": "cat", "top_k": "3"}, 422, "top_k"),
         ("/v1/search", {"query": "cat", "top_k": 10**6}, 400, "top_k"),
         ("/v1/search", {"query": "cat", "topk": 3}, 422, "topk"),

@@ -94,8 +94,8 @@ def test_files_become_documents(ask):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([("file", ("a.pdf", b"x"))], "a.pdf: its kind is not read"),
-        ([("file", ("a.txt", b"\xff"))], "a.txt: is no UTF-8"),
+        ([("file", ("a.pdf", b"x"))], "a.pdf: the file type is not supported"),
+        ([("file", ("a.txt", b"\xff"))], "a.txt: is not UTF-8"),
         ([("file", ("a.txt", b"  "))], "'a.txt' has no text"),
         ([("file", ("a.jsonl", b'{"id": "a", "text": "b"}\nnonsense'))], "a.jsonl:2: not valid JSON"),
         ([("file", ("a.jsonl.gz", b"nonsense"))], "a.jsonl.gz: damaged"),

@@ -92,7 +92,7 @@ def test_what_is_not_there_is_missing_with_what_would_bring_it(world, tmp_path):
     assert {row.kind: row.reason for row in found.missing_rows(50)} == {
         "cosine_tuned": "alone-cosine is not beside the student; train it: d2llm distill RECIPE --variant cosine",
         "paper_head": "alone-paper is not beside the student; train it: d2llm distill RECIPE --variant paper",
-        "teacher": "the teacher that the student learnt from is not here; name one",
+        "teacher": "the teacher that the student was trained with was not found; name one",
     }
     assert found.provenance["teacher"] is found.provenance["tuned_cosine"] is None
 

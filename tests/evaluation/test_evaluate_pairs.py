@@ -456,11 +456,11 @@ def test_bad_pairs():
     classes = make_pairs("classes", labels=["sport", "music", "other"])
     refuse(classes, DataFormatError, "pair '0' has the class 'sport'; known are yes/no .* entailment, entails, supp")
     no_dev = make_pairs("classes", sizes={"test": 30})
-    refuse(no_dev, InputError, "the classes need thresholds from a split of their own; add a dev split")
+    refuse(no_dev, InputError, "the classes need thresholds fitted on another split; add a dev split")
     no_class = make_pairs("classes", labels=["entailment", "contradiction"])
     refuse(no_class, InputError, "no pair of the dev split is 'neutral'")
     refuse(make_pairs(), InputError, "the baseline 'hybrid' is not among the rows of this report", baseline="hybrid")
-    refuse(make_pairs(), InputError, "a sample of 1 pairs, and of 1 to choose .* let it judge more", teacher_queries=1)
+    refuse(make_pairs(), InputError, "a sample of 1 pairs, and of 1 to .* increase the sample", teacher_queries=1)
 
 
 def test_grades_that_are_all_the_same():

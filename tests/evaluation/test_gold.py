@@ -52,7 +52,7 @@ def test_what_cannot_be_measured():
     with pytest.raises(DataFormatError, match="split 'dev' was not read; read: test"):
         read_gold(dataset(["0", "1"]), "dev")
     nli = NliGold(("entailment", "neutral", "contradiction", "neutral"))
-    with pytest.raises(InputError, match="the classes need thresholds from a split of their own; add a dev split"):
+    with pytest.raises(InputError, match="the classes need thresholds fitted on another split; add a dev split"):
         measure_all(nli, np.zeros(4), ALL, None)
 
 

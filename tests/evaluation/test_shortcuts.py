@@ -68,7 +68,7 @@ def test_a_head_without_inner_product_has_no_exact_row(words):
 def test_approximate_candidates_are_refused_where_they_do_not_pay(words):
     report = measure(words, everyone(), ann_recall=0.9, **NO_SHORTCUTS)
     (missing,) = [row for row in report.missing if row.name == "D2LLM, approximate (0.9)"]
-    assert "below 20,000 the exact scan is quicker" in missing.reason
+    assert "below 20,000 the exact scan is faster" in missing.reason
 
 
 def test_approximate_candidates_are_tuned_on_other_queries(words, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_filter_before_the_choice_and_afterwards(on_disk):
     # Of 130 passages 40 fit: all are ranked, where afterwards only those among the first hundred are left.
     assert all(len(ranking) == 40 for ranking in rankings[before.name].values())
     assert any(len(ranking) < 40 for ranking in rankings[afterwards.name].values())
-    assert any("40 of 130 passages fit" in note for note in report.notes)
+    assert any("40 of 130 passages match" in note for note in report.notes)
     assert not {before.name, afterwards.name} & {comparison.row for comparison in report.comparisons}
 
 

@@ -182,7 +182,7 @@ class TestFilters:
         [
             ({"field": "a"}, "give field, operator and value"),
             ({"field": "a", "operator": "~", "value": 1}, "no operator '~'"),
-            ({"field": "content", "operator": "==", "value": "x"}, "'content' cannot be asked for"),
+            ({"field": "content", "operator": "==", "value": "x"}, "'content' cannot be used"),
             ({"field": "a", "operator": "in", "value": []}, "needs a list"),
             ({"field": "a", "operator": ">", "value": [1]}, "is compared with"),
             ({"field": "a", "operator": ">", "value": None}, "is compared with None"),

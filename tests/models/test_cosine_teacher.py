@@ -95,7 +95,7 @@ def test_each_text_is_encoded_once_and_kept(folder, monkeypatch):
 
 
 def test_the_texts_used_last_are_kept(folder, monkeypatch):
-    monkeypatch.setattr(cosine_teacher, "_KEPT_NUMBERS", 2 * 32)
+    monkeypatch.setattr(cosine_teacher, "_CACHED_NUMBERS", 2 * 32)
     teacher = load(folder / "student")
     encoded = count_encoded(teacher, monkeypatch)
     for passages in ([TEXTS[0], TEXTS[1]], [TEXTS[0]], [TEXTS[2]], [TEXTS[0], TEXTS[1]], TEXTS[:5]):

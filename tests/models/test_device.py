@@ -21,7 +21,7 @@ def test_a_device_that_is_not_there_is_told_in_one_line(name):
         pytest.skip("it is there")
     with pytest.raises(InputError, match=f"device '{name}' cannot be used here") as told:
         choose_device(name)
-    assert f"name one that is here ({', '.join(devices_here())})" in str(told.value)
+    assert f"use one of {', '.join(devices_here())}, or leave it out" in str(told.value)
     assert len(str(told.value)) < 120 or name == "cuda:99"
 
 

@@ -160,7 +160,7 @@ def test_cross_encoder_with_several_outputs(library, tmp_path):
     found = load_external(nli, device="cpu").judge(PAIRS, "symmetric")
     np.testing.assert_allclose(found.log_odds, np.log(chances / (1 - chances)), atol=1e-4)
 
-    with pytest.raises(ModelError, match="none of which is a yes"):
+    with pytest.raises(ModelError, match="none of which means yes"):
         load_external(write_cross_encoder(tmp_path / "stars", num_labels=5), device="cpu")
 
 
@@ -199,7 +199,7 @@ def test_a_models_own_code_is_not_run(bi_encoder, tmp_path):
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["type"] = "own.Own"
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ModelError, match="Its own code is never run"):
+    with pytest.raises(ModelError, match="Custom code is never run"):
         load_external(folder, device="cpu")
     assert not (tmp_path / "was-run").exists()
 

@@ -217,7 +217,7 @@ def test_the_weight_is_saved_with_the_head():
 def test_the_paper_head_has_no_anchor():
     module = make("paper")
     assert not module.has_anchor
-    with pytest.raises(InputError, match="'paper', which has no anchor"):
+    with pytest.raises(InputError, match="head 'paper' has no anchor"):
         module.anchor_queries(vectors(1, 1), "symmetric")
 
 

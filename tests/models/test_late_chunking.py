@@ -249,7 +249,7 @@ def test_pma_alone_can(models):
 def test_refusals(models):
     student = student_of(models["bert"])
     for span in ((-1, 3), (4, 3), (0, len(TEXT) + 1)):
-        with pytest.raises(InputError, match="is not in a text of"):
+        with pytest.raises(InputError, match="is outside a text of"):
             encode(student, TEXT, [span])
     for window in (15, MAX_TOKENS + 1):
         with pytest.raises(InputError, match=f"give 16 to {MAX_TOKENS}"):
@@ -259,5 +259,5 @@ def test_refusals(models):
 def test_a_tokenizer_without_places_is_refused(models, monkeypatch):
     student = student_of(models["bert"])
     monkeypatch.setattr(type(student.backbone.tokenizer), "is_fast", False)
-    with pytest.raises(InputError, match="does not say where"):
+    with pytest.raises(InputError, match="gives no character offsets"):
         encode(student, TEXT, [(0, 3)])

@@ -71,7 +71,7 @@ def test_unknown_name():
         (OWN.replace("Q {query} P {passage}", "{passage} {query}"), "needs {query}, then {passage}"),
         (OWN.replace(" ?", ""), "then the question"),
         (OWN + "maybe = 1", "exactly the keys template, yes, no; found maybe, no, template, yes"),
-        (OWN.replace('" ja"', "true"), "must be texts in quotes"),
+        (OWN.replace('" ja"', "true"), "must be quoted strings"),
     ],
 )
 def test_bad_files(tmp_path, content, problem):

@@ -165,10 +165,10 @@ def test_patience_ends():
     busy = Reply({"error": "no room"}, status=503, headers={"Retry-After": "0.1"})
     with local_endpoint(lambda request, number: busy) as endpoint:
         teacher = remote_teacher(endpoint, patience_minutes=0.01)
-        with pytest.raises(ModelError, match=r"answers 503: .*no room.*tried again for up to 0.01 minutes") as caught:
+        with pytest.raises(ModelError, match=r"answers 503: .*no room.*retried for up to 0.01 minutes") as caught:
             teacher.judge(PAIRS[:1], "asymmetric")
     assert len(endpoint.requests) == teacher.endpoint.num_retries + 1 <= 6  # 0.6 seconds, in pauses of 0.1
-    assert "goes on with what is not finished" in str(caught.value)
+    assert "continues where it stopped" in str(caught.value)
 
 
 def test_an_address_where_nobody_answers_is_an_error_at_once():
@@ -185,7 +185,7 @@ def test_a_server_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.05)
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = RemoteTeacher.load(remote_config(endpoint.url, patience_minutes=0.01))
-    with pytest.raises(ModelError, match=r"no connection .*tried again"):
+    with pytest.raises(ModelError, match=r"no connection .*retried"):
         teacher.judge(PAIRS[:1], "asymmetric")
     assert teacher.endpoint.num_retries > 3
 
@@ -251,10 +251,10 @@ def test_no_usable_key(monkeypatch: pytest.MonkeyPatch, value: str | None, probl
         (Reply({"error": "Requested sample logprobs of 50, greater than 20"}, 400), ModelError, "top_logprobs"),
         (Reply({"error": "logprobs is not supported for this model"}, 500), ModelError, "start the server so"),
         (Reply(completion(None)), ModelError, "start the server so"),
-        (Reply(completion({" yes": -0.1})), ModelError, "only that of the token it chose"),
+        (Reply(completion({" yes": -0.1})), ModelError, "only that of the chosen token"),
         (Reply("<html>hello</html>"), ModelError, "give the address of an OpenAI-compatible endpoint"),
-        (Reply({"choices": []}), ModelError, "no completion"),
-        (Reply([]), ModelError, "no completion"),
+        (Reply({"choices": []}), ModelError, "did not answer with a completion"),
+        (Reply([]), ModelError, "did not answer with a completion"),
         (Reply("", 307, {"Location": "/elsewhere"}), ModelError, "refuses the request (307)"),
         (Reply({"error": "something else"}, 422), ModelError, '\'{"error": "something else"}\''),
     ],

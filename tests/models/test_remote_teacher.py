@@ -150,7 +150,7 @@ def test_pairs_without_an_answer_are_an_error_by_default():
     with local_endpoint(half_known) as endpoint, pytest.raises(AnswerTokenError) as caught:
         remote_teacher(endpoint).judge(PAIRS, "asymmetric")
     message = str(caught.value)
-    assert "for 4 of 12 pairs neither ' yes' nor ' no' is among the 20 likeliest" in message
+    assert "for 4 of 12 pairs neither ' yes' nor ' no' is among the 20 most likely" in message
     assert "'query 1'" in message
     assert "['x', 'Y']" in message
     assert 'unanswered = "undecided"' in message
@@ -159,7 +159,7 @@ def test_pairs_without_an_answer_are_an_error_by_default():
 def test_an_answer_that_ends_at_once_is_no_answer():
     with local_endpoint(always(completion({}))) as endpoint, pytest.raises(AnswerTokenError) as caught:
         remote_teacher(endpoint).judge(PAIRS[:1], "asymmetric")
-    assert "'query 0', where the model ended its text without a word" in str(caught.value)
+    assert "'query 0', where the model ended its text at once" in str(caught.value)
 
 
 def test_configurations_that_cannot_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -176,9 +176,9 @@ def test_a_changed_member_is_refused(place, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("tasks"), "no stack that can be read"),
+        (lambda found: found.pop("tasks"), "cannot be read as a stack"),
         (lambda found: found["members"].pop(), "more or fewer members"),
-        (lambda found: found["tasks"][TASK].update(bias="high"), "no stack that can be read"),
+        (lambda found: found["tasks"][TASK].update(bias="high"), "cannot be read as a stack"),
     ],
 )
 def test_a_damaged_folder_is_named(place, tmp_path, change, message):

@@ -262,7 +262,7 @@ def test_an_encoder_is_no_teacher(tmp_path):
     config.initializer_range = 0.2
     BertLMHeadModel(config).save_pretrained(tmp_path)
     tiny_tokenizer(is_decoder=False).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is no causal language model"):
+    with pytest.raises(ModelError, match="is not a causal language model"):
         load(tmp_path)
 
 

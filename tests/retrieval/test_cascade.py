@@ -179,7 +179,7 @@ class TestSearch:
 
     @pytest.mark.parametrize("changes", [{"exact": True}, {"hybrid": 0.5}])
     def test_what_does_not_go_together(self, index, changes):
-        with pytest.raises(InputError, match="leave exact and hybrid"):
+        with pytest.raises(InputError, match="leave out exact and hybrid"):
             index.search("cat", cascade=Cascade(FakeTeacher(), ERROR), **changes)
 
     def test_measured_error(self, index):
@@ -203,7 +203,7 @@ def test_errors_are_kept_by_teacher_and_task(tmp_path):
     assert read_error(tmp_path, other, "asymmetric") == theirs
     with pytest.raises(InputError, match="symmetric"):
         read_error(tmp_path, one, "symmetric")
-    with pytest.raises(InputError, match="as it scores now"):
+    with pytest.raises(InputError, match="with its current scores"):
         read_error(tmp_path, one, "asymmetric", EvidenceWeights(terms={"words": 0.5}))
     write_error(tmp_path, one, "asymmetric", theirs, EvidenceWeights(terms={"words": 0.5}))
     assert read_error(tmp_path, one, "asymmetric", EvidenceWeights(terms={"words": 0.5})) == theirs

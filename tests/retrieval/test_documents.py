@@ -131,7 +131,7 @@ class TestSearch:
         ("changes", "message"),
         [
             ({"group": "worst"}, "must be one of passage, best, sum"),
-            ({"group": "best", "exact": True}, "leave group alone"),
+            ({"group": "best", "exact": True}, "leave out either group or exact"),
             ({"group": "sum", "hybrid": 0.5}, "'best'"),
             ({"neighbours": -1}, "neighbours is -1"),
             ({"document_passages": 0}, "document_passages is 0"),
@@ -242,13 +242,13 @@ class TestHowAnIndexCuts:
     @pytest.mark.parametrize("other", [Chunking(32), Chunking(64, 8), Chunking(64, late=True), Chunking(None)], ids=str)
     def test_another_way_is_refused_and_changes_nothing(self, index, other):
         version = index.store.table().version
-        with pytest.raises(InputError, match=r"passages of at most 64 tokens, and cannot also be cut into .*new index"):
+        with pytest.raises(InputError, match=r"of at most 64 tokens, and cannot also be split into .*new index"):
             index.upsert_documents([Passage("d", LONG)], other)
         assert index.store.table().version == version
         assert index.chunking == Chunking(64)
 
     def test_a_document_in_pieces_cannot_also_be_a_passage(self, index):
-        with pytest.raises(InputError, match=r"'d' is one; delete the document first"):
+        with pytest.raises(InputError, match=r"such as 'd'; delete the document first"):
             index.upsert([Passage("new", "text"), Passage("d", LONG)])
         assert index.upsert([Passage("e", "Bread is baked.")]).num_updated == 1  # it never was in pieces
 
@@ -268,7 +268,7 @@ class TestHowAnIndexCuts:
 
     def test_only_new(self, index):
         for there in ("d", "e"):
-            with pytest.raises(DuplicateIdError, match=f"'{there}' is one"):
+            with pytest.raises(DuplicateIdError, match=f"such as '{there}'"):
                 index.upsert_documents([Passage("x", "new"), Passage(there, "changed")], only_new=True)
         assert index.upsert_documents([Passage("f", LONG)], only_new=True).num_added > 3
 

@@ -116,7 +116,7 @@ def test_corpus_file_and_folder(tmp_path, compressed):
 def test_existing_index_is_kept_unless_told(tmp_path):
     encode(PASSAGES, FakeStudent(), tmp_path / "i")
     student = FakeStudent(fingerprint="new")
-    with pytest.raises(InputError, match=r"holds an index already.*--overwrite"):
+    with pytest.raises(InputError, match=r"already holds an index.*--overwrite"):
         encode(PASSAGES, student, tmp_path / "i")
     assert student.encoded_passages == 0  # refused before the work
     encode(PASSAGES, student, tmp_path / "i", overwrite=True)

@@ -168,9 +168,9 @@ def test_rows_of_passages_read_alone_have_the_hash_they_always_had():
 
 
 def test_refusals(student, tmp_path):
-    with pytest.raises(InputError, match="for late chunks alone"):
+    with pytest.raises(InputError, match="only applies to late chunks"):
         Chunker(student, Chunking(32, late_window=64))
-    with pytest.raises(InputError, match="does not hold a passage of 32"):
+    with pytest.raises(InputError, match="smaller than a passage of 32"):
         late(student, late_window=31)
     with pytest.raises(InputError, match="reads up to 512"):
         late(student, late_window=513)

@@ -139,7 +139,7 @@ class TestUpsert:
         report = index.upsert(given)
         assert (report.num_passages, report.num_blank, report.first_blank) == (4, 2, "b1")
         (record,) = caplog.records
-        assert "2 of the 4 passages given have no text but white space, the first is 'b1'" in record.getMessage()
+        assert "2 of the 4 passages have only white space as text, the first is 'b1'" in record.getMessage()
 
     def test_an_interrupted_upsert_goes_on_behind_the_last_commit(self, tmp_path, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
@@ -162,7 +162,7 @@ class TestUpsert:
         assert len(index) == (8 if block == 2 else 6)  # blocks before are kept
 
     def test_add_refuses_what_is_there(self, index):
-        with pytest.raises(DuplicateIdError, match=r"1 of the passages are there already, 'p3' is one"):
+        with pytest.raises(DuplicateIdError, match=r"1 of the passages already exist, such as 'p3'"):
             index.add([Passage("new", "text"), Passage("p3", "text")])
         assert index.add([Passage("new", "text")]).num_added == 1
 
@@ -264,7 +264,7 @@ class TestSearch:
         [
             ({"top_k": 0}, "must be at least 1"),
             ({"budget_ms": 5.0}, "for an exact search"),
-            ({"exact": True, "hybrid": 0.5}, "leave hybrid"),
+            ({"exact": True, "hybrid": 0.5}, "leave out hybrid"),
             ({"sources": ()}, "sources is empty"),
         ],
     )
@@ -317,7 +317,7 @@ class TestSnapshots:
 
 class TestOpening:
     def test_without_its_student(self, index, tmp_path):
-        with pytest.raises(InputError, match="does not know where its student is"):
+        with pytest.raises(InputError, match="does not say where its student is"):
             _ = Index.open(index.folder).student
         with pytest.raises(DataFormatError, match="not found"):
             Index.open(tmp_path / "nowhere")
@@ -354,7 +354,7 @@ class TestCorpusFiles:
     @pytest.mark.parametrize(
         ("record", "message"),
         [
-            ({"_id": "a", "text": "t", "x": 1, "metadata": {"x": 2}}, "'x' is there twice"),
+            ({"_id": "a", "text": "t", "x": 1, "metadata": {"x": 2}}, "'x' occurs twice"),
             ({"_id": "a", "text": "t", "metadata": 3}, "'metadata' must be an object"),
             ({"_id": "a", "text": "t", "position": "3"}, "'position' must be a whole number"),
             ({"_id": "a", "text": "t", "document_id": [3]}, "'document_id' must be a string"),

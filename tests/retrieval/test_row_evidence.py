@@ -142,5 +142,5 @@ class TestSearch:
         (exact,) = index.search(query, top_k=3, exact=True)
         assert [place.passage.id for place in exact.passages] == [place.passage.id for place in found.passages]
         assert exact.certificate.proved == 3
-        with pytest.raises(InputError, match="leave hybrid and sources alone"):
+        with pytest.raises(InputError, match="leave out hybrid and sources"):
             index.search(query, exact=True, sources=("vectors", "bm25"))

@@ -147,7 +147,7 @@ def test_scores_that_are_not_numbers(index, exact):
     ("name", "meant"), [("topk", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid"), ("source", "sources")]
 )
 def test_a_wrong_setting_is_told_with_the_one_that_was_meant(index, student, name, meant):
-    with pytest.raises(InputError, match=f"no setting '{name}' of a search; did you mean '{meant}'"):
+    with pytest.raises(InputError, match=f"no search setting '{name}'; did you mean '{meant}'"):
         search(index, student, QUERIES, **{name: 3})
-    with pytest.raises(InputError, match="no setting 'zzzz' of a search; there are: task, top_k"):
+    with pytest.raises(InputError, match="no search setting 'zzzz'; there are: task, top_k"):
         search(index, student, QUERIES, zzzz=3)

@@ -58,10 +58,10 @@ def test_keys_added_at_once_are_all_kept(file: Path):
 
 def test_a_name_is_taken_once_and_is_a_word(file: Path):
     add_key(file, "first")
-    with pytest.raises(InputError, match="there is a key 'first'"):
+    with pytest.raises(InputError, match="a key 'first' exists"):
         add_key(file, "first")
     for name in ("", "two words", "a\nb", "x" * 65, "-x"):
-        with pytest.raises(InputError, match="cannot be the name of a key"):
+        with pytest.raises(InputError, match="is not a valid key name"):
             add_key(file, name)
 
 
@@ -79,7 +79,7 @@ def test_a_key_that_is_not_there_cannot_be_removed(file: Path):
 )
 def test_what_is_no_file_of_keys_is_refused(file: Path, content: str):
     file.write_text(content)
-    with pytest.raises(DataFormatError, match="is no file of API keys"):
+    with pytest.raises(DataFormatError, match="is not a file of API keys"):
         KeyRing(file)
 
 
@@ -138,7 +138,7 @@ def test_a_half_edited_file_leaves_the_keys_as_they_were(file: Path, caplog: pyt
     assert ring.find(secret) is not None
     assert ring.find(secret) is not None
     assert [record.levelname for record in caplog.records] == ["ERROR"]  # once, not at each request
-    assert "stay as they were" in caplog.text
+    assert "keeping the previous API keys" in caplog.text
 
 
 def test_a_file_that_could_not_be_read_is_read_when_its_permissions_change(
@@ -155,7 +155,7 @@ def test_a_file_that_could_not_be_read_is_read_when_its_permissions_change(
     with monkeypatch.context() as patch:
         patch.setattr(keys, "read_keys", refuse)
         assert ring.find(secret) is None
-    assert "stay as they were" in caplog.text
+    assert "keeping the previous API keys" in caplog.text
     file.chmod(0o600)
     assert ring.find(secret) is not None
 

@@ -47,7 +47,7 @@ def test_a_port_in_use_is_an_error_that_says_what_to_do():
 
 @pytest.mark.parametrize(
     ("host", "message"),
-    [("no-such-host.invalid", "is not known"), ("192.0.2.1", "is no address of this machine")],
+    [("no-such-host.invalid", "is unknown"), ("192.0.2.1", "is not an address of this machine")],
 )
 def test_a_host_that_is_not_here_is_an_error(host: str, message: str):
     with pytest.raises(InputError, match=message):

@@ -58,7 +58,7 @@ def test_without_an_answer_a_server_counts_alone(
     with caplog.at_level(logging.ERROR):
         statuses = [client.post("/v1/search", json={"texts": ["q"]}).status_code for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
-    assert caplog.text.count("counted alone") == 1  # asked once, not five times
+    assert caplog.text.count("counting locally") == 1  # asked once, not five times
 
 
 class Redis:

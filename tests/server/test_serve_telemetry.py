@@ -128,7 +128,7 @@ def test_stages_are_shown_from_the_start_and_timed():
 
 
 def test_an_unknown_stage_is_a_mistake_of_the_program():
-    with pytest.raises(ValueError, match="'scoring' is no stage"):
+    with pytest.raises(ValueError, match="'scoring' is not a stage"):
         Telemetry().observe("scoring", 1.0)
 
 

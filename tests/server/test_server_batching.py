@@ -213,7 +213,7 @@ def test_what_goes_wrong_around_a_batch_does_not_end_the_work():
 
         with ThreadPoolExecutor(1) as lanes:
             work = batcher(run, lanes=lanes)
-            with pytest.raises(ValueError, match="0 results of 1 items"):
+            with pytest.raises(ValueError, match="0 results for 1 items"):
                 await work.submit([1])
             lost[0] = False
             assert (await work.submit([1])).results == [2]

@@ -284,12 +284,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"recall": 0.0}, "a share above 0"),
-            ({"recall": 1.1}, "a share above 0"),
+            ({"recall": 0.0}, r"recall must be in \(0, 1\]"),
+            ({"recall": 1.1}, r"recall must be in \(0, 1\]"),
             ({"depth": 0}, "at least 1"),
             ({"depth": 1_001}, "more than a quarter of its 4,000"),
-            ({"queries": []}, "there are no queries"),
-            ({"recall": 1.0, "depth": 900}, "the exact scan is quicker; ask for less"),
+            ({"queries": []}, "the list of queries is empty"),
+            ({"recall": 1.0, "depth": 900}, "the exact scan is faster; lower the recall"),
         ],
     )
     def test_what_makes_no_sense(self, store, options, message):
@@ -309,7 +309,7 @@ class TestRefused:
         store = IndexStore.create(tmp_path / "i", student_fingerprint="student", dim=DIM)
         if num:
             put_vectors(store, 0, clustered(num))
-        with pytest.raises(InputError, match=rf"holds {num} passages, and below 500 the exact scan is quicker"):
+        with pytest.raises(InputError, match=rf"holds {num} passages; below 500 the exact scan is faster"):
             build_ann(store, PlainStudent(), depth=1)
         found = searched(PassageView(store), clustered(1)[0], 5)
         assert len(found.rows) == min(5, num)
@@ -326,7 +326,7 @@ class TestRefused:
                 store.compact(dense=True)
                 return super().anchor_queries(vectors, task)
 
-        with pytest.raises(InputError, match="compacted or restored meanwhile"):
+        with pytest.raises(InputError, match="compacted or restored during the build"):
             build_ann(store, Compacts(), recall=0.9, depth=20)
 
 
@@ -371,7 +371,7 @@ class TestSearch:
         encode([Passage("a", "cat"), Passage("b", "dog")], FakeStudent(), tmp_path / "i")
         (found,) = search(Index.open(tmp_path / "i").view, FakeStudent(), ["dog"], sources=("ann",))
         assert found.passages[0].passage.id == "b"
-        assert "the exact scan answers" in caplog.text
+        assert "using the exact scan" in caplog.text
 
     def test_a_head_without_an_inner_product_is_searched_exactly(self, tmp_path):
         student = FakeStudent(head="paper")

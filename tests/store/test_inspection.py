@@ -108,7 +108,7 @@ def test_ids_and_rows_that_occur_twice_are_found(store):
     table.replace_all(table.schema, iter(pa.Table.from_pylist([*rows, rows[0]], schema=table.schema).to_batches()))
     assert verify(store).problems[:2] == [
         "1 ids occur twice in the table",
-        "row numbers in the table are not distinct, or of several generations",
+        "row numbers in the table are not distinct, or belong to several generations",
     ]
 
 
@@ -132,7 +132,7 @@ def test_damaged_indices_are_found_and_made_anew(store):
     assert all("/_indices/" in problem and "verify --repair` rebuilds it" in problem for problem in problems)
     *_, done, earlier = verify(store, repair=True).problems
     assert done == "6 of the table's files were damaged indices, which were rebuilt"
-    assert earlier == "versions 3, 4, 5, 6, 7 of the table, earlier ones, were damaged and are gone"
+    assert earlier == "earlier versions of the table were damaged and were removed: versions 3, 4, 5, 6, 7"
     assert verify(store).problems == []
     view = PassageView(store)
     check_contents(view, PASSAGES)

@@ -277,7 +277,7 @@ class TestTrust:
     def test_a_file_cut_short(self, built, student, caplog):
         path = built.folder / "projections-0.bin"
         path.write_bytes(path.read_bytes()[:-1])
-        self.ignored(built, student, caplog, "projections-0.bin is shorter than it says")
+        self.ignored(built, student, caplog, "projections-0.bin is shorter than its list of extents says")
 
     def test_a_record_that_is_gone(self, built, student, caplog):
         (built.folder / "projections-0.json").unlink()
@@ -334,7 +334,7 @@ class TestRefusals:
         student = make_student(model, head="cosine")
         index = Index.create(tmp_path / "i", student)
         index.upsert(passages(3))
-        with pytest.raises(InputError, match="an inner product alone"):
+        with pytest.raises(InputError, match="only an inner product"):
             project(index.store, student)
 
     def test_another_student(self, index, model):
@@ -359,7 +359,7 @@ class TestRefusals:
         scorer = student.prepare(query, "symmetric")
         with pytest.raises(InputError, match="neither vectors nor projections"):
             scorer(None)
-        with pytest.raises(InputError, match="give the vectors too"):
+        with pytest.raises(InputError, match="pass the vectors too"):
             scorer(None, projections)
         assert scorer(vectors, projections).shape == (len(TEXTS),)
 

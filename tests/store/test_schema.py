@@ -74,7 +74,7 @@ def test_known_fields_keep_their_type_and_new_ones_come_after() -> None:
     known = MetadataSchema({"when": "timestamp", "price": "number"})
     schema = MetadataSchema.infer(passages({"new": "a", "price": 2, "when": "2024-05-31"}), known)
     assert list(schema.fields.items()) == [("when", "timestamp"), ("price", "number"), ("new", "string")]
-    with pytest.raises(InputError, match=r"passage 'p0', metadata field 'price' \(number\): 'two' is no number"):
+    with pytest.raises(InputError, match=r"passage 'p0', metadata field 'price' \(number\): 'two' is not a number"):
         MetadataSchema.infer(passages({"price": "two"}), known)
 
 
@@ -114,9 +114,9 @@ def test_a_schema_does_not_change_with_the_mapping_it_was_made_from() -> None:
         ("id:string", "columns of every passage"),
         ("Text:string", "columns of every passage"),
         ("position:integer", "columns of every passage"),
-        ("d2_row:integer", "kept for the index"),
-        ("D2_x:integer", "kept for the index"),
-        ("_rowid:integer", "kept for the index"),
+        ("d2_row:integer", "reserved for the index"),
+        ("D2_x:integer", "reserved for the index"),
+        ("_rowid:integer", "reserved for the index"),
         ("not:boolean", "words of the filter language"),
         ("Null:string", "words of the filter language"),
         ("select:string", None),
@@ -136,7 +136,7 @@ def test_names_that_cannot_both_be() -> None:
         MetadataSchema.parse(["year:integer", "year:integer"])
     with pytest.raises(InputError, match="'year' and 'Year' differ only in case"):
         MetadataSchema.parse(["year:integer", "Year:integer"])
-    with pytest.raises(InputError, match="'id' has to be renamed"):
+    with pytest.raises(InputError, match="'id' must be renamed"):
         MetadataSchema.infer(passages({"id": "x"}))
 
 
@@ -188,28 +188,28 @@ def test_columns() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("language", 3, "3 is no string"),
-        ("language", b"de", "b'de' is no string"),
+        ("language", 3, "3 is not a string"),
+        ("language", b"de", "b'de' is not a string"),
         ("language", "\ud800", "half of a surrogate pair"),
-        ("language", ["de"], "is no string"),
-        ("year", "2020", "'2020' is no whole number"),
-        ("year", 2020.0, "2020.0 is no whole number"),
-        ("year", True, "True is no whole number"),
-        ("year", 2**63, "no whole number of 64 bits"),
-        ("year", -(2**63) - 1, "no whole number of 64 bits"),
-        ("price", float("nan"), "nan is no finite number"),
-        ("price", float("-inf"), "-inf is no finite number"),
+        ("language", ["de"], "is not a string"),
+        ("year", "2020", "'2020' is not a whole number"),
+        ("year", 2020.0, "2020.0 is not a whole number"),
+        ("year", True, "True is not a whole number"),
+        ("year", 2**63, "not a whole number of 64 bits"),
+        ("year", -(2**63) - 1, "not a whole number of 64 bits"),
+        ("price", float("nan"), "nan is not a finite number"),
+        ("price", float("-inf"), "-inf is not a finite number"),
         ("price", 2**53 + 1, "64-bit float holds exactly"),
         ("price", 10**400, "64 bits can hold"),
-        ("price", False, "False is no number"),
-        ("price", "3.5", "'3.5' is no number"),
-        ("draft", 1, "1 is no true or false"),
-        ("draft", "true", "'true' is no true or false"),
-        ("seen", 1717156800, "is no datetime"),
-        ("seen", date(2024, 5, 31), "is no datetime"),
-        ("seen", "yesterday", "'yesterday' is no time"),
+        ("price", False, "False is not a number"),
+        ("price", "3.5", "'3.5' is not a number"),
+        ("draft", 1, "1 is not true or false"),
+        ("draft", "true", "'true' is not true or false"),
+        ("seen", 1717156800, "is not a datetime"),
+        ("seen", date(2024, 5, 31), "is not a datetime"),
+        ("seen", "yesterday", "'yesterday' is not a time"),
         ("seen", datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1))), "outside the years"),
-        ("seen", {"a": "x" * 500}, r"x\.\.\. is no datetime"),
+        ("seen", {"a": "x" * 500}, r"x\.\.\. is not a datetime"),
         ("colour", "red", r"no such field \(it has: language, year, price, draft, seen\)"),
     ],
 )
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_named(name: str, value: object, problem: str) -> N
 
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, ("a",), b"a", date(2024, 5, 31), 1j])
 def test_values_of_no_type(value: object) -> None:
-    with pytest.raises(InputError, match=f"p0.*'x': a value of type {type(value).__name__} cannot be kept"):
+    with pytest.raises(InputError, match=f"p0.*'x': a value of type {type(value).__name__} cannot be stored"):
         MetadataSchema.infer(passages({"x": value}))
 
 

@@ -281,7 +281,7 @@ def test_a_snapshot_never_changes(store):
     ):
         with pytest.raises(InputError, match="is the snapshot 'a', which never changes"):
             change()
-    with pytest.raises(InputError, match="there is a snapshot 'a' already"):
+    with pytest.raises(InputError, match="there is already a snapshot 'a'"):
         store.snapshot("a")
 
 
@@ -416,10 +416,10 @@ def test_no_room_for_lost_vectors(store, caplog):
 
 
 def test_create_needs_an_empty_place(store, tmp_path):
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         new_store(store.folder)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file, but a folder is to be written there"):
+    with pytest.raises(InputError, match="is a file, but a folder is needed there"):
         new_store(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert len(PassageView(new_store(tmp_path / "empty"))) == 0

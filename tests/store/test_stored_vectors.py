@@ -337,7 +337,7 @@ def test_versions_from_before_a_repair_say_so(store):
     put(store, few_passages(2, start=60).values())
     _damage(store.folder, "missing")
     for _ in range(2):
-        with pytest.raises(DataFormatError, match=f"version {version} has no vectors any more .*open the index again"):
+        with pytest.raises(DataFormatError, match=f"version {version} no longer has vectors .*open the index again"):
             PassageView(store, version)
         verify(store, repair=True, encode=Encoder())
     check_contents(PassageView(store), ALIVE | few_passages(2, start=60))

@@ -472,17 +472,17 @@ def test_going_back(store):
     damaged = _files(store, "_deletions/*")[-1]
     _flip(damaged)
     *_, said, left = verify(IndexStore.open(store.folder), repair=True).problems
-    assert f"version {version + 1} is the last that is whole; `d2llm index ... verify --repair --go-back`" in said
+    assert f"version {version + 1} is the last intact one; `d2llm index ... verify --repair --go-back`" in said
     assert damaged.name in left
     with pytest.raises(DamagedFileError):
         _opened(store)
-    with pytest.raises(InputError, match="ask for the repair too"):
+    with pytest.raises(InputError, match="add --repair"):
         verify(store, go_back=True)
     problem, done = verify(IndexStore.open(store.folder), repair=True, go_back=True).problems
     assert damaged.name in problem
     assert done == (
-        f"the table is what it was at version {version + 1}, the last that is whole; what came with version "
-        f"{version + 2} is lost: give those changes again"
+        f"the table is back at version {version + 1}, the last intact one; the changes of version "
+        f"{version + 2} are lost: apply them again"
     )
     check_contents(_opened(store), PASSAGES | LATER)
     assert verify(store).problems == []
@@ -520,7 +520,7 @@ def test_an_earlier_version_that_is_damaged(store):
     (problem,) = verify(IndexStore.open(store.folder)).problems
     assert f"only earlier versions need it: {old}" in problem
     *_, done = verify(IndexStore.open(store.folder), repair=True).problems
-    assert done == f"version {old} of the table, earlier ones, were damaged and are gone"
+    assert done == f"earlier versions of the table were damaged and were removed: version {old}"
     assert verify(store).problems == []
     check_contents(_opened(store), left)
     assert pinned.version == old

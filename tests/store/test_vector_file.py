@@ -120,7 +120,7 @@ def test_a_missing_part(file, suffix):
 
 def test_a_truncated_file(file):
     file.path.write_bytes(file.path.read_bytes()[:-1])
-    with pytest.raises(DataFormatError, match="shorter than it says"):
+    with pytest.raises(DataFormatError, match="shorter than its list of extents says"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 

@@ -91,8 +91,8 @@ class TestRetrieval:
     def test_repeats_and_shared_positives(self, found):
         # texts without letters and digits repeat no other
         assert repeats(found) == {
-            "passages with another's text": (1, ("p2",)),
-            "train: queries with another's text": (1, ("q2",)),
+            "passages with the same text as another": (1, ("p2",)),
+            "train: queries with the same text as another": (1, ("q2",)),
         }
         assert found.shared_positives == (SharedPositives("train", "test", 1, 1),)  # p2 says what p1 says
 
@@ -144,8 +144,8 @@ class TestPairs:
         found = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
         assert found.splits == (SplitCounts("train", 4, 4, 7, {"0": 2, "1": 5}),)  # passages: c, a b, e, none
         assert repeats(found) == {
-            "train: pairs that are there already": (3, ("train-2", "train-4", "train-6")),
-            "train: pairs that are there the other way round": (1, ("train-3",)),
+            "train: repeated pairs": (3, ("train-2", "train-4", "train-6")),
+            "train: repeated pairs in reverse order": (1, ("train-3",)),
             "pairs that another line labels differently": (1, ("train/train-6",)),
         }
         assert found.issues == ("train: 1 pairs have an empty text",)
@@ -154,7 +154,7 @@ class TestPairs:
     def test_the_other_way_round_may_be_labelled_differently(self, tmp_path):
         rows = [("a dog", "an animal", "entailment"), ("an animal", "a dog", "neutral")]
         found = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
-        assert list(repeats(found)) == ["train: pairs that are there the other way round"]
+        assert list(repeats(found)) == ["train: repeated pairs in reverse order"]
 
     def test_leaks_of_queries_and_of_pairs_in_either_order(self, tmp_path):
         folder = write_pairs(

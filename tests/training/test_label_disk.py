@@ -85,7 +85,7 @@ def test_a_full_disk_loses_nothing_that_was_written(
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", fsync)
         with pytest.raises(
-            InputError, match=r"labels cannot be written \(No space left on device\).*goes on from there"
+            InputError, match=r"labels cannot be written \(No space left on device\).*run the same command again"
         ):
             run(tmp_path / "store")
     before = stored(tmp_path / "store")

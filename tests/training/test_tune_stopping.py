@@ -249,7 +249,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None:
     teacher = TeacherConfig(model=str(encoder), kind="classifier", new_head=True, max_tokens=64)
-    with pytest.raises(InputError, match="says nothing until it is tuned; run tune-teacher"):
+    with pytest.raises(InputError, match="must be tuned before use; run tune-teacher"):
         load_judge(teacher, device="cpu", dtype="float32")
     with pytest.raises(InputError, match=r"tuned with every weight; set teacher_tuning.tuning = 'full'"):
         tune(teacher, tmp_path / "refused")

@@ -27,9 +27,9 @@ def ablate(
     ] = None,
     variants: Annotated[
         str | None,
-        typer.Option("--variants", metavar="A,B,C", help="Train these beside the recipe.", show_default="all"),
+        typer.Option("--variants", metavar="A,B,C", help="Variants to train beside the recipe.", show_default="all"),
     ] = None,
-    list_variants: Annotated[bool, typer.Option("--list", help="Name the variants and stop.")] = False,
+    list_variants: Annotated[bool, typer.Option("--list", help="List the variants and exit.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, for intervals.")] = 3,
     max_queries: Annotated[
         int | None,
@@ -60,7 +60,7 @@ def ablate(
 ) -> None:
     """Train a recipe with parts left out or exchanged, and compare.
 
-    Comes after mine and label. Finished runs are skipped, so the same command continues after an interruption.
+    Run it after mine and label. Finished runs are skipped, so the same command continues after an interruption.
     """
     from d2llm.core.files import write_bytes
     from d2llm.core.recipe_file import load_recipe
@@ -79,7 +79,7 @@ def ablate(
 
     names = None if variants is None else [name.strip() for name in variants.split(",")]
     for name in names or ():
-        find_variant(name)  # before data and labels are read
+        find_variant(name)  # fails before data and labels are read
     run = options.open(session, recipe, files=[markdown_path, html_path])
     run.require_plans()
     report = ablate(

@@ -1,4 +1,4 @@
-"""The verb ``data`` and its own verb ``check``."""
+"""The verb ``data`` and its subcommand ``check``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from d2llm.data.check_report import DataReport
 
 _NUM_NAMED = 3
-data_app = typer.Typer(name="data", help="Look at data sets.", no_args_is_help=True, add_completion=False)
+data_app = typer.Typer(name="data", help="Inspect data sets.", no_args_is_help=True, add_completion=False)
 
 
 @data_app.command("check")
@@ -30,18 +30,20 @@ def check(
         ),
     ],
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Do not fail on queries or pairs that are in two splits.")
+        bool, typer.Option("--allow-leaks", help="Do not fail if queries or pairs are in two splits.")
     ] = False,
     tokenizer: Annotated[
         str,
-        typer.Option("--tokenizer", metavar="NAME_OR_FOLDER", help="Student or model whose tokens and limits count."),
+        typer.Option(
+            "--tokenizer", metavar="NAME_OR_FOLDER", help="Student or model whose tokenizer and limits to use."
+        ),
     ] = DEFAULT_STUDENT,
     near: Annotated[
         float,
-        typer.Option("--near", min=0.1, max=1.0, help="Least similarity of near queries (shared trigrams); 1: none."),
+        typer.Option("--near", min=0.1, max=1.0, help="Minimum similarity of near queries (shared trigrams); 1: none."),
     ] = 0.8,
     sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Number of queries and passages whose length is measured.")
+        int, typer.Option("--sample", min=1, help="Number of queries and passages whose length to measure.")
     ] = 50_000,
     json_path: JsonOption = None,
 ) -> None:
@@ -65,6 +67,6 @@ def _leak_message(report: DataReport) -> str:
         for leak in report.leaks
     ]
     return (
-        f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(parts)}. Figures measured on such splits "
+        f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(parts)}. Results measured on such splits "
         "are too high: remove these from one split, or accept them with --allow-leaks"
     )

@@ -21,9 +21,9 @@ def demo(
     student: StudentOption = DEFAULT_STUDENT,
     json_path: JsonOption = None,
 ) -> None:
-    """Search your Python's documentation, to see it work.
+    """Search your Python's documentation, as a demonstration.
 
-    Takes a few minutes: the texts are read from the standard library on this machine, nothing is downloaded.
+    Takes a few minutes. The texts are read from the standard library on this machine; nothing is downloaded.
     """
     from d2llm.demo.demo import run_demo
 

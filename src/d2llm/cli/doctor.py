@@ -1,4 +1,4 @@
-"""The verb ``doctor``: can d2llm work here?"""
+"""The verb ``doctor``: checks whether d2llm can work on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def doctor(
     student: Annotated[
         str,
         typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one."),
-    ] = DEFAULT_STUDENT,  # not StudentOption: a student that is not there is one of the findings
+    ] = DEFAULT_STUDENT,  # not StudentOption: a missing student is one of the findings
     index: Annotated[
         Path | None,
         typer.Option("--index", metavar="INDEX", help="Also check an index, with its student.", show_default=False),

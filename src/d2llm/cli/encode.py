@@ -1,4 +1,4 @@
-"""The verb ``encode``: a whole corpus turned into a new index at once."""
+"""The verb ``encode``: builds a new index from a whole corpus."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def encode(
     engine: EngineOption = "torch",
     json_path: JsonOption = None,
 ) -> None:
-    """Turn a whole corpus into a new index, at once.
+    """Build a new index from a whole corpus.
 
-    It appears when it is complete; d2llm index changes it. Stopped, the same command continues where it was.
+    The index appears when it is complete; d2llm index can change it later. If interrupted, run the same command again
+    to continue.
     """
     from d2llm.models.student import Student
     from d2llm.retrieval.chunking import default_chunking

@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: quality and cost of each scorer on the user's data."""
+"""The verb ``evaluate``: measures quality and cost of each scorer on the user's data."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def evaluate(
         ),
     ],
     student: StudentOption = DEFAULT_STUDENT,
-    split: Annotated[str, typer.Option("--split", help="The split whose judgements count.")] = "test",
+    split: Annotated[str, typer.Option("--split", help="The split to measure on.")] = "test",
     task: TaskOption = "asymmetric",
     tuned_cosine: Annotated[
         str | None,
         typer.Option(
-            "--tuned-cosine", metavar="FOLDER", help="Student of the row of that name.", show_default="STUDENT-cosine"
+            "--tuned-cosine", metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-cosine"
         ),
     ] = None,
     paper_head: Annotated[
         str | None,
         typer.Option(
-            "--paper-head", metavar="FOLDER", help="Student of the row of that name.", show_default="STUDENT-paper"
+            "--paper-head", metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-paper"
         ),
     ] = None,
     teacher: Annotated[
@@ -67,7 +67,7 @@ def evaluate(
     teacher_depth: Annotated[
         int,
         typer.Option(
-            "--teacher-depth", min=1, help="Passages that the teacher reranks, from BM25 and the student in turn."
+            "--teacher-depth", min=1, help="Passages that the teacher reranks, alternately from BM25 and the student."
         ),
     ] = 50,
     teacher_queries: Annotated[
@@ -82,17 +82,19 @@ def evaluate(
         typer.Option(
             "--model",
             metavar="NAME_OR_FOLDER",
-            help="Measure another model too: a bi-encoder or CrossEncoder for sentence-transformers. May be repeated.",
+            help="Also measure this model, a bi-encoder or CrossEncoder for sentence-transformers. May be repeated.",
             show_default=False,
         ),
     ] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option("--run", metavar="FILE", help="Measure a TREC run file too. May be repeated.", show_default=False),
+        typer.Option(
+            "--run", metavar="FILE", help="Also measure a TREC run file. May be repeated.", show_default=False
+        ),
     ] = None,
     baseline: Annotated[
         SystemKind | None,
-        typer.Option("--baseline", help="Compare with this row.", show_default="tuned cosine, else untuned, else BM25"),
+        typer.Option("--baseline", help="Row to compare with.", show_default="tuned cosine, else untuned, else BM25"),
     ] = None,
     num_candidates: Annotated[
         int, typer.Option("--num-candidates", min=1, help="Passages that get the student's full score.")
@@ -106,13 +108,13 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Add the exact search, with its certificate.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Add a row with exact search and its certificate.")] = False,
     ann_recall: Annotated[
         float | None,
         typer.Option(
             "--ann",
             metavar="RECALL",
-            help="Add candidates of an approximate index that finds this share of them, say 0.95.",
+            help="Add a row with an approximate index that finds this share of the candidates, for example 0.95.",
             show_default=False,
         ),
     ] = None,
@@ -122,7 +124,7 @@ def evaluate(
             "--cascade",
             metavar="N",
             min=1,
-            help="Add a teacher that reads at most N passages of a query, those the student is unsure of.",
+            help="Add a row with a teacher that reads at most N passages per query, those the student is unsure of.",
             show_default=False,
         ),
     ] = None,
@@ -131,7 +133,8 @@ def evaluate(
         typer.Option(
             "--filter",
             metavar="CONDITION",
-            help="Add a search for passages whose metadata match, as in \"year >= 2020 AND language = 'en'\".",
+            help="Add a row with a search for passages whose metadata match, as in "
+            "\"year >= 2020 AND language = 'en'\".",
             show_default=False,
         ),
     ] = None,
@@ -140,7 +143,7 @@ def evaluate(
         typer.Option(
             "--labels",
             metavar="FOLDER",
-            help="A label store with judgements of the teacher.",
+            help="A label store with the teacher's judgements.",
             show_default=False,
         ),
     ] = None,
@@ -182,11 +185,11 @@ def evaluate(
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Measure a student beside BM25, cosines, teacher and others.
+    """Compare a student with BM25, cosines, a teacher and others.
 
     Every row is measured on the same queries (or pairs), with intervals, and compared with the baseline by a paired
-    test. Rows that need a student trained on the same data (tuned cosine, paper head) are found beside the student;
-    d2llm distill RECIPE --variant cosine makes one.
+    test. Some rows need another student trained on the same data (tuned cosine, paper head), which is looked for beside
+    the student; d2llm distill RECIPE --variant cosine trains one.
     """
     from platformdirs import user_cache_path
 

@@ -1,4 +1,4 @@
-"""The verb ``export``: a student as files that other programs run."""
+"""The verb ``export``: writes a student as files that other programs can run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def export(
 ) -> None:
     """Write a student as files for programs without d2llm.
 
-    The files are float32, whatever this machine computes with; with --int8 the encoder has eight-bit products.
+    The files are float32, whatever this machine computes with; with --int8 the encoder uses eight-bit products.
     """
     from d2llm.models.export.export import export
     from d2llm.models.student import Student

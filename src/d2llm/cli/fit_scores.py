@@ -1,4 +1,4 @@
-"""The verb ``fit-scores``: what words add to a student's scores, and their probabilities."""
+"""The verb ``fit-scores``: fits the weights of words in a student's scores, and the probabilities of scores."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fit_scores(
         bool,
         typer.Option(
             "--window-vectors/--no-window-vectors",
-            help="With words: also fit the weight of vectors of each two sentences; indexing then takes longer.",
+            help="With --words: also fit the weight of vectors of each two sentences; indexing then takes longer.",
         ),
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of queries and passages.")] = 0,
@@ -59,11 +59,11 @@ def fit_scores(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Fit a student's scores to your judged queries; no training.
+    """Fit a student's scores to your judged queries.
 
-    Two things are fitted on dev: what words (BM25) and sentences add to the score of a passage in an index, and what
-    turns scores into probabilities. Vectors do not change, so an index of the old student can be searched with the new
-    one. What the student has for the other task is kept.
+    Without training the student again, two things are fitted on dev: the weights of words (BM25) and sentences in the
+    score of a passage in an index, and the conversion of scores into probabilities. Vectors do not change, so an index
+    of the old student can be searched with the new one. What was fitted for the other task is kept.
     """
     from d2llm.data.open_data import open_data
     from d2llm.models.student import Student
@@ -84,7 +84,7 @@ def fit_scores(
         show_progress=session.show_progress,
     )
     model.save(out)
-    evidence = evidence_words({task: report.evidence}) if report.evidence else "words were not weighed"
+    evidence = evidence_words({task: report.evidence}) if report.evidence else "words were not fitted"
     probabilities = probability_words({task: report.probabilities} if report.probabilities else {})
     session.say(f"fit-scores: {evidence}; probabilities: {probabilities}; in {out}")
     session.write_report(context, json_path, report)

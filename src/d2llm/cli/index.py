@@ -1,4 +1,4 @@
-"""The verb ``index`` and its own verbs: an index that lives and changes."""
+"""The verb ``index`` and its subcommands: an index that changes with its corpus."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from d2llm.store.stored_vectors import VectorCopies
 
 _FOLDER = "d2llm.store"
-_NAMED = 20  # missing ids that are named
+_NAMED = 20  # number of missing ids to list
 
 index_app = typer.Typer(
     name="index",
-    help="Keep a corpus that changes, its versions and snapshots.",
+    help="Maintain the index of a changing corpus.",
     no_args_is_help=True,
-    epilog="As in: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
+    epilog="Example: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -51,7 +51,7 @@ IndexStudentOption = Annotated[
         "--student",
         metavar="NAME_OR_FOLDER",
         callback=known_student,
-        help="The student whose vectors it holds.",
+        help="The student that makes its vectors.",
         show_default=f"the index's own; {DEFAULT_STUDENT} for a new one",
     ),
 ]
@@ -59,10 +59,10 @@ IndexStudentOption = Annotated[
 
 @dataclass(frozen=True)
 class WritingOptions:
-    """What is read of a corpus, and what encodes it."""
+    """Which parts of a corpus to read, and how to encode it."""
 
     student: IndexStudentOption = None
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read id, title and text alone.")] = False
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
     ] = False
@@ -74,7 +74,7 @@ class WritingOptions:
 
 @dataclass(frozen=True)
 class IdOptions:
-    """Which passages or documents are meant."""
+    """The passages or documents that a verb works on."""
 
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.", show_default=False)] = None
     ids_file: Annotated[
@@ -95,7 +95,7 @@ class IdOptions:
         """The ids of passages and of documents.
 
         Raises:
-            InputError: there is none.
+            InputError: no id was given.
         """
         from d2llm.data.lines import read_lines
 
@@ -103,7 +103,7 @@ class IdOptions:
         if self.ids_file is not None:
             ids += [text for _, text in read_lines(self.ids_file) if text]
         if not ids and not self.document:
-            raise InputError("there is no id; write ids behind the verb, give a file with --ids, or --document ID")
+            raise InputError("there is no id; write ids after the verb, give a file with --ids, or use --document ID")
         return ids, list(dict.fromkeys(self.document or []))
 
 
@@ -117,7 +117,7 @@ class OpeningOptions:
     json_path: JsonOption = None
 
     def open(self, context: typer.Context) -> Index:
-        """The index with its student."""
+        """Open the index with its student."""
         from d2llm.retrieval.index import Index
 
         return Index.open(folder_of(context), self.student, device=self.device, dtype=self.dtype)
@@ -133,7 +133,7 @@ def choose(
 
 
 def folder_of(context: typer.Context) -> Path:
-    """The index that the verb is about."""
+    """The index that the verb works on."""
     return cast(Path, context.meta[_FOLDER])
 
 
@@ -146,9 +146,9 @@ def add(
     splitting: ChunkingOptions,
     writing: WritingOptions,
 ) -> None:
-    """Add texts that are not in it yet; makes the index if there is none.
+    """Add texts that are not in the index yet; creates it if there is none.
 
-    Stopped, continue with upsert: what is stored already is not encoded again.
+    If interrupted, continue with upsert: stored texts are not encoded again.
     """
     _write_corpus(context, corpus, new, splitting, writing, only_new=True)
 
@@ -162,10 +162,10 @@ def upsert(
     splitting: ChunkingOptions,
     writing: WritingOptions,
 ) -> None:
-    """Add new texts and replace changed ones; makes the index if there is none.
+    """Add new texts and replace changed ones; creates the index if there is none.
 
-    Long texts are split into passages, the same way each time. Only new and changed texts are encoded. Stopped, the
-    same command continues where it was.
+    Long texts are split into passages, the same way each time. Only new and changed texts are encoded. If interrupted,
+    the same command continues where it stopped.
     """
     _write_corpus(context, corpus, new, splitting, writing, only_new=False)
 
@@ -179,8 +179,8 @@ def delete(context: typer.Context, selection: IdOptions) -> None:
     (ids, documents), index = selection.read(), Index.open(folder_of(context))
     missing, missing_documents = index.missing(ids), [name for name in documents if not index.get_document(name)]
     num_deleted = (index.delete(ids) if ids else 0) + (index.delete_documents(documents) if documents else 0)
-    num_there = len(documents) - len(missing_documents)
-    of_documents = f"; {num_there:,} of {len(documents):,} documents were there" if documents else ""
+    num_found = len(documents) - len(missing_documents)
+    of_documents = f"; {num_found:,} of {len(documents):,} documents existed" if documents else ""
     of_ids = f" of {len(ids):,}" if not documents else ""
     session_of(context).say(f"index: {num_deleted:,}{of_ids} passages deleted from {folder_of(context)}{of_documents}")
     report = {
@@ -196,7 +196,7 @@ def delete(context: typer.Context, selection: IdOptions) -> None:
 @index_app.command("get")
 @with_option_groups
 def get(context: typer.Context, selection: IdOptions) -> None:
-    """Show passages by id, or all those of a document, in its order."""
+    """Show passages by id, or all passages of a document in order."""
     from d2llm.reports.search_tables import passage_lines
     from d2llm.retrieval.index import Index
 
@@ -223,10 +223,10 @@ def list_ids(
     cursor: Annotated[
         str, typer.Option("--cursor", metavar="ID", help="Start after this id.", show_default="from the beginning")
     ] = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Ids of a page.")] = 100,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of ids per page.")] = 100,
     json_path: JsonOption = None,
 ) -> None:
-    """List ids in order, one per line; a page at a time, as an index may hold millions."""
+    """List ids in order, one per line and a page at a time, because an index may hold millions."""
     from d2llm.retrieval.index import Index
 
     session, index = session_of(context), Index.open(folder_of(context))
@@ -244,7 +244,7 @@ def list_ids(
 
 @index_app.command("stats")
 def stats(context: typer.Context, json_path: JsonOption = None) -> None:
-    """Show what it holds, and how many bytes it takes."""
+    """Show what the index holds, and how many bytes it takes."""
     from d2llm.reports.search_tables import stats_table
     from d2llm.retrieval.index import Index
 
@@ -257,17 +257,18 @@ def stats(context: typer.Context, json_path: JsonOption = None) -> None:
 def compact(
     context: typer.Context,
     keep_minutes: Annotated[
-        float, typer.Option("--keep-minutes", min=0, help="Leave younger versions to the readers that have them open.")
+        float,
+        typer.Option("--keep-minutes", min=0, help="Keep versions younger than this for readers that have them open."),
     ] = 60.0,
     dense: Annotated[
         bool | None,
         typer.Option(
-            "--dense/--no-dense", help="Write the vectors again without holes.", show_default="if a quarter are holes"
+            "--dense/--no-dense", help="Rewrite the vectors without holes.", show_default="if a quarter are holes"
         ),
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Free the space of what was deleted or changed."""
+    """Free the space of deleted and changed passages."""
     from datetime import timedelta
 
     from d2llm.retrieval.index import Index
@@ -285,22 +286,22 @@ def ann(
     context: typer.Context,
     opening: OpeningOptions,
     recall: Annotated[
-        float, typer.Option("--recall", min=0, max=1, help="The share of the exact candidates that it should find.")
+        float, typer.Option("--recall", min=0, max=1, help="Share of the exact candidates that it should find.")
     ] = 0.95,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="The number of candidates of a search.")] = 1000,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="Number of candidates of a search.")] = 1000,
     queries: Annotated[
         Path | None,
         typer.Option(
             "--queries",
             metavar="FILE",
             help="queries.jsonl or queries.jsonl.gz to measure recall with.",
-            show_default="passages of the index, each to find others",
+            show_default="passages of the index as queries",
         ),
     ] = None,
 ) -> None:
     """Build an approximate index for large corpora; `search --source ann` uses it.
 
-    Passages that are added later are found all the same; build it again when they are many.
+    Passages added later are still found; build it again when there are many of them.
     """
     from d2llm.data.beir import read_queries
     from d2llm.reports.search_tables import ann_remark
@@ -318,12 +319,12 @@ def ann(
 @index_app.command("snapshot")
 def snapshot(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
     drop: Annotated[bool, typer.Option("--drop", help="Delete the snapshot of this name.")] = False,
 ) -> None:
-    """Keep what it holds now under a name; `stats` lists them.
+    """Save the current contents under a name; `stats` lists the snapshots.
 
-    A snapshot is a folder that search takes, in snapshots/ of the index.
+    A snapshot is a folder in snapshots/ of the index, and can be searched like an index.
     """
     from d2llm.retrieval.index import Index
 
@@ -332,7 +333,7 @@ def snapshot(
         index.store.drop_snapshot(name)
         session_of(context).say(f"index: the snapshot {name!r} is deleted")
     else:
-        session_of(context).say(f"index: {len(index):,} passages are kept in {index.snapshot(name)}")
+        session_of(context).say(f"index: {len(index):,} passages are saved in {index.snapshot(name)}")
 
 
 @index_app.command("restore")
@@ -340,7 +341,7 @@ def restore(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
 ) -> None:
-    """Replace the passages of the index by those of a snapshot."""
+    """Replace the passages of the index with those of a snapshot."""
     from d2llm.retrieval.index import Index
 
     num_passages = Index.open(folder_of(context)).restore(name)
@@ -363,7 +364,7 @@ def verify(
         typer.Option("--go-back", help="With --repair, if passages are damaged: return to the last intact version."),
     ] = False,
 ) -> None:
-    """Read everything and report what has changed since it was written."""
+    """Read the whole index and report what has changed since it was written."""
     session, index = session_of(context), opening.open(context)
     report = index.verify(repair=repair, go_back=go_back, show_progress=session.show_progress)
     for problem in report.problems:
@@ -399,7 +400,7 @@ def calibrate(
         typer.Option(
             "--queries",
             metavar="FILE",
-            help="queries.jsonl or queries.jsonl.gz, like those that searches will ask; no judgements are needed.",
+            help="queries.jsonl or queries.jsonl.gz, with queries like those of later searches; no judgements needed.",
             show_default=False,
         ),
     ],
@@ -409,9 +410,9 @@ def calibrate(
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
 ) -> None:
-    """Measure the error of its student against a teacher, for `search --teacher`.
+    """Measure the error of the index's student against a teacher, for `search --teacher`.
 
-    The teacher reads ten of the first fifty passages of each query. The result is kept beside the index.
+    The teacher reads ten of the first fifty passages of each query. The result is stored beside the index.
     """
     import random
 
@@ -431,7 +432,7 @@ def calibrate(
     file = write_error(folder_of(context), judge, index_task, error, evidence)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
-        f"(standard deviation, of {error.num_pairs:,} pairs); kept in {file}"
+        f"(standard deviation over {error.num_pairs:,} pairs); stored in {file}"
     )
     session.write_report(context, opening.json_path, error)
 
@@ -439,10 +440,11 @@ def calibrate(
 @index_app.command("project")
 @with_option_groups
 def project(context: typer.Context, opening: OpeningOptions) -> None:
-    """Store W_p b of each passage, for quicker scores (concat heads).
+    """Store W_p b of each passage, for faster scoring (concat heads).
 
-    The first layer of such a head is a sum of a query's and a passage's part. With the passage's part stored, a score
-    skips the largest product; it takes two bytes for each number of the hidden layer. Later upserts keep it up to date.
+    The first layer of such a head is the sum of a query's and a passage's part. If the passage's part is stored,
+    scoring skips the largest product. It takes two bytes for each unit of the hidden layer; later upserts keep it up to
+    date.
     """
     from d2llm.retrieval.project import project as store_projections
 
@@ -450,7 +452,7 @@ def project(context: typer.Context, opening: OpeningOptions) -> None:
     report = store_projections(index.store, index.student, show_progress=session.show_progress)
     before = report.num_rows - report.num_added
     session.say(
-        f"project: {report.num_added:,} rows added, {before:,} were there, {report.width} numbers and "
+        f"project: {report.num_added:,} rows added, {before:,} existed already, {report.width} numbers and "
         f"{report.bytes_per_row:,} bytes each; {report.seconds:,.1f} s, in {report.folder}"
     )
     session.write_report(context, opening.json_path, report)
@@ -469,7 +471,7 @@ def _write_corpus(
     from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 
     session, with_metadata = session_of(context), not writing.no_metadata
-    num_documents = check_corpus(corpus, with_metadata=with_metadata)  # before an index is made for it
+    num_documents = check_corpus(corpus, with_metadata=with_metadata)  # before an index is created for it
     with _opened(folder_of(context), new, writing) as index:
         report = index.upsert_documents(
             iter_corpus(corpus, with_metadata=with_metadata),
@@ -481,8 +483,8 @@ def _write_corpus(
         )
     session.say(
         f"index: {report.num_documents:,} texts in {report.num_passages:,} passages ({index.chunking}): "
-        f"{report.num_added:,} added, {report.num_updated:,} with another text, {report.num_metadata:,} with other "
-        f"metadata, {report.num_unchanged:,} as they were, {report.num_deleted:,} deleted; {report.num_truncated:,} "
+        f"{report.num_added:,} added, {report.num_updated:,} with changed text, {report.num_metadata:,} with changed "
+        f"metadata, {report.num_unchanged:,} unchanged, {report.num_deleted:,} deleted; {report.num_truncated:,} "
         "truncated; "
         + (f"read in {report.num_windows:,} windows; " if report.num_windows else "")
         + f"{report.seconds:,.1f} s, in {folder_of(context)}"
@@ -492,7 +494,7 @@ def _write_corpus(
 
 @contextmanager
 def _opened(folder: Path, new: NewIndexOptions, writing: WritingOptions) -> Generator[Index]:
-    """The index in a folder, made if there is none; a new one is deleted again if an error leaves it empty."""
+    """Open the index in a folder, or create one; a new one is deleted again if an error leaves it empty."""
     from d2llm.core.files import MANIFEST_NAME
     from d2llm.retrieval.index import Index
     from d2llm.store.schema import MetadataSchema
@@ -522,7 +524,7 @@ def _opened(folder: Path, new: NewIndexOptions, writing: WritingOptions) -> Gene
 
 
 def _complain_of_missing(context: typer.Context, missing: list[str], documents: list[str]) -> None:
-    """Name the ids that are not there, and end with exit code 1."""
+    """List the missing ids, and exit with code 1 if there are any."""
     for noun, ids in (("", missing), ("documents ", documents)):
         if ids:
             names = ", ".join(map(repr, ids[:_NAMED]))

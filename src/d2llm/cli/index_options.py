@@ -1,4 +1,4 @@
-"""Options of the verbs that make an index: ``encode``, and ``add`` and ``upsert`` of ``index``."""
+"""Options of the verbs that create an index: ``encode``, and ``add`` and ``upsert`` of ``index``."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ CorpusArgument = Annotated[
 
 @dataclass(frozen=True)
 class VectorOptions:
-    """What is decided when an index is made, and cannot be changed after."""
+    """Options of a new index that cannot be changed later."""
 
     task: Annotated[
         Task,
         typer.Option(
             "--task",
-            help="For a new index: searches look for passages that answer (asymmetric) or say the same (symmetric).",
+            help="For a new index: search for passages that answer the query (asymmetric) or mean the same "
+            "(symmetric).",
         ),
     ] = "asymmetric"
     vectors: Annotated[
@@ -49,7 +50,7 @@ class VectorOptions:
             metavar="N",
             min=1,
             max=2,
-            help="For a new index: 1 keeps vectors once, in less space; damaged ones must then be encoded again.",
+            help="For a new index: 1 stores vectors once and saves space; damaged ones must then be encoded again.",
         ),
     ] = 2
     window_vectors: Annotated[
@@ -57,16 +58,16 @@ class VectorOptions:
         typer.Option(
             "--window-vectors",
             metavar="FORMAT",
-            help="For a new index: also keep a vector of each two neighbouring sentences, for example as int3; or "
+            help="For a new index: also store a vector of each two neighbouring sentences, for example as int3; or "
             "none.",
-            show_default="int3 where the student's score counts them",
+            show_default="int3 if the student's score uses them",
         ),
     ] = "auto"
 
 
 @dataclass(frozen=True)
 class NewIndexOptions(VectorOptions):
-    """``VectorOptions`` of an index that can have metadata fields."""
+    """``VectorOptions`` for an index with metadata fields."""
 
     field: Annotated[
         list[str] | None,
@@ -74,24 +75,24 @@ class NewIndexOptions(VectorOptions):
             "--field",
             metavar="NAME:TYPE",
             help="For a new index: a metadata field (string, integer, number, boolean, timestamp); repeat for more.",
-            show_default="by the first values",
+            show_default="inferred from the first values",
         ),
     ] = None
 
     def check_unused(self, folder: Path) -> None:
-        """Check that none is given for an index that exists.
+        """Check that none of these options is given for an existing index.
 
         Raises:
             InputError: an option differs from its default.
         """
-        is_given = {
+        is_set = {
             "--field": bool(self.field),
             "--vectors": self.vectors != "bfloat16",
             "--vector-copies": self.vector_copies != 2,
             "--window-vectors": self.window_vectors != "auto",
             "--task": self.task != "asymmetric",
         }
-        for option in (name for name, given in is_given.items() if given):
+        for option in (name for name, value in is_set.items() if value):
             raise InputError(f"{folder}: exists already, and {option} is for a new index; leave it out")
 
 
@@ -119,12 +120,12 @@ class ChunkingOptions:
             "--chunk-overlap",
             metavar="N",
             min=0,
-            help="Tokens of the passage before that a passage repeats.",
+            help="Tokens that a passage repeats from the previous one.",
             show_default="the index's; none for a new one",
         ),
     ] = None
     late: Annotated[
-        bool, typer.Option("--late", help="Read each text whole, and pool its passages from it (late chunking).")
+        bool, typer.Option("--late", help="Encode each text as a whole, then pool its passages (late chunking).")
     ] = False
     late_window: Annotated[
         int | None,
@@ -132,13 +133,13 @@ class ChunkingOptions:
             "--late-window",
             metavar="N",
             min=1,
-            help="Tokens read at once for --late.",
-            show_default="as many as the backbone can",
+            help="Tokens encoded at once with --late.",
+            show_default="as many as the backbone can read",
         ),
     ] = None
     whole: Annotated[
         bool,
-        typer.Option("--whole", help="Split nothing: each text is one passage, cut where the student stops reading."),
+        typer.Option("--whole", help="Do not split texts: each is one passage, cut at the student's limit."),
     ] = False
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class ChunkingOptions:
             raise InputError("--late-window is for --late; give both, or leave it out")
 
     def chunking(self, student: Student) -> Chunking | None:
-        """The chunking that they describe; None if none was given.
+        """The chunking that these options describe; None if none of them is given.
 
         Raises:
             InputError: the student cannot read such passages.

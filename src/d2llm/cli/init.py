@@ -35,23 +35,23 @@ def init(
     ] = Path("recipe.toml"),
     backbone: Annotated[
         str,
-        typer.Option("--backbone", metavar="MODEL", help="Model that reads each text alone: a folder or a Hub name."),
+        typer.Option("--backbone", metavar="MODEL", help="Model that encodes texts: a folder or a Hub name."),
     ] = "minilm",
     teacher: Annotated[
         str | None,
         typer.Option(
             "--teacher",
             metavar="MODEL",
-            help="Model that judges pairs, untuned: a folder, a Hub name, or KIND:MODEL.",
-            show_default="one made of the backbone from 1,000 questions on, else none",
+            help="Untuned model that judges pairs: a folder, a Hub name, or KIND:MODEL.",
+            show_default="made from the backbone if there are at least 1,000 questions, else none",
         ),
     ] = None,
     task: Annotated[
         Task | None,
         typer.Option(
             "--task",
-            help="Whether a passage answers (asymmetric) or says the same (symmetric).",
-            show_default="by the lengths of the texts",
+            help="Whether a passage answers a query (asymmetric) or means the same (symmetric).",
+            show_default="chosen by the lengths of the texts",
         ),
     ] = None,
     device: DeviceOption = None,
@@ -59,7 +59,7 @@ def init(
 ) -> None:
     """Write a recipe for your data, with the reason for each value.
 
-    Epochs and teacher follow from how many questions there are, limits from how long the texts are.
+    Epochs and teacher depend on the number of questions, token limits on the lengths of the texts.
     """
     from d2llm.core.files import write_bytes
     from d2llm.training.starting_recipe import starting_recipe
@@ -72,7 +72,7 @@ def init(
     for note in start.notes:
         session.complain("warning", note)
     session.say(
-        f"init: {start.num_train:,} questions or pairs to train on, {start.num_dev:,} of dev; read {out}, then: "
+        f"init: {start.num_train:,} questions or pairs to train on, {start.num_dev:,} for dev; review {out}, then: "
         f"d2llm run {out} (about {start.duration} at the speed of this machine)"
     )
     session.write_report(context, json_path, start)

@@ -1,4 +1,4 @@
-"""The verb ``keys`` and its own verbs: who may use a server."""
+"""The verb ``keys`` and its subcommands: who may use a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ keys_app = typer.Typer(
     name="keys",
     help="Make and revoke the API keys of a server.",
     no_args_is_help=True,
-    epilog="As in: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
+    epilog="Example: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -28,7 +28,7 @@ NameArgument = Annotated[
 @keys_app.callback()
 def choose(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of keys.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file with the keys.", show_default=False)],
 ) -> None:
     """Remember the file for the verb that follows."""
     context.meta[_FILE] = file
@@ -40,16 +40,22 @@ def add(
     name: NameArgument,
     scope: Annotated[
         Literal["read", "write", "admin"],
-        typer.Option("--scope", help="read: search and encode; write: also passages; admin: also snapshots, reload."),
+        typer.Option(
+            "--scope", help="read: search, encode; write: also change passages; admin: also snapshots, reload."
+        ),
     ] = "read",
     requests_per_minute: Annotated[
         int | None,
         typer.Option(
-            "--requests-per-minute", metavar="N", min=1, help="Limit of requests a minute.", show_default="the server's"
+            "--requests-per-minute",
+            metavar="N",
+            min=1,
+            help="Limit of requests per minute.",
+            show_default="the server's",
         ),
     ] = None,
 ) -> None:
-    """Make a key and show it once: the file has only its hash."""
+    """Create a key and show it once; the file stores only its hash."""
     from d2llm.server.keys import add_key
 
     in_existing_folder(_file_of(context))
@@ -67,9 +73,9 @@ def show(context: typer.Context, json_path: JsonOption = None) -> None:
     from d2llm.server.keys import read_keys
 
     keys = read_keys(_file_of(context))
-    table = Table("name", "scope", "requests a minute", "made")
+    table = Table("name", "scope", "requests per minute", "created")
     for key in keys:
-        table.add_row(key.name, key.scope, f"{key.requests_per_minute or 'as the server says'}", key.created)
+        table.add_row(key.name, key.scope, f"{key.requests_per_minute or 'the server limit'}", key.created)
     session_of(context).show(table)
     session_of(context).write_report(context, json_path, [key.model_dump(exclude={"sha256"}) for key in keys])
 

@@ -1,6 +1,6 @@
 """The command line ``d2llm``: options of the whole program, the verbs, and how errors are shown.
 
-Nothing heavy is imported here: each verb imports what it needs when it is called, so that the help is quick.
+Nothing heavy is imported here, so that the help is fast: each verb imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
-"""What a shell reports for a program that Ctrl-C stopped, and for one that SIGTERM ended."""
+"""What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
 class _Program(TyperGroup):
-    """Turns d2llm's own errors, and those of files, into one paragraph and exit code 2."""
+    """Turns d2llm's own errors and file errors into one paragraph and exit code 2."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         _tidy_help(self)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """``--verbose`` and ``--quiet`` may also follow the verb."""
+        """Also accept ``--verbose`` and ``--quiet`` after the verb."""
         end = args.index("--") if "--" in args else len(args)
         early = [word for word in args[:end] if word in _ANYWHERE]
         return super().parse_args(ctx, early + [word for word in args[:end] if word not in _ANYWHERE] + args[end:])
@@ -62,13 +62,13 @@ class _Program(TyperGroup):
             self._fail(ctx, str(error))
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except OSError as error:
-            if error.filename is None:  # not about a file of the user's: a bug
+            if error.filename is None:  # not about a file of the user, so a bug
                 raise
             self._fail(ctx, f"{error.filename}: {error.strerror}; check the path, its permissions and the disk")
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except KeyboardInterrupt as error:
             session = ctx.obj or Session()
-            session.complain("stopped", "type the same command again to continue; finished parts are kept")
+            session.complain("stopped", "run the same command again to continue; finished parts are kept")
             raise typer.Exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED) from error
 
     @staticmethod
@@ -80,9 +80,9 @@ class _Program(TyperGroup):
 
 
 def _tidy_help(command: Any) -> None:
-    """Show the help of a verb, of its own verbs and of their options letter by letter.
+    """Make the help of a verb, its subcommands and all their options appear verbatim.
 
-    Rich takes words in square brackets for markup, and typer breaks a paragraph where its source does.
+    Without this, Rich treats words in square brackets as markup, and typer keeps the line breaks of the source.
     """
     from rich.markup import escape
 
@@ -95,7 +95,7 @@ def _tidy_help(command: Any) -> None:
 
 
 def _joined_lines(text: str) -> str:
-    """Each paragraph on one line, except those with indented lines, which are lists or examples."""
+    """Put each paragraph on one line, except those with indented lines, which are lists or examples."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
     return "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in paragraphs)
 
@@ -104,7 +104,7 @@ app = typer.Typer(
     name="d2llm",
     cls=_Program,
     help="Distil a large language model's judgement into a small, fast search model, and search with it.",
-    epilog="Start with: d2llm demo. Then: d2llm index, d2llm search. Each verb explains itself: d2llm VERB --help",
+    epilog="Start with: d2llm demo. Then: d2llm index, d2llm search. For help on a verb: d2llm VERB --help",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -122,12 +122,14 @@ def _print_version(is_given: bool) -> None:
 def prepare(
     context: typer.Context,
     version: Annotated[  # noqa: ARG001 - its callback prints it
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say more: log messages, libraries' warnings, tracebacks.")
+        bool, typer.Option("--verbose", "-v", help="Show more: log messages, warnings of libraries, tracebacks.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors: no bars, no remarks.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress bars or remarks.")
+    ] = False,
 ) -> None:
     """Options of the whole program."""
     context.obj = Session(verbose=verbose, quiet=quiet)
@@ -139,7 +141,7 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Search": (encode, search),
     "Serve": (serve,),
     "Measure": (evaluate, ablate),
-    "Look": (export, demo, judge, doctor),
+    "Tools": (export, demo, judge, doctor),
 }
 _GROUPS = {"Search": index_app, "Serve": keys_app, "Measure": data_app}
 
@@ -151,5 +153,5 @@ for _heading, _group in _GROUPS.items():
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The program: ``arguments`` are those of the process by default."""
+    """Run the program; ``arguments`` default to those of the process."""
     app(arguments, prog_name="d2llm")

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share. Only light imports: ``d2llm --help`` reads this file."""
+"""Arguments and options that several verbs share. Only light imports: ``d2llm --help`` imports this module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def known_student(name: str | None) -> str | None:
 
     Raises:
         ModelNotFoundError: there is no such student.
-        ModelError: what the Hub has under that name is damaged, or could run code.
+        ModelError: the repository of that name on the Hub is damaged, or could run code.
     """
     if name is not None:
         from d2llm.models.hub import find_student
@@ -37,7 +37,7 @@ def known_student(name: str | None) -> str | None:
 
 
 def known_teacher(name: str | None) -> str | None:
-    """``known_student`` for an option that names a teacher."""
+    """Check an option that names a teacher, as ``known_student`` does."""
     if name is not None:
         from d2llm.models.teachers.identity import find_kind
 
@@ -53,10 +53,10 @@ def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
 
 
 def in_existing_folder(path: Path | None) -> Path | None:
-    """Check, before the work begins, that a file can be written; no folder is made because of a typing error.
+    """Check before the work begins that a file can be written. Folders are not created, as the path may be mistyped.
 
     Raises:
-        InputError: there is no such folder, or it cannot be written to.
+        InputError: the folder does not exist or is not writable.
     """
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent} to write it in; make it first, or correct the path")
@@ -68,10 +68,10 @@ def in_existing_folder(path: Path | None) -> Path | None:
 
 
 def in_existing_folder_or_run(run: Path, paths: Iterable[Path | None]) -> None:
-    """``in_existing_folder`` for files of a verb that makes the folder ``run``, in which they may lie.
+    """Check files like ``in_existing_folder``, but allow files in ``run``, a folder that the verb creates.
 
     Raises:
-        InputError: the folder of a file does not exist and is not ``run``, or cannot be written to.
+        InputError: the folder of a file is not ``run``, and does not exist or is not writable.
     """
     for path in paths:
         if path is not None and path.parent.resolve() != run.resolve():
@@ -94,19 +94,19 @@ StudentArgument = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the best here"
+        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the best available"
     ),
 ]
 DtypeOption = Annotated[
     NumberFormat | None,
-    typer.Option("--dtype", help="Number format of the models.", show_default="what is fast here"),
+    typer.Option("--dtype", help="Number format of the models.", show_default="one that is fast on the device"),
 ]
 EngineOption = Annotated[
     EngineName,
     typer.Option(
         "--engine",
-        help="What encodes texts: auto takes the fastest here that gives the same vectors; those with int8 "
-        "are faster and change them a little.",
+        help="Engine that encodes texts: auto picks the fastest available one that gives the same vectors; int8 ones "
+        "are faster but change vectors slightly.",
     ),
 ]
 JsonOption = Annotated[
@@ -121,13 +121,13 @@ JsonOption = Annotated[
     ),
 ]
 TaskOption = Annotated[
-    Task, typer.Option("--task", help="Whether a passage answers (asymmetric) or says the same (symmetric).")
+    Task, typer.Option("--task", help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
 ]
 IndexTaskOption = Annotated[
     Task | None,
     typer.Option(
         "--task",
-        help="Whether a passage should answer (asymmetric) or say the same (symmetric).",
+        help="Whether a passage should answer the query (asymmetric) or mean the same (symmetric).",
         show_default="the index's",
     ),
 ]
@@ -136,7 +136,7 @@ PromptOption = Annotated[
     typer.Option(
         "--prompt",
         metavar="NAME",
-        help="Prompt of a teacher that was not tuned: a name or a TOML file.",
+        help="Prompt of an untuned teacher: a name or a TOML file.",
         show_default="paper",
     ),
 ]
@@ -153,9 +153,9 @@ AgainOption = Annotated[bool, typer.Option("--again", help="Repeat the step even
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run is, what it computes with, and where its result goes: options of every verb that works on a run.
+    """Options of every verb that works on a run: its folder, its device, and where the result goes.
 
-    ``--json`` may name a file in the run folder, which need not exist yet; ``open`` checks that.
+    ``--json`` may name a file in the run folder, which need not exist yet; ``open`` checks the path.
     """
 
     out: Annotated[
@@ -188,10 +188,10 @@ class RunOptions:
     ] = None
 
     def open(self, session: Session, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:
-        """The run of a recipe; ``files`` are what the verb will write besides ``--json``.
+        """Open the run of a recipe; ``files`` are those that the verb will write besides ``--json``.
 
         Raises:
-            RecipeError: no such recipe, or its data sets cannot be told apart.
+            RecipeError: there is no such recipe, or its data sets cannot be told apart.
             InputError: a data set is not on this machine, or the folder of a file does not exist.
         """
         from d2llm.training.run import Run
@@ -211,8 +211,8 @@ class RunOptions:
 def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     """Let a verb take its options in groups.
 
-    Typer makes one option of each parameter. Here a parameter whose type is a dataclass becomes one option for each
-    field, and the verb gets the dataclass.
+    Typer makes one option of each parameter. With this decorator, a parameter whose type is a dataclass becomes one
+    option for each field, and the verb receives the dataclass.
     """
     hints = get_type_hints(verb, include_extras=True)
     groups = {name: hints[name] for name in signature(verb).parameters if is_dataclass(hints[name])}

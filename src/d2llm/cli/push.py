@@ -1,4 +1,4 @@
-"""The verb ``push``: a student put on the Hugging Face Hub."""
+"""The verb ``push``: uploads a student to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def push(
         typer.Option(
             "--merge/--adapter",
             help="Push all weights of the backbone, or only what training changed.",
-            show_default="all where sentence-transformers can then load it",
+            show_default="all if sentence-transformers can then load it",
         ),
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Put a student on the Hugging Face Hub.
+    """Upload a student to the Hugging Face Hub.
 
-    The account is that of `hf auth login`, or of the token in HF_TOKEN. The manifest is published too, with the
-    recipe and its paths of data sets. Others then load the student as owner/name; where its head and pooling allow,
-    sentence-transformers does so without d2llm.
+    The account is that of `hf auth login`, or of the token in HF_TOKEN. The manifest is published too, including the
+    recipe and its data set paths. Others can then load the student as owner/name; if its head and pooling allow,
+    sentence-transformers loads it without d2llm.
     """
     from d2llm.models.export.sentence_transformers import MODULES_FILE, why_not_plain
     from d2llm.models.hub import find_student, push_student
@@ -62,7 +62,7 @@ def push(
         session.complain("warning", "no licence is named, so nobody may use the student; give --license")
     is_merged, plain = (folder / BACKBONE_FOLDER).is_dir(), why_not_plain(config) is None
     if merge is False and is_merged:
-        raise InputError(f"{folder}: has all weights of its backbone, and no adapter to push; leave out --adapter")
+        raise InputError(f"{folder}: has all weights of its backbone and no adapter to push; leave out --adapter")
     is_complete = is_merged and (not plain or (folder / MODULES_FILE).is_file())
     with TemporaryDirectory() as temporary:
         if (plain if merge is None else merge) and not is_complete:

@@ -1,4 +1,4 @@
-"""The verb ``run``, and those that take one step of a run: mine, tune-teacher, stack, gate, label, distill."""
+"""The verb ``run``, and the verbs for single steps of a run: mine, tune-teacher, stack, gate, label, distill."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def run(
         typer.Option(
             "--again",
             metavar="STEP",
-            help=f"Repeat this step and those after it, and put what was there aside: {', '.join(get_args(RunStep))}.",
+            help=f"Repeat this step and those after it, and move old results aside: {', '.join(get_args(RunStep))}.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Make a student from a recipe: the steps below, to distill.
+    """Train a student from a recipe: all steps up to distill.
 
-    Before a teacher is tuned, a first look tries it as it is on a few dev queries. Where the recipe has a
-    teacher_margin, mine leaves it out until the teacher is tuned; filter then mines again with it.
+    Before a teacher is tuned, a first look tests the untuned teacher on a few dev queries. If the recipe has a
+    teacher_margin, mine ignores it until the teacher is tuned; filter then mines again with it.
 
-    What is finished in the run folder is skipped, so the same command continues after an interruption. What was made
-    with other settings than the recipe has now is named; --again STEP repeats it, and what comes after it.
+    Steps that are finished in the run folder are skipped, so the same command continues after an interruption. Steps
+    that were run with settings other than the recipe's current ones are named; --again STEP repeats a step and those
+    after it.
     """
     session = session_of(context)
     opened = options.open(session, recipe)  # finds mistakes before torch is loaded
@@ -78,9 +79,9 @@ def mine(
     ] = None,
     again: AgainOption = False,
 ) -> None:
-    """Choose answers and near misses for each training query.
+    """Choose positives and hard negatives for each training query.
 
-    Read audit.md in the plan's folder. Stopped, the same command continues with what was encoded and judged.
+    Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and judged.
     """
     opened = options.open(session_of(context), recipe)
     session_of(context).write_report(context, options.json_path, opened.mine(again=again, student=student))
@@ -90,10 +91,10 @@ def mine(
 def tune_teacher(
     context: typer.Context, recipe: RecipeArgument, options: RunOptions, again: AgainOption = False
 ) -> None:
-    """Teach the language model to answer yes or no on your pairs.
+    """Tune the language model to answer yes or no on your pairs.
 
-    Comes after mine. Optional: without it, label and distill use the recipe's teacher as it is. Stopped, the same
-    command continues from the last checkpoint.
+    Run it after mine. Optional: without it, label and distill use the recipe's teacher as it is. If interrupted, the
+    same command continues from the last checkpoint.
     """
     opened = options.open(session_of(context), recipe)
     session_of(context).write_report(context, options.json_path, opened.tune_teacher(again=again))
@@ -107,12 +108,12 @@ def stack(
     members: Annotated[
         list[str],
         typer.Option(
-            "--member", metavar="MODEL", help=f"A teacher: {_MODEL}. Give it once for each; one is calibrated."
+            "--member", metavar="MODEL", help=f"A teacher: {_MODEL}. Repeat for each; a single one is only calibrated."
         ),
     ],
     queries: Annotated[int, typer.Option("--queries", min=2, help="Dev queries of each data set.")] = 200,
     depth: Annotated[
-        int, typer.Option("--depth", min=1, help="Candidates of each query: this many of BM25 and of the cosine.")
+        int, typer.Option("--depth", min=1, help="Candidates of each query: this many each from BM25 and the cosine.")
     ] = 20,
     html_path: Annotated[
         Path | None,
@@ -125,9 +126,10 @@ def stack(
         ),
     ] = None,
 ) -> None:
-    """Make one calibrated teacher of several, on dev queries.
+    """Combine several teachers into one, calibrated on dev queries.
 
-    It goes to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a recipe.
+    It is written to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a
+    recipe.
     """
     from d2llm.core.files import write_bytes
     from d2llm.reports.training_tables import render_stack_page, stack_tables
@@ -171,8 +173,8 @@ def gate(
 ) -> None:
     """Test on the dev split whether the teacher beats the cosine.
 
-    Comes before label. [gate] in the recipe says how many queries (ten times as many pairs), and what becomes of a data
-    set whose gate is closed.
+    Run it before label. [gate] in the recipe says how many queries to use (ten times as many pairs), and what to do
+    with a data set whose gate is closed.
     """
     from d2llm.reports.training_tables import gate_table
     from d2llm.training.gate import GateReport
@@ -195,7 +197,7 @@ def gate(
 def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions) -> None:
     """Let the teacher judge every pair that mine chose.
 
-    Stopped, the same command continues where it was.
+    If interrupted, the same command continues where it stopped.
     """
     opened = options.open(session_of(context), recipe)
     session_of(context).write_report(context, options.json_path, opened.label())
@@ -211,8 +213,8 @@ def distill(
         typer.Option(
             "--variant",
             metavar="NAME",
-            help="Train a changed student on the same plans, beside the student: cosine and paper are the baselines "
-            "that evaluate compares with; d2llm ablate --list names all.",
+            help="Train a variant of the student on the same plans, beside it: cosine and paper are the baselines that "
+            "evaluate compares with; d2llm ablate --list shows all.",
             show_default=False,
         ),
     ] = None,
@@ -220,7 +222,7 @@ def distill(
 ) -> None:
     """Train the student on the teacher's judgements.
 
-    Comes after label. Stopped, the same command continues from the last checkpoint.
+    Run it after label. If interrupted, the same command continues from the last checkpoint.
     """
     opened = options.open(session_of(context), recipe)
     session_of(context).write_report(context, options.json_path, opened.distill(variant=variant, again=again))

@@ -39,8 +39,8 @@ class SourceChoice(str, Enum):
     bm25 = "bm25"
 
 
-_NAMED = 5  # queries that are too long and are named
-_QUICK_QUERIES = 32  # answered before a progress bar is of use
+_NAMED = 5  # number of truncated queries to list
+_QUICK_QUERIES = 32  # so few are answered too quickly for a progress bar
 
 
 def search(
@@ -50,7 +50,7 @@ def search(
         typer.Argument(metavar="INDEX", help="A folder that index or encode made, or a snapshot.", show_default=False),
     ],
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="QUERY", help="What to look for.", show_default=False)
+        list[str] | None, typer.Argument(metavar="QUERY", help="What to search for.", show_default=False)
     ] = None,
     queries: Annotated[
         Path | None,
@@ -64,7 +64,7 @@ def search(
             "--student",
             metavar="NAME_OR_FOLDER",
             callback=known_student,
-            help="The student that made the index, if it is no longer where it was then.",
+            help="The student that made the index, if it has moved since.",
             show_default=False,
         ),
     ] = None,
@@ -79,14 +79,17 @@ def search(
         ),
     ] = None,
     num_candidates: Annotated[
-        int, typer.Option("--num-candidates", min=1, help="Passages that get the full score; more is slower and surer.")
+        int,
+        typer.Option(
+            "--num-candidates", min=1, help="Passages that get the full score; more is slower and more exact."
+        ),
     ] = DEFAULT_NUM_CANDIDATES,
     source: Annotated[
         list[SourceChoice] | None,
         typer.Option(
             "--source",
-            help="What proposes passages for the full score; may be repeated. ann: quicker, see d2llm index.",
-            show_default="vectors, and bm25 where the student's score counts words",
+            help="Source of candidates for the full score; may be repeated. ann is faster, see d2llm index.",
+            show_default="vectors, and bm25 if the student's score uses words",
         ),
     ] = None,
     hybrid: Annotated[
@@ -96,17 +99,18 @@ def search(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Fuse the student's ranking with BM25's, which then also proposes passages; SHARE is BM25's, say 0.5.",
+            help="Fuse the student's ranking with BM25's, which then also proposes candidates; SHARE is the weight of "
+            "BM25, for example 0.5.",
             show_default=False,
         ),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="The exact ranking of all passages, with a proof.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Rank all passages exactly, with a proof.")] = False,
     budget_ms: Annotated[
         float | None,
         typer.Option(
             "--budget-ms",
             min=0,
-            help="With --exact: stop after this time and say how much is proved.",
+            help="With --exact: stop after this time and report how much is proved.",
             show_default=False,
         ),
     ] = None,
@@ -127,16 +131,16 @@ def search(
             "--teacher",
             metavar="MODEL",
             callback=known_teacher,
-            help="A teacher that reads what the student is unsure of; `d2llm index INDEX calibrate` comes first.",
+            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first.",
             show_default=False,
         ),
     ] = None,
     teacher_passages: Annotated[
-        int, typer.Option("--teacher-passages", min=0, help="The most passages it reads for a query.")
+        int, typer.Option("--teacher-passages", min=0, help="Maximum number of passages it reads per query.")
     ] = DEFAULT_TEACHER_PASSAGES,
     teacher_ms: Annotated[
         float | None,
-        typer.Option("--teacher-ms", min=0, help="The longest time it reads for a query.", show_default=False),
+        typer.Option("--teacher-ms", min=0, help="Maximum time it reads per query.", show_default=False),
     ] = None,
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
@@ -167,7 +171,7 @@ def search(
     )
     settings.check()
     if teacher is None and teacher_ms is not None:
-        raise InputError("--teacher-ms is the time of a teacher; name one with --teacher, or leave it out")
+        raise InputError("--teacher-ms is the time limit of a teacher; name one with --teacher, or leave it out")
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
@@ -185,7 +189,7 @@ def search(
 
 
 def _show(session: Session, ranking: Ranking, settings: SearchSettings, student: SearchStudent, task: Task) -> None:
-    """One ranking with all that is known of it."""
+    """Print a ranking with its explanation, its teacher's changes and its proof."""
     from d2llm.models.attribution import why_no_interaction
     from d2llm.models.student import Student
     from d2llm.reports.search_tables import explanation_table, ranking_list
@@ -214,7 +218,7 @@ def _load_cascade(
     device: str | None,
     dtype: str | None,
 ) -> Cascade:
-    """The cascade that the options of a search name; the student's error is the one kept beside the index."""
+    """The cascade for the options of a search; the student's error is the one stored beside the index."""
     from d2llm.models.teachers.judge import load_judge
     from d2llm.retrieval.calibrate import read_error
     from d2llm.retrieval.cascade import Cascade
@@ -226,7 +230,7 @@ def _load_cascade(
 
 
 def _cascade_line(report: CascadeReport) -> str:
-    """What a teacher did to a ranking, in one line."""
+    """What a teacher changed in a ranking, in one line."""
     moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
     cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
     cut += ", until its time was up" if report.out_of_time else ""
@@ -241,29 +245,29 @@ def _read_queries(texts: list[str], file: Path | None) -> list[Query]:
     from d2llm.data.beir import read_queries
 
     if not texts and file is None:
-        raise InputError("there is no query; write one behind the index, or give a file with --queries")
+        raise InputError("there is no query; write one after the index, or give a file with --queries")
     typed = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
     return typed + (list(read_queries(file).values()) if file is not None else [])
 
 
 def _truncated_queries(rankings: list[Ranking], student: SearchStudent) -> str | None:
-    """A warning about queries that were cut; None if none was."""
-    cut = [ranking.query for ranking in rankings if ranking.truncated]
-    if not cut:
+    """A warning about truncated queries; None if there are none."""
+    truncated = [ranking.query for ranking in rankings if ranking.truncated]
+    if not truncated:
         return None
     limit = getattr(student, "max_query_tokens", None)
-    read = "the student reads" if limit is None else f"the {limit} tokens that the student reads"
-    names = ", ".join(repr(query.id) for query in cut[:_NAMED]) + (", ..." if len(cut) > _NAMED else "")
-    count = f"{len(cut):,} of {len(rankings):,} queries {'is' if len(cut) == 1 else 'are'}"
+    length = "the student reads" if limit is None else f"the {limit} tokens that the student reads"
+    names = ", ".join(repr(query.id) for query in truncated[:_NAMED]) + (", ..." if len(truncated) > _NAMED else "")
+    count = f"{len(truncated):,} of {len(rankings):,} queries {'is' if len(truncated) == 1 else 'are'}"
     return (
-        f"{count} longer than {read} ({names}): what stands behind has no part in the student's scores. Ask a shorter "
+        f"{count} longer than {length} ({names}): the rest does not affect the student's scores. Ask a shorter "
         "question, or several"
     )
 
 
 def _why_none(settings: SearchSettings) -> str:
     if settings.filter is not None:
-        return ": no passage fits the filter" + (" and has a word of it" if settings.sources == ("bm25",) else "")
+        return ": no passage matches the filter" + (" and has a word of it" if settings.sources == ("bm25",) else "")
     return ": no passage has a word of it" if settings.sources == ("bm25",) else ""
 
 
@@ -273,9 +277,5 @@ def _proof(certificate: Certificate, num_places: int) -> str:
     return (
         f"exact: {proved} of {num_places} places are proved; {certificate.num_scored:,} of {num_passages:,} passages "
         f"got the full score"
-        + (
-            f", none of the others can have more than {certificate.highest_bound_left:.3f}"
-            if certificate.num_left
-            else ""
-        )
+        + (f", none of the others can score above {certificate.highest_bound_left:.3f}" if certificate.num_left else "")
     )

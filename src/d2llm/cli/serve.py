@@ -1,8 +1,8 @@
-"""The verb ``serve``: an index and its student behind HTTP.
+"""The verb ``serve``: serves an index and its student over HTTP.
 
-A server's settings are one schema (``server/settings.py``). The options that are typed by hand most often are options
-of their own, with types and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_serve_settings.py``
-checks that each option is a field of the schema.
+A server's settings are one schema (``server/settings.py``). The most common settings have their own options, with types
+and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_serve_settings.py`` checks that each option
+is a field of the schema.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SettingOptions:
-    """Settings of the server that have an option of their own; None leaves a setting to environment and file."""
+    """Settings of the server that have their own option; None leaves a setting to environment and file."""
 
     index: Annotated[
         Path | None,
-        typer.Argument(metavar="INDEX", help="Folder of an index; without it, a student alone.", show_default=False),
+        typer.Argument(
+            metavar="INDEX", help="Folder of an index; without it, only a student is served.", show_default=False
+        ),
     ] = None
     student: Annotated[
         str | None,
@@ -42,18 +44,19 @@ class SettingOptions:
     ] = None
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", metavar="MODEL", help="A teacher that searches may ask.", show_default=False),
+        typer.Option("--teacher", metavar="MODEL", help="A teacher that searches may use.", show_default=False),
     ] = None
     prompt: PromptOption = None
     host: Annotated[
         str | None, typer.Option("--host", metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")
     ] = None
     port: Annotated[
-        int | None, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.", show_default="8000")
+        int | None,
+        typer.Option("--port", min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000"),
     ] = None
     keys_file: Annotated[
         Path | None,
-        typer.Option("--keys-file", metavar="FILE", help="API keys, made by: d2llm keys.", show_default=False),
+        typer.Option("--keys-file", metavar="FILE", help="API keys, made with: d2llm keys.", show_default=False),
     ] = None
     writable: Annotated[
         bool | None,
@@ -67,7 +70,7 @@ class SettingOptions:
     dtype: DtypeOption = None
     engine: Annotated[
         EngineName | None,
-        typer.Option("--engine", help="What encodes texts.", show_default="auto"),
+        typer.Option("--engine", help="Engine that encodes texts.", show_default="auto"),
     ] = None
 
 
@@ -92,7 +95,7 @@ def serve(
     """Serve an index over HTTP, with its student.
 
     Settings come from options, from the environment (D2LLM_SERVE_MAX_TEXTS) and from a file, in this order. Stop it
-    with Ctrl-C or SIGTERM: what it has accepted is answered. SIGHUP reads the index again.
+    with Ctrl-C or SIGTERM; accepted requests are still answered. SIGHUP reloads the index.
     """
     from d2llm.core.extras import require
 
@@ -124,7 +127,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     bound = listen(settings.host, settings.port)
     url = url_of(bound)
     if not is_loopback(settings.host) and set(settings.host_names) <= set(LOOPBACK_NAMES):
-        session.say("serve: only requests for localhost are answered; allowed_hosts names others")
+        session.say("serve: only requests for localhost are answered; set allowed_hosts to answer for other names")
 
     def say_ready() -> None:
         report = {"url": url, "settings": settings.model_dump(), "sources": loaded.sources}
@@ -134,9 +137,9 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     with contextlib.ExitStack() as undo:
         undo.callback(bound.close)
         if settings.index is not None:
-            read_index_manifest(settings.index)  # fails on a folder that is no index, before anything is loaded
+            read_index_manifest(settings.index)  # fails on a folder without an index, before anything is loaded
         undo.callback(start_logs(settings))
-        from d2llm.server.app import make_app  # takes seconds; a port in use is reported before
+        from d2llm.server.app import make_app  # takes seconds; a port in use has been reported by now
         from d2llm.server.services import Serving
 
         app = make_app(settings)

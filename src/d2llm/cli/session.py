@@ -1,4 +1,4 @@
-"""One call of the command line: what is printed, and where it goes."""
+"""One call of the command line: what to print, and where."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SCHEMA_VERSION = 1
-"""Of the files that ``--json`` writes."""
-_FILE_WIDTH = 140  # of tables that go to a file or another program
+"""Version of the schema of the files that ``--json`` writes."""
+_FILE_WIDTH = 140  # width of tables that go to a file or another program
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Session:
 
     @property
     def show_progress(self) -> bool | None:
-        """For the verbs' argument of that name."""
+        """Value of the ``show_progress`` arguments of library functions."""
         return False if self.quiet else None
 
     @cached_property
@@ -50,7 +50,7 @@ class Session:
 
     def show(self, result: RenderableType) -> None:
         """Print a result."""
-        # Tables and wrapped texts know the width; what is wider is an id, which is to be copied whole.
+        # Tables and wrapped texts respect the width; only ids are wider, and must stay in one piece to be copied.
         self._out.print(result, markup=False, crop=False)
 
     def say(self, remark: str) -> None:
@@ -83,16 +83,16 @@ class Session:
 
 
 def session_of(context: typer.Context) -> Session:
-    """The session that the program's own options made."""
+    """The session that the program's options created."""
     return cast(Session, context.obj)
 
 
 _REMARKS = "d2llm.remarks"
-"""The logger of remarks: worth a line on the screen, but no warning."""
+"""The logger of remarks, which deserve a line on the screen but are not warnings."""
 
 
 class _Relay(logging.Handler):
-    """Shows log records through a session, so that they do not tear a progress bar apart."""
+    """Shows log records through a session, so that they do not break a progress bar."""
 
     def __init__(self, session: Session, threshold: int) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ def start_logging(session: Session) -> Callable[[], None]:
     """Show remarks and warnings (``--quiet``: errors only; ``--verbose``: everything).
 
     Returns:
-        What restores the logging as it was.
+        A function that restores the previous logging.
     """
     logger, remarks = logging.getLogger("d2llm"), logging.getLogger(_REMARKS)
-    before = logger.level
+    level = logger.level
     remarks.setLevel(logging.INFO)
     handler = _Relay(session, logging.DEBUG if session.verbose else logging.ERROR if session.quiet else logging.WARNING)
     logger.addHandler(handler)
@@ -124,14 +124,14 @@ def start_logging(session: Session) -> Callable[[], None]:
 
     def stop() -> None:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(level)
         remarks.setLevel(logging.NOTSET)
 
     return stop
 
 
 def _hush_libraries() -> None:
-    """Silence progress bars and advice of libraries, on which a user of the command line cannot act."""
+    """Silence progress bars and advice of libraries, which users of the command line cannot act on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -139,7 +139,7 @@ def _hush_libraries() -> None:
 
 
 def _plain(value: object) -> Any:
-    """Dataclasses, paths, numpy numbers and containers as plain values for JSON; NaN and infinities become null."""
+    """Convert dataclasses, paths, numpy numbers and containers to plain JSON values; NaN and infinity become null."""
     if hasattr(value, "to_json"):
         value = cast(Any, value).to_json()
     if is_dataclass(value) and not isinstance(value, type):

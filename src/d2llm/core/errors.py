@@ -2,23 +2,23 @@
 
 D2LLMError
 ├── InputError              the user's files or arguments are wrong
-│   ├── DataFormatError     a file cannot be read as what it should be (names file and line)
-│   ├── DamagedFileError    a file of an index is not what was written
+│   ├── DataFormatError     a file does not have the expected format (names file and line)
+│   ├── DamagedFileError    a file of an index is damaged or missing
 │   ├── DuplicateIdError    an id occurs twice
-│   ├── FilterError         a filter cannot be read, or asks for what the index has not
+│   ├── FilterError         a filter cannot be parsed, or does not fit the fields of the index
 │   └── RecipeError         a recipe has an unknown key or a bad value
 ├── ModelError              a model cannot be found, loaded or used
-│   ├── ModelNotFoundError  no weights where the name points to
+│   ├── ModelNotFoundError  no usable weights under the given name
 │   └── AnswerTokenError    an answer word is not one distinct token
 ├── MismatchError           two artifacts do not belong together
 │   ├── IndexMismatchError  the index was made by another student
-│   └── LabelMismatchError  labels of another teacher or prompt
-├── StorageError            an index cannot be written (disk full, no right to write)
+│   └── LabelMismatchError  the labels belong to another teacher or prompt
+├── StorageError            an index cannot be written (disk full, no permission)
 │   └── IndexLockedError    another process is writing to it
 ├── TrainingDivergedError   the loss became NaN or infinite
 └── MissingExtraError       an optional dependency is not installed
 
-Beside it stands Terminated, a KeyboardInterrupt: the process was asked to end.
+Outside this tree: Terminated, a KeyboardInterrupt that SIGTERM raises.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class InputError(D2LLMError):
 
 
 class DataFormatError(InputError):
-    """A file cannot be read as what it should be; the message starts with ``path:line``."""
+    """A file does not have the expected format; the message starts with ``path:line``."""
 
     def __init__(self, path: str | Path, problem: str, *, line: int | None = None) -> None:
         self.path = Path(path)
@@ -47,12 +47,12 @@ class DataFormatError(InputError):
         super().__init__(f"{where}: {problem}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default an exception is unpickled from its message alone, which fails when it comes from a worker process.
+        # By default an exception is unpickled from its message alone, which fails if it comes from a worker process.
         return partial(type(self), self.path, self.problem, line=self.line), ()
 
 
 class DamagedFileError(DataFormatError):
-    """A file of an index is not what was written, or is missing."""
+    """A file of an index is damaged or missing."""
 
 
 class DuplicateIdError(DataFormatError):
@@ -60,7 +60,7 @@ class DuplicateIdError(DataFormatError):
 
 
 class FilterError(InputError):
-    """A filter cannot be read, or does not fit the fields of the index."""
+    """A filter cannot be parsed, or does not fit the fields of the index."""
 
 
 class RecipeError(InputError):
@@ -72,7 +72,7 @@ class ModelError(D2LLMError):
 
 
 class ModelNotFoundError(ModelError):
-    """There are no usable weights where the name points to."""
+    """There are no usable weights under the given name."""
 
 
 class AnswerTokenError(ModelError):
@@ -92,7 +92,7 @@ class LabelMismatchError(MismatchError):
 
 
 class StorageError(D2LLMError):
-    """An index cannot be written; what was committed before is kept."""
+    """An index cannot be written; earlier commits are kept."""
 
 
 class IndexLockedError(StorageError):
@@ -108,4 +108,4 @@ class MissingExtraError(D2LLMError, ImportError):
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM): to every part of d2llm the same as Ctrl-C."""
+    """The process received SIGTERM; every part of d2llm treats it like Ctrl-C."""

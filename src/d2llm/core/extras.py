@@ -1,4 +1,4 @@
-"""Optional dependencies: one line that says what is missing and how to get it."""
+"""Optional dependencies, and a one-line error that says what is missing and how to install it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
     Args:
         module: the module to import, for example ``"peft"``.
-        extra: the extra of d2llm that brings it, for example ``"train"``.
+        extra: the extra of d2llm that installs it, for example ``"train"``.
         purpose: what it is needed for, as a noun phrase ("LoRA tuning").
 
     Raises:
-        MissingExtraError: one line naming the module, the purpose and the pip command, or what kept an installed
-            module from being imported.
+        MissingExtraError: the module is not installed or cannot be imported; one line names the module, the purpose
+            and the pip command.
     """
     try:
         return importlib.import_module(module)
@@ -34,5 +34,5 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 def _is_missing(module: str, error: ImportError) -> bool:
-    """Whether ``module`` itself, or a package that it lies in, was not found, rather than something that it imports."""
+    """Whether ``module`` itself or one of its parent packages was not found, rather than something that it imports."""
     return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")

@@ -1,4 +1,4 @@
-"""Fast paths that could not be used: each fallback to a slower one is counted, and logged once for each reason."""
+"""Fallbacks from a fast path to a slower one: each is counted, and logged once for each reason."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from threading import Lock
 _log = logging.getLogger(__name__)
 _lock = Lock()
 _counts: Counter[str] = Counter()
-_said: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 def fell_back(fast_way: str, reason: str, *, level: int = logging.WARNING) -> None:
-    """Count that a fast way could not be taken; the first time for this reason, log it.
+    """Count that a fast path could not be used, and log it the first time for each reason.
 
     Args:
-        fast_way: what would have been quicker, in a few words; a label of a metric.
-        reason: why not, and what is done instead.
-        level: of the log line; below a warning where nothing is wrong.
+        fast_way: the fast path in a few words; also a metric label.
+        reason: why it was not used, and what is done instead.
+        level: log level; below a warning if nothing is wrong.
     """
     count_fallback(fast_way)
     with _lock:
-        is_new = (fast_way, reason) not in _said
-        _said.add((fast_way, reason))
+        is_new = (fast_way, reason) not in _logged
+        _logged.add((fast_way, reason))
     if is_new:
         _log.log(level, "%s: %s", fast_way, reason)
 
 
 def count_fallback(fast_way: str) -> None:
-    """Count alone, where the caller says why."""
+    """Count a fallback without logging it, for callers that report the reason themselves."""
     with _lock:
         _counts[fast_way] += 1
 
 
 def fallback_counts() -> dict[str, int]:
-    """How often each fast way could not be taken in this process, by its name."""
+    """How often each fast path could not be used in this process, by name."""
     with _lock:
         return dict(sorted(_counts.items()))

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Atomic writes: a reader sees either the old content of a file or the new, never a part of it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def _sync_directory(path: Path) -> None:
 
 
 def _sibling(path: Path, label: str) -> Path:
-    # Not the tempfile module: it gives its files to their owner alone, while these should follow the user's umask.
+    # Not the tempfile module: only the owner can read its files, while these should follow the user's umask.
     return path.with_name(f".{path.name}.{label}-{secrets.token_hex(6)}")
 
 
 def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
     """Write ``content`` to ``path`` atomically: temporary name in the same folder, fsync, rename.
 
-    ``mode`` are the file's permissions, such as 0o600 for what is its owner's alone; None leaves them to the umask.
+    ``mode`` sets the file's permissions, such as 0o600 for a file that only its owner can read; None: by the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "new")
     try:
         with temporary.open("xb") as file:
             if mode is not None:
-                temporary.chmod(mode)  # while it is empty: nobody else opens it in between
+                temporary.chmod(mode)  # while the file is empty, so that nobody else can open it first
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -56,10 +56,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Put the finished folder ``source`` at ``target``; an older folder there is removed after the exchange.
+    """Move the finished folder ``source`` to ``target``, then remove the older folder that was there.
 
-    The exchange is two renames. Killed exactly between them, there is no ``target``; the old content is then whole in
-    ``.<name>.old-*`` beside it, the new one in ``source``.
+    The swap takes two renames. If the process is killed between them, there is no ``target``; the old content is then
+    complete in ``.<name>.old-*`` beside it, and the new content in ``source``.
     """
     for path in (source, *source.rglob("*")):
         if path.is_dir():
@@ -84,18 +84,18 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def check_replaceable(target: Path, kind: str | None) -> None:
-    """Make sure that ``new_folder(target, kind=kind)`` may write there, for work that ends with it hours later.
+    """Check that ``new_folder(target, kind=kind)`` can write there, before hours of work that end with it.
 
     Raises:
-        InputError: ``target`` is a file, holds files of somebody else, or another kind of artifact.
+        InputError: ``target`` is a file, or holds files that d2llm did not write or another kind of artifact.
     """
     if not target.exists():
-        above = next((folder for folder in target.absolute().parents if folder.exists()), None)
-        if above is not None and not above.is_dir():
-            raise InputError(f"{target}: {above} is a file, not a folder; give another path")
+        parent = next((folder for folder in target.absolute().parents if folder.exists()), None)
+        if parent is not None and not parent.is_dir():
+            raise InputError(f"{target}: {parent} is a file, not a folder; give another path")
         return
     if not target.is_dir():
-        raise InputError(f"{target}: is a file, but a folder is to be written there; give another path")
+        raise InputError(f"{target}: is a file, but a folder is needed there; give another path")
     manifest = target / MANIFEST_NAME
     if not manifest.is_file():
         if any(target.iterdir()):
@@ -113,14 +113,15 @@ def check_replaceable(target: Path, kind: str | None) -> None:
 
 @contextmanager
 def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
-    """Give a temporary folder beside ``target`` to fill; it becomes ``target`` when the block ends without error.
+    """Yield an empty temporary folder beside ``target`` that becomes ``target`` if the block ends without an error.
 
     Args:
-        target: where the folder is to be; what d2llm wrote there before is replaced. A link is followed.
-        kind: what is written ("student", "index", ...); given, only an artifact of the same kind is replaced.
+        target: the final path; what d2llm wrote there before is replaced. Symbolic links are followed.
+        kind: kind of artifact ("student", "index", ...); if given, only an artifact of the same kind is replaced.
 
     Raises:
-        InputError: ``target`` is a file, holds files of somebody else, or another kind of artifact. Nothing is changed.
+        InputError: ``target`` is a file, or holds files that d2llm did not write or another kind of artifact. Nothing
+            is changed.
     """
     target = target.resolve()
     check_replaceable(target, kind)
@@ -136,6 +137,6 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder; a file of several names counts once."""
+    """Total bytes of all files in a folder; a file with several hard links counts once."""
     files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (p.stat() for p in folder.rglob("*") if p.is_file())}
     return sum(files.values())

@@ -1,4 +1,4 @@
-"""Short content hashes that tell whether two artifacts are the same thing."""
+"""Short content hashes that tell whether two artifacts are the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from d2llm.core.types import Passage
 
-_LENGTH = 16  # hexadecimal digits: 64 bits, ample for telling apart the artifacts of one project
+_LENGTH = 16  # hexadecimal digits: 64 bits, enough to distinguish the artifacts of one project
 
 
 def fingerprint_json(value: Any) -> str:

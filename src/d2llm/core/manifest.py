@@ -1,4 +1,4 @@
-"""``manifest.json``: every folder d2llm writes says what it is and what made it."""
+"""``manifest.json``: in every folder that d2llm writes, it says what the folder is and what made it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("d2llm", "torch", "transformers", "safetensors", "numpy")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that shape a result, those that are installed."""
+    """Versions of the installed packages that affect results."""
     versions: dict[str, str] = {}
     for package in _PACKAGES:
         try:
@@ -28,7 +28,7 @@ def package_versions() -> dict[str, str]:
 def write_manifest(folder: Path, kind: str, format_version: int, content: dict[str, Any]) -> None:
     """Write the manifest of a ``kind`` of artifact ("student", "index", ...) into ``folder``, atomically.
 
-    ``content`` cannot change ``kind``, ``format_version`` or ``packages``: they are what this d2llm says of itself.
+    ``content`` cannot override ``kind``, ``format_version`` or ``packages``.
     """
     head = {"kind": kind, "format_version": format_version, "packages": package_versions()}
     write_json(folder / FILE_NAME, head | content | head)
@@ -53,7 +53,7 @@ def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any
 
 
 def read_any_manifest(folder: Path, kind: str = "") -> dict[str, Any]:
-    """Read the manifest of ``folder``, whatever it describes; ``kind`` is what an error says was looked for.
+    """Read the manifest of ``folder``, whatever kind it describes; ``kind`` is only used in the error message.
 
     Raises:
         DataFormatError: there is none, or it is not JSON.

@@ -1,4 +1,4 @@
-"""How much memory a program could still have: of the system, of its container, and of its own limits."""
+"""How much more memory this process can use, given the limits of the system, the container and the process itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that this process could still take without swapping or being ended; None where the system does not say.
+    """Bytes that this process can still use without swapping or being killed; None if the system does not report it.
 
-    The least of what the system has free, what a container or another control group leaves, and what `ulimit` leaves
-    of the address space (-v) or of the data (-d).
+    The minimum of the system's free memory, what is left within the limit of a container or another control group, and
+    what `ulimit` leaves of the address space (-v) or of the data (-d).
     """
     free = _numbers(_MEMINFO).get("MemAvailable")
     if free is None:
@@ -22,7 +22,7 @@ def available_memory() -> int | None:
 
 
 def _left_by_groups() -> Iterator[int]:
-    """What is left to each control group that this process is in, from its own up to the outermost that is seen."""
+    """Bytes left to each control group of this process, from its own up to the outermost visible one."""
     try:
         lines = _GROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -40,28 +40,28 @@ def _left_by_group(root: Path, path: str, limit: str, used: str, files: str) -> 
     for group in (PurePosixPath(path), *PurePosixPath(path).parents):
         folder = root / str(group).lstrip("/")
         try:
-            most, now = ((folder / name).read_text(encoding="ascii").strip() for name in (limit, used))
+            maximum, current = ((folder / name).read_text(encoding="ascii").strip() for name in (limit, used))
         except OSError:  # the outermost group has no limit, and a container does not see those above its own
             continue
-        if most != "max":
-            # Pages of files that were read count as used, and go when others need the room.
-            yield int(most) - max(0, int(now) - _numbers(folder / "memory.stat").get(files, 0))
+        if maximum != "max":
+            # The page cache counts as used, but is freed when memory is needed.
+            yield int(maximum) - max(0, int(current) - _numbers(folder / "memory.stat").get(files, 0))
 
 
 def _left_by_limits() -> Iterator[int]:
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # not on Windows
         return
-    taken = _numbers(_STATUS)
+    usage = _numbers(_STATUS)
     for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         limit, _ = resource.getrlimit(kind)
-        if limit != resource.RLIM_INFINITY and name in taken:
-            yield limit - taken[name] * 1024
+        if limit != resource.RLIM_INFINITY and name in usage:
+            yield limit - usage[name] * 1024
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Name and first number of each line of a file of the kernel; empty where there is no such file."""
+    """Name and first number of each line of a kernel file; empty if there is no such file."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A misspelt name, and the one that was probably meant."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ RENAMED: Mapping[str, str] = {
     "text": "query",
     "top_n": "top_k",
 }
-"""Names that were used earlier, or are used elsewhere, for settings of a search."""
+"""Former names of search settings, and names that other libraries use for them."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like this one; None where none is near."""
+    """The known name most similar to this one; None if none is similar enough."""
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'top_k'?`` for a name that is not known; empty where none is near."""
+    """``; did you mean 'top_k'?`` for an unknown name; empty if no known name is similar enough."""
     names = list(known)
     suggestion = RENAMED.get(name.lower())
     if suggestion not in names:

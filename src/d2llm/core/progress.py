@@ -1,4 +1,4 @@
-"""Progress of anything that takes over two seconds: a bar in a terminal, now and then a line in a log."""
+"""Progress of work that takes more than two seconds: a bar in a terminal, or an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class Advance(Protocol):
     """Call with the number of items finished since the last call, and a short note to show beside the bar."""
 
     def __call__(self, count: int, note: str = "", /) -> None:
-        """``count`` items are finished; ``note`` replaces the note shown, unless empty."""
+        """Report ``count`` more finished items; ``note`` replaces the note shown, unless it is empty."""
         ...
 
 
 LINE_SECONDS = 30.0
-"""Between two lines of a log."""
+"""Minimum time between two log lines."""
 _remarks = logging.getLogger("d2llm.remarks")
 _shown: ContextVar[Progress | None] = ContextVar("shown progress", default=None)
 
 
 @contextmanager
 def progress_bar(description: str, total: int | None, *, show: bool | None = None) -> Generator[Advance]:
-    """A bar with rate and remaining time on standard error; where that is no terminal, a logged line twice a minute.
+    """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
-    Work that is part of other work with a bar has its own bar below that one, as long as it lasts.
+    If work that already shows a bar starts other work, the bar of the latter appears below while it lasts.
 
     Args:
         description: what is being done.
-        total: how many items there are; None: nobody knows, so what is finished is shown.
-        show: True: a bar, also where there is no terminal. False: neither bar nor lines.
+        total: number of items; None: unknown, so only the number of finished items is shown.
+        show: True: a bar, even without a terminal. False: neither a bar nor log lines.
     """
     if show is False:
         yield ignore
@@ -45,13 +45,13 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
     if not (sys.stderr.isatty() or show):
         yield _lines(description, total)
         return
-    around = _shown.get()
-    if around is not None:  # a terminal has room for one display
-        task = around.add_task(description, total=total, note="")
+    outer = _shown.get()
+    if outer is not None:  # a terminal has room for only one display
+        task = outer.add_task(description, total=total, note="")
         try:
-            yield _advance_of(around, task)
+            yield _advance_of(outer, task)
         finally:
-            around.remove_task(task)
+            outer.remove_task(task)
         return
     from rich.console import Console
     from rich.progress import (
@@ -73,11 +73,11 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        before = _shown.set(progress)
+        token = _shown.set(progress)
         try:
             yield _advance_of(progress, progress.add_task(description, total=total, note=""))
         finally:
-            _shown.reset(before)
+            _shown.reset(token)
 
 
 def _advance_of(progress: Progress, task: TaskID) -> Advance:
@@ -90,7 +90,7 @@ def _advance_of(progress: Progress, task: TaskID) -> Advance:
 
 
 def _lines(description: str, total: int | None) -> Advance:
-    """Logs how far the work is, no more often than every ``LINE_SECONDS``; what is quicker than that says nothing."""
+    """Log the progress at most every ``LINE_SECONDS``; work that takes less time logs nothing."""
     started = logged = time.monotonic()
     finished = 0
     remark = ""
@@ -106,8 +106,8 @@ def _lines(description: str, total: int | None) -> Advance:
         seconds = now - started
         share = ""
         if total:
-            until = f", {_duration(seconds * (total - finished) / finished)} left" if finished else ""
-            share = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{until}"
+            left = f", {_duration(seconds * (total - finished) / finished)} left" if finished else ""
+            share = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{left}"
         _remarks.info("%s: %s%s%s", description, f"{finished:,}", share, f", {remark}" if remark else "")
 
     return advance
@@ -118,5 +118,5 @@ def _duration(seconds: float) -> str:
 
 
 def ignore(count: int, note: str = "", /) -> None:
-    """Progress that is not shown."""
+    """Discard progress."""
     del count, note

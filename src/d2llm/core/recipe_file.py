@@ -1,4 +1,4 @@
-"""Reading recipes: TOML files, or plain values. Unknown keys are errors that name the nearest right key."""
+"""Reading recipes from TOML files or plain values. An unknown key is an error that suggests the closest known key."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
-    """Read a TOML recipe: a file, or one shipped with d2llm by its name.
+    """Read a TOML recipe from a file, or one shipped with d2llm by its name.
 
-    Relative data paths are taken from the current directory.
+    Relative data paths are resolved against the current directory.
 
     Raises:
-        RecipeError: the file is missing, not TOML, has an unknown key (the nearest right one is named) or a bad value.
+        RecipeError: the file is missing, is not TOML, or has an unknown key (the closest one is suggested) or a bad
+            value.
     """
     path = _find_recipe(path_or_name)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark of UTF-8 before the text
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark first
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
@@ -68,7 +69,7 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Build a Recipe from plain values; ``where`` names their origin in errors.
 
     Raises:
-        RecipeError: an unknown key (the nearest right one is named) or a bad value.
+        RecipeError: there is an unknown key (the closest one is suggested) or a bad value.
     """
     try:
         return Recipe.model_validate(values)
@@ -77,9 +78,9 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 def shaping_settings(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe shapes the student, given its plans and labels, as plain JSON: another value, another student.
+    """The settings of a recipe that determine the student, given its plans and labels, as plain JSON.
 
-    Left out is what other steps work with, and what changes speed or comfort alone.
+    Settings of other steps are left out, and so are those that affect only speed or convenience.
     """
     values = recipe.model_dump(
         mode="json",
@@ -93,7 +94,7 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:
-    """As ``shaping_settings``, of a tuned teacher, given its plans."""
+    """The settings that determine a tuned teacher, given its plans, as plain JSON."""
     return {
         "teacher": teacher.model_dump(mode="json", exclude={"stack_with_cosine", "remote"}),
         "teacher_tuning": tuning.model_dump(mode="json", exclude={"checkpoint_minutes"}),
@@ -102,9 +103,9 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two mappings of settings, each as "section.key (was 1, is 2)".
+    """The differences between two mappings of settings, each as "section.key (was 1, is 2)".
 
-    A key that one of them lacks says nothing: another version of d2llm knew fewer or more.
+    A key that only one of them has is ignored, because it comes from a version of d2llm with other options.
     """
     changes: list[str] = []
     for key in before.keys() & after.keys():

@@ -1,4 +1,4 @@
-"""What ships inside the package, by name: recipes, students and tuned teachers."""
+"""Recipes, students and tuned teachers that ship inside the package, by name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ DEFAULT_STUDENT = "d2llm-minilm"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> TOML file, in the order of the names."""
+    """Name -> TOML file, sorted by name."""
     return {path.stem: path for path in sorted((_package() / "recipes").glob("*.toml"))}
 
 
 def shipped_models(kind: Literal["students", "teachers"]) -> dict[str, Path]:
-    """Name -> folder, in the order of the names."""
+    """Name -> folder, sorted by name."""
     return {path.parent.name: path.parent for path in sorted((_package() / kind).glob(f"*/{FILE_NAME}"))}
 
 
 def name_student(fingerprint: str, source: object = None) -> str:
-    """A student as messages name it, ``d2llm-minilm (1b2c...)``: by where it was loaded from, or as one that ships."""
+    """Name of a student in messages, such as ``d2llm-minilm (1b2c...)``.
+
+    The name is taken from ``source``, or else from the shipped student with this fingerprint.
+    """
     name = Path(source).name if isinstance(source, str) and source else None
     if name is None:
         name = next(

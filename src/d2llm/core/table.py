@@ -24,7 +24,7 @@ Style = Literal["", "bold", "dim", "cyan", "green", "yellow", "bold red"]
 class Column:
     """A column of numbers (``format`` as for Python's ``format``), or of text if ``align`` is left.
 
-    ``max_width`` is in characters of a terminal, where longer texts are wrapped.
+    ``max_width`` is in terminal characters; longer texts are wrapped there.
     """
 
     heading: str
@@ -33,7 +33,7 @@ class Column:
     max_width: int | None = None
 
     def text(self, value: Value) -> str:
-        """A value of this column as text."""
+        """Format a value of this column."""
         if value is None:
             return ABSENT
         return value if isinstance(value, str) else format(value, self.format)
@@ -41,9 +41,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value with a style, a mark right behind it (``*``), or a note in smaller type below it.
+    """A value, optionally with a style, a mark directly after it (``*``), or a note in smaller type below it.
 
-    Markdown and pages know bold alone of the styles.
+    Markdown and HTML support only the style bold.
     """
 
     value: Value
@@ -54,7 +54,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table; a page shows a highlighted one in the colour of the report's subject."""
+    """One row of a table; HTML shows a highlighted row in the colour of the report's subject."""
 
     cells: tuple[Cell, ...]
     highlighted: bool = False
@@ -69,14 +69,14 @@ class Section:
 
 
 class Table:
-    """Columns, rows in sections, a title and a caption. Every text is shown letter by letter, whatever is in it.
+    """Columns, rows in sections, a title and a caption. Every text is shown verbatim, including markup characters.
 
-    A heading that is a string stands for a left-aligned column of text. A table can be printed with Rich and put into a
-    Jinja template as it is.
+    A heading given as a string makes a left-aligned column of text. A table can be printed with Rich and inserted into
+    a Jinja template directly.
     """
 
     def __init__(self, *columns: Column | str, title: str = "", caption: str = "", framed: bool = True) -> None:
-        self.columns = tuple(Column(one, align="left") if isinstance(one, str) else one for one in columns)
+        self.columns = tuple(Column(column, align="left") if isinstance(column, str) else column for column in columns)
         self.title = title
         self.caption = caption
         self.framed = framed
@@ -88,7 +88,7 @@ class Table:
         return [row for section in self.sections for row in section.rows]
 
     def add_section(self, title: str = "") -> None:
-        """Begin a new section; the rows that are added from now on belong to it."""
+        """Start a new section for the rows that follow."""
         if not self.sections[-1].rows:
             self.sections.pop()
         self.sections.append(Section(title, []))
@@ -138,7 +138,7 @@ class Table:
         return Group(*title, grid, *caption)
 
     def to_markdown(self) -> str:
-        """As GitHub shows it, without title and caption, which belong in the text around it."""
+        """The table in GitHub's Markdown, without title and caption, which belong in the surrounding text."""
         lines = [
             [escape_markdown(column.heading) for column in self.columns],
             ["---" if column.align == "left" else "---:" for column in self.columns],
@@ -150,7 +150,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_html(self) -> str:
-        """A table that scrolls by itself where a page is too narrow; its accessible name is the title."""
+        """The table in HTML; it scrolls if the page is too narrow, and its accessible name is the title."""
         return "\n".join(
             [
                 f'<div class="scroll" tabindex="0" role="region" aria-label="{escape_html(self.title)}">',
@@ -190,7 +190,7 @@ class Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text on one line with Markdown's inline signs escaped; at the beginning of a line it may still begin a list."""
+    """Text on one line with Markdown's inline syntax escaped; at the start of a line it can still start a list."""
     return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(text.split()))
 
 
@@ -218,7 +218,7 @@ def _html_class(column: Column) -> str:
 
 def _html_text(column: Column, cell: Cell) -> str:
     text = escape_html(column.text(cell.value))
-    # A figure may have two lines; <bdi> keeps the direction of a name to itself.
+    # A figure may have two lines; <bdi> isolates the text direction of a name.
     text = f"<bdi>{text}</bdi>" if column.align == "left" else text.replace("\n", "<br>")
     if cell.style == "bold":
         text = f"<strong>{text}</strong>"

@@ -1,4 +1,4 @@
-"""The words of the field as plain frozen types."""
+"""The basic types of semantic search, as plain frozen values."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from functools import cached_property
 from typing import Literal
 
 Task = Literal["symmetric", "asymmetric"]
-"""``symmetric``: do two texts say the same. ``asymmetric``: does the passage answer the query."""
+"""``symmetric``: whether two texts mean the same. ``asymmetric``: whether the passage answers the query."""
 TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
-"""The order in which a head's weights are kept."""
+"""All tasks, in the order in which a head stores their weights."""
 
 DEFAULT_TOP_K = 10
 """Length of a ranking."""
 DEFAULT_NUM_CANDIDATES = 1_000
-"""Passages of a search that get the full score."""
+"""Number of passages that get the full score in a search."""
 DEFAULT_TEACHER_PASSAGES = 20
-"""Passages of a search that a teacher reads again at most."""
+"""Maximum number of passages that a teacher rereads in a search."""
 
 SystemKind = Literal[
     "bm25",
@@ -34,31 +34,32 @@ SystemKind = Literal[
     "teacher",
     "external",
 ]
-"""What an evaluation measures: a ``hybrid`` fuses two rankings by rank, a ``fitted_sum`` adds the scores of BM25 and a
-cosine with weights of dev queries, ``anchor`` is the inner-product part of a D2LLM student alone, a ``shortcut`` the
-same student where something makes its search cheaper."""
+"""Systems that an evaluation measures: ``hybrid`` fuses two rankings by rank, ``fitted_sum`` adds the scores of BM25
+and a cosine with weights fitted on dev queries, ``anchor`` is the inner-product part of a D2LLM student alone, and
+``shortcut`` is the same student with a cheaper search."""
 
 EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
-"""What encodes texts (``models.engines.engines``); ``auto``: the fastest here that gives the same vectors."""
+"""Engines that encode texts (``models.engines.engines``); ``auto``: the fastest one on this machine that gives the same
+vectors."""
 
 NumberFormat = Literal["float32", "bfloat16", "float16"]
-"""In which models compute."""
+"""Number formats in which models compute."""
 
 SourceName = Literal["vectors", "ann", "bm25"]
-"""Who proposes candidates: the highest inner products, about those (``store.ann``), or BM25."""
+"""Sources of candidates: the highest inner products, an approximation of them (``store.ann``), or BM25."""
 
 Ties = Literal["ids", "rows"]
-"""What orders passages of equal scores: their ids, or their rows where any order will do and ids take time."""
+"""What orders passages with equal scores: their ids, or their rows if any order will do and looking up ids is slow."""
 
 RunStep = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
-"""The steps of a run that can be taken anew, in order; labels are kept by teacher and pair, and never made again."""
+"""The steps of a run that can be repeated, in order. Labels are stored by teacher and pair and never computed again."""
 
 EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors"]
-"""A part of a student's score beside the vector of the passage: BM25 of the passage and of its best window, both also
-divided by the query's limit, and the highest inner product with the vector of a window."""
+"""A term of a student's score besides the passage's vector: BM25 of the passage and of its best window, both also
+divided by the query's upper limit, and the highest inner product with the vector of a window."""
 
 Grouping = Literal["passage", "best", "sum"]
-"""What a ranking is of: passages, or documents by their best passage or by the summed odds of their best passages."""
+"""What is ranked: passages, or documents by their best passage or by the summed odds of their best passages."""
 
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""
@@ -77,24 +78,24 @@ def is_text(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A text that asks."""
+    """A query with its id."""
 
     id: str
     text: str
 
 
 MetadataValue = str | int | float | bool | datetime | None
-"""What a metadata field of a passage may hold."""
+"""Values of a passage's metadata fields."""
 
 _NO_METADATA: Mapping[str, MetadataValue] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A text that may answer.
+    """A passage of a corpus.
 
-    ``document_id`` and ``position`` say of which document it is a part, and the how-manieth; ``metadata`` holds what
-    filters ask about.
+    ``document_id`` is the document that it belongs to, and ``position`` its position there; ``metadata`` holds the
+    fields that filters use.
     """
 
     id: str
@@ -111,17 +112,17 @@ class Passage:
 
     @property
     def context(self) -> str:
-        """What its vector depends on besides title and text; empty where it is read alone."""
+        """What its vector depends on besides title and text; empty if it is encoded on its own."""
         return ""
 
 
 Span = tuple[int, int]
-"""Where a part of a text begins and ends, in characters."""
+"""Start and end of a part of a text, in characters."""
 
 
 @dataclass(frozen=True)
 class WholeText:
-    """A document's text with its title; at most ``window`` tokens are read at once (None: as many as can be)."""
+    """A document's text with its title; at most ``window`` tokens are encoded at once (None: as many as possible)."""
 
     text: str
     title: str = ""
@@ -129,7 +130,7 @@ class WholeText:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all of it, 128 bits."""
+        """128-bit hash of window, title and text."""
         digest = hashlib.blake2b(f"{self.window}".encode(), digest_size=16)
         for part in (self.title, self.text):
             content = part.encode(errors="surrogatepass")
@@ -139,7 +140,7 @@ class WholeText:
 
 @dataclass(frozen=True, slots=True)
 class LateChunk(Passage):
-    """A passage that is read with the whole of its document around it: characters ``start`` to ``end`` of its text."""
+    """A passage that is encoded within its whole document: characters ``start`` to ``end`` of the document's text."""
 
     whole: WholeText = field(default=WholeText(""), repr=False)
     start: int = 0
@@ -147,7 +148,7 @@ class LateChunk(Passage):
 
     @property
     def context(self) -> str:
-        """The document, by its hash, and the place in it."""
+        """The document's hash and the passage's position in it."""
         return f"{self.whole.digest}:{self.start}:{self.end}"
 
 
@@ -161,12 +162,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a passage stands where it does.
+    """Why a passage has its rank.
 
-    ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None where the head has no anchor),
-    ``lexical`` what BM25 added and ``windows`` what the best window's vector did (None where they do not count).
-    ``source_ranks`` and ``source_scores`` are those of the sources that proposed it; ``terms`` counts the query's terms
-    (stems, as BM25 sees them) in the passage.
+    ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no anchor),
+    ``lexical`` what BM25 added and ``windows`` what the best window's vector added (None if the score does not use
+    them). ``source_ranks`` and ``source_scores`` come from the sources that proposed the passage; ``terms`` counts the
+    query's terms (stems, as BM25 uses them) in it.
     """
 
     anchor: float | None
@@ -180,10 +181,10 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class RankedDocument:
-    """The document that a place stands for, in a ranking of documents.
+    """The document of an entry in a ranking of documents.
 
-    ``passage_score`` is its best passage's own score; ``others`` are its next best with theirs. ``num_scored`` of its
-    passages were among the candidates.
+    ``passage_score`` is the score of its best passage; ``others`` are its next best passages with their scores.
+    ``num_scored`` of its passages were among the candidates.
     """
 
     id: str
@@ -194,20 +195,20 @@ class RankedDocument:
 
 @dataclass(frozen=True, slots=True)
 class RankedPassage:
-    """One place of a ranking.
+    """One entry of a ranking.
 
     Attributes:
         rank: from 1.
-        passage: in a ranking of documents, the document's best.
-        score: what the list is sorted by. After a cascade it is log-odds: the teacher's or, where it did not read,
-            those to be expected from the student's score.
-        anchor_score: inner-product part of the student's score, where the head has one.
-        explanation: why it stands here, if asked for.
-        document: in a ranking of documents.
-        before: passages before it in its document, in order, if asked for.
-        after: passages after it.
-        log_odds: of the teacher, if a cascade made it read this passage.
-        student_rank: among the student's candidates, in a cascade.
+        passage: the passage; in a ranking of documents, the document's best one.
+        score: what the ranking is sorted by. After a cascade these are log-odds: the teacher's or, for passages that it
+            did not read, those expected from the student's score.
+        anchor_score: inner-product part of the student's score, if the head has one.
+        explanation: why it has this rank, if requested.
+        document: the document, in a ranking of documents.
+        before: passages before it in its document, in order, if requested.
+        after: passages after it in its document, in order, if requested.
+        log_odds: the teacher's, if it read this passage in a cascade.
+        student_rank: rank among the student's candidates, in a cascade.
     """
 
     rank: int
@@ -224,14 +225,14 @@ class RankedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What is proved of a ranking.
+    """What an exact search has proved about a ranking.
 
     Attributes:
         num_scored: passages that got the full score.
         num_left: passages that did not (of those that the search may return).
-        highest_bound_left: no passage left has a higher score; -inf when none is left.
-        kth_score: of the last place of the ranking; -inf when the ranking is empty.
-        proved: how many of the first places are the exact ranking's, for certain. All of them without a budget.
+        highest_bound_left: upper bound of the scores of the latter; -inf if there are none.
+        kth_score: score of the last entry of the ranking; -inf if the ranking is empty.
+        proved: how many of the first entries are proved to be those of the exact ranking. All of them without a budget.
     """
 
     num_scored: int
@@ -246,12 +247,12 @@ class CascadeReport:
     """What a teacher changed in a student's ranking.
 
     Attributes:
-        read: the student's ranks that the teacher read, in the order of reading.
-        unsure: the student's ranks whose order the student was unsure of, before anything was read.
-        moved: (student's rank, rank now) of the first passages that changed place.
-        num_truncated: passages that the teacher read in part.
-        seconds: what choosing and reading took.
-        out_of_time: the teacher would have read more, had its budget of time not ended.
+        read: student ranks of the passages that the teacher read, in reading order.
+        unsure: student ranks whose order the student was unsure of, before the teacher read anything.
+        moved: (student rank, new rank) of the first passages whose rank changed.
+        num_truncated: passages that the teacher read only in part.
+        seconds: time to choose and read the passages.
+        out_of_time: whether the time budget ended before the teacher had read everything that it would have read.
     """
 
     read: tuple[int, ...]
@@ -264,11 +265,11 @@ class CascadeReport:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The answer to one query, best first; ties are broken by passage id.
+    """The result of one query, best first; ties are broken by passage id.
 
-    ``num_candidates`` passages got the full score. ``certificate`` comes with an exact search, ``index_version`` with
-    an index that has versions, ``cascade`` with a teacher that read again. ``truncated``: the query is longer than the
-    student reads, so its end had no part in the student's scores.
+    ``num_candidates`` passages got the full score. ``certificate`` is set by an exact search, ``index_version`` by an
+    index with versions, ``cascade`` by a search with a teacher. ``truncated``: the query is longer than the student
+    reads, so its end did not affect the student's scores.
     """
 
     query: Query

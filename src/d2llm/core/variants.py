@@ -1,4 +1,4 @@
-"""Named changes of a recipe: the baselines beside a student, and the ablations.
+"""Named variants of a recipe: the baselines for a student, and the ablations.
 
 Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 2024, section 4.4.
 """
@@ -19,7 +19,7 @@ VariantGroup = Literal["baseline", "published", "own"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One named change: ``settings`` are laid over the recipe's own, section by section."""
+    """One named change of a recipe: ``settings`` override the recipe's own, section by section."""
 
     name: str
     group: VariantGroup
@@ -30,17 +30,17 @@ class Variant:
         """The recipe with this change, named after both.
 
         Raises:
-            RecipeError: the changed recipe is not a valid one.
+            RecipeError: the changed recipe is not valid.
         """
         changed = _overlaid(recipe.model_dump(), self.settings)
         return parse_recipe(changed | {"name": f"{recipe.name}-{self.name}"}, where=f"variant '{self.name}'")
 
 
 def find_variant(name: str) -> Variant:
-    """A variant by its name.
+    """The variant of this name.
 
     Raises:
-        RecipeError: there is none of that name (the nearest is named).
+        RecipeError: there is no such variant (the closest name is suggested).
     """
     if name in VARIANTS:
         return VARIANTS[name]
@@ -91,7 +91,7 @@ _ALL = (
         "paper",
         "baseline",
         "the published head: concatenated vectors, no inner product",
-        # Five times the rate of the anchored head, which starts as a cosine: this one starts from nothing.
+        # Five times the rate of the anchored head: that one starts as a cosine, this one from random weights.
         _student(interaction={"head": "paper", "features": "concat"})
         | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE},
     ),
@@ -105,18 +105,31 @@ _ALL = (
     Variant("without-hi", "published", "without rank imitation, hard over easy", _without("rank_imitation_hard_easy")),
     Variant("without-fi", "published", "without feature imitation", _without("feature_imitation")),
     Variant(
-        "mean-pooling", "published", "mean of the tokens for PMA", _student(backbone={"pooling": "mean"}, **_NO_PMA)
+        "mean-pooling",
+        "published",
+        "mean of the tokens instead of PMA",
+        _student(backbone={"pooling": "mean"}, **_NO_PMA),
     ),
-    Variant("last-pooling", "published", "last token for PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)),
-    Variant("cosine-for-iem", "published", "cosine for the IEM, same losses", _student(**_COSINE)),
+    Variant(
+        "last-pooling", "published", "last token instead of PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)
+    ),
+    Variant("cosine-for-iem", "published", "cosine instead of the IEM, same losses", _student(**_COSINE)),
     Variant(
         "one-branch", "published", "one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})
     ),
-    Variant("without-words", "own", "without the evidence of words", {"evidence": _NO_EVIDENCE}),
+    Variant("without-words", "own", "without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     Variant("without-li", "own", "without list imitation: cross-entropy alone", _without("list_imitation")),
-    Variant("paper-head", "own", "head `paper` for `anchored`, same features", _student(interaction={"head": "paper"})),
     Variant(
-        "anchored-head", "own", "head `anchored` for `paper`, same features", _student(interaction={"head": "anchored"})
+        "paper-head",
+        "own",
+        "head `paper` instead of `anchored`, same features",
+        _student(interaction={"head": "paper"}),
+    ),
+    Variant(
+        "anchored-head",
+        "own",
+        "head `anchored` instead of `paper`, same features",
+        _student(interaction={"head": "anchored"}),
     ),
     Variant("concat", "own", "features: the vectors alone", _student(interaction={"features": "concat"})),
     Variant("product", "own", "features: the vectors and their product", _student(interaction={"features": "product"})),
@@ -133,14 +146,14 @@ _ALL = (
     Variant("cold-start", "own", "PMA alone, no warm start", _student(pooling={"warm_start": False})),
     Variant("warm-start", "own", "PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
     Variant("one-stage", "own", "vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
-    Variant("not-quiet", "own", "no price on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
+    Variant("not-quiet", "own", "no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
     Variant("two-stages", "own", "first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
     Variant("gates", "own", "gates of query and passage on the bound", _student(interaction={"gates": True})),
     Variant("no-gates", "own", "one bound for every pair", _student(interaction={"gates": False})),
     Variant(
         "no-imitation",
         "own",
-        "own judgements only, no teacher",
+        "data sets' judgements only, no teacher",
         _without(*(n for n in _PLAIN_LOSSES if "imitation" in n)),
     ),
 )

@@ -1,1 +1,1 @@
-"""Readers, training plans, the teacher-label store and batching."""
+"""Data set readers, training plans, the store of teacher labels, and batching."""

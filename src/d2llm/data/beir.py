@@ -1,4 +1,4 @@
-"""Reading a data set in the BEIR layout: ``corpus.jsonl``, ``queries.jsonl`` (or ``.gz``) and ``qrels/<split>.tsv``."""
+"""Reads data sets in the BEIR layout: ``corpus.jsonl``, ``queries.jsonl`` (or ``.gz``) and ``qrels/<split>.tsv``."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Dataset:
     """Passages, queries and relevance judgements of one data set.
 
     ``passages`` and ``queries`` keep the order of their files; ``qrels`` maps split -> query_id -> passage_id -> grade,
-    as the files give them. The passages of a large corpus lie in a temporary file (``PassageStore``). ``issues`` says
-    what was odd but not wrong, counted.
+    as in the files. The passages of a large corpus are kept in a temporary file (``PassageStore``). ``issues`` lists
+    irregularities that are not errors, with counts.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Dataset:
     issues: tuple[str, ...] = ()
 
     def positives(self, split: str) -> dict[str, tuple[str, ...]]:
-        """Relevant passages (grade above 0, in the corpus) of each known query of ``split``, in the file's order.
+        """Relevant passages (grade above 0, in the corpus) of each known query of ``split``, in file order.
 
-        A query all of whose judgements fall away keeps an empty tuple. Unknown queries are left out.
+        A query without any relevant passage gets an empty tuple. Unknown queries are left out.
 
         Raises:
             DataFormatError: the data set was read without that split.
@@ -69,10 +69,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class RetrievalSource:
-    """Where the rows of a retrieval set come from. Each call reads anew and keeps nothing.
+    """Where the rows of a retrieval set come from. Each call reads them again and keeps nothing.
 
-    ``corpus`` and ``queries`` give numbered rows, ``qrels`` the judgements of each split; ``corpus_path`` and
-    ``queries_path`` are what errors name.
+    ``corpus`` and ``queries`` return numbered rows, ``qrels`` the judgements of each split; ``corpus_path`` and
+    ``queries_path`` are the paths named in errors.
     """
 
     name: str
@@ -84,7 +84,7 @@ class RetrievalSource:
     qrels: Callable[[], dict[str, dict[str, dict[str, int]]]]
 
     def iter_passages(self) -> Iterator[tuple[int, Passage]]:
-        """Numbered passages. An empty text is allowed; that ids are unique is for the caller to check.
+        """Numbered passages. An empty text is allowed; the caller must check that ids are unique.
 
         Raises:
             DataFormatError: there are none, or a row is malformed.
@@ -92,7 +92,7 @@ class RetrievalSource:
         return iter_passages(self.corpus_path, self.corpus())
 
     def iter_queries(self) -> Iterator[tuple[int, Query]]:
-        """Numbered queries; that ids are unique is for the caller to check.
+        """Numbered queries; the caller must check that ids are unique.
 
         Raises:
             DataFormatError: there are none, or a row is malformed.
@@ -100,10 +100,10 @@ class RetrievalSource:
         return iter_queries(self.queries_path, self.queries())
 
     def load(self) -> Dataset:
-        """Everything, the passages of a large corpus in a temporary file; what is odd is counted in ``issues``, logged.
+        """The whole data set, large corpora in a temporary file; irregularities are counted in ``issues`` and logged.
 
         Raises:
-            DataFormatError: a file is missing, empty or malformed (names file and line).
+            DataFormatError: a file is missing, empty or malformed (the message names file and line).
             DuplicateIdError: an id, or a judged pair, occurs twice.
         """
         passages = self._passages()
@@ -116,27 +116,28 @@ class RetrievalSource:
 
     def _passages(self) -> Mapping[str, Passage]:
         large = self.corpus_path.is_file() and self.corpus_path.stat().st_size >= _LARGE_CORPUS_BYTES
-        if large and hasattr(os, "pread"):  # Windows has none
+        if large and hasattr(os, "pread"):  # not available on Windows
             store = PassageStore(passage for _, passage in self.iter_passages())
             if not store.has_repeats:
                 return store
-        return _by_id(self.corpus_path, self.iter_passages())  # which says where an id occurs twice
+        return _by_id(self.corpus_path, self.iter_passages())  # reports where an id occurs twice
 
 
 def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
-    Judgements of unknown queries or passages and empty passages are counted in ``issues`` and logged, not refused.
+    Judgements of unknown queries or passages, and empty passages, are counted in ``issues`` and logged; they are not
+    errors.
 
     Raises:
-        DataFormatError: a file is missing, empty or malformed (names file and line).
+        DataFormatError: a file is missing, empty or malformed (the message names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
     """
     return beir_source(folder, splits=splits).load()
 
 
 def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
-    """The rows of a BEIR-layout folder, to be read one by one; ``splits=None`` is every ``qrels/*.tsv``.
+    """The rows of a BEIR-layout folder, read one by one; ``splits=None`` means every ``qrels/*.tsv``.
 
     Raises:
         DataFormatError: a file is missing.
@@ -179,7 +180,7 @@ def read_queries(path: Path) -> dict[str, Query]:
 
 
 def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
-    """Numbered passages of numbered rows with ``_id``, ``text`` and perhaps ``title``; errors name ``path``.
+    """Numbered passages from numbered rows with ``_id``, ``text`` and optionally ``title``; errors name ``path``.
 
     Raises:
         DataFormatError: there are none, or a row is malformed.
@@ -195,7 +196,7 @@ def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
 
 
 def iter_queries(path: Path, rows: Rows) -> Iterator[tuple[int, Query]]:
-    """Numbered queries of numbered rows with ``_id`` and ``text``; errors name ``path``.
+    """Numbered queries from numbered rows with ``_id`` and ``text``; errors name ``path``.
 
     Raises:
         DataFormatError: there are none, or a row is malformed.
@@ -296,14 +297,14 @@ def _qrels_files(folder: Path, splits: Sequence[str] | None) -> list[Path]:
 
 
 def _identifier(path: Path, line: int, record: Record) -> str:
-    """``_id``, or ``id``, whichever is there; a whole number is taken as it is written."""
+    """``_id``, or ``id`` if there is no ``_id``; whole numbers are converted to text."""
     field = "_id" if "_id" in record or "id" not in record else "id"
     value = record.get(field)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     identifier = string_field(path, line, record, field)
     if not identifier:
-        raise DataFormatError(path, f"field '{field}' is empty; every line needs an id of its own", line=line)
+        raise DataFormatError(path, f"field '{field}' is empty; every line needs its own id", line=line)
     return identifier
 
 
@@ -313,7 +314,7 @@ def _empty_passages(passages: Mapping[str, Passage]) -> tuple[str, ...]:
 
 
 def strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:
-    """What the judgements point to that is not there."""
+    """Issues for judgements of queries or passages that do not exist."""
     issues: list[str] = []
     for split, judged in qrels.items():
         pairs = [(query_id, passage_id) for query_id, grades in judged.items() for passage_id in grades]

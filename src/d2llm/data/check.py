@@ -1,4 +1,4 @@
-"""Reading a data set through once for a check. Kept are ids and 64-bit hashes, and samples of the texts."""
+"""Checks a data set in a single pass that keeps only ids, 64-bit hashes and samples of the texts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _NUM_EXAMPLES = 5
 
 @dataclass
 class Findings:
-    """What one reading found. ``ids_of``: split -> hash of a query's comparable text -> the first id with it.
+    """Results of one pass. ``ids_of``: split -> hash of a query's comparable text -> the first id with that hash.
 
-    ``texts_of`` reads the queries of a split anew.
+    ``texts_of`` reads the queries of a split again.
     """
 
     kind: Literal["retrieval", "binary", "classes", "scores"]
@@ -45,13 +45,13 @@ class Findings:
 
 
 def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed: int = 0) -> Findings:
-    """Read a data set once and count what is in it; near leaks are not looked for here.
+    """Read a data set once and count its contents; near-duplicate leaks are not checked here.
 
-    Memory: of a retrieval set an id and a hash for each passage and query, and the judgements; of pairs some hashes for
-    each. Texts are kept up to ``sample_size`` of each kind.
+    Memory: for a retrieval set, an id and a hash per passage and query, and the judgements; for pairs, a few hashes
+    per pair. Up to ``sample_size`` texts of each kind are kept.
 
     Raises:
-        DataFormatError: a row is malformed (names file and line).
+        DataFormatError: a row is malformed (the message names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
     """
     queries, passages = Sample(sample_size, seed=seed), Sample(sample_size, seed=seed)
@@ -62,7 +62,7 @@ def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed
 
 @dataclass
 class _Occurrences:
-    """Something odd: how often, and the first few ids."""
+    """Occurrences of one irregularity: how many, and the first few ids."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list[str])
@@ -123,7 +123,7 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
             *(
                 repeat
                 for split in qrels
-                for repeat in repeats[split].as_repeats(f"{split}: queries with another's text")
+                for repeat in repeats[split].as_repeats(f"{split}: queries with the same text as another")
             ),
         ),
         tuple(same_keys("same query", ids_of)),
@@ -137,7 +137,7 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
 
 
 def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Occurrences]:
-    """Id -> line, the hash of each passage in that order (0: no letters and digits), and those without text."""
+    """Id -> line, the hash of each passage in that order (0: no letters or digits), and the passages without text."""
     lines: dict[str, int] = {}
     hashes = array("Q")
     empty = _Occurrences()
@@ -156,7 +156,7 @@ def _repeated_passages(ids: list[str], hashes: array[int]) -> list[Repeats]:
     _, first = np.unique(values, return_index=True)
     repeated = np.setdiff1d(np.flatnonzero(values), first)
     examples = [ids[place] for place in repeated[:_NUM_EXAMPLES]]
-    return _Occurrences(len(repeated), examples).as_repeats("passages with another's text")
+    return _Occurrences(len(repeated), examples).as_repeats("passages with the same text as another")
 
 
 def _count_judgements(split: str, judged: Mapping[str, Mapping[str, int]]) -> SplitCounts:
@@ -190,13 +190,13 @@ def _queries_of(source: RetrievalSource, judged: Mapping[str, object]) -> Iterat
 
 
 class _PairSplit:
-    """What is counted of one split of pairs. Keys are hashes of comparable texts."""
+    """Counts of one split of pairs. Keys are hashes of comparable texts."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.query_ids: dict[int, str] = {}
         self.passage_keys: set[int] = set()
-        self.pair_ids: dict[int, str] = {}  # one key for both orders
+        self.pair_ids: dict[int, str] = {}  # the key is the same for both orders of the two texts
         self._orders: set[int] = set()
         self.classes: Counter[str] = Counter()
         self.num_pairs = 0
@@ -238,8 +238,8 @@ class _PairSplit:
 
     def repeats(self) -> list[Repeats]:
         return [
-            *self.twice.as_repeats(f"{self.name}: pairs that are there already"),
-            *self.turned.as_repeats(f"{self.name}: pairs that are there the other way round"),
+            *self.twice.as_repeats(f"{self.name}: repeated pairs"),
+            *self.turned.as_repeats(f"{self.name}: repeated pairs in reverse order"),
         ]
 
 

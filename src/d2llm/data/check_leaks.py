@@ -1,4 +1,4 @@
-"""Queries that are in two splits: the same letters and digits, or nearly the same by MinHash."""
+"""Queries that occur in two splits: with the same letters and digits, or near duplicates found by MinHash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2llm.data.check_texts import hash64
 from d2llm.data.same_text import comparable
 
 _NUM_HASHES = 128
-_FOUND = 0.99
+_MIN_DETECTION_RATE = 0.99
 _SHINGLE = 3
 _NUM_EXAMPLES = 5
 
@@ -22,7 +22,7 @@ Texts = Callable[[], Iterator[tuple[str, str]]]
 
 
 def same_keys(kind: LeakKind, ids_of: Mapping[str, Mapping[int, str]]) -> list[Leak]:
-    """Leaks between any two splits by keys that both have. ``ids_of``: split -> key -> the first id with it."""
+    """Leaks between any two splits: keys that both have. ``ids_of``: split -> key -> the first id with that key."""
     leaks: list[Leak] = []
     for first, second in combinations(ids_of, 2):
         pairs = [(name, ids_of[first][key]) for key, name in ids_of[second].items() if key in ids_of[first]]
@@ -37,16 +37,16 @@ def near_queries(
     threshold: float,
     advance: Callable[[int], None],
 ) -> list[Leak]:
-    """Queries alike in two splits without being the same: Jaccard similarity of their character trigrams.
+    """Queries that are similar but not identical in two splits, by Jaccard similarity of their character trigrams.
 
-    MinHash LSH proposes, the exact similarity decides, so what is reported is right and a few may be missed (fewer than
-    one in a hundred at the threshold itself). The largest split is only looked up, never indexed, so that memory grows
-    with the other splits alone.
+    MinHash LSH proposes candidates and the exact similarity decides, so every reported leak is real, but a few may be
+    missed (fewer than one in a hundred at the threshold itself). The largest split is only looked up, never indexed, so
+    memory grows only with the other splits.
 
     Args:
-        texts_of: split -> its queries, read anew with each call; in the order in which leaks name splits.
-        ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is no near leak.
-        threshold: least similarity, between 0 and 1.
+        texts_of: split -> its queries, read again on each call; in the order in which leaks name splits.
+        ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is not a near leak.
+        threshold: minimum similarity, between 0 and 1.
         advance: called with the number of finished queries.
 
     Raises:
@@ -86,11 +86,11 @@ def near_queries(
 
 
 class _TextSketches:
-    """Texts by MinHash; keeps the texts too, which are smaller than their sketches, to decide exactly."""
+    """A MinHash index of texts; it keeps the texts too, which are smaller than their sketches, for the exact check."""
 
     def __init__(self, threshold: float) -> None:
         library = require("datasketch", extra="check", purpose="finding near duplicates")
-        self._empty: Any = library.MinHash(_NUM_HASHES, hashfunc=zlib.crc32)  # copied: making one is slow
+        self._empty: Any = library.MinHash(_NUM_HASHES, hashfunc=zlib.crc32)  # copied, because creating one is slow
         self._threshold = threshold
         self._lsh: Any = library.MinHashLSH(num_perm=_NUM_HASHES, params=_bands(threshold))
         self._texts: list[tuple[str, str, str]] = []
@@ -116,14 +116,14 @@ def _bands(threshold: float) -> tuple[int, int]:
     """Number and width of the bands: the widest that miss fewer than one text in a hundred at the threshold.
 
     Two texts of similarity s share a band of r hashes with probability s^r (Leskovec, Rajaraman and Ullman, Mining of
-    Massive Datasets, 3.4.2). The library's own choice weighs wrong proposals, which here cost only a comparison.
+    Massive Datasets, 3.4.2). The library's own choice penalises false positives, which here cost only a comparison.
     """
-    widths = (width for width in range(_NUM_HASHES // 2, 1, -1) if _chance_to_find(threshold, width) >= _FOUND)
-    width = next(widths, 1)
+    candidates = range(_NUM_HASHES // 2, 1, -1)
+    width = next((width for width in candidates if _detection_rate(threshold, width) >= _MIN_DETECTION_RATE), 1)
     return _NUM_HASHES // width, width
 
 
-def _chance_to_find(similarity: float, width: int) -> float:
+def _detection_rate(similarity: float, width: int) -> float:
     return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
 
 

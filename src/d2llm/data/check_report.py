@@ -1,4 +1,4 @@
-"""What a check of a data set found, as plain frozen values."""
+"""Results of a data set check, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 LeakKind = Literal["same query", "near query", "same pair"]
-"""``same``: the same letters and digits. ``near``: MinHash found them alike. ``same pair``: in either order."""
+"""``same``: equal letters and digits. ``near``: near duplicates found by MinHash. ``same pair``: in either order."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """One split. ``num_items`` are judgements or pairs; ``values`` counts them by grade or class (empty for scores).
+    """One split. ``num_items`` counts judgements or pairs, ``values`` by grade or class (empty for scores).
 
-    ``score_range`` is (least, mean, greatest) of a set of scores.
+    ``score_range`` is (minimum, mean, maximum) for a set of scores.
     """
 
     name: str
@@ -27,7 +27,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """Texts that occur more than once: ``count`` without the first of each; ``examples`` are ids."""
+    """Texts that occur more than once: ``count`` excludes the first of each; ``examples`` are ids."""
 
     what: str
     count: int
@@ -57,9 +57,9 @@ class SharedPositives:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Lengths in tokens, with special tokens. ``bars`` are (upper bound, share); the last bar has no bound.
+    """Lengths in tokens, including special tokens. ``bars`` are (upper bound, share); the last bar has no bound.
 
-    ``num_texts`` were measured of ``num_all``. ``share_over`` is the share of texts with more than ``limit`` tokens.
+    ``num_texts`` of ``num_all`` were measured. ``share_over`` is the share of texts with more than ``limit`` tokens.
     """
 
     what: str
@@ -73,7 +73,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Languages:
-    """ISO 639-1 codes with the number of texts that look like them, most first, of ``num_texts`` sampled."""
+    """ISO 639-1 codes with the number of texts guessed to be in them, most frequent first, of ``num_texts`` sampled."""
 
     what: str
     num_texts: int
@@ -84,8 +84,8 @@ class Languages:
 class DataReport:
     """The result of ``check_data``.
 
-    ``leaks`` are errors unless they are allowed, all else is for a reader to judge. ``num_passages`` and
-    ``num_queries`` count what the files hold, whether a split has it or not.
+    ``leaks`` are errors unless they are allowed; everything else is for the reader to judge. ``num_passages`` and
+    ``num_queries`` count everything in the files, whether or not a split uses it.
     """
 
     name: str
@@ -104,5 +104,5 @@ class DataReport:
 
     @property
     def num_leaks(self) -> int:
-        """Queries and pairs that are in two splits, each kind counted for itself."""
+        """Number of queries and pairs that are in two splits, each kind counted separately."""
         return sum(leak.count for leak in self.leaks)

@@ -1,4 +1,4 @@
-"""Parts of a check of texts that read a stream once and keep little: what is compared, samples, lengths, languages."""
+"""Single-pass building blocks of the data check: text hashes, samples, token lengths and languages."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NUM_BARS = 8
 _BATCH_TEXTS = 512
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
-"""Texts -> tokens of each, special tokens included."""
+"""Texts -> number of tokens of each, including special tokens."""
 
 
 def hash64(text: str) -> int:
-    """64 bits of a text, the same in every process: in 10 million texts a chance of 3 in a million that two agree."""
+    """A 64-bit hash, the same in every process; 10 million texts have a collision with a chance of 3 in a million."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class Sample:
-    """Up to ``size`` texts drawn evenly from a stream of any length (reservoir sampling); ``num_seen`` went by."""
+    """Up to ``size`` texts drawn uniformly from a stream of ``num_seen`` texts (reservoir sampling)."""
 
     def __init__(self, size: int, *, seed: int = 0) -> None:
         self.texts: list[str] = []
@@ -35,7 +35,7 @@ class Sample:
         self._random = random.Random(seed)
 
     def add(self, text: str) -> None:
-        """Look at the next text."""
+        """Process the next text of the stream."""
         self.num_seen += 1
         if len(self.texts) < self._size:
             self.texts.append(text)
@@ -46,7 +46,7 @@ class Sample:
 def measure_lengths(
     what: str, sample: Sample, count_tokens: CountTokens, limit: int, advance: Callable[[int], None]
 ) -> Lengths | None:
-    """Lengths of the sampled texts in tokens; None where there are none. ``advance`` gets the number of read texts."""
+    """Token lengths of the sampled texts; None if there are none. ``advance`` is called with each batch's size."""
     lengths: list[int] = []
     for start in range(0, len(sample.texts), _BATCH_TEXTS):
         batch = sample.texts[start : start + _BATCH_TEXTS]
@@ -55,7 +55,7 @@ def measure_lengths(
     if not lengths:
         return None
     values = np.array(lengths)
-    # method: a length that some text has, not a number between two
+    # method: the length of an actual text, not an interpolated value
     percentiles = {p: int(np.percentile(values, p, method="inverted_cdf")) for p in _PERCENTILES}
     return Lengths(
         what,
@@ -69,7 +69,7 @@ def measure_lengths(
 
 
 def _bars(values: np.ndarray, limit: int) -> tuple[tuple[int | None, float], ...]:
-    """Bars of equal width up to ``limit``, and one for what is longer."""
+    """Bars of equal width up to ``limit``, and one for longer texts."""
     bounds = sorted({-(-limit * place // _NUM_BARS) for place in range(1, _NUM_BARS + 1)})
     places = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
     shares = np.bincount(places, minlength=len(bounds) + 1) / len(values)
@@ -77,7 +77,7 @@ def _bars(values: np.ndarray, limit: int) -> tuple[tuple[int | None, float], ...
 
 
 def guess_languages(what: str, texts: Sequence[str]) -> Languages | None:
-    """Languages that ``texts`` look like; None where there are none. Of short texts a guess is often wrong.
+    """Guessed languages of ``texts``; None if there are no texts. Guesses for short texts are often wrong.
 
     Raises:
         MissingExtraError: py3langid is not installed.

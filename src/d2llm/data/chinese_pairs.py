@@ -1,11 +1,11 @@
-"""Pair files as the Chinese sets are published: names of their splits, and tables with or without a header.
+"""Pair files in the formats of the published Chinese data sets: split names, and tables with or without a header.
 
 ===========  ==================================================================================================
 OCNLI        ``train.50k.json`` (and smaller parts of it), ``dev.json``, ``test.json``: JSON lines, ``sentence1``,
-             ``sentence2``, ``label``; ``-`` where the annotators did not agree; test without labels
+             ``sentence2``, ``label``; ``-`` if the annotators did not agree; test without labels
 CMNLI        ``train.json``, ``dev.json``, ``test.json``: the same
 AFQMC        the same, ``label`` "0" or "1"
-LCQMC, BQ    ``train.tsv`` or ``LCQMC.train.data``: text, text, label; with the header ``text_a text_b label`` or none
+LCQMC, BQ    ``train.tsv`` or ``LCQMC.train.data``: text, text, label; header ``text_a text_b label`` or no header
 ATEC         ``atec_nlp_sim_train.csv`` and ``..._add.csv``: tabs, no header; line number, text, text, label
 PAWS-X zh    ``translated_train.tsv``, ``dev_2k.tsv``, ``test_2k.tsv``: header ``id sentence1 sentence2 label``
 STS-B zh     ``cnsd-sts-train.txt``: source||text||text||score; or tabs with a score from 0 to 5
@@ -25,7 +25,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.data.lines import Record, read_lines
 
 Target = Literal["label", "score"]
-"""What the last column of a table without a header is."""
+"""The meaning of the last column of a table without a header."""
 
 LAYOUTS: dict[str, Target] = {
     "ocnli": "label",
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, Target] = {
     "pawsx": "label",
     "stsb": "score",
 }
-"""Names that may be given where the files alone do not tell a class from a score."""
+"""Layout names to pass if the files alone do not tell whether the last column is a class or a score."""
 
 TEXT_FIELDS = (
     ("query", "document"),
@@ -49,7 +49,7 @@ TEXT_FIELDS = (
     ("text1", "text2"),
     ("sent1", "sent2"),
 )
-"""Names of the two texts of a pair; the first two that are there count."""
+"""Names of the two texts of a pair; the first pair of names that is present is used."""
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -68,7 +68,7 @@ _HEADER_WORDS = frozenset({"label", "labels", "score", "similarity", "gold_label
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``dev`` or ``test``, as the words of a file's name tell (``LCQMC.valid.data``: dev), or None."""
+    """``train``, ``dev`` or ``test``, from the words of a file name (``LCQMC.valid.data``: dev), or None."""
     for word in re.split(r"[^a-z]+", name.lower()):
         if word in _SPLIT_WORDS:
             return _SPLIT_WORDS[word]
@@ -76,16 +76,16 @@ def split_of(name: str) -> str | None:
 
 
 def sample_size(name: str) -> int | None:
-    """The thousands in ``train.50k.json``: OCNLI's files of that kind hold one another. None for other names."""
+    """The thousands in ``train.50k.json`` (each such file of OCNLI contains the smaller ones); None for other names."""
     match = re.search(r"\.(\d+)k\.", name)
     return int(match[1]) if match else None
 
 
 def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple[int, Record]]:
-    """Numbered rows of a table: tabs, ``||`` or commas, whichever the first line has; blank lines are passed over.
+    """Numbered rows of a table separated by tabs, ``||`` or commas, as in its first line; blank lines are skipped.
 
-    Without a header two columns are texts, a third is what ``target`` says, and of four the first is a number or source
-    that is passed over. ``target=None``: a score where the column holds numbers other than 0 and 1, else a label.
+    Without a header, two columns are texts, a third is the ``target``, and with four columns the first is a number or
+    source and is ignored. ``target=None``: a score if the column holds numbers other than 0 and 1, else a label.
 
     Raises:
         DataFormatError: a row has too many or too few columns, or the header is not understood.
@@ -117,7 +117,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
     if separator is None:
         yield from _comma_rows(path)
         return
-    for number, text in lines:  # no quoting: the texts of these sets hold single quotation marks
+    for number, text in lines:  # no quoting: the texts of these sets contain unpaired quotation marks
         yield number, [field.strip() for field in text.split(separator)]
 
 

@@ -1,4 +1,4 @@
-"""Batches for distillation: which passages are read together, and what each is to each query."""
+"""Batches for distillation: which passages are read together, and which role each plays for each query."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.ops.batching import even_batches
 
-_CERTAIN = 20.0  # log-odds of a data set's own judgement
+_CERTAIN_LOG_ODDS = 20.0  # log-odds of a data set's own judgement
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class LabelledSource:
     labels: LabelStore
     same_text: SameText
     entries: tuple[PlanEntry, ...]
-    """The queries to train on, in the order of their ids."""
+    """The queries to train on, sorted by id."""
     num_unlabelled: int
-    """Queries of the plan whose labels are missing."""
+    """Number of queries of the plan with missing labels."""
     unlabelled: frozenset[str]
-    """Those of them that are trained on."""
+    """Those of them that are trained on nevertheless."""
 
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
@@ -38,9 +38,9 @@ class LabelledSource:
 
         Args:
             source: the data set with its plan.
-            labels: the teacher's.
-            keep_unlabelled: train the queries without all their labels on the data set's own judgements; otherwise
-                they are left out.
+            labels: the teacher's labels.
+            keep_unlabelled: train queries with missing labels on the data set's own judgements; otherwise they are left
+                out.
         """
         plan = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         labelled = [entry for entry in plan if not labels.missing(entry.query_id, entry.passage_ids)]
@@ -50,13 +50,13 @@ class LabelledSource:
         return cls(source, labels, SameText(source.dataset), tuple(entries), len(without), trained)
 
     def with_source(self, source: TrainingSource) -> LabelledSource:
-        """The same queries with another plan for them."""
+        """The same queries with the plan of ``source``."""
         query_ids = {entry.query_id for entry in self.entries}
         entries = sorted((e for e in source.plan.entries if e.query_id in query_ids), key=lambda entry: entry.query_id)
         return replace(self, source=source, entries=tuple(entries))
 
     def without_unjudged_negatives(self) -> LabelledSource:
-        """Hard negatives that have no label left out, for the queries that learn from the teacher."""
+        """A copy without unlabelled hard negatives, for the queries that learn from the teacher."""
         entries: list[PlanEntry] = []
         for entry in self.entries:
             unjudged = {*self.labels.missing(entry.query_id, entry.hard_negatives)}
@@ -69,12 +69,12 @@ class LabelledSource:
 
 @dataclass(frozen=True, slots=True)
 class DistillationBatch:
-    """Q queries of one data set against the N passages that any of them brings.
+    """Q queries of one data set against the N passages of all of them together.
 
-    All arrays but the last three are [Q, N]. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
-    ``targets`` [Q, N], of labelled pairs only, is the data set's own probability of a yes, NaN where none was judged.
-    ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where the
-    store has no cosines, and ``gram`` [Q, n, n] the cosines of the teacher's features over them.
+    All arrays but ``own`` and ``gram`` are [Q, N]. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
+    ``targets``, for labelled pairs only, is the data set's own probability of a yes, NaN for pairs that were not
+    judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
+    the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
     """
 
     source: TrainingSource
@@ -91,7 +91,7 @@ class DistillationBatch:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one query brings to one batch: one positive, or of labelled pairs all that were judged."""
+    """The passages of one query in one batch: one positive, or all judged passages for labelled pairs."""
 
     entry: PlanEntry
     positives: list[str]
@@ -105,7 +105,7 @@ class Draw:
 
 
 def batches_per_epoch(sources: Sequence[LabelledSource], batch_queries: int) -> int:
-    """How many batches ``epoch_batches`` gives, without drawing them."""
+    """The number of batches that ``epoch_batches`` returns, without drawing them."""
     return sum(_batches_per_pass(sources, batch_queries))
 
 
@@ -119,21 +119,21 @@ def epoch_batches(
     seed: int,
     temperature: float = 1.0,
 ) -> list[tuple[LabelledSource, list[Draw]]]:
-    """All batches of an epoch, each of one data set, in an order fixed by seed and epoch.
+    """All batches of an epoch, each from one data set, in an order fixed by seed and epoch.
 
-    Each query brings one of its positives and some of its negatives, drawn anew each time it comes; the draw depends
-    on the seed, on how often the query has come and on the query alone.
+    Each query contributes one of its positives and some of its negatives, drawn again each time the query is used; the
+    draw depends only on the seed, the query, and how often the query has been used.
 
     Args:
         sources: data sets with their labels.
-        epoch: which one, from 0. Each data set is gone through again and again, in a new order each time; an epoch
-            goes on where the last one stopped.
-        batch_queries: queries of a batch, at most; those of one data set are of one size.
-        num_hard: hard negatives of a query.
-        num_easy: easy negatives of a query.
-        seed: of order and draws.
-        temperature: T; a data set of m batches has a share of m^(1/T) in the batches of an epoch, whose number T does
-            not change. With T = 1 every query comes once an epoch.
+        epoch: number of the epoch, from 0. Each data set is passed through repeatedly, in a new order each time; an
+            epoch continues where the previous one stopped.
+        batch_queries: maximum number of queries per batch; the batches of one data set have equal sizes.
+        num_hard: hard negatives per query.
+        num_easy: easy negatives per query.
+        seed: seed of the order and the draws.
+        temperature: T; a data set of m batches gets a share proportional to m^(1/T) of the batches of an epoch, whose
+            total T does not change. With T = 1 every query is used once per epoch.
     """
     per_pass = _batches_per_pass(sources, batch_queries)
     batches: list[tuple[LabelledSource, list[Draw]]] = []
@@ -147,7 +147,7 @@ def epoch_batches(
 
 
 def queries_by_set(batches: Sequence[tuple[LabelledSource, list[Draw]]]) -> dict[str, int]:
-    """How many queries of each data set the batches hold, a query counted as often as it comes."""
+    """How many queries of each data set the batches hold, counting repeated queries each time."""
     counts: dict[str, int] = {}
     for source, draws in batches:
         name = source.source.dataset.name
@@ -160,7 +160,7 @@ def _batches_per_pass(sources: Sequence[LabelledSource], batch_queries: int) -> 
 
 
 def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
-    """Batches of each data set in an epoch, in sum those of all: rounded down, the rest to the largest remainders."""
+    """Batches of each data set per epoch, with unchanged total: rounded down, the rest to the largest remainders."""
     weights = [float(count) ** (1 / temperature) if count else 0.0 for count in per_pass]
     exact = [sum(per_pass) * weight / (sum(weights) or 1.0) for weight in weights]
     shares = [int(value) for value in exact]
@@ -173,7 +173,7 @@ def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
 def _round(
     source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
 ) -> list[list[Draw]]:
-    """All queries of a data set in batches, for the ``number``-th time."""
+    """The batches of the ``number``-th pass over all queries of a data set."""
     entries = list(source.entries)
     rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
     rng.shuffle(entries)
@@ -192,12 +192,12 @@ def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int)
 
 
 def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
-    """Put the draws of a batch side by side.
+    """Collate draws into a batch.
 
-    A passage that another query brings is an easy negative, with its label where there is one, unless it is a known
-    positive of this query or repeats the text of one: such a passage takes no part. For a query that the teacher has
-    not labelled, and for a negative that was mined since, the data set's own word stands in for the teacher's, and
-    there are no features to imitate.
+    A passage of another query is an easy negative, with its label if there is one, unless it is a known positive of
+    this query or repeats the text of one: such a passage is ignored. For a query that the teacher has not labelled, and
+    for a negative that was mined after labelling, the data set's own judgement replaces the teacher's, and there are no
+    features to imitate.
     """
     passage_ids = tuple(dict.fromkeys(p for draw in draws for p in draw.passage_ids))
     column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
@@ -205,9 +205,9 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
 
 
 def collate_lists(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
-    """As ``collate``, but each query has only its own passages: column j of its row is the j-th of its draw.
+    """Like ``collate``, but each query has only its own passages: column j of its row is the j-th of its draw.
 
-    The batch has no passages in common, so ``passage_ids`` is empty; rows are padded with columns that take no part.
+    The queries share no passages, so ``passage_ids`` is empty; rows are padded with columns that are ignored.
     """
     columns = [{passage_id: index for index, passage_id in enumerate(draw.passage_ids)} for draw in draws]
     return _collate(labelled, draws, columns, ())
@@ -237,7 +237,7 @@ def _collate(
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
-        log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN, -_CERTAIN
+        log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN_LOG_ODDS, -_CERTAIN_LOG_ODDS
         if draw.entry.targets:
             log_odds[row, judged] = _log_odds(np.array(draw.entry.targets))
         if draw.entry.query_id in labelled.unlabelled:
@@ -262,13 +262,13 @@ def _collate(
 
 def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     with np.errstate(divide="ignore"):
-        return np.clip(np.log(probabilities) - np.log1p(-probabilities), -_CERTAIN, _CERTAIN)
+        return np.clip(np.log(probabilities) - np.log1p(-probabilities), -_CERTAIN_LOG_ODDS, _CERTAIN_LOG_ODDS)
 
 
 def _features(
     labels: LabelStore, draw: Draw, column: Mapping[str, int], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Columns [width] and teacher's cosines [width, width] of a draw's positive and hard negatives, in this order."""
+    """Columns [width] and teacher cosines [width, width] of a draw's positives and hard negatives, in this order."""
     own, gram = np.full(width, -1, np.int64), np.zeros((width, width), np.float32)
     passage_ids, cosines = labels.gram(draw.entry.query_id) or ((), np.zeros((0, 0), np.float32))
     place = {passage_id: index for index, passage_id in enumerate(passage_ids)}

@@ -1,7 +1,7 @@
-"""Reading a corpus for an index, one passage after another: with documents and metadata, and never all at once.
+"""Reads a corpus for an index as a stream of passages with their documents and metadata.
 
 A line of ``corpus.jsonl[.gz]``: ``{"_id": ..., "text": ..., "title": ..., "document_id": ..., "position": ...,
-"metadata": {...}}``; only ``_id`` (or ``id``) and ``text`` must be there. Fields of other names are metadata too.
+"metadata": {...}}``; only ``_id`` (or ``id``) and ``text`` are required. Fields with other names are metadata too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
 
 
 def corpus_file(path: Path) -> Path:
-    """The corpus file that a path means: itself, or the one in the folder.
+    """The corpus file for a path: the path itself, or the corpus file in that folder.
 
     Raises:
-        DataFormatError: there is none.
+        DataFormatError: the folder has no corpus file.
     """
     if not path.is_dir():
         return path
@@ -39,24 +39,24 @@ def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
 
     Args:
         path: ``corpus.jsonl[.gz]`` or its folder.
-        with_metadata: without, only id, title and text are read.
+        with_metadata: if false, only id, title and text are read.
 
     Raises:
-        DataFormatError: the file is missing, empty, or a line is malformed (names the line).
+        DataFormatError: the file is missing or empty, or a line is malformed (the message names the line).
     """
     return (passage for _, passage in _numbered(corpus_file(path), with_metadata=with_metadata))
 
 
 def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
-    """Read a corpus once, so that what is wrong with it is known before hours of encoding; returns its passages.
+    """Read a corpus once, to detect errors before hours of encoding; returns the number of passages.
 
     Args:
         path: ``corpus.jsonl[.gz]`` or its folder.
-        with_metadata: without, only id, title and text are looked at.
+        with_metadata: if false, only id, title and text are checked.
 
     Raises:
-        DataFormatError: the file is missing, empty, or a line is malformed (names the line).
-        DuplicateIdError: two lines have the same id (names both).
+        DataFormatError: the file is missing or empty, or a line is malformed (the message names the line).
+        DuplicateIdError: two lines have the same id (the message names both).
     """
     file, first_lines = corpus_file(path), dict[str, int]()
     for line, passage in _numbered(file, with_metadata=with_metadata):
@@ -65,7 +65,7 @@ def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
 
 
 def _numbered(file: Path, *, with_metadata: bool) -> Iterator[tuple[int, Passage]]:
-    records, again = tee(read_records(file))  # in step, so that only one record is held
+    records, again = tee(read_records(file))  # advanced together, so that only one record is held
     for (line, passage), (_, record) in zip(iter_passages(file, records), again, strict=True):
         yield line, _with_metadata(file, line, record, passage) if with_metadata else passage
 
@@ -83,12 +83,12 @@ def _with_metadata(file: Path, line: int, record: Record, passage: Passage) -> P
         raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
     nested = record.get("metadata")
     if not isinstance(nested, dict | None):
-        problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata reads over all of it"
+        problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata ignores all metadata"
         raise DataFormatError(file, problem, line=line)
     values: dict[str, Any] = {name: value for name, value in record.items() if name not in _KNOWN}
     for name, value in cast("dict[str, Any]", nested or {}).items():
         if name in values:
-            raise DataFormatError(file, f"field '{name}' is there twice, also in 'metadata'; keep one", line=line)
+            raise DataFormatError(file, f"field '{name}' occurs twice, also in 'metadata'; keep one", line=line)
         values[name] = value
     metadata = cast("dict[str, MetadataValue]", values)
     return Passage(passage.id, passage.text, passage.title, document_id or "", position or 0, metadata)

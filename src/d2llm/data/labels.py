@@ -1,8 +1,8 @@
-"""The label store: teachers' judgements of pairs of query and passage, kept by identity, in Parquet shards.
+"""The label store: teachers' judgements of query-passage pairs, keyed by id, in Parquet shards.
 
-One ``write`` makes one shard: a file in ``labels/`` and a file of the same name in ``grams/``. A shard counts only when
-both are there, so a process may be killed at any moment: a query is finished or absent, never half of it. Labels of
-several teachers and prompts may live in one store.
+Each ``write`` creates one shard: a file in ``labels/`` and a file of the same name in ``grams/``. A shard counts only
+if both exist, so a process may be killed at any moment: a query is either complete or absent. One store may hold labels
+of several teachers and prompts.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class QueryLabels:
 
 
 class LabelStore:
-    """The labels of one data set by one teacher, asked with one prompt, in a folder. Opening reads them all.
+    """The labels of one data set by one teacher with one prompt, in a folder. Opening reads them all.
 
     Args:
-        folder: where the store is or shall be.
+        folder: folder of the store; ``write`` creates it if needed.
         teacher: fingerprint of the teacher.
         prompt: fingerprint of the prompt.
-        dataset: name of the data set, whose ids the labels belong to.
+        dataset: name of the data set that the ids belong to.
 
     Raises:
         DataFormatError: a shard is damaged; the message says which files to delete.
@@ -84,7 +84,7 @@ class LabelStore:
         self.prompt = prompt
         self.dataset = dataset
         self.num_duplicates = 0
-        """Pairs that were labelled more than once; the label written last counts."""
+        """Number of pairs that were labelled more than once; the label written last is used."""
         self._log_odds: dict[str, dict[str, float]] = {}
         self._grams: dict[str, tuple[tuple[str, ...], NDArray[np.float32]]] = {}
         self._others: set[tuple[str, str, str]] = set()
@@ -102,7 +102,8 @@ class LabelStore:
 
         Raises:
             DataFormatError: there are no labels at all, or a shard is damaged.
-            LabelMismatchError: there are labels, but of other teachers, prompts or data sets (which are named).
+            LabelMismatchError: there are labels, but only of other teachers, prompts or data sets (which the message
+                names).
         """
         store = cls(folder, teacher=teacher, prompt=prompt, dataset=dataset)
         if len(store) == 0:
@@ -111,12 +112,12 @@ class LabelStore:
             others = "; ".join("teacher {}, prompt {}, data set {}".format(*key) for key in sorted(store._others))
             raise LabelMismatchError(
                 f"{folder}: has no labels of teacher {teacher}, prompt {prompt}, data set {dataset}, only of "
-                f"{others}. Use the teacher and prompt that labelled, or label again with these"
+                f"{others}. Use the teacher and prompt that made the labels, or label again with these"
             )
         return store
 
     def read_again(self) -> LabelStore:
-        """The store as it is now, with what other processes have written since."""
+        """The store read again, including labels that other processes have written since."""
         return LabelStore(self.folder, teacher=self.teacher, prompt=self.prompt, dataset=self.dataset)
 
     def __len__(self) -> int:
@@ -130,7 +131,7 @@ class LabelStore:
 
     @property
     def query_ids(self) -> tuple[str, ...]:
-        """The queries with labels, in the order of their ids."""
+        """The queries with labels, sorted by id."""
         return tuple(sorted(self._log_odds))
 
     def missing(self, query_id: str, passage_ids: Iterable[str]) -> list[str]:
@@ -149,13 +150,13 @@ class LabelStore:
         return dict(self._log_odds.get(query_id, {}))
 
     def gram(self, query_id: str) -> tuple[tuple[str, ...], Float32[np.ndarray, "m m"]] | None:
-        """Cosines between the teacher's features of passages: their ids and the matrix; None where there is none."""
+        """Passage ids and the matrix of cosines between the teacher's features of them; None if there is none."""
         return self._grams.get(query_id)
 
     def write(self, labels: Sequence[QueryLabels], *, remember: bool = True) -> None:
-        """Add labels as one shard, atomically and on disk when this returns. An empty list writes nothing.
+        """Add labels as one shard, atomically; they are on disk when this returns. An empty list writes nothing.
 
-        ``remember=False``: they are not kept in memory, and the store does not know of them until it is opened again.
+        ``remember=False``: they are not kept in memory, so they become visible only when the store is opened again.
 
         Raises:
             ModelError: a log-odds or a cosine is NaN or infinite; nothing is written.
@@ -177,14 +178,14 @@ class LabelStore:
 
     def _shards(self) -> list[str]:
         """Names of the complete shards, oldest first."""
-        # Labels are listed first because they are written last: a shard that another process finishes meanwhile is
-        # seen whole or not at all.
+        # Labels are listed first because they are written last: a shard that another process finishes in between is
+        # seen completely or not at all.
         labels = {path.name for path in (self.folder / "labels").glob("[0-9]*.parquet")}
         grams = {path.name for path in (self.folder / "grams").glob("[0-9]*.parquet")}
         return sorted(labels & grams)
 
     def _next_name(self) -> str:
-        """Later shards sort later; the random part keeps two writers of one moment apart."""
+        """Later shards sort later; the random part prevents name clashes of concurrent writers."""
         used = [path.name for kind in ("labels", "grams") for path in (self.folder / kind).glob("[0-9]*.parquet")]
         number = max((int(name.partition("-")[0]) for name in used), default=0) + 1
         return f"{number:010d}-{secrets.token_hex(4)}.parquet"
@@ -223,7 +224,7 @@ class LabelStore:
             self._grams[query_id] = (tuple(passage_ids), values.reshape(len(passage_ids), len(passage_ids)))
 
     def _own_rows(self, table: Any) -> Any:
-        """The rows of this teacher, prompt and data set; who else has rows is noted."""
+        """The rows of this teacher, prompt and data set; the keys of other rows are recorded in ``_others``."""
         names = ("teacher", "prompt", "dataset")
         for key_columns in table.group_by(list(names)).aggregate([]).to_pylist():
             if (key := (key_columns["teacher"], key_columns["prompt"], key_columns["dataset"])) != self._key:

@@ -1,4 +1,4 @@
-"""Numbered lines and JSON objects of a text file; every error names the file and the line."""
+"""Reads numbered lines and JSON objects of text files; every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Record = Mapping[str, Any]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) without their ends; a byte order mark is dropped, ``.gz`` is unpacked on the way.
+    """Numbered lines (from 1) without line ends; a byte order mark is dropped, ``.gz`` is decompressed on the fly.
 
     Raises:
-        DataFormatError: the file is missing, cannot be read, is not UTF-8, or damaged gzip.
+        DataFormatError: the file is missing, cannot be read, is not UTF-8, or is damaged gzip.
     """
     if not path.is_file():
         raise DataFormatError(path, "no such file; check the path")
@@ -61,10 +61,10 @@ def _is_gzip(path: Path) -> bool:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Numbered JSON objects of a jsonl file; blank lines are passed over.
+    """Numbered JSON objects of a jsonl file; blank lines are skipped.
 
     Raises:
-        DataFormatError: as ``read_lines``, or a line is not a JSON object.
+        DataFormatError: as for ``read_lines``, or a line is not a JSON object.
     """
     for line, text in read_lines(path):
         if not text.strip():
@@ -86,7 +86,7 @@ def string_field(path: Path, line: int, record: Record, field: str) -> str:
     """The text of one field.
 
     Raises:
-        DataFormatError: it is missing, not a string, or holds half a character.
+        DataFormatError: the field is missing, is not a string, or contains an unpaired surrogate.
     """
     if field not in record:
         keys = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
@@ -96,7 +96,7 @@ def string_field(path: Path, line: int, record: Record, field: str) -> str:
         raise wrong_type(path, line, field, value)
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # valid JSON, but no tokenizer and no file can take it
+    except UnicodeEncodeError as error:  # valid JSON, but cannot be tokenized or written
         raise DataFormatError(
             path, f"field '{field}' has half a character (an unpaired \\u surrogate); repair the text", line=line
         ) from error
@@ -109,15 +109,15 @@ def wrong_type(path: Path, line: int, field: str, value: object) -> DataFormatEr
 
 
 def type_name(value: object) -> str:
-    """What JSON calls the type of ``value``, for messages."""
+    """JSON's name for the type of ``value``, for messages."""
     return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def refuse_duplicate(path: Path, line: int, identifier: str, first_lines: dict[str, int]) -> None:
-    """Remember where an id was used first, in ``first_lines``.
+    """Record the line where an id was first used in ``first_lines``.
 
     Raises:
-        DuplicateIdError: it was used in another line before.
+        DuplicateIdError: the id was already used in another line.
     """
     first = first_lines.setdefault(identifier, line)
     if first != line:

@@ -1,4 +1,4 @@
-"""One door to all data sets: finds out which layout a path has, and reads it."""
+"""Opens data sets of any layout: detects the layout of a path and reads it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def open_data(path_or_name: str | Path, *, splits: Sequence[str] | None = None) 
 
     Args:
         path_or_name: a folder in BEIR layout (JSON lines or Parquet), a folder or file of pairs, a folder that the
-            `datasets` library saved, or a name of the Hub: ``hf://owner/name[:config]``.
-        splits: which to read; None: all there are.
+            `datasets` library saved, or a Hub name: ``hf://owner/name[:config]``.
+        splits: which splits to read; None reads all.
 
     Raises:
-        DataFormatError: no such data, or malformed data (names file and line).
+        DataFormatError: no such data, or malformed data (the message names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
         MissingExtraError: the `datasets` library is needed and not installed.
     """
@@ -27,7 +27,7 @@ def open_data(path_or_name: str | Path, *, splits: Sequence[str] | None = None) 
 
 
 def open_source(path_or_name: str | Path, *, splits: Sequence[str] | None = None) -> RetrievalSource | PairSource:
-    """The rows of a data set of any layout, to be read one by one; as ``open_data``, nothing is kept in memory.
+    """The rows of a data set of any layout, read one by one. Arguments as for ``open_data``; nothing is kept in memory.
 
     Raises:
         DataFormatError: no such data, or a file is missing.
@@ -36,7 +36,7 @@ def open_source(path_or_name: str | Path, *, splits: Sequence[str] | None = None
     if str(path_or_name).startswith("hf:/"):
         from d2llm.data.tables import HUB_PREFIX, hub_source
 
-        # A Path that was made of the name has lost a slash.
+        # Converting the name to a Path drops one of the slashes.
         name = str(path_or_name).removeprefix("hf:/").removeprefix("/")
         return hub_source(HUB_PREFIX + name, splits=splits)
     path = Path(path_or_name)

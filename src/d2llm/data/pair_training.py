@@ -1,4 +1,4 @@
-"""Labelled pairs as training data: each distinct text an id, each judged pair the probability of a yes."""
+"""Labelled pairs as training data: each distinct text gets an id, each judged pair a probability of a yes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NLI_CLASSES = {
     "contradicts": "contradiction",
     "refutes": "contradiction",
 }
-"""Names of the classes of natural language inference, and of claim checking, by what they stand for."""
+"""Class names of natural language inference and of claim checking -> their canonical class."""
 
 _NLI_TARGETS = {"entailment": 1.0, "neutral": 0.5, "contradiction": 0.0}
 _YES = 0.5  # a pair whose target is above this counts as a positive
@@ -33,10 +33,10 @@ class PairTrainingSet:
     """A pair set in the form that training reads.
 
     ``dataset`` has the distinct texts of each split as queries and passages, and the pairs as judgements (1 above a
-    target of 0.5, else 0). ``targets`` has, by split, query_id -> passage_id -> probability of a yes: 1 or 0;
-    of natural language inference 1 for entailment, 0.5 for neutral, 0 for contradiction; of scores the place between
-    the lowest and the highest score of the training split. ``num_repeated`` pairs occur more than once: the mean
-    counts.
+    target of 0.5, else 0). ``targets`` maps split -> query_id -> passage_id -> probability of a yes: 1 or 0 for binary
+    sets; 1 for entailment, 0.5 for neutral and 0 for contradiction in natural language inference; for scores, the
+    position between the lowest and the highest score of the training split. If a pair occurs more than once, the mean
+    target is used; ``num_repeated`` counts the repetitions.
     """
 
     dataset: Dataset
@@ -45,10 +45,10 @@ class PairTrainingSet:
 
 
 def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
-    """Bring a pair set into the form that training reads.
+    """Convert a pair set into the form that training reads.
 
     Raises:
-        DataFormatError: classes that are neither yes/no nor natural language inference, or scores that are all equal.
+        DataFormatError: the classes are neither yes/no nor natural language inference, or the scores are all equal.
     """
     queries: dict[str, Query] = {}
     passages: dict[str, Passage] = {}
@@ -84,14 +84,14 @@ def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
 def plan_of_pairs(
     pairs: PairTrainingSet, split: str, *, num_easy: int, seed: int, max_queries: int | None = None
 ) -> list[PlanEntry]:
-    """The plan of a pair set: nothing is searched, the judged pairs are the plan; easy negatives are random texts.
+    """The plan of a pair set: the judged pairs, without mining, and random texts as easy negatives.
 
     Args:
         pairs: the set.
         split: the split to train on.
-        num_easy: random passages of the split for each query, none that it was judged with.
-        seed: of the draws, which depend on the seed and the query's id alone.
-        max_queries: a random sample of this many queries.
+        num_easy: random passages of the split per query, excluding those judged for the query.
+        seed: seed of the draws, which depend only on the seed and the query's id.
+        max_queries: if given, a random sample of this many queries is used.
 
     Raises:
         InputError: the split has no pairs.
@@ -137,7 +137,7 @@ def nli_class(pairs: PairDataset, pair: LabelledPair) -> str:
     """Entailment, neutral or contradiction.
 
     Raises:
-        DataFormatError: the pair's class is none of natural language inference.
+        DataFormatError: the pair's class is not one of natural language inference.
     """
     name = (pair.label or "").lower()
     if name not in NLI_CLASSES:

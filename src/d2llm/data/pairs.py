@@ -1,4 +1,4 @@
-"""Reading labelled pairs: two texts, and a class or a score that says how they belong together."""
+"""Reads labelled pairs: two texts, and a class or a score that describes their relation."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 PairKind = Literal["binary", "classes", "scores"]
-"""``binary``: yes or no. ``classes``: more classes than that, or others. ``scores``: numbers to sort by."""
+"""``binary``: yes or no. ``classes``: any other set of classes. ``scores``: numbers to sort by."""
 
 _BINARY = (("0", "1"), ("no", "yes"), ("false", "true"), ("not_entailment", "entailment"))
 _POSITIVE = frozenset(positive for _, positive in _BINARY)
 _LABEL_FIELDS, _SCORE_FIELDS, _ID_FIELDS = ("label", "gold_label"), ("score", "similarity_score"), ("id", "_id")
 _NO_LABEL = frozenset({"", "-", "-1"})
-_MAX_CLASSES = 50  # more are texts or numbers that were taken for classes
+_MAX_CLASSES = 50  # more than this means that texts or numbers were read as classes
 _SPLIT_ORDER = ("train", "dev", "test")
 _JSON, _TABLES = frozenset({".jsonl", ".json"}), frozenset({".tsv", ".csv", ".txt", ".data"})
 WITHOUT_LABEL, EMPTY_TEXT = "pairs without an agreed label were left out", "pairs have an empty text"
-"""What is counted while pairs are read."""
+"""Irregularities that are counted while pairs are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledPair:
     """Two texts and their judgement: ``label`` in a set of classes, ``score`` in a set of scores.
 
-    ``id`` is the file's own, or ``<split>-<line number>`` where it has none; it is unique within its split.
+    ``id`` comes from the file, or is ``<split>-<line number>`` if the file has no ids; it is unique within its split.
     """
 
     id: str
@@ -48,9 +48,9 @@ class LabelledPair:
 
 @dataclass(frozen=True)
 class PairDataset:
-    """The pairs of one data set by split, in the files' order (train, dev, test, then others).
+    """The pairs of one data set by split (train, dev, test, then others), in file order.
 
-    ``classes`` are sorted, empty for scores. ``issues`` says what was odd but not wrong, counted.
+    ``classes`` are sorted; empty for scores. ``issues`` lists irregularities that are not errors, with counts.
     """
 
     name: str
@@ -88,10 +88,10 @@ class PairDataset:
 
 @dataclass(frozen=True)
 class PairSource:
-    """Where the rows of a pair set come from: for each split what errors name, and a way to read the rows anew.
+    """Where the rows of a pair set come from: for each split, the paths that errors name and functions that read rows.
 
-    ``target`` overrules whether the last column is a class or a score; None: as its name says. ``issues`` are those
-    known before anything is read.
+    ``target`` overrides whether the last column is a class or a score; None means that its name decides. ``issues`` are
+    those known before any rows are read.
     """
 
     name: str
@@ -101,7 +101,7 @@ class PairSource:
     issues: tuple[str, ...] = ()
 
     def iter_pairs(self, split: str, counts: Counter[str]) -> Iterator[LabelledPair]:
-        """The pairs of one split, nothing kept but ids; ``counts`` gets how many were odd, by what was odd.
+        """The pairs of one split; only ids are kept in memory. Irregularities are counted in ``counts`` by kind.
 
         Raises:
             DataFormatError: a row is malformed, or classes and scores are mixed.
@@ -112,7 +112,7 @@ class PairSource:
         offset = last = 0
         has_scores: bool | None = None
         for path, rows in self.splits[split]:
-            offset += last  # of several files the numbers go on
+            offset += last  # line numbers continue across the files of a split
             columns: _Columns | None = None
             last = 0
             for last, record in rows():
@@ -140,7 +140,7 @@ class PairSource:
                 yield pair
 
     def load(self) -> PairDataset:
-        """Everything, in memory; what is odd is counted in ``issues`` and logged.
+        """The whole data set in memory; irregularities are counted in ``issues`` and logged.
 
         Raises:
             DataFormatError: a row is malformed, classes and scores are mixed, or there are no labelled pairs.
@@ -163,19 +163,20 @@ class PairSource:
 def read_pairs(path: str | Path, *, splits: Sequence[str] | None = None, layout: str | None = None) -> PairDataset:
     """Read labelled pairs from a folder with a file for each split, or from one file.
 
-    Files: JSON lines, tables (tabs, ``||``, commas; header or not) and Parquet, the first two also ``.gz``; their names
-    tell the split (see ``chinese_pairs.split_of``); a single file of another name is the split ``all``. Fields: two
-    texts (``query`` and ``document``, ``sentence1`` and ``sentence2``, ...) and ``label`` or ``score``. A label ``-``,
-    ``-1``, null or empty means that there is none: such pairs are counted and left out, and so is a split where no pair
-    has a label. A label that is a number with decimals is a score.
+    Files: JSON lines, tables (tabs, ``||``, commas; with or without header) and Parquet, the first two also ``.gz``.
+    The file name determines the split (see ``chinese_pairs.split_of``); a single file of another name is the split
+    ``all``. Fields: two texts (``query`` and ``document``, ``sentence1`` and ``sentence2``, ...) and ``label`` or
+    ``score``. A label ``-``, ``-1``, null or empty means that there is none: such pairs are counted and left out, and
+    so is a split in which no pair has a label. A label with a fractional part is a score.
 
     Args:
         path: folder or file.
-        splits: which to read; None: all there are.
-        layout: name of a published set (see ``chinese_pairs.LAYOUTS``) where the files do not tell class from score.
+        splits: which splits to read; None reads all.
+        layout: name of a published set (see ``chinese_pairs.LAYOUTS``), if the files do not tell class from score.
 
     Raises:
-        DataFormatError: nothing to read, a malformed line, classes mixed with scores (names file and line).
+        DataFormatError: nothing to read, a malformed line, or classes mixed with scores (the message names file and
+            line).
         DuplicateIdError: an id occurs twice in a split.
         InputError: an unknown layout.
     """
@@ -183,7 +184,7 @@ def read_pairs(path: str | Path, *, splits: Sequence[str] | None = None, layout:
 
 
 def pair_source(path: str | Path, *, splits: Sequence[str] | None = None, layout: str | None = None) -> PairSource:
-    """The rows of pair files, to be read one by one; arguments as for ``read_pairs``.
+    """The rows of pair files, read one by one; arguments as for ``read_pairs``.
 
     Raises:
         DataFormatError: there is nothing to read, or one split has files of several formats.
@@ -200,16 +201,16 @@ def pair_source(path: str | Path, *, splits: Sequence[str] | None = None, layout
 
 
 def in_order(splits: Iterable[str]) -> list[str]:
-    """Names of splits: train, dev, test, then others as they come."""
+    """Names of splits: train, dev, test, then the others in the given order."""
     known = [split for split in _SPLIT_ORDER if split in (splits := list(splits))]
     return known + [split for split in splits if split not in known]
 
 
 def choose_splits(path: Path, found: dict[str, _Value], wanted: Sequence[str] | None) -> dict[str, _Value]:
-    """The wanted ones of the splits found.
+    """The requested splits; all of them if ``wanted`` is None.
 
     Raises:
-        DataFormatError: one of them is not there.
+        DataFormatError: a requested split does not exist.
     """
     for split in wanted or ():
         if split not in found:
@@ -218,7 +219,7 @@ def choose_splits(path: Path, found: dict[str, _Value], wanted: Sequence[str] | 
 
 
 def kind_of(path: Path, classes_of: dict[str, set[str | None]]) -> tuple[PairKind, tuple[str, ...]]:
-    """What a set is, and its classes sorted, from the classes of each split (``{None}`` for scores).
+    """The kind of a set and its sorted classes, from the classes of each split (``{None}`` for scores).
 
     Raises:
         DataFormatError: there are no labelled pairs, or one split has classes and another has scores.
@@ -238,7 +239,7 @@ def kind_of(path: Path, classes_of: dict[str, set[str | None]]) -> tuple[PairKin
 
 
 def unseen_classes(classes_of: dict[str, set[str | None]]) -> list[str]:
-    """Classes of other splits that train does not have, as issues."""
+    """Issues for classes of other splits that do not occur in train."""
     if "train" not in classes_of:
         return []
     unseen = {split: classes - classes_of["train"] for split, classes in classes_of.items()}
@@ -259,7 +260,7 @@ class _Columns:
 
 
 def _columns_of(path: Path, line: int, record: Record, target: Target | None) -> _Columns:
-    """Which fields hold what, from the first record of a file."""
+    """The roles of the fields, from the first record of a file."""
     texts = next(((first, second) for first, second in TEXT_FIELDS if first in record and second in record), None)
     if texts is None:
         known = ", ".join(f"{first}/{second}" for first, second in TEXT_FIELDS)
@@ -269,7 +270,7 @@ def _columns_of(path: Path, line: int, record: Record, target: Target | None) ->
     score = next((field for field in _SCORE_FIELDS if field in record), None)
     if label and score and target is None:
         raise DataFormatError(
-            path, f"has both '{label}' and '{score}', and a set has one of them; keep one, or give a layout", line=line
+            path, f"has both '{label}' and '{score}', but a set has only one; keep one, or give a layout", line=line
         )
     chosen = (score or label) if target == "score" else (label or score)
     is_score = target == "score" or (target is None and score is not None)
@@ -346,11 +347,11 @@ def _format_of(path: Path) -> str:
 
 
 def _files_of(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """The files of each split, and what was passed over."""
+    """The files of each split, and issues for files that were skipped."""
     readable = _JSON | _TABLES | {".parquet"}
     if path.is_file():
         if _format_of(path) not in readable:
-            raise DataFormatError(path, f"unknown kind of file; read are {', '.join(sorted(readable))}")
+            raise DataFormatError(path, f"unknown kind of file; supported are {', '.join(sorted(readable))}")
         return {split_of(path.name) or "all": [path]}, ()
     if not path.is_dir():
         raise DataFormatError(path, "no such file or folder; check the path")
@@ -380,7 +381,7 @@ def _files_of(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
 
 
 def _largest_sample(files: list[Path]) -> tuple[list[Path], list[str]]:
-    """OCNLI gives its training set in five sizes, each within the next: the largest is read."""
+    """OCNLI publishes its training set in five nested sizes: the largest is read."""
     sizes = [sample_size(file.name) for file in files]
     numbers = [size for size in sizes if size is not None]
     if len(numbers) < 2:

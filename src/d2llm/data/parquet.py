@@ -1,4 +1,4 @@
-"""Rows of Parquet files, a batch at a time."""
+"""Reads rows of Parquet files in batches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BATCH_ROWS = 1024
 
 
 def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
-    """Numbered rows (from 1, on through all files) of Parquet files, a batch at a time.
+    """Numbered rows of Parquet files, counted from 1 across all files and read in batches.
 
     Raises:
-        DataFormatError: not a Parquet file, or a damaged one.
+        DataFormatError: a file is not Parquet, or is damaged.
     """
     number = 0
     for path in paths:

@@ -1,4 +1,4 @@
-"""Passages in a temporary file: what a corpus costs in memory is 24 bytes a passage, whatever the texts' length."""
+"""Passages in a temporary file: a corpus takes 24 bytes of memory per passage, however long the texts are."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _READ_AT_ONCE = 1 << 20
 
 
 class PassageStore(Mapping[str, Passage]):
-    """Passages by id, in the order in which they were given, read from a file with each access.
+    """Passages by id, in insertion order, read from a file on each access.
 
-    The file is read, not mapped: its pages are the system's cache and do not count as this process's memory. It has no
-    name and goes with the store. One may be read from several threads and from forked processes.
+    The file is read, not memory-mapped: its pages are in the system's cache and do not count as memory of this process.
+    It has no name and is deleted with the store. A store may be read from several threads and from forked processes.
 
     Args:
-        passages: their ids must be distinct; ``has_repeats`` says if they are not.
-        folder: where the file is; by default the system's folder for temporary files.
+        passages: the passages; their ids must be distinct, which ``has_repeats`` checks.
+        folder: folder of the file; by default the system's folder for temporary files.
     """
 
     def __init__(self, passages: Iterable[Passage], *, folder: Path | None = None) -> None:
@@ -47,7 +47,7 @@ class PassageStore(Mapping[str, Passage]):
 
     @property
     def has_repeats(self) -> bool:
-        """Whether an id occurs twice (only the first passage of an id is found by it)."""
+        """Whether an id occurs twice (a lookup finds only the first passage with an id)."""
         alike = np.flatnonzero(self._keys[1:] == self._keys[:-1])
         groups = {int(self._keys[place]) for place in alike.tolist()}
         return any(self._has_repeat(np.uint64(key)) for key in groups)
@@ -73,11 +73,11 @@ class PassageStore(Mapping[str, Passage]):
         return (passage.id for passage in self.read_all())
 
     def values(self) -> ValuesView[Passage]:
-        """The passages in their order, read in one go."""
+        """The passages in insertion order, read sequentially."""
         return _Values(self)
 
     def _rows_of(self, key: np.uint64) -> list[int]:
-        """Rows of an id's hash, in their order; two ids may share one, though hardly ever do."""
+        """Rows with the hash of an id, in order; collisions are possible, though very rare."""
         start, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
         return self._rows[start:end].tolist()
 
@@ -86,7 +86,7 @@ class PassageStore(Mapping[str, Passage]):
         return _passage(os.pread(self._file.fileno(), end - start, start))
 
     def read_all(self) -> Iterator[Passage]:
-        """The passages in their order."""
+        """The passages in insertion order, read in large blocks."""
         row = 0
         while row < len(self):
             start = int(self._offsets[row])
@@ -98,7 +98,7 @@ class PassageStore(Mapping[str, Passage]):
 
 
 class _Values(ValuesView[Passage]):
-    """Reads in the file's order; a mapping's own would look every passage up by its id."""
+    """Reads in file order; the default ``ValuesView`` would look up every passage by its id."""
 
     def __init__(self, store: PassageStore) -> None:
         super().__init__(store)
@@ -109,7 +109,7 @@ class _Values(ValuesView[Passage]):
 
 
 def _key(passage_id: str) -> int:
-    """64 bits of an id; which passage has it, the file itself says."""
+    """A 64-bit hash of an id; collisions are resolved by the ids in the file."""
     return int.from_bytes(hashlib.blake2b(passage_id.encode(*_ENCODING), digest_size=8).digest(), "little")
 
 

@@ -1,4 +1,4 @@
-"""The training plan: which passages each query is trained on. ``mine`` writes it, ``label`` and ``distill`` read it."""
+"""The training plan: the passages each query is trained on. Written by ``mine``, read by ``label`` and ``distill``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PlanEntry:
     hard_negatives: tuple[str, ...]
     easy_negatives: tuple[str, ...]
     targets: tuple[float, ...] = ()
-    """Of labelled pairs: the probability of a yes of each positive and hard negative, as the data set has it."""
+    """For labelled pairs: the data set's probability of a yes for each positive and hard negative."""
 
     @property
     def passage_ids(self) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The entries of a plan and the manifest that says what made it."""
+    """The entries of a plan and the manifest that describes how it was made."""
 
     entries: tuple[PlanEntry, ...]
     manifest: dict[str, Any]
@@ -51,9 +51,9 @@ def write_plan(
     *,
     documents: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write ``plan.jsonl`` and ``manifest.json`` (with ``content``) as ``folder``; an older plan there is replaced.
+    """Write ``plan.jsonl`` and ``manifest.json`` (with ``content``) to ``folder``; an older plan there is replaced.
 
-    ``documents`` are files for people to read beside them, by name; nothing reads them back.
+    ``documents`` (name -> content) are additional files for people to read; the library does not read them back.
     """
     fields = ("query_id", "positives", "hard_negatives", "easy_negatives")
     with new_folder(Path(folder)) as temporary:
@@ -67,7 +67,7 @@ def write_plan(
                 num_entries += 1
         for name, document in (documents or {}).items():
             (temporary / name).write_bytes(document)
-        # Ours last: what the caller says must not be able to hide the hash that reading checks.
+        # Merged last, so that ``content`` cannot override the hash that reading checks.
         identity = {"num_entries": num_entries, "content_hash": fingerprint_files([temporary / PLAN_FILE])}
         write_manifest(temporary, _KIND, _FORMAT_VERSION, {**content, **identity})
 
@@ -76,7 +76,7 @@ def read_plan(folder: Path) -> TrainingPlan:
     """Read a plan folder.
 
     Raises:
-        DataFormatError: no plan there, a line is malformed, or the file is not the one the manifest describes.
+        DataFormatError: there is no plan, a line is malformed, or the file does not match its manifest.
         DuplicateIdError: a query has two entries.
     """
     folder = Path(folder)

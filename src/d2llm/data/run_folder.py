@@ -1,4 +1,4 @@
-"""Where a run keeps its parts, and what a recipe needs of them."""
+"""The folder layout of a run, and the parts of it that a recipe needs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from d2llm.data.training import TrainingSource
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The layout of one run: what ``mine``, ``tune_teacher``, ``label`` and ``distill`` leave for each other."""
+    """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results."""
 
     path: Path
 
     def plan(self, data: DataConfig) -> Path:
-        """The training plan of one data set, as ``mine`` made it; a teacher is tuned on it."""
+        """The training plan of one data set as written by ``mine``; a teacher is tuned on it."""
         return self.path / "plans" / Path(data.path).name
 
     def filtered_plan(self, data: DataConfig) -> Path:
-        """The plan of one data set mined again, with the margin of the tuned teacher."""
+        """The plan of one data set after mining again with the margin of the tuned teacher."""
         return self.path / "filtered" / Path(data.path).name
 
     def final_plan(self, recipe: Recipe, data: DataConfig) -> Path:
-        """The plan that is labelled and that students learn from: the filtered one where the recipe asks for it."""
+        """The plan that is labelled and that students are trained on: the filtered one if the recipe filters."""
         filtered = self.filtered_plan(data)
         return filtered if recipe.filters_with_tuned_teacher and is_finished(filtered) else self.plan(data)
 
     def mining_work(self, data: DataConfig) -> Path:
-        """What an interrupted mining leaves for the next, and the first of two minings for the second."""
+        """Intermediate results: of an interrupted mining for its restart, and of the first mining for the second."""
         return self.path / "plans" / f".{Path(data.path).name}.mining"
 
     @property
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def stack(self) -> Path:
-        """Several teachers as one."""
+        """The stack: several teachers combined into one."""
         return self.path / "stack"
 
     @property
@@ -65,18 +65,18 @@ class RunFolder:
         return companion(self.student, name)
 
     def cosine_of_stack(self, recipe: Recipe) -> Path:
-        """The tuned cosine that teaches in the stack.
+        """The tuned cosine model that is one of the teachers in the stack.
 
-        It is the variant of that name, unless the stack filters the plans: then it was trained on the plans before
-        that, and beside the student it would be no fair baseline.
+        It is the variant of that name, unless the stack filters the plans: then it was trained on the unfiltered plans
+        and would not be a fair baseline for the student.
         """
         return self.path / "stack-cosine" if recipe.filters_with_tuned_teacher else self.variant("cosine")
 
     def sources(self, recipe: Recipe, *, as_mined: bool = False) -> list[TrainingSource]:
-        """The data sets of a recipe with their final plans, or with those that ``mine`` made.
+        """The data sets of a recipe with their final plans, or, if ``as_mined``, with those written by ``mine``.
 
         Raises:
-            RecipeError: no data sets, or two of the same folder name.
+            RecipeError: there are no data sets, or two have the same folder name.
             DataFormatError: a data set or a plan cannot be read.
         """
         require_distinct_data(recipe)
@@ -85,21 +85,21 @@ class RunFolder:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a step has written its result there."""
+    """Whether a step has written its result to ``folder``."""
     return (folder / MANIFEST).is_file()
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """What a finished step says of its result."""
+    """The manifest that a finished step wrote with its result."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
-    """A data set of a recipe, of whatever layout, with its plan.
+    """A data set of a recipe, in any layout, with its plan.
 
     Raises:
-        DataFormatError: it cannot be read.
-        MismatchError: the plan is of another data set.
+        DataFormatError: the data set cannot be read.
+        MismatchError: the plan belongs to another data set.
     """
     dataset = open_data(data.path)
     if isinstance(dataset, Dataset):
@@ -108,15 +108,15 @@ def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
 
 
 def companion(student: Path, variant: str) -> Path:
-    """Where a variant of a student lies: beside it, as ``<name>-<variant>``."""
+    """The folder of a variant of a student: beside the student, as ``<name>-<variant>``."""
     return student.with_name(f"{student.name}-{variant}")
 
 
 def require_distinct_data(recipe: Recipe, *, where: str = "recipe") -> None:
-    """Make sure that the data sets of a recipe can be told apart; ``where`` names its origin in errors.
+    """Check that the data sets of a recipe have distinct folder names; ``where`` names the recipe in errors.
 
     Raises:
-        RecipeError: no data sets, or two of the same folder name.
+        RecipeError: there are no data sets, or two have the same folder name.
     """
     names = [Path(data.path).name for data in recipe.data]
     if not names:

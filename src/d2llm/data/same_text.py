@@ -1,4 +1,4 @@
-"""When two texts are the same or nearly so: passages that repeat another's must not count as its negatives."""
+"""Detects texts that are equal or nearly equal: a passage that repeats a positive must not become its negative."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SHINGLE = 3
 
 
 def comparable(text: str) -> str:
-    """What of a text is compared: letters (with their marks) and digits, in lower case, words apart by one space."""
+    """Normal form for comparison: letters (with their marks) and digits in lower case, words separated by one space."""
     return " ".join(_words().findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The character trigrams of what of a text is compared; a shorter text is one shingle, an empty one none."""
+    """The character trigrams of the comparable text; a shorter text is one shingle, an empty one has none."""
     text = comparable(text)
     return frozenset(text[start : start + _SHINGLE] for start in range(max(1, len(text) - _SHINGLE + 1))) - {""}
 
@@ -33,9 +33,9 @@ def likeness(first: frozenset[str], second: frozenset[str]) -> float:
 
 
 class SameText:
-    """Finds passages that repeat another's text; what is compared, ``comparable`` says.
+    """Finds passages that repeat another passage's text, compared by ``comparable``.
 
-    Keeps 16 bytes and a reference for each passage, no texts: what is looked up is read again from the data set.
+    Keeps 16 bytes and a reference per passage, but no texts: they are read again from the data set on lookup.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -47,19 +47,19 @@ class SameText:
         self._repeats_of: dict[str, frozenset[str]] = {}
 
     def as_any_of(self, passage_ids: Iterable[str]) -> set[str]:
-        """Other passages with the text of one of these. A text without letters and digits equals no other."""
+        """Other passages with the same text as one of these. A text without letters and digits equals no other."""
         ids = set(passage_ids)
         return {repeat for passage_id in ids for repeat in self._repeats(passage_id)} - ids
 
     def _repeats(self, passage_id: str) -> frozenset[str]:
-        """Passages with the same text, itself among them; remembered, since training asks again and again."""
+        """Passages with the same text, including this one; cached, because training looks them up repeatedly."""
         known = self._repeats_of.get(passage_id)
         if known is None:
             text = comparable(self._passages[passage_id].text)
             key = np.uint64(hash64(text))
             start, end = (np.searchsorted(self._keys, key, side) for side in ("left", "right"))
             alike = [self._ids[row] for row in self._order[start:end].tolist()] if text else []
-            # Two texts may share a hash, though hardly ever do.
+            # Hash collisions are possible, though very rare.
             known = frozenset(other for other in alike if comparable(self._passages[other].text) == text)
             self._repeats_of[passage_id] = known
         return known
@@ -67,6 +67,6 @@ class SameText:
 
 @functools.cache
 def _words() -> re.Pattern[str]:
-    # \w alone leaves out the vowel signs of Hindi or Thai, and so makes one word of two.
+    # \w alone does not match the vowel signs of Hindi or Thai, and so would split words.
     marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
     return re.compile(rf"[\w{marks}]+")

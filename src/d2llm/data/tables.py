@@ -1,4 +1,4 @@
-"""Data sets as tables: Parquet files, and what the `datasets` library loads (Hub names, folders saved by it)."""
+"""Tabular data sets: Parquet files, and those that the `datasets` library loads (Hub names, folders it saved)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PURPOSE = "reading a data set of the Hugging Face Hub"
 def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
     """A retrieval set in Parquet: ``corpus*.parquet``, ``queries*.parquet`` and ``qrels/<split>.parquet`` or ``.tsv``.
 
-    Columns as in the BEIR layout; an ``id`` column does for ``_id``, and ids may be whole numbers.
+    Columns as in the BEIR layout; an ``id`` column may replace ``_id``, and ids may be whole numbers.
 
     Raises:
         DataFormatError: a file is missing.
@@ -47,10 +47,10 @@ def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retr
 
 
 def saved_source(folder: Path, *, splits: Sequence[str] | None = None) -> PairSource:
-    """Pairs that ``save_to_disk`` of the `datasets` library wrote; memory-mapped.
+    """Pairs in a folder written by ``save_to_disk`` of the `datasets` library; memory-mapped.
 
     Raises:
-        DataFormatError: it cannot be read.
+        DataFormatError: the folder cannot be read.
         MissingExtraError: the `datasets` library is not installed.
     """
     library = require("datasets", extra="datasets", purpose="reading a folder of the datasets library")
@@ -63,21 +63,21 @@ def saved_source(folder: Path, *, splits: Sequence[str] | None = None) -> PairSo
 
 
 def hub_source(name: str, *, splits: Sequence[str] | None = None) -> PairSource | RetrievalSource:
-    """A data set of the Hub by ``hf://owner/name[:config]``, kept in the library's cache on disk and memory-mapped.
+    """A data set of the Hub by ``hf://owner/name[:config]``, stored in the library's disk cache and memory-mapped.
 
-    One with configurations ``corpus`` and ``queries`` (and ``qrels`` or ``default`` for the judgements, as mteb has
-    them) is a retrieval set, another one is pairs. Code from the Hub is never run. ``hf://`` may also be followed by
-    the path of a local copy.
+    A data set with the configurations ``corpus`` and ``queries`` (and ``qrels`` or ``default`` for the judgements, as
+    in mteb) is a retrieval set; any other is a set of pairs. Code from the Hub is never run. ``hf://`` may also be
+    followed by the path of a local copy.
 
     Raises:
-        DataFormatError: it cannot be found or read.
+        DataFormatError: the data set cannot be found or read.
         MissingExtraError: the `datasets` library is not installed.
     """
     require("datasets", extra="datasets", purpose=_PURPOSE)
     repository, _, config = name.removeprefix(HUB_PREFIX).partition(":")
     if not config:
         library = require("datasets", extra="datasets", purpose=_PURPOSE)
-        configs = cast("list[str]", _ask(name, lambda: library.get_dataset_config_names(repository)))
+        configs = cast("list[str]", _call_library(name, lambda: library.get_dataset_config_names(repository)))
         if {"corpus", "queries"} <= set(configs):
             return _hub_retrieval(name, repository, configs, splits)
     tables = _load(name, repository, config or None)
@@ -109,11 +109,11 @@ def _hub_retrieval(name: str, repository: str, configs: Sequence[str], splits: S
 
 def _load(name: str, repository: str, config: str | None) -> dict[str, Any]:
     library = require("datasets", extra="datasets", purpose=_PURPOSE)
-    return dict(_ask(name, lambda: library.load_dataset(repository, config)))
+    return dict(_call_library(name, lambda: library.load_dataset(repository, config)))
 
 
-def _ask(name: str, call: Callable[[], Any]) -> Any:
-    """What the library answers, without its progress bars; its errors become ours."""
+def _call_library(name: str, call: Callable[[], Any]) -> Any:
+    """Calls the library without its progress bars; its errors become ``DataFormatError``."""
     library = require("datasets", extra="datasets", purpose=_PURPOSE)
     had_bars = not library.are_progress_bars_disabled()
     library.disable_progress_bars()
@@ -139,17 +139,17 @@ def _table_reader(table: Any) -> Callable[[], Rows]:
 
 
 def _split_names(tables: dict[str, Any]) -> dict[str, Any]:
-    """The Hub's ``validation`` is our ``dev``."""
+    """Tables by split name, with the Hub's ``validation`` renamed to ``dev``."""
     return {"dev" if split in {"validation", "valid"} else split: table for split, table in tables.items()}
 
 
 def _with_class_names(table: Any) -> Iterator[Record]:
-    """Rows whose classes are names instead of places in the list of names; -1, which has no name, stays."""
+    """Rows with class names in place of class indices; -1, which has no name, is kept."""
     names = {field: feature.names for field, feature in table.features.items() if hasattr(feature, "names")}
     for row in cast("Iterable[dict[str, Any]]", table):
-        for field, known in names.items():
+        for field, class_names in names.items():
             if isinstance(row[field], int) and row[field] >= 0:
-                row[field] = known[row[field]]
+                row[field] = class_names[row[field]]
         yield row
 
 

@@ -1,4 +1,4 @@
-"""What training is made from: a data set, its plan, and the task that its pairs stand for."""
+"""Training input: a data set, its plan, and the task of its pairs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class TrainingSource:
 
     Raises:
         MismatchError: the plan names queries or passages that the data set does not have.
-        InputError: an entry without a positive, or with a passage twice.
+        InputError: an entry has no positive, or contains a passage twice.
     """
 
     dataset: Dataset
     plan: TrainingPlan
     task: Task
     max_labelled: int | None = None
-    """Queries that the teacher labels; None means all of the plan."""
+    """How many queries the teacher labels; None means all of the plan."""
     pairs: PairDataset | None = None
-    """The labelled pairs that ``dataset`` was made of, where it is no retrieval set."""
+    """The labelled pairs that ``dataset`` was built from, if it is not a retrieval set."""
 
     def __post_init__(self) -> None:
         for entry in self.plan.entries:
@@ -37,7 +37,7 @@ class TrainingSource:
 
     @property
     def entries_to_label(self) -> list[PlanEntry]:
-        """The queries that the teacher labels: a sample, by the hash of the id, that a larger sample contains."""
+        """The queries that the teacher labels, sampled by the hash of the id: larger samples contain smaller ones."""
         entries = sorted(self.plan.entries, key=lambda entry: hashlib.sha256(entry.query_id.encode()).digest())
         chosen = {entry.query_id for entry in entries[: self.max_labelled]}
         return [entry for entry in self.plan.entries if entry.query_id in chosen]
@@ -53,9 +53,9 @@ class TrainingSource:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPair:
-    """A query and a passage with the data set's own word on whether they belong together.
+    """A query and a passage with the data set's own judgement of whether they match.
 
-    ``target`` is the probability of a yes: 1 or 0, or between them where the data set has grades.
+    ``target`` is the probability of a yes: 1 or 0, or in between if the data set has grades.
     """
 
     query: str
@@ -70,10 +70,10 @@ class TrainingPair:
 
 
 def check_sources(sources: Sequence[TrainingSource]) -> None:
-    """Make sure that the sources of a run, and their labels, can be told apart by name.
+    """Check that the sources of a run, and so their labels, have distinct names.
 
     Raises:
-        InputError: two data sets of one name.
+        InputError: two data sets have the same name.
     """
     names = [source.dataset.name for source in sources]
     if len(set(names)) < len(names):
@@ -85,15 +85,15 @@ def labelled_pairs(
 ) -> list[TrainingPair]:
     """One positive and ``num_negatives`` negatives of each query, in an order fixed by ``seed``.
 
-    A quarter of the negatives (at least one) are easy ones, so that a teacher tuned on them also knows what plainly
-    does not belong; the rest are hard. The draw of a query depends on the query and the seed alone. Of a set of
-    labelled pairs all judged pairs of a query are taken, and no others.
+    A quarter of the negatives (at least one) are easy ones, so that a teacher tuned on them also learns to recognise
+    clearly irrelevant passages; the rest are hard. The draw of a query depends only on the query and the seed. For a
+    set of labelled pairs, exactly the judged pairs of a query are taken.
 
     Args:
         sources: data sets with their plans.
-        num_negatives: negatives of each query, fewer where the plan has fewer.
-        max_queries: a random sample of this many queries of each source.
-        seed: of samples and order.
+        num_negatives: negatives of each query; fewer if the plan has fewer.
+        max_queries: if given, a random sample of this many queries of each source is used.
+        seed: seed of the samples and the order.
     """
     pairs: list[TrainingPair] = []
     for source in sources:

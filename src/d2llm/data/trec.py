@@ -1,4 +1,4 @@
-"""Rankings of any system in the TREC run format: one line ``query-id Q0 passage-id rank score tag`` per place."""
+"""Reading and writing rankings in the TREC run format: lines of ``query-id Q0 passage-id rank score tag``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _COLUMNS = ("query-id", "Q0", "passage-id", "rank", "score", "tag")
 
 @dataclass(frozen=True)
 class TrecRun:
-    """What one system gave for each query.
+    """The rankings of one system.
 
-    ``name`` is the tag, or the file's name where lines have different tags. ``rankings`` holds passage ids by
-    descending score, equal scores by ascending id, whatever the ranks and the order of the lines say: trec_eval goes by
-    the scores, too. ``scores`` is query_id -> passage_id -> score in the order of the file. ``issues`` says what was
-    odd but not wrong, counted.
+    ``name`` is the tag, or the file name if the lines have different tags. ``rankings`` holds passage ids by
+    descending score, equal scores by ascending id; like trec_eval, it ignores the ranks and the order of the lines.
+    ``scores`` is query_id -> passage_id -> score in file order. ``issues`` lists irregularities that are not errors,
+    with counts.
     """
 
     name: str
@@ -33,11 +33,11 @@ class TrecRun:
 
 
 def read_run(path: Path) -> TrecRun:
-    """Read a run file, plain or ``.gz``; columns are parted by blanks or tabs.
+    """Read a run file, plain or ``.gz``; columns are separated by spaces or tabs.
 
     Raises:
-        DataFormatError: the file is missing, empty, not UTF-8 or a damaged gzip, or a line has not six columns, a rank
-            that is no whole number, or a score that is no finite number (names file and line).
+        DataFormatError: the file is missing, empty, not UTF-8 or damaged gzip, or a line does not have six columns, a
+            whole-number rank and a finite score (the message names file and line).
         DuplicateIdError: a passage occurs twice for a query.
     """
     path = Path(path)
@@ -70,7 +70,7 @@ def read_run(path: Path) -> TrecRun:
     issues: list[str] = []
     if disordered:
         issues.append(
-            f"the ranks of {len(disordered)} of {len(scores)} queries do not follow the scores, which count "
+            f"the ranks of {len(disordered)} of {len(scores)} queries do not follow the scores; the scores are used "
             f"(first: {', '.join(disordered[:5])})"
         )
     if len(tags) > 1:
@@ -80,16 +80,17 @@ def read_run(path: Path) -> TrecRun:
 
 
 def write_run(path: Path, name: str, scored: Mapping[str, Sequence[tuple[str, float]]]) -> None:
-    """Write rankings as a run file, atomically; gzipped where ``path`` ends in ``.gz``.
+    """Write rankings as a run file, atomically; gzipped if ``path`` ends in ``.gz``.
 
     Args:
         path: the file.
         name: the tag of every line.
-        scored: query_id -> (passage_id, score), best first. ``read_run`` gives the same order where the scores fall and
-            equal scores are in the order of ids.
+        scored: query_id -> (passage_id, score), best first. ``read_run`` returns the same order if the scores are
+            descending and equal scores are in the order of their ids.
 
     Raises:
-        InputError: a name or id is empty or has a blank in it, which the format cannot hold, or a score is not finite.
+        InputError: a name or id is empty or contains white space, which the format does not allow, or a score is not
+            finite.
     """
     _check_word("the name", name)
     lines: list[str] = []
@@ -129,4 +130,4 @@ def _ranks_follow(scores: Mapping[str, float], ranks: Mapping[str, int]) -> bool
 
 def _check_word(what: str, text: str) -> None:
     if text.split() != [text]:
-        raise InputError(f"{what} {text!r} is empty or has a blank in it, which a TREC run cannot hold; rename it")
+        raise InputError(f"{what} {text!r} is empty or contains white space, which a TREC run cannot hold; rename it")

@@ -1,1 +1,1 @@
-"""The demo: D2LLM on texts that every reader has, in a few minutes."""
+"""The demo: D2LLM on texts that every user has, in a few minutes."""

@@ -14,13 +14,13 @@ from d2llm.retrieval.protocols import SearchStudent
 
 TOP_K = 3
 DEPTH = 100
-"""Ranks up to here are compared; anything further down counts as missing."""
+"""Number of ranks that are compared; passages further down count as missing."""
 _PROPOSED = 10
-"""Passages of each question that BM25 and D2LLM each pass to the untuned cosine, which has no index of its own."""
+"""Passages per question that BM25 and D2LLM each pass to the untuned cosine, which has no index."""
 
 
 class Candidates:
-    """The rankings of BM25 and D2LLM for each question, and the untuned cosine of their first passages."""
+    """The rankings of BM25 and D2LLM for each question, and untuned cosine scores of their first passages."""
 
     def __init__(self, index: Index, cosine: SearchStudent) -> None:
         self._index = index
@@ -36,12 +36,12 @@ class Candidates:
         self._cosine = [dict(zip(proposed, row.tolist(), strict=True)) for row in scores]
 
     def top(self, number: int, top_k: int) -> list[Passage]:
-        """The first passages of D2LLM and of BM25 for a question, without repetitions."""
+        """The first passages of D2LLM and of BM25 for a question, without duplicates."""
         places = [*self._d2llm[number][:top_k], *self._bm25[number][:top_k]]
         return list({passage.id: passage for passage, _ in places}.values())
 
     def scores(self, number: int, passages: Sequence[Passage]) -> tuple[list[float], list[float]]:
-        """Scores of the untuned cosine and of D2LLM for passages that ``top`` returned, if the cosine has read them."""
+        """Scores of the untuned cosine and of D2LLM for passages that the cosine has encoded (those of ``top``)."""
         view, student = self._index.view, self._index.student
         query = student.encode_queries([QUESTIONS[number].text]).vectors[0]
         rows = view.rows([passage.id for passage in passages])
@@ -51,7 +51,7 @@ class Candidates:
         )
 
     def answer(self, interaction_weight: float) -> QuestionReport:
-        """The first places of BM25 and D2LLM, and whether the untuned cosine has a right answer in its own."""
+        """The top of BM25 and D2LLM, and whether the untuned cosine has a right answer in its top."""
         ids = set(self._index.view.ids(self._index.view.live_rows()))
         answers = tuple(
             DemoAnswer(

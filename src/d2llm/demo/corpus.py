@@ -1,7 +1,7 @@
-"""The demo's corpus: the documentation strings of the Python standard library that is installed here.
+"""The demo's corpus: the docstrings of the installed Python standard library.
 
-Python sources are read, not run; only what is written in C (builtins, ``time``, ``itertools``, ...) is imported, from a
-short list of modules without side effects.
+Python sources are parsed, not run; only modules written in C (builtins, ``time``, ``itertools``, ...) are imported,
+from a short list without side effects.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Passage
 
 MAX_WORDS = 120
-"""Longer documentation is cut into several passages, between paragraphs where that is possible."""
+"""Longer docstrings are split into several passages, between paragraphs if possible."""
 MIN_WORDS = 4
-"""Shorter documentation ("See base class.") says nothing."""
+"""Shorter docstrings ("See base class.") are left out."""
 MIN_PASSAGES = 3_000
 MAX_TITLE = 120
 
-# Tests, programs that happen to live there, tables without documentation.
+# Tests, programs, and tables without documentation.
 _SKIPPED = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this", "turtledemo"}
-_SKIPPED_PACKAGES = {"encodings"}  # the package itself is described, its hundred tables are not
+_SKIPPED_PACKAGES = {"encodings"}  # only the package itself is documented, not its hundred tables
 
 _WITH_C_PARTS = (
     *("builtins", "array", "atexit", "binascii", "bz2", "cmath", "codecs", "collections", "contextvars", "csv"),
@@ -50,10 +50,10 @@ _C_VALUES = (types.GetSetDescriptorType, types.MemberDescriptorType)
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """The passages, and counts of what they were made of.
+    """The passages and their counts.
 
-    ``num_documented``: modules, classes, functions and properties whose documentation is in the passages.
-    ``num_pieces``: passages that continue another one. ``num_tiny`` and ``num_duplicates``: what was left out.
+    ``num_documented``: modules, classes, functions and properties whose docstrings are in the passages.
+    ``num_pieces``: passages that continue another one. ``num_tiny`` and ``num_duplicates``: docstrings left out.
     """
 
     passages: tuple[Passage, ...]
@@ -67,7 +67,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One documentation string; ``signature`` is the qualified name, with parameters if it can be called."""
+    """One docstring; ``signature`` is the qualified name, with parameters if it is callable."""
 
     name: str
     signature: str
@@ -75,17 +75,17 @@ class _Entry:
 
 
 def build_corpus(stdlib: Path | None = None) -> Corpus:
-    """Collect the documentation strings of the standard library, ordered by name.
+    """Collect the docstrings of the standard library, ordered by name.
 
     Args:
-        stdlib: the folder with the sources; by default that of the Python that runs this.
+        stdlib: the folder with the sources; by default that of the running Python.
 
     Returns:
-        Passages whose id is the qualified name ("sched.scheduler.enter"; the builtins' without a module) and whose
-        title is the qualified name with its parameters. Later pieces of long documentation end in "#2", "#3", ...
+        Passages whose id is the qualified name ("sched.scheduler.enter"; builtins without a module) and whose title is
+        the qualified name with its parameters. The ids of later pieces of long docstrings end in "#2", "#3", ...
 
     Raises:
-        InputError: this Python came without its sources, so there is too little to search.
+        InputError: this Python was installed without its sources, so there are too few passages.
     """
     folder = stdlib or Path(sysconfig.get_path("stdlib"))
     entries: dict[str, _Entry] = {}
@@ -98,8 +98,8 @@ def build_corpus(stdlib: Path | None = None) -> Corpus:
     corpus = _to_passages([entries[name] for name in sorted(entries)], num_modules=len(modules))
     if stdlib is None and len(corpus.passages) < MIN_PASSAGES:
         raise InputError(
-            f"{folder}: only {len(corpus.passages):,} documentation strings were found, because this Python came "
-            "without the sources of its standard library; run the demo with a Python that has them"
+            f"{folder}: only {len(corpus.passages):,} docstrings were found, because this Python was installed without "
+            "the sources of its standard library; run the demo with a Python that has them"
         )
     return corpus
 
@@ -109,9 +109,9 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
     known: set[tuple[str, str]] = set()
     num_documented = num_tiny = num_duplicates = 0
     for entry in entries:
-        # A lone surrogate in a docstring is legal Python, but no text that can be written to a file.
+        # A lone surrogate in a docstring is legal Python, but cannot be written to a file.
         text = inspect.cleandoc(entry.docstring).encode("utf-8", "replace").decode()
-        # The same text under the same last name is the same thing in two places; "Return the name." is not.
+        # The same text under the same last name is a duplicate; under another one ("Return the name.") it is not.
         key = (entry.name.rpartition(".")[2], text)
         if len(text.split()) < MIN_WORDS:
             num_tiny += 1
@@ -135,14 +135,14 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
 
 
 def group_of(passage_id: str) -> str:
-    """The outermost name, of a package, module or builtin: "sched" of "sched.scheduler.enter#2"."""
+    """The name of the package, module or builtin: "sched" for "sched.scheduler.enter#2"."""
     return passage_id.partition("#")[0].partition(".")[0]
 
 
 def choose_groups(passages: Iterable[Passage], num_passages: int, needed: Collection[str]) -> set[str]:
-    """Outermost names that together hold at least ``num_passages``: the needed ones, then others in a random order.
+    """Groups with at least ``num_passages`` passages in total: those of ``needed``, then others in a random order.
 
-    The order depends on the names alone, so a smaller number gives a subset of what a larger one gives.
+    The order depends only on the names, so a smaller number gives a subset of the groups of a larger one.
     """
     sizes = Counter(group_of(passage.id) for passage in passages)
     chosen = sizes.keys() & set(needed)
@@ -156,7 +156,7 @@ def choose_groups(passages: Iterable[Passage], num_passages: int, needed: Collec
 
 
 def cut(text: str, max_words: int = MAX_WORDS) -> list[str]:
-    """Cut a text into pieces of at most ``max_words`` words, between paragraphs, else between lines, else words.
+    """Split a text into pieces of at most ``max_words`` words, between paragraphs, else between lines, else words.
 
     Nothing is lost or repeated: the words of the pieces in order are the words of the text.
     """
@@ -187,9 +187,9 @@ def _lines(paragraph: str, max_words: int) -> Iterator[str]:
 
 
 def _find_modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
-    """Public modules with Python sources, as (name, path), in order."""
+    """Public modules with Python sources, as (name, path), sorted by name."""
     if (stdlib / "_collections_abc.py").is_file():
-        yield "collections.abc", stdlib / "_collections_abc.py"  # since Python 3.13 its only source
+        yield "collections.abc", stdlib / "_collections_abc.py"  # its only source since Python 3.13
     for top in sorted(sys.stdlib_module_names - _SKIPPED):
         if top.startswith("_"):
             continue
@@ -206,7 +206,7 @@ def _find_modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_module(module: str, path: Path, stdlib: Path) -> Iterator[_Entry]:
-    """The documentation of a module, and of what it exports from a private one (``from ._local import *``)."""
+    """The docstrings of a module, and of what it exports from a private module (``from ._local import *``)."""
     tree = _parse(path)
     if docstring := ast.get_docstring(tree, clean=False):
         yield _Entry(module, f"module {module}", docstring)
@@ -221,7 +221,7 @@ def _read_module(module: str, path: Path, stdlib: Path) -> Iterator[_Entry]:
 
 
 def _private_source(node: ast.ImportFrom, package: str, stdlib: Path) -> Path | None:
-    """The source of the private module that a ``from ... import`` reads, if it is one and has sources."""
+    """The source of the module that a ``from ... import`` reads, if the module is private and has sources."""
     name = node.module or ""
     if node.level:
         parents = package.split(".")
@@ -234,7 +234,7 @@ def _private_source(node: ast.ImportFrom, package: str, stdlib: Path) -> Path | 
 
 def _parse(path: Path) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons warn of
+        warnings.simplefilter("ignore")  # newer Pythons warn about escapes in old modules
         return ast.parse(path.read_bytes())
 
 
@@ -243,8 +243,8 @@ def _static_all(tree: ast.Module) -> set[str]:
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AugAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            named = any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets)
-            if named and isinstance(node.value, ast.List | ast.Tuple):
+            is_all = any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets)
+            if is_all and isinstance(node.value, ast.List | ast.Tuple):
                 names |= {str(item.value) for item in node.value.elts if isinstance(item, ast.Constant)}
     return names
 
@@ -275,7 +275,7 @@ def _read_body(parent: str, body: Sequence[ast.stmt], *, only: set[str] | None =
 
 
 def _parameters(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    """The parameters without annotations and without ``self``; None if it cannot be called."""
+    """The parameters without annotations and without ``self``; None if the object is not callable."""
     if isinstance(node, ast.ClassDef):
         for member in _statements(node.body):
             if isinstance(member, ast.FunctionDef) and member.name == "__init__":
@@ -294,7 +294,7 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> 
 
 
 def _shorten(name: str, parameters: str | None) -> str:
-    """The name with its parameters, which are cut if the title gets too long."""
+    """The name with its parameters, which are shortened if the title gets too long."""
     if parameters is None:
         return name
     title = f"{name}({parameters})"
@@ -309,14 +309,14 @@ def _read_c_parts() -> Iterator[_Entry]:
     for module_name in _WITH_C_PARTS:
         try:
             module = importlib.import_module(module_name)
-        except ImportError:  # not on this system, or left out when this Python was built
+        except ImportError:  # not available on this system or in this build of Python
             continue
         prefix = "" if module is builtins else f"{module_name}."
         if isinstance(module.__doc__, str) and not getattr(module, "__file__", None):
             yield _Entry(module_name, f"module {module_name}", module.__doc__)
         for name in sorted(getattr(module, "__all__", None) or vars(module)):
             value = getattr(module, name, None)
-            if name.endswith("hook"):  # sys.__excepthook__ is sys.excepthook before somebody put another in its place
+            if name.endswith("hook"):  # sys.excepthook may have been replaced; sys.__excepthook__ is the original
                 value = getattr(module, f"__{name}__", value)
             if name.startswith("_") or id(value) in described:
                 continue

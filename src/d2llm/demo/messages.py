@@ -1,8 +1,8 @@
-"""Short messages to a bank, four for each request, which the demo sorts by meaning.
+"""Short messages to a bank, four for each request, which the demo groups by meaning.
 
-The interaction of the shipped students was taught on messages like these (BANKING77), not on these: they were written
-for the demo before any system had ranked them, and are not changed by how a system does. Requests that lie close
-together (a lost card and a stolen one, a transfer that is late and one that failed) make it hard.
+The interaction of the shipped students was trained on messages like these (BANKING77), but not on these: they were
+written for the demo before any system had ranked them, and are not adapted to the results. Similar requests (a lost
+card and a stolen one, a transfer that is late and one that failed) make the task hard.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def request_of(answer: DemoAnswer) -> str:
 
 
 def interaction_weight(student: Student, task: Task) -> float:
-    """The weight of the interaction in a student's score, chosen on its dev data; 0 if it has no interaction."""
+    """Weight of the interaction in a student's score, chosen on its dev data; 0 if it has no interaction."""
     head = student.interaction
     if not isinstance(head, Interaction):
         return 0.0
@@ -198,15 +198,15 @@ def interaction_weight(student: Student, task: Task) -> float:
 
 
 def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
-    """Use each message as a query among all others, and count how many of the first three make the same request.
+    """Rank all other messages for each message, and count how many of the first three make the same request.
 
     Args:
-        student: scores in the symmetric task, with its interaction and without.
+        student: scores in the symmetric task, with and without its interaction.
         cosine: the untuned baseline.
     """
     passages = messages()
     request = np.unique([message.title for message in passages], return_inverse=True)[1]
-    texts = [message.text for message in passages]  # without the request, which the systems must find
+    texts = [message.text for message in passages]  # without the titles, which name the request
     encoded = student.encode_queries(texts).vectors, student.encode_passages(texts).vectors
     scores = {
         "cosine, untuned": _score(cosine, cosine.encode_queries(texts).vectors, cosine.encode_passages(texts).vectors)
@@ -238,7 +238,7 @@ def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
 
 
 def _score(scorer: SearchStudent, queries: NDArray[np.float32], passages: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scores of every text against every other; the text itself comes last."""
+    """Scores [queries, passages] of every text against every other; each text itself gets -inf."""
     scores = np.stack([scorer.score(query, passages, "symmetric") for query in queries])
     np.fill_diagonal(scores, -np.inf)
     return scores

@@ -1,7 +1,7 @@
 """The demo's questions, and the documentation that answers them.
 
 The questions and the right ids were written down from knowledge of the standard library before any system had ranked
-them, and are not changed by how a system does.
+them, and are not adapted to the results.
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ JUDGED = 1
 
 
 def without_piece(passage_id: str) -> str:
-    """The id of the first piece of a long documentation: "copy" for "copy#2"."""
+    """The id of the first piece of a long docstring: "copy" for "copy#2"."""
     return passage_id.partition("#")[0]

@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class DemoPlace:
-    """One place of a ranking.
+    """One entry of a ranking.
 
     ``right``: the passage was named beforehand as an answer, or makes the same request. ``other_rank``: its rank in the
-    other system's list of ``DemoReport.depth``; None where it is not in there.
+    first ``DemoReport.depth`` of the other system; None if it is not among them.
     """
 
     rank: int
@@ -29,7 +29,7 @@ class DemoPlace:
 class DemoAnswer:
     """The top of two rankings for one text. ``right_ids``: its answers among the passages, named beforehand.
 
-    ``baseline``: BM25's of a question; of a message, that of the student's inner product without the interaction.
+    ``baseline``: for a question, the ranking of BM25; for a message, that of the student without its interaction.
     """
 
     question: str
@@ -40,10 +40,11 @@ class DemoAnswer:
 
 @dataclass(frozen=True, slots=True)
 class QuestionReport:
-    """The questions. ``right_cosine``: whether the untuned cosine has a right answer in its top, question by question.
+    """Results for the questions. ``right_cosine``: for each question, whether a right answer is in the cosine's top.
 
-    That cosine orders what BM25 and D2LLM propose, not the corpus. ``interaction_weight``: of the student's interaction
-    in this task; with 0 D2LLM's score is its inner product.
+    The cosine is untuned and ranks the passages that BM25 and D2LLM propose, not the whole corpus.
+    ``interaction_weight``: weight of the student's interaction in this task; if it is 0, D2LLM's score is its inner
+    product.
     """
 
     answers: tuple[DemoAnswer, ...]
@@ -69,9 +70,9 @@ class QuestionReport:
 
 @dataclass(frozen=True, slots=True)
 class MessageSystem:
-    """How well one scorer brings messages of one request together, with each message as a query among all others.
+    """How well one scorer finds messages with the same request; each message is a query, and all others are ranked.
 
-    ``precision``: share of the first three places that make the same request, ``first``: of the first places alone.
+    ``precision``: share of the first three messages that make the same request; ``first``: the same for the first one.
     """
 
     name: str
@@ -81,11 +82,11 @@ class MessageSystem:
 
 @dataclass(frozen=True, slots=True)
 class MessageReport:
-    """The messages: the untuned cosine, the student's inner product alone where it has one, and its whole score.
+    """Results for the messages: the untuned cosine, the student's inner product if it has one, and its full score.
 
-    ``p_value``: of the difference in precision that the interaction makes (paired randomisation); None where the
-    student has no inner product to compare with. ``examples``: the messages whose first three the interaction changed
-    most, those that gained before those that lost.
+    ``p_value``: of the difference in precision that the interaction makes (paired randomisation); None if the student
+    has no inner product to compare with. ``examples``: the messages whose first three results the interaction changed
+    most, improved ones first.
     """
 
     num_messages: int
@@ -145,7 +146,7 @@ class DemoSizes:
 class DemoReport:
     """The result of the demo. ``seconds``: step -> time; a step that had nothing to do has no entry.
 
-    ``num_passages_whole``: what the corpus would hold if this machine were fast enough to read all of it at once.
+    ``num_passages_whole``: passages of the whole corpus, of which a slow machine indexes only a part.
     """
 
     folder: Path

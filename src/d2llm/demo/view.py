@@ -1,4 +1,4 @@
-"""How the demo looks: panels and tables of at most 100 columns, readable without colours and in ASCII."""
+"""The output of the demo: panels and tables of at most 100 columns, readable without colours and in ASCII."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SNIPPET = 110  # characters of a passage in a table
 _WORD = re.compile(r"[^\W_]+")
 _MEGABYTE = 1_000_000
 
-# Words of a question that say nothing about its subject; highlighting them would only distract.
+# Stop words, which are not highlighted.
 _FUNCTION_WORDS = frozenset(
     terms(
         "a about all am an and are as at be by can did do does done for from had has have he how i if in into is it "
@@ -57,55 +57,55 @@ class DemoView:
         self._step = 0
 
     def step(self, title: str) -> None:
-        """Begin the next step."""
+        """Print the heading of the next step."""
         self._step += 1
         heading = f"Step {self._step} of {NUM_STEPS}. {title}"
         self._print(Panel(Text(self._plain(heading), style="bold"), width=self._width, border_style="cyan"))
 
     def corpus(self, corpus: Corpus, seconds: float) -> None:
-        """Counts of the corpus."""
+        """Print the counts of the corpus."""
         self._say(
             f"Python {corpus.python}: {corpus.num_documented:,} documented modules, classes and functions were found "
-            f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. Long ones are cut, which makes "
+            f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. Long texts are split, which gives "
             f"{len(corpus.passages):,} passages. Left out: {corpus.num_duplicates:,} duplicates, and "
-            f"{corpus.num_tiny:,} of fewer than {MIN_WORDS} words."
+            f"{corpus.num_tiny:,} texts with fewer than {MIN_WORDS} words."
         )
 
     def announce_index(
         self, student: str, num_passages: int, num_whole: int, *, rate: float | None, seconds: float, folder: Path
     ) -> None:
-        """What is encoded now, and why not all of it; ``rate`` is None if an earlier demo decided that."""
-        part = f"All {num_passages:,} passages are encoded"
+        """Print what is encoded now, and why not all of it; ``rate`` is None if an earlier demo chose the part."""
+        encoded = f"All {num_passages:,} passages are encoded by the student '{student}'."
         if num_passages < num_whole:
-            why = "as an earlier demo chose"
+            reason = "An earlier demo chose this part."
             if rate is not None:
-                why = (
-                    f"since this machine encodes {rate:,.0f} passages a second now, and would take "
-                    f"{num_whole / rate:,.0f} s for all, more than the {seconds:.0f} s that the demo allows itself"
+                reason = (
+                    f"This machine encodes {rate:,.0f} passages per second now and would take "
+                    f"{num_whole / rate:,.0f} s for all of them; the limit of the demo is {seconds:.0f} s."
                 )
-            part = (
+            encoded = (
                 f"{num_passages:,} of the {num_whole:,} passages (the modules with an answer to the questions below, "
-                f"and others at random), {why}, are encoded"
+                f"and others at random) are encoded by the student '{student}'. {reason}"
             )
-        self._say(f"{part} by the student '{student}'. The index stays in {folder}, so a second demo starts at once.")
+        self._say(f"{encoded} The index stays in {folder}, so a second demo starts at once.")
 
     def index(self, index: Index, seconds: float | None) -> None:
-        """The finished index; ``seconds`` is None if it already existed."""
+        """Print the size of the finished index; ``seconds`` is None if it already existed."""
         if seconds is None:
-            self._say("Same texts and same student as last time, so its index is used again.")
+            self._say("Texts and student are the same as last time, so the existing index is used.")
             return
         num_truncated = index.stats().num_truncated
-        cut = f", {num_truncated:,} of them cut to the length limit" if num_truncated else ""
+        truncated = f", {num_truncated:,} of them truncated to the length limit" if num_truncated else ""
         rate = len(index) / max(seconds, 1e-9)
-        self._say(f"{len(index):,} passages{cut}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
+        self._say(f"{len(index):,} passages{truncated}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
 
     def answers(self, report: QuestionReport, student: str, baseline: str, *, depth: int) -> None:
-        """One table for each question, and how often a right passage was among the first."""
+        """Print one table for each question, and how often a right passage was among the first."""
         top_k, number = len(report.answers[0].d2llm), len(report.answers)
         self._say(
-            "✓ is a right answer, named before any system was run. D2LLM's marks compare with BM25: = the same rank, "
-            f"▲2 two places up, ▼1 one down, new (9) not in BM25's top {top_k} but ninth there. The question's words "
-            "are highlighted."
+            "✓ marks a right answer, named before any system was run. D2LLM's other marks compare with BM25: = the "
+            f"same rank, ▲2 two ranks higher, ▼1 one lower, new (9) ninth in BM25's ranking, so not in its top {top_k}."
+            " The question's words are highlighted."
         )
         for place, answer in enumerate(report.answers, start=1):
             self._print(self._answer_table(f"{place}. {answer.question}", answer, ("BM25", "D2LLM"), depth))
@@ -113,29 +113,30 @@ class DemoView:
             f"A right answer in the top {top_k}: BM25 {report.num_right_baseline}/{number}, D2LLM "
             f"{report.num_right_d2llm}/{number}; the cosine of untuned {baseline}, among the "
             f"{report.num_candidates:,} passages that the two rank first, {report.num_right_cosine}/{number}. "
-            f"{number} questions show how it works, not how well; d2llm evaluate measures that, on many judged queries."
+            f"{number} questions show how search works, not how well; d2llm evaluate measures quality on many judged "
+            "queries."
         )
         if report.interaction_weight:
             self._say(
-                f"The interaction of '{student}' takes part with the weight {report.interaction_weight:.2g}, which was "
-                "chosen on its dev data."
+                f"The interaction of '{student}' has the weight {report.interaction_weight:.2g}, which was chosen on "
+                "its dev data."
             )
         else:
             self._say(
-                f"D2LLM's score is the inner product of its vectors here: in search for answers the interaction of "
-                f"'{student}' has the weight 0, the best on its dev data."
+                f"D2LLM's score is the inner product of its vectors here: for the asymmetric task the interaction of "
+                f"'{student}' has the weight 0, which was best on its dev data."
             )
 
     def messages(self, report: MessageReport, student: str, baseline: str) -> None:
-        """How well each scorer brings messages of one request together, and what the interaction changes."""
+        """Print how well each scorer finds messages with the same request, and what the interaction changes."""
         self._say(
             f"{report.num_messages} messages to a bank, {report.num_messages // report.num_requests} for each of "
-            f"{report.num_requests} requests, written for this demo before any system had ranked them. Each asks for "
-            f"the {MESSAGES_TOP_K} others of its request among all. Untuned is {baseline}."
+            f"{report.num_requests} requests, written for this demo before any system had ranked them. Each message is "
+            f"a query for the {MESSAGES_TOP_K} others with its request. The untuned cosine is that of {baseline}."
         )
         table = self._table(None)
         table.add_column("", no_wrap=True)
-        for heading in (f"same request, of the first {MESSAGES_TOP_K}", "of the very first"):
+        for heading in (f"same request in the first {MESSAGES_TOP_K}", "in the first"):
             table.add_column(heading, justify="right")
         for system in report.systems:
             table.add_row(system.name, f"{system.precision:.0%}", f"{system.first:.0%}")
@@ -144,27 +145,27 @@ class DemoView:
         if not report.interaction_weight:
             self._say(f"The interaction of '{student}' has the weight 0 here too, so it changes nothing.")
         elif report.p_value is None:
-            self._say(f"'{student}' scores by its interaction alone, so there is no score without it.")
+            self._say(f"'{student}' scores by its interaction alone, so there is no comparison without it.")
         else:
             self._say(
-                f"The interaction (weight {report.interaction_weight:.2g}) gives {report.num_better} messages more of "
-                f"their own among the first {MESSAGES_TOP_K}, and {report.num_worse} fewer (p = {report.p_value:.3f}). "
-                "The messages that it changed most, for better and for worse:"
+                f"The interaction (weight {report.interaction_weight:.2g}) improves the first {MESSAGES_TOP_K} of "
+                f"{report.num_better} messages and worsens those of {report.num_worse} (p = {report.p_value:.3f}). "
+                "The largest improvements and deteriorations:"
             )
         for answer in report.examples:
             heading = f"{answer.question}  [{request_of(answer)}]"
             self._print(self._answer_table(heading, answer, ("D2LLM without its interaction", "D2LLM"), 0))
 
     def announce_teacher(self, model: str, is_tuned: bool) -> None:
-        """The language model that will judge."""
-        what = f"The language model '{model}' is loaded as it was published: not tuned to judge, so a weak judge."
+        """Print which language model will judge."""
+        teacher = f"The language model '{model}' is loaded as published; it is not tuned to judge, so it judges poorly."
         if is_tuned:
-            what = "The tuned teacher that came with d2llm is loaded."
-        self._say(f"{what} (Its weights are converted the first time, which may take half a minute.)")
+            teacher = "The tuned teacher that came with d2llm is loaded."
+        self._say(f"{teacher} (Its weights are converted the first time, which may take half a minute.)")
 
     def teacher(self, opinion: TeacherOpinion) -> None:
-        """P(yes) of each judged passage, and how far the two systems agree with the teacher."""
-        table = self._table(f"Does the passage answer it?  {opinion.question}")
+        """Print P(yes) of each judged passage, and how far the two systems agree with the teacher."""
+        table = self._table(f"Does the passage answer the question?  {opinion.question}")
         table.add_column("teacher's P(yes)", justify="right", no_wrap=True)
         table.add_column("passage", ratio=1, no_wrap=True, overflow=self._overflow)
         table.add_column("cosine", justify="right", no_wrap=True)
@@ -183,22 +184,22 @@ class DemoView:
             f"{_in_words(opinion.agreement_d2llm)}. (Kendall's tau: 1 the same order, 0 unrelated, -1 reversed.)"
         )
         if not opinion.tuned:
-            self._say("This teacher is not tuned: agreeing with it is no merit, disagreeing no fault.")
+            self._say("This teacher is not tuned, so agreement with it says nothing about quality.")
 
     def end(self, report: DemoReport) -> None:
-        """Times, sizes and the next commands."""
+        """Print times, sizes and the next commands."""
         table = self._table(None)
         for heading in ("step", "seconds"):
             table.add_column(heading, justify="right" if heading == "seconds" else "left")
         for step, seconds in report.seconds.items():
             table.add_row(step, f"{seconds:.1f}")
-        table.add_row(Text("all together", style="bold"), Text(f"{report.total_seconds:.1f}", style="bold"))
+        table.add_row(Text("total", style="bold"), Text(f"{report.total_seconds:.1f}", style="bold"))
         table.expand = False
         self._print(table)
         sizes = report.sizes
         self._say(
-            f"Index: {sizes.index / _MEGABYTE:.1f} MB, {sizes.per_passage:,.0f} bytes a passage, of which a vector has "
-            f"{sizes.vector_per_passage:,}. Student: {sizes.student / _MEGABYTE:.1f} MB."
+            f"Index: {sizes.index / _MEGABYTE:.1f} MB, {sizes.per_passage:,.0f} bytes per passage, of which the vector "
+            f"takes {sizes.vector_per_passage:,}. Student: {sizes.student / _MEGABYTE:.1f} MB."
         )
         self._print(Text("Next:", style="bold"))
         for purpose, command in report.next_commands:
@@ -247,7 +248,7 @@ class DemoView:
         return text
 
     def _plain(self, text: str) -> str:
-        """The text without characters that the output's encoding lacks."""
+        """The text with characters replaced that the output's encoding lacks."""
         encoding = self._console.encoding
         try:
             text.encode(encoding)
@@ -257,7 +258,7 @@ class DemoView:
 
 
 def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
-    """The beginning of a text, or a later part if that has at least two more of ``words`` (stems, see ``tokenize``)."""
+    """The beginning of a text, or a later part if it has at least two more of ``words`` (stems, see ``terms``)."""
     text = " ".join(text.split())
     if len(text) <= length:
         return text

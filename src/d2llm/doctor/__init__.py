@@ -1,1 +1,1 @@
-"""The verb ``doctor``: can d2llm work here, and what to do where it cannot."""
+"""The verb ``doctor``: checks whether d2llm can work on this machine, and says what to do if it cannot."""

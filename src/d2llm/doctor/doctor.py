@@ -1,4 +1,4 @@
-"""``d2llm doctor``: whether d2llm can work here, and what to do if it cannot."""
+"""The sequence of checks of ``d2llm doctor``, and those of folders, network, student and index."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _QUESTION = "how do I read a file line by line?"
 
 
 def examine(*, student: str, index: Path | None = None, device: str | None = None) -> Iterator[Finding]:
-    """All findings, one after the other.
+    """Run all checks and yield their findings.
 
     Args:
-        student: a folder or name; it is loaded, and scores two sentences.
-        index: a folder; it is opened, and searched with its own student.
+        student: a folder or name; it is loaded and scores two sentences.
+        index: a folder; it is opened and searched with its own student.
         device: where the student computes.
     """
     usable = True
@@ -51,9 +51,9 @@ def examine(*, student: str, index: Path | None = None, device: str | None = Non
 
 
 def _machine_checks(device: str | None) -> list[Check]:
-    try:  # now, because it imports torch and faiss
+    try:  # imported here, because it imports torch and faiss
         from d2llm.doctor.machine import machine_checks
-    except Exception as error:  # noqa: BLE001 - a library that cannot be imported raises what it likes
+    except Exception as error:  # noqa: BLE001 - a broken library may raise anything
         reason = f"{type(error).__name__}: {error}"
         finding = Finding("device", "import", "problem", reason, "install d2llm again, in a new environment")
         return [Check("device", "import", lambda: finding)]
@@ -66,9 +66,11 @@ def _hub_cache() -> Finding:
     return _writable("cache of the Hub", Path(constants.HF_HUB_CACHE))
 
 
-def _writable(what: str, folder: Path) -> Finding:
+def _writable(name: str, folder: Path) -> Finding:
     advice = (
-        "set HF_HOME to a folder that can be written" if "Hub" in what else "set XDG_CACHE_HOME, or its permissions"
+        "set HF_HOME to a writable folder"
+        if "Hub" in name
+        else "set XDG_CACHE_HOME to a writable folder, or change the permissions"
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +78,12 @@ def _writable(what: str, folder: Path) -> Finding:
             pass
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        return Finding("places", what, "problem", f"{folder} cannot be written ({error.strerror})", advice)
+        return Finding("places", name, "problem", f"{folder} is not writable ({error.strerror})", advice)
     if free < _FEW_BYTES:
-        return Finding("places", what, "note", f"{folder}, {free / _GIB:.1f} GiB free", "make room before indexing")
-    return Finding("places", what, "ok", f"{folder}, {free / _GIB:.0f} GiB free")
+        return Finding(
+            "places", name, "note", f"{folder}, {free / _GIB:.1f} GiB free", "free disk space before indexing"
+        )
+    return Finding("places", name, "ok", f"{folder}, {free / _GIB:.0f} GiB free")
 
 
 def _hub() -> Finding:
@@ -88,12 +92,12 @@ def _hub() -> Finding:
     from huggingface_hub.utils import get_session
 
     if is_offline_mode():
-        advice = "unset it to fetch models by their names on the Hub"
+        advice = "unset it to download models from the Hub by name"
         return Finding("places", "Hugging Face Hub", "note", "not checked: HF_HUB_OFFLINE is set", advice)
     try:
         status = get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS).status_code
     except (HTTPError, OSError) as error:
-        advice = "shipped students need no network; for others set a proxy (HTTPS_PROXY), or HF_HUB_OFFLINE=1"
+        advice = "shipped students need no network; for others set a proxy (HTTPS_PROXY) or HF_HUB_OFFLINE=1"
         failure = f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
         return Finding("places", "Hugging Face Hub", "note", failure, advice)
     return Finding("places", "Hugging Face Hub", "ok", f"{constants.ENDPOINT} answers ({status})")
@@ -107,11 +111,11 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
     try:
         folder = find_student(name)
         check_weights(folder)
-        yield Finding("student", "weights", "ok", f"{folder}, as its manifest says")
+        yield Finding("student", "weights", "ok", f"{folder}, matching its manifest")
         student = Student.load(folder, device=device)
         base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")
         yield Finding("student", "backbone", "ok", f"{base}, {student.vector_dim} wide, in {dtype}")
-        calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores only give an order"
+        calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores only rank passages"
         yield Finding("student", "probabilities", "ok", f"calibrated for {calibrated}")
         started = time.perf_counter()
         query = student.encode_queries([_QUESTION]).vectors[0]
@@ -126,7 +130,7 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         yield Finding("student", "scores", "problem", f"not finite: {scores}", advice)
         return
     shown = ", ".join(f"{score:.2f}" for score in scores)
-    yield Finding("student", "scores", "ok", f"{shown} of two sentences, in {1000 * seconds:.0f} ms")
+    yield Finding("student", "scores", "ok", f"{shown} for two sentences, in {1000 * seconds:.0f} ms")
 
 
 def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
@@ -143,16 +147,16 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
             lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
             advice = f"d2llm index {folder} compact"
             yield Finding(
-                "index", "indices", "note", f"rows that are not in them yet, so searches are slower: {lag}", advice
+                "index", "indices", "note", f"some rows are not indexed yet, so searches are slower: {lag}", advice
             )
-        yield Finding("index", "student", "ok", f"{index.student.fingerprint} is here, and made it")
+        yield Finding("index", "student", "ok", f"{index.student.fingerprint} is available and made this index")
         if stats.num_passages:
             passages = index.search([_QUESTION], top_k=1)[0].passages
             score = passages[0].score if passages else math.nan
             level = "ok" if math.isfinite(score) else "problem"
             advice = "" if level == "ok" else f"d2llm index {folder} verify --repair"
             yield Finding(
-                "index", "search", level, f"the best passage for a question has the score {score:.2f}", advice
+                "index", "search", level, f"the best passage for a test question has the score {score:.2f}", advice
             )
         advice = f"d2llm index {folder} verify"
         yield Finding("index", "every byte", "note", "not read, because that takes longer", advice)

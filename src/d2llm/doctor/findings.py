@@ -16,9 +16,10 @@ _STYLES: dict[Level, Style] = {"ok": "green", "note": "yellow", "problem": "bold
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check, and what to do if it is not as it should be.
+    """The result of one check, and what to do if something is wrong.
 
-    A ``problem`` stops something from working; a ``note`` is slower, missing or unusual, and may be intended.
+    A ``problem`` stops something from working; a ``note`` reports something slow, missing or unusual, which may be
+    intended.
     """
 
     area: str
@@ -43,7 +44,7 @@ class Check:
             yield from [result] if isinstance(result, Finding) else result
         except D2LLMError as error:
             yield problem_of(self.area, self.what, error, otherwise=_REPORT)
-        except Exception as error:  # noqa: BLE001 - what is broken may raise anything
+        except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
             reason = " ".join(str(error).split()) or "without a message"
             yield Finding(
                 self.area, self.what, "problem", f"this check failed: {type(error).__name__}: {reason}", _REPORT
@@ -51,7 +52,7 @@ class Check:
 
 
 def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:
-    """An error of d2llm as a finding; the advice is the end of its message, or ``otherwise`` if that has none."""
+    """Turn an error of d2llm into a finding; the advice is the end of its message, or ``otherwise`` if it has none."""
     message, _, advice = str(error).rpartition("; ")
     if not message:
         return Finding(area, what, "problem", advice, otherwise)
@@ -59,7 +60,7 @@ def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Fi
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """All findings, the areas in their order."""
+    """A table of the findings, with each area named once."""
     table = Table("", "", "", "found", "what to do", framed=False)
     area = ""
     for finding in findings:

@@ -15,14 +15,14 @@ from packaging.specifiers import SpecifierSet
 
 from d2llm.doctor.findings import Check, Finding
 
-# They bring shared libraries, which can fail to load although pip is content.
+# These contain shared libraries, which can fail to load even if pip reports no problem.
 _HEAVY = ("numpy", "torch", "transformers", "pyarrow", "lancedb", "faiss", "safetensors")
 _NOT_FOR_USERS = {"dev", "remote-test"}
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
 
 
 def install_checks() -> list[Check]:
-    """Python, each required package, each extra, and whether the heavy packages can be imported."""
+    """Checks of Python, of required packages and extras, and of whether the heavy packages can be imported."""
     return [
         Check("install", "Python", _python),
         Check("install", "packages", _packages),
@@ -56,24 +56,24 @@ def _python() -> Finding:
         required = ""
     if not SpecifierSet(required).contains(platform.python_version(), prereleases=True):
         return Finding(
-            "install", "Python", "problem", f"{python}; d2llm needs {required}", "use a Python of that version"
+            "install", "Python", "problem", f"{python}; d2llm needs {required}", "use such a version of Python"
         )
     if struct.calcsize("P") != 8:
-        return Finding("install", "Python", "problem", f"{python}, 32 bits", "use a Python of 64 bits")
+        return Finding("install", "Python", "problem", f"{python}, 32-bit", "use a 64-bit Python")
     return Finding("install", "Python", "ok", python)
 
 
 def _packages() -> Iterator[Finding]:
     requirements = _requirements()
     if not requirements:
-        advice = "pip install . in the checkout, so that versions can be compared"
+        advice = "run pip install . in the checkout, so that versions can be checked"
         yield Finding("install", "packages", "note", "d2llm runs from a folder and is not installed", advice)
     required = [r for r in requirements if not _extra_of(r) and (r.marker is None or r.marker.evaluate())]
     wrong = [finding for finding in map(_package, required) if finding is not None]
     yield from wrong
     if required and not wrong:
         torch = metadata.version("torch")
-        yield Finding("install", "packages", "ok", f"{len(required)} as d2llm requires, torch {torch} among them")
+        yield Finding("install", "packages", "ok", f"{len(required)} in the required versions, including torch {torch}")
 
 
 def _package(requirement: Requirement) -> Finding | None:
@@ -110,7 +110,7 @@ def _extras() -> Iterator[Finding]:
         yield Finding("install", "extras", "ok", ", ".join(complete))
     for extra, problems in sorted(mismatches.items()):
         if problems:
-            advice = f"if you want it: pip install 'd2llm[{extra}]'"
+            advice = f"if you need it: pip install 'd2llm[{extra}]'"
             yield Finding("install", f"extra {extra}", "note", ", ".join(problems), advice)
 
 

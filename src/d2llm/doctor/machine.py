@@ -38,7 +38,7 @@ _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
 
 
 def machine_checks(device: str | None = None) -> list[Check]:
-    """Processor, accelerators, memory and threads; whether the products behind scores are computed correctly."""
+    """Checks of processor, accelerators, memory and threads, and of the matrix products that scores depend on."""
     return [
         Check("device", "processor", _processor),
         Check("device", "computes on", lambda: _computes_on(device)),
@@ -62,7 +62,7 @@ def _computes_on(device: str | None) -> Iterator[Finding]:
     try:
         chosen = choose_device(device)
     except InputError as error:
-        yield Finding("device", "computes on", "problem", str(error), "name another --device, or none")
+        yield Finding("device", "computes on", "problem", str(error), "give another --device, or leave it out")
         return
     dtype = str(choose_dtype(chosen)).removeprefix("torch.")
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
@@ -70,7 +70,7 @@ def _computes_on(device: str | None) -> Iterator[Finding]:
     if chosen.type == "cuda":
         free, total = torch.cuda.mem_get_info(chosen)
         level = "ok" if free > _LITTLE_MEMORY else "note"
-        advice = "" if level == "ok" else "end other programs on it, or use --device cpu"
+        advice = "" if level == "ok" else "stop other programs on it, or use --device cpu"
         memory = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
         yield Finding("device", "its memory", level, memory, advice)
 
@@ -79,18 +79,18 @@ def _product() -> Finding:
     left, right, reference = _example()
     product = (torch.from_numpy(left) @ torch.from_numpy(right).T).numpy()
     error = float(np.abs(product - reference).max())
-    return _agreement("product", error, 1e-3, "of float32 with numpy's of float64")
+    return _agreement("product", error, 1e-3, "between float32 and numpy's float64")
 
 
 def _scan() -> Finding:
-    return _agreement("scan", _scan_error(*_example()), 1e-3, "of faiss's inner products with numpy's")
+    return _agreement("scan", _scan_error(*_example()), 1e-3, "between the inner products of faiss and numpy")
 
 
 def _interaction() -> Finding:
     left, right, _ = _example()
-    how = "fused by oneDNN" if can_fuse_bfloat16_layers() else "requested, but computed in float32"
+    bfloat16 = "fused by oneDNN" if can_fuse_bfloat16_layers() else "requested, but computed in float32"
     error = _interaction_error(left[0], right)
-    return _agreement("interaction", error, 0.05, f"of bfloat16, {how}, with float32; scores are in [-1, 1]")
+    return _agreement("interaction", error, 0.05, f"between bfloat16 ({bfloat16}) and float32; scores are in [-1, 1]")
 
 
 def _example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,13 +108,13 @@ def _memory() -> Finding:
     if memory is None:
         return Finding("device", "memory", "note", "cannot be read on this system")
     if memory < _LITTLE_MEMORY:
-        advice = "end other programs; an index needs its vectors in memory, a student half a GiB"
+        advice = "stop other programs; an index needs its vectors in memory, a student half a GiB"
         return Finding("device", "memory", "note", f"{memory / _GIB:.1f} GiB available", advice)
     return Finding("device", "memory", "ok", f"{memory / _GIB:.1f} GiB available")
 
 
 def _threads() -> Finding:
-    faiss = importlib.import_module("faiss")  # which has no types
+    faiss = importlib.import_module("faiss")  # faiss has no type stubs
     threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), _num_cpus()
     counts = f"torch {threads}, faiss {scan}, of {cores} usable cores"
     if max(threads, scan) > cores:
@@ -126,19 +126,19 @@ def _threads() -> Finding:
 
 
 def _openmp() -> Iterator[Finding]:
-    importlib.import_module("faiss")  # may bring its own
+    importlib.import_module("faiss")  # may load another OpenMP
     runtimes = openmp_runtimes()
     if len({family for family, _ in runtimes}) > 1:
         names = ", ".join(sorted(path for _, path in runtimes))
-        advice = "if it hangs, crashes or is slow, set OMP_NUM_THREADS=1, or take torch and faiss from one source"
+        advice = "if d2llm hangs, crashes or is slow, set OMP_NUM_THREADS=1, or install torch and faiss from one source"
         yield Finding("device", "OpenMP", "note", f"different libraries in one process: {names}", advice)
     elif runtimes:
-        copies = "one library" if len(runtimes) == 1 else f"{len(runtimes)} copies of one library, used in turn"
+        copies = "one library" if len(runtimes) == 1 else f"{len(runtimes)} copies of one library, used alternately"
         yield Finding("device", "OpenMP", "ok", copies)
 
 
 def openmp_runtimes() -> set[tuple[str, str]]:
-    """Family and path of each OpenMP library in this process; empty if the system does not show them."""
+    """Family and path of each OpenMP library in this process; empty if the system does not list them."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -147,12 +147,12 @@ def openmp_runtimes() -> set[tuple[str, str]]:
     return {(match[1], path) for path in paths if (match := _OPENMP.search(path))}
 
 
-def _agreement(what: str, error: float, allowed: float, comparison: str) -> Finding:
+def _agreement(name: str, error: float, allowed: float, comparison: str) -> Finding:
     result = f"largest difference {error:.1e} {comparison}"
     if error <= allowed:  # false for NaN too
-        return Finding("kernels", what, "ok", result)
+        return Finding("kernels", name, "ok", result)
     advice = "scores cannot be trusted here: use --dtype float32, and another version of torch or faiss-cpu"
-    return Finding("kernels", what, "problem", result, advice)
+    return Finding("kernels", name, "problem", result, advice)
 
 
 def _scan_error(queries: np.ndarray, passages: np.ndarray, reference: np.ndarray) -> float:
@@ -164,7 +164,7 @@ def _scan_error(queries: np.ndarray, passages: np.ndarray, reference: np.ndarray
 
 
 def _interaction_error(query: np.ndarray, passages: np.ndarray) -> float:
-    """Largest difference of tanh of the interaction between bfloat16 and float32, with random weights."""
+    """Largest difference between bfloat16 and float32 in the tanh of the interaction, with random weights."""
     config = InteractionConfig(hidden_dim=128, feature_dim=64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -183,10 +183,10 @@ def _interaction_error(query: np.ndarray, passages: np.ndarray) -> float:
 
 def _speed() -> Finding:
     rates = {dtype: _rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    plain, short = rates[torch.float32], rates[torch.bfloat16]
-    speeds = f"float32 {plain:.0f}, bfloat16 {short:.0f} GFLOP/s with {torch.get_num_threads()} threads"
-    if cpu_has_fast_bfloat16() and short < plain:
-        advice = "bfloat16 is taken for fast here and is not: use --dtype float32, or another version of torch"
+    float32, bfloat16 = rates[torch.float32], rates[torch.bfloat16]
+    speeds = f"float32 {float32:.0f}, bfloat16 {bfloat16:.0f} GFLOP/s with {torch.get_num_threads()} threads"
+    if cpu_has_fast_bfloat16() and bfloat16 < float32:
+        advice = "bfloat16 should be fast on this CPU but is not: use --dtype float32, or another version of torch"
         return Finding("kernels", "speed", "note", speeds, advice)
     return Finding("kernels", "speed", "ok", speeds)
 
@@ -194,7 +194,7 @@ def _speed() -> Finding:
 def _rate(dtype: torch.dtype) -> float:
     """GFLOP/s of the fastest product within a tenth of a second."""
     left, right = (torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype) for _ in range(2))
-    torch.matmul(left, right)  # the first one sets up what the others use
+    torch.matmul(left, right)  # warm-up
     best, until = float("inf"), time.perf_counter() + _MEASURED_SECONDS
     while (start := time.perf_counter()) < until:
         torch.matmul(left, right)

@@ -1,1 +1,1 @@
-"""The verb ``evaluate``: who takes part, how each is measured, and what the figures mean."""
+"""The verb ``evaluate``: which systems are compared, how each is measured, and how to read the results."""

@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: one report of BM25, cosines, D2LLM and the teacher on the same judged queries or pairs."""
+"""The verb ``evaluate``: one report on BM25, cosines, D2LLM and the teacher, on the same judged queries or pairs."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def evaluate(
     labels: Path | None = None,
     show_progress: bool | None = None,
 ) -> EvaluationReport:
-    """Measure a student beside BM25, fusions, cosines, the paper's head and the teacher, on one split of a data set.
+    """Compare a student with BM25, fusions, cosines, the paper's head and the teacher, on one split of a data set.
 
     Retrieval (a ``Dataset``): every system ranks the corpus for every query that has a relevant passage in it; queries
     without one are counted and left out. The teacher reranks, for a sample of queries, the top of BM25 and of the
     student. Pairs (a ``PairDataset``): every system scores every pair; thresholds come from the dev split.
 
     Every measure has a 95 % bootstrap interval over queries (pairs), and every row is compared with the baseline by a
-    paired test, Holm-corrected over the rows of one measure.
+    paired test, Holm-corrected over the rows compared in one measure.
 
     Args:
         dataset: from ``read_beir``, ``read_pairs`` or ``open_data``.
         contenders: the student and what it is compared with.
         settings: split, task, depths, samples, seed.
-        work_folder: where indexes, measured systems and judgements are kept: an interrupted evaluation goes on there,
-            and a repeated one reuses them. None means a temporary folder.
-        labels: a label store, read only; pairs that it has a label for are not judged again.
-        show_progress: None means: if standard error is a terminal.
+        work_folder: where indexes, measured systems and judgements are kept, so that an interrupted evaluation can
+            continue and a repeated one can reuse them. None means a temporary folder.
+        labels: a label store, opened read-only; pairs that have a label in it are not judged again.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` holds no
+        DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` is not a
             label store.
-        InputError: the baseline is not among the rows, or rows of a search are set for a data set of pairs.
+        InputError: the baseline is not among the rows, or search settings are given for a data set of pairs.
     """
     if labels is not None and not (labels / MANIFEST).is_file():
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
@@ -56,7 +56,7 @@ def evaluate(
     chosen = settings or EvaluationSettings()
     if isinstance(dataset, PairDataset) and chosen.shortcuts:
         raise InputError(
-            f"'{dataset.name}' has single pairs, in which nothing is searched; leave {', '.join(chosen.shortcuts)} out"
+            f"'{dataset.name}' has single pairs and no corpus to search; leave {', '.join(chosen.shortcuts)} out"
         )
     with nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

@@ -1,4 +1,4 @@
-"""From measured systems to the parts of a report: rows, comparisons, agreement, calibration, histograms, examples."""
+"""Computes a report's parts from measured systems: rows, comparisons, agreement, calibration, histograms, examples."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ Values = Mapping[str, Mapping[str, float]]
 
 
 def mean_row(system: System, values: Values, query_ids: Sequence[str], *, seed: int) -> EvaluationRow:
-    """Means over some queries, each with its bootstrap interval."""
+    """The mean of each measure over some queries, with its bootstrap interval."""
     measures: dict[str, Estimate] = {}
     for measure, by_query in values.items():
-        of_queries = [by_query[query_id] for query_id in query_ids]
-        interval = bootstrap_interval(of_queries, seed=seed)
-        measures[measure] = Estimate(fmean(of_queries), interval.low, interval.high)
+        query_values = [by_query[query_id] for query_id in query_ids]
+        interval = bootstrap_interval(query_values, seed=seed)
+        measures[measure] = Estimate(fmean(query_values), interval.low, interval.high)
     return EvaluationRow(system.name, system.kind, measures, system.cost, len(query_ids), system.fingerprint)
 
 
 def compare_means(
     values: Mapping[str, Values], baseline: str, query_ids_of: Mapping[str, Sequence[str]], *, seed: int
 ) -> list[Comparison]:
-    """Every system against the baseline in every measure; Holm's correction is over the systems of one measure.
+    """Compare every system with the baseline in every measure, Holm-corrected over the systems in one measure.
 
     Args:
         values: system -> measure -> query_id -> value.
-        baseline: the system compared with.
-        query_ids_of: system -> the queries that it answered; it is compared on those that the baseline answered too,
-            and of two such lists one is part of the other.
-        seed: of the permutations and resamples.
+        baseline: the system to compare with.
+        query_ids_of: system -> the queries that it answered. A system is compared on the queries that the baseline
+            answered too; one of the two lists must contain the other.
+        seed: seed of the permutations and resamples.
     """
     comparisons: list[Comparison] = []
     for measure in values[baseline]:
@@ -68,9 +68,9 @@ def compare_means(
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons, of one measure, with Holm's p-values."""
+    """The comparisons, all in one measure, with Holm-corrected p-values."""
     values = holm([comparison.p_value for comparison in comparisons])
-    return [replace(one, adjusted_p=value) for one, value in zip(comparisons, values, strict=True)]
+    return [replace(comparison, adjusted_p=value) for comparison, value in zip(comparisons, values, strict=True)]
 
 
 NUM_EXAMPLES = 10
@@ -83,7 +83,7 @@ Relevant = Mapping[str, frozenset[str]]
 
 
 def agreement_row(name: str, teacher: Scores, scores: Scores) -> AgreementRow:
-    """How far a system follows the teacher on the passages that the teacher judged."""
+    """How well a system agrees with the teacher on the passages that the teacher judged."""
     by_query = {
         query_id: (list(judged.values()), [scores[query_id][passage_id] for passage_id in judged])
         for query_id, judged in teacher.items()
@@ -98,13 +98,13 @@ def agreement_row(name: str, teacher: Scores, scores: Scores) -> AgreementRow:
 
 
 def calibration(name: str, log_odds: Sequence[float], labels: Sequence[bool]) -> Calibration:
-    """When the system says "yes" with probability p, how often is it right?"""
+    """How often the system is right when it says "yes" with probability p."""
     bins = tuple(reliability_bins(log_odds, labels))
     return Calibration(name, bins, expected_calibration_error(bins), len(labels))
 
 
 def ranking_histogram(system: System, relevant: Relevant) -> Histogram | None:
-    """Scores of relevant and of other passages among what the system ranked; None where it ranked nothing."""
+    """Histogram of the scores of relevant and other passages in a system's rankings; None if it ranked nothing."""
     scored = [
         (score, passage_id in relevant[query_id])
         for query_id, ranking in system.rankings.items()
@@ -116,11 +116,11 @@ def ranking_histogram(system: System, relevant: Relevant) -> Histogram | None:
 
 
 def pool_labels(scores: Scores, relevant: Relevant) -> tuple[list[float], list[bool]]:
-    """The scores of a pool and whether their passages are relevant, in one order."""
+    """The scores of a pool and, in the same order, whether each passage is relevant."""
     pairs = [
         (score, passage_id in relevant[query_id])
-        for query_id, of_query in scores.items()
-        for passage_id, score in of_query.items()
+        for query_id, query_scores in scores.items()
+        for passage_id, score in query_scores.items()
     ]
     return [score for score, _ in pairs], [label for _, label in pairs]
 
@@ -133,7 +133,7 @@ def examples(
     passages: Mapping[str, Passage],
     relevant: Relevant,
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The queries where ``ours`` wins most and where it loses most; ``values`` are theirs in the main measure."""
+    """The queries where ``ours`` wins and loses most; ``values`` are those of both systems in the main measure."""
     gains = {query_id: values[0][query_id] - values[1][query_id] for query_id in values[0]}
     ordered = sorted(gains, key=lambda query_id: (-gains[query_id], query_id))
 

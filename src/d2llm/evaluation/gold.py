@@ -1,4 +1,4 @@
-"""The true labels of a split of pairs, and how scores are measured against them: yes or no, classes, or grades."""
+"""The true labels of a split of pairs (yes or no, classes, or grades), and the measures of scores against them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Gold(Protocol):
 
     @property
     def main_measure(self) -> str:
-        """The measure that examples and plots are about."""
+        """The measure that examples and plots show."""
         ...
 
     @property
@@ -32,13 +32,14 @@ class Gold(Protocol):
         ...
 
     def fit(self, scores: Floats, positions: Positions) -> Any:
-        """Thresholds from the scores of these pairs, used with another split."""
+        """Thresholds fitted to the scores of these pairs, to be used on another split."""
         ...
 
     def measurer(self, scores: Floats, positions: Positions, thresholds: Any) -> pair_measures.Measurer:
-        """Measures resamples of the pairs at ``positions``, whose scores are given; without thresholds those without.
+        """A function that computes the measures of a resample of the pairs at ``positions``, which have ``scores``.
 
-        A resample is given by places in ``positions``.
+        A resample is an array of indices into ``positions``. Without thresholds, only the measures that need none are
+        computed.
         """
         ...
 
@@ -71,7 +72,7 @@ class BinaryGold:
         return pair_measures.binary_measurer(scores, self.positive[positions], thresholds=thresholds)
 
     def item_values(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> Floats:
-        """1 where the answer is right, else 0; without a threshold the share of other pairs on the right side."""
+        """1 for a right answer, else 0; without thresholds the share of pairs of the other label ranked correctly."""
         if thresholds is not None:
             return ((scores >= thresholds[0]) == self.positive[positions]).astype(np.float64)
         return _right_side(scores, self.positive[positions])
@@ -85,12 +86,12 @@ class NliGold:
 
     @property
     def main_measure(self) -> str:
-        """All three classes count."""
+        """Accuracy over all three classes."""
         return "accuracy (3 classes)"
 
     @property
     def positive(self) -> NDArray[np.bool_]:
-        """Entailment is a yes."""
+        """Entailment counts as yes."""
         return np.array([name == "entailment" for name in self.classes])
 
     def fit(self, scores: Floats, positions: Positions) -> pair_measures.NliThresholds:
@@ -102,14 +103,14 @@ class NliGold:
     ) -> pair_measures.Measurer:
         """See ``ops.pair_measures.nli_measures``."""
         if thresholds is None:
-            raise InputError("the classes need thresholds from a split of their own; add a dev split")
+            raise InputError("the classes need thresholds fitted on another split; add a dev split")
         return pair_measures.nli_measurer(scores, self._at(positions), thresholds=thresholds)
 
     def item_values(
         self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None
     ) -> Floats:
-        """1 where the class is right, else 0."""
-        assert thresholds is not None  # ``measurer`` has refused that
+        """1 if the class is right, else 0."""
+        assert thresholds is not None  # checked by ``measurer``
         answers, order = pair_measures.ordinal_answers(scores, thresholds.ordinal), pair_measures.NLI_CLASSES
         right = [order[place] == name for place, name in zip(answers.tolist(), self._at(positions), strict=True)]
         return np.array(right, np.float64)
@@ -120,18 +121,18 @@ class NliGold:
 
 @dataclass(frozen=True, slots=True)
 class GradedGold:
-    """A number to agree with."""
+    """A grade of similarity for each pair."""
 
     grades: Floats
 
     @property
     def main_measure(self) -> str:
-        """Rank correlation: the scale of a student's scores means nothing."""
+        """Rank correlation, because the scale of a student's scores has no meaning."""
         return "Spearman"
 
     @property
     def positive(self) -> None:
-        """There is no yes."""
+        """None: grades have no yes."""
         return
 
     def fit(self, scores: Floats, positions: Positions) -> None:
@@ -152,13 +153,13 @@ class GradedGold:
         positions: Positions,
         thresholds: None,  # noqa: ARG002 - part of the protocol
     ) -> Floats:
-        """1 minus the distance between the pair's places by score and by grade, as shares of all places."""
-        places, truth = (np.argsort(np.argsort(values, kind="stable")) for values in (scores, self.grades[positions]))
-        return 1 - np.abs(places - truth) / max(1, len(scores) - 1)
+        """1 minus the distance between the pair's rank by score and by grade, as a fraction of all ranks."""
+        ranks, truth = (np.argsort(np.argsort(values, kind="stable")) for values in (scores, self.grades[positions]))
+        return 1 - np.abs(ranks - truth) / max(1, len(scores) - 1)
 
 
 def measure_all(gold: Gold, scores: Floats, positions: Positions, thresholds: Any) -> dict[str, float]:
-    """The measures of the pairs at ``positions``, whose scores are given; without thresholds those without."""
+    """The measures of the pairs at ``positions``, which have ``scores``; without thresholds, those that need none."""
     return gold.measurer(scores, positions, thresholds)(np.arange(len(positions)))
 
 
@@ -166,7 +167,7 @@ def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | Graded
     """The true labels of a split.
 
     Raises:
-        DataFormatError: classes that are no natural language inference, or a split with one label only.
+        DataFormatError: the classes are not those of natural language inference, or the split has only one label.
     """
     pairs = dataset.pairs(split)
     if dataset.kind == "scores":
@@ -174,14 +175,14 @@ def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | Graded
     if dataset.kind == "binary":
         positive = np.array(dataset.positives(split), bool)
         if positive.all() or not positive.any():
-            lacking = "negative" if positive.all() else "positive"
-            raise DataFormatError(dataset.path, f"split '{split}' has no {lacking} pair, so nothing can be measured")
+            missing = "negative" if positive.all() else "positive"
+            raise DataFormatError(dataset.path, f"split '{split}' has no {missing} pair, so nothing can be measured")
         return BinaryGold(positive)
     return NliGold(tuple(nli_class(dataset, pair) for pair in pairs))
 
 
 def _right_side(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
-    """For each pair the share of pairs of the other label that its score is on the right side of, ties one half."""
+    """For each pair, the share of pairs with the other label that it is ranked correctly against; ties count half."""
     shares = np.empty(len(scores))
     for label in (True, False):
         others: Sequence[float] = np.sort(scores[positive != label]).tolist()

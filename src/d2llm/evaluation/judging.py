@@ -1,6 +1,6 @@
-"""Judging pairs, once each: a judge's log-odds go to a label store, and an interrupted call goes on from there.
+"""Judges each pair once: log-odds go to a label store, from which an interrupted call continues.
 
-``label``, ``mine``, ``gate``, ``stack_teachers`` and ``evaluate`` all judge and write here.
+``label``, ``mine``, ``gate``, ``stack_teachers`` and ``evaluate`` all use this module.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.teachers.judge import Judge, Judgements
 
-_PAIRS_AT_ONCE = 256  # at least, of whole queries: enough to make batches of like length
-_SHARD_SECONDS = 30.0  # the most work that is lost when the process is killed
+_PAIRS_AT_ONCE = 256  # minimum per chunk of whole queries: enough to form batches of similar length
+_SHARD_SECONDS = 30.0  # the most work that can be lost if the process is killed
 
 
 @dataclass(frozen=True, slots=True)
 class QueryPairs:
-    """A query with passages to judge; the Gram matrix of the teacher's features covers the first ``num_listed``."""
+    """A query and its passages to judge; the Gram matrix of the teacher's features covers the first ``num_listed``."""
 
     query_id: str
     passage_ids: tuple[str, ...]
@@ -35,7 +35,7 @@ class QueryPairs:
 
 @dataclass(slots=True)
 class JudgingCounts:
-    """Pairs judged now, and what ``Judgements`` counts of them."""
+    """The number of pairs judged in this call, and sums of the counts in ``Judgements``."""
 
     pairs: int = 0
     truncated: int = 0
@@ -44,7 +44,7 @@ class JudgingCounts:
     undecided: int = 0
 
     def add(self, judgements: Judgements) -> None:
-        """Count the pairs of one call of a judge."""
+        """Add the counts of one call to a judge."""
         self.pairs += len(judgements.log_odds)
         self.truncated += judgements.num_truncated
         self.tokens += judgements.num_tokens
@@ -53,11 +53,11 @@ class JudgingCounts:
 
 
 class LabelWriter:
-    """Collects labels and writes a shard of them every half minute, so that no more than that can be lost.
+    """Collects labels and writes them as a shard every half minute, so that at most half a minute's work can be lost.
 
     Args:
         labels: the store.
-        remember: let the store know of them at once; otherwise they are only on disk (``LabelStore.write``).
+        remember: keep them in the store's memory too, not only on disk (``LabelStore.write``).
     """
 
     def __init__(self, labels: LabelStore, *, remember: bool = True) -> None:
@@ -67,17 +67,17 @@ class LabelWriter:
         self._last_written = time.monotonic()
 
     def add(self, labels: Sequence[QueryLabels]) -> None:
-        """Take in the labels of some queries; raises what ``write`` raises."""
+        """Add the labels of some queries; raises the same errors as ``write``."""
         self._unwritten += labels
         if time.monotonic() - self._last_written > _SHARD_SECONDS:
             self.write()
 
     def write(self) -> None:
-        """Write what is not yet in the store.
+        """Write the labels that are not in the store yet.
 
         Raises:
-            InputError: the shard cannot be written (disk full); the shards before it stay.
-            ModelError: the teacher gave log-odds that are no numbers.
+            InputError: the shard cannot be written (disk full); the earlier shards are kept.
+            ModelError: some of the teacher's log-odds are not numbers.
         """
         try:
             self.labels.write(self._unwritten, remember=self._remember)
@@ -85,8 +85,8 @@ class LabelWriter:
             lost = sum(len(item.passage_ids) for item in self._unwritten)
             raise InputError(
                 f"{self.labels.folder}: labels cannot be written ({error.strerror or error}). The shards written "
-                f"before are whole and stay; the last {lost} pairs judged are lost. Make room and run the same command "
-                "again: it goes on from there"
+                f"before are complete and are kept; the last {lost} pairs judged are lost. Free some space and run the "
+                "same command again to continue"
             ) from error
         self._unwritten, self._last_written = [], time.monotonic()
 
@@ -102,21 +102,21 @@ def judge_pairs(
     advance: Callable[[int], None],
     counts: JudgingCounts,
 ) -> None:
-    """Judge pairs, some hundred at a time, and write the answers.
+    """Judge pairs, a few hundred at a time, and write the labels.
 
     Args:
         judge: the teacher or cross-encoder.
-        queries: with the passages that have no label yet; read one by one as they are judged.
-        writer: of the judge's label store.
-        task: which question to ask.
-        query_text: of a query_id.
-        passage_text: full text of a passage_id.
+        queries: queries with the passages that have no label yet; consumed lazily.
+        writer: writes to the judge's label store.
+        task: the task, which decides the prompt.
+        query_text: returns the text of a query_id.
+        passage_text: returns the full text of a passage_id.
         advance: called with the number of pairs finished.
-        counts: are added to.
+        counts: updated with the counts of these pairs.
 
     Raises:
         InputError: a shard cannot be written.
-        ModelError: the judge gave log-odds that are no numbers.
+        ModelError: some of the judge's log-odds are not numbers.
     """
     for chunk in _chunks(queries):
         pairs = [(query_text(query.query_id), passage_text(p)) for query in chunk for p in query.passage_ids]
@@ -134,7 +134,7 @@ def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "
 
 
 def with_rate(advance: Advance) -> Callable[[int], None]:
-    """``advance`` with the pairs a second, since this call, beside the bar."""
+    """Wrap ``advance`` so that the progress bar also shows the pairs per second since this call."""
     started = time.monotonic()
     finished = 0
 
@@ -148,7 +148,7 @@ def with_rate(advance: Advance) -> Callable[[int], None]:
 
 @dataclass(frozen=True, slots=True)
 class PoolScores:
-    """Scores by query_id and passage_id. ``num_truncated`` of the ``num_new`` pairs judged now were cut."""
+    """Scores by query_id and passage_id. ``num_truncated`` of the ``num_new`` pairs judged now were truncated."""
 
     scores: dict[str, dict[str, float]]
     num_new: int
@@ -161,7 +161,7 @@ Pool = Mapping[str, Sequence[str]]
 
 
 def interleaved(rankings: Sequence[Sequence[str]], depth: int) -> list[str]:
-    """The first ``depth`` different passages, taken from the rankings in turn."""
+    """The first ``depth`` distinct passages, taken from the rankings in turn."""
     in_turn = chain.from_iterable(zip_longest(*rankings))
     return list(dict.fromkeys(passage_id for passage_id in in_turn if passage_id is not None))[:depth]
 
@@ -179,23 +179,23 @@ def judge_pool(
     title: str,
     show_progress: bool | None,
 ) -> PoolScores:
-    """Scores of every pair of the pool; those that ``store`` or ``known`` holds are not judged again.
+    """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not judged again.
 
     Args:
         judge: the teacher or cross-encoder.
-        pool: the pairs.
-        query_texts: by query_id.
-        passage_texts: full texts by passage_id.
-        task: which question to ask.
+        pool: the pairs to score.
+        query_texts: query_id -> text.
+        passage_texts: passage_id -> full text.
+        task: the task, which decides the prompt.
         dataset: name of the data set.
-        store: folder of a label store that this call may write.
-        known: folder of another label store, of the same data set, that is read only (labels made for training).
-        title: of the progress bar.
-        show_progress: None means: if standard error is a terminal.
+        store: folder of a label store that this call writes to.
+        known: folder of another label store of the same data set, opened read-only (labels made for training).
+        title: title of the progress bar.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a shard cannot be written.
-        ModelError: the judge gave log-odds that are no numbers.
+        ModelError: some of the judge's log-odds are not numbers.
     """
     key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
     labels = LabelStore(store, **key)
@@ -229,7 +229,7 @@ def judge_pool(
 
 
 def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:
-    """Queries with their passages, as many together as give ``_PAIRS_AT_ONCE`` pairs."""
+    """Group queries into chunks of at least ``_PAIRS_AT_ONCE`` pairs; the last may be smaller."""
     chunk: list[QueryPairs] = []
     for query in queries:
         chunk.append(query)
@@ -245,7 +245,7 @@ def _by_query(
     log_odds: Float32[np.ndarray, " pairs"],
     features: Float32[np.ndarray, "pairs dim"] | None,
 ) -> list[QueryLabels]:
-    """Cut the judgements of a chunk into those of each query."""
+    """Split the judgements of a chunk by query."""
     labels: list[QueryLabels] = []
     start = 0
     for query in queries:

@@ -1,4 +1,4 @@
-"""Loads the systems of an evaluation by names and folders; what is not there becomes a missing row with a reason."""
+"""Loads the systems of an evaluation by name or folder; a missing one becomes a missing row with a reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2llm.retrieval.cosine import untuned_config
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
-"""The variants (``core.variants``) that are rows of every report."""
+"""The variants (``core.variants``) that every report has a row for."""
 
 
 def load_contenders(
@@ -39,21 +39,22 @@ def load_contenders(
     device: str | None = None,
     dtype: str | None = None,
 ) -> Contenders:
-    """Load a student and what it is compared with.
+    """Load a student and the systems to compare it with.
 
     Args:
         student: folder, or name of a shipped student.
         tuned_cosine: the variant ``cosine`` of the student; by default the one beside it (``<student>-cosine``).
         paper_head: the variant ``paper``; by default ``<student>-paper``.
-        teacher: by default the student's own: ``teacher`` beside it, or the shipped one whose labels it learnt from.
+        teacher: by default the teacher whose labels the student was trained on: ``teacher`` beside the student, or a
+            shipped one.
         with_teacher: False leaves the teacher out.
         models: bi-encoders and cross-encoders for sentence-transformers, as names or folders.
         runs: TREC run files.
-        device: by default what this machine has.
-        dtype: of our models; by default what is fast there. Others' are float32.
+        device: where to compute; by default the best device available.
+        dtype: number format of d2llm's models; by default the fastest on that device. Other models are float32.
 
     Raises:
-        ModelNotFoundError: one of the systems named is not there.
+        ModelNotFoundError: one of the named systems does not exist.
         InputError: two systems have the same name, or a run file cannot be read.
     """
     folder = find_student(student)
@@ -76,7 +77,7 @@ def load_contenders(
     if with_teacher:
         config = teacher or _own_teacher(folder)
         if config is None:
-            why["teacher"] = "the teacher that the student learnt from is not here; name one"
+            why["teacher"] = "the teacher that the student was trained with was not found; name one"
         else:
             judge = load_judge(config, device=device, dtype=dtype)
     else:
@@ -103,7 +104,7 @@ def load_contenders(
 
 
 def _own_teacher(student: Path) -> TeacherConfig | None:
-    """The teacher whose labels a student learnt from: the run's own, or a shipped one."""
+    """The teacher whose labels a student was trained on: that of its run, or a shipped one."""
     fingerprint = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
     run = RunFolder(student.parent)
     beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
@@ -112,7 +113,7 @@ def _own_teacher(student: Path) -> TeacherConfig | None:
 
 
 def _named(run: TrecRun) -> TrecRun:
-    """A run that an earlier report saved of one of our rows gets a name of its own beside that row."""
+    """Rename a run that has the name of a standard row, because an earlier report saved it from that row."""
     return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
 
 
@@ -135,22 +136,22 @@ def _provenance(folder: Path) -> dict[str, Any]:
     """How the student was made, from its manifest."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
-    of_gates = ("closed_gates", "share_kept")
-    return {"name": folder.name, **{key: manifest[key] for key in (*names, *of_gates) if key in manifest}}
+    optional = ("closed_gates", "share_kept")
+    return {"name": folder.name, **{key: manifest[key] for key in (*names, *optional) if key in manifest}}
 
 
 def _gate_notes(folder: Path) -> tuple[str, ...]:
-    """Remarks on how the student was made: closed gates, the share kept, interactions without weight."""
+    """Remarks on how the student was trained: closed gates, the share kept, interactions with weight 0."""
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     notes: list[str] = []
     if closed := manifest.get("closed_gates"):
         notes.append(
-            f"the teacher's gate was closed for {', '.join(closed)}: there the student learnt from the data set's own "
-            "judgements"
+            f"the teacher's gate was closed for {', '.join(closed)}: there the student was trained on the data set's "
+            "own judgements"
         )
     if (share := manifest.get("share_kept", 1.0)) < 1:
         limit = manifest["recipe"].get("training", {}).get("largest_share", 1.0)
-        why = "its recipe keeps no more" if share == limit else "more was no better on dev"
+        why = "the recipe's maximum" if share == limit else "a larger share was no better on dev"
         notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
     off = [task for task, weight in manifest.get("residual_weights", {}).items() if weight == 0]
     if off and manifest["config"]["interaction"]["head"] == "anchored":

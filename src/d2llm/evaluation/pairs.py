@@ -1,4 +1,4 @@
-"""Measuring systems that score single pairs of texts: what each scores, what that costs, and the report of it."""
+"""Measures systems that score labelled pairs of texts: their scores, their cost, and the report."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
 from d2llm.retrieval.reading import ScoredPairs, score_pairs
 from d2llm.store.bm25 import WordIndex
 
-_TIMED_JUDGEMENTS = 10  # pairs judged once more, alone and then together, for the time
+_TIMED_JUDGEMENTS = 10  # number of pairs judged again, one by one and then as a batch, to measure the time
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredSplits:
-    """One system's scores of the measured split and of the one that thresholds come from (empty without one).
+    """One system's scores on the measured split and on the split that thresholds are fitted on (empty without one).
 
-    ``positions`` and ``tuning_positions`` are the pairs that were scored.
+    ``positions`` and ``tuning_positions`` are the positions of the pairs that were scored.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ScoredSplits:
 
 @dataclass
 class PairWork:
-    """What every system of one evaluation is measured with."""
+    """The data, settings and stores that all systems of one evaluation share."""
 
     dataset: PairDataset
     settings: EvaluationSettings
@@ -83,7 +83,7 @@ class PairWork:
         self.notes: list[str] = []
 
     def sample(self, size: int) -> Positions:
-        """Positions of a random sample, in order; all of them when there are not more."""
+        """Sorted positions of a random sample of ``teacher_queries`` of ``size`` pairs; all if there are fewer."""
         num_pairs = self.settings.teacher_queries
         if num_pairs is None or num_pairs >= size:
             return np.arange(size)
@@ -99,7 +99,7 @@ class PairWork:
     def scored(
         self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
     ) -> ScoredSplits:
-        """The scores of all pairs, measured now or by an earlier run."""
+        """The scores of all pairs, measured now or taken from an earlier run."""
         measured = self.store.values([name, fingerprint, self.content, self.settings.task, "pairs"], measure)
         seconds: list[float] = measured["probe_seconds"]
         cost = Cost(
@@ -110,32 +110,32 @@ class PairWork:
         )
         if measured.get("num_truncated"):
             self.notes.append(f"{name}: {measured['num_truncated']:,} texts were truncated")
-        every = (np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs)))
+        positions, tuning_positions = np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs))
         scores, tuning_scores = (np.array(measured[part], np.float64) for part in ("scores", "tuning_scores"))
-        return ScoredSplits(name, kind, every[0], scores, every[1], tuning_scores, cost, fingerprint)
+        return ScoredSplits(name, kind, positions, scores, tuning_positions, tuning_scores, cost, fingerprint)
 
 
 def lexical_scores(work: PairWork) -> ScoredSplits:
-    """BM25 of a pair, with the passages of its split as the collection."""
+    """The BM25 score of each pair, with the passages of its split as the collection."""
 
-    def of_split(pairs: Sequence[LabelledPair]) -> list[float]:
+    def score_split(pairs: Sequence[LabelledPair]) -> list[float]:
         passages = list(dict.fromkeys(pair.passage for pair in pairs))
         if not passages:
             return []
-        places = {text: place for place, text in enumerate(passages)}
+        row_of = {text: row for row, text in enumerate(passages)}
         index = WordIndex.from_texts(passages)
         scores = np.zeros(len(pairs))
         for query, positions in _by_query(_texts(pairs)).items():
-            of_query = index.scores(index.query(query))
-            scores[positions] = of_query[[places[pairs[position].passage] for position in positions]]
+            query_scores = index.scores(index.query(query))
+            scores[positions] = query_scores[[row_of[pairs[position].passage] for position in positions]]
         return scores.tolist()
 
     def measure() -> dict[str, Any]:
         with peak_memory() as peak:
             begin = perf_counter()
-            scores = of_split(work.pairs)
+            scores = score_split(work.pairs)
             rate = len(scores) / (perf_counter() - begin)
-            measured = {"scores": scores, "tuning_scores": of_split(work.tuning_pairs), "probe_seconds": []}
+            measured = {"scores": scores, "tuning_scores": score_split(work.tuning_pairs), "probe_seconds": []}
             return {**measured, "pairs_per_second": rate, "peak_memory_mib": peak()}
 
     return work.scored(setting.NAME_BM25, "bm25", None, measure)
@@ -192,7 +192,7 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         dataset=work.dataset.name,
         store=work.folder / "judgements" / work.content,
         known=work.labels,
-        title=f"asking {name} (pairs)",
+        title=f"judging pairs with {name}",
         show_progress=work.show_progress,
     )
     if judged.num_truncated:
@@ -228,7 +228,7 @@ def _by_query(pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
     return positions
 
 
-NUM_RESAMPLES = 2_000  # so that p can be below .01 after the correction for all rows
+NUM_RESAMPLES = 2_000  # enough for p to be below .01 after the correction over all rows
 _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
 _NO_FUSION = MissingRow(
     f"hybrid: {setting.NAME_BM25} + {setting.NAME_D2LLM}", "hybrid", "single pairs have no ranks that could be fused"
@@ -245,14 +245,14 @@ def evaluate_pairs(
     labels: Path | None,
     show_progress: bool | None,
 ) -> EvaluationReport:
-    """See ``evaluation.evaluate.evaluate``; ``folder`` keeps measured scores and judgements.
+    """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
 
-    Thresholds come from the split "dev", or from "train" where dev itself is measured.
+    Thresholds are fitted on the split "dev", or on "train" if dev itself is measured.
 
     Raises:
         DataFormatError: the data set was read without the split, or a label cannot be measured.
-        InputError: the baseline is not among the rows, classes have no split to choose thresholds on, or the sample for
-            the teacher is too small to be measured.
+        InputError: the baseline is not among the rows, classes have no split to fit thresholds on, or the teacher's
+            sample is too small to measure.
     """
     setting.check_baseline(contenders, settings.baseline, ["bm25"])
     tuning = "train" if settings.split == "dev" else "dev"
@@ -271,7 +271,7 @@ def evaluate_pairs(
 
 
 def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, sampled: bool) -> None:
-    """Refuse what cannot be measured before anything is scored."""
+    """Check, before anything is scored, that all measures can be computed."""
 
     def check(positions: Positions, tuning: Positions) -> None:
         thresholds = None if tuning_gold is None else tuning_gold.fit(np.zeros(len(tuning)), tuning)
@@ -285,7 +285,7 @@ def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, s
         except InputError as error:
             raise InputError(
                 f"a sample of {len(sample)} pairs, and of {len(tuning)} to choose thresholds on, is too small to "
-                f"measure the teacher: {error}; let it judge more (teacher_queries)"
+                f"measure the teacher: {error}; increase the sample (teacher_queries)"
             ) from error
 
 
@@ -295,7 +295,7 @@ Resampled = dict[str, tuple[Estimate, NDArray[np.float64]]]
 
 @dataclass
 class _Figures:
-    """From scores to a report. ``judges`` are the systems that scored a sample only."""
+    """Computes the report from the scores. ``judges`` are the systems that scored only a sample."""
 
     work: PairWork
     contenders: Contenders
@@ -361,7 +361,7 @@ class _Figures:
 
     @cached_property
     def _sample(self) -> Positions:
-        """The pairs that every system scored."""
+        """Positions of the pairs that every system scored."""
         return next((system.positions for system in self.systems if system.name in self.judges), self._all)
 
     @cached_property
@@ -381,27 +381,27 @@ class _Figures:
         }
 
     def _item_values(self, system: ScoredSplits, positions: Positions) -> Floats:
-        """How well a system scored each of some of its pairs."""
+        """How well a system scored each of the pairs at ``positions``."""
         return self.gold.item_values(_at(system, positions), positions, self._thresholds[system.name])
 
     def _measure(self, system: ScoredSplits, positions: Positions) -> Resampled:
-        """The measures of a system on some of the pairs that it scored."""
+        """The measures of a system on the pairs at ``positions``, all of which it scored, with resamples."""
         thresholds = self._thresholds[system.name]
         measure_rows = self.gold.measurer(_at(system, positions), positions, thresholds)
         values = measure_rows(np.arange(len(positions)))
-        drawn: list[dict[str, float]] = []
+        resampled_values: list[dict[str, float]] = []
 
-        def all_at_once(rows: Positions) -> float:
+        def record_all(rows: Positions) -> float:
             try:
-                drawn.append(measure_rows(rows))
-            except InputError:  # a resample with one label only
-                drawn.append(dict.fromkeys(values, np.nan))
-            return drawn[-1][self.gold.main_measure]
+                resampled_values.append(measure_rows(rows))
+            except InputError:  # a resample with only one label
+                resampled_values.append(dict.fromkeys(values, np.nan))
+            return resampled_values[-1][self.gold.main_measure]
 
-        bootstrap_statistic(all_at_once, len(positions), num_resamples=NUM_RESAMPLES, seed=self.work.settings.seed)
+        bootstrap_statistic(record_all, len(positions), num_resamples=NUM_RESAMPLES, seed=self.work.settings.seed)
         resamples: Resampled = {}
         for measure, value in values.items():
-            resampled = np.array([of_draw[measure] for of_draw in drawn])
+            resampled = np.array([resample[measure] for resample in resampled_values])
             low, high = np.nanquantile(resampled, [0.025, 0.975]).tolist()
             resamples[measure] = (Estimate(value, low, high), resampled)
         return resamples
@@ -413,7 +413,7 @@ class _Figures:
     def _comparisons(
         self, measured: dict[str, Resampled], on_sample: dict[str, Resampled], baseline: str
     ) -> list[Comparison]:
-        """Every system against the baseline in every measure, on the pairs that both scored."""
+        """Compare every system with the baseline in every measure, on the pairs that both scored."""
         comparisons: list[Comparison] = []
         for measure in measured[baseline]:
             of_measure: list[Comparison] = []
@@ -452,10 +452,10 @@ class _Figures:
         teacher, positive = self._teacher(), self.gold.positive
         if positive is None:
             return []
-        speakers = [system for system in self.systems if system.kind == "d2llm" or system is teacher]
         return [
             figures.calibration(system.name, system.scores.tolist(), positive[system.positions].tolist())
-            for system in speakers
+            for system in self.systems
+            if system.kind == "d2llm" or system is teacher
         ]
 
     def _histograms(self) -> list[Histogram]:
@@ -471,30 +471,30 @@ class _Figures:
     def _examples(
         self, subject: ScoredSplits, reference: ScoredSplits
     ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        """The pairs that the subject scores much better, and much worse, than the reference."""
+        """The pairs that the subject scores best, and worst, relative to the reference."""
         positions = reference.positions
         ours, theirs = self._item_values(subject, positions), self._item_values(reference, positions)
         order = np.argsort(theirs - ours, kind="stable").tolist()
-        wins = [place for place in order[: figures.NUM_EXAMPLES] if ours[place] > theirs[place]]
-        losses = [place for place in order[::-1][: figures.NUM_EXAMPLES] if ours[place] < theirs[place]]
+        wins = [index for index in order[: figures.NUM_EXAMPLES] if ours[index] > theirs[index]]
+        losses = [index for index in order[::-1][: figures.NUM_EXAMPLES] if ours[index] < theirs[index]]
 
-        def example(place: int) -> Example:
-            position, positive = positions[place], self.gold.positive
+        def example(index: int) -> Example:
+            position, positive = positions[index], self.gold.positive
             pair = self.work.pairs[position]
             label = pair.label if pair.score is None else f"{pair.score:g}"
             passage = ShownPassage(
                 f"{pair.id}: {label}", pair.passage, positive is not None and bool(positive[position])
             )
-            return Example(pair.id, pair.query, float(ours[place]), float(theirs[place]), (passage,), (), ())
+            return Example(pair.id, pair.query, float(ours[index]), float(theirs[index]), (passage,), (), ())
 
         return tuple(map(example, wins)), tuple(map(example, losses))
 
 
 def _at(system: ScoredSplits, positions: Positions) -> Floats:
-    """A system's scores of some of the pairs that it scored."""
+    """A system's scores of the pairs at ``positions``, all of which it scored."""
     return system.scores[np.searchsorted(system.positions, positions)]
 
 
 def _as_one_query(scores: Floats) -> dict[str, dict[str, float]]:
     """Pairs as the passages of a single query, so that they are compared with each other."""
-    return {"": {str(place): value for place, value in enumerate(scores.tolist())}}
+    return {"": {str(position): value for position, value in enumerate(scores.tolist())}}

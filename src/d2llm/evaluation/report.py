@@ -1,4 +1,4 @@
-"""The results of ``evaluate`` as plain frozen values; tables, JSON, Markdown and HTML are made from these alone."""
+"""The results of ``evaluate`` as frozen dataclasses, from which tables, JSON, Markdown and HTML are rendered."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from d2llm.ops.agreement import Agreement
 from d2llm.ops.calibration import ReliabilityBin, ScoreHistogram
 
 REPORT_VERSION = 2
-"""Of ``EvaluationReport.to_json``: changes when a field is renamed, removed or means something else."""
+"""Version of ``EvaluationReport.to_json``; changes when a field is renamed or removed, or its meaning changes."""
 SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its confidence interval."""
+    """A value with its confidence interval."""
 
     value: float
     low: float
@@ -26,7 +26,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Milliseconds:
-    """Time of one query (or pair) alone, over the queries that were timed."""
+    """Latency of single queries (or pairs), over the queries that were timed."""
 
     p50: float
     p95: float
@@ -35,12 +35,12 @@ class Milliseconds:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a system costs on this machine. None: does not apply, or was not measured in this run.
+    """What a system costs on this machine. A field is None if it does not apply or was not measured in this run.
 
-    ``total`` is from the query's text to the ranking; ``encode``, ``candidates`` and ``score`` are its parts.
-    ``passages_per_second`` is the rate of making the index, ``pairs_per_second`` of scoring query and passage,
-    ``bytes_per_passage`` what is kept of a passage besides its text, ``peak_memory_mib`` the largest resident memory of
-    the process while the system was measured, everything loaded included.
+    ``total`` is the time from the query's text to the ranking; ``encode``, ``candidates`` and ``score`` are its parts.
+    ``passages_per_second`` is the speed of indexing, ``pairs_per_second`` that of scoring query and passage,
+    ``bytes_per_passage`` the storage for a passage besides its text, ``peak_memory_mib`` the largest resident memory of
+    the process while the system was measured, including everything else that is loaded.
     """
 
     total: Milliseconds | None
@@ -57,7 +57,7 @@ class Cost:
 class EvaluationRow:
     """One system: its measures over ``num_items`` queries (retrieval) or pairs, and its cost.
 
-    ``fingerprint`` is the model's, where there is one.
+    ``fingerprint`` is that of the model, if there is one.
     """
 
     name: str
@@ -70,7 +70,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True, slots=True)
 class MissingRow:
-    """A system that was not measured, with the reason and what would bring it."""
+    """A system that was not measured, with the reason and how to add it."""
 
     name: str
     kind: SystemKind
@@ -79,9 +79,10 @@ class MissingRow:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Is ``row`` minus ``baseline`` more than chance, in one measure?
+    """The difference ``row`` minus ``baseline`` in one measure, with its significance.
 
-    ``p_value`` is two-sided (``test`` names the test); ``adjusted_p`` is Holm's over all rows compared in this measure.
+    ``p_value`` is two-sided (``test`` names the test); ``adjusted_p`` is Holm-corrected over all rows compared in this
+    measure.
     """
 
     measure: str
@@ -101,7 +102,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class AgreementRow:
-    """How far one system's scores follow the teacher's, on the pairs that the teacher judged."""
+    """How well one system's scores agree with the teacher's, on the pairs that the teacher judged."""
 
     name: str
     agreement: Agreement
@@ -110,7 +111,7 @@ class AgreementRow:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """When a system says "yes" with probability p, how often is it right? On ``num_pairs`` pairs."""
+    """How often a system is right when it says "yes" with probability p, on ``num_pairs`` pairs."""
 
     name: str
     bins: tuple[ReliabilityBin, ...]
@@ -120,7 +121,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """The scores that one system gave to relevant and to other passages."""
+    """Histogram of the scores that one system gave to relevant and to other passages."""
 
     name: str
     counts: ScoreHistogram
@@ -137,7 +138,7 @@ class ShownPassage:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One query (or pair) that two systems answer very differently; values are of the report's main measure."""
+    """One query (or pair) that two systems answer very differently; values are in the report's main measure."""
 
     id: str
     query: str
@@ -150,7 +151,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What is shown but is too large, or not allowed, to be passed on: values of single queries, and texts.
+    """Per-query values and texts, which are shown but not exported: they are too large, or may not be shared.
 
     ``values``: row name -> measure -> one value for each of ``item_ids``, in their order. ``rankings``: row name ->
     query_id -> (passage_id, score), best first.
@@ -172,11 +173,11 @@ class EvaluationReport:
     """The result of ``evaluate``.
 
     ``kind`` says whether ``rows`` are over queries ("retrieval") or over pairs ("pairs"). ``num_left_out`` queries had
-    no relevant passage in the corpus. Where the teacher judged a sample only, its row says so by its ``num_items``, and
-    ``sample_rows`` holds every system on exactly that sample. ``baseline`` is the row that the others are compared
-    with, ``subject`` the row that the examples are about, ``parts`` compares it with itself without a part of its
-    score, ``main_measure`` their measure. ``notes`` are counts that a reader of the figures should know (truncated
-    texts and the like). ``provenance`` says what made the systems.
+    no relevant passage in the corpus. If the teacher judged only a sample, ``num_items`` of its row is the size of the
+    sample, and ``sample_rows`` holds every system on exactly that sample. ``baseline`` is the row that the others are
+    compared with, ``subject`` the row that the examples are about, ``parts`` compares the subject with itself without a
+    part of its score, and ``main_measure`` is the measure of the examples. ``notes`` are counts that a reader of the
+    report should know (truncated texts, for example). ``provenance`` describes how the systems were made.
     """
 
     kind: Literal["retrieval", "pairs"]
@@ -204,7 +205,7 @@ class EvaluationReport:
     details: Details = field(default_factory=Details)
 
     def row(self, name: str) -> EvaluationRow:
-        """The row of one system by its name.
+        """The row of the system with this name.
 
         Raises:
             KeyError: there is no such row.
@@ -216,10 +217,10 @@ class EvaluationReport:
 
     def comparison(self, row: str, measure: str) -> Comparison | None:
         """The comparison of a row with the baseline in one measure; None for the baseline itself."""
-        return next((one for one in self.comparisons if (one.row, one.measure) == (row, measure)), None)
+        return next((each for each in self.comparisons if (each.row, each.measure) == (row, measure)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain values, without ``details``."""
+        """The report as JSON-serialisable values, without ``details``."""
         values = asdict(replace(self, details=Details()))
         del values["details"]
         return {"report_version": REPORT_VERSION, **values}

@@ -1,4 +1,4 @@
-"""Measuring systems that rank the passages of a corpus."""
+"""Measures systems that rank the passages of a corpus."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
 
 MAIN_MEASURE = "nDCG@10"
-_TIMED_JUDGEMENTS = 5  # queries whose pool is judged once more, one at a time, for the timing
+_TIMED_JUDGEMENTS = 5  # number of queries whose pool is judged again, one query at a time, to measure latency
 
 
 def evaluate_retrieval(
@@ -46,7 +46,7 @@ def evaluate_retrieval(
     labels: Path | None,
     show_progress: bool | None,
 ) -> EvaluationReport:
-    """See ``evaluation.evaluate.evaluate``; ``folder`` keeps indexes, measured systems and judgements.
+    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements.
 
     Raises:
         DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
@@ -72,8 +72,8 @@ def evaluate_retrieval(
         for other in searched
         if other.kind in ("cosine_untuned", "d2llm")
     ]
-    of_cosine = next((row for row in reversed(students) if row.kind in ("cosine_tuned", "cosine_untuned")), None)
-    summed = None if of_cosine is None else fitted_sum(work, of_cosine)
+    cosine = next((row for row in reversed(students) if row.kind in ("cosine_tuned", "cosine_untuned")), None)
+    summed = None if cosine is None else fitted_sum(work, cosine)
     if isinstance(summed, System):
         fused.append(summed)
     else:
@@ -108,7 +108,7 @@ def evaluate_retrieval(
 
 
 def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
-    """A random sample in the queries' own order; all of them when there are not more, or ``size`` is None."""
+    """A random sample of ``size`` queries in their original order; all if there are no more, or ``size`` is None."""
     if size is None or size >= len(queries):
         return list(queries)
     chosen = np.random.default_rng(seed).choice(len(queries), size, replace=False)
@@ -116,7 +116,7 @@ def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]
 
 
 def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
-    """The queries with a relevant passage in the corpus, and how many of the split have none."""
+    """The queries that have a relevant passage in the corpus, and the number of queries in the split that do not."""
     positives = dataset.positives(split)
     queries = [dataset.queries[query_id] for query_id, relevant in positives.items() if relevant]
     if not queries:
@@ -141,7 +141,7 @@ def _search(work: RetrievalWork, row: Row) -> System:
 def _judge(
     work: RetrievalWork, name: str, kind: SystemKind, judge: Judge, pool: Pool, lexical: System, subject: System
 ) -> tuple[System, figures.Scores]:
-    """The system that a judge makes of the pool, and its scores."""
+    """Rerank the pool with a judge; returns the system and its scores."""
     texts = {query.id: query.text for query in work.sampled}
     passages = {p: work.dataset.passages[p].full_text for ids in pool.values() for p in ids}
     judged = judge_pool(
@@ -153,7 +153,7 @@ def _judge(
         dataset=work.dataset.name,
         store=work.folder / "judgements" / work.corpus,
         known=work.labels,
-        title=f"asking {name} (pairs)",
+        title=f"judging pairs with {name}",
         show_progress=work.trial.show_progress,
     )
     if judged.num_truncated:
@@ -176,17 +176,17 @@ def _judge(
 
 
 def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> figures.Scores:
-    """What a student says of the passages that the teacher judged."""
+    """A student's scores of the passages that the teacher judged."""
     texts = {query.id: query.text for query in work.sampled}
     view = work.index(row.model)[0].view
 
     def score() -> dict[str, dict[str, float]]:
         vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
-        scores_of: dict[str, dict[str, float]] = {}
+        scores_by_query: dict[str, dict[str, float]] = {}
         for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
             scores = row.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
-            scores_of[query_id] = dict(zip(ids, scores.tolist(), strict=True))
-        return scores_of
+            scores_by_query[query_id] = dict(zip(ids, scores.tolist(), strict=True))
+        return scores_by_query
 
     key = work.key(row.name, row.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
     return work.store.values(key, score)
@@ -194,7 +194,7 @@ def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> figures.Scores:
 
 @dataclass
 class _Figures:
-    """From rankings to a report.
+    """Computes the report from the rankings.
 
     ``judges`` are the rows that answered a sample of the queries, ``parts`` those of the student without a part of its
     score; ``followers`` are the students' scores of the passages that the teacher judged.
@@ -228,7 +228,7 @@ class _Figures:
         self._comparable = [system for system in self.systems if system.name not in self.shortcuts.qrels]
 
     def report(self, num_left_out: int) -> EvaluationReport:
-        """Everything; ``num_left_out`` queries of the split have no relevant passage."""
+        """The whole report; ``num_left_out`` queries of the split have no relevant passage."""
         work, settings = self.work, self.work.settings
         rows = [self._row(system, self._query_ids[system.name]) for system in self.systems]
         sample_rows: list[EvaluationRow] = []
@@ -282,7 +282,7 @@ class _Figures:
         )
 
     def _calibration(self) -> tuple[Calibration, ...]:
-        """Of the teacher and the student, on the passages that the teacher judged."""
+        """The calibration of the teacher and the student, on the passages that the teacher judged."""
         if self.teacher_scores is None:
             return ()
         teacher_name = setting.teacher_name(self.work.settings.teacher_depth)
@@ -294,7 +294,7 @@ class _Figures:
 
     def _notes(self) -> tuple[str, ...]:
         work = self.work
-        num_known = work.store.num_found
+        num_reused = work.store.num_found
         return (
             *self.contenders.notes,
             *work.dataset.issues,
@@ -305,18 +305,18 @@ class _Figures:
                 if system.num_truncated
             ),
             *work.notes,
-            *([f"{num_known} parts were measured by an earlier run"] if num_known else []),
+            *([f"{num_reused} parts were measured by an earlier run"] if num_reused else []),
         )
 
     def _details(self, baseline: str) -> Details:
-        def of_queries(name: str) -> dict[str, float]:
+        def main_values(name: str) -> dict[str, float]:
             """The main measure on the queries that the baseline answered."""
             return {query_id: self._values[name][MAIN_MEASURE][query_id] for query_id in self._query_ids[baseline]}
 
         wins, losses = figures.examples(
             self.subject,
             next(system for system in self.systems if system.name == baseline),
-            (of_queries(self.subject.name), of_queries(baseline)),
+            (main_values(self.subject.name), main_values(baseline)),
             self.work.dataset.queries,
             self.work.dataset.passages,
             self.work.relevant,
@@ -324,8 +324,8 @@ class _Figures:
         return Details(
             item_ids=tuple(self._all_ids),
             values={
-                name: {measure: tuple(by_query[q] for q in self._all_ids) for measure, by_query in of_row.items()}
-                for name, of_row in self._values.items()
+                name: {measure: tuple(by_query[q] for q in self._all_ids) for measure, by_query in measures.items()}
+                for name, measures in self._values.items()
                 if self._query_ids[name] is self._all_ids
             },
             wins=wins,

@@ -1,4 +1,4 @@
-"""The systems that take part in an evaluation, and its settings."""
+"""The systems compared in an evaluation, and its settings."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Row:
 class Contenders:
     """The systems of an evaluation besides BM25 and the fusions, which need no model.
 
-    None leaves a row out; ``why_missing`` then says why, and what would bring it. ``untuned`` is the encoder that the
-    student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data and steps. Names
-    are those of the rows. ``provenance`` says in the report how all these were made.
+    If a system is None, its row is left out, and ``why_missing`` says why and how to add it. ``untuned`` is the encoder
+    that the student was trained from; ``tuned_cosine`` and ``paper_head`` are students trained on the same data for the
+    same steps. The keys of ``bi_encoders`` and ``cross_encoders`` name their rows. ``provenance`` describes in the
+    report how the systems were made.
 
     Raises:
         InputError: two systems have the same name, or one has the name of a row that every report has.
@@ -70,7 +71,10 @@ class Contenders:
             )
 
     def students(self, num_candidates: int, top_k: int) -> list[Row]:
-        """The systems that score by vectors, in the report's order; only the student proposes more than it ranks."""
+        """The systems that score by vectors, in the report's order.
+
+        Only the student scores more candidates than it ranks.
+        """
         rows: list[tuple[str, SystemKind, SearchStudent | None, int]] = [
             (NAME_UNTUNED, "cosine_untuned", CosineStudent(self.untuned) if self.untuned is not None else None, top_k),
             (NAME_TUNED, "cosine_tuned", self.tuned_cosine, top_k),
@@ -82,14 +86,14 @@ class Contenders:
         return [Row(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
 
     def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, Judge]]:
-        """The systems that read query and passage together."""
+        """The systems that encode query and passage together."""
         judges: list[tuple[str, SystemKind, Judge]] = []
         if self.teacher is not None:
             judges.append((teacher_name(teacher_depth), "teacher", self.teacher))
         return judges + [(name, "external", judge) for name, judge in self.cross_encoders.items()]
 
     def missing_rows(self, teacher_depth: int | None) -> list[MissingRow]:
-        """The rows of every report that this one lacks, each with the reason."""
+        """The standard rows that this report does not have, each with the reason."""
         rows: list[tuple[str, SystemKind, object, str]] = [
             (NAME_UNTUNED, "cosine_untuned", self.untuned, "no untuned encoder was given"),
             (NAME_TUNED, "cosine_tuned", self.tuned_cosine, "no tuned cosine was given"),
@@ -106,29 +110,31 @@ class Contenders:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """How an evaluation is done.
+    """The settings of an evaluation.
 
     Args:
-        split: the judgements to measure by.
-        task: which branch of the IEM and which prompt.
+        split: the split whose judgements to measure on.
+        task: the task, which decides the branch of the IEM and the prompt.
         top_k: length of the rankings, at least 100 (Recall@100).
         num_candidates: passages that the student scores in full.
-        teacher_depth: passages of a query that the teacher reranks: from the top of BM25 and of the student in turn.
-        teacher_queries: let the teacher judge a random sample of so many queries (or pairs, of a pair set, and as many
-            of its dev split); None means all.
-        latency_queries: queries (at most) that are answered one at a time, to measure the time.
+        teacher_depth: passages per query that the teacher reranks, taken from the top of BM25 and of the student in
+            turn.
+        teacher_queries: size of the random sample of queries that the teacher judges (for a pair set, of the pairs, and
+            as many pairs of its dev split); None means all.
+        latency_queries: maximum number of queries that are answered one at a time to measure latency.
         baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
             else BM25.
-        seed: of the samples and the significance tests.
+        seed: seed of the samples and the significance tests.
         dtype: how vectors are stored (``store.vector_formats.FORMATS``).
-        stored_as: formats that the student is measured with besides, a row each.
-        exact: measure the exact search too.
-        ann_recall: measure candidates of an approximate index too, tuned to find this share of the first ones.
-        cascade_passages: measure the student with a teacher that reads again at most so many passages of a query.
-        filter: measure a search for passages that fit a condition (``store.filters``) too.
+        stored_as: additional formats to measure the student with, one row each.
+        exact: also measure the exact search.
+        ann_recall: also measure candidates from an approximate index, tuned to find this share of the nearest passages.
+        cascade_passages: also measure the student with a teacher that judges at most this many passages per query
+            again.
+        filter: also measure a search for passages that match a condition (``store.filters``).
 
     Raises:
-        InputError: a number out of range, or an unknown format.
+        InputError: a number is out of range, or a format is unknown.
     """
 
     split: str = "test"
@@ -149,7 +155,7 @@ class EvaluationSettings:
 
     @property
     def shortcuts(self) -> list[str]:
-        """Those settings that ask for rows of other searches, by name."""
+        """The names of the settings that enable rows with other searches."""
         names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter")
         return [name for name in names if getattr(self, name) not in (None, False, ())]
 
@@ -165,23 +171,23 @@ class EvaluationSettings:
             "cascade_passages": (1 if self.cascade_passages is None else self.cascade_passages, 1),
             "latency_queries": (self.latency_queries, 1),
         }
-        for name, (value, least) in limits.items():
-            if value < least:
-                raise InputError(f"{name} is {value}, but must be at least {least}")
+        for name, (value, minimum) in limits.items():
+            if value < minimum:
+                raise InputError(f"{name} is {value}, but must be at least {minimum}")
         if self.ann_recall is not None and not 0 < self.ann_recall <= 1:
             raise InputError(f"ann_recall is {self.ann_recall}, but must be above 0 and at most 1")
 
 
 def teacher_name(depth: int | None) -> str:
-    """Name of the teacher's row; ``depth`` passages a query are reranked (None: nothing is ranked)."""
+    """Name of the teacher's row, which reranks ``depth`` passages per query (None: it does not rank)."""
     return "teacher" if depth is None else f"teacher (reranking {depth} of {NAME_BM25} and {NAME_D2LLM})"
 
 
 def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides: Sequence[SystemKind]) -> None:
-    """Refuse, before anything is measured, a baseline that no row will be; ``besides`` are rows that need no model.
+    """Check, before anything is measured, that the baseline will be a row; ``besides`` are rows that need no model.
 
     Raises:
-        InputError: no row is of that kind.
+        InputError: there will be no row of that kind.
     """
     kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
     if baseline is not None and baseline not in kinds:
@@ -189,6 +195,6 @@ def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides:
 
 
 def choose_baseline(rows: Sequence[EvaluationRow], baseline: SystemKind | None) -> str:
-    """Name of the row that the others are compared with; ``check_baseline`` has made sure that there is one."""
+    """Name of the row that the others are compared with; ``check_baseline`` ensures that it exists."""
     names = {row.kind: row.name for row in reversed(rows)}
     return next(names[kind] for kind in ((baseline,) if baseline is not None else _BASELINES) if kind in names)

@@ -1,4 +1,4 @@
-"""The student with a cheaper search, or with a filter or a teacher added: one row of the report for each."""
+"""Rows for the student with a cheaper search, or with a filter or a teacher added."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Shortcuts:
     """Rows of cheaper or extended searches.
 
     Attributes:
-        systems: what was measured.
-        query_ids: row -> the queries that it answered, where those are not all.
-        qrels: row -> query_id -> passage_id -> grade, where passages are left out by a filter.
+        systems: the measured systems.
+        query_ids: row -> the queries that it answered, if it did not answer all.
+        qrels: row -> query_id -> passage_id -> grade, if a filter excludes passages.
         missing: rows that could not be measured, with the reason.
     """
 
@@ -45,7 +45,7 @@ class Shortcuts:
 
 
 def measure_shortcuts(work: RetrievalWork, contenders: Contenders, subject: System) -> Shortcuts:
-    """The rows that the settings ask for; ``subject`` is the student without any of this."""
+    """Measure the rows that the settings enable; ``subject`` is the student with its ordinary search."""
     settings, rows = work.settings, Shortcuts()
     index, _ = work.index(contenders.student)
     for vector_format in dict.fromkeys(settings.stored_as):
@@ -62,7 +62,7 @@ def measure_shortcuts(work: RetrievalWork, contenders: Contenders, subject: Syst
 
 
 def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
-    """With vectors in another format."""
+    """The student with vectors in another format."""
     name, search = f"{NAME_D2LLM}, {vector_format} vectors", work.search_settings(work.settings.num_candidates)
     return work.store.system(
         work.key(name, work.identity(index.student), search.num_candidates),
@@ -71,10 +71,10 @@ def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
 
 
 def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
-    """Every passage by the full score, with a certificate."""
+    """Search exactly by the full score, with a certificate."""
     name = f"{NAME_D2LLM}, exact"
     if not index.student.has_anchor:
-        reason = "this student's head has no inner product, so that its search is always exact"
+        reason = "this student's head has no inner product, so its search is always exact"
         rows.missing.append(MissingRow(name, "shortcut", reason))
         return
     search = replace(work.search_settings(work.settings.num_candidates), exact=True)
@@ -83,7 +83,7 @@ def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
 
 
 def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) -> None:
-    """Candidates of an approximate index, tuned on queries that are not measured."""
+    """Take candidates from an approximate index, tuned on queries that are not measured."""
     name, depth = f"{NAME_D2LLM}, approximate ({recall:g})", work.settings.num_candidates
     search = replace(work.search_settings(depth), sources=("ann",))
 
@@ -104,12 +104,12 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
     try:
         key = work.key(name, work.identity(index.student), depth, work.settings.dtype)
         rows.systems.append(work.store.system(key, measure))
-    except InputError as error:  # too few passages, or the exact scan is quicker
+    except InputError as error:  # too few passages, or the exact scan is faster
         rows.missing.append(MissingRow(name, "shortcut", str(error)))
 
 
 def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Judge | None, num_passages: int) -> None:
-    """The teacher reads again what the student is unsure of."""
+    """Let the teacher judge again the passages that the student is unsure of."""
     name = f"{NAME_D2LLM}, teacher reads {num_passages} again"
     held_out = _held_out(work)
     if teacher is None or not held_out:
@@ -142,9 +142,9 @@ def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Ju
 
 
 def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: str, subject: System) -> None:
-    """Only passages that fit a condition: filtered before the choice of the first k, and removed afterwards.
+    """Restrict results to passages that match a condition: one row filters before taking the top k, one after.
 
-    Both are judged by the relevant passages that fit, on the queries that have one.
+    Both are measured by the relevant passages that match, on the queries that have one.
     """
     _add_metadata(work, index)
     view = index.view
@@ -156,7 +156,7 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     }
     if not qrels:
         raise InputError(
-            f"no relevant passage of the split '{work.settings.split}' fits the filter {condition!r}; "
+            f"no relevant passage of the split '{work.settings.split}' matches the filter {condition!r}; "
             f"{len(allowed):,} of {len(view):,} passages do"
         )
     before, afterwards = f"{NAME_D2LLM} WHERE {condition}", f"{NAME_D2LLM}, WHERE {condition} afterwards"
@@ -166,22 +166,27 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     search = replace(work.search_settings(work.settings.num_candidates), filter=condition)
     key = work.key(before, work.identity(index.student), search.num_candidates, work.settings.dtype)
     rows.systems.append(work.store.system(key, lambda: work.measure(before, "shortcut", index, search, trial=trial)))
-    left = {query_id: tuple(place for place in subject.rankings[query_id] if place[0] in allowed) for query_id in qrels}
-    rows.systems.append(replace(subject, name=afterwards, kind="shortcut", rankings=left))
+    filtered = {
+        query_id: tuple(
+            (passage_id, score) for passage_id, score in subject.rankings[query_id] if passage_id in allowed
+        )
+        for query_id in qrels
+    }
+    rows.systems.append(replace(subject, name=afterwards, kind="shortcut", rankings=filtered))
     for name in (before, afterwards):
         rows.query_ids[name] = list(qrels)
         rows.qrels[name] = qrels
     work.notes.append(
-        f"{condition}: {len(allowed):,} of {len(view):,} passages fit; {len(qrels):,} of {len(work.qrels):,} queries "
-        "have a relevant one among them, and the two rows are of those"
+        f"{condition}: {len(allowed):,} of {len(view):,} passages match; {len(qrels):,} of {len(work.qrels):,} queries "
+        "have a relevant one among them, and the two rows are measured on those queries"
     )
 
 
 def _add_metadata(work: RetrievalWork, index: Index) -> None:
-    """Data sets are read without metadata. The vectors stay: the texts are the same."""
+    """Add the corpus's metadata to the index, because data sets are read without it; vectors are kept."""
     try:
         index.upsert(p for p in iter_corpus(work.dataset.path) if p.id in work.dataset.passages)
-    except (DataFormatError, OSError):  # of a layout that has none
+    except (DataFormatError, OSError):  # this layout has no metadata
         return
 
 
@@ -196,4 +201,4 @@ def _held_out(work: RetrievalWork) -> Sequence[Query]:
         if query_id in work.dataset.queries and query_id not in measured
     }
     queries = [work.dataset.queries[query_id] for query_id in others]
-    return [queries[place] for place in np.random.default_rng(work.settings.seed).permutation(len(queries))]
+    return [queries[position] for position in np.random.default_rng(work.settings.seed).permutation(len(queries))]

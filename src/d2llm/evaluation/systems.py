@@ -1,4 +1,7 @@
-"""What ranks a corpus in an evaluation: each system ranks the same queries, is timed on a few of them, and is kept."""
+"""The systems that rank a corpus in an evaluation: each ranks the same queries and is timed on a few of them.
+
+Measured systems are stored, so that a repeated evaluation can reuse them.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ RankedIds = tuple[tuple[str, float], ...]
 class System:
     """One measured system.
 
-    ``rankings``: query_id -> passages with scores, best first. ``probe_seconds``: "total" and, where known, its parts
-    "encode", "candidates" and "score" -> the time of each probe. ``num_truncated``: texts or pairs that were cut.
+    ``rankings``: query_id -> passages with scores, best first. ``probe_seconds``: "total" and, if known, its parts
+    "encode", "candidates" and "score" -> the time of each probe. ``num_truncated``: number of truncated texts or pairs.
     """
 
     name: str
@@ -58,12 +61,12 @@ class System:
     notes: tuple[str, ...] = ()
 
     def ids(self, query_id: str) -> list[str]:
-        """The ranking of one query without its scores; empty if the system did not answer it."""
+        """The passage ids of one query's ranking; empty if the system did not answer it."""
         return [passage_id for passage_id, _ in self.rankings.get(query_id, ())]
 
     @property
     def cost(self) -> Cost:
-        """The times of the probes in percentiles, and the rest."""
+        """The percentiles of the probes' times, and the other costs."""
         times = {name: milliseconds(seconds) for name, seconds in self.probe_seconds.items()}
         return Cost(
             total=times.get("total"),
@@ -79,7 +82,7 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What every system has to answer. ``probes`` are the queries that are timed."""
+    """The queries that every system answers. ``probes`` are the queries that are timed."""
 
     queries: Sequence[Query]
     probes: Sequence[Query]
@@ -89,7 +92,7 @@ class Trial:
 
 
 def milliseconds(seconds: Sequence[float]) -> Milliseconds | None:
-    """Median, 95th percentile and mean of some times; None where there are none."""
+    """Median, 95th percentile and mean of some times; None if there are none."""
     if not seconds:
         return None
     p50, p95 = np.percentile(seconds, [50, 95]).tolist()
@@ -146,7 +149,7 @@ def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial
 
 
 def hybrid_system(name: str, first: System, second: System, trial: Trial) -> System:
-    """Fuse two rankings by reciprocal rank; the time is that of both, one after the other."""
+    """Fuse two rankings by reciprocal rank; its time is the sum of both systems' times."""
     rankings: dict[str, RankedIds] = {}
     for query in trial.queries:
         fused = reciprocal_rank_fusion([first.ids(query.id), second.ids(query.id)])[: trial.top_k]
@@ -156,13 +159,13 @@ def hybrid_system(name: str, first: System, second: System, trial: Trial) -> Sys
         name,
         "hybrid",
         rankings,
-        {"total": tuple(one + other for one, other in totals)},
+        {"total": tuple(first_time + second_time for first_time, second_time in totals)},
         bytes_per_passage=(first.bytes_per_passage or 0) + (second.bytes_per_passage or 0),
     )
 
 
 def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> System:
-    """A system of somebody else, by the rankings it wrote; what does not belong to this evaluation is counted."""
+    """An external system, by the rankings in its run file; queries and passages outside this evaluation are counted."""
     query_ids = {query.id for query in trial.queries}
     rankings = {
         query_id: tuple(
@@ -171,41 +174,41 @@ def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> S
         for query_id, ranking in run.rankings.items()
         if query_id in query_ids
     }
-    strangers = sum(passage_id not in passages for query_id in rankings for passage_id in run.rankings[query_id])
+    num_unknown = sum(passage_id not in passages for query_id in rankings for passage_id in run.rankings[query_id])
     counts = {
         "queries of the run are not judged here and were left out": len(run.rankings.keys() - query_ids),
         "queries are not in the run and count as 0": len(query_ids - rankings.keys()),
-        "ranked passages are not in the corpus and were left out": strangers,
+        "ranked passages are not in the corpus and were left out": num_unknown,
     }
-    notes = tuple(f"{run.name}: {count:,} {what}" for what, count in counts.items() if count)
-    cut = {query_id: ranking[: trial.top_k] for query_id, ranking in rankings.items()}
-    return System(run.name, "external", cut, notes=(*(f"{run.name}: {issue}" for issue in run.issues), *notes))
+    notes = tuple(f"{run.name}: {count:,} {message}" for message, count in counts.items() if count)
+    truncated = {query_id: ranking[: trial.top_k] for query_id, ranking in rankings.items()}
+    return System(run.name, "external", truncated, notes=(*(f"{run.name}: {issue}" for issue in run.issues), *notes))
 
 
 def reranked(
     first: System, scores: Mapping[str, Mapping[str, float]], trial: Trial, *, name: str, kind: SystemKind
 ) -> System:
-    """What was judged, by its score (ties by passage id), and behind it the rest of ``first`` in its order."""
+    """Rank the judged passages by score (ties by passage id), followed by the rest of ``first`` in its order."""
     rankings: dict[str, RankedIds] = {}
     for query in trial.queries:
         judged = sorted(scores[query.id].items(), key=lambda item: (-item[1], item[0]))
         rest = [passage_id for passage_id in first.ids(query.id) if passage_id not in scores[query.id]]
         lowest = judged[-1][1] if judged else 0.0
-        behind = [(passage_id, lowest - place) for place, passage_id in enumerate(rest, start=1)]
-        rankings[query.id] = tuple((judged + behind)[: trial.top_k])
+        unjudged = [(passage_id, lowest - rank) for rank, passage_id in enumerate(rest, start=1)]
+        rankings[query.id] = tuple((judged + unjudged)[: trial.top_k])
     return System(name, kind, rankings)
 
 
 def with_first_stages(system: System, judging: Sequence[float], first_stages: Sequence[System]) -> System:
-    """A reranker's time: what proposes its candidates (on average) and the judging."""
-    before = sum(float(np.mean(stage.probe_seconds["total"])) for stage in first_stages)
+    """Add a reranker's times: the mean time of the systems that propose its candidates, plus the judging."""
+    proposing = sum(float(np.mean(stage.probe_seconds["total"])) for stage in first_stages)
     return replace(
-        system, probe_seconds={"total": tuple(before + seconds for seconds in judging), "score": tuple(judging)}
+        system, probe_seconds={"total": tuple(proposing + seconds for seconds in judging), "score": tuple(judging)}
     )
 
 
 def timed(ask: Callable[[Query], object], probes: Sequence[Query]) -> tuple[float, ...]:
-    """Seconds that each probe takes alone; a first call before them pays for what is set up once."""
+    """Seconds that each probe takes on its own, after a warm-up call."""
     ask(probes[0])
     seconds: list[float] = []
     for query in probes:
@@ -221,10 +224,10 @@ _MIB = 2**20
 
 @contextmanager
 def peak_memory() -> Generator[Callable[[], float | None]]:
-    """Gives a function for the largest resident memory of this process, in MiB, since the block began.
+    """Yield a function that returns the peak resident memory of this process, in MiB, since the block was entered.
 
-    Linux can start counting anew; elsewhere it is the largest since the process began, and None where the system does
-    not say.
+    Only Linux can reset the peak; elsewhere it is the peak since the process started, or None if the system does not
+    report it.
     """
     with suppress(OSError):
         _RESET.write_text("5")
@@ -244,19 +247,19 @@ def _peak() -> float | None:
     return largest / _MIB if sys.platform == "darwin" else largest / 1024
 
 
-_VERSION = 2  # of what is kept; raised when a system's rankings or times come to mean something else
+_VERSION = 2  # version of the stored values; incremented when the meaning of a system's rankings or times changes
 
 
 class MeasuredStore:
-    """Measured values by what they depend on, one JSON file each."""
+    """A cache of measured values, one JSON file per key; the key contains everything that the values depend on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_found = 0
-        """Values that an earlier run had measured."""
+        """How many values an earlier run had measured."""
 
     def values(self, key: object, make: Callable[[], Any]) -> Any:
-        """The plain JSON values kept under ``key``, or those that ``make`` gives, kept."""
+        """The JSON values stored under ``key``; if there are none, calls ``make`` and stores what it returns."""
         path = self.folder / f"{fingerprint_json([_VERSION, key])}.json"
         if path.is_file():
             self.num_found += 1
@@ -266,7 +269,7 @@ class MeasuredStore:
         return values
 
     def system(self, key: object, make: Callable[[], System]) -> System:
-        """The system measured under ``key``, or the one that ``make`` measures, kept."""
+        """The system stored under ``key``; if there is none, calls ``make`` and stores what it returns."""
         return _system(self.values(key, lambda: asdict(make())))
 
 
@@ -282,7 +285,7 @@ def _system(values: Mapping[str, Any]) -> System:
 
 @dataclass
 class RetrievalWork:
-    """One evaluation. Judges answer the ``sampled`` queries; ``folder`` keeps indexes and measured systems."""
+    """The state of one evaluation. Judges answer the ``sampled`` queries; ``folder`` holds indexes and measurements."""
 
     dataset: Dataset
     settings: EvaluationSettings
@@ -299,24 +302,24 @@ class RetrievalWork:
         self._window_formats: dict[str, str] = {}
 
     def key(self, name: str, *parts: object) -> list[object]:
-        """What a measured system depends on: its name, ``parts``, the corpus and the queries."""
+        """The key of a measured system: its name, ``parts``, the corpus and the queries."""
         trial = self.trial
         texts = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
         return [name, *parts, self.corpus, fingerprint_json(texts), trial.task, trial.top_k]
 
     def identity(self, model: SearchStudent) -> object:
-        """What a student's rankings depend on: its fingerprint, and the evidence that an index adds to its scores."""
+        """What a student's rankings depend on: its fingerprint, and the weights of the evidence in its scores."""
         weights = evidence_weights(model, self.trial.task)
         return [model.fingerprint, weights.model_dump(mode="json")] if weights else model.fingerprint
 
     def store_windows_for(self, student: SearchStudent) -> None:
-        """Store window vectors in a student's index if its score counts them; its inner product shares the index."""
+        """Store window vectors in a student's index if its score uses them; its inner product shares the index."""
         windows = window_format(student, self.trial.task, "auto")
         if windows is not None:
             self._window_formats[student.fingerprint] = windows
 
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
-        """The index of a model, and the passages a second if it had to be made just now."""
+        """The index of a model, and the passages encoded per second if it had to be built now."""
         dtype, rate = self.settings.dtype, None
         windows = self._window_formats.get(model.fingerprint)
         name = f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}{f'-{windows}' if windows else ''}"
@@ -345,26 +348,27 @@ class RetrievalWork:
         cascade: Cascade | None = None,
         passages_per_second: float | None = None,
     ) -> System:
-        """Rank by an index's student; ``view`` replaces the index, and ``trial`` the queries of all systems.
+        """Rank by the student of an index.
 
-        ``passages_per_second`` is the speed of the encoding.
+        ``view`` replaces the index's own view, ``trial`` the queries of all systems. ``passages_per_second`` is the
+        encoding speed.
         """
         searched = view or index.view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         system = student_system(name, kind, searcher, trial or self.trial)
-        more = searched.words.num_bytes if searcher.counts_words else 0
+        evidence_bytes = searched.words.num_bytes if searcher.counts_words else 0
         if searcher.counts_windows and searched.windows is not None:
-            more += searched.windows.num_bytes
+            evidence_bytes += searched.windows.num_bytes
         return replace(
             system,
             passages_per_second=passages_per_second,
-            bytes_per_passage=searched.format.code_size + more / max(len(searched), 1),
+            bytes_per_passage=searched.format.code_size + evidence_bytes / max(len(searched), 1),
             fingerprint=index.student.fingerprint,
             num_truncated=index.stats().num_truncated,
         )
 
     def search_settings(self, num_candidates: int) -> SearchSettings:
-        """How a row searches: ``num_candidates`` passages get the full score."""
+        """The search settings of a row: ``num_candidates`` passages get the full score."""
         return SearchSettings(self.trial.task, self.trial.top_k, num_candidates)
 
     @cached_property
@@ -374,7 +378,7 @@ class RetrievalWork:
 
     @cached_property
     def qrels(self) -> dict[str, dict[str, int]]:
-        """The grades of the judged passages that are in the corpus, of each query."""
+        """For each query, the grades of the judged passages that are in the corpus."""
         judged = self.dataset.qrels[self.settings.split]
         return {
             query.id: {p: grade for p, grade in judged[query.id].items() if p in self.dataset.passages}

@@ -1,7 +1,8 @@
-"""Rows that show what words are worth: a fitted sum of cosine and BM25, and the student without a part of its score.
+"""Rows that show how much words contribute: a fitted sum of cosine and BM25, and the student without part of its score.
 
-The fitted sum needs no D2LLM: two weights, fitted on the dev queries of the data set (``training.fit_evidence``). Where
-dev is measured itself, or there is none, each half of the queries is ranked with the weights of the other half.
+The fitted sum does not need D2LLM: it has two weights, fitted on the dev queries of the data set
+(``training.fit_evidence``). If dev itself is measured, or there is no dev split, each half of the queries is ranked
+with the weights fitted on the other half.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from d2llm.retrieval.row_evidence import evidence_weights, scored_list
 
 _TERMS: tuple[EvidenceTerm, ...] = ("words", "words_share")
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
-_FEWEST_QUERIES = 4  # two for each half
+_MIN_QUERIES = 4  # two for each half
 
 _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
     "the words of passages": ("words", "words_share"),
@@ -35,10 +36,10 @@ _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
 
 
 def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
-    """The weighted sum of a row's score and BM25, of candidates of both."""
+    """The weighted sum of a row's score and BM25, over candidates from both."""
     name, model = f"fitted sum: {NAME_BM25} + {row.name}", row.model
     held_out = _dev_queries(work)
-    if not held_out and len(work.trial.queries) < _FEWEST_QUERIES:
+    if not held_out and len(work.trial.queries) < _MIN_QUERIES:
         return MissingRow(name, "fitted_sum", "there are too few queries to fit its weights on")
 
     def measure() -> System:
@@ -49,11 +50,12 @@ def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
             note = f"{name}: {_formula(weights)}, fitted on {len(held_out):,} dev queries"
             return replace(system, notes=(*system.notes, note))
         halves = work.trial.queries[::2], work.trial.queries[1::2]
-        weights, others = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
-        system, rest = (_ranked(work, index, name, *of_half) for of_half in ((others, halves[0]), (weights, halves[1])))
-        formulas = f"{_formula(weights)} and {_formula(others)}"
+        first_weights, second_weights = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
+        system = _ranked(work, index, name, second_weights, halves[0])
+        second = _ranked(work, index, name, first_weights, halves[1])
+        formulas = f"{_formula(first_weights)} and {_formula(second_weights)}"
         note = f"{name}: {formulas}, each fitted on the half of the queries it does not rank"
-        both = {**system.rankings, **rest.rankings}
+        both = {**system.rankings, **second.rankings}
         in_order = {query.id: both[query.id] for query in work.trial.queries}
         return replace(system, rankings=in_order, notes=(*system.notes, note))
 
@@ -63,7 +65,10 @@ def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
 
 
 def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: int) -> list[System]:
-    """The student without each part of its score but the inner product; none where that is all it has."""
+    """One system per part of the student's score other than the inner product, without that part.
+
+    The list is empty if the score is the inner product alone.
+    """
     weights = evidence_weights(student, work.trial.task)
     if not weights:
         return []
@@ -92,7 +97,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
 
 
 def _dev_queries(work: RetrievalWork) -> list[Query]:
-    """Judged dev queries, at most ``_FIT_QUERIES``; none where dev itself is measured."""
+    """Judged dev queries, at most ``_FIT_QUERIES``; none if dev itself is measured."""
     if work.settings.split == "dev" or "dev" not in work.dataset.qrels:
         return []
     positives = work.dataset.positives("dev")
@@ -104,7 +109,7 @@ def _dev_queries(work: RetrievalWork) -> list[Query]:
 def _fit(
     work: RetrievalWork, index: Index, queries: Sequence[Query], qrels: Mapping[str, Mapping[str, int]]
 ) -> dict[EvidenceTerm, float]:
-    """The weights of words beside the student's own score, which has weight 1."""
+    """The weights of the word evidence; the student's own score has weight 1."""
     view, student, task = index.view, index.student, work.trial.task
     words = view.words
     vectors = student.encode_queries([query.text for query in queries]).vectors
@@ -123,8 +128,8 @@ def _fit(
 def _ranked(
     work: RetrievalWork, index: Index, name: str, weights: Mapping[EvidenceTerm, float], queries: Sequence[Query]
 ) -> System:
-    """Some of the queries, ranked with these weights by candidates of vectors and words."""
-    num_candidates = work.settings.num_candidates  # as many as the student gets
+    """Rank some of the queries with these weights; candidates come from vectors and words."""
+    num_candidates = work.settings.num_candidates  # as many as for the student
     settings = replace(work.search_settings(num_candidates), evidence=weights, sources=("vectors", "bm25"))
     chosen = {query.id for query in queries}
     probes = [query for query in work.trial.probes if query.id in chosen] or queries[:1]

@@ -1,1 +1,1 @@
-"""d2llm inside other libraries' interfaces; each module needs the extra of its name (``texts`` is what they share)."""
+"""Adapters of d2llm to other libraries; each module needs the extra of its name (``texts`` has their shared code)."""

@@ -1,7 +1,7 @@
 """d2llm in Haystack: embedders, a ranker and a retriever over an index, as components of a pipeline.
 
-Components are written down with names and folders. ``Pipeline.loads`` reads them back if d2llm's modules are allowed:
-``Pipeline.loads(text, allowed_modules=["d2llm.*"])``.
+Components are serialised with the names and folders of their models. ``Pipeline.loads`` reads them back if d2llm's
+modules are allowed: ``Pipeline.loads(text, allowed_modules=["d2llm.*"])``.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ require("haystack", extra="haystack", purpose="d2llm in Haystack")
 
 from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402
 
-# Components of a pipeline that name the same student share it, for as long as one of them has it.
+# Components that name the same student share it, as long as one of them holds it.
 _loaded: WeakValueDictionary[tuple[str, str | None, str | None], Student] = WeakValueDictionary()
 
 
 class _Component:
-    """What the components have in common."""
+    """Base class of all components."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Any:
-        """The component that ``to_dict`` wrote down."""
+        """The component that ``to_dict`` serialised."""
         return default_from_dict(cls, data)
 
 
 class _StudentComponent(_Component):
-    """A component that needs nothing but a student, which it loads when it is first used."""
+    """A component that needs only a student, which it loads when it is first used."""
 
     student: str
     device: str | None
@@ -68,9 +68,9 @@ class D2LLMTextEmbedder(_StudentComponent):
 
     Args:
         student: a student's folder, or the name of a shipped one.
-        task: which branch of the head.
-        device: where it computes; None chooses.
-        dtype: its number format; None chooses.
+        task: the branch of the head.
+        device: where it computes; None: chosen automatically.
+        dtype: its number format; None: chosen automatically.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class D2LLMTextEmbedder(_StudentComponent):
         """Embed a query.
 
         Raises:
-            InputError: it is no text, or the student's head has no inner product.
+            InputError: the query is not a text, or the student's head has no inner product.
         """
         return {"embedding": embed_queries(self._ready(), [text], self.task)[0].tolist()}
 
@@ -102,12 +102,12 @@ class D2LLMTextEmbedder(_StudentComponent):
 
 @component
 class D2LLMDocumentEmbedder(_StudentComponent):
-    """The vectors of documents: of the ``title`` in their meta, if they have one, and their content.
+    """The vectors of documents, encoded from the ``title`` in their meta, if they have one, and their content.
 
     Args:
         student: a student's folder, or the name of a shipped one.
-        device: where it computes; None chooses.
-        dtype: its number format; None chooses.
+        device: where it computes; None: chosen automatically.
+        dtype: its number format; None: chosen automatically.
     """
 
     def __init__(self, student: str = "d2llm-minilm", *, device: str | None = None, dtype: str | None = None) -> None:
@@ -117,7 +117,7 @@ class D2LLMDocumentEmbedder(_StudentComponent):
 
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document]) -> dict[str, Any]:
-        """Copies of the documents, with embeddings.
+        """Embed documents; returns copies of them with embeddings.
 
         Raises:
             InputError: a document has no text.
@@ -137,10 +137,10 @@ class D2LLMRanker(_StudentComponent):
 
     Args:
         student: a student's folder, or the name of a shipped one.
-        top_k: how many documents stay; None means all.
-        task: which branch of the IEM.
-        device: where it computes; None chooses.
-        dtype: its number format; None chooses.
+        top_k: how many documents to keep; None means all.
+        task: the branch of the IEM.
+        device: where it computes; None: chosen automatically.
+        dtype: its number format; None: chosen automatically.
 
     Raises:
         InputError: ``top_k`` is below 1.
@@ -164,7 +164,7 @@ class D2LLMRanker(_StudentComponent):
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, Any]:
-        """The best documents, best first, as copies with their scores; ``top_k`` None means the component's own.
+        """The best documents, best first, as copies with their scores; ``top_k`` None: the component's setting.
 
         Raises:
             InputError: a document has no text, or ``top_k`` is below 1.
@@ -189,14 +189,14 @@ class D2LLMRetriever(_Component):
         top_k: how many documents.
         filters: in Haystack's language, on metadata fields (``meta.year``), ``id`` and ``meta.title``.
         settings: other fields of ``SearchSettings``, such as ``{"exact": True}``; a ``filter`` there, in d2llm's own
-            language, holds besides ``filters``.
-        student: the student that made the index, if it is not where it was then.
-        device: where it computes; None chooses.
-        dtype: its number format; None chooses.
+            language, applies in addition to ``filters``.
+        student: the student that made the index, if it has moved since.
+        device: where it computes; None: chosen automatically.
+        dtype: its number format; None: chosen automatically.
 
     Raises:
-        InputError: settings that do not go together.
-        FilterError: ``filters`` cannot be read.
+        InputError: the settings contradict each other.
+        FilterError: ``filters`` cannot be parsed.
     """
 
     def __init__(
@@ -226,11 +226,11 @@ class D2LLMRetriever(_Component):
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None) -> dict[str, Any]:
-        """The best passages as documents, best first; what is None is the component's own.
+        """The best passages as documents, best first; arguments that are None default to the component's settings.
 
         Raises:
-            InputError: there is no text, or ``top_k`` is below 1.
-            FilterError: ``filters`` cannot be read, or do not fit the metadata.
+            InputError: the query has no text, or ``top_k`` is below 1.
+            FilterError: ``filters`` cannot be parsed, or do not fit the metadata.
         """
         settings = self._search_settings(
             self.top_k if top_k is None else top_k, self.filters if filters is None else filters
@@ -277,7 +277,7 @@ def _load(student: str, device: str | None, dtype: str | None) -> Student:
 
 
 def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists, which is what a tuple becomes when it is written down, as tuples again."""
+    """Turn lists back into tuples, which serialisation turned into lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 

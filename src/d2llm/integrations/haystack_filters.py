@@ -1,7 +1,7 @@
 """Haystack's filters as conditions of d2llm's filter language (``store.filters``).
 
-Haystack's nulls are Python's: a missing value differs from every other, and a negation holds wherever its condition
-does not. In SQL neither is so; every comparison written here is therefore either true or false.
+Haystack handles nulls as Python does: a missing value differs from every other value, and a negation is true whenever
+its condition is not. In SQL neither is the case, so every comparison written here is made either true or false.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _COMPARISONS = {"==": "=", ">": ">", ">=": ">=", "<": "<", "<=": "<="}
 
 
 def as_condition(filters: Mapping[str, Any]) -> str:
-    """A condition that says the same.
+    """Translate a filter into an equivalent condition.
 
     Raises:
-        FilterError: the filter is not as Haystack documents it, or asks for what an index has not.
+        FilterError: the filter is not valid in Haystack, or uses something that an index does not have.
     """
     operator = filters.get("operator")
     if "conditions" in filters and operator in ("AND", "OR", "NOT"):
@@ -38,7 +38,7 @@ def as_condition(filters: Mapping[str, Any]) -> str:
 
 def _comparison(field: str, operator: object, value: Any) -> str:
     if field in ("content", "score", "embedding", "blob"):
-        raise FilterError(f"filters: '{field}' cannot be asked for; use metadata fields, id or title")
+        raise FilterError(f"filters: '{field}' cannot be used; use metadata fields, id or title")
     if operator == "!=":
         return f"NOT {_comparison(field, '==', value)}"
     if operator == "not in":
@@ -64,4 +64,4 @@ def _written(field: str, value: Any) -> str:
     if isinstance(value, str | date):
         text = value if isinstance(value, str) else value.isoformat()
         return "'" + text.replace("'", "''") + "'"
-    raise FilterError(f"filters: '{field}' is compared with {value!r:.60}; use a text, number, truth value or time")
+    raise FilterError(f"filters: '{field}' is compared with {value!r:.60}; use a text, number, boolean or time")

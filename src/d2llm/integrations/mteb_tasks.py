@@ -1,4 +1,4 @@
-"""What mteb's tasks are to a student: which branch of the IEM they ask for, and which of their measures sees it."""
+"""How mteb's tasks relate to a student: which branch of the IEM they use, and which of their measures reflects it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASK_OF_TYPE: Mapping[str, Task] = {
     "PairClassification": "symmetric",
     "STS": "symmetric",
 }
-"""Type of an mteb task -> branch of the IEM. In tasks of other types the IEM takes no part."""
+"""Type of an mteb task -> branch of the IEM. Tasks of other types do not use the IEM."""
 
 DUPLICATE_QUESTIONS = (
     "AskUbuntuDupQuestions",
@@ -30,7 +30,7 @@ DUPLICATE_QUESTIONS = (
     "Quora",
     "StackOverflowDupQuestions",
 )
-"""How the names of retrieval and reranking tasks begin that look for the same question: symmetric ones."""
+"""Prefixes of the names of retrieval and reranking tasks that look for duplicate questions: these are symmetric."""
 
 OWN_SIMILARITY: Mapping[str, str] = {
     "cosine_spearman": "spearman",
@@ -39,15 +39,15 @@ OWN_SIMILARITY: Mapping[str, str] = {
     "max_accuracy": "similarity_accuracy",
     "max_f1": "similarity_f1",
 }
-"""mteb's main measure of pair tasks -> the same one of the model's own score."""
+"""mteb's main measure of pair tasks -> the same measure of the model's own score."""
 
 
 PAIR_TYPES = ("PairClassification", "STS")
-"""Types of the tasks that ask for a score of each pair."""
+"""Types of tasks that need a score for each pair."""
 
 
 def branch_of(task_metadata: TaskMetadata, overrides: Mapping[str, Task]) -> Task:
-    """The branch of the IEM for an mteb task: by its name, then by its type."""
+    """The branch of the IEM for an mteb task, chosen by its name, then by its type."""
     name = task_metadata.name
     if name in overrides:
         return overrides[name]
@@ -57,10 +57,11 @@ def branch_of(task_metadata: TaskMetadata, overrides: Mapping[str, Task]) -> Tas
 
 
 def scores_with_interaction(results: ModelResult, tasks: Iterable[AbsTask]) -> dict[str, float]:
-    """Each task's main measure, taken from the student's own score where mteb's main one is of the bare vectors.
+    """Each task's main measure, computed from the student's own score where mteb's main measure uses only the vectors.
 
-    mteb's main measure of STS is the cosine's; that of pair classification is the best of five similarities, picked
-    on the test data. ``OWN_SIMILARITY`` names what stands here instead. Averages over splits and subsets as mteb's.
+    mteb's main measure of STS uses the cosine; that of pair classification is the best of five similarities, picked on
+    the test data. ``OWN_SIMILARITY`` names the measures used here instead. Averages over splits and subsets are those
+    of mteb.
 
     Returns:
         name of the task -> value; tasks without a result are left out.

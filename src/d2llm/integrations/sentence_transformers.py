@@ -1,7 +1,7 @@
-"""A student as a ``SentenceTransformer`` (its vectors), and its interaction (IEM) in the place of a ``CrossEncoder``.
+"""A student as a ``SentenceTransformer`` (its vectors), and its full score (IEM) as a ``CrossEncoder``.
 
-A saved model is a folder of the usual kind. Its first module is a class of this package, which the library imports only
-when told so: ``SentenceTransformer(folder, trust_remote_code=True)``. No code comes from the folder.
+A saved model is a normal sentence-transformers folder. Its first module is a class of this package, which the library
+imports only with ``SentenceTransformer(folder, trust_remote_code=True)``. No code is loaded from the folder.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _STUDENT_FOLDER = "student"
 class StudentModule(InputModule):
     """Backbone, pooling (PMA) and the anchor's side of queries, as one module of a ``SentenceTransformer``.
 
-    What ``encode_query`` gives is ``Student.anchor_queries``; anything else is read as a passage.
+    ``encode_query`` returns ``Student.anchor_queries``; everything else is encoded as a passage.
 
     Args:
-        student: encodes.
-        task: which branch of the head queries are meant for.
+        student: the student that encodes.
+        task: the branch of the head that queries are encoded for.
 
     Raises:
         InputError: the student's head has no inner product.
@@ -56,7 +56,7 @@ class StudentModule(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of a passage that are read; the rest is cut, and the log says so."""
+        """Maximum number of tokens of a passage; longer passages are truncated, with a warning in the log."""
         return self.student.config.backbone.max_passage_tokens
 
     def get_embedding_dimension(self) -> int:
@@ -70,7 +70,7 @@ class StudentModule(InputModule):
         task: str | None = None,
         **kwargs: Any,  # noqa: ARG002 - part of the interface
     ) -> dict[str, Any]:
-        """Token ids of texts after the prompt (None: the student's own prefix), cut to the limit of their kind.
+        """Token ids of prompt (None: the student's own prefix) and text, truncated to the limit for their kind.
 
         Raises:
             InputError: something is not a text.
@@ -89,7 +89,7 @@ class StudentModule(InputModule):
         return {"input_ids": ids, "attention_mask": mask, "is_query": kind == "query"}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # noqa: ARG002 - the interface's
-        """Add the vectors [texts, dim] as ``sentence_embedding``, and the states as ``token_embeddings``."""
+        """Add the vectors [texts, dim] as ``sentence_embedding``, and the token states as ``token_embeddings``."""
         states, mask = self.student.backbone(features["input_ids"], features["attention_mask"])
         vectors: Tensor = self.student.pool(states, mask)
         if features["is_query"]:
@@ -113,7 +113,7 @@ class StudentModule(InputModule):
         init_defaults: dict[str, Any] | None = None,  # noqa: ARG003 - part of the interface
         **kwargs: Any,
     ) -> StudentModule:
-        """Read what ``save`` wrote; of ``model_kwargs`` the ``dtype`` is used.
+        """Load what ``save`` wrote; only the ``dtype`` of ``model_kwargs`` is used.
 
         Raises:
             ModelNotFoundError: there is no student.
@@ -134,12 +134,12 @@ class StudentModule(InputModule):
 def as_sentence_transformer(student: Student, *, task: Task = "asymmetric") -> SentenceTransformer:
     """A student as a model of sentence-transformers, whose similarity of query and passage is the anchor logit.
 
-    Use ``encode_query`` for queries and ``encode_document`` for passages; plain ``encode`` reads passages. The
-    interaction takes no part: ``StudentCrossEncoder`` has it.
+    Use ``encode_query`` for queries and ``encode_document`` for passages; plain ``encode`` encodes passages. The
+    interaction is not used; ``StudentCrossEncoder`` uses it.
 
     Args:
-        student: as it is; the model shares its weights.
-        task: which branch of the head.
+        student: the student; the model shares its weights.
+        task: the branch of the head.
 
     Raises:
         InputError: the student's head has no inner product.
@@ -156,13 +156,13 @@ def as_sentence_transformer(student: Student, *, task: Task = "asymmetric") -> S
 class StudentCrossEncoder:
     """The student's full score (IEM) with the methods of the library's ``CrossEncoder``.
 
-    Unlike a cross-encoder it reads each distinct text once, alone. Scores are logits, as of a cross-encoder with one
-    output and no activation.
+    Unlike a cross-encoder, it encodes each distinct text once, on its own. Scores are logits, like those of a
+    cross-encoder with one output and no activation.
 
     Args:
-        student: encodes and scores.
-        task: which branch of the IEM.
-        activation_fn: what is made of logits (a tensor) by default.
+        student: the student that encodes and scores.
+        task: the branch of the IEM.
+        activation_fn: default function that is applied to the logits (a tensor).
     """
 
     num_labels = 1
@@ -177,7 +177,7 @@ class StudentCrossEncoder:
         self.student = student
         self.task: Task = task
         self.activation_fn: Callable[[Tensor], Tensor] = activation_fn or torch.nn.Identity()
-        self.model_card_data = CrossEncoderModelCardData()  # where the library's evaluators note what they found
+        self.model_card_data = CrossEncoderModelCardData()  # the library's evaluators write their results here
 
     def predict(
         self,
@@ -187,39 +187,37 @@ class StudentCrossEncoder:
         batch_size: int = 32,  # noqa: ARG002 - the student has its own batches
         show_progress_bar: bool | None = None,  # noqa: ARG002
         activation_fn: Callable[[Tensor], Tensor] | None = None,
-        apply_softmax: bool | None = False,  # noqa: ARG002 - of one output there is nothing to share out
+        apply_softmax: bool | None = False,  # noqa: ARG002 - there is only one output
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: str | None = None,
         pool: object = None,
         chunk_size: int | None = None,
     ) -> NDArray[np.float32] | Tensor | list[Tensor] | np.float32:
-        """Scores [n] of (query, passage) pairs; of a single pair one number.
-
-        ``batch_size``, ``show_progress_bar`` and ``apply_softmax`` play no part.
+        """Scores [n] of (query, passage) pairs, or one number for a single pair.
 
         Args:
             inputs: a list (or array) of pairs, or one pair.
-            prompt_name: refused, as all that is None by default but the activation.
-            prompt: refused.
-            batch_size: plays no part.
-            show_progress_bar: plays no part.
-            activation_fn: instead of the model's own.
-            apply_softmax: plays no part.
-            convert_to_numpy: an array rather than a list of tensors.
-            convert_to_tensor: one tensor.
-            device: refused.
-            pool: refused.
-            chunk_size: refused.
+            prompt_name: must be None.
+            prompt: must be None.
+            batch_size: ignored.
+            show_progress_bar: ignored.
+            activation_fn: used instead of the model's own.
+            apply_softmax: ignored.
+            convert_to_numpy: return an array rather than a list of tensors.
+            convert_to_tensor: return one tensor.
+            device: must be None.
+            pool: must be None.
+            chunk_size: must be None.
 
         Raises:
-            InputError: something is no pair of texts, or a refused argument is given.
+            InputError: an input is not a pair of texts, or an argument that must be None is given.
             ModelError: a score is not a number.
         """
         _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)
-        given: list[Any] = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
-        is_single = bool(given) and isinstance(given[0], str)
-        pairs = [_pair(pair) for pair in ([given] if is_single else given)]
+        items: list[Any] = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
+        is_single = bool(items) and isinstance(items[0], str)
+        pairs = [_pair(pair) for pair in ([items] if is_single else items)]
         with torch.inference_mode():
             logits = torch.from_numpy(score_pairs(self.student, pairs, self.task))
             scores = (activation_fn or self.activation_fn)(logits)
@@ -244,26 +242,24 @@ class StudentCrossEncoder:
         pool: object = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Documents by their score for a query, best first: ``corpus_id`` (the place given), ``score``, ``text``.
-
-        What is refused and what plays no part is as in ``predict``.
+        """Documents by their score for a query, best first: ``corpus_id`` (input position), ``score`` and ``text``.
 
         Args:
             query: a text.
             documents: texts.
-            top_k: how many; None means all.
-            return_documents: whether the ``text`` is to be there.
-            prompt_name: refused.
-            prompt: refused.
-            batch_size: plays no part.
-            show_progress_bar: plays no part.
-            activation_fn: of the scores; the order is that of the logits.
-            device: refused.
-            pool: refused.
-            chunk_size: refused.
+            top_k: how many documents to return; None means all.
+            return_documents: whether to include the ``text``.
+            prompt_name: must be None.
+            prompt: must be None.
+            batch_size: ignored.
+            show_progress_bar: ignored.
+            activation_fn: applied to the scores; the order is that of the logits.
+            device: must be None.
+            pool: must be None.
+            chunk_size: must be None.
 
         Raises:
-            InputError: something is not a text, ``top_k`` is below 1, or a refused argument is given.
+            InputError: something is not a text, ``top_k`` is below 1, or an argument that must be None is given.
             ModelError: a score is not a number.
         """
         _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)

@@ -1,4 +1,4 @@
-"""What the adapters share: texts as d2llm reads them, their vectors, and pairs scored with each text read once."""
+"""Shared code of the adapters: texts as d2llm reads them, their vectors, and scores of pairs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def passage_text(text: str, metadata: Mapping[str, Any]) -> str:
 
 
 def passage_metadata(passage: Passage) -> dict[str, Any]:
-    """A passage's metadata, and its ``title``, ``document_id`` and ``position``, if it has them."""
+    """A passage's metadata, together with its ``title``, ``document_id`` and ``position`` if it has them."""
     known: dict[str, Any] = {"title": passage.title} if passage.title else {}
     if passage.document_id:
         known |= {"document_id": passage.document_id, "position": passage.position}
@@ -34,7 +34,7 @@ def passage_metadata(passage: Passage) -> dict[str, Any]:
 
 
 def embed_passages(student: SearchStudent, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors [n, dim] of passages; how many were too long is logged.
+    """Vectors [n, dim] of passages; the number of truncated ones is logged.
 
     Raises:
         InputError: something is not a text.
@@ -55,19 +55,19 @@ def embed_queries(student: SearchStudent, texts: Sequence[str], task: Task) -> N
 
 
 def require_anchor(student: SearchStudent) -> None:
-    """Make sure that vectors alone say something.
+    """Make sure that the student's vectors can be compared by inner product.
 
     Raises:
         InputError: the student's head has no inner-product part.
     """
     if not student.has_anchor:
         raise InputError(
-            "this student has the head 'paper', which no inner product of vectors follows; use it to rerank instead"
+            "this student has the head 'paper', which has no inner product of vectors; use it to rerank instead"
         )
 
 
 def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task) -> NDArray[np.float32]:
-    """The student's logits [n] of (query, passage) pairs of texts, each distinct text read once on its side.
+    """The student's logits [n] of (query, passage) pairs of texts; each distinct query or passage is encoded once.
 
     Raises:
         InputError: something is not a text.
@@ -78,16 +78,16 @@ def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: 
     _read(scored.queries, "queries")
     _read(scored.passages, "passages")
     scores = scored.scores
-    num_wrong = int(np.isnan(scores).sum())
-    if num_wrong:
-        raise ModelError(f"{num_wrong} of {len(scores)} scores are NaN; check the student")
+    num_nan = int(np.isnan(scores).sum())
+    if num_nan:
+        raise ModelError(f"{num_nan} of {len(scores)} scores are NaN; check the student")
     return scores
 
 
 def rank_texts(
     student: SearchStudent, query: str, texts: Sequence[str], task: Task, top_k: int | None = None
 ) -> list[tuple[int, float]]:
-    """Place in ``texts`` and score of the first ``top_k`` (None: all), best first, ties in the order given.
+    """Position in ``texts`` and score of the best ``top_k`` (None: all), best first, ties in input order.
 
     Raises:
         InputError: something is not a text, or ``top_k`` is below 1.
@@ -102,19 +102,19 @@ def rank_texts(
 
 
 def check_top_k(top_k: int | None) -> None:
-    """Make sure that at least one place is asked for.
+    """Check that ``top_k`` is None or at least 1.
 
     Raises:
-        InputError: it is not.
+        InputError: it is below 1.
     """
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k is {top_k}, but must be at least 1; leave it out for all")
 
 
-def _read(encoded: EncodedTexts, what: str) -> NDArray[np.float32]:
+def _read(encoded: EncodedTexts, noun: str) -> NDArray[np.float32]:
     if encoded.num_truncated:
         _log.warning(
-            "%d of %d %s were too long and were read in part", encoded.num_truncated, len(encoded.vectors), what
+            "%d of %d %s were too long and were read in part", encoded.num_truncated, len(encoded.vectors), noun
         )
     return encoded.vectors
 
@@ -123,5 +123,5 @@ def _require_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, str):
         raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
     for text in texts:
-        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - other libraries give anything
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may pass anything
             raise InputError(f"a text is needed, but {type(text).__name__} was given ({text!r:.60})")

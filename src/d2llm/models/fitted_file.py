@@ -1,4 +1,4 @@
-"""Files in a student's folder that hold what was fitted to its scores after it was trained."""
+"""Files in a student's folder with values fitted to its scores after training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FORMAT_VERSION = 1
 
 
 class FittedPart(BaseModel):
-    """Plain values that were fitted."""
+    """Plain fitted values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FittedFile(FittedPart):
-    """All of one file; ``student`` is the fingerprint of the student that it is for."""
+    """The content of one file; ``student`` is the fingerprint of the student it belongs to."""
 
     format_version: int = FORMAT_VERSION
     student: str
@@ -29,7 +29,7 @@ _File = TypeVar("_File", bound=FittedFile)
 
 
 def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> _File | None:
-    """The content of the file, None if there is none; ``remedy`` says what to do if it cannot be used.
+    """Read the file; None if there is none. ``remedy`` tells the user what to do if it cannot be used.
 
     Raises:
         DataFormatError: the file is damaged, newer, or another student's.

@@ -1,6 +1,6 @@
-"""Students on the Hugging Face Hub: found by name, fetched, checked, and put there.
+"""Students on the Hugging Face Hub: find them by name, download and check them, and push them.
 
-Weights are safetensors and the rest is JSON: nothing that could run is ever fetched or put there.
+Weights are safetensors and the rest is JSON and text: no code is ever downloaded or pushed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "LICENSE*")
-"""Files of a student. Pickled weights and code are none of them."""
+"""Files of a student. Pickled weights and code are not among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """Where a student was put: its repository, the commit and its page, how many files of how many bytes.
+    """Where a student was pushed: repository, commit and its page, number of files and their total size in bytes.
 
-    ``needs_d2llm`` says why plain sentence-transformers cannot load it; None where it can.
+    ``needs_d2llm`` says why plain sentence-transformers cannot load it; None if it can.
     """
 
     repo_id: str
@@ -52,14 +52,14 @@ class PushReport:
 
 
 def find_student(folder_or_name: str | Path) -> Path:
-    """The folder of a student: what ``save`` wrote, one shipped with d2llm by its name, or a copy of one on the Hub.
+    """The folder of a student: one that ``save`` wrote, one shipped with d2llm, or a local copy of one on the Hub.
 
-    A name on the Hub is ``owner/name`` or, of a branch, tag or commit, ``owner/name@revision``. It is asked only where
-    there is no folder of that name, nor a folder ``owner``.
+    A name on the Hub is ``owner/name`` or, for a branch, tag or commit, ``owner/name@revision``. The Hub is contacted
+    only if there is no folder of that name, nor a folder ``owner``.
 
     Raises:
-        ModelNotFoundError: none of these.
-        ModelError: what the Hub has is damaged, or could run code.
+        ModelNotFoundError: there is no such student.
+        ModelError: the student on the Hub is damaged, or refers to code.
     """
     folder = Path(folder_or_name)
     if (folder / MANIFEST).is_file():
@@ -78,30 +78,30 @@ def find_student(folder_or_name: str | Path) -> Path:
 
 
 def fetch_student(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder, in the Hub's own cache, of a student on the Hub; files already there are not fetched again.
+    """Download a student from the Hub into the Hub's local cache and return its folder; cached files are reused.
 
     Args:
         repo_id: ``owner/name``.
         revision: a branch, tag or commit; by default the branch ``main``.
-        token: of an account that may read it; by default that of the environment (``HF_TOKEN``) or the login.
+        token: token of an account with read access; by default that of the environment (``HF_TOKEN``) or the login.
 
     Raises:
-        ModelNotFoundError: there is none that can be read, or the Hub cannot be reached (``HF_HUB_OFFLINE`` too) and
-            there is no copy.
-        ModelError: it is damaged, or its backbone wants to run code of its own.
-        DataFormatError: it is not a student.
+        ModelNotFoundError: there is no readable student, or the Hub cannot be reached (or ``HF_HUB_OFFLINE`` is set)
+            and there is no cached copy.
+        ModelError: the student is damaged, or its backbone refers to code of its own.
+        DataFormatError: the repository is not a student.
     """
     from huggingface_hub import snapshot_download
 
-    with _told(repo_id, revision):
-        # First the manifest alone: a repository that is no student may be many gigabytes.
+    with _read_errors(repo_id, revision):
+        # First only the manifest: a repository that is not a student may have many gigabytes.
         folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[MANIFEST]))
         if not (folder / MANIFEST).is_file():
             raise ModelNotFoundError(
-                f"'{repo_id}' on the Hub is not a d2llm student: it has no {MANIFEST}; check the name, or, for a model "
-                "of sentence-transformers, name it as a backbone or baseline instead"
+                f"'{repo_id}' on the Hub is not a d2llm student: it has no {MANIFEST}; check the name, or, if it is a "
+                "sentence-transformers model, use it as a backbone or baseline instead"
             )
-        # The cache names the folder after the commit, so that both are of one version.
+        # The cache names the folder after the commit, so both downloads are of the same version.
         folder = Path(snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=[*PATTERNS]))
     _refuse_code(folder)
     check_weights(folder)
@@ -118,40 +118,40 @@ def push_student(
     token: str | None = None,
     message: str | None = None,
 ) -> PushReport:
-    """Put a student's folder on the Hub, in one commit; files of an earlier student there are removed in it.
+    """Push a student's folder to the Hub in one commit, which also removes the files of an earlier student there.
 
     Args:
-        folder: what ``Student.save`` wrote.
-        repo_id: ``owner/name``; made if it is not there.
-        private: only its owner may read a repository that is made; by default what the account has as its default.
-        revision: the branch to commit to, made from ``main`` if it is not there.
-        licence: of the weights, by the Hub's identifier ("apache-2.0"); by default what the card says.
-        token: of an account that may write there; by default that of the environment (``HF_TOKEN``) or the login.
-        message: of the commit.
+        folder: a folder that ``Student.save`` wrote.
+        repo_id: ``owner/name``; created if it does not exist.
+        private: whether a new repository is private; by default the account's setting.
+        revision: the branch to commit to, created from ``main`` if it does not exist.
+        licence: licence of the weights, as a Hub identifier ("apache-2.0"); by default that of the card.
+        token: token of an account with write access; by default that of the environment (``HF_TOKEN``) or the login.
+        message: commit message.
 
     Raises:
-        InputError: the folder holds files that are no student's, its backbone is a folder of this machine, or the
+        InputError: the folder holds files that do not belong to a student, its backbone is a local folder, or the
             repository cannot be written.
-        ModelError: the folder's weights are not those of its manifest.
+        ModelError: the folder's weights do not match its manifest.
     """
     from huggingface_hub import CommitOperationDelete, HfApi
 
     from d2llm import __version__
 
     if not HUB_ID.fullmatch(repo_id):
-        raise InputError(f"'{repo_id}' cannot be a repository's name on the Hub; give owner/name")
+        raise InputError(f"'{repo_id}' is not a valid repository name on the Hub; give owner/name")
     additions = _additions(folder, licence)
     api = HfApi(token=token, library_name="d2llm", library_version=__version__)
-    with _writable(repo_id):
+    with _write_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         kept = {addition.path_in_repo for addition in additions}
-        before = [name for name in _names_in(api, repo_id, revision) if _is_ours(name) and name not in kept]
+        stale = [name for name in _names_in(api, repo_id, revision) if _is_ours(name) and name not in kept]
         commit = api.create_commit(
             repo_id,
-            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in before)],
-            commit_message=message or "Put a d2llm student here",
+            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+            commit_message=message or "Upload a d2llm student",
             revision=revision,
         )
     num_bytes = sum(addition.upload_info.size for addition in additions)
@@ -168,14 +168,14 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     if not merged and Path(config.backbone.model).expanduser().exists():
         raise InputError(
             f"{folder}: its backbone is {config.backbone.model} on this machine, which others do not have; save the "
-            "student with merge=True, and push that"
+            "student with merge=True, and push that copy"
         )
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     if others := [name for name in names.values() if not _is_ours(name)]:
         raise InputError(
-            f"{folder}: holds files that are no student's ({', '.join(others[:5])}); only safetensors, JSON and texts "
-            "are put on the Hub, so move them elsewhere"
+            f"{folder}: holds files that do not belong to a student ({', '.join(others[:5])}); only safetensors, JSON "
+            "and text files are pushed to the Hub, so move the others elsewhere"
         )
     if merged:
         manifest |= {MERGED_HASH: merged_sha256(folder)}
@@ -198,31 +198,31 @@ def _is_ours(name: str) -> bool:
 
 
 def _refuse_code(folder: Path) -> None:
-    """``auto_map`` in a configuration names code, perhaps elsewhere, that transformers would offer to run."""
+    """Refuse ``auto_map`` in a configuration: it names code, perhaps elsewhere, that transformers offers to run."""
     for path in folder.rglob("*config.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(f"{path}: is not valid JSON ({error}); fetch it again") from error
+            raise ModelError(f"{path}: is not valid JSON ({error}); download it again") from error
         if isinstance(content, dict) and "auto_map" in content:
-            raise ModelError(f"{path}: names code of its own (auto_map), which d2llm never runs; use another student")
+            raise ModelError(f"{path}: refers to custom code (auto_map), which d2llm never runs; use another student")
 
 
 @contextmanager
-def _told(repo_id: str, revision: str | None) -> Generator[None]:
-    """What goes wrong while reading from the Hub, as an error that says what to do."""
+def _read_errors(repo_id: str, revision: str | None) -> Generator[None]:
+    """Turn errors while reading from the Hub into errors that say what to do."""
     from huggingface_hub import errors as hub
     from huggingface_hub import is_offline_mode
 
     name = f"'{repo_id}'" + ("" if revision is None else f" at revision '{revision}'")
-    nowhere = f"no student {name}: there is no such folder here, no student of that name comes with d2llm, and"
+    nowhere = f"no student {name}: there is no such folder here, d2llm ships no student of that name, and"
     try:
         yield
     except hub.HFValidationError as error:
-        raise InputError(f"'{repo_id}' cannot be a repository's name on the Hub ({error}); give owner/name") from error
+        raise InputError(f"'{repo_id}' is not a valid repository name on the Hub ({error}); give owner/name") from error
     except hub.GatedRepoError as error:
         raise ModelNotFoundError(
-            f"{nowhere} the one on the Hub is gated; ask for access on its page, then log in (hf auth login)"
+            f"{nowhere} the one on the Hub is gated; request access on its page, then log in (hf auth login)"
         ) from error
     except hub.RevisionNotFoundError as error:
         raise ModelNotFoundError(f"{nowhere} the one on the Hub has no such revision; check it") from error
@@ -232,18 +232,18 @@ def _told(repo_id: str, revision: str | None) -> Generator[None]:
         ) from error
     except (hub.HTTPError, hub.RevisionResolutionError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         problem = (
-            "HF_HUB_OFFLINE is set, so the Hub was not asked, and there is no copy from before; unset it, or fetch the "
-            "student where there is a network"
+            "HF_HUB_OFFLINE is set, so the Hub was not contacted, and there is no cached copy; unset it, or download "
+            "the student where there is a network"
             if is_offline_mode()
-            else f"the Hub cannot be read ({_first_line(error)}); check the network and try again: what was fetched "
-            "is kept"
+            else f"the Hub cannot be reached ({_first_line(error)}); check the network and try again: finished "
+            "downloads are kept"
         )
         raise ModelNotFoundError(f"{nowhere} {problem}") from error
 
 
 @contextmanager
-def _writable(repo_id: str) -> Generator[None]:
-    """What goes wrong while writing to the Hub, as an error that says what to do."""
+def _write_errors(repo_id: str) -> Generator[None]:
+    """Turn errors while writing to the Hub into errors that say what to do."""
     from huggingface_hub import errors as hub
     from huggingface_hub import is_offline_mode
 

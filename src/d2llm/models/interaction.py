@@ -1,8 +1,8 @@
 """IEM: the interaction emulation module, a small MLP that scores two vectors as the LLM would have.
 
-Source: Liao et al., "D2LLM", ACL 2024, section 3.2. The first layer is linear in what it sees of the query and of the
-passage, so each half is computed once: W [a; b] = W_q a + W_p b, and with rich features the product part joins the
-passage half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product a query (``models.scorer``).
+Source: Liao et al., "D2LLM", ACL 2024, section 3.2. The first layer is linear in the query and passage features, so
+each half is computed once: W [a; b] = W_q a + W_p b. With rich features the product part is merged into the passage
+half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product per query (``models.scorer``).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
 _LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}
 _OPEN = 3.0  # sigmoid(3) = 0.95
-_INITIAL_SCALE = 20.0  # of the cosine: the usual temperature 0.05 of contrastive training
+_INITIAL_SCALE = 20.0  # of the cosine: the usual temperature of contrastive training, 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
     """Scores of queries against passages.
 
-    ``logits`` is the final score z; ``anchor`` its inner-product part (None for the paper head); ``features`` is
+    ``logits`` is the final score z; ``anchor`` is its inner-product part (None for the paper head); ``features`` is
     y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head).
     """
 
@@ -41,9 +41,10 @@ class PairScores:
 
 @dataclass(frozen=True, slots=True)
 class SplitLayers:
-    """An interaction's weights in one task: of the first layer the columns that see a, b, a * b and |a - b|.
+    """An interaction's weights for one task, with the first layer split into the columns for a, b, a * b and |a - b|.
 
-    After the first layer and each of ``inner`` comes a ReLU; then the logit is ``last`` times that, plus ``constant``.
+    The first layer and each of ``inner`` are followed by a ReLU; the logit is ``last`` times the result, plus
+    ``constant``.
     """
 
     query: Float[Tensor, "hidden dim"]
@@ -66,16 +67,16 @@ class _Anchor(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
 
     def queries(self, vectors: Float[Tensor, "queries dim"]) -> Float[Tensor, "queries dim"]:
-        """V^T U a t / dim: all of the anchor is on the query's side, so passages stay unchanged."""
+        """V^T U a t / dim: the whole map is applied to the query, so passage vectors stay unchanged."""
         return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
 
 
 class Interaction(nn.Module):
-    """IEM with a branch for each task: shared f1, own f2, one linear layer to the logit.
+    """IEM with a branch per task: shared f1, a separate f2 for each task, one linear layer to the logit.
 
-    Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is what the
-    paper head would give, 0 at the start; B in (0, max_bound) is learned; r in [0, 1] of each task is set after
-    training, on dev. With gates, B stands for B r_q(a) r_p(b), r_q = sigmoid(w a + c) and r_p alike.
+    Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is the
+    output of the paper head, initially 0; B in (0, max_bound) is learned; r in [0, 1] is set for each task on dev after
+    training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike.
     """
 
     def __init__(self, config: InteractionConfig, dim: int) -> None:
@@ -113,7 +114,7 @@ class Interaction(nn.Module):
         return self.anchors is not None
 
     def residual_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the interaction without those of the inner product, by name."""
+        """All parameters except those of the inner product, by name."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("anchors.")}
 
     @property
@@ -124,7 +125,7 @@ class Interaction(nn.Module):
         return task if self.config.branches == "per_task" else _SHARED
 
     def bound(self, task: Task, *, interaction_weight: float | None = None) -> Tensor:
-        """The bound r B: the largest change of the logit that the interaction can make, of any pair.
+        """The bound r B: the most by which the interaction can change the logit of any pair.
 
         ``interaction_weight`` is r, by default the task's own.
         """
@@ -134,7 +135,7 @@ class Interaction(nn.Module):
     def query_reach(
         self, queries: Float[Tensor, "*queries dim"], task: Task, *, interaction_weight: float | None = None
     ) -> Float[Tensor, "*queries"]:
-        """The query's part of the bound of a pair, r B r_q(a); ``interaction_weight`` as of ``bound``."""
+        """The query's part of the bound of a pair, r B r_q(a); ``interaction_weight`` as in ``bound``."""
         gate = torch.ones_like(queries[..., 0]) if self.query_gate is None else _gate(self.query_gate, queries)
         return self.bound(task, interaction_weight=interaction_weight) * at_least_float32(gate)
 
@@ -144,11 +145,11 @@ class Interaction(nn.Module):
         return at_least_float32(gate)
 
     def interaction_weight(self, task: Task) -> Tensor:
-        """The weight r of the interaction in one task, from 0 to 1: chosen on dev after training."""
+        """The weight r of the interaction in one task, from 0 to 1, chosen on dev after training."""
         return self.get_buffer(f"residual_{task}")
 
     def project_passages(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
-        """W_p b, what the first layer makes of the passages' vectors alone; the same for both tasks."""
+        """W_p b, the part of the first layer that depends on the passage vectors alone; the same for both tasks."""
         return nn.functional.linear(passages, self._part("b"))
 
     def anchor_queries(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
@@ -158,7 +159,7 @@ class Interaction(nn.Module):
             InputError: the head is ``paper``.
         """
         if self.anchors is None:
-            raise InputError("this student has the head 'paper', which has no anchor; use one with the head 'anchored'")
+            raise InputError("this student's head 'paper' has no anchor; use a student with the head 'anchored'")
         anchor = self.anchors[self._branch(task)]
         assert isinstance(anchor, _Anchor)
         return anchor.queries(queries)
@@ -173,7 +174,7 @@ class Interaction(nn.Module):
     def score_lists(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "queries passages dim"], task: Task
     ) -> PairScores:
-        """Score every query against passages of its own."""
+        """Score every query against its own list of passages."""
         anchor = None
         if self.anchors is not None:
             with torch.autocast(queries.device.type, enabled=False):
@@ -184,7 +185,7 @@ class Interaction(nn.Module):
     def score_anchors(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> PairScores:
-        """Every query against every passage by the inner product alone, as long as the interaction is not trained."""
+        """Score every query against every passage by the inner product alone, for training without the interaction."""
         anchor = self._anchor_logits(queries, passages, task)
         return PairScores(anchor, anchor, None)
 
@@ -208,9 +209,9 @@ class Interaction(nn.Module):
         return PairScores(anchored_logit(anchor, logits, reach), anchor, features)
 
     def split_layers(self, task: Task) -> SplitLayers:
-        """The weights as a search uses them (``models.scorer``), without dropout.
+        """The weights in the form that a search uses (``models.scorer``), without dropout.
 
-        No ReLU follows a branch's last layer, so for the logit alone it and the output layer are one vector.
+        No ReLU follows a branch's last layer, so that layer and the output layer are merged into one vector.
         """
         hidden, features = self._branch_layers(task)
         output = self.output.weight[0]
@@ -229,12 +230,12 @@ class Interaction(nn.Module):
     def _anchor_logits(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> Float[Tensor, "queries passages"]:
-        # In full precision whatever the autocast around: this is the score that an index follows.
+        # In full precision even inside autocast, because an index searches by this score.
         with torch.autocast(queries.device.type, enabled=False):
             return self.anchor_queries(at_least_float32(queries), task) @ at_least_float32(passages).T
 
     def _part(self, name: str) -> Float[Tensor, "hidden dim"]:
-        """Columns of the first layer that see a, b, a * b or |a - b|."""
+        """Columns of the first layer for the feature a, b, a * b or |a - b|."""
         place = self._places[name]
         return self.first.weight[:, place * self.dim : (place + 1) * self.dim]
 
@@ -247,9 +248,9 @@ class Interaction(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """The cosine in the IEM's place, t cos(a, b) with a learned t: the plain bi-encoder, trained by the same code.
+    """The cosine in place of the IEM, t cos(a, b) with a learned t: a plain bi-encoder, trained by the same code.
 
-    Vectors come with norm sqrt(dim), so that an inner product is all it takes.
+    Vectors have norm sqrt(dim), so the cosine is just a scaled inner product.
     """
 
     has_anchor = True
@@ -262,7 +263,7 @@ class CosineHead(nn.Module):
     def anchor_queries(
         self,
         queries: Float[Tensor, "queries dim"],
-        task: Task,  # noqa: ARG002 - the same for every task
+        task: Task,  # noqa: ARG002 - same for every task
     ) -> Float[Tensor, "queries dim"]:
         """The vectors t a / dim, whose inner product with a passage's vector is the logit."""
         return queries * (self.log_scale.exp() / self.dim)
@@ -277,12 +278,12 @@ class CosineHead(nn.Module):
 
 
 def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
-    """The head that a configuration names."""
+    """Create the head that a configuration names."""
     return CosineHead(dim) if config.head == "cosine" else Interaction(config, dim)
 
 
 def _open_gate(dim: int) -> nn.Linear:
-    """A gate that is nearly open for every vector at the start."""
+    """A gate that is initially almost open for every vector."""
     gate = nn.Linear(dim, 1)
     nn.init.zeros_(gate.weight)
     nn.init.constant_(gate.bias, _OPEN)
@@ -290,11 +291,11 @@ def _open_gate(dim: int) -> nn.Linear:
 
 
 def _gate(gate: nn.Linear, vectors: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
-    # In full precision whatever the autocast around: it is part of a bound that must hold.
+    # In full precision even inside autocast, because it is part of a strict bound.
     with torch.autocast(vectors.device.type, enabled=False):
         return torch.sigmoid(gate(at_least_float32(vectors)).squeeze(-1))
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The same values in float32, or as they are where they are wider."""
+    """The same values in float32, or unchanged if they are wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

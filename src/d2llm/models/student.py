@@ -1,4 +1,4 @@
-"""The student: backbone, pooling and interaction joined; encodes each text once and scores vectors.
+"""The student: backbone, pooling and interaction combined; encodes each text once and scores vectors.
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 """
@@ -40,29 +40,29 @@ from d2llm.models.sources import load_tensors
 from d2llm.ops.batching import token_budget_batches
 
 _BATCH_TOKENS = 8192
-# On a CPU: enough for the products; what lies between two layers stays in a core's cache, and little is padded.
+# On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little padding.
 _CPU_BATCH_TOKENS = 512
 _BATCH_TEXTS = 256
 SCORE_BLOCK = 512
 """Passages that the interaction scores at a time on a CPU.
 
-At width 512 in bfloat16 the activations of 512 are 512 KB, half of a core's own cache in today's servers.
+At width 512 in bfloat16, the activations of 512 passages take 512 KB, half of a core's own cache in today's servers.
 """
 _ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 
 
 class Student(nn.Module):
-    """Backbone + PMA make one vector of each text; the IEM scores a query's vector against passages' vectors.
+    """Backbone + PMA encode each text as one vector; the IEM scores a query vector against passage vectors.
 
     ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
-    weights of what an index adds to the scores of its passages (``models.evidence``).
+    weights of the terms that an index adds to the scores of its passages (``models.evidence``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.max_query_tokens = search_query_tokens(config.backbone)  # may be set to less
+        self.max_query_tokens = search_query_tokens(config.backbone)  # may be lowered
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
@@ -99,23 +99,24 @@ class Student(nn.Module):
         engine: EngineName = "torch",
         lean: bool = False,
     ) -> Student:
-        """Load what ``save`` wrote: a folder, a student shipped with d2llm by its name, or one on the Hub.
+        """Load a student that ``save`` wrote: a folder, the name of one shipped with d2llm, or a name on the Hub.
 
-        A name on the Hub is ``owner/name`` or ``owner/name@revision``; ``find_student`` says when it is asked.
+        A name on the Hub is ``owner/name`` or ``owner/name@revision``; ``find_student`` says when the Hub is contacted.
 
         Args:
             folder_or_name: which student.
-            device: where to compute, by default the best here.
-            dtype: number format of the products, by default what is fast here.
-            engine: what encodes texts (``models.engines.engines``).
-            lean: load no more than encodes and scores, where the backbone allows (``models.engines.lean``): quicker.
+            device: device to run on; by default the fastest here.
+            dtype: number format of the products; by default the fastest here.
+            engine: engine that encodes texts (``models.engines.engines``).
+            lean: load only what encodes and scores texts, if the backbone allows it (``models.engines.lean``), which is
+                quicker.
 
         Raises:
             InputError: the engine cannot be used with this device or number format.
             MissingExtraError: the engine is not installed.
-            ModelNotFoundError: no such folder, no shipped student of that name, and none on the Hub that can be read.
-            DataFormatError: its manifest is not a student's.
-            ModelError: its weights cannot be read, or do not fit its configuration.
+            ModelNotFoundError: no such folder, no shipped student of that name, and none that can be read on the Hub.
+            DataFormatError: the manifest is not that of a student.
+            ModelError: the weights cannot be read, or do not fit the configuration.
             MismatchError: the pretrained backbone is not the one that the student was trained on.
         """
         folder = find_student(folder_or_name)
@@ -128,7 +129,7 @@ class Student(nn.Module):
         backbone = Backbone(
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
             device=chosen,
-            compute_dtype=products if engine == "torch" else torch.float32,  # which graphs are recorded from
+            compute_dtype=products if engine == "torch" else torch.float32,  # which the export to a graph requires
             lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,
         )
         if not merged:
@@ -149,25 +150,28 @@ class Student(nn.Module):
     def from_pretrained(
         cls, repo_id_or_folder: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
     ) -> Student:
-        """``load`` with its ``options``, the name's revision and the account's token apart (``hub.fetch_student``).
+        """``load`` with separate arguments for the revision and the account's token (see ``hub.fetch_student``).
+
+        ``options`` are those of ``load``.
 
         Raises:
-            InputError: a revision of a folder, which has none.
+            InputError: a revision is given for a folder, which has none.
         """
         local = Path(repo_id_or_folder).is_dir()
         if local and revision is not None:
             raise InputError(f"{repo_id_or_folder}: a folder has no revisions; leave out revision='{revision}'")
-        asks_hub = not local and (revision is not None or token is not None)
-        found = fetch_student(str(repo_id_or_folder), revision=revision, token=token) if asks_hub else repo_id_or_folder
-        return cls.load(found, **options)
+        source = repo_id_or_folder
+        if not local and (revision is not None or token is not None):
+            source = fetch_student(str(repo_id_or_folder), revision=revision, token=token)
+        return cls.load(source, **options)
 
     def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
-        """Put the student on the Hub; ``options`` are ``hub.push_student``'s.
+        """Push the student to the Hub; ``options`` are those of ``hub.push_student``.
 
-        ``merge`` is ``save``'s, but by default also true where plain sentence-transformers can then read the student.
+        ``merge`` is as for ``save``, but defaults to true if plain sentence-transformers can load a merged copy.
 
         Raises:
-            InputError: the repository cannot be written, or others could not load what would be there.
+            InputError: the repository cannot be written, or others could not load the pushed student.
         """
         merge = True if merge is None and why_not_plain(self.config) is None else merge
         with TemporaryDirectory() as folder:
@@ -179,11 +183,12 @@ class Student(nn.Module):
 
         Args:
             folder: where to write; a student already there is replaced.
-            merge: keep all weights of the backbone, tuning merged in, rather than the adapter beside the backbone's
-                name. By default only where full tuning, or a merged copy that was loaded, leaves no adapter. Plain
-                sentence-transformers can then read it too, unless ``why_not_plain`` says otherwise.
-            content: more for the manifest (recipe, data, figures); by default, for a student that was loaded and not
-                trained since, what its own manifest had.
+            merge: write all weights of the backbone, with tuning merged, instead of the adapter and the backbone's
+                name. By default only if there is no adapter, because of full tuning or because the student was loaded
+                from a merged copy. Plain sentence-transformers can read a merged copy, unless ``why_not_plain`` says
+                otherwise.
+            content: additional fields for the manifest (recipe, data, figures); by default those of the manifest that
+                the student was loaded from, if it was not trained since.
 
         Raises:
             InputError: ``folder`` holds something else, or ``merge=False`` for a student loaded from a merged copy.
@@ -224,39 +229,39 @@ class Student(nn.Module):
 
     @property
     def _head(self) -> dict[str, nn.Module]:
-        """What a student has beside its backbone."""
+        """The student's parts other than its backbone."""
         return {"pooling": self.pooling, "interaction": self.interaction}
 
     @property
     def vector_dim(self) -> int:
-        """Width of a text's vector."""
+        """Dimension of a text's vector."""
         return self.backbone.dim
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Number format of the products: those that encode a text, with any engine, and those that score."""
+        """Number format of the products, both for encoding texts (with any engine) and for scoring."""
         return self._products or self.backbone.compute_dtype
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens, padding included, that one core or an accelerator encodes at once."""
+        """Tokens, including padding, that one core or an accelerator encodes at a time."""
         return _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
 
     @property
     def has_anchor(self) -> bool:
-        """Whether the score has an inner-product part that an index can follow (heads ``anchored`` and ``cosine``)."""
+        """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
     def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
-        """What an index adds to the score of its passages, by weight; nothing where the vectors' score is all.
+        """The weights of the terms that an index adds to the score of the vectors; empty if it adds none.
 
-        ``windows``: an index that stores the vectors of windows.
+        ``windows`` says whether the index stores window vectors.
         """
         return self.evidence.weights(task, windows=windows)
 
     def prepare_training(self, *, seed: int = 0) -> None:
-        """Make trainable what the configuration says; a loaded student is trained on from its merged weights."""
-        # From here on it is another student: nothing recorded about the loaded one holds.
+        """Make trainable what the configuration says; a loaded student continues from its merged weights."""
+        # Training makes it another student, so nothing recorded about the loaded one remains valid.
         self._saved_fingerprint = None
         self._recorded = {}
         self.calibration = UNCALIBRATED
@@ -266,13 +271,13 @@ class Student(nn.Module):
         self.backbone.prepare_training(seed=seed)
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
-        """Let this engine encode texts from now on, of the weights as they are now; scoring stays torch's.
+        """Encode texts with this engine from now on, using the current weights; scoring always uses torch.
 
-        ``dtype`` is the number format of the products from now on, scoring's too; by default that of the weights.
+        ``dtype`` is the number format of the products from now on, including scoring; by default that of the weights.
 
         Raises:
-            InputError: the weights are not float32 on the CPU, as every engine but torch needs them.
-            MissingExtraError: it is not installed.
+            InputError: the weights are not float32 on the CPU, which every engine but torch requires.
+            MissingExtraError: the engine is not installed.
         """
         self._engine = open_engine(self, name, dtype=dtype or self.backbone.compute_dtype)
         self._products = dtype
@@ -287,7 +292,7 @@ class Student(nn.Module):
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Vectors of queries, read to ``max_query_tokens``; ``advance`` is called with the number of texts finished."""
+        """Vectors of queries, cut to ``max_query_tokens``; ``advance`` is called with the number of texts finished."""
         return self._encode(texts, "query", advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
@@ -296,15 +301,15 @@ class Student(nn.Module):
 
     @property
     def chunk_reader(self) -> ChunkReader:
-        """Reads long texts whole and pools parts of them (late chunking).
+        """Reads long texts whole and pools chunks of them (late chunking).
 
         Raises:
-            InputError: this student's pooling or tokenizer cannot.
+            InputError: this student's pooling or tokenizer does not support it.
         """
         return ChunkReader(self.backbone, self.pooling, self.pool)
 
     def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[Span]]]) -> EncodedChunks:
-        """Vectors of parts of long texts, each with all of its text around it (``ChunkReader.encode``)."""
+        """Vectors of chunks of long texts, each encoded in the context of its whole text (``ChunkReader.encode``)."""
         with inference(self):
             return self.chunk_reader.encode(texts)
 
@@ -321,7 +326,7 @@ class Student(nn.Module):
             return self.interaction.anchor_queries(queries, task).cpu().numpy()
 
     def passage_reach(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
-        """The passages' part r_p(b) of the bound of a pair, in (0, 1]; of the passage alone (``QueryScorer.reach``)."""
+        """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.reach``."""
         head = self.interaction
         if isinstance(head, CosineHead):
             return np.ones(len(passage_vectors), np.float32)
@@ -330,28 +335,28 @@ class Student(nn.Module):
 
     @property
     def can_project(self) -> bool:
-        """Whether ``project_passages`` saves anything: the interaction's features are ``concat``."""
+        """Whether ``project_passages`` can be used: only if the interaction's features are ``concat``."""
         return isinstance(self.interaction, Interaction) and self.interaction.config.features == "concat"
 
     def project_passages(
         self, passage_vectors: Float[np.ndarray, "passages dim"]
     ) -> BFloat16[Tensor, "passages hidden"]:
-        """W_p b, what the interaction's first layer makes of passages whatever the query; the same for both tasks.
+        """W_p b, the part of the interaction's first layer that does not depend on the query; the same for both tasks.
 
-        ``QueryScorer`` takes it. Summed in float32, kept as bfloat16.
+        Pass it to ``QueryScorer``. It is summed in float32 and stored as bfloat16.
 
         Raises:
-            InputError: the head is ``cosine``, or its features have a part that depends on the query too.
+            InputError: the head is ``cosine``, or its features include a part that also depends on the query.
         """
         head = self.interaction
         if not self.can_project or isinstance(head, CosineHead):
             if isinstance(head, CosineHead):
-                visible = "an inner product alone"
+                inputs = "only an inner product"
             else:
-                visible = f"the features '{head.config.features}'"
+                inputs = f"the features '{head.config.features}'"
             raise InputError(
-                f"this student's head sees {visible} of a query and a passage, so its products depend on the query and "
-                "nothing is gained by storing W_p b; only a head with the features 'concat' gains"
+                f"this student's head uses {inputs} of a query and a passage, so its products depend on the query and "
+                "nothing is gained by storing W_p b; only a head with the features 'concat' benefits"
             )
         with inference(self):
             vectors = torch.from_numpy(passage_vectors).to(self.backbone.device)
@@ -360,10 +365,10 @@ class Student(nn.Module):
     def prepare(
         self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None
     ) -> QueryScorer:
-        """What scores this query with any passages; all that depends on the query alone is computed here.
+        """A scorer of this query against any passages; everything that depends on the query alone is computed here.
 
-        The scorer is of the weights as they are now: after training prepare another. ``interaction_weight`` is the
-        weight r of the interaction, by default the student's own for the task.
+        The scorer uses the current weights: after training, prepare a new one. ``interaction_weight`` is the weight r
+        of the interaction, by default the student's own for the task.
         """
         query = torch.from_numpy(query_vector).to(self.backbone.device)
         weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
@@ -378,7 +383,7 @@ class Student(nn.Module):
         *,
         interaction_weight: float | None = None,
     ) -> Float32[np.ndarray, " passages"]:
-        """Final logits of one query against passages, by the IEM; bfloat16 tensors are scored as they are.
+        """Final logits of one query against passages; bfloat16 tensors are scored without conversion.
 
         ``interaction_weight`` is the weight r of the interaction, by default the student's own for the task.
         """
@@ -390,15 +395,15 @@ class Student(nn.Module):
         passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
         task: Task,
     ) -> Float32[np.ndarray, "queries passages"]:
-        """Final logits of every query against the same passages, one query after the other.
+        """Final logits of every query against the same passages, computed one query at a time.
 
-        Queries could share only the product W_p b of the features ``concat``, one of three.
+        Queries could share only the product W_p b, one of three, and only with the features ``concat``.
         """
         scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
         return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy casts its weights itself and encodes with torch: what is compiled cannot be copied."""
+        """Leave out compiled and cast weights: a copy casts its weights itself and encodes with torch."""
         return {**self.__dict__, "_kept_weights": {}, "_engine": None, "_products": None}
 
     def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
@@ -409,11 +414,11 @@ class Student(nn.Module):
         return kept
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        """Token ids of each text as a search reads it, cut to the limit of its kind; cuts are counted."""
+        """Token ids of each text as in a search, cut to the limit of its kind; cuts are counted."""
         return self.backbone.tokenize(texts, kind, limit=self.max_query_tokens if kind == "query" else None)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
-        """Vectors of texts that ``tokenize`` read, as one batch; best of like length (``batch_tokens``)."""
+        """Vectors of one batch of tokenized texts, ideally of similar length (``batch_tokens``)."""
         if self._engine is not None:
             return self._engine(ids)
         with inference(self):
@@ -439,7 +444,7 @@ class Student(nn.Module):
 def merge_student(folder: Path, copy: Path) -> None:
     """Write the student in ``folder`` to ``copy`` with all weights of its backbone, in float32.
 
-    Everything else in the folder goes along: what the manifest records, the card, a licence.
+    Everything else in the folder is copied too: the fields of the manifest, the card, a licence.
 
     Raises:
         D2LLMError: the student cannot be loaded (``Student.load``).

@@ -1,4 +1,4 @@
-"""What a student's folder holds, and whether it is whole."""
+"""The files in a student's folder, and checks that they are complete and undamaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.models.sources import load_tensors
 
-if TYPE_CHECKING:  # torch takes seconds, and a name that is wrong is told before
+if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
     from torch import Tensor, nn
 
     from d2llm.models.backbone import Backbone
@@ -25,15 +25,15 @@ KIND = "student"
 FORMAT_VERSION = 1
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 CARD_FILE = "README.md"
-MERGED_HASH = "merged_sha256"  # in the manifest of a merged copy that was put on the Hub
+MERGED_HASH = "merged_sha256"  # in the manifest of a merged copy that was pushed to the Hub
 RESTORE = "restore the student's folder"
 
 
 def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
-    """The manifest of a student's folder, and the configuration in it.
+    """Read the manifest of a student's folder, and the configuration in it.
 
     Raises:
-        DataFormatError: there is none, it is another kind of artifact's, or lacks something.
+        DataFormatError: there is no manifest, it belongs to another kind of artifact, or it lacks a field.
     """
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     missing = {"config", "fingerprint", "base_fingerprint", "pooling"} - manifest.keys()
@@ -49,7 +49,7 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
 
 
 def head_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights of a student's parts beside its backbone, by the part's name and their own."""
+    """The weights of a student's parts other than the backbone, named ``<part>.<weight>``."""
     return {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
         for part, module in parts.items()
@@ -58,10 +58,10 @@ def head_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
-    """Give the parts beside the backbone the weights in a student's folder.
+    """Load the weights in a student's folder into its parts other than the backbone.
 
     Raises:
-        ModelError: they cannot be read, or do not fit.
+        ModelError: the weights cannot be read, or do not fit.
     """
     state = load_tensors(folder / HEAD_FILE, remedy=RESTORE)
     try:
@@ -75,16 +75,16 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
 
 
 def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
-    """Make sure that the backbone of that name is the one that the student was trained on.
+    """Check that the loaded backbone is the one that the student was trained on.
 
     Raises:
-        MismatchError: it has other weights.
+        MismatchError: the backbone has other weights.
     """
     fingerprint = backbone.fingerprint_base()
     if fingerprint != manifest["base_fingerprint"]:
         raise MismatchError(
             f"{folder}: the student was trained on backbone weights {manifest['base_fingerprint']} of "
-            f"'{manifest['config']['backbone']['model']}', but here that name gives {fingerprint}; install "
+            f"'{manifest['config']['backbone']['model']}', but here that name resolves to {fingerprint}; install "
             "the same weights"
         )
 
@@ -93,9 +93,9 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
     """Content hash of a student.
 
     Args:
-        config: its configuration, as JSON has it.
-        base_fingerprint: of the pretrained backbone, in place of its name.
-        tensors: the head and what tuning changed, by name, on the CPU.
+        config: its configuration as JSON values.
+        base_fingerprint: fingerprint of the pretrained backbone, which replaces the backbone's name.
+        tensors: the head's tensors and those that tuning changed, by name, on the CPU.
     """
     import torch
 
@@ -108,14 +108,14 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
 
 
 def check_weights(folder: Path) -> None:
-    """Make sure that the weights in a student's folder are those that its fingerprint was taken of.
+    """Check that the weights in a student's folder match its fingerprint.
 
-    Of a merged copy the fingerprint cannot be taken again, since it is of the adapter that is merged: there, the
-    merged weights must have the hash that was written down when the copy was put on the Hub, where one was.
+    The fingerprint of a merged copy cannot be recomputed, because it was computed from the adapter, which is merged.
+    Instead, the merged weights must match the hash that was recorded when the copy was pushed to the Hub, if any.
 
     Raises:
         DataFormatError: there is no manifest, or it is damaged.
-        ModelError: the weights cannot be read, or are others.
+        ModelError: the weights cannot be read, or do not match.
     """
     manifest, _ = read_student_manifest(folder)
     if (folder / BACKBONE_FOLDER).is_dir():
@@ -129,13 +129,13 @@ def check_weights(folder: Path) -> None:
         actual = fingerprint_student(manifest["config"], manifest["base_fingerprint"], tensors)
     if actual != expected:
         raise ModelError(
-            f"{folder}: the weights have the fingerprint {actual}, but the manifest says {expected}: they are damaged, "
-            "or another student's; fetch or restore the folder again"
+            f"{folder}: the weights have the fingerprint {actual}, but the manifest says {expected}: they are damaged "
+            "or belong to another student; fetch or restore the folder again"
         )
 
 
 def merged_sha256(folder: Path) -> str:
-    """SHA-256 of all weights of a merged copy, head and backbone, file by file in the order of their names."""
+    """SHA-256 of all weights of a merged copy: the head, then the backbone's files sorted by name."""
     digest = hashlib.sha256()
     for path in (folder / HEAD_FILE, *sorted((folder / BACKBONE_FOLDER).glob("*.safetensors"))):
         digest.update(path.name.encode())

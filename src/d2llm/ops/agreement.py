@@ -1,4 +1,4 @@
-"""How far a student says what its teacher says, beyond being right as often."""
+"""How closely a student agrees with its teacher, beyond being equally accurate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from d2llm.ops.ranking import kendall_tau
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Teacher and student on the same pairs.
+    """Agreement of teacher and student on the same pairs.
 
-    ``label_loyalty`` is in [0, 1], None where the teacher gives all pairs the same answer, which any student can copy.
+    ``label_loyalty`` is in [0, 1], None if the teacher gives all pairs the same answer, which any student can copy.
     ``pearson_within`` and ``kendall_within`` are means over the ``num_queries`` queries with two pairs or more, None
-    where there are none; ``pearson_over_all`` is over all ``num_pairs`` pairs at once.
+    if there are none; ``pearson_over_all`` is computed over all ``num_pairs`` pairs at once.
     """
 
     label_loyalty: float | None
@@ -32,12 +32,12 @@ class Agreement:
 
 
 def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, student_threshold: float) -> float:
-    """Share of the pairs [n] that get the same yes or no from both.
+    """Share of the pairs [n] to which teacher and student give the same yes or no.
 
     The teacher says yes at log-odds of at least 0, the student at logits of at least ``student_threshold``.
 
     Raises:
-        InputError: a number is not finite, the lengths differ, or there is none.
+        InputError: a number is not finite, the lengths differ, or there are no pairs.
 
     Source: Xu et al., "Beyond Preserved Accuracy: Evaluating Loyalty and Robustness of BERT Compression", EMNLP 2021.
     """
@@ -45,15 +45,15 @@ def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, stu
 
 
 def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> float:
-    """Share of the first ``k`` places of one ranking that are among the first ``k`` of the other, in [0, 1].
+    """Overlap of the first ``k`` places of two rankings, in [0, 1].
 
-    Of rankings shorter than k, the longer one counts as the whole; two empty ones agree.
+    If both rankings are shorter than ``k``, the share is of the longer one; two empty rankings agree fully.
 
     Raises:
         InputError: k is below 1.
     """
     if k < 1:
-        raise InputError(f"k is {k}, but counts places: give 1 or more")
+        raise InputError(f"k is {k}, but must be at least 1")
     left, right = set(first[:k]), set(second[:k])
     places = max(len(left), len(right))
     return len(left & right) / places if places else 1.0
@@ -62,15 +62,16 @@ def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> f
 def agreement(by_query: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Agreement:
     """Compare the teacher's log-odds with the student's logits.
 
-    The student's logits have a scale and an origin of their own, so the threshold of its yes is the one that agrees
-    best with the teacher on these very pairs: the label loyalty is the best that one threshold can reach.
-    A query to whose pairs one of the two gives equal scores counts as 0 in the means: it has no order to agree with.
+    The student's logits have their own scale and origin, so the student's threshold is the one that agrees best with
+    the teacher on these same pairs: the label loyalty is the best that a single threshold can reach.
+    If teacher or student scores all pairs of a query equally, the query counts as 0 in the means, because there is no
+    order to compare.
 
     Args:
         by_query: query_id -> (teacher log-odds [n], student logits [n]) of its passages.
 
     Raises:
-        InputError: no pairs, a number is not finite, or the lengths of a query differ (names it).
+        InputError: no pairs, a number is not finite, or the lengths of a query differ (the message names the query).
     """
     arrays = {
         query_id: (np.asarray(teacher, np.float64), np.asarray(student, np.float64))
@@ -79,16 +80,16 @@ def agreement(by_query: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Agreement:
     for query_id, (teacher, student) in arrays.items():
         if teacher.shape != student.shape or not np.isfinite([teacher, student]).all():
             raise InputError(
-                f"query '{query_id}': one finite number of teacher and student each per passage is needed, found "
+                f"query '{query_id}': one finite number per passage is needed from teacher and student each, found "
                 f"{teacher.shape} and {student.shape}"
             )
     if not sum(len(teacher) for teacher, _ in arrays.values()):
         raise InputError("there are no pairs that both teacher and student have scored")
     teachers, students = (np.concatenate([pair[side] for pair in arrays.values()]) for side in (0, 1))
-    said_yes = teachers >= 0
+    teacher_yes = teachers >= 0
     loyalty = None
-    if said_yes.any() and not said_yes.all():
-        loyalty = label_loyalty(teachers, students, student_threshold=best_threshold(students, said_yes))
+    if teacher_yes.any() and not teacher_yes.all():
+        loyalty = label_loyalty(teachers, students, student_threshold=best_threshold(students, teacher_yes))
     several = [pair for pair in arrays.values() if len(pair[0]) > 1]
     return Agreement(
         label_loyalty=loyalty,

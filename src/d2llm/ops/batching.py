@@ -1,4 +1,4 @@
-"""Batches of texts of like length, so that little is spent on padding."""
+"""Batches of texts of similar length, to keep padding low."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def token_budget_batches(
     """Group texts into batches of at most ``max_items`` whose padded size stays within ``max_tokens``.
 
     Args:
-        lengths: tokens of each text.
-        max_tokens: limit of (number of texts) x (longest text of the batch). A text longer than that goes alone.
-        max_items: limit of texts in a batch.
-        enough_tokens: a batch of this padded size takes no text that would need more padding than its first one: more
-            batches, less padding.
+        lengths: number of tokens of each text.
+        max_tokens: limit on (number of texts) x (longest text of the batch). A longer text forms its own batch.
+        max_items: limit on the number of texts in a batch.
+        enough_tokens: a batch that has reached this padded size takes no text that would need more padding than its
+            first one: more batches, less padding.
 
     Returns:
         Batches of indices into ``lengths``, longest text first (so that running out of memory shows at once); every
-        index exactly once; texts of equal length in their given order.
+        index exactly once; texts of equal length in input order.
 
     Raises:
-        ValueError: a limit below 1.
+        ValueError: a limit is below 1.
     """
     if max_tokens < 1 or max_items < 1:
         raise ValueError(f"max_tokens and max_items must be at least 1, got {max_tokens} and {max_items}")
@@ -45,9 +45,10 @@ def token_budget_batches(
 
 
 def even_batches(num_items: int, most: int) -> tuple[int, int]:
-    """How many batches of at most ``most`` items there are, and the size at which they are as even as can be.
+    """Number of batches of at most ``most`` items, and the batch size that makes them as even as possible.
 
-    Of 97 items in batches of 32 the last would be alone, and as large a step as the others: 4 batches of 25 are better.
+    With 97 items in batches of 32, the last item would be alone in a step that counts as much as the others: 4 batches
+    of 25 are better.
     """
     count = -(-num_items // most)
     return count, -(-num_items // count) if count else most
@@ -58,7 +59,7 @@ def pad_right(
 ) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
     """Rows of token ids as one right-padded tensor, and its mask (true for real tokens).
 
-    The width is rounded up to a multiple of 8: kernels are prepared once a shape, and fewer shapes mean fewer of them.
+    The width is rounded up to a multiple of 8: kernels are prepared once per shape, so fewer shapes mean fewer kernels.
     """
     longest = _padded(max(map(len, rows)))
     ids = [[*row, *[padding] * (longest - len(row))] for row in rows]

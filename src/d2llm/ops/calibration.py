@@ -1,4 +1,4 @@
-"""Is a score of 80 % right four times out of five, and how far do the scores of the two labels lie apart?"""
+"""Calibration of scores (is 80 % right four times out of five?) and how well scores separate the two labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2llm.core.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """Pairs with a probability of yes in [low, high), the last bin with its upper end."""
+    """Pairs with a probability of yes in [low, high); the last bin includes its upper end."""
 
     low: float
     high: float
@@ -24,7 +24,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True, slots=True)
 class ScoreHistogram:
-    """How often scores lie in [edges[i], edges[i + 1]), the last bin with its upper end, for each label."""
+    """Counts per label of scores in [edges[i], edges[i + 1]); the last bin includes its upper end."""
 
     edges: tuple[float, ...]
     positive: tuple[int, ...]
@@ -32,15 +32,15 @@ class ScoreHistogram:
 
 
 def reliability_bins(log_odds: ArrayLike, labels: ArrayLike, *, num_bins: int = 10) -> list[ReliabilityBin]:
-    """What is said against what is so, in bins of equal width of p(yes) = 1 / (1 + exp(-log_odds)).
+    """Predicted against observed frequency of yes, in bins of equal width of p(yes) = 1 / (1 + exp(-log_odds)).
 
     Args:
-        log_odds: [n]; infinities are certain.
+        log_odds: [n]; infinite values mean certainty.
         labels: [n] bool.
-        num_bins: into how many parts [0, 1] is cut.
+        num_bins: number of bins in [0, 1].
 
     Returns:
-        The bins that hold pairs, in order; empty ones are left out.
+        The non-empty bins, in order.
 
     Raises:
         InputError: NaN, no pairs, lengths that differ, or num_bins below 1.
@@ -48,7 +48,7 @@ def reliability_bins(log_odds: ArrayLike, labels: ArrayLike, *, num_bins: int = 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2.
     """
     values, truth = _checked(log_odds, labels, num_bins)
-    # tanh does not overflow, whatever the log-odds.
+    # tanh does not overflow for any log-odds.
     probabilities = (1 + np.tanh(values / 2)) / 2
     edges = np.linspace(0, 1, num_bins + 1)
     places = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, num_bins - 1)
@@ -65,7 +65,7 @@ def reliability_bins(log_odds: ArrayLike, labels: ArrayLike, *, num_bins: int = 
 
 
 def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Mean distance between what is said and what is so, over the pairs in ``bins``: 0 is perfect, at most 1.
+    """Mean gap between predicted and observed frequency over the pairs in ``bins``: 0 is perfect, 1 the maximum.
 
     ECE = sum over bins of count / n * |fraction_positive - mean_probability|.
 
@@ -81,7 +81,7 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def log_loss(log_odds: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of -log p(what is so), in nats: 0 is perfect, log 2 is what "one half" always gives.
+    """Mean of -log p(true label), in nats: 0 is perfect, log 2 is the loss of always predicting one half.
 
     log_loss = mean over pairs of log(1 + exp(-s * log_odds)), s = 1 for a yes and -1 for a no.
 
@@ -97,9 +97,9 @@ def log_loss(log_odds: ArrayLike, labels: ArrayLike) -> float:
 
 
 def score_histogram(scores: ArrayLike, labels: ArrayLike, num_bins: int = 30) -> ScoreHistogram:
-    """Count scores [n] in bins of equal width between the lowest and the highest, apart for each label [n] (bool).
+    """Count scores [n] in bins of equal width between the lowest and the highest, per label [n] (bool).
 
-    Infinite scores count in the outermost bins, between which the finite ones lie.
+    The bins span the finite scores; infinite scores count in the outermost bins.
 
     Raises:
         InputError: NaN, no pairs, lengths that differ, or num_bins below 1.
@@ -107,7 +107,7 @@ def score_histogram(scores: ArrayLike, labels: ArrayLike, num_bins: int = 30) ->
     values, truth = _checked(scores, labels, num_bins)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    edges = np.histogram_bin_edges([low, high], bins=num_bins)  # half a unit to both sides where they are equal
+    edges = np.histogram_bin_edges([low, high], bins=num_bins)  # if they are equal, half a unit to both sides
     within = np.clip(values, edges[0], edges[-1])
     positive, negative = (np.histogram(within[part], edges)[0].tolist() for part in (truth, ~truth))
     return ScoreHistogram(tuple(edges.tolist()), tuple(positive), tuple(negative))

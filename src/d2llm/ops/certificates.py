@@ -1,8 +1,8 @@
-"""How much of a corpus must be rescored until a ranking is proved.
+"""How much of a corpus must be rescored before a ranking is certain.
 
 A passage's final score is at most its upper bound (anchor + B r_q r_p, ``models.interaction``). So passages can be
-rescored from the highest bound down, until the k-th best final score so far reaches the highest bound of those left:
-no passage left can then be among the first k.
+rescored from the highest bound down until the k-th best final score so far reaches the highest remaining bound: none
+of the remaining passages can then be among the first k.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def num_rescored(
     """How many passages are rescored, from the highest bound down, before the first ``top_k`` are certain.
 
     Args:
-        upper_bounds: of each passage's final score.
-        final_scores: which are at most the bounds.
+        upper_bounds: upper bound of each passage's final score.
+        final_scores: final score of each passage, at most its bound.
         top_k: length of the ranking, at least 1.
 
     Raises:
@@ -49,7 +49,7 @@ def num_rescored(
 def from_the_highest(bounds: NDArray[np.float32], first: int) -> Iterator[NDArray[np.int64]]:
     """All rows from the highest bound to the lowest, in sorted parts: ``first`` rows, then twice as many each time.
 
-    Whoever stops early has paid a selection in O(n) and the order of what was taken, not the order of all.
+    A caller that stops early pays for a selection in O(n) and for sorting the rows it took, not for sorting all.
 
     Args:
         bounds: [n], no NaN; infinities are allowed.

@@ -1,13 +1,13 @@
-"""Weights of a sum of scores, fitted to judgements: the learned counterpart of rank fusion.
+"""Weights of a sum of scores, fitted to judgements: a learned alternative to rank fusion.
 
     minimise over w >= 0   -mean over lists of  sum_j y_j log softmax(X w)_j
 
-X holds the scores of a list's passages, one column for each kind of evidence, y the judgements, summing to 1. The loss
-is convex in w, so what is found is the best there is, whatever the start. Source: Cao et al., "Learning to Rank: From
-Pairwise Approach to Listwise Approach", ICML 2007 (ListNet, top one), for a linear scorer.
+X holds the scores of a list's passages, one column per kind of evidence, and y the judgements, summing to 1. The loss
+is convex in w, so the solution is the global minimum for any starting point. Source: Cao et al., "Learning to Rank:
+From Pairwise Approach to Listwise Approach", ICML 2007 (ListNet, top one), for a linear scorer.
 
-What some columns count for may depend on the query: their weights are then multiplied by exp(a s), s being statistics
-of the list's query, and a is fitted together with w from the best w without it.
+The weights of some columns may depend on the query: they are then multiplied by exp(a s), where s are statistics of
+the list's query, and a is fitted together with w, starting from the best w without it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from scipy.optimize import minimize
 from d2llm.core.errors import InputError
 
 Lists = Sequence[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]]
-"""Of each query the scores [passages, terms] of some passages and their grades [passages], at least 0."""
+"""For each query, the scores [passages, terms] of some passages and their grades [passages], at least 0."""
 
 _FACTOR_PRICE = 1.0
 
 
 class ScaledWeights(NamedTuple):
-    """Weights [terms] of a sum whose scaled columns count exp(offset + slopes [k] * statistics [k]) times as much."""
+    """Weights [terms] of a sum whose scaled columns are multiplied by exp(offset + slopes [k] * statistics [k])."""
 
     weights: NDArray[np.float64]
     slopes: NDArray[np.float64]
@@ -39,9 +39,9 @@ def fit_weights(lists: Lists, *, ridge: float = 1e-4) -> NDArray[np.float64]:
     """Non-negative weights [terms] of a sum of scores.
 
     Args:
-        lists: those without a grade above 0 teach nothing and are left out.
-        ridge: price on the squared weights, of columns scaled to a mean square of 1: it chooses among columns that say
-            the same, and keeps weights finite where the judgements are met exactly.
+        lists: those without a grade above 0 carry no information and are left out.
+        ridge: penalty on the squared weights of columns scaled to a mean square of 1. It makes the solution unique
+            for redundant columns and keeps the weights finite if the judgements can be fitted exactly.
 
     Raises:
         InputError: no list has a grade above 0, or a score is not finite.
@@ -52,14 +52,14 @@ def fit_weights(lists: Lists, *, ridge: float = 1e-4) -> NDArray[np.float64]:
 def fit_scaled_weights(
     lists: Lists, statistics: NDArray[np.floating[Any]], scaled: NDArray[np.bool_], *, ridge: float = 1e-4
 ) -> ScaledWeights:
-    """Non-negative weights of a sum, and by how much the query changes those of some columns.
+    """Non-negative weights of a sum, and how the query scales those of some columns.
 
     Args:
         lists: as for ``fit_weights``.
-        statistics: [lists, k] of each list's query.
-        scaled: [terms], whose weights depend on the query.
-        ridge: as for ``fit_weights``. The slopes, of statistics with a deviation of 1, have a price too, which weighs
-            as much as one list.
+        statistics: [lists, k] statistics of each list's query.
+        scaled: [terms] true for columns whose weights depend on the query.
+        ridge: as for ``fit_weights``. The slopes of the standardised statistics are penalised too, with the weight of
+            one list.
 
     Raises:
         InputError: no list has a grade above 0, or a score or a statistic is not finite.
@@ -70,24 +70,24 @@ def fit_scaled_weights(
 
 
 def sum_weights(lists: Lists) -> NDArray[np.float64]:
-    """``fit_weights`` with the first weight 1: of a sum in which the other columns are added to the first.
+    """``fit_weights`` scaled so that the first weight is 1: the other columns are added to the first.
 
     Raises:
         InputError: no list has a relevant passage.
     """
     weights = fit_weights(lists)
-    if not weights.any():  # no score tells anything
+    if not weights.any():  # no score is informative
         return np.eye(1, len(weights))[0]
     return beside_first(weights)
 
 
 def beside_first(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same weights where the first is 1; it is not taken for less than a thousandth of the largest."""
+    """The weights scaled so that the first is 1; it is taken as at least a thousandth of the largest."""
     return weights / max(float(weights[0]), 1e-3 * float(weights.max()))
 
 
 class _Fit:
-    """The lists in one piece, with their columns scaled to a mean square of 1."""
+    """All lists concatenated, with their columns scaled to a mean square of 1."""
 
     def __init__(self, lists: Lists, ridge: float) -> None:
         self.kept = [place for place, (_, grades) in enumerate(lists) if len(grades) and grades.max() > 0]
@@ -118,7 +118,7 @@ class _Fit:
     def scaled(self, statistics: NDArray[np.float64], is_scaled: NDArray[np.bool_]) -> ScaledWeights:
         observed = statistics[self.kept]
         centre, spread = observed.mean(axis=0), observed.std(axis=0)
-        spread[spread == 0] = np.inf  # what is the same for all queries tells nothing
+        spread[spread == 0] = np.inf  # a constant statistic carries no information
         row_statistics = np.repeat((observed - centre) / spread, self.sizes, axis=0)
         num_terms, price = self.scores.shape[1], _FACTOR_PRICE / len(self.kept)
 
@@ -139,7 +139,7 @@ class _Fit:
         return ScaledWeights(self._in_own_units(solution[:num_terms]), slopes, -float(slopes @ centre))
 
     def _loss(self, logits: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """The mean loss of the lists, and its slope by each row's logit."""
+        """The mean loss of the lists and its gradient with respect to each row's logit."""
         logits = logits - np.repeat(np.maximum.reduceat(logits, self.starts), self.sizes)
         odds = np.exp(logits)
         sums = np.add.reduceat(odds, self.starts)
@@ -148,4 +148,4 @@ class _Fit:
         return value, (odds / np.repeat(sums, self.sizes) - self.targets) / num
 
     def _in_own_units(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.where(self.is_empty, 0.0, weights / self.scale)  # what is 0 everywhere is worth nothing
+        return np.where(self.is_empty, 0.0, weights / self.scale)  # a column of zeros gets weight 0

@@ -1,4 +1,4 @@
-"""Two tests on values of the same queries: is one system better, and has one become worse?"""
+"""Two paired tests on per-query values: is one system better than another, and has a system become worse?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2llm.ops.significance import paired_randomisation
 
 @dataclass(frozen=True, slots=True)
 class GateTest:
-    """Means of two systems over the same queries, their difference (second minus first), and the answer."""
+    """Means of two systems over the same queries, their difference (second minus first), and the test's outcome."""
 
     first: float
     second: float
@@ -28,12 +28,12 @@ def better(first: Mapping[str, float], second: Mapping[str, float], *, alpha: fl
 
     Args:
         first: query_id -> value, higher is better.
-        second: of the same queries.
+        second: values of the same queries.
         alpha: level of the paired randomisation test.
-        seed: of its permutations.
+        seed: seed of its permutations.
 
     Raises:
-        InputError: other queries, or none.
+        InputError: the queries differ, or there are none.
     """
     before, after = _paired(first, second)
     p_value = paired_randomisation(before, after, seed=seed)
@@ -53,17 +53,17 @@ def never_worse(
 ) -> GateTest:
     """Passes unless ``end`` is significantly worse than ``start``.
 
-    p is one-sided, P(a mean difference at most as low as the one seen, if both were alike). The distribution under
-    sign flips is symmetric, so it is half the two-sided p where ``end`` is lower, and the rest where it is higher.
+    p is one-sided: the probability, if both were alike, of a mean difference as low as the observed one. The
+    distribution under sign flips is symmetric, so p is half the two-sided p if ``end`` is lower, else 1 minus that.
 
     Args:
         start: query_id -> value before, higher is better.
-        end: of the same queries, after.
+        end: values of the same queries, after.
         alpha: level of the paired randomisation test.
-        seed: of its permutations.
+        seed: seed of its permutations.
 
     Raises:
-        InputError: other queries, or none.
+        InputError: the queries differ, or there are none.
     """
     before, after = _paired(start, end)
     difference = _difference(before, after)

@@ -1,17 +1,17 @@
-"""The training losses as pure functions: what the student is asked to imitate.
+"""The training losses as pure functions: what the student learns to imitate.
 
 They follow Liao et al., "D2LLM: Decomposed and Distilled Large Language Models for Semantic Search", ACL 2024
 (arXiv 2406.17262), section 3.3 "Knowledge distillation". Every function works on a whole batch: Q queries against all
-N passages of the batch (own lists and in-batch), with boolean masks saying which passage plays which part for which
+N passages of the batch (own lists and in-batch), with boolean masks that say which role each passage plays for each
 query. What they share:
 
-- An entry outside the masks takes no part: it may hold NaN or infinity, and its gradient is exactly 0.
-- The result is the mean over the queries that count, each docstring says which. When none counts it is 0, still
+- An entry outside the masks is ignored: it may hold NaN or infinity, and its gradient is exactly 0.
+- The result is the mean over the queries that count; each docstring says which. If none counts, it is 0, still
   connected to the graph, with zero gradients.
-- It is a scalar in the student's dtype. Half precisions are computed in float32 and only the result is rounded, so
-  pass float32 logits where the digits of the loss matter.
+- The result is a scalar in the student's dtype. Half precisions are computed in float32 and only the result is
+  rounded, so pass float32 logits if the digits of the loss matter.
 
-Notation: z_ij student logit, s_ij teacher score, D+ positives, D- negatives, of these D_H hard and D_I easy ones.
+Notation: z_ij student logit, s_ij teacher score, D+ positives, D- negatives, split into D_H hard and D_I easy ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SMALLEST_NORM = 1e-4
 def masked_mean(
     values: Float[Tensor, "*batch entries"], mask: Bool[Tensor, "*batch entries"]
 ) -> Float[Tensor, "*batch"]:
-    """Mean of the ``values`` under the ``mask`` along the last axis; 0 with zero gradients where the mask is empty."""
+    """Mean of the masked ``values`` along the last axis; 0 with zero gradients where the mask is empty."""
     return torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
 
 
@@ -53,13 +53,13 @@ def contrastive_imitation(
     *,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Each positive against all negatives, weighted by what the teacher believes.
+    """Each positive against all negatives, weighted by the teacher's probabilities.
 
     L_i = -1/|D+| sum_{j in D+} log( e_ij / ( e_ij + sum_{k in D-} exp((1 - s_ik) z_ik / t) ) )
     with e_ij = exp(s_ij z_ij / t)
 
-    A negative that the teacher believes in (s = 1, a false negative) contributes the constant exp(0) and is not pushed
-    away. Counted: queries with a positive (one without negatives contributes its value, 0). Liao et al. 2024,
+    A negative that the teacher considers relevant (s = 1, a false negative) contributes the constant exp(0) and is not
+    pushed away. Counted: queries with a positive (one without negatives contributes its value, 0). Liao et al. 2024,
     section 3.3, contrastive imitation.
 
     Args:
@@ -91,14 +91,14 @@ def in_batch_cross_entropy(
 
     L_i = -1/|D+| sum_{j in D+} log( exp(z_ij / t) / ( exp(z_ij / t) + sum_{k in C - D+} exp(z_ik / t) ) )
 
-    The other positives of a query are left out of the denominator: they are not to be pushed away. Counted: queries
+    The other positives of a query are left out of the denominator, so that they are not pushed away. Counted: queries
     with a positive (one without negatives contributes its value, 0). InfoNCE: van den Oord et al. 2018
     (arXiv 1807.03748), equation 4.
 
     Args:
         logits: student logits z.
         positive_mask: D+ of each query; its entries count whether or not they are in ``candidate_mask``.
-        candidate_mask: C of each query; leave out what may be an unlabelled positive.
+        candidate_mask: C of each query; leave out passages that may be unlabelled positives.
         temperature: t > 0.
 
     Raises:
@@ -119,12 +119,12 @@ def pair_cross_entropy(
 
     L = mean_{ij in M} -( p_ij log sigmoid(z_ij) + (1 - p_ij) log sigmoid(-z_ij) )
 
-    Every pair under the mask counts alike, whatever query it is of.
+    Every pair in the mask counts equally, whichever query it belongs to.
 
     Args:
-        logits: z, with 0 where yes and no are equally likely.
+        logits: z; 0 means that yes and no are equally likely.
         targets: p, the probability of a yes, in [0, 1].
-        mask: M, the pairs that were judged.
+        mask: M, the judged pairs.
     """
     student, target = _under(mask, logits, targets)
     losses = functional.binary_cross_entropy_with_logits(student, target, reduction="none")
@@ -138,34 +138,34 @@ def list_imitation(
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Which of the candidates is the answer: the student's distribution over them should be the teacher's.
+    """The student's distribution over the candidates should match the teacher's (list-wise distillation).
 
     L_i = sum_{j in C} p_ij log( p_ij / q_ij ),  p_i = softmax_C(l_i / t),  q_i = softmax_C(z_i)
 
-    What the teacher's log-odds have in common, such as the share of relevant passages among those it was calibrated on,
-    cancels in p; a teacher's probabilities hold it, and where few candidates are relevant they are small even of a
-    passage that it prefers by far. Counted: queries with a candidate that the teacher believes in at all. Kullback and
-    Leibler's divergence of list-wise distributions: Cao et al., "Learning to Rank", ICML 2007 (ListNet); for the
-    distillation of cross-encoders Ren et al., "RocketQAv2", EMNLP 2021, section 3.2.
+    An offset shared by the teacher's log-odds, such as the share of relevant passages in its calibration data, cancels
+    in p. The teacher's probabilities contain that offset: if few candidates are relevant, they are small even for a
+    passage that the teacher prefers by far. Counted: queries with a candidate of log-odds above -inf. Kullback-Leibler
+    divergence of list-wise distributions: Cao et al., "Learning to Rank", ICML 2007 (ListNet); for the distillation of
+    cross-encoders: Ren et al., "RocketQAv2", EMNLP 2021, section 3.2.
 
     Args:
         logits: student logits z.
         teacher_log_odds: l; -inf for a passage that is certainly not relevant.
         candidate_mask: C of each query.
-        temperature: t > 0; above 1, the teacher is taken to be less sure than it says.
+        temperature: t > 0; above 1, the teacher is treated as less certain than its log-odds say.
 
     Raises:
         InputError: ``temperature`` is not above 0.
     """
     (student,) = _under(candidate_mask, logits)
-    believed = candidate_mask & (teacher_log_odds > -torch.inf)
-    (teacher,) = _under(believed, teacher_log_odds)
+    possible = candidate_mask & (teacher_log_odds > -torch.inf)
+    (teacher,) = _under(possible, teacher_log_odds)
     lowest = torch.finfo(student.dtype).min
     scaled = (teacher / _checked_temperature(temperature)).to(student.dtype)
-    target = torch.where(believed, scaled.masked_fill(~believed, lowest).log_softmax(dim=1), 0.0)
-    found = student.masked_fill(~candidate_mask, lowest).log_softmax(dim=1)
-    per_query = torch.where(believed, target.exp() * (target - found), 0.0).sum(dim=1)
-    return masked_mean(per_query, believed.any(dim=1)).to(logits.dtype)
+    target = torch.where(possible, scaled.masked_fill(~possible, lowest).log_softmax(dim=1), 0.0)
+    predicted = student.masked_fill(~candidate_mask, lowest).log_softmax(dim=1)
+    per_query = torch.where(possible, target.exp() * (target - predicted), 0.0).sum(dim=1)
+    return masked_mean(per_query, possible.any(dim=1)).to(logits.dtype)
 
 
 def rank_imitation_positive_hard(
@@ -178,7 +178,7 @@ def rank_imitation_positive_hard(
     L_i = 1 - pearson(s_i, z_i) over D+ and D_H
 
     Counted: queries with at least 2 entries and teacher scores that are not all equal. Constant student logits have
-    correlation 0 and a finite gradient: centred logits of a length below 1e-4 are not scaled up. Liao et al. 2024,
+    correlation 0 and a finite gradient: centred logits with a norm below 1e-4 are not scaled up. Liao et al. 2024,
     section 3.3, rank imitation.
 
     Args:
@@ -189,8 +189,8 @@ def rank_imitation_positive_hard(
     student, teacher = _under(mask, logits, teacher_scores)
     highest = teacher.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
     lowest = teacher.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
-    varies = highest > lowest  # so there are at least 2 entries
-    teacher = teacher / torch.where(varies, highest - lowest, 1.0)  # else a tiny spread is lost when it is squared
+    varies = highest > lowest  # implies at least 2 entries
+    teacher = teacher / torch.where(varies, highest - lowest, 1.0)  # or squaring would lose a tiny spread
     correlation = (_standardised(teacher, mask) * _standardised(student, mask)).sum(dim=1)
     return masked_mean(1.0 - correlation, varies.squeeze(1)).to(logits.dtype)
 
@@ -201,7 +201,7 @@ def rank_imitation_hard_easy(
     hard_mask: Bool[Tensor, "queries passages"],
     easy_mask: Bool[Tensor, "queries passages"],
 ) -> Float[Tensor, ""]:
-    """Hard negatives should stand above easy ones, as far as the teacher puts them there.
+    """Hard negatives should score above easy ones, as far as the teacher scores them so.
 
     L_i = -1/(|D_H| |D_I|) sum_{j in D_H, k in D_I} w_jk log sigmoid(z_ij - z_ik),  w_jk = max(s_ij - s_ik, 0)
 
@@ -229,14 +229,14 @@ def feature_imitation(
     teacher_gram: Float[Tensor, "queries entries entries"],
     mask: Bool[Tensor, "queries entries"],
 ) -> Float[Tensor, ""]:
-    """The pairs of one query should be as similar to the student as they are to the teacher.
+    """The student's pair features of one query should be as similar to each other as the teacher's are.
 
     L_i = mean_{j != k} ( cos(y^T_ij, y^T_ik) - cos(y^S_ij, y^S_ik) )^2 over D+ and D_H
 
     Only cosines are compared, so the widths of teacher and student may differ. The diagonal is left out: it is
-    1 - 1 = 0 for any student and would only make short lists weigh less. Counted: queries with at least 2 entries. A
-    student feature of a length below 1e-4 is not scaled up; the zero vector has cosine 0 with all. Liao et al. 2024,
-    section 3.3, feature imitation.
+    1 - 1 = 0 for any student and would only reduce the weight of short lists. Counted: queries with at least 2 entries.
+    A student feature with a norm below 1e-4 is not scaled up; the zero vector has cosine 0 with all others. Liao et al.
+    2024, section 3.3, feature imitation.
 
     Args:
         student_features: y^S, the interaction feature of each query with each passage of its own list.
@@ -247,14 +247,14 @@ def feature_imitation(
     (features,) = _under(mask[:, :, None], student_features)
     (teacher,) = _under(pair_mask, teacher_gram.to(features.dtype))
     features = functional.normalize(features, dim=2, eps=_SMALLEST_NORM)
-    with torch.autocast(features.device.type, enabled=False):  # a bfloat16 product would leave two digits of a cosine
+    with torch.autocast(features.device.type, enabled=False):  # bfloat16 would keep only two digits of a cosine
         gram = features @ features.mT
     per_query = masked_mean((teacher - gram).square().flatten(1), pair_mask.flatten(1))
     return masked_mean(per_query, mask.sum(dim=1) >= 2).to(student_features.dtype)
 
 
 def _under(mask: Tensor, *values: Tensor) -> list[Tensor]:
-    """The values in one full-precision dtype, 0 outside the mask: before any arithmetic, so that no NaN comes back."""
+    """The values in one full-precision dtype, 0 outside the mask; applied before any arithmetic, so no NaN spreads."""
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     return [torch.where(mask, value.to(dtype), 0.0) for value in values]
 
@@ -263,7 +263,7 @@ def _positives_against_negatives(
     positive_exponents: Tensor, negative_exponents: Tensor, positive_mask: Tensor, negative_mask: Tensor
 ) -> Tensor:
     """Mean over queries and positives of -log(e^p_j / (e^p_j + sum_k e^n_k)) = -log sigmoid(p_j - logsumexp(n))."""
-    # Not -inf: where a query has no negatives, NaN would pass through logsumexp's backward and stop anomaly detection.
+    # Not -inf: for a query without negatives, NaN would pass through logsumexp's backward and trip anomaly detection.
     lowest = torch.finfo(negative_exponents.dtype).min
     against = negative_exponents.masked_fill(~negative_mask, lowest).logsumexp(dim=1, keepdim=True)
     losses = -functional.logsigmoid(positive_exponents - against)

@@ -11,8 +11,8 @@ from d2llm.core.types import Qrels
 MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "MAP": "AP", "Recall@10": "R@10", "Recall@100": "R@100"}
 """Our name -> the name in ir_measures. nDCG takes the grade itself as gain, divided by log2(1 + rank).
 
-MAP is over the ranking that is given: a relevant passage beyond its end adds nothing, so a ranking of the best 100
-gives what trec_eval calls ``map_cut_100``.
+MAP is computed over the given ranking: a relevant passage beyond its end adds nothing, so for a ranking of the best
+100 it is trec_eval's ``map_cut_100``.
 """
 
 
@@ -20,7 +20,7 @@ def per_query_measures(rankings: Mapping[str, Sequence[str]], qrels: Qrels) -> d
     """Measure every query of ``qrels``.
 
     Args:
-        rankings: query_id -> passage ids, best first. A query that is missing or empty counts as 0.
+        rankings: query_id -> passage ids, best first. A missing query or an empty ranking counts as 0.
         qrels: the judgements; a grade above 0 is relevant.
 
     Returns:
@@ -28,7 +28,7 @@ def per_query_measures(rankings: Mapping[str, Sequence[str]], qrels: Qrels) -> d
     """
     by_library_name = {library: name for name, library in MEASURES.items()}
     values = {name: dict.fromkeys(qrels, 0.0) for name in MEASURES}
-    # Scores made from ranks keep our order of ties; trec_eval would break equal scores by descending id.
+    # Scores derived from ranks preserve our order of ties; trec_eval would break ties by descending id.
     run = {
         query_id: {passage_id: -float(rank) for rank, passage_id in enumerate(ranking)}
         for query_id, ranking in rankings.items()

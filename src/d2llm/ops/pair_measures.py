@@ -1,15 +1,15 @@
-"""Measures of judged pairs: is the second text a match (binary), how much (graded), which of three classes (NLI).
+"""Measures for judged pairs: is the second text a match (binary), how good a match (graded), which NLI class.
 
-A threshold t says yes to scores of at least t. It is chosen on the dev split and applied to the test split: chosen on
-the test split it would flatter every system.
+With a threshold t, scores of at least t count as yes. It is chosen on the dev split and applied to the test split:
+chosen on the test split, it would flatter every system.
 
-NLI follows C-MTEB (Xiao et al., "C-Pack", SIGIR 2024), which holds the OCNLI and CMNLI that D2LLM (Liao et al., ACL
-2024) reports; that the paper's figures follow it too is our reading. There the task is pair classification on the
-validation split, entailment (1) against contradiction (0), neutral pairs left out: 947 and 900 of OCNLI's 2,950 pairs,
-8,315 pairs of CMNLI. Reported are accuracy, AP, precision and recall, the last two at the threshold of the best F1. Two
-things differ. mteb chooses its thresholds on the pairs that it then reports, so its accuracy ("max_accuracy") is at
-least ours on the same scores; AP needs no threshold and is the same. And mteb may cut between pairs of equal score,
-which no threshold can do.
+NLI follows C-MTEB (Xiao et al., "C-Pack", SIGIR 2024), which contains the OCNLI and CMNLI that D2LLM (Liao et al., ACL
+2024) reports; we assume that the paper's figures follow it too. There the task is pair classification on the
+validation split, entailment (1) against contradiction (0), without the neutral pairs: 947 and 900 of OCNLI's 2,950
+pairs, 8,315 pairs of CMNLI. It reports accuracy, AP, precision and recall, the last two at the threshold of the best
+F1. Two things differ here. mteb chooses its thresholds on the pairs that it then reports, so its accuracy
+("max_accuracy") is at least ours on the same scores; AP needs no threshold and is the same. And mteb may cut between
+pairs of equal score, which no threshold can do.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from d2llm.core.errors import InputError
 
 Floats = NDArray[np.float64]
 Measurer = Callable[[NDArray[np.intp]], dict[str, float]]
-"""Measures the pairs at some positions, which may repeat: pairs are checked and sorted once for all resamples."""
+"""Measures the pairs at the given positions, which may repeat: pairs are checked and sorted once for all resamples."""
 NLI_CLASSES = ("contradiction", "neutral", "entailment")
-"""In the order of the score: the higher, the more does the first text say the second."""
+"""By ascending score: the higher the score, the more the first text entails the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class NliThresholds:
     """Cuts chosen on a dev split by ``fit_nli``.
 
-    ``contradiction`` and ``f1`` part entailment from contradiction (best accuracy, best F1), ``other`` parts
-    entailment from the two others, ``ordinal`` is the two cuts between the three classes.
+    ``contradiction`` and ``f1`` separate entailment from contradiction (best accuracy, best F1), ``other`` separates
+    entailment from the other two classes, ``ordinal`` holds the two cuts between the three classes.
     """
 
     contradiction: float
@@ -45,10 +45,10 @@ class NliThresholds:
 
 
 def best_threshold(scores: ArrayLike, labels: ArrayLike, *, measure: Literal["accuracy", "f1"] = "accuracy") -> float:
-    """The threshold with the best accuracy or F1: the middle between two neighbouring scores.
+    """The threshold with the best accuracy or F1: the midpoint between two neighbouring scores.
 
-    Of equally good ones the highest. Where it is best to say yes to all pairs it is the lowest score, where no to all,
-    the number above the highest. Exact, O(n log n).
+    Of equally good ones, the highest. If yes for all pairs is best, it is the lowest score; if no for all, the next
+    float above the highest score. Exact, O(n log n).
 
     Args:
         scores: [n].
@@ -61,7 +61,7 @@ def best_threshold(scores: ArrayLike, labels: ArrayLike, *, measure: Literal["ac
     values, truth = _both_labels(scores, labels)
     order, taken, thresholds = _cuts(values)
     hits = np.concatenate([[0], np.cumsum(truth[order])])[taken]
-    # Right answers are hits + (negatives - (taken - hits)); what is the same for every cut is left out.
+    # Right answers are hits + (negatives - (taken - hits)); terms that are constant over the cuts are left out.
     quality = 2 * hits / (taken + truth.sum()) if measure == "f1" else 2 * hits - taken
     return float(thresholds[np.argmax(quality)])
 
@@ -73,25 +73,25 @@ def accuracy_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float
 
 
 def precision_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Share of matches among the pairs with score >= threshold; 0 where there are none."""
+    """Share of matches among the pairs with score >= threshold; 0 if there are no such pairs."""
     values, truth = _checked(scores, labels)
     return _precision(values >= threshold, truth)
 
 
 def recall_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Share of the matches that have score >= threshold; 0 where there are no matches."""
+    """Share of the matches that have score >= threshold; 0 if there are no matches."""
     values, truth = _checked(scores, labels)
     return _recall(values >= threshold, truth)
 
 
 def f1_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Harmonic mean of precision and recall at the threshold; 0 where no match has been found."""
+    """Harmonic mean of precision and recall at the threshold; 0 if no match reaches it."""
     values, truth = _checked(scores, labels)
     return _f1(values >= threshold, truth)
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Mean over the matches of the precision at their score; pairs of equal score come in together.
+    """Mean over the matches of the precision at their score; pairs of equal score are counted together.
 
     AP = sum_n (R_n - R_(n-1)) P_n over the distinct scores from the highest down, without interpolation.
 
@@ -103,7 +103,7 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Chance that a match scores higher than another pair, equal scores counting one half.
+    """Probability that a match scores higher than a non-match; equal scores count one half.
 
     Raises:
         InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
@@ -113,19 +113,19 @@ def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def pearson(first: ArrayLike, second: ArrayLike) -> float:
-    """Linear correlation of two scorings [n] of the same items; 0 where one of them is constant.
+    """Linear correlation of two scorings [n] of the same items; 0 if one of them is constant.
 
     Raises:
-        InputError: a number is not finite, the lengths differ, or there is none.
+        InputError: a number is not finite, the lengths differ, or there are no items.
     """
     return _pearson(*_paired(first, second))
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Correlation of the ranks of two scorings [n], equal numbers sharing their mean rank; 0 where one is constant.
+    """Correlation of the ranks of two scorings [n], ties sharing their mean rank; 0 if one of them is constant.
 
     Raises:
-        InputError: a number is not finite, the lengths differ, or there is none.
+        InputError: a number is not finite, the lengths differ, or there are no items.
     """
     left, right = _paired(first, second)
     return _pearson(_ranks(left), _ranks(right))
@@ -150,11 +150,11 @@ def binary_measures(
 
 
 def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[float, float] | None) -> Measurer:
-    """``binary_measures`` of resamples; without the thresholds for accuracy and F1, "AP" and "AUC" alone.
+    """``binary_measures`` for resamples; if ``thresholds`` (for accuracy and F1) is None, only "AP" and "AUC".
 
     Raises:
-        InputError: a score is not finite, the lengths differ, or there is no pair; the measurer: there is no pair of
-            one of the labels.
+        InputError: a score is not finite, the lengths differ, or there are no pairs; the measurer raises it if there
+            is no pair of one of the labels.
     """
     values, truth = _checked(scores, labels)
     pairs = _Sorted.of(values, truth)
@@ -173,17 +173,17 @@ def graded_measures(scores: ArrayLike, gold: ArrayLike) -> dict[str, float]:
     """Measures "Pearson" and "Spearman" of scores [n] with graded judgements [n].
 
     Raises:
-        InputError: a number is not finite, the lengths differ, there is none, or all judgements are the same.
+        InputError: a number is not finite, the lengths differ, there are no pairs, or all judgements are the same.
     """
     return graded_measurer(scores, gold)(np.arange(len(np.asarray(scores))))
 
 
 def graded_measurer(scores: ArrayLike, gold: ArrayLike) -> Measurer:
-    """``graded_measures`` of resamples.
+    """``graded_measures`` for resamples.
 
     Raises:
-        InputError: a number is not finite, the lengths differ, or there is none; the measurer: all judgements are the
-            same.
+        InputError: a number is not finite, the lengths differ, or there are no pairs; the measurer raises it if all
+            judgements are the same.
     """
     values, grades = _paired(scores, gold)
 
@@ -199,10 +199,10 @@ def graded_measurer(scores: ArrayLike, gold: ArrayLike) -> Measurer:
 def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, float]:
     """The two cuts of one score axis with the best accuracy on three ordered classes.
 
-    Class 0 below the first cut, 2 from the second on, 1 between; the cuts may fall together, which leaves class 1 out.
-    Of equally good ones the highest first cut, then the highest second. Exact, O(n log n): with the pairs from the
-    highest score down, i of them called 2 and j >= i called at least 1, the right answers are (twos - ones)[i] +
-    (ones - zeros)[j] + a constant, so that the best i for every j is a running maximum.
+    Class 0 below the first cut, 2 from the second on, 1 between; the cuts may coincide, which leaves class 1 empty.
+    Of equally good cuts, the highest first cut, then the highest second. Exact, O(n log n): with the pairs sorted from
+    the highest score down, the first i called 2 and the first j >= i called at least 1, the number of right answers is
+    (twos - ones)[i] + (ones - zeros)[j] + a constant, so the best i for every j is a running maximum.
 
     Args:
         scores: [n].
@@ -228,13 +228,13 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
 
 
 def ordinal_accuracy(scores: ArrayLike, classes: ArrayLike, thresholds: tuple[float, float]) -> float:
-    """Share of the pairs [n] that the two cuts of ``ordinal_thresholds`` put into their class 0, 1 or 2."""
+    """Share of the pairs [n] that the two cuts of ``ordinal_thresholds`` assign to their true class 0, 1 or 2."""
     values, truth = _paired(scores, classes)
     return float(np.mean(ordinal_answers(values, thresholds) == truth))
 
 
 def ordinal_answers(values: Floats, thresholds: tuple[float, float]) -> NDArray[np.int_]:
-    """The class 0, 1 or 2 into which the two cuts put each of some scores [n]."""
+    """The class 0, 1 or 2 that the two cuts assign to each score [n]."""
     lower, upper = thresholds
     return (values >= lower).astype(int) + (values >= upper)
 
@@ -263,7 +263,7 @@ def fit_nli(scores: ArrayLike, classes: Sequence[str]) -> NliThresholds:
 
 
 def nli_measures(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliThresholds) -> dict[str, float]:
-    """Natural language inference by one score; see the head of this file for the protocol.
+    """Natural language inference from a single score; the module docstring describes the protocol.
 
     Args:
         scores: [n].
@@ -272,7 +272,7 @@ def nli_measures(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
 
     Returns:
         "accuracy (entailment/contradiction)", "AP", "precision" and "recall" without the neutral pairs; "accuracy
-        (entailment/other)" and "accuracy (3 classes)" of all.
+        (entailment/other)" and "accuracy (3 classes)" over all pairs.
 
     Raises:
         InputError: a score is not finite, the lengths differ, a class is unknown, or there is no entailment or no
@@ -282,11 +282,11 @@ def nli_measures(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
 
 
 def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliThresholds) -> Measurer:
-    """``nli_measures`` of resamples.
+    """``nli_measures`` for resamples.
 
     Raises:
-        InputError: a score is not finite, the lengths differ, or a class is unknown; the measurer: there is no
-            entailment or no contradiction.
+        InputError: a score is not finite, the lengths differ, or a class is unknown; the measurer raises it if there
+            is no entailment or no contradiction.
     """
     values, numbers = _paired(scores, _nli_numbers(classes))
     decided, truth = numbers != 1, numbers == 2
@@ -369,9 +369,8 @@ def _f1(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
 
 
 def _pearson(left: Floats, right: Floats) -> float:
-    if (
-        left.min() == left.max() or right.min() == right.max()
-    ):  # the deviations from a rounded mean need not be exactly 0
+    # Checked explicitly: deviations from a rounded mean need not be exactly 0.
+    if left.min() == left.max() or right.min() == right.max():
         return 0.0
     left, right = _unit(left), _unit(right)
     return float(np.clip(left @ right, -1.0, 1.0))
@@ -379,7 +378,7 @@ def _pearson(left: Floats, right: Floats) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Sorted:
-    """Pairs with the place of each among the distinct scores, the highest first, so that no resample is sorted."""
+    """Pairs with the rank of each among the distinct scores, the highest first, so that resamples need no sorting."""
 
     place: NDArray[np.intp]
     num_places: int
@@ -391,7 +390,7 @@ class _Sorted:
         return cls(place, len(distinct), truth)
 
     def cuts(self, rows: NDArray[np.intp]) -> _Cuts:
-        """Where the pairs at some positions can be cut.
+        """The possible cuts of the pairs at the given positions.
 
         Raises:
             InputError: there is no pair of one of the labels.
@@ -413,7 +412,7 @@ class _Cuts:
 
     pairs: NDArray[np.intp]
     matches: NDArray[np.intp]
-    hits: NDArray[np.intp] = field(init=False)  # matches of at least this score
+    hits: NDArray[np.intp] = field(init=False)  # matches with at least this score
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hits", np.cumsum(self.matches))
@@ -432,20 +431,20 @@ class _Cuts:
 
 
 def _cuts(values: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
-    """Where scores can be cut, from the top down: order [n], and per cut how many lie above it and its threshold."""
+    """Possible cuts from the top down: sort order [n], and per cut the number of scores above it and its threshold."""
     order = np.argsort(-values, kind="stable")
     ordered = values[order]
     inner = np.flatnonzero(ordered[1:] < ordered[:-1]) + 1
     upper, lower = ordered[inner - 1], ordered[inner]
     middle = upper / 2 + lower / 2
-    # Between two neighbouring floats there is no middle.
+    # There is no midpoint between two adjacent floats.
     thresholds = np.where((middle > lower) & (middle <= upper), middle, upper)
     taken = np.concatenate([[0], inner, [len(values)]])
     return order, taken, np.concatenate([[np.nextafter(ordered[0], np.inf)], thresholds, ordered[-1:]])
 
 
 def _ranks(values: Floats) -> Floats:
-    """[n] ranks from 1, ascending, equal numbers sharing their mean rank."""
+    """[n] ranks from 1, ascending; ties share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
@@ -453,6 +452,6 @@ def _ranks(values: Floats) -> Floats:
 
 def _unit(values: Floats) -> Floats:
     """Deviations from the mean, of length one."""
-    scaled = values / np.abs(values).max()  # keeps squares of very large or small numbers in range
+    scaled = values / np.abs(values).max()  # keeps the squares of very large or small numbers in range
     centred = scaled - scaled.mean()
     return centred / np.linalg.norm(centred)

@@ -31,7 +31,7 @@ def last_positions(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
 def pool(
     states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"], name: PoolingName
 ) -> Float[Tensor, "batch dim"]:
-    """The pooling a pretrained model was made with: mean of the tokens, the last token, or the first.
+    """The pooling that a pretrained model was trained with: mean of the tokens, the last token, or the first.
 
     Args:
         states: token states, right-padded.
@@ -41,7 +41,7 @@ def pool(
     if name == "first":
         return states[:, 0]
     if name == "last":
-        rows = torch.arange(states.shape[0], device=states.device)  # not len: a traced graph would keep the number
+        rows = torch.arange(states.shape[0], device=states.device)  # not len: a traced graph would freeze the number
         return states[rows, last_positions(mask)]
-    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: what stands in the padding may be no number
+    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: padding may hold NaN
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)

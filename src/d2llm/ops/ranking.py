@@ -1,6 +1,6 @@
-"""From scores to rankings: the best k, one ranking out of several, how far two agree.
+"""From scores to rankings: selecting the best k, fusing rankings, and measuring how far two agree.
 
-Best first, equal scores by ascending id.
+Rankings are best first, equal scores by ascending id.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _Item = TypeVar("_Item", bound=Hashable)
 def top_k(
     scores: Shaped[np.ndarray, " items"] | Shaped[Tensor, " items"], ids: Sequence[str], k: int
 ) -> list[tuple[str, float]]:
-    """The ``k`` best (id, score), best first, equal scores by ascending id; all of them when there are fewer.
+    """The ``k`` best (id, score), best first, equal scores by ascending id; all of them if there are fewer.
 
-    ``top_rows`` with ids and scores as the result, for tensors as well, and with its arguments checked.
+    Like ``top_rows``, but returns ids and scores, accepts tensors, and checks its arguments.
 
     Args:
         scores: one number per item; infinities are allowed.
@@ -72,11 +72,11 @@ def reciprocal_rank_scores(
     Args:
         rankings: passage ids or rows, best first; they may have different lengths and members.
         k: how much the first places are levelled, at least 0.
-        weights: of the rankings, at least 0; 1 each by default, as in the paper.
+        weights: weights of the rankings, at least 0; 1 each by default, as in the paper.
 
     Raises:
-        InputError: k or a weight is negative, there are not as many weights as rankings, or a ranking holds an item
-            twice.
+        InputError: k or a weight is negative, there are not as many weights as rankings, or a ranking contains an
+            item twice.
     """
     if k < 0:
         raise InputError(f"k is {k}, but 1 / (k + rank) needs 0 or more")
@@ -91,7 +91,7 @@ def reciprocal_rank_scores(
                 raise InputError(f"ranking {number} holds '{item}' twice (again at rank {rank}); keep one")
             seen.add(item)
             shares[item].append(weight / (k + rank))
-    # fsum rounds once, so equal sets of ranks give equal scores whatever ranking they come from.
+    # fsum rounds once, so equal sets of ranks give equal scores, whichever rankings they come from.
     return {item: math.fsum(share) for item, share in shares.items()}
 
 
@@ -107,7 +107,7 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
         second: numbers of the same items, in the same order.
 
     Returns:
-        tau_b; 0 where a scoring ties every pair and so has no order to agree with.
+        tau_b; 0 if a scoring ties every pair, because it then has no order to compare.
 
     Raises:
         InputError: the lengths differ or a number is NaN.
@@ -116,9 +116,9 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
         raise InputError(f"{len(first)} numbers cannot be compared with {len(second)}: give one of each per item")
     scores = np.array([first, second], dtype=np.float64)
     if np.isnan(scores).any():
-        raise InputError("a score is NaN and has no place in an order; check the model that gave it")
+        raise InputError("a score is NaN and cannot be ordered; check the model that gave it")
     before, after = np.triu_indices(len(first), 1)
-    # Compared, not subtracted: the difference of two infinities is no number.
+    # Compared, not subtracted: the difference of two infinities is NaN.
     left, right = scores[:, before], scores[:, after]
     signs = (left > right).astype(np.int64) - (left < right)
     agreement = int(np.sum(signs[0] * signs[1]))

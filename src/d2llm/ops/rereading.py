@@ -1,10 +1,10 @@
-"""Which results a teacher should read again: how far the student's score can be believed, and where reading pays.
+"""Which results a teacher should reread: how reliable the student's score is, and where rereading pays off.
 
-The teacher's log-odds of a passage are taken as  slope * score + intercept + query's offset + passage's error,  both
-errors normal. The offset moves all passages of a query alike; only the passages' own errors change their order.
+The teacher's log-odds of a passage are modelled as  slope * score + intercept + query offset + passage error,  offset
+and error both normal. The offset shifts all passages of a query alike; only the passage errors change their order.
 
 Sources: analysis of covariance with random groups, Searle et al., "Variance Components", 1992, chapters 3 (the
-moments) and 7 (the offset of a group of which some are known); ``reading_gains`` has its own.
+moments) and 7 (the offset of a group with some known members); ``reading_gains`` names its own source.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from d2llm.core.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class StudentError:
-    """What a student's score says of its teacher's log-odds.
+    """How a student's score predicts its teacher's log-odds, and with what error.
 
     Attributes:
-        slope: log-odds for a unit of the student's score, above 0.
-        intercept: log-odds of score 0, of the mean query.
-        sigma: standard deviation of a passage's own error, in log-odds. Two passages' difference has sqrt(2) of it.
+        slope: log-odds per unit of the student's score, above 0.
+        intercept: log-odds at score 0 for the mean query.
+        sigma: standard deviation of the passage error, in log-odds. The difference of two passages has sqrt(2) times
+            this.
         query_sigma: standard deviation of the offset that a query's passages share.
-        num_pairs: how many pairs it was fitted to.
+        num_pairs: number of pairs it was fitted to.
     """
 
     slope: float
@@ -45,33 +46,33 @@ class StudentError:
             )
 
     def log_odds(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """The teacher's log-odds to be expected from the student's scores, of the mean query."""
+        """The teacher's log-odds expected from the student's scores, for the mean query."""
         return self.slope * np.asarray(scores, np.float64) + self.intercept
 
 
 def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[str]) -> StudentError:
-    """Fit the student's error: least squares within queries, and the variance that is left within and between them.
+    """Fit the student's error: least squares within queries, and the residual variance within and between them.
 
     Args:
-        scores: [pairs] the student's.
-        log_odds: [pairs] the teacher's of the same pairs.
-        queries: [pairs] each pair's query.
+        scores: [pairs] the student's scores.
+        log_odds: [pairs] the teacher's log-odds of the same pairs.
+        queries: [pairs] the query of each pair.
 
     Raises:
         InputError: lengths that differ, values that are not finite, fewer than two more pairs than queries, or scores
-            that do not go up with the log-odds within queries.
+            that do not rise with the log-odds within queries.
     """
     student, teacher = np.asarray(scores, np.float64), np.asarray(log_odds, np.float64)
     if student.ndim != 1 or not student.shape == teacher.shape == (len(queries),):
         raise InputError(f"{student.shape} scores, {teacher.shape} log-odds, {len(queries)} queries: give as many each")
     if not (np.isfinite(student).all() and np.isfinite(teacher).all()):
-        raise InputError("a score or log-odds is no finite number; check the student and the teacher")
+        raise InputError("a score or log-odds is not a finite number; check the student and the teacher")
     place_of = {query: place for place, query in enumerate(dict.fromkeys(queries))}
     group, num_queries = np.array([place_of[query] for query in queries], np.int64), len(place_of)
     freedom = len(student) - num_queries - 1
     if freedom < 1:
         raise InputError(
-            f"{len(student)} pairs of {num_queries} queries are too few to tell an error; give several of each"
+            f"{len(student)} pairs of {num_queries} queries are too few to estimate an error; give several per query"
         )
     counts = np.bincount(group)
     student_means, teacher_means = (np.bincount(group, values) / counts for values in (student, teacher))
@@ -92,16 +93,16 @@ def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[st
 def on_one_scale(
     scores: ArrayLike, read: NDArray[np.int64], log_odds: NDArray[np.float64], error: StudentError
 ) -> NDArray[np.float64]:
-    """The teacher's log-odds [n] of all passages of a query: what it said, else the mean of what it may say.
+    """The teacher's log-odds [n] of all passages of a query: its own where it has read them, else the expected ones.
 
-    The passages read also show the query's offset: it is their mean residual, shrunk by
+    The read passages also give an estimate of the query's offset: their mean residual, shrunk by
     n query_sigma^2 / (n query_sigma^2 + sigma^2).
 
     Args:
-        scores: [n] the student's.
-        read: [m] places of the passages that the teacher read.
-        log_odds: [m] what it said of them.
-        error: of the student.
+        scores: [n] the student's scores.
+        read: [m] positions of the passages that the teacher has read.
+        log_odds: [m] the teacher's log-odds of them.
+        error: the student's error.
     """
     expected = error.log_odds(scores)
     if len(read):
@@ -113,9 +114,9 @@ def on_one_scale(
 
 
 def expected_log_odds(log_odds: NDArray[np.float64], unread: NDArray[np.bool_], sigma: float) -> NDArray[np.float64]:
-    """Log-odds [n] of the probability to be expected: logit E[sigmoid(x)], x normal about ``log_odds`` if unread.
+    """Log-odds [n] of the expected probability: logit E[sigmoid(x)], with x normal around ``log_odds`` if unread.
 
-    A ranking by them has the highest expected DCG. Where the teacher has read they are its own.
+    Ranking by them maximises the expected DCG. For passages that the teacher has read they are its own log-odds.
     """
     possible = log_odds[:, None] + sigma * _NODES
     yes, no = (np.logaddexp.reduce(np.log(_WEIGHTS) - np.logaddexp(0, sign * possible), axis=1) for sign in (-1, 1))
@@ -125,18 +126,18 @@ def expected_log_odds(log_odds: NDArray[np.float64], unread: NDArray[np.bool_], 
 def reading_gains(
     log_odds: NDArray[np.float64], unread: NDArray[np.bool_], sigma: float, top_k: int
 ) -> NDArray[np.float64]:
-    """By how much the DCG of the first k can be expected to rise when the teacher reads a passage, for each [n].
+    """Expected increase of the DCG of the first k if the teacher reads a passage, for each passage [n].
 
-    The gain of a passage is its probability; a ranking goes by the expected one. Reading a passage replaces it by what
-    the teacher says, and the passage moves to where that belongs: the mean over what it may say, less the DCG before.
-    It is the greater the more likely the passage then stands on another side of its neighbours, and the more their
-    places count. 0 for what is read already.
+    A passage's gain in the DCG is its probability, and the ranking is by expected probability. Reading a passage
+    replaces its expected probability by the teacher's and moves the passage to the matching place; the result is the
+    mean DCG over the teacher's possible answers, minus the DCG before. It is larger the more likely the passage is to
+    swap places with its neighbours and the more those places count. 0 for passages already read.
 
     Args:
-        log_odds: [n] as ``on_one_scale`` gives them.
-        unread: [n] which of them are the student's.
-        sigma: standard deviation of an unread passage's own error.
-        top_k: how many places count, by 1 / log2(1 + rank).
+        log_odds: [n] as returned by ``on_one_scale``.
+        unread: [n] true for passages that the teacher has not read.
+        sigma: standard deviation of an unread passage's error.
+        top_k: how many places count, with weight 1 / log2(1 + rank).
 
     Source: the knowledge gradient, Frazier et al., "A knowledge-gradient policy for sequential information collection",
     SIAM Journal on Control and Optimization 47, 2008.
@@ -148,15 +149,15 @@ def reading_gains(
     outcomes[np.arange(len(places)), :, places] = _sigmoid(log_odds[places, None] + sigma * _NODES)
     gains = np.zeros(len(log_odds))
     gains[places] = (_best(outcomes, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
-    return np.maximum(gains, 0.0)  # they are never below, but for rounding
+    return np.maximum(gains, 0.0)  # negative only through rounding
 
 
 _NODES, _GAUSS = np.polynomial.hermite_e.hermegauss(12)
-_WEIGHTS = _GAUSS / _GAUSS.sum()  # with the nodes: the mean over a normal distribution
+_WEIGHTS = _GAUSS / _GAUSS.sum()  # with the nodes: quadrature over a normal distribution
 
 
 def _best(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """The highest of the last axis, in falling order."""
+    """The ``count`` highest values along the last axis, in descending order."""
     return -np.sort(-values, axis=-1)[..., :count]
 
 

@@ -1,7 +1,7 @@
-"""The reference of what the interaction emulation module (IEM) computes, in plain float operations.
+"""Reference implementation of the interaction emulation module (IEM) in plain float operations.
 
 Every faster path (split first layer, bfloat16, blocks) is tested against these functions.
-Source: Liao et al., "D2LLM", ACL 2024, section 3.2; anchored head and rich features are d2llm's own.
+Source: Liao et al., "D2LLM", ACL 2024, section 3.2; the anchored head and the rich features are additions of d2llm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Linear(NamedTuple):
 def pair_features(
     query: Float[Tensor, "*pairs dim"], passage: Float[Tensor, "*pairs dim"], name: FeatureName
 ) -> Float[Tensor, "*pairs features"]:
-    """What the first layer sees of a pair: [a; b] (the paper's), with a * b, with |a - b|, or with both (rich)."""
+    """Input of the first layer for a pair: [a; b] (as in the paper), plus a * b, |a - b|, or both (rich)."""
     parts = [query, passage]
     if name in ("product", "rich"):
         parts.append(query * passage)
@@ -51,7 +51,7 @@ def anchor_logit(
     passage_map: Float[Tensor, "dim dim"],
     scale: float | Tensor,
 ) -> Float[Tensor, "*pairs"]:
-    """The anchor t <U a, V b> / dim: with U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
+    """The anchor t <U a, V b> / dim; for U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
     inner = ((query @ query_map.T) * (passage @ passage_map.T)).sum(dim=-1)
     return scale * inner / query.shape[-1]
 
@@ -61,6 +61,6 @@ def anchored_logit(
 ) -> Float[Tensor, "*pairs"]:
     """The score z = anchor + B tanh(g).
 
-    The interaction changes the anchor by at most B, so a candidate list can be certified.
+    The interaction shifts the anchor by at most B, so a candidate list can be certified.
     """
     return anchor + bound * torch.tanh(interaction)

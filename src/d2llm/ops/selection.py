@@ -1,4 +1,4 @@
-"""Picking the best of many scores, always in the same order. Needs no torch, so that BM25 and mining start quickly."""
+"""Deterministic selection of the best scores. Does not import torch, so that BM25 and mining start quickly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def top_rows(
     """Rows of the ``top_k`` highest scores, best first; equal scores in the order of their ids.
 
     The result is a prefix of the result for any larger ``top_k``. Cost O(n) for the selection plus O(k log k) for the
-    order (ties at the border: O(ties log k)), so n may be a whole corpus.
+    sort (ties at the border: O(ties log k)), so n may be a whole corpus.
 
     Args:
         scores: [n], no NaN; infinities are allowed.
-        top_k: how many, at least 0; all rows when it is at least n.
-        ids_of: the ids of some rows; asked at most once, for those whose score is not unique among the best. None where
-            any order of equal scores will do: that of their rows.
+        top_k: how many, at least 0; all rows if it is at least n.
+        ids_of: returns the ids of some rows; called at most once, for those whose score is not unique among the best.
+            None leaves equal scores in row order.
 
     Returns:
         [min(top_k, n)] row numbers.
@@ -30,7 +30,7 @@ def top_rows(
     top_k = min(top_k, len(scores))
     if top_k == 0:
         return np.zeros(0, np.int64)
-    border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]  # the lowest score that is still chosen
+    border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]  # the lowest selected score
     rows = np.flatnonzero(scores >= border).astype(np.int64)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     ordered = scores[rows]
@@ -38,7 +38,7 @@ def top_rows(
     tied = np.flatnonzero(follows[1:] | follows[:-1])
     if ids_of is not None and len(tied):
         ids, levels = ids_of(rows[tied]), (-ordered[tied]).tolist()
-        # Of those level with the border, which may be the whole corpus, only the smallest ids still fit.
+        # Of the rows tied at the border, which may be the whole corpus, only those with the smallest ids still fit.
         num_fitting = int(np.searchsorted(tied, top_k))
         by_id = heapq.nsmallest(num_fitting, range(len(tied)), key=lambda place: (levels[place], ids[place]))
         rows[tied[:num_fitting]] = rows[tied[by_id]]
@@ -46,12 +46,12 @@ def top_rows(
 
 
 def ids_at(ids: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
-    """The ids of some rows, of ids held in the rows' order; ``partial(ids_at, ids)`` is what ``top_rows`` asks for."""
+    """The ids of some rows, from ids in row order; pass ``partial(ids_at, ids)`` to ``top_rows`` as ``ids_of``."""
     places: list[int] = rows.tolist()
     return [ids[row] for row in places]
 
 
 def ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers from each start on, as many as its size, one range after the other."""
+    """The concatenation of the ranges [start, start + size)."""
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))

@@ -1,6 +1,6 @@
-"""Is the difference between two systems more than chance, and how far can chance move a value?
+"""Significance tests and confidence intervals: is a difference more than chance, and how precise is a value?
 
-Every function draws from a generator of its own: the same seed gives the same resamples.
+Every function creates its own random generator: the same seed gives the same resamples.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_BLOCK = 1_000  # permutations drawn at once: bounds the memory at 1,000 x n signs
-_BLOCK_NUMBERS = 2_000_000  # indices drawn at once by the bootstrap: bounds the memory at 32 MB whatever n is
+_BLOCK = 1_000  # permutations drawn at once: limits the memory to 1,000 x n signs
+_BLOCK_NUMBERS = 2_000_000  # indices drawn at once by the bootstrap: limits the memory to 32 MB for any n
 
 Indices = NDArray[np.intp]
 Statistic = Callable[[Indices], float]
-"""What is measured, of the items at [n] positions; a position occurs as often as it was drawn."""
+"""Computes a measure of the items at [n] positions; a position occurs as often as it was drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,15 @@ def paired_randomisation(
 ) -> float:
     """Two-sided p-value of the paired randomisation (sign-flip) test on the mean difference.
 
-    Under the hypothesis that the systems are alike, each query's two values could as well be exchanged, which flips the
-    sign of their difference. p = (1 + #{permutations with |mean| >= |observed mean|}) / (1 + num_permutations).
+    Under the null hypothesis that the systems are alike, each query's two values are exchangeable, and exchanging them
+    flips the sign of their difference. p = (1 + #{permutations with |mean| >= |observed mean|}) /
+    (1 + num_permutations).
 
     Args:
         first: [n] values of one system, one per query.
         second: [n] values of the other, same queries in the same order.
-        num_permutations: random sign vectors drawn; the smallest possible p is 1 / (1 + this).
-        seed: of the random generator.
+        num_permutations: random sign vectors drawn; the smallest possible p is 1 / (1 + num_permutations).
+        seed: seed of the random generator.
 
     Raises:
         ValueError: the lengths differ or are zero.
@@ -50,9 +51,9 @@ def paired_randomisation(
     differences: NDArray[np.float64] = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     if len(np.asarray(first)) != len(np.asarray(second)) or len(differences) == 0:
         raise ValueError("the test needs the same queries, at least one, for both systems")
-    differences = differences[differences != 0]  # a zero keeps its value under a flip
+    differences = differences[differences != 0]  # flipping the sign of a zero changes nothing
     observed = abs(differences.sum())
-    # Sums of the same numbers in another order differ in the last digits; these must count as ties.
+    # Sums of the same numbers in a different order differ in the last digits; they must count as ties.
     reached = observed - 1e-12 * max(1.0, float(np.abs(differences).sum()))
     generator = np.random.default_rng(seed)
     extreme = 0
@@ -64,7 +65,7 @@ def paired_randomisation(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests, raised so that any of them below 0.05 means: less than 5 % chance that one is wrong.
+    """Holm's correction: rejecting all tests with an adjusted p < 0.05 has at most a 5 % chance of any false rejection.
 
     The i-th smallest of m becomes the largest of (m - j + 1) * p_j over j <= i, at most 1.
 
@@ -98,7 +99,7 @@ def bootstrap_interval(
         values: [n] one per query.
         confidence: share of the resampled means inside the interval, in (0, 1).
         num_resamples: how often n queries are drawn with replacement.
-        seed: of the random generator.
+        seed: seed of the random generator.
 
     Raises:
         ValueError: no values, or a number out of range.
@@ -113,14 +114,14 @@ def bootstrap_interval(
 def paired_bootstrap_interval(
     first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 2_000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of the mean of ``first - second``; queries are drawn with both their values.
+    """Percentile bootstrap interval of the mean of ``first - second``; both values of a query are drawn together.
 
     Args:
         first: [n] values of one system, one per query.
         second: [n] values of the other, same queries in the same order.
-        confidence: see ``bootstrap_interval``, as the others.
-        num_resamples: as there.
-        seed: as there.
+        confidence: as for ``bootstrap_interval``.
+        num_resamples: as for ``bootstrap_interval``.
+        seed: as for ``bootstrap_interval``.
 
     Raises:
         ValueError: the lengths differ or are zero, or a number is out of range.
@@ -134,18 +135,18 @@ def paired_bootstrap_interval(
 def bootstrap_statistic(
     statistic: Statistic, size: int, *, confidence: float = 0.95, num_resamples: int = 1_000, seed: int = 0
 ) -> tuple[Interval, NDArray[np.float64]]:
-    """Percentile bootstrap of a measure that is no mean over items: average precision, F1, a correlation.
+    """Percentile bootstrap of a measure that is not a mean over items: average precision, F1, a correlation.
 
     Args:
-        statistic: measures the items at the given positions. NaN, where a resample cannot be measured (no positive
-            drawn), leaves that resample out.
+        statistic: measures the items at the given positions. It returns NaN if a resample cannot be measured (no
+            positive drawn); such resamples are left out.
         size: number of items.
         confidence: share of the resampled values inside the interval, in (0, 1).
         num_resamples: how often ``size`` items are drawn with replacement.
-        seed: of the random generator.
+        seed: seed of the random generator.
 
     Returns:
-        The interval, and [num_resamples] the values it is made of (NaN among them).
+        The interval, and the [num_resamples] values it was computed from (including NaN).
 
     Raises:
         ValueError: no items, a number out of range, or every resample is NaN.
@@ -160,17 +161,17 @@ def bootstrap_statistic(
 def paired_bootstrap_test(
     first: Statistic, second: Statistic, size: int, *, num_resamples: int = 1_000, seed: int = 0
 ) -> float:
-    """Two-sided p-value for the difference of two measures that are no means, on the same resampled items.
+    """Two-sided p-value for the difference of two measures that are not means, on the same resampled items.
 
-    p = 2 * (1 + #{resamples whose difference is 0 or has the other sign}) / (1 + num_resamples), at most 1, where the
-    rarer sign is "the other". Resamples that cannot be measured (NaN) are left out of both counts.
+    p = 2 * (1 + #{resamples whose difference is 0 or has the rarer sign}) / (1 + num_resamples), at most 1. Resamples
+    that cannot be measured (NaN) are left out of both counts.
 
     Args:
         first: measures one system on the items at the given positions.
         second: the other system on the same items.
         size: number of items.
-        num_resamples: how often ``size`` items are drawn with replacement; the smallest p is 2 / (1 + this).
-        seed: of the random generator.
+        num_resamples: how often ``size`` items are drawn with replacement; the smallest p is 2 / (1 + num_resamples).
+        seed: seed of the random generator.
 
     Raises:
         ValueError: no items, num_resamples below 1, or every resample is NaN.
@@ -183,16 +184,16 @@ def paired_bootstrap_test(
 
 
 def resampled_p_value(differences: ArrayLike) -> float:
-    """``paired_bootstrap_test`` where the differences [num_resamples] on the same resamples are at hand.
+    """``paired_bootstrap_test`` from differences [num_resamples] that were already computed on the same resamples.
 
     Raises:
-        ValueError: every one is NaN.
+        ValueError: every difference is NaN.
     """
     differences = np.asarray(differences, np.float64)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
         raise ValueError("not one of the resamples could be measured")
-    # Two orders of the same sums differ in the last digits; such differences count as none.
+    # Sums of the same numbers in a different order differ in the last digits; such differences count as 0.
     above, below = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
     other_side = len(differences) - max(above, below)
     return min(1.0, 2 * (1 + other_side) / (1 + len(differences)))

@@ -1,7 +1,7 @@
-"""One calibrated log-odds out of the scores of several teachers: logistic regression, no weight below 0.
+"""Calibrated log-odds from the scores of several teachers: logistic regression with non-negative weights.
 
-Each teacher's score is standardised, an L2-regularised regression finds how much each counts, and a temperature with a
-bias then undoes the shrinking, so that the result is calibrated. With one teacher that is plain calibration.
+Each teacher's score is standardised, an L2-regularised regression finds the weights, and a temperature and a bias then
+undo the shrinkage, so that the result is calibrated. With one teacher this is plain calibration.
 
 Sources: Wolpert, "Stacked generalization", Neural Networks 5, 1992; Breiman, "Stacked regressions", Machine Learning
 24, 1996 (why not negative); Platt, "Probabilistic outputs for support vector machines", 1999; Guo et al., "On
@@ -27,7 +27,7 @@ _MAX_STEPS, _SMALL_GRADIENT = 200, 1e-9
 class Stack:
     """log-odds = bias + sum over m of weights[m] * (score[m] - means[m]) / scales[m].
 
-    ``temperature`` is what weights and bias were divided by after the regression; it is in them already.
+    ``temperature`` is the number that weights and bias were divided by after the regression; it is already applied.
     """
 
     means: tuple[float, ...]
@@ -42,7 +42,7 @@ class Stack:
         return values @ np.array(self.weights) + self.bias
 
     def only(self, members: Sequence[int]) -> Stack:
-        """The stack of some of its members; the same function where the others have weight 0."""
+        """The stack of some of its members; the same function if the other members have weight 0."""
         chosen = ([values[m] for m in members] for values in (self.means, self.scales, self.weights))
         means, scales, weights = map(tuple, chosen)
         return Stack(means, scales, weights, self.bias, self.temperature)
@@ -51,12 +51,12 @@ class Stack:
 def fit_logistic(
     scores: ArrayLike, targets: ArrayLike, *, l2: float = 0.0
 ) -> tuple[Float64[np.ndarray, " members"], float]:
-    """Weights w >= 0 and bias b of least  mean_i [log(1 + exp(f_i)) - t_i f_i] + l2 / 2 |w|^2,  f = scores w + b.
+    """Weights w >= 0 and bias b that minimise  mean_i [log(1 + exp(f_i)) - t_i f_i] + l2 / 2 |w|^2,  f = scores w + b.
 
     Args:
-        scores: [pairs, members], of like size in every column.
+        scores: [pairs, members], with columns of similar scale.
         targets: [pairs] in [0, 1].
-        l2: at least 0; the bias is free.
+        l2: at least 0; the bias is not regularised.
 
     Returns:
         Weights [members] and bias.
@@ -83,7 +83,7 @@ def fit_logistic(
         if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:
             break
         curvature = (design.T * (probabilities * (1 - probabilities))) @ design / num_pairs + np.diag(shrinking)
-        # Columns that repeat each other, or do not vary, make it singular: any of their best points will do.
+        # Duplicate or constant columns make it singular: any of the best points will do.
         step = np.zeros_like(parameters)
         step[free] = -np.linalg.solve(curvature[np.ix_(free, free)] + 1e-10 * np.eye(int(free.sum())), gradient[free])
         reached = _search(loss, parameters, gradient, step, lowest)
@@ -96,19 +96,19 @@ def fit_logistic(
 def fit_stack(scores: ArrayLike, labels: ArrayLike, *, l2: float = DEFAULT_L2) -> Stack:
     """Fit weights, bias and temperature to labelled pairs.
 
-    Labels are softened to Platt's targets, so that the result stays finite where the scores tell all labels apart.
+    Labels are softened to Platt's targets, so that the result stays finite if the scores separate the labels perfectly.
 
     Args:
         scores: [pairs, members] finite.
         labels: [pairs] bool, both kinds.
-        l2: weight of the regularisation, on standardised scores and the mean log-loss.
+        l2: weight of the regularisation, relative to the mean log-loss on standardised scores.
 
     Raises:
-        InputError: shapes that differ, a score that is no finite number, or labels of one kind only.
+        InputError: shapes that differ, a score that is not a finite number, or labels of one kind only.
     """
     values, truth = _checked(scores, labels)
     means, scales = values.mean(axis=0), values.std(axis=0)
-    # A column of one value: its standard deviation may be a rounding error, which must not blow it up.
+    # The standard deviation of a constant column may be a rounding error, which must not blow the column up.
     scales = np.where(scales > 1e-9 * (1 + np.abs(means)), scales, 1.0)
     standard = (values - means) / scales
     targets = _soft_targets(truth)
@@ -130,18 +130,18 @@ def out_of_fold_log_odds(
     num_folds: int = 5,
     seed: int = 0,
 ) -> Float64[np.ndarray, " pairs"]:
-    """The log-odds of every pair from a stack that was fitted without its group: an honest estimate.
+    """The log-odds of every pair from a stack that was fitted without the pair's group: an unbiased estimate.
 
     Args:
         scores: [pairs, members].
         labels: [pairs] bool.
-        groups: [pairs] what stays together (the query's id).
+        groups: [pairs] pairs of one group (the query's id) stay in one fold.
         l2: see ``fit_stack``.
-        num_folds: parts, of whole groups; fewer where there are fewer groups.
-        seed: of the order in which groups are dealt out.
+        num_folds: number of folds of whole groups; fewer if there are fewer groups.
+        seed: seed of the random assignment of groups to folds.
 
     Raises:
-        InputError: one group only, or a reason of ``fit_stack``.
+        InputError: only one group, or as for ``fit_stack``.
     """
     values, truth = _checked(scores, labels)
     names = sorted(set(groups))
@@ -164,7 +164,7 @@ def _search(
     step: NDArray[np.float64],
     lowest: NDArray[np.float64],
 ) -> NDArray[np.float64] | None:
-    """The first point along the projected step, halved again and again, that lowers the loss enough; None: no more."""
+    """Backtracking line search: the first point along the projected step that lowers the loss enough, or None."""
     before, factor = loss(start), 1.0
     while factor > 1e-12:
         reached = np.maximum(start + factor * step, lowest)
@@ -175,7 +175,7 @@ def _search(
 
 
 def _soft_targets(truth: NDArray[np.bool_]) -> Float64[np.ndarray, " pairs"]:
-    """Platt's: (N+ + 1) / (N+ + 2) for a positive, 1 / (N- + 2) for a negative."""
+    """Platt's targets: (N+ + 1) / (N+ + 2) for a positive, 1 / (N- + 2) for a negative."""
     positives = int(truth.sum())
     return np.where(truth, (positives + 1) / (positives + 2), 1 / (len(truth) - positives + 2))
 
@@ -189,10 +189,10 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64],
     if values.ndim != 2 or values.shape[0] != len(truth) or not values.shape[1]:
         raise InputError(f"scores of shape {values.shape} and {len(truth)} labels: give [pairs, members] and [pairs]")
     if not np.isfinite(values).all():
-        raise InputError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are no finite numbers")
+        raise InputError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are not finite numbers")
     if truth.all() or not truth.any():
         raise InputError(
-            f"all {len(truth)} pairs have the same label, so nothing tells how far a score can be believed; "
+            f"all {len(truth)} pairs have the same label, so the scores cannot be calibrated; "
             "give queries with positives and negatives"
         )
     return values, truth

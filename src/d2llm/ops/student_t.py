@@ -8,17 +8,17 @@ from statistics import fmean, stdev
 
 from d2llm.ops.significance import Interval
 
-_HALVINGS = 100  # of the bracket around the quantile: more than double precision can tell apart
+_HALVINGS = 100  # of the bracket around the quantile: more than double precision can resolve
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval | None:
     """Student's t interval of the mean of ``values``: mean +- t(n - 1) s / sqrt(n); None for fewer than two values.
 
-    It holds for values that are drawn independently and roughly normal. For a paired difference, give the differences.
+    It assumes independent, roughly normal values. For a paired comparison, pass the differences.
 
     Args:
         values: one per repetition; s is their standard deviation with n - 1 in the denominator.
-        confidence: how often, in the long run, such an interval holds the true mean, in (0, 1).
+        confidence: how often, in the long run, such an interval contains the true mean, in (0, 1).
     """
     if len(values) < 2:
         return None
@@ -27,12 +27,12 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
 
 
 def student_t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """The t with P(-t <= T <= t) = ``confidence`` under Student's t distribution of ``degrees`` degrees of freedom.
+    """The t with P(-t <= T <= t) = ``confidence`` under Student's t distribution with ``degrees`` degrees of freedom.
 
-    The finite sums for whole degrees of freedom, inverted by halving.
+    Inverts the finite sums for integer degrees of freedom by bisection.
 
     Raises:
-        ValueError: no degree of freedom, or a confidence outside (0, 1).
+        ValueError: ``degrees`` is below 1, or ``confidence`` is outside (0, 1).
 
     Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964, 26.7.3 and 26.7.4.
     """
@@ -48,7 +48,7 @@ def student_t_quantile(degrees: int, confidence: float = 0.95) -> float:
 
 
 def _central_share(angle: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(angle)); each term of the sum is the one before times cos^2 and a ratio."""
+    """P(|T| <= sqrt(degrees) tan(angle)); each term of the sum is the previous one times cos^2 and a ratio."""
     square = math.cos(angle) ** 2
     is_odd = degrees % 2
     total, term = 0.0, math.cos(angle) if is_odd else 1.0

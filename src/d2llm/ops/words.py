@@ -1,4 +1,4 @@
-"""Texts as words, sentences and windows: the same for BM25, for the windows that a student reads, and for mining."""
+"""Splitting texts into terms, sentences and windows, as used by BM25, by a student's passage windows and by mining."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ from d2llm.core.types import Span
 
 _snowball: Any = importlib.import_module("Stemmer")  # ships no types
 
-# Scripts written without spaces between words (Han, Kana) or with many endings on a word (Hangul).
+# Scripts written without spaces between words (Han, Kana) or with many word endings (Hangul).
 _UNSPACED = (
     "\u1100-\u11ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003fffd"
 )
 _TOKEN = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
-# A sentence ends at a line's end, after a full stop of an unspaced script, or after a Latin one that white space and
-# something other than a small letter follow ("e.g. this" goes on).
-# Closing quotes and brackets belong to it.
+# A sentence ends at a line end, after a full stop of an unspaced script, or after a Latin one followed by white space
+# and anything but a lower-case letter ("e.g. this" does not end it).
+# Closing quotes and brackets belong to the sentence.
 _SENTENCE_END = re.compile(r"()\n+|(?<=[。！？；])([”’」』）]*)|(?<=[.!?;:])([\"'”’)\]]*)\s+(?=[^\sa-z])")
-_LONGEST_SENTENCE = 400  # characters; a longer one is cut, so that tables and lists have windows too
+_LONGEST_SENTENCE = 400  # characters; longer ones are split, so that tables and lists have windows too
 WINDOW_SENTENCES = 2
 
 
 def terms(text: str) -> list[str]:
     """Terms of a text in order: lower-cased words, English ones stemmed; Han, Kana and Hangul characters and bigrams.
 
-    A run of those scripts gives each of its characters, then each pair of neighbours. Only words of the letters a-z are
-    stemmed.
+    A run of those scripts gives each of its characters, then each pair of neighbours. Only ASCII words are stemmed.
     """
-    # A stemmer must not be called from two threads at once, and a new one costs less than a microsecond.
+    # A stemmer is not thread-safe, and creating one takes less than a microsecond.
     stem: Callable[[str], str] = _snowball.Stemmer("english", 0).stemWord
-    found: list[str] = []
+    tokens: list[str] = []
     for match in _TOKEN.finditer(text.lower()):
         run, word = match.groups()
         if word is not None:
-            found.append(stem(word) if word.isascii() else word)
+            tokens.append(stem(word) if word.isascii() else word)
         else:
-            found.extend(run)
-            found.extend(run[start : start + 2] for start in range(len(run) - 1))
-    return found
+            tokens.extend(run)
+            tokens.extend(run[start : start + 2] for start in range(len(run) - 1))
+    return tokens
 
 
 def sentences(text: str) -> list[Span]:
-    """Where the sentences of a text begin and end; a text of white space alone has none."""
+    """Start and end of each sentence of a text; a text of only white space has none."""
     spans: list[Span] = []
     start = 0
     for match in _SENTENCE_END.finditer(text):
@@ -55,9 +54,9 @@ def sentences(text: str) -> list[Span]:
 
 
 def windows(text: str) -> list[Span]:
-    """Parts of a text that may answer by themselves: each two neighbouring sentences; a shorter text is one window.
+    """Parts of a text that may answer a query alone: every two neighbouring sentences; a shorter text is one window.
 
-    An empty text has one too, which is empty, so that every passage has a window.
+    An empty text has one empty window, so that every passage has at least one.
     """
     spans = sentences(text)
     if len(spans) <= WINDOW_SENTENCES:
@@ -67,7 +66,7 @@ def windows(text: str) -> list[Span]:
 
 
 def _without_margins(text: str, start: int, end: int) -> list[Span]:
-    """A sentence without white space around it, in pieces where it is too long; none if nothing is left."""
+    """A sentence without surrounding white space, split if it is too long; empty if nothing is left."""
     pieces: list[Span] = []
     while True:
         start += len(text[start:end]) - len(text[start:end].lstrip())

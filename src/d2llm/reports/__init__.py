@@ -1,1 +1,1 @@
-"""Results as tables for a terminal, as Markdown and as HTML."""
+"""Reports of results: tables for a terminal, Markdown and HTML."""

@@ -19,11 +19,11 @@ from d2llm.training.ablation.report import BASE, MEASURE, AblationReport, Ablati
 
 _SHORT: dict[Task, str] = {"asymmetric": "asym", "symmetric": "sym"}
 _NAME_WIDTH, _FIGURE_WIDTH = 34, 12  # characters, so that the table of two data sets fits a screen of 120
-_SAMPLE = 5  # names of missing runs that are written out
+_SAMPLE = 5  # number of missing runs to list
 _GROUPS: tuple[VariantGroup, ...] = ("baseline", "published", "own")
 
 _ROW, _LEFT, _WIDTH = 26.0, 190.0, 900.0
-_LARGEST = 4.0  # the axis ends at this many times the largest difference of a seed: two seeds make endless intervals
+_LARGEST = 4.0  # limit of the axis, in multiples of a seed's largest difference: intervals over two seeds are huge
 
 _STYLE = """
 svg .better .dot { fill: var(--good); } svg .better .whisker { stroke: var(--good); }
@@ -35,7 +35,7 @@ svg .whisker { stroke-width: 2; } svg .seed { fill: var(--muted); opacity: .55; 
 def ablation_table(report: AblationReport, *, wide: bool = False) -> Table:
     """The recipe and its variants by group, with the half widths of intervals; the best mean is bold.
 
-    ``wide`` gives the description of a variant a column of its own, for which a terminal has no room.
+    ``wide`` puts the descriptions of variants into a separate column, for which a terminal has no room.
     """
     sets = [data.name for data in report.sets] if len(report.sets) > 1 else []
     table = Table(
@@ -86,10 +86,9 @@ def render_markdown(report: AblationReport) -> str:
 
 
 def render_page(report: AblationReport) -> str:
-    """The report as a page to open in a browser, mail or print.
+    """The report as an HTML page to open in a browser, mail or print.
 
-    Nothing in its texts acts as HTML, and the page's content security policy forbids scripts, foreign styles and every
-    request.
+    All texts are escaped, and the page's content security policy forbids scripts, foreign styles and all requests.
     """
     return render(
         "ablation.html.j2",
@@ -109,7 +108,7 @@ def variants_table(recipe: Recipe | None) -> Table:
         for variant in VARIANTS.values():
             if variant.group == group:
                 same = recipe is not None and variant.apply(recipe).model_copy(update={"name": recipe.name}) == recipe
-                table.add_row(variant.name, variant.title + " (nothing changes: so is this recipe)" * same)
+                table.add_row(variant.name, variant.title + " (changes nothing in this recipe)" * same)
     return table
 
 
@@ -128,12 +127,12 @@ def remarks(report: AblationReport) -> list[str]:
     """How to read the figures, and what is missing."""
     lines = [_legend(report), *(_measured_on(report))]
     for name, equal in report.same.items():
-        lines.append(f"{name}: not trained, {'the recipe is so already' if equal == BASE else f'the same as {equal}'}")
+        lines.append(f"{name}: not trained, {'the same as the recipe' if equal == BASE else f'the same as {equal}'}")
     if report.missing:
         names = [f"{name} with seed {seed}" for name, seed in report.missing]
         more = f" and {len(names) - _SAMPLE:,} more" if len(names) > _SAMPLE else ""
         first = ", ".join(names[:_SAMPLE])
-        lines.append(f"the budget ended before {len(names):,} runs ({first}{more}); the same command goes on")
+        lines.append(f"the budget ended before {len(names):,} runs ({first}{more}); the same command continues")
     lines += [
         f"{failed.variant} with seed {failed.seed} could not be trained: {failed.reason}" for failed in report.failed
     ]
@@ -162,9 +161,9 @@ def _half_width(interval: Interval | None) -> str:
 
 
 def forest_plot(report: AblationReport) -> str | None:
-    """The difference of each variant with its interval and its seeds, by group; None if there is none yet.
+    """The difference of each variant with its interval and its seeds, by group; None if there is no difference yet.
 
-    An interval that reaches beyond four times the largest difference of a seed ends in an arrow there.
+    An interval that extends beyond four times the largest difference of a seed ends there with an arrow.
     """
     compared = [[row for row in rows if row.differences] for rows in groups(report)]
     compared = [rows for rows in compared if rows]
@@ -198,7 +197,7 @@ def forest_plot(report: AblationReport) -> str | None:
 
 
 def _extent(rows: list[AblationRow]) -> tuple[float, float]:
-    """The ends of the axis: all seeds, the intervals as far as they are drawn, and 0."""
+    """The ends of the axis, which covers all seeds, the intervals as far as they are drawn, and 0."""
     seeds = [value for row in rows for value in row.differences.values()]
     limit = _LARGEST * max(map(abs, seeds)) or 0.01
     ends = [end for row in rows if (i := row.difference_interval) is not None for end in (i.low, i.high)]

@@ -12,7 +12,7 @@ _NUM_LANGUAGES = 6
 
 
 def data_tables(report: DataReport) -> Iterator[Table]:
-    """All tables of a report; those without a row are left out."""
+    """All tables of a report; empty ones are left out."""
     yield _split_table(report)
     for table in (_leak_table(report), _shared_table(report), _repeats_table(report)):
         if table.rows:
@@ -85,7 +85,7 @@ def _length_table(lengths: Lengths) -> Table:
 
 
 def _language_table(report: DataReport) -> Table:
-    title = "Languages that a sample looks like (a guess, often wrong for short texts)"
+    title = "Languages detected in a sample (a guess, often wrong for short texts)"
     table = Table("texts", Column("sampled", ","), "languages", title=title)
     for languages in report.languages:
         shares = [f"{name} {count / languages.num_texts:.1%}" for name, count in languages.counts.items()]

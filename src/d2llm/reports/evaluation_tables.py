@@ -1,4 +1,4 @@
-"""The tables of an evaluation: what a terminal, Markdown and the page show of it."""
+"""The tables of an evaluation, for a terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def measure_table(
     """The measures of every system; the best of each column is bold.
 
     Args:
-        report: what the rows belong to.
-        rows: all of them, or those of the teacher's sample.
-        title: of the table.
-        marks: whether ``*`` and ``†`` say what differs significantly from the baseline.
-        intervals: "column" adds one with the interval of the main measure, "cells" puts each below its figure.
-        tagged: whether the word baseline stands beside its name.
+        report: the report that the rows belong to.
+        rows: all rows, or those of the teacher's sample.
+        title: the title of the table.
+        marks: whether to mark significant differences from the baseline with ``*`` and ``†``.
+        intervals: "column" adds a column with the interval of the main measure, "cells" adds the interval to each cell.
+        tagged: whether to tag the baseline with the word "baseline".
     """
     measures = words.measure_names(rows)
     best = {measure: words.best_rows(rows, measure) for measure in measures}
@@ -80,7 +80,7 @@ def measure_table(
 
 
 def cost_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
-    """What each system costs; a cost that was measured for no system has no column."""
+    """What each system costs; costs that were not measured for any system are left out."""
     columns = words.cost_columns(report.rows)
     table = Table(_SYSTEM, *(Column(heading) for heading, _ in columns), title="Cost, one at a time")
     for place, row in enumerate(report.rows):
@@ -90,7 +90,7 @@ def cost_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
 
 
 def agreement_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
-    """How far each system's scores follow the teacher's."""
+    """How well each system's scores agree with the teacher's."""
     table = Table(
         _SYSTEM,
         Column("label loyalty", ".4f"),
@@ -121,7 +121,7 @@ def agreement_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
 def comparison_table(
     report: EvaluationReport, comparisons: Sequence[Comparison], *, title: str, detailed: bool
 ) -> Table:
-    """Differences with their tests; ``detailed`` names measure and test of each."""
+    """Differences with their tests; ``detailed`` adds columns with measure and test."""
     table = Table(
         _SYSTEM,
         *(["measure"] if detailed else []),
@@ -150,7 +150,7 @@ def comparison_table(
 
 
 def calibration_table(report: EvaluationReport) -> Table:
-    """How far the probabilities of each system are off."""
+    """Calibration errors of each system's probabilities."""
     table = Table(_SYSTEM, Column("expected error", ".4f"), Column("pairs", ","), title='Calibration of "yes"')
     for row in report.calibration:
         table.add_row(row.name, row.expected_error, row.num_pairs)

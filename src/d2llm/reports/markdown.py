@@ -1,4 +1,4 @@
-"""The report of an evaluation as Markdown, to be put into a repository or an issue."""
+"""The report of an evaluation as Markdown, for a repository or an issue."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from d2llm.reports.evaluation_tables import (
 def render_markdown(report: EvaluationReport) -> str:
     """The whole report without its texts and plots, as CommonMark with tables (as GitHub shows them).
 
-    What comes from data and file names (data sets, systems, reasons) stands there letter by letter: nothing in it acts
-    as Markdown or HTML.
+    Text that comes from data and file names (data sets, systems, reasons) is escaped, so that it is shown verbatim.
     """
     parts = [
         f"# {escape(report.dataset)} / {escape(report.split)}",
@@ -50,16 +49,18 @@ def render_markdown(report: EvaluationReport) -> str:
         _fenced({"settings": report.settings, "provenance": report.provenance}),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    return text.encode("utf-8", "replace").decode("utf-8")  # half an emoji, as a cut-off JSON text holds it
+    return text.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # replaces lone surrogates, which truncated JSON texts may contain
 
 
 def escape(text: str) -> str:
-    """Text on one line that Markdown readers take for plain text, also at the beginning of a line."""
+    """Text on one line, escaped so that Markdown treats it as plain text even at the start of a line."""
     return re.sub(r"^([-+=]|\d+(?=[.)]))", lambda match: _harmless(match.group()), escape_markdown(text))
 
 
 def _harmless(start: str) -> str:
-    """The first characters of a line, escaped so that they begin no list and no heading."""
+    """The first characters of a line, escaped so that they do not start a list or a heading."""
     return f"&#{ord(start[0])};{start[1:]}"
 
 
@@ -87,5 +88,5 @@ def _comparisons(report: EvaluationReport, comparisons: Sequence[Comparison], ti
 
 
 def _fenced(values: object) -> str:
-    """Plain values as JSON; no line of it can end the fence, as each begins with a quote, a bracket or a figure."""
+    """Plain values as a JSON block; no line can end the fence, because each starts with a quote, bracket or digit."""
     return "```json\n" + json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n```"

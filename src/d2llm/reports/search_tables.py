@@ -22,9 +22,9 @@ _SHOWN_CHARACTERS = 300
 
 
 def ranking_list(ranking: Ranking) -> RenderableType:
-    """One query with its passages, best first: rank, score and id, the beginning of the text below; neighbours in grey.
+    """One query with its passages, best first: rank, score and id, and the start of the text; neighbours in grey.
 
-    An id stands on a line of its own, however long it is, so that it can be copied.
+    An id is never wrapped, however long it is, so that it can be copied.
     """
     width = len(str(len(ranking.passages)))
     parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
@@ -53,7 +53,7 @@ def _unbroken(line: Text) -> Text:
 
 
 def explanation_table(ranking: Ranking) -> Table:
-    """What put each passage of a ranking in its place."""
+    """The parts of the score and the source ranks of each passage of a ranking."""
     table = Table(
         Column("rank"),
         Column("inner product", ".3f"),
@@ -66,17 +66,19 @@ def explanation_table(ranking: Ranking) -> Table:
         framed=False,
     )
     for place in ranking.passages:
-        why = place.explanation
-        if why is None:
+        parts = place.explanation
+        if parts is None:
             continue
-        ranks = ", ".join(f"{name} {rank} ({why.source_scores[name]:.3f})" for name, rank in why.source_ranks.items())
-        terms = ", ".join(f"{term} {count}" for term, count in sorted(why.terms.items(), key=lambda item: -item[1]))
+        ranks = ", ".join(
+            f"{name} {rank} ({parts.source_scores[name]:.3f})" for name, rank in parts.source_ranks.items()
+        )
+        terms = ", ".join(f"{term} {count}" for term, count in sorted(parts.terms.items(), key=lambda item: -item[1]))
         table.add_row(
             place.rank,
-            why.anchor,
-            why.lexical,
-            why.windows,
-            None if why.interaction is None else round(why.interaction, 3) or 0.0,  # no -0.000
+            parts.anchor,
+            parts.lexical,
+            parts.windows,
+            None if parts.interaction is None else round(parts.interaction, 3) or 0.0,  # no -0.000
             ranks or None,
             terms or None,
         )
@@ -92,7 +94,7 @@ def judgement_table(query: str, passages: Sequence[str], log_odds: Sequence[floa
 
 
 def passage_lines(passage: Passage) -> RenderableType:
-    """A passage with its metadata; the id stands on a line of its own, however long it is."""
+    """A passage with its metadata; the id is never wrapped, however long it is."""
     facts = {"document": f"{passage.document_id} [{passage.position}]"} if passage.document_id else {}
     facts |= {name: str(value) for name, value in passage.metadata.items()}
     lines = [_unbroken(Text(f"{name}: {value}", style="dim")) for name, value in facts.items()]
@@ -106,8 +108,8 @@ def stats_table(stats: IndexStats) -> Table:
     holes = stats.num_rows - stats.num_passages
     copies = "once" if stats.vector_copies == 1 else "twice"
     facts = {
-        "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them read in part",
-        "documents": "none so far; passages alone" if stats.chunking is None else f"cut into {stats.chunking}",
+        "passages": f"{stats.num_passages:,}, {stats.num_truncated:,} of them truncated",
+        "documents": "none so far, only passages" if stats.chunking is None else f"split into {stats.chunking}",
         "vectors": f"{stats.dim} numbers as {stats.vector_format}, {stats.vector_bytes:,} bytes each, kept {copies}; "
         f"{holes:,} holes",
         "metadata": fields or "none",
@@ -120,16 +122,18 @@ def stats_table(stats: IndexStats) -> Table:
     if stats.window_format is not None:
         facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
     if not stats.checksums:
-        facts["checksums"] = "none; the next write, or verify --repair, takes them"
+        facts["checksums"] = "none; the next write, or verify --repair, computes them"
     if stats.num_projections:
         facts["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
     if stats.ann_passages:
         later = stats.num_passages - stats.ann_passages
-        facts["approximate"] = f"{stats.ann_passages:,} passages, made to find {stats.ann_recall:.0%} of the candidates"
+        facts["approximate"] = (
+            f"{stats.ann_passages:,} passages, built to find {stats.ann_recall:.0%} of the candidates"
+        )
         facts["approximate"] += f"; {later:,} more are scanned" if later > 0 else ""
     if stats.unindexed:
         lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
-        facts["not indexed"] = f"{lag} (searched all the same, more slowly; compact brings the indices up to date)"
+        facts["not indexed"] = f"{lag} (still searched, but more slowly; compact brings the indices up to date)"
     table = Table("", "", title=stats.folder, framed=False)
     for name, fact in facts.items():
         table.add_row(Cell(name, "cyan"), fact)
@@ -137,10 +141,10 @@ def stats_table(stats: IndexStats) -> Table:
 
 
 def ann_remark(report: AnnReport) -> str:
-    """One line about a new approximate index: its size, recall and speed."""
+    """One line with the size, recall and speed of a new approximate index."""
     recall = report.recalls[-1]
     queries = "given queries" if report.queries == "given" else "passages as queries"
-    slower = "" if report.ms < report.exact_ms else "; the exact scan is quicker here, leave this out"
+    slower = "" if report.ms < report.exact_ms else "; the exact scan is faster here, so do not use this index"
     return (
         f"ann: {report.num_passages:,} passages in {report.num_lists:,} lists, {report.bytes_per_passage:,.0f} bytes "
         f"each, built in {report.seconds:,.1f} s. It finds {recall.recall:.4f} (at least {recall.at_least:.4f}) of the "

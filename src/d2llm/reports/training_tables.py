@@ -1,4 +1,4 @@
-"""The results of ``run``, ``gate`` and ``stack``: tables, and the page of ``stack``."""
+"""The results of ``run``, ``gate`` and ``stack`` as tables, and those of ``stack`` as an HTML page."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def stack_tables(report: StackReport) -> list[RenderableType]:
     """One table for each task: weights, ranking, and calibration before and after."""
     tables = [stack_table(task, task_report) for task, task_report in report.tasks.items()]
     remark = (
-        "nDCG and MRR over lists that hold all positives. ECE: expected calibration error. Before: the score taken as "
-        "log-odds; after: calibrated, each query by a fit without it."
+        "nDCG and MRR over lists that contain all positives. ECE: expected calibration error. Before: the score taken "
+        "as log-odds; after: calibrated, each query by a fit without it."
     )
-    cut = f" {report.num_truncated:,} of {report.num_judged:,} pairs judged now were cut." * bool(report.num_truncated)
-    return [*tables, Text(remark + cut)]
+    truncated = f" {report.num_truncated:,} of {report.num_judged:,} pairs judged now were truncated."
+    return [*tables, Text(remark + truncated * bool(report.num_truncated))]
 
 
 def stack_table(task: str, report: TaskReport) -> Table:
@@ -125,7 +125,7 @@ def stack_table(task: str, report: TaskReport) -> Table:
 
 
 def render_stack_page(report: StackReport) -> str:
-    """``stack`` with reliability diagrams as a page to open in a browser, mail or print."""
+    """The results of ``stack`` with reliability diagrams, as an HTML page to open in a browser, mail or print."""
     tasks = [
         (stack_table(task, task_report), _diagrams(task, task_report)) for task, task_report in report.tasks.items()
     ]
@@ -133,7 +133,7 @@ def render_stack_page(report: StackReport) -> str:
 
 
 def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, Markup]]]:
-    """For each row its diagram before (if there is one) and after calibration, with captions."""
+    """For each row, its diagrams before (if there is one) and after calibration, with captions."""
     rows: list[list[tuple[str, Markup]]] = []
     for number, row in enumerate(report.rows):
         pair: list[tuple[str, Markup]] = []

@@ -1,4 +1,4 @@
-"""Words that every report of an evaluation shares: marks, units, legends, how to read a measure."""
+"""Texts that all reports of an evaluation share: marks, units, legends, explanations of measures."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Millisecond
 BETTER, WORSE = "*", "†"
 
 _MEANINGS = {
-    "nDCG": "how high the relevant passages stand in the ranking, better ones and first places counting most; 1 is the "
-    "best order there is",
-    "MRR": "one divided by the rank of the first relevant passage, 0 if there is none in the first places",
-    "Recall": "share of the relevant passages that are among the first places",
-    "MAP": "precision at the rank of each relevant passage, averaged over all of them, also those not found",
+    "nDCG": "how high the relevant passages rank; higher grades and top ranks count most; 1 is the best possible order",
+    "MRR": "one divided by the rank of the first relevant passage, or 0 if there is none in the top ranks",
+    "Recall": "share of the relevant passages that are in the top ranks",
+    "MAP": "precision at the rank of each relevant passage, averaged over all of them, including those not found",
     "accuracy": "share of the pairs that are put into the right class, with the threshold chosen on other pairs",
     "F1": "harmonic mean of precision and recall of yes, with the threshold chosen on other pairs",
-    "AP": "precision at each right yes, averaged, when the pairs are sorted by score; needs no threshold",
-    "AUC": "chance that a pair that is a yes scores above one that is a no; 0.5 is guessing",
-    "precision": "share of the pairs called yes that are one",
-    "recall": "share of the pairs that are a yes that are called so",
+    "AP": "precision at each correct yes, averaged, when the pairs are sorted by score; needs no threshold",
+    "AUC": "probability that a yes pair scores above a no pair; 0.5 is guessing",
+    "precision": "share of correct pairs among those classified as yes",
+    "recall": "share of the yes pairs that are classified as yes",
     "Pearson": "correlation of the scores with the grades; 1 is a straight line",
     "Spearman": "correlation of the order of the scores with that of the grades; 1 is the same order",
 }
@@ -38,11 +37,11 @@ COSTS: tuple[tuple[str, Callable[[EvaluationRow], float | None]], ...] = (
     ("bytes per passage", lambda row: row.cost.bytes_per_passage),
     ("peak MiB", lambda row: row.cost.peak_memory_mib),
 )
-"""Heading and figure of each cost; ``cost_columns`` are those that were measured."""
+"""Heading and value of each cost; ``cost_columns`` selects those that were measured."""
 
 
 def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
-    """The costs that were measured for some row: the heading, and a cell for each row."""
+    """The costs that were measured for at least one row: the heading, and a cell for each row."""
     columns = [(heading, [figure(row) for row in rows]) for heading, figure in COSTS]
     return [
         (heading, [quantity(value) for value in values])
@@ -52,26 +51,26 @@ def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
 
 
 def measure_names(rows: Sequence[EvaluationRow]) -> list[str]:
-    """Every measure that some row has, in the order of the first that has it."""
+    """All measures of the rows, in order of first appearance."""
     return list(dict.fromkeys(measure for row in rows for measure in row.measures))
 
 
 def best_rows(rows: Sequence[EvaluationRow], measure: str) -> frozenset[str]:
     """Names of the rows with the highest printed value.
 
-    Rows over fewer items than others (the teacher's, on a sample) cannot be compared and are left out.
+    Rows with fewer items than others (such as the teacher's, on a sample) cannot be compared and are left out.
     """
-    most = max((row.num_items for row in rows), default=0)
+    max_items = max((row.num_items for row in rows), default=0)
     values = {
         row.name: round(row.measures[measure].value, 4)
         for row in rows
-        if measure in row.measures and row.num_items == most
+        if measure in row.measures and row.num_items == max_items
     }
     return frozenset(name for name, value in values.items() if value == max(values.values()))
 
 
 def mark(report: EvaluationReport, row: str, measure: str) -> str:
-    """``*`` where a row is significantly better than the baseline, ``†`` where worse, else nothing."""
+    """``*`` if a row is significantly better than the baseline, ``†`` if it is worse, else nothing."""
     comparison = report.comparison(row, measure)
     if comparison is None or not comparison.is_significant:
         return ""
@@ -90,7 +89,7 @@ def legend(report: EvaluationReport) -> str:
 
 
 def facts(report: EvaluationReport) -> list[tuple[str, str]]:
-    """The facts at the head of a report: label and value."""
+    """The facts at the top of a report: label and value."""
     unit = item_noun(report, report.num_items)
     pairs = [("data", f"{report.dataset} / {report.split}"), (unit, f"{report.num_items:,}")]
     if report.kind == "retrieval":
@@ -113,7 +112,7 @@ def sample_title(report: EvaluationReport) -> str:
 
 
 def verdict(report: EvaluationReport) -> str | None:
-    """The subject against the baseline in the main measure, in one sentence; None if they were not compared."""
+    """The subject compared with the baseline in the main measure, in one sentence; None if they were not compared."""
     comparison = report.comparison(report.subject, report.main_measure)
     if comparison is None:
         return None

@@ -1,1 +1,1 @@
-"""An index and its student: encode, search, prove, read again, explain."""
+"""An index and its student: encoding, search, exactness proofs, rereading by a teacher, explanations."""

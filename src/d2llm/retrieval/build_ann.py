@@ -1,4 +1,4 @@
-"""The verb ``ann``: an approximate index beside the vectors, tuned until it finds the requested share."""
+"""The ``ann`` verb: build an approximate index beside the vectors and tune it to a requested recall."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (faiss ships no types)
@@ -26,16 +26,16 @@ from d2llm.store.view import PassageView
 
 _log = logging.getLogger(__name__)
 MIN_PASSAGES = 20_000
-"""With fewer the exact scan is quicker."""
+"""With fewer passages, the exact scan is faster."""
 NUM_QUERIES = 400
-"""Queries that recall is measured with, at most."""
-_LISTS = 4.0  # lists = 4 sqrt(n), the rule of FAISS; twice as many probe 15 % fewer rows and train five times as long
+"""Maximum number of queries used to measure recall."""
+_LISTS = 4.0  # lists = 4 sqrt(n), FAISS's rule; twice as many probe 15 % fewer rows but train five times as long
 _SAMPLES_PER_LIST = 40  # FAISS warns below 39
 _SAMPLE_BYTES = 256 << 20
 _ITERATIONS = 8
 _BLOCK_ROWS = 16_384
-_DEEPER = 8  # a filter that leaves an eighth makes a search for the first k reach as deep as one for the first 8 k
-_REPORTED = (10, 100)  # depths reported besides the requested one
+_DEEPER = 8  # with a filter that keeps 1/8 of the rows, a top-k search reaches as deep as an unfiltered top-8k search
+_REPORTED = (10, 100)  # depths reported in addition to the requested one
 _ONE_SIDED_95 = 1.645
 _MORE_PROBES = 1.15
 
@@ -44,11 +44,11 @@ _MORE_PROBES = 1.15
 class AnnReport:
     """What was built: a file of ``num_bytes`` for ``num_passages`` in ``num_lists`` lists.
 
-    ``recalls`` says what share of the exact first ``depth`` a search for as many finds, for several depths: the mean
-    over ``num_queries`` queries and what it is at least with 95 % confidence. ``first_ten``: what share of the exact
-    first ten is among the candidates of a search at the report's own ``depth``, which is what a final ranking needs.
-    ``queries`` is "given" or "passages". ``ms`` and ``exact_ms``: a search at ``depth``,
-    and the exact scan; ``share_probed``: of the lists.
+    ``recalls`` holds, for several depths, the share of the exact top ``depth`` that a search of that depth finds: the
+    mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the share of the exact
+    top ten among the candidates of a search at the report's ``depth``, which is what a final ranking needs.
+    ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a search at ``depth`` and of the
+    exact scan; ``share_probed`` is the share of lists that a search probes.
     """
 
     folder: str
@@ -75,7 +75,7 @@ class AnnReport:
 
 @dataclass(frozen=True, slots=True)
 class _TuningQueries:
-    """Queries for tuning: ``anchors`` [q, dim]; ``own`` [q], the row each was made of and must not find, or None."""
+    """Queries for tuning: ``anchors`` [q, dim]; ``own`` [q], the row each was made from, excluded from its results."""
 
     anchors: NDArray[np.float32]
     own: NDArray[np.int64] | None
@@ -94,26 +94,26 @@ def build_ann(
 ) -> AnnReport:
     """Build an approximate index of the latest version and choose how many lists a search probes.
 
-    Writers may go on meanwhile: the write lock is held only while the file is put in its place. What they add is
-    scanned exactly; built again, it is in the file.
+    Other processes may write meanwhile: the write lock is held only while the file is moved into place. Passages they
+    add are scanned exactly until the approximate index is built again.
 
     Args:
         store: the index.
-        student: that made its vectors.
-        recall: the share of the exact first ``depth`` to find, above 0 and at most 1; with 95 % confidence.
-            What is missed lies at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
+        student: the student that made its vectors.
+        recall: the share of the exact top ``depth`` to find, above 0 and at most 1, with 95 % confidence.
+            Misses are mostly at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
         depth: the number of candidates of a search.
-        queries: like those that will be asked, not used for anything else. By default passages of the index are asked,
-            each to find others; they lie where passages lie, so real queries may find less.
-        num_lists: by default 4 sqrt(passages).
-        seed: of the sample.
-        show_progress: None means: if standard error is a terminal.
+        queries: queries similar to those expected, not used for anything else. By default, passages of the index serve
+            as queries, each to find other passages; real queries are distributed differently and may find less.
+        num_lists: number of lists; by default 4 sqrt(passages).
+        seed: seed of the sample.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: too few passages, a head without an inner product, or a target that cannot be reached.
-        IndexLockedError: another process is writing at the end.
+        InputError: there are too few passages, the head has no inner product, or the target cannot be reached.
+        IndexLockedError: another process is writing when the file is moved into place.
         StorageError: the file cannot be written.
-        IndexMismatchError: the student is another.
+        IndexMismatchError: another student made the index.
     """
     begin = time.perf_counter()
     view = PassageView(store)
@@ -152,7 +152,7 @@ def build_ann(
     ann = _tuned(view, AnnIndex(base, index, record), tuning, exact, depth)
     with store.writing(), storage_errors(store.folder):
         if store.vectors.generation(store.table()) != base.generation:
-            raise InputError(f"{store.folder}: was compacted or restored meanwhile; build again")
+            raise InputError(f"{store.folder}: the index was compacted or restored during the build; build again")
         record = write_ann(ann)
     ms, exact_ms = _times(view, ann, tuning, depth)
     return AnnReport(
@@ -178,18 +178,18 @@ def build_ann(
 def _checked(view: PassageView, student: SearchStudent, recall: float, depth: int) -> AnnBase:
     view.check_student(student.fingerprint)
     if not 0 < recall <= 1 or depth < 1:
-        raise InputError(f"recall is {recall} and depth is {depth}; give a share above 0, at most 1, and at least 1")
+        raise InputError(f"recall is {recall} and depth is {depth}; recall must be in (0, 1] and depth at least 1")
     if not student.has_anchor:
-        raise InputError("this student's head has no inner product that an index could follow; it is searched exactly")
+        raise InputError("this student's head has no inner product that an index could use; it is searched exactly")
     folder = view.store.folder
     if len(view) < MIN_PASSAGES:
         raise InputError(
-            f"{folder}: holds {len(view):,} passages, and below {MIN_PASSAGES:,} the exact scan is quicker; leave it"
+            f"{folder}: holds {len(view):,} passages; below {MIN_PASSAGES:,} the exact scan is faster, so use that"
         )
     if depth * 4 > len(view):
-        raise InputError(f"{folder}: depth {depth:,} is more than a quarter of its {len(view):,} passages; give less")
+        raise InputError(f"{folder}: depth {depth:,} is more than a quarter of its {len(view):,} passages; lower it")
     if view.ann_base is None:
-        raise InputError(f"{folder}: its vectors could not be written beside the table; see the log, mend that first")
+        raise InputError(f"{folder}: its vectors could not be written beside the table; see the log and fix that first")
     return view.ann_base
 
 
@@ -204,14 +204,14 @@ def _tuning_queries(
         own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
         return _TuningQueries(student.anchor_queries(view.vectors(own), view.task), own)
     if not queries:
-        raise InputError("there are no queries; give some, or none at all to ask passages")
+        raise InputError("the list of queries is empty; give some, or omit it to use passages as queries")
     chosen = random.choice(len(queries), min(NUM_QUERIES, len(queries)), replace=False)
     vectors = student.encode_queries([queries[int(place)] for place in chosen]).vectors
     return _TuningQueries(student.anchor_queries(vectors, view.task), None)
 
 
 def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
-    """A FAISS index without rows. Centroids are by inner product and of length 1: vectors are of about one length."""
+    """A trained FAISS index without rows. Centroids have length 1, since all vectors have about the same length."""
     faiss = importlib.import_module("faiss")
     num_samples = min(len(live), num_lists * _SAMPLES_PER_LIST, _SAMPLE_BYTES // (4 * view.dim))
     sample = view.vectors(np.sort(random.choice(live, num_samples, replace=False)))
@@ -223,14 +223,14 @@ def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random:
 
 
 def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows found for a query without the passage it was made of."""
+    """Rows found for a query, without the passage it was made from."""
     return rows if tuning.own is None else rows[rows != tuning.own[place]]
 
 
 def _tuned(
     view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> AnnIndex:
-    """With as many probes for every depth as the target needs, as searches confirm."""
+    """The index with as many probes at each depth as the target needs, confirmed by searches."""
     target, num_lists = ann.record.target, ann.record.num_lists
     deepest = min(len(rows) for rows in exact)
     reported = sorted({*(shallow for shallow in _REPORTED if shallow < depth), depth})
@@ -243,21 +243,21 @@ def _tuned(
         if recalls[-1] is None:
             share = float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists
             raise InputError(
-                f"{view.store.folder}: to find {target:.4g} of the first {depth:,}, {share:.0%} of the vectors would "
-                "be read, and the exact scan is quicker; ask for less recall or depth, or search exactly"
+                f"{view.store.folder}: finding {target:.4g} of the first {depth:,} would read {share:.0%} of the "
+                "vectors, and the exact scan is faster; lower the recall or the depth, or search exactly"
             )
         measured = [recall for recall in recalls if recall is not None]
         if all(recall.at_least >= target for recall in measured):
             return AnnIndex(ann.base, ann.faiss_index, replace(ann.record, recalls=[asdict(one) for one in measured]))
-        probes = np.minimum(np.ceil(probes * _MORE_PROBES), num_lists)  # 8 bits cost some recall
+        probes = np.minimum(np.ceil(probes * _MORE_PROBES), num_lists)  # 8-bit codes lose some recall
 
 
 def _probes_needed(
     ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depths: Sequence[int]
 ) -> NDArray[np.float64]:
-    """The fewest probes for each depth whose lists hold the target's share of the exact first ones.
+    """The smallest number of probes at each depth whose lists hold the target's share of the exact results.
 
-    No search is needed: a row is found if its list is among the first, so its list's place says with how many probes.
+    No search is needed: a row is found if its list is probed, so the rank of its list gives the number of probes.
     """
     num_lists = ann.record.num_lists
     recalls = np.zeros((len(depths), len(exact), num_lists), np.float32)
@@ -275,7 +275,7 @@ def _probes_needed(
 
 
 def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[q, ...] -> what the mean over queries is at least, with 95 % confidence (normal approximation)."""
+    """[q, ...] -> lower bound of the mean over queries at 95 % confidence (normal approximation)."""
     spread = recalls.std(axis=0, ddof=1) if len(recalls) > 1 else np.zeros(recalls.shape[1:])
     return recalls.mean(axis=0) - _ONE_SIDED_95 * spread / len(recalls) ** 0.5
 
@@ -283,7 +283,7 @@ def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
 def _measured(
     view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> Recall | None:
-    """The recall of searches; None where probing so many lists takes as long as the exact scan."""
+    """Measured recall at ``depth``; None if probing that many lists takes as long as the exact scan."""
     search = AnnSearch(ann, view.live, view.ids)
     num_probes = search.num_probes(tuning.anchors[0], depth)
     if num_probes is None:
@@ -291,7 +291,7 @@ def _measured(
     recalls = np.zeros(len(exact))
     for place, rows in enumerate(exact):
         result = search.search(tuning.anchors[place], depth if tuning.own is None else depth + 1)
-        # Where the lists hold too few, the exact scan answers.
+        # If the lists hold too few rows, the exact scan answers.
         recalls[place] = 1.0 if result is None else np.isin(rows[:depth], _others(tuning, place, result[0])).mean()
     return Recall(depth, num_probes, float(recalls.mean()), float(_at_least(recalls)))
 
@@ -299,7 +299,7 @@ def _measured(
 def _first_ten(
     view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> float:
-    """The share of the exact first ten among what a search at ``depth`` finds, the mean over queries."""
+    """Mean share of the exact top ten that a search at ``depth`` finds."""
     search = AnnSearch(ann, view.live, view.ids)
     shares: list[float] = []
     for anchor, rows in zip(tuning.anchors, exact, strict=True):
@@ -309,7 +309,7 @@ def _first_ten(
 
 
 def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float]:
-    """Milliseconds of a search and of the exact scan, the medians."""
+    """Median milliseconds of a search and of the exact scan."""
     search = AnnSearch(ann, view.live, view.ids)
     times: list[tuple[float, float]] = []
     for anchor in tuning.anchors[:50]:

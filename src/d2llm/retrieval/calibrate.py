@@ -1,4 +1,4 @@
-"""The verb ``calibrate``: how far a student errs against a teacher, for a cascade of the two."""
+"""The ``calibrate`` verb: measure the error of a student's scores against a teacher's, for a cascade of the two."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def measure_error(
     depth: int = 50,
     num_passages: int = 10,
 ) -> StudentError:
-    """How far a student errs against a teacher on what it finds in an index; needs queries, but no judgements.
+    """Measure a student's error against a teacher on its own search results. Needs queries, but no judgements.
 
     Args:
-        index: made by the student.
-        student: ranks.
-        judge: reads ``num_passages`` of each query's first ``depth``, at even distances from the first to the last.
-        queries: like those to come; some 40 are plenty.
-        task: what to ask; None means the index's own.
-        depth: as that of the cascade.
-        num_passages: of a query, at least 2.
+        index: an index that the student made.
+        student: ranks the passages.
+        judge: the teacher; it reads ``num_passages`` of each query's first ``depth``, evenly spaced.
+        queries: queries similar to those expected; about 40 are enough.
+        task: the task; None means the index's task.
+        depth: the depth of the cascade.
+        num_passages: passages per query, at least 2.
 
     Raises:
-        InputError: too few queries or passages, or the student's scores do not go up with the teacher's.
+        InputError: there are too few queries or passages, or the student's scores do not increase with the teacher's.
     """
     search_task: Task = task or index.task
     pairs: list[tuple[str, str]] = []
@@ -68,9 +68,9 @@ def write_error(
     error: StudentError,
     evidence: EvidenceWeights | None = None,
 ) -> Path:
-    """Keep an error beside an index, for this teacher and task; errors of others stay. Returns the file.
+    """Store an error beside an index, for this teacher and task; those of other teachers are kept. Returns the file.
 
-    ``evidence`` are the weights by which the index added to the scores (``weights_for``): with others it is another.
+    ``evidence`` holds the evidence weights used in the scores (``weights_for``); each set of weights has its own error.
     """
     file = folder / ERRORS_FILE
     known = _read_errors(file) if file.is_file() else {}
@@ -80,18 +80,18 @@ def write_error(
 
 
 def read_error(folder: Path, judge: Judge, task: Task, evidence: EvidenceWeights | None = None) -> StudentError:
-    """The error that ``write_error`` kept.
+    """The error that ``write_error`` stored.
 
     Raises:
-        InputError: none for this teacher, task and evidence.
+        InputError: no error is stored for this teacher, task and evidence.
         DataFormatError: the file cannot be read.
     """
     file = folder / ERRORS_FILE
     error = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
     if error is None:
         raise InputError(
-            f"{folder}: it is not known how far its student, as it scores now, errs against this teacher ({task}); "
-            "measure it with "
+            f"{folder}: the error of its student, with its current scores, against this teacher ({task}) has not been "
+            "measured; measure it with "
             "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
         )
     return error
@@ -101,7 +101,7 @@ def _read_errors(file: Path) -> dict[str, StudentError]:
     try:
         return _ERRORS.validate_python(read_checked(file))
     except (ValidationError, ValueError, InputError) as error:
-        raise DataFormatError(file, f"cannot be read ({error}); remove it and calibrate again") from error
+        raise DataFormatError(file, f"cannot be read ({error}); delete it and calibrate again") from error
 
 
 def _key(judge: Judge, task: Task, evidence: EvidenceWeights | None) -> str:

@@ -1,4 +1,4 @@
-"""Where candidates come from: the sources that propose passages of an index."""
+"""Candidate sources: they propose passages of an index for scoring."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _log = logging.getLogger(__name__)
 
 
 class CandidateSource(Protocol):
-    """Proposes passages for a query. A new one is a class like those below and a line in ``sources_of``."""
+    """Proposes passages for a query. To add a source, write a class like those below and create it in ``Searcher``."""
 
     @property
     def name(self) -> str:
-        """What an explanation calls it."""
+        """The source's name in explanations."""
         ...
 
     def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
-        """At most ``top_k`` rows, best first. ``anchor`` [dim] is the query for an inner product."""
+        """At most ``top_k`` rows, best first. ``anchor`` [dim] is the query's vector for inner products."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class VectorSource:
-    """The highest inner products: an exact scan of what is stored. Nothing for a head without an anchor."""
+    """The highest inner products, by an exact scan of the stored vectors. Requires a head with an anchor."""
 
     index: PassageView
     allowed: NDArray[np.bool_] | None
@@ -51,7 +51,7 @@ class VectorSource:
 
 
 class AnnSource:
-    """Nearly the highest inner products, by an approximate index, or by the exact scan where that is as quick."""
+    """Nearly the highest inner products, from an approximate index, or from the exact scan if that is as fast."""
 
     name = "ann"
 
@@ -62,7 +62,7 @@ class AnnSource:
             self._search = AnnSearch(index.ann, index.mask(allowed), index.ids)
         else:
             count_fallback("approximate index")
-            _log.warning("no approximate index fits (d2llm index INDEX ann builds one); the exact scan answers")
+            _log.warning("no usable approximate index (d2llm index INDEX ann builds one); using the exact scan")
 
     def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
         """The rows found, with exact inner products."""
@@ -70,13 +70,13 @@ class AnnSource:
         if self._search is not None and anchor is not None:
             result = self._search.search(anchor, top_k)
             if result is None:
-                count_fallback("approximate index")  # as the exact scan is as quick, or reaches deeper
+                count_fallback("approximate index")  # the exact scan is as fast, or reaches deeper
         return self._exact.propose(query, anchor, top_k) if result is None else CandidateRows(*result)
 
 
 @dataclass(frozen=True, slots=True)
 class LexicalSource:
-    """BM25. ``ties`` as in ``match``: where every candidate is scored in full, their order decides nothing."""
+    """BM25. ``ties`` as in ``match``; their order does not matter if every candidate gets the full score."""
 
     index: PassageView
     filter: str | None

@@ -1,4 +1,4 @@
-"""A cascade: the student ranks, and its teacher reads again only what the student is unsure of, within a budget."""
+"""A cascade: the student ranks, and the teacher rereads only passages that the student is unsure of, on a budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Task
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 
-_FORGETTING = 0.5  # of the measured time of a pair at each batch: texts differ, and the first call is slow
+_DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,14 @@ class Reread:
     """Scores after the teacher has reread some passages.
 
     Attributes:
-        scores: [n] log-odds: the teacher's for what it read, else those of the expected probability. The passages are
-            ordered by them.
-        read: [m] places that the teacher read, in the order of reading.
-        log_odds: [m] the teacher's, of those.
-        unsure: places whose order the student was unsure of, before anything was read.
-        seconds: what choosing and reading took.
-        num_truncated: passages that the teacher read in part.
-        out_of_time: it would have read more, had its budget of time not ended.
+        scores: [n] log-odds by which the passages are ordered: the teacher's for passages it read, else those of the
+            expected probability.
+        read: [m] places of the passages that the teacher read, in the order of reading.
+        log_odds: [m] the teacher's log-odds of those passages.
+        unsure: places of the passages that the student was unsure of, before anything was read.
+        seconds: time spent on choosing and reading.
+        num_truncated: number of passages that the teacher read only in part.
+        out_of_time: whether the teacher stopped because its time ran out.
     """
 
     scores: NDArray[np.float64]
@@ -43,7 +43,7 @@ class Reread:
 
 
 class Rereader(Protocol):
-    """Puts a query's passages in another order than the student's, by what a teacher says of some of them."""
+    """Reorders the student's ranking by a teacher's scores of some of the passages."""
 
     def rerank(
         self,
@@ -53,16 +53,16 @@ class Rereader(Protocol):
         task: Task,
         top_k: int = DEFAULT_TOP_K,
     ) -> Reread:
-        """Read again some of the passages that the student scored [n]; ``texts`` gives full texts at some places."""
+        """Reread some of the passages that the student scored [n]; ``texts`` returns full texts by place."""
         ...
 
 
 class Cascade:
-    """Reads again where the order of the first results is in doubt (``ops.rereading``); each batch is chosen afresh.
+    """Rereads passages where the order of the top results is in doubt (``ops.rereading``), batch by batch.
 
-    The student is unsure of a passage if reading it can be expected to better the first results by ``min_gain`` of DCG:
-    its margin to others is small against the student's error, and their places count. The time that a pair takes is
-    measured and kept from query to query.
+    The student is unsure of a passage if reading it is expected to improve the DCG of the top results by at least
+    ``min_gain``: its score margin to others is small compared with the student's error, and the places matter. Each
+    batch is chosen anew. The time per pair is measured and kept from query to query.
     """
 
     def __init__(
@@ -76,20 +76,22 @@ class Cascade:
         batch_passages: int = 8,
         min_gain: float = 0.001,
     ) -> None:
-        """Prepare to read again.
+        """Set the teacher and its budget.
 
         Args:
             judge: the teacher.
-            error: of the student that ranks against this teacher (``retrieval.calibrate``).
-            teacher_passages: the teacher reads at most so many for a query; None: all that the student is unsure of.
-            teacher_ms: it starts no batch that would not end in time, going by the measured time of a pair; at most
-                the last batch is late. A query's first batch is one passage as long as the time is unknown or too long.
-            depth: how many of the student's first passages may be read.
-            batch_passages: read in one call; smaller batches are chosen with more knowledge.
-            min_gain: of DCG, in probabilities, that reading a passage must promise.
+            error: the student's error against this teacher (``retrieval.calibrate``).
+            teacher_passages: maximum number of passages that the teacher reads per query; None means all that the
+                student is unsure of.
+            teacher_ms: the teacher starts no batch that would not finish in time, according to the measured time per
+                pair; at most the last batch is late. While that time is unknown or too long, a query's first batch is
+                a single passage.
+            depth: how many of the student's top passages may be read.
+            batch_passages: passages read in one call; with smaller batches, each choice uses more of the results.
+            min_gain: minimum expected gain of reading a passage, in DCG of probabilities.
 
         Raises:
-            InputError: a number out of range.
+            InputError: a number is out of range.
         """
         least = {"teacher_passages": 0, "teacher_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
         limits = {
@@ -119,17 +121,17 @@ class Cascade:
         task: Task,
         top_k: int = DEFAULT_TOP_K,
     ) -> Reread:
-        """Read again some of the passages that the student scored for a query.
+        """Reread some of the passages that the student scored for a query.
 
         Args:
-            query: its text.
-            scores: [n] the student's.
-            texts: full texts of the passages at some places; asked for what is read.
-            task: what to ask the teacher.
+            query: text of the query.
+            scores: [n] the student's scores.
+            texts: returns the full texts of the passages at some places; called only for passages to be read.
+            task: the task.
             top_k: how many places matter.
 
         Raises:
-            ModelError: the teacher said something that is no finite number.
+            ModelError: the teacher returned a log-odds value that is not finite.
         """
         begin = time.perf_counter()
         deep = np.argsort(-scores, kind="stable")[: self.depth]
@@ -161,39 +163,39 @@ class Cascade:
         unread: NDArray[np.bool_],
         top_k: int,
     ) -> NDArray[np.int64]:
-        """Places of the passages that are worth reading, those that promise most first."""
+        """Places of the passages that are worth reading, highest expected gain first."""
         log_odds = on_one_scale(scores, read, teacher_log_odds, self.error)
         gains = reading_gains(log_odds[deep], unread[deep], self.error.sigma, top_k)
         best = np.argsort(-gains, kind="stable")
         return deep[best[(gains[best] >= self.min_gain) & unread[deep][best]]]
 
     def _room(self, num_read: int, seconds: float) -> int:
-        """How many passages the next batch may have."""
+        """Maximum number of passages in the next batch."""
         room = self.batch_passages
         if self.teacher_passages is not None:
             room = min(room, self.teacher_passages - num_read)
         if self.teacher_ms is not None:
             left = self.teacher_ms / 1e3 - seconds
             fitting = int(left / self._pair_seconds) if self._pair_seconds else 0
-            # One is always read: a time that was once too long would else never be measured again.
+            # Read at least one passage; otherwise the time would never be measured again after one slow pair.
             room = 0 if left <= 0 else min(room, max(fitting, int(num_read == 0)))
         return room
 
     def _read(self, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
         begin = time.perf_counter()
         values, num_cut = judge_passages(self.judge, query, texts, task)
-        took = (time.perf_counter() - begin) / len(texts)
+        seconds = (time.perf_counter() - begin) / len(texts)
         before = self._pair_seconds
-        self._pair_seconds = took if before is None else _FORGETTING * before + (1 - _FORGETTING) * took
+        self._pair_seconds = seconds if before is None else _DECAY * before + (1 - _DECAY) * seconds
         return values, num_cut
 
 
 class TeacherReading:
-    """The teacher reads the first passages of the student's ranking, sure or not, and its order is the ranking's.
+    """The teacher reads the student's top passages, whether the student is sure of them or not, and reorders them.
 
-    Args: ``teacher_passages``, how many of them; ``teacher_ms``, no batch of ``batch_passages`` is begun after so long.
-    Passages that it did not come to stay in the student's order behind those that it read: their scores are the
-    student's, moved below the lowest log-odds.
+    Args: ``teacher_passages``, how many passages to read; ``teacher_ms``, after which no new batch of
+    ``batch_passages`` is started. Passages that the teacher did not read keep the student's order, below those that it
+    read: their scores are the student's, shifted below the lowest log-odds.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class TeacherReading:
         if teacher_passages < 1 or batch_passages < 1 or (teacher_ms is not None and teacher_ms < 0):
             raise InputError(
                 f"teacher_passages is {teacher_passages}, batch_passages {batch_passages}, teacher_ms {teacher_ms}; "
-                "give more"
+                "they must be at least 1, 1 and 0"
             )
         self.judge = judge
         self.teacher_passages = teacher_passages
@@ -222,7 +224,7 @@ class TeacherReading:
         task: Task,
         top_k: int = DEFAULT_TOP_K,
     ) -> Reread:
-        """Arguments and errors: ``Cascade.rerank``; at least ``top_k`` are read, if there is time."""
+        """Like ``Cascade.rerank``; at least ``top_k`` passages are read, if there is time."""
         begin = time.perf_counter()
         order = np.argsort(-scores, kind="stable")
         to_read, teacher_log_odds, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
@@ -243,10 +245,10 @@ class TeacherReading:
 
 
 def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
-    """The teacher's log-odds [n] of a query with passages, and how many passages it read in part.
+    """The teacher's log-odds [n] of a query with passages, and how many passages it read only in part.
 
     Raises:
-        ModelError: the teacher said something that is no finite number.
+        ModelError: the teacher returned a log-odds value that is not finite.
     """
     judgements = judge.judge([(query, text) for text in texts], task)
     values = np.asarray(judgements.log_odds, np.float64)

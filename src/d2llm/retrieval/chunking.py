@@ -1,4 +1,4 @@
-"""Long texts as passages that a student reads whole."""
+"""Splitting long texts into passages short enough for a student to read whole."""
 
 from __future__ import annotations
 
@@ -30,41 +30,43 @@ _DOCUMENTS_AT_ONCE = 1_024
 
 
 class Chunker:
-    """Splits documents into passages of at most so many of the student's tokens, at the ends of sentences if it can.
+    """Splits documents into passages with a maximum number of the student's tokens, at sentence ends if possible.
 
-    A piece ends at the end of a chapter, paragraph, sentence or word, the first of these that fits, by Unicode's rules,
-    which hold for every script. Nothing is lost but white space between pieces.
+    A piece ends at the end of a chapter, paragraph, sentence or word, the first of these that fits, by the rules of
+    Unicode, which cover every script. Only white space between pieces is dropped.
 
-    Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that have
-    seen the rest (``models.late_chunking``). When anything in a document changes, all of it is encoded again.
+    Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that
+    attend to the rest of the document (``models.late_chunking``). If any part of a document changes, all of it is
+    encoded again.
     """
 
     def __init__(self, student: Student, chunking: Chunking | None = None) -> None:
-        """Prepare to split.
+        """Check the settings and load the tokenizer.
 
         Args:
-            student: whose tokens are counted.
-            chunking: how to split; None: ``default_chunking``.
+            student: its tokenizer counts the tokens.
+            chunking: how to split; None means ``default_chunking``.
 
         Raises:
-            InputError: fewer than 8 tokens, more than the student reads, or as much overlap as text; the student cannot
-                read late chunks, or a window is smaller than a passage or larger than the backbone reads.
+            InputError: a passage has fewer than 8 tokens or more than the student reads, the overlap is not less than
+                half of a passage, the student cannot read late chunks, or a window is smaller than a passage or larger
+                than the backbone reads.
         """
         chunking = chunking or default_chunking(student)
         _check(chunking, student.config.backbone.max_passage_tokens)
         if chunking.late:
             chunking = replace(chunking, late_window=student.chunk_reader.window(chunking.late_window))
         self.chunking = chunking
-        self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # two threads must not share one
+        self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # threads must not share a tokenizer
         self._around = len(self._tokenizer(student.config.backbone.passage_prefix, verbose=False)["input_ids"])
         self._splitters: dict[int, Any] = {}
 
     def split(self, document: Passage) -> list[Passage]:
         """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
 
-        One that is short enough stays as it is, under its own id; so does a passage that is a part of a document
-        already. Every piece has the title. One that leaves less than half of the tokens to the text makes the passages
-        longer than the student reads; what it cuts is counted when they are encoded.
+        A short document is returned unchanged, under its own id; so is a passage that already belongs to a document.
+        Every piece has the title. If the title leaves less than half of the tokens for the text, passages become longer
+        than the student reads; the truncated ones are counted when they are encoded.
         """
         if self.chunking.chunk_tokens is None or document.document_id not in ("", document.id):
             return [document]
@@ -101,21 +103,21 @@ class Chunker:
 
 
 def default_chunking(student: Student) -> Chunking:
-    """How documents are cut by default: into passages of 128 tokens, or as many as the student reads."""
+    """The default chunking: passages of 128 tokens, or fewer if the student reads fewer."""
     return Chunking(min(CHUNK_TOKENS, student.config.backbone.max_passage_tokens))
 
 
 def choose_chunking(folder: Path, student: Student, requested: Chunking | None = None) -> Chunking:
-    """How to cut documents for the index in a folder: as wanted, as it does, or as by default.
+    """The chunking for the index in a folder: as requested, else as stored with the index, else the default.
 
-    ``upsert_documents``, which holds the lock, refuses to cut in another way than the index does.
+    ``upsert_documents``, which holds the lock, refuses a chunking that differs from the index's.
     """
     return requested or read_chunking(folder) or default_chunking(student)
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentsReport(UpsertReport):
-    """What ``upsert_documents`` did: ``UpsertReport`` of the passages, how many documents, how many passages went."""
+    """What ``upsert_documents`` did: the ``UpsertReport``, the number of documents, and of deleted passages."""
 
     num_documents: int = 0
     num_deleted: int = 0
@@ -131,13 +133,13 @@ def upsert_documents(
     num_documents: int | None = None,
     show_progress: bool | None = False,
 ) -> DocumentsReport:
-    """Split documents and add them, or change those that are there. Passages that a document no longer has are deleted.
+    """Split documents and add or update their passages; delete passages that a document no longer has.
 
-    Interrupted, the same call goes on; until it has ended, passages of an earlier form may still be there. Arguments
-    and errors are those of ``Index.upsert_documents``; the ``chunker`` says how to split.
+    After an interruption, repeat the call to continue; until it has finished, passages of earlier versions of the
+    documents may remain. Arguments and errors are those of ``Index.upsert_documents``; the ``chunker`` splits.
     """
     store, num_pieces = index.store, dict[str, int]()
-    unfinished: deque[int] = deque()  # pieces of the documents that are under way
+    unfinished: deque[int] = deque()  # numbers of pieces of the documents being written
 
     def pieces() -> Iterator[Passage]:
         rest = iter(documents)
@@ -146,7 +148,7 @@ def upsert_documents(
                 _refuse_present(block, store.table())
             for document in block:
                 if document.id in num_pieces:
-                    problem = f"two of the documents given share the id {document.id!r}; keep one of them"
+                    problem = f"two documents share the id {document.id!r}; keep one of them"
                     raise DuplicateIdError(store.folder, problem)
                 parts = chunker.split(document)
                 num_pieces[document.id] = len(parts)
@@ -177,7 +179,7 @@ def upsert_documents(
             num_deleted = _delete_earlier_forms(store, num_pieces)
         except BaseException:
             if known is None and store.table().version == version:
-                forget_chunking(store.folder)  # nothing was cut, so another way is still open
+                forget_chunking(store.folder)  # nothing was written, so another chunking is still possible
             raise
         finally:
             index.refresh()
@@ -189,39 +191,39 @@ def upsert_documents(
 
 def _advice(chunking: Chunking) -> str:
     if chunking.chunk_tokens is None:
-        return "This index takes texts whole; a new one (with --chunk-tokens) splits them into passages"
-    return "Their titles take more than half of a passage; shorten them, or split into larger passages in a new index"
+        return "This index does not split texts; a new one (with --chunk-tokens) splits them into passages"
+    return "Their titles take up more than half of a passage; shorten them, or use larger passages in a new index"
 
 
 def _check(chunking: Chunking, limit: int) -> None:
     tokens, window = chunking.chunk_tokens, chunking.late_window
     if tokens is None:
         if chunking != Chunking(None):
-            raise InputError("an overlap and late chunks are for documents that are split; give chunk_tokens as well")
+            raise InputError("an overlap and late chunks require documents to be split; give chunk_tokens as well")
         return
     if not _LEAST_TOKENS <= tokens <= limit:
         raise InputError(
-            f"a passage is to have {tokens} tokens, but this student reads {limit}; give {_LEAST_TOKENS} to {limit}"
+            f"chunk_tokens is {tokens}, but this student reads {limit} tokens; give {_LEAST_TOKENS} to {limit}"
         )
     if not 0 <= chunking.chunk_overlap < tokens // 2:
         raise InputError(
             f"the overlap is {chunking.chunk_overlap} tokens, but must be at least 0 and less than half of {tokens}"
         )
     if window is not None and not chunking.late:
-        raise InputError(f"a window of {window} tokens is for late chunks alone; ask for these, or leave it out")
+        raise InputError(f"a window of {window} tokens only applies to late chunks; enable them, or omit the window")
     if window is not None and window < tokens:
-        raise InputError(f"a window of {window} tokens does not hold a passage of {tokens}; give more, or none")
+        raise InputError(f"a window of {window} tokens is smaller than a passage of {tokens}; enlarge or omit it")
 
 
 def _keep_chunking(store: IndexStore, chunking: Chunking) -> None:
-    """Let the index remember how its documents are cut; an empty one may change its mind."""
+    """Store the chunking with the index; an empty index may still change it."""
     known = read_chunking(store.folder)
     if known == chunking:
         return
     if known is not None and len(store.table()):
         raise InputError(
-            f"{store.folder}: its documents are cut into {known}, and cannot also be cut into {chunking}; leave out "
-            "how to cut, which the index remembers, or make a new index"
+            f"{store.folder}: its documents are split into {known}, and cannot also be split into {chunking}; omit "
+            "the chunking, which the index stores, or make a new index"
         )
     write_chunking(store.folder, chunking)
 
@@ -230,12 +232,12 @@ def _refuse_present(documents: Sequence[Passage], table: PassageTable) -> None:
     present = table.parts([document.id for document in documents])
     if present:
         name = min(document_id or passage_id for passage_id, document_id, _ in present)
-        problem = f"some of the documents are there already, {name!r} is one; upsert changes them"
+        problem = f"some of the documents already exist, such as {name!r}; use upsert to update them"
         raise DuplicateIdError(table.folder, problem)
 
 
 def _delete_earlier_forms(store: IndexStore, num_pieces: Mapping[str, int]) -> int:
-    """Delete the pieces that documents no longer have, and what was one passage and now is several; how many."""
+    """Delete pieces that documents no longer have, and single passages that are now split; returns the number."""
     num_deleted, names = 0, list(num_pieces)
     for start in range(0, len(names), _DOCUMENTS_AT_ONCE):
         some = names[start : start + _DOCUMENTS_AT_ONCE]

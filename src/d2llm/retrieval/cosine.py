@@ -1,4 +1,4 @@
-"""Students without the interaction: what the IEM has to beat, searched in just the same way."""
+"""Students without the interaction, searched in the same way: the baselines that the IEM has to beat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2llm.retrieval.protocols import Describable, SearchStudent, TextEncoder
 
 
 def untuned_config(config: StudentConfig) -> StudentConfig:
-    """A student's backbone as it was before training, pooled as it was pretrained to be: the baseline beside it."""
+    """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
         backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
         pooling=PoolingConfig(method="backbone"),
@@ -23,24 +23,24 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
 
 
 class ForwardingStudent:
-    """An encoder searched by inner products alone. A subclass changes one thing about it."""
+    """An encoder searched by inner products alone. Subclasses override parts of it."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
 
     @property
     def fingerprint(self) -> str:
-        """The encoder's: it shares the encoder's index."""
+        """The encoder's fingerprint, so that both can use the same index."""
         return self._encoder.fingerprint
 
     @property
     def config(self) -> Describable:
-        """The encoder's."""
+        """The encoder's configuration."""
         return self._encoder.config
 
     @property
     def vector_dim(self) -> int:
-        """The encoder's."""
+        """Width of the encoder's vectors."""
         return self._encoder.vector_dim
 
     @property
@@ -76,7 +76,7 @@ class CosineStudent(ForwardingStudent):
 
     @property
     def fingerprint(self) -> str:
-        """The encoder's, marked, because the stored vectors have length one."""
+        """The encoder's fingerprint with a suffix, because the stored vectors have length one."""
         return f"{self._encoder.fingerprint}-cosine"
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
@@ -89,7 +89,7 @@ class CosineStudent(ForwardingStudent):
 
 
 class AnchorStudent(ForwardingStudent):
-    """A D2LLM student whose score is its inner-product part alone."""
+    """A D2LLM student that scores by the inner-product part alone."""
 
     def __init__(self, student: SearchStudent) -> None:
         super().__init__(student)
@@ -102,6 +102,6 @@ class AnchorStudent(ForwardingStudent):
 
 def _unit(encoded: EncodedTexts) -> EncodedTexts:
     lengths = np.linalg.norm(encoded.vectors, axis=1, keepdims=True)
-    # A vector of zeros (no direction) stays one: its cosine with anything is 0.
+    # A zero vector stays zero: its cosine with anything is 0.
     vectors = np.divide(encoded.vectors, np.where(lengths > 0, lengths, 1), dtype=np.float32)
     return EncodedTexts(vectors, tuple(encoded.truncated), encoded.num_tokens)

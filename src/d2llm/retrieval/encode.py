@@ -1,4 +1,4 @@
-"""The verb ``encode``: a whole corpus becomes an index, at once."""
+"""The ``encode`` verb: make an index of a whole corpus in one run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from d2llm.store.vector_formats import make_format
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What ``encode`` did: ``num_documents`` texts became ``num_passages``, as many where none was split.
+    """What ``encode`` did: ``num_documents`` texts became ``num_passages`` passages (equal if none was split).
 
-    ``num_resumed`` passages were taken over from an interrupted run; tokens (counted without padding), ``seconds`` and
-    ``passages_per_second`` are of this run alone, the time with that of writing. Bytes are those of one stored vector,
-    and of the whole index on average. ``num_blank`` passages have nothing but white space.
+    ``num_resumed`` passages were taken over from an interrupted run; tokens (without padding), ``seconds`` (including
+    writing) and ``passages_per_second`` count this run alone. ``vector_bytes_per_passage`` is the size of one stored
+    vector, ``bytes_per_passage`` the size of the whole index per passage. ``num_blank`` passages have only white space.
     """
 
     folder: Path
@@ -66,26 +66,26 @@ def encode(
 ) -> EncodeReport:
     """Make the index of a corpus; it appears at ``folder`` when it is complete, and can be changed from then on.
 
-    An interrupted run goes on where it stopped when it is called again. A corpus in a file is never held as a whole.
+    An interrupted run resumes when it is called again. A corpus file is read as a stream, never held in memory whole.
 
     Args:
-        corpus: a ``corpus.jsonl[.gz]`` file, a folder that holds one, or the passages themselves.
+        corpus: a ``corpus.jsonl[.gz]`` file, a folder that contains one, or the passages themselves.
         student: makes the vectors.
-        folder: where the index goes. Until it is complete, it lies in a hidden folder beside that.
-        task: what a search on this index does by default.
+        folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
+        task: the default task of searches on this index.
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
-        vector_copies: in how many places each stands (``Index.create``).
-        window_vectors: how those of windows are stored, if at all (``Index.create``).
-        chunking: how long texts are split into passages; None: each text is a passage.
-        student_source: the folder or name that the student was loaded from, kept so that a search can find it again.
-        overwrite: replace an index at ``folder``; its snapshots go with it.
-        show_progress: None means: if standard error is a terminal.
+        vector_copies: number of copies of each vector (``Index.create``).
+        window_vectors: how the vectors of windows are stored, if at all (``Index.create``).
+        chunking: how long texts are split into passages; None makes each text a passage.
+        student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
+        overwrite: replace an index at ``folder``, including its snapshots.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: there are no passages, ``folder`` is in the way, a format is unknown, or a vector is not finite.
+        InputError: there are no passages, ``folder`` exists, a format is unknown, or a vector is not finite.
         DataFormatError: the corpus file is missing or malformed (names file and line).
         DuplicateIdError: two passages share an id.
-        IndexLockedError: when all is encoded, another process is writing to the index at ``folder``.
+        IndexLockedError: after encoding, another process is writing to the index at ``folder``.
     """
     folder = Path(folder)
     _check_target(folder, overwrite=overwrite)
@@ -99,9 +99,9 @@ def encode(
         num_documents, content = len(passages), fingerprint_passages(passages)
     if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
-    # Another student, corpus or storage gets another folder, so runs never mix.
-    how = [task, vector_format, vector_copies, windows, None if chunking is None else asdict(chunking)]
-    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, *how])
+    # A different student, corpus or storage format gets a different folder, so runs never mix.
+    options = [task, vector_format, vector_copies, windows, None if chunking is None else asdict(chunking)]
+    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, *options])
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
@@ -124,7 +124,7 @@ def encode(
                 passages, chunking, num_documents=num_documents, show_progress=show_progress
             )
     except BaseException:
-        if not len(index.store.table()):  # nothing that another call could go on with
+        if not len(index.store.table()):  # nothing that another call could resume
             shutil.rmtree(draft, ignore_errors=True)
         raise
     facts = index.stats()
@@ -147,10 +147,10 @@ def encode(
 
 
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
-    """Hold the write lock of the index that will be replaced, so that no half write ends up in the new one."""
+    """Hold the write lock of the index to be replaced, so that no partial write ends up in the new one."""
     try:
         return IndexStore.open(folder).locked()
-    except InputError:  # nothing is there, or nothing that can be written
+    except InputError:  # there is no index, or none that can be written
         return nullcontext()
 
 
@@ -160,6 +160,6 @@ def _check_target(folder: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(
-            f"{folder}: holds an index already; give another folder, or replace it (--overwrite; in Python, "
+            f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
             "overwrite=True)"
         )

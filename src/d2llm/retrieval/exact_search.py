@@ -1,16 +1,17 @@
-"""The exact top k of a corpus, proved without giving every passage the full score.
+"""The exact top k of a corpus, proved without computing the full score of every passage.
 
-A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so no score is above its bound,
-anchor + R_q r_p. Evidence (``models.evidence``) counts as a part of the anchor: BM25 is known of all rows at once, of
-their best windows a bound of it. Passages are scored from the highest bound down, until the k-th best score is above
-the bound of every passage left. An exact scan for the highest anchors is mostly enough: none that it leaves out has an
-anchor above the last one's. Where that proves nothing, and with evidence, one pass over all vectors gives every bound.
+A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so it is at most its bound,
+anchor + R_q r_p. Evidence (``models.evidence``) counts as a part of the anchor: BM25 scores are computed for all rows
+at once, and for their best windows an upper bound. Passages are scored in order of decreasing bound until the k-th best
+score is above the bounds of all remaining passages. An exact scan for the highest anchors is usually enough, because no
+passage outside the scan has a higher anchor than the scan's last. If that proves nothing, and always with evidence, one
+pass over all vectors computes every bound.
 
-What exact means: the ranking (ties by id) is that of all passages scored in the same arithmetic, in which
-score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with anchors of the scan, or all
-of the one pass, and -1 <= change <= 1. Rounding keeps order, so score <= bound holds in that arithmetic however
-coarsely the change was computed. From ``Student.score`` these scores differ by float32 rounding at most, where a
-product over another number of rows is summed in another order.
+Exact means that the ranking (ties by id) equals that of all passages scored in the same arithmetic, in which
+score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with the anchors of the scan or
+of the full pass, and -1 <= change <= 1. Rounding is monotonic, so score <= bound holds in that arithmetic, regardless
+of the precision of the change. These scores differ from those of ``Student.score`` by float32 rounding at most, because
+a product over a different number of rows may be summed in a different order.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.store.view import PassageView
 
-_PASS_ROWS = 8_192  # of the pass over all vectors: 12 MB in float32 at width 384
+_PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 at width 384
 _SCANS = (1_024, 8_192)
-"""The highest anchors that are tried before all vectors are read, which takes as long as six scans."""
-_SCANNED_SHARE = 8  # with fewer passages than this many times a scan's, all are read at once
-_FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may come early
-_FEWEST = 64  # not worth a call when the time ends
+"""Sizes of the scans tried before the pass over all vectors, which takes as long as six scans."""
+_SCANNED_SHARE = 8  # if the corpus is smaller than this multiple of a scan's size, use the full pass instead
+_FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may be found early
+_FEWEST = 64  # near the deadline, smaller calls are not worth their overhead
 _NO_LIMIT = 1 << 62
 
 
 class CertifiedRows(NamedTuple):
-    """Rows int64 [k], final scores float32 [k] best first, their anchors (None without), and the certificate."""
+    """Rows int64 [k], final scores float32 [k] best first, their anchors or None, and the certificate."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -52,17 +53,17 @@ class CertifiedRows(NamedTuple):
 
 
 class KeptReaches:
-    """r_p of all rows of a view, kept from the first search that needed them: 4 bytes a row.
+    """Cache of r_p of all rows of a view, filled by the first search that needs all of them: 4 bytes per row.
 
-    Most searches need those of some rows only. Keep it beside a view that answers many queries, of either task.
-    ``values`` is float32 [capacity], or None until a search needs them.
+    Most searches need the values of some rows only. Keep one cache with each view that answers many queries; it serves
+    both tasks. ``values`` is float32 [capacity], or None until a search needs it.
     """
 
     def __init__(self, values: NDArray[np.float32] | None = None) -> None:
         self.values = values
 
     def keep(self, values: NDArray[np.float32]) -> None:
-        """Keep the values of all rows; if all are 1, as without gates, that takes no memory."""
+        """Keep the values of all rows; if all are 1, as without gates, they take no memory."""
         self.values = np.broadcast_to(np.float32(1), values.shape) if (values == 1).all() else values
 
 
@@ -78,26 +79,27 @@ def certified_top_k(
     reaches: KeptReaches | None = None,
     evidence: RowEvidence | None = None,
 ) -> CertifiedRows:
-    """The ``top_k`` passages with the highest final scores of all that are live and allowed, proved, ties by id.
+    """The ``top_k`` live and allowed passages with the highest final scores, with a proof; ties by id.
 
-    A student whose score has no bound (head ``paper``, or one without ``prepare``) scores every passage.
-    Where the interaction has no weight, the index's exact scan is the answer. Memory: some float32 numbers a row.
+    If the student's score has no bound (head ``paper``, or a student without ``prepare``), every passage is scored.
+    If the interaction has no weight, the index's exact scan is the answer. Memory: a few float32 numbers per row.
 
     Args:
         view: the index at one version.
-        student: its student.
+        student: the student that made the index.
         query_vector: [dim].
-        task: which branch of the IEM.
-        top_k: at least 1; every passage when it is beyond the corpus.
-        allowed: [capacity], a filter's rows; None allows all.
-        budget_ms: stop scoring in time, with ``certificate.proved`` places certain. One scan of the vectors and the
-            first ``top_k`` scores are always made, so the ranking always has min(k, matching) places.
-        reaches: what earlier searches of this view computed for all rows; what this one computes is kept in it.
-        evidence: of the query (``row_evidence``), where the student's score has any.
+        task: which branch of the IEM to use.
+        top_k: at least 1; if it exceeds the corpus, every passage is ranked.
+        allowed: [capacity], the rows that pass a filter; None allows all.
+        budget_ms: time limit of the search; ``certificate.proved`` tells how many places are certain by then. One scan
+            of the vectors and the first ``top_k`` scores are always computed, so the ranking always has
+            min(k, matching) places.
+        reaches: a cache of values for all rows of this view, read and filled by this search.
+        evidence: the query's evidence (``row_evidence``), if the student's score has any.
 
     Raises:
-        InputError: ``top_k`` is below 1, or the budget is negative or no number.
-        ModelError: the student gave a score that is not a number.
+        InputError: ``top_k`` is below 1, or the budget is negative or NaN.
+        ModelError: the student returned a score that is NaN.
     """
     begin = time.perf_counter()
     if top_k < 1:
@@ -146,7 +148,7 @@ def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
 def _scan(
     view: PassageView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> CertifiedRows:
-    """The exact scan, for a score that is the anchor alone; one row deeper, to know the best of those left out."""
+    """The exact scan, if the score is the anchor alone; one row deeper, to get the best score that is left out."""
     result = view.scan(anchor_query, top_k + 1, allowed)
     rows, scores = result.rows[:top_k], result.scores[:top_k]
     next_score = float(result.scores[top_k]) if len(result.scores) > top_k else -math.inf
@@ -167,7 +169,7 @@ def _by_scans(
     reaches: NDArray[np.float32] | None,
     clock: _Clock,
 ) -> CertifiedRows | None:
-    """The first ``top_k`` from the passages with the highest anchors; None where those do not prove it."""
+    """The top ``top_k`` from the passages with the highest anchors; None if these do not prove the ranking."""
     largest = np.float32(query_reach) * np.float32(1 if reaches is None else reaches.max(initial=0))
     for num_scanned in _SCANS:
         if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(anchor_query).all():
@@ -199,7 +201,7 @@ def _finals(
     reach: NDArray[np.float32],
     rows: NDArray[np.int64] | None = None,
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """A function from rows to final scores; anchors and reach belong to ``rows``, in rising order, or to all rows."""
+    """A function from rows to final scores; ``anchors`` and ``reach`` are for ``rows`` (ascending), or for all rows."""
 
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)
@@ -219,7 +221,7 @@ def _pass(
     anchor_query: NDArray[np.float32],
     reaches: KeptReaches,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Anchor and R_q r_p of every row, float32 [capacity]; of dead rows anything."""
+    """Anchor and R_q r_p of every row, float32 [capacity]; values of deleted rows are arbitrary."""
     anchors = np.empty(view.capacity, np.float32)
     reach = np.empty(view.capacity, np.float32) if reaches.values is None else reaches.values
     for start in range(0, view.capacity, _PASS_ROWS):
@@ -242,7 +244,7 @@ def _score_from_the_top(
     top_k: int,
     clock: _Clock,
 ) -> CertifiedRows:
-    """Score passages as ``parts`` gives their places among ``rows``, by falling bound, until the first are certain."""
+    """Score passages in the order of ``parts`` (places in ``rows``, by falling bound) until the top k are certain."""
     scored: list[NDArray[np.int64]] = []
     scores = [np.zeros(0, np.float32)]
     best = scores[0]  # the top_k best scores so far, in any order
@@ -251,15 +253,15 @@ def _score_from_the_top(
         start = 0
         while start < len(part):
             highest_left = float(bounds[part[start]])
-            # A passage whose bound is level with the k-th score may have a smaller id.
+            # A passage whose bound equals the k-th score may have a smaller id.
             certain = len(best) == top_k and highest_left < best.min()
             fitting = size if num < top_k else min(size, clock.num_fitting())
             if certain or fitting == 0:
                 return _ranked(view, scored, scores, top_k, len(rows), highest_left)
-            chosen = np.sort(rows[part[start : start + fitting]])  # the vectors are read in one direction
-            began = time.perf_counter()
+            chosen = np.sort(rows[part[start : start + fitting]])  # vectors are read in storage order
+            start_time = time.perf_counter()
             new = _numbers(score(chosen))
-            clock.seconds_per_passage = (time.perf_counter() - began) / len(chosen)
+            clock.seconds_per_passage = (time.perf_counter() - start_time) / len(chosen)
             scored.append(chosen)
             scores.append(new)
             best = np.concatenate((best, new))
@@ -269,7 +271,7 @@ def _score_from_the_top(
 
 
 class _Clock:
-    """How many more passages can be scored in time."""
+    """Estimates how many more passages can be scored before the deadline."""
 
     def __init__(self, begin: float, budget_ms: float | None) -> None:
         self._deadline = math.inf if budget_ms is None else begin + budget_ms / 1000

@@ -1,4 +1,4 @@
-"""An index that lives: a durable store of passages with the student that reads them and searches them."""
+"""``Index``: a durable, updatable store of passages together with the student that encodes and searches them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.view import PassageView
 from d2llm.store.window_vectors import ReadWindows
 
-# Whoever reads an index without searching it needs neither torch nor a student: they are imported where they are used.
+# Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
     from d2llm.models.student import Student
     from d2llm.retrieval.cascade import Rereader
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 
 WINDOW_FORMAT = "int3"
-"""How the vectors of windows are stored by default (``store.vector_formats``)."""
+"""Default format of the vectors of windows (``store.vector_formats``)."""
 
 
 def window_format(student: SearchStudent, task: Task, requested: str | None) -> str | None:
-    """The format of the windows' vectors in a new index, None for none of them.
+    """The format of the windows' vectors in a new index; None if they are not stored.
 
-    ``asked`` "none" is None; "auto" as well, unless the student's score counts windows.
+    ``requested`` "none" gives None; "auto" gives the default format if the student's score counts windows, else None.
     """
     if requested != "auto":
         return None if requested == "none" else requested
@@ -53,27 +53,27 @@ def window_format(student: SearchStudent, task: Task, requested: str | None) -> 
 
 
 def find_source(source: object, folder: Path) -> str:
-    """The student that an index remembers.
+    """The folder or name of the student that is stored with an index.
 
     Raises:
-        InputError: it remembers none, or the folder is gone.
+        InputError: none is stored, or the folder no longer exists.
     """
     if not isinstance(source, str):
-        raise InputError(f"{folder}: the index does not know where its student is; name it with --student")
+        raise InputError(f"{folder}: the index does not say where its student is; give it with --student")
     if Path(source).is_absolute() and not Path(source).is_dir():
-        raise InputError(f"{folder}: its student was in {source}, which is not there; name it with --student")
+        raise InputError(f"{folder}: its student was in {source}, which does not exist; give it with --student")
     return source
 
 
 def source_of(student: str | Path) -> str:
-    """What an index remembers of where its student was loaded from."""
+    """What an index stores about where its student was loaded from: an absolute path, or a name."""
     return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
 
 
 class Index:
-    """Passages that can be searched while they change. Make one with ``create``, open it with ``open``.
+    """Passages that can be searched and changed. Make an index with ``create``; open one with ``open``.
 
-    Readers see one version until ``refresh``; a write through this object refreshes it.
+    Reads see one version until ``refresh``; a write through this object refreshes it.
     """
 
     def __init__(self, store: IndexStore, student: SearchStudent | str | Path | None, **loading: Any) -> None:
@@ -97,26 +97,26 @@ class Index:
         dtype: str | None = None,
         engine: EngineName = "torch",
     ) -> Index:
-        """A new index without passages.
+        """Make an index without passages.
 
         Args:
-            folder: where; must not exist, or be empty.
-            student: whose vectors it holds: a student, its folder, or the name of a shipped one.
-            task: what a search asks by default.
+            folder: must not exist, or be empty.
+            student: the student that makes the vectors, its folder, or the name of a shipped one.
+            task: the default task of searches.
             vector_format: how vectors are stored (``store.vector_formats.FORMATS``).
-            vector_copies: 2, so that a damaged copy is made good from the other; 1 takes less space, and what is
-                damaged must be encoded again (``verify``).
+            vector_copies: with 2, a damaged copy is repaired from the other; 1 takes less space, but damaged vectors
+                must be encoded again (``verify``).
             window_vectors: how the vectors of passages' windows are stored, which the student's score may count
-                (``models.evidence``): a format, None for none of them, or "auto": as int3 where its score counts them.
-            metadata: fields with their types; fields that come later are inferred from their values all the same.
-            student_source: where the student was loaded from, so that ``open`` finds it again; known where ``student``
-                is a folder or name.
-            device: of the student, if it has to be loaded.
+                (``models.evidence``): a format, None to store none, or "auto": int3 if its score counts them.
+            metadata: fields with their types; types of other fields are inferred from their values as they appear.
+            student_source: where the student was loaded from, so that ``open`` can load it again; not needed if
+                ``student`` is a folder or name.
+            device: device of the student, if it has to be loaded.
             dtype: its number format.
-            engine: what encodes texts with it (``models.engines.engines``).
+            engine: the engine that encodes texts (``models.engines.engines``).
 
         Raises:
-            InputError: something is in the way, or a format, field or type is unknown.
+            InputError: the folder is not empty, or a format, field or type is unknown.
             ModelError: the student cannot be loaded.
         """
         from d2llm.models.student import Student
@@ -151,13 +151,13 @@ class Index:
         """Open an existing index. Its student is loaded when it is first needed.
 
         Args:
-            folder: of an index, or of a snapshot of one.
-            student: the student that made it, if it is no longer where it was then.
-            device: of the student.
+            folder: folder of an index, or of a snapshot.
+            student: the student that made the index, if it has been moved since.
+            device: device of the student.
             dtype: its number format.
-            engine: what encodes texts with it (``models.engines.engines``).
-            lean: load what encodes queries and scores, and no more, where the student allows (``Student.load``):
-                quicker, for one who asks a few questions and changes nothing.
+            engine: the engine that encodes texts (``models.engines.engines``).
+            lean: if the student allows it, load only what is needed to encode queries and score (``Student.load``);
+                faster for a few searches without changes.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
@@ -177,7 +177,7 @@ class Index:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Folder of the index."""
         return self.store.folder
 
     @cached_property
@@ -185,8 +185,8 @@ class Index:
         """The student that made the vectors.
 
         Raises:
-            InputError: the index does not know where it is.
-            IndexMismatchError: the one given, or found, is another.
+            InputError: the index does not say where it is.
+            IndexMismatchError: the loaded student did not make this index.
         """
         source = self._student_or_source
         if source is None:
@@ -202,7 +202,7 @@ class Index:
 
     @cached_property
     def view(self) -> PassageView:
-        """The version that this object reads."""
+        """The version of the index that this object reads."""
         return PassageView(self.store)
 
     @cached_property
@@ -212,17 +212,17 @@ class Index:
         return KeptReaches()
 
     def refresh(self) -> None:
-        """Read the latest version from now on."""
-        for kept in ("view", "_reaches"):
-            self.__dict__.pop(kept, None)
+        """Switch to the latest version."""
+        for name in ("view", "_reaches"):
+            self.__dict__.pop(name, None)
 
     # Changing ------------------------------------------------------------------------------------------------------
 
     def add(self, passages: Iterable[Passage], **options: Any) -> UpsertReport:
-        """``upsert`` of passages none of which may be there.
+        """``upsert``, but for new passages only.
 
         Raises:
-            DuplicateIdError: one is; the blocks before it are kept.
+            DuplicateIdError: a passage already exists; blocks already written are kept.
         """
         return self.upsert(passages, only_new=True, **options)
 
@@ -235,24 +235,24 @@ class Index:
         num_passages: int | None = None,
         show_progress: bool | None = False,
     ) -> UpsertReport:
-        """Add passages, and change those whose id is there. Texts that are as they were are not encoded again.
+        """Add passages, or update those whose id exists. Unchanged texts are not encoded again.
 
-        A late chunk is as it was if all of its document is. Every 2,048 passages are one commit. Interrupted, the same
-        call goes on behind the last.
+        A late chunk counts as unchanged if all of its document is. Passages are committed in blocks of 2,048. After an
+        interruption, repeat the call to continue after the last commit.
 
         Args:
-            passages: read one after another, never held together.
-            only_new: refuse passages whose id is there.
-            lenient_metadata: leave out metadata values that do not fit, and count them.
-            num_passages: how many will come, for the progress bar.
-            show_progress: None means: if standard error is a terminal.
+            passages: consumed as a stream, never held in memory together.
+            only_new: refuse passages whose id exists.
+            lenient_metadata: drop metadata values that do not fit, and count them.
+            num_passages: number of passages, for the progress bar.
+            show_progress: None shows progress if standard error is a terminal.
 
         Raises:
             DuplicateIdError: two passages share an id.
-            InputError: a passage cannot be stored, its metadata do not fit, or its id is that of a document that was
-                split; the blocks before it are kept.
+            InputError: a passage cannot be stored, its metadata does not fit, or its id is that of a document that was
+                split; blocks already written are kept.
             IndexLockedError: another process is writing.
-            StorageError: it cannot be written; the blocks before are kept.
+            StorageError: the index cannot be written; blocks already written are kept.
         """
         from d2llm.retrieval.upserting import upsert_passages, warn_of_truncation
 
@@ -281,27 +281,27 @@ class Index:
         num_documents: int | None = None,
         show_progress: bool | None = False,
     ) -> DocumentsReport:
-        """Add texts of any length, or change those that are there: long ones are split into passages.
+        """Add or update texts of any length; long ones are split into passages.
 
-        The index remembers how its documents are cut, and refuses to cut others in another way.
+        The index stores its chunking and refuses documents with a different one.
 
         Args:
-            documents: read one after another.
-            chunking: how to split; None: as the index does, or as its first documents are: ``Chunking()``.
-            only_new: refuse documents that are there.
-            lenient_metadata: leave out metadata values that do not fit, and count them.
-            num_documents: how many will come, for the progress bar.
-            show_progress: None means: if standard error is a terminal.
+            documents: consumed as a stream.
+            chunking: how to split; None uses the index's chunking, or the default for its first documents.
+            only_new: refuse documents that already exist.
+            lenient_metadata: drop metadata values that do not fit, and count them.
+            num_documents: number of documents, for the progress bar.
+            show_progress: None shows progress if standard error is a terminal.
 
         Raises:
-            DuplicateIdError: two documents share an id, or one is there already (``only_new``).
-            InputError: the index cuts documents in another way, or a reason of ``upsert`` or ``Chunker``.
+            DuplicateIdError: two documents share an id, or one already exists (``only_new``).
+            InputError: the index has a different chunking, or as for ``upsert`` or ``Chunker``.
             IndexLockedError: another process is writing.
-            StorageError: it cannot be written; the blocks before are kept.
+            StorageError: the index cannot be written; blocks already written are kept.
         """
         from d2llm.retrieval.chunking import Chunker, choose_chunking, upsert_documents
 
-        student = cast("Student", self.student)  # the only one that has a tokenizer to count with
+        student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
         return upsert_documents(
             self,
@@ -315,14 +315,14 @@ class Index:
 
     @property
     def chunking(self) -> Chunking | None:
-        """How it cuts documents into passages; None where it has no documents so far."""
+        """How documents are split into passages; None if the index has no documents yet."""
         return read_chunking(self.folder)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Delete passages from vectors, BM25 and results at once; returns their number.
+        """Delete passages, in one step from vectors, BM25 and results; returns their number.
 
         Raises:
-            InputError: an id is no valid text.
+            InputError: an id is not valid text.
             IndexLockedError: another process is writing.
         """
         num_deleted = self.store.delete(list(ids))
@@ -333,7 +333,7 @@ class Index:
         """Delete all passages of these documents; returns the number of passages.
 
         Raises:
-            InputError: an id is no valid text.
+            InputError: an id is not valid text.
             IndexLockedError: another process is writing.
         """
         with self.store.writing():
@@ -342,17 +342,17 @@ class Index:
             return self.delete(passage_ids) if passage_ids else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
-        """Free the space of what is no longer there; bytes before and after. Arguments: ``IndexStore.compact``."""
+        """Free the space of deleted data; returns bytes before and after. Arguments: see ``IndexStore.compact``."""
         sizes = self.store.compact(keep, dense=dense)
         self.refresh()
         return sizes
 
     def snapshot(self, name: str) -> Path:
-        """Keep the latest version under a name, as a folder that ``open`` takes; it takes hardly any space."""
+        """Save the latest version under a name, as a folder that ``open`` accepts; it takes hardly any space."""
         return self.store.snapshot(name)
 
     def restore(self, name: str) -> int:
-        """Make a snapshot's passages those of the index; returns their number."""
+        """Replace the index's passages by a snapshot's; returns their number."""
         num_passages = self.store.restore(name)
         self.refresh()
         return num_passages
@@ -360,31 +360,31 @@ class Index:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; missing ones are left out."""
+        """The passages with these ids, in the order of the ids; missing ones are left out."""
         return self.view.get(ids)
 
     def get_document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; none if it is missing.
+        """The passages of a document, by position; empty if there is no such document.
 
         Raises:
-            InputError: the id is no valid text.
+            InputError: the id is not valid text.
         """
         return self.view.document(document_id)
 
     def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
-        """The ids of passages, in order, a page at a time: the first ``limit`` behind the id ``cursor``.
+        """One page of passage ids, in order: the first ``limit`` ids after ``cursor``.
 
         Raises:
-            InputError: ``cursor`` is no valid text, or ``limit`` is below 1.
+            InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
         """
         return self.view.list_passages(cursor, limit)
 
     def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
-        """``list_passages`` for documents, with their numbers of passages; one without a document is its own."""
+        """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
         return self.view.list_documents(cursor, limit)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """Those of the ids that the latest version does not have, in their order, each once."""
+        """The ids that the latest version does not have, in their order, without repetitions."""
         present = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
         return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in present]
 
@@ -396,13 +396,13 @@ class Index:
         cascade: Rereader | None = None,
         **changes: Any,
     ) -> list[Ranking]:
-        """Rank the passages for each query; ``changes`` are single fields of the settings (``SearchSettings``).
+        """Rank the passages for each query; ``changes`` override single fields of the settings (``SearchSettings``).
 
-        With a ``cascade``, a teacher reads again what the student is unsure of.
+        With a ``cascade``, a teacher rereads passages that the student is unsure of.
 
         Raises:
-            InputError: a setting or query is wrong.
-            FilterError: the filter cannot be read, or does not fit the metadata.
+            InputError: a setting or query is invalid.
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
         from d2llm.retrieval.search import Searcher
         from d2llm.retrieval.settings import changed
@@ -413,26 +413,26 @@ class Index:
         ).rank(query_list)
 
     def stats(self) -> IndexStats:
-        """What the latest version holds, and how many bytes it takes."""
+        """Contents of the latest version, and its size in bytes."""
         return stats(self.store)
 
     def verify(
         self, *, repair: bool = False, go_back: bool = False, show_progress: bool | None = False
     ) -> VerifyReport:
-        """Whether all is as it was written; what ``repair`` and ``go_back`` do about it: ``store.inspection.verify``.
+        """Check the integrity of the index; ``repair`` and ``go_back`` fix damage as in ``store.inspection.verify``.
 
-        Where the vectors are kept once, the student encodes again those that are lost; interrupted, the same call goes
-        on where it was. Vectors of windows are kept once: where some are damaged, all are read again.
-        ``show_progress`` None means: if standard error is a terminal.
+        If only one copy of the vectors is stored, the student encodes lost ones again; after an interruption, repeat
+        the call to continue. Only one copy of window vectors is stored: if some are damaged, all are encoded again.
+        ``show_progress`` None shows progress if standard error is a terminal.
 
         Raises:
-            IndexLockedError: another process is writing, and something has to be repaired.
+            IndexLockedError: something has to be repaired, but another process is writing.
             StorageError: a repaired file cannot be written.
         """
         with ExitStack() as stack:
             from d2llm.retrieval.reading import read_windows
 
-            advances: list[Advance] = []  # one, when there is something to encode
+            advances: list[Advance] = []  # at most one, made when there is something to encode
             windows: list[Advance] = []
 
             def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:

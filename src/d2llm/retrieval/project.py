@@ -1,4 +1,4 @@
-"""The verb ``project``: W_p b of every passage is kept beside its vector, so that a score skips that product."""
+"""The ``project`` verb: store W_p b of every passage beside its vector, so that scoring skips that product."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BLOCK_ROWS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class ProjectReport:
-    """What was stored: ``num_rows`` rows, ``num_added`` of them now, of ``width`` bfloat16 numbers each."""
+    """What is stored: ``num_rows`` rows of ``width`` bfloat16 numbers, ``num_added`` of them added by this call."""
 
     folder: str
     version: int
@@ -42,19 +42,19 @@ class ProjectReport:
 
 
 def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | None = False) -> ProjectReport:
-    """Store W_p b of all passages of the latest version; those that are stored already are not computed again.
+    """Store W_p b of all passages of the latest version; those that are already stored are not computed again.
 
-    Interrupted, it goes on where it was. Searches use what is there at once, and compute it of passages that came
-    later; ``extend_projections`` is called by every upsert. A compaction that renumbers the rows drops it.
+    An interrupted run resumes where it stopped. Searches use the stored projections immediately and compute those of
+    passages added later; every upsert calls ``extend_projections``. A compaction that renumbers rows drops them.
 
     Args:
-        store: the index. Its write lock is held meanwhile.
-        student: that made its vectors; its head has the features ``concat``.
-        show_progress: None means: if standard error is a terminal.
+        store: the index. Its write lock is held during the call.
+        student: the student that made its vectors; its head must have the features ``concat``.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: the head's first product depends on the query too, or there are no passages.
-        IndexMismatchError: the student is another.
+        InputError: the head's first product also depends on the query, or there are no passages.
+        IndexMismatchError: another student made the index.
         IndexLockedError: another process is writing.
         StorageError: the file cannot be written.
     """
@@ -63,14 +63,14 @@ def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | 
         view = PassageView(store)
         view.check_student(student.fingerprint)
         if not isinstance(student, ProjectingStudent):
-            raise InputError("this kind of student has no projections to store; give a d2llm student")
-        width = student.project_passages(view.block(0, min(1, view.capacity))).shape[1]  # also whether it has any
+            raise InputError("this kind of student has no projections to store; use a d2llm student")
+        width = student.project_passages(view.block(0, min(1, view.capacity))).shape[1]  # raises if the head has none
         if not len(view):
             raise InputError(f"{store.folder}: holds no passages; upsert some, then store their projections")
         vectors = view.vector_file
         if vectors is None:
             raise InputError(
-                f"{store.folder}: its vectors could not be written beside the table; see the log, mend that first"
+                f"{store.folder}: its vectors could not be written beside the table; see the log and fix that first"
             )
         with storage_errors(store.folder):
             file = _file_to_extend(view, vectors, width)
@@ -89,7 +89,7 @@ def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | 
 
 
 def extend_projections(store: IndexStore, student: SearchStudent) -> None:
-    """After a change: store the projections of passages that came, if those before them are stored and fit."""
+    """Store the projections of newly added passages, if usable projections of the earlier ones are stored."""
     if any(store.folder.glob("projections-*.bin")):
         view = PassageView(store)
         if view.projections is not None and len(view):
@@ -97,17 +97,17 @@ def extend_projections(store: IndexStore, student: SearchStudent) -> None:
 
 
 def _file_to_extend(view: PassageView, vectors: VectorFile, width: int) -> VectorFile:
-    """The file that is there, if it is of these vectors and whole; else an empty one."""
-    made_of = projections_of(view.student_fingerprint, view.format.name)
+    """The existing file, if it is complete and made from these vectors; else an empty one."""
+    source = projections_of(view.student_fingerprint, view.format.name)
     if view.projections is not None and view.projections.width == width:
-        return open_file(vectors, view.generation, made_of)
-    return create_file(vectors, view.generation, made_of, width)
+        return open_file(vectors, view.generation, source)
+    return create_file(vectors, view.generation, source, width)
 
 
 def _append(view: PassageView, student: ProjectingStudent, file: VectorFile, *, show_progress: bool | None) -> int:
-    """Add the rows that are missing, up to the last that holds a passage; returns how many.
+    """Add the missing rows, up to the last that holds a passage; returns their number.
 
-    Rows behind that one were left by an interrupted writer, and where the vectors are rebuilt, theirs are given anew.
+    Rows beyond that one were left by an interrupted writer; their numbers are reused if the vectors are rebuilt.
     """
     first = file.capacity
     end = view.capacity if view.live is None else int(np.flatnonzero(view.live)[-1]) + 1

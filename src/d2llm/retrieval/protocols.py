@@ -1,6 +1,6 @@
-"""What the verbs ask of a student. ``Student`` fits; so does anything else with these methods.
+"""Protocols of students. ``Student`` implements them; so can any other class with these methods.
 
-What they ask of a teacher is ``models.teachers.judge.Judge``.
+The protocol of teachers is ``models.teachers.judge.Judge``.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 class Describable(Protocol):
-    """A configuration that can be written down."""
+    """A configuration that can be serialized."""
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """As plain values, with ``mode="json"``."""
+        """The configuration; ``mode="json"`` gives plain JSON values."""
         ...
 
 
 class TextEncoder(Protocol):
-    """Turns queries and passages into vectors, each alone."""
+    """Encodes queries and passages into vectors, each text by itself."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether two encoders are the same."""
+        """Hash that identifies the encoder."""
         ...
 
     @property
     def config(self) -> Describable:
-        """What the encoder is built of."""
+        """The encoder's configuration."""
         ...
 
     @property
@@ -57,15 +57,15 @@ class TextEncoder(Protocol):
 
 
 class SearchStudent(TextEncoder, Protocol):
-    """An encoder that also scores a query with passages by their vectors alone."""
+    """An encoder that also scores passages for a query, from their vectors alone."""
 
     @property
     def has_anchor(self) -> bool:
-        """Whether part of the score is an inner product that an index can follow."""
+        """Whether part of the score is an inner product, which an index can search by."""
         ...
 
     def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """[q, dim] -> [q, dim], whose inner products with passage vectors are the anchor logits."""
+        """[q, dim] -> [q, dim]; inner products of the result with passage vectors are the anchor logits."""
         ...
 
     def score(
@@ -77,71 +77,71 @@ class SearchStudent(TextEncoder, Protocol):
 
 @runtime_checkable
 class ChunkStudent(Protocol):
-    """A ``SearchStudent`` that can read parts of a text with the rest around them (``Student`` can)."""
+    """A ``SearchStudent`` that can encode parts of a text in the context of the rest (``Student`` can)."""
 
     def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
-        """Encode parts of texts, given by the characters where they begin and end."""
+        """Encode parts of texts; each part is a pair of character offsets (start, end)."""
         ...
 
 
 class PairScorer(Protocol):
-    """One query, ready to be scored with passages: anchor + reach * r_p * change."""
+    """Scores passages for one prepared query: anchor + reach * r_p * change."""
 
     @property
     def anchor_query(self) -> NDArray[np.float32] | None:
-        """[dim], whose inner product with a passage's vector is the anchor; None where the score has none."""
+        """[dim]; its inner product with a passage's vector is the anchor. None if the score has no anchor."""
         ...
 
     @property
     def reach(self) -> float:
-        """The query's part of the bound of a pair, at least 0; 0 where the anchor is the whole score."""
+        """The query's factor R_q in a pair's bound, at least 0; 0 if the anchor is the whole score."""
         ...
 
     def __call__(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
         """[n, dim] -> final logits [n].
 
-        With ``projections`` [n, hidden] of the same passages (``ProjectingStudent``) the vectors are for the anchor
-        alone, and None if there is none.
+        If ``projections`` [n, hidden] of the same passages are given (``ProjectingStudent``), the vectors are used for
+        the anchor only, and are None if there is no anchor.
         """
         ...
 
     def change(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
-        """[n, dim], or projections -> the share of its reach that the interaction uses, [n] in [-1, 1]."""
+        """[n, dim], or projections -> the interaction as a share of its reach, [n] in [-1, 1]."""
         ...
 
 
 @runtime_checkable
 class BoundedStudent(Protocol):
-    """A ``SearchStudent`` whose score is an inner product and a bounded change (``Student`` is one)."""
+    """A ``SearchStudent`` whose score is an inner product plus a bounded change (``Student`` is one)."""
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
-        """What scores one query [dim]."""
+        """A scorer for one query [dim]."""
         ...
 
     def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, dim] -> r_p [n] in [0, 1], the passages' part of the bound of a pair."""
+        """[n, dim] -> r_p [n] in [0, 1], the passages' factor in a pair's bound."""
         ...
 
 
 @runtime_checkable
 class EvidenceStudent(Protocol):
-    """A ``SearchStudent`` to whose score an index can add (``Student`` is one)."""
+    """A ``SearchStudent`` whose score can include evidence from the index (``Student`` is one)."""
 
     def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
-        """What is added, by weight; nothing where the vectors' score is all.
+        """The weights of the evidence; empty if only the vectors count.
 
-        ``windows``: by an index that stores the vectors of windows.
+        ``windows``: whether the index stores the vectors of windows.
         """
         ...
 
 
 @runtime_checkable
 class ProjectingStudent(Protocol):
-    """A ``SearchStudent`` part of whose score can be computed from a passage alone (``Student`` is one)."""
+    """A ``SearchStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether two students are the same."""
+        """Hash that identifies the student."""
         ...
 
     @property
@@ -150,5 +150,5 @@ class ProjectingStudent(Protocol):
         ...
 
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
-        """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError where the head has no such part."""
+        """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError if the head has no such part."""
         ...

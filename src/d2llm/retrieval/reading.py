@@ -1,4 +1,4 @@
-"""Passages as vectors: each read alone, or as a part of its document."""
+"""Encoding passages: each by itself, or as a part of its document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReadPassages:
-    """Vectors [n, dim] of passages, the places of truncated ones, and the numbers of tokens and windows read."""
+    """Vectors [n, dim] of passages, places of truncated ones, and numbers of tokens and windows read."""
 
     vectors: NDArray[np.float32]
     truncated: tuple[int, ...] = ()
@@ -32,12 +32,12 @@ class ReadPassages:
 def read_passages(
     student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None = None
 ) -> ReadPassages:
-    """Encode passages; late chunks of one document, wherever they stand, are pooled from one reading of it.
+    """Encode passages; all late chunks of a document, wherever they are in the list, share one encoding of it.
 
     ``advance`` is called with the number of passages finished since the last call.
 
     Raises:
-        InputError: there are late chunks, and the student cannot read them.
+        InputError: there are late chunks, but the student cannot encode them.
     """
     vectors = np.zeros((len(passages), student.vector_dim), np.float32)
     truncated: list[int] = []
@@ -71,7 +71,7 @@ def read_passages(
 def read_windows(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
 ) -> ReadWindows:
-    """Encode each window of passages as a passage; a passage of a single window has none, as its own vector serves.
+    """Encode each window of passages as a passage; a single-window passage gets none, as its own vector serves.
 
     ``advance`` is called with the number of windows finished since the last call.
     """
@@ -79,9 +79,9 @@ def read_windows(
     counts: list[int] = []
     for text in full_texts:
         spans = windows(text)
-        own = spans if len(spans) > 1 else []
-        texts += [text[start:end] for start, end in own]
-        counts.append(len(own))
+        encoded_spans = spans if len(spans) > 1 else []
+        texts += [text[start:end] for start, end in encoded_spans]
+        counts.append(len(encoded_spans))
     if not texts:
         return ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
     encoded = student.encode_passages(texts, advance=advance)
@@ -90,7 +90,7 @@ def read_windows(
 
 @dataclass(frozen=True, slots=True)
 class ScoredPairs:
-    """Scores [n] of pairs of texts, and their different queries and passages as vectors."""
+    """Scores [n] of pairs of texts, and the vectors of their distinct queries and passages."""
 
     scores: NDArray[np.float32]
     queries: EncodedTexts
@@ -98,7 +98,7 @@ class ScoredPairs:
 
     @property
     def num_truncated(self) -> int:
-        """Texts that were longer than the limit."""
+        """Number of texts longer than the limit."""
         return self.queries.num_truncated + self.passages.num_truncated
 
 
@@ -108,7 +108,7 @@ def score_pairs(
     task: Task,
     advance: Callable[[int], None] | None = None,
 ) -> ScoredPairs:
-    """The student's logits of (query, passage) pairs of texts; each text is read once, whatever pairs it is in.
+    """The student's logits of (query, passage) pairs of texts; each distinct text is encoded once.
 
     ``advance`` is called with the number of texts finished since the last call.
     """

@@ -1,4 +1,4 @@
-"""From an order of candidates to what is shown: texts, documents, neighbours, explanations, the teacher's part."""
+"""Turns ordered candidates into results: texts, documents, neighbours, explanations, the teacher's scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GroupedDocument:
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidates:
-    """A query's candidates with the student's scores; who proposed what; and whether more could be proposed."""
+    """A query's candidates with the student's scores, each source's proposals, and whether these are all candidates."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -48,7 +48,7 @@ class ScoredCandidates:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of the candidates: places among them, best first, by ``scores``; or documents, best first."""
+    """The order of the candidates: their places, best first by ``scores``; or documents, best first."""
 
     scored: ScoredCandidates
     scores: NDArray[np.floating[Any]]
@@ -75,15 +75,15 @@ def group_passages(
     """Documents by score, best first, ties by the document's id.
 
     ``best`` is MaxP. ``sum`` is SumP over the best ``num_parts`` passages, with odds exp(score) in place of
-    probabilities, and shown as a logarithm: log sum exp(score). Odds, since probabilities near 1 hide which passage is
-    the better one; a logarithm, since a document of one passage then has that passage's score, as with ``best``.
+    probabilities, reported as a logarithm: log sum exp(score). Odds are used because probabilities near 1 hide which
+    passage is better, and the logarithm so that a document of one passage has that passage's score, as with ``best``.
 
     Args:
         scores: [n] of passages, log-odds or logits.
-        best_first: [n] their places, best first.
-        documents: [n] the document of each.
+        best_first: [n] places of the passages, best first.
+        documents: [n] document id of each passage.
         how: ``best`` or ``sum``.
-        num_parts: how many passages of a document are summed at most.
+        num_parts: maximum number of passages summed per document.
 
     Source: Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural Language Modeling", SIGIR 2019,
     section 3.
@@ -111,7 +111,7 @@ def show(
     document_passages: int,
     neighbours: int,
 ) -> tuple[RankedPassage, ...]:
-    """The places of a ranking with their texts and all that the settings ask for (``SearchSettings``)."""
+    """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``)."""
     places, rows = order.places, order.scored.rows[order.places]
     scores = order.scores[places].tolist()
     documents: list[RankedDocument | None] = [None] * len(places)
@@ -152,7 +152,7 @@ def _documents(
 
 
 def _with_neighbours(index: PassageView, places: tuple[RankedPassage, ...], distance: int) -> tuple[RankedPassage, ...]:
-    """Each place with the passages at most ``distance`` positions before and after it in its document."""
+    """Each result with the passages up to ``distance`` positions before and after it in its document."""
     around: dict[str, list[Passage]] = {}
     for passage in index.neighbours([place.passage for place in places], distance):
         around.setdefault(passage.document_id, []).append(passage)
@@ -173,7 +173,7 @@ def _explained(
 
     query_terms = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places
-    places = {name: {row: at for at, row in enumerate(found.rows.tolist())} for name, found in proposals.items()}
+    places = {name: {row: at for at, row in enumerate(proposal.rows.tolist())} for name, proposal in proposals.items()}
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
     added = EvidenceParts(None, None) if evidence is None else evidence
@@ -190,8 +190,8 @@ def _explained(
             else score - place.anchor_score - (word_score or 0.0) - (window_score or 0.0),
             lexical=word_score,
             windows=window_score,
-            source_ranks={name: found + 1 for name, found in at.items()},
-            source_scores={name: float(proposals[name].scores[found]) for name, found in at.items()},
+            source_ranks={name: index + 1 for name, index in at.items()},
+            source_scores={name: float(proposals[name].scores[index]) for name, index in at.items()},
             terms=dict(counts),
         )
         explained.append(replace(place, explanation=why))
@@ -208,10 +208,10 @@ def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread
 
 
 def cascade_report(order: Order) -> CascadeReport:
-    """What a cascade read, was unsure of and moved, in the student's ranks."""
+    """Report of a cascade: passages read, in doubt and moved, given by the student's ranks."""
     assert order.reread is not None
     assert order.student_ranks is not None
     ranks, reread = order.student_ranks, order.reread
-    moved = tuple((int(before), now) for now, before in enumerate(ranks[order.best_first], start=1) if before != now)
+    moved = tuple((int(old), new) for new, old in enumerate(ranks[order.best_first], start=1) if old != new)
     read, unsure = tuple(ranks[reread.read].tolist()), tuple(sorted(ranks[reread.unsure].tolist()))
     return CascadeReport(read, unsure, moved, reread.num_truncated, reread.seconds, reread.out_of_time)

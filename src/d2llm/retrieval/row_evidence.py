@@ -1,4 +1,4 @@
-"""What an index adds to the scores of its passages for one query (``models.evidence``)."""
+"""Evidence: what an index adds to its passages' scores for one query (``models.evidence``)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from d2llm.store.view import PassageView
 
 
 class EvidenceParts(NamedTuple):
-    """What words and windows each add to the scores of some rows [n]; None for what does not count."""
+    """What words and windows each add to the scores of some rows [n]; None if they do not count."""
 
     words: NDArray[np.float32] | None
     windows: NDArray[np.float32] | None
 
 
 class RowEvidence:
-    """The weighted sum of the evidence of rows, float32: of words, and of windows."""
+    """The weighted sum of the word and window evidence of rows, float32."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class RowEvidence:
         weights: EvidenceWeights,
         anchor: NDArray[np.float32] | None,
     ) -> None:
-        """Args: ``weights`` of the student for the query's task; ``anchor`` [dim], the query for inner products."""
+        """Args: ``weights`` of the student for the task; ``anchor`` [dim], the query's vector for inner products."""
         self._index, self._words = index, index.words
         self._query = self._words.query(text)
-        limit = self._query.limit or 1.0  # a query without a known word has score 0, whatever it is divided by
+        limit = self._query.limit or 1.0  # without a known word all scores are 0, so any divisor works
         terms, factor = weights.terms, weights.words_factor
         scale = 1.0 if factor is None else factor(self._query.statistics)
         passage_weight = terms.get("words", 0.0) + terms.get("words_share", 0.0) / limit
@@ -49,11 +49,11 @@ class RowEvidence:
         self._anchor, self._vector_weight = anchor, np.float32(terms.get("window_vectors", 0.0))
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of some rows [n]."""
+        """The evidence of some rows [n]."""
         return self._with_windows(self._word_evidence(rows), rows)
 
     def parts(self, rows: NDArray[np.int64]) -> EvidenceParts:
-        """Of some rows [n], each kind of evidence by itself."""
+        """The evidence of some rows [n], by kind."""
         return EvidenceParts(
             self._word_evidence(rows) if self._passage_weight or self._window_weight else None,
             self._window_evidence(rows) if self._vector_weight else None,
@@ -65,7 +65,7 @@ class RowEvidence:
         return self._sum(*self._words.score(self._query, rows))
 
     def bounds(self, num_rows: int) -> NDArray[np.float32]:
-        """Of the first rows, what it is at most: below none of the sums, in their own arithmetic."""
+        """Upper bounds of the evidence of the first rows, valid in the same float32 arithmetic."""
         passages = self._passages[:num_rows]
         if self._window_weight:
             words = self._sum(passages, self._words.window_limits(self._query)[:num_rows])
@@ -85,14 +85,14 @@ class RowEvidence:
         return words + self._window_evidence(rows) if self._vector_weight else words
 
     def _window_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        assert self._anchor is not None, "windows count by inner products, which this student has not"
+        assert self._anchor is not None, "windows are scored by inner products, which this student does not have"
         return self._vector_weight * self._index.best_windows(self._anchor, rows)
 
 
 def evidence_weights(student: SearchStudent, task: Task, *, windows: bool = True) -> EvidenceWeights:
-    """The weights of the evidence in a student's score; none if its vectors' score is all.
+    """The weights of the evidence in a student's score; empty if only the vectors count.
 
-    ``windows``: by an index that stores the vectors of windows.
+    ``windows``: whether the index stores the vectors of windows.
     """
     if not isinstance(student, EvidenceStudent):
         return EvidenceWeights()
@@ -105,10 +105,10 @@ def weights_for(
     task: Task,
     requested: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
 ) -> EvidenceWeights:
-    """The weights in a search of an index: those requested, else the student's own for what the index stores.
+    """The weights for a search of an index: those requested, else the student's for what the index stores.
 
     Raises:
-        InputError: windows have a weight, and the index stores no vectors of windows.
+        InputError: windows have a weight, but the index stores no vectors of windows.
     """
     if requested is not None and not isinstance(requested, EvidenceWeights):
         requested = EvidenceWeights(terms=dict(requested))
@@ -126,7 +126,7 @@ def weights_for(
 def row_evidence(
     index: PassageView, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
 ) -> RowEvidence | None:
-    """What an index adds to the scores for a query, if anything; ``anchor`` [dim] is its vector for inner products."""
+    """The index's evidence for a query, or None; ``anchor`` [dim] is the query's vector for inner products."""
     if not weights:
         return None
     return RowEvidence(index, text, weights, anchor)
@@ -143,7 +143,7 @@ def scored_list(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The scores [n, 1 + terms] of some rows [n], the student's ``own`` first, and their grades [n], 0 if not judged.
 
-    Each kind of evidence is what ``RowEvidence`` weighs; ``best_windows`` [n] are for the term "window_vectors".
+    The terms are those that ``RowEvidence`` weights; ``best_windows`` [n] are for the term "window_vectors".
     """
     passage_scores, window_scores = words.score(query, rows)
     limit = query.limit or 1.0

@@ -17,8 +17,9 @@ from d2llm.store.view import PassageView
 class RowScorer:
     """Scores rows of ``view`` for one query, and adds its ``evidence``, if any.
 
-    ``prepared`` is what the student prepared of the query, None of a student that only scores. Whether a projection
-    was stored or is computed now makes no difference to a score; without any, a score differs by their rounding.
+    ``prepared`` is the student's scorer for the query, or None if the student has no ``prepare``. It makes no
+    difference to a score whether a projection was stored or is computed now; without projections, scores differ by
+    their rounding.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class RowScorer:
         return self.prepared(self._view.vectors(rows) if is_read else None, projections)
 
     def change(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The share of its reach that the interaction uses, [n] in [-1, 1]; for a student with ``prepared``."""
+        """The interaction as a share of its reach, [n] in [-1, 1]; only if there is ``prepared``."""
         assert self.prepared is not None
         projections = self._projections(rows)
         return self.prepared.change(self._view.vectors(rows) if projections is None else None, projections)
 
     def _projections(self, rows: NDArray[np.int64]) -> Tensor | None:
-        """Those of some rows [n, hidden]; for rows that came after the file they are computed, in its rounding."""
+        """Projections of some rows [n, hidden]; those not in the file are computed, with the file's rounding."""
         stored = self._stored
         if stored is None:
             return None

@@ -1,4 +1,4 @@
-"""The verb ``search``: queries become rankings with texts."""
+"""The ``search`` verb: rank the passages of an index for queries."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed
 from d2llm.store.view import CandidateRows, PassageView
 
-_WIDENED = 4  # times as many candidates, if the first ones belong to too few documents
-_ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough that the progress bar moves
-_SCANNED_AT_ONCE = 32  # queries: their candidates are in memory together
+_WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
+_ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough to keep the progress bar moving
+_SCANNED_AT_ONCE = 32  # queries: limited because their candidates are in memory together
 
 
 def search(
@@ -46,28 +46,28 @@ def search(
     show_progress: bool | None = False,
     **changes: Any,
 ) -> list[Ranking]:
-    """Rank the passages of an index for each query: candidates, then the student's full score (IEM).
+    """Rank the passages of an index for each query: find candidates, then apply the student's full score (IEM).
 
     Args:
-        index: made by this student.
-        student: encodes the queries and scores.
+        index: an index made by this student.
+        student: encodes the queries and scores the passages.
         queries: texts, or queries with ids; texts get the ids "1", "2", ...
         settings: how to search.
-        cascade: has a teacher read again what the student is unsure of (``Cascade``), or the first of its ranking
+        cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
             (``TeacherReading``).
-        show_progress: None means: if standard error is a terminal.
-        changes: single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
+        show_progress: None shows progress if standard error is a terminal.
+        changes: override single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
         One ranking per query, best first, ties by passage id. ``seconds`` holds "encode", "candidates", "score" and,
-        with a cascade, "teacher"; of what is done for several queries together (encoding for 256, the exact scan for
-        32) each has the mean.
+        with a cascade, "teacher". For work done on several queries together (encoding 256, the exact scan 32), each
+        query gets the mean.
 
     Raises:
-        InputError: settings that do not go together, or a query without text.
-        FilterError: the filter cannot be read, or does not fit the metadata.
+        InputError: settings contradict each other, or a query has no text.
+        FilterError: the filter cannot be parsed, or does not fit the metadata.
         IndexMismatchError: the index was made by another student.
-        ModelError: the student gave a score that is not a number.
+        ModelError: the student returned a score that is NaN.
     """
     searcher = Searcher(index, student, changed(settings, changes), cascade=cascade)
     return searcher.rank(queries, show_progress=show_progress)
@@ -75,17 +75,17 @@ def search(
 
 @dataclass(frozen=True, slots=True)
 class _PreparedQuery:
-    """A query with what is computed before its ranking.
+    """A query with everything computed before its ranking.
 
     Attributes:
         query: text and id.
         vector: [dim].
-        anchor: [dim], for inner products; None for a head without them.
-        evidence: what words and windows add to the scores; None if nothing does.
-        scorer: scores rows for it; None in an exact search, which has its own.
+        anchor: [dim], for inner products; None if the head has none.
+        evidence: what words and windows add to the scores, or None.
+        scorer: scores rows for the query; None in an exact search, which makes its own.
         depth: how many candidates each source proposes at first.
-        scanned: its result of a scan shared with other queries, to that depth; None without one.
-        seconds: as a ranking has them.
+        scanned: the query's candidates from a scan shared with other queries, to that depth, or None.
+        seconds: time by stage, as in a ranking.
     """
 
     query: Query
@@ -99,7 +99,7 @@ class _PreparedQuery:
 
 
 class Searcher:
-    """``search`` for many calls: what does not depend on the queries is done once. Arguments as there."""
+    """``search`` for many calls: work that does not depend on the queries is done once. Arguments: see ``search``."""
 
     def __init__(
         self,
@@ -110,12 +110,12 @@ class Searcher:
         reaches: KeptReaches | None = None,
         cascade: Rereader | None = None,
     ) -> None:
-        """Args: ``reaches`` keeps what exact searches of this version compute for all rows."""
+        """Args: ``reaches`` caches values that exact searches of this version compute for all rows."""
         self.settings = settings or SearchSettings()
         self.settings.check()
         if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
             raise InputError(
-                "a cascade goes by the student's scores alone and changes its order: leave exact and hybrid"
+                "a cascade requires the student's scores alone and changes their order: leave out exact and hybrid"
             )
         index.check_student(student.fingerprint)
         self._index = index
@@ -141,12 +141,12 @@ class Searcher:
 
     @property
     def counts_words(self) -> bool:
-        """Whether words are a part of the scores."""
+        """Whether the scores include word evidence."""
         return self._weights.counts_words
 
     @property
     def counts_windows(self) -> bool:
-        """Whether the vectors of windows are a part of the scores."""
+        """Whether the scores include the vectors of windows."""
         return self._weights.counts_windows
 
     def rank(
@@ -157,9 +157,9 @@ class Searcher:
         show_progress: bool | None = False,
         title: str = "searching",
     ) -> list[Ranking]:
-        """Rank the passages for each query; ``title`` is the progress bar's.
+        """Rank the passages for each query; ``title`` labels the progress bar.
 
-        Given their ``vectors`` [n, dim], queries are not encoded here, and no ranking is marked as ``truncated``.
+        If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``.
         """
         all_queries = _as_queries(queries)
         if vectors is not None and vectors.shape != (len(all_queries), self._student.vector_dim):
@@ -194,7 +194,7 @@ class Searcher:
         anchors: Sequence[NDArray[np.float32] | None],
         encode_seconds: float,
     ) -> Iterator[_PreparedQuery]:
-        """Queries ready to be ranked, after one scan for all of them where the exact scan is to propose."""
+        """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
         evidence = [
             row_evidence(self._index, query.text, self._weights, anchor)
@@ -209,7 +209,7 @@ class Searcher:
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
-        # A scan's order is that of the anchors. Where they are the scores, it need not go deeper than the ranking.
+        # A scan orders rows by anchor. If the anchors are the scores, it need not go deeper than the ranking.
         final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
         depth = self.settings.top_k if final else max(share, self.settings.top_k)
@@ -224,7 +224,7 @@ class Searcher:
             yield _PreparedQuery(query, vector, anchor, one, scorer, depth, proposal, seconds)
 
     def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
-        """Whether the inner products of the candidates are their final scores, and nothing else changes the order."""
+        """Whether the candidates' inner products are their final scores and nothing else changes their order."""
         prepared = None if scorer is None else scorer.prepared
         if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
             return False
@@ -264,7 +264,7 @@ class Searcher:
         return Ranking(query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report)
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
-        """At least ``depth`` candidates with the student's scores, if the index has as many."""
+        """At least ``depth`` candidates with the student's scores, if the index has that many."""
         begin = time.perf_counter()
         proposals: dict[str, CandidateRows] = {}
         for source in self._sources:
@@ -272,11 +272,11 @@ class Searcher:
                 proposals[source.name] = prepared.scanned
             else:
                 proposals[source.name] = source.propose(prepared.query, prepared.anchor, depth)
-        proposed = time.perf_counter()
+        scoring_begin = time.perf_counter()
         score = self._score_exactly if self._exact else self._score
         scored = score(prepared, proposals, depth)
-        prepared.seconds["candidates"] += proposed - begin
-        prepared.seconds["score"] += time.perf_counter() - proposed
+        prepared.seconds["candidates"] += scoring_begin - begin
+        prepared.seconds["score"] += time.perf_counter() - scoring_begin
         return scored
 
     def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
@@ -286,7 +286,7 @@ class Searcher:
             _refuse_nan(scores, prepared.query)
             return ScoredCandidates(rows, scores, len(rows), proposals, None, len(proposal.rows) < depth)
         assert prepared.scorer is not None
-        # In the rows' order what is stored is read from the disk in one direction; the final order is made below.
+        # Sorted rows are read from disk sequentially; the final order is made later.
         rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
         scores = prepared.scorer(rows) if len(rows) else _NOTHING
         _refuse_nan(scores, prepared.query)
@@ -312,12 +312,12 @@ class Searcher:
         except ModelError as error:
             raise ModelError(f"query {prepared.query.id!r}: {error}") from error
         is_own_order = self._cascade is None and self.settings.group == "passage"
-        certificate = certified.certificate if is_own_order else None  # it proves the student's order of passages
+        certificate = certified.certificate if is_own_order else None  # it only proves the student's order of passages
         num_scored, is_all = certified.certificate.num_scored, len(certified.rows) < top_k
         return ScoredCandidates(certified.rows, certified.scores, num_scored, proposals, certificate, is_all)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
-        """The first ``top_k`` by the student's score, by its fusion with BM25, or after the cascade; or documents."""
+        """The top ``top_k`` passages or documents by the student's score, its fusion with BM25, or the cascade."""
         rows, top_k = scored.rows, self.settings.top_k
 
         def best(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:

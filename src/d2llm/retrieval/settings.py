@@ -1,4 +1,4 @@
-"""How to search: the settings of ``search`` and of every other way to ask an index."""
+"""Search settings, shared by ``search`` and every other interface to an index."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ class SearchSettings:
     """How to search.
 
     Attributes:
-        task: which branch of the IEM; None means the index's own.
-        top_k: length of a ranking; every passage when it is beyond the corpus.
-        num_candidates: passages that get the full score; each source proposes an equal part, ``top_k`` at least.
-        filter: an SQL-like condition on metadata (``store.filters``); it is applied before the choice of the first k.
-        sources: who proposes candidates; several are united, and all get the student's full score. None means
-            "vectors", and "bm25" with them where the student's score counts words. "ann" is "vectors" by an approximate
-            index (``build_ann``): quicker, with the recall that was measured when it was built.
-        evidence: weights of what counts beside the vectors (``models.evidence``), in place of the student's own; with
-            none the vectors' score is all.
-        hybrid: rank by reciprocal-rank fusion of the student's ranking and BM25's, with this share, 0 to 1, for BM25;
-            None: by the student's score alone. BM25 then always proposes, beside the sources that are named, or the
-            vectors.
-        exact: the exact ranking of all passages by the full score, with its certificate. A head without an
-            inner-product part ("paper") is always searched so.
-        budget_ms: of an exact search: stop scoring in time; the certificate says what is proved.
-        explain: say of each passage why it stands where it does.
-        group: rank documents (``Passage.document_id``; a passage without one is its own) by their "best" passage, or by
-            the "sum" of their best passages' odds. ``top_k`` then counts documents, and more candidates are taken where
-            there are too few documents among them.
-        document_passages: passages of a document that are shown, and with "sum" summed.
-        neighbours: also give the passages of the same document up to this many positions before and after each.
+        task: which branch of the IEM to use; None means the index's task.
+        top_k: length of the ranking; if it exceeds the corpus, every passage is ranked.
+        num_candidates: number of passages that get the full score; each source proposes an equal share, but at least
+            ``top_k``.
+        filter: an SQL-like condition on metadata (``store.filters``), applied before the top k are chosen.
+        sources: sources of candidates; the candidates of several are merged, and all get the student's full score. None
+            means "vectors", plus "bm25" if the student's score counts words. "ann" is "vectors" by an approximate index
+            (``build_ann``): faster, with the recall measured when it was built.
+        evidence: weights of the evidence other than the vectors (``models.evidence``), replacing the student's; if
+            empty, only the vectors count.
+        hybrid: rank by reciprocal-rank fusion of the student's ranking and BM25's, with this weight, 0 to 1, for BM25;
+            None ranks by the student's score alone. BM25 is then always a source, in addition to the given sources or
+            the vectors.
+        exact: compute the exact ranking of all passages by the full score, with a certificate. A head without an
+            inner-product part ("paper") is always searched exactly.
+        budget_ms: time limit of an exact search; the certificate says what is proved by then.
+        explain: explain each passage's rank.
+        group: rank documents (``Passage.document_id``; a passage without one counts as its own document) by their
+            "best" passage, or by the "sum" of their best passages' odds. ``top_k`` then counts documents, and more
+            candidates are taken if they belong to too few documents.
+        document_passages: number of passages shown per document, and with "sum" summed.
+        neighbours: also return the passages of the same document up to this many positions before and after each.
     """
 
     task: Task | None = None
@@ -56,15 +57,15 @@ class SearchSettings:
     neighbours: int = 0
 
     def proposers(self, *, counts_words: bool) -> tuple[SourceName, ...]:
-        """Who proposes candidates; ``counts_words``: whether words are a part of the student's score."""
+        """The sources of candidates; ``counts_words``: whether the student's score counts words."""
         named: tuple[SourceName, ...] = self.sources or (("vectors", "bm25") if counts_words else ("vectors",))
         return named if self.hybrid is None or "bm25" in named else (*named, "bm25")
 
     def check(self) -> None:
-        """Make sure that the settings go together.
+        """Check the settings and their combination.
 
         Raises:
-            InputError: they do not.
+            InputError: a setting is invalid, or settings contradict each other.
         """
         if self.top_k < 1 or self.num_candidates < 1:
             raise InputError(
@@ -82,9 +83,7 @@ class SearchSettings:
         if self.hybrid is not None and not 0 <= self.hybrid <= 1:
             raise InputError(f"hybrid is {self.hybrid}; BM25's share must be between 0 and 1")
         if self.exact and (self.hybrid is not None or self.sources not in (None, ("vectors",))):
-            raise InputError(
-                "an exact search ranks all passages by the student's score: leave hybrid and sources alone"
-            )
+            raise InputError("an exact search ranks all passages by the student's score: leave out hybrid and sources")
         if self.budget_ms is not None and not self.exact:
             raise InputError("budget_ms is for an exact search; set exact as well, or leave it out")
         if self.group not in get_args(Grouping):
@@ -95,13 +94,13 @@ class SearchSettings:
                 "least 1 and 0"
             )
         if self.exact and self.group != "passage":
-            raise InputError("an exact search proves a ranking of passages: leave group alone, or exact")
+            raise InputError("an exact search proves a ranking of passages: leave out either group or exact")
         if self.hybrid is not None and self.group == "sum":
             raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
 
 
 def changed(settings: SearchSettings | None, changes: Mapping[str, Any]) -> SearchSettings:
-    """The settings (None: all as by default) with single fields changed.
+    """The settings (None: the defaults) with single fields changed.
 
     Raises:
         InputError: there is no such field.
@@ -110,5 +109,5 @@ def changed(settings: SearchSettings | None, changes: Mapping[str, Any]) -> Sear
     for name in changes:
         if name not in known:
             hint = did_you_mean(name, known) or f"; there are: {', '.join(known)}"
-            raise InputError(f"there is no setting {name!r} of a search{hint}")
+            raise InputError(f"there is no search setting {name!r}{hint}")
     return replace(settings or SearchSettings(), **changes)

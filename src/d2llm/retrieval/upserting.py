@@ -1,4 +1,4 @@
-"""Passages into an index's store: only what is new or different is encoded, some thousands in one commit."""
+"""Upserting passages into an index's store: only new or changed texts are encoded; commits hold some thousands."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.window_vectors import ReadWindows
 
 BLOCK_PASSAGES = 2_048
-"""Passages in one commit: what an interruption can cost at most."""
+"""Passages per commit: the most work that an interruption can lose."""
 
-_WINDOWS_AT_ONCE = 128  # passages whose windows are read together
+_WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class UpsertReport:
-    """What ``upsert`` did: how many passages were new, changed, changed in their metadata alone, or unchanged.
+    """What ``upsert`` did: how many passages were new, changed, changed only in metadata, or unchanged.
 
-    Only new and changed texts were encoded; ``num_truncated`` of them were too long and were read in part.
+    Only new and changed texts were encoded; ``num_truncated`` of them were too long and were truncated.
     ``num_tokens`` counts the tokens read, without padding, including those of windows if the index stores them. A late
-    chunk has also changed when the document around it has; documents of late chunks were read in ``num_windows``
-    windows. ``left_out`` counts, by field, metadata values that did not fit and were left out on request.
-    ``num_blank`` passages have nothing but white space; ``first_blank`` is the id of the first.
+    chunk also counts as changed if any part of its document has changed; documents of late chunks were read in
+    ``num_windows`` windows. ``left_out`` counts, by field, metadata values that did not fit and were dropped on
+    request. ``num_blank`` passages have only white space; ``first_blank`` is the id of the first.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class UpsertReport:
 
     @property
     def num_encoded(self) -> int:
-        """Passages that the student read."""
+        """Number of passages that the student encoded."""
         return self.num_added + self.num_updated
 
     def to_json(self) -> dict[str, Any]:
@@ -79,17 +79,17 @@ def upsert_passages(
     lenient_metadata: bool = False,
     advance: Advance = ignore,
 ) -> UpsertReport:
-    """Add passages to a store, or change those that are there (``Index.upsert``).
+    """Add passages to a store, or update existing ones (``Index.upsert``).
 
-    ``as_documents``: the passages are whole documents or pieces of documents, and the caller deletes what earlier forms
-    of the documents leave behind; a document stored in pieces may then become one passage.
+    ``as_documents``: the passages are whole documents or pieces of documents, and the caller deletes leftover pieces of
+    their earlier versions; a document stored in pieces may then become one passage.
     """
     begin = time.perf_counter()
     report = UpsertReport(store.folder, 0)
     seen_ids: set[int] = set()
     with store.writing():
-        # Ids are looked up in what was there before, which is indexed: no id comes twice. In the growing table itself,
-        # whose new rows are not, each block would take longer than the last.
+        # Ids are looked up in the table as it was before, which is indexed; no id can occur twice in one call. New rows
+        # of the growing table are not indexed, so that looking ids up there would get slower with each block.
         store.settle()
         before = store.table()
         written = before.version
@@ -97,7 +97,7 @@ def upsert_passages(
             _refuse_repeated(block, seen_ids, store.folder)
             report = _count_blank(block, report)
             table = store.table()
-            if table.version != written:  # the iterable itself has changed the index meanwhile
+            if table.version != written:  # the iterable itself has changed the index
                 before = store.table()
             if not as_documents:
                 _refuse_documents(block, before)
@@ -113,11 +113,11 @@ def upsert_passages(
         version = store.table().version
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
-        _log.warning("%s metadata values do not fit and were left out: %s", f"{sum(report.left_out.values()):,}", named)
+        _log.warning("%s metadata values did not fit and were dropped: %s", f"{sum(report.left_out.values()):,}", named)
     if report.num_blank:
         _log.warning(
-            "%s of the %s passages given have no text but white space, the first is %r: whatever is asked, they have "
-            "nothing to be found by. Give them texts, or leave them out",
+            "%s of the %s passages have only white space as text, the first is %r: no query can find them. Add text, "
+            "or leave them out",
             f"{report.num_blank:,}",
             f"{report.num_passages:,}",
             report.first_blank,
@@ -134,12 +134,11 @@ def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport
 
 
 def warn_of_truncation(report: UpsertReport, advice: str) -> None:
-    """Warn how many passages were too long to be read whole."""
+    """Warn if passages were too long to be read whole."""
     if report.num_truncated:
         share = report.num_truncated / report.num_encoded
         _log.warning(
-            "%s of the %s passages that were read (%.0f%%) are longer than the student reads: what their ends mean is "
-            "not found. %s",
+            "%s of the %s encoded passages (%.0f%%) are longer than the student reads: their ends are ignored. %s",
             f"{report.num_truncated:,}",
             f"{report.num_encoded:,}",
             100 * share,
@@ -158,11 +157,11 @@ def _write_block(
     *,
     only_new: bool,
 ) -> UpsertReport:
-    """One commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
+    """Write one commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
     changes = store.compare(block, table, before=before)
     if only_new and changes.num_new < len(block):
         present = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
-        problem = f"{len(present)} of the passages are there already, {present[0]!r} is one; upsert changes them"
+        problem = f"{len(present)} of the passages already exist, such as {present[0]!r}; use upsert to update them"
         raise DuplicateIdError(store.folder, problem)
     advance(len(block) - len(changes.texts))
     if store.window_format is None:
@@ -185,7 +184,7 @@ def _write_block(
 
 
 def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance) -> ReadWindows:
-    """A part of the passages at a time, so that the progress, which counts passages, moves."""
+    """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
     parts = [ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
     for start in range(0, len(passages), _WINDOWS_AT_ONCE):
         block = passages[start : start + _WINDOWS_AT_ONCE]
@@ -202,8 +201,8 @@ def _with_new_fields(
         inferred = MetadataSchema.infer(block, known)
     except InputError as error:
         raise InputError(
-            f"{error}. To go on without what does not fit: --lenient-metadata on the command line (--no-metadata: "
-            "without any), lenient_metadata in Python and over HTTP"
+            f"{error}. To drop values that do not fit, use --lenient-metadata on the command line (--no-metadata drops "
+            "all), or lenient_metadata in Python and over HTTP"
         ) from error
     new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
     if not new:
@@ -219,28 +218,28 @@ def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def _refuse_repeated(block: list[Passage], seen_ids: set[int], folder: Path) -> None:
-    """An id that comes twice in one call is a mistake: the second text would silently win."""
+    """Refuse an id that occurs twice in one call: the second text would silently replace the first."""
     for passage in block:
         digest = xxhash.xxh3_128_intdigest(passage.id.encode(errors="surrogatepass"))
         if digest in seen_ids:
-            which = f"two of the passages given share the id {passage.id!r}, the second is number {len(seen_ids) + 1:,}"
-            raise DuplicateIdError(folder, f"{which}; keep one of them")
+            problem = f"two passages share the id {passage.id!r}, the second is number {len(seen_ids) + 1:,}"
+            raise DuplicateIdError(folder, f"{problem}; keep one of them")
         seen_ids.add(digest)
 
 
 def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
-    """A document that was split would be there twice, were it also to become a passage under its own id."""
+    """Refuse ids of documents that are stored in pieces: such a document would be in the index twice."""
     names = [passage.id for passage in block if passage.document_id in ("", passage.id)]
     pieces = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
     split = [piece["document_id"] for piece in pieces if piece["id"] == piece_id(piece["document_id"], 1)]
     if split:
         raise InputError(
-            f"{before.folder}: {len(split)} of the passages have the id of a document that was split and is there in "
-            f"pieces, {split[0]!r} is one; delete the document first (on the command line delete --document), or give "
-            "it as a document (upsert_documents, or /v1/documents)"
+            f"{before.folder}: {len(split)} of the passages have the id of a document stored in pieces, such as "
+            f"{split[0]!r}; delete the document first (on the command line delete --document), or upsert it as a "
+            "document (upsert_documents, or /v1/documents)"
         )
 
 
 def piece_id(document_id: str, number: int) -> str:
-    """The id of a document's piece; pieces are counted from 1."""
+    """The id of a document's piece; pieces are numbered from 1."""
     return f"{document_id}#{number}"

@@ -1,1 +1,1 @@
-"""The server: an index and its student behind HTTP."""
+"""The HTTP server for an index and its student."""

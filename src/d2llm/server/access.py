@@ -1,4 +1,4 @@
-"""Who may ask what, and how often: API keys, their scopes and rate limits, before a request is read."""
+"""Access control: API keys, their scopes and rate limits, checked before a request is read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from d2llm.server.limits import Allowance, RateLimiter
 from d2llm.server.uploads import FILES_PATH
 
 OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/page")
-"""Answered without a key, with what lies below them, as is "/": they tell nothing of the index. The page asks for a
-key itself."""
+"""Paths that need no key, including paths below them; "/" needs none either. They reveal nothing about the index. The
+page itself asks the user for a key."""
 _WRITE_PATHS = ("/v1/passages", "/v1/documents", FILES_PATH)
 _ADMIN_PATHS = ("/v1/index",)
 _READING = frozenset({"GET", "HEAD"})
@@ -22,12 +22,12 @@ _CHANGING = frozenset({"PUT", "PATCH", "DELETE"})
 
 
 def is_open(path: str) -> bool:
-    """Whether a path is answered without a key and is not counted."""
+    """Whether a path needs no key and is not rate-limited."""
     return path == "/" or _is_below(path, OPEN_PATHS)
 
 
 def scope_needed(method: str, path: str) -> keys.Scope:
-    """What a key must be allowed to do for a request."""
+    """The scope that a key must have for a request."""
     if method not in _READING:
         if _is_below(path, _ADMIN_PATHS):
             return "admin"
@@ -37,7 +37,7 @@ def scope_needed(method: str, path: str) -> keys.Scope:
 
 
 class AccessMiddleware:
-    """Refuses requests without a right key (401), with one of too small a scope (403), or too many of them (429)."""
+    """Refuses requests without a valid key (401), with a key of insufficient scope (403), or over the limit (429)."""
 
     def __init__(
         self, app: ASGIApp, ring: KeyRing | None, limiter: RateLimiter, requests_per_minute: int | None
@@ -48,7 +48,7 @@ class AccessMiddleware:
         self._requests_per_minute = requests_per_minute
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Check one request and pass it on, or refuse it."""
         if scope["type"] != "http" or is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
@@ -73,12 +73,12 @@ class AccessMiddleware:
             return None, _unauthorized(message, "")
         key = ring.find(secret)
         if key is None:
-            message = "the API key is not one of this server's; check it, or ask who runs the server for another"
+            message = "this server does not know the API key; check it, or ask the operator of the server for another"
             return None, _unauthorized(message, ', error="invalid_token"')
         current_facts().key_name = key.name
         needed = scope_needed(scope["method"], scope["path"])
         if not key.allows(needed):
-            message = f"the key '{key.name}' may only {key.scope}, and this needs the scope '{needed}'; use another key"
+            message = f"the key '{key.name}' has the scope '{key.scope}', but this needs '{needed}'; use another key"
             challenge = f'Bearer realm="d2llm", error="insufficient_scope", scope="{needed}"'
             return None, Problem(403, "forbidden", message, headers={"WWW-Authenticate": challenge})
         return key, None
@@ -89,8 +89,8 @@ class AccessMiddleware:
         if self._requests_per_minute is None:
             return None
         client = scope.get("client")
-        who = f"key {key.name}" if key is not None else f"address {client[0] if client else 'unknown'}"
-        return await self._limiter.take(who, self._requests_per_minute)
+        caller = f"key {key.name}" if key is not None else f"address {client[0] if client else 'unknown'}"
+        return await self._limiter.take(caller, self._requests_per_minute)
 
 
 def _is_below(path: str, tops: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Answers as JSON: rankings and passages as the bodies of answers, and a quick writer for many numbers."""
+"""JSON responses: bodies of rankings and passages, and a fast serializer for large arrays."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from d2llm.server.schemas import CascadeAnswer
 
 
 class FastJSONResponse(JSONResponse):
-    """``JSONResponse``, several times faster on vectors; takes numpy arrays as they are."""
+    """A ``JSONResponse`` that is several times faster on vectors and accepts numpy arrays."""
 
     def render(self, content: Any) -> bytes:
-        """The body."""
+        """Serialize the body."""
         return to_json(content, fallback=_plain)
 
 
@@ -26,7 +26,7 @@ def _plain(value: Any) -> Any:
 
 
 def ranking_json(ranking: Ranking) -> dict[str, Any]:
-    """What ``schemas.SearchAnswer`` has of a ranking."""
+    """The fields of ``schemas.SearchAnswer`` that come from a ranking."""
     certificate, cascade = ranking.certificate, ranking.cascade
     return {
         "query": ranking.query.text,

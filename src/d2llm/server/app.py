@@ -1,4 +1,4 @@
-"""The application: what is loaded, which routes and middlewares there are, and how it starts and stops."""
+"""The application: loading, routes and middleware, startup and shutdown."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from d2llm.server.telemetry import Telemetry, metrics_router
 from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
-_KEYS = "A key that `d2llm keys` made. The middleware checks it; this tells clients to send one."
+_KEYS = "A key made by `d2llm keys`. The middleware checks it; this scheme tells clients to send one."
 
 
 def make_app(settings: ServeSettings) -> FastAPI:
-    """The server as an ASGI application; it loads what it serves when it starts, and says so meanwhile.
+    """The server as an ASGI application. It loads models and index on startup and reports that it is starting.
 
     Raises:
-        InputError: a file that the settings name, of keys or a report, cannot be used.
+        InputError: the file of keys or the report named in the settings cannot be used.
     """
     if settings.report is not None:
         page_routes.check_report(settings.report)
@@ -57,7 +57,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
         version=__version__,
         summary="Semantic search with a distilled interaction head",
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's own page loads its scripts from elsewhere
+        docs_url=None,  # FastAPI's own page loads scripts from other hosts
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False, description=_KEYS))] if settings.keys_file else [],
     )
@@ -81,9 +81,9 @@ def make_app(settings: ServeSettings) -> FastAPI:
 async def running(
     app: FastAPI, settings: ServeSettings, lifecycle: Lifecycle, telemetry: Telemetry, private: list[Path]
 ) -> AsyncGenerator[None]:
-    """Load in the background, serve, and stop when what was accepted is answered."""
+    """Load in the background, serve, and stop once accepted requests are answered."""
 
-    def note(problem: str | None) -> None:  # the version in memory goes on answering
+    def note(problem: str | None) -> None:  # the version in memory still answers
         message = without_places(problem or "", private)
         lifecycle.become("ready", message and f"a new version cannot be read: {message}")
 
@@ -101,8 +101,8 @@ async def running(
         except D2LLMError as error:
             lifecycle.become("broken", without_places(str(error), private))
             return
-        except Exception:  # noqa: BLE001 - whatever it is, the server must say that it is broken
-            lifecycle.become("broken", "it could not be started; its log says why")
+        except Exception:  # noqa: BLE001 - whatever happened, the server must report that it is broken
+            lifecycle.become("broken", "it could not be started; see its log")
             _log.exception("the server could not be started")
             return
         if serving.index is not None:
@@ -124,16 +124,16 @@ async def running(
 
 
 def watch_index(telemetry: Telemetry, index: IndexService) -> None:
-    """Let the metrics tell which version is served."""
+    """Report the served version in the metrics."""
     telemetry.watch_index(lambda: index.current.view.version, lambda: len(index.current.view))
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
-    """Load student, teacher and index; folders that no client may know are added to ``private``.
+    """Load student, teacher and index; folders that clients must not see are added to ``private``.
 
     Raises:
         InputError: there is neither a student nor an index.
-        D2LLMError: one of them cannot be loaded, or they do not belong together.
+        D2LLMError: one of them cannot be loaded, or they do not match.
     """
 
     def load_student(store: IndexStore | None) -> ModelService:
@@ -155,12 +155,12 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
 def load_models(
     settings: ServeSettings, telemetry: Telemetry, private: list[Path], store: IndexStore | None
 ) -> ModelService:
-    """Load the student that the settings name, or else the one that made the index.
+    """Load the student named in the settings, or else the one that made the index.
 
     Raises:
-        InputError: nothing names one, or the index does not know where its student is.
-        IndexMismatchError: the one that was named did not make the index.
-        D2LLMError: it cannot be loaded.
+        InputError: no student is named, or the index does not say where its student is.
+        IndexMismatchError: the named student did not make the index.
+        D2LLMError: the student cannot be loaded.
     """
     name = settings.student
     if name is None:
@@ -173,10 +173,10 @@ def load_models(
     manifest, config = read_student_manifest(folder)
     _hide(private, str(folder), config.backbone.model)
     if store is not None:
-        store.check_student(manifest["fingerprint"])  # before its weights are read
+        store.check_student(manifest["fingerprint"])  # before the weights are loaded
     student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
-    calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: they are the sigmoid of the score"
-    _log.info("relevance scores are probabilities in %s", calibrated)
+    calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task (they are sigmoids of the score)"
+    _log.info("relevance scores are calibrated probabilities for %s", calibrated)
     return ModelService(
         student,
         settings.model_name or Path(name).name,

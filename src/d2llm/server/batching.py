@@ -1,9 +1,9 @@
-"""A bounded queue before worker threads: what waits while batches run becomes the next batches.
+"""A bounded queue in front of worker threads: items that wait while batches run form the next batches.
 
-No timer holds a lone request back. A request is a group of items that is admitted whole or not at all; groups take
-turns, so that a small one does not wait behind a large one. A batch holds items of like cost, the one that waits
-longest among them. A group whose client goes away leaves the queue. A batch that fails is split until the bad item
-fails alone.
+No timer delays a single request. A request is a group of items that is admitted as a whole or not at all; groups take
+turns, so that a small one does not wait behind a large one. A batch consists of items of similar cost, including the
+one that has waited longest. A group leaves the queue if its client disconnects. A batch that fails is split until the
+bad item fails alone.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Value = TypeVar("_Value")
 
-_FORGETTING = 0.2  # of the measured seconds of an item at each batch
+_NEW_WEIGHT = 0.2  # weight of each batch in the running mean of seconds per item
 _ITEMS_A_TURN = 16
-_BATCHES_IN_SIGHT = 16  # among whose items a batch finds those of like cost
-_SMALLEST_BATCH = 0.25  # of the largest; below that batches are slow for their size
+_BATCHES_IN_SIGHT = 16  # a batch picks items of similar cost from this many batches' worth of waiting items
+_SMALLEST_BATCH = 0.25  # as a share of the largest; smaller batches are inefficient
 
 
 class Places:
-    """So many may be inside at a time; others are refused. ``with`` it around work that has no queue of its own."""
+    """Limits concurrent work that has no queue: use as a context manager; raises OverloadedError if all are taken."""
 
     def __init__(self, number: int, retry_after: float = 1.0) -> None:
         self._free = number
@@ -48,7 +48,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[_Result]):
-    """A group's results, in order; seconds until its first item was taken, and from then to its last result."""
+    """A group's results, in order, with the seconds until its first item was taken and from then to its last result."""
 
     results: list[_Result]
     queued: float
@@ -57,7 +57,7 @@ class Done(Generic[_Result]):
 
 @dataclass(eq=False, slots=True)
 class _Group(Generic[_Item, _Result]):
-    """A request's items: ``results`` fills up while ``waiting``, the places of those not taken, runs out."""
+    """A request's items, with ``results`` by place and ``waiting``, the places of items not yet taken."""
 
     items: Sequence[_Item]
     future: asyncio.Future[Done[_Result]]
@@ -81,7 +81,7 @@ class _Place(Generic[_Item, _Result]):
 
 
 class Batcher(Generic[_Item, _Result]):
-    """Runs items in batches; all methods but ``run``'s are called in the event loop's thread."""
+    """Runs items in batches. Call all methods in the event loop's thread; only ``run`` is called in worker threads."""
 
     def __init__(
         self,
@@ -96,20 +96,21 @@ class Batcher(Generic[_Item, _Result]):
         lanes: Executor | None = None,
         num_lanes: int = 1,
     ) -> None:
-        """Start no thread yet: ``start`` does.
+        """Set up the queue; ``start`` starts the workers.
 
         Args:
-            run: items -> results, or errors, in their order; called in a worker thread. What it raises becomes the
-                error of the items that it cannot do alone.
-            name: of the thread.
-            max_queued: items that may wait; a group beyond that is refused.
-            max_batch: a batch's items times the greatest cost among them, unless one item alone is more.
-            cost: of an item, for ``max_batch``.
-            wait_seconds: how long to wait for more when there is something to do; 0 takes what is there.
+            run: items -> results or exceptions, in order; called in a worker thread. If it raises, the exception
+                becomes the result of those items that also fail alone.
+            name: name of the thread.
+            max_queued: number of items that may wait; a group that would exceed it is refused.
+            max_batch: limit of a batch's number of items times the highest cost among them; a single item may exceed
+                it.
+            cost: cost of an item, for ``max_batch``.
+            wait_seconds: how long to wait for more items before each batch; 0 does not wait.
             observe_batch: called with each batch's size and seconds.
-            lanes: threads for batches that run side by side; what finds nothing else to do runs in a thread of its
-                own, where it may have all cores.
-            num_lanes: batches that may run at a time.
+            lanes: threads for batches that run in parallel; a batch that runs alone uses a separate thread, where it
+                may use all cores.
+            num_lanes: number of batches that may run at a time.
         """
         self._run = run
         self._name = name
@@ -133,27 +134,27 @@ class Batcher(Generic[_Item, _Result]):
 
     @property
     def num_queued(self) -> int:
-        """Items that wait."""
+        """Number of waiting items."""
         return self._num_queued
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the workers."""
         loop = asyncio.get_running_loop()
         self._workers = [loop.create_task(self._work(), name=self._name) for _ in range(self._num_lanes)]
 
     async def stop(self, timeout: float | None = None) -> None:
-        """Take nothing more, finish what was admitted and end; after ``timeout`` seconds give up the rest."""
+        """Accept no more items, finish the admitted ones and stop; after ``timeout`` seconds drop the rest."""
         self._closed = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except asyncio.TimeoutError:  # not the built-in one before Python 3.11
-            _log.warning("%s: %d items were given up", self._name, self._num_queued)
+            _log.warning("%s: dropped %d items", self._name, self._num_queued)
         for worker in self._workers:
             worker.cancel()
         while self._groups:
             group = self._groups.popleft()
             if not group.future.done():
-                group.future.set_exception(NotReadyError("the server stopped before it came to this request"))
+                group.future.set_exception(NotReadyError("the server stopped before it processed this request"))
         self._num_queued = 0
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -162,7 +163,7 @@ class Batcher(Generic[_Item, _Result]):
 
         Args:
             items: at least one.
-            bounded: refuse the group where the queue is full; work of the server's own is not refused.
+            bounded: refuse the group if the queue is full; the server's internal work is not refused.
 
         Raises:
             OverloadedError: the queue is full.
@@ -184,26 +185,26 @@ class Batcher(Generic[_Item, _Result]):
             self._forget(group)
 
     def require_room(self, num_items: int) -> None:
-        """Make sure that this many items may join the queue; it takes any number when it is empty.
+        """Check that this many items may join the queue; an empty queue accepts any number.
 
         Raises:
-            OverloadedError: it is full.
+            OverloadedError: the queue is full.
         """
         if self._num_queued and self._num_queued + num_items > self._max_queued:
             raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds / self._num_lanes))
 
     async def in_lane(self, work: Callable[[], _Value]) -> _Value:
-        """Run something else in a thread of those that batches run in."""
+        """Run other work in one of the threads that run batches."""
         return await asyncio.get_running_loop().run_in_executor(self._lanes, work)
 
     def _forget(self, group: _Group[_Item, _Result]) -> None:
-        """Free the place of a group that nobody waits for any more."""
+        """Remove a group that nobody waits for any more."""
         if group in self._groups:
             self._groups.remove(group)
             self._num_queued -= len(group.waiting)
 
     async def _work(self) -> None:
-        """One of the lanes: batch after batch."""
+        """Loop of one lane: run batch after batch."""
         loop = asyncio.get_running_loop()
         while True:
             while not self._groups:
@@ -222,25 +223,25 @@ class Batcher(Generic[_Item, _Result]):
             thread, items = self._thread if alone else self._lanes, [place.item for place in taken]
             try:
                 results = await loop.run_in_executor(thread, self._run_apart, items)
-            except Exception as error:  # noqa: BLE001 - no thread could be had; the next batch may find one
+            except Exception as error:  # noqa: BLE001 - no thread was available; one may be for the next batch
                 results = [error] * len(taken)
             finally:
                 self._num_running -= 1
             seconds = time.perf_counter() - begin
             self._observe_batch(len(taken), seconds)
             latest = seconds / len(taken)
-            self._item_seconds += _FORGETTING * (latest - self._item_seconds) if self._item_seconds else latest
+            self._item_seconds += _NEW_WEIGHT * (latest - self._item_seconds) if self._item_seconds else latest
             for place, result in zip(taken, results, strict=True):
                 _deliver(place.group, place.number, result)
 
     def _take(self) -> list[_Place[_Item, _Result]]:
-        """The next batch: the item that waits longest, and those in sight whose costs are most like its own."""
+        """The next batch: the item that has waited longest, and the items in sight with the most similar costs."""
         in_sight = self._in_sight()
         if not in_sight:
             return []
         first = in_sight[0].cost
         room = self._max_batch
-        if self._num_lanes > 1:  # where little waits, each lane gets its part: texts more alike, and answers sooner
+        if self._num_lanes > 1:  # a short queue is shared among lanes: more uniform batches, faster answers
             fair = sum(place.cost for place in in_sight) / self._num_lanes
             room = max(_SMALLEST_BATCH * room, min(fair, room))
         batch: list[_Place[_Item, _Result]] = []
@@ -254,21 +255,21 @@ class Batcher(Generic[_Item, _Result]):
         return batch
 
     def _remove(self, taken: Sequence[_Place[_Item, _Result]]) -> None:
-        """Take these out of the queue; a group of which some are left goes behind the others."""
+        """Remove these from the queue; a group with items left moves to the end."""
         numbers: dict[_Group[_Item, _Result], set[int]] = {}
         for place in taken:
             numbers.setdefault(place.group, set()).add(place.number)
         now = time.perf_counter()
-        for group, gone in numbers.items():
+        for group, removed in numbers.items():
             group.began = group.began or now
-            group.waiting = [number for number in group.waiting if number not in gone]
+            group.waiting = [number for number in group.waiting if number not in removed]
             self._groups.remove(group)
             if group.waiting:
                 self._groups.append(group)
         self._num_queued -= len(taken)
 
     def _in_sight(self) -> list[_Place[_Item, _Result]]:
-        """A few items of each group, as many as several batches hold, those that wait longest first."""
+        """A few items of each group, enough for several batches, longest-waiting first."""
         places: list[_Place[_Item, _Result]] = []
         room = self._max_batch * _BATCHES_IN_SIGHT
         for group in self._groups:
@@ -281,13 +282,13 @@ class Batcher(Generic[_Item, _Result]):
         return places
 
     def _run_apart(self, items: Sequence[_Item]) -> list[_Result | Exception]:
-        """Run a batch; where it fails, its halves, so that only the items that cannot be done have an error."""
+        """Run a batch; if it fails, run its halves, so that only items that fail alone get an error."""
         try:
             results = [*self._run(items)]
             if len(results) != len(items):
-                raise ValueError(f"{self._name}: {len(results)} results of {len(items)} items")
+                raise ValueError(f"{self._name}: {len(results)} results for {len(items)} items")
             return results
-        except Exception as error:  # noqa: BLE001 - it becomes the answer to whoever asked
+        except Exception as error:  # noqa: BLE001 - it becomes the answer to the request
             if len(items) == 1:
                 return [error]
         middle = len(items) // 2

@@ -1,4 +1,4 @@
-"""What an index holds, over HTTP, and how that changes: passages, documents, files, snapshots."""
+"""HTTP routes that read and change an index: passages, documents, files, snapshots."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS)
 
-Cursor = Annotated[str, Query(description="The next_cursor of the page before; empty: from the beginning.")]
-Limit = Annotated[int, Query(ge=1, le=1_000, description="Most of a page.")]
+Cursor = Annotated[str, Query(description="The next_cursor of the previous page; empty: start from the beginning.")]
+Limit = Annotated[int, Query(ge=1, le=1_000, description="Maximum number of items on a page.")]
 ChunkTokens = Annotated[int | None, Query(ge=8, description="As in /v1/documents.")]
 ChunkOverlap = Annotated[int | None, Query(ge=0, description="As in /v1/documents.")]
-Lenient = Annotated[bool, Query(description="Leave out metadata values that do not fit, and count them.")]
+Lenient = Annotated[bool, Query(description="Drop metadata values that do not fit, and count them.")]
 
 
 @router.get("/v1/passages")
 async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListAnswer:
-    """The ids of all passages, a page at a time."""
+    """List the ids of all passages, page by page."""
     entries = await index.read(lambda view: view.list_passages(cursor, limit + 1))
     page = entries[:limit]
     return PassageListAnswer(ids=page, next_cursor=page[-1] if len(entries) > limit else None)
@@ -50,7 +50,7 @@ async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100
 
 @router.post("/v1/passages")
 async def upsert_passages(body: PassagesRequest, services: TheServices, index: TheIndex) -> PassagesAnswer:
-    """Add passages, and change those whose id is there; searches find them when this is answered."""
+    """Add passages, or update those whose id exists; searches find them once this request is answered."""
     writable(services)
     at_most(len(body.passages), services.settings.max_texts, "passages")
     short_enough([passage.text for passage in body.passages], services.settings, "passages")
@@ -60,13 +60,13 @@ async def upsert_passages(body: PassagesRequest, services: TheServices, index: T
 
 @router.get("/v1/passages/{passage_id:path}")
 async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
-    """A passage by its id."""
+    """Get a passage by its id."""
     return PassageAnswer(**passage_json(await index.get(passage_id)))
 
 
 @router.delete("/v1/passages/{passage_id:path}")
 async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
-    """Delete a passage; no search finds it when this is answered."""
+    """Delete a passage; no search finds it once this request is answered."""
     writable(services)
     num_deleted = await index.delete([passage_id])
     if not num_deleted:
@@ -76,7 +76,7 @@ async def delete_passage(passage_id: str, services: TheServices, index: TheIndex
 
 @router.get("/v1/documents")
 async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListAnswer:
-    """All documents with their numbers of passages, a page at a time; a passage without a document is its own."""
+    """List all documents with their passage counts, page by page; a passage without a document counts as one."""
     entries = await index.read(lambda view: view.list_documents(cursor, limit + 1))
     page = entries[:limit]
     return DocumentListAnswer(
@@ -87,9 +87,9 @@ async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 10
 
 @router.post("/v1/documents")
 async def upsert_documents(body: DocumentsRequest, services: TheServices, index: TheIndex) -> DocumentsAnswer:
-    """Split long texts into passages and add these; passages that a document no longer has are deleted.
+    """Split long texts into passages and add or update these; passages that a document no longer has are deleted.
 
-    The index remembers how its documents are cut, and refuses to cut others in another way.
+    The index stores its chunking and refuses documents with a different one.
     """
     writable(services)
     at_most(len(body.documents), services.settings.max_texts, "documents")
@@ -102,7 +102,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
 
 @router.get("/v1/documents/{document_id:path}")
 async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAnswer:
-    """The passages of a document, by their positions."""
+    """Get the passages of a document, ordered by position."""
     passages = await index.read(lambda view: view.document(document_id))
     if not passages:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
@@ -113,7 +113,7 @@ async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAns
 
 @router.delete("/v1/documents/{document_id:path}")
 async def delete_document(document_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
-    """Delete all passages of a document; no search finds one of them when this is answered."""
+    """Delete all passages of a document; no search finds them once this request is answered."""
     writable(services)
     num_deleted = await index.delete_documents([document_id])
     if not num_deleted:
@@ -130,9 +130,9 @@ async def upload_files(
     chunk_overlap: ChunkOverlap = None,
     lenient_metadata: Lenient = False,
 ) -> DocumentsAnswer:
-    """Add the documents of files: corpus.jsonl or corpus.jsonl.gz, and texts (.txt, .md), each one document.
+    """Add the documents in files: corpora (.jsonl, .jsonl.gz), and text files (.txt, .md), each of which is a document.
 
-    A text's id is the name of its file.
+    The id of a text file's document is the file name.
     """
     writable(services)
     body, kind = await request.body(), request.headers.get("content-type", "")
@@ -143,13 +143,13 @@ async def upload_files(
 
 @router.get("/v1/index/snapshots")
 async def list_snapshots(index: TheIndex) -> SnapshotAnswer:
-    """The names of all snapshots."""
+    """List the names of all snapshots."""
     return SnapshotAnswer(snapshots=await index.snapshots())
 
 
 @router.post("/v1/index/snapshots")
 async def take_snapshot(body: SnapshotRequest, services: TheServices, index: TheIndex) -> SnapshotAnswer:
-    """Keep the index as it is now under a name."""
+    """Save the current state of the index under a name."""
     writable(services)
     await index.snapshot(body.name)
     return SnapshotAnswer(snapshots=await index.snapshots())
@@ -157,7 +157,7 @@ async def take_snapshot(body: SnapshotRequest, services: TheServices, index: The
 
 @router.delete("/v1/index/snapshots/{name}")
 async def drop_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> SnapshotAnswer:
-    """Forget a snapshot."""
+    """Delete a snapshot."""
     writable(services)
     await index.drop_snapshot(name)
     return SnapshotAnswer(snapshots=await index.snapshots())
@@ -165,7 +165,7 @@ async def drop_snapshot(name: SnapshotName, services: TheServices, index: TheInd
 
 @router.post("/v1/index/snapshots/{name}/restore")
 async def restore_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> RestoredAnswer:
-    """Put a snapshot's passages in the place of the index's; searches find those when this is answered."""
+    """Replace the index's passages by a snapshot's; searches find those once this request is answered."""
     writable(services)
     num_passages = await index.restore(name)
     return RestoredAnswer(num_passages=num_passages, version=index.current.view.version)

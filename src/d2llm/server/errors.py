@@ -1,4 +1,4 @@
-"""What went wrong with a request, and how each interface says so: one ``Problem``, a shape for each family of paths."""
+"""Errors of requests: one ``Problem`` class, and a response shape for each family of paths."""
 
 from __future__ import annotations
 
@@ -65,15 +65,14 @@ class Problem:
     """Why a request was not answered.
 
     Attributes:
-        status: of HTTP.
-        kind: for programs.
-        message: for people: what, where, what to do.
-        field: of the body that is wrong, as in "passages.0.text".
-        request_id: to look it up in the logs.
-        retry_after: seconds, where trying again later helps.
-        headers: of the answer, besides those that follow from the rest.
-        reason: pydantic's name for what is wrong with the field, as in "missing"; None where it was not pydantic
-            that refused the body.
+        status: HTTP status.
+        kind: machine-readable kind of the problem.
+        message: human-readable message: what is wrong, where, and what to do.
+        field: the field of the body that is wrong, as in "passages.0.text".
+        request_id: id of the request in the logs.
+        retry_after: seconds to wait, if a later retry can succeed.
+        headers: headers of the response, in addition to those that follow from the other attributes.
+        reason: pydantic's error type for the field, as in "missing"; None if the body was not refused by pydantic.
     """
 
     status: int
@@ -87,11 +86,11 @@ class Problem:
 
 
 Shape = Callable[[Problem], tuple[int, dict[str, Any]]]
-"""The status and body that an interface gives for a problem."""
+"""Turns a problem into the status and body that an interface returns."""
 
 
 class ServingError(D2LLMError):
-    """A request that cannot be answered as it is, with its ``Problem``."""
+    """A request cannot be answered; carries the ``Problem``."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -114,28 +113,28 @@ class NotReadyError(ServingError):
 
 
 class ConflictError(ServingError):
-    """Something else is in the way."""
+    """The request conflicts with the current state."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Problem(409, "conflict", message))
 
 
 class NotFoundError(ServingError):
-    """There is no such thing."""
+    """The requested resource does not exist."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Problem(404, "not_found", message))
 
 
 class ForbiddenError(ServingError):
-    """The server, or the key, does not allow it."""
+    """The server or the key does not allow the request."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Problem(403, "forbidden", message))
 
 
 def invalid(message: str, field: str | None = None) -> ServingError:
-    """A request whose content is wrong."""
+    """An error for a request with invalid content (400)."""
     return ServingError(Problem(400, "invalid_request", message, field))
 
 
@@ -143,7 +142,7 @@ _shapes: dict[str, Shape] = {}
 
 
 def register_error_shape(paths: tuple[str, ...], shape: Shape) -> None:
-    """Problems of these paths, and of those below them, get this shape."""
+    """Use this shape for problems of these paths and of paths below them."""
     _shapes.update(dict.fromkeys(paths, shape))
 
 
@@ -159,7 +158,7 @@ def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
 
 
 def problem_response(path: str, problem: Problem) -> Response:
-    """The answer to a request for ``path``, in the shape of its interface."""
+    """The response to a request for ``path``, in the shape of its interface."""
     status, body = _shape_of(path)(problem)
     headers = dict(problem.headers or {})
     if problem.retry_after is not None:
@@ -168,7 +167,7 @@ def problem_response(path: str, problem: Problem) -> Response:
 
 
 def problem_of(error: Exception) -> Problem:
-    """What an exception means to a client; the text of those that are not meant for it is left out."""
+    """The ``Problem`` that a client sees for an exception; messages not meant for clients are left out."""
     if isinstance(error, ServingError):
         return error.problem
     if isinstance(error, RequestValidationError):
@@ -184,20 +183,20 @@ def problem_of(error: Exception) -> Problem:
         return Problem(501, "internal", str(error))
     if isinstance(error, StorageError):
         return Problem(507, "internal", str(error))
-    return Problem(500, "internal", "the server failed; its log has the reason under this request's id")
+    return Problem(500, "internal", "internal error; the server's log has the reason under this request's id")
 
 
 def is_clients(error: Exception) -> bool:
-    """Whether what the request asks for is wrong. A file that cannot be read is the server's own."""
+    """Whether the request itself is wrong. A file that cannot be read is the server's fault."""
     if isinstance(error, DataFormatError):
         return isinstance(error, DuplicateIdError)
     return isinstance(error, InputError)
 
 
 def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
-    """Let every error of a request become an answer in its interface's shape.
+    """Turn every error of a request into a response in its interface's shape.
 
-    A client sees the names of ``private`` folders and files, but not where they are.
+    A client sees the names of ``private`` folders and files, but not their full paths.
     """
 
     async def answer(request: Request, error: Exception) -> Response:
@@ -216,23 +215,23 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
 
 
 def without_places(text: str, private: Sequence[Path]) -> str:
-    """A text where paths of the server are the names at their ends."""
+    """The text, with private paths shortened to their last component."""
     for path in private:
-        for written in (str(path.resolve()), str(path.absolute()), str(path)):
-            text = text.replace(written, path.name)
+        for variant in (str(path.resolve()), str(path.absolute()), str(path)):
+            text = text.replace(variant, path.name)
     return text
 
 
 def request_id_of(request: Request) -> str:
-    """The id that the middleware gave to a request."""
+    """The id that the middleware assigned to a request."""
     return str(getattr(request.state, "request_id", ""))
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:
-    """All methods that the description has for a path; Starlette itself names those of one route."""
+    """All methods that the OpenAPI document has for a path; Starlette only knows those of a single route."""
     paths = cast("dict[str, dict[str, Any]]", app.openapi()["paths"])
     matching = [each for each in paths if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(each)), path)]
-    # A parameter may have slashes: ".../{name}" fits ".../x/restore" too, but that has a template that says more.
+    # Parameters may contain slashes, so ".../{name}" also matches ".../x/restore"; prefer the more specific template.
     matching.sort(key=lambda template: len(re.sub(r"\{[^}]*\}", "", template)))
     return sorted(method.upper() for method in paths[matching[-1]]) if matching else []
 
@@ -243,14 +242,14 @@ def _shape_of(path: str) -> Shape:
 
 
 def _problem_of_validation(error: RequestValidationError) -> Problem:
-    """The first wrong field in full, and how many others there are."""
+    """Describe the first invalid field in full, and count the others."""
     problems = cast("list[dict[str, Any]]", error.errors())
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body") or None
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
-        return Problem(400, "invalid_request", f"the body is no valid JSON ({reason})", reason="json_invalid")
+        return Problem(400, "invalid_request", f"the body is not valid JSON ({reason})", reason="json_invalid")
     text = f"{where}: {message}" if where else message
     if len(problems) > 1:
         text += f" (and {len(problems) - 1} more)"

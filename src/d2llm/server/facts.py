@@ -1,4 +1,4 @@
-"""What is known of a request besides its content: begun by the outermost middleware, filled in on the way, logged."""
+"""Facts about a request for the log: created by the outermost middleware, filled in on the way."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What the log line of a request says.
+    """Contents of a request's log line.
 
     Attributes:
-        request_id: the client's own or a new one.
-        key_name: of the API key that it came with.
-        num_items: how many texts and passages it is about.
-        texts: these; ``log_texts`` shows them.
+        request_id: the client's id, or a generated one.
+        key_name: name of the API key that was sent.
+        num_items: number of texts and passages in the request.
+        texts: these texts; logged only with ``log_texts``.
     """
 
     request_id: str
@@ -28,19 +28,19 @@ _current: ContextVar[RequestFacts | None] = ContextVar("request_facts", default=
 
 
 def begin_facts(request_id: str) -> RequestFacts:
-    """The facts of a request that begins in this context; tasks that it starts share them."""
+    """Create the facts of a request in this context; tasks that it starts share them."""
     facts = RequestFacts(request_id)
     _current.set(facts)
     return facts
 
 
 def current_facts() -> RequestFacts:
-    """The facts of the request in this context; outside of one, some that nobody reads."""
+    """The facts of the request in this context; outside of a request, a placeholder."""
     return _current.get() or RequestFacts("")
 
 
 def note_items(texts: Sequence[str]) -> None:
-    """Say that the request in this context is about ``texts``, too."""
+    """Add ``texts`` to the facts of the request in this context."""
     facts = current_facts()
     facts.num_items = (facts.num_items or 0) + len(texts)
     facts.texts.extend(texts)

@@ -1,4 +1,4 @@
-"""The index behind the server: searches that share scans, writes in turn, new versions without a dropped request."""
+"""The index behind the server: batched searches, serialized writes, and new versions without dropped requests."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from d2llm.store.view import PassageView
 _Value = TypeVar("_Value")
 
 Rescore = Literal["none", "iem", "teacher", "cascade"]
-"""Who orders the candidates: the inner product alone, the IEM, the teacher, or the teacher where the IEM is unsure."""
+"""How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
 
 _SCANNED_AT_ONCE = 32
-_WAITING = 32  # explanations, or writes, that wait or are worked on; each holds a request's texts
-_SEARCHES_A_READING = 64  # the queue for the teacher is this many times shorter than that for the student
+_WAITING = 32  # maximum number of pending explanations, and of pending writes; each holds a request's texts
+_SEARCHES_A_READING = 64  # the teacher's queue is this many times shorter than the student's
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How much a teacher reads for a query: passages, and for how long it may begin to read more."""
+    """A teacher's budget for a query: number of passages, and the time after which it starts no more."""
 
     teacher_passages: int
     teacher_ms: float | None
@@ -64,7 +64,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class PairVerdict:
-    """What the teacher says of a pair, whether it read the passage in part, and the seconds that it took."""
+    """The teacher's log-odds of a pair, whether the passage was truncated, and the seconds it took."""
 
     log_odds: float
     truncated: bool
@@ -72,7 +72,7 @@ class PairVerdict:
 
 
 class IndexService:
-    """One index, shared by all requests; ``judge`` is the teacher that may be asked, ``teacher_name`` its name."""
+    """One index, shared by all requests; ``judge`` is the teacher, ``teacher_name`` its name."""
 
     def __init__(
         self,
@@ -104,19 +104,19 @@ class IndexService:
 
     @property
     def current(self) -> OpenVersion:
-        """The version that requests which begin now read."""
+        """The version that new requests read."""
         return self.served.version
 
     def start(self) -> None:
-        """Begin to answer; call it in the event loop."""
+        """Start answering requests; call it in the event loop."""
         self._ranks.start()
         self._readings.start()
 
     async def stop(self, timeout: float | None = None) -> None:
-        """Finish what was admitted."""
+        """Finish admitted requests, then stop."""
         self.served.stop()
         await asyncio.gather(self._ranks.stop(timeout), self._readings.stop(timeout))
-        with contextlib.suppress(asyncio.TimeoutError):  # what is then left of a write fails with the student's stop
+        with contextlib.suppress(asyncio.TimeoutError):  # an unfinished write fails when the student stops
             await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
         self._reads.shutdown(wait=False, cancel_futures=True)
 
@@ -127,12 +127,12 @@ class IndexService:
     ) -> tuple[Ranking, str]:
         """The ranking for one query, and the fingerprint of the student that made it.
 
-        ``seconds`` also holds "queue"; ``reading`` is for the teacher's ways to rescore.
+        ``seconds`` also holds "queue"; ``reading`` is the teacher's budget, if ``rescore`` uses the teacher.
 
         Raises:
-            InputError: settings that do not go together or do not fit the index.
-            OverloadedError: too many searches are under way. It is raised before the query is encoded: one that is
-                admitted is not refused halfway, when others have paid for its beginning.
+            InputError: the settings contradict each other or do not fit the index.
+            OverloadedError: too many searches are in progress. Raised before the query is encoded: an admitted search
+                is not refused later, after work has been spent on it.
         """
 
         async def rank(version: OpenVersion) -> tuple[Ranking, str]:
@@ -141,8 +141,8 @@ class IndexService:
             encoded = await version.models.encode([query], "query")
             search = PendingSearch(version, query, encoded.vectors[0], settings, rescore != "none")
             if rescore in ("teacher", "cascade"):
-                again = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
-                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, again)]))
+                rereader = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
+                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, rereader)]))
             else:
                 done = await self._ranks.submit([search], bounded=False)
             (ranking,) = done.results
@@ -159,11 +159,11 @@ class IndexService:
         return ranking, fingerprint
 
     async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution]:
-        """A passage, and what each of its words adds to the query's score.
+        """A passage, and the contribution of each of its words to the query's score.
 
         Raises:
             NotFoundError: there is no such passage.
-            InputError: the student's tokenizer cannot say.
+            InputError: the student's tokenizer does not give the positions of its tokens.
         """
 
         async def explain(version: OpenVersion) -> tuple[Passage, Attribution]:
@@ -175,12 +175,12 @@ class IndexService:
         return await self.served.work(explain)
 
     async def judge_pair(self, query: str, passage: Passage, task: Task) -> PairVerdict:
-        """What the teacher says of a pair.
+        """The teacher's verdict on a pair.
 
         Raises:
             InputError: there is no teacher.
-            ModelError: its answer is not a finite number.
-            OverloadedError: too many wait for it.
+            ModelError: the teacher's log-odds are not finite.
+            OverloadedError: too many requests wait for the teacher.
         """
         judge = self._teacher()
 
@@ -200,20 +200,20 @@ class IndexService:
         """The passage with an id.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: there is no such passage.
         """
         return (await self.served.work(lambda version: self._passages(version, [passage_id])))[0]
 
     async def vectors(self, version: OpenVersion, ids: Sequence[str]) -> NDArray[np.float32]:
-        """The vectors [n, dim] that a version has of the passages with these ids.
+        """The stored vectors [n, dim] of the passages with these ids, in a version.
 
         Raises:
-            InputError: one of them is not there.
+            InputError: an id does not exist.
         """
         return await self._in(self._reads, lambda: version.view.vectors(version.view.rows(ids)))
 
     async def read(self, work: Callable[[PassageView], _Value]) -> _Value:
-        """What ``work`` reads of the version that is served now."""
+        """Run ``work`` on the version that is served now."""
         return await self.served.work(lambda version: self._in(self._reads, lambda: work(version.view)))
 
     async def snapshots(self) -> list[str]:
@@ -221,7 +221,7 @@ class IndexService:
         return await self._in(self._reads, lambda: IndexStore.open(self.folder.resolve()).snapshots())
 
     async def stats(self) -> tuple[IndexStats, OpenVersion]:
-        """Facts about the latest version, and what is read of the same index."""
+        """Statistics of the latest version, and the served version of the same index."""
 
         def read(version: OpenVersion) -> IndexStats:
             store = IndexStore.open(self.folder)
@@ -244,11 +244,11 @@ class IndexService:
     # Changing ------------------------------------------------------------------------------------------------------
 
     async def upsert(self, passages: Sequence[Passage], *, lenient_metadata: bool = False) -> UpsertReport:
-        """Add passages, and change those whose id is there; searches see them when it returns.
+        """Add passages, or update those whose id exists; searches see them once it returns.
 
         Raises:
             DuplicateIdError: two passages share an id.
-            InputError: a passage cannot be stored, or its metadata do not fit.
+            InputError: a passage cannot be stored, or its metadata does not fit.
             IndexLockedError: another process is writing.
         """
         note_items([passage.text for passage in passages])
@@ -264,10 +264,10 @@ class IndexService:
         *,
         lenient_metadata: bool = False,
     ) -> DocumentsReport:
-        """Split documents and add their passages; those that a document no longer has go.
+        """Split documents and add or update their passages; those that a document no longer has are deleted.
 
         Raises:
-            InputError: the index cuts documents in another way, or a reason of ``upsert``.
+            InputError: the index has a different chunking, or as for ``upsert``.
         """
         note_items([document.text for document in documents])
 
@@ -284,31 +284,31 @@ class IndexService:
         return report
 
     async def delete(self, ids: Sequence[str]) -> int:
-        """Delete passages; returns how many there were."""
+        """Delete passages; returns the number deleted."""
         num_deleted = await self._write(lambda index, _student: index.delete(ids))
         await self.served.reload()
         return num_deleted
 
     async def delete_documents(self, ids: Sequence[str]) -> int:
-        """Delete all passages of documents; returns how many passages there were."""
+        """Delete all passages of documents; returns the number of passages deleted."""
         num_deleted = await self._write(lambda index, _student: index.delete_documents(ids))
         await self.served.reload()
         return num_deleted
 
     async def drop_snapshot(self, name: str) -> None:
-        """Forget a snapshot.
+        """Delete a snapshot.
 
         Raises:
-            NotFoundError: there is none of this name.
+            NotFoundError: there is no snapshot of this name.
         """
         await self._with_snapshot(name)
         await self._write(lambda index, _student: index.store.drop_snapshot(name))
 
     async def restore(self, name: str) -> int:
-        """Make a snapshot's passages those of the index; returns how many they are.
+        """Replace the index's passages by a snapshot's; returns their number.
 
         Raises:
-            NotFoundError: there is none of this name.
+            NotFoundError: there is no snapshot of this name.
         """
         await self._with_snapshot(name)
         num_passages = await self._write(lambda index, _student: index.restore(name))
@@ -320,15 +320,15 @@ class IndexService:
             raise NotFoundError(f"there is no snapshot {name!r} of the index")
 
     async def snapshot(self, name: str) -> None:
-        """Keep the latest version under a name.
+        """Save the latest version under a name.
 
         Raises:
-            InputError: the name is taken, or none.
+            InputError: the name is taken or invalid.
         """
         await self._write(lambda index, _student: index.snapshot(name))
 
     def ways_to_rescore(self, version: OpenVersion) -> list[Rescore]:
-        """What a search can ask for here; a cascade needs a student whose error is measured."""
+        """The values of ``rescore`` that are available; a cascade needs a student whose error is measured."""
         ways: list[Rescore] = ["none", "iem"] if version.models.student.has_anchor else ["iem"]
         if self.judge is not None:
             ways.append("teacher")
@@ -338,10 +338,10 @@ class IndexService:
         return ways
 
     def _error(self, version: OpenVersion, judge: Judge, task: Task) -> StudentError:
-        """How far the student errs, as it scores this version.
+        """The student's error against the teacher, as it scores this version.
 
         Raises:
-            InputError: that is not known.
+            InputError: the error has not been measured.
         """
         evidence = weights_for(version.view, version.models.student, task)
         return read_error(version.index.folder, judge, task, evidence)
@@ -359,7 +359,7 @@ class IndexService:
         return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
 
     async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
-        """Change the index by its name, with the student that takes turns with the clients."""
+        """Run a write on the index's folder; the student's work for it shares batches with clients' requests."""
         loop = asyncio.get_running_loop()
 
         def write(version: OpenVersion) -> _Value:
@@ -369,5 +369,5 @@ class IndexService:
             return await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], _Value]) -> _Value:
-        # In the request's context, so that the student's work for a write is part of its trace.
+        # Run in the request's context, so that the student's work for a write is part of its trace.
         return await asyncio.get_running_loop().run_in_executor(thread, contextvars.copy_context().run, work)

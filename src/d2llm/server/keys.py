@@ -1,4 +1,4 @@
-"""API keys: random, shown once, kept as hashes in a file that is read again when it changes."""
+"""API keys: random, shown once, stored as hashes in a file that is reloaded when it changes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _log = logging.getLogger(__name__)
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
-"""Each may do what those before it may: search and encode; change passages; snapshots and reloading."""
+"""Each includes those before it. read: search and encode; write: change passages; admin: snapshots and reloading."""
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-_PREFIX = "d2llm_"  # lets scanners for leaked secrets, and people, see what a string is
+_PREFIX = "d2llm_"  # lets people and secret scanners recognize keys
 _NUM_BYTES = 32
 
 
 class ApiKey(BaseModel):
-    """What is known of a key; the key itself is not kept.
+    """The record of a key; the key itself is not stored.
 
     Attributes:
-        name: in logs, and to remove it by.
-        sha256: of the key, in hexadecimal. Without salt: keys are random, so there is nothing to guess from a table.
-        scope: the most that it may do.
-        requests_per_minute: None takes the server's.
-        created: the day, as 2026-01-31.
+        name: shown in logs, and used to remove the key.
+        sha256: hash of the key, in hexadecimal. It needs no salt: keys are random, so precomputed tables do not help.
+        scope: the highest scope of the key.
+        requests_per_minute: rate limit; None uses the server's.
+        created: date, as in 2026-01-31.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,7 +47,7 @@ class ApiKey(BaseModel):
     created: str = ""
 
     def allows(self, scope: Scope) -> bool:
-        """Whether it may do what needs ``scope``."""
+        """Whether the key's scope includes ``scope``."""
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
 
 
@@ -59,11 +59,11 @@ class _KeysFile(BaseModel):
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys of a file.
+    """Read the keys from a file.
 
     Raises:
         InputError: the file cannot be read.
-        DataFormatError: it is no file of keys.
+        DataFormatError: it is not a file of API keys.
     """
     try:
         return _KeysFile.model_validate_json(path.read_bytes()).keys
@@ -76,23 +76,24 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise DataFormatError(path, f"is no file of API keys ({where}: {problem['msg']}); give another path") from error
+        message = f"is not a file of API keys ({where}: {problem['msg']}); give another path"
+        raise DataFormatError(path, message) from error
 
 
 def add_key(path: Path, name: str, scope: Scope = "read", requests_per_minute: int | None = None) -> str:
-    """Make a key, and the file where there is none; returns the key, which nobody can tell again.
+    """Make a key, and the file if it does not exist; returns the key, which cannot be recovered later.
 
     Raises:
-        InputError: a key of the name is there, or the name is none.
+        InputError: a key of this name exists, or the name is invalid.
     """
     if not re.fullmatch(_NAME, name):
-        raise InputError(f"'{name}' cannot be the name of a key: take up to 64 letters, digits, '.', '_' and '-'")
+        raise InputError(f"'{name}' is not a valid key name: use up to 64 letters, digits, '.', '_' and '-'")
     if path.exists():
-        read_keys(path)  # before a lock is laid beside what is no file of keys
+        read_keys(path)  # before creating a lock beside a file that is not one of keys
     with _lock(path):
         keys = read_keys(path) if path.exists() else ()
         if any(key.name == name for key in keys):
-            raise InputError(f"{path}: there is a key '{name}'; take another name, or remove that one first")
+            raise InputError(f"{path}: a key '{name}' exists; use another name, or remove that one first")
         secret = _PREFIX + secrets.token_urlsafe(_NUM_BYTES)
         created = datetime.now(timezone.utc).date().isoformat()
         key = ApiKey(
@@ -103,10 +104,10 @@ def add_key(path: Path, name: str, scope: Scope = "read", requests_per_minute: i
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Take a key away; running servers refuse it from the next request on.
+    """Remove a key; running servers refuse it from the next request on.
 
     Raises:
-        InputError: there is no key of the name.
+        InputError: there is no key of this name.
     """
     read_keys(path)
     with _lock(path):
@@ -119,13 +120,13 @@ def remove_key(path: Path, name: str) -> None:
 
 
 class KeyRing:
-    """The keys of a file, as a server asks for them.
+    """The keys of a file, reloaded when the file changes.
 
-    When the file changes it is read again. One that is gone lets nobody in; one that cannot be read (half edited by
-    hand) leaves the keys as they were, with an error in the log.
+    If the file is deleted, no key is accepted; if it cannot be read (half edited by hand), the keys stay as they were,
+    and an error is logged.
 
     Raises:
-        InputError: at first, the file cannot be read or is no file of keys.
+        InputError: initially, the file cannot be read or is not a file of API keys.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,11 +135,11 @@ class KeyRing:
         self._keys = read_keys(path)
 
     def find(self, secret: str) -> ApiKey | None:
-        """The key that ``secret`` is, or None. The time that it takes tells nothing about the keys."""
+        """The key record for ``secret``, or None. The time taken reveals nothing about the keys."""
         self._refresh()
         digest = _hash(secret)
         match = None
-        for key in self._keys:  # all of them, wherever the right one is
+        for key in self._keys:  # always compare all of them
             if hmac.compare_digest(key.sha256, digest):
                 match = key
         return match
@@ -150,12 +151,12 @@ class KeyRing:
         self._seen = state
         if state is None:
             self._keys = ()
-            _log.error("%s is gone: no key is accepted until it is there again", self._path)
+            _log.error("%s no longer exists: no key is accepted until it is restored", self._path)
             return
         try:
             self._keys = read_keys(self._path)
         except InputError as error:
-            _log.error("the API keys stay as they were: %s", error)
+            _log.error("keeping the previous API keys: %s", error)
         else:
             _log.info("read %d API keys from %s", len(self._keys), self._path)
 
@@ -164,7 +165,7 @@ class KeyRing:
             stat = self._path.stat()
         except OSError:
             return None
-        # The second also changes with its permissions: a file that could not be read may be readable since.
+        # ctime also changes with the permissions: an unreadable file may have become readable.
         return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 

@@ -30,16 +30,16 @@ class Lifecycle:
 
 
 class ReadyGate:
-    """Lets only what needs no model pass as long as the server is not ready; the rest is answered 503."""
+    """Answers 503 until the server is ready, except to requests that need no model."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
         self.app = app
         self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it."""
+        """Pass a request on, or answer 503."""
         state = self._lifecycle.state
-        # One that stops goes on answering what it has accepted.
+        # A stopping server still answers accepted requests.
         if scope["type"] == "http" and state in ("starting", "broken") and not _needs_no_model(scope["path"]):
             error = NotReadyError(f"the server is {state}: {self._lifecycle.message}")
             await answer_problem(scope, receive, send, error.problem)

@@ -1,4 +1,4 @@
-"""How many requests a minute a key, or a client without one, may make."""
+"""Rate limits: requests per minute of a key, or of a client without one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from limits import RateLimitItem, RateLimitItemPerMinute, WindowStats, aio
 from limits.errors import StorageError
-from limits.storage import MemoryStorage  # not limits.aio's, which visits every client in a thread at each request
+from limits.storage import MemoryStorage  # limits.aio's goes over every client in a thread at each request
 from limits.strategies import MovingWindowRateLimiter
 
 from d2llm.core.errors import InputError
@@ -17,19 +17,19 @@ from d2llm.core.extras import require
 
 _log = logging.getLogger(__name__)
 _SCHEMES = ("redis://", "rediss://")
-_PATIENCE = 1.0  # seconds for an answer of the storage
-_PAUSE = 5.0  # seconds until it is asked again
+_PATIENCE = 1.0  # seconds to wait for the storage
+_PAUSE = 5.0  # seconds before the storage is tried again after a failure
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What is left after a request.
+    """The state of a rate limit after a request.
 
     Attributes:
         allowed: whether the request may be answered.
-        limit: requests a minute.
-        remaining: of them.
-        reset: seconds until one more is allowed.
+        limit: requests per minute.
+        remaining: requests left.
+        reset: seconds until another request is allowed.
     """
 
     allowed: bool
@@ -38,7 +38,7 @@ class Allowance:
     reset: float
 
     def headers(self) -> dict[str, str]:
-        """As the IETF's draft names them (draft-ietf-httpapi-ratelimit-headers-07)."""
+        """Response headers, as in the IETF draft (draft-ietf-httpapi-ratelimit-headers-07)."""
         return {
             "RateLimit-Limit": str(self.limit),
             "RateLimit-Remaining": str(self.remaining),
@@ -49,20 +49,20 @@ class Allowance:
 class RateLimiter:
     """Exact counts over the last sixty seconds: in this process's memory, or in a Redis that several servers share.
 
-    While that does not answer, this process counts alone, and asks it again every few seconds: nobody is let in without
-    a count, and nobody is kept out by a storage that is away.
+    If Redis does not answer, this process counts by itself and tries Redis again every few seconds. So every request is
+    counted, and an unreachable Redis does not block clients.
     """
 
     def __init__(self, storage: str | None = None) -> None:
         """``storage`` is the address of the Redis: ``redis://HOST:PORT``, ``rediss://`` with TLS.
 
         Raises:
-            InputError: it is none.
+            InputError: it is not a Redis address.
             MissingExtraError: the extra ``redis`` is not installed.
         """
         self._alone = MovingWindowRateLimiter(MemoryStorage())
         self._together: aio.strategies.MovingWindowRateLimiter | None = None
-        self._asked_from = 0.0
+        self._next_try = 0.0
         if storage is not None:
             require("redis", extra="redis", purpose="counting the requests of several servers together")
             if not storage.startswith(_SCHEMES):
@@ -71,14 +71,14 @@ class RateLimiter:
             self._together = aio.strategies.MovingWindowRateLimiter(redis)
 
     async def take(self, who: str, requests_per_minute: int) -> Allowance:
-        """Count a request of ``who``; refused ones do not count."""
+        """Count a request of the caller ``who``; refused requests do not count."""
         limit = RateLimitItemPerMinute(requests_per_minute)
-        if self._together is not None and time.monotonic() >= self._asked_from:
+        if self._together is not None and time.monotonic() >= self._next_try:
             try:
                 return await asyncio.wait_for(_take(self._together, limit, who), _PATIENCE)
             except (StorageError, asyncio.TimeoutError) as error:
-                self._asked_from = time.monotonic() + _PAUSE
-                _log.error("rate limits: the storage does not answer (%s); counted alone", type(error).__name__)
+                self._next_try = time.monotonic() + _PAUSE
+                _log.error("rate limits: the storage does not answer (%s); counting locally", type(error).__name__)
         allowed = self._alone.hit(limit, who)
         return _allowance(allowed, limit, self._alone.get_window_stats(limit, who))
 

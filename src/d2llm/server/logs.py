@@ -1,4 +1,4 @@
-"""Log lines of a server: one per request, as text or JSON, without what people asked unless that is wanted."""
+"""Server logs: one line per request, as text or JSON, without queries and passages unless enabled."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _access = cast(
 
 
 def log_request(facts: RequestFacts, route: str, method: str, status: int, seconds: float, *, texts: bool) -> None:
-    """The line of a request that was answered; ``texts`` adds what it was about.
+    """Log an answered request; ``texts`` adds its queries and passages.
 
-    A health check that found all well is a line for debugging: orchestrators ask every few seconds.
+    Successful health checks are logged at DEBUG level, since orchestrators send one every few seconds.
     """
     _access.log(
         logging.DEBUG if route == "/health" and status < HTTPStatus.BAD_REQUEST else logging.INFO,
@@ -47,7 +47,7 @@ def log_request(facts: RequestFacts, route: str, method: str, status: int, secon
 
 
 def start_logs(settings: ServeSettings, stream: TextIO | None = None) -> Callable[[], None]:
-    """Send what d2llm, uvicorn and OpenTelemetry log to ``stream``, by default standard error; what undoes it."""
+    """Send the logs of d2llm, uvicorn and OpenTelemetry to ``stream``, by default stderr; returns an undo function."""
     out = stream or sys.stderr
     renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
     if settings.log_format == "text":
@@ -81,10 +81,10 @@ def start_logs(settings: ServeSettings, stream: TextIO | None = None) -> Callabl
 
 
 class _ErrorRenderer:
-    """Puts an exception into a record as its types and the lines of code that it came through.
+    """Renders an exception in a log record as its traceback and types.
 
-    Messages of exceptions may quote a query or passage, so they are left out unless ``messages``; an operating
-    system's own words (no space left on device) are kept.
+    Messages of exceptions may quote a query or passage, so they are left out unless ``messages`` is set; error texts of
+    the operating system (no space left on device) are kept.
     """
 
     def __init__(self, *, messages: bool) -> None:

@@ -1,7 +1,7 @@
-"""What every request passes through, outermost first: id, log and headers; host; browsers; keys and limits; body.
+"""Middleware, outermost first: request id, log and headers; host check; CORS; keys and rate limits; body.
 
-Pure ASGI, not Starlette's BaseHTTPMiddleware, which runs the application in a task of its own: that breaks context
-variables and hides disconnects.
+These are pure ASGI classes. Starlette's BaseHTTPMiddleware runs the application in a separate task, which breaks
+context variables and hides disconnects.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ SECURITY_HEADERS: Mapping[str, str] = {
         "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
 }
-"""Of every answer; a route may set its own value of one."""
+"""Headers of every response; a route may override them."""
 CLIENT_CLOSED = 499
-"""Logged and counted where the client left before there was an answer."""
+"""Status that is logged and counted if the client disconnected before the response started."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 _PROBE = "/health"
-"""Asked by orchestrators under the machine's address, so that no Host is refused."""
-_LAST = {"Connection": "close"}  # what was not read would be taken for the connection's next request
+"""Orchestrators request this by the machine's address, so its Host is not checked."""
+_LAST = {"Connection": "close"}  # unread body bytes would be parsed as the connection's next request
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 _CORS_EXPOSED = ("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 
 
 def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemetry) -> None:
-    """Put all of them around ``app``.
+    """Add all middleware to ``app``.
 
     Raises:
-        InputError: the file of API keys cannot be read, or the storage of rate limits is no address of one.
+        InputError: the file of API keys cannot be read, or the storage of rate limits is not a valid address.
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
@@ -80,7 +80,7 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
 
 
 class RequestMiddleware:
-    """Gives a request its id, its log line, its place in the metrics, and its answer the headers that all have."""
+    """Assigns each request an id, logs and counts it, and adds the common headers to its response."""
 
     def __init__(self, app: ASGIApp, routes: RouteTable, telemetry: Telemetry, *, log_texts: bool) -> None:
         self._app = app
@@ -95,7 +95,7 @@ class RequestMiddleware:
                 self._routes.prepare()
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         facts = begin_facts(_id_of(Headers(scope=scope)))
         scope.setdefault("state", {})["request_id"] = facts.request_id
         status: int | None = None
@@ -106,7 +106,7 @@ class RequestMiddleware:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = facts.request_id
-                headers["Server-Timing"] = f"total;dur={1e3 * (time.perf_counter() - began):.1f}"
+                headers["Server-Timing"] = f"total;dur={1e3 * (time.perf_counter() - start_time):.1f}"
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -115,20 +115,21 @@ class RequestMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=facts.request_id):
             try:
                 await self._app(scope, receive, send_with_headers)
-            except Exception as error:  # noqa: BLE001 - the last place where it can become an answer
+            except Exception as error:  # noqa: BLE001 - the last chance to turn it into a response
                 _log.error("request %s failed", facts.request_id, exc_info=error)
                 if status is None:
                     await answer_problem(scope, receive, send_with_headers, problem_of(error))
             finally:
-                seconds, route = time.perf_counter() - began, self._routes.find(scope)
+                seconds, route = time.perf_counter() - start_time, self._routes.find(scope)
                 self._telemetry.end_request(route, scope["method"], status or CLIENT_CLOSED, seconds)
                 log_request(facts, route, scope["method"], status or CLIENT_CLOSED, seconds, texts=self._log_texts)
 
 
 class HostMiddleware:
-    """Refuses requests for another host: a page that a browser has open may let its own name point to this machine.
+    """Refuses requests for unknown hosts, as a protection against DNS rebinding.
 
-    Such a page would be of the same origin as the server, and could read all of it (DNS rebinding).
+    A web page in a browser may make its own host name resolve to this machine. It would then have the same origin as
+    the server and could read everything.
     """
 
     def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
@@ -140,9 +141,7 @@ class HostMiddleware:
         if scope["type"] == "http" and scope["path"] != _PROBE:
             hosts = Headers(scope=scope).getlist("host")
             if len(hosts) != 1 or not self._allows(_host_name(hosts[0])):
-                message = (
-                    "the Host of the request is not one that this server answers to; see its setting allowed_hosts"
-                )
+                message = "this server does not accept the Host of the request; see its setting allowed_hosts"
                 await answer_problem(scope, receive, send, Problem(400, "invalid_request", message))
                 return
         await self._app(scope, receive, send)
@@ -155,9 +154,9 @@ class HostMiddleware:
 
 
 class BodyMiddleware:
-    """Reads a body as a whole before the application does; refuses those that are too large, too slow, or no text.
+    """Reads the whole body before the application does; refuses bodies that are too large, too slow, or not text.
 
-    Without a declared length it stops reading at the limit, so that a client cannot fill the memory.
+    If no length is declared, it stops reading at the limit, so that a client cannot fill the memory.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, seconds: float) -> None:
@@ -195,8 +194,8 @@ class BodyMiddleware:
         await self._app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes | Problem | None:
-        """All of it; None where the client has left."""
-        body, more = bytearray(), True  # not the messages: those of small pieces take many times the memory
+        """The whole body; None if the client has disconnected."""
+        body, more = bytearray(), True  # a list of small messages would take many times the memory
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -219,24 +218,24 @@ class BodyMiddleware:
                 if takes_form
                 else "send JSON with 'Content-Type: application/json'"
             )
-            message = f"a body of type {kind!r} is not read; {remedy}" if kind else f"the body has no type; {remedy}"
+            message = f"body type {kind!r} is not supported; {remedy}" if kind else f"the body has no type; {remedy}"
             return Problem(415, "unsupported_media_type", message)
         coding = headers.get("content-encoding", "identity")
         if coding.lower() != "identity" and _has_body(headers):
-            message = "compressed bodies are not read; send it without Content-Encoding"
+            message = "compressed bodies are not supported; send the body without Content-Encoding"
             return Problem(415, "unsupported_media_type", message, headers={"Accept-Encoding": "identity"})
         return None
 
     def _too_large(self) -> Problem:
         message = (
-            f"the body has more than {self._max_body_bytes:,} bytes, the most that this server reads (max_body_bytes); "
+            f"the body is larger than this server's limit of {self._max_body_bytes:,} bytes (max_body_bytes); "
             "send fewer texts at a time"
         )
         return Problem(413, "too_large", message, headers=_LAST)
 
     def _too_slow(self) -> Problem:
         message = (
-            f"the body did not arrive within {self._seconds:g} s, the most that this server waits (request_seconds); "
+            f"the body did not arrive within this server's limit of {self._seconds:g} s (request_seconds); "
             "send fewer texts at a time"
         )
         return Problem(408, "timeout", message, headers=_LAST)
@@ -247,13 +246,13 @@ def _has_body(headers: Headers) -> bool:
 
 
 def _id_of(headers: Headers) -> str:
-    """The client's own id where it can stand in logs and headers as it is."""
+    """The client's request id if it is safe for logs and headers, else a new one."""
     client_id = headers.get("x-request-id", "")
     return client_id if _SANE_ID.fullmatch(client_id) else uuid.uuid4().hex
 
 
 def _host_name(host: str) -> str:
-    """Of ``name:port``, ``[::1]:port`` and without a port."""
+    """Host name of ``name:port``, ``[::1]:port``, or of either without a port."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
@@ -261,20 +260,20 @@ def _host_name(host: str) -> str:
 
 
 class CancelWhenGone:
-    """Cancels a request's work when its connection is closed before the answer is complete.
+    """Cancels a request's work if its connection is closed before the response is complete.
 
-    Starlette itself goes on working for nobody. What waits in a queue is taken out of it (``batching``).
+    Starlette itself would finish the work. Items that wait in a queue are removed (``batching``).
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and listen for its end meanwhile."""
+        """Pass a request on, listening for a disconnect."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        messages: asyncio.Queue[Message] = asyncio.Queue(1)  # one: a body is read no faster than it is used
+        messages: asyncio.Queue[Message] = asyncio.Queue(1)  # size 1: the body is read no faster than it is consumed
         answered = False
 
         async def listen() -> None:
@@ -311,14 +310,14 @@ class CancelWhenGone:
 
 
 UNMATCHED = "(none)"
-"""Stands for the route of a request that has none."""
+"""Stands for the route of a request that matches none."""
 
 
 class RouteTable:
-    """Templates of an application's routes, such as "/v1/passages/{id}"; they are read when the server starts.
+    """Templates of an application's routes, such as "/v1/passages/{id}", collected when the server starts.
 
-    They are not taken from the request's scope, which has none when a middleware refused the request, and where the
-    prefix of an included router is missing.
+    They are not taken from the request's scope, which has no route if a middleware refused the request, and lacks the
+    prefix of included routers.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -326,7 +325,7 @@ class RouteTable:
         self._table: list[tuple[str, Pattern[str]]] = []
 
     def prepare(self) -> None:
-        """Read them; it takes a while, as FastAPI makes its schema for it, and keeps that."""
+        """Collect the templates. This takes a while, because FastAPI builds its schema, which it then caches."""
         self._table = [(template, compile_path(template)[0]) for template in _templates(self._app)]
 
     def find(self, scope: Scope) -> str:
@@ -336,12 +335,12 @@ class RouteTable:
         for template, pattern in self._table:
             if pattern.match(scope["path"]):
                 return template
-        route = scope.get("route")  # in no schema, or with a parameter that has slashes
+        route = scope.get("route")  # not in the schema, or with slashes in a parameter
         return route.path_format if isinstance(route, Route) else UNMATCHED
 
 
 def _templates(app: FastAPI) -> list[str]:
-    """Those without parameters first: "/v1/passages/all" is not the passage "all"."""
+    """Templates without parameters first: "/v1/passages/all" is not the passage "all"."""
     return sorted({*app.openapi()["paths"], *_plain_paths(app)}, key=lambda template: template.count("{"))
 
 

@@ -1,4 +1,4 @@
-"""The student behind the server: texts become vectors in batches shared by all clients, pairs become scores."""
+"""The student behind the server: encodes texts in batches shared by all clients, and scores passages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from d2llm.server.batching import Batcher
 from d2llm.server.facts import note_items
 
 Observe = Callable[[str, float], None]
-_FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, as going to another costs more
+_FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
 _Value = TypeVar("_Value")
 
 
@@ -34,11 +34,11 @@ class Encoded:
     """Vectors of texts.
 
     Attributes:
-        vectors: [n, dim] as the student gives them, not of unit length.
-        num_tokens: of each text, as far as it was read.
-        truncated: places of the texts that were cut to the student's limit.
-        queued: seconds that it waited.
-        worked: seconds that it took, with what else was in its batches.
+        vectors: [n, dim] as the student returns them, not of unit length.
+        num_tokens: tokens of each text, after truncation.
+        truncated: places of the texts that were truncated to the student's limit.
+        queued: seconds spent waiting.
+        worked: seconds spent encoding, including the rest of the batches.
     """
 
     vectors: NDArray[np.float32]
@@ -50,13 +50,13 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class PassageScores:
-    """A query's scores with passages.
+    """Scores of passages for a query.
 
     Attributes:
-        logits: [n] of the IEM; ``ModelService.probabilities`` makes probabilities of them.
-        num_tokens: of query and passages together, as far as they were read.
-        truncated: places of the passages that were cut to the student's limit.
-        query_truncated: whether the query was.
+        logits: [n] logits of the IEM; ``ModelService.probabilities`` converts them to probabilities.
+        num_tokens: total tokens of query and passages, after truncation.
+        truncated: places of the passages that were truncated to the student's limit.
+        query_truncated: whether the query was truncated.
     """
 
     logits: NDArray[np.float32]
@@ -66,10 +66,10 @@ class PassageScores:
 
 
 class ModelService:
-    """One student, shared by all requests. ``name`` is what clients call it.
+    """One student, shared by all requests. ``name`` is its name for clients.
 
-    On a CPU as many batches are encoded side by side as there are cores, each as large as the student's own; an
-    accelerator has one at a time. ``batch_tokens`` is how large, by default ``Student.batch_tokens``.
+    On a CPU, as many batches run in parallel as there are cores; on an accelerator, one at a time. ``batch_tokens`` is
+    the maximum size of a batch, by default ``Student.batch_tokens``.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ModelService:
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
             lanes=core_pool() if on_cpu else None,
-            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,  # one batch waits for the core that is free next
+            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,  # one more batch waits for the next free core
         )
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._num_users = 0
@@ -109,21 +109,21 @@ class ModelService:
 
     @property
     def num_queued(self) -> int:
-        """Texts that wait to be encoded."""
+        """Number of texts waiting to be encoded."""
         return self._texts.num_queued
 
     def start(self) -> None:
-        """Begin to work; call it in the event loop."""
+        """Start the workers; call it in the event loop."""
         self._texts.start()
 
     async def stop(self, timeout: float | None = None) -> None:
-        """Finish what was admitted."""
+        """Finish admitted work, then stop."""
         await self._texts.stop(timeout)
         self._scoring.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def in_use(self) -> Generator[None]:
-        """Around what works with it: ``retire`` waits for its end."""
+        """Context for work that uses this service: ``retire`` waits until it has ended."""
         self._num_users += 1
         try:
             yield
@@ -132,7 +132,7 @@ class ModelService:
             self._left.set()
 
     async def retire(self) -> None:
-        """Stop when nothing works with it any more."""
+        """Stop once nothing uses this service any more."""
         while self._num_users:
             self._left.clear()
             await self._left.wait()
@@ -145,12 +145,12 @@ class ModelService:
             OverloadedError: the queue is full.
             ModelError: a vector is not finite.
         """
-        if bounded:  # those of a write are noted with all that it is about
+        if bounded:  # the texts of a write are noted by the write itself
             note_items(texts)
         return await self._encode([(texts, kind)], bounded=bounded)
 
     async def score(self, query: str, passages: Sequence[str], task: Task = "asymmetric") -> PassageScores:
-        """The IEM's scores of a query with passages.
+        """The IEM's scores of passages for a query.
 
         Raises:
             OverloadedError: the queue is full.
@@ -165,7 +165,7 @@ class ModelService:
     async def score_vectors(
         self, query: NDArray[np.float32], passages: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
-        """The IEM's scores [n] of a query's vector [dim] with passages' [n, dim].
+        """The IEM's scores [n] of passages' vectors [n, dim] for a query's vector [dim].
 
         Raises:
             ModelError: a score is not finite.
@@ -176,29 +176,29 @@ class ModelService:
         return logits
 
     def probabilities(self, logits: NDArray[np.float32], task: Task) -> NDArray[np.float64]:
-        """Scores [n] as numbers in [0, 1]: calibrated where the student is for this task, else their sigmoid."""
+        """Scores [n] as numbers in [0, 1]: calibrated if the student is calibrated for this task, else the sigmoid."""
         calibration = self.student.calibration
         if task in calibration.tasks:
             return calibration.probabilities(logits, task)
         return np.asarray(expit(logits.astype(np.float64)))
 
     def probability_kind(self, task: Task) -> str:
-        """How ``probabilities`` are made, in a few words that fit a header."""
+        """How ``probabilities`` are computed, as a short text for a header."""
         calibration = self.student.calibration
         if task in calibration.tasks:
             return f"calibrated; task={task}; base-rate={calibration.base_rate:g}"
-        return f"uncalibrated; task={task}; the sigmoid of the score, in order but no probability"
+        return f"uncalibrated; task={task}; the sigmoid of the score, ordered but not a probability"
 
     async def anchor_queries(self, vectors: NDArray[np.float32], task: Task = "asymmetric") -> NDArray[np.float32]:
-        """[n, dim] whose inner products with passages' vectors are the score's inner-product part.
+        """[n, dim] anchor vectors; inner products with passages' vectors are the score's inner-product part.
 
         Raises:
-            InputError: the student's head has none.
+            InputError: the student's head has no inner-product part.
         """
         return await self._in_thread(lambda: self.student.anchor_queries(vectors, task))
 
     async def in_lane(self, work: Callable[[], _Value]) -> _Value:
-        """Run something else that uses the student's backbone, in turn with batches of texts."""
+        """Run other work that uses the student's backbone, in turn with batches of texts."""
         return await self._texts.in_lane(work)
 
     async def _in_thread(self, work: Callable[[], _Value]) -> _Value:
@@ -236,7 +236,7 @@ class ModelService:
 
 
 class StudentLane(ForwardingStudent):
-    """A student for threads other than the event loop's; fits ``SearchStudent`` and ``ProjectingStudent``."""
+    """A student for threads other than the event loop's; implements ``SearchStudent`` and ``ProjectingStudent``."""
 
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(models.student)
@@ -246,34 +246,34 @@ class StudentLane(ForwardingStudent):
 
     @property
     def has_anchor(self) -> bool:
-        """The student's."""
+        """Whether the student's score has an inner-product part."""
         return self._student.has_anchor
 
     @property
     def can_project(self) -> bool:
-        """The student's."""
+        """Whether the student's head has projections."""
         return self._student.can_project
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """The student's vectors of queries."""
+        """Encode queries in the shared batches."""
         return self._encode(texts, "query", advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """The student's vectors of passages."""
+        """Encode passages in the shared batches."""
         return self._encode(texts, "passage", advance)
 
     def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The student's."""
+        """The student's anchor vectors."""
         return self._student.anchor_queries(query_vectors, task)
 
     def score(
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
-        """The student's."""
+        """The student's scores."""
         return self._student.score(query_vector, passage_vectors, task)
 
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
-        """The student's."""
+        """The student's projections."""
         return self._student.project_passages(passage_vectors)
 
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:

@@ -1,4 +1,4 @@
-"""d2llm's own interface over HTTP: search, explain, the index, vectors and scores; what it holds: ``corpus_routes``."""
+"""d2llm's own HTTP interface: search, explain, index facts, vectors and scores (passages: ``corpus_routes``)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
 
 @router.post("/v1/explain")
 async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainAnswer:
-    """What makes up a query's score with a passage, word by word; and what the teacher says of the two."""
+    """Explain a passage's score for a query, word by word; optionally with the teacher's judgement."""
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, explanation = await index.explain(body.query, body.passage_id, task)
@@ -93,7 +93,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
 
 @router.get("/v1/index")
 async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
-    """What the index holds, and what can be asked of it here."""
+    """Facts about the index, and the ways to search it on this server."""
     stats, version = await index.stats()
     models, config = version.models, version.models.student.config
     return IndexAnswer(
@@ -130,15 +130,16 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
 
 @router.post("/v1/index/reload")
 async def reload_index(index: TheIndex) -> ReloadAnswer:
-    """Read what now lies in the index's folder; another student is loaded where another made it.
+    """Load the current contents of the index's folder, and another student if another one made it.
 
-    Requests that have begun end with what they began with. If it fails, 409 says why, and nothing has changed.
+    Requests in progress finish with the version they started with. On failure, the answer is a 409 with the reason, and
+    nothing changes.
     """
     try:
         changed = await index.served.reload()
     except D2LLMError as error:
-        _log.error("the index is not taken over: %s", error)
-        raise ConflictError(f"what was served before goes on answering: {error}") from error
+        _log.error("the index was not reloaded: %s", error)
+        raise ConflictError(f"the previous version is still served: {error}") from error
     version = index.current
     return ReloadAnswer(
         version=version.view.version,
@@ -150,7 +151,7 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
 
 @router.post("/v1/encode", response_model=EncodeAnswer)
 async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
-    """The student's vectors of texts, for use with its interaction elsewhere."""
+    """Encode texts with the student, for use with its interaction elsewhere."""
     at_most(len(body.texts), services.settings.max_texts, "texts")
     short_enough(body.texts, services.settings, "texts")
     encoded = await services.models.encode(body.texts, body.kind)
@@ -168,8 +169,8 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
 
 @router.post("/v1/rescore")
 async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
-    """The interaction's scores of a query with passages, by their texts, ids or vectors."""
-    ids, texts, given, models = body.passage_ids, body.passages, body.passage_vectors, services.models
+    """Score passages, given as texts, ids or vectors, for a query."""
+    ids, texts, values, models = body.passage_ids, body.passages, body.passage_vectors, services.models
     if ids is not None:
         index = await index_of(services)
         at_most(len(ids), services.settings.max_num_candidates, "passage_ids")
@@ -186,9 +187,9 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
         encoded = await models.encode(texts, "passage")
         passages, truncated = encoded.vectors, encoded.truncated
     else:
-        assert given is not None
-        at_most(len(given), services.settings.max_num_candidates, "passage_vectors")
-        passages = _vectors(given, models.dim, "passage_vectors")
+        assert values is not None
+        at_most(len(values), services.settings.max_num_candidates, "passage_vectors")
+        passages = _vectors(values, models.dim, "passage_vectors")
     return await _rescored(body, services, models, services.task, passages, truncated)
 
 
@@ -246,7 +247,7 @@ def _settings_of(body: SearchRequest) -> SearchSettings:
 
 def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
     if body.budget_ms is not None and not body.exact:
-        raise invalid("budget_ms is for an exact search; leave it out. A teacher's time is teacher_ms", "budget_ms")
+        raise invalid("budget_ms is for an exact search; leave it out. The teacher's limit is teacher_ms", "budget_ms")
     if body.rescore not in ("teacher", "cascade"):
         if body.teacher_ms is not None:
             raise invalid("teacher_ms is for rescore 'teacher' or 'cascade'; leave it out", "teacher_ms")
@@ -256,16 +257,16 @@ def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
 
 
 def _name_of(model: str) -> str:
-    """Without where it lies on this machine."""
+    """The model's name, without its path on this machine."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
 def _vectors(values: Sequence[Sequence[float]], dim: int, name: str) -> NDArray[np.float32]:
     for place, value in enumerate(values):
         if len(value) != dim:
-            raise invalid(f"{name}: number {place} has {len(value)} components, but the student's have {dim}", name)
+            raise invalid(f"{name}: number {place} has {len(value)} components, but the student uses {dim}", name)
     with np.errstate(over="ignore"):
         vectors = np.array(values, np.float32)
     if not np.isfinite(vectors).all():
-        raise invalid(f"{name}: a component is beyond what float32 holds", name)
+        raise invalid(f"{name}: a component is out of range for float32", name)
     return vectors

@@ -1,7 +1,7 @@
-"""The web page at ``/``, the pages of the API at ``/docs``, and the report of an evaluation at ``/evaluation``.
+"""The search page at ``/``, the API documentation at ``/docs``, and the evaluation report at ``/evaluation``.
 
-The pages are plain files beside this module. They load nothing from elsewhere, and their content security policy
-allows nothing else. They tell nothing of the index: what they show they ask the API for, with a key where needed.
+The pages are static files beside this module. They load nothing from other hosts, which their content security policy
+enforces. They contain nothing about the index: they get their data from the API, with a key if needed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _PAGE_POLICY = (
     "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _POLICY = _PAGE_POLICY.format(styles="'self'")
-# A report stands in a frame inside this page, whose policy the frame inherits, and has its styles within itself.
+# A report is shown in a frame inside this page. It has inline styles, and the frame inherits the page's policy.
 _FRAMING_POLICY = _PAGE_POLICY.format(styles="'self' 'unsafe-inline'")
-_BEGINNING = 1_000  # characters of a report that are looked at
+_BEGINNING = 1_000  # characters of a report that are checked
 _FRAMING_PAGE = "evaluation.html"
 _REPORT_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -51,19 +51,19 @@ class _PageFile:
 
 @router.api_route("/", methods=["GET", "HEAD"])
 def page(request: Request) -> Response:
-    """The page to search with."""
+    """The search page."""
     return _answer(request, "index.html")
 
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 def api_pages(request: Request) -> Response:
-    """The API, read from ``/openapi.json``."""
+    """The API documentation, rendered from ``/openapi.json``."""
     return _answer(request, "docs.html")
 
 
 @router.get("/page/settings.json")
 def page_settings(request: Request) -> JSONResponse:
-    """What the page has to know before it asks for anything: limits, and whether there is a report."""
+    """What the page needs before its first API request: limits, and whether there is a report."""
     settings = request.app.state.settings
     facts = {
         "has_report": settings.report is not None,
@@ -86,21 +86,21 @@ def page_file(name: str, request: Request) -> Response:
 
 @router.get("/evaluation")
 def evaluation(request: Request) -> Response:
-    """The report of `d2llm evaluate --html` that the settings name. It may run no script, whatever is in it."""
+    """The report of `d2llm evaluate --html` named in the settings, with scripts disabled."""
     path: Path | None = request.app.state.settings.report
     if path is None:
-        raise NotFoundError("this server shows no report; start it with --report and a page of `d2llm evaluate --html`")
+        raise NotFoundError("this server has no report; start it with --report and a page of `d2llm evaluate --html`")
     if not path.is_file():
-        raise NotFoundError("the report of this server is not there any more; see its setting report")
+        raise NotFoundError("the report of this server no longer exists; see its setting report")
     headers = _headers(_REPORT_POLICY) | {"Cache-Control": "no-store"}
     return FileResponse(path, media_type="text/html; charset=utf-8", headers=headers)
 
 
 def check_report(path: Path) -> None:
-    """Make sure that a file is a page that can be shown.
+    """Check that a file is an HTML page.
 
     Raises:
-        InputError: it cannot be read, or is no HTML.
+        InputError: it cannot be read, or is not HTML.
     """
     remedy = "give the page that `d2llm evaluate --html` wrote, or leave report out"
     try:
@@ -108,14 +108,14 @@ def check_report(path: Path) -> None:
     except OSError as error:
         raise InputError(f"report {path}: cannot be read ({error.strerror}); {remedy}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"report {path}: is no text in UTF-8; {remedy}") from error
+        raise InputError(f"report {path}: is not UTF-8 text; {remedy}") from error
     if not begin.startswith(("<!doctype html", "<html")):
-        raise InputError(f"report {path}: is no HTML page; {remedy}")
+        raise InputError(f"report {path}: is not an HTML page; {remedy}")
 
 
 @cache
 def _files() -> Mapping[str, _PageFile]:
-    """All files of the page by name; no other path of the disk can be asked for."""
+    """All files of the page by name; no other path on disk can be requested."""
     files: dict[str, _PageFile] = {}
     for path in sorted(_FOLDER.iterdir()):
         if path.suffix in _TYPES:
@@ -128,7 +128,7 @@ def _files() -> Mapping[str, _PageFile]:
 def _answer(request: Request, name: str) -> Response:
     file = _files()[name]
     headers = _headers(_FRAMING_POLICY if name == _FRAMING_PAGE else _POLICY)
-    # Asked for anew every time, so that page and scripts are of one version, but sent only when they have changed.
+    # Revalidated on every request, so that page and scripts match, but sent only if they have changed.
     headers |= {"Cache-Control": "no-cache", "ETag": file.etag}
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if file.etag in known or "*" in known:

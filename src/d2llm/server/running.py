@@ -1,4 +1,4 @@
-"""Running an application until it is told to stop: the socket, signals, and saying when it is ready."""
+"""Running an application until it is stopped: socket, signals, and readiness."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class State(Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; port 0 takes a free one.
+    """A socket bound to an address; port 0 chooses a free port.
 
     Raises:
-        InputError: the port is in use or not allowed, or the host is no address of this machine.
+        InputError: the port is in use or not allowed, or the host is not an address of this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
-        raise InputError(f"host '{host}' is not known ({error.strerror}); give an address of this machine") from error
+        raise InputError(f"host '{host}' is unknown ({error.strerror}); give an address of this machine") from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -61,17 +61,17 @@ def listen(host: str, port: int) -> socket.socket:
 def _why_not_bound(host: str, port: int, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return f"port {port} of {host} is in use; stop what listens there, or give another --port (0: a free one)"
+            return f"port {port} of {host} is in use; stop the program using it, or give another --port (0: any)"
         case errno.EACCES:
-            return f"port {port} of {host} is not allowed to this user; give a --port from 1024 on"
+            return f"this user may not listen on port {port} of {host}; give a --port of 1024 or higher"
         case errno.EADDRNOTAVAIL:
-            return f"'{host}' is no address of this machine; give one, or 127.0.0.1"
+            return f"'{host}' is not an address of this machine; give one that is, such as 127.0.0.1"
         case _:
-            return f"port {port} of {host} cannot be listened on ({error.strerror})"
+            return f"cannot listen on port {port} of {host} ({error.strerror})"
 
 
 def url_of(bound: socket.socket) -> str:
-    """The address of a bound socket, with the port that it really has."""
+    """The URL of a bound socket, with its actual port."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -85,18 +85,18 @@ def run_app(
     on_ready: Callable[[], None],
     on_hangup: Callable[[], Awaitable[object]],
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what was accepted, within ``shutdown_seconds``.
+    """Serve until SIGTERM or SIGINT; then finish accepted requests, within ``shutdown_seconds``.
 
     Args:
-        app: what answers.
-        settings: of the server.
-        bound: where it listens, from ``listen``; it is closed at the end.
-        state: "starting" turns into "ready" or "broken".
-        on_ready: called once, when requests are answered.
+        app: the application.
+        settings: settings of the server.
+        bound: socket from ``listen``; closed at the end.
+        state: state of the application; changes from "starting" to "ready" or "broken".
+        on_ready: called once, when the server is ready.
         on_hangup: called at each SIGHUP.
 
     Raises:
-        D2LLMError: it never became ready; the message is ``state``'s.
+        D2LLMError: the application never became ready; the message is that of ``state``.
     """
     config = uvicorn.Config(
         app,
@@ -116,7 +116,7 @@ def run_app(
 
 
 def _in_loop(work: Coroutine[Any, Any, _Value], config: uvicorn.Config) -> _Value:
-    """Run in the loop that uvicorn would take: uvloop's, where it is installed."""
+    """Run in the event loop that uvicorn would use: uvloop if it is installed."""
     if sys.version_info < (3, 11):
         return asyncio.run(work)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
@@ -124,7 +124,7 @@ def _in_loop(work: Coroutine[Any, Any, _Value], config: uvicorn.Config) -> _Valu
 
 
 async def _run(server: _Server, bound: socket.socket, state: State, on_ready: Callable[[], None]) -> str | None:
-    """Returns why it never became ready, or None."""
+    """Serve; returns why the application never became ready, or None."""
     watching = asyncio.create_task(_watch(server, state, on_ready))
     try:
         await server.serve(sockets=[bound])
@@ -144,10 +144,10 @@ async def _watch(server: _Server, state: State, on_ready: Callable[[], None]) ->
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but a stop that was asked for ends the program as a success, and SIGHUP is heard.
+    """uvicorn's server, but a requested stop exits with success, and SIGHUP is handled.
 
-    It also closes connections on which nothing moves. uvicorn waits for ever for a first request, for the rest of
-    headers of which some have come, and for a client that does not take its answer.
+    It also closes stalled connections. uvicorn waits forever for a first request, for the rest of incomplete headers,
+    and for a client that does not read its response.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class _Server(uvicorn.Server):
         self._request_seconds = request_seconds
         self._waiting: dict[Any, tuple[tuple[object, int], float]] = {}
         self._on_hangup = on_hangup
-        self._tasks: set[asyncio.Task[None]] = set()  # the event loop alone would forget them
+        self._tasks: set[asyncio.Task[None]] = set()  # keeps references, since the event loop holds only weak ones
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
@@ -167,7 +167,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _close_stuck(self, now: float) -> None:
-        """Close what has waited for the same request, or for the same bytes of an answer to be taken, for too long."""
+        """Close connections that have waited too long for the same request, or to send the same bytes of a response."""
         waiting: dict[Any, tuple[tuple[object, int], float]] = {}
         for connection in cast("set[Any]", self.server_state.connections):
             cycle, num_left = connection.cycle, connection.transport.get_write_buffer_size()
@@ -177,15 +177,15 @@ class _Server(uvicorn.Server):
             if connection in self._waiting and self._waiting[connection][0] == state:
                 since = self._waiting[connection][1]
             if now - since > self._request_seconds:
-                _log.info("a connection was closed: its client sent no whole request, or took no answer")
+                _log.info("closed a stalled connection: its client did not finish the request or read the response")
                 connection.transport.abort()
             waiting[connection] = state, since
         self._waiting = waiting
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Hear signals while it runs; uvicorn's own would raise them again afterwards."""
-        if threading.current_thread() is not threading.main_thread():  # only there signals can be heard
+        """Handle signals while it runs; uvicorn's own handler would raise them again afterwards."""
+        if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
             yield
             return
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers of d2llm's own interface. Types are strict, unknown fields errors, numbers finite."""
+"""Request and response bodies of d2llm's own interface: strict types, finite numbers, no unknown fields."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from d2llm.store.side_files import Chunking
 
 def _with_text(text: str) -> str:
     if not text.strip():
-        raise ValueError("there is no text")
+        raise ValueError("the text is empty")
     return text
 
 
@@ -35,13 +35,13 @@ Vector = Annotated[list[float], Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """What requests have in common."""
+    """Base class of request bodies."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_field_that_is_meant(cls, body: Any) -> Any:
+    def _suggest_field_names(cls, body: Any) -> Any:
         names = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
         problems: list[InitErrorDetails] = []
         for name in names:
@@ -56,7 +56,7 @@ class Body(BaseModel):
 
 
 class Answer(BaseModel):
-    """What answers have in common."""
+    """Base class of response bodies."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,9 +65,9 @@ class Answer(BaseModel):
 
 
 class SearchRequest(Body):
-    """A query, and how to search for it."""
+    """A query with search settings."""
 
-    query: NonEmpty = Field(description="What to look for.", examples=["how do I read a file line by line?"])
+    query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])
     top_k: int = Field(DEFAULT_TOP_K, ge=1, description="Length of the ranking.")
     num_candidates: int = Field(DEFAULT_NUM_CANDIDATES, ge=1, description="Passages that get the full score.")
     filter: str | None = Field(
@@ -77,29 +77,29 @@ class SearchRequest(Body):
         None,
         min_length=1,
         max_length=3,
-        description="Who proposes candidates; by default vectors, and bm25 where the student's score counts words; "
-        "with hybrid bm25 always does.",
+        description="Sources of candidates; by default vectors, plus bm25 if the student's score counts words; with "
+        "hybrid, bm25 is always one.",
     )
     hybrid: float | None = Field(
-        None, ge=0, le=1, description="Rank by fusion with BM25, and BM25's share in it; null: by the score alone."
+        None, ge=0, le=1, description="Fuse the ranking with BM25's; the value is BM25's weight. null: no fusion."
     )
-    exact: bool = Field(False, description="The exact ranking of all passages, with its certificate.")
-    explain: bool = Field(False, description="Say of each passage why it stands where it does.")
+    exact: bool = Field(False, description="Compute the exact ranking of all passages, with a certificate.")
+    explain: bool = Field(False, description="Explain each passage's rank.")
     rescore: Rescore = Field(
         "iem",
-        description="Who orders the candidates: none (the inner product), iem, teacher (it reads the first of them) or "
-        "cascade (it reads those that the IEM is unsure of).",
+        description="How candidates are ranked: none (inner product), iem, teacher (the teacher reads the top ones) or "
+        "cascade (the teacher reads those that the IEM is unsure of).",
     )
-    budget_ms: float | None = Field(None, ge=0, description="Time of an exact search, in milliseconds.")
+    budget_ms: float | None = Field(None, ge=0, description="Time limit of an exact search, in milliseconds.")
     teacher_passages: int = Field(
-        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="Most passages that the teacher reads."
+        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="Maximum number of passages that the teacher reads."
     )
     teacher_ms: float | None = Field(
-        None, ge=0, description="Longest time that it reads, in milliseconds; null, or more: the server's teacher_ms."
+        None, ge=0, description="Time limit of the teacher, in milliseconds; default and maximum: the server's."
     )
-    task: Task | None = Field(None, description="What is asked; null: what the index is made for.")
-    group: Grouping = Field("passage", description="Rank passages, or documents by their best or summed passages.")
-    neighbours: int = Field(0, ge=0, le=10, description="Passages before and after each, of its document.")
+    task: Task | None = Field(None, description="The task; null: the task of the index.")
+    group: Grouping = Field("passage", description="Rank passages, or documents by best passage or sum of passages.")
+    neighbours: int = Field(0, ge=0, le=10, description="Also return this many passages before and after each.")
 
 
 class ExplainRequest(Body):
@@ -119,7 +119,7 @@ class EncodeRequest(Body):
 
 
 class RescoreRequest(Body):
-    """A query and passages, each as text or as the vector that it was encoded to."""
+    """A query and passages, each as text or as an encoded vector."""
 
     query: NonEmpty | None = None
     query_vector: Vector | None = None
@@ -132,8 +132,8 @@ class RescoreRequest(Body):
     def _one_of_each(self) -> Self:
         if (self.query is None) == (self.query_vector is None):
             raise ValueError("give either query or query_vector")
-        given = [part for part in (self.passages, self.passage_ids, self.passage_vectors) if part is not None]
-        if len(given) != 1:
+        sources = [part for part in (self.passages, self.passage_ids, self.passage_vectors) if part is not None]
+        if len(sources) != 1:
             raise ValueError("give one of passages, passage_ids and passage_vectors")
         return self
 
@@ -178,7 +178,7 @@ class ExplanationAnswer(Answer):
 
 
 class DocumentAnswer(Answer):
-    """The document that a place stands for, with its next best passages."""
+    """The document of a ranked passage, with its next best passages."""
 
     id: str
     passage_score: float
@@ -212,7 +212,7 @@ class RankedAnswer(PassageAnswer):
 
 
 class CertificateAnswer(Answer):
-    """What is proved of a ranking; null stands for minus infinity."""
+    """What is proved about a ranking; null stands for minus infinity."""
 
     num_scored: int
     num_left: int
@@ -222,7 +222,7 @@ class CertificateAnswer(Answer):
 
 
 class CascadeAnswer(Answer):
-    """What the teacher changed, in the student's ranks; ``out_of_time``: its time ended before it had read all."""
+    """What the teacher read and moved, given by the student's ranks; ``out_of_time``: it hit its time limit."""
 
     read: list[int]
     unsure: list[int]
@@ -233,7 +233,7 @@ class CascadeAnswer(Answer):
 
 
 class IndexVersion(Answer):
-    """Which index answered, and the student that made it, by its name and the hash of its content."""
+    """The version of the index that answered, and the name and content hash of its student."""
 
     version: int | None
     student: str
@@ -241,7 +241,7 @@ class IndexVersion(Answer):
 
 
 class SearchAnswer(Answer):
-    """A ranking, best first. ``truncated``: the query's end was not read. ``seconds`` by stage: queue to teacher."""
+    """A ranking, best first. ``truncated``: the end of the query was not read. ``seconds``: time by stage."""
 
     query: str
     truncated: bool
@@ -255,7 +255,7 @@ class SearchAnswer(Answer):
 
 
 class WordAnswer(Answer):
-    """Characters of the passage's full text, and what they add to the score."""
+    """A word, as characters of the passage's full text, and what it adds to the score."""
 
     start: int
     end: int
@@ -263,7 +263,7 @@ class WordAnswer(Answer):
 
 
 class TeacherAnswer(Answer):
-    """What the teacher says of a pair."""
+    """The teacher's judgement of a query and a passage."""
 
     log_odds: float
     probability: float
@@ -272,10 +272,10 @@ class TeacherAnswer(Answer):
 
 
 class ExplainAnswer(Answer):
-    """A query's score with a passage, in parts; places count in title, line break and text.
+    """A passage's score for a query, in parts; word positions count characters of title, line break and text.
 
-    ``truncated``: the passage's end was not read; ``query_truncated``: the query's. ``no_interaction`` says why the
-    interaction is 0 for every pair, where it is.
+    ``truncated``: the end of the passage was not read; ``query_truncated``: the end of the query was not read.
+    ``no_interaction`` says why the interaction is 0 for every pair, if it is.
     """
 
     id: str
@@ -301,7 +301,7 @@ class StudentAnswer(Answer):
     backbone: str
     max_query_tokens: int
     max_passage_tokens: int
-    relevance_score: str = Field(description="How rerankers' numbers in [0, 1] are made of its scores.")
+    relevance_score: str = Field(description="How rerank endpoints turn its scores into numbers in [0, 1].")
 
 
 class IndexAnswer(Answer):
@@ -329,7 +329,7 @@ class IndexAnswer(Answer):
 
 
 class ReloadAnswer(Answer):
-    """Whether another version, or another student's index, is served now, and which."""
+    """The version that is served now, its student, and whether it changed."""
 
     version: int | None
     student: str
@@ -338,7 +338,7 @@ class ReloadAnswer(Answer):
 
 
 class EncodeAnswer(Answer):
-    """Vectors as the student gives them, not of unit length, and what of the texts was read."""
+    """Vectors as the student returns them, not of unit length, with token counts and places of truncated texts."""
 
     vectors: list[list[float]]
     num_tokens: list[int]
@@ -349,7 +349,7 @@ class EncodeAnswer(Answer):
 
 
 class RescoreAnswer(Answer):
-    """The IEM's logits, in the passages' order, and the places of the passages that were given as texts and cut."""
+    """The IEM's logits, in the order of the passages; ``truncated``: places of passage texts that were truncated."""
 
     scores: list[float]
     truncated: list[int]
@@ -370,11 +370,11 @@ Metadata = Annotated[
     dict[str, Any],
     Field(json_schema_extra={"additionalProperties": {"type": ["string", "number", "boolean", "null"]}}),
 ]
-"""For a value that does not fit the index names passage and field, or leaves it out where that is asked for."""
+"""If a value does not fit, the index reports passage and field, or drops the value on request."""
 SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
-_LENIENT = Field(False, description="Leave out metadata values that do not fit, and count them.")
+_LENIENT = Field(False, description="Drop metadata values that do not fit, and count them.")
 
-# Requests about what the index holds: passages, documents, files, snapshots -------------------------------------------
+# Requests that change the index: passages, documents, snapshots ----------------------------------------------------
 
 
 class PassageBody(Body):
@@ -389,7 +389,7 @@ class PassageBody(Body):
 
 
 class PassagesRequest(Body):
-    """Passages to add, or to change where the id is there."""
+    """Passages to add, or to update if the id exists."""
 
     passages: list[PassageBody] = Field(min_length=1)
     lenient_metadata: bool = _LENIENT
@@ -410,10 +410,10 @@ class DocumentsRequest(Body):
     documents: list[DocumentBody] = Field(min_length=1)
     lenient_metadata: bool = _LENIENT
     chunk_tokens: int | None = Field(
-        None, ge=8, description="Most tokens of a passage; null: as the index cuts, or 128 for its first documents."
+        None, ge=8, description="Maximum tokens per passage; null: the index's value, or 128 for its first documents."
     )
     chunk_overlap: int | None = Field(
-        None, ge=0, description="Tokens that a passage repeats of the one before; null: as the index cuts, or none."
+        None, ge=0, description="Tokens that a passage repeats from the previous one; null: the index's value, or 0."
     )
 
 
@@ -423,11 +423,11 @@ class SnapshotRequest(Body):
     name: SnapshotName
 
 
-# Answers about it -----------------------------------------------------------------------------------------------------
+# Answers to these ----------------------------------------------------------------------------------------------------
 
 
 class PassagesAnswer(Answer):
-    """What became of the passages given; ``left_out`` counts metadata values by field, where that was asked for."""
+    """Counts of passages by outcome; ``left_out`` counts dropped metadata values by field, with lenient_metadata."""
 
     num_passages: int
     num_added: int
@@ -441,14 +441,14 @@ class PassagesAnswer(Answer):
 
 
 class DocumentsAnswer(PassagesAnswer):
-    """What became of the documents given and of their passages."""
+    """Counts of documents, and of their passages by outcome."""
 
     num_documents: int
     num_deleted: int
 
 
 class DeletedAnswer(Answer):
-    """How many passages were deleted, and the version since."""
+    """How many passages were deleted, and the new version."""
 
     num_deleted: int
     version: int | None
@@ -462,34 +462,34 @@ class ListedDocumentAnswer(Answer):
 
 
 class PassageListAnswer(Answer):
-    """Ids of passages, in order; ``next_cursor`` asks for those behind them, null where there are none."""
+    """Ids of passages, in order; ``next_cursor`` is the cursor of the next page, null on the last one."""
 
     ids: list[str]
     next_cursor: str | None
 
 
 class DocumentListAnswer(Answer):
-    """Documents, in order; ``next_cursor`` asks for those behind them, null where there are none."""
+    """Documents, in order; ``next_cursor`` is the cursor of the next page, null on the last one."""
 
     documents: list[ListedDocumentAnswer]
     next_cursor: str | None
 
 
 class DocumentPassagesAnswer(Answer):
-    """A document's passages, by their positions."""
+    """A document's passages, ordered by position."""
 
     id: str
     passages: list[PassageAnswer]
 
 
 class RestoredAnswer(Answer):
-    """How many passages the index has again, and the version since."""
+    """How many passages the restored index has, and the new version."""
 
     num_passages: int
     version: int | None
 
 
 class SnapshotAnswer(Answer):
-    """All snapshots."""
+    """The names of all snapshots."""
 
     snapshots: list[str]

@@ -1,7 +1,7 @@
-"""Which version of an index is served, by which student, and how others take their place without a dropped request.
+"""The served version of an index with its student, and switching to a new one without dropping requests.
 
-An index and the student that made it are one ``OpenVersion``. Whatever a request does, it does with one of them, and
-another takes its place in one assignment: no vector of a student meets the index of another.
+An index and the student that made it form one ``OpenVersion``. Each request uses a single ``OpenVersion``, which is
+replaced by a single assignment, so that a student's vectors are never used with an index of another student.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
-_LONGEST_PAUSE = 30.0  # seconds between two tries to read what cannot be read
-_KEPT_SEARCHERS = 64  # of a version: each keeps what a filter allows
+_LONGEST_PAUSE = 30.0  # seconds between attempts to read a version that cannot be read
+_KEPT_SEARCHERS = 64  # per version: each holds the rows that its filter allows
 
 
 @dataclass(frozen=True, slots=True)
 class PendingSearch:
-    """An encoded query that waits to be ranked, with its settings, and whether the IEM takes part."""
+    """An encoded query waiting to be ranked, with its settings, and whether the IEM is used."""
 
     version: OpenVersion
     query: str
@@ -47,30 +47,30 @@ class PendingSearch:
 
 
 class OpenVersion:
-    """An index at one version, as long as a request reads it, with the searchers that its requests share."""
+    """One version of an index, kept as long as a request uses it, with the searchers that its requests share."""
 
     def __init__(self, folder: Path, models: ModelService) -> None:
-        """Open the latest version, and make it ready for quick answers.
+        """Open the latest version and warm it up.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
             IndexMismatchError: another student made it.
         """
-        file = _manifest_state(folder)  # before it is read: what takes its place meanwhile is seen as another
+        file = _manifest_state(folder)  # read first, so that a later replacement is noticed
         self.index = Index.open(folder, cast("SearchStudent", models.student))
         self.view = self.index.view
         self.models = models
-        self.identity = (*file, self.view.version)  # of what was read: a writer may be further by now
+        self.identity = (*file, self.view.version)  # of the version that was read; writers may have added newer ones
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
         self.view.check_student(models.fingerprint)
-        if len(self.view):  # the first search of a version takes longer
+        if len(self.view):  # warm up: the first search of a version takes longer
             self.searcher(SearchSettings(top_k=1), iem=True).rank(
                 ["warm"], vectors=np.zeros((1, models.dim), np.float32)
             )
 
     def searcher(self, settings: SearchSettings, *, iem: bool) -> Searcher:
-        """What answers searches with these settings; called in one thread at a time."""
+        """The shared searcher for these settings; call it in one thread at a time."""
         key = (settings, iem)
         if key not in self._searchers:
             self._searchers[key] = self.new_searcher(settings, iem=iem)
@@ -80,13 +80,13 @@ class OpenVersion:
         return self._searchers[key]
 
     def new_searcher(self, settings: SearchSettings, *, iem: bool, rereader: Rereader | None = None) -> Searcher:
-        """One that is not kept."""
+        """A searcher that is not shared."""
         student = cast("SearchStudent", self.models.student) if iem else self._anchor
         return Searcher(self.view, student, settings, cascade=rereader)
 
 
 def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception]:
-    """Rank queries; those with the same settings, of the same version, together."""
+    """Rank queries; those with the same version and settings are ranked together."""
     together: dict[tuple[OpenVersion, SearchSettings, bool], list[int]] = {}
     for place, search in enumerate(searches):
         together.setdefault((search.version, search.settings, search.iem), []).append(place)
@@ -111,7 +111,7 @@ def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
 
 
 def identity_in(folder: Path) -> tuple[int, int, int]:
-    """Tells whether a folder still holds the same index, at the same version: a manifest is written once."""
+    """Identifies the index in a folder and its version; a manifest is written only once per index."""
     return (*_manifest_state(folder), IndexStore.open(folder).version)
 
 
@@ -124,7 +124,7 @@ def _manifest_state(folder: Path) -> tuple[int, int]:
 
 
 class ServedVersion:
-    """What is served of the index in ``folder``: the newest ``version`` that could be opened."""
+    """The served ``version`` of the index in ``folder``: the latest that could be opened."""
 
     def __init__(
         self, folder: Path, models: ModelService, load_models: Callable[[IndexStore], ModelService] | None = None
@@ -132,9 +132,9 @@ class ServedVersion:
         """Open the latest version.
 
         Args:
-            folder: of the index, or a link to it.
+            folder: folder of the index, or a link to it.
             models: the student that made it.
-            load_models: loads the student of an index that another one made; without it such an index is refused.
+            load_models: loads the student of an index made by another one; if None, such an index is refused.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
@@ -147,22 +147,22 @@ class ServedVersion:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def work(self, work: Callable[[OpenVersion], Awaitable[_Value]]) -> _Value:
-        """Work on the version that is served now; where its files have just been replaced, on the one that came.
+        """Run ``work`` on the served version; if its files have just been replaced, run it on the new one.
 
         Raises:
-            NotReadyError: its files were replaced, and what came cannot be read.
+            NotReadyError: the files were replaced, and the new ones cannot be read.
         """
         version = self.version
         try:
             with version.models.in_use():
                 return await work(version)
-        except Exception as error:  # whatever a file that is gone leads to
+        except Exception as error:  # a missing file can lead to any exception
             if isinstance(error, ServingError) or is_clients(error):
                 raise
             try:
                 await self._begin(self._renew(version))
-            except D2LLMError as why:
-                problem = f"the index was replaced by one that cannot be read: {why}"
+            except D2LLMError as cause:
+                problem = f"the index was replaced by one that cannot be read: {cause}"
                 raise NotReadyError(problem, retry_after=_LONGEST_PAUSE) from error
             if self.version is version:
                 raise
@@ -171,20 +171,21 @@ class ServedVersion:
             return await work(version)
 
     async def reload(self) -> bool:
-        """Serve the latest version from now on, or the index that now lies in the folder; whether it is another.
+        """Switch to the latest version, or to the index that is now in the folder; returns whether it changed.
 
-        Where another student made that, it is loaded first. Requests that have begun go on with the version, and the
-        student, that they began with.
+        If another student made that index, it is loaded first. Requests in progress keep the version and the student
+        that they started with.
 
         Raises:
-            D2LLMError: it cannot be read or its student loaded; the version before goes on answering.
+            D2LLMError: the index cannot be read, or its student loaded; the previous version is still served.
         """
         return await self._begin(self._renew())
 
     async def watch(self, seconds: float, on_change: Callable[[str | None], None] = lambda _problem: None) -> None:
-        """Look for a new version every ``seconds``, until cancelled; ``on_change`` is called with a problem, or None.
+        """Check for a new version every ``seconds``, until cancelled.
 
-        What cannot be read is tried again less and less often.
+        ``on_change`` is called whenever the problem changes, with its message, or None once it is solved. A version
+        that cannot be read is retried at growing intervals.
         """
         problem: str | None = None
         pause = seconds
@@ -192,32 +193,32 @@ class ServedVersion:
             await asyncio.sleep(pause)
             try:
                 await self.reload()
-                found, pause = None, seconds
+                latest, pause = None, seconds
             except D2LLMError as error:
-                found, pause = str(error), max(seconds, min(2 * pause, _LONGEST_PAUSE))
-            if found != problem:
-                problem = found
+                latest, pause = str(error), max(seconds, min(2 * pause, _LONGEST_PAUSE))
+            if latest != problem:
+                problem = latest
                 on_change(problem)
                 if problem is not None:
-                    _log.error("the index is not taken over: %s", problem)
+                    _log.error("the index was not reloaded: %s", problem)
 
     def stop(self) -> None:
-        """Look for nothing more."""
+        """Cancel reloads in progress."""
         for task in self._tasks:
             task.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, _Value]) -> asyncio.Future[_Value]:
-        """Run ``work`` to its end even if its caller is cancelled: threads cannot stop, and no student loads twice."""
+        """Finish ``work`` even if the caller is cancelled: threads cannot stop, and no student should load twice."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return asyncio.shield(task)
 
-    async def _renew(self, left: OpenVersion | None = None) -> bool:
-        """``reload``; where ``left`` is given, only if that is still served."""
+    async def _renew(self, outdated: OpenVersion | None = None) -> bool:
+        """``reload``; if ``outdated`` is given, only if that version is still served."""
         async with self._reloading:
             before = self.version
-            if left not in (None, before):
+            if outdated not in (None, before):
                 return True
             try:
                 if await asyncio.to_thread(identity_in, self.folder) == before.identity:
@@ -225,9 +226,9 @@ class ServedVersion:
                 after = await asyncio.to_thread(self._open, before.models)
             except D2LLMError:
                 raise
-            except Exception as error:  # no memory for another student, for one
+            except Exception as error:  # for example no memory for another student
                 _log.exception("the index cannot be opened")
-                raise ModelError(f"it cannot be opened ({type(error).__name__}); the log says more") from error
+                raise ModelError(f"it cannot be opened ({type(error).__name__}); see the log") from error
             if after.models is not before.models:
                 after.models.start()
             self.version = after
@@ -238,7 +239,7 @@ class ServedVersion:
         return True
 
     def _open(self, models: ModelService) -> OpenVersion:
-        """What lies in the folder now, with the student that made it: the one that is loaded, or another."""
+        """Open the index that is now in the folder, with the loaded student or, if another one made it, that one."""
         folder = self.folder.resolve()
         store = IndexStore.open(folder)
         if store.manifest["student"] != models.fingerprint and self._load_models is not None:

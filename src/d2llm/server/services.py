@@ -1,4 +1,4 @@
-"""What the routes work with, what d2llm's own ask of every request, and how they describe their errors."""
+"""Services for the routes, checks shared by d2llm's own routes, and descriptions of their errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from d2llm.server.settings import ServeSettings
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What a request works with, from its beginning to its end, also when another index takes its place meanwhile.
+    """The services that a request uses from start to end, even if another index is loaded meanwhile.
 
-    ``index`` is None where a student alone is served; ``task`` is what the index is made for.
+    ``index`` is None if only a student is served; ``task`` is the task of the index.
     """
 
     settings: ServeSettings
@@ -31,14 +31,14 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a server that is ready has: an index, or a student alone."""
+    """What a ready server serves: an index, or only a student."""
 
     settings: ServeSettings
     index: IndexService | None
     alone: ModelService | None = None
 
     def now(self) -> Services:
-        """What a request that begins now works with."""
+        """The services for a new request."""
         if self.index is None:
             assert self.alone is not None
             return Services(self.settings, self.alone, None, "asymmetric")
@@ -46,11 +46,11 @@ class Serving:
         return Services(self.settings, version.models, self.index, version.view.task)
 
 
-# Both are coroutines as FastAPI runs plain functions in a thread, which costs a request more than they do.
+# Both are coroutines because FastAPI runs plain functions in a thread, which costs more than the functions themselves.
 
 
 async def services_of(request: Request) -> AsyncGenerator[Services]:
-    """What a request works with."""
+    """The services of a request, marked as in use until it ends."""
     services = cast(Serving, request.app.state.serving).now()
     with services.models.in_use():
         yield services
@@ -63,7 +63,7 @@ async def index_of(services: TheServices) -> IndexService:
     """The index.
 
     Raises:
-        NotFoundError: a student alone is served.
+        NotFoundError: only a student is served.
     """
     if services.index is None:
         raise NotFoundError("this server has no index; start it with `d2llm serve INDEX`")
@@ -76,50 +76,50 @@ TheIndex = Annotated[IndexService, Depends(index_of)]
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": description}
     for status, description in {
-        400: "The request is wrong",
-        401: "No key, or an unknown one",
+        400: "The request is invalid",
+        401: "The key is missing or unknown",
         403: "Not allowed",
-        404: "There is no such thing",
-        408: "Its body took too long",
-        409: "In the way of something else",
+        404: "Not found",
+        408: "The body took too long to arrive",
+        409: "Conflict",
         413: "Too large",
-        415: "Of a type that is not read",
+        415: "The type of the body is not supported",
         422: "The body does not fit the schema",
         429: "Too many requests",
         500: "The server failed",
         503: "Not ready",
-        507: "It cannot be stored",
+        507: "The index cannot be written",
     }.items()
 }
 
 
 def writable(services: Services) -> None:
-    """Refuse to change the index where the server is not to.
+    """Refuse writes if the server is read-only.
 
     Raises:
-        ForbiddenError: it is not.
+        ForbiddenError: the server is read-only.
     """
     if not services.settings.writable:
         raise ForbiddenError("this server does not change its index (writable = false)")
 
 
 def at_most(number: int, limit: int, name: str) -> None:
-    """Hold a number to the server's limit.
+    """Check a number against the server's limit.
 
     Raises:
-        ServingError: 400, it is beyond.
+        ServingError: 400, the number is too large.
     """
     if number > limit:
         raise invalid(f"{name}: {number:,} is more than this server allows ({limit:,})", name)
 
 
 def short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None:
-    """Hold texts to the server's limit.
+    """Check the lengths of texts against the server's limit.
 
     Raises:
-        ServingError: 400, one has more characters.
+        ServingError: 400, a text has too many characters.
     """
     for place, text in enumerate(texts):
         if len(text) > limits.max_text_chars:
             where = name if len(texts) == 1 else f"{name}.{place}"
-            raise invalid(f"{where}: {len(text):,} characters; this server takes {limits.max_text_chars:,}", where)
+            raise invalid(f"{where}: {len(text):,} characters; this server accepts {limits.max_text_chars:,}", where)

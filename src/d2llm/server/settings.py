@@ -1,4 +1,4 @@
-"""The settings of `d2llm serve`: one schema for a TOML file, for the environment and for the command line."""
+"""Settings of `d2llm serve`: one schema for TOML file, environment and command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WILDCARD_ADDRESSES = {"", "0.0.0.0", "::"}
 
 
 def _split(value: object) -> object:
-    """A list may be written with commas, as the environment and the command line have only text."""
+    """Split a comma-separated list: the environment and the command line can only pass strings."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -40,71 +40,71 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class ServeSettings(BaseSettings):
-    """The settings of a server; each is explained by its description.
+    """The settings of a server; each field has a description.
 
-    Made from keywords alone it takes nothing from the environment: ``load_settings`` puts the sources together.
+    The constructor uses keyword arguments only, not the environment: ``load_settings`` merges the sources.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
-    index: Path | None = Field(default=None, description="Folder of the index; without one, a student alone is served.")
+    index: Path | None = Field(default=None, description="Folder of the index; without it, only a student is served.")
     student: str | None = Field(
-        default=None, description="A student's folder or name; with an index, the one that made it by default."
+        default=None, description="Folder or name of the student; by default the one that made the index."
     )
-    teacher: str | None = Field(default=None, description="A teacher that may read again what a search found.")
-    prompt: str | None = Field(default=None, description="How an untuned teacher is asked: a name or a TOML file.")
-    model_name: str | None = Field(default=None, min_length=1, description="What clients call the student.")
+    teacher: str | None = Field(default=None, description="A teacher that can rerank search results.")
+    prompt: str | None = Field(default=None, description="Prompt for an untuned teacher: a name or a TOML file.")
+    model_name: str | None = Field(default=None, min_length=1, description="Name of the student for clients.")
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(default=8000, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
-    device: str | None = Field(default=None, description="Where to compute: cpu, cuda, cuda:1, mps.")
+    port: int = Field(default=8000, ge=0, le=65_535, description="Port to listen on; 0 chooses a free one.")
+    device: str | None = Field(default=None, description="Device for the models: cpu, cuda, cuda:1, mps.")
     dtype: NumberFormat | None = Field(default=None, description="Number format of the models.")
     engine: EngineName = Field(
-        default="auto", description="What encodes texts; auto: the fastest here that gives the same vectors."
+        default="auto", description="Engine that encodes texts; auto: the fastest available with the same vectors."
     )
-    writable: bool = Field(default=True, description="Whether passages may be written and deleted over HTTP.")
-    keys_file: Path | None = Field(default=None, description="File of API keys, as `d2llm keys` writes it.")
+    writable: bool = Field(default=True, description="Whether the index may be changed over HTTP.")
+    keys_file: Path | None = Field(default=None, description="File of API keys, made by `d2llm keys`.")
     allow_unauthenticated: bool = Field(
-        default=False, description="Listen on an address that other machines reach, without keys."
+        default=False, description="Allow an address that other machines can reach without API keys."
     )
     requests_per_minute: Count | None = Field(
-        default=None, description="Most requests per minute of one key; without keys, of one client address."
+        default=None, description="Rate limit: requests per minute of a key, or of a client address without one."
     )
     rate_limit_storage: SecretStr | None = Field(
         default=None,
-        description="Redis where several servers count requests together, as in redis://localhost:6379 (extra redis).",
+        description="Redis for rate limits shared by several servers, as in redis://localhost:6379 (extra redis).",
     )
     allowed_hosts: Names = Field(
         default=LOOPBACK_NAMES,
-        description="Host names that are answered; `*.example.com` and `*` are patterns.",
+        description="Accepted Host names; may contain patterns like `*.example.com` and `*`.",
     )
     trusted_proxies: Names = Field(
-        default=(), description="Addresses of reverse proxies whose X-Forwarded-For is believed; `*` means all."
+        default=(), description="Addresses of reverse proxies whose X-Forwarded-For is trusted; `*` means all."
     )
     cors_origins: Names = Field(default=(), description="Origins whose pages may send requests from a browser, or `*`.")
-    max_body_bytes: Count = Field(default=16 * 2**20, description="Largest body of a request.")
+    max_body_bytes: Count = Field(default=16 * 2**20, description="Maximum size of a request body, in bytes.")
     request_seconds: Seconds = Field(
-        default=30.0, description="How long a client may take to send a request's headers, and again its body."
+        default=30.0, description="Time limit for a client to send a request's headers, and again for its body."
     )
-    max_texts: Count = Field(default=512, description="Most texts of a request.")
-    max_text_chars: Count = Field(default=100_000, description="Longest text, in characters.")
-    max_top_k: Count = Field(default=1_000, description="Most passages of an answer.")
-    max_num_candidates: Count = Field(default=10_000, description="Most candidates of a search.")
+    max_texts: Count = Field(default=512, description="Maximum number of texts per request.")
+    max_text_chars: Count = Field(default=100_000, description="Maximum length of a text, in characters.")
+    max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
+    max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
     queue_texts: Count = Field(
-        default=2_048, description="Most texts that wait to be encoded, and searches under way; beyond, 429."
+        default=2_048, description="Maximum number of queued texts, and of searches in progress; beyond that, 429."
     )
     batch_tokens: Count | None = Field(
-        default=None, description="Most tokens of a batch; by default 512 on each core, 8,192 on an accelerator."
+        default=None, description="Maximum tokens per batch; by default 512 on each core, 8,192 on an accelerator."
     )
-    batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for more, in milliseconds.")
+    batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for texts, in milliseconds.")
     teacher_ms: Milliseconds = Field(
-        default=2_000.0, description="Longest time that a teacher reads for a search, in milliseconds."
+        default=2_000.0, description="Time limit of the teacher per search, in milliseconds."
     )
-    reload_seconds: Seconds = Field(default=2.0, description="How often to look for a new version of the index.")
-    shutdown_seconds: Seconds = Field(default=30.0, description="How long accepted requests may take when it stops.")
-    log_format: Literal["text", "json"] = Field(default="text", description="How log lines are written.")
+    reload_seconds: Seconds = Field(default=2.0, description="Interval of checks for a new version of the index.")
+    shutdown_seconds: Seconds = Field(default=30.0, description="Time limit for accepted requests at shutdown.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Format of log lines.")
     log_texts: bool = Field(default=False, description="Also log queries and passages, and the messages of exceptions.")
-    report: Path | None = Field(default=None, description="HTML report of `d2llm evaluate` to show.")
-    otel: bool = Field(default=False, description="Send traces by OpenTelemetry (extra otel).")
+    report: Path | None = Field(default=None, description="HTML report of `d2llm evaluate` to serve.")
+    otel: bool = Field(default=False, description="Send OpenTelemetry traces (extra otel).")
 
     @classmethod
     def settings_customise_sources(
@@ -115,7 +115,7 @@ class ServeSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keywords alone; ``load_settings`` knows of each value where it came from, which pydantic does not keep."""
+        """Keyword arguments only; ``load_settings`` tracks the source of each value, which pydantic does not."""
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
 
@@ -130,13 +130,13 @@ class ServeSettings(BaseSettings):
 
     @property
     def host_names(self) -> tuple[str, ...]:
-        """``allowed_hosts``, and the address that it listens on where that is one address."""
+        """``allowed_hosts``, plus ``host`` unless it is a wildcard address."""
         own_address = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
         return tuple(dict.fromkeys((*self.allowed_hosts, *own_address)))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens there; names other than localhost count as reachable."""
+    """Whether ``host`` is only reachable from this machine; names other than localhost count as reachable."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -145,13 +145,13 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSettings:
-    """Settings, and of each field where its value came from ("default", "file serve.toml", ...)."""
+    """Settings, with the source of each field's value ("default", "file serve.toml", ...)."""
 
     settings: ServeSettings
     sources: dict[str, str]
 
     def lines(self) -> list[tuple[str, str, str]]:
-        """(field, value as TOML has it, source) of every field; passwords inside addresses are left out."""
+        """(field, value in TOML notation, source) of every field; passwords in addresses are masked."""
         values = self.settings.model_dump(mode="json")
         return [(name, _shown(values[name]), source) for name, source in self.sources.items()]
 
@@ -162,16 +162,17 @@ def load_settings(
     file: Path | None = None,
     assignments: Mapping[str, str] | None = None,
 ) -> LoadedSettings:
-    """Put the sources together: flags win over the environment, which wins over the file.
+    """Merge the sources: command-line flags override the environment, which overrides the file.
 
     Args:
-        flags: values of the command line's own options by field; None means that it was not given.
-        file: TOML with fields at the top level. Relative paths are taken from the current directory.
-        assignments: values given by ``--set``, by field; they win over the file and the environment.
+        flags: values of command-line options by field; None means that the option was not given.
+        file: TOML with fields at the top level. Relative paths are relative to the current directory.
+        assignments: values of ``--set``, by field; they override the file and the environment.
 
     Raises:
-        InputError: an unknown field (the nearest right one is named), a bad value (with where it came from), a file
-            that cannot be read, one field given twice on the command line, or settings that would let everybody in.
+        InputError: a field is unknown (the message suggests the nearest), a value is invalid (the message names its
+            source), the file cannot be read, a field is given twice on the command line, or the server would be open to
+            other machines without keys.
     """
     layers: list[tuple[dict[str, Any], dict[str, str]]] = []
     if file is not None:
@@ -190,7 +191,7 @@ def load_settings(
     for values, origins in layers:
         for name in values:
             if name not in sources:
-                raise InputError(f"{origins[name]}: unknown setting '{name}'; {_meant_instead(name)}")
+                raise InputError(f"{origins[name]}: unknown setting '{name}'; {_suggestion(name)}")
         merged.update(values)
         sources.update(origins)
     try:
@@ -203,7 +204,7 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
     """``["max_texts=64"]`` -> ``{"max_texts": "64"}``.
 
     Raises:
-        InputError: a word without "=", or one field twice.
+        InputError: a word has no "=", or a field occurs twice.
     """
     values: dict[str, str] = {}
     for word in words:
@@ -219,17 +220,17 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}; correct it there") from error
+        raise InputError(f"{path}: not valid TOML: {error}; correct the file") from error
 
 
 def _read_environment() -> dict[str, Any]:
-    """Fields by name; empty variables count as not set. Unknown names are kept, so that they become errors."""
+    """Fields by name; empty variables count as unset. Unknown names are kept, so that they are reported as errors."""
     values = EnvSettingsSource(ServeSettings)()
     for variable, value in os.environ.items():
         if variable.upper().startswith(PREFIX) and value:
@@ -241,7 +242,7 @@ def _flag_of(name: str) -> str:
     return "INDEX" if name == "index" else "--" + name.replace("_", "-")
 
 
-def _meant_instead(name: str) -> str:
+def _suggestion(name: str) -> str:
     known = sorted(ServeSettings.model_fields)
     suggestion = nearest(name, known)
     return f"known settings: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"

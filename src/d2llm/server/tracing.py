@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry: a span for each request, and below it one for each of its stages.
+"""OpenTelemetry traces: a span for each request, with a child span for each of its stages.
 
-Where they go is set as everywhere with OpenTelemetry: ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME``,
-``OTEL_TRACES_SAMPLER`` and so on. Spans hold no messages of exceptions, which may quote a query or passage: within the
-instrumentation ``RequestMiddleware`` has made an answer of every exception.
+Export is configured by OpenTelemetry's usual variables: ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME``,
+``OTEL_TRACES_SAMPLER`` and so on. Spans contain no exception messages, which may quote a query or passage, because
+``RequestMiddleware`` turns every exception into a response before the instrumentation sees it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _UNTRACED = "/health$,/metrics$"
 
 
 def start_tracing(app: FastAPI, telemetry: Telemetry, exporter: SpanExporter | None = None) -> Callable[[], None]:
-    """Trace the requests of ``app``; returns what sends the last spans and ends it.
+    """Trace the requests of ``app``; returns a function that sends the remaining spans and stops tracing.
 
     Args:
-        app: before it has answered anything.
+        app: the application, before its first request.
         telemetry: reports the stages.
-        exporter: OTLP over HTTP by default.
+        exporter: by default OTLP over HTTP.
 
     Raises:
         MissingExtraError: the extra ``otel`` is not installed.

@@ -1,4 +1,4 @@
-"""Files that a client sends as a form (multipart/form-data), and the documents in them."""
+"""Uploaded files (multipart/form-data) and the documents in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
 _CORPORA, _TEXTS = (".jsonl", ".jsonl.gz"), (".txt", ".md")
 _HEADING = re.compile(r"^#\s+(.+?)\s*#*$", re.MULTILINE)
-_MOST_UNPACKED = 8  # times the largest body
+_MOST_UNPACKED = 8  # limit of unpacked sizes, as a multiple of the maximum body size
 
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
@@ -52,7 +52,8 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> list[
     """The documents of all files of a form.
 
     Raises:
-        ServingError: 415, it is no form; 400, it has no files, or one cannot be read, which is named.
+        ServingError: 415 if the body is not a form; 400 if it has no files, or if a file cannot be read (which the
+            message names).
     """
     documents: list[Passage] = []
     for number, (name, content) in enumerate(_files_of(body, content_type), start=1):
@@ -68,27 +69,28 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> list[
 
 
 def _files_of(body: bytes, content_type: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a form's files. It is written as a mail is, so the standard library can read it."""
+    """Names and contents of a form's files. Forms have the format of MIME mails, which the standard library parses."""
     form = message_from_bytes(b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n" + body)
     if form.get_content_type() != FORM_TYPE:
-        message = f"a body of type {content_type.partition(';')[0]!r} is not read here; send files as {FORM_TYPE}"
+        message = f"a body of type {content_type.partition(';')[0]!r} is not supported here; send files as {FORM_TYPE}"
         raise ServingError(Problem(415, "unsupported_media_type", message))
     if not form.is_multipart():
-        raise invalid("the form cannot be read; its parts have to stand between the boundary that its header names")
+        raise invalid("the form cannot be parsed; its parts must be separated by the boundary in its header")
     for part in cast("list[Message]", form.get_payload()):
-        about = _disposition(part)
-        if about.get_param("name", header="content-disposition") == "file":
+        disposition = _disposition(part)
+        if disposition.get_param("name", header="content-disposition") == "file":
             content = part.get_payload(decode=True)
-            yield about.get_filename() or "", content if isinstance(content, bytes) else b""
+            yield disposition.get_filename() or "", content if isinstance(content, bytes) else b""
 
 
 def _disposition(part: Message) -> Message:
-    """A part's name and file name, which clients send as plain UTF-8; mail would have them in ASCII."""
-    about = Message()
+    """A part's Content-Disposition header, decoded as UTF-8, which clients send; mail headers would be ASCII."""
+    disposition = Message()
     for name, value in part.raw_items():
         if name.lower() == "content-disposition":
-            about["content-disposition"] = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return about
+            text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            disposition["content-disposition"] = text
+    return disposition
 
 
 def _documents_in(name: str, content: bytes, limits: ServeSettings) -> list[Passage]:
@@ -96,7 +98,7 @@ def _documents_in(name: str, content: bytes, limits: ServeSettings) -> list[Pass
     if kind.endswith(_TEXTS):
         return [_text(name, content)]
     if not kind.endswith(_CORPORA):
-        raise invalid(f"{name}: its kind is not read; send one of {', '.join((*_CORPORA, *_TEXTS))}", "file")
+        raise invalid(f"{name}: the file type is not supported; send one of {', '.join((*_CORPORA, *_TEXTS))}", "file")
     if kind.endswith(".gz"):
         content = _unpacked(name, content, _MOST_UNPACKED * limits.max_body_bytes)
     with TemporaryDirectory() as folder:
@@ -116,7 +118,7 @@ def _unpacked(name: str, content: bytes, most: int) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise invalid(f"{name}: damaged or truncated gzip ({error}); send the file again", "file") from error
     if len(unpacked) > most:
-        raise invalid(f"{name}: unpacked it has more than {most:,} bytes; send it in parts", "file")
+        raise invalid(f"{name}: has more than {most:,} bytes when unpacked; send it in parts", "file")
     return unpacked
 
 
@@ -124,6 +126,6 @@ def _text(name: str, content: bytes) -> Passage:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise invalid(f"{name}: is no UTF-8 text; save it as such", "file") from None
+        raise invalid(f"{name}: is not UTF-8 text; save it as UTF-8", "file") from None
     heading = _HEADING.search(text) if name.lower().endswith(".md") else None
     return Passage(name, text, heading[1] if heading else "")

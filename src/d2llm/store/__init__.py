@@ -1,1 +1,1 @@
-"""The durable index: table, vectors and their formats, words, windows, filters, versions."""
+"""The on-disk index: table, vectors and their formats, words, windows, filters, versions."""

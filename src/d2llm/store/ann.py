@@ -1,12 +1,12 @@
-"""Approximate candidates: FAISS IVF-SQ8 over the vectors of one generation, searched where the file lies.
+"""Approximate candidates: FAISS IVF-SQ8 over the vectors of one generation, memory-mapped from its file.
 
-ann-<generation>.faiss   rows in lists around centroids, 8 bits a dimension; the ids in it are row numbers
+ann-<generation>.faiss   rows in lists around centroids, 8 bits per dimension; the ids in it are row numbers
 ann-<generation>.json    ``AnnRecord``: what it was built from, how many lists are probed, recall, a checksum
 
-A row keeps its number for ever, so one file serves every later version of its generation: rows that are no longer live
-are left out of a search, rows behind ``covered`` came later and are scanned exactly. The file only proposes. What it
-proposes gets its inner product from the stored vectors, so scores are those of the exact scan, and 8 bits cost no
-recall. It is derived and never trusted: where it does not fit, the exact scan answers.
+A row keeps its number permanently, so one file serves every later version of its generation: rows that are no longer
+live are excluded from a search, and rows from ``covered`` on were added later and are scanned exactly. The file only
+proposes candidates; their inner products are computed from the stored vectors, so scores are those of the exact scan,
+and 8 bits cost no recall. The file is derived data and never trusted: if it does not fit, the exact scan is used.
 """
 
 # pyright: reportUnknownParameterType=false, reportUnknownMemberType=false
@@ -36,14 +36,14 @@ from d2llm.store.vector_file import ann_path_of
 from d2llm.store.vector_formats import VectorFormat
 
 _log = logging.getLogger(__name__)
-_SPARE_ROWS = 32  # proposed beyond top_k (or an eighth of it), because 8 bits do not order rows quite right
-_WORTH_IT = 0.5  # probing more than this share of the rows takes as long as the exact scan (measured)
+_SPARE_ROWS = 32  # candidates beyond top_k (at least an eighth of it), because 8 bits do not rank rows exactly
+_MAX_PROBED_SHARE = 0.5  # probing more than this share of the rows takes as long as the exact scan (measured)
 _READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """How much of the exact top ``depth`` was found: the mean over queries, and what it is at least (95 %)."""
+    """Share of the exact top ``depth`` that was found: mean over queries, and lower bound (95 %)."""
 
     depth: int
     num_probes: int
@@ -57,19 +57,19 @@ class AnnRecord:
 
     Attributes:
         student: fingerprint of the student that made the vectors.
-        vector_format: of the stored vectors.
-        version: of the table; earlier versions have rows that it lacks.
-        since: of the vector file (``vector_file``); another means that rows may have been renumbered.
-        covered: rows below are in it, those that were live; rows from here on are not.
-        num_rows: rows in it.
-        num_lists: lists that the rows lie in.
-        probes: [depth, lists probed for it], rising.
+        vector_format: format of the stored vectors.
+        version: version of the table; earlier versions have rows that it lacks.
+        since: ``since`` of the vector file (``vector_file``); another value means that rows may have been renumbered.
+        covered: the live rows below this number are in the index; rows from it on are not.
+        num_rows: number of rows in the index.
+        num_lists: number of lists that the rows are in.
+        probes: [depth, lists probed for it], ascending.
         target: the requested recall.
         queries: "given", or "passages" if passages of the index served as queries.
-        num_queries: how many.
-        recalls: as measured, by depth.
+        num_queries: number of queries.
+        recalls: measured recall by depth.
         num_bytes: size of the file.
-        checksum: xxh3, 64 bits, of the file.
+        checksum: checksum of the file (xxh3, 64 bits).
     """
 
     student: str
@@ -107,12 +107,12 @@ class AnnBase:
 
     @property
     def path(self) -> Path:
-        """Where the approximate index lies."""
+        """Path of the approximate index."""
         return ann_path_of(self.folder, self.generation)
 
 
 class AnnIndex:
-    """An approximate index that fits the vectors of ``base``."""
+    """An approximate index of the vectors of ``base``."""
 
     def __init__(self, base: AnnBase, index: Any, record: AnnRecord) -> None:
         self.base = base
@@ -123,7 +123,7 @@ class AnnIndex:
 
     @classmethod
     def open(cls, base: AnnBase) -> AnnIndex | None:
-        """The approximate index of these vectors, memory-mapped; None (and a log line) where none can be used."""
+        """The approximate index of these vectors, memory-mapped; None if there is none, or it is unusable (logged)."""
         if not base.path.with_suffix(".json").is_file():
             return None
         try:
@@ -132,18 +132,18 @@ class AnnIndex:
             return cls(base, faiss.read_index(os.fspath(base.path), faiss.IO_FLAG_MMAP_IFC), record)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError) as error:
             count_fallback("approximate index")
-            _log.warning("%s: cannot be used (%s); the exact scan answers", base.path, error)
+            _log.warning("%s: cannot be used (%s); the exact scan is used", base.path, error)
             return None
 
     def probes_for(self, depths: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How many lists are to be probed for some depths; infinite beyond the deepest that was tuned."""
+        """Number of lists to probe for each depth; infinite beyond the deepest tuned depth."""
         logs = np.log(np.maximum(depths, 1))
         probes = np.ceil(np.exp(np.interp(logs, self._log_depths, self._log_probes)) - 1e-6)
         return np.where(logs > self._log_depths[-1] + 1e-9, np.inf, probes)
 
     @cached_property
     def list_of(self) -> NDArray[np.int32]:
-        """[covered] the list of each row; -1 for those that were not live."""
+        """[covered] the list of each row; -1 for rows that were not live."""
         faiss = _faiss()
         lists, list_of = self.faiss_index.invlists, np.full(self.record.covered, -1, np.int32)
         for number in range(self.record.num_lists):
@@ -154,7 +154,7 @@ class AnnIndex:
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """[num_lists] rows in each list."""
+        """[num_lists] number of rows in each list."""
         return np.bincount(self.list_of[self.list_of >= 0], minlength=self.record.num_lists)
 
     @cached_property
@@ -164,12 +164,12 @@ class AnnIndex:
 
     @cached_property
     def tail(self) -> RowScan:
-        """The exact scan of the rows that came later."""
+        """The exact scan of the rows that were added later."""
         return RowScan(self.base.codes[self.record.covered :], self.base.format)
 
 
 class AnnSearch:
-    """Searches of an approximate index among the rows of one mask."""
+    """Searches an approximate index among the rows of one mask."""
 
     def __init__(self, ann: AnnIndex, mask: NDArray[np.bool_] | None, ids_of: IdsOf) -> None:
         """Args: ``mask`` [capacity], the rows that may be returned, all of them live; None means all rows."""
@@ -189,14 +189,14 @@ class AnnSearch:
             self._selector = faiss.IDSelectorBitmap(np.packbits(mask[:covered], bitorder="little"))
 
     def search(self, query: NDArray[np.float32], top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-        """About the rows with the highest inner products with ``query`` [dim], best first, ties by id.
+        """Approximately the rows with the highest inner products with ``query`` [dim], best first, ties by id.
 
-        Rows int64 [k] and products float32 [k], the products exact for what is stored; k is ``top_k``. None where the
-        exact scan is as quick or has to answer: few rows are allowed near the query, or ``top_k`` is beyond what was
-        tuned.
+        Returns rows int64 [k] and products float32 [k], which are exact for the stored vectors; k is ``top_k``. Returns
+        None if the exact scan is as fast or required: few rows near the query are allowed, or ``top_k`` is beyond the
+        tuned depths.
 
         Raises:
-            InputError: the query is of another width or not finite.
+            InputError: the query has another width or is not finite.
         """
         ann, query = self._ann, np.ascontiguousarray(query, np.float32)
         if query.shape != (ann.base.format.dim,) or not np.isfinite(query).all():
@@ -220,23 +220,23 @@ class AnnSearch:
         return rows[best], scores[best]
 
     def num_probes(self, query: NDArray[np.float32], top_k: int) -> int | None:
-        """How many lists are to be probed; None where the exact scan is as quick.
+        """Number of lists to probe; None if the exact scan is as fast.
 
-        Among the rows of the lists near the query let a share s be allowed. Its best k allowed rows then reach as deep
-        as its best k/s rows of any kind, and as many lists are probed as were needed for that depth.
+        If a share s of the rows in the lists near the query is allowed, the best k allowed rows reach as deep as the
+        best k/s rows overall, so as many lists are probed as for that depth.
         """
         if top_k > self._head:
             return None
         if self._allowed is None:
             num_probes = self._ann.probes_for(np.array([top_k], np.float64))[0]
-            return int(num_probes) if num_probes <= _WORTH_IT * self._ann.record.num_lists else None
+            return int(num_probes) if num_probes <= _MAX_PROBED_SHARE * self._ann.record.num_lists else None
         nearest = np.argsort(-(self._ann.centroids @ query), kind="stable")
         allowed = np.cumsum(self._allowed[nearest])
         with np.errstate(divide="ignore"):
             depths = top_k * np.cumsum(self._ann.sizes[nearest]) / allowed
         enough = np.arange(1, len(nearest) + 1) >= self._ann.probes_for(depths)
         first = int(np.argmax(enough))
-        if not enough[first] or allowed[first] > _WORTH_IT * self._head:
+        if not enough[first] or allowed[first] > _MAX_PROBED_SHARE * self._head:
             return None
         return first + 1
 
@@ -251,9 +251,9 @@ class AnnSearch:
 
 
 def write_ann(ann: AnnIndex) -> AnnRecord:
-    """Put an approximate index beside its vectors, replacing any that are there; for the holder of the lock.
+    """Write an approximate index beside its vectors, replacing existing ones; requires the write lock.
 
-    Killed between file and record, the checksum tells that they do not belong together.
+    After a crash between file and record, the checksum shows that they do not belong together.
     """
     faiss = _faiss()
     path = ann.base.path
@@ -271,23 +271,23 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
 
 
 def remove_other_anns(folder: Path, generation: int) -> None:
-    """Remove the approximate indices of other generations; a reader that has one mapped keeps it."""
+    """Remove the approximate indices of other generations; a reader that has mapped one can still use it."""
     for path in folder.glob("ann-*"):
         if path.suffix in (".faiss", ".json") and path.stem != ann_path_of(folder, generation).stem:
             path.unlink()
 
 
 def _read_record(base: AnnBase) -> AnnRecord:
-    """The record, if it and the file fit these vectors.
+    """The record, after checking that it and the file fit these vectors.
 
     Raises:
-        ValueError: they do not; the message says why.
+        ValueError: they do not fit; the message says why.
     """
     record = read_record(base.path)
     if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
         raise ValueError("it was built over other vectors; build it again")
     if record.covered > len(base.codes) or record.version > base.version:
-        raise ValueError(f"it was built over version {record.version}, and this is version {base.version}")
+        raise ValueError(f"it was built over version {record.version}, but this is version {base.version}")
     check_file(base.path, record)
     return record
 
@@ -296,7 +296,7 @@ def read_record(path: Path) -> AnnRecord:
     """The record beside the file of an approximate index.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError, ValueError: the record cannot be read.
     """
     values = read_checked(path.with_suffix(".json"))
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
@@ -305,17 +305,17 @@ def read_record(path: Path) -> AnnRecord:
 
 
 def check_file(path: Path, record: AnnRecord) -> None:
-    """Make sure that the file is what was written.
+    """Compare the file with its checksum.
 
     Raises:
-        OSError, ValueError: it is not.
+        OSError, ValueError: the file is missing or damaged.
     """
     if path.stat().st_size != record.num_bytes or _checksum(path) != record.checksum:
         raise ValueError("the file is not what was written; build it again")
 
 
 def _faiss() -> Any:
-    return importlib.import_module("faiss")  # takes a moment, so only where it is used
+    return importlib.import_module("faiss")  # slow to import, so only where it is used
 
 
 def _checksum(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Passages as blocks of an index's table: columns, checks, hashes."""
+"""Blocks of passages for an index's table: columns, checks and hashes."""
 
 # pyright: reportUnknownParameterType=false
 # (pyarrow ships no types)
@@ -26,17 +26,17 @@ GENERATION_SHIFT = 40
 """d2_row = generation << 40 | row."""
 ROW_MASK = (1 << GENERATION_SHIFT) - 1
 TEXT_HASH_LENGTH = 32
-"""Of a hash of id, title and text: xxh3, 128 bits."""
+"""Length of the hash of id, title and text (xxh3, 128 bits)."""
 ROW_HASH_LENGTH = 48
-"""With a hash of the other columns: 64 bits. What follows in d2_hash is the passage's context."""
+"""Length including the hash of the other columns (64 bits). The rest of d2_hash is the passage's context."""
 COMPARED = ("id", "d2_row", "d2_hash", "d2_truncated")
-"""The columns that ``compare`` looks at."""
+"""The columns that ``compare`` uses."""
 INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a block of passages would change: ``texts`` are to be encoded, ``others`` have their row and its flag."""
+    """Changes made by a block of passages: ``texts`` must be encoded, ``others`` come with their row and its flag."""
 
     texts: list[Passage]
     num_new: int
@@ -47,7 +47,7 @@ class Changes:
 def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Schema:
     """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes.
 
-    None: it has no vectors.
+    ``code_size=None``: the table has no vectors.
     """
     return pa.schema(
         [
@@ -63,11 +63,12 @@ def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Sche
 
 
 def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], context: str = "") -> str:
-    """What tells whether a passage has changed, or a row is damaged.
+    """The hash that shows whether a passage has changed, or a row is damaged.
 
     The first TEXT_HASH_LENGTH characters are a hash of id, title and text; up to ROW_HASH_LENGTH follows a hash of the
-    other columns (those without a value do not count) and of the context; then the context (``Passage.context``), which
-    cannot be had from the other columns. Where the first or the last part differs, the text must be encoded again.
+    other columns (except those without a value) and of the context; then the context itself (``Passage.context``),
+    which cannot be derived from the other columns. If the first or the last part differs, the text must be encoded
+    again.
     """
     digest = xxhash.xxh3_128()
     for part in (passage_id.encode(), title.encode(), text.encode()):
@@ -79,18 +80,18 @@ def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], 
 
 
 def is_as_written(record: Mapping[str, Any]) -> bool:
-    """Whether a row with all of the user's columns and its d2_hash is what was written."""
+    """Whether a row with all user columns and its d2_hash is undamaged."""
     others = {name: value for name, value in record.items() if name not in ("id", "title", "text", "d2_hash")}
     stored: str = record["d2_hash"]
     return row_hash(record["id"], record["title"], record["text"], others, stored[ROW_HASH_LENGTH:]) == stored
 
 
 def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder: Path) -> None:
-    """Make sure that a block of passages can be stored.
+    """Check that a block of passages can be stored.
 
     Raises:
-        DuplicateIdError: two share an id.
-        InputError: an id is empty, a text is no valid Unicode, a position too large, or the metadata do not fit.
+        DuplicateIdError: two passages share an id.
+        InputError: an id is empty, a text is not valid Unicode, a position is too large, or metadata do not fit.
     """
     seen: set[str] = set()
     for passage in passages:
@@ -100,7 +101,7 @@ def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder
             )
         for name in ("id", "title", "text", "document_id"):
             if not is_text(getattr(passage, name)):
-                raise InputError(f"passage {passage.id!r}: its {name} is not valid Unicode text; mend or remove it")
+                raise InputError(f"passage {passage.id!r}: its {name} is not valid Unicode text; correct or remove it")
         position: object = passage.position
         if type(position) is not int or not -(2**31) <= position < 2**31:
             raise InputError(f"passage {passage.id!r}: its position is {position!r}; give a whole number of 32 bits")
@@ -118,24 +119,24 @@ def codes_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.uint8]:
 
 
 def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]], metadata: MetadataSchema) -> Changes:
-    """What passages would change; ``stored`` has the columns COMPARED of those that are there, by id."""
+    """The changes made by passages; ``stored`` has the COMPARED columns of the existing ones, by id."""
     texts: list[Passage] = []
     others: list[tuple[Passage, int, bool]] = []
     num_unchanged = 0
     hashes = _hashes(passages, other_columns(passages, metadata))
     for passage, now in zip(passages, hashes, strict=True):
-        found = stored.get(passage.id)
-        if found is None or _as_read(found["d2_hash"]) != _as_read(now):
+        record = stored.get(passage.id)
+        if record is None or _encoded_parts(record["d2_hash"]) != _encoded_parts(now):
             texts.append(passage)
-        elif found["d2_hash"] != now:
-            others.append((passage, found["d2_row"], found["d2_truncated"]))
+        elif record["d2_hash"] != now:
+            others.append((passage, record["d2_row"], record["d2_truncated"]))
         else:
             num_unchanged += 1
     return Changes(texts, sum(passage.id not in stored for passage in texts), others, num_unchanged)
 
 
 def other_columns(passages: Sequence[Passage], metadata: MetadataSchema) -> dict[str, pa.Array]:
-    """What is stored of passages besides id, title and text."""
+    """The stored columns of passages besides id, title and text."""
     return {
         "document_id": pa.array([passage.document_id for passage in passages], pa.string()),
         "position": pa.array([passage.position for passage in passages], pa.int32()),
@@ -143,8 +144,8 @@ def other_columns(passages: Sequence[Passage], metadata: MetadataSchema) -> dict
     }
 
 
-def _as_read(stored_hash: str) -> tuple[str, str]:
-    """The parts of a row's hash on which its vector depends."""
+def _encoded_parts(stored_hash: str) -> tuple[str, str]:
+    """The parts of a row's hash that determine its vector."""
     return stored_hash[:TEXT_HASH_LENGTH], stored_hash[ROW_HASH_LENGTH:]
 
 
@@ -161,7 +162,7 @@ def table_block(
     truncated: Sequence[bool],
     codes: NDArray[np.uint8] | None,
 ) -> pa.Table:
-    """Passages as rows of a table: with their row numbers, flags and codes [n, code_size] (None: it has none)."""
+    """Passages as rows of a table, with row numbers, flags and codes [n, code_size] (None: a table without vectors)."""
     others = other_columns(passages, metadata)
     columns = {
         "id": pa.array([passage.id for passage in passages], pa.string()),

@@ -1,16 +1,16 @@
-"""BM25, exact and incremental: one definition for mining, reports, search and the student's score.
+"""Exact, incremental BM25: one implementation for mining, reports, search and the student's score.
 
     score(q, p) = sum over the terms t of q of  idf(t) tf / (tf + k1 (1 - b + b |p| / mean length))
     idf(t)      = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))
 
-k1 1.2, b 0.75; a term that the query repeats counts each time. Source: Kamphuis et al., "Which BM25 do you mean?", ECIR
-2020, the accurate Lucene variant. The best window of a passage (``ops.words.windows``) is scored by the same formula,
-with its own length, the mean length of all windows, and the idf of passages.
+k1 1.2, b 0.75; a repeated query term counts each time. Source: Kamphuis et al., "Which BM25 do you mean?", ECIR 2020,
+the accurate Lucene variant. The best window of a passage (``ops.words.windows``) is scored by the same formula, with
+its own length, the mean length of all windows, and the idf of passages.
 
-The words of consecutive rows are a segment, which never changes and depends on the texts of its rows alone. It holds
-them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. What
-depends on the whole corpus (N, n_t, mean lengths) is summed over the live rows of the segments when it is needed, so
-that passages can come and go and every score is as if the index had been built from those that are left.
+The words of consecutive rows form a segment, which never changes and depends only on the texts of its rows. It stores
+them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. Corpus
+statistics (N, n_t, mean lengths) are summed over the live rows of the segments when needed, so passages can be added
+and deleted, and every score is the same as if the index had been built from the remaining ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ B = 0.75
 _Rows = NDArray[np.int64]
 _Scores = NDArray[np.float32]
 _LARGEST_COUNT = np.iinfo(np.uint16).max
-_OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are no term of a query
+_OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
 _KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
 
 
@@ -43,14 +43,14 @@ class WordSegment:
 
     Attributes:
         terms: [v] hashes of the terms, ascending.
-        starts: [v + 1] where the postings of each term begin.
-        rows: [p] the rows that have a term, ascending for each.
-        counts: [p] how often, at most 65,535.
-        tokens: [t] the words of all rows in order, as places in ``terms``; v ends a sentence.
-        offsets: [n + 1] where the tokens of each row begin.
-        lengths: [n] words of each row.
-        num_windows: [n] windows of each row.
-        window_lengths: [n] words of the windows of each row together; most sentences are in two.
+        starts: [v + 1] start of each term's postings.
+        rows: [p] the rows that contain a term, ascending for each term.
+        counts: [p] occurrences of the term in the row, at most 65,535.
+        tokens: [t] the words of all rows in order, as indices into ``terms``; v marks the end of a sentence.
+        offsets: [n + 1] start of each row's tokens.
+        lengths: [n] number of words of each row.
+        num_windows: [n] number of windows of each row.
+        window_lengths: [n] total words of the windows of each row; most sentences are in two windows.
     """
 
     terms: NDArray[np.uint64]
@@ -67,7 +67,7 @@ class WordSegment:
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordSegment:
         """The words of some texts; ``advance`` is called with 1 after each."""
         hashes: list[int] = []
-        ends: list[int] = []  # of sentences, as places in ``hashes``
+        ends: list[int] = []  # sentence ends, as indices into ``hashes``
         offsets = [0]
         known: dict[str, int] = {}
         for text in texts:
@@ -90,7 +90,7 @@ class WordSegment:
 
     @classmethod
     def join(cls, segments: Sequence[WordSegment]) -> WordSegment:
-        """The segment of the rows of all, in order."""
+        """The segment of the rows of all segments, in order."""
         vocabulary = np.unique(np.concatenate([segment.terms for segment in segments]))
         tokens: list[NDArray[np.uint32]] = []
         offsets, num_tokens = [np.zeros(1, np.int64)], 0
@@ -129,7 +129,7 @@ class WordSegment:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all arrays."""
+        """Size of all arrays in bytes."""
         return sum(getattr(self, name).nbytes for name in self.__slots__)
 
     def take(self, rows: _Rows) -> WordSegment:
@@ -144,11 +144,11 @@ class WordSegment:
         return self._from_tokens(self.terms[used], place_of[tokens], offsets)
 
     def places(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The places of terms in ``terms``, -1 for those that no row has."""
+        """The indices of term hashes in ``terms``; -1 for terms that no row has."""
         if not len(self.terms):
             return np.full(len(hashes), -1, np.int64)
-        found = np.minimum(np.searchsorted(self.terms, hashes), len(self.terms) - 1)
-        return np.where(self.terms[found] == hashes, found, -1)
+        places = np.minimum(np.searchsorted(self.terms, hashes), len(self.terms) - 1)
+        return np.where(self.terms[places] == hashes, places, -1)
 
     def postings(self, place: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
         """Rows and counts of one term."""
@@ -158,10 +158,10 @@ class WordSegment:
 
 @dataclass(frozen=True, slots=True)
 class QueryWords:
-    """A query as an index knows its words; what no passage can tell is left out.
+    """The words of a query, weighted by the statistics of an index.
 
-    ``terms`` are the hashes of its different terms, those that weigh most first, ``weights`` their idf times how often
-    the query has them; terms that no passage has weigh nothing and come last.
+    ``terms`` are the hashes of its distinct terms by descending weight, ``weights`` their idf times their count in the
+    query; terms that no passage has get weight 0 and come last.
     """
 
     terms: NDArray[np.uint64]
@@ -171,15 +171,15 @@ class QueryWords:
 
     @property
     def limit(self) -> float:
-        """The sum of the weights, below which every score of this query is."""
+        """The sum of the weights, an upper bound of every score of this query."""
         return float(self.weights.sum())
 
     @property
     def statistics(self) -> NDArray[np.float32]:
-        """What a score may know of a query's words [4] (``models.evidence.WordsFactor``).
+        """Statistics [4] of a query's words, for use in a score (``models.evidence.WordsFactor``).
 
-        The logarithms of one more than their number and than ``limit``; the share of ``limit`` that is the largest
-        weight's; the share of words that no passage has.
+        log(1 + number of words), log(1 + ``limit``), the largest weight as a share of ``limit``, and the share of words
+        that no passage has.
         """
         limit = self.limit
         largest = float(self.weights[0]) / limit if limit else 0.0
@@ -188,32 +188,32 @@ class QueryWords:
 
 
 class WordIndex:
-    """BM25 over the live rows of some segments, whose rows are numbered through.
+    """BM25 over the live rows of some segments, whose rows are numbered consecutively.
 
     nDCG@10 on dev splits with English stems (``english``; Snowball's ``porter``; no stems): squad-sent, 472 queries,
     .653; .654; .640; banking77, 741 queries, .397; .403; .366. ``porter`` stems words of one and two letters too ("s"
-    to nothing, "is" to "i"); without that it has .654 and .396. No stop words are left out: titles are made of them.
+    to nothing, "is" to "i"); without that it reaches .654 and .396. Stop words are kept: titles consist of them.
     Chinese (characters and bigrams; bigrams alone; characters alone): cmrc2018, 383 queries, .986; .982; .952; drcd,
     391 queries, .965; .955; .930.
     """
 
     def __init__(self, segments: Sequence[WordSegment], *, live: NDArray[np.bool_] | None = None) -> None:
-        """Args: ``live`` [rows], which rows count; by default all."""
+        """Args: ``live`` [rows], true for rows that count; by default all."""
         self._segments = list(segments)
         self._firsts = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])]).astype(np.int64)
         self._live = None if live is None or live.all() else live
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordIndex:
-        """An index in memory; the rows are the texts' places. ``advance`` is called with 1 after each text."""
+        """An index in memory; rows are numbered as the texts. ``advance`` is called with 1 after each text."""
         return cls([WordSegment.from_texts(texts, advance=advance)])
 
     def __len__(self) -> int:
-        """Rows, dead ones too."""
+        """Number of rows, including dead ones."""
         return int(self._firsts[-1])
 
     def only(self, live: NDArray[np.bool_]) -> WordIndex:
-        """The same words where only some rows count; ``live`` may end early, and what is behind it does not count."""
+        """The same words with only the ``live`` rows; if ``live`` is shorter, the rows beyond it do not count."""
         mask = np.zeros(len(self), np.bool_)
         mask[: len(live)] = live
         return WordIndex(self._segments, live=mask)
@@ -231,7 +231,7 @@ class WordIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the segments."""
+        """Size of the segments in bytes."""
         return sum(segment.num_bytes for segment in self._segments)
 
     # The corpus as a whole -----------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class WordIndex:
 
     @cached_property
     def _dead_counts(self) -> list[NDArray[np.int64] | None]:
-        """By segment, how many dead rows have each of its terms."""
+        """For each segment, how many dead rows contain each of its terms."""
         counts: list[NDArray[np.int64] | None] = []
         for at, segment in enumerate(self._segments):
             live = self._live_of(at)
@@ -283,9 +283,9 @@ class WordIndex:
     # Queries -------------------------------------------------------------------------------------------------------
 
     def query(self, text: str) -> QueryWords:
-        """The words of a query and what they weigh here."""
-        found = terms(text)
-        hashes, times = np.unique(np.array([_hash(term) for term in found], np.uint64), return_counts=True)
+        """The words of a query and their weights in this index."""
+        query_terms = terms(text)
+        hashes, times = np.unique(np.array([_hash(term) for term in query_terms], np.uint64), return_counts=True)
         rows_with = np.zeros(len(hashes), np.int64)
         for segment, dead in zip(self._segments, self._dead_counts, strict=True):
             places = segment.places(hashes)
@@ -296,16 +296,16 @@ class WordIndex:
         idf = np.log1p((self._num_live - rows_with + 0.5) / (rows_with + 0.5))
         weights = np.where(rows_with > 0, times * idf, 0.0).astype(np.float32)
         order = np.lexsort((hashes, -weights))
-        return QueryWords(hashes[order], weights[order], len(found), int(times[rows_with == 0].sum()))
+        return QueryWords(hashes[order], weights[order], len(query_terms), int(times[rows_with == 0].sum()))
 
     def scores(self, query: QueryWords) -> _Scores:
-        """BM25 of every row, dead ones too; 0 where no term is shared."""
+        """BM25 of every row, including dead ones; 0 if no term is shared."""
         return np.concatenate(
             [np.zeros(0, np.float32), *(self._scores_in(at, query) for at in range(len(self._segments)))]
         )
 
     def window_limits(self, query: QueryWords) -> _Scores:
-        """What the best window of each row cannot score above: the sum of the weights of the terms that the row has."""
+        """Upper bound of the score of each row's best window: the sum of the weights of the terms in the row."""
         limits = np.zeros(len(self), np.float32)
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
             segment_limits = limits[first : first + len(segment)]
@@ -314,19 +314,19 @@ class WordIndex:
         return limits
 
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
-        """The live rows with the ``num`` highest scores above 0, and those level with the last, in no order.
+        """The live rows with the ``num`` highest scores above 0, plus those tied with the last, in no order.
 
         Args:
             query: from ``query``.
             num: how many, at least 1.
-            allowed: [rows], which may be found; by default all.
+            allowed: [rows], true for rows that may be returned; by default all.
 
         Returns:
-            Rows and their scores, to the bit those of ``scores``.
+            Rows and their scores, bit-identical to those of ``scores``.
         """
-        found = [np.zeros(0, np.int64)]
+        best_rows = [np.zeros(0, np.int64)]
         values = [np.zeros(0, np.float32)]
-        floor = np.float32(0)  # what a row must have to be among the first of those seen so far
+        floor = np.float32(0)  # the minimum score to be among the best so far
         for at, first in enumerate(self._firsts[:-1].tolist()):
             scores = self._scores_in(at, query)
             usable = scores >= floor if floor else scores > 0
@@ -334,17 +334,17 @@ class WordIndex:
                 if mask is not None:
                     usable &= mask[first : first + len(scores)]
             rows = np.flatnonzero(usable)
-            found.append(rows + first)
+            best_rows.append(rows + first)
             values.append(scores[rows])
             if sum(map(len, values)) > num:
-                all_rows, all_scores = np.concatenate(found), np.concatenate(values)
+                all_rows, all_scores = np.concatenate(best_rows), np.concatenate(values)
                 floor = np.partition(all_scores, len(all_scores) - num)[len(all_scores) - num]
                 kept = all_scores >= floor
-                found, values = [all_rows[kept]], [all_scores[kept]]
-        return np.concatenate(found), np.concatenate(values)
+                best_rows, values = [all_rows[kept]], [all_scores[kept]]
+        return np.concatenate(best_rows), np.concatenate(values)
 
     def _scores_in(self, at: int, query: QueryWords) -> _Scores:
-        """BM25 of every row of a segment. Adding up whole postings is as fast as leaving out what cannot matter."""
+        """BM25 of every row of a segment. Summing whole postings is as fast as skipping rows that cannot matter."""
         segment, norms = self._segments[at], self._norms[at]
         scores = np.zeros(len(segment), np.float32)
         for place, weight in _known(segment, query):
@@ -353,9 +353,9 @@ class WordIndex:
         return scores
 
     def score(self, query: QueryWords, rows: _Rows) -> tuple[_Scores, _Scores]:
-        """BM25 of some rows [n], to the bit as in ``scores``, and of the best window of each [n]."""
+        """BM25 of some rows [n], bit-identical to ``scores``, and of the best window of each [n]."""
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
-        order = np.argsort(owner, kind="stable")  # the rows of a segment together
+        order = np.argsort(owner, kind="stable")  # groups the rows by segment
         parts = [self._codes(at, query, rows[order[owner[order] == at]]) for at in np.unique(owner).tolist()]
         passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
         if parts:
@@ -364,7 +364,7 @@ class WordIndex:
         return passages, windows
 
     def _codes(self, at: int, query: QueryWords, rows: _Rows) -> tuple[_Rows, NDArray[np.int16], _Scores]:
-        """Of rows of a segment the number of their tokens, the tokens as the query sees them, and the norms."""
+        """For rows of a segment: their numbers of tokens, the tokens as indices of query terms, and the norms."""
         segment = self._segments[at]
         code_of = np.full(len(segment.terms) + 1, _OTHER, np.int16)
         places = segment.places(query.terms)
@@ -381,9 +381,9 @@ class WordIndex:
         """Scores of rows and of their best windows.
 
         Args:
-            query: with at most 32,767 different terms.
-            sizes: [n] tokens of each row.
-            codes: the tokens of all rows: which term of the query it is, or ``_OTHER``, or ``_SENTENCE_END``.
+            query: with at most 32,767 distinct terms.
+            sizes: [n] number of tokens of each row.
+            codes: the tokens of all rows: index of the query term, ``_OTHER``, or ``_SENTENCE_END``.
             norms: [n].
         """
         ends = np.flatnonzero(codes == _SENTENCE_END)
@@ -407,13 +407,13 @@ class WordIndex:
 
 
 def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], top_k: int) -> Iterator[list[Candidate]]:
-    """For each text the best passages of an index in memory, best first, ties by id; those without a term are left out.
+    """For each query, the best passages of an index in memory, best first, ties by id, without those that score 0.
 
     Args:
-        index: over passages.
-        ids: theirs, in the order of the rows.
+        index: the index of the passages.
+        ids: passage ids, in row order.
         texts: queries.
-        top_k: how many of each, at least 1.
+        top_k: maximum number of passages per query, at least 1.
     """
     for text in texts:
         rows, scores = index.best(index.query(text), top_k)
@@ -436,7 +436,7 @@ def _gain(weight: np.float32, counts: NDArray[np.integer], norms: _Scores) -> _S
 
 
 def _sums(weights: NDArray[np.float32], counts: NDArray[np.int64], norms: _Scores) -> _Scores:
-    """Scores [n] of counts [n, terms], added up in the order in which postings are."""
+    """Scores [n] from counts [n, terms], summed in the same order as the postings."""
     scores = np.zeros(len(counts), np.float32)
     for column, weight in enumerate(weights):
         scores += _gain(weight, counts[:, column], norms)
@@ -444,13 +444,13 @@ def _sums(weights: NDArray[np.float32], counts: NDArray[np.int64], norms: _Score
 
 
 def _known(segment: WordSegment, query: QueryWords) -> list[tuple[int, np.float32]]:
-    """Place and weight of the query's terms that some row of the segment has, in the query's order."""
+    """Index and weight of the query terms that occur in the segment, in the query's order."""
     places = segment.places(query.terms)
     return [(place, weight) for place, weight in zip(places.tolist(), query.weights, strict=True) if place >= 0]
 
 
 def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
-    """Where the tokens of some rows begin, and their number."""
+    """Start and number of the tokens of some rows."""
     starts = segment.offsets[rows]
     return starts, segment.offsets[rows + 1] - starts
 
@@ -458,7 +458,7 @@ def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
 def _windows(
     counts: NDArray[np.int64], lengths: NDArray[np.int64], of_row: _Rows
 ) -> tuple[_Rows, NDArray[np.int64], NDArray[np.int64]]:
-    """Row, counts and length of each window, of sentences in the order of their rows."""
+    """Row, counts and length of each window, from sentences in row order."""
     assert WINDOW_SENTENCES == 2
     same = np.flatnonzero(of_row[1:] == of_row[:-1])
     alone = np.ones(len(of_row), bool)
@@ -473,7 +473,7 @@ def _windows(
 def _lengths(
     tokens: NDArray[np.uint32], offsets: NDArray[np.int64], sentence_end: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]:
-    """Of each row its words, its windows, and the words of these together."""
+    """For each row: its number of words, its number of windows, and the total words of its windows."""
     num = len(offsets) - 1
     ends = np.flatnonzero(tokens == sentence_end)
     of_row = np.searchsorted(offsets, ends, side="right") - 1

@@ -1,10 +1,10 @@
-"""Checksums: of files block by block, of small JSON files, and the record of those of an index's table.
+"""Checksums of files (block by block), of small JSON files, and the record of the checksums of an index's table.
 
-A flipped bit in a number would otherwise be read as another number.
+Without them, a flipped bit in a number would silently be read as another number.
 
 FileSums           size and checksums of a file, so that parts of it can be compared without reading all of it
-write_checked      a JSON file that carries a checksum of its own content
-checksums.json     what is known of the files of an index's table, and of which version they are (``Record``)
+write_checked      writes a JSON file with a checksum of its content
+checksums.json     the checksums of the files of an index's table, and the version they belong to (``Record``)
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ RECORD_NAME = "checksums.json"
 TABLE_FOLDER = "passages.lance"
 
 FileState = tuple[int, ...]
-"""Device, inode, size and time of the last change: another state means that a file must be looked at again."""
+"""Device, inode, size and modification time: if the state changes, the file must be checked again."""
 
 
 class FileSums(NamedTuple):
-    """Size of a file and the checksums of its blocks, one behind the other."""
+    """Size of a file and the concatenated checksums of its blocks."""
 
     num_bytes: int
     checksums: str
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks it has, at least one."""
+        """Number of blocks, at least one."""
         return len(self.checksums) // _DIGITS
 
 
 def state_of(path: Path) -> FileState:
-    """The state of a file."""
+    """The current state of a file."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def take_sums(path: Path) -> FileSums:
-    """The checksums of a file as it is now."""
+    """Compute the checksums of a file."""
     with path.open("rb", buffering=0) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         return FileSums(num_bytes, "".join(_block_sums(file, range(max(1, -(-num_bytes // BLOCK_BYTES))))))
 
 
 def problem_of(path: Path, sums: FileSums, blocks: Collection[int] | None = None) -> str | None:
-    """What is wrong with a file, as far as some blocks tell (all by default); None where nothing is."""
+    """Compare a file with its checksums; returns what is wrong, or None. ``blocks`` limits the check to some blocks."""
     chosen = range(sums.num_blocks) if blocks is None else sorted(blocks)
     try:
         with path.open("rb", buffering=0) as file:
@@ -74,7 +74,7 @@ def problem_of(path: Path, sums: FileSums, blocks: Collection[int] | None = None
 
 
 def sample_blocks(files: Mapping[str, FileSums]) -> dict[str, list[int]]:
-    """The last block of each file, where Lance keeps what it needs to read the rest, and others of all at random."""
+    """Blocks to check: the last of each file, where Lance keeps its metadata, and a random sample of all others."""
     blocks = {path: [sums.num_blocks - 1] for path, sums in files.items()}
     others = [(path, block) for path, sums in files.items() for block in range(sums.num_blocks - 1)]
     for path, block in random.sample(others, min(_SAMPLED_BLOCKS, len(others))):
@@ -83,12 +83,12 @@ def sample_blocks(files: Mapping[str, FileSums]) -> dict[str, list[int]]:
 
 
 def unreadable(error: OSError) -> str:
-    """What to say of a file that cannot be read."""
+    """The problem text for a file that cannot be read."""
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
 
 
 def _block_sums(file: Any, blocks: Iterable[int]) -> Iterator[str]:
-    # Read, not mapped, though that is slower: a disk that fails must not end the process.
+    # Read, not memory-mapped, although that is slower: a failing disk must not kill the process.
     buffer = memoryview(bytearray(BLOCK_BYTES))
     for block in blocks:
         file.seek(block * BLOCK_BYTES)
@@ -104,16 +104,16 @@ def write_checked(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_checked(path: Path, *, required: bool = False, compare: bool = True) -> Any:
-    """What ``write_checked`` wrote, or any JSON without a checksum.
+    """Read a file written by ``write_checked``, or any JSON without a checksum.
 
     Args:
-        path: of the file.
+        path: path of the file.
         required: refuse JSON without a checksum.
-        compare: False reads a file that may be damaged, for a caller with other means to tell.
+        compare: if false, a damaged file is read too, for callers that have other checks.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or not what was written.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON, or is not what was written.
     """
     value = json.loads(path.read_bytes().decode("utf-8"))
     if not isinstance(value, dict) or _KEY not in value:
@@ -131,7 +131,7 @@ def _json_checksum(value: dict[str, Any]) -> str:
 
 
 class Record(NamedTuple):
-    """The version committed last, and the checksums of the files by their paths in the index's folder."""
+    """The last committed version, and the checksums of the files by their paths in the index's folder."""
 
     version: int
     files: Mapping[str, FileSums]
@@ -143,7 +143,7 @@ class Record(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A file that is not what was written, what is wrong with it, and the versions that need it (none: all do)."""
+    """A damaged file, what is wrong with it, and the versions that need it (empty: all versions)."""
 
     path: str
     problem: str
@@ -154,7 +154,7 @@ def read_record(folder: Path) -> Record:
     """The record in the folder of an index.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: there is none, or it cannot be used.
+        OSError, ValueError, LookupError, TypeError: it is missing or cannot be used.
     """
     value: Any = read_checked(folder / RECORD_NAME, required=True)
     if value["block_bytes"] != BLOCK_BYTES:
@@ -163,7 +163,7 @@ def read_record(folder: Path) -> Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Put a record into the folder of an index, atomically."""
+    """Write a record into the folder of an index, atomically."""
     files = {path: [sums.num_bytes, sums.checksums] for path, sums in sorted(record.files.items())}
     write_checked(folder / RECORD_NAME, {"version": record.version, "block_bytes": BLOCK_BYTES, "files": files})
 
@@ -175,6 +175,6 @@ def remedy_for(path: str) -> str:
     if path == RECORD_NAME or "/_indices/" in path:
         return "`d2llm index ... verify --repair` rebuilds it from the table"
     return (
-        "`d2llm index ... verify --repair` takes it from a snapshot that has it whole, with --go-back it returns to "
-        "the last version that is whole; else restore a snapshot, or index the corpus again"
+        "`d2llm index ... verify --repair` takes it from a snapshot with an intact copy, with --go-back it returns to "
+        "the last intact version; otherwise restore a snapshot, or index the corpus again"
     )

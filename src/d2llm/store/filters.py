@@ -1,17 +1,17 @@
-r"""The filter language: conditions on the fields of passages, as in SQL, checked and then written out again.
+r"""The filter language: SQL-like conditions on the fields of passages, which are checked and then written out again.
 
-What a user writes never reaches the database. It is split into tokens of which few kinds are allowed, sqlglot makes a
-tree of them, the tree is checked against the index's fields, and SQL for LanceDB (DataFusion) is written from it:
+User input never reaches the database. It is split into tokens of a few allowed kinds, sqlglot parses them into a tree,
+the tree is checked against the index's fields, and SQL for LanceDB (DataFusion) is generated from it:
 
     year >= 2020 AND (language = 'de' OR language IS NULL) AND title NOT LIKE '%draft%'
 
 Comparisons (``= == != <> < <= > >=``) of a field with a value, ``[NOT] IN (...)``, ``[NOT] BETWEEN ... AND ...``,
-``[NOT] LIKE`` (``%`` any text, ``_`` one character, ``\`` before one of them or itself: that character),
+``[NOT] LIKE`` (``%`` any text, ``_`` one character, ``\`` escapes one of them or itself),
 ``IS [NOT] NULL``, ``IS [NOT] TRUE`` and ``FALSE``, a boolean field alone, ``AND``, ``OR``, ``NOT`` and parentheses.
-Text stands in single quotes, a quote within it twice. Times are text too, in ISO 8601.
+Text is in single quotes, with quotes inside it doubled. Times are text too, in ISO 8601.
 
-Nulls are those of SQL: a comparison with an empty field is neither true nor false, and so is its negation; only what is
-true is found.
+Nulls are handled as in SQL: a comparison with an empty field is neither true nor false, and neither is its negation;
+only passages for which the filter is true are returned.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from d2llm.store.schema import FieldType, MetadataSchema, parse_timestamp
 
 MAX_COMPARISONS = 1_000
 MAX_VALUES = 10_000
-"""Values of all IN lists together."""
+"""Maximum values of all IN lists together."""
 
 MAX_PATTERN = 1_000
-"""Characters of a LIKE pattern, which becomes a regular expression of limited size."""
+"""Maximum characters of a LIKE pattern, which becomes a regular expression of limited size."""
 
 _PASSAGE_FIELDS: dict[str, FieldType] = {
     "id": "string",
@@ -47,7 +47,7 @@ _PASSAGE_FIELDS: dict[str, FieldType] = {
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _PATTERN = re.compile(r"(?:[^\\]|\\[\\%_])*", re.DOTALL)
 
-# Operator, its negation, and the operator when the two sides are exchanged.
+# Operator, its negation, and the operator for swapped operands.
 _OPERATORS: dict[type[Expr], tuple[str, str, str]] = {
     exp.EQ: ("=", "<>", "="),
     exp.NEQ: ("<>", "=", "<>"),
@@ -58,7 +58,7 @@ _OPERATORS: dict[type[Expr], tuple[str, str, str]] = {
 }
 _NEGATED = {operator: negated for operator, negated, _ in _OPERATORS.values()}
 
-_HOW: dict[FieldType, str] = {
+_HINTS: dict[FieldType, str] = {
     "string": "write text in single quotes, as 'text'",
     "integer": "write a whole number of 64 bits without quotes",
     "number": "write a number without quotes",
@@ -69,7 +69,7 @@ _HOW: dict[FieldType, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A checked filter. ``text`` is what was written, ``sql`` what LanceDB is asked, ``fields`` what it looks at."""
+    """A checked filter: ``text`` as the user wrote it, ``sql`` for LanceDB, and the ``fields`` that it uses."""
 
     text: str
     sql: str
@@ -77,14 +77,14 @@ class Filter:
 
 
 def parse_filter(text: str, schema: MetadataSchema) -> Filter:
-    """Check a filter and write it as SQL for LanceDB.
+    """Check a filter and translate it into SQL for LanceDB.
 
     Args:
         text: the filter, in the language of this module.
-        schema: the metadata fields of the index; ``id``, ``title``, ``document_id`` and ``position`` are there besides.
+        schema: the metadata fields of the index; ``id``, ``title``, ``document_id`` and ``position`` always exist.
 
     Raises:
-        FilterError: the filter is no such text, is too long or too deep, names a field that is not there, or compares
+        FilterError: the filter cannot be parsed, is too long or nested too deeply, names an unknown field, or compares
             a field with a value of another type.
     """
     writer = _Writer(text, {**_PASSAGE_FIELDS, **schema.fields})
@@ -110,12 +110,12 @@ def _parse(text: str, tokens: list[Token]) -> Expr:
             "joined by AND and OR, with text in single quotes"
         ) from None
     if len(trees) != 1 or trees[0] is None:
-        raise FilterError(f"filter {short(text)}: it has to be one condition")
+        raise FilterError(f"filter {short(text)}: it must be a single condition")
     return trees[0]
 
 
 class _Writer:
-    """Writes the SQL of one filter, and remembers which fields it used."""
+    """Writes the SQL of one filter and records the fields it uses."""
 
     def __init__(self, text: str, columns: Mapping[str, FieldType]) -> None:
         self.text = text
@@ -133,9 +133,9 @@ class _Writer:
         }
 
     def condition(self, node: Expr, negated: bool) -> tuple[str, int]:
-        """SQL of a condition or of its negation, and how deep its parentheses are.
+        """SQL of a condition or of its negation, and its nesting depth.
 
-        Negations are moved down to the comparisons (De Morgan's laws hold for nulls too), so none is left outside.
+        Negations are pushed down to the comparisons (De Morgan's laws hold for nulls too), so none is left outside.
         """
         if type(node) is exp.Paren:
             return self.condition(node.this, negated)
@@ -197,7 +197,7 @@ class _Writer:
         written = self.value(node, node.this.name, pattern)
         if not _PATTERN.fullmatch(pattern.name):
             raise self.error(
-                node, r"in a pattern a backslash stands before %, _ or another backslash; write \\ for one"
+                node, r"in a pattern a backslash is allowed only before %, _ or a backslash; write \\ for a backslash"
             )
         if len(pattern.name) > MAX_PATTERN:
             raise self.error(node, f"a pattern has at most {MAX_PATTERN} characters; shorten it")
@@ -214,7 +214,7 @@ class _Writer:
         return f"{column} IS {'NOT ' if negated else ''}{'TRUE' if node.expression.this else 'FALSE'}"
 
     def only(self, node: Expr, *names: str) -> None:
-        """See that the node has nothing that its writer does not look at."""
+        """Check that the node has no parts that its writer ignores."""
         if any(value for name, value in node.args.items() if name not in (*names, "negate")):
             raise self.error(node, "this form of a comparison is not part of a filter")
 
@@ -222,26 +222,26 @@ class _Writer:
         return self.columns[column.name]
 
     def field(self, node: Expr, column: object, expected: FieldType | None = None) -> str:
-        """The quoted name of the field that ``column`` stands for."""
+        """The quoted name of the field that ``column`` refers to."""
         if type(column) is not exp.Column or type(column.this) is not exp.Identifier:
-            raise self.error(node, "one side has to be the name of a field")
+            raise self.error(node, "one side must be the name of a field")
         self.only(column, "this")
         name = column.name
         if name not in self.columns:
             raise self.error(
                 column,
                 f"there is no field {short(name)};{self.nearest(name)} the fields are "
-                f"{', '.join(sorted(self.columns))}; text stands in single quotes",
+                f"{', '.join(sorted(self.columns))}; put text in single quotes",
             )
         if expected is not None and self.columns[name] != expected:
-            raise self.error(node, f"field '{name}' is {self.columns[name]}, and this asks for a {expected}")
+            raise self.error(node, f"field '{name}' is {self.columns[name]}, but a {expected} is needed here")
         self.used.add(name)
         return f"`{name}`"
 
     def nearest(self, name: str) -> str:
         lower = {known.lower(): known for known in self.columns}
-        found = get_close_matches(name.lower()[:100], lower, n=1)
-        return f" did you mean '{lower[found[0]]}'?" if found else ""
+        matches = get_close_matches(name.lower()[:100], lower, n=1)
+        return f" did you mean '{lower[matches[0]]}'?" if matches else ""
 
     def value(self, node: Expr, name: str, value: object) -> str:
         """SQL of a value that is compared with the field ``name``."""
@@ -249,18 +249,18 @@ class _Writer:
             raise self.error(node, f"nothing equals NULL; write {name} IS NULL or {name} IS NOT NULL")
         if type(value) not in (exp.Literal, exp.Neg, exp.Boolean):
             raise self.error(
-                node, f"{name} has to be compared with one value: a number, TRUE, FALSE, or text in single quotes"
+                node, f"{name} must be compared with one value: a number, TRUE, FALSE, or text in single quotes"
             )
         kind = self.columns[name]
         written = _write(kind, value, 32 if name == "position" else 64)
         if written is None:
-            what = f"field '{name}' is {kind}, and {self.piece(value)} does not fit; {_HOW[kind]}"
-            raise self.error(node, what)
+            problem = f"field '{name}' is {kind}, and {self.piece(value)} does not fit; {_HINTS[kind]}"
+            raise self.error(node, problem)
         return written
 
     def span(self, node: object) -> tuple[int, int]:
         nodes = node.walk() if isinstance(node, Expr) else ()
-        places = [cast("dict[str, int]", found.meta) for found in nodes if "start" in found.meta]
+        places = [cast("dict[str, int]", part.meta) for part in nodes if "start" in part.meta]
         if not places:
             return 0, len(self.text)
         return min(place["start"] for place in places), max(place["end"] for place in places) + 1
@@ -309,21 +309,21 @@ def _write_number(kind: FieldType, text: str, bits: int) -> str | None:
         return None
     try:
         exact = Decimal(text)
-    except ArithmeticError:  # an exponent beyond all measure
+    except ArithmeticError:  # the exponent is out of range
         return None
-    # LanceDB refuses 1.0 for an integer column, so it is written as 1; what no integer can equal is refused here.
+    # LanceDB refuses 1.0 for an integer column, so it is written as 1; values that are not integers are refused here.
     if exact.adjusted() > 19 or exact != exact.to_integral_value():
         return None
     integer = int(exact)
     limit = 2 ** (bits - 1)
     if not -limit <= integer < limit:
         return None
-    # LanceDB reads the lowest integer as the negative of one that is too large.
+    # LanceDB parses the lowest integer as the negation of one that is too large.
     return str(integer) if integer != -(2**63) else f"({integer + 1} - 1)"
 
 
 def _join(parts: Sequence[tuple[str, int]], word: str) -> tuple[str, int]:
-    """Conditions joined by AND or OR, as a balanced tree: a long chain would be a deep one for LanceDB."""
+    """Conditions joined by AND or OR as a balanced tree, because LanceDB would nest a long chain deeply."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2

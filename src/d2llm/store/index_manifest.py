@@ -1,4 +1,4 @@
-"""The manifest of an index: what it is of, written once with it."""
+"""The manifest of an index: its student, task and vector format; written once at creation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from d2llm.core.manifest import read_manifest, write_manifest
 
 KIND = "index"
 FORMAT_VERSION = 3
-"""The newest format that is read."""
+"""The newest format that can be read."""
 FORMATS: dict[int, int] = {2: 2, 1: 3}
-"""By copies of the vectors, so that d2llm before 3 reads what it can."""
+"""Number of vector copies -> format version, so that versions of d2llm before format 3 read what they can."""
 
 
 def write_index_manifest(folder: Path, vector_copies: int, content: Mapping[str, Any]) -> None:
-    """Write the manifest of an index whose table gets checksums (``table_files``)."""
+    """Write the manifest of an index with checksums of its table (``table_files``)."""
     write_manifest(folder, KIND, FORMATS[vector_copies], {**content, "checksums": 1})
 
 
@@ -26,7 +26,7 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index.
 
     Raises:
-        DataFormatError: there is none, or it is damaged or of another format.
+        DataFormatError: it is missing, damaged, or has another format.
     """
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}

@@ -1,19 +1,19 @@
-"""A durable store of passages and their vectors that one writer changes while many readers search.
+"""An on-disk store of passages and their vectors that one writer changes while many readers search.
 
 INDEX/
   manifest.json         kind "index": student, task, vector format; written once
   passages.lance        the table (``passage_table``): the source of truth, with versions
-  checksums.json        of the table's files (``table_files``): the version that it names is the one that readers open
+  checksums.json        checksums of the table's files (``table_files``), and the version that readers open
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
-                        (``stored_vectors``); beside it what is derived (``ann``, ``projections``), never trusted
-  words-<g>-...         the words of the same rows (``word_files``), for BM25; they follow from the texts
-  window-...-<g>        where the index has them, vectors of the windows of the same rows (``window_vectors``)
-  chunking.json         how documents were cut into passages, where they were (``side_files``)
-  snapshots/<name>      an index folder of its own, linked to the files of that moment, read-only
+                        (``stored_vectors``); beside it, derived files (``ann``, ``projections``), which are not trusted
+  words-<g>-...         the words of the same rows (``word_files``) for BM25, derived from the texts
+  window-...-<g>        vectors of the windows of the same rows, if the index has them (``window_vectors``)
+  chunking.json         how documents were chunked into passages, if they were (``side_files``)
+  snapshots/<name>      a read-only index folder, linked to the files at the time of the snapshot
   write.lock            held by the writer
 
-Every write is one commit: before it nothing is seen, after it everything. Vectors are on disk before the commit that
-names their rows.
+Every write is one atomic commit: readers see all of it or nothing. Vectors are on disk before the commit that names
+their rows.
 """
 
 # pyright: reportUnknownParameterType=false
@@ -70,11 +70,11 @@ from d2llm.store.window_vectors import (
 from d2llm.store.write_lock import WriteLock
 
 KEEP_VERSIONS = timedelta(hours=1)
-"""How long ``compact`` leaves an old version to the readers that have it open."""
+"""How long ``compact`` keeps an old version for readers that have it open."""
 _SNAPSHOTS = "snapshots"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
-_WINDOW_ROWS = 256  # whose windows are read together in a repair
-_UNINDEXED_ROWS = 4_000  # so many are searched without an index before the indices are brought up to date
+_WINDOW_ROWS = 256  # rows whose windows are encoded together in a repair
+_UNINDEXED_ROWS = 4_000  # maximum rows that are searched without an index before the indices are updated
 
 
 class IndexStore:
@@ -89,7 +89,7 @@ class IndexStore:
         self.window_format: VectorFormat | None = make_format(windows, manifest["dim"]) if windows else None
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
         self.files = TableFiles(folder, expected="checksums" in manifest)
-        self._lock = WriteLock(folder, self.files, self._check_place)
+        self._lock = WriteLock(folder, self.files, self._check_identity)
 
     @classmethod
     def create(
@@ -108,21 +108,21 @@ class IndexStore:
     ) -> IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
-        ``vector_copies``: 2, in the table too, so that a damaged vector file is read from there; 1, in the file alone,
-        which takes less space, and what is damaged must be encoded again. ``window_format``: how the vectors of windows
-        are stored; None, not at all.
+        ``vector_copies``: 2 stores the vectors in the table too, so that a damaged vector file is rebuilt from there; 1
+        stores them only in the file, which takes less space, but damaged vectors must be encoded again.
+        ``window_format``: format of the window vectors; None stores none.
 
         Raises:
-            InputError: something is there already, or the format or number of copies is unknown.
-            StorageError: it cannot be written.
+            InputError: the folder is not empty, or the format or the number of copies is unknown.
+            StorageError: the store cannot be written.
         """
-        check_replaceable(folder, KIND)  # says what is in the way, where that is no index
+        check_replaceable(folder, KIND)  # its error names what is in the way, if that is not an index
         if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: is there already; open it, or give another folder")
+            raise InputError(f"{folder}: already exists; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
         windows = None if window_format is None else make_format(window_format, dim)
         if vector_copies not in FORMATS:
-            raise InputError(f"{vector_copies!r} copies of the vectors cannot be kept; give 1 or 2")
+            raise InputError(f"{vector_copies!r} copies of the vectors are not supported; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
             PassageTable.create(draft, table_schema(fields, code_size if vector_copies == 2 else None))
@@ -146,7 +146,7 @@ class IndexStore:
         """The store in a folder.
 
         Raises:
-            DataFormatError: there is none, or its manifest is damaged or of another format.
+            DataFormatError: there is no store, or its manifest is damaged or has another format.
         """
         manifest = read_index_manifest(folder)
         try:
@@ -155,37 +155,37 @@ class IndexStore:
             raise DataFormatError(folder / MANIFEST_NAME, f"is damaged ({error}); restore it from a copy") from error
 
     def table(self, version: int | None = None, *, whole: bool = False) -> PassageTable:
-        """The table at a version, the latest by default; ``whole``, after every byte of it was compared.
+        """The table at a version, the latest by default; with ``whole``, after comparing every byte of it.
 
         Raises:
-            DamagedFileError: one of its files is not what was written.
-            DataFormatError: it cannot be opened, or is not of this index.
+            DamagedFileError: one of its files is damaged.
+            DataFormatError: it cannot be opened, or belongs to another index.
         """
         self._lock.finish()
         table = PassageTable.open(self.folder, version, self.files, whole=whole)
         code_size = self.format.code_size if self.vector_copies == 2 else None
-        # As sets: a metadata field that came later stands behind the rest.
+        # Compared as sets: metadata fields that were added later come last.
         if set(table.schema) != set(table_schema(table.metadata_fields, code_size)):
             raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
         return table
 
     @property
     def version(self) -> int:
-        """The latest version, as ``table`` would open it, without opening it."""
+        """The latest version, which ``table`` would open, without opening it."""
         self._lock.finish()
         number = self.files.latest()
         return self.table().version if number is None else number
 
     @property
     def metadata(self) -> MetadataSchema:
-        """The metadata fields, as the latest version of the table has them."""
+        """The metadata fields of the latest version of the table."""
         return MetadataSchema.from_arrow(self.table().metadata_fields)
 
     def check_student(self, fingerprint: str) -> None:
-        """Make sure that the vectors are of the student with this fingerprint.
+        """Check that the vectors were made by the student with this fingerprint.
 
         Raises:
-            IndexMismatchError: they are another student's.
+            IndexMismatchError: another student made them.
         """
         if fingerprint != self.manifest["student"]:
             maker = name_student(self.manifest["student"], self.manifest.get("student_source"))
@@ -210,18 +210,18 @@ class IndexStore:
             StorageError: the folder cannot be written.
         """
         if self.is_snapshot:
-            raise InputError(f"{self.folder}: is the snapshot {self.manifest['snapshot']!r}, which never changes")
+            raise InputError(f"{self.folder}: this is the snapshot {self.manifest['snapshot']!r}, which never changes")
         with self.locked():
             yield
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """``writing``, also for a snapshot: its passages never change, but its vectors can be repaired."""
+        """Like ``writing``, but also for a snapshot: its passages never change, but its vectors can be repaired."""
         with self._lock.held():
             yield
 
-    def _check_place(self) -> None:
-        """Files are found by the folder's name, so they may be another index's by now."""
+    def _check_identity(self) -> None:
+        """Files are found by folder name, so by now they may belong to another index."""
         if read_index_manifest(self.folder) != self.manifest:
             raise IndexMismatchError(f"{self.folder}: another index has taken this one's place; open it again")
 
@@ -230,10 +230,10 @@ class IndexStore:
     def compare(
         self, passages: Sequence[Passage], table: PassageTable | None = None, *, before: PassageTable | None = None
     ) -> Changes:
-        """What is new, what has another text, what differs in the rest, what is as it is.
+        """Find out which passages are new, have another text, differ otherwise, or are unchanged.
 
-        ``table`` is the latest version, opened under the lock. ``before`` is an earlier one that agrees with it about
-        these ids and is asked for them: where its ids are indexed, that takes no longer however many rows came since.
+        ``table`` is the latest version, opened under the lock. ``before`` is an earlier version with the same passages
+        of these ids; they are looked up there, because with indexed ids that does not slow down as rows are added.
 
         Raises:
             DuplicateIdError: two of the passages share an id.
@@ -243,7 +243,7 @@ class IndexStore:
         schema = MetadataSchema.from_arrow(table.metadata_fields)
         check_passages(passages, schema, self.folder)
         if self.vector_copies == 1 and any(passage.context for passage in passages):
-            problem = "keeps its vectors once, and those of late chunks could not be encoded again from its table"
+            problem = "it keeps its vectors once, but those of late chunks cannot be encoded again from its table"
             raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
         earlier = table if before is None else before
         stored = earlier.by_ids([passage.id for passage in passages], COMPARED).to_pylist()
@@ -257,18 +257,18 @@ class IndexStore:
         table: PassageTable | None = None,
         windows: ReadWindows | None = None,
     ) -> int:
-        """Make the changes in one commit; returns the version that has them.
+        """Make the changes in one commit; returns the new version.
 
         Args:
-            changes: what ``compare`` found, under the same lock.
+            changes: the result of ``compare`` under the same lock.
             vectors: [len(changes.texts), dim].
-            truncated: places in ``changes.texts`` that the student read in part.
-            table: the latest version, opened under the same lock; it then moves to the new one.
-            windows: of ``changes.texts``, for an index that stores them.
+            truncated: indices into ``changes.texts`` of passages that the student truncated.
+            table: the latest version, opened under the same lock; it is moved to the new version.
+            windows: windows of ``changes.texts``, for an index that stores them.
 
         Raises:
-            InputError: a vector is not finite, or their number or width is wrong; or windows are missing.
-            StorageError: it cannot be written; nothing of these changes is in the index.
+            InputError: a vector is not finite, the number or width of vectors is wrong, or windows are missing.
+            StorageError: the changes cannot be written; none of them is in the index.
         """
         if vectors.shape != (expected := (len(changes.texts), self.manifest["dim"])):
             raise InputError(
@@ -301,29 +301,31 @@ class IndexStore:
         if self.window_format is None:
             return np.zeros((0, 0), np.uint8)
         if windows is None or len(windows.counts) != len(names) or len(windows.vectors) != windows.counts.sum():
-            raise InputError(f"{self.folder}: stores vectors of windows; give those of each of the {len(names)} texts")
+            raise InputError(
+                f"{self.folder}: it stores vectors of windows; give those of each of the {len(names)} texts"
+            )
         owners: list[int] = np.repeat(np.arange(len(names)), windows.counts).tolist()
         return self.window_format.encode(windows.vectors, [names[owner] for owner in owners])
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids from every result at once; returns their number."""
+        """Delete the passages with these ids, at once from every result; returns their number."""
         for wrong in (value for value in ids if not is_text(value)):
             raise InputError(f"{wrong!r} cannot be a passage's id; give strings of valid Unicode")
         with self.writing():
             return self.table().delete(list(dict.fromkeys(ids)))
 
     def add_fields(self, fields: MetadataSchema) -> None:
-        """Add metadata fields, those that are not there; the passages that are there have no value in them.
+        """Add metadata fields that do not exist yet; existing passages have no value in them.
 
         Raises:
-            InputError: one is there with another type, or under a name that differs in case.
+            InputError: a field exists with another type, or under a name that differs only in case.
         """
         with self.writing():
             known = self.metadata
             self.table().add_columns(known.extend(fields).arrow_fields()[len(known.fields) :])
 
     def settle(self) -> None:
-        """Build indices that are missing and bring those up to date that lag behind."""
+        """Build missing indices and update those that lag behind."""
         with self.writing():
             table = self.table()
             if len(table):
@@ -333,19 +335,19 @@ class IndexStore:
                 self.settle_words(table)
 
     def settle_words(self, table: PassageTable) -> None:
-        """Read the words of the latest version that are in no file, and join small files; under the lock."""
+        """Write missing word files of the latest version, and join small ones; requires the write lock."""
         generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
         with storage_errors(self.folder):
             word_files.settle_words(self.folder, generation, num_rows, self._texts_of(table))
 
     def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
-        """The words of the first ``num_rows`` rows of a version; what no file has is read from the table."""
+        """The words of the first ``num_rows`` rows of a version; words that are in no file are read from the table."""
         whole = whole or self.files.after_crash
         generation = self.vectors.generation(table)
         return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
 
     def windows(self, table: PassageTable, capacity: int | None = None) -> WindowVectors:
-        """The vectors of the windows of a version's rows, of an index that has them; ``capacity``: of so many rows.
+        """The window vectors of the first ``capacity`` rows (default: those of the version), if the index has them.
 
         Raises:
             DataFormatError: they are missing or damaged.
@@ -362,10 +364,10 @@ class IndexStore:
         )
 
     def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
-        """Rewrite the windows of the latest version, reading all of them again; under the lock.
+        """Encode all windows of the latest version again and rewrite them; requires the write lock.
 
         Raises:
-            StorageError: they cannot be written; what was there is kept.
+            StorageError: they cannot be written; the existing files are kept.
         """
         assert self.window_format is not None
         vector_format, generation = self.window_format, self.vectors.generation(table)
@@ -374,9 +376,9 @@ class IndexStore:
         def blocks() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
             for start in range(0, num_rows, _WINDOW_ROWS):
                 end = min(start + _WINDOW_ROWS, num_rows)
-                found = read(list(texts_of(start, end)))
-                owners = np.repeat(np.arange(start, end), found.counts).tolist()
-                yield vector_format.encode(found.vectors, [f"row {row}" for row in owners]), found.counts
+                windows = read(list(texts_of(start, end)))
+                owners = np.repeat(np.arange(start, end), windows.counts).tolist()
+                yield vector_format.encode(windows.vectors, [f"row {row}" for row in owners]), windows.counts
 
         with storage_errors(self.folder):
             replace_windows(self.folder, generation, vector_format, blocks(), since=table.version)
@@ -385,20 +387,20 @@ class IndexStore:
         first_row = self.vectors.generation(table) << GENERATION_SHIFT
         return lambda first, end: table.texts(first_row + first, first_row + end)
 
-    # Keeping -------------------------------------------------------------------------------------------------------
+    # Snapshots and maintenance -------------------------------------------------------------------------------------
 
     def snapshot_folder(self, name: str) -> Path:
-        """Where the snapshot of this name is; it is an index folder of its own.
+        """The index folder of the snapshot of this name.
 
         Raises:
-            InputError: the name cannot be a folder's.
+            InputError: the name is not a valid folder name.
         """
         if not _SNAPSHOT_NAME.fullmatch(name):
             raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
         return self.folder / _SNAPSHOTS / name
 
     def snapshots(self) -> list[str]:
-        """The names of the snapshots, in order."""
+        """The names of the snapshots, sorted."""
         folder = self.folder / _SNAPSHOTS
         return sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST_NAME}"))
 
@@ -406,14 +408,14 @@ class IndexStore:
         """Keep the latest version under a name. It shares its files with the index, so it takes hardly any space.
 
         Raises:
-            InputError: there is one of this name.
+            InputError: there is already a snapshot of this name.
         """
         target = self.snapshot_folder(name)
         with self.writing():
             if target.exists():
-                raise InputError(f"{self.folder}: there is a snapshot {name!r} already; choose another name")
+                raise InputError(f"{self.folder}: there is already a snapshot {name!r}; choose another name")
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
-                self.vectors.file_to_extend(table := self.table())  # makes sure that it is whole
+                self.vectors.file_to_extend(table := self.table())  # ensures that the vectors are complete
                 self.files.link(table.version, draft)
                 kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
                 for path in filter(Path.is_file, kept):
@@ -424,23 +426,23 @@ class IndexStore:
         return target
 
     def drop_snapshot(self, name: str) -> None:
-        """Forget a snapshot.
+        """Remove a snapshot.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no snapshot of this name.
         """
         with self.writing():
             folder = self._existing_snapshot(name)
             with storage_errors(folder):
                 retired = folder.with_name(f".{folder.name}.old")
-                shutil.rmtree(retired, ignore_errors=True)  # of a removal that was interrupted
+                shutil.rmtree(retired, ignore_errors=True)  # left by an interrupted removal
                 folder.rename(retired)
                 shutil.rmtree(retired)
 
     def restore(self, name: str) -> int:
-        """Make the passages of a snapshot those of the index, in one commit; returns their number.
+        """Replace the passages of the index by those of a snapshot, in one commit; returns their number.
 
-        What the index held before stays in its earlier version for a while (``compact`` ends that).
+        The previous passages stay in the earlier version until ``compact`` removes it.
         """
         with self.writing():
             source = IndexStore.open(self._existing_snapshot(name))
@@ -450,11 +452,11 @@ class IndexStore:
             return num_passages
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
-        """Free the space of what is no longer there; returns the bytes of the index before and after.
+        """Free the space of deleted data; returns the size of the index in bytes before and after.
 
         Args:
-            keep: versions younger than this stay for the readers that have them open.
-            dense: rewrite the vectors without holes; by default when a quarter of the rows are holes.
+            keep: versions younger than this are kept for readers that have them open.
+            dense: rewrite the vectors without holes; by default if more than a quarter of the rows are holes.
         """
         with self.writing(), storage_errors(self.folder):
             before, table = folder_bytes(self.folder), self.table()
@@ -469,14 +471,14 @@ class IndexStore:
             return before, folder_bytes(self.folder)
 
     def _rewrite(self, source: IndexStore) -> int:
-        """All rows of ``source``, their vectors in a file of a new generation, in the table's place; how many."""
-        table, rows = self.table(), source.table(whole=True)  # damage copied would get checksums that fit
+        """Replace the table by all rows of ``source``, with vectors of a new generation; returns the number of rows."""
+        table, rows = self.table(), source.table(whole=True)  # copied damage would get matching checksums
         codes_of_batch = source.vectors.codes_of_batches(rows)
         num_rows = source.vectors.num_rows(rows)
         words = source.words(rows, num_rows, whole=True).words
         windows = None if source.window_format is None else source.windows(rows)
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
-        # No version before the commit may read the file, not even one whose own file of this number was lost.
+        # No version before the commit may read the file, not even one that lost its own file of this number.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
         if self.window_format is not None:
             create_windows(self.folder, generation, self.window_format, since=table.version + 1)
@@ -496,7 +498,7 @@ class IndexStore:
         return len(rows)
 
     def _sweep(self) -> None:
-        """Remove what interrupted writers left."""
+        """Remove leftovers of interrupted writers."""
         for path in [
             *self.folder.glob(".vectors-*.new*"),
             *self.folder.glob(".window-*.new*"),

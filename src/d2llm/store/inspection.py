@@ -1,4 +1,4 @@
-"""Facts about a store, and whether all of it is as it was written."""
+"""Statistics of a store, and verification of its contents."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from d2llm.store.window_vectors import EncodeWindows
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
-    """What an index holds. ``num_rows`` counts the vectors in the file, those of deleted passages included.
+    """Statistics of an index. ``num_rows`` counts the vectors in the file, including those of deleted passages.
 
-    Each vector stands in ``vector_copies`` places. Bytes: of the table with its indices and old versions, of the vector
-    files, of one stored projection (0 where there are none; ``num_projections`` counts them), and of everything
-    (snapshots included) per passage. ``ann_passages`` are in an approximate index that was tuned to find the share
-    ``ann_recall``. ``unindexed`` names indices with the number of passages that they do not cover
-    yet; those are searched all the same, more slowly. ``checksums``: whether the table's files have some; the next
-    write takes them where an earlier d2llm made the index. ``chunking`` says how documents were cut, where there were
-    any; ``student_name`` has the student's name beside its fingerprint ``student``. ``window_format`` is that of the
-    vectors of windows, None if there are none.
+    Each vector is stored ``vector_copies`` times. Sizes in bytes: ``table_bytes`` includes indices and old versions,
+    ``projection_bytes`` is the size of one stored projection (0 if there are none; ``num_projections`` counts them),
+    and ``bytes_per_passage`` covers everything including snapshots. ``ann_passages`` are in an approximate index that
+    was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
+    cover yet; these are searched too, but more slowly. ``checksums`` is whether the table's files have checksums; for
+    an index made by an earlier d2llm, the next write adds them. ``chunking`` is how documents were chunked, if there
+    were any; ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` is the format
+    of the window vectors, None if there are none.
     """
 
     folder: str
@@ -70,13 +70,13 @@ class IndexStats:
     student_name: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as plain values."""
+        """The statistics as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What ``verify`` looked at and what is wrong; nothing is, where ``problems`` is empty."""
+    """What ``verify`` checked, and the problems it found (empty if all is well)."""
 
     folder: str
     version: int
@@ -91,7 +91,7 @@ class VerifyReport:
 
 
 def stats(store: IndexStore) -> IndexStats:
-    """Facts about the latest version."""
+    """Statistics of the latest version."""
     table = store.table()
     vectors = store.vectors.read(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
     table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
@@ -137,35 +137,34 @@ def verify(
     encode: Encode | None = None,
     encode_windows: EncodeWindows | None = None,
 ) -> VerifyReport:
-    """Read everything and compare: files with their checksums, and where they are whole, texts with their hashes, row
-    numbers, the vectors with what was written, snapshots.
+    """Read and check everything: all files against their checksums and, if the files are intact, texts against their
+    hashes, row numbers, vectors, and snapshots.
 
-    LanceDB trusts the bytes that it reads, and some that are damaged end the process; so it reads none that are.
-    Stored projections and an approximate index are compared with their checksums.
+    LanceDB trusts the bytes that it reads, and some kinds of damage crash the process, so it never gets to read damaged
+    files. Stored projections and an approximate index are compared with their checksums.
 
     Args:
-        store: what to look at; its latest version with all of its contents, earlier ones and snapshots.
-        repair: of damaged files of the table, take those from snapshots that have them whole, and make indices anew
-            (``store.repair``). Write vector files anew where they are damaged: from the table, or where the vectors are
-            kept once, by encoding what is lost. Texts and metadata cannot be made again, only restored from a snapshot.
-            Stored projections and an approximate index that are damaged or of other vectors are removed.
-        go_back: with ``repair``, where passages are damaged: return to the last version that is whole, and lose what
-            came since.
-        encode: what encodes, where the vectors are kept once.
-        encode_windows: what reads windows, where the index stores their vectors.
+        store: the store to check: its latest version completely, earlier versions, and snapshots.
+        repair: replace damaged files of the table by intact copies from snapshots, and rebuild indices
+            (``store.repair``). Rewrite damaged vector files: from the table, or, if the vectors are kept once, by
+            encoding lost ones. Texts and metadata can only be restored from a snapshot. Stored projections and an
+            approximate index are removed if they are damaged or belong to other vectors.
+        go_back: with ``repair``, if passages are damaged: return to the last intact version and lose later changes.
+        encode: encodes passages, if the vectors are kept once.
+        encode_windows: encodes windows, if the index stores their vectors.
 
     Raises:
-        IndexLockedError: another process is writing, and something has to be repaired.
-        InputError: vectors have to be encoded again, and ``encode`` is missing; or ``go_back`` without ``repair``.
+        IndexLockedError: another process is writing, and something must be repaired.
+        InputError: vectors must be encoded again, but ``encode`` is missing; or ``go_back`` without ``repair``.
         StorageError: a repaired file cannot be written.
     """
     if go_back and not repair:
-        raise InputError(f"{store.folder}: going back is part of a repair; ask for the repair too (--repair)")
-    effort = _Effort(repair, go_back, encode, encode_windows)
-    table, problems = _look_at(store, effort)
+        raise InputError(f"{store.folder}: going back is part of a repair; add --repair")
+    options = _VerifyOptions(repair, go_back, encode, encode_windows)
+    table, problems = _inspect(store, options)
     snapshots = store.snapshots()
     for name in snapshots:
-        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, effort)]
+        problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, options)]
     num_passages = 0 if table is None else len(table)
     return VerifyReport(
         folder=str(store.folder),
@@ -177,8 +176,8 @@ def verify(
     )
 
 
-class _Effort(NamedTuple):
-    """What ``verify`` may do about problems, as its arguments say."""
+class _VerifyOptions(NamedTuple):
+    """The arguments of ``verify`` that say what it may do about problems."""
 
     repair: bool
     go_back: bool
@@ -186,20 +185,20 @@ class _Effort(NamedTuple):
     encode_windows: EncodeWindows | None
 
 
-def _look_at(store: IndexStore, effort: _Effort) -> tuple[PassageTable | None, list[str]]:
-    """The latest version of a store or a snapshot, None where LanceDB must not read it, and what is wrong."""
+def _inspect(store: IndexStore, options: _VerifyOptions) -> tuple[PassageTable | None, list[str]]:
+    """The latest version of a store or snapshot (None if LanceDB must not read it), and its problems."""
     lacking = list(_lacking_checksums(store))
-    with store.locked() if effort.repair else nullcontext():
+    with store.locked() if options.repair else nullcontext():
         damages = _damages(store)
-        if damages and effort.repair:
-            done, left = _repair_files(store, effort.go_back), _damages(store)
+        if damages and options.repair:
+            done, left = _repair_files(store, options.go_back), _damages(store)
             damages = [*(damage for damage in damages if damage not in left), *done, *left]
             if left:
                 return None, damages
         elif damages:
             return None, damages
         table = store.table()
-        problems = _problems(store, table, effort)
+        problems = _problems(store, table, options)
         return table, [*lacking, *damages, *problems]
 
 
@@ -211,20 +210,20 @@ def _version_of(store: IndexStore) -> int:
 
 
 def _lacking_checksums(store: IndexStore) -> Iterator[str]:
-    """What an earlier d2llm wrote, and nobody can compare."""
-    remedy = "the next write, or `d2llm index ... verify --repair`, takes them"
+    """Problems for files without checksums, such as those of an earlier d2llm, which cannot be compared."""
+    remedy = "the next write, or `d2llm index ... verify --repair`, adds them"
     try:
         version, record = store.version, store.files.record()
     except DamagedFileError:
         return
     if record is None:
-        yield f"the table's files have no checksums, as an earlier d2llm made the index or they are lost; {remedy}"
+        yield f"the table's files have no checksums: an earlier d2llm made the index, or they are lost; {remedy}"
     elif version > record.version:
         yield f"version {version} was written by an earlier d2llm and has no checksums; {remedy}"
 
 
 def _damages(store: IndexStore) -> list[str]:
-    """The table's files that are not what was written, and what to do."""
+    """Problems of damaged files of the table, with remedies."""
     try:
         damages, record = store.files.damages(), store.files.record()
     except DamagedFileError as error:
@@ -242,7 +241,7 @@ def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
     try:
         store.files.record()
     except DamagedFileError:
-        # Read without checksums, as before there were any; whether the rows are whole their own hashes tell.
+        # Read without checksums, as in earlier versions; the rows' own hashes show whether they are intact.
         with store.files.unchecked():
             problems = list(_table_problems(store.table()))
         if problems:
@@ -255,18 +254,18 @@ def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
     return repair_files(store.files, others, go_back=go_back)
 
 
-def _problems(store: IndexStore, table: PassageTable, effort: _Effort) -> list[str]:
-    """Of a store or a snapshot. Vectors are checked where the table is whole, since they are rebuilt from it."""
+def _problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -> list[str]:
+    """Problems of a store or snapshot. Vectors are checked only if the table is intact, because it rebuilds them."""
     problems = list(_table_problems(table))
     if problems:
         return problems
     problems = list(store.vectors.problems(table))
-    repair = effort.repair
+    repair = options.repair
     if problems and repair:
-        store.vectors.repair(table, effort.encode)
+        store.vectors.repair(table, options.encode)
         problems = [f"{problems[0]}; it was rewritten", *store.vectors.problems(table)]
     problems += _word_problems(store, table, repair=repair)
-    problems += _window_problems(store, table, effort)
+    problems += _window_problems(store, table, options)
     return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
 
 
@@ -280,7 +279,7 @@ def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) ->
 
 
 def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
-    """What the approximate index of the latest vectors says of itself, if there is one."""
+    """The record of the approximate index of the latest vectors, if there is one."""
     try:
         return ann.read_record(ann_path_of(store.folder, store.vectors.generation(table)))
     except (OSError, ValueError):
@@ -293,7 +292,7 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
         if len(ids.unique()) != len(ids):
             yield f"{len(ids) - len(ids.unique())} ids occur twice in the table"
         if len(np.unique(rows)) != len(rows) or len(np.unique(rows >> GENERATION_SHIFT)) > 1:
-            yield "row numbers in the table are not distinct, or of several generations"
+            yield "row numbers in the table are not distinct, or belong to several generations"
         names = [name for name in table.schema.names if name not in ("d2_row", "d2_truncated", "d2_vector")]
         records = (record for batch in table.batches(names) for record in batch.to_pylist())
         changed = [record["id"] for record in records if not is_as_written(record)]
@@ -305,7 +304,7 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
 
 
 def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
-    """Whether the indices find every id and row."""
+    """Check that the indices find every id and row."""
     advice = "`d2llm index ... compact --dense` rebuilds them"
     try:
         if sorted(table.by_ids(ids, ["id"])["id"].to_pylist()) != sorted(ids):
@@ -316,7 +315,7 @@ def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Ite
 
 
 def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> list[str]:
-    """Whether the words of all rows are there, and are what was written."""
+    """Check that the words of all rows exist and are undamaged."""
     _, problems = store.words(table, store.vectors.num_rows(table), whole=True)
     if problems and repair:
         word_files.remove_damaged(store.folder, store.vectors.generation(table))
@@ -325,24 +324,26 @@ def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> l
     return [f"{problem}; `d2llm index ... verify --repair` reads them again from the table" for problem in problems]
 
 
-def _window_problems(store: IndexStore, table: PassageTable, effort: _Effort) -> list[str]:
-    """Whether the vectors of the windows are there, and are what was written."""
+def _window_problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -> list[str]:
+    """Check that the window vectors exist and are undamaged."""
     if store.window_format is None:
         return []
     try:
         store.windows(table)
     except DataFormatError as error:
-        if not effort.repair:
+        if not options.repair:
             return [str(error)]
-        if effort.encode_windows is None:
-            raise InputError(f"{store.folder}: to repair the vectors of windows, a student must encode") from error
-        store.read_windows_again(table, effort.encode_windows)
+        if options.encode_windows is None:
+            raise InputError(
+                f"{store.folder}: to repair the vectors of windows, a student must encode texts"
+            ) from error
+        store.read_windows_again(table, options.encode_windows)
         return [f"{error.path.name}: {error.problem}; they were encoded again"]
     return []
 
 
 def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
-    """Whether stored projections are what was written for these vectors; without a student no more can be said."""
+    """Check that stored projections are undamaged and belong to these vectors; their values would need a student."""
     generation = store.vectors.generation(table)
     path = path_of(store.folder, generation, DERIVED)
     if not path.is_file():
@@ -357,7 +358,7 @@ def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool
 
 
 def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
-    """Whether the approximate index is what was written for this student's vectors."""
+    """Check that the approximate index is undamaged and belongs to this student's vectors."""
     path = ann_path_of(store.folder, store.vectors.generation(table))
     if not path.is_file():
         return
@@ -373,9 +374,9 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
         yield f"{path.name}: {error}{'; it was removed' if repair else ''}"
 
 
-def _snapshot_problems(store: IndexStore, name: str, effort: _Effort) -> Iterator[str]:
+def _snapshot_problems(store: IndexStore, name: str, options: _VerifyOptions) -> Iterator[str]:
     try:
-        _, problems = _look_at(IndexStore.open(store.snapshot_folder(name)), effort._replace(go_back=False))
+        _, problems = _inspect(IndexStore.open(store.snapshot_folder(name)), options._replace(go_back=False))
         yield from problems
     except DataFormatError as error:
         yield str(error)

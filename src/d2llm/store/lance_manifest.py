@@ -1,10 +1,10 @@
-"""Which files a version of a Lance table consists of, read from its manifest.
+"""Reads from the manifest of a Lance table which files a version consists of.
 
     _versions/<18446744073709551615 - version>.manifest    (older tables: <version>.manifest)
 
-A manifest ends with the message ``Manifest`` of Lance's ``table.proto``, before it, where there are indices, an
-``IndexSection``; both begin with their length. LanceDB does not tell which files a version needs, so the few fields
-that name files are read here. Source: Lance's format specification, https://lance.org/format/table/.
+A manifest ends with the message ``Manifest`` of Lance's ``table.proto``, preceded by an ``IndexSection`` if there are
+indices; both start with their length. LanceDB does not report which files a version needs, so the few fields that name
+files are parsed here. Source: Lance's format specification, https://lance.org/format/table/.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from uuid import UUID
 VERSIONS = "_versions"
 _LARGEST = (1 << 64) - 1
 _NAME = re.compile(r"(\d+)\.manifest")
-_INVERTED_DIGITS = 20  # a name of so many digits counts down, so that the newest is listed first
+_INVERTED_DIGITS = 20  # names with this many digits count down, so that the newest is listed first
 _MAGIC = b"LANC"
-_FOOTER_BYTES = 16  # i64 position of the manifest, two i16 of the format's version, the magic word
+_FOOTER_BYTES = 16  # i64 position of the manifest, two i16 of the format version, the magic bytes
 
-# Numbers of fields in table.proto.
+# Field numbers in table.proto.
 _MANIFEST = {"fragments": 2, "version": 3, "index_section": 6, "timestamp": 7, "transaction_file": 12}
 _FRAGMENT = {"id": 1, "files": 2, "deletion_file": 3}
 _DELETION = {"file_type": 1, "read_version": 2, "id": 3}
@@ -33,14 +33,14 @@ Value = int | bytes
 
 @dataclass(frozen=True, slots=True)
 class VersionFiles:
-    """The files of a version, by their paths in the table's folder.
+    """The files of a version, as paths relative to the table's folder.
 
     Attributes:
-        version: its number.
-        seconds: when it was written, since 1970.
-        rows: of the columns, and of what was deleted of them.
-        indices: by the index's name; a path that ends in "/" stands for all files of that folder.
-        transaction: how the version came about, which nobody reads once it has; "" where there is none.
+        version: version number.
+        seconds: time of writing, in seconds since 1970.
+        rows: data files and deletion files.
+        indices: index name -> files; a path that ends in "/" stands for all files of that folder.
+        transaction: the transaction file, which is not read after the commit; "" if there is none.
     """
 
     version: int
@@ -51,17 +51,17 @@ class VersionFiles:
 
     @property
     def needed(self) -> list[str]:
-        """Those that a search may read."""
+        """The files that a search may read."""
         return [*self.rows, *(path for paths in self.indices.values() for path in paths)]
 
     @property
     def all_files(self) -> list[str]:
-        """Those, and how the version came about."""
+        """The needed files and the transaction file."""
         return [*self.needed, *([self.transaction] if self.transaction else [])]
 
 
 def version_of(name: str) -> int | None:
-    """The version that a file in ``_versions`` is the manifest of; None for other files."""
+    """The version whose manifest has this file name in ``_versions``; None for other files."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -70,25 +70,25 @@ def version_of(name: str) -> int | None:
 
 
 def manifest_names(version: int) -> tuple[str, str]:
-    """The paths in the table's folder that the manifest of a version may have."""
+    """The possible paths of a version's manifest in the table's folder."""
     return f"{VERSIONS}/{_LARGEST - version:0{_INVERTED_DIGITS}}.manifest", f"{VERSIONS}/{version}.manifest"
 
 
 def manifests(table: Path) -> dict[int, str]:
-    """The path in the table's folder of the manifest of each version that is there, the newest first."""
+    """Version -> path of its manifest in the table's folder, newest first."""
     try:
         names = [path.name for path in (table / VERSIONS).iterdir()]
     except OSError:
         return {}
-    found = {number: f"{VERSIONS}/{name}" for name in names if (number := version_of(name)) is not None}
-    return dict(sorted(found.items(), reverse=True))
+    path_of = {number: f"{VERSIONS}/{name}" for name in names if (number := version_of(name)) is not None}
+    return dict(sorted(path_of.items(), reverse=True))
 
 
 def files_named(content: bytes) -> VersionFiles:
-    """The files that a manifest with this content names.
+    """The files named in the content of a manifest.
 
     Raises:
-        ValueError: it is no manifest, or of a form that is not known here.
+        ValueError: it is not a manifest, or has an unknown structure.
     """
     if content[-len(_MAGIC) :] != _MAGIC:
         raise ValueError("it does not end as a manifest does")
@@ -122,7 +122,7 @@ def files_named(content: bytes) -> VersionFiles:
 
 
 def _message(content: bytes, start: int) -> bytes:
-    """The message behind its length, four bytes, at a position."""
+    """The message at a position, after its four-byte length."""
     if not 0 <= start <= len(content) - 4:
         raise ValueError("a position in it is outside")
     end = start + 4 + int.from_bytes(content[start : start + 4], "little")
@@ -132,7 +132,7 @@ def _message(content: bytes, start: int) -> bytes:
 
 
 def _grouped(message: bytes) -> dict[int, list[Value]]:
-    """The values of a message in protocol buffers, by the number of their field."""
+    """Field number -> values of a protocol buffer message."""
     fields: dict[int, list[Value]] = {}
     for number, value in _fields(message):
         fields.setdefault(number, []).append(value)

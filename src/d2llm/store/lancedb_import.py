@@ -1,9 +1,9 @@
-"""LanceDB, imported without the client of a service that no index asks.
+"""Imports LanceDB without initialising an HTTP client that an index never uses.
 
-``import lancedb`` brings the package ``lance_namespace_urllib3_client``, whose ``__init__`` builds the validators of
-some hundred HTTP calls with pydantic: more than half of the time that it takes to show a passage. LanceDB itself uses
-its data classes alone, which are modules of their own. So its ``__init__`` is put off until a name of it is asked for:
-who does ask, in the same process, gets the whole package as always.
+``import lancedb`` imports the package ``lance_namespace_urllib3_client``, whose ``__init__`` builds pydantic validators
+for some hundred HTTP calls: more than half of the time that it takes to show a passage. LanceDB itself uses only its
+data classes, which are in separate modules. So its ``__init__`` is deferred until one of its names is accessed; code in
+the same process that does access one gets the whole package as usual.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _IMPORTING = RLock()
 
 
 def import_lancedb() -> Any:
-    """The module ``lancedb``, which has no types."""
+    """The module ``lancedb`` (untyped)."""
     with _IMPORTING:
         if "lancedb" not in sys.modules:
             put_off(_SERVICE_CLIENT)
@@ -28,9 +28,9 @@ def import_lancedb() -> Any:
 
 
 def put_off(package: str) -> None:
-    """Let a package's ``__init__`` run when a name of it is first asked for; its modules can be imported before.
+    """Defer a package's ``__init__`` until one of its names is first accessed; its modules can be imported before.
 
-    Nothing happens where the package is imported already, or not installed.
+    Does nothing if the package is already imported or not installed.
     """
     if package in sys.modules:
         return
@@ -43,7 +43,7 @@ def put_off(package: str) -> None:
 
 
 class _Loading:
-    """The ``__getattr__`` of a module (PEP 562) that runs it, and then has all of its names."""
+    """A module ``__getattr__`` (PEP 562) that executes the module on first use."""
 
     def __init__(self, module: ModuleType, loader: Any) -> None:
         self._module = module

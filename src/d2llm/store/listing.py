@@ -1,4 +1,4 @@
-"""Which passages and documents an index has, page by page, and which passages make up a document."""
+"""Lists the passages and documents of an index page by page, and the passages of a document."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from d2llm.core.types import is_text
 from d2llm.store.passage_table import PassageTable, quoted
 
 PAGE_SIZE = 100
-"""Ids in a page by default."""
+"""Default number of ids per page."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListedDocument:
-    """A document of an index, and how many passages it has there."""
+    """A document of an index and its number of passages."""
 
     id: str
     num_passages: int
 
 
 def passage_ids(table: PassageTable, cursor: str, limit: int) -> list[str]:
-    """The first ``limit`` ids of passages that come after ``cursor``, in order of their characters' code points.
+    """The first ``limit`` passage ids after ``cursor``, in code point order.
 
     Raises:
-        InputError: ``cursor`` is no text, or ``limit`` is below 1.
+        InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
     """
     _check(cursor, limit)
     if not len(table):
@@ -38,10 +38,10 @@ def passage_ids(table: PassageTable, cursor: str, limit: int) -> list[str]:
 
 
 def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocument]:
-    """``passage_ids`` for documents; a passage without a document is one of its own.
+    """Like ``passage_ids``, for documents; a passage without a document counts as its own document.
 
     Raises:
-        InputError: ``cursor`` is no text, or ``limit`` is below 1.
+        InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
     """
     _check(cursor, limit)
     if not len(table):
@@ -54,10 +54,10 @@ def documents(table: PassageTable, cursor: str, limit: int) -> list[ListedDocume
 
 
 def passages_of(table: PassageTable, names: Sequence[str]) -> dict[str, list[str]]:
-    """The ids of the passages of each of these documents, by position; missing documents are left out.
+    """Document id -> ids of its passages, ordered by position; missing documents are left out.
 
     Raises:
-        InputError: a document's id is no text.
+        InputError: a document id is not valid text.
     """
     for name in names:
         _check(name, 1)

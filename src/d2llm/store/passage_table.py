@@ -1,11 +1,12 @@
 """The table of an index: ids, texts, metadata, vectors and row numbers in LanceDB, which versions every change.
 
-LanceDB does not look whether the bytes that it reads are those that were written, so the files of a version are
-compared with checksums of ours (``table_files``) before it gets to read them.
+LanceDB does not check that the bytes it reads are those that were written, so the files of a version are compared with
+d2llm's own checksums (``table_files``) before LanceDB reads them.
 
 Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
-its generation in the upper bits), d2_hash (of all that the user gave: ``blocks.row_hash``), d2_truncated (the student
-read it in part), d2_vector (codes of the vector, as in the vector file; not where an index keeps its vectors once).
+with its generation in the upper bits), d2_hash (hash of all user columns: ``blocks.row_hash``), d2_truncated (the
+student truncated the passage), d2_vector (code of the vector, as in the vector file; absent if the index keeps its
+vectors once).
 """
 
 # pyright: reportUnknownParameterType=false
@@ -35,10 +36,10 @@ NAME = "passages"
 _KEYS = ("id", "d2_row", "document_id")  # the columns that rows are looked up by
 _ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
-_SPANS_AT_ONCE = 64  # in one condition
+_SPANS_AT_ONCE = 64  # spans in one condition
 _DELETED_AT_ONCE = 10_000
 _SCANNED_AT_ONCE = 16_384
-_FOR_EVER = timedelta(days=36_500)
+_FOREVER = timedelta(days=36_500)
 
 
 def quoted(value: str) -> str:
@@ -47,13 +48,13 @@ def quoted(value: str) -> str:
 
 
 class PassageTable:
-    """One version of the table, opened for reading; the methods that write are for the holder of the write lock."""
+    """One version of the table, opened for reading; methods that write require the write lock."""
 
     def __init__(self, folder: Path, table: Any, files: TableFiles) -> None:
         self.folder = folder
         self._table = table
         self._files = files
-        self._compared: set[tuple[int, tuple[str, ...]]] = set()  # versions and columns whose indices were compared
+        self._compared: set[tuple[int, tuple[str, ...]]] = set()  # versions and columns with compared indices
 
     @classmethod
     def create(cls, folder: Path, schema: pa.Schema) -> PassageTable:
@@ -65,17 +66,17 @@ class PassageTable:
     def open(
         cls, folder: Path, version: int | None = None, files: TableFiles | None = None, *, whole: bool = False
     ) -> PassageTable:
-        """The table at a version, the latest by default. It stays there, whatever is written meanwhile.
+        """The table at a version, the latest by default. It stays at that version, even if new ones are written.
 
         Args:
-            folder: of the index.
-            version: which.
-            files: of the table; what they have compared is not compared again.
-            whole: compare all of the version's files with their checksums, not samples alone.
+            folder: folder of the index.
+            version: version number; None means the latest.
+            files: files of the table; files that it has already compared are not compared again.
+            whole: compare the version's files completely with their checksums, not only samples.
 
         Raises:
-            DamagedFileError: a file of the version is not what was written.
-            DataFormatError: there is no table, it is damaged, or it has no such version any more.
+            DamagedFileError: a file of the version is damaged.
+            DataFormatError: there is no table, it is damaged, or it no longer has this version.
         """
         files = TableFiles(folder) if files is None else files
         number = files.ready(version, whole=whole)
@@ -86,37 +87,37 @@ class PassageTable:
         except BaseException as error:
             if not (isinstance(error, Exception) or is_panic(error)):
                 raise
-            what = "its table" if version is None else f"version {version} of its table"
-            raise DataFormatError(folder, f"{what} cannot be opened ({first_line(error)})") from error
+            subject = "its table" if version is None else f"version {version} of its table"
+            raise DataFormatError(folder, f"{subject} cannot be opened ({first_line(error)})") from error
         return cls(folder, table, files)
 
     @property
     def version(self) -> int:
-        """The number that LanceDB gave this version."""
+        """LanceDB's number of this version."""
         return cast(int, self._table.version)
 
     @property
     def schema(self) -> pa.Schema:
-        """Its columns."""
+        """All columns."""
         return cast(pa.Schema, self._table.schema)
 
     @property
     def metadata_fields(self) -> list[pa.Field]:
-        """The user's columns."""
+        """The metadata columns."""
         return [field for field in self.schema if field.name not in (*TEXT_COLUMNS, *INTERNAL_COLUMNS)]
 
     def __len__(self) -> int:
         return cast(int, self._table.count_rows())
 
     def columns(self, names: Sequence[str], where: str | None = None) -> pa.Table:
-        """Some columns of all rows, or of those that fit an SQL condition."""
+        """Some columns of all rows, or of those that satisfy an SQL condition."""
         query = self._table.search().select(list(names)).limit(_ALL)
         if where:
             self._compare_indices(_KEYS)
         return self._read(query.where(where) if where else query)
 
     def any_row(self) -> int | None:
-        """The row number (d2_row) of some passage; None without passages."""
+        """The row number (d2_row) of an arbitrary passage; None if there are no passages."""
         numbers = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
         return cast(int, numbers[0]) if numbers else None
 
@@ -126,13 +127,13 @@ class PassageTable:
         return len(self._read(self._table.search().select(["d2_row"]).where(f"d2_row >= {row}").limit(1))) > 0
 
     def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Some columns (all by default) of all rows, a few thousand rows at a time."""
+        """Some columns (all by default) of all rows, in batches of a few thousand rows."""
         query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
         with self._reading():
             yield from query.to_batches(_SCANNED_AT_ONCE)
 
     def codes(self) -> NDArray[np.uint8]:
-        """The codes of all vectors by row [largest row + 1, code_size]; rows that this version lacks are zeros."""
+        """The codes of all vectors by row [largest row + 1, code_size]; zeros for rows that this version lacks."""
         rows = np.asarray(self.columns(["d2_row"])["d2_row"]) & ROW_MASK
         size = self.schema.field("d2_vector").type.list_size
         codes = np.zeros((int(rows.max()) + 1 if len(rows) else 0, size), np.uint8)
@@ -141,18 +142,18 @@ class PassageTable:
         return codes
 
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
-        """Columns of the rows with these ids, as far as they exist, in no order."""
+        """Columns of the rows with these ids, in no order; missing ids are ignored."""
         ids = ids if len(self) else []
-        conditions = (f"id IN ({', '.join(map(quoted, some))})" for some in _parts(ids, _ASKED_AT_ONCE))
+        conditions = (f"id IN ({', '.join(map(quoted, batch))})" for batch in _parts(ids, _ASKED_AT_ONCE))
         return self._join((self.columns(names, where) for where in conditions), names)
 
     def by_rows(self, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
         """Columns of the passages with these row numbers (d2_row), in their order.
 
         Raises:
-            DataFormatError: one is missing.
+            DataFormatError: a row is missing.
         """
-        conditions = (f"d2_row IN ({', '.join(map(str, some))})" for some in _parts(rows, _ASKED_AT_ONCE))
+        conditions = (f"d2_row IN ({', '.join(map(str, batch))})" for batch in _parts(rows, _ASKED_AT_ONCE))
         table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
         place_of = {row: place for place, row in enumerate(table["d2_row"].to_pylist())}
         missing = sum(row not in place_of for row in rows)
@@ -161,15 +162,15 @@ class PassageTable:
         return table.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
 
     def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Of every passage its row number (d2_row), and LanceDB's id of its row in this version, for ``take``."""
+        """The row number (d2_row) of every passage, and LanceDB's id of its row in this version, for ``take``."""
         table = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
         return np.asarray(table["d2_row"], np.int64), np.asarray(table["_rowid"], np.uint64)
 
     def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
-        """Columns of the passages with these row ids (``rows``), in their order: no search, hence quick.
+        """Columns of the passages with these row ids (``rows``), in their order; fast, because it does not search.
 
         Raises:
-            DataFormatError: one is missing.
+            DataFormatError: a row is missing.
         """
         distinct, places = np.unique(row_ids, return_inverse=True)
         table = self._read(self._table.take_row_ids(distinct.tolist()).select(list(names)).with_row_id())
@@ -181,29 +182,29 @@ class PassageTable:
 
     def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
         """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
-        low, high = -(1 << 31), (1 << 31) - 1  # what the column holds; LanceDB refuses other numbers
+        low, high = -(1 << 31), (1 << 31) - 1  # range of the column; LanceDB refuses other numbers
         spans = [
             f"(document_id = {quoted(document)} AND position BETWEEN {max(position - distance, low)} AND "
             f"{min(position + distance, high)})"
             for document, position in dict.fromkeys(places)
         ]
-        conditions = (" OR ".join(some) for some in _parts(spans, _SPANS_AT_ONCE))
+        conditions = (" OR ".join(batch) for batch in _parts(spans, _SPANS_AT_ONCE))
         table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
         _, first = np.unique(np.asarray(table["d2_row"]), return_index=True)  # spans may overlap
         return table.take(first).select(list(names))
 
     def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
-        """(id, document_id, position) of passages with one of these as document_id or as id, in no order."""
+        """(id, document_id, position) of passages whose document_id or id is one of ``documents``, in no order."""
         passages: list[tuple[str, str, int]] = []
         names = ["id", "document_id", "position"]
-        for some in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
-            listed = ", ".join(map(quoted, some))
+        for batch in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
+            listed = ", ".join(map(quoted, batch))
             table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
             passages += zip(*(table[name].to_pylist() for name in names), strict=True)
         return passages
 
     def texts(self, first: int, end: int) -> Iterator[str]:
-        """The full texts of the passages by row number (d2_row), from ``first`` to ``end``; "" where there is none."""
+        """The full texts of the rows (d2_row) from ``first`` to ``end``; "" for rows without a passage."""
         names = ["d2_row", "title", "text"]
         for start in range(first, end, _SCANNED_AT_ONCE):
             stop = min(start + _SCANNED_AT_ONCE, end)
@@ -215,7 +216,7 @@ class PassageTable:
 
     @property
     def indices(self) -> dict[str, int]:
-        """Indices by name, with the number of rows that each does not yet cover."""
+        """Index name -> number of rows that the index does not cover yet."""
         self._compare_indices(_KEYS)
         statistics = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
         return {name: stats.num_unindexed_rows if stats else 0 for name, stats in statistics.items()}
@@ -223,7 +224,7 @@ class PassageTable:
     # Writing -------------------------------------------------------------------------------------------------------
 
     def put(self, rows: pa.Table, *, replaces: bool) -> None:
-        """Add rows in one commit; with ``replaces``, rows of the same id go in the same commit."""
+        """Add rows in one commit; with ``replaces``, existing rows with the same ids are removed in the same commit."""
         with self._change():
             if replaces:
                 merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
@@ -232,24 +233,24 @@ class PassageTable:
                 self._table.add(rows)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids; returns their number. Ten thousand go in one commit."""
+        """Delete the passages with these ids; returns their number. One commit deletes up to ten thousand ids."""
         before = 0
         with self._change():
             before = len(self)
-            for some in _parts(ids, _DELETED_AT_ONCE):
-                self._table.delete(f"id IN ({', '.join(map(quoted, some))})")
+            for batch in _parts(ids, _DELETED_AT_ONCE):
+                self._table.delete(f"id IN ({', '.join(map(quoted, batch))})")
         return before - len(self)
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
-        """Add metadata columns; they are null in the rows that are there."""
+        """Add metadata columns; they are null in existing rows."""
         with self._change():
             self._table.add_columns(pa.schema(fields))
 
     def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-        """Put other rows in place of all rows, in one commit. Earlier versions stay readable."""
-        failures: list[Exception] = []  # what goes wrong in ``batches`` comes back as text alone
+        """Replace all rows in one commit. Earlier versions stay readable."""
+        failures: list[Exception] = []  # LanceDB reports errors of ``batches`` only as text
 
-        def noted() -> Iterator[pa.RecordBatch]:
+        def recording_failures() -> Iterator[pa.RecordBatch]:
             try:
                 yield from batches
             except Exception as error:
@@ -257,7 +258,7 @@ class PassageTable:
                 raise
 
         with storage_errors(self.folder):
-            reader = pa.RecordBatchReader.from_batches(schema, noted())
+            reader = pa.RecordBatchReader.from_batches(schema, recording_failures())
             try:
                 self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
             except RuntimeError as error:
@@ -265,7 +266,7 @@ class PassageTable:
             self._files.commit()
 
     def build_indices(self) -> None:
-        """Make the indices on id, row and document that are missing."""
+        """Build missing indices on id, row and document."""
         from lancedb.index import BTree
 
         with storage_errors(self.folder):
@@ -285,9 +286,9 @@ class PassageTable:
                 self._table.drop_index(name)
 
     def optimize(self, keep: timedelta) -> None:
-        """Join small files, bring the indices up to date, and forget versions older than ``keep``."""
+        """Join small files, update the indices, and remove versions older than ``keep``."""
         with self._change(copies=True):
-            self._table.optimize(cleanup_older_than=_FOR_EVER)
+            self._table.optimize(cleanup_older_than=_FOREVER)
         with storage_errors(self.folder):
             self._files.remove_older(keep)
 
@@ -297,7 +298,7 @@ class PassageTable:
 
     @contextmanager
     def _change(self, *, copies: bool = False) -> Generator[None]:
-        """A change of the latest version, committed at the end. What ``copies`` rows is given none that are damaged."""
+        """A change of the latest version, committed at the end. ``copies``: it copies rows, so verify them first."""
         with storage_errors(self.folder):
             self._table.checkout_latest()
             if copies:
@@ -306,7 +307,7 @@ class PassageTable:
             self._files.commit()
 
     def _compare_indices(self, columns: tuple[str, ...]) -> None:
-        """Compare the indices of some columns with their checksums, all of them, before they are first used."""
+        """Compare the indices of some columns completely with their checksums, before their first use."""
         use = (self.version, columns)
         if use not in self._compared:
             self._files.check_indices(self.version, [f"{name}_idx" for name in columns])
@@ -316,8 +317,8 @@ class PassageTable:
         with self._reading():
             return cast(pa.Table, query.to_arrow())
 
-    def _lacks(self, num_missing: int, num_asked: int) -> DataFormatError:
-        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_asked} requested rows")
+    def _lacks(self, num_missing: int, num_requested: int) -> DataFormatError:
+        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_requested} requested rows")
 
     @contextmanager
     def _reading(self) -> Generator[None]:

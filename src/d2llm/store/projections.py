@@ -1,11 +1,11 @@
 """Stored projections: W_p b of every row, the passage's part of the interaction's first layer, beside the vectors.
 
-projections-<generation>.bin/json   a ``VectorFile`` of [rows, hidden] bfloat16, rows numbered as those of the vectors
+projections-<generation>.bin/json   a ``VectorFile`` of [rows, hidden] bfloat16, with the row numbers of the vectors
 
-A query's score then needs no product of a passage's vector with the first layer. W_p is the same for both tasks, so one
-file serves both. A row is written once and never changes, so one file serves every version of its generation; rows that
-came after it are computed from their vectors by the scorer. It is derived and never trusted: where it is not
-of these vectors and this student, or damaged, it is left aside.
+Scoring then needs no product of a passage's vector with the first layer. W_p is the same for both tasks, so one file
+serves both. A row is written once and never changes, so one file serves every version of its generation; later rows are
+computed from their vectors by the scorer. The file is derived data and never trusted: if it is damaged, or belongs to
+other vectors or another student, it is ignored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StoredProjections:
 
     @classmethod
     def open(cls, vectors: VectorFile, generation: int, made_of: str) -> StoredProjections | None:
-        """The projections of these vectors; None if there are none, and with a log line where they do not fit."""
+        """The projections of these vectors, or None if there are none or they do not fit (which is logged)."""
         if not path_of(vectors.path.parent, generation, DERIVED).is_file():
             return None
         try:
@@ -51,10 +51,10 @@ class StoredProjections:
 
     @classmethod
     def load(cls, vectors: VectorFile, generation: int, made_of: str) -> StoredProjections:
-        """The projections of these vectors, all of them compared with their checksums.
+        """The projections of these vectors, after comparing all of them with their checksums.
 
         Raises:
-            DataFormatError: they are missing, of something else, or damaged.
+            DataFormatError: they are missing, damaged, or belong to something else.
         """
         stored = cls(open_file(vectors, generation, made_of))
         if damaged := stored.file.damaged(stored._codes):
@@ -64,23 +64,23 @@ class StoredProjections:
 
     @property
     def num_rows(self) -> int:
-        """Rows from here on are not in the file."""
+        """Number of rows in the file."""
         return len(self._codes)
 
     @property
     def width(self) -> int:
-        """Numbers of a row, the width of the hidden layer."""
+        """Numbers per row: the width of the hidden layer."""
         return self.file.code_size // _NUMBER_BYTES
 
     def read(self, rows: NDArray[np.int64]) -> BFloat16[Tensor, "rows hidden"]:
-        """The projections of some rows, all below ``num_rows``. They are copied as they are, not widened."""
+        """The projections of some rows, all below ``num_rows``, as a bfloat16 copy."""
         import torch
 
         return torch.from_numpy(self._codes[rows]).view(torch.bfloat16)
 
 
 def projections_of(student: str, vector_format: str) -> str:
-    """What names the origin of projections: the student with this fingerprint, from vectors stored like this."""
+    """The origin of projections: the student's fingerprint and the vector format."""
     return f"{student} {vector_format}"
 
 
@@ -88,7 +88,7 @@ def open_file(vectors: VectorFile, generation: int, made_of: str) -> VectorFile:
     """The file of projections that belongs to these vectors; its checksums are not compared.
 
     Raises:
-        DataFormatError: it is missing, cut short, or made of something else.
+        DataFormatError: it is missing, truncated, or made from something else.
     """
     file = VectorFile.open(vectors.path.parent, generation, None, name=DERIVED)
     if (file.made_of, file.since) != (made_of, vectors.since):
@@ -99,7 +99,7 @@ def open_file(vectors: VectorFile, generation: int, made_of: str) -> VectorFile:
 
 
 def create_file(vectors: VectorFile, generation: int, made_of: str, width: int) -> VectorFile:
-    """An empty file of projections of these vectors, replacing any that is there."""
+    """An empty file of projections of these vectors, replacing any existing one."""
     folder, size = vectors.path.parent, width * _NUMBER_BYTES
     return VectorFile.create(folder, generation, size, since=vectors.since, name=DERIVED, made_of=made_of)
 

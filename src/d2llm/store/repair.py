@@ -1,8 +1,8 @@
-"""What can be done about damaged files of a table: for the holder of the write lock.
+"""Repair of damaged files of a table; requires the write lock.
 
-A file that a snapshot still has whole is taken from there. Indices are rebuilt from the rows. Where rows are damaged,
-the table can go back to the last version that is whole, which loses what came since, so it does when asked alone. Texts
-that no version and no snapshot has are lost.
+A file that is intact in a snapshot is taken from there. Indices are rebuilt from the rows. If rows are damaged, the
+table can go back to the last intact version, which loses later changes, so this is done only on request. Texts that are
+in no version and no snapshot are lost.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _NEW, _OLD, _TAKEN = ".passages.new", ".passages.old", ".passages.file"
 
 
 def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = False) -> list[str]:
-    """Repair what can be of a table that has checksums; returns what was done.
+    """Repair a table that has checksums as far as possible; returns messages about what was done.
 
     Args:
-        files: of the table.
+        files: files of the table.
         others: folders of indices that share files with it, such as its snapshots.
-        go_back: where passages are damaged, return to the last version that is whole.
+        go_back: if passages are damaged, return to the last intact version.
 
     Raises:
         StorageError: a file cannot be written.
@@ -44,27 +44,27 @@ def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = F
         elif damages and (version := _last_whole(files)) is not None:
             if go_back:
                 lost = _go_back(files, version)
-                _build_indices(files)  # the version may be of before there were any
+                _build_indices(files)  # the version may be older than the indices
                 done.append(
-                    f"the table is what it was at version {version}, the last that is whole; what came with "
-                    f"{_listed(lost)} is lost: give those changes again"
+                    f"the table is back at version {version}, the last intact one; the changes of "
+                    f"{_listed(lost)} are lost: apply them again"
                 )
             else:
                 done.append(
-                    f"version {version} is the last that is whole; `d2llm index ... verify --repair --go-back` returns "
-                    "to it and loses what came since"
+                    f"version {version} is the last intact one; `d2llm index ... verify --repair --go-back` returns "
+                    "to it and loses later changes"
                 )
         if not _damages_of_latest(files):
             if gone := _forget_earlier(files):
-                done.append(f"{_listed(gone)} of the table, earlier ones, were damaged and are gone")
+                done.append(f"earlier versions of the table were damaged and were removed: {_listed(gone)}")
             files.after_crash = False
     return done
 
 
 def rebuild_record(files: TableFiles) -> None:
-    """New checksums where those of a table are lost, after its rows were compared with hashes of their own.
+    """New checksums for a table that has lost them, after its rows were compared with their own hashes.
 
-    Nothing tells whether its indices are what was written, so they are rebuilt.
+    Its indices cannot be checked, so they are rebuilt.
     """
     with storage_errors(files.folder):
         (files.folder / RECORD_NAME).unlink(missing_ok=True)
@@ -79,20 +79,20 @@ def rebuild_record(files: TableFiles) -> None:
 
 
 def replace_if_damaged(files: TableFiles, source: TableFiles) -> None:
-    """Replace a damaged table by that of a snapshot; one that can be opened stays.
+    """Replace a damaged table by that of a snapshot; a table that can be opened is kept.
 
-    Killed in between, the index cannot be opened until the snapshot is restored again.
+    If this is killed halfway, the index cannot be opened until the snapshot is restored again.
 
     Raises:
         DamagedFileError: the snapshot is damaged too, or the index's manifest is.
-        StorageError: it cannot be written.
+        StorageError: the table cannot be written.
     """
     try:
         files.ready()
     except DamagedFileError as error:
         if error.path.name == MANIFEST_NAME:
             raise
-        _log.warning("%s; the snapshot's table takes its place", error)
+        _log.warning("%s; it is replaced by the snapshot's table", error)
         _replace_table(files, source)
 
 
@@ -114,7 +114,7 @@ def _replace_table(files: TableFiles, source: TableFiles) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what an interrupted repair left in the folder of an index."""
+    """Remove leftovers of an interrupted repair from the folder of an index."""
     for name in (_NEW, _OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / _TAKEN).unlink(missing_ok=True)
@@ -161,7 +161,7 @@ def _last_whole(files: TableFiles) -> int | None:
 
 
 def _go_back(files: TableFiles, version: int) -> list[int]:
-    """Make an earlier version the latest; returns the versions that are gone."""
+    """Make an earlier version the latest; returns the versions that are lost."""
     record = files.record()
     known = [*manifests(files.table), *([] if record is None else [record.version])]
     lost = sorted({number for number in known if number > version})
@@ -188,7 +188,7 @@ def _forget_earlier(files: TableFiles) -> set[int]:
 
 
 def _forget(files: TableFiles, versions: Collection[int], latest: int) -> None:
-    """Remove versions by their manifests, and the checksums of those, whose names may come again."""
+    """Remove the manifests of versions and their checksums, because their names may be reused."""
     record, paths = files.record(), manifests(files.table)
     for version in versions:
         if version in paths:

@@ -1,14 +1,14 @@
-"""Exact inner products of a query with all stored rows: the best of them, where they lie.
+"""Exact search for the rows with the highest inner products with a query, without copying the stored rows.
 
-FAISS scans the rows without a copy: an empty index of the right type is pointed at them, memory-mapped or not. Its
-float32 sums are good enough to propose, not to decide: their last bits depend on the processor and on how the rows are
-blocked. So some more rows than asked for are taken, their products are summed again in float64, in one fixed way, and
-the search is widened until no row left out can belong to the best, by a bound of the float32 error. Ranking and scores
-thus depend neither on FAISS nor on its threads; without FAISS the same answer comes from numpy.
+FAISS scans the rows in place: an empty index of the right type is pointed at them, memory-mapped or not. Its float32
+sums are good enough to propose candidates, but not to rank them: their last bits depend on the processor and on how
+rows are blocked. So more rows than requested are taken, their products are summed again in float64 in a fixed order,
+and the search is widened until, by a bound on the float32 error, no other row can be among the best. Ranking and scores
+thus depend neither on FAISS nor on its threads; without FAISS, numpy gives the same result.
 
-Several queries together are proposed for by numpy: a block of rows is widened once for all of them, and one matrix
-product takes the place of many reads of the same rows. What is proposed is decided on as above, so a query's answer
-does not depend on those beside it.
+For several queries, numpy proposes the candidates: a block of rows is decoded once for all queries, and one matrix
+product replaces many reads of the same rows. The candidates are ranked as above, so the result of a query does not
+depend on the other queries.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
 """The ids of some rows, in their order."""
 
 _FLOAT32_ERROR = 2.0**-24
-_SPARE_ROWS = 32  # taken beyond top_k (or an eighth of it), so that one pass is nearly always enough
+_SPARE_ROWS = 32  # candidates beyond top_k (at least an eighth of it), so that one pass is nearly always enough
 _WIDEN = 4
-_BLOCK_ROWS = 1_024  # rows that numpy widens at a time: they stay in the cache
-_PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays are new pages of memory, which takes 4 times as long
-_TOGETHER = 32  # queries of one matrix product: more are hardly faster, and each has its candidates in memory
+_BLOCK_ROWS = 1_024  # rows that numpy decodes at a time: they stay in the cache
+_PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays need new memory pages, which takes 4 times as long
+_TOGETHER = 32  # queries per matrix product: more are hardly faster, and each keeps its candidates in memory
 _FEWEST_TOGETHER = 8  # fewer are as fast one by one
-_GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot leave rows out,
-_FEW_LEFT_OUT = 4_096  # unless it is quicker to search for so many more and drop what is not allowed
+_GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot exclude rows,
+_FEW_LEFT_OUT = 4_096  # unless it is faster to search for this many more and drop the rows that are not allowed
 
 
 class RowScan:
-    """The scan over rows ``codes`` [capacity, code_size], C-contiguous, mapped or in memory; they are not copied."""
+    """A scan of the rows ``codes`` [capacity, code_size], C-contiguous, memory-mapped or not; they are not copied."""
 
     def __init__(self, codes: NDArray[np.uint8], vector_format: VectorFormat, *, use_faiss: bool = True) -> None:
         self._codes = codes
@@ -64,13 +64,13 @@ class RowScan:
             query: [dim].
             top_k: how many, at least 1.
             mask: [capacity], the rows that may be returned; None means all.
-            ids_of: the ids of some rows; asked only for rows whose product is not unique among the best.
+            ids_of: returns the ids of some rows; called only for rows whose product is not unique among the best.
 
         Returns:
             Rows int64 [k] and their products float32 [k]; k is ``top_k``, or the number of allowed rows if less.
 
         Raises:
-            InputError: ``top_k`` < 1, or the query is of another width or not finite.
+            InputError: ``top_k`` < 1, or the query has another width or is not finite.
         """
         self._check(query, top_k)
         query = np.ascontiguousarray(query, np.float32)
@@ -96,39 +96,39 @@ class RowScan:
         *,
         ids_of: IdsOf,
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """``search`` for each of several queries [q, dim], with the same answers, in less time than one by one.
+        """``search`` for several queries [q, dim], with identical results but faster than one by one.
 
-        Beyond the answers it takes memory for 32 queries' candidates at a time.
+        Besides the results, it needs memory for the candidates of 32 queries at a time.
 
         Raises:
-            InputError: as in ``search``.
+            InputError: as for ``search``.
         """
         for query in queries:
             self._check(query, top_k)
         num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
-        found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        results: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), num_allowed)
         for start in range(0, len(queries), _TOGETHER):
-            some = np.ascontiguousarray(queries[start : start + _TOGETHER], np.float32)
-            if len(some) < _FEWEST_TOGETHER or not num_allowed:
-                found += [self.search(query, top_k, mask, ids_of=ids_of) for query in some]
+            batch = np.ascontiguousarray(queries[start : start + _TOGETHER], np.float32)
+            if len(batch) < _FEWEST_TOGETHER or not num_allowed:
+                results += [self.search(query, top_k, mask, ids_of=ids_of) for query in batch]
                 continue
-            for query, (rows, lowest) in zip(some, self._propose_together(some, take, mask), strict=True):
+            for query, (rows, lowest) in zip(batch, self._propose_together(batch, take, mask), strict=True):
                 scores = self.products(query, rows)
                 if len(rows) < num_allowed and not self._is_enough(query, scores, lowest, top_k):
-                    found.append(self.search(query, top_k, mask, ids_of=ids_of))
+                    results.append(self.search(query, top_k, mask, ids_of=ids_of))
                     continue
                 best = top_rows(scores, top_k, lambda places, rows=rows: ids_of(rows[places]))
-                found.append((rows[best], scores[best]))
-        return found
+                results.append((rows[best], scores[best]))
+        return results
 
     def products(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Inner products of a query [dim] with some rows: float64 sums, each in the same order, as float32."""
+        """Inner products of a query [dim] with some rows, summed in float64 in a fixed order, as float32."""
         turned = self._format.turn(query)
         scores = np.empty(len(rows), np.float32)
         for start in range(0, len(rows), _PRODUCT_ROWS):
             levels = self._format.levels(self._codes[rows[start : start + _PRODUCT_ROWS]])
-            # Not a matrix product: BLAS sums a row in an order that depends on how many rows there are.
+            # Not a matrix product: the order of summation in BLAS depends on the number of rows.
             scores[start : start + len(levels)] = np.einsum("ij,j->i", levels.astype(np.float64), turned)
         return scores
 
@@ -139,17 +139,17 @@ class RowScan:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
 
     def _is_enough(self, query: NDArray[np.float32], scores: NDArray[np.float32], lowest: float, top_k: int) -> bool:
-        """Whether no row that was not proposed, with products of at most ``lowest``, can be among the first."""
+        """Whether the best ``top_k`` are certain: other rows have proposal products of at most ``lowest``."""
         if len(scores) < top_k:
             return False
         border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
         return bool(lowest + self._error(query) < border)
 
     def _error(self, query: NDArray[np.float32]) -> float:
-        """How far a proposing product may be from the final one (Higham, "Accuracy and Stability", section 3.1).
+        """Upper bound of the error of a proposal product (Higham, "Accuracy and Stability", section 3.1).
 
-        n float32 products summed in any order are off by at most n 2^-24 |query| |row|, to first order; the rest pays
-        for rounding query and levels, and the final score.
+        The sum of n float32 products, in any order, is off by at most n 2^-24 |query| |row|, to first order; the rest
+        covers the rounding of query, levels and final score.
         """
         norm = float(np.linalg.norm(query.astype(np.float64)))
         return (2 * self._format.dim + 64) * _FLOAT32_ERROR * norm * self._largest_norm
@@ -161,7 +161,7 @@ class RowScan:
     def _propose(
         self, query: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
     ) -> tuple[NDArray[np.int64], float]:
-        """The best ``take`` rows by float32 products, or more, and a product that no other allowed row exceeds."""
+        """At least the best ``take`` rows by float32 products, and a product that no other allowed row exceeds."""
         if self._index is None:
             return self._propose_with_numpy(query, take, mask)
         faiss_query = self._format.faiss_query(query)
@@ -211,7 +211,7 @@ class RowScan:
     def _propose_together(
         self, queries: NDArray[np.float32], take: int, mask: NDArray[np.bool_] | None
     ) -> list[tuple[NDArray[np.int64], float]]:
-        """``_propose`` for each of some queries [q, dim], by one pass over the rows."""
+        """``_propose`` for several queries [q, dim] in one pass over the rows."""
         best = _BestOfEach(len(queries), take)
         turned = np.stack([self._format.turn(query).astype(np.float32) for query in queries], axis=1)
         for start in range(0, len(self._codes), _BLOCK_ROWS):
@@ -225,37 +225,37 @@ class RowScan:
         return best.rows()
 
     def _index_over(self, codes: NDArray[np.uint8]) -> Any:
-        """A FAISS index whose codes are this array itself, which must outlive it; None where FAISS cannot."""
+        """A FAISS index that uses this array as its codes; the array must outlive it. None if FAISS cannot do this."""
         if self._faiss is None:
             return None
         try:
             index = self._format.empty_faiss_index(self._faiss)
             view = index.codes
             pointer = self._faiss.swig_ptr(codes.reshape(-1))
-            # What MaybeOwnedVector::create_view does, which is out of reach from Python (it wants a shared_ptr).
+            # Same as MaybeOwnedVector::create_view, which cannot be called from Python (it needs a shared_ptr).
             view.is_owned = False
             view.view_data = view.c_ptr = pointer
             view.view_size = view.c_size = codes.size
             index.ntotal = len(codes)
-        except AttributeError as error:  # FAISS before this type, or before such views
-            fell_back("scan by FAISS", f"this FAISS cannot look at codes in place ({error}); numpy scans")
+        except AttributeError as error:  # this FAISS is too old for this index type or for such views
+            fell_back("scan by FAISS", f"this FAISS cannot use codes in place ({error}); numpy scans")
             return None
         return index
 
 
 class _BestOfEach:
-    """The rows with the highest products with each of some queries, as blocks of rows come."""
+    """Collects the rows with the highest products for each query, from blocks of rows."""
 
     def __init__(self, num_queries: int, take: int) -> None:
         self._take = take
-        self._lowest = np.full(num_queries, -np.inf, np.float32)  # no row below is among the best
+        self._lowest = np.full(num_queries, -np.inf, np.float32)  # rows with lower products are not among the best
         self._rows = [np.zeros(0, np.int64)]
         self._queries = [np.zeros(0, np.int16)]
         self._scores = [np.zeros(0, np.float32)]
         self._num = 0
 
     def add(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
-        """Rows [n] that none before was, with their products [n, queries]."""
+        """Add new rows [n] with their products [n, queries]."""
         places = np.flatnonzero(scores > self._lowest)
         above, queries = np.divmod(places, len(self._lowest))
         self._rows.append(rows[above])
@@ -266,13 +266,13 @@ class _BestOfEach:
             self._drop()
 
     def rows(self) -> list[tuple[NDArray[np.int64], float]]:
-        """For each query the ``take`` best rows, or all, and the lowest of their products."""
+        """For each query, the ``take`` best rows (all if there are fewer), and the lowest of their products."""
         self._drop()
         ends = np.cumsum(np.bincount(self._queries[0], minlength=len(self._lowest)))[:-1]
         return list(zip(np.split(self._rows[0], ends), self._lowest.tolist(), strict=True))
 
     def _drop(self) -> None:
-        """Keep what is among the best, by query."""
+        """Drop rows that are not among the best of their query; sort by query."""
         queries = np.concatenate(self._queries)
         order = np.argsort(queries, kind="stable")
         rows, scores = np.concatenate(self._rows)[order], np.concatenate(self._scores)[order]
@@ -292,7 +292,7 @@ class _BestOfEach:
 
 @contextmanager
 def _one_thread(faiss: Any) -> Generator[None]:
-    """FAISS shares out queries, not rows: for one query its other threads only spin (measured: twice the time)."""
+    """FAISS parallelises over queries, not rows: for one query, other threads only spin (measured: twice the time)."""
     if faiss is None:
         yield
         return

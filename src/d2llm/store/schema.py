@@ -1,4 +1,4 @@
-"""The metadata columns of an index: which fields its passages have, and of which type each is."""
+"""The metadata columns of an index: the fields of its passages and their types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import MetadataValue, Passage
 
 FieldType = Literal["string", "integer", "number", "boolean", "timestamp"]
-"""``integer`` is an int64, ``number`` a float64, ``timestamp`` a point in time to the microsecond, kept in UTC."""
+"""``integer`` is an int64, ``number`` a float64, ``timestamp`` a point in time in microseconds, stored in UTC."""
 
 RESERVED = ("id", "title", "text", "document_id", "position")
 """Names that a metadata field may not have: the other columns of a passage."""
@@ -36,10 +36,10 @@ _NO_FIELDS: Mapping[str, FieldType] = {}
 
 @dataclass(frozen=True, slots=True)
 class MetadataSchema:
-    """The metadata fields of an index, by name and in the order of its columns. Every field may be empty (null).
+    """The metadata fields of an index, by name, in column order. Every field may be empty (null).
 
     Raises:
-        InputError: a name cannot be a column's, two differ only in upper and lower case, or a type is unknown.
+        InputError: a name cannot be a column name, two names differ only in case, or a type is unknown.
     """
 
     fields: Mapping[str, FieldType] = field(default_factory=lambda: _NO_FIELDS, hash=False)
@@ -56,10 +56,11 @@ class MetadataSchema:
 
     @classmethod
     def infer(cls, passages: Iterable[Passage], known: MetadataSchema | None = None) -> MetadataSchema:
-        """The fields of ``known``, then those that the passages have besides, with the types of their values.
+        """The fields of ``known``, then the other fields of the passages, with the types of their values.
 
-        Strings stay strings, whatever they look like. Integers and numbers together are numbers. Values of known
-        fields are checked against the known type. A field without any value has no type to find: it has to be declared.
+        Strings stay strings, whatever they look like. Integers mixed with numbers are numbers. Values of known fields
+        are checked against the known type. The type of a field without any value cannot be inferred: it must be
+        declared.
 
         Raises:
             InputError: a value does not fit, values of one field differ in type, or a field never has a value.
@@ -88,9 +89,9 @@ class MetadataSchema:
         return cls({**declared, **inferred})
 
     def leave_out_misfits(self, passages: Sequence[Passage]) -> tuple[list[Passage], Counter[str]]:
-        """The passages with the metadata that ``infer`` takes, these fields being known; what is left out, by field.
+        """The passages with only the metadata that ``infer`` accepts with these known fields, and counts of the rest.
 
-        A new field has the type of its first value. Empty values of such a field are not counted.
+        A new field has the type of its first value. The counts are by field; empty values are not counted.
         """
         kinds, left_out = dict(self.fields), Counter[str]()
         cased = {name.lower(): name for name in kinds}
@@ -121,7 +122,7 @@ class MetadataSchema:
         """Read declarations as written on a command line: ``["year:integer", "language:string"]``.
 
         Raises:
-            InputError: not ``name:type``, or a name twice.
+            InputError: a declaration is not ``name:type``, or a name occurs twice.
         """
         fields: dict[str, FieldType] = {}
         for declaration in declarations:
@@ -136,7 +137,7 @@ class MetadataSchema:
 
     @classmethod
     def from_arrow(cls, fields: Iterable[pa.Field]) -> MetadataSchema:  # pyright: ignore[reportUnknownParameterType]
-        """The schema whose ``arrow_fields`` these are.
+        """The schema with these ``arrow_fields``.
 
         Raises:
             InputError: a column has a type that no metadata field has.
@@ -156,8 +157,8 @@ class MetadataSchema:
     def extend(self, other: MetadataSchema) -> MetadataSchema:
         """The fields of this schema, then the new ones of ``other``.
 
-        A type never changes, since columns that are written keep theirs. Integers do fit a field of numbers, so there
-        ``other`` may say integer, and the field stays a number.
+        A type never changes, because existing columns keep theirs. Integers fit a field of numbers, so ``other`` may
+        declare such a field as integer; it stays a number.
 
         Raises:
             InputError: a field has another type in ``other``.
@@ -178,10 +179,10 @@ class MetadataSchema:
         return [pa.field(name, _ARROW_TYPES[kind]) for name, kind in self.fields.items()]
 
     def check(self, passage: Passage) -> None:
-        """See that the passage's metadata fits.
+        """Check that the passage's metadata fits.
 
         Raises:
-            InputError: an unknown field, or a value that is not of the field's type.
+            InputError: a field is unknown, or a value does not have the field's type.
         """
         for name, value in passage.metadata.items():
             where = f"passage '{passage.id}', metadata field '{name}'"
@@ -191,10 +192,10 @@ class MetadataSchema:
             _convert(value, self.fields[name], where)
 
     def columns(self, passages: Sequence[Passage]) -> dict[str, pa.Array]:  # pyright: ignore[reportUnknownParameterType]
-        """One Arrow array for each field, with a row for each passage; what a passage lacks is null.
+        """One Arrow array per field, with one row per passage; missing values are null.
 
         Raises:
-            InputError: as ``check``.
+            InputError: as for ``check``.
         """
         for passage in passages:
             self.check(passage)
@@ -205,15 +206,15 @@ class MetadataSchema:
 
 
 def parse_timestamp(text: str) -> datetime:
-    """A point in time from ISO 8601, in UTC: a date, and after ``T`` or a space a time; without a zone it is UTC.
+    """Parse an ISO 8601 date, optionally followed by ``T`` or a space and a time, to UTC; without a zone it is UTC.
 
     Raises:
-        ValueError: it is something else, or no date of the calendar; or it is finer than a microsecond.
+        ValueError: the text has another format, is not a calendar date, or is finer than a microsecond.
     """
     match = _TIMESTAMP.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no time; write it as '2024-05-31' or '2024-05-31T12:30:00Z'")
-    # Python 3.10 reads neither Z, nor +0100, nor fractions of other lengths than 3 and 6.
+        raise ValueError(f"{text!r} is not a time; write it as '2024-05-31' or '2024-05-31T12:30:00Z'")
+    # Python 3.10 parses neither Z, nor +0100, nor fractions with other than 3 or 6 digits.
     fraction = (match["fraction"] or "").ljust(6, "0")
     zone = (match["zone"] or "Z").upper().replace("Z", "+00:00")
     zone = zone if ":" in zone else f"{zone[:3]}:{zone[3:]}"
@@ -231,18 +232,18 @@ def _utc(moment: datetime) -> datetime:
 
 
 def _check_name(name: object) -> None:
-    """Raise an InputError if a field cannot be called so."""
+    """Raise an InputError if a field cannot have this name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problem = "a name has letters a-z, digits and _, begins with a letter, and is at most 64 characters long"
     elif name.startswith("_") or name.lower().startswith("d2_"):
-        problem = "names that begin with _ or d2_ are kept for the index itself"
+        problem = "names that begin with _ or d2_ are reserved for the index itself"
     elif name.lower() in RESERVED:
         problem = f"these are columns of every passage: {', '.join(RESERVED)}"
     elif name.upper() in FILTER_WORDS:
         problem = f"these are words of the filter language: {', '.join(FILTER_WORDS)}"
     else:
         return
-    raise InputError(f"metadata field {name!r} has to be renamed: {problem}")
+    raise InputError(f"metadata field {name!r} must be renamed: {problem}")
 
 
 def _type_of(value: object, where: str) -> FieldType:
@@ -250,13 +251,13 @@ def _type_of(value: object, where: str) -> FieldType:
         if isinstance(value, python_type):
             return kind
     raise InputError(
-        f"{where}: a value of type {type(value).__name__} cannot be kept; "
-        "use a string, an integer, a number, true or false, or a datetime (a list or an object: several fields)"
+        f"{where}: a value of type {type(value).__name__} cannot be stored; "
+        "use a string, an integer, a number, true or false, or a datetime (for a list or object, several fields)"
     )
 
 
 def _widen(name: str, before: tuple[FieldType, str] | None, kind: FieldType, passage_id: str) -> tuple[FieldType, str]:
-    """The type of a field that was ``before`` (with the first passage that showed it) and now also is ``kind``."""
+    """The type of a field that was ``before`` (type and first passage with it) and now also has type ``kind``."""
     if before is None or before[0] == kind:
         return before or (kind, passage_id)
     if {before[0], kind} == {"integer", "number"}:
@@ -268,7 +269,7 @@ def _widen(name: str, before: tuple[FieldType, str] | None, kind: FieldType, pas
 
 
 def _convert(value: object, kind: FieldType, where: str) -> object:
-    """The value as its column keeps it; an InputError if it does not fit."""
+    """The value as stored in its column; raises InputError if it does not fit."""
     if value is None:
         return None
     try:
@@ -287,38 +288,38 @@ def _fits(value: object, kind: FieldType) -> bool:
 
 def _misfit(value: object, expected: str) -> ValueError:
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
-    return ValueError(f"{shown} is no {expected}; correct it or leave it out")
+    return ValueError(f"{shown} is not {expected}; correct it or leave it out")
 
 
 def _to_string(value: Any) -> str:
     if not isinstance(value, str):
-        raise _misfit(value, "string")
+        raise _misfit(value, "a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _misfit(value, "text that UTF-8 can write (it has half of a surrogate pair)") from None
+        raise _misfit(value, "text that UTF-8 can encode (it has half of a surrogate pair)") from None
     return value
 
 
 def _to_integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _misfit(value, "whole number")
+        raise _misfit(value, "a whole number")
     if not -(2**63) <= value < 2**63:
-        raise _misfit(value, "whole number of 64 bits")
+        raise _misfit(value, "a whole number of 64 bits")
     return value
 
 
 def _to_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _misfit(value, "number")
+        raise _misfit(value, "a number")
     try:
         number = float(value)
     except OverflowError:
-        raise _misfit(value, "number that 64 bits can hold") from None
+        raise _misfit(value, "a number that 64 bits can hold") from None
     if not math.isfinite(number):
-        raise _misfit(value, "finite number")
-    if number != value:  # Python compares a whole number with a float exactly
-        raise _misfit(value, "number that a 64-bit float holds exactly")
+        raise _misfit(value, "a finite number")
+    if number != value:  # Python compares integers with floats exactly
+        raise _misfit(value, "a number that a 64-bit float holds exactly")
     return number
 
 
@@ -332,12 +333,12 @@ def _to_timestamp(value: Any) -> datetime:
     if isinstance(value, str):
         return parse_timestamp(value)
     if not isinstance(value, datetime):
-        raise _misfit(value, "datetime or ISO 8601 string")
+        raise _misfit(value, "a datetime or ISO 8601 string")
     return _utc(value)
 
 
 _PYTHON_TYPES: tuple[tuple[type, FieldType], ...] = (
-    (bool, "boolean"),  # before int, of which it is a kind
+    (bool, "boolean"),  # before int, because bool is a subclass of it
     (str, "string"),
     (int, "integer"),
     (float, "number"),

@@ -1,4 +1,4 @@
-"""Small files beside the table of an index, which snapshots take along; among them, how its documents are cut."""
+"""Small files beside the table of an index, which snapshots include; one of them records how documents are chunked."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from d2llm.core.errors import DataFormatError
 from d2llm.store.checksums import read_checked, write_checked
 
 ERRORS_FILE = "student-errors.json"
-"""Of ``retrieval.calibrate``."""
+"""Written by ``retrieval.calibrate``."""
 CHUNKING_FILE = "chunking.json"
-"""How documents are cut into passages, so that the next writer cuts them the same way."""
+"""How documents are chunked into passages, so that the next writer chunks them the same way."""
 CHUNK_TOKENS = 128
-"""Of a passage by default: the best on long articles (docs/index.md), in students that read so many."""
+"""Default tokens of a passage: the best on long articles (docs/index.md) for students that read this many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How documents become passages.
+    """How documents are chunked into passages.
 
     Attributes:
-        chunk_tokens: at most so many of the student's tokens in a passage, with its title; None: each document is one
-            passage, and what the student does not read of it is not found.
-        chunk_overlap: at most so many tokens of the passage before are repeated, in whole sentences or words.
+        chunk_tokens: maximum tokens (of the student) per passage, including its title; None makes each document one
+            passage, and text beyond the student's limit is not searchable.
+        chunk_overlap: maximum tokens repeated from the previous passage, in whole sentences or words.
         late: make late chunks (``models.late_chunking``).
-        late_window: tokens of a document that are read at once for late chunks; None: as many as the backbone can.
+        late_window: tokens of a document that are read at once for late chunks; None: as many as the backbone allows.
     """
 
     chunk_tokens: int | None = CHUNK_TOKENS
@@ -35,7 +35,7 @@ class Chunking:
     late_window: int | None = None
 
     def __str__(self) -> str:
-        """In words."""
+        """The settings in words."""
         if self.chunk_tokens is None:
             return "whole texts, one passage each"
         words = f"{'late chunks' if self.late else 'passages'} of at most {self.chunk_tokens} tokens"
@@ -47,12 +47,12 @@ class Chunking:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Those of the index in a folder, whether they are there or not."""
+    """The paths of the side files of the index in a folder, whether they exist or not."""
     return [folder / name for name in (ERRORS_FILE, CHUNKING_FILE)]
 
 
 def read_chunking(folder: Path) -> Chunking | None:
-    """How the index in a folder cuts documents; None where it has none so far.
+    """How the index in a folder chunks documents; None if this is not decided yet.
 
     Raises:
         DataFormatError: the file is damaged.
@@ -64,15 +64,15 @@ def read_chunking(folder: Path) -> Chunking | None:
         content: dict[str, Any] = read_checked(path)
         return Chunking(**content)
     except (ValueError, TypeError) as error:
-        problem = f"does not say how documents were cut ({error}); restore it from a copy or a snapshot"
+        problem = f"does not say how documents were chunked ({error}); restore it from a copy or a snapshot"
         raise DataFormatError(path, problem) from error
 
 
 def write_chunking(folder: Path, chunking: Chunking) -> None:
-    """Keep it; for the holder of the write lock."""
+    """Store the chunking; requires the write lock."""
     write_checked(folder / CHUNKING_FILE, asdict(chunking))
 
 
 def forget_chunking(folder: Path) -> None:
-    """Leave open again how documents are cut; for the holder of the write lock."""
+    """Remove the stored chunking, so that the next writer chooses it; requires the write lock."""
     (folder / CHUNKING_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a store does with files and with the errors of LanceDB, which come in many kinds."""
+"""File helpers of the store, and conversion of the many kinds of errors of LanceDB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2llm.core.errors import InputError, StorageError
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Another name for a file; its content again where the file system has no links."""
+    """Hard-link a file, or copy it if the file system does not support links."""
     try:
         Path(target).hardlink_to(source)
     except OSError:
@@ -20,7 +20,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 @contextmanager
 def storage_errors(folder: Path) -> Generator[None]:
-    """What a store says when it cannot write, as an error of d2llm."""
+    """Convert errors of writing a store into ``StorageError``."""
     try:
         yield
     except (InputError, StorageError):
@@ -29,16 +29,16 @@ def storage_errors(folder: Path) -> Generator[None]:
         if not (isinstance(error, OSError | RuntimeError | ValueError) or is_panic(error)):
             raise
         raise StorageError(
-            f"{folder}: the index cannot be written ({first_line(error)}). What was committed before is kept; make "
-            "room or give the right to write, then give the same command again"
+            f"{folder}: the index cannot be written ({first_line(error)}). What was committed before is kept; free "
+            "disk space or grant write permission, then run the same command again"
         ) from error
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether this is a panic of LanceDB's Rust, which is no ``Exception`` in Python."""
+    """Whether this is a panic of LanceDB's Rust code, which is not an ``Exception`` in Python."""
     return type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, at most one line."""
+    """The first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

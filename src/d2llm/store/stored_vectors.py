@@ -1,10 +1,10 @@
-"""Where the vectors of an index are kept: in its table and its vector file (two copies), or in the file alone (one).
+"""Where the vectors of an index are stored: in its table and its vector file (two copies), or only in the file (one).
 
-With two copies the table is the source of truth, and a file that is missing or damaged is read from it again. With one
-copy the texts are: a lost vector can only be encoded again by the student, which ``repair`` alone does; until then
-readers and writers get an error that says so.
+With two copies the table is the source of truth, and a missing or damaged file is rebuilt from it. With one copy the
+texts are the source of truth: a lost vector must be encoded again by the student, which only ``repair`` does; until
+then readers and writers get an error that says so.
 
-Both are worth their code: one copy takes 1,017 bytes a passage with bfloat16 where two take 1,784 (docs/LOG.md), and
+Both options are needed: with bfloat16, one copy takes 1,017 bytes per passage and two take 1,784 (docs/LOG.md), but
 late chunks, which cannot be encoded again from the table, need two.
 """
 
@@ -36,22 +36,22 @@ from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
 from d2llm.store.vector_formats import VectorFormat
 
 _log = logging.getLogger(__name__)
-_REPAIRED_ROWS = 2_048  # in one step of a repair: what an interruption can cost at most
+_REPAIRED_ROWS = 2_048  # rows per step of a repair: the most that an interruption can lose
 
 VectorCopies = Literal[1, 2]
 Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
-"""The student's vectors [n, dim] of some passages, of which id, title and text can be relied on."""
+"""Returns the student's vectors [n, dim] of some passages; only their id, title and text are reliable."""
 
 
 class VectorOwner(Protocol):
-    """The store that the vectors are of (``store.index_store.IndexStore``)."""
+    """The store that owns the vectors (``store.index_store.IndexStore``)."""
 
     folder: Path
     format: VectorFormat
 
     @property
     def is_snapshot(self) -> bool:
-        """Whether it never changes."""
+        """Whether the store is a snapshot, which never changes."""
         ...
 
     def table(self, version: int | None = None) -> PassageTable:
@@ -64,7 +64,7 @@ class VectorOwner(Protocol):
 
 
 class StoredVectors(ABC):
-    """The vectors of a store's folder. What changes files is for the holder of the write lock."""
+    """The vectors in a store's folder. Methods that change files require the write lock."""
 
     def __init__(self, store: VectorOwner) -> None:
         self.store = store
@@ -72,20 +72,20 @@ class StoredVectors(ABC):
         self.code_size = store.format.code_size
 
     def generation(self, table: PassageTable) -> int:
-        """Of the vectors of a version. All its rows are of one; a version without rows goes on with the newest."""
+        """The generation of a version's vectors, shared by all its rows; a version without rows uses the newest."""
         row = table.any_row()
         return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
 
     def num_rows(self, table: PassageTable) -> int:
-        """How many rows a version needs, dead ones before its last live one included."""
+        """Number of rows that a version needs, including dead ones before its last live one."""
         rows = _rows_of(table) & ROW_MASK
         return int(rows.max()) + 1 if len(rows) else 0
 
     def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
-        """The vectors of a version with these live rows (d2_row). Checksums are not compared.
+        """The vectors of a version with these live rows (d2_row); checksums are not compared.
 
         Raises:
-            DataFormatError: the file is missing, damaged or lacks rows, and there is no other copy.
+            DataFormatError: the file is missing or damaged or lacks rows, and there is no other copy.
         """
         needed = int(rows.max() & ROW_MASK) + 1 if len(rows) else 0
         try:
@@ -98,10 +98,10 @@ class StoredVectors(ABC):
         return self.recover(table, problem)
 
     def file_to_extend(self, table: PassageTable) -> VectorFile:
-        """The file of the latest version. It must hold all of its rows, else new ones would get their numbers.
+        """The file of the latest version. It must hold all rows of the version, or new rows would reuse their numbers.
 
         Raises:
-            DataFormatError: it does not, and there is no other copy.
+            DataFormatError: the file lacks rows, and there is no other copy.
         """
         generation = self.generation(table)
         try:
@@ -115,39 +115,39 @@ class StoredVectors(ABC):
 
     @abstractmethod
     def recover(self, table: PassageTable, problem: str) -> VectorRows:
-        """The vectors of a version whose file cannot be used, from wherever else they are.
+        """The vectors of a version whose file cannot be used, from the other copy.
 
         Raises:
-            DataFormatError: they are nowhere else; it says ``problem`` and what to do.
+            DataFormatError: there is no other copy; the message contains ``problem`` and a remedy.
         """
 
     @abstractmethod
     def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
-        """A new file for the latest version whose own cannot be used. Raises as ``recover`` does."""
+        """A new file for the latest version, whose own file cannot be used. Raises as ``recover`` does."""
 
     @abstractmethod
     def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8] | None:
-        """What goes into the table's column: new codes, then those of the rows that are kept; None without a column."""
+        """Content of the table's vector column: new codes, then those of the kept rows; None if there is no column."""
 
     @abstractmethod
     def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
-        """What gives the codes [n, code_size] of a batch of the table's rows, sure to be those that were written.
+        """A function that returns the verified codes [n, code_size] of a batch of the table's rows.
 
         Raises:
-            DataFormatError: some are lost.
+            DataFormatError: some codes are lost.
         """
 
     @abstractmethod
     def problems(self, table: PassageTable) -> Iterator[str]:
-        """Read everything, and report what is not as it was written."""
+        """Read everything and report damage."""
 
     @abstractmethod
     def repair(self, table: PassageTable, encode: Encode | None) -> None:
-        """Rewrite the file of the latest version, durably. Rows that the version lacks are zeros in it.
+        """Rewrite the file of the latest version, durably. Rows that the version lacks become zeros.
 
         Raises:
-            InputError: passages must be encoded, and ``encode`` is None.
-            StorageError: it cannot be written; what was there is kept.
+            InputError: passages must be encoded, but ``encode`` is None.
+            StorageError: the file cannot be written; the existing one is kept.
         """
 
 
@@ -155,9 +155,9 @@ class CopiedVectors(StoredVectors):
     """Two copies: in the table, which is the source of truth, and in the vector file, which makes scans fast."""
 
     def recover(self, table: PassageTable, problem: str) -> VectorRows:
-        """From the table, and written for later readers; held in memory where that is impossible.
+        """From the table, and written to the file for later readers; if that is impossible, held in memory.
 
-        (No right to write, another writer at work, an old version.)
+        (No write permission, another active writer, or an old version.)
         """
         count_fallback("vector file")
         _log.warning("%s: %s; its vectors are read from the table again", self.folder, problem)
@@ -165,7 +165,7 @@ class CopiedVectors(StoredVectors):
         if not store.is_snapshot and table.version == store.table().version:
             try:
                 with store.writing():
-                    if table.version == store.table().version:  # none has been written meanwhile
+                    if table.version == store.table().version:  # no newer version was written in the meantime
                         file = self._write_file(table)
                         return VectorRows(file.codes(), file)
             except StorageError as error:
@@ -178,7 +178,7 @@ class CopiedVectors(StoredVectors):
         return self._write_file(table)
 
     def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8]:
-        """All of them."""
+        """New and kept codes."""
         return np.concatenate([codes, codes_of(table.by_rows(kept, ["d2_vector"]))])
 
     def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
@@ -187,7 +187,7 @@ class CopiedVectors(StoredVectors):
         return codes_of
 
     def problems(self, table: PassageTable) -> Iterator[str]:
-        """Damaged parts of the file, else vectors that are not those of the table."""
+        """Damaged parts of the file, or vectors that differ from those of the table."""
         try:
             file = VectorFile.open(self.folder, self.generation(table), self.code_size)
         except DataFormatError as error:
@@ -210,13 +210,13 @@ class CopiedVectors(StoredVectors):
         self._write_file(table)
 
     def _write_file(self, table: PassageTable) -> VectorFile:
-        """Rows that the latest version lacks are zeros, so the file says since when."""
+        """Rows that the latest version lacks become zeros, so the file records the first version that it serves."""
         with storage_errors(self.folder):
             return VectorFile.replace(self.folder, self.generation(table), table.codes(), since=table.version)
 
 
 class SoleVectors(StoredVectors):
-    """One copy: the vector file alone. What is lost is encoded again from the texts, by ``repair``."""
+    """One copy, in the vector file. Lost vectors are encoded again from the texts by ``repair``."""
 
     def recover(self, table: PassageTable, problem: str) -> VectorRows:
         """An error, unless the version has no passages."""
@@ -237,9 +237,9 @@ class SoleVectors(StoredVectors):
         del table, codes, kept
 
     def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
-        """Those in the file, after all its checksums were compared."""
+        """From the file, after comparing all its checksums."""
         codes, file = self.read(table, _rows_of(table))
-        if file is not None and file.damaged(codes):  # copied, they would get checksums that fit
+        if file is not None and file.damaged(codes):  # copying them would create matching checksums
             self._refuse(table, f"{file.path.name} is damaged")
 
         def codes_of_batch(batch: pa.RecordBatch) -> NDArray[np.uint8]:
@@ -248,17 +248,17 @@ class SoleVectors(StoredVectors):
         return codes_of_batch
 
     def problems(self, table: PassageTable) -> Iterator[str]:
-        """Damaged parts of the file, and how many passages have their vectors there."""
+        """Damaged parts of the file, and how many passages have lost their vectors."""
         rows, salvaged = _rows_of(table) & ROW_MASK, self._salvage(table)
         num_lost = len(rows) - int(salvaged.whole[rows[rows < len(salvaged.whole)]].sum())
-        # A version without rows has no file of its own: a writer that was killed may have left a later one beside it.
+        # A version without rows has no file of its own: a killed writer may have left a later one beside it.
         is_unused = salvaged.is_later and not len(rows)
         if (salvaged.problem and not is_unused) or num_lost:
             problem = salvaged.problem or f"{vector_file.path_of(self.folder, self.generation(table)).name} lacks rows"
             yield f"{problem}; {num_lost:,} of {len(rows):,} passages have lost their vectors"
 
     def repair(self, table: PassageTable, encode: Encode | None) -> None:
-        """Whole rows are kept, lost ones are encoded again. Interrupted, the next repair goes on where it was."""
+        """Keeps intact rows and encodes lost ones again. If interrupted, the next repair continues there."""
         rows = np.sort(_rows_of(table))
         salvaged, generation = self._salvage(table), self.generation(table)
         live = np.zeros(int(rows[-1] & ROW_MASK) + 1 if len(rows) else 0, np.bool_)
@@ -268,13 +268,15 @@ class SoleVectors(StoredVectors):
                 self.folder, generation, self.code_size, since=table.version, purpose=_contents_of(table)
             )
         for start in range(draft.capacity, len(live), _REPAIRED_ROWS):
-            codes = self._mended(table, salvaged, live[start : start + _REPAIRED_ROWS], start, generation, encode)
+            codes = self._repaired_codes(
+                table, salvaged, live[start : start + _REPAIRED_ROWS], start, generation, encode
+            )
             with storage_errors(self.folder):
                 draft.append(codes)
         with storage_errors(self.folder):
             draft.take_place(self.folder)
 
-    def _mended(
+    def _repaired_codes(
         self,
         table: PassageTable,
         salvaged: Salvage,
@@ -283,7 +285,7 @@ class SoleVectors(StoredVectors):
         generation: int,
         encode: Encode | None,
     ) -> NDArray[np.uint8]:
-        """The codes of the rows from ``start`` on, of which ``live`` says which are passages."""
+        """The codes of the rows from ``start`` on; ``live`` marks those that are passages."""
         codes, whole = np.zeros((len(live), self.code_size), np.uint8), np.zeros(len(live), np.bool_)
         intact = salvaged.whole[start : start + len(live)]
         whole[: len(intact)] = intact
@@ -291,7 +293,9 @@ class SoleVectors(StoredVectors):
         lost = np.flatnonzero(live & ~whole)
         if len(lost):
             if encode is None:
-                raise InputError(f"{self.folder}: its vectors are kept once; to repair them, a student must encode")
+                raise InputError(
+                    f"{self.folder}: its vectors are kept once; to repair them, a student must encode texts"
+                )
             stored = (lost + start) | generation << GENERATION_SHIFT
             passages = [Passage(**record) for record in table.by_rows(stored.tolist(), TEXT_COLUMNS).to_pylist()]
             codes[lost] = self.store.format.encode(encode(passages), [passage.id for passage in passages])
@@ -302,17 +306,17 @@ class SoleVectors(StoredVectors):
 
     def _refuse(self, table: PassageTable, problem: str) -> NoReturn:
         if table.version < self.store.table().version:
-            what = f"version {table.version} has no vectors any more ({problem}); refresh or open the index again"
+            message = f"version {table.version} no longer has vectors ({problem}); refresh or open the index again"
         else:
-            what = (
+            message = (
                 f"vectors are lost ({problem}), and this index keeps them once; "
                 f"`d2llm index {self.folder} verify --repair` encodes their passages again"
             )
-        raise DataFormatError(self.folder, what)
+        raise DataFormatError(self.folder, message)
 
 
 def stored_vectors(store: VectorOwner, copies: VectorCopies) -> StoredVectors:
-    """How a store reads and writes its vectors, by the number of copies that it keeps."""
+    """The vectors of a store that keeps this number of copies."""
     return SoleVectors(store) if copies == 1 else CopiedVectors(store)
 
 
@@ -321,8 +325,8 @@ def _rows_of(table: PassageTable) -> NDArray[np.int64]:
 
 
 def _contents_of(table: PassageTable) -> str:
-    """A hash of which passages are in which rows: what a repair that was interrupted may go on with."""
-    total = 0  # a sum, as the rows come in no order
+    """A hash of the assignment of passages to rows, to recognise an interrupted repair that can be continued."""
+    total = 0  # a sum, because the rows come in no order
     for batch in table.batches(["d2_row", "d2_hash"]):
         pairs = zip(batch.column("d2_row").to_pylist(), batch.column("d2_hash").to_pylist(), strict=True)
         total += sum(xxhash.xxh3_64_intdigest(f"{row}:{digest}".encode()) for row, digest in pairs)

@@ -1,18 +1,18 @@
 """Checksums of the files of an index's table: LanceDB has none of its own, and trusts the bytes that it reads.
 
 INDEX/
-  checksums.json     the version that was committed last; of every file its size and checksums (``checksums``)
-  write.unfinished   there while a writer is at work, and after one that was killed
+  checksums.json     the last committed version, and the size and checksums of every file (``checksums``)
+  write.unfinished   exists while a writer is running, and after a killed writer
 
-A change is committed when ``checksums.json`` names its version: LanceDB commits first, then the checksums of the files
-that came with it are taken and the file is replaced. Readers open the version that it names, so nobody sees one between
-the two commits. After a writer that was killed there, the next one takes the lock, compares all that was known,
-and takes the version over. The files of a table never change, so a checksum is taken once and carried over from then
-on; it is never taken again from a file that had one, or damage would be made official.
+A change is committed when ``checksums.json`` names its version: LanceDB commits first, then the checksums of the new
+files are computed and ``checksums.json`` is replaced. Readers open the version that it names, so no reader sees the
+state between the two commits. If a writer was killed there, the next one takes the lock, compares all known files, and
+adopts the version. The files of a table never change, so a checksum is computed once and carried over from then on; it
+is never recomputed for a file that has one, because that would legitimise damage.
 
-Opening a version compares the sizes of all of its files, the manifest, every last block and others at random up to 8
-MiB, which is all of a small index. Indices are compared wholly before they are first used (``check_indices``),
-everything by ``verify``, before rows are copied, and after a crash.
+Opening a version compares the sizes of all its files, the manifest, the last block of each file, and a random sample of
+other blocks up to 8 MiB, which covers a small index completely. Indices are compared completely before their first use
+(``check_indices``); everything is compared by ``verify``, before rows are copied, and after a crash.
 """
 
 from __future__ import annotations
@@ -47,34 +47,34 @@ from d2llm.store.storage import link_or_copy
 
 UNFINISHED_NAME = "write.unfinished"
 _FOLDERS = ("data", "_deletions", "_indices", "_versions")
-_WAIT_S, _LOOK_S = 10.0, 0.02  # for a writer that has removed old versions and is about to commit
+_WAIT_S, _LOOK_S = 10.0, 0.02  # wait for a writer that has removed old versions and is about to commit
 
 _log = logging.getLogger(__name__)
 
 
 class TableFiles:
-    """The files of the table in an index's folder. ``begin``, ``commit`` and ``end`` are for the holder of the lock."""
+    """The files of the table in an index's folder. ``begin``, ``commit`` and ``end`` require the write lock."""
 
     def __init__(self, folder: Path, *, expected: bool = False) -> None:
-        """Args: ``expected``, whether the index must have checksums; one of an earlier d2llm need not."""
+        """Args: ``expected``, whether the index must have checksums; one made by an earlier d2llm need not."""
         self.folder = folder
         self.table = folder / TABLE_FOLDER
         self.expected = expected
         self.after_crash = False
         self.ignored: frozenset[str] = frozenset()
-        """Paths that are not compared, because they are about to be replaced (``repair``)."""
+        """Paths that are not compared because they are about to be replaced (``repair``)."""
         self._trusting = False
         self._unfinished = folder / UNFINISHED_NAME
         self._record: tuple[FileState, Record] | None = None
-        self._compared: dict[str, tuple[FileState, bool]] = {}  # how files were then, and whether all was compared
+        self._compared: dict[str, tuple[FileState, bool]] = {}  # state when compared, and whether all blocks were
 
     # Reading -------------------------------------------------------------------------------------------------------
 
     def record(self) -> Record | None:
-        """The checksums as they are now; None where the index has none.
+        """The current checksums; None if the index has none.
 
         Raises:
-            DamagedFileError: they cannot be read, or are missing where there must be some.
+            DamagedFileError: they cannot be read, or are missing although the index must have some.
         """
         path = self.folder / RECORD_NAME
         if self._trusting:
@@ -94,7 +94,7 @@ class TableFiles:
 
     @contextmanager
     def unchecked(self) -> Generator[None]:
-        """As if there were no checksums: for a look at a table that has lost them."""
+        """Ignore checksums, to inspect a table that has lost them."""
         self._trusting = True
         try:
             yield
@@ -102,11 +102,11 @@ class TableFiles:
             self._trusting = False
 
     def is_unfinished(self) -> bool:
-        """Whether a writer is at work, or was killed."""
+        """Whether a writer is running or was killed."""
         return self._unfinished.exists()
 
     def latest(self) -> int | None:
-        """The version that readers open; None if there is none.
+        """The version that readers open; None if there are no versions.
 
         Raises:
             DamagedFileError: the checksums cannot be read.
@@ -122,19 +122,19 @@ class TableFiles:
             if unfinished and time.monotonic() < end:
                 time.sleep(_LOOK_S)
             elif self.is_unfinished() == unfinished and self.record() is record:
-                who = "an earlier d2llm, by LanceDB alone or by a writer that is still at work"
-                _log.warning("%s: version %d has no checksums; it was written by %s", self.folder, newest, who)
+                writers = "an earlier d2llm, by LanceDB directly, or by a writer that is still running"
+                _log.warning("%s: version %d has no checksums; it was written by %s", self.folder, newest, writers)
                 return newest
 
     def ready(self, version: int | None = None, *, whole: bool = False) -> int | None:
-        """The version to open, the latest by default, after its files were compared with their checksums.
+        """The version to open, the latest by default, after comparing its files with their checksums.
 
         Args:
-            version: which; None, the latest.
-            whole: compare every byte, not samples alone.
+            version: version number; None means the latest.
+            whole: compare every byte, not only samples.
 
         Raises:
-            DamagedFileError: a file is not what was written.
+            DamagedFileError: a file is damaged.
         """
         while True:
             number, record = self.latest() if version is None else version, self.record()
@@ -145,33 +145,33 @@ class TableFiles:
                 return number
             except DamagedFileError:
                 if self.record() is record:
-                    raise  # else a writer has gone on meanwhile, and old files went
+                    raise  # otherwise a writer has committed in the meantime and removed old files
 
     def check(self, version: int, *, whole: bool = False) -> None:
-        """Compare the files of a version with their checksums, those that have some. Raises as ``ready`` does."""
+        """Compare the files of a version with their checksums, if they have any. Raises as ``ready`` does."""
         record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             paths = [MANIFEST_NAME, *self._paths(record.files, named.needed)]
             self._compare(record, version, paths, whole=whole or self.after_crash)
 
     def check_indices(self, version: int, names: Collection[str]) -> None:
-        """Compare all of the indices of these names, before they are used. Raises as ``ready`` does."""
+        """Compare the indices of these names completely, before they are used. Raises as ``ready`` does."""
         record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             needed = [path for name, paths in named.indices.items() if name in names for path in paths]
             self._compare(record, version, self._paths(record.files, needed), whole=True)
 
     def indices_of(self, version: int, paths: Collection[str] | None = None) -> list[str]:
-        """The names of the indices of a version, of those that some files belong to where ``paths`` are given.
+        """The names of the indices of a version; if ``paths`` are given, only of indices that these files belong to.
 
         Raises:
-            DamagedFileError: its manifest cannot be read.
+            DamagedFileError: the version's manifest cannot be read.
         """
         indices = self.parsed(f"{TABLE_FOLDER}/{manifests(self.table)[version]}").indices
         return [name for name, needed in indices.items() if paths is None or self._paths(paths, needed)]
 
     def damages(self) -> list[Damage]:
-        """Every file that a version needs and that is not what was written; all of it is compared."""
+        """Every damaged file that some version needs; all bytes are compared."""
         while True:
             record = self.record()
             damages = [] if record is None else list(self._damages(record))
@@ -179,25 +179,25 @@ class TableFiles:
                 return damages
 
     def files_of(self, version: int) -> list[str]:
-        """The paths in the index's folder of the files that a version needs.
+        """The files that a version needs, as paths in the index's folder.
 
         Raises:
-            DamagedFileError: its manifest cannot be read.
+            DamagedFileError: the version's manifest cannot be read.
         """
         manifest = manifests(self.table).get(version)
         if manifest is None:
             raise self._damaged(TABLE_FOLDER, f"has no version {version}")
         named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
-        present = [*self._files_there(), f"{TABLE_FOLDER}/{named.transaction}"]
+        present = [*self._existing_files(), f"{TABLE_FOLDER}/{named.transaction}"]
         return [f"{TABLE_FOLDER}/{manifest}", *self._paths(present, [*named.needed, named.transaction])]
 
     def link(self, version: int, target: Path) -> None:
-        """Put a version into another folder by hard links, which take no space, with its checksums.
+        """Copy a version and its checksums into another folder by hard links, which take no space.
 
-        The files of a table never change, so the copy does not either. Where links are impossible, files are copied.
+        The files of a table never change, so neither does the copy. If links are impossible, files are copied.
 
         Raises:
-            DamagedFileError: one of its files is not what was written.
+            DamagedFileError: one of its files is damaged.
         """
         self.check(version, whole=True)
         paths, record = self.files_of(version), self.record()
@@ -211,9 +211,9 @@ class TableFiles:
     # Writing -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Say that a writer is at work; after one that was killed, compare everything and take over what it committed.
+        """Mark the start of a write; after a killed writer, compare everything and adopt what it committed.
 
-        Damage is left for those who open the table to report, so that a repair can get the lock.
+        Damage is only logged here and reported when the table is opened, so that a repair can get the lock.
         """
         self.after_crash = self.is_unfinished()
         if not self.after_crash:
@@ -229,16 +229,16 @@ class TableFiles:
             _log.warning("%s", error)
 
     def end(self) -> None:
-        """Say that the writer is done, unless a version is left that is not committed, or a crash not dealt with."""
+        """Mark the end of a write, unless an uncommitted version or an unhandled crash is left."""
         newest = next(iter(manifests(self.table)), 0)
         if not self.after_crash and (self._record is None or newest <= self._record[1].version):
             self._unfinished.unlink(missing_ok=True)
 
     def commit(self, *, undo: bool = True) -> None:
-        """Take the checksums of the files that came, and make the table's newest version the one that readers open.
+        """Compute the checksums of new files, and make the table's newest version the one that readers open.
 
         Args:
-            undo: where that fails, remove the versions that came since the last commit.
+            undo: if that fails, remove the versions since the last commit.
 
         Raises:
             DamagedFileError: the newest version cannot be read.
@@ -251,8 +251,8 @@ class TableFiles:
         version, manifest = next(iter(versions.items()))
         named = self.parsed(f"{TABLE_FOLDER}/{manifest}")
         try:
-            files = {path: known[path] if path in known else self._take(path) for path in self._files_there()}
-            # Those that are named and missing are damage, which must not be forgotten.
+            files = {path: known[path] if path in known else self._take(path) for path in self._existing_files()}
+            # Files that are named but missing are damage, which must stay on record.
             files |= {path: known[path] for path in self._paths(known, named.needed)}
             self.replace(Record(version, files))
         except OSError:
@@ -263,18 +263,18 @@ class TableFiles:
             raise
 
     def replace(self, record: Record) -> None:
-        """Replace the record."""
+        """Write a new record."""
         write_record(self.folder, record)
         self._record = state_of(self.folder / RECORD_NAME), record
 
     def remove_older(self, keep: timedelta) -> None:
-        """Remove the versions older than ``keep``, and the files that only they need. The latest stays.
+        """Remove versions older than ``keep`` and the files that only they need. The latest version is always kept.
 
-        LanceDB can do it too, in the same call that joins files. What readers open would then be gone before the
-        version that takes its place is committed, so it is done here, afterwards.
+        LanceDB could do this in the call that joins files, but then the version that readers open would be gone before
+        its successor is committed. So it is done here, afterwards.
 
         Raises:
-            DamagedFileError: a manifest is not what was written, so what it needs is not known.
+            DamagedFileError: a manifest is damaged, so the files that it needs are unknown.
             OSError: a file cannot be removed.
         """
         versions = manifests(self.table)
@@ -286,7 +286,7 @@ class TableFiles:
         if not old:
             return
         kept = {path for version, each in named.items() if version not in old for path in each.all_files}
-        for version in old:  # first, so that nobody opens a version some of whose files are gone
+        for version in old:  # first, so that no reader opens a version with missing files
             (self.table / versions[version]).unlink()
         for path in {path for version in old for path in named[version].all_files} - kept:
             place = self.table / path
@@ -317,10 +317,10 @@ class TableFiles:
                 yield Damage(path, problem, versions)
 
     def named(self, version: int) -> VersionFiles | None:
-        """What a version needs, its manifest compared; None where it has no checksums, or is an earlier one that went.
+        """The files that a version needs, from its verified manifest; None if it has no checksums or was removed.
 
         Raises:
-            DamagedFileError: the manifest is not what was written.
+            DamagedFileError: the manifest is damaged.
         """
         record = self.record()
         manifest = None if record is None else record.manifest_of(version)
@@ -332,24 +332,24 @@ class TableFiles:
         return self.parsed(manifest)
 
     def parsed(self, path: str) -> VersionFiles:
-        """What a manifest names, whether it has a checksum or not. Raises as ``named`` does."""
+        """The files that a manifest names, whether it has a checksum or not. Raises as ``named`` does."""
         try:
             return files_named((self.folder / path).read_bytes())
         except (OSError, ValueError, LookupError) as error:
             raise self._damaged(path, f"cannot be read ({error})") from error
 
     def _paths(self, known: Collection[str], needed: Iterable[str]) -> list[str]:
-        """Those of the paths in the table that are known, as paths in the index's folder."""
+        """The ``needed`` paths of the table that are ``known``, as paths in the index's folder."""
         paths = [f"{TABLE_FOLDER}/{path}" for path in needed if path]
         folders = tuple(path for path in paths if path.endswith("/"))
         inside = [path for path in known if path.startswith(folders)] if folders else []
         return [path for path in (*paths, *inside) if path in known]
 
     def _compare(self, record: Record, version: int, paths: Iterable[str], *, whole: bool) -> None:
-        """Compare files of a version with their checksums; what this object has compared before is left out.
+        """Compare files of a version with their checksums; files that this object has already compared are skipped.
 
         Raises:
-            DamagedFileError: one is not what was written.
+            DamagedFileError: a file is damaged.
         """
         left: dict[str, FileSums] = {}
         states: dict[str, FileState] = {}
@@ -377,8 +377,8 @@ class TableFiles:
         self._compared[path] = state, True
         return sums
 
-    def _files_there(self) -> list[str]:
-        """The files of the table that hold what a search reads, and the manifest of the index."""
+    def _existing_files(self) -> list[str]:
+        """The files of the table that a search may read, and the manifest of the index."""
         files = [self.folder / MANIFEST_NAME]
         for name in _FOLDERS:
             files += (self.table / name).rglob("*.manifest" if name == "_versions" else "*")
@@ -386,5 +386,5 @@ class TableFiles:
 
     def _damaged(self, path: str, problem: str, version: int = 0, record: Record | None = None) -> DamagedFileError:
         if record is not None and version < record.version:
-            problem += f" (version {version}, which needs it, is an earlier one: refresh or open the index again)"
+            problem += f" (it is needed by version {version}, an earlier one: refresh or open the index again)"
         return DamagedFileError(self.folder / path, f"{problem}; {remedy_for(path)}")

@@ -2,16 +2,16 @@
 
 vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
-                            were written together, with a checksum of their bytes; a checksum of all this
+                            were written together, with a checksum of their bytes; a checksum of this JSON
 
-What is derived from the vectors row by row lies beside them in a file of the same kind under another name
-(``projections``), whose ``made_of`` says what its rows were computed from. The vectors of windows are in two more
+Data derived from the vectors row by row is stored beside them in a file of the same format under another name
+(``projections``), whose ``made_of`` names what its rows were computed from. Window vectors are in two more such files
 (``window_vectors``).
 
-A row is written once and never changed, so one file serves every version of the table: a version is the set of its rows
-that are live. The extents are written after the bytes and before the table's commit. A crash in between leaves rows
-that no table names; the next writer goes on behind them. A file that was rewritten (``stored_vectors``) lacks the
-rows that only earlier versions have, hence ``since``.
+A row is written once and never changed, so one file serves every version of the table: a version is a set of live rows.
+The extents are written after the bytes and before the table's commit. A crash in between leaves rows that no table
+names; the next writer appends after them. A file that was rewritten (``stored_vectors``) lacks the rows that only
+earlier versions have, which is why it records ``since``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _REMEDIES = {
     WINDOWS: "`d2llm index ... verify --repair` encodes them again",
     WINDOW_PLACES: "`d2llm index ... verify --repair` encodes them again",
 }
-_JOINED_ROWS = 16_384  # small additions share an extent up to this size, so that the list of extents stays short
+_JOINED_ROWS = 16_384  # small additions share an extent of up to this many rows, to keep the list of extents short
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +55,29 @@ class Extent:
 
     @property
     def end(self) -> int:
-        """The row behind the last."""
+        """The row after the last."""
         return self.start + self.count
 
 
 class VectorRows(NamedTuple):
-    """Codes [capacity, code_size] of all rows, and the file they are mapped from (None: they are in memory)."""
+    """Codes [capacity, code_size] of all rows, and the file that they are mapped from (None: they are in memory)."""
 
     codes: NDArray[np.uint8]
     file: VectorFile | None
 
 
 class Salvage(NamedTuple):
-    """What can be used of a file: codes as far as there are bytes, which of those rows are whole [n], what is wrong."""
+    """The usable part of a file: codes as far as there are bytes, a mask [n] of the intact rows, and the problem."""
 
     codes: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     problem: str | None
     is_later: bool = False
-    """Nothing is damaged, but the file was written for a later version."""
+    """The file is not damaged, but was written for a later version."""
 
 
 class VectorFile:
-    """The vectors of one generation of an index. ``append`` is for the holder of the index's write lock alone."""
+    """The vectors of one generation of an index. ``append`` requires the index's write lock."""
 
     def __init__(self, path: Path, code_size: int, extents: list[Extent], since: int = 0, made_of: str = "") -> None:
         self.path = path
@@ -90,10 +90,10 @@ class VectorFile:
     def create(
         cls, folder: Path, generation: int, code_size: int, *, since: int = 0, name: str = NAME, made_of: str = ""
     ) -> VectorFile:
-        """A new file without rows; one that is there (left by a crash) is replaced."""
+        """A new file without rows; an existing one (left by a crash) is replaced."""
         file = cls(path_of(folder, generation, name), code_size, [], since, made_of)
-        file.path.unlink(missing_ok=True)  # not emptied: a snapshot or a reader may have it under another name
-        file._write_extents()  # first, since a generation counts as soon as its .bin is there
+        file.path.unlink(missing_ok=True)  # not truncated: a snapshot or a reader may have it under another name
+        file._write_extents()  # first, because a generation counts as soon as its .bin exists
         with file.path.open("wb") as stream:
             stream.flush()
             os.fsync(stream.fileno())
@@ -101,7 +101,7 @@ class VectorFile:
 
     @classmethod
     def replace(cls, folder: Path, generation: int, codes: NDArray[np.uint8], *, since: int) -> VectorFile:
-        """A file with these rows in place of one that is missing or damaged."""
+        """Replace a missing or damaged file by one with these rows."""
         try:
             file = cls.begin(folder, generation, codes.shape[1], since=since)
             if len(codes):
@@ -114,15 +114,15 @@ class VectorFile:
     def begin(
         cls, folder: Path, generation: int, code_size: int, *, since: int, purpose: str = "", name: str = NAME
     ) -> VectorFile:
-        """A file that is to take the place of another (``take_place``) when its rows have been appended.
+        """A draft file that replaces another (``take_place``) once its rows have been appended.
 
         Args:
-            folder: of the index; until then the file is in a hidden folder there.
-            generation: whose file it will be.
+            folder: folder of the index; the draft is in a hidden folder there.
+            generation: generation of the file.
             code_size: bytes of a row.
             since: the first version that it serves.
-            purpose: given, the file that an interrupted replacement left for the same purpose is gone on with.
-            name: of the file.
+            purpose: if given, a draft that an interrupted replacement left for the same purpose is continued.
+            name: name of the file.
         """
         draft = _draft_of(folder, generation, purpose, name)
         if purpose:
@@ -131,15 +131,15 @@ class VectorFile:
                 if left.since == since and not left.damaged(left.codes()):
                     return left
             except DataFormatError as error:
-                if draft.is_dir():  # else there was none
+                if draft.is_dir():  # otherwise there was no draft
                     fell_back("interrupted replacement", f"{error}; it starts again", level=logging.INFO)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         return cls.create(draft, generation, code_size, since=since, name=name)
 
     def take_place(self, folder: Path) -> VectorFile:
-        """Put a file that was begun in place of that of its generation."""
-        # Killed between the two, the checksums tell that the parts do not belong together.
+        """Move a draft made by ``begin`` to the place of its generation's file."""
+        # After a crash between the two moves, the checksums show that the parts do not belong together.
         for path in (self.path, self.path.with_suffix(".json")):
             path.replace(folder / path.name)
         shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -147,17 +147,17 @@ class VectorFile:
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int | None, *, name: str = NAME) -> VectorFile:
-        """The file as its list of extents describes it; checksums are not checked.
+        """The file as described by its list of extents; checksums are not compared.
 
-        ``code_size`` None takes the size that the file has.
+        ``code_size=None`` accepts the size in the file.
 
         Raises:
-            DataFormatError: a part is missing, too short, or does not fit ``code_size``.
+            DataFormatError: a part is missing, is too short, or does not fit ``code_size``.
         """
         file = cls._described(folder, generation, code_size, name)
         try:
             if file.path.stat().st_size < file.num_bytes:
-                raise ValueError(f"{file.path.name} is shorter than it says")
+                raise ValueError(f"{file.path.name} is shorter than its list of extents says")
         except (OSError, ValueError) as error:
             raise _unusable(file.path, name, error) from error
         return file
@@ -166,7 +166,7 @@ class VectorFile:
     def _described(
         cls, folder: Path, generation: int, code_size: int | None, name: str = NAME, *, compare: bool = True
     ) -> VectorFile:
-        """The file as its list of extents describes it, whether the rows are there or not."""
+        """The file as described by its list of extents, whether the rows exist or not."""
         path = path_of(folder, generation, name)
         try:
             record = read_checked(path.with_suffix(".json"), compare=compare)
@@ -180,16 +180,16 @@ class VectorFile:
 
     @property
     def capacity(self) -> int:
-        """Number of rows, dead ones included."""
+        """Number of rows, including dead ones."""
         return self.extents[-1].end if self.extents else 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the rows take."""
+        """Size of the rows in bytes."""
         return self.capacity * self.code_size
 
     def append(self, codes: NDArray[np.uint8]) -> int:
-        """Write codes [n, code_size] as the next rows, durably; returns the first row's number."""
+        """Append codes [n, code_size], durably; returns the number of the first new row."""
         first = self.capacity
         content = np.ascontiguousarray(codes)
         with self.path.open("r+b") as stream:
@@ -202,14 +202,14 @@ class VectorFile:
         return first
 
     def codes(self) -> NDArray[np.uint8]:
-        """All rows [capacity, code_size], mapped and read-only."""
+        """All rows [capacity, code_size], memory-mapped and read-only."""
         shape = (self.capacity, self.code_size)
         if not self.capacity:
             return np.zeros(shape, np.uint8)  # an empty file cannot be mapped
         return np.memmap(self.path, np.uint8, "r", shape=shape)
 
     def damaged(self, codes: NDArray[np.uint8]) -> list[Extent]:
-        """The extents whose bytes in ``codes``, all rows, are not those that were written."""
+        """The extents that are damaged in ``codes`` (all rows)."""
         return [extent for extent in self.extents if _checksum(codes[extent.start : extent.end]) != extent.checksum]
 
     def _extend(self, content: NDArray[np.uint8]) -> None:
@@ -217,7 +217,7 @@ class VectorFile:
         if last is not None and last.count + len(content) <= _JOINED_ROWS:
             before = np.fromfile(self.path, np.uint8, last.count * self.code_size, offset=last.start * self.code_size)
             digest = xxhash.xxh3_64(before.tobytes())
-            if digest.hexdigest() == last.checksum:  # else a joint checksum would hide the damage
+            if digest.hexdigest() == last.checksum:  # otherwise a joint checksum would hide the damage
                 digest.update(content.tobytes())
                 self.extents[-1] = Extent(last.start, last.count + len(content), digest.hexdigest())
                 return
@@ -230,12 +230,12 @@ class VectorFile:
 
 
 def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> Salvage:
-    """What a version of the table can use of a file that may be damaged, too short or missing."""
+    """The part of a file that a version of the table can use; the file may be damaged, too short or missing."""
     described, problem = VectorFile._described, None  # pyright: ignore[reportPrivateUsage]
     try:
         try:
             file = described(folder, generation, code_size)
-        except DataFormatError as error:  # what it still says of parts may be true: their checksums tell
+        except DataFormatError as error:  # some extents may still be right: their checksums show which
             file, problem = described(folder, generation, code_size, compare=False), str(error)
         num_rows = min(file.path.stat().st_size // code_size, file.capacity)
     except (DataFormatError, OSError) as error:
@@ -243,7 +243,7 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
     shape, whole = (num_rows, code_size), np.zeros(num_rows, np.bool_)
     codes = np.memmap(file.path, np.uint8, "r", shape=shape) if num_rows else np.zeros(shape, np.uint8)
     if file.since > version and problem is None:
-        return Salvage(codes, whole, f"{file.path.name} is of a later version", is_later=True)
+        return Salvage(codes, whole, f"{file.path.name} belongs to a later version", is_later=True)
     num_damaged = 0
     for extent in file.extents:
         if extent.end <= num_rows and _checksum(codes[extent.start : extent.end]) == extent.checksum:
@@ -255,17 +255,17 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
 
 
 def path_of(folder: Path, generation: int, name: str = NAME) -> Path:
-    """Where the vectors of a generation lie, or what is derived from them under another name."""
+    """The path of the vectors of a generation, or of the file derived from them called ``name``."""
     return folder / f"{name}-{generation}.bin"
 
 
 def ann_path_of(folder: Path, generation: int) -> Path:
-    """Where the approximate index of a generation lies (``ann``), with its record beside it."""
+    """The path of the approximate index of a generation (``ann``); its record is beside it."""
     return folder / f"ann-{generation}.faiss"
 
 
 def generations(folder: Path) -> Iterator[int]:
-    """The generations of which there are files."""
+    """The generations that have files."""
     for path in folder.glob("vectors-*.bin"):
         number = path.stem.removeprefix("vectors-")
         if number.isdecimal():
@@ -273,7 +273,7 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
-    """The files of a generation: its vectors, those of windows, what is derived (``ann``, ``projections``), words."""
+    """The files of a generation: vectors, window vectors, derived files (``ann``, ``projections``) and words."""
     names = (NAME, DERIVED, WINDOWS, WINDOW_PLACES)
     files = (*(path_of(folder, generation, name) for name in names), ann_path_of(folder, generation))
     named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
@@ -281,9 +281,9 @@ def files_of(folder: Path, generation: int) -> list[Path]:
 
 
 def remove(folder: Path, generation: int) -> int:
-    """Remove the files of a generation; returns the bytes they took.
+    """Remove the files of a generation; returns the number of bytes freed.
 
-    A reader that has them mapped keeps them.
+    A reader that has mapped them can still use them.
     """
     freed = 0
     for path in files_of(folder, generation):
@@ -301,7 +301,7 @@ def _unusable(path: Path, name: str, error: Exception) -> DataFormatError:
 
 
 def _fit(extents: list[Extent]) -> bool:
-    """Whether these are extents from row 0 on, one behind the other."""
+    """Whether these extents are contiguous from row 0 on."""
     start = 0
     for extent in extents:
         if type(extent.start) is not int or type(extent.count) is not int or extent.start != start or extent.count < 1:

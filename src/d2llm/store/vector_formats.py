@@ -1,14 +1,14 @@
-"""How the vectors of an index are stored: a format turns float32 vectors into rows of bytes and back.
+"""Storage formats of vectors: a format converts float32 vectors to rows of bytes and back.
 
 float32, bfloat16, float16   the numbers themselves
-int8, int3, binary           8, 3 or 1 bits a dimension of the rotated vector, for vectors of norm near sqrt(dim), as
-                             d2llm's students make them
+int8, int3, binary           8, 3 or 1 bits per dimension of the rotated vector, for vectors with a norm near sqrt(dim),
+                             as d2llm's students produce them
 
-No format needs training, so the first passage of an index is stored as the last one, and a row means the same in every
-index. The quantised formats rotate first: a rotation keeps inner products and spreads the weight of a vector evenly
-over its dimensions, which are then close to standard normal, so that one fixed step suits all of them (as in Vargaftik
-et al., "EDEN", ICML 2022, and Gao and Long, "RaBitQ", SIGMOD 2024). A format also knows the FAISS index whose codes
-equal its rows (``store.scan``).
+No format needs training, so all passages of an index are stored in the same way, and a row means the same in every
+index. The quantised formats first rotate the vectors: a rotation preserves inner products and spreads the energy of a
+vector evenly over its dimensions, which are then close to standard normal, so one fixed step suits all of them (as in
+Vargaftik et al., "EDEN", ICML 2022, and Gao and Long, "RaBitQ", SIGMOD 2024). A format also provides the FAISS index
+whose codes equal its rows (``store.scan``).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 
 STORED_AS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-"""The array type in the file; bfloat16 goes as its 16 bits, because .npy has no such type."""
+"""The array type in the file; bfloat16 is stored as 16-bit integers, because .npy has no such type."""
 _FAISS_FLOATS = {"bfloat16": "QT_bf16", "float16": "QT_fp16"}
 
 _BITS = {"int8": 8, "int3": 3, "binary": 1}
 _STEP = {8: 1 / 16, 3: 0.5975, 1: 2.0}
-"""Distance of neighbouring levels: 8 bits reach +-8 standard deviations; 3 bits and 1 keep a normal vector's norm."""
+"""Distance of adjacent levels: 8 bits span +-8 standard deviations; 3 bits and 1 preserve a normal vector's norm."""
 _LARGEST_ERROR = {8: 0.1, 3: 0.5, 1: np.inf}
-"""A vector is refused when it and what is stored differ by more than this share of its norm (usual: .02, .19, .6)."""
+"""A vector is refused if the stored one differs from it by more than this share of its norm (usual: .02, .19, .6)."""
 
 FORMATS = (*STORED_AS, *_BITS)
 """Names of all formats."""
 
 
 class VectorFormat(Protocol):
-    """Float32 vectors [n, dim] as rows of bytes [n, code_size], and what a scan over such rows needs to know."""
+    """Float32 vectors [n, dim] as rows of bytes [n, code_size], and the operations that a scan of such rows needs."""
 
     @property
     def name(self) -> str:
-        """Its name in ``make_format``."""
+        """Name of the format, as for ``make_format``."""
         ...
 
     @property
@@ -57,7 +57,7 @@ class VectorFormat(Protocol):
 
     @property
     def selects(self) -> bool:
-        """Whether its FAISS index can leave rows out of a search."""
+        """Whether its FAISS index can exclude rows from a search."""
         ...
 
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
@@ -69,11 +69,11 @@ class VectorFormat(Protocol):
         ...
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The vectors [n, dim] that rows [n, code_size] stand for."""
+        """The vectors [n, dim] stored in rows [n, code_size]."""
         ...
 
     def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """As ``decode``, in the format's own basis, in which it is cheaper: ``levels @ turn(query)`` is the product."""
+        """Like ``decode``, but in the format's own basis, which is cheaper: ``levels @ turn(query)`` is the product."""
         ...
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -81,11 +81,11 @@ class VectorFormat(Protocol):
         ...
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:
-        """An upper bound of the norms of ``levels(codes)``."""
+        """An upper bound on the norms of ``levels(codes)``."""
         ...
 
     def empty_faiss_index(self, faiss: Any) -> Any:
-        """A FAISS index by inner product, without rows, whose codes equal these rows.
+        """An empty inner-product FAISS index whose codes have the format of these rows.
 
         Raises:
             AttributeError: this version of FAISS has no such index.
@@ -93,15 +93,15 @@ class VectorFormat(Protocol):
         ...
 
     def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A query [dim] as that index takes it, [1, its width]; its scores are then the inner products."""
+        """A query [dim] in the form that this index expects, [1, width]; its scores are then the inner products."""
         ...
 
 
 def make_format(name: str, dim: int) -> VectorFormat:
-    """The format of a name for vectors of width ``dim``.
+    """The format called ``name`` for vectors of width ``dim``.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no such format.
     """
     if name in STORED_AS:
         return FloatFormat(name, dim)
@@ -128,7 +128,7 @@ class FloatFormat:
             rounded = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(torch.bfloat16)
             stored = rounded.view(torch.int16).numpy()
         else:
-            with np.errstate(over="ignore"):  # what overflows is found and named below
+            with np.errstate(over="ignore"):  # overflows are detected and reported below
                 stored = np.asarray(vectors).astype(STORED_AS[self.name])
         codes = np.ascontiguousarray(stored).view(np.uint8)
         bad = np.flatnonzero(~np.isfinite(self.decode(codes)).all(axis=1))
@@ -161,7 +161,7 @@ class FloatFormat:
         return float(np.sqrt(largest)) * 1.001  # the float32 sum may be a little low
 
     def empty_faiss_index(self, faiss: Any) -> Any:
-        """``IndexFlatIP``, or ``IndexScalarQuantizer`` with 16-bit floats."""
+        """``IndexFlatIP`` for float32, else ``IndexScalarQuantizer`` with 16-bit floats."""
         if self.name == "float32":
             return faiss.IndexFlatIP(self.dim)
         kind = getattr(faiss.ScalarQuantizer, _FAISS_FLOATS[self.name])
@@ -175,10 +175,10 @@ class FloatFormat:
 class RotatedFormat:
     """Each dimension of the rotated vector as one of 2^bits levels, evenly spaced around 0.
 
-    A row of 8 bits a dimension has them in order. With fewer bits, a row has one plane after another, the highest bit
-    first, each with one bit a dimension. A level is then a sum of one signed weight for each plane, so 8 bits of a
-    plane share a table of 256 products: the scan of FAISS' product quantiser, three times faster here than its scan of
-    3-bit scalars.
+    With 8 bits, a row holds one byte per dimension, in order. With fewer bits, a row holds one bit plane after another,
+    the highest bit first, with one bit per dimension each. A level is then a sum of one signed weight per plane, so
+    8 bits of a plane share a table of 256 products: the scan of FAISS' product quantiser, three times faster here than
+    its scan of 3-bit scalars.
     """
 
     def __init__(self, name: str, dim: int) -> None:
@@ -187,7 +187,7 @@ class RotatedFormat:
         self.bits = _BITS[name]
         self._plane_bytes = -(-dim // 8)
         self.code_size = dim if self.bits == 8 else self.bits * self._plane_bytes
-        self.selects = self.bits == 8  # FAISS' product quantiser cannot
+        self.selects = self.bits == 8  # FAISS' product quantiser cannot select rows
         self._step = _STEP[self.bits]
 
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
@@ -203,7 +203,7 @@ class RotatedFormat:
         half = 2 ** (self.bits - 1)
         numbers = np.clip(np.floor(rotated / np.float32(self._step)) + half, 0, 2 * half - 1).astype(np.uint8)
         codes = numbers if self.bits == 8 else self._planes(numbers)
-        self._refuse_poor(rotated, codes, ids)
+        self._refuse_inaccurate(rotated, codes, ids)
         return codes
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -226,11 +226,11 @@ class RotatedFormat:
         return _rotate(query.astype(np.float64)[None])[0]
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:  # noqa: ARG002
-        """That of a row with the highest level everywhere."""
+        """The norm of a row with the highest level in every dimension."""
         return self.dim**0.5 * self._step * 2 ** (self.bits - 1)
 
     def empty_faiss_index(self, faiss: Any) -> Any:
-        """8 bits: ``IndexScalarQuantizer`` with one range. Planes: ``IndexPQ`` whose centroids are the signs."""
+        """8 bits: ``IndexScalarQuantizer`` with one range. Fewer bits: ``IndexPQ`` with sign vectors as centroids."""
         if self.bits == 8:
             kind = faiss.ScalarQuantizer.QT_8bit_uniform
             index = faiss.IndexScalarQuantizer(self.dim, kind, faiss.METRIC_INNER_PRODUCT)
@@ -246,7 +246,7 @@ class RotatedFormat:
         return index
 
     def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The rotated query [1, dim]; for planes once for each, times the plane's weight."""
+        """The rotated query [1, dim]; with bit planes, repeated for each plane and multiplied by its weight."""
         turned = self.turn(query)
         if self.bits == 8:
             return turned[None].astype(np.float32)
@@ -259,7 +259,7 @@ class RotatedFormat:
         shifts = range(self.bits - 1, -1, -1)
         return np.concatenate([np.packbits(numbers >> shift & 1, axis=1, bitorder="little") for shift in shifts], 1)
 
-    def _refuse_poor(self, rotated: NDArray[np.float32], codes: NDArray[np.uint8], ids: Sequence[str]) -> None:
+    def _refuse_inaccurate(self, rotated: NDArray[np.float32], codes: NDArray[np.uint8], ids: Sequence[str]) -> None:
         limit = _LARGEST_ERROR[self.bits]
         norms = np.linalg.norm(rotated, axis=1)
         errors = np.linalg.norm(self.levels(codes) - rotated, axis=1)
@@ -274,7 +274,7 @@ class RotatedFormat:
 
 
 def _rotate(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Fixed signs, then the orthonormal cosine transform of each row of [n, dim]: the same in every index."""
+    """Fixed signs, then the orthonormal cosine transform of each row of [n, dim]; the same in every index."""
     from scipy import fft
 
     return cast(NDArray[Any], fft.dct(vectors * _signs(vectors.shape[1]), norm="ortho", axis=1))

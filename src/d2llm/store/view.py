@@ -1,4 +1,4 @@
-"""What a search reads: one version of a store, whatever is written meanwhile."""
+"""A read-only view of one version of a store, which concurrent writes do not affect."""
 
 # pyright: reportUnknownParameterType=false
 # (pyarrow ships no types)
@@ -32,21 +32,21 @@ from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors
 
 _log = logging.getLogger(__name__)
-_STORED_ROWS = 8_192  # of a view in another format, encoded at a time
-_NO_ROW = np.iinfo(np.uint64).max  # in place of a dead row's id
+_STORED_ROWS = 8_192  # rows encoded at a time for a view in another format
+_NO_ROW = np.iinfo(np.uint64).max  # replaces the id of a dead row
 
 
 class CandidateRows(NamedTuple):
-    """Passages proposed for a query, by row, best first, with their scores: int64 [k] and float32 [k]."""
+    """Candidate passages of a query, best first: rows int64 [k] and scores float32 [k]."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
 
 
 class PassageView:
-    """One version of a store. A row is a passage's place in the vector file; ``live`` says which rows are passages.
+    """One version of a store. A row is a passage's position in the vector file; ``live`` marks rows that are passages.
 
-    ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None where every row is live.
+    ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None if every row is live.
     """
 
     def __init__(self, store: IndexStore, version: int | None = None) -> None:
@@ -62,7 +62,7 @@ class PassageView:
         live = np.zeros(self.capacity, np.bool_)
         live[stored_rows & ROW_MASK] = True
         if np.count_nonzero(live) < self._len or (self._len and np.ptp(stored_rows >> GENERATION_SHIFT)):
-            problem = "two passages of its table have the same row, or rows of two generations"
+            problem = "two passages of its table have the same row, or rows from two generations"
             raise DataFormatError(store.folder, f"{problem}; restore a snapshot, or index the corpus again")
         self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
         self._row_ids = np.full(self.capacity, _NO_ROW, np.uint64)
@@ -73,13 +73,13 @@ class PassageView:
         return self._len
 
     def stored_as(self, vector_format: str) -> PassageView:
-        """The same version with its vectors in another format, in memory: to measure what fewer bits cost.
+        """The same version with its vectors in another format, in memory, to measure the cost of fewer bits.
 
         Raises:
-            InputError: there is no format of that name, or it cannot hold the vectors.
+            InputError: there is no such format, or it cannot hold the vectors.
         """
         view = copy.copy(self)
-        for name in ("ann_base", "ann", "projections"):  # made of the vectors as they are stored
+        for name in ("ann_base", "ann", "projections"):  # derived from the stored vectors
             view.__dict__.pop(name, None)
         view.format = make_format(vector_format, self.dim)
         codes = np.zeros((self.capacity, view.format.code_size), np.uint8)
@@ -103,7 +103,7 @@ class PassageView:
 
     @property
     def task(self) -> Task:
-        """The task of a search that does not name one."""
+        """The default task of a search."""
         return cast(Task, self.store.manifest["task"])
 
     @property
@@ -117,10 +117,10 @@ class PassageView:
         return MetadataSchema.from_arrow(self._table.metadata_fields)
 
     def check_student(self, fingerprint: str) -> None:
-        """Make sure that the vectors are of the student with this fingerprint.
+        """Check that the vectors were made by the student with this fingerprint.
 
         Raises:
-            IndexMismatchError: they are another student's.
+            IndexMismatchError: another student made them.
         """
         self.store.check_student(fingerprint)
 
@@ -132,7 +132,7 @@ class PassageView:
         """The rows of the passages with these ids, in their order.
 
         Raises:
-            InputError: one is missing.
+            InputError: a passage is missing.
         """
         table = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
         row_of = dict(zip(table["id"].to_pylist(), np.asarray(table["d2_row"]) & ROW_MASK, strict=True))
@@ -145,7 +145,7 @@ class PassageView:
         return np.array([row_of[passage_id] for passage_id in ids], np.int64)
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows, in their order; metadata without a value are left out."""
+        """The passages at some rows, in their order; metadata fields without a value are left out."""
         return self._as_passages(self._take(rows, self._columns))
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
@@ -155,20 +155,20 @@ class PassageView:
         return [passages[passage_id] for passage_id in distinct if passage_id in passages]
 
     def document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; none if it is missing."""
+        """The passages of a document, by position; empty if the document is missing."""
         ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
         return self.get(ids)
 
     def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
-        """The first ``limit`` ids of passages behind the id ``cursor``, in order (``listing.passage_ids``)."""
+        """The first ``limit`` passage ids after ``cursor``, in order (``listing.passage_ids``)."""
         return listing.passage_ids(self._table, cursor, limit)
 
     def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
-        """``list_passages`` for documents; a passage without a document is one of its own."""
+        """Like ``list_passages``, for documents; a passage without a document counts as its own document."""
         return listing.documents(self._table, cursor, limit)
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows: its document_id, or its own id where it has none."""
+        """The document of each passage at some rows: its document_id, or its own id if it has none."""
         table = self._take(rows, ["id", "document_id"])
         ids, names = (cast(list[str], table[name].to_pylist()) for name in ("id", "document_id"))
         return [name or own for own, name in zip(ids, names, strict=True)]
@@ -176,7 +176,7 @@ class PassageView:
     def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
         """The passages of the same documents at most ``distance`` positions away, by document and position.
 
-        Those given are among them. A passage without a document_id has no neighbours.
+        The given passages are included. A passage without a document_id has no neighbours.
         """
         places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
         nearby = self._as_passages(self._table.around(places, distance, self._columns))
@@ -192,12 +192,12 @@ class PassageView:
         return self.format.decode(self._vectors.codes[rows])
 
     def block(self, start: int, end: int) -> NDArray[np.float32]:
-        """The vectors of the rows from ``start`` to ``end``, dead rows included, float32 [end - start, dim]."""
+        """The vectors of the rows from ``start`` to ``end``, including dead rows, float32 [end - start, dim]."""
         self._check()
         return self.format.decode(np.asarray(self._vectors.codes[start:end]))
 
     def scan(self, query: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None) -> CandidateRows:
-        """The live rows with the highest inner products with ``query`` [dim], ties by id. Exact for what is stored.
+        """The live rows with the highest inner products with ``query`` [dim], ties by id. Exact for the stored vectors.
 
         Raises:
             InputError: the query has another width than the index, or ``top_k`` < 1.
@@ -213,13 +213,13 @@ class PassageView:
     def scan_together(
         self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
     ) -> list[CandidateRows]:
-        """``scan`` for each of several queries [q, dim], with the same answers, in less time than one by one."""
+        """``scan`` for several queries [q, dim], with identical results but faster than one by one."""
         results = self._check().search_together(queries, top_k, self.mask(allowed), ids_of=self.ids)
         return [CandidateRows(rows, scores) for rows, scores in results]
 
     @cached_property
     def ann_base(self) -> AnnBase | None:
-        """What an approximate index of this version is over; None where the vectors are in memory alone."""
+        """The vectors for an approximate index of this version; None if they are only in memory."""
         scan, file = self._check(), self.vector_file
         if file is None:
             return None
@@ -236,23 +236,23 @@ class PassageView:
 
     @cached_property
     def ann(self) -> AnnIndex | None:
-        """The approximate index that serves this version, if one was built."""
+        """The approximate index that fits this version, if one was built."""
         return None if self.ann_base is None else AnnIndex.open(self.ann_base)
 
     @property
     def generation(self) -> int:
-        """Of the vectors: another has other row numbers."""
+        """Generation of the vectors; other generations number the rows differently."""
         return self._generation
 
     @property
     def vector_file(self) -> VectorFile | None:
-        """Where the vectors lie; None where they are in memory alone."""
+        """The file of the vectors; None if they are only in memory."""
         self._check()
         return self._vectors.file
 
     @cached_property
     def projections(self) -> StoredProjections | None:
-        """What is stored of the interaction's first layer, if ``retrieval.project`` put it there."""
+        """The stored projections of the interaction's first layer, if ``retrieval.project`` wrote them."""
         if self.vector_file is None:
             return None
         made_of = projections_of(self.student_fingerprint, self.format.name)
@@ -266,13 +266,13 @@ class PassageView:
         *,
         ties: Ties = "ids",
     ) -> CandidateRows:
-        """The passages that BM25 finds for a text, best first; the filter comes before the choice.
+        """The best passages of a query text by BM25, best first, among those that pass the filter.
 
-        ``ties`` says what orders equal scores. There may be as many as passages, and to look up their ids takes time.
+        ``ties`` says how equal scores are ordered. All passages may be tied, and looking up their ids takes time.
 
         Raises:
-            InputError: ``top_k`` < 1, or the text is no valid Unicode.
-            FilterError: the filter cannot be read, or does not fit the metadata.
+            InputError: ``top_k`` < 1, or the text is not valid Unicode.
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
@@ -284,7 +284,7 @@ class PassageView:
             allowed = np.append(allowed, np.zeros(len(words) - len(allowed), np.bool_))
         try:
             rows, scores = words.best(words.query(text), top_k, allowed=allowed)
-        except (IndexError, ValueError) as error:  # damage that the samples at opening missed
+        except (IndexError, ValueError) as error:  # damage that the samples on opening missed
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
 
@@ -296,7 +296,7 @@ class PassageView:
 
     @cached_property
     def words(self) -> WordIndex:
-        """BM25 of this version's passages, by row; rows behind ``capacity`` may be there and do not count."""
+        """BM25 of this version's passages, by row; there may be rows beyond ``capacity``, which do not count."""
         words, problems = self.store.words(self._table, self.capacity)
         if problems:
             remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""
@@ -305,7 +305,7 @@ class PassageView:
 
     @cached_property
     def windows(self) -> WindowVectors | None:
-        """The vectors of the windows of this version's passages, by row; None where the index stores none.
+        """The window vectors of this version's passages, by row; None if the index stores none.
 
         Raises:
             DataFormatError: they are missing or damaged.
@@ -313,9 +313,9 @@ class PassageView:
         return None if self.store.window_format is None else self.store.windows(self._table, self.capacity)
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window, of some rows [n] (``WindowVectors.best``).
+        """The highest inner product of a query [dim] with a window of each row [n] (``WindowVectors.best``).
 
-        A passage that is one window has that of its own vector.
+        For a passage with a single window, it is the product with its own vector.
         """
         assert self.windows is not None, "this index stores no vectors of windows"
         scores = self.windows.best(query, rows)
@@ -328,7 +328,7 @@ class PassageView:
         """The rows that a filter allows, as a mask [capacity]; None without a filter.
 
         Raises:
-            FilterError: the filter cannot be read, or does not fit the metadata.
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
         condition = self._condition(filter)
         if condition is None:
@@ -338,7 +338,7 @@ class PassageView:
         return allowed
 
     def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """The rows that are passages, or those of the allowed ones, in order."""
+        """The live rows, or the live rows among the allowed ones, in order."""
         mask = self.mask(allowed)
         return np.arange(self.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
 
@@ -351,7 +351,7 @@ class PassageView:
     def _condition(self, filter: str | None) -> str | None:  # noqa: A002
         if filter is None:
             return None
-        from d2llm.store.filters import parse_filter  # with sqlglot, which most searches do without
+        from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
 
         return parse_filter(filter, self.metadata).sql
 
@@ -359,24 +359,24 @@ class PassageView:
         requested = np.asarray(rows, np.int64)
         inside = requested[(requested >= 0) & (requested < self.capacity)]
         row_ids = self._row_ids[inside]
-        num_there = int(np.count_nonzero(row_ids != _NO_ROW))
-        if num_there < len(requested):
-            num_lacking = len(requested) - num_there
-            problem = f"its table lacks {num_lacking} of {len(requested)} requested rows"
+        num_present = int(np.count_nonzero(row_ids != _NO_ROW))
+        if num_present < len(requested):
+            num_missing = len(requested) - num_present
+            problem = f"its table lacks {num_missing} of {len(requested)} requested rows"
             raise DataFormatError(self.store.folder, problem)
         return self._table.take(row_ids, names)
 
     def _as_passages(self, table: pa.Table) -> list[Passage]:
-        """Rows of the table as passages. Their hashes find damage that the samples at opening missed."""
+        """Rows of the table as passages. Their hashes reveal damage that the samples on opening missed."""
         records = cast("list[dict[str, Any]]", table.to_pylist())
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
             problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"
-            raise DamagedFileError(self.store.folder, f"{problem}; `d2llm index ... verify` says more")
+            raise DamagedFileError(self.store.folder, f"{problem}; `d2llm index ... verify` gives details")
         return list(map(as_passage, records))
 
     def _check(self) -> RowScan:
-        """Compare the vectors with their checksums before the first use; the table replaces damaged ones if it can."""
+        """Compare the vectors with their checksums before the first use; damaged ones are recovered if possible."""
         if self._scan is None:
             codes, file = self._vectors
             if file is not None and file.damaged(codes):

@@ -1,11 +1,12 @@
-"""Vectors of the windows of passages (``ops.words.windows``), each read alone, beside the vectors of the passages.
+"""Vectors of the windows of passages (``ops.words.windows``), encoded separately, beside the vectors of the passages.
 
 window-vectors-<generation>   the codes of window 0, window 1, ..., those of a passage together (``vector_file``)
-window-places-<generation>    of each row its first window and how many it has, two 64-bit integers
+window-places-<generation>    first window and number of windows of each row, two 64-bit integers
 
-A passage that is one window has none: its own vector stands for it. They are written behind the vectors of the same
-rows and before the commit that names these. What a crash leaves behind is of rows that no version names: the places of
-a row are written again with its vector. They are kept once; what is damaged is encoded again by ``repair``.
+A passage with a single window has none stored: its own vector stands for it. Windows are written after the vectors of
+the same rows and before the commit that names these rows. What a crash leaves behind belongs to rows that no version
+names; the places of a row are rewritten together with its vector. Windows are stored once; damaged ones are encoded
+again by ``repair``.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class ReadWindows(NamedTuple):
 
     Attributes:
         vectors: [sum of counts, dim], passage after passage.
-        counts: [n], how many each passage has; 0 where its own vector stands for it.
-        num_tokens: that were read for them.
+        counts: [n], number of windows of each passage; 0 if its own vector stands for it.
+        num_tokens: tokens that were read for them.
     """
 
     vectors: NDArray[np.float32]
@@ -42,14 +43,14 @@ class ReadWindows(NamedTuple):
 
 
 EncodeWindows = Callable[[Sequence[str]], ReadWindows]
-"""Reads the windows of some passages, given as full texts; "" has none."""
+"""Encodes the windows of some passages, given as full texts; "" has none."""
 
 
 class WindowVectors:
-    """The vectors of the windows of an index's rows, at one version."""
+    """The window vectors of the rows of an index at one version."""
 
     def __init__(self, places: NDArray[np.int64], codes: NDArray[np.uint8], vector_format: VectorFormat) -> None:
-        """Args: ``places`` [rows, 2], the first window of each row and how many it has; ``codes`` [windows, bytes]."""
+        """Args: ``places`` [rows, 2], first window and number of windows of each row; ``codes`` [windows, bytes]."""
         self._places = places
         self._scan = RowScan(codes, vector_format)
         self.codes = codes
@@ -60,31 +61,31 @@ class WindowVectors:
         return self.codes.nbytes + self._places.nbytes
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many windows some rows have [n]."""
+        """Number of windows of some rows [n]."""
         return self._places[rows, 1]
 
     def best(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window of each of some rows [n]; -inf for one without any.
+        """The highest inner product of a query [dim] with a window of each row [n]; -inf for rows without windows.
 
-        Each product is summed in one fixed way, whatever rows come with it (``RowScan.products``).
+        Each product is summed in a fixed order, whichever other rows are requested (``RowScan.products``).
         """
         starts, counts = self._places[rows].T
         scores = np.full(len(rows), -np.inf, np.float32)
-        some = np.flatnonzero(counts)
-        if len(some):
-            products = self._scan.products(query, ranges(starts[some], counts[some]))
-            firsts = np.cumsum(counts[some]) - counts[some]
-            scores[some] = np.maximum.reduceat(products, firsts)
+        nonempty = np.flatnonzero(counts)
+        if len(nonempty):
+            products = self._scan.products(query, ranges(starts[nonempty], counts[nonempty]))
+            firsts = np.cumsum(counts[nonempty]) - counts[nonempty]
+            scores[nonempty] = np.maximum.reduceat(products, firsts)
         return scores
 
     def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """The codes of the windows of some rows, row after row, and how many each row has."""
+        """The codes of the windows of some rows, row after row, and the number of windows of each row."""
         starts, counts = self._places[rows].T
         return np.asarray(self.codes[ranges(starts, counts)]), counts
 
 
 def create_windows(folder: Path, generation: int, vector_format: VectorFormat, *, since: int = 0) -> None:
-    """Files without rows."""
+    """Create window files without rows."""
     VectorFile.create(folder, generation, vector_format.code_size, since=since, name=WINDOWS)
     VectorFile.create(folder, generation, _PLACE_BYTES, since=since, name=WINDOW_PLACES)
 
@@ -97,11 +98,11 @@ def append_windows(
     codes: NDArray[np.uint8],
     counts: NDArray[np.int64],
 ) -> None:
-    """Write the windows of the rows from ``first`` on, durably; existing windows of these and later rows go first.
+    """Write the windows of the rows from ``first`` on, durably, replacing existing ones of these and later rows.
 
     Raises:
-        DataFormatError: the files cannot be used.
-        OSError: they cannot be written.
+        DataFormatError: the existing files cannot be used.
+        OSError: the files cannot be written.
     """
     windows = VectorFile.open(folder, generation, vector_format.code_size, name=WINDOWS)
     places = VectorFile.open(folder, generation, _PLACE_BYTES, name=WINDOW_PLACES)
@@ -110,7 +111,7 @@ def append_windows(
     if places.capacity <= first:
         places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
         return
-    # Row numbers that no version names are used again after a vector file was rewritten.
+    # Row numbers that no version names are reused after a vector file was rewritten.
     kept = np.array(places.codes()[:first])
     draft = VectorFile.begin(folder, generation, _PLACE_BYTES, since=places.since, name=WINDOW_PLACES)
     draft.append(np.concatenate([kept, own]))
@@ -120,15 +121,15 @@ def append_windows(
 def open_windows(
     folder: Path, generation: int, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
 ) -> WindowVectors:
-    """The windows of a version, after all their checksums were compared.
+    """The windows of a version, after comparing all their checksums.
 
     Args:
-        folder: of the index.
-        generation: of its vectors.
-        vector_format: of the windows' vectors.
-        num_rows: up to the last that the version names; their windows must exist.
-        capacity: rows that may be read; those behind ``num_rows``, which a crash left, may have no windows.
-        version: of the table.
+        folder: folder of the index.
+        generation: generation of its vectors.
+        vector_format: format of the window vectors.
+        num_rows: rows up to the last that the version names; their windows must exist.
+        capacity: rows that may be read; rows from ``num_rows`` on, left by a crash, may have no windows.
+        version: version of the table.
 
     Raises:
         DataFormatError: they are missing or damaged.
@@ -143,7 +144,7 @@ def open_windows(
         codes = file.codes()
         problem = None
         if file.since > version:
-            problem = f"is of a later version than {version}; refresh or open the index again"
+            problem = f"belongs to a later version than {version}; refresh or open the index again"
         elif file.damaged(codes) or (name == WINDOW_PLACES and len(codes) < num_rows):
             problem = "is not what was written; `d2llm index ... verify --repair` encodes the windows again"
         if problem is not None:
@@ -151,10 +152,10 @@ def open_windows(
         opened.append(codes)
     codes, stored = opened
     places = np.zeros((capacity, 2), np.int64)
-    there = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
-    places[: len(there)] = there
+    written = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
+    places[: len(written)] = written
     if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
-        problem = "names windows that are not there; `d2llm index ... verify --repair` encodes the windows again"
+        problem = "names windows that do not exist; `d2llm index ... verify --repair` encodes the windows again"
         raise DataFormatError(folder / f"{WINDOW_PLACES}-{generation}.bin", problem)
     return WindowVectors(places, codes, vector_format)
 
@@ -167,10 +168,10 @@ def replace_windows(
     *,
     since: int,
 ) -> None:
-    """Put the windows of all rows, given as codes and counts of one block of rows after the other, in the files' place.
+    """Replace the window files by the windows of all rows, given as codes and counts of consecutive blocks of rows.
 
     Raises:
-        OSError: they cannot be written; what was there is kept.
+        OSError: they cannot be written; the existing files are kept.
     """
     windows = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=WINDOWS)
     places = VectorFile.begin(folder, generation, _PLACE_BYTES, since=since, name=WINDOW_PLACES)
@@ -183,6 +184,6 @@ def replace_windows(
 
 
 def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The places of rows that have so many windows, of which the first is window ``start``, as bytes."""
+    """The places of rows with these window counts, whose first window is ``start``, as bytes."""
     places = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
     return places.view(np.uint8).reshape(len(counts), _PLACE_BYTES)

@@ -1,10 +1,10 @@
-"""The words of an index on disk: segments of consecutive rows (``words``), beside the vectors of the same rows.
+"""The words of an index on disk: segments of consecutive rows (``bm25.WordSegment``), beside the vectors of the rows.
 
-words-<generation>-<first>-<end>.bin    the arrays of the segment of rows first to end, one behind the other
-words-<generation>-<first>-<end>.json   where each array lies, checksums of the file, a checksum of all this
+words-<generation>-<first>-<end>.bin    the concatenated arrays of the segment of rows first to end
+words-<generation>-<first>-<end>.json   position of each array, checksums of the file, and a checksum of this JSON
 
 A segment is written before the commit that names its rows and never changed; small neighbours are joined into a new
-one and then removed. All of it follows from the texts, so whatever is missing or damaged is read from the table again.
+segment and then removed. Segments are derived from the texts, so missing or damaged ones are rebuilt from the table.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from d2llm.store.checksums import (
 )
 
 TextsOf = Callable[[int, int], Iterable[str]]
-"""The texts of the rows from one to another, "" for those that are no passages."""
+"""The texts of the rows in a range [first, end); "" for rows that are not passages."""
 
 _NAME = "words"
 _ALIGNMENT = 64
-_MOST_ROWS = 1 << 17  # of a joined segment: what is read and written again at once
-_OPENINGS = 5  # a writer may join segments while a reader opens them
+_MOST_ROWS = 1 << 17  # maximum rows of a joined segment, which is read and rewritten as a whole
+_OPENINGS = 5  # attempts to open: a writer may join segments while a reader opens them
 _TYPES = {
     name: np.dtype(kind)
     for name, kind in {
@@ -67,7 +67,7 @@ class _Part(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """The words of the rows from 0 on, and what of them had to be read from the table again, with the reason."""
+    """The words of the rows from 0 on, and the problems for which some had to be read from the table again."""
 
     words: WordIndex
     problems: list[str]
@@ -79,12 +79,12 @@ def files_of(folder: Path, generation: int) -> list[Path]:
 
 
 def write_segment(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
-    """Write the words of the rows from ``first`` on, durably. Existing words of these and later rows go first.
+    """Write the words of the rows from ``first`` on, durably. Existing words of these and later rows are removed first.
 
-    (Row numbers that no version names are used again after a vector file was rewritten.)
+    (Row numbers that no version names are reused after a vector file was rewritten.)
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the files cannot be written.
     """
     for part in _parts(folder, generation):
         if part.end > first:
@@ -94,14 +94,14 @@ def write_segment(folder: Path, generation: int, first: int, segment: WordSegmen
 
 
 def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, *, whole: bool = False) -> Coverage:
-    """The words of the first ``num_rows`` rows, and perhaps of some that came later.
+    """The words of the first ``num_rows`` rows, and possibly of later ones.
 
     Args:
-        folder: of the index.
-        generation: of its vectors.
-        num_rows: of the version that is read.
-        texts_of: gives texts of rows whose words are not there or damaged.
-        whole: compare all bytes with their checksums, not samples alone.
+        folder: folder of the index.
+        generation: generation of its vectors.
+        num_rows: number of rows of the version that is read.
+        texts_of: returns the texts of rows whose words are missing or damaged.
+        whole: compare all bytes with their checksums, not only samples.
     """
     opened_parts: dict[_Part, WordSegment | str] = {}
     for _ in range(_OPENINGS):
@@ -134,10 +134,10 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
 
 
 def settle_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf) -> None:
-    """Read what is missing of the words of all rows, and join small neighbours; for the holder of the write lock.
+    """Add missing words of all rows from the texts, and join small neighbours; requires the write lock.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the files cannot be written.
     """
     at = 0
     for part in [*_cover(_parts(folder, generation), num_rows), None]:
@@ -150,7 +150,7 @@ def settle_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf
     for group in _groups(parts):
         opened = [_open(part, whole=True) for part in group]
         segments = [each for each in opened if not isinstance(each, str)]
-        if len(segments) == len(group):  # damaged ones stay what they are, until a repair
+        if len(segments) == len(group):  # damaged ones are left as they are until a repair
             _write(folder, generation, group[0].first, WordSegment.join(segments))
             for part in group:
                 _remove(part)
@@ -161,14 +161,14 @@ def settle_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf
 
 
 def remove_damaged(folder: Path, generation: int) -> None:
-    """Remove the segments that are not what was written; ``settle_words`` then reads their rows again."""
+    """Remove damaged segments; ``settle_words`` then reads their rows again."""
     for part in _parts(folder, generation):
         if isinstance(_open(part, whole=True), str):
             _remove(part)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers left that were killed."""
+    """Remove what killed writers left."""
     for path in folder.glob(f".{_NAME}-*.new"):
         path.unlink()
     for path in folder.glob(f"{_NAME}-*.bin"):
@@ -186,7 +186,7 @@ def _parts(folder: Path, generation: int) -> list[_Part]:
 
 
 def _cover(parts: Sequence[_Part], num_rows: int) -> list[_Part]:
-    """Parts that do not overlap, the largest where they do."""
+    """Parts without overlaps; of overlapping parts, the largest."""
     chosen: list[_Part] = []
     at = 0
     for part in parts:
@@ -197,9 +197,9 @@ def _cover(parts: Sequence[_Part], num_rows: int) -> list[_Part]:
 
 
 def _groups(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Neighbours to join: so that each segment is twice as large as the one behind it, or as large as they get.
+    """Neighbours to join, so that each segment is at least twice as large as the next, up to the maximum size.
 
-    A row is then written again as often as the number of rows doubles, not with each addition.
+    A row is then rewritten once per doubling of the number of rows, not with each addition.
     """
     stack: list[list[_Part]] = []
 
@@ -247,7 +247,7 @@ def _open(part: _Part, *, whole: bool) -> WordSegment | str:
         blocks = None if whole else sample_blocks({part.path.name: sums})[part.path.name]
         if (problem := problem_of(part.path, sums, blocks)) is not None:
             return problem
-        content = np.asarray(np.memmap(part.path, np.uint8, "r"))  # a slice of a memmap takes 5 times an array's time
+        content = np.asarray(np.memmap(part.path, np.uint8, "r"))  # slicing a memmap takes 5 times as long
         arrays: dict[str, NDArray[Any]] = {}
         for name, kind in _TYPES.items():
             start, length = record["arrays"][name]
@@ -261,5 +261,5 @@ def _open(part: _Part, *, whole: bool) -> WordSegment | str:
 
 
 def _remove(part: _Part) -> None:
-    part.record.unlink(missing_ok=True)  # first: without it the rest is nothing
+    part.record.unlink(missing_ok=True)  # first: without its record, a segment does not count
     part.path.unlink(missing_ok=True)

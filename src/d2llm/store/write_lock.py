@@ -1,4 +1,4 @@
-"""One writer at a time: the lock of an index, and the traces that a killed writer leaves."""
+"""One writer at a time: the write lock of an index, and the cleanup after a killed writer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LOCK_NAME = "write.lock"
 
 
 class WriteLock:
-    """The lock of the index in a folder. It is the operating system's, so a killed writer leaves none behind."""
+    """The lock of the index in a folder. It is an operating system lock, so a killed writer releases it."""
 
     def __init__(self, folder: Path, files: TableFiles, check: Callable[[], None]) -> None:
-        """Args: ``check`` is called when the lock has been got, before anything is changed."""
+        """Args: ``check`` is called after the lock is acquired, before anything is changed."""
         self._folder = folder
         self._files = files
         self._check = check
@@ -27,7 +27,7 @@ class WriteLock:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Hold it; may be nested.
+        """Hold the lock; may be nested.
 
         Raises:
             IndexLockedError: another process or thread holds it.
@@ -54,7 +54,7 @@ class WriteLock:
             self._lock.release()
 
     def finish(self) -> None:
-        """For readers: do what a writer that was killed did not get to. Nothing, where one is still at work."""
+        """For readers: complete the work of a killed writer. Does nothing while a writer is still running."""
         if self._lock.is_locked or not self._files.is_unfinished():
             return
         try:
@@ -63,4 +63,4 @@ class WriteLock:
         except IndexLockedError:
             pass
         except StorageError:
-            self._files.after_crash = True  # without the right to write, every reader compares everything
+            self._files.after_crash = True  # without write permission, every reader compares everything

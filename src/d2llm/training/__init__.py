@@ -1,1 +1,1 @@
-"""From a recipe to a student: tune the teacher, stack, gate, label, distil, fit."""
+"""Trains a student from a recipe: tune the teacher, stack, gate, label, distil, fit."""

@@ -1,4 +1,4 @@
-"""The verb ``data check``: what is in a data set, and whether its splits are apart."""
+"""The verb ``data check``: reports what is in a data set, and whether its splits overlap."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ def check_data(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> DataReport:
-    """Count what is in a data set, and look for leaks between its splits, repeated texts, long texts and languages.
+    """Count the contents of a data set, and look for leaks between splits, repeated or long texts, and languages.
 
-    The texts are read as a stream: memory grows with ids and hashes, not with the texts of a corpus.
+    The texts are streamed: memory grows with the ids and hashes, not with the texts of a corpus.
 
     Args:
-        data: what ``open_data`` reads.
-        tokenizer: whose tokens count, and whose limits: a student (shipped, or its folder), or else a model's name, a
-            model's folder or a tokenizer's folder, with the limits of a new student.
-        near: least Jaccard similarity of the character trigrams of two near queries, in (0, 1]; 1 looks for none.
-        sample_size: queries and passages whose length is measured; 1,000 of them have their language told.
-        seed: of the samples.
-        show_progress: None means: if standard error is a terminal.
+        data: anything that ``open_data`` reads.
+        tokenizer: determines tokens and length limits: a student (shipped, or its folder), or else the name or folder
+            of a model, or the folder of a tokenizer, with the limits of a new student.
+        near: minimum Jaccard similarity of the character trigrams of near queries, in (0, 1]; 1 disables the search.
+        sample_size: number of queries and passages whose length is measured; for 1,000 of them the language is guessed.
+        seed: seed of the samples.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        DataFormatError: no such data, or malformed data (names file and line).
+        DataFormatError: the data does not exist or is malformed (the message names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
-        InputError: ``near`` or ``sample_size`` out of range.
+        InputError: ``near`` or ``sample_size`` is out of range.
         ModelNotFoundError: there is no such tokenizer.
-        MissingExtraError: datasketch, py3langid or the `datasets` library is needed and not installed.
+        MissingExtraError: datasketch, py3langid or the `datasets` library is needed but not installed.
     """
     if not 0 < near <= 1:
         raise InputError(f"near is {near}, but must be above 0 and at most 1")
     if sample_size < 1:
         raise InputError(f"sample_size is {sample_size}, but must be at least 1")
     backbone, location = _backbone_of(tokenizer)
-    tokens = load_tokenizer(location)  # before the long reading, so that a wrong name fails at once
+    tokens = load_tokenizer(location)  # before the data is read, so that a wrong name fails at once
     source = open_source(data)
     contents = read_through(source, sample_size=sample_size, seed=seed)
     for issue in contents.issues:
@@ -79,10 +79,10 @@ def check_data(
     )
     with progress_bar("lengths", sum(len(sample.texts) for _, sample, _, _ in samples), show=show_progress) as bar:
         lengths = [
-            measure_lengths(what, sample, _counter(tokens, prefix), limit, bar)
-            for what, sample, prefix, limit in samples
+            measure_lengths(side, sample, _counter(tokens, prefix), limit, bar)
+            for side, sample, prefix, limit in samples
         ]
-    languages = [guess_languages(what, _draw(sample, seed)) for what, sample, _, _ in samples]
+    languages = [guess_languages(side, _draw(sample, seed)) for side, sample, _, _ in samples]
     return DataReport(
         source.name,
         str(data),
@@ -101,10 +101,10 @@ def check_data(
 
 
 def _backbone_of(name: str) -> tuple[BackboneConfig, str]:
-    """The limits to measure against, and where the tokenizer is."""
+    """The backbone's configuration with its length limits, and the location of the tokenizer."""
     folder = shipped_models("students").get(name, Path(name).expanduser())
     if (folder / MANIFEST).is_file():
-        # A student's folder has its tokenizer, so that the backbone's weights are not needed.
+        # A student's folder contains its tokenizer, so the backbone's weights are not needed.
         config = StudentConfig.model_validate(read_manifest(folder, KIND, FORMAT_VERSION)["config"])
         return config.backbone, str(folder)
     is_tokenizer = (folder / "tokenizer.json").is_file()
@@ -120,5 +120,5 @@ def _counter(tokenizer: PreTrainedTokenizerBase, prefix: str) -> CountTokens:
 
 
 def _draw(sample: Sample, seed: int) -> list[str]:
-    """Some texts of a sample, whose first ones are more often the first of the file."""
+    """Draw some texts of a sample at random, because its first texts tend to be the first of the file."""
     return random.Random(seed).sample(sample.texts, min(_NUM_LANGUAGE_TEXTS, len(sample.texts)))

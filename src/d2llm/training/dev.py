@@ -1,7 +1,7 @@
-"""Dev sets: queries or pairs of a dev split, the passages that they are scored with, and how scores are measured.
+"""Dev sets: queries or pairs of a dev split, the passages to score them with, and the measures of scores.
 
-``make_dev_set`` is for training: its queries are ranked over a small corpus, again and again. ``make_dev_lists`` and
-``make_dev_pairs`` are for judges, which are asked about a few candidates of each query.
+``make_dev_set`` is for training, which repeatedly ranks a small corpus for its queries. ``make_dev_lists`` and
+``make_dev_pairs`` are for judges, which score a few candidates per query.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from d2llm.training.mining.ranking import bm25_lists
 
 INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
-"""Pairs of a dev set for each query that a dev set of queries would have."""
+"""A dev set of labelled pairs has this many pairs for each query that a dev set of queries would have."""
 _LEXICAL_DEPTH = 10
 _MEASURE, _DEPTH = "nDCG@10", 10
 
 Scores = Sequence[NDArray[np.floating[Any]]]
-"""For each query of a dev set the scores of its candidates, both in the dev set's order."""
+"""For each query of a dev set, the scores of its candidates; both are in the dev set's order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A measure on a dev set: its value, and one for each item [items], in the order of ``DevSet.item_ids``."""
+    """A measure on a dev set: its value, and the value of each item [items], in the order of ``DevSet.item_ids``."""
 
     measure: str
     value: float
@@ -60,20 +60,20 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class DevSet:
-    """Queries of the dev split of one data set, or labelled pairs, and the passages that each query is scored with.
+    """Queries or labelled pairs from the dev split of one data set, and the candidate passages of each query.
 
-    The measure is nDCG@10, or that of the kind of pairs (``evaluation.gold``). Texts of pairs are their own ids: those
-    of many pair sets are line numbers, under which other pairs may stand tomorrow.
+    The measure is nDCG@10, or the main measure of the kind of pairs (``evaluation.gold``). For pairs, the texts serve
+    as ids, because the ids of many pair sets are line numbers, which change when the file does.
 
     Attributes:
-        name: of the data set.
-        task: of its pairs.
+        name: name of the data set.
+        task: the task of its pairs.
         queries: query_id -> text.
         passages: passage_id -> full text, of all candidates.
         candidates: query_id -> passage ids, for each of ``queries`` and in their order.
         qrels: query_id -> passage_id -> grade; empty for pairs.
-        pairs: the labelled pairs; none where there are qrels.
-        gold: what is true of the pairs.
+        pairs: the labelled pairs; empty if there are qrels.
+        gold: the true labels of the pairs.
     """
 
     name: str
@@ -87,7 +87,7 @@ class DevSet:
 
     @property
     def item_ids(self) -> tuple[str, ...]:
-        """The ids of what is measured: queries, or pairs."""
+        """The ids of the measured items: queries, or pairs."""
         return tuple(self.queries) if self.gold is None else tuple(pair.id for pair in self.pairs)
 
     @property
@@ -96,7 +96,7 @@ class DevSet:
         return _MEASURE if self.gold is None else self.gold.main_measure
 
     def per_query(self, scores: Scores) -> dict[str, dict[str, float]]:
-        """Measure -> query_id -> value, of a set with qrels; equal scores are ranked by passage id."""
+        """Measure -> query_id -> value, for a set with qrels; equal scores are ranked by passage id."""
         rankings = {
             query_id: [passage_id for passage_id, _ in top_k(values, ids, _DEPTH)]
             for (query_id, ids), values in zip(self.candidates.items(), scores, strict=True)
@@ -104,12 +104,12 @@ class DevSet:
         return per_query_measures(rankings, self.qrels)
 
     def measure(self, scores: Scores, *, cross_fit: bool = False) -> Measured:
-        """The measure of some scores.
+        """Measure scores.
 
         Args:
-            scores: of each query's candidates.
-            cross_fit: fit the thresholds between classes on one half of the pairs and use them on the other, in turn,
-                and no threshold where the measure needs none. By default thresholds are fitted on all pairs.
+            scores: the scores of each query's candidates.
+            cross_fit: fit the thresholds between classes on each half of the pairs and use them on the other; fit none
+                if the measure needs none. By default thresholds are fitted on all pairs.
         """
         if self.gold is None:
             values = self.per_query(scores)[_MEASURE]
@@ -124,18 +124,18 @@ class DevSet:
         if cross_fit and isinstance(self.gold, NliGold):
             by_item = _cross_fitted(self.gold, pair_scores)
             return Measured(self.measure_name, float(by_item.mean()), by_item)
-        everything = np.arange(len(self.pairs))
-        thresholds = None if cross_fit else self.gold.fit(pair_scores, everything)
-        value = measure_all(self.gold, pair_scores, everything, thresholds)[self.measure_name]
-        return Measured(self.measure_name, value, self.gold.item_values(pair_scores, everything, thresholds))
+        positions = np.arange(len(self.pairs))
+        thresholds = None if cross_fit else self.gold.fit(pair_scores, positions)
+        value = measure_all(self.gold, pair_scores, positions, thresholds)[self.measure_name]
+        return Measured(self.measure_name, value, self.gold.item_values(pair_scores, positions, thresholds))
 
 
 def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     by_class = np.argsort(gold.classes, kind="stable")  # so that both halves have pairs of each class
     halves = by_class[::2], by_class[1::2]
     values = np.empty(len(scores))
-    for here, other in (halves, halves[::-1]):
-        values[here] = gold.item_values(scores[here], here, gold.fit(scores[other], other))
+    for half, other in (halves, halves[::-1]):
+        values[half] = gold.item_values(scores[half], half, gold.fit(scores[other], other))
     return values
 
 
@@ -145,16 +145,16 @@ def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.floa
 def make_dev_set(
     source: TrainingSource, *, num_queries: int, num_passages: int, seed: int, show_progress: bool | None = None
 ) -> DevSet:
-    """Sample dev queries; their corpus is their positives, BM25's first ten of each, and random passages.
+    """Sample dev queries; their corpus is their positives, BM25's first ten for each query, and random passages.
 
-    Of a set of labelled pairs a sample of ten times as many pairs is taken.
+    From a set of labelled pairs, ten times as many pairs are sampled.
 
     Args:
         source: the data set, with its dev split.
-        num_queries: that are measured, or all where there are fewer.
-        num_passages: that they are ranked among; more where their positives and BM25's are more.
-        seed: of the draws.
-        show_progress: None means: if standard error is a terminal.
+        num_queries: number of queries to measure on; all if there are fewer.
+        num_passages: size of the corpus to rank; larger if the positives and BM25's passages are more.
+        seed: seed of the samples.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: the data set has no dev queries with a positive, or no dev pairs.
@@ -172,7 +172,7 @@ def make_dev_set(
     chosen = sorted(rng.sample(sorted(positives), min(num_queries, len(positives))))
     queries = [dataset.queries[query_id] for query_id in chosen]
     needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
-    title = f"passages for the dev queries of {dataset.name}"
+    title = f"BM25 for the dev queries of {dataset.name}"
     lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show_progress, title=title)
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
@@ -188,16 +188,16 @@ def evaluate_dev(
     title: str = "measuring on dev",
     show_progress: bool | None = None,
 ) -> dict[str, DevResult]:
-    """The measure of every dev set by weight r of the interaction, whatever the student's own.
+    """Measure a student on every dev set for each weight r of the interaction, whatever the student's own weight.
 
     Args:
-        student: whose texts are read and scored.
-        dev_sets: to measure on.
-        title: of the progress bar, which counts texts that are read and queries that are ranked.
-        show_progress: None means: if standard error is a terminal.
+        student: the student to measure.
+        dev_sets: the dev sets to measure on.
+        title: title of the progress bar, which counts texts encoded and queries ranked.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        TrainingDivergedError: scores are no numbers.
+        TrainingDivergedError: scores are not finite.
     """
     results: dict[str, DevResult] = {}
     total = sum(2 * len(dev.queries) + len(dev.passages) for dev in dev_sets)
@@ -210,9 +210,9 @@ def evaluate_dev(
 
 @dataclass(frozen=True, slots=True)
 class DevResult:
-    """The dev measure by weight r of the interaction; ``by_item`` has its values for each query or pair.
+    """The dev measure by weight r of the interaction; ``by_item`` has the values of each query or pair.
 
-    A head that is not an anchor with an interaction has r = 1 alone.
+    A head that is not an anchor with an interaction has only r = 1.
     """
 
     task: Task
@@ -222,7 +222,7 @@ class DevResult:
 
 @dataclass(frozen=True)
 class EncodedDev:
-    """A dev set as a student's vectors: while these stay, its interaction can be measured again and again.
+    """A dev set encoded by a student; while the vectors are fixed, its interaction can be measured repeatedly.
 
     ``rows`` has, for each query, the rows of its candidates among the passages.
     """
@@ -234,7 +234,7 @@ class EncodedDev:
 
 
 def encode_dev(student: Student, dev: DevSet, *, advance: Callable[[int], None] = ignore) -> EncodedDev:
-    """Read the texts of a dev set, each once; ``advance`` is called with the number of those finished."""
+    """Encode the texts of a dev set; ``advance`` is called with the number of texts finished."""
     row = {passage_id: number for number, passage_id in enumerate(dev.passages)}
     return EncodedDev(
         dev,
@@ -245,15 +245,15 @@ def encode_dev(student: Student, dev: DevSet, *, advance: Callable[[int], None] 
 
 
 def has_interaction_weight(student: Student) -> bool:
-    """Whether the score has an interaction beside its inner product, so that there is a weight r to choose."""
+    """Whether the score has an interaction in addition to its inner product, and so a weight r to choose."""
     return student.has_anchor and not isinstance(student.interaction, CosineHead)
 
 
 def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
-    """The measure of a dev set by weight of the interaction; ``advance`` is called with the number of queries ranked.
+    """Measure a dev set for each weight r of the interaction; ``advance`` is called with the number of queries ranked.
 
     Raises:
-        TrainingDivergedError: scores are no numbers.
+        TrainingDivergedError: scores are not finite.
     """
     dev = encoded.dev
     scores: dict[float, Scores] = {1.0: _score(student, encoded, advance)}
@@ -266,11 +266,11 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
             weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
             for weight in INTERACTION_WEIGHTS
         }
-    measured = {weight: dev.measure(of_weight) for weight, of_weight in scores.items()}
+    results = {weight: dev.measure(weight_scores) for weight, weight_scores in scores.items()}
     return DevResult(
         dev.task,
-        {weight: at_weight.value for weight, at_weight in measured.items()},
-        {weight: at_weight.by_item for weight, at_weight in measured.items()},
+        {weight: result.value for weight, result in results.items()},
+        {weight: result.by_item for weight, result in results.items()},
     )
 
 
@@ -280,9 +280,9 @@ def _score(student: Student, encoded: EncodedDev, advance: Callable[[int], None]
     for query, rows in zip(encoded.queries, encoded.rows, strict=True):
         scores.append(student.score(query, encoded.passages[rows], encoded.dev.task, interaction_weight=1.0))
         advance(1)
-    if not all(np.isfinite(of_query).all() for of_query in scores):
+    if not all(np.isfinite(query_scores).all() for query_scores in scores):
         raise TrainingDivergedError(
-            f"the student's scores of the dev queries of '{encoded.dev.name}' are no numbers; the last good checkpoint "
+            f"the student's scores of the dev queries of '{encoded.dev.name}' are not finite; the last good checkpoint "
             "is kept. Lower the learning rate, or compute in bfloat16 or float32"
         )
     return scores
@@ -291,7 +291,7 @@ def _score(student: Student, encoded: EncodedDev, advance: Callable[[int], None]
 def _anchor(
     student: Student, query: Float32[np.ndarray, " dim"], passages: Float32[np.ndarray, "passages dim"], task: Task
 ) -> Float32[np.ndarray, " passages"]:
-    """The anchor logits, by the same products as in ``Student.score``: where the interaction is 0, so is the change."""
+    """The anchor logits, computed exactly as in ``Student.score``, so that they equal its score without interaction."""
     anchor_query = torch.from_numpy(student.anchor_queries(query[None], task))
     blocks = torch.from_numpy(passages).split(SCORE_BLOCK)
     return torch.cat([(anchor_query @ block.T)[0] for block in blocks]).numpy()
@@ -301,34 +301,34 @@ def _anchor(
 
 
 def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool = False) -> list[Query]:
-    """A random sample of the dev queries that have a positive, by a hash of their ids.
+    """A random sample of the dev queries that have a positive, ordered by a hash of their ids.
 
-    A larger sample contains a smaller one. ``from_end`` takes the queries that an equally large sample without it would
-    take last, so that what is fitted on the one is tried on others while there are enough.
+    A larger sample contains a smaller one. ``from_end`` takes the queries from the other end of that order, so that the
+    two samples do not overlap if there are enough queries: one is for fitting, the other for testing.
 
     Raises:
         InputError: there are none.
     """
-    positives = _dev_positives(dataset, "a teacher cannot be tried")
+    positives = _dev_positives(dataset, "a teacher cannot be tested")
     ordered = sorted(positives, key=lambda query_id: _place(query_id, seed))
     chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
     return [dataset.queries[query_id] for query_id in chosen]
 
 
 def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: int) -> DevSet:
-    """A random sample of the dev pairs, by a hash of their ids; a larger sample contains a smaller one.
+    """A random sample of the dev pairs, ordered by a hash of their ids; a larger sample contains a smaller one.
 
     Args:
-        dataset: with its dev split.
-        task: what a pair stands for.
-        num_pairs: how many, or all where there are fewer.
-        seed: of the order.
+        dataset: the data set, with its dev split.
+        task: the task of its pairs.
+        num_pairs: number of pairs; all if there are fewer.
+        seed: seed of the order.
 
     Raises:
         InputError: there are none.
         DataFormatError: the labels of the sample cannot be measured.
     """
-    available = _dev_pairs(dataset, "a teacher cannot be tried")
+    available = _dev_pairs(dataset, "a teacher cannot be tested")
     return _pair_dev_set(dataset, task, sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs])
 
 
@@ -345,18 +345,18 @@ def make_dev_lists(
     """Dev queries with the first ``depth`` passages of BM25 and of the student's inner products, from the whole corpus.
 
     Args:
-        dataset: with its dev judgements.
-        task: what a pair stands for.
-        queries: of the dev split.
-        student: whose vectors propose; a head without an inner-product part proposes by its vectors' cosine. None:
-            BM25 proposes alone, and no passage has to be encoded.
-        depth: how many of each list.
-        with_positives: put all positives first, and leave out other passages of the same text as one, for lists whose
-            every label is believed. Otherwise the lists are just what a search would find.
-        show_progress: None means: if standard error is a terminal.
+        dataset: the data set, with its dev judgements.
+        task: the task of its pairs.
+        queries: queries of the dev split.
+        student: proposes candidates by its inner product, or by cosine if its head has no inner product. If None, only
+            BM25 proposes candidates, and no passages are encoded.
+        depth: number of passages from each list.
+        with_positives: put all positives first, and leave out other passages with the same text as a positive, for uses
+            that rely on every label. Otherwise the lists are exactly what a search would find.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        ModelError: the student gave vectors that are not finite.
+        ModelError: the student's vectors are not finite.
     """
     index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
     lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
@@ -377,7 +377,7 @@ def make_dev_lists(
 
 @dataclass(frozen=True, slots=True)
 class JudgedDev:
-    """A judge's scores of a dev set. ``num_truncated`` of the ``num_new`` pairs judged now were cut."""
+    """A judge's scores of a dev set. ``num_truncated`` of the ``num_new`` pairs judged now were truncated."""
 
     scores: Scores
     num_new: int
@@ -389,10 +389,10 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, show_progres
 
     Args:
         judge: the teacher.
-        dev: queries and candidates.
-        name: of the judge, for the progress bar.
-        store: folder of a label store, whose judgements are not made again.
-        show_progress: None means: if standard error is a terminal.
+        dev: the queries and their candidates.
+        name: the judge's name in the progress bar.
+        store: folder of a label store; pairs with a label in it are not judged again.
+        show_progress: None shows progress if standard error is a terminal.
     """
     pool = judge_pool(
         judge,
@@ -426,15 +426,15 @@ def _nearest(
 
 
 def _place(identifier: str, seed: int) -> bytes:
-    """By which ids are put into a random order."""
+    """A sort key that puts ids into a random order."""
     return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
 
 
-# What both have in common --------------------------------------------------------------------------------------------
+# Shared by both ------------------------------------------------------------------------------------------------------
 
 
 def _dev_positives(dataset: Dataset, consequence: str) -> dict[str, tuple[str, ...]]:
-    """The positives of the dev queries that have any; an error where there are none."""
+    """The positives of the dev queries that have any; raises InputError if there are none."""
     judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
     positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
     if not positives:
@@ -446,7 +446,7 @@ def _dev_positives(dataset: Dataset, consequence: str) -> dict[str, tuple[str, .
 
 
 def _dev_pairs(dataset: PairDataset, consequence: str) -> Sequence[LabelledPair]:
-    """The dev pairs; an error where there are none."""
+    """The dev pairs; raises InputError if there are none."""
     available = dataset.pairs("dev") if "dev" in dataset.splits else ()
     if not available:
         raise InputError(f"{dataset.path}: there are no dev pairs, so {consequence}; move some training pairs there")

@@ -1,4 +1,4 @@
-"""The verb ``distill``: a student learns the teacher's judgement."""
+"""The verb ``distill``: trains a student on the teacher's judgements."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"
 
 @dataclass(frozen=True, slots=True)
 class DistillReport:
-    """What a distillation did.
+    """The result of a distillation.
 
-    ``dev`` holds the dev measure by data set: at the start, at the last look, as kept, and as kept by weight r; and the
-    number of queries or pairs. ``share_kept`` is the share of the change from the start that was kept
-    (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, so the start was written.
-    ``evidence`` has, for each task, the weights of what counts beside the vectors, and what they are worth on dev.
-    ``probabilities`` has, for each task with enough dev queries, what turns its scores into probabilities.
+    ``dev`` has, by data set, the dev measure at the start, at the last evaluation, and of the kept state (also by
+    weight r), and the number of queries or pairs. ``share_kept`` is the share of the change from the start that was
+    kept (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, so the start was
+    written. ``evidence`` has, for each task, the weights of the evidence beside the vectors, and its gain on dev.
+    ``probabilities`` has, for each task with enough dev queries, the function that turns scores into probabilities.
     """
 
     folder: str
@@ -75,39 +75,39 @@ def distill(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> DistillReport:
-    """Train a student on a teacher's labels and write it to ``folder``; an interrupted run goes on where it stopped.
+    """Train a student on a teacher's labels and write it to ``folder``; an interrupted run continues where it stopped.
 
-    The student starts as its backbone's own cosine (default configuration) and is measured on dev before the first step
-    and then regularly. The best state is kept, and for each task the weight r of the interaction with the best dev
-    result, which may be 0. So what is written is never worse on dev than the start. At the end its scores are
-    calibrated as probabilities, on the same number of dev queries (``training.fit_probabilities``).
+    The student starts as its backbone's own cosine (in the default configuration) and is evaluated on dev before the
+    first step and then regularly. The best state is kept, with the weight r of the interaction that has the best dev
+    result for each task, which may be 0. The student is therefore never worse on dev than the start. At the end, its
+    scores are calibrated as probabilities, on the same number of dev queries (``training.fit_probabilities``).
 
     If every imitation loss has weight 0, neither teacher nor labels are needed: the student is trained on the data
-    sets' own judgements, as a tuned cosine with an interaction beside it.
+    sets' own judgements, as a tuned cosine with an interaction.
 
-    Under ``torchrun`` or ``accelerate launch`` the processes share the texts of each batch; the result is that of one
-    process, up to rounding. Only the first evaluates and writes, into a folder that all of them must see.
+    Under ``torchrun`` or ``accelerate launch``, the processes share the texts of each batch; the result is that of one
+    process, up to rounding. Only the first process evaluates and writes; all of them need access to the folder.
 
     Args:
         sources: data sets with their plans; each needs judged dev queries.
-        folder: where the student goes; ``<folder>.run`` beside it keeps checkpoint, best state and log.
+        folder: where to write the student; ``<folder>.run`` beside it has the checkpoint, the best state and the log.
         recipe: student, losses, training and seed.
         labels: the label store that ``label`` wrote.
-        teacher: whose labels to use.
-        closed_gates: data sets on which the teacher did not beat the cosine (``training.gate``); the student learns
-            from their own judgements.
-        device: by default what this machine has.
-        dtype: by default what is fast there.
-        show_progress: None means: if standard error is a terminal.
+        teacher: the teacher whose labels to use.
+        closed_gates: data sets on which the teacher did not beat the cosine (``training.gate``); the student is trained
+            on their own judgements.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: ``folder`` holds a finished student or foreign files, the data sets cannot be told apart (see
-            ``check_sources``), there are no labels or dev queries, or the checkpoint is another run's.
-        LabelMismatchError: the store holds labels of another teacher or prompt only.
-        TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
+        InputError: ``folder`` holds a finished student or foreign files, two data sets cannot be distinguished (see
+            ``check_sources``), there are no labels or dev queries, or the checkpoint is from another run.
+        LabelMismatchError: the store has only labels of another teacher or prompt.
+        TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     if (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: holds a finished student already; give another folder, or delete it to start anew")
+        raise InputError(f"{folder}: already holds a finished student; give another folder, or delete it to start over")
     check_replaceable(folder, KIND)
     check_sources(sources)
     started = time.monotonic()
@@ -117,7 +117,7 @@ def distill(
         for source in sources
     ]
     if not any(source.entries for source in labelled):
-        raise InputError(f"{labels}: no query of the plans has all its labels; run `label` to the end first")
+        raise InputError(f"{labels}: no query of the plans has all its labels; finish `d2llm label` first")
     training = recipe.training
     dev_sets = [
         make_dev_set(
@@ -153,7 +153,7 @@ def distill(
         if processes.is_first:
             report = _fit_and_write(run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates)
             report = replace(report, seconds=time.monotonic() - started)
-        return processes.from_first(report)  # when the student is written
+        return processes.from_first(report)  # wait until the student is written
 
 
 def _fit_and_write(
@@ -165,7 +165,7 @@ def _fit_and_write(
     teacher: str,
     closed: Collection[str],
 ) -> DistillReport:
-    """Fit evidence and probabilities of the trained student on dev, write it, and complete the report."""
+    """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report."""
     student, recipe = run.student.eval(), run.recipe
     student.evidence = _fit_evidence(student, sources, recipe, run.show_progress)
     student.calibration = fit_probabilities(
@@ -231,7 +231,7 @@ def _report(
 def _teacher_when_needed(
     teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
 ) -> AskTeacher:
-    """Asks the teacher about passages that training finds; it is loaded for the first one without a label."""
+    """A function that lets the teacher judge passages mined in training; the teacher is loaded when first needed."""
     judge: Judge | None = None
 
     def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
@@ -247,7 +247,7 @@ def _teacher_when_needed(
 def _fit_evidence(
     student: Student, sources: Sequence[TrainingSource], recipe: Recipe, show_progress: bool | None
 ) -> Evidence:
-    """Weigh the evidence on the dev queries of the data sets; labelled pairs have no corpus to count words in."""
+    """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
     if not recipe.evidence.terms or not student.has_anchor:
         return NO_EVIDENCE
     return fit_evidence(
@@ -269,7 +269,7 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
     joined = LabelledSource.join(source, store, keep_unlabelled=keep)
     if joined.num_unlabelled:
         _log.warning(
-            "%s: %d of %d queries of the plan lack the teacher's labels and are %s",
+            "%s: %d of %d queries of the plan have no teacher labels and are %s",
             source.dataset.name,
             joined.num_unlabelled,
             len(source.plan.entries),
@@ -281,8 +281,8 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
     )
     if without_cosines and recipe.losses.feature_imitation:
         _log.warning(
-            "%s: %d queries lack cosines of the teacher's features for some of their passages, which take no part in "
-            "feature imitation; run `label` again to make them",
+            "%s: %d queries have no cosines of the teacher's features for some of their passages, which are left out "
+            "of feature imitation; run `d2llm label` again to compute them",
             source.dataset.name,
             without_cosines,
         )
@@ -290,7 +290,7 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
 
 
 def _run_settings(recipe: Recipe, sources: Sequence[LabelledSource], identity: TeacherIdentity) -> dict[str, Any]:
-    """All that shapes a run, as plain JSON: a checkpoint, or a student, of anything else is another run's."""
+    """Everything that affects a run, as JSON; a checkpoint or student with other settings is from another run."""
     return {
         "recipe": shaping_settings(recipe),
         "teacher": identity.fingerprint,

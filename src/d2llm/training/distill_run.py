@@ -1,4 +1,4 @@
-"""The training loop of ``distill``: steps, dev, checkpoints, and the state that is kept."""
+"""The training loop of ``distill``: steps, dev evaluation, checkpoints, and the choice of the state to keep."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ from d2llm.training.training_run import (
 _log = logging.getLogger(__name__)
 _BEST = "best.safetensors"
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
-_LOOKS, _MOST_STEPS_BETWEEN = 5, 200
+_NUM_EVALUATIONS, _MAX_STEPS_BETWEEN = 5, 200
 
 
 @dataclass
 class DistillProgress:
-    """Where a run stands; plain JSON in a checkpoint."""
+    """The progress of a run, stored as JSON in a checkpoint."""
 
     step: int = 0
     measured_step: int = -1
@@ -84,7 +84,7 @@ class DistillProgress:
 
 
 class DistillRun:
-    """The training loop of one distillation, with all that a checkpoint must bring back."""
+    """The training loop of one distillation, and the state that a checkpoint restores."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ class DistillRun:
         ask_teacher: AskTeacher,
         show_progress: bool | None = None,
     ) -> None:
-        """Begin a run, or take up the one whose checkpoint is in ``folder``.
+        """Begin a run, or resume the one whose checkpoint is in ``folder``.
 
-        ``settings`` are all that shapes the run, as plain JSON: a checkpoint made with anything else is another run's.
-        ``ask_teacher`` is called where ``training.unjudged`` says so.
+        ``settings`` is JSON with everything that affects the run; a checkpoint with other settings is from another run.
+        ``ask_teacher`` is called if ``training.unjudged`` is "ask_teacher".
         """
         self.show_progress = show_progress if processes.is_first else False
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
@@ -121,8 +121,8 @@ class DistillRun:
         checkpoint = load_checkpoint(folder, settings=self.settings)
         if checkpoint is not None:
             restore(checkpoint, self.parameters, self.optimizer)
-            self._take_up(checkpoint.state)
-            remarks.info("distill: goes on after step %d of an earlier run", self.progress.step)
+            self._resume(checkpoint.state)
+            remarks.info("distill: continues after step %d of an earlier run", self.progress.step)
         self.log: RunLog | None = None
         if processes.is_first:
             key = fingerprint_json(self.settings)
@@ -132,16 +132,17 @@ class DistillRun:
         self.per_epoch = batches_per_epoch(self.sources, recipe.training.batch_queries)
         self.total_steps = self.per_epoch * epochs_of(recipe.training, self.per_epoch)
         self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
-        self.eval_every = recipe.training.eval_every or min(_MOST_STEPS_BETWEEN, -(-self.total_steps // _LOOKS))
+        default_interval = min(_MAX_STEPS_BETWEEN, -(-self.total_steps // _NUM_EVALUATIONS))
+        self.eval_every = recipe.training.eval_every or default_interval
         self.room = graph_room(student, recipe.training)
         self.signals = StopSignals()
-        self.kept_step, self.kept_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
+        self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
     def train(self) -> bool:
-        """Train to the end; returns whether dev stopped it early.
+        """Train to the end; returns whether it was stopped early by the dev results.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         """
         with self.signals, progress_bar("distilling", self.total_steps, show=self.show_progress) as advance:
             advance(self.progress.step)
@@ -149,14 +150,14 @@ class DistillRun:
                 return self._train(advance)
             except KeyboardInterrupt:
                 if self.signals.is_consistent and self.best.step is not None:
-                    self._keep()
-                    remarks.info("distill: step %d is kept in %s", self.progress.step, self.folder)
+                    self._save()
+                    remarks.info("distill: step %d is saved in %s", self.progress.step, self.folder)
                 raise
 
     def _train(self, advance: Advance) -> bool:
         training, progress = self.recipe.training, self.progress
         batches: list[tuple[LabelledSource, list[Draw]]] = []
-        self._measure_and_keep()  # before the first step, or what a stop has kept from it
+        self._evaluate_and_save()  # before the first step, or if a stop prevented it
         while progress.step < self.total_steps:
             if self.best.looks_since >= training.patience:
                 return True
@@ -167,28 +168,28 @@ class DistillRun:
                 if place == 0:
                     self._write(progress.step + 1, queries=queries_by_set(batches))
             self._step(*batches[place], advance)
-            self._measure_and_keep()
+            self._evaluate_and_save()
         return False
 
-    def _measure_and_keep(self) -> None:
-        """After a step: dev and a checkpoint where they are due."""
+    def _evaluate_and_save(self) -> None:
+        """After a step, evaluate on dev and save a checkpoint if they are due."""
         training, progress = self.recipe.training, self.progress
         at_end = progress.step == self.total_steps
-        is_look = (progress.step % self.eval_every == 0 or at_end) and progress.measured_step < progress.step
-        if is_look:
+        is_evaluated = (progress.step % self.eval_every == 0 or at_end) and progress.measured_step < progress.step
+        if is_evaluated:
             self._evaluate()
-        # A new best state is kept with a checkpoint that knows it, so that a resumed run cannot mix the two.
+        # Save a checkpoint with every new best state, so that a resumed run has matching ones.
         is_due = progress.step % training.checkpoint_every == 0 or at_end or self.best.step == progress.step
-        is_due |= time.monotonic() - self.kept_at > 60 * training.checkpoint_minutes
-        if is_due and (is_look or self.kept_step != progress.step):
-            self._keep()
+        is_due |= time.monotonic() - self.saved_at > 60 * training.checkpoint_minutes
+        if is_due and (is_evaluated or self.saved_step != progress.step):
+            self._save()
 
     def take_best(self) -> None:
-        """Put the best state into the student."""
+        """Load the best state into the student."""
         self.best.put_back()
 
     def step_back(self) -> None:
-        """Take back as much of the change as dev does not miss (``training.interpolation``)."""
+        """Undo as much of the change as possible without a significant loss on dev (``training.interpolation``)."""
         training, progress = self.recipe.training, self.progress
         if self.best.step == 0 or not training.steps_back:
             return
@@ -210,11 +211,11 @@ class DistillRun:
         put_between(self.parameters, self.start, end, share)
         self._adopt(results[share])
         progress.share_kept = share
-        for tried_share, of_share in results.items():
-            self._write(progress.step, share=tried_share, dev=_rounded(of_share))
+        for each, share_results in results.items():
+            self._write(progress.step, share=each, dev=_rounded(share_results))
 
     def train_interaction(self) -> None:
-        """The second stage, where the recipe has one: the interaction alone, on the vectors as they are now."""
+        """Run the second stage, if the recipe has one: train the interaction alone, with the vectors fixed."""
         if not self.has_stages:
             return
         if self.processes.is_first:
@@ -236,12 +237,12 @@ class DistillRun:
         self._write(self.progress.step + step, **values)
 
     def finish(self) -> None:
-        """Close the log of a finished run."""
+        """Close the log at the end of the run."""
         if self.log is not None:
             self.log.finish()
 
     def _remine(self, epoch: int) -> None:
-        """Mine hard negatives with the student of this epoch's start; they are kept, so a resumed run has the same."""
+        """Mine hard negatives with the current student; they are stored, so that a resumed run uses the same ones."""
         if not self.recipe.training.remine or epoch == 0:
             return
         renewed: list[LabelledSource] = []
@@ -260,18 +261,18 @@ class DistillRun:
                     show_progress=self.show_progress,
                 )
                 write_plan(folder, remined.plan.entries, {"remined": remined.plan.manifest.get("remined")})
-            self.processes.from_first(None)  # when the plan is written
+            self.processes.from_first(None)  # wait until the plan is written
             mined = labelled.with_source(replace(labelled.source, plan=read_plan(folder)))
             renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._judged_alone(mined))
         self.sources = renewed
 
     def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
-        """The source with those newly mined negatives that the teacher has judged, which it may judge now first."""
+        """Keep only the mined negatives that the teacher has judged; with "ask_teacher", it judges new ones first."""
         if self.recipe.training.unjudged == "ask_teacher":
             if self.processes.is_first:
-                by_teacher = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
-                self.ask_teacher(mined, {entry.query_id: entry.hard_negatives for entry in by_teacher})
-            self.processes.from_first(None)  # when the labels are written
+                labelled = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
+                self.ask_teacher(mined, {entry.query_id: entry.hard_negatives for entry in labelled})
+            self.processes.from_first(None)  # wait until the labels are written
             mined = replace(mined, labels=mined.labels.read_again())
         return mined.without_unjudged_negatives()
 
@@ -307,7 +308,7 @@ class DistillRun:
             loss_of,
             training=training,
             room=self.room,
-            seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout by step alone: resume is exact
+            seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout depends only on the step: resuming is exact
             processes=self.processes,
         )
         factor = learning_rate_factor(progress.step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
@@ -325,12 +326,12 @@ class DistillRun:
             self.log.write(step, **values)
 
     def _evaluate(self) -> None:
-        """Measure on dev in the first process; all then know how the run stands."""
+        """Evaluate on dev in the first process, and share the progress with the others."""
         if self.processes.is_first:
             self.student.eval()
             results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
             with self.signals.held():
-                self._take_in(results)
+                self._record(results)
         progress, best = self.processes.from_first((vars(self.progress), self.best.record()))
         vars(self.progress).update(progress)
         self.best.take_up(best)
@@ -338,8 +339,8 @@ class DistillRun:
     def _dev_results(self, title: str) -> dict[str, DevResult]:
         return evaluate_dev(self.student, self.dev_sets, title=title, show_progress=self.show_progress)
 
-    def _take_in(self, results: dict[str, DevResult]) -> None:
-        """Take in the dev results of this step: keep the state if it is the best so far."""
+    def _record(self, results: dict[str, DevResult]) -> None:
+        """Record the dev results of this step, and keep the state if it is the best so far."""
         progress = self.progress
         weights = choose_interaction_weights(results)
         by_set = value_by_set(results, weights)
@@ -348,8 +349,8 @@ class DistillRun:
         items = items_at_best_weight(results)
         if self.best.step is None:
             progress.start_dev, progress.start_items = by_set, items
-        # A state that lost on one data set is not shipped, whatever it gained on another; where a step back is tried at
-        # the end, that step will see to it.
+        # A state that is worse on one data set is not kept, whatever it gained on another. If ``step_back`` runs at the
+        # end, it makes sure of that.
         is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
         if self.best.offer(value, progress.step, is_sound=is_sound):
             self._adopt(results)
@@ -359,7 +360,7 @@ class DistillRun:
         _log.info("step %d: dev %s", progress.step, dev)
 
     def _adopt(self, results: dict[str, DevResult]) -> None:
-        """Take these as the dev results of what will be written, and choose the weights r by them."""
+        """Use these as the dev results of the student to be written, and choose the weights r by them."""
         progress = self.progress
         progress.best_by_set = {
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
@@ -367,14 +368,14 @@ class DistillRun:
         progress.best_weights = choose_interaction_weights(results)
 
     def set_interaction_weights(self) -> None:
-        """Give the student's interaction the weight r that was chosen for each task; until here it is 1."""
+        """Set the chosen weight r of each task in the student's interaction; during training it is 1."""
         head = self.student.interaction
         if has_interaction_weight(self.student) and isinstance(head, Interaction):
             for task, weight in self.progress.best_weights.items():
                 head.interaction_weight(task).fill_(weight)
 
     def _state(self) -> dict[str, Any]:
-        """How the run stands, as plain JSON."""
+        """The progress of the run, as JSON."""
         best = {
             "best_step": self.best.step,
             "best_dev": self.best.value,
@@ -382,18 +383,18 @@ class DistillRun:
         }
         return vars(self.progress) | best
 
-    def _take_up(self, state: Mapping[str, Any]) -> None:
+    def _resume(self, state: Mapping[str, Any]) -> None:
         best = {"step": "best_step", "value": "best_dev", "looks_since": "evaluations_without_gain"}
         self.best.take_up({name: state[key] for name, key in best.items()})
         self.progress = DistillProgress(**{key: value for key, value in state.items() if key not in best.values()})
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
             raise TrainingDivergedError(
-                f"weights became infinite or no numbers before step {self.progress.step}; training stopped. The last "
-                f"good checkpoint is kept in {self.folder}. Lower the learning rate"
+                f"weights became infinite or NaN before step {self.progress.step}; training stopped. The last good "
+                f"checkpoint is kept in {self.folder}. Lower the learning rate"
             )
-        self.kept_step, self.kept_at = self.progress.step, time.monotonic()
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if self.processes.is_first:
             step, state = self.progress.step, self._state()
             with self.signals.held():
@@ -409,7 +410,7 @@ def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with a rate for the backbone and one for the heads; vectors and scalars are not decayed."""
+    """AdamW with separate learning rates for backbone and heads; vectors and scalars have no weight decay."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
         rate = training.learning_rate if name.startswith("backbone.") else training.head_learning_rate

@@ -1,10 +1,10 @@
 """The weights of the evidence in a student's score, fitted on dev queries (``models.evidence``, ``ops.fusion``).
 
-The student's own score keeps weight 1; each task has one set of weights for all of its data sets, to which every query
-counts the same. What is reported is measured on queries that took no part in the fit: each half of the dev queries with
-the weights of the other half. Where that is not better than the student's own score, the weights are 0; where the
-vectors of windows add next to nothing, they have none, since an index pays for them. What words count for goes by the
-query where that is better for queries, and for whole data sets, that the fit did not see.
+The student's own score keeps weight 1. Each task has one set of weights for all of its data sets, and every query
+counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
+fitted on the other half. If that is not better than the student's own score, the weights are 0. If the vectors of
+windows gain next to nothing, they are left out, because they make an index larger and slower to build. The weight of
+words depends on the query if that is better on queries, and on whole data sets, that the fit did not see.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from d2llm.store.window_vectors import WindowVectors
 from d2llm.training.dev import dev_queries
 
 MIN_QUERIES = 30
-"""Judged dev queries of a task below which nothing is fitted."""
+"""Minimum number of judged dev queries of a task; with fewer, nothing is fitted."""
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
-"""How many of the best by words, and of the best by vectors, are in a query's list; of so many passages, at least."""
+"""How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""
 WORTH_READING = 0.002
-"""nDCG@10 on dev that the vectors of windows must add, over all data sets of a task: an index pays for them."""
+"""Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of windows to be used."""
 _MEASURE = "nDCG@10"
 
 _remarks = logging.getLogger("d2llm.remarks")
@@ -49,9 +49,9 @@ class EvidenceLists:
     """Lists of passages of the dev queries of one data set, scored by each kind of evidence.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         lists: for each query the scores [passages, 1 + terms], the student's own first, and the grades [passages].
-        statistics: [queries, k] of each query's words (``store.bm25.QueryWords``).
+        statistics: [queries, k], statistics of each query's words (``store.bm25.QueryWords``).
     """
 
     name: str
@@ -59,7 +59,7 @@ class EvidenceLists:
     statistics: NDArray[np.float32]
 
     def half(self, number: int) -> EvidenceLists:
-        """Every other query, from the first (0) or the second (1)."""
+        """Every other query, starting with the first (0) or the second (1)."""
         return EvidenceLists(self.name, self.lists[number::2], self.statistics[number::2])
 
 
@@ -72,23 +72,23 @@ def fit_evidence(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> Evidence:
-    """Fit for each task what words add to a student's score; give it to the student as its ``evidence``.
+    """Fit, for each task, the weights of the evidence in a student's score, to be set as the student's ``evidence``.
 
-    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out with a remark.
+    A task with fewer than ``MIN_QUERIES`` judged dev queries is left out, which is logged.
 
     Args:
-        student: whose score it is added to.
+        student: the student whose score the evidence is added to.
         judged: data sets with a dev split, each with its task.
-        terms: the kinds of evidence that may be added.
-        num_queries: of each data set, at most.
-        seed: of the choice of queries and passages.
-        show_progress: None means: if standard error is a terminal.
+        terms: the kinds of evidence that may be used.
+        num_queries: maximum number of queries per data set.
+        seed: seed of the choice of queries and passages.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a data set has no judged dev queries, or there are no terms.
     """
     if not terms:
-        raise InputError("there is no evidence to weigh; name at least one term, such as 'words'")
+        raise InputError("there is no evidence to fit weights for; name at least one term, such as 'words'")
     tasks: dict[Task, TaskEvidence] = {}
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
@@ -101,7 +101,12 @@ def fit_evidence(
         ]
         num_lists = sum(len(each.lists) for each in lists)
         if num_lists < MIN_QUERIES:
-            _remarks.warning("%s: words are not weighed by %d dev queries; it takes %d", task, num_lists, MIN_QUERIES)
+            _remarks.warning(
+                "%s: word weights are not fitted: %d dev queries, but at least %d are needed",
+                task,
+                num_lists,
+                MIN_QUERIES,
+            )
         else:
             tasks[task] = weigh(lists, terms)
     return Evidence(student=student.fingerprint, tasks=tasks)
@@ -119,18 +124,20 @@ def make_evidence_lists(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> EvidenceLists:
-    """Score the dev queries' positives and nearest passages: by words of the whole corpus, by vectors of a part of it.
+    """Score the positives and nearest passages of dev queries.
+
+    The nearest by words come from the whole corpus, the nearest by vectors from a part of it.
 
     Args:
-        student: whose evidence it is.
-        dataset: with judged dev queries.
-        task: of its pairs.
+        student: the student whose evidence to score.
+        dataset: a data set with judged dev queries.
+        task: the task of its pairs.
         terms: the kinds of evidence, in the order of the columns.
-        num_queries: of dev, at most.
-        depth: so many of the best by words are in a query's list, and of the best by vectors.
-        num_passages: of the corpus that are read, at least: all positives, the best by words, others at random.
-        seed: of the choice.
-        show_progress: None means: if standard error is a terminal.
+        num_queries: maximum number of dev queries.
+        depth: how many of the best passages by words, and by vectors, are in a query's list.
+        num_passages: minimum number of passages to encode: all positives, the best by words, and others at random.
+        seed: seed of the sample.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: there are no judged dev queries.
@@ -140,14 +147,14 @@ def make_evidence_lists(
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
     words_of_queries = [words.query(query.text) for query in queries]
-    by_words = [words.best(one, depth)[0] for one in words_of_queries]
+    by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
-    needed = np.unique(np.concatenate([*by_words, *(np.array([*own], np.int64) for own in grades)]))
+    needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
     others = np.setdiff1d(np.arange(len(ids)), needed).tolist()
     extra = random.Random(seed).sample(others, min(len(others), max(0, num_passages - len(needed))))
     pool = np.union1d(needed, np.array(extra, np.int64))
     texts = [dataset.passages[ids[row]].full_text for row in pool]
-    with progress_bar(f"reading {dataset.name} for its evidence", len(texts), show=show_progress) as advance:
+    with progress_bar(f"encoding {dataset.name} for its evidence", len(texts), show=show_progress) as advance:
         passages = student.encode_passages(texts, advance=advance).vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
     listed: list[NDArray[np.int64]] = []
@@ -165,8 +172,8 @@ def make_evidence_lists(
     return EvidenceLists(
         dataset.name,
         [
-            scored_list(own, words, query_words, rows, judged, terms, of_windows)
-            for own, query_words, rows, judged, of_windows in zip(
+            scored_list(own, words, query_words, rows, judged, terms, windows_scores)
+            for own, query_words, rows, judged, windows_scores in zip(
                 scores, words_of_queries, listed, grades, best_windows, strict=True
             )
         ],
@@ -183,10 +190,10 @@ def _read_windows(
     passages: NDArray[np.float32],
     show_progress: bool | None,
 ) -> WindowVectors:
-    """The windows of the passages at some rows; ``passages`` are the vectors of ``pool``, a window where it is one."""
-    of_rows = [dataset.passages[ids[int(row)]].full_text for row in rows]
-    with progress_bar(f"reading the windows of {dataset.name}", None, show=show_progress) as advance:
-        read = read_windows(student, of_rows, advance)
+    """The windows of the passages at ``rows``. A passage without windows has its own vector, from those of ``pool``."""
+    texts = [dataset.passages[ids[int(row)]].full_text for row in rows]
+    with progress_bar(f"encoding the windows of {dataset.name}", None, show=show_progress) as advance:
+        read = read_windows(student, texts, advance)
     counts = np.maximum(read.counts, 1)
     firsts = np.cumsum(counts) - counts
     vectors = np.empty((int(counts.sum()), student.vector_dim), np.float32)
@@ -202,9 +209,9 @@ def _read_windows(
 
 
 def weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
-    """Weights for the data sets of one task, all 0 where evidence is no better than the student's own score.
+    """Fit weights for the data sets of one task; all are 0 if evidence is no better than the student's own score.
 
-    Where the vectors of windows get a weight, there are others for an index without them.
+    If the vectors of windows get a weight, the result also has weights for an index without them.
 
     Raises:
         InputError: a half of the lists has no relevant passage.
@@ -226,14 +233,14 @@ def _mean_after(fitted: TaskEvidence) -> float:
 
 
 class _Sum(NamedTuple):
-    """A student's own score and evidence, added up: weights [1 + terms], and l(q) where it is fitted."""
+    """A weighted sum of a student's own score and evidence: weights [1 + terms], and l(q) if it was fitted."""
 
     weights: NDArray[np.float64]
     is_words: NDArray[np.bool_]
     factor: WordsFactor | None = None
 
     def ndcg(self, evidence: EvidenceLists) -> list[float]:
-        """Of each list."""
+        """nDCG@10 of each list."""
         rankings: dict[str, list[str]] = {}
         qrels: dict[str, dict[str, int]] = {}
         for number, ((scores, grades), statistics) in enumerate(zip(evidence.lists, evidence.statistics, strict=True)):
@@ -250,10 +257,10 @@ def _weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> Task
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
     after, others = _on_halves(sets, terms), _on_other_sets(sets, terms)
     after_by_query = _on_halves(sets, terms, by_query=True)
-    gained = [after_by_query[name] - after[name] for name in after]
+    gains = [after_by_query[name] - after[name] for name in after]
     for name, value in _on_other_sets(sets, terms, by_query=True).items():
-        gained.append(value - others[name])
-    by_query = float(np.mean(gained)) > 0
+        gains.append(value - others[name])
+    by_query = float(np.mean(gains)) > 0
     if by_query:
         after = after_by_query
     fitted = own
@@ -270,12 +277,12 @@ def _weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> Task
 def _on_halves(
     sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
 ) -> dict[str, float]:
-    """nDCG@10 of each data set, each half of the queries by a sum that was fitted on the other half."""
+    """nDCG@10 of each data set, with each half of the queries ranked by a sum that was fitted on the other half."""
     halves = [[each.half(number) for each in sets] for number in (0, 1)]
     by_set: dict[str, list[float]] = {each.name: [] for each in sets}
-    for half_of_sets, others in (halves, halves[::-1]):
+    for measured, others in (halves, halves[::-1]):
         fitted = _fit_sum(others, terms, by_query=by_query)
-        for half in half_of_sets:
+        for half in measured:
             by_set[half.name] += fitted.ndcg(half)
     return {name: float(np.mean(values)) for name, values in by_set.items()}
 
@@ -283,19 +290,19 @@ def _on_halves(
 def _on_other_sets(
     sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
 ) -> dict[str, float]:
-    """nDCG@10 of each data set by a sum that was fitted on the others; of nothing where there is only one."""
+    """nDCG@10 of each data set, ranked by a sum that was fitted on the other sets; empty if there is only one set."""
     if len(sets) == 1:
         return {}
     return {
-        one.name: float(
-            np.mean(_fit_sum([each for each in sets if each is not one], terms, by_query=by_query).ndcg(one))
+        held_out.name: float(
+            np.mean(_fit_sum([each for each in sets if each is not held_out], terms, by_query=by_query).ndcg(held_out))
         )
-        for one in sets
+        for held_out in sets
     }
 
 
 def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool) -> _Sum:
-    lists, is_words = [one for each in sets for one in each.lists], _are_words(terms)
+    lists, is_words = [scored for each in sets for scored in each.lists], _are_words(terms)
     if by_query:
         statistics = np.concatenate([each.statistics for each in sets])
         fitted = fit_scaled_weights(lists, statistics, is_words)

@@ -1,4 +1,4 @@
-"""Calibrates a student's scores as probabilities (``models.probabilities``), on judged dev queries."""
+"""Calibrates a student's scores as probabilities (``models.probabilities``) on judged dev queries."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from d2llm.retrieval.reading import score_pairs
 from d2llm.training.mining.ranking import bm25_lists
 
 MIN_QUERIES = 30
-"""Judged dev queries of a task below which nothing is fitted."""
+"""Minimum number of judged dev queries of a task; with fewer, nothing is fitted."""
 NUM_HARD, NUM_RANDOM = 1, 8
 _LEXICAL_DEPTH = 10
-_POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be read
+_POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be encoded
 
 _remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredPairs:
-    """Pairs drawn as a probability is meant, and a student's scores of them.
+    """Pairs drawn in the proportions that the probabilities assume, with a student's scores.
 
     Attributes:
         queries: [n] "data set:query id".
-        scores: [n] of the student.
+        scores: [n] the student's scores.
         relevant: [n] bool.
-        num_queries: by data set.
+        num_queries: number of queries by data set.
     """
 
     queries: list[str]
@@ -55,22 +55,22 @@ def fit_probabilities(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> ProbabilityCalibration:
-    """Fit for each task the logistic function that turns a student's scores into probabilities.
+    """Fit, for each task, the logistic function that turns a student's scores into probabilities.
 
-    Of each dev query one relevant passage is drawn, ``NUM_HARD`` of those that BM25 finds first or that were judged and
-    are not relevant, and ``NUM_RANDOM`` of the corpus. So one in ten is relevant, which the probabilities assume. The
-    function has the greatest likelihood for Platt's targets. A task with fewer than ``MIN_QUERIES`` queries, or whose
-    scores do not tell relevant passages from others, is left out with a remark.
+    For each dev query, one relevant passage is drawn, ``NUM_HARD`` passages from BM25's top results and those judged
+    not relevant, and ``NUM_RANDOM`` from the corpus. One passage in ten is therefore relevant, which the probabilities
+    assume. The function is fitted by maximum likelihood to Platt's targets. A task with fewer than ``MIN_QUERIES``
+    queries, or with scores that do not distinguish relevant passages from others, is left out, which is logged.
 
     Args:
-        student: whose scores.
+        student: the student whose scores to calibrate.
         judged: data sets with a dev split, each with its task.
-        num_queries: of each data set, or all where there are fewer.
-        seed: of the draws.
-        show_progress: None means: if standard error is a terminal.
+        num_queries: number of queries per data set; all if there are fewer.
+        seed: seed of the draws.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: a score is no finite number.
+        InputError: a score is not finite.
     """
     tasks: dict[Task, TaskCalibration] = {}
     names: list[Task] = sorted({task for _, task in judged})
@@ -96,9 +96,9 @@ def score_drawn(
     seed: int,
     show_progress: bool | None = None,
 ) -> ScoredPairs:
-    """Draw passages for judged queries of a data set, one relevant, some hard, most at random; and score them.
+    """Draw passages for judged queries of a data set (one relevant, some hard, most at random) and score them.
 
-    A query without enough other passages to draw from is left out.
+    A query is left out if there are no other passages to draw from.
     """
     judged = dataset.positives(split) if split in dataset.qrels else {}
     rng = random.Random(f"{seed}:{dataset.name}:probabilities")
@@ -129,10 +129,10 @@ def _draw(
     rng: random.Random,
     show: bool | None,
 ) -> dict[str, list[str]]:
-    """For each query the passages to score, a relevant one first."""
+    """For each query, the passages to score; the first is relevant."""
     if not positives:
         return {}
-    title = f"passages to calibrate on of {dataset.name}"
+    title = f"BM25 for calibrating on {dataset.name}"
     queries = [dataset.queries[query_id] for query_id in positives]
     lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show, title=title)
     same_text = SameText(dataset)
@@ -140,12 +140,12 @@ def _draw(
     drawn: dict[str, list[str]] = {}
     for (query_id, relevant), lexical in zip(positives.items(), lists, strict=True):
         excluded = {*relevant, *same_text.as_any_of(relevant)}
-        refused = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
-        hard = [passage_id for passage_id in dict.fromkeys([*lexical, *refused]) if passage_id not in excluded]
+        judged_ids = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
+        hard = [passage_id for passage_id in dict.fromkeys([*lexical, *judged_ids]) if passage_id not in excluded]
         others = [passage_id for passage_id in pool if passage_id not in excluded]
         if not others:
             continue
-        # A small corpus gives a passage more than once: what counts is how many are relevant.
+        # Passages are drawn with replacement, because a small corpus has too few; only the proportions matter.
         drawn[query_id] = [
             rng.choice(relevant),
             *rng.choices(hard or others, k=NUM_HARD),
@@ -159,7 +159,7 @@ def _fit(task: Task, parts: Sequence[ScoredPairs], seed: int) -> TaskCalibration
     total = sum(num_queries.values())
     if total < MIN_QUERIES:
         _remarks.info(
-            "scores of %s search are not made probabilities: %d judged dev queries, %d are needed",
+            "scores of %s search are not calibrated as probabilities: %d judged dev queries, but %d are needed",
             task,
             total,
             MIN_QUERIES,
@@ -171,7 +171,9 @@ def _fit(task: Task, parts: Sequence[ScoredPairs], seed: int) -> TaskCalibration
     stack = fit_stack(scores[:, None], relevant)
     slope = stack.weights[0] / stack.scales[0]
     if slope <= 0:
-        _remarks.info("scores of %s search are not made probabilities: they do not tell relevant from others", task)
+        _remarks.info(
+            "scores of %s search are not calibrated as probabilities: they do not distinguish relevant passages", task
+        )
         return None
     after = out_of_fold_log_odds(scores[:, None], relevant, groups, seed=seed)
     return TaskCalibration(

@@ -1,4 +1,4 @@
-"""The verb ``fit-scores``: fit evidence weights and probabilities to a student's scores on dev, without training it."""
+"""The verb ``fit-scores``: fits evidence weights and probabilities on dev without training the student."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2llm.training.fit_probabilities import fit_probabilities
 
 @dataclass(frozen=True, slots=True)
 class FitScoresReport:
-    """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None where nothing was: too few queries."""
+    """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None if there were too few queries."""
 
     task: Task
     evidence: dict[str, Any] | None
@@ -36,20 +36,22 @@ def fit_scores(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> FitScoresReport:
-    """Give a student new ``evidence`` and ``calibration`` for one task; what it has for the other is kept.
+    """Fit a student's ``evidence`` and ``calibration`` for one task; those of the other task are kept.
 
     Args:
-        student: with an inner product, if words are to be weighed.
+        student: the student to change; it needs an inner product if ``words`` is set.
         data: data sets with judged dev queries.
-        task: of their pairs.
-        words: weigh what BM25 adds to the score, and what windows do; otherwise what there is stays.
-        window_vectors: weigh what the vectors of windows add, which an index then reads and stores; else words alone.
-        num_queries: of each data set, at most.
-        seed: of the choice of queries and passages.
-        show_progress: None means: if standard error is a terminal.
+        task: the task of their pairs.
+        words: fit the weights of BM25 and of windows; otherwise the present weights are kept.
+        window_vectors: also fit the weight of the vectors of windows, which an index then computes and stores;
+            otherwise only words.
+        num_queries: maximum number of queries per data set.
+        seed: seed of the choice of queries and passages.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: labelled pairs, which have no corpus; no judged dev queries; or the head ``paper`` with words.
+        InputError: a data set has labelled pairs, and so no corpus; it has no judged dev queries; or ``words`` is set
+            and the student's head is ``paper``.
     """
     judged: list[tuple[Dataset, Task]] = []
     for dataset in data:
@@ -57,15 +59,15 @@ def fit_scores(
             raise InputError(f"{dataset.name}: these are labelled pairs, which have no corpus; give queries with one")
         judged.append((dataset, task))
     if words and not student.has_anchor:
-        raise InputError("words are added to an inner product, which the head 'paper' has not; leave them out")
+        raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
     evidence = None
     if words:
         terms = EvidenceConfig(words=True, window_words=True, window_vectors=window_vectors).terms
-        weighed = fit_evidence(
+        new_evidence = fit_evidence(
             student, judged, terms=terms, num_queries=num_queries, seed=seed, show_progress=show_progress
         )
-        student.evidence = weighed.model_copy(update={"tasks": {**student.evidence.tasks, **weighed.tasks}})
-        evidence = weighed.tasks.get(task)
+        student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
+        evidence = new_evidence.tasks.get(task)
     fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed, show_progress=show_progress)
     student.calibration = fitted.model_copy(update={"tasks": {**student.calibration.tasks, **fitted.tasks}})
     calibration = fitted.tasks.get(task)

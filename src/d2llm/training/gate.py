@@ -1,4 +1,4 @@
-"""The verb ``gate``: does the teacher beat the cosine on dev, before its labels are used?"""
+"""The verb ``gate``: tests whether the teacher beats the cosine on dev, before its labels are used."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from d2llm.training.dev import (
 
 GATE_FILE = "gate.json"
 LOOK_QUERIES = 20
-"""Dev queries of each data set in a first look."""
+"""Number of dev queries per data set in a first look."""
 _KIND, _FORMAT_VERSION = "gate", 1
 
 
 @dataclass(frozen=True, slots=True)
 class GateRow:
-    """One data set, or one task over its sets of one measure: the measure of both on the same items, and the verdict.
+    """Teacher and cosine on the same items of one data set, or of all sets with one task and measure; and the verdict.
 
-    Items are queries, or pairs of a set of labelled pairs. ``difference`` is teacher minus cosine, ``p_value``
-    two-sided by the paired randomisation test over items. Over several sets the measure is their mean, each set with
-    as much weight as it has items.
+    Items are queries, or pairs of a set of labelled pairs. ``difference`` is teacher minus cosine; ``p_value`` is
+    two-sided, from the paired randomisation test over items. Over several sets, the measure is the mean over sets
+    weighted by their numbers of items.
     """
 
     name: str
@@ -65,8 +65,8 @@ class GateRow:
 class GateReport:
     """The gates of one teacher (fingerprint) against one cosine (fingerprint).
 
-    ``num_seen`` of the queries had already fitted the teacher's weights (a stack's). ``num_truncated`` of the
-    ``num_judged`` pairs judged now were cut.
+    ``num_seen`` of the queries were used to fit the weights of the teacher, if it is a stack. ``num_truncated`` of the
+    ``num_judged`` pairs judged now were truncated.
     """
 
     teacher: str
@@ -85,13 +85,13 @@ class GateReport:
         return tuple(row.name for row in self.sets if not row.is_open)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The report as JSON-serialisable values."""
         return asdict(self) | {"settings": self.settings.model_dump()}
 
 
 @dataclass(frozen=True, slots=True)
 class FirstLook:
-    """How an untuned teacher compares with the cosine on a few queries. It is no verdict, and nothing is recorded."""
+    """How an untuned teacher compares with the cosine on a few queries. It is not a verdict and is not recorded."""
 
     sets: tuple[GateRow, ...]
     num_judged: int
@@ -99,7 +99,7 @@ class FirstLook:
 
     @property
     def difference(self) -> float:
-        """Mean over the data sets of the teacher's measure minus the cosine's."""
+        """The teacher's measure minus the cosine's, averaged over the data sets."""
         return fmean(row.difference for row in self.sets)
 
 
@@ -115,35 +115,35 @@ def gate(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> GateReport:
-    """Let teacher and cosine score the same dev queries or pairs, and test the difference item by item.
+    """Let teacher and cosine score the same dev queries or pairs, and test the difference with a paired test.
 
-    On a retrieval set both rank the candidates of dev queries: the first of BM25 and of the student's vectors, as a
-    search would find them. The measure is nDCG@10. On labelled pairs both score a sample of the dev pairs. The measure
-    depends on the labels: average precision (yes or no), accuracy of three classes, or Spearman's correlation. The test
-    takes one value for each pair (``evaluation.gold``): for AP the share of pairs with the other label that it is on
-    the right side of, for a correlation how close its places by score and by grade are. Thresholds between classes are
-    fitted on one half of the sample and used on the other, in turn, for both judges.
+    On a retrieval set, both rank the candidates of dev queries: the top of BM25 and of the student's vectors, as a
+    search would find them. The measure is nDCG@10. On labelled pairs, both score a sample of the dev pairs. The measure
+    depends on the labels: average precision (yes or no), accuracy over three classes, or Spearman's correlation. The
+    test uses one value per pair (``evaluation.gold``): for AP, the share of pairs with the other label that it is
+    ranked correctly against; for a correlation, how close its ranks by score and by grade are. Thresholds between
+    classes are cross-fitted for both judges: fitted on one half of the sample and used on the other.
 
-    The gate of a data set is open if the teacher has the higher measure, and the higher mean of these values with a
-    p-value below ``settings.alpha``. With few items a gate may stay closed that more would open. The verdicts go to
-    ``gate.json`` in ``folder``, beside those of other teachers; judgements are kept in ``gate-judgements``, so an
-    interrupted call goes on where it stopped.
+    The gate of a data set is open if the teacher has the higher measure, and a higher mean of these values with a
+    p-value below ``settings.alpha``. With few items, a gate may stay closed that would open with more. The verdicts are
+    written to ``gate.json`` in ``folder``, beside those of other teachers. Judgements are kept in ``gate-judgements``,
+    so an interrupted call can continue.
 
     Args:
         judged: data sets with a dev split, each with its task.
-        folder: the run's.
+        folder: the run folder.
         teacher: a teacher of any kind.
         student: the cosine to beat: untuned, or a tuned bi-encoder.
-        settings: number of queries (ten times as many pairs), depth of the candidates, significance level.
-        seed: of the sample and the test.
-        device: by default what this machine has.
-        dtype: by default what is fast there.
-        show_progress: None means: if standard error is a terminal.
+        settings: number of queries (and ten times as many pairs), depth of the candidates, significance level.
+        seed: seed of the sample and the test.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: a data set has no dev queries or pairs, or its pairs too few of a class to fit thresholds.
-        DataFormatError: ``gate.json`` is there and is something else, or the labels of dev pairs cannot be measured.
-        ModelError: the teacher cannot be loaded, or gave log-odds that are no numbers.
+        InputError: a data set has no dev queries or pairs, or too few pairs of a class to fit thresholds.
+        DataFormatError: ``gate.json`` exists and is something else, or the labels of dev pairs cannot be measured.
+        ModelError: the teacher cannot be loaded, or some of its log-odds are not numbers.
     """
     settings = settings or GateConfig()
     started = time.monotonic()
@@ -184,10 +184,10 @@ def first_look(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> FirstLook:
-    """Compare teacher and cosine on ``LOOK_QUERIES`` dev queries of each data set, before hours go into tuning.
+    """Compare teacher and cosine on ``LOOK_QUERIES`` dev queries per data set, before hours are spent on tuning.
 
-    Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not touched; judgements are kept with
-    the gate's. Arguments and errors are those of ``gate``.
+    Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not changed; judgements are kept with
+    those of the gate. Arguments and errors are those of ``gate``.
     """
     started = time.monotonic()
     few = (settings or GateConfig()).model_copy(update={"queries": LOOK_QUERIES})
@@ -208,11 +208,11 @@ def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
     """Whether the gate of each data set is open for a teacher, by the data set's name; None before ``gate`` has run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         teacher_fingerprint: ``identify_judge(config).fingerprint``.
 
     Raises:
-        DataFormatError: ``gate.json`` is there and cannot be read.
+        DataFormatError: ``gate.json`` exists and cannot be read.
     """
     report = _read_gates(folder / GATE_FILE).get(teacher_fingerprint)
     return None if report is None else {row["name"]: bool(row["is_open"]) for row in report["sets"]}
@@ -256,17 +256,17 @@ def _sample(
 
 
 def _row(name: str, trials: Sequence[_Trial], *, alpha: float, seed: int) -> GateRow:
-    """One data set, or several of one task and measure: all their items together, each named with its set."""
+    """Compare both judges on one data set, or on the items of several with the same task and measure together."""
     items = [f"{trial.dev.name}:{item}" for trial in trials for item in trial.dev.item_ids]
     cosines, teachers = [trial.cosine for trial in trials], [trial.teacher for trial in trials]
     by_cosine, by_teacher = (
-        dict(zip(items, np.concatenate([one.by_item for one in measured]).tolist(), strict=True))
+        dict(zip(items, np.concatenate([each.by_item for each in measured]).tolist(), strict=True))
         for measured in (cosines, teachers)
     )
     test = better(by_cosine, by_teacher, alpha=alpha, seed=seed)
-    sizes = [len(one.by_item) for one in cosines]
+    sizes = [len(each.by_item) for each in cosines]
     cosine, teacher = (
-        float(np.average([one.value for one in measured], weights=sizes)) for measured in (cosines, teachers)
+        float(np.average([each.value for each in measured], weights=sizes)) for measured in (cosines, teachers)
     )
     return GateRow(
         name,
@@ -282,7 +282,7 @@ def _row(name: str, trials: Sequence[_Trial], *, alpha: float, seed: int) -> Gat
 
 
 def _read_gates(path: Path) -> dict[str, Any]:
-    """The reports in a gate file by the teacher's fingerprint; none where there is no file."""
+    """The reports in a gate file, by the teacher's fingerprint; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -291,7 +291,7 @@ def _read_gates(path: Path) -> dict[str, Any]:
         raise DataFormatError(path, f"not valid JSON ({error}); delete it and run the gate again") from error
     record = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
     if record.get("kind") != _KIND or record.get("format_version") != _FORMAT_VERSION:
-        raise DataFormatError(path, "is not what this d2llm's gate writes; delete it and run the gate again")
+        raise DataFormatError(path, "is not a gate file of this version of d2llm; delete it and run the gate again")
     return record["gates"]
 
 

@@ -1,9 +1,9 @@
-"""The gradient of a loss over all texts of a batch, in memory for some of them, by one process or several.
+"""The gradient of a loss over all texts of a batch, in the memory that a part of them needs, on one or more processes.
 
 Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
-A loss sees a text only through its vector, so the gradient has two halves: from the loss to the vectors, and from each
-vector to the parameters. The first needs all vectors but no intermediate results of the encoder; the second can be done
-for some texts at a time. Texts whose intermediate results were not kept are read a second time for it.
+A loss depends on a text only through its vector, so the backward pass has two halves: from the loss to the vectors, and
+from each vector to the parameters. The first needs all vectors but no activations of the encoder; the second can be
+done for a few texts at a time. Texts whose activations were not kept are encoded a second time for it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from d2llm.ops.batching import token_budget_batches
 from d2llm.training.processes import ALONE, Processes
 from d2llm.training.training_run import remarks
 
-_SEEDS_A_STEP = 1 << 20  # more than a batch has parts, so that no two parts of a run share their dropout
-_SHARE = 3  # of the free memory a third: the rest is for a part read again, gradients, dev, and other programs
+_SEEDS_PER_STEP = 1 << 20  # more than the parts of a batch, so that no two parts of a run share their dropout
+_SHARE = 3  # use a third of the free memory; the rest is for recomputed parts, gradients, dev, and other programs
 ALLOCATED = {"cpu": 1.7}
-"""Bytes taken for each byte of intermediate results: what is freed between them leaves holes (docs/LOG.md)."""
+"""Bytes allocated per byte of activations: memory freed in between is fragmented (docs/LOG.md)."""
 _GIB = 1 << 30
-_UNKNOWN = 1 << 30  # room where the system does not say how much is free
+_UNKNOWN = 1 << 30  # used if the system does not report the free memory
 
 
 def graph_room(student: Student, training: TrainingConfig) -> int:
-    """Bytes for the intermediate results that are kept from the forward to the backward pass; logged if chosen here.
+    """Bytes available for the activations that are kept from the forward to the backward pass.
 
-    ``training.graph_gib``, or a third of what is free now. Processes of one machine share its memory, but each has a
-    GPU to itself.
+    This is ``training.graph_gib``, or else a third of the memory that is free now, which is logged. Processes on one
+    machine share its memory, but each has its own GPU.
     """
     if training.gradient_caching != "auto":
         return 0
@@ -45,9 +45,9 @@ def graph_room(student: Student, training: TrainingConfig) -> int:
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     free = free_memory(device)
     room = _UNKNOWN if free is None else free // _SHARE // sharing
-    measured = "how much is free cannot be read here" if free is None else f"{free / _GIB:.1f} GiB are free"
+    measured = "the free memory is unknown on this system" if free is None else f"{free / _GIB:.1f} GiB are free"
     remarks.info(
-        "memory: %s; up to %.1f GiB of it hold intermediate results (training.graph_gib sets another number; it "
+        "memory: %s; up to %.1f GiB of it are used for activations (training.graph_gib sets another limit; it "
         "changes speed, not the result)",
         measured,
         room / _GIB,
@@ -67,16 +67,16 @@ def backpropagate(
 ) -> Tensor:
     """Add the gradient of a batch's loss to the student's parameters; returns the loss.
 
-    The same, but for rounding, whatever the size of the parts and however many processes share them, and the same to
-    the bit whichever of them are read twice: dropout depends on the seed and the part alone.
+    Up to rounding, the gradient does not depend on the size of the parts or the number of processes. It is
+    bit-identical whichever parts are recomputed, because dropout depends only on the seed and the part.
 
     Args:
-        student: encoder and head; in training mode if dropout is wanted.
+        student: encoder and head; in training mode to apply dropout.
         ids: token ids of each text of the batch.
-        loss_of: the loss, a scalar, of the vectors [texts, dim] in the order of ``ids``; it may use the head.
+        loss_of: computes the scalar loss of the vectors [texts, dim] in the order of ``ids``; it may use the head.
         training: ``part_tokens`` and ``gradient_caching``.
-        room: bytes of intermediate results that ``auto`` keeps, of one part at least.
-        seed: of the dropout of this step.
+        room: bytes of activations that ``auto`` keeps; those of one part are always kept.
+        seed: seed of the dropout in this step.
         processes: each encodes its share of the texts and computes the whole loss; all end with the same gradient.
     """
     lengths = [len(row) for row in ids]
@@ -88,7 +88,7 @@ def backpropagate(
     own = range(processes.rank, len(parts), processes.count)
 
     def encode(number: int, *, with_graph: bool) -> Tensor:
-        torch.manual_seed(seed * _SEEDS_A_STEP + number + 1)
+        torch.manual_seed(seed * _SEEDS_PER_STEP + number + 1)
         with torch.set_grad_enabled(with_graph and bool(encoder)):
             return student(*student.backbone.pad([ids[index] for index in parts[number]]))
 
@@ -96,37 +96,37 @@ def backpropagate(
     encoded: list[Tensor] = []
     for place, number in enumerate(own):
         if place == 0 and training.gradient_caching == "auto":
-            # The longest texts come first, and of longer texts a token takes more: what is measured here is the most.
-            with _held_by_graph(student) as held:
+            # The longest texts come first and need the most bytes per token, so this is an upper bound for all parts.
+            with _graph_bytes(student) as num_bytes:
                 encoded.append(encode(number, with_graph=True))
-            taken = held() * ALLOCATED.get(student.backbone.device.type, 1.0)
-            kept = _num_kept([parts[number] for number in own], lengths, taken, room)
+            allocated = num_bytes() * ALLOCATED.get(student.backbone.device.type, 1.0)
+            kept = _num_kept([parts[number] for number in own], lengths, allocated, room)
         else:
             encoded.append(encode(number, with_graph=place < kept))
     vectors = torch.zeros(len(ids), student.vector_dim, device=student.backbone.device)
-    for number, of_part in zip(own, encoded, strict=True):
-        vectors[parts[number]] = of_part.detach()
+    for number, part_vectors in zip(own, encoded, strict=True):
+        vectors[parts[number]] = part_vectors.detach()
     processes.add_up(vectors)
     vectors.requires_grad_(bool(encoder))
-    torch.manual_seed(seed * _SEEDS_A_STEP)
+    torch.manual_seed(seed * _SEEDS_PER_STEP)
     loss = loss_of(vectors)
     loss.backward()
     if not processes.is_first:
-        for parameter in head:  # all computed the same loss: its gradient for the head counts once
+        for parameter in head:  # all processes computed the same loss, so count the head's gradient once
             parameter.grad = None
     gradient = vectors.grad
     if gradient is not None:
         for place, number in enumerate(own):
-            of_part = encoded[place] if place < kept else encode(number, with_graph=True)
-            encoded[place] = of_part.detach()  # its graph is no longer needed
-            of_part.backward(gradient[parts[number]])
+            part_vectors = encoded[place] if place < kept else encode(number, with_graph=True)
+            encoded[place] = part_vectors.detach()  # its graph is no longer needed
+            part_vectors.backward(gradient[parts[number]])
     processes.add_up_gradients([*encoder, *head])
     return loss.detach()
 
 
 @contextmanager
-def _held_by_graph(student: Student) -> Generator[Callable[[], int]]:
-    """Gives a function for the bytes that the backward pass through what is computed inside needs, weights apart."""
+def _graph_bytes(student: Student) -> Generator[Callable[[], int]]:
+    """Yield a function that returns the bytes, besides the weights, that autograd saved for backward in the block."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*student.parameters(), *student.buffers())}
     sizes: dict[int, int] = {}
 
@@ -141,9 +141,9 @@ def _held_by_graph(student: Student) -> Generator[Callable[[], int]]:
 
 
 def _num_kept(parts: Sequence[Sequence[int]], lengths: Sequence[int], first_bytes: float, room: int) -> int:
-    """How many of the parts fit into ``room`` if a token of each takes as much as one of the first; one at least.
+    """How many of the parts fit into ``room``, at least one, if a token needs as many bytes as in the first part.
 
-    The first costs nothing: a part that is read again takes its place.
+    Keeping the first part costs nothing, because a recomputed part would need its memory anyway.
     """
     sizes = [len(part) * max(lengths[index] for index in part) for part in parts]
     return max(1, sum(total * first_bytes <= room * sizes[0] for total in accumulate(sizes)))

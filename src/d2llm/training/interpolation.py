@@ -1,10 +1,8 @@
-"""What of a training is kept: a share of the change from its start, and for each task the interaction's weight r.
-
-As much of the change as dev asks for, and no more.
+"""Chooses how much of a training to keep: a share of the change of weights, and each task's interaction weight r.
 
 Source: Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", CVPR 2022: weights between the pretrained and the
-tuned ones keep most of the gain and lose less on data that the training has not seen. A dev set of the training's own
-data cannot see that loss, so among states that it cannot tell apart, the one nearest the start is taken.
+tuned ones keep most of the gain and lose less on data that the training has not seen. A dev set from the training's own
+data cannot measure that loss, so the smallest share that dev cannot distinguish from the best is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from d2llm.ops.gating import never_worse
 from d2llm.training.dev import DevResult
 
 Items = dict[str, dict[str, float]]
-"""By data set, the value of each of its queries or pairs."""
+"""For each data set, the value of each of its queries or pairs."""
 
 
 def put_between(
@@ -29,8 +27,8 @@ def put_between(
 ) -> None:
     """Set the parameters to ``share`` of the way from ``start`` to ``end``.
 
-    A low-rank adapter's change is the product of two matrices and 0 at the start. Only the second one is scaled, so the
-    weights that it changes are exactly ``share`` of the way.
+    A low-rank adapter's change is the product of two matrices and 0 at the start. Only the second matrix is scaled, so
+    the product is exactly ``share`` of the whole change.
     """
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -46,21 +44,21 @@ def sufficient_share(
     seed: int,
     largest: float = 1.0,
 ) -> tuple[float, dict[float, dict[str, DevResult]]]:
-    """The share of the change that is kept: never worse than the start, as good as any, and no larger than needed.
+    """The smallest share of the change that is not worse than the start, nor than the best share.
 
-    First, the shares that are significantly worse than the start on some data set are dropped. Of the rest, the one
-    with the best mean is found, and the smallest share is taken that is on no data set significantly worse than that
-    one. If no share is left, the result is 0: the start itself.
+    First, the shares that are significantly worse than the start on some data set are dropped. Of the others, the
+    smallest share is chosen that is not significantly worse on any data set than the one with the best mean. If no
+    share is left, the result is 0: the start itself.
 
     Args:
-        shares: to try, each in (0, 1]; ``largest`` is always among them, and none beyond it.
-        measure: the dev results of a share.
+        shares: shares to try, each in (0, 1]; ``largest`` is always tried, larger ones never.
+        measure: returns the dev results of a share.
         start: the value of each query or pair of each dev set at the start (``items_at_best_weight``).
-        seed: of the paired randomisation tests, one-sided at .05 (``ops.gating.never_worse``).
-        largest: share that may be kept.
+        seed: seed of the paired randomisation tests, one-sided at .05 (``ops.gating.never_worse``).
+        largest: the largest share that may be kept.
 
     Returns:
-        The share, and the dev results of all that were tried.
+        The share, and the dev results of all shares that were tried.
     """
     results = {share: measure(share) for share in sorted({s for s in shares if s < largest} | {largest})}
     items: dict[float, Items] = {share: items_at_best_weight(result) for share, result in results.items()}
@@ -81,25 +79,25 @@ def worse_sets(
 def choose_interaction_weights(
     results: Mapping[str, DevResult], start: Mapping[str, Mapping[str, float]] | None = None, *, seed: int = 0
 ) -> dict[Task, float]:
-    """For each task the weight r with the best mean over its dev sets; of equal ones the smallest.
+    """For each task, the weight r with the best mean over its dev sets; of equal ones the smallest.
 
-    With ``start`` only weights that are on none of the sets significantly worse than the start, nor than the vectors
-    alone (r = 0): a gain on one data set does not pay for another's loss. Where no weight will do (the vectors alone
-    have lost something), the smallest.
+    If ``start`` is given, only weights are considered that are on no data set significantly worse than the start or
+    than the vectors alone (r = 0): a gain on one data set does not make up for a loss on another. If there is no such
+    weight (because the vectors alone are worse than the start), the smallest is chosen.
 
     Args:
-        results: by data set.
+        results: the dev results by data set.
         start: the value of each query or pair of each dev set at the start (``items_at_best_weight``).
-        seed: of the paired tests.
+        seed: seed of the paired tests.
     """
     chosen: dict[Task, float] = {}
     tasks: list[Task] = sorted({result.task for result in results.values()})
     for task in tasks:
-        of_task = {name: result for name, result in results.items() if result.task == task}
-        weights = sorted(next(iter(of_task.values())).values)
+        task_results = {name: result for name, result in results.items() if result.task == task}
+        weights = sorted(next(iter(task_results.values())).values)
         if start is not None:
-            weights = _sound_weights(of_task, weights, start, seed) or weights[:1]
-        chosen[task] = max(weights, key=lambda weight: sum(result.values[weight] for result in of_task.values()))
+            weights = _sound_weights(task_results, weights, start, seed) or weights[:1]
+        chosen[task] = max(weights, key=lambda weight: sum(result.values[weight] for result in task_results.values()))
     return chosen
 
 
@@ -109,7 +107,7 @@ def _sound_weights(
     start: Mapping[str, Mapping[str, float]],
     seed: int,
 ) -> list[float]:
-    """The weights that are on no data set worse than the start or the smallest weight."""
+    """The weights that are not worse, on any data set, than the start or the smallest weight."""
     before = {name: start[name] for name in results}
     alone = {name: by_place(result.by_item[weights[0]]) for name, result in results.items()}
     sound: list[float] = []
@@ -126,17 +124,17 @@ def value_by_set(results: Mapping[str, DevResult], weights: Mapping[Task, float]
 
 
 def mean_value(results: Mapping[str, DevResult]) -> float:
-    """Mean over the data sets of the dev measure, at the best weight r of each task."""
+    """The mean of the dev measure over the data sets, at each task's best weight r."""
     by_set = value_by_set(results, choose_interaction_weights(results))
     return sum(by_set.values()) / len(by_set)
 
 
 def items_at_best_weight(results: Mapping[str, DevResult]) -> Items:
-    """The value of each query or pair, by its place, of each dev set at its task's best weight r."""
+    """For each dev set, the value of each query or pair (by its position) at its task's best weight r."""
     weights = choose_interaction_weights(results)
     return {name: by_place(result.by_item[weights[result.task]]) for name, result in results.items()}
 
 
 def by_place(values: NDArray[np.float64]) -> dict[str, float]:
-    """Values of the items of a dev set by their place, for the paired tests."""
-    return {str(place): float(value) for place, value in enumerate(values)}
+    """The values of a dev set's items by position, for the paired tests."""
+    return {str(position): float(value) for position, value in enumerate(values)}

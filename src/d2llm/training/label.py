@@ -1,4 +1,4 @@
-"""The verb ``label``: the teacher judges every pair of the training plans that has no label yet."""
+"""The verb ``label``: lets the teacher judge every pair of the training plans that has no label yet."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from d2llm.models.teachers.judge import Judge, load_judge
 
 @dataclass(frozen=True, slots=True)
 class LabelReport:
-    """What a labelling run did.
+    """The result of a labelling run.
 
-    ``pairs`` were judged in this run. ``finished_pairs`` had labels before, and ``finished_queries`` had all of theirs.
-    ``num_truncated`` pairs lost text to the teacher's length limit. From a remote teacher, ``num_bounded`` log-odds are
-    only a bound, and ``num_undecided`` pairs got no answer.
+    ``pairs`` were judged in this run. ``finished_pairs`` already had labels, and ``finished_queries`` already had all
+    of theirs. ``num_truncated`` pairs were truncated to the teacher's length limit. With a remote teacher,
+    ``num_bounded`` log-odds are only a bound, and ``num_undecided`` pairs got no answer.
     """
 
     store: str
@@ -48,26 +48,26 @@ def label(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> LabelReport:
-    """Label every query's positives, hard and easy negatives of the plans, and keep the Gram matrix of the features.
+    """Label the positives, hard and easy negatives of every query in the plans, and store the features' Gram matrices.
 
-    Labels are kept by (teacher, prompt, query_id, passage_id), in shards that are written every half minute: an
-    interrupted run goes on where it stopped, and the order of a plan does not matter. A query with new positives or
-    hard negatives is judged again as a whole, because the Gram matrix needs the features of all of them; if only its
-    easy negatives are new, only they are judged. A teacher without features leaves no Gram matrix. Memory holds the
-    data, the plan, the labels that were there at the start, and what was judged since the last shard.
+    Labels are stored by (teacher, prompt, query_id, passage_id), in shards that are written every half minute: an
+    interrupted run continues where it stopped, and the order of a plan does not matter. If a query has new positives or
+    hard negatives, all its pairs are judged again, because the Gram matrix needs the features of all of them; if only
+    its easy negatives are new, only those are judged. A teacher without features gives no Gram matrices. Memory holds
+    the data, the plan, the labels that existed at the start, and those since the last shard.
 
     Args:
         sources: data sets with their plans and tasks.
-        store: folder of the label store; made when missing.
+        store: folder of the label store; created if missing.
         teacher: the LLM, tuned or not, and its prompt.
-        device: by default what this machine has.
-        dtype: by default what is fast there.
-        show_progress: None means: if standard error is a terminal.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: data sets that cannot be told apart (see ``check_sources``), or a shard cannot be written (disk
-            full); the shards before it stay, and the next run goes on from there.
-        ModelError: the teacher gave log-odds that are no numbers.
+        InputError: two data sets cannot be distinguished (see ``check_sources``), or a shard cannot be written (disk
+            full); the earlier shards are kept, and the next run continues from there.
+        ModelError: some of the teacher's log-odds are not numbers.
     """
     started = time.monotonic()
     check_sources(sources)
@@ -95,7 +95,7 @@ def label(
             judge_pairs(
                 model,
                 (query for query in queries if query.passage_ids),
-                LabelWriter(labels, remember=False),  # a plan names a query once
+                LabelWriter(labels, remember=False),  # each query occurs only once in a plan
                 source.task,
                 query_text=source.query_text,
                 passage_text=source.passage_text,
@@ -127,25 +127,23 @@ def label_passages(
     *,
     show_progress: bool | None = None,
 ) -> int:
-    """Judge those passages of queries that have no label yet; returns how many pairs these were.
+    """Judge the passages that have no label yet; returns the number of pairs judged.
 
     Args:
-        judge: whose labels they are.
+        judge: the teacher.
         source: the data set.
-        labels: its store, which knows of them afterwards.
+        labels: its label store, to which the new labels are added.
         passages: query_id -> passage ids.
-        show_progress: None means: if standard error is a terminal.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a shard cannot be written.
-        ModelError: the teacher gave log-odds that are no numbers.
+        ModelError: some of the teacher's log-odds are not numbers.
     """
     missing = {query_id: tuple(labels.missing(query_id, ids)) for query_id, ids in passages.items()}
     queries = [QueryPairs(query_id, ids) for query_id, ids in missing.items() if ids]
     num_pairs = sum(len(query.passage_ids) for query in queries)
-    with progress_bar(
-        f"asking the teacher about {source.dataset.name} (pairs)", num_pairs, show=show_progress
-    ) as advance:
+    with progress_bar(f"labelling pairs of {source.dataset.name}", num_pairs, show=show_progress) as advance:
         judge_pairs(
             judge,
             queries,
@@ -162,7 +160,7 @@ def label_passages(
 def _unfinished(labels: LabelStore, entry: PlanEntry) -> QueryPairs:
     """The passages of one query that still have to be judged."""
     listed = entry.positives + entry.hard_negatives
-    # A query with labels and no Gram matrix was judged by a teacher without features: there are no cosines to wait for.
+    # A query with labels but no Gram matrix was judged by a teacher without features, so it will never have cosines.
     has_no_features = bool(labels.log_odds(entry.query_id)) and labels.gram(entry.query_id) is None
     if not has_no_features and labels.missing_cosines(entry.query_id, listed):
         return QueryPairs(entry.query_id, entry.passage_ids, len(listed))

@@ -1,4 +1,4 @@
-"""The objective of a batch: the weighted sum of the imitation losses.
+"""The training objective of a batch: the weighted sum of its losses.
 
 Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 """
@@ -22,14 +22,14 @@ from d2llm.models.student import Student
 from d2llm.ops import losses
 
 OFFSET = "offset."
-"""Before the name of a data set: the name of its offset among the parameters."""
+"""Prefix of the parameter name of a data set's offset, followed by the data set's name."""
 _OFFSET_QUERIES = 100
 
 
 def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
     """Token ids of the batch's texts: each query once, then each passage once."""
     source = batch.source
-    tokenize = student.backbone.tokenize  # training reads less of a query than a search
+    tokenize = student.backbone.tokenize  # training truncates queries earlier than a search does
     queries = tokenize([source.query_text(query_id) for query_id in batch.query_ids], "query")
     passages = tokenize([source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
     return queries.ids + passages.ids
@@ -40,7 +40,7 @@ def score_vectors(
 ) -> PairScores:
     """Score all queries against all passages by their vectors [queries + passages, dim]; differentiable.
 
-    ``anchors_only``: by the inner product, without the interaction (anchored head).
+    ``anchors_only`` scores by the inner product, without the interaction (anchored head).
     """
     queries, passages = vectors.split([len(batch.query_ids), len(batch.passage_ids)])
     dtype = student.backbone.compute_dtype
@@ -54,13 +54,13 @@ def score_vectors(
 def batch_losses(
     scores: PairScores, batch: DistillationBatch, weights: LossWeights, *, offset: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Each loss with a weight above 0, unweighted, by the name of its weight.
+    """The value of each loss with a weight above 0, before weighting, by the name of its weight.
 
     Args:
-        scores: of all queries and passages of the batch.
-        batch: what they are to each other.
-        weights: of the losses.
-        offset: of labelled pairs, the logit at which yes and no are equally likely.
+        scores: the scores of all queries and passages of the batch.
+        batch: the roles and labels of its pairs.
+        weights: the weights of the losses.
+        offset: for labelled pairs, the logit at which yes and no are equally likely.
     """
     if batch.targets is not None:
         return _losses_of_pairs(scores, batch.targets, batch.teacher_log_odds, weights, offset)
@@ -101,7 +101,7 @@ def _losses_of_pairs(
     weights: LossWeights,
     offset: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Losses of labelled pairs. Each was judged alone, so the other pairs of the batch are no negatives."""
+    """Losses of labelled pairs. Each pair was judged alone, so other pairs of the batch are not negatives."""
     own = torch.from_numpy(own_targets).to(scores.logits.device)
     judged = torch.isfinite(own)
     teacher = torch.sigmoid(torch.from_numpy(teacher_log_odds).to(own.device))
@@ -117,9 +117,9 @@ def _losses_of_pairs(
 
 
 def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
-    """Logits without what the interaction adds to all candidates of a query alike, float32 [queries, passages].
+    """Logits minus the mean change that the interaction makes to a query's candidates, float32 [queries, passages].
 
-    It moves no passage past another, but the contrastive imitation loss is not blind to it: lowering every logit lowers
+    The mean does not affect the ranking, but it does affect the contrastive imitation loss: lowering every logit lowers
     that loss, and a bounded interaction would end with all its tanh at -1, where it has neither effect nor gradient.
     """
     logits = scores.logits.float()
@@ -142,12 +142,12 @@ def weighted_sum(values: dict[str, Tensor], weights: LossWeights) -> Tensor:
 
 
 def offset_name(source: TrainingSource) -> str:
-    """The name of a pair set's offset among the parameters of a run."""
+    """The parameter name of a pair set's offset."""
     return f"{OFFSET}{source.dataset.name}"
 
 
 def make_offsets(student: Student, sources: Sequence[LabelledSource]) -> dict[str, nn.Parameter]:
-    """For each set of labelled pairs the logit at which yes and no are equally likely: at first the student's mean."""
+    """For each set of labelled pairs, the logit where yes and no are equally likely, initialised to the mean score."""
     offsets: dict[str, nn.Parameter] = {}
     for labelled in sources:
         source, entries = labelled.source, labelled.entries[:_OFFSET_QUERIES]

@@ -1,7 +1,7 @@
-"""Several processes that train one student together, as ``torchrun`` or ``accelerate launch`` starts them.
+"""Several processes that train one student together, started by ``torchrun`` or ``accelerate launch``.
 
-Plain `torch.distributed`: what `accelerate` would add, it adds by wrapping model, optimizer and data; here a process
-encodes its share of a batch, and what is exchanged is vectors and gradients, two sums a step (``gradient_cache``).
+This uses plain `torch.distributed`. `accelerate` works by wrapping model, optimizer and data, which does not fit here:
+each process encodes its share of a batch, and vectors and gradients are summed, twice per step (``gradient_cache``).
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """How many processes there are, and which of them this is; by default it is alone."""
+    """The number of processes and the rank of this one; by default there is only one."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that evaluates and writes."""
+        """Whether this is the process that evaluates and writes."""
         return self.rank == 0
 
     def add_up(self, values: Tensor) -> None:
-        """Put into ``values``, of the same shape everywhere, the sum over all processes."""
+        """Replace ``values`` by their sum over all processes; the shape must be the same in each."""
         if self.count > 1:
             distributed.all_reduce(values)
 
     def add_up_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give each parameter the sum of its gradients; one without a gradient in every process stays without."""
+        """Sum each parameter's gradient over all processes; None stays None if no process has a gradient."""
         if self.count == 1:
             return
         listed = list(parameters)
         flags = torch.tensor([float(p.grad is not None) for p in listed], device=listed[0].device)
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in listed]
-        joined = torch.cat([flags, *gradients])  # one message: a sum for each of hundreds of tensors would be slow
+        joined = torch.cat([flags, *gradients])  # one message, because one for each of hundreds of tensors is slow
         distributed.all_reduce(joined)
         flags, *sums = joined.split([len(listed), *(p.numel() for p in listed)])
         for parameter, flag, total in zip(listed, flags.tolist(), sums, strict=True):
             parameter.grad = total.view_as(parameter) if flag else None
 
     def from_first(self, value: Value) -> Value:
-        """What the first process has as ``value``; the others wait for it."""
+        """The first process's ``value``; the other processes wait for it."""
         if self.count == 1:
             return value
         box = [value]
@@ -62,11 +62,11 @@ ALONE = Processes()
 
 @contextmanager
 def joined_processes() -> Generator[Processes]:
-    """The processes that a launcher started together with this one, or this one alone where none did."""
+    """The processes that a launcher started together with this one; only this one if there was no launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    distributed.init_process_group()  # gloo for tensors of the CPU, the vendor's library for those of a GPU
+    distributed.init_process_group()  # gloo for CPU tensors, the vendor's library for GPU tensors
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size())
     finally:
@@ -74,7 +74,7 @@ def joined_processes() -> Generator[Processes]:
 
 
 def own_device(device: str | None) -> str | None:
-    """The device for this process: its own GPU, if none is named and each process has one."""
+    """The device for this process: if none is named, a launcher started it and there are GPUs, its own GPU."""
     local = os.environ.get("LOCAL_RANK")
     if device is None and local is not None and torch.cuda.is_available():
         return f"cuda:{int(local) % torch.cuda.device_count()}"

@@ -1,8 +1,8 @@
-"""The interaction as a residual: trained on vectors that are read once, with many candidates for each query.
+"""Trains the interaction as a residual, on vectors that are computed once, with many candidates for each query.
 
 This is the second stage of a distillation in stages. The first has trained the vectors. Now they stay fixed, so a step
-costs no pass through the backbone, and a query can be scored against the passages that its own vector finds as well as
-those of its plan. What the inner product already ranks right has no gradient; the interaction learns the rest.
+needs no pass through the backbone, and a query can be scored against its nearest passages as well as those of its plan.
+What the inner product already ranks correctly has no gradient; the interaction learns the rest.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from d2llm.training.objective import batch_losses, weighted_sum
 from d2llm.training.training_run import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
-"""Lets the teacher judge passages of queries, by id, and puts its labels into the store of the data set."""
+"""Lets the teacher judge passages (query_id -> passage ids), and adds its labels to the data set's store."""
 
-_BLOCK_NUMBERS = 1 << 24  # inner products held at a time while neighbours are looked for: 64 MB
+_BLOCK_NUMBERS = 1 << 24  # inner products in memory at a time in the search for neighbours: 64 MB
 
 
 @dataclass(frozen=True)
 class _Vectors:
-    """One data set as vectors: of its entries' queries [q, d], of the plan's passages [n, d] by row."""
+    """The vectors of one data set: queries of its entries [q, d], and passages of the plan [n, d]."""
 
     labelled: LabelledSource
     queries: Tensor
@@ -44,9 +44,9 @@ class _Vectors:
     ids: list[str]
     row: dict[str, int]
     near: NDArray[np.int64] | None
-    """[q, depth] rows with the largest inner products; None for labelled pairs, which have no others."""
+    """[q, depth] rows of the passages with the largest inner products; None for labelled pairs."""
     near_queries: NDArray[np.int64] | None
-    """The same among the queries, each itself included; None where nothing asks for it."""
+    """The same among the queries, each query itself included; None if it is not needed."""
 
 
 def train_residual(
@@ -60,38 +60,38 @@ def train_residual(
     ask_teacher: AskTeacher,
     show_progress: bool | None,
 ) -> dict[str, DevResult]:
-    """Train the interaction of an anchored student on its own vectors; the epoch with the best dev result stays.
+    """Train the interaction of an anchored student on its own vectors, and keep the epoch with the best dev result.
 
-    Dev results are taken at the best weight r of each task, 0 among them: what comes out is never worse on dev than
-    the inner product alone. Nothing but the interaction changes; it is trained with r = 1, as a new student has it. The
-    stage is short and starts anew after an interruption.
+    Dev results are taken at the best weight r of each task, which may be 0, so the result is never worse on dev than
+    the inner product alone. Only the interaction changes; it is trained with r = 1, the value in a new student. The
+    stage is short and starts over after an interruption.
 
     Args:
-        student: with the head ``anchored``.
+        student: a student with the head ``anchored``.
         sources: data sets with their labels.
-        dev_sets: to choose epoch and weights by.
-        recipe: ``training.residual``, losses and seed.
-        offsets: the logit of a pair set at which yes and no are equally likely.
-        write: takes ``step`` and named values for the log.
-        ask_teacher: labels passages of queries, where ``training.unjudged`` asks for it.
-        show_progress: None means: if standard error is a terminal.
+        dev_sets: dev sets for choosing the epoch and the weights.
+        recipe: the recipe, with ``training.residual``, losses and seed.
+        offsets: returns the logit of a pair set at which yes and no are equally likely.
+        write: writes ``step`` and named values to the log.
+        ask_teacher: labels passages of queries, if ``training.unjudged`` is "ask_teacher".
+        show_progress: None shows progress if standard error is a terminal.
 
     Returns:
-        The dev results of the state that stays.
+        The dev results of the state that is kept.
     """
     config = recipe.training.residual
     head = student.interaction
     assert isinstance(head, Interaction)
     student.eval()
-    # Only the symmetric interaction is asked to leave the queries of asymmetric sets alone.
-    is_asked = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
-    sets = [_read(student, s, config, show_progress, with_near_queries=is_asked) for s in sources if s.entries]
+    # Only the symmetric interaction is penalised for changing the ranking of queries of asymmetric sets.
+    needs_queries = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
+    sets = [_encode(student, s, config, show_progress, with_near_queries=needs_queries) for s in sources if s.entries]
     if recipe.training.unjudged == "ask_teacher":
         for vectors in sets:
             ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))
     only_judged = recipe.training.unjudged != "negatives"
     num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
-    with progress_bar("reading dev once", num_texts, show=show_progress) as advance:
+    with progress_bar("encoding dev", num_texts, show=show_progress) as advance:
         dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
@@ -111,7 +111,7 @@ def train_residual(
     with progress_bar("training the interaction", total, show=show_progress) as advance:
         for epoch in range(config.epochs):
             for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
-                torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
+                torch.manual_seed(recipe.seed * 1_000_003 + step)  # for the dropout
                 head.train()
                 offset = offsets(vectors.labelled)
                 seed = f"{recipe.seed}:{epoch}"
@@ -140,13 +140,13 @@ def _measure(student: Student, dev: Sequence[EncodedDev], show: bool | None) -> 
         return {encoded.dev.name: measure_by_weight(student, encoded, advance=advance) for encoded in dev}
 
 
-def _read(
+def _encode(
     student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None, *, with_near_queries: bool
 ) -> _Vectors:
     ids = list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
     texts = [source.source.query_text(entry.query_id) for entry in source.entries]
     name = source.source.dataset.name
-    with progress_bar(f"reading {name} once", len(ids) + len(texts), show=show) as advance:
+    with progress_bar(f"encoding {name}", len(ids) + len(texts), show=show) as advance:
         queries = student.encode_queries(texts, advance=advance).vectors
         passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
     is_pairs = any(entry.targets for entry in source.entries)
@@ -157,7 +157,7 @@ def _read(
         near = _nearest(anchors, passages, config.depth, f"neighbours in {name}", show)
     if with_near_queries and source.source.task == "asymmetric":
         anchors = student.anchor_queries(queries, "symmetric")
-        near_queries = _nearest(anchors, queries, config.num_near, f"queries alike in {name}", show)
+        near_queries = _nearest(anchors, queries, config.num_near, f"similar queries in {name}", show)
     rows = {passage_id: row for row, passage_id in enumerate(ids)}
     return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
 
@@ -199,7 +199,7 @@ def _loss(
     batch = collate_lists(vectors.labelled, draws)
     width = batch.positive.shape[1]
     lists = [[vectors.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
-    rows = torch.tensor([of_query + [0] * (width - len(of_query)) for of_query in lists])
+    rows = torch.tensor([query_rows + [0] * (width - len(query_rows)) for query_rows in lists])
     task, device = vectors.labelled.source.task, student.backbone.device
     queries, passages = vectors.queries[list(positions)].to(device), vectors.passages[rows].to(device)
     scores = _score_lists(student, head, queries, passages, task)
@@ -215,11 +215,11 @@ def _score_lists(student: Student, head: Interaction, queries: Tensor, passages:
 def _change_elsewhere(
     student: Student, head: Interaction, sets: Sequence[_Vectors], vectors: _Vectors, config: ResidualConfig, seed: str
 ) -> Tensor:
-    """Mean square of what the interaction of one task changes in the ranking of another task's texts.
+    """Mean squared change of the scores of another task's texts by this task's interaction.
 
-    Their own task says nothing of how they should be ranked in this one; all that is known is that the inner product
-    has not been shown to be wrong. Symmetric pairs are texts of one kind: a query stands against itself and the
-    queries nearest to it, where it stands against passages in the asymmetric task. 0 where all sets are of one task.
+    There are no labels for ranking these texts in this task, so the interaction should leave the order of the inner
+    product as it is. In the symmetric task both texts are of the same kind, so a query is scored against itself and its
+    nearest queries; in the asymmetric task it is scored against passages. 0 if all sets have the same task.
     """
     task, device = vectors.labelled.source.task, student.backbone.device
     others = [other for other in sets if other.labelled.source.task != task]
@@ -237,11 +237,11 @@ def _change_elsewhere(
     scores = _score_lists(student, head, queries, passages, task)
     assert scores.anchor is not None
     change = scores.logits.float() - scores.anchor.float()
-    return (change - change.mean(dim=1, keepdim=True)).square().mean()  # what all have in common moves none
+    return (change - change.mean(dim=1, keepdim=True)).square().mean()  # a common change does not affect the ranking
 
 
 def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:
-    """query_id -> the neighbours that the epochs will draw for it; of queries that learn from the teacher."""
+    """query_id -> the neighbours that the epochs will draw for it, for queries that learn from the teacher."""
     entries = [] if vectors.near is None else vectors.labelled.entries
     drawn: dict[str, list[str]] = {}
     for position, entry in enumerate(entries):
@@ -257,7 +257,7 @@ def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> d
 
 
 def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: str) -> tuple[list[str], random.Random]:
-    """Some of a query's neighbours, and the random generator for the rest of its draw."""
+    """A sample of a query's neighbours, and the random generator for the rest of its draw."""
     assert vectors.near is not None
     rng = random.Random(f"{seed}:{vectors.labelled.entries[position].query_id}")
     rows = rng.sample(vectors.near[position].tolist(), min(config.num_near, vectors.near.shape[1]))
@@ -265,9 +265,9 @@ def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: 
 
 
 def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
-    """A positive, the plan's negatives, neighbours by inner product and random passages; for pairs, the judged ones.
+    """Draw a positive, the plan's negatives, neighbours by inner product and random passages; for pairs, those judged.
 
-    ``only_judged``: keep only neighbours that the teacher has judged, if the query learns from the teacher.
+    ``only_judged`` keeps only neighbours that the teacher has judged, if the query learns from the teacher.
     """
     entry = vectors.labelled.entries[position]
     if vectors.near is None:

@@ -1,12 +1,12 @@
-"""A run: a recipe in its folder, from data sets to a student that has been measured.
+"""A run: a recipe and its folder, from data sets to a trained and evaluated student.
 
     run = Run("d2llm-small", "runs/first", data=["../data"])
     run.finish()
 
-takes every step that is not finished. Each can be taken alone: ``mine``, ``look_at_the_teacher``, ``tune_teacher``,
-``stack_with_cosine``, ``gate``, ``filter``, ``label``, ``distill``; and ``evaluate``, which ``finish`` leaves to the
-user. What is finished is skipped, so the same call goes on after an interruption; ``again`` takes a step anew and keeps
-what was there aside. What was made with other settings than the recipe has now is named in a warning, and stays.
+runs every step that is not finished. Each step can also be run alone: ``mine``, ``look_at_the_teacher``,
+``tune_teacher``, ``stack_with_cosine``, ``gate``, ``filter``, ``label``, ``distill``; and ``evaluate``, which
+``finish`` does not run. Finished steps are skipped, so the same call continues after an interruption; ``again`` repeats
+a step and keeps the earlier result aside. Results made with other settings than the recipe's are kept, with a warning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, require_distinct_data
 from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
 
-if TYPE_CHECKING:  # a step imports what it needs: whoever misspelt a recipe is told before torch is loaded
+if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
     from d2llm.evaluation.report import EvaluationReport
     from d2llm.evaluation.setting import EvaluationSettings
     from d2llm.models.student import Student
@@ -44,20 +44,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A step that was not taken, and why."""
+    """A step that was skipped, and why."""
 
     skipped: str
 
 
 class Run:
-    """A recipe, the folder it runs in, and where to compute. Remarks go to the logger ``d2llm.remarks``.
+    """A recipe, its run folder, and where to compute. Progress messages go to the logger ``d2llm.remarks``.
 
     Attributes:
-        recipe: with the data sets where they are on this machine.
-        parts: what lies where in the folder.
-        device: None means the best here.
-        dtype: None means what is fast here.
-        show_progress: None means: if standard error is a terminal.
+        recipe: the recipe, with the paths of the data sets on this machine.
+        parts: the layout of the run folder.
+        device: where to compute; None means the best device available.
+        dtype: number format; None means the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
     """
 
     def __init__(
@@ -73,24 +73,24 @@ class Run:
         """Open a run; nothing is written yet.
 
         Args:
-            recipe: or its TOML file, or the name of one that comes with d2llm.
+            recipe: a recipe, its TOML file, or the name of a recipe that comes with d2llm.
             folder: by default ``runs/<name of the recipe>``.
-            data: where its data sets are: "name=folder", a name being the last part of a path in the recipe, or folders
-                that hold data sets by their names.
+            data: where the data sets are: "name=folder", where the name is the last part of a path in the recipe; or
+                folders that contain data sets by these names.
             device: where to compute.
             dtype: number format of the models.
-            show_progress: whether bars are shown.
+            show_progress: whether to show progress bars.
 
         Raises:
-            RecipeError: no such recipe, or its data sets cannot be told apart.
+            RecipeError: there is no such recipe, or two of its data sets have the same name.
             InputError: ``data`` names a set that the recipe does not have, or a data set is not on this machine.
         """
-        where = "recipe" if isinstance(recipe, Recipe) else str(recipe)
-        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(where)
+        source = "recipe" if isinstance(recipe, Recipe) else str(recipe)
+        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(source)
         self.recipe = with_data(loaded, data)
-        require_distinct_data(self.recipe, where=where)
+        require_distinct_data(self.recipe, where=source)
         require_data(self.recipe)
-        name = Path(where).stem if self.recipe.name == "unnamed" else self.recipe.name
+        name = Path(source).stem if self.recipe.name == "unnamed" else self.recipe.name
         self.parts = RunFolder(Path("runs") / name if folder is None else Path(folder))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
 
@@ -99,14 +99,14 @@ class Run:
     def finish(
         self, *, again: RunStep | None = None, after: Callable[[str, object], None] | None = None
     ) -> dict[str, Any]:
-        """Take every step that is not finished, in order; what came of each, by its name.
+        """Run every step that is not finished, in order; returns the result of each step by its name.
 
         Args:
-            again: take this step and those after it anew. Labels are kept by teacher and pair, never made again.
-            after: is called with each step's name and what came of it.
+            again: repeat this step and those after it. Labels are stored by teacher and pair, and are never repeated.
+            after: called with the name and the result of each step.
         """
         order: tuple[str, ...] = get_args(RunStep)
-        anew: tuple[str, ...] = order[order.index(again) :] if again else ()
+        repeated: tuple[str, ...] = order[order.index(again) :] if again else ()
         results: dict[str, Any] = {}
 
         def keep(step: str, result: object) -> None:
@@ -114,53 +114,53 @@ class Run:
             if after is not None:
                 after(step, result)
 
-        if "filter" in anew:
-            self.put_filtered_aside("filter")  # first, so that no plan of the teacher before is left by an interruption
-        keep("mine", self.mine(again="mine" in anew, before_tuning=True))
+        if "filter" in repeated:
+            self.put_filtered_aside("filter")  # first, so that an interruption leaves no plan of the earlier teacher
+        keep("mine", self.mine(again="mine" in repeated, before_tuning=True))
         if self.recipe.losses.imitates:
-            keep("first-look", self.look_at_the_teacher(again="tune-teacher" in anew))
-            keep("tune-teacher", self.tune_teacher(again="tune-teacher" in anew))
-            keep("stack", self.stack_with_cosine(again="stack" in anew, cosine_again="mine" in anew))
-            keep("gate", self.gate(again="gate" in anew))
+            keep("first-look", self.look_at_the_teacher(again="tune-teacher" in repeated))
+            keep("tune-teacher", self.tune_teacher(again="tune-teacher" in repeated))
+            keep("stack", self.stack_with_cosine(again="stack" in repeated, cosine_again="mine" in repeated))
+            keep("gate", self.gate(again="gate" in repeated))
             closed = self.closed_gates()
             keep("filter", self.filter(closed))
             if len(closed) < len(self.recipe.data):
                 keep("label", self.label())
             else:
-                keep("label", self.skip("label: the gate is closed for every data set, so no pair is labelled"))
+                keep("label", self.skip("label: the gate is closed for every data set, so there is nothing to label"))
         else:
             _remarks.info("run: no loss of the recipe imitates a teacher, so no teacher is tuned, tested or used")
-        keep("distill", self.distill(again="distill" in anew))
+        keep("distill", self.distill(again="distill" in repeated))
         return results
 
     def mine(
         self, *, again: bool = False, student: str | None = None, before_tuning: bool = False
     ) -> dict[str, dict[str, Any] | Skipped]:
-        """Make the training plan of each data set; its counts by the data set's name.
+        """Make the training plan of each data set; returns its counts by the data set's name.
 
         Args:
-            again: make also those that are there; what was filtered of them before is put aside.
-            student: ranks in place of the recipe's: a folder or a name.
-            before_tuning: leave the teacher's margin to ``filter`` where the recipe has the teacher tuned first.
+            again: repeat finished plans too; their filtered versions are put aside.
+            student: folder or name of a student to rank with, instead of the recipe's.
+            before_tuning: if the recipe tunes the teacher first, leave the teacher's margin to ``filter``.
         """
         from d2llm.training.mining.plans import mine_plans
 
         return mine_plans(self, again=again, student=student, before_tuning=before_tuning)
 
     def look_at_the_teacher(self, *, again: bool = False) -> FirstLook | Skipped:
-        """Before tuning: how the untuned teacher does on a few dev queries; a hopeless one is warned of."""
+        """Compare the untuned teacher with the cosine on a few dev queries; warns if the teacher is worse."""
         from d2llm.training.gate import LOOK_QUERIES, first_look
         from d2llm.training.sentences import look_sentence
 
         recipe, folder = self.recipe, self.parts.teacher
         if recipe.teacher_tuning.epochs == 0:
-            return self.skip("first-look: the teacher is not tuned, so the gate tries it as it is")
+            return self.skip("first-look: the teacher is not tuned, so the gate tests it as it is")
         if recipe.teacher.new_head and find_tuned_teacher(recipe.teacher.model) is None:
-            return self.skip("first-look: the teacher has a new head, which says nothing before it is tuned")
+            return self.skip("first-look: the teacher has a new head, which must be tuned before it can be tested")
         if not again and (is_finished(folder) or folder.with_name(folder.name + ".run").exists()):
-            return self.skip("first-look: the teacher's tuning has begun or is finished; the gate tries what it gives")
+            return self.skip("first-look: the teacher's tuning has begun or is finished; the gate tests its result")
         _remarks.info(
-            "first-look: the untuned teacher beside the cosine, on %d dev queries of each of %d data sets",
+            "first-look: comparing the untuned teacher with the cosine on %d dev queries of each of %d data sets",
             LOOK_QUERIES,
             len(recipe.data),
         )
@@ -188,9 +188,9 @@ class Run:
         elif is_finished(folder):
             settings = tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed)
             self._notice_changes("tune-teacher", folder, settings, as_mined=True)
-            return self.skip(f"tune-teacher: {folder} is finished; --again tunes anew, keeping this one aside")
+            return self.skip(f"tune-teacher: {folder} is finished; --again tunes it again, keeping this one aside")
         self.require_plans()
-        _remarks.info("tune-teacher: '%s' learns to answer yes or no on the plans", recipe.teacher.model)
+        _remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
         report = tune_teacher(
             self.parts.sources(recipe, as_mined=True),
             folder,
@@ -204,25 +204,25 @@ class Run:
             filtered = self.parts.filtered_plan(data)
             if is_finished(filtered) and manifest_of(filtered).get("teacher") != report.fingerprint:
                 _log.warning(
-                    "%s was filtered with another teacher and stays as it is; run with --again filter, or mine with "
-                    "--again, filters with this one",
+                    "%s was filtered with another teacher and is kept; to filter with this one, use run with --again "
+                    "filter, or mine with --again",
                     filtered,
                 )
         return report
 
     def stack_with_cosine(self, *, again: bool = False, cosine_again: bool = False) -> StackReport | Skipped:
-        """Where the recipe says so, make one teacher of the run's and the tuned cosine, which is trained first.
+        """If the recipe says so, train the tuned cosine and stack the run's teacher with it.
 
         Args:
-            again: also where it is there.
-            cosine_again: train the cosine anew for it.
+            again: repeat it if it is finished.
+            cosine_again: also train the cosine again.
         """
         if not self.recipe.teacher.stack_with_cosine:
-            return self.skip("stack: the recipe's teacher teaches alone")
+            return self.skip("stack: the recipe's teacher is not stacked with the cosine")
         if again:
             self.put_aside("stack", self.parts.stack)
         elif is_finished(self.parts.stack):
-            return self.skip(f"stack: {self.parts.stack} is finished; delete it to fit it anew")
+            return self.skip(f"stack: {self.parts.stack} is finished; delete it to fit it again")
         self.distill(variant="cosine", again=cosine_again, for_stack=True)
         cosine = TeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)), kind="cosine")
         return self.stack([self.teacher, cosine])
@@ -230,12 +230,12 @@ class Run:
     def stack(
         self, members: Sequence[TeacherConfig], *, num_queries: int | None = None, depth: int | None = None
     ) -> StackReport:
-        """Make one calibrated teacher of several, on the dev queries of the recipe's retrieval sets.
+        """Combine several teachers into one calibrated teacher, on the dev queries of the recipe's retrieval sets.
 
         Args:
-            members: the teachers; one alone is calibrated.
-            num_queries: of each data set; by default the gate's.
-            depth: candidates of each query, so many of BM25 and of the cosine; by default the gate's.
+            members: the teachers; a single one is only calibrated.
+            num_queries: number of queries per data set; by default the gate's.
+            depth: number of candidates per query from BM25, and as many from the cosine; by default the gate's.
         """
         from d2llm.training.stack_teachers import stack_teachers
 
@@ -256,12 +256,12 @@ class Run:
     def gate(
         self, *, again: bool = True, teacher: TeacherConfig | None = None, student: str | None = None
     ) -> GateReport | Skipped:
-        """Teacher against cosine on the dev queries and pairs of the recipe's data sets; verdicts go to ``gate.json``.
+        """Test teacher against cosine on the dev sets of the recipe, and write the verdicts to ``gate.json``.
 
         Args:
-            again: try it also where there is a verdict for each data set already.
+            again: repeat the test if there is already a verdict for each data set.
             teacher: by default the run's.
-            student: whose score is to be beaten; by default the recipe's backbone before training.
+            student: the student to beat; by default the recipe's backbone before training.
         """
         from d2llm.models.student import Student
         from d2llm.models.teachers.judge import identify_judge
@@ -274,7 +274,7 @@ class Run:
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
                 return self.skip(f"gate: the verdict on this teacher is in {self.parts.path}: {verdict_words(known)}")
         _remarks.info(
-            "gate: the teacher against the cosine, on up to %d dev queries of each of %d data sets",
+            "gate: testing the teacher against the cosine, on up to %d dev queries of each of %d data sets",
             self.recipe.gate.queries,
             len(self.recipe.data),
         )
@@ -290,16 +290,16 @@ class Run:
         )
 
     def filter(self, closed: Sequence[str] | None = None) -> dict[str, dict[str, Any] | Skipped] | Skipped:
-        """Mine again with the margin of the tuned teacher, where the recipe says so; counts by the data set's name.
+        """If the recipe says so, mine again with the tuned teacher's margin; returns counts by the data set's name.
 
-        ``closed`` are data sets that the teacher may not teach; by default those whose gate is closed.
+        ``closed`` are data sets whose labels from the teacher are not used; by default those whose gate is closed.
         """
         from d2llm.training.mining.plans import filter_plans
 
         return filter_plans(self, self.closed_gates() if closed is None else closed)
 
     def label(self) -> LabelReport:
-        """Let the teacher judge every pair of the plans that is not labelled yet."""
+        """Let the teacher judge every pair of the plans that has no label yet."""
         from d2llm.training.label import label
         from d2llm.training.sentences import label_words
 
@@ -315,9 +315,9 @@ class Run:
         """Train the student on the labels.
 
         Args:
-            variant: train a changed student (``core.variants``) beside it.
-            again: also where it is finished; that one is kept aside.
-            for_stack: the cosine that a stack needs, from the plans before they are filtered.
+            variant: train this variant (``core.variants``), whose folder is beside the student's.
+            again: repeat it if it is finished; the earlier student is kept aside.
+            for_stack: train the cosine for a stack, on the plans before they are filtered.
         """
         from d2llm.training.distill import distill
         from d2llm.training.sentences import student_words, untrained_advice
@@ -332,13 +332,13 @@ class Run:
         elif is_finished(folder):
             teacher = self._teacher_fingerprint() if recipe.losses.imitates else None
             self._notice_changes("distill", folder, shaping_settings(recipe), teacher, as_mined=for_stack)
-            return self.skip(f"distill: {folder} is finished; --again makes it anew, keeping this one aside")
+            return self.skip(f"distill: {folder} is finished; --again trains it again, keeping this one aside")
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
         if recipe.losses.imitates and len(closed) < len(recipe.data):
             if not is_finished(self.parts.labels):
                 raise InputError(
-                    f"{self.parts.labels}: there are no labels yet; run the verb label with this recipe first"
+                    f"{self.parts.labels}: there are no labels yet; run `d2llm label` with this recipe first"
                 )
             self._name_the_teacher("distill")
         report = distill(
@@ -358,12 +358,12 @@ class Run:
     def evaluate(
         self, settings: EvaluationSettings | None = None, *, with_teacher: bool = True
     ) -> dict[str, EvaluationReport]:
-        """Measure the run's student on each of its data sets, beside BM25, cosines and the teacher.
+        """Compare the run's student with BM25, cosines and the teacher, on each of its data sets.
 
-        Indexes and measured rows are kept in the run folder, so an interrupted evaluation goes on.
+        Indexes and measured rows are kept in the run folder, so an interrupted evaluation can continue.
 
         Args:
-            settings: split and depths; the task is each data set's own.
+            settings: split, depths and so on; the task is that of each data set.
             with_teacher: also measure the teacher, which takes longest.
 
         Raises:
@@ -374,7 +374,7 @@ class Run:
         from d2llm.evaluation.setting import EvaluationSettings
 
         if not is_finished(self.parts.student):
-            raise InputError(f"{self.parts.student}: there is no student yet; distill makes it")
+            raise InputError(f"{self.parts.student}: there is no student yet; run `d2llm distill` first")
         contenders = load_contenders(
             self.parts.student,
             teacher=self.teacher if with_teacher else None,
@@ -405,7 +405,7 @@ class Run:
 
     @property
     def teacher(self) -> TeacherConfig:
-        """The recipe's where it is a stack, else the tuned teacher of the run, or the recipe's untuned."""
+        """The teacher to use: the stack if there is one, else the run's tuned teacher, else the recipe's teacher."""
         named = self.recipe.teacher
         if named.stack_with_cosine and is_finished(self.parts.stack):
             return named.model_copy(update={"model": str(self.parts.stack), "kind": "stack", "new_head": False})
@@ -416,7 +416,7 @@ class Run:
         return named
 
     def untuned_cosine(self) -> Student:
-        """The recipe's backbone with its own pooling."""
+        """The recipe's backbone with the backbone's own pooling, before training."""
         from d2llm.models.student import Student
         from d2llm.retrieval.cosine import untuned_config
 
@@ -429,33 +429,33 @@ class Run:
         return Student.create(self.recipe.student, device=self.device, dtype=self.dtype, seed=self.recipe.seed)
 
     def dev_data(self) -> list[tuple[Dataset | PairDataset, Task]]:
-        """The data sets of the recipe with their dev split alone."""
+        """The data sets of the recipe, with only their dev splits."""
         return [(open_data(data.path, splits=["dev"]), data.task) for data in self.recipe.data]
 
     def require_plans(self) -> None:
-        """Make sure that every data set of the recipe has its plan.
+        """Check that every data set of the recipe has a plan.
 
         Raises:
-            InputError: one has none.
+            InputError: a plan is missing.
         """
         for data in self.recipe.data:
             if not is_finished(self.parts.plan(data)):
                 raise InputError(
-                    f"{self.parts.plan(data)}: there is no training plan yet; run the verb mine with this recipe first"
+                    f"{self.parts.plan(data)}: there is no training plan yet; run `d2llm mine` with this recipe first"
                 )
 
     def closed_gates(self) -> list[str]:
-        """Data sets whose labels the student shall not learn, as ``gate.json`` and the recipe say.
+        """Data sets whose teacher labels are not to be used, according to ``gate.json`` and the recipe.
 
         Raises:
-            InputError: a gate is closed and the recipe says to stop then.
+            InputError: a gate is closed and ``gate.when_closed`` is "stop".
         """
         from d2llm.models.teachers.judge import identify_judge
         from d2llm.training.gate import read_gate
 
         gates = read_gate(self.parts.path, identify_judge(self.teacher).fingerprint)
         if gates is None:
-            _log.warning("the teacher was not tried on dev (d2llm gate); its labels are used untried")
+            _log.warning("the teacher was not tested on dev (d2llm gate); its labels are used without a test")
             return []
         closed = sorted(name for name, is_open in gates.items() if not is_open)
         if not closed or self.recipe.gate.when_closed == "teacher":
@@ -463,13 +463,13 @@ class Run:
         if self.recipe.gate.when_closed == "stop":
             raise InputError(
                 f"the teacher is not better than the cosine on {', '.join(closed)} (gate.json), and the recipe says to "
-                "stop then (gate.when_closed); use a better teacher, or 'labels'"
+                "stop in that case (gate.when_closed); use a better teacher, or set gate.when_closed to 'labels'"
             )
-        _remarks.info("distill: the gate is closed for %s: trained on their own judgements", ", ".join(closed))
+        _remarks.info("distill: the gate is closed for %s: using the data sets' own judgements", ", ".join(closed))
         return closed
 
     def put_aside(self, verb: str, folder: Path) -> None:
-        """Rename what a step has made, and its checkpoints, so that nothing that took hours is lost."""
+        """Rename a step's results and its checkpoints, so that nothing that took hours is lost."""
         places = (folder, folder.with_name(folder.name + ".run"))
         existing = [path for path in places if path.exists()]
         number = 1
@@ -478,20 +478,20 @@ class Run:
         for path in existing:
             path.rename(_aside(path, folder, number))
         if existing:
-            _remarks.info("%s: what was there is now in %s", verb, _aside(existing[0], folder, number))
+            _remarks.info("%s: the earlier result is now in %s", verb, _aside(existing[0], folder, number))
 
     def put_filtered_aside(self, verb: str) -> None:
-        """Rename what ``filter`` has made, before what it was made from is made anew."""
+        """Rename the filtered plans, before the plans that they were made from are replaced."""
         for data in self.recipe.data:
             self.put_aside(verb, self.parts.filtered_plan(data))
 
     def skip(self, reason: str) -> Skipped:
-        """Say why a step is not taken; that is its result."""
+        """Log why a step is skipped, and return that as its result."""
         _remarks.info("%s", reason)
         return Skipped(reason)
 
     def _teacher_fingerprint(self) -> str | None:
-        """Of ``teacher``; None where it is not there to be looked at."""
+        """The fingerprint of ``teacher``; None if the teacher cannot be found."""
         from d2llm.models.teachers.judge import identify_judge
 
         try:
@@ -501,21 +501,21 @@ class Run:
 
     def _name_the_teacher(self, verb: str) -> None:
         named, in_recipe = self.teacher.model, self.recipe.teacher.model
-        untuned = f"'{in_recipe}' as it is ({self.parts.teacher} is not there)"
+        untuned = f"'{in_recipe}' as it is ({self.parts.teacher} does not exist)"
         _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
     def _notice_changes(
         self, verb: str, folder: Path, recipe: dict[str, Any], teacher: str | None = None, *, as_mined: bool = False
     ) -> None:
-        """Warn if what is finished in ``folder`` was made from something else than would be now, and say from what.
+        """Warn if the finished result in ``folder`` was made from other settings or inputs than the current ones.
 
         Args:
-            verb: that makes it.
-            folder: what is finished; its manifest says what it was made from, unless an earlier version wrote it.
-            recipe: what of the recipe shapes it.
-            teacher: fingerprint of the teacher that it would be made from; None where that does not matter.
-            as_mined: it is made from the plans before a tuned teacher filters them. A plan that the run's teacher has
-                filtered says nothing of those.
+            verb: the verb that makes it.
+            folder: folder of the result; its manifest records its inputs, unless an earlier version wrote it.
+            recipe: the settings of the recipe that affect it.
+            teacher: fingerprint of the teacher that would be used now; None if the teacher does not matter.
+            as_mined: whether it is made from the plans before a tuned teacher filters them. A plan that the run's
+                teacher has filtered is not compared, because it is not one of those.
         """
         made_from = manifest_of(folder).get("settings", {})
         changes = changed_settings(made_from.get("recipe", {}), recipe)
@@ -531,8 +531,8 @@ class Run:
             changes.append("the teacher")
         if changes:
             _log.warning(
-                "%s was made from something else than it would be now, and stays as it is: %s; %s with --again makes "
-                "it anew and keeps this one aside",
+                "%s was made from other inputs than the current ones, and is kept: %s; %s with --again makes it again "
+                "and keeps this one aside",
                 folder,
                 ", ".join(changes),
                 verb,
@@ -542,11 +542,11 @@ class Run:
 def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
     """The recipe with other folders for its data sets.
 
-    ``places`` are "name=folder", a name being the last part of a path in the recipe, or folders that hold data sets by
-    their names.
+    ``places`` are "name=folder", where the name is the last part of a path in the recipe; or folders that contain data
+    sets by these names.
 
     Raises:
-        InputError: no data set of that name, or a folder that holds none of them.
+        InputError: there is no data set of that name, or a folder contains none of them.
     """
     data = {Path(item.path).name: item for item in recipe.data}
     for place in places:
@@ -558,7 +558,7 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
         if not paths:
             raise InputError(
                 f"--data {place}: write NAME=FOLDER, where NAME is one of the recipe's data sets: {', '.join(data)}; "
-                "or give a folder that holds folders of these names"
+                "or give a folder that contains folders with these names"
             )
         for name, path in paths.items():
             data[name] = data[name].model_copy(update={"path": path})
@@ -566,18 +566,18 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
 
 
 def require_data(recipe: Recipe) -> None:
-    """Make sure that every data set of a recipe is on this machine, or named as one of the Hub.
+    """Check that every data set of a recipe is on this machine, or is a data set of the Hub.
 
     Raises:
-        InputError: some are not; it lists them all, with what the recipe says of them.
+        InputError: some are not; the message lists them all, with the recipe's descriptions.
     """
     missing = [item for item in recipe.data if not item.path.startswith("hf:/") and not Path(item.path).exists()]
     if missing:
         lines = [f"{item.path} ({item.about})" if item.about else item.path for item in missing]
         raise InputError(
-            f"{len(missing)} of {len(recipe.data)} data sets of the recipe are not here: {'; '.join(lines)}. Give each "
-            f"with --data {Path(missing[0].path).name}=FOLDER, or all with --data FOLDER if it holds them by name; "
-            "docs/data-formats.md says what a data set looks like"
+            f"{len(missing)} of {len(recipe.data)} data sets of the recipe were not found: {'; '.join(lines)}. Give "
+            f"each with --data {Path(missing[0].path).name}=FOLDER, or all with --data FOLDER if it contains them by "
+            "name; docs/data-formats.md describes the layouts of data sets"
         )
 
 

@@ -1,4 +1,4 @@
-"""The verb ``stack``: fit the weight of each of several teachers on dev queries; a single teacher is calibrated."""
+"""The verb ``stack``: fits weights for several teachers on dev queries; a single teacher is only calibrated."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class CalibrationFigures:
 class StackRow:
     """One member, or the stack, on the dev lists of one task.
 
-    ``measures`` is data set -> measure -> value over its lists. ``before`` takes the member's score as log-odds as it
-    is (None for the stack); ``after`` is calibrated, each query by a fit without it. ``weight`` is of the standardised
-    score (None for the stack).
+    ``measures`` is data set -> measure -> value over its lists. ``before`` takes the member's raw score as log-odds
+    (None for the stack); ``after`` is cross-fitted: each query is calibrated by a fit without it. ``weight`` is that of
+    the standardised score (None for the stack).
     """
 
     name: str
@@ -52,7 +52,7 @@ class StackRow:
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """The members and their stack in one task: over how many pairs and queries, and how many pairs belong together."""
+    """The members and their stack in one task, and the numbers of queries, pairs and relevant pairs."""
 
     rows: tuple[StackRow, ...]
     num_queries: Mapping[str, int]
@@ -64,7 +64,7 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class StackReport:
-    """The result of stacking. ``num_truncated`` of the ``num_judged`` pairs judged now were cut."""
+    """The result of stacking. ``num_truncated`` of the ``num_judged`` pairs judged now were truncated."""
 
     folder: str
     fingerprint: str
@@ -75,7 +75,7 @@ class StackReport:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """All pairs of one task: scores [pairs, members], labels [pairs], and the query of each, named with its set."""
+    """All pairs of one task: scores [pairs, members], labels [pairs], and "data set:query" of each pair."""
 
     lists: tuple[DevSet, ...]
     scores: NDArray[np.float64]
@@ -100,34 +100,34 @@ def stack_teachers(
 ) -> StackReport:
     """Fit a stack to relevance on dev lists and write it to ``folder`` as a teacher of kind ``stack``.
 
-    A query's list is its positives, and the first ``depth`` of BM25 and of ``student``. Judgements are kept in
-    ``<folder>.run`` beside it, so an interrupted call goes on where it stopped. The probability that a calibrated
-    log-odds stands for is that among such candidates, not among all passages.
+    A query's list has its positives, and the first ``depth`` passages of BM25 and of ``student``. Judgements are kept
+    in ``<folder>.run`` beside the folder, so an interrupted call can continue. A calibrated log-odds gives the
+    probability of relevance among such candidates, not among all passages.
 
     Args:
-        judged: data sets with dev judgements, each with its task. Weights are found for each task, over its sets.
-        folder: where the stack goes.
+        judged: data sets with dev judgements, each with its task. Each task has its own weights, fitted over its sets.
+        folder: where to write the stack.
         members: the teachers, of any kind.
         student: proposes candidates by its vectors.
-        num_queries: dev queries of each data set; from the other end of the random order that ``gate`` takes.
-        depth: how many candidates of each list.
+        num_queries: dev queries per data set, from the other end of the random order that ``gate`` uses.
+        depth: number of candidates from each list.
         l2: see ``ops.stacking.fit_stack``.
-        num_folds: of the cross-validation by which the reported figures are honest.
-        seed: of the sample and the folds.
-        device: by default what this machine has.
-        dtype: by default what is fast there.
-        show_progress: None means: if standard error is a terminal.
+        num_folds: number of folds of the cross-validation for the reported results.
+        seed: seed of the sample and the folds.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: no members or the same twice, no data sets, no dev queries, ``folder`` holds something else, or no
-            member's score goes up with relevance.
-        ModelError: a member cannot be loaded, or gave log-odds that are no numbers.
+        InputError: there are no members, no data sets or no dev queries, a member is given twice, ``folder`` holds
+            something else, or no member's score increases with relevance.
+        ModelError: a member cannot be loaded, or some of its log-odds are not numbers.
     """
     check_replaceable(folder, STACK_KIND)
     if not members:
         raise InputError("a stack needs at least one member; name a teacher")
     if not judged:
-        raise InputError("a stack is fitted on dev queries, and there is no retrieval set that has some; add one")
+        raise InputError("a stack is fitted on dev queries, but no retrieval set has any; add one")
     lists = [
         make_dev_lists(
             dataset,
@@ -161,7 +161,7 @@ def stack_teachers(
 
 
 class _Judging:
-    """The members' scores of the lists. One member judges after the other, so that only one is in memory."""
+    """Collects the members' scores of the lists. Members judge one after another, so that only one is in memory."""
 
     def __init__(self, store: Path, lists: Sequence[DevSet], show_progress: bool | None) -> None:
         self._store, self._lists, self._show = store, lists, show_progress
@@ -170,7 +170,7 @@ class _Judging:
         self.num_judged = self.num_truncated = 0
 
     def add(self, name: str, config: TeacherConfig, device: str | None, dtype: str | None) -> None:
-        """Let one more member judge the lists."""
+        """Let another member judge the lists."""
         judge = load_judge(config, device=device, dtype=dtype)
         if judge.fingerprint in (member.fingerprint for member in self.members):
             raise InputError(f"member '{name}' is the same teacher as another member; name each once")
@@ -184,25 +184,25 @@ class _Judging:
         self._scores.append(scores)
 
     def pairs(self, task: Task) -> _Pairs:
-        """Everything of one task."""
+        """All pairs of one task."""
         lists = tuple(dev for dev in self._lists if dev.task == task)
         rows = [(dev, query, passage) for dev in lists for query, ids in dev.candidates.items() for passage in ids]
-        of_members = [
+        member_scores = [
             np.concatenate([values for dev in lists for values in by_set[dev.name]]) for by_set in self._scores
         ]
         labels = [dev.qrels[query].get(passage, 0) > 0 for dev, query, passage in rows]
         groups = tuple(f"{dev.name}:{query}" for dev, query, _ in rows)
-        return _Pairs(lists, np.stack(of_members, axis=1).astype(np.float64), np.array(labels), groups)
+        return _Pairs(lists, np.stack(member_scores, axis=1).astype(np.float64), np.array(labels), groups)
 
 
 def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num_folds: int, seed: int) -> TaskReport:
-    def left_out(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def cross_fitted(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         return out_of_fold_log_odds(scores, pairs.labels, pairs.groups, l2=l2, num_folds=num_folds, seed=seed)
 
     rows: list[StackRow] = []
     for place, name in enumerate(names):
         own = pairs.scores[:, place]
-        after = left_out(own[:, None])
+        after = cross_fitted(own[:, None])
         rows.append(
             StackRow(
                 name,
@@ -212,8 +212,8 @@ def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num
                 _figures(after, pairs.labels),
             )
         )
-    together = left_out(pairs.scores)
-    rows.append(StackRow(STACK_NAME, None, _measures(pairs, together), None, _figures(together, pairs.labels)))
+    stacked = cross_fitted(pairs.scores)
+    rows.append(StackRow(STACK_NAME, None, _measures(pairs, stacked), None, _figures(stacked, pairs.labels)))
     return TaskReport(
         tuple(rows),
         {dev.name: len(dev.queries) for dev in pairs.lists},
@@ -242,7 +242,7 @@ def _measures(pairs: _Pairs, scores: NDArray[np.float64]) -> dict[str, dict[str,
 
 
 def _names(members: Sequence[TeacherConfig]) -> list[str]:
-    """Short names that tell the members apart: the last part of each one's path, or all of it."""
+    """Short, distinct names of the members: the last part of the path, or kind and full path if that is not unique."""
     short = [Path(member.model).name or member.model for member in members]
     return [
         name if short.count(name) == 1 else f"{member.kind}:{member.model}"

@@ -1,7 +1,7 @@
-"""Where the numbers of a training run go besides ``log.jsonl``: TensorBoard, Weights & Biases, MLflow.
+"""Trackers for the numbers of a training run, in addition to ``log.jsonl``: TensorBoard, Weights & Biases, MLflow.
 
-Each is its own library's few calls. The trackers of `accelerate` are these same calls, but they know nothing of a run
-that is resumed, and changed how they are started from one version to the next.
+Each tracker makes a few calls to its own library. The trackers of `accelerate` make the same calls, but do not support
+resumed runs, and the way to start them has changed between versions.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ PROJECT = "d2llm"
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step."""
+    """Receives the numbers of each step."""
 
     def log(self, step: int, values: Mapping[str, float], /) -> None:
-        """Keep ``values`` of ``step``, by their names."""
+        """Log the ``values`` of ``step`` by name."""
         ...
 
     def finish(self) -> None:
-        """The run came to its end."""
+        """End the run."""
         ...
 
 
@@ -33,10 +33,10 @@ def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: in
     """The trackers that the recipe names, for the run in ``folder``.
 
     Args:
-        recipe: ``training.trackers`` and the run's name and settings.
-        folder: the run's; TensorBoard's files go to ``<folder>/tensorboard``.
-        run_key: the same for a run and its resumption: W&B and MLflow go on with the run of that key.
-        resume_step: what was logged of later steps is superseded.
+        recipe: the recipe, with ``training.trackers`` and the run's name and settings.
+        folder: the run folder; TensorBoard's files go to ``<folder>/tensorboard``.
+        run_key: key that stays the same when a run is resumed; W&B and MLflow continue the run with this key.
+        resume_step: step to resume from; values logged for later steps are superseded.
 
     Raises:
         MissingExtraError: a named tracker's package is not installed.
@@ -48,7 +48,7 @@ def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: in
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers among ``values`` and the mappings inside it, names joined by ``/``."""
+    """The numbers in ``values`` and in its nested mappings, with names joined by ``/``."""
     values_by_name: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -64,7 +64,7 @@ class _TensorBoard:
         require("tensorboard", extra="track", purpose="the tracker 'tensorboard'")
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # Steps from purge_step on that a killed run logged are hidden; short waits, so that a watcher sees the present.
+        # purge_step hides later steps that a killed run logged; a short flush interval keeps the display current.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
     def log(self, step: int, values: Mapping[str, float], /) -> None:
@@ -78,7 +78,7 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
-        del resume_step  # W&B itself ignores steps that it has
+        del resume_step  # W&B itself ignores steps that it already has
         wandb: Any = require("wandb", extra="track", purpose="the tracker 'wandb'")
         self._run = wandb.init(
             project=PROJECT,
@@ -98,14 +98,14 @@ class _WeightsAndBiases:
 
 class _MLflow:
     def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
-        del folder, resume_step  # a step logged again is a second point of the same step there
+        del folder, resume_step  # in MLflow, a step logged again is a second point at the same step
         tracking: Any = require("mlflow.tracking", extra="track", purpose="the tracker 'mlflow'")
         self._client = tracking.MlflowClient()
         experiment = self._client.get_experiment_by_name(PROJECT)
         experiment_id = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
-        same = self._client.search_runs([experiment_id], f"tags.run_key = '{run_key}'")
-        if same:
-            self._run_id = same[0].info.run_id
+        earlier_runs = self._client.search_runs([experiment_id], f"tags.run_key = '{run_key}'")
+        if earlier_runs:
+            self._run_id = earlier_runs[0].info.run_id
             return
         self._run_id = self._client.create_run(
             experiment_id, tags={"run_key": run_key}, run_name=recipe.name

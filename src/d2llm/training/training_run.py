@@ -1,4 +1,4 @@
-"""What every training loop needs: checkpoints for exact resume, the best state, stops, the learning rate, the log."""
+"""What every training loop needs: checkpoints, the best state, stop signals, the learning rate, the log."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from d2llm.training.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
-_STEPS = 60  # at the default rate dev rises no more after so many, on 100 and 300 questions (docs/LOG.md)
+_STEPS = 60  # at the default rate dev no longer improves after this many, on 100 and 300 questions (docs/LOG.md)
 _log = logging.getLogger(__name__)
 remarks = logging.getLogger("d2llm.remarks")
-"""What a user of the command line should be told in passing, and needs no warning."""
+"""Progress messages for users of the command line; they are not warnings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The state of a run between two steps: ``state`` is plain JSON that the loop itself defines."""
+    """The state of a run between two steps; ``state`` is JSON defined by the training loop."""
 
     step: int
     parameters: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
+    """The trainable parameters, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -58,9 +58,9 @@ def save_checkpoint(
     *,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write parameters, AdamW moments and ``state`` as one safetensors file, atomically.
+    """Write parameters, AdamW moments and ``state`` atomically as one safetensors file.
 
-    ``settings`` are everything that shapes the run, plain JSON; a checkpoint of another run is refused on resume.
+    ``settings`` is JSON with everything that affects the run; ``load_checkpoint`` rejects a checkpoint with others.
     """
     tensors = {f"parameter/{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -71,7 +71,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint in ``folder``, or None where there is none yet.
+    """The checkpoint in ``folder``, or None if there is none yet.
 
     Raises:
         InputError: it belongs to a run with another recipe, data or seed, or cannot be read.
@@ -84,13 +84,13 @@ def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint 
             metadata: dict[str, str] = file.metadata()
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it to start the run anew") from error
-    begun_with = json.loads(metadata.get("settings", "{}"))
-    if begun_with != json.loads(json.dumps(settings)):
-        changes = ", ".join(changed_settings(begun_with, settings)) or "it was written by another version of d2llm"
+        raise InputError(f"{path}: cannot be read ({error}); delete it to restart the run") from error
+    saved_settings = json.loads(metadata.get("settings", "{}"))
+    if saved_settings != json.loads(json.dumps(settings)):
+        changes = ", ".join(changed_settings(saved_settings, settings)) or "it was written by another version of d2llm"
         raise InputError(
             f"{path} belongs to a run with other settings: {changes}; finish that run with its own settings, or start "
-            "anew: with --again on the command line, or in another folder"
+            "over: with --again on the command line, or in another folder"
         )
     return Checkpoint(
         step=int(metadata["step"]),
@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint 
 
 
 def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's parameters and moments back in place."""
+    """Load a checkpoint's parameters and moments into the model and the optimizer."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.parameters[name])
@@ -112,12 +112,12 @@ def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimiz
 
 
 class BestState:
-    """The best state that dev has seen of a training: after which step, its value, and how many looks ago it was.
+    """The best state of a training by its dev value: its step, its value, and the number of dev evaluations since.
 
     Args:
-        parameters: that are kept and put back, by name.
-        path: of the safetensors file that keeps them; None: they are kept in memory.
-        lower_is_better: of two values.
+        parameters: the parameters to keep and restore, by name.
+        path: safetensors file to keep them in; None keeps them in memory.
+        lower_is_better: whether the lower of two values is better.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class BestState:
         self._state: dict[str, Tensor] = {}
 
     def offer(self, value: float, step: int, *, is_sound: bool = True) -> bool:
-        """Keep the present state if it is better than all before, and sound; returns whether it was kept."""
+        """Keep the current state if ``is_sound`` and better than all earlier ones; returns whether it was kept."""
         if not is_sound or (self.value is not None and self._sign * value <= self._sign * self.value):
             self.looks_since += 1
             return False
@@ -144,7 +144,7 @@ class BestState:
         return True
 
     def put_back(self) -> None:
-        """Give the parameters their best values; without any look they stay as they are."""
+        """Restore the best values of the parameters; does nothing if there was no dev evaluation."""
         if self.step is None:
             return
         best = self._state
@@ -155,32 +155,32 @@ class BestState:
                 parameter.copy_(best[name])
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint must bring back besides the file."""
+        """What a checkpoint must store, besides the file."""
         return {"step": self.step, "value": self.value, "looks_since": self.looks_since}
 
     def take_up(self, record: Mapping[str, Any]) -> None:
-        """Go on from a ``record``; looks after its checkpoint are taken again, with the same results."""
+        """Continue from a ``record``; dev evaluations after its checkpoint are repeated, with the same results."""
         self.step, self.value, self.looks_since = record["step"], record["value"], record["looks_since"]
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
+    """Lets Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
 
-    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can keep a
-    checkpoint; what is done in ``held`` is finished first. Whoever has handlers of their own keeps them; only the main
-    thread has any.
+    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can write
+    a checkpoint; a ``held`` block is finished first. Signal handlers that the caller has installed are left alone, and
+    outside the main thread nothing is done.
     """
 
     def __init__(self) -> None:
         self.is_consistent = True
-        """Whether the state is one between two changes; False where an error broke one off."""
+        """Whether the state is between two changes; False during a change, and after an error in one."""
         self._pending: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-                if signal.getsignal(number) == usual:
+            for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) == default:
                     self._before[number] = signal.signal(number, self._stop)
         return self
 
@@ -190,7 +190,7 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Finish what is inside before a stop."""
+        """Delay a stop until the block is finished."""
         self.is_consistent = False
         yield
         self.is_consistent = True
@@ -209,17 +209,17 @@ class StopSignals:
 
 
 def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:
-    """Epochs of a distillation: the recipe's, or as many as make 60 steps, from 2 to 10."""
+    """Epochs of a distillation: the recipe's, or else as many as give about 60 steps, between 2 and 10."""
     return training.epochs or max(2, min(10, round(_STEPS / max(1, steps_of_an_epoch))))
 
 
 def warmup_steps(config: WarmUpConfig, total_steps: int) -> int:
-    """Steps of the warm-up that a recipe asks for; warns of one that takes more than half of the run."""
+    """The recipe's number of warm-up steps; logs a warning if they are more than half of the run."""
     steps = config.warmup_of(total_steps)
     if 2 * steps > total_steps:
         _log.warning(
-            "the warm-up takes %d of %d steps, so the run hardly trains: leave warmup_steps out of the recipe, and set "
-            "warmup_fraction, the share of the steps (0.1 is usual)",
+            "the warm-up takes %d of %d steps, so the run hardly trains: remove warmup_steps from the recipe, and set "
+            "warmup_fraction, the share of the steps (usually 0.1)",
             min(steps, total_steps),
             total_steps,
         )
@@ -234,7 +234,7 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> f
 
 
 def adamw(groups: Iterable[tuple[Sequence[Tensor], float, float]]) -> torch.optim.AdamW:
-    """AdamW over groups of parameters with a learning rate and a weight decay each, as ``optimizer_step`` wants it."""
+    """AdamW for ``optimizer_step``, from groups of (parameters, learning rate, weight decay)."""
     options = [
         {"params": list(parameters), "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for parameters, rate, decay in groups
@@ -245,16 +245,16 @@ def adamw(groups: Iterable[tuple[Sequence[Tensor], float, float]]) -> torch.opti
 def optimizer_step(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], *, factor: float, max_gradient_norm: float
 ) -> float:
-    """Clip, set each group's rate to ``factor`` times its own, step, and clear; returns the gradient's norm.
+    """Clip the gradient, scale each group's learning rate by ``factor``, step, and clear; returns the gradient norm.
 
     Raises:
-        TrainingDivergedError: the norm is no finite number; the parameters are left as they were.
+        TrainingDivergedError: the norm is not finite; the parameters are unchanged.
     """
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_gradient_norm))
     if not math.isfinite(norm):
         raise TrainingDivergedError(
-            f"the gradient's norm became {norm}; training stopped before it could do harm. The last good checkpoint is "
-            "kept. Lower the learning rate, or look for labels that are no numbers"
+            f"the gradient's norm became {norm}; training stopped before the weights were changed. The last good "
+            "checkpoint is kept. Lower the learning rate, or look for labels that are not numbers"
         )
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
@@ -264,22 +264,22 @@ def optimizer_step(
 
 
 def require_finite(loss: Tensor, step: int, folder: Path) -> None:
-    """Stop a run whose loss is no number.
+    """Stop a run if its loss is not finite.
 
     Raises:
-        TrainingDivergedError: naming the step and what is kept.
+        TrainingDivergedError: the loss is not finite; the message names the step and the folder of the checkpoint.
     """
     if not torch.isfinite(loss):
         raise TrainingDivergedError(
             f"the loss became {float(loss)} at step {step}; training stopped. The last good checkpoint is kept in "
-            f"{folder}. Lower the learning rate, or look for labels that are no numbers"
+            f"{folder}. Lower the learning rate, or look for labels that are not numbers"
         )
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object a line; after a resume, lines beyond the checkpoint's step are taken back.
+    """``log.jsonl``, with one JSON object per line; on resuming, lines after the checkpoint's step are removed.
 
-    ``resume_step`` is -1 for a new run, whose log begins empty. Trackers get the numbers among the values.
+    ``resume_step`` is -1 for a new run, whose log is emptied. Trackers get the numbers among the values.
     """
 
     def __init__(self, folder: Path, *, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -301,13 +301,13 @@ class RunLog:
             tracker.log(step, numbers(values))
 
     def finish(self) -> None:
-        """The run came to its end."""
+        """Tell the trackers that the run is finished."""
         for tracker in self._trackers:
             tracker.finish()
 
 
 def _step_of(line: str) -> float:
-    """The step of a log line; beyond all steps for one that a killed process left unfinished."""
+    """The step of a log line; infinity if a killed process left the line incomplete."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""The verb ``tune-teacher``: train a teacher on labelled pairs, by yes/no cross-entropy, adapters or all weights."""
+"""The verb ``tune-teacher``: trains a teacher, by adapters or in full, on labelled pairs by yes/no cross-entropy."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ from d2llm.training.training_run import (
     trainable,
 )
 
-_PAIR_SHARE = 0.3  # of the yes/no loss beside the softmax over lists
-_LARGEST_SHARE = 5  # at most a fifth of a plan is held out
+_PAIR_SHARE = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
+_LARGEST_SHARE = 5  # at most one fifth of a plan is held out
 _ALL = 1_000_000
 _BEST = "best.safetensors"
-_SORTED_BATCHES = 16  # batches whose pairs are sorted by length together
+_SORTED_BATCHES = 16  # number of batches whose pairs are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherTuningReport:
-    """What a tuning run did; ``loss`` is the mean yes/no cross-entropy of the last tenth of the steps.
+    """The result of a tuning run; ``loss`` is the mean training loss over the last tenth of the steps.
 
-    With held-out queries: ``best_step`` is the step whose state was kept, ``dev`` its value of ``dev_measure``.
+    With held-out queries, ``best_step`` is the step whose state was kept, and ``dev`` its value of ``dev_measure``.
     """
 
     folder: str
@@ -84,28 +84,28 @@ def tune_teacher(
     dtype: str | None = None,
     show_progress: bool | None = None,
 ) -> TeacherTuningReport:
-    """Tune a teacher and write it to ``folder``; an interrupted run goes on from its last checkpoint.
+    """Tune a teacher and write it to ``folder``; an interrupted run continues from its last checkpoint.
 
     Args:
         sources: data sets with their plans and tasks.
-        folder: where the tuned teacher goes; ``<folder>.run`` beside it keeps checkpoint and log.
+        folder: where to write the tuned teacher; ``<folder>.run`` beside it has the checkpoint and the log.
         teacher: the LLM and its prompt.
-        tuning: what is trained, the schedule, and held-out queries to stop by.
-        seed: of the draw of pairs, their order, and the adapter's start.
-        device: by default what this machine has.
-        dtype: by default what is fast there.
-        show_progress: by default only on a terminal.
+        tuning: which weights to train, the schedule, and the held-out queries for early stopping.
+        seed: seed of the sample of pairs, their order, and the adapter's initial weights.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
-        InputError: no pairs, a finished teacher already in ``folder``, a checkpoint of another run, a kind of teacher
-            that is not tuned, or plans too small to hold queries out.
-        TrainingDivergedError: the loss is no number; the last good checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        InputError: there are no pairs, ``folder`` already holds a finished teacher, the checkpoint is from another run,
+            this kind of teacher cannot be tuned, or the plans are too small to hold queries out.
+        TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     if (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: holds a finished teacher already; give another folder, or delete it to start anew")
+        raise InputError(f"{folder}: already holds a finished teacher; give another folder, or delete it to start over")
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder}: holds files that are no teacher's; give a new or empty folder")
+        raise InputError(f"{folder}: holds files that do not belong to a teacher; give a new or empty folder")
     started = time.monotonic()
     training, dev_pairs = hold_out(sources, tuning, seed=seed) if tuning.eval_every and sources else (sources, [])
     pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
@@ -142,12 +142,12 @@ def tune_teacher(
     with new_folder(folder, kind=TEACHER_KIND) as temporary:
         fingerprint = model.save(temporary, content)
     (run_folder / _BEST).unlink(missing_ok=True)
-    (run_folder / CHECKPOINT).unlink()  # whoever deletes the finished teacher wants a new one, not this one again
+    (run_folder / CHECKPOINT).unlink()  # if the finished teacher is deleted, the next run must start from scratch
     return replace(report, fingerprint=fingerprint)
 
 
 class _TuningRun:
-    """The training loop of one tuning, with all that a checkpoint must bring back."""
+    """The training loop of one tuning run, and the state that a checkpoint restores."""
 
     def __init__(
         self,
@@ -160,13 +160,13 @@ class _TuningRun:
         settings: dict[str, Any],
         seed: int,
     ) -> None:
-        """Begin a run, or take up the one whose checkpoint is in ``folder``."""
+        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
         self.model, self.batches, self.dev_pairs, self.tuning = model, batches, dev_pairs, tuning
         self.folder, self.settings, self.seed = folder, settings, seed
         self.losses: list[float] = []
         self.num_truncated = 0
         self.num_finished = 0
-        """Steps whose look at held-out pairs is finished too: the number of ``losses``, or one less."""
+        """Steps whose dev evaluation is finished too: the number of ``losses``, or one less."""
         folder.mkdir(parents=True, exist_ok=True)
         self.parameters = trainable(model)
         self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
@@ -178,39 +178,39 @@ class _TuningRun:
             self.losses, self.num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]
             self.num_finished = checkpoint.state["num_finished"]
             self.best.take_up(checkpoint.state["best"])
-            remarks.info("tune-teacher: goes on after step %d of an earlier run", len(self.losses))
+            remarks.info("tune-teacher: continues after step %d of an earlier run", len(self.losses))
         self.log = RunLog(folder, resume_step=-1 if checkpoint is None else self.num_finished)
         self.signals = StopSignals()
 
     def train(self, show_progress: bool | None) -> None:
-        """Train to the end, or until held-out pairs stop it; the last state is kept as a checkpoint.
+        """Train to the end, or until held-out pairs stop it early; the last state is saved as a checkpoint.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last whole step is kept.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         """
         self.model.train()
-        kept_at = time.monotonic()
+        saved_at = time.monotonic()
         with self.signals, progress_bar("tuning the teacher", len(self.batches), show=show_progress) as advance:
             advance(self.num_finished)
             try:
                 while self.best.looks_since < self.tuning.patience and self.num_finished < len(self.batches):
-                    if len(self.losses) == self.num_finished:  # else a stop came between the step and the look
+                    if len(self.losses) == self.num_finished:  # otherwise the run was stopped before its evaluation
                         self._step()
-                    self._look()
+                    self._evaluate()
                     advance(1)
-                    if time.monotonic() - kept_at > 60 * self.tuning.checkpoint_minutes:
-                        self._keep()
-                        kept_at = time.monotonic()
+                    if time.monotonic() - saved_at > 60 * self.tuning.checkpoint_minutes:
+                        self._save()
+                        saved_at = time.monotonic()
             except KeyboardInterrupt:
                 if self.signals.is_consistent and self.losses:
-                    self._keep()
-                    remarks.info("tune-teacher: step %d is kept in %s", len(self.losses), self.folder)
+                    self._save()
+                    remarks.info("tune-teacher: step %d is saved in %s", len(self.losses), self.folder)
                 raise
-        self._keep()
+        self._save()
 
     def _step(self) -> None:
         step, total = len(self.losses), len(self.batches)
-        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout by the step alone: resume is exact
+        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
         accumulate = accumulate_lists if self.tuning.loss == "lists" else accumulate_pairs
         part_tokens = self.tuning.part_tokens or tokens_at_a_time(self.model.device)
         loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens)
@@ -222,8 +222,8 @@ class _TuningRun:
             self.losses.append(float(loss))
             self.num_truncated += num_truncated
 
-    def _look(self) -> None:
-        """Measure held-out pairs where that is due after this step, and log the step."""
+    def _evaluate(self) -> None:
+        """Measure on held-out pairs if that is due after this step, and log the step."""
         step, every = len(self.losses), self.tuning.eval_every
         score: DevScore | None = None
         if self.dev_pairs and every is not None and (step % every == 0 or step == len(self.batches)):
@@ -236,7 +236,7 @@ class _TuningRun:
             self.log.write(step, loss=self.losses[-1], pairs=len(self.batches[self.num_finished]), **measured)
             self.num_finished += 1
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         state = {
             "losses": self.losses,
             "num_truncated": self.num_truncated,
@@ -254,7 +254,7 @@ class _TuningRun:
 
 @dataclass(frozen=True, slots=True)
 class DevScore:
-    """How a teacher does on held-out pairs: yes/no cross-entropy, and mean reciprocal rank of the first positive."""
+    """A teacher's quality on held-out pairs: yes/no cross-entropy, and mean reciprocal rank of the first positive."""
 
     cross_entropy: float
     mrr: float
@@ -263,15 +263,15 @@ class DevScore:
 def hold_out(
     sources: Sequence[TrainingSource], tuning: TeacherTuningConfig, *, seed: int
 ) -> tuple[list[TrainingSource], list[TrainingPair]]:
-    """Part the plans: sources without the held-out queries, and the held-out pairs.
+    """Split the plans: sources without the held-out queries, and the held-out pairs.
 
-    A query that shares a positive with a held-out one is left out of the training too: a passage that was a positive in
-    training is easily found again.
+    Queries that share a positive with a held-out query are removed from training too, because a passage that was a
+    positive in training is easy to recognise.
 
     Args:
         sources: data sets with their plans.
-        tuning: how many queries; the pairs are drawn as for training, or all of the plan's for ``mrr``.
-        seed: of the draw.
+        tuning: the number of queries. The pairs are drawn as for training, or all pairs of the plan for ``mrr``.
+        seed: seed of the sample.
 
     Raises:
         InputError: the plans are too small to hold anything out.
@@ -282,23 +282,23 @@ def hold_out(
         entries = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         random.Random(f"{seed}:dev:{source.dataset.name}").shuffle(entries)
         dev = entries[: min(tuning.dev_queries, len(entries) // _LARGEST_SHARE)]
-        taken = {passage_id for entry in dev for passage_id in entry.positives}
+        dev_positives = {passage_id for entry in dev for passage_id in entry.positives}
         dev_ids = {entry.query_id for entry in dev}
-        rest = [e for e in source.plan.entries if e.query_id not in dev_ids and taken.isdisjoint(e.positives)]
+        rest = [e for e in source.plan.entries if e.query_id not in dev_ids and dev_positives.isdisjoint(e.positives)]
         kept.append(replace(source, plan=TrainingPlan(tuple(rest), source.plan.manifest)))
         held.append(replace(source, plan=TrainingPlan(tuple(dev), source.plan.manifest)))
     num_negatives = tuning.num_negatives if tuning.dev_measure == "cross_entropy" else _ALL
     pairs = labelled_pairs(held, num_negatives=num_negatives, max_queries=None, seed=seed)
     if not pairs or not any(source.plan.entries for source in kept):
         raise InputError(
-            "the plans are too small to hold queries out (a fifth at most, and what shares their positives): "
-            "leave eval_every out of teacher_tuning, or mine larger plans"
+            "the plans are too small to hold queries out (a fifth at most, and queries that share their positives): "
+            "remove eval_every from teacher_tuning, or mine larger plans"
         )
     return kept, pairs
 
 
 def score_dev(teacher: Judge, pairs: Sequence[TrainingPair]) -> DevScore:
-    """Judge held-out pairs, and measure the judgement."""
+    """Measure a teacher on held-out pairs."""
     log_odds = np.empty(len(pairs), dtype=np.float32)
     by_list: dict[tuple[Task, str], list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -316,7 +316,7 @@ def score_dev(teacher: Judge, pairs: Sequence[TrainingPair]) -> DevScore:
 
 
 def _reciprocal_rank(log_odds: NDArray[np.float32], is_positive: NDArray[np.bool_]) -> float | None:
-    """1 / rank of the first positive, behind the negatives it ties with; None for a list without one."""
+    """1 / rank of the first positive, ranked after negatives with the same score; None for a list without one."""
     if not is_positive.any():
         return None
     return 1.0 / (1 + int((log_odds[~is_positive] >= log_odds[is_positive].max()).sum()))
@@ -328,17 +328,17 @@ def _reciprocal_rank(log_odds: NDArray[np.float32], is_positive: NDArray[np.bool
 def _load(
     teacher: TeacherConfig, tuning: TeacherTuningConfig, *, device: str | None, dtype: str | None
 ) -> LocalTeacher:
-    """The teacher to tune; where every weight is tuned, these are float32, however it computes."""
+    """Load the teacher to tune; if all weights are tuned they are float32, whatever it computes in."""
     chosen = "float32" if tuning.tuning == "full" else dtype
     if teacher.new_head and tuning.tuning != "full":
-        raise InputError("a new head is tuned with every weight; set teacher_tuning.tuning = 'full'")
+        raise InputError("a new head can only be tuned with all weights; set teacher_tuning.tuning = 'full'")
     if teacher.new_head:
         model: Judge = ClassifierTeacher.load(teacher, device=device, dtype=chosen)
     else:
         model = load_judge(teacher, device=device, dtype=chosen)
     if not isinstance(model, LocalTeacher):
         raise InputError(
-            f"teacher '{teacher.model}' has no weights here to tune; leave tune-teacher out, or name a local model"
+            f"teacher '{teacher.model}' has no local weights to tune; skip tune-teacher, or name a local model"
         )
     model.compute_dtype = choose_dtype(model.device, dtype)
     return model
@@ -347,7 +347,7 @@ def _load(
 def _run_settings(
     sources: list[TrainingSource], teacher: TeacherConfig, fingerprint: str, tuning: TeacherTuningConfig, seed: int
 ) -> dict[str, Any]:
-    """All that shapes a run: a checkpoint, or a tuned teacher, of anything else is another run's."""
+    """Everything that affects a run; a checkpoint or tuned teacher with other settings is from another run."""
     return {
         "recipe": tuning_settings(teacher, tuning, seed),
         "model": fingerprint,
@@ -356,29 +356,29 @@ def _run_settings(
 
 
 def _epoch_batches(pairs: list[TrainingPair], tuning: TeacherTuningConfig, seed: int) -> list[list[TrainingPair]]:
-    """All batches of all epochs: one task each, pairs (or lists) of like length together, batches in random order."""
+    """The batches of all epochs: each has one task and pairs (or lists) of similar length; their order is random."""
     batches: list[list[TrainingPair]] = []
     for epoch in range(tuning.epochs):
         rng = random.Random(f"{seed}:{epoch}")
-        of_epoch: list[list[TrainingPair]] = []
+        epoch_batches: list[list[TrainingPair]] = []
         for task in ("symmetric", "asymmetric"):
-            of_task = [pair for pair in pairs if pair.task == task]
-            if not of_task:
+            task_pairs = [pair for pair in pairs if pair.task == task]
+            if not task_pairs:
                 continue
-            units = _lists(of_task) if tuning.loss == "lists" else [[pair] for pair in of_task]
-            size = max(1, tuning.batch_pairs * len(units) // len(of_task))  # units of a batch
+            units = _lists(task_pairs) if tuning.loss == "lists" else [[pair] for pair in task_pairs]
+            size = max(1, tuning.batch_pairs * len(units) // len(task_pairs))  # units per batch
             rng.shuffle(units)
             for start in range(0, len(units), size * _SORTED_BATCHES):
                 group = units[start : start + size * _SORTED_BATCHES]
                 group.sort(key=lambda unit: sum(len(pair.query) + len(pair.passage) for pair in unit))
-                of_epoch += [list(chain(*group[i : i + size])) for i in range(0, len(group), size)]
-        rng.shuffle(of_epoch)
-        batches += of_epoch
+                epoch_batches += [list(chain(*group[i : i + size])) for i in range(0, len(group), size)]
+        rng.shuffle(epoch_batches)
+        batches += epoch_batches
     return batches
 
 
 def _lists(pairs: list[TrainingPair]) -> list[list[TrainingPair]]:
-    """The pairs of each query together."""
+    """Group the pairs by query."""
     lists: dict[str, list[TrainingPair]] = {}
     for pair in pairs:
         lists.setdefault(pair.query, []).append(pair)
@@ -386,13 +386,13 @@ def _lists(pairs: list[TrainingPair]) -> list[list[TrainingPair]]:
 
 
 def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens: int) -> tuple[Tensor, int]:
-    """As ``accumulate_pairs``, of lists: a softmax over each query's passages, and some of the yes/no loss."""
+    """Like ``accumulate_pairs``, for lists: a softmax over each query's passages, plus a share of the yes/no loss."""
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], batch[0].task)
     places: dict[str, list[int]] = {}
     for place, pair in enumerate(batch):
         places.setdefault(pair.query, []).append(place)
     lists = list(places.values())
-    lengths = [max(len(inputs[place]) for place in of_query) * len(of_query) for of_query in lists]
+    lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
     total = torch.zeros((), device=model.device)
     for part in token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists)):
         chosen = [place for index in part for place in lists[index]]
@@ -402,9 +402,9 @@ def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens
         def loss_of(log_odds: Tensor, targets: Tensor = targets, by_list: Sequence[Tensor] = by_list) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
             loss = _PAIR_SHARE * yes_or_no / len(batch)
-            for scores, of_list in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
-                if float(of_list.sum()) > 0:
-                    loss = loss + functional.cross_entropy(scores, of_list / of_list.sum()) / len(lists)
+            for scores, labels in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
+                if float(labels.sum()) > 0:
+                    loss = loss + functional.cross_entropy(scores, labels / labels.sum()) / len(lists)
             return loss
 
         total += _backpropagate(model, [inputs[place] for place in chosen], batch[0].task, loss_of, part_tokens)
@@ -414,36 +414,40 @@ def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens
 def _backpropagate(
     model: LocalTeacher, inputs: list[Any], task: Task, loss_of: Callable[[Tensor], Tensor], part_tokens: int
 ) -> Tensor:
-    """Add the gradient of a loss of the log-odds of all inputs, in memory for ``part_tokens``; returns the loss.
+    """Add the gradient of a loss of all inputs' log-odds, in memory for ``part_tokens``; returns the loss.
 
-    Where they are more, they are read twice, as in ``gradient_cache``: for the loss, and part by part for its gradient.
+    Inputs that exceed ``part_tokens`` are encoded twice, as in ``gradient_cache``: once for the loss, and then part by
+    part for its gradient.
     """
     parts = token_budget_batches([len(ids) for ids in inputs], max_tokens=part_tokens, max_items=len(inputs))
     if len(parts) == 1:
         loss = loss_of(model(*model.pad(inputs), task)[0])
         loss.backward()
         return loss.detach()
-    seeds: list[int] = torch.randint(1 << 31, (len(parts),)).tolist()  # of the dropout, the same in both readings
+    seeds: list[int] = torch.randint(1 << 31, (len(parts),)).tolist()  # for the same dropout in both passes
 
-    def read(number: int) -> Tensor:
+    def compute_log_odds(number: int) -> Tensor:
         torch.manual_seed(seeds[number])
         return model(*model.pad([inputs[index] for index in parts[number]]), task)[0]
 
     log_odds = torch.zeros(len(inputs), device=model.device)
     with torch.no_grad():
         for number, part in enumerate(parts):
-            log_odds[part] = read(number)
+            log_odds[part] = compute_log_odds(number)
     log_odds.requires_grad_()
     loss = loss_of(log_odds)
     loss.backward()
     assert log_odds.grad is not None
     for number, part in enumerate(parts):
-        read(number).backward(log_odds.grad[part])
+        compute_log_odds(number).backward(log_odds.grad[part])
     return loss.detach()
 
 
 def accumulate_pairs(model: LocalTeacher, batch: list[TrainingPair], part_tokens: int) -> tuple[Tensor, int]:
-    """Mean yes/no cross-entropy of a batch, with its gradient, in parts that bound memory; and the pairs cut short."""
+    """Add the gradient of a batch's mean yes/no cross-entropy, in parts of at most ``part_tokens`` to limit memory.
+
+    Returns the loss and the number of truncated pairs.
+    """
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
     total = torch.zeros((), device=model.device)

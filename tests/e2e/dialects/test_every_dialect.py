@@ -45,7 +45,7 @@ def test_every_route_describes_its_answers_and_errors(post):
 def test_a_body_that_is_no_json(address, path, status):
     answer = httpx2.post(address + path, content=b"{", headers={"content-type": "application/json"})
     assert answer.status_code == status
-    assert "no valid JSON" in answer.text
+    assert "not valid JSON" in answer.text
 
 
 @pytest.mark.parametrize(

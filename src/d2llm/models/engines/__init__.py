@@ -1,1 +1,1 @@
-"""Ways to run a student's backbone faster than torch does."""
+"""Faster ways to run a student's backbone than plain torch."""

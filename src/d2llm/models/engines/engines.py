@@ -1,7 +1,7 @@
-"""What encodes texts: torch, or a compiled graph of the same student on the CPU.
+"""Engines that encode texts: torch, or a compiled graph of the same student on the CPU.
 
-A graph is recorded once for each student, engine and version of the packages, and kept in the user's cache folder.
-Scoring stays torch's: it is a few products, which ``models.scorer`` has at the machine's speed.
+A graph is exported once per student, engine and package versions, and kept in the user's cache folder. Scoring always
+uses torch: it takes only a few matrix products, which ``models.scorer`` already runs at full speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from d2llm.models.student import Student
 
 Engine = Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "batch dim"]]
-"""Vectors of a batch of tokenized texts."""
+"""Computes the vectors of a batch of tokenized texts."""
 
 _KIND, _FORMAT_VERSION, _FILE = "engine", 1, "text.onnx"
 _Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"]], Float32[np.ndarray, "batch dim"]]
@@ -46,11 +46,11 @@ def choose_engine(
 ) -> EngineName:
     """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO if it is installed and the machine has no accelerator, or none is requested; else torch.
-    Weights of eight bits change the vectors, so ``auto`` never means them.
+    That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
+    8-bit weights change the vectors, so ``auto`` never selects them.
 
     Raises:
-        InputError: an unknown name, or an engine of the CPU for another device or number format.
+        InputError: the name is unknown, or a CPU engine does not support the device or number format.
     """
     if name not in get_args(EngineName):
         raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
@@ -63,27 +63,27 @@ def choose_engine(
         fell_back("engine OpenVINO", f"{reason}; torch encodes", level=logging.INFO)
         return "torch"
     if name != "torch" and device is not None and not on_cpu:
-        raise InputError(f"engine '{name}' computes on the CPU, but device '{device}' is asked for; use engine 'torch'")
+        raise InputError(f"engine '{name}' runs on the CPU, but device '{device}' was requested; use engine 'torch'")
     if name != "torch" and not _can_multiply(name, dtype):
-        raise InputError(f"engine '{name}' has no products in '{dtype}'; leave dtype out, or use engine 'torch'")
+        raise InputError(f"engine '{name}' does not support dtype '{dtype}'; leave dtype out, or use engine 'torch'")
     return cast(EngineName, name)
 
 
 def choose_products(engine: EngineName, device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
-    """The number format in which an engine multiplies, by default what is fast here; ONNX Runtime has float32 alone."""
+    """The number format of an engine's products, by default the fastest here; ONNX Runtime supports only float32."""
     return torch.float32 if engine.startswith("onnx") else choose_dtype(device, dtype)
 
 
 def open_engine(
     student: Student, name: EngineName, *, dtype: torch.dtype = torch.float32, cache: Path | None = None
 ) -> Engine | None:
-    """The compiled engine of a student, its graph taken from the cache or recorded now; None for torch.
+    """The compiled engine of a student, its graph taken from the cache or exported now; None for torch.
 
     Args:
-        student: with weights in float32 on the CPU, as graphs are recorded from.
-        name: of the engine.
-        dtype: of its products (``choose_products``).
-        cache: folder for graphs, by default the user's.
+        student: a student with weights in float32 on the CPU, as the export requires.
+        name: name of the engine.
+        dtype: number format of its products (``choose_products``).
+        cache: folder for graphs, by default the user's cache folder.
 
     Raises:
         InputError: the student's weights are not float32 on the CPU.
@@ -109,13 +109,13 @@ def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
 
 
 def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
-    """The file with the student's graph, recorded if it is not in the cache."""
-    require("onnx", extra="export", purpose="an engine beside torch")
-    made_with = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
+    """The file with the student's graph, exported if it is not in the cache."""
+    require("onnx", extra="export", purpose="an engine other than torch")
+    versions = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
     if int8_for == "onnx":
-        require("onnxruntime", extra="export", purpose="weights of eight bits")
-        made_with.append(version("onnxruntime"))
-    key = fingerprint_json([student.fingerprint, int8_for, OPSET, _FORMAT_VERSION, made_with])
+        require("onnxruntime", extra="export", purpose="8-bit weights")
+        versions.append(version("onnxruntime"))
+    key = fingerprint_json([student.fingerprint, int8_for, OPSET, _FORMAT_VERSION, versions])
     folder = cache / "engines" / key
     if not (folder / FILE_NAME).is_file():
         with new_folder(folder, kind=_KIND) as temporary:
@@ -127,10 +127,10 @@ def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
 
 
 def _onnx_runtime(file: Path, dtype: torch.dtype) -> _Run:
-    assert dtype == torch.float32  # all that it multiplies fast on these CPUs
+    assert dtype == torch.float32  # the only format that it multiplies fast on CPUs
     runtime: Any = require("onnxruntime", extra="export", purpose="the engine onnx")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = 1  # batches are on different cores (``core_workers``)
+    options.intra_op_num_threads = 1  # batches run on different cores (``core_workers``)
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
@@ -145,26 +145,26 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
     settings = {
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": torch.get_num_threads(),  # batches are on different cores (``core_workers``)
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,  # for weights of eight bits alone
+        "NUM_STREAMS": torch.get_num_threads(),  # batches run on different cores (``core_workers``)
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,  # only affects 8-bit weights
     }
-    # In a thread of its own: OpenVINO gives the thread that compiles a signal stack, and frees it with the model, after
-    # which the next signal that thread handles (Ctrl-C in the main one) would end the process.
+    # Compile in a separate thread: OpenVINO gives the compiling thread a signal stack and frees it with the model, so
+    # the next signal that this thread handles (Ctrl-C in the main thread) would kill the process.
     with ThreadPoolExecutor(max_workers=1) as thread:
         compiled = thread.submit(lambda: openvino.Core().compile_model(str(file), "CPU", settings)).result()
-    thread_state = local()  # a request answers one caller at a time
+    thread_state = local()  # an infer request serves one caller at a time
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         if not hasattr(thread_state, "request"):
             thread_state.request = compiled.create_infer_request()
         return thread_state.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
 
-    # Once in one thread: where two make OpenVINO's first tensors at a time, one waits for Python's lock while it holds
-    # the lock of a C++ static that the other waits for, and neither goes on.
-    if len(run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))) != 1:  # seen with eight bits and a lower ISA
+    # Run once in one thread: two threads that create OpenVINO's first tensors at the same time deadlock, because one
+    # waits for the GIL while it holds the lock of a C++ static that the other waits for.
+    if len(run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))) != 1:  # seen with 8-bit weights and a lower ISA
         raise ModelError(
-            "OpenVINO gives no vector of a text with this student on this CPU; unset ONEDNN_MAX_CPU_ISA if it is set, "
-            "or take another engine"
+            "OpenVINO returns no vector for a text with this student on this CPU; unset ONEDNN_MAX_CPU_ISA if it is "
+            "set, or use another engine"
         )
     return run
 

@@ -1,9 +1,9 @@
-"""A BERT and its tokenizer without ``transformers``, for one who only reads some texts: a search on the command line.
+"""A BERT and its tokenizer without ``transformers``, for a process that only encodes a few texts, such as a CLI search.
 
 Importing ``transformers`` and loading a small model with it takes longer than everything else in such a search. This is
-the same encoder, in the same products and under the same names of its parts, so a student's adapter fits it; and the
-same tokenizer, from the file in the student's folder. It is for models that are exactly this, which ``open_lean`` looks
-at; of others it says so, and they are loaded as always. A test holds both to the same states.
+the same encoder, with the same operations and parameter names, so a student's adapter fits it, and the same tokenizer,
+loaded from the file in the student's folder. Only plain BERT models are supported: ``open_lean`` returns None for all
+others, which are then loaded with ``transformers``. A test checks that both give the same states.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MODEL_FILE, _TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 class LeanTokenizer:
-    """The calls of a tokenizer of ``transformers`` that ``Backbone.tokenize`` makes."""
+    """The part of the ``transformers`` tokenizer interface that ``Backbone.tokenize`` uses."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -44,7 +44,7 @@ class LeanTokenizer:
     def __call__(
         self, texts: Sequence[str], *, truncation: bool = False, max_length: int | None = None, verbose: bool = True
     ) -> dict[str, list[list[int]]]:
-        """Token ids of texts, with special tokens, cut to ``max_length`` with ``truncation``."""
+        """Token ids of texts, with special tokens, cut to ``max_length`` if ``truncation`` is set."""
         del verbose
         if truncation:
             self._tokenizer.enable_truncation(max_length)
@@ -53,33 +53,33 @@ class LeanTokenizer:
         return {"input_ids": [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts))]}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Refuse: a student that was loaded so lacks what would have to be saved.
+        """Not supported: a student loaded with ``lean=True`` lacks some of the files to save.
 
         Raises:
             InputError: always.
         """
-        raise InputError(f"{folder}: this student was loaded to read texts alone; load it with lean=False to save it")
+        raise InputError(f"{folder}: this student was loaded only to encode texts; load it with lean=False to save it")
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
 
 
 class _Linear(nn.Linear):
-    """One whose weights come from a file: none are drawn."""
+    """A layer without random initialisation, because its weights come from a file."""
 
     def reset_parameters(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class _Embedding(nn.Embedding):
-    """One whose weights come from a file: none are drawn."""
+    """A layer without random initialisation, because its weights come from a file."""
 
     def reset_parameters(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class LeanBert(nn.Module):
-    """A BERT encoder: states of the last layer, without dropout. Names of parts and layers are those of the weights."""
+    """A BERT encoder without dropout that returns the last layer's states. Module names match the weights' names."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ class LeanBert(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
     ) -> SimpleNamespace:
-        """``last_hidden_state`` [batch, tokens, dim]; tokens at 0 of the mask are ignored."""
+        """``last_hidden_state`` [batch, tokens, dim]; tokens with mask 0 are ignored."""
         parts = self.embeddings
         types = parts["token_type_embeddings"](torch.zeros_like(input_ids))
-        places = parts["position_embeddings"](torch.arange(input_ids.shape[1], device=input_ids.device)[None])
-        states = parts["LayerNorm"](parts["word_embeddings"](input_ids) + types + places)
+        positions = parts["position_embeddings"](torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+        states = parts["LayerNorm"](parts["word_embeddings"](input_ids) + types + positions)
         key_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
             states = layer(states, key_mask, self.config.num_attention_heads)
@@ -111,21 +111,21 @@ class LeanBert(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and a feed-forward layer, each followed by a sum and a LayerNorm."""
+    """Attention and a feed-forward layer, each followed by a residual sum and a LayerNorm."""
 
     def __init__(self, dim: int, inner: int, eps: float) -> None:
         super().__init__()
-        own = nn.ModuleDict({name: _Linear(dim, dim) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": own, "output": _sum_of(dim, dim, eps)})
+        projections = nn.ModuleDict({name: _Linear(dim, dim) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": projections, "output": _residual(dim, dim, eps)})
         self.intermediate = nn.ModuleDict({"dense": _Linear(dim, inner)})
-        self.output = _sum_of(inner, dim, eps)
+        self.output = _residual(inner, dim, eps)
 
     def forward(
         self, states: Float[Tensor, "batch tokens dim"], key_mask: Tensor | None, num_heads: int
     ) -> Float[Tensor, "batch tokens dim"]:
-        own = cast(nn.ModuleDict, self.attention["self"])
+        project = cast(nn.ModuleDict, self.attention["self"])
         shape = (*states.shape[:2], num_heads, -1)
-        query, key, value = (own[name](states).view(shape).transpose(1, 2) for name in ("query", "key", "value"))
+        query, key, value = (project[name](states).view(shape).transpose(1, 2) for name in ("query", "key", "value"))
         scale = 1 / math.sqrt(query.shape[-1])
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, scale=scale)
         states = _add(self.attention["output"], attended.transpose(1, 2).reshape(states.shape), states)
@@ -133,14 +133,14 @@ class _Layer(nn.Module):
 
 
 class LeanParts(NamedTuple):
-    """What reads texts."""
+    """The encoder and its tokenizer."""
 
     model: LeanBert
     tokenizer: LeanTokenizer
 
 
 def open_lean(location: str, tokenizer_folder: Path, *, dtype: torch.dtype) -> LeanParts | None:
-    """The model at ``location`` (a local folder) and a student's tokenizer; None where they are of another kind.
+    """Load the model at ``location`` (a local folder) and a student's tokenizer; None if they are of another kind.
 
     Raises:
         ModelError: the weights cannot be read.
@@ -157,26 +157,25 @@ def open_lean(location: str, tokenizer_folder: Path, *, dtype: torch.dtype) -> L
     if not plain:
         return None
     model = LeanBert(SimpleNamespace(**config))
-    state = _weights(folder)
-    own = model.state_dict()
-    if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in own.items()}:
+    state, expected = _weights(folder), model.state_dict()
+    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in expected.items()}:
         return None
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return LeanParts(model, LeanTokenizer(tokenizer_folder))
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in the file that an encoder uses, without the name that a model with another head gives it."""
+    """The encoder's weights in the file, without the prefix that models with a head add to their names."""
     state = load_tensors(folder / _MODEL_FILE, remedy="restore the model's folder")
     named = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in named.items() if not name.startswith(_NOT_USED)}
 
 
-def _sum_of(inner: int, dim: int, eps: float) -> nn.ModuleDict:
+def _residual(inner: int, dim: int, eps: float) -> nn.ModuleDict:
     return nn.ModuleDict({"dense": _Linear(inner, dim), "LayerNorm": nn.LayerNorm(dim, eps=eps)})
 
 
 def _add(parts: nn.Module, change: Tensor, states: Tensor) -> Tensor:
-    """LayerNorm of the states and what a dense layer makes of the change."""
+    """LayerNorm of the states plus a dense layer of the change."""
     named = cast(nn.ModuleDict, parts)
     return named["LayerNorm"](named["dense"](change) + states)

@@ -1,1 +1,1 @@
-"""A student as files that other programs run."""
+"""Export a student to files that other programs can run."""

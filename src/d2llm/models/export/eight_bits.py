@@ -1,4 +1,4 @@
-"""Weights of eight bits in an ONNX graph, in the two forms that the runtimes multiply fast."""
+"""8-bit weights in an ONNX graph, in the form that each of the two runtimes multiplies fast."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from d2llm.core.extras import require
 
 Runtime = Literal["onnx", "openvino"]
 OPENVINO_GROUP = 128
-"""Of how many numbers of a token's state OpenVINO takes one scale: finer is more exact, and no slower at this size."""
-_SMALLEST_SIDE = 16  # of a weight that is worth it
+"""How many numbers of a token's state share a scale in OpenVINO: smaller groups are more exact, this one no slower."""
+_SMALLEST_SIDE = 16  # smaller weight matrices are not worth quantising
 
 
 def quantise(file: Path, runtime: Runtime) -> None:
-    """Turn the weights of a graph's products into eight bits a number, one scale for each column, in place.
+    """Quantise the weights of a graph's matrix products to 8 bits with one scale per column, in place.
 
-    What they are multiplied with is quantised by the runtime when it meets it: by ONNX Runtime with one scale for a
-    whole batch, by OpenVINO with one for each token and group of numbers.
+    The runtime quantises the activations as it runs: ONNX Runtime with one scale for the whole batch, OpenVINO with one
+    per token and group of numbers.
 
     Raises:
         MissingExtraError: ``onnx`` or ``onnxruntime`` is not installed.
@@ -34,7 +34,7 @@ def quantise(file: Path, runtime: Runtime) -> None:
 
 
 def _for_onnx_runtime(file: Path) -> None:
-    tools: Any = require("onnxruntime.quantization", extra="export", purpose="writing weights of eight bits")
+    tools: Any = require("onnxruntime.quantization", extra="export", purpose="writing 8-bit weights")
     with _without_advice():
         tools.quantize_dynamic(
             file,
@@ -42,33 +42,34 @@ def _for_onnx_runtime(file: Path) -> None:
             per_channel=True,
             weight_type=tools.QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
-            extra_options={"MatMulConstBOnly": True},  # those of attention are of two computed sides, and small
+            extra_options={"MatMulConstBOnly": True},  # attention multiplies two activations, and is small
         )
 
 
 @contextmanager
 def _without_advice() -> Generator[None]:
-    """Without ONNX Runtime's advice to run its pre-processing first, which fails on these graphs (docs/LOG.md).
+    """Suppress ONNX Runtime's advice to run its pre-processing first, which fails on these graphs (docs/LOG.md).
 
-    It is logged by the root logger, which for that gets a handler of its own if it has none.
+    The advice is logged with the root logger, to which logging adds a handler if it has none; the null handler
+    prevents that.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
 
-    def is_other(record: logging.LogRecord) -> bool:
+    def is_no_advice(record: logging.LogRecord) -> bool:
         return "pre-processing before quantization" not in record.getMessage()
 
-    root.addFilter(is_other)
+    root.addFilter(is_no_advice)
     root.addHandler(handler)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        root.removeFilter(is_other)
+        root.removeFilter(is_no_advice)
 
 
 def _for_openvino(file: Path) -> None:
-    """Each weight as whole numbers and an operator that scales them, which OpenVINO knows as a compressed weight."""
-    onnx: Any = require("onnx", extra="export", purpose="writing weights of eight bits")
+    """Replace each weight by integers and an operator that scales them: OpenVINO's form of compressed weights."""
+    onnx: Any = require("onnx", extra="export", purpose="writing 8-bit weights")
     model = onnx.load(str(file))
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[Any] = []

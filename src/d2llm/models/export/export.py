@@ -1,4 +1,4 @@
-"""The verb ``export``: a student, or its head, as files that other programs run."""
+"""The command ``export``: write a student, or its head, as files that other programs can run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ExportFormat = Literal["onnx", "openvino", "numpy"]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was written: the files' names, and their bytes together."""
+    """What was written: the names of the files, and their total size in bytes."""
 
     folder: Path
     format: ExportFormat
@@ -45,23 +45,23 @@ class ExportReport:
 def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
     """Write a student for programs without d2llm into ``folder``, atomically.
 
-    The calibration of its scores, if it has one, goes with it (``probabilities.json``).
+    The calibration of its scores, if any, is written too (``probabilities.json``).
 
     Args:
-        student: what to write, in float32 on the CPU.
-        folder: where; an export that is already there is replaced.
-        to: ``onnx`` or ``openvino`` write the graphs (``models.export.graphs``) that make a text's vector and score
-            vectors in each task, with the tokenizer; ``numpy`` writes the head alone, as arrays and one Python file
-            that needs numpy and nothing else.
-        int8: products of eight bits in the graph that makes vectors (not of ``numpy``).
+        student: the student to write, in float32 on the CPU.
+        folder: where to write; an existing export is replaced.
+        to: ``onnx`` and ``openvino`` write the tokenizer and the graphs (``models.export.graphs``) that encode texts
+            and score vectors in each task; ``numpy`` writes only the head, as arrays and one Python file that needs
+            only numpy.
+        int8: use 8-bit products in the graph that encodes texts (not supported by ``numpy``).
 
     Raises:
-        InputError: ``folder`` holds something else, the format has no eight bits, or the student is not in float32.
+        InputError: ``folder`` holds something else, the format has no 8-bit form, or the student is not in float32.
         ModelError: the backbone cannot be written as a graph.
-        MissingExtraError: what writes the format is not installed.
+        MissingExtraError: a package that writes the format is not installed.
     """
     if int8 and to == "numpy":
-        raise InputError("the head in numpy computes in float32; leave int8 out")
+        raise InputError("the numpy head computes in float32; leave int8 out")
     precision, folder = "int8" if int8 else "float32", Path(folder)
     with new_folder(folder, kind=KIND) as temporary:
         if to == "numpy":
@@ -87,10 +87,10 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
     }
     if to == "numpy":
         return content
-    reading = ("max_passage_tokens", "query_prefix", "passage_prefix")
-    used = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
-    read = {"max_query_tokens": search_query_tokens(backbone)} | {key: getattr(backbone, key) for key in reading}
-    return content | read | {"writers": used}
+    keys = ("max_passage_tokens", "query_prefix", "passage_prefix")
+    writers = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
+    limits = {"max_query_tokens": search_query_tokens(backbone)} | {key: getattr(backbone, key) for key in keys}
+    return content | limits | {"writers": writers}
 
 
 def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) -> None:
@@ -106,7 +106,7 @@ def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) ->
     if openvino is None:
         return
     for file in sorted(folder.glob("*.onnx")):
-        # Weights stay as they are: by default they would be kept as float16.
+        # Keep the weights as they are: by default they would be converted to float16.
         openvino.save_model(
             openvino.Core().read_model(str(file)), str(file.with_suffix(".xml")), compress_to_fp16=False
         )
@@ -115,13 +115,13 @@ def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) ->
 
 def _write_numpy(student: Student, folder: Path) -> None:
     with (folder / numpy_head.FILE_NAME).open("wb") as file:
-        # Uncompressed: the arrays are noise to a compressor, and are read three times as fast.
+        # Uncompressed: the arrays hardly compress, and are read three times as fast this way.
         np.savez(file, allow_pickle=False, **head_arrays(student.interaction))
     (folder / "numpy_head.py").write_text(inspect.getsource(numpy_head), encoding="utf-8")
 
 
 def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
-    """Arrays of float32 by name; those that both tasks share once as ``name``, the others as ``task/name``."""
+    """The head's float32 arrays: those that both tasks share as ``name``, the others as ``task/name``."""
     with torch.inference_mode():
         arrays_by_task = {task: _task_arrays(head, task) for task in TASKS}
     first, second = (arrays_by_task[task] for task in TASKS)
@@ -150,7 +150,7 @@ def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.nda
     for number, layer in enumerate(layers.inner):
         parts |= {f"inner_{number}_weight": layer.weight, f"inner_{number}_bias": layer.bias}
     if head.has_anchor:
-        # Of the unit vectors: anchor_queries is linear, so this is its matrix.
+        # anchor_queries is linear, so its values for the unit vectors are its matrix.
         parts["anchor"] = head.anchor_queries(torch.eye(head.dim, device=layers.last.device), task)
         parts["bound"] = head.bound(task)
     for name, gate in (("query_gate", head.query_gate), ("passage_gate", head.passage_gate)):

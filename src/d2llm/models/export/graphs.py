@@ -1,7 +1,7 @@
-"""A student as graphs in the ONNX format: from tokens to a vector, and from vectors to logits.
+"""Export a student as ONNX graphs: from tokens to a vector, and from vectors to logits.
 
-Both are recorded from the student's own modules, so there is no second definition of what it computes. One ONNX file
-serves ONNX Runtime and OpenVINO alike.
+Both are traced from the student's own modules, so there is no second definition of what it computes. The same ONNX file
+works with ONNX Runtime and OpenVINO.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.ops.pooling import PoolingName, pool
 
 OPSET = 18
-"""Version of the ONNX operators: the first in which the exporter of torch has all that the models need."""
+"""ONNX operator set: the first version for which torch's exporter supports everything the models need."""
 
 
 class TextGraph(nn.Module):
@@ -36,7 +36,7 @@ class TextGraph(nn.Module):
         self.model, self.pooling = backbone.model, pooling
         self._own: PoolingName = backbone.pooling
         self._on_sphere = on_sphere
-        self.training = backbone.training  # a new module is in training mode, and would leave its parts in it
+        self.training = backbone.training  # a new module starts in training mode, and would switch its submodules to it
 
     def forward(
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
@@ -49,7 +49,7 @@ class TextGraph(nn.Module):
 
 
 class ScoreGraph(nn.Module):
-    """Vectors of queries and passages to the logits [queries, passages] of one task."""
+    """Query and passage vectors to the logits [queries, passages] of one task."""
 
     def __init__(self, head: Interaction | CosineHead, task: Task) -> None:
         super().__init__()
@@ -71,38 +71,38 @@ def write_text_graph(
     *,
     int8_for: Runtime | None = None,
 ) -> None:
-    """Write what makes a text's vector, for any number of texts and tokens.
+    """Write the graph that encodes texts, for any number of texts and tokens.
 
     Args:
-        backbone: of the student; its weights must be float32 on the CPU.
-        pooling: of the student.
-        head: of the student; the cosine has its vectors on a sphere.
-        file: where to.
-        int8_for: the runtime for whose 8-bit form the products are written; by default they are float32.
+        backbone: the student's backbone, with float32 weights on the CPU.
+        pooling: the student's pooling.
+        head: the student's head; the cosine head puts its vectors on a sphere.
+        file: where to write.
+        int8_for: the runtime whose 8-bit form is written; by default the products are float32.
 
     Raises:
-        InputError: the student computes in another format or elsewhere.
-        ModelError: the backbone has parts that the format has not.
+        InputError: the student is not in float32 on the CPU.
+        ModelError: the backbone has parts that ONNX does not support.
         MissingExtraError: ``onnx`` or ``onnxruntime`` is not installed.
     """
     if backbone.device.type != "cpu" or backbone.compute_dtype != torch.float32:
         raise InputError(
-            f"a graph is recorded from float32 weights on the CPU, and this student computes in "
+            f"a graph is exported from float32 weights on the CPU, but this student computes in "
             f"{str(backbone.compute_dtype).removeprefix('torch.')} on {backbone.device.type}; load it with "
             "device='cpu', dtype='float32'"
         )
     graph = TextGraph(backbone, pooling, on_sphere=isinstance(head, CosineHead))
-    # Not of one size in anything, so that nothing is taken for a constant, and with padding.
+    # An example with padding and no dimension of size 1, so that the tracer takes no size for a constant.
     mask = torch.tensor([[1] * 16, [1] * 9 + [0] * 7, [1] * 3 + [0] * 13])
     examples = {"input_ids": mask * 5, "attention_mask": mask}
-    free = {0: "batch", 1: "tokens"}
-    sizes = {"input_ids": free, "attention_mask": free, "vectors": {0: "batch"}}
+    dynamic = {0: "batch", 1: "tokens"}
+    sizes = {"input_ids": dynamic, "attention_mask": dynamic, "vectors": {0: "batch"}}
     config: Any = backbone.model.config
     attention: str = config._attn_implementation
-    # The products written out: the runtimes join them again, and are no slower for it.
+    # Plain attention: the runtimes fuse its products again, and are no slower.
     backbone.model.set_attn_implementation("eager")
     try:
-        _record(graph, examples, "vectors", sizes, file)
+        _export(graph, examples, "vectors", sizes, file)
     finally:
         backbone.model.set_attn_implementation(attention)
     if int8_for is not None:
@@ -110,7 +110,7 @@ def write_text_graph(
 
 
 def write_score_graph(head: Interaction | CosineHead, task: Task, file: Path) -> None:
-    """Write what scores vectors in one task, for any number of queries and passages.
+    """Write the graph that scores vectors in one task, for any number of queries and passages.
 
     Raises:
         MissingExtraError: ``onnx`` is not installed.
@@ -118,18 +118,18 @@ def write_score_graph(head: Interaction | CosineHead, task: Task, file: Path) ->
     examples = {"query_vectors": torch.ones(2, head.dim), "passage_vectors": torch.ones(3, head.dim)}
     queries, passages = {0: "queries"}, {0: "passages"}
     sizes = {"query_vectors": queries, "passage_vectors": passages, "logits": queries | {1: "passages"}}
-    _record(ScoreGraph(head, task), examples, "logits", sizes, file)
+    _export(ScoreGraph(head, task), examples, "logits", sizes, file)
 
 
-def _record(
+def _export(
     graph: nn.Module, examples: dict[str, Tensor], output: str, sizes: dict[str, dict[int, str]], file: Path
 ) -> None:
     require("onnx", extra="export", purpose="writing ONNX files")
     with inference(graph), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the recorder, on every size that it turns into a constant
+        warnings.simplefilter("ignore")  # the tracer warns about every size that it turns into a constant
         try:
-            # Not torch's newer exporter, which specialises the models' masks to the sizes of the example and needs
-            # another package.
+            # Not torch's newer exporter, which specialises the models' masks to the example's sizes and needs another
+            # package.
             torch.onnx.export(
                 graph,
                 tuple(examples.values()),

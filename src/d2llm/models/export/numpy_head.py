@@ -1,13 +1,13 @@
-"""A student's head in numpy alone: scores a query's vector against passages' vectors, without torch or d2llm.
+"""A student's head in pure numpy: scores a query vector against passage vectors, without torch or d2llm.
 
-``d2llm export STUDENT --to numpy --out FOLDER`` writes the weights as ``head.npz`` and puts this file beside them, to
+``d2llm export STUDENT --to numpy --out FOLDER`` writes the weights as ``head.npz`` together with this file, which can
 be copied into any program::
 
     head = load("FOLDER")
     logits = head.score(query_vector, passage_vectors, "asymmetric")
 
-The logit of vectors a and b is m(a) b + r r_q(a) r_p(b) tanh(g(a, b)); m(a) is what ``anchor_queries`` gives, so any
-index of inner products finds candidates. The head ``paper`` is g alone, the head ``cosine`` m(a) b alone.
+The logit of vectors a and b is m(a) b + r r_q(a) r_p(b) tanh(g(a, b)). m(a) is the output of ``anchor_queries``, so any
+inner-product index can find candidates. The head ``paper`` is g alone, the head ``cosine`` m(a) b alone.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import numpy as np
 
 FILE_NAME = "head.npz"
 TASKS = ("symmetric", "asymmetric")
-"""Whether a passage says the same as the query, or answers it."""
-_BLOCK = 512  # passages scored at a time: what lies between two layers then stays in a core's cache
+"""Whether a passage says the same as the query (symmetric), or answers it (asymmetric)."""
+_BLOCK = 512  # passages scored at a time, so that the activations stay in a core's cache
 
 
 def load(folder: str | Path) -> NumpyHead:
-    """Read what the export wrote; nothing in the file is executed."""
+    """Load the weights that the export wrote; nothing in the file is executed."""
     with np.load(Path(folder) / FILE_NAME, allow_pickle=False) as file:
         return NumpyHead({name: file[name] for name in file.files})
 
 
 class NumpyHead:
-    """The weights, float32, by name; those of one task as ``task/name``, those of both as ``name``."""
+    """The float32 weights by name: those of one task as ``task/name``, those that both tasks share as ``name``."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
         self._weights = weights
         self.has_anchor = self._find("anchor", TASKS[0]) is not None
-        """Whether the score has an inner product that an index can follow (heads ``anchored`` and ``cosine``)."""
+        """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
         self.has_interaction = self._find("last", TASKS[0]) is not None
-        """Whether it has more than that (heads ``anchored`` and ``paper``)."""
+        """Whether the score has an interaction part (heads ``anchored`` and ``paper``)."""
 
     def anchor_queries(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
-        """The vectors [queries, dim] whose inner product with a passage's vector is the score's first part.
+        """The vectors [queries, dim] whose inner product with a passage vector is the anchor part of the score.
 
         Raises:
             ValueError: the head is ``paper``, or there is no such task.
@@ -52,25 +52,25 @@ class NumpyHead:
         return queries * anchor if anchor.ndim == 0 else queries @ anchor
 
     def reach(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
-        """The queries' part r r_q(a) [queries] of the most that the interaction changes; 0 where it changes nothing."""
+        """The queries' part r r_q(a) [queries] of the interaction's bound; 0 if the interaction changes nothing."""
         queries = np.asarray(query_vectors, np.float32)
         bound = self._find("bound", task)
         return (np.float32(0) if bound is None else bound) * self._gate("query_gate", queries, task)
 
     def passage_reach(self, passage_vectors: np.ndarray) -> np.ndarray:
-        """The passages' part r_p(b) [passages] of the most that the interaction changes; 1 without gates."""
+        """The passages' part r_p(b) [passages] of the interaction's bound; 1 without gates."""
         return self._gate("passage_gate", np.asarray(passage_vectors, np.float32), TASKS[0])
 
     def score(self, query_vector: np.ndarray, passage_vectors: np.ndarray, task: str) -> np.ndarray:
-        """Logits [passages] of one query's vector [dim] with passages' vectors [passages, dim], float32.
+        """Logits [passages] of one query vector [dim] with passage vectors [passages, dim], float32.
 
         Raises:
-            ValueError: there is no such task, or the vectors are of another shape.
+            ValueError: there is no such task, or the vectors have another shape.
         """
         query, passages = np.asarray(query_vector, np.float32), np.asarray(passage_vectors, np.float32)
         if query.ndim != 1 or passages.ndim != 2 or passages.shape[1] != len(query):
             raise ValueError(
-                f"one query's vector [dim] and passages' vectors [passages, dim] are needed, not {list(query.shape)} "
+                f"expected one query vector [dim] and passage vectors [passages, dim], got {list(query.shape)} "
                 f"and {list(passages.shape)}"
             )
         if not self.has_anchor:
@@ -83,8 +83,8 @@ class NumpyHead:
 
     def _interaction(self, query: np.ndarray, passages: np.ndarray, task: str) -> np.ndarray:
         """The network's part g of the logit [passages]."""
-        # The first layer is linear in [a; b; a * b; |a - b|]: what depends on the query alone is computed once, and
-        # the product's columns, which the query scales, are added to the passage's.
+        # The first layer is linear in [a; b; a * b; |a - b|]: the part that depends on the query alone is computed
+        # once, and the columns of the product, scaled by the query, are added to those of the passage.
         constant = self._weight("query", task) @ query + self._weight("first_bias", task)
         weight, product = self._weight("passage", task), self._find("product", task)
         weight = weight if product is None else weight + product * query
@@ -106,7 +106,7 @@ class NumpyHead:
         weight = self._find(f"{name}_weight", task)
         if weight is None:
             return np.ones(len(vectors), np.float32)
-        # By the hyperbolic tangent, since exp would overflow for gates that are closed.
+        # Sigmoid by way of tanh, because exp would overflow for closed gates.
         return (1 + np.tanh((vectors @ weight + self._weight(f"{name}_bias", task)) / 2)) / 2
 
     def _find(self, name: str, task: str) -> np.ndarray | None:
@@ -115,7 +115,7 @@ class NumpyHead:
         return self._weights.get(f"{task}/{name}", self._weights.get(name))
 
     def _weight(self, name: str, task: str) -> np.ndarray:
-        found = self._find(name, task)
-        if found is None:
+        weight = self._find(name, task)
+        if weight is None:
             raise ValueError(f"the weights '{name}' are missing; export the student again")
-        return found
+        return weight

@@ -1,9 +1,10 @@
-"""A merged student as plain sentence-transformers reads it: the files that name the library's own modules.
+"""The files that let plain sentence-transformers load a merged student with the library's own modules.
 
-The library has a transformer, the usual poolings, unit length and linear maps, one of them for queries and one for
-passages (its Router). That is all that the inner product of a student needs, if texts are pooled as the backbone pools
-them: u of length 1, then sqrt(dim) u for a passage, and the vector of ``Student.anchor_queries`` for a query. It has no
-pooling by attention (PMA) and no interaction. A student with PMA gets none of the files: its numbers would be others.
+The library has a transformer, the usual poolings, unit length, and separate linear maps for queries and passages (its
+Router). That is enough for the inner product of a student whose texts are pooled with the backbone's own pooling: u of
+length 1, then sqrt(dim) u for a passage, and the vector of ``Student.anchor_queries`` for a query. The library has no
+pooling by attention (PMA) and no interaction. A student with PMA gets none of the files, because its vectors would
+differ.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from d2llm.models.student_files import BACKBONE_FOLDER
 from d2llm.ops.pooling import PoolingName
 
 MODULES_FILE = "modules.json"
-_REQUIRES = ">=6"  # since then its Transformer cuts queries and passages at lengths of their own
+_REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages
 _POOLING = {"mean": "mean", "last": "lasttoken", "first": "cls"}
 _BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
 _DENSE = f"{_BASE}.dense.Dense"
@@ -39,16 +40,16 @@ _MODULES = (
 
 
 def why_not_plain(config: StudentConfig) -> str | None:
-    """Why sentence-transformers cannot load such a student without d2llm; None if it can."""
+    """Why sentence-transformers cannot load a student with this configuration without d2llm; None if it can."""
     if config.interaction.head == "paper":
         return "its head 'paper' has no inner product"
     if config.pooling.method == "pma":
-        return "its pooling by attention (PMA) is none of the library's modules"
+        return "its pooling by attention (PMA) is not one of the library's modules"
     return None
 
 
 def task_of_plain(manifest: Mapping[str, Any]) -> Task:
-    """Whose inner product the library gets: of symmetric search where a student was trained for nothing else."""
+    """The task whose inner product the library gets: symmetric only if the student was trained for nothing else."""
     return "symmetric" if manifest.get("tasks") == ["symmetric"] else "asymmetric"
 
 
@@ -58,14 +59,14 @@ def write_plain_form(
     """Add the library's files to a folder that has the backbone's weights and tokenizer in ``BACKBONE_FOLDER``.
 
     Args:
-        folder: of the student.
-        config: of a student of which ``why_not_plain`` says nothing.
-        pooling: the backbone's own.
-        head: has the inner product.
-        task: of the two inner products, which.
+        folder: the student's folder.
+        config: the student's configuration, for which ``why_not_plain`` returns None.
+        pooling: the backbone's own pooling.
+        head: the head with the inner product.
+        task: the task whose inner product is written.
     """
     backbone = config.backbone
-    unit = torch.eye(head.dim) * head.dim**0.5  # from a vector of length 1 to one of the student's length
+    unit = torch.eye(head.dim) * head.dim**0.5  # scales a vector of length 1 to the student's length
     with torch.no_grad():
         query_rows = head.anchor_queries(unit.to(next(head.parameters()).device), task).float().cpu()
     write_json(
@@ -86,7 +87,7 @@ def write_plain_form(
         folder / BACKBONE_FOLDER / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
-            # Texts are read as they are, also where the tokenizer has a chat template.
+            # Texts are read as they are, even if the tokenizer has a chat template.
             "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
             "module_output_name": "token_embeddings",
             "query_length": search_query_tokens(backbone),
@@ -95,7 +96,7 @@ def write_plain_form(
     )
     tokenizer = folder / BACKBONE_FOLDER / "tokenizer_config.json"
     settings = json.loads(tokenizer.read_text(encoding="utf-8"))
-    # Of texts that are neither (plain `encode`): read as passages. Padding on the left would move the positions.
+    # Plain `encode` reads texts as passages. Padding on the left would shift the positions.
     write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
     write_json(
         folder / "1_Pooling" / "config.json",

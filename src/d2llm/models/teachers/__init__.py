@@ -1,1 +1,1 @@
-"""Everything that reads query and passage together and gives log-odds, and its prompts."""
+"""Teachers: models that read query and passage together and return log-odds, and their prompts."""

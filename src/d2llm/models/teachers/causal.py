@@ -32,16 +32,16 @@ _log = logging.getLogger(__name__)
 
 KIND = TEACHER_KIND
 FORMAT_VERSION = TEACHER_FORMAT_VERSION
-_PREFIX_TOKENS = 2048  # of all prefixes whose keys and values are held at a time
+_PREFIX_TOKENS = 2048  # total length of the prefixes whose keys and values are held at a time
 
 _Split = tuple[tuple[int, ...], list[int]]
-"""An input in two: what it may share with others (all before the passage), and the rest."""
+"""An input in two parts: the prefix that it may share with others (everything before the passage), and the rest."""
 
 
 class Teacher(LocalTeacher):
-    """A causal LLM as cross-encoder: one pass a pair, the answer read from the score token, nothing generated.
+    """A causal LLM as a cross-encoder: one pass per pair, the answer read at the score token, nothing generated.
 
-    What comes before the passage is read once a query and used by all its candidates (``shared_prefix``).
+    Everything before the passage is read once per query and shared by all its candidates (``shared_prefix``).
     """
 
     kind = "causal"
@@ -51,7 +51,7 @@ class Teacher(LocalTeacher):
         """Load the LLM; see ``LocalTeacher``.
 
         Raises:
-            ModelError: the model is no causal language model.
+            ModelError: the model is not a causal language model.
         """
         super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._head = AnswerHead(self._whole[0])
@@ -70,10 +70,10 @@ class Teacher(LocalTeacher):
         return int(cast(Any, self.model).config.get_text_config().hidden_size)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
-        """Token ids of each whole input, and how many pairs lost text to the length limit.
+        """Token ids of each complete input, and how many pairs lost text to the length limit.
 
-        What is over the limit is cut from the end of the passage; a query that alone would leave the passage less than
-        half of the room is cut to that half. The prompt and the position of the answer are never touched.
+        Excess tokens are cut from the end of the passage; a query that would leave the passage less than half of the
+        room is itself cut to half. The prompt and the position of the answer never change.
 
         Raises:
             InputError: the prompt alone fills ``max_tokens``.
@@ -86,7 +86,7 @@ class Teacher(LocalTeacher):
     ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"]]:
         """Log-odds logit_yes - logit_no, and the last-layer state of the score token, both float32.
 
-        Of the language-model head only the two answer rows are used: no tensor of the vocabulary's size is made.
+        Only the two answer rows of the language-model head are used, so no tensor of the vocabulary's size is created.
         """
         token_ids, mask = to_right_padding(token_ids, mask)
         with self._number_format():
@@ -102,9 +102,9 @@ class Teacher(LocalTeacher):
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs, in batches of like length; the result is in the order of ``pairs``.
+        """Judge pairs, in batches of similar length; the result is in the order of ``pairs``.
 
-        Pairs of the same query share the work of reading it, so give them in one call.
+        Pairs of the same query share the work of reading it, so pass them in one call.
 
         Args:
             pairs: query text and full passage text.
@@ -114,17 +114,17 @@ class Teacher(LocalTeacher):
         """
         inputs, num_truncated = self._tokenize_in_two(pairs, task)
         answers = Answers(len(pairs), self.dim if with_features else None)
-        together = self._sharing(inputs)
-        for prefixes, places in together:
-            self._judge_behind(prefixes, places, inputs, task, answers, advance)
-        shared = {place for _, places in together for place in places}
-        alone = [place for place in range(len(inputs)) if place not in shared]
-        self._judge_whole([[*prefix, *suffix] for prefix, suffix in inputs], alone, task, answers, advance)
+        groups = self._sharing(inputs)
+        for prefixes, places in groups:
+            self._judge_shared(prefixes, places, inputs, task, answers, advance)
+        shared = {place for _, places in groups for place in places}
+        unshared = [place for place in range(len(inputs)) if place not in shared]
+        self._judge_whole([[*prefix, *suffix] for prefix, suffix in inputs], unshared, task, answers, advance)
         num_tokens = sum(len(prefix) + len(suffix) for prefix, suffix in inputs)
         return Judgements(answers.log_odds, answers.features, num_truncated, num_tokens)
 
     def why_not_shared(self) -> str:
-        """Why the work of reading a query cannot be shared with this architecture; empty where it can."""
+        """Why this architecture cannot share the work of reading a query; empty if it can."""
         if self._no_sharing is None:
             tokens = self._ids(
                 ["The quick brown fox jumps over the lazy dog while two old cats sleep in the sun. " * 2]
@@ -133,7 +133,7 @@ class Teacher(LocalTeacher):
                 self._no_sharing = why_not_shared(self.model, tokens[0], padding=self._padding, device=self.device)
             if self._no_sharing:
                 count_fallback("shared prefixes of a teacher")
-                _log.info("'%s' reads every pair from its beginning: %s", self.config.model, self._no_sharing)
+                _log.info("'%s' reads every pair from the start: %s", self.config.model, self._no_sharing)
         return self._no_sharing
 
     def _judging_part(self, whole: Any) -> nn.Module:
@@ -147,7 +147,7 @@ class Teacher(LocalTeacher):
         return logits[:, 0] - logits[:, 1], features
 
     def _sharing(self, inputs: Sequence[_Split]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
-        """Groups of prefixes that several inputs share, and the places of these inputs."""
+        """Groups of prefixes that several inputs share, and the indices of these inputs."""
         counts = Counter(prefix for prefix, _ in inputs)
         places: dict[tuple[int, ...], list[int]] = {}
         for place, (prefix, _) in enumerate(inputs):
@@ -157,7 +157,7 @@ class Teacher(LocalTeacher):
             return []
         return [(group, [place for prefix in group for place in places[prefix]]) for group in _groups(list(places))]
 
-    def _judge_behind(
+    def _judge_shared(
         self,
         prefixes: list[tuple[int, ...]],
         places: list[int],
@@ -166,7 +166,7 @@ class Teacher(LocalTeacher):
         answers: Answers,
         advance: Callable[[int], None] | None,
     ) -> None:
-        """Read the prefixes once, and behind them what is each input's own."""
+        """Read the prefixes once, then the rest of each input after its prefix."""
         row_of = {prefix: row for row, prefix in enumerate(prefixes)}
         with inference(self), self._number_format():
             shared = SharedPrefixes(self.model, prefixes, padding=self._padding, device=self.device)
@@ -185,7 +185,7 @@ class Teacher(LocalTeacher):
                 f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone takes "
                 f"{self.config.max_tokens - room} tokens; raise max_tokens or use a shorter prompt"
             )
-        # Each text is tokenized once however many pairs it is in.
+        # Each distinct text is tokenized only once.
         queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True)) if pairs else ([], [])
         query_ids = dict(zip(queries, self._ids([prompt.space + query for query in queries]), strict=True))
         passage_ids = dict(zip(passages, self._ids([prompt.space + passage for passage in passages]), strict=True))
@@ -204,16 +204,16 @@ class Teacher(LocalTeacher):
         return inputs, num_truncated
 
     def _require_causal(self) -> None:
-        """Refuse a model that is no causal one: there a token sees the one after it."""
+        """Refuse a model that is not causal, in which a token attends to the next one."""
         yes, no = self._answer_ids["asymmetric"]
         with inference(self):
             inputs = torch.tensor([[yes, yes], [yes, no]], device=self.device)
             first = self.model(input_ids=inputs, use_cache=False).last_hidden_state[:, 0].float()
         if (first[0] - first[1]).norm() > 0.01 * first[0].norm():
-            raise ModelError(f"'{self.config.model}' is no causal language model: its tokens see the ones after them")
+            raise ModelError(f"'{self.config.model}' is not a causal language model: its tokens attend to later ones")
 
     def _leading_special_ids(self) -> list[int]:
-        """The special tokens before a text; those after a text have no place before the answer."""
+        """The special tokens before a text; those after a text must not come before the answer."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
         return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
@@ -239,7 +239,7 @@ class Teacher(LocalTeacher):
 
 
 def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Prefixes in their order, as many at a time as may be held."""
+    """Prefixes in order, in groups of at most ``_PREFIX_TOKENS`` tokens."""
     group: list[tuple[int, ...]] = []
     longest = 0
     for prefix in prefixes:
@@ -253,10 +253,10 @@ def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
 
 
 class AnswerHead(nn.Module):
-    """Logits of a few tokens only: no tensor of the vocabulary's size is ever made.
+    """Logits of only a few tokens, without a tensor of the vocabulary's size.
 
-    It does what the model's own ``forward`` does between last state and logits: the linear layer with or without bias,
-    the constant factor of some models (Cohere, Granite, Falcon-H1), the soft cap of others (Gemma).
+    Does what the model's own ``forward`` does between the last state and the logits: the linear layer with or without
+    bias, the constant factor of some models (Cohere, Granite, Falcon-H1), the soft cap of others (Gemma).
     """
 
     def __init__(self, language_model: Any) -> None:
@@ -281,7 +281,7 @@ class AnswerHead(nn.Module):
 def _scale(config: Any) -> float:
     """The constant factor of a model's logits."""
     scaling = getattr(config, "logits_scaling", None) or 1.0
-    if config.model_type != "hyperclovax":  # the others divide by what they call so
+    if config.model_type != "hyperclovax":  # all other models divide by it
         scaling = 1.0 / scaling
     return (
         scaling * (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)

@@ -1,7 +1,7 @@
-"""A sequence-classification cross-encoder as teacher: the log-odds are its own score.
+"""A sequence-classification cross-encoder as a teacher: the log-odds are its own score.
 
-With one output that is the output itself. With several classes (natural language inference) one of them means yes:
-log-odds = log p / (1 - p) = its logit minus the logsumexp of the others.
+With a single output, the log-odds are that output. With several classes (natural language inference), one class means
+yes: log-odds = log p / (1 - p) = its logit minus the logsumexp of the others.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 
 _TokenAndType = tuple[int, int]
-_HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # where architectures keep what an encoder lacks
+_HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # names of the layers on top of the encoder
 
 
 class ClassifierTeacher(LocalTeacher):
-    """Query and passage as a pair of texts, joined as the model's tokenizer joins them; no prompt."""
+    """Query and passage as a text pair, joined by the model's tokenizer; no prompt."""
 
     kind = "classifier"
     _auto_class = "AutoModelForSequenceClassification"
@@ -34,37 +34,38 @@ class ClassifierTeacher(LocalTeacher):
         """Load the model; see ``LocalTeacher``.
 
         Raises:
-            ModelError: several classes, and ``positive_label`` does not say which of them means yes.
+            ModelError: there are several classes, and ``positive_label`` does not say which of them means yes.
         """
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # of a new head
+            torch.manual_seed(0)  # for the initial weights of a new head
             super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._positive = self._find_positive()
         self._has_types = "token_type_ids" in self.tokenizer.model_input_names
         self._state: Tensor | None = None
         self._last_linear().register_forward_pre_hook(self._keep_state)
-        rows, _ = self.tokenize([("a", "b")], "symmetric")  # tried once, to see whether there is a pooled state
+        rows, _ = self.tokenize([("a", "b")], "symmetric")  # a trial, to see whether there is a pooled state
         with inference(self):
             _, features = self(*self.pad(rows), "symmetric")
         self._dim = None if features is None else features.shape[1]
 
     @property
     def dim(self) -> int | None:
-        """Width of the features: the pooled state that the classes are read from; None where the model pools later."""
+        """Width of the features, the pooled state that feeds the last layer; None if the model pools after it."""
         return self._dim
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[_TokenAndType]], int]:
-        """Token and token type of each place of each input, and how many pairs lost text to the limit.
+        """Pairs of token id and token type for each input, and how many pairs lost text to the limit.
 
         Raises:
             InputError: the special tokens alone fill ``max_tokens``.
         """
         del task
 
-        def encode(some: Sequence[TextPair]) -> list[list[_TokenAndType]]:
-            queries, passages = [query for query, _ in some], [passage for _, passage in some]
-            read = self.tokenizer(queries, passages, truncation=False, return_token_type_ids=True, verbose=False)
-            return [list(zip(*row, strict=True)) for row in zip(read["input_ids"], read["token_type_ids"], strict=True)]
+        def encode(chosen: Sequence[TextPair]) -> list[list[_TokenAndType]]:
+            queries, passages = [query for query, _ in chosen], [passage for _, passage in chosen]
+            tokens = self.tokenizer(queries, passages, truncation=False, return_token_type_ids=True, verbose=False)
+            rows = zip(tokens["input_ids"], tokens["token_type_ids"], strict=True)
+            return [list(zip(*row, strict=True)) for row in rows]
 
         return fit_pairs(pairs, self.tokenizer, encode, max_tokens=self.config.max_tokens)
 
@@ -81,7 +82,7 @@ class ClassifierTeacher(LocalTeacher):
         token_types: Int[Tensor, "pairs tokens"],
         task: Task,
     ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"] | None]:
-        """Log-odds, and the pooled state where the model has one, both float32."""
+        """Log-odds, and the pooled state if the model has one, both float32."""
         del task
         types = {"token_type_ids": token_types} if self._has_types else {}
         with self._number_format():
@@ -114,7 +115,7 @@ class ClassifierTeacher(LocalTeacher):
         )
 
     def _last_linear(self) -> nn.Linear:
-        """The layer that makes the classes' logits."""
+        """The layer that computes the class logits."""
         num_labels = int(cast(Any, self.model).config.num_labels)
         layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
         return next(layer for layer in reversed(layers) if layer.out_features == num_labels)

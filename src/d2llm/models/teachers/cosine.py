@@ -1,4 +1,4 @@
-"""A bi-encoder as a teacher: the score of two vectors as log-odds, before any calibration."""
+"""A bi-encoder as a teacher: the score of two vectors serves as uncalibrated log-odds."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 
-_KEPT_NUMBERS = 1 << 24  # of vectors that are kept for the next call: 64 MB of float32
+_CACHED_NUMBERS = 1 << 24  # size of the cache of vectors: 64 MB of float32
 
 
 class CosineTeacher:
-    """A student, or a backbone's own cosine, asked like any teacher. It has no features of a pair.
+    """A student, or a backbone's own cosine, used as a teacher. It has no features.
 
     ``log_odds`` are the student's own logits, t cos(a, b) for a cosine; ``ops.stacking`` calibrates them. Each text is
-    encoded once a call, and the vectors used last are kept for the next.
+    encoded once per call, and the most recently used vectors are kept for the next call.
     """
 
     def __init__(self, student: Student, *, fingerprint: str | None = None) -> None:
-        """Wrap a student; ``fingerprint`` is the student's unless given."""
+        """Wrap a student; ``fingerprint`` defaults to the student's."""
         self.student = student
         self._fingerprint = fingerprint or student.fingerprint
-        self._kept: dict[TextKind, _Vectors] = {
-            "query": _Vectors(_KEPT_NUMBERS // student.vector_dim),
-            "passage": _Vectors(_KEPT_NUMBERS // student.vector_dim),
+        self._cache: dict[TextKind, _VectorCache] = {
+            "query": _VectorCache(_CACHED_NUMBERS // student.vector_dim),
+            "passage": _VectorCache(_CACHED_NUMBERS // student.vector_dim),
         }
 
     @classmethod
@@ -48,7 +48,7 @@ class CosineTeacher:
         The teacher's ``prompt`` and ``max_tokens`` do not apply: a student has its own limits, a backbone the defaults.
 
         Raises:
-            ModelNotFoundError: neither a student nor pretrained weights.
+            ModelNotFoundError: there is neither a student nor pretrained weights.
             ModelError: the weights are not those of a bi-encoder.
         """
         if _is_student(config.model):
@@ -58,10 +58,10 @@ class CosineTeacher:
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
-        """The identity that ``load(config)`` has, found without loading the model.
+        """The identity of ``load(config)``, computed without loading the model.
 
         Raises:
-            ModelNotFoundError: neither a student nor pretrained weights.
+            ModelNotFoundError: there is neither a student nor pretrained weights.
         """
         prompts: dict[Task, str] = {task: _question(task) for task in TASKS}
         if _is_student(config.model):
@@ -73,11 +73,11 @@ class CosineTeacher:
 
     @property
     def fingerprint(self) -> str:
-        """The student's own, so that it changes with its weights."""
+        """The student's own fingerprint, which changes with its weights."""
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """It asks nothing, but may score the two tasks differently."""
+        """Differs by task: there is no prompt, but the two tasks may be scored differently."""
         return _question(task)
 
     def judge(
@@ -85,7 +85,7 @@ class CosineTeacher:
         pairs: Sequence[TextPair],
         task: Task,
         *,
-        with_features: bool = False,  # noqa: ARG002 - it has none
+        with_features: bool = False,  # noqa: ARG002 - a student has no features
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
         """Score pairs by their vectors; ``advance`` is called with the number of pairs of each query."""
@@ -95,30 +95,30 @@ class CosineTeacher:
         for row, (query, _) in enumerate(pairs):
             rows.setdefault(query, []).append(row)
         log_odds = np.empty(len(pairs), np.float32)
-        for query, of_query in rows.items():
-            vectors = np.stack([passages[pairs[row][1]].vector for row in of_query])
-            log_odds[of_query] = self.student.score(queries[query].vector, vectors, task)
+        for query, query_rows in rows.items():
+            vectors = np.stack([passages[pairs[row][1]].vector for row in query_rows])
+            log_odds[query_rows] = self.student.score(queries[query].vector, vectors, task)
             if advance is not None:
-                advance(len(of_query))
+                advance(len(query_rows))
         num_truncated = sum(queries[query].is_cut or passages[passage].is_cut for query, passage in pairs)
         return Judgements(log_odds, None, num_truncated, num_query_tokens + num_passage_tokens)
 
     def _encode(self, texts: Sequence[str], kind: TextKind) -> tuple[dict[str, _Encoded], int]:
-        """Each different text with its vector, and how many tokens were read for those not kept from before."""
-        kept = self._kept[kind]
-        found = {text: kept.get(text) for text in dict.fromkeys(texts)}
-        new = [text for text, encoded in found.items() if encoded is None]
+        """Each distinct text with its vector, and how many tokens were read for those that were not cached."""
+        cache = self._cache[kind]
+        vectors_by_text = {text: cache.get(text) for text in dict.fromkeys(texts)}
+        new = [text for text, encoded in vectors_by_text.items() if encoded is None]
         num_tokens = 0
         if new:
             encoded = (self.student.encode_queries if kind == "query" else self.student.encode_passages)(new)
             num_tokens = encoded.num_tokens
-            # Copies: a row that is kept must not keep the whole array.
+            # Copies, because a cached row would keep the whole array alive.
             vectors = (vector.copy() for vector in encoded.vectors)
             cut = set(encoded.truncated)
-            both = zip(new, vectors, strict=True)
-            found |= {text: _Encoded(vector, place in cut) for place, (text, vector) in enumerate(both)}
-        known = {text: encoded for text, encoded in found.items() if encoded is not None}
-        kept.put(known)
+            pairs = zip(new, vectors, strict=True)
+            vectors_by_text |= {text: _Encoded(vector, index in cut) for index, (text, vector) in enumerate(pairs)}
+        known = {text: encoded for text, encoded in vectors_by_text.items() if encoded is not None}
+        cache.put(known)
         return known, num_tokens
 
 
@@ -130,8 +130,8 @@ class _Encoded:
     is_cut: bool
 
 
-class _Vectors:
-    """The texts used last, ``size`` of them."""
+class _VectorCache:
+    """The vectors of the ``size`` most recently used texts."""
 
     def __init__(self, size: int) -> None:
         self._size = size

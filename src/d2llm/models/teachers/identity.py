@@ -1,4 +1,4 @@
-"""The identity of a teacher and its prompt, which is the key of its labels, found without loading the model."""
+"""The identity of a teacher and its prompt, which is the key of its labels, computed without loading the model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _OTHER_KINDS = frozenset({"remote", "cosine", "stack"})
 
 @dataclass(frozen=True, slots=True)
 class TeacherIdentity:
-    """Fingerprint of a teacher's weights, and of its question for each task."""
+    """Fingerprints of a teacher's weights and of its question for each task."""
 
     fingerprint: str
     prompts: Mapping[Task, str]
 
 
 def find_tuned_teacher(model: str) -> Path | None:
-    """The folder of a tuned teacher: a folder that ``Teacher.save`` wrote, or a shipped teacher by its name."""
+    """The folder of a tuned teacher that ``Teacher.save`` wrote, or of a shipped teacher; None if it is neither."""
     if (Path(model) / FILE_NAME).is_file():
         return Path(model)
     return shipped_models("teachers").get(model)
 
 
 def find_kind(config: TeacherConfig) -> str:
-    """The kind of teacher that ``config`` names; for ``auto``, it is read from its folder.
+    """The kind of teacher that ``config`` names; for ``auto``, it is detected from the model's files.
 
-    A tuned teacher is of the kind it was tuned as, a student stands for its cosine; of pretrained weights config.json
-    names the architecture.
+    A tuned teacher keeps the kind that it was tuned as, and a student is used as a cosine teacher. For pretrained
+    weights, the kind follows from the architecture in config.json.
 
     Raises:
-        ModelNotFoundError: no usable weights there.
+        ModelNotFoundError: there are no usable weights.
         ModelError: config.json is damaged.
         DataFormatError: the manifest of a tuned teacher is damaged.
     """
@@ -67,7 +67,7 @@ def find_kind(config: TeacherConfig) -> str:
     try:
         settings = dict(json.loads(config_file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{config_file}: is no model's configuration ({error}); fetch or restore it") from error
+        raise ModelError(f"{config_file}: is not a model's configuration ({error}); fetch or restore it") from error
     architecture = str((settings.get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"
@@ -76,10 +76,10 @@ def find_kind(config: TeacherConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TunedTeacher:
-    """What the manifest of a tuned teacher says.
+    """The content of a tuned teacher's manifest.
 
-    ``base_fingerprint`` is that of the weights its adapter belongs to; None where the folder holds the whole model
-    (``config.model`` is that folder then).
+    ``base_fingerprint`` is that of the weights that its adapter belongs to; None if the folder holds the whole model
+    (``config.model`` is then that folder).
     """
 
     folder: Path
@@ -89,10 +89,10 @@ class TunedTeacher:
 
 
 def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
-    """The tuned teacher that ``config.model`` names, or None where it names something else.
+    """The tuned teacher that ``config.model`` names, or None if it names something else.
 
     Raises:
-        DataFormatError: the folder's manifest cannot be read, or is of something else.
+        DataFormatError: the folder's manifest cannot be read, or is not that of a teacher.
     """
     folder = find_tuned_teacher(config.model)
     if folder is None:
@@ -110,16 +110,16 @@ def _config(folder: Path, manifest: Mapping[str, Any]) -> TeacherConfig:
         return TeacherConfig.model_validate(manifest.get("config"))
     except ValidationError as error:
         raise DataFormatError(
-            folder / FILE_NAME, "says nothing of the teacher that can be read; restore the folder"
+            folder / FILE_NAME, "has no readable teacher configuration; restore the folder"
         ) from error
 
 
 def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
-    """The identity that a teacher of local weights (``LOCAL_KINDS``) loaded from ``config`` has.
+    """The identity of a teacher with local weights (``LOCAL_KINDS``) loaded from ``config``.
 
     Raises:
-        ModelNotFoundError: no usable weights there.
-        InputError: no such prompt set.
+        ModelNotFoundError: there are no usable weights.
+        InputError: there is no such prompt set.
     """
     kind = find_kind(config)
     tuned = read_tuned_teacher(config)
@@ -135,7 +135,7 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
 
 
 def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:
-    """Identity of the question for ``task``. The length limit is part of it, since it decides what is read.
+    """Identity of the question for ``task``. It includes the length limit, which affects the text that is read.
 
     A classifier has no question: the class that means yes takes its place.
     """

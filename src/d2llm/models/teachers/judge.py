@@ -1,4 +1,4 @@
-"""The protocol of every judge: it reads query and passage together and gives log-odds."""
+"""The protocol of all judges: models that read query and passage together and return log-odds."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TextPair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Judgements:
-    """A judge's answers for n pairs: log-odds of yes over no, and features of the score token where it has any."""
+    """A judge's answers for n pairs: log-odds of yes over no, and features of the score token if it has any."""
 
     log_odds: Float32[np.ndarray, " pairs"]
     features: Float32[np.ndarray, "pairs dim"] | None
     num_truncated: int
     num_tokens: int
     num_bounded: int = 0
-    """Log-odds that are only a bound, because a remote teacher gave just one of the two probabilities."""
+    """Number of log-odds that are only a bound, because a remote teacher returned just one of the two probabilities."""
     num_undecided: int = 0
-    """Pairs with log-odds 0, because a remote teacher gave neither probability."""
+    """Number of pairs with log-odds 0, because a remote teacher returned neither probability."""
 
 
 @runtime_checkable
@@ -45,11 +45,11 @@ class Judge(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether two judges are the same."""
+        """Equal if and only if two judges are the same."""
         ...
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Tells whether two judges ask the same question."""
+        """Equal if and only if two judges ask the same question."""
         ...
 
     def judge(
@@ -65,35 +65,35 @@ class Judge(Protocol):
         Args:
             pairs: query text and full passage text.
             task: which question to ask.
-            with_features: also return the features, [pairs, dim], where this kind of teacher has any.
+            with_features: also return the features, [pairs, dim], if this kind of teacher has any.
             advance: called with the number of pairs finished.
         """
         ...
 
 
 def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Judge:
-    """Load the teacher that ``config`` names, of whatever kind it is.
+    """Load the teacher that ``config`` names, of any kind.
 
     Raises:
-        ModelNotFoundError: no usable weights there.
-        ModelError: what is there is no teacher of that kind.
+        ModelNotFoundError: there are no usable weights.
+        ModelError: the model is not a teacher of that kind.
         InputError: its head is new and was never tuned.
     """
     if config.new_head and find_tuned_teacher(config.model) is None:
         raise InputError(
-            f"teacher '{config.model}' has a new head, which says nothing until it is tuned; run tune-teacher first"
+            f"teacher '{config.model}' has a new head, which must be tuned before use; run tune-teacher first"
         )
     return _teacher_class(config).load(config, device=device, dtype=dtype)
 
 
 def identify_judge(config: TeacherConfig) -> TeacherIdentity:
-    """The identity that ``load_judge(config)`` has, found without loading the model.
+    """The identity of ``load_judge(config)``, computed without loading the model.
 
     Raises:
-        ModelNotFoundError: no usable weights there.
-        InputError: no such prompt set.
+        ModelNotFoundError: there are no usable weights.
+        InputError: there is no such prompt set.
     """
-    if find_kind(config) in LOCAL_KINDS:  # without importing torch's models
+    if find_kind(config) in LOCAL_KINDS:  # avoids importing the torch models
         return identify_local_teacher(config)
     return _teacher_class(config).identify(config)
 

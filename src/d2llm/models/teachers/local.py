@@ -1,6 +1,6 @@
-"""What teachers of local weights have in common: loading, identity, cutting texts, batches, tuning and saving.
+"""Common base of teachers with local weights: loading, identity, truncation, batching, tuning and saving.
 
-Pretrained weights, an adapter on them, or a whole tuned model: ``TeacherConfig.model`` names any of the three.
+``TeacherConfig.model`` names pretrained weights, an adapter on them, or a whole tuned model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T", bound="LocalTeacher")
 _ADAPTER_FILE = "adapter.safetensors"
-_BATCH_TOKENS = {"cpu": 512}  # as fast a token as larger ones, and with fewer pairs at a time less is padding
+_BATCH_TOKENS = {"cpu": 512}  # as fast per token as larger batches, and fewer pairs at a time need less padding
 _BATCH_TOKENS_ELSEWHERE, _BATCH_PAIRS = 8192, 64
 
 
@@ -65,18 +65,18 @@ class Answers:
     def put(
         self, pairs: Sequence[int], log_odds: Float[Tensor, " pairs"], features: Float[Tensor, "pairs dim"] | None
     ) -> None:
-        """Store the answers for some pairs, given by their places."""
+        """Store the answers for the pairs with these indices."""
         self.log_odds[pairs] = log_odds.cpu().numpy()
         if self.features is not None and features is not None:
             self.features[pairs] = features.cpu().numpy()
 
 
 class LocalTeacher(nn.Module):
-    """A pretrained model that judges pairs; its kinds differ in how they ask and where they read the answer."""
+    """A pretrained model that judges pairs; the kinds differ in how they ask and where they read the answer."""
 
     kind: ClassVar[Literal["causal", "seq2seq", "classifier"]]
     _auto_class: ClassVar[str]
-    """The class of ``transformers`` that loads it."""
+    """The class of ``transformers`` that loads the model."""
     _no_tuning: ClassVar[str] = ""
     """Why this kind cannot be tuned; empty if it can."""
 
@@ -84,18 +84,18 @@ class LocalTeacher(nn.Module):
         """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped teacher.
 
         Raises:
-            ModelNotFoundError: no usable weights there.
-            ModelError: it is no model of this kind, or the tuned adapter cannot be read.
-            MismatchError: the folder's teacher was tuned on other weights than its base model's name gives here.
+            ModelNotFoundError: there are no usable weights.
+            ModelError: the model is of another kind, or the tuned adapter cannot be read.
+            MismatchError: the teacher was tuned on weights other than those that its base model's name refers to here.
             AnswerTokenError: an answer word is not one distinct token.
-            InputError: no such prompt set, or ``max_tokens`` is more than the model reads.
+            InputError: there is no such prompt set, or ``max_tokens`` is more than the model can read.
         """
         super().__init__()
         import transformers
 
         tuned = read_tuned_teacher(config)
         self.config = (tuned.config if tuned else config).model_copy(update={"kind": self.kind})
-        set_fields = config.model_fields_set & {"prompt", "max_tokens"}  # what is left at its default asks for nothing
+        set_fields = config.model_fields_set & {"prompt", "max_tokens"}  # defaults do not count as requests
         if tuned and any(getattr(self.config, name) != getattr(config, name) for name in set_fields):
             _log.warning(
                 "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
@@ -107,14 +107,14 @@ class LocalTeacher(nn.Module):
         if tuned and tuned.base_fingerprint not in (None, self.base_fingerprint):
             raise MismatchError(
                 f"{tuned.folder}: the teacher was tuned on weights {tuned.base_fingerprint} of '{self.config.model}', "
-                f"but here that name gives {self.base_fingerprint}; use the same weights"
+                f"but here that name resolves to {self.base_fingerprint}; use the same weights"
             )
         self.fingerprint: str = tuned.fingerprint if tuned else self.base_fingerprint
         self.tokenizer = load_tokenizer(self.location)
         auto_class = getattr(transformers, self._auto_class)
         whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **self._head_options())
         whole = whole.to(device).eval().requires_grad_(False)
-        self._whole = (whole,)  # in a tuple: its weights are registered once, where they are used
+        self._whole = (whole,)  # in a tuple, so that torch does not register its weights twice
         self.model: nn.Module = self._judging_part(whole)
         self._merged_adapter: dict[str, Tensor] = (
             load_tensors(tuned.folder / _ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
@@ -134,35 +134,35 @@ class LocalTeacher(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> _T:
-        """Load a teacher; by default on the best device here and in the number format that is fast on it."""
+        """Load a teacher, by default on the fastest device here and in the number format that is fastest on it."""
         chosen = choose_device(device)
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
 
     @classmethod
     def identify(cls, config: TeacherConfig) -> TeacherIdentity:
-        """The identity of what ``load(config)`` gives, without loading it."""
+        """The identity of ``load(config)``, computed without loading the model."""
         return identify_local_teacher(config)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.model.parameters()).device
 
     @property
     def dim(self) -> int | None:
-        """Width of the features; None where this model has none."""
+        """Width of the features; None if this model has none."""
         raise NotImplementedError
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question put for ``task`` (the truncation length is part of it)."""
+        """Identity of the question for ``task`` (including the length limit)."""
         return fingerprint_prompt(self.config, task, kind=self.kind)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[Any], int]:
-        """What ``pad`` takes, one item a pair with its tokens for length, and how many pairs lost text to the limit."""
+        """The items that ``pad`` takes (one per pair, one element per token), and how many pairs lost text."""
         raise NotImplementedError
 
     def pad(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """The output of ``tokenize`` as tensors for ``forward``."""
+        """Convert items from ``tokenize`` to tensors for ``forward``."""
         return self._pad(inputs)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "pairs tokens"], Bool[Tensor, "pairs tokens"]]:
@@ -176,12 +176,12 @@ class LocalTeacher(nn.Module):
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs, in batches of like length; the result is in the order of ``pairs``.
+        """Judge pairs, in batches of similar length; the result is in the order of ``pairs``.
 
         Args:
             pairs: query text and full passage text.
             task: which question to ask.
-            with_features: also return the features, [pairs, dim], where the model has any.
+            with_features: also return the features, [pairs, dim], if the model has any.
             advance: called with the number of pairs finished.
         """
         inputs, num_truncated = self.tokenize(pairs, task)
@@ -194,16 +194,17 @@ class LocalTeacher(nn.Module):
         """Attach trainable adapters while everything else stays frozen, or make every weight trainable.
 
         Raises:
-            InputError: this kind of teacher is not tuned, or every weight shall be and they are not float32.
+            InputError: this kind of teacher cannot be tuned, or full tuning was requested but the weights are not
+                float32.
         """
         if self._no_tuning:
             raise InputError(
-                f"'{self.config.model}' is a {self.kind} model, which is not tuned here ({self._no_tuning}); tune a "
+                f"'{self.config.model}' is a {self.kind} model, which cannot be tuned here ({self._no_tuning}); tune a "
                 "causal model or a classifier, or use this one as it is"
             )
         if tuning == "full":
             if next(self.model.parameters()).dtype != torch.float32:
-                raise InputError("tuning every weight needs them in float32; load the teacher with dtype='float32'")
+                raise InputError("full tuning needs float32 weights; load the teacher with dtype='float32'")
             self._is_tuned_whole = True
             self._whole[0].requires_grad_(True)
         else:
@@ -212,18 +213,18 @@ class LocalTeacher(nn.Module):
         use_plain_attention_on_cpu(self._whole[0])
 
     def train(self: _T, mode: bool = True) -> _T:
-        """Switch training mode; with LoRA only the adapters' own dropout is switched on."""
+        """Switch training mode; with LoRA, only the adapters' dropout is switched on."""
         super().train(mode)
         if not self._is_tuned_whole:
             train_adapters_only(self.model, mode)
         return self
 
     def save(self, folder: Path, content: dict[str, Any]) -> str:
-        """Write what tuning changed (an adapter, or the whole model) and manifest; returns the tuned fingerprint.
+        """Write what tuning changed (an adapter, or the whole model) and a manifest; returns the tuned fingerprint.
 
         Args:
-            folder: where to write, existing; ``TeacherConfig(model=str(folder))`` loads it again.
-            content: what the manifest should say besides (data, figures).
+            folder: an existing folder to write to; ``TeacherConfig(model=str(folder))`` loads the teacher again.
+            content: additional fields for the manifest (data, figures).
         """
         if self._is_tuned_whole:
             with quiet_transformers():
@@ -253,7 +254,7 @@ class LocalTeacher(nn.Module):
         return join_adapters(self._merged_adapter, adapter_state(self.model))
 
     def _head_options(self) -> dict[str, Any]:
-        """What ``load_pretrained`` needs to know of the layers that the answer goes through."""
+        """Options of ``load_pretrained`` for the layers that produce the answer."""
         return {}
 
     def _judging_part(self, whole: Any) -> nn.Module:
@@ -268,7 +269,7 @@ class LocalTeacher(nn.Module):
         answers: Answers,
         advance: Callable[[int], None] | None,
     ) -> None:
-        """Judge those of the inputs that ``places`` names, each from its first token to its last."""
+        """Judge the inputs with the indices ``places``, each read as a whole."""
         for chosen in self._batches(places, [len(inputs[place]) for place in places]):
             with inference(self):
                 log_odds, features = self(*self.pad([inputs[place] for place in chosen]), task)
@@ -277,7 +278,7 @@ class LocalTeacher(nn.Module):
                 advance(len(chosen))
 
     def _batches(self, places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Places of inputs of like length that are read together."""
+        """Batches of indices of inputs of similar length."""
         max_tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE)
         for batch in token_budget_batches(lengths, max_tokens=max_tokens, max_items=_BATCH_PAIRS):
             yield [places[index] for index in batch]
@@ -287,7 +288,7 @@ class LocalTeacher(nn.Module):
         return cast(int, self.tokenizer.pad_token_id or 0)
 
     def _number_format(self) -> torch.autocast:
-        """Mixed formats only where trained weights are more exact than the others; else the weights' own is used."""
+        """Autocast, enabled only if trained float32 weights are mixed with weights in a smaller format."""
         mixed = self.compute_dtype != torch.float32 and (self._lora is not None or self._is_tuned_whole)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
 
@@ -316,31 +317,31 @@ def fit_pairs(
 ) -> tuple[list[_Row], int]:
     """Inputs of at most ``max_tokens`` tokens, and how many pairs lost text.
 
-    Excess tokens are cut from the end of the passage; a query that alone would leave the passage less than half of the
-    room is cut to that half.
+    Excess tokens are cut from the end of the passage; a query that would leave the passage less than half of the room
+    is itself cut to half.
 
     Args:
         pairs: query text and full passage text.
-        tokenizer: a fast tokenizer, which tells where in the text each token stands.
-        encode: makes the whole inputs of pairs.
-        max_tokens: limit of a whole input.
+        tokenizer: a fast tokenizer, which gives the character offsets of each token.
+        encode: makes the complete inputs of pairs.
+        max_tokens: limit of a complete input.
 
     Raises:
-        InputError: what stands around the texts alone fills ``max_tokens``.
+        InputError: the tokens around the texts alone fill ``max_tokens``.
     """
     if not pairs:
         return [], 0
     around = len(encode([("", "")])[0])
     if max_tokens - around < 2:
         raise InputError(
-            f"max_tokens is {max_tokens}, but {around} tokens stand around query and passage; raise max_tokens"
+            f"max_tokens is {max_tokens}, but prompt and special tokens alone take {around}; raise max_tokens"
         )
     rows = encode(pairs)
     too_long = [place for place, row in enumerate(rows) if len(row) > max_tokens]
     for place in too_long:
         query, passage = pairs[place]
         room = max_tokens - around
-        # Where the parts meet, tokens may join or split, so that what should fit can be a token too long.
+        # Tokens may merge or split where the parts meet, so the result can be a token too long.
         while len(row := encode([_cut(query, passage, tokenizer, room)])[0]) > max_tokens:
             room -= len(row) - max_tokens
         rows[place] = row

@@ -1,12 +1,13 @@
-"""The remote teacher: an LLM behind an OpenAI-compatible endpoint that gives log-probabilities of the next token.
+"""The remote teacher: an LLM behind an OpenAI-compatible endpoint that returns next-token log-probabilities.
 
-It gets the prompt of a local causal teacher (``models.teachers.causal``): one request a pair, one token an answer.
-Its log-odds are logp(yes) - logp(no) for exactly the answer words of the prompt set, space and case included: " yes",
-"Yes" and "yes" are different tokens, and only one of them is what the prompt asks for.
+It uses the prompt of a local causal teacher (``models.teachers.causal``), with one request per pair and one token per
+answer. The log-odds are logp(yes) - logp(no) for exactly the answer words of the prompt set, including space and case:
+" yes", "Yes" and "yes" are different tokens, and only one of them is the answer that the prompt asks for.
 
-An endpoint gives the likeliest tokens only. Where one answer word is not among them, its log-probability is at most the
-smallest one given, which is taken: the log-odds are a bound, and counted. Where both are missing, nothing is known of
-the pair: an error, or counted and undecided (log-odds 0), as ``remote.unanswered`` says.
+An endpoint returns only the most likely tokens. If one answer word is not among them, its log-probability is at most
+the smallest one returned, and that value is used: the log-odds are then a bound, and counted as such. If both are
+missing, nothing is known about the pair: depending on ``remote.unanswered``, this is an error, or the pair is counted
+as undecided (log-odds 0).
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from d2llm.ops.truncation import fit_pair
 _log = logging.getLogger(__name__)
 
 _TRIAL: TextPair = ("what do cows drink", "Cows drink water.")
-_SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a word's leading space; some endpoints show it so
+_SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space; some endpoints return it in this form
 
 
 class RemoteTeacher:
-    """A teacher that runs elsewhere; ``fingerprint`` tells its model's name and declared revision, not where it is.
+    """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
 
     Args:
-        config: ``model`` is the model's name at the endpoint, ``remote`` says where that is.
+        config: ``model`` is the model's name at the endpoint, ``remote`` describes the endpoint.
 
     Raises:
-        InputError: no section ``remote``, no such prompt set, or no key where one is named.
+        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
         AnswerTokenError: yes and no are the same word.
         ModelNotFoundError: the tokenizer cannot be loaded.
         MissingExtraError: the extra ``remote`` is not installed.
@@ -59,13 +60,13 @@ class RemoteTeacher:
 
     @classmethod
     def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> RemoteTeacher:
-        """A teacher whose endpoint has answered once, so that a wrong address, key or model is reported at once.
+        """Create a teacher and send one trial request, so that a wrong address, key or model is reported at once.
 
-        ``device`` and ``dtype`` are the endpoint's own affair and ignored.
+        ``device`` and ``dtype`` do not apply to a remote teacher and are ignored.
 
         Raises:
-            ModelNotFoundError: no such model or address there.
-            ModelError: unreachable, key refused, or no log-probabilities.
+            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
+            ModelError: the endpoint is unreachable, refuses the key, or gives no log-probabilities.
         """
         del device, dtype
         teacher = cls(config)
@@ -74,10 +75,10 @@ class RemoteTeacher:
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
-        """The identity of the teacher that ``load(config)`` gives, found without asking the endpoint.
+        """The identity of ``load(config)``, computed without contacting the endpoint.
 
         Raises:
-            InputError: no section ``remote``, or no such prompt set.
+            InputError: there is no section ``remote``, or no such prompt set.
         """
         remote = _section(config)
         fingerprint = fingerprint_json(["remote", config.model, remote.revision])
@@ -85,11 +86,11 @@ class RemoteTeacher:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of model name and revision."""
+        """Fingerprint of model name and revision."""
         return self.identify(self.config).fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question, with all that decides what is read of a pair and what is heard of the answer."""
+        """Identity of the question and of all settings that affect how a pair is cut or its answer is read."""
         return _fingerprint_prompt(self.config, self.remote, task)
 
     def judge(
@@ -100,29 +101,29 @@ class RemoteTeacher:
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs; the result is in their order. ``features`` is None: an endpoint gives no states.
+        """Judge pairs; the result is in their order. ``features`` is None, because an endpoint returns no states.
 
-        The pairs of one query go out one after the other, so that a server that keeps common beginnings (prefix
-        caching) reads the query once.
+        The pairs of one query are sent one after the other, so that a server with prefix caching reads the query only
+        once.
 
         Args:
             pairs: query text and full passage text.
             task: which question to ask.
-            with_features: without effect.
+            with_features: ignored.
             advance: called with the number of pairs finished, from another thread.
 
         Raises:
-            AnswerTokenError: neither answer word was given for some pair, and ``remote.unanswered`` is ``error``.
-            InputError: a pair is longer than the endpoint reads, or the prompt alone fills ``max_tokens``.
-            ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses.
+            AnswerTokenError: neither answer word was returned for some pair, and ``remote.unanswered`` is ``error``.
+            InputError: a pair is longer than the endpoint can read, or the prompt alone fills ``max_tokens``.
+            ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
         del with_features
         prompt = self.prompts[task]
-        texts, cut = self._write(prompt, pairs)
-        first_seen: dict[str, int] = {}
+        texts, cut_here = self._write(prompt, pairs)
+        query_order: dict[str, int] = {}
         for query, _ in pairs:
-            first_seen.setdefault(query, len(first_seen))
-        order = sorted(range(len(pairs)), key=lambda index: first_seen[pairs[index][0]])
+            query_order.setdefault(query, len(query_order))
+        order = sorted(range(len(pairs)), key=lambda index: query_order[pairs[index][0]])
         answers: dict[int, NextToken] = dict(
             zip(order, self.endpoint.ask([texts[index] for index in order], advance=advance), strict=True)
         )
@@ -140,20 +141,20 @@ class RemoteTeacher:
         if unanswered and self.remote.unanswered == "error":
             raise self._unanswered(len(unanswered), len(pairs), pairs[unanswered[0]], answers[unanswered[0]], prompt)
         lengths = self._count(texts)
-        read = [answers[index].num_prompt_tokens for index in range(len(pairs))]
-        cut_there = [n is not None and mine is not None and n < mine for n, mine in zip(read, lengths, strict=True)]
+        num_read = [answers[index].num_prompt_tokens for index in range(len(pairs))]
+        cut_there = [n is not None and sent is not None and n < sent for n, sent in zip(num_read, lengths, strict=True)]
         self._report(len(pairs), len(bounded), len(unanswered), sum(cut_there))
         return Judgements(
             log_odds,
             None,
-            num_truncated=sum(here or there for here, there in zip(cut, cut_there, strict=True)),
-            num_tokens=sum(n or mine or 0 for n, mine in zip(read, lengths, strict=True)),
+            num_truncated=sum(here or there for here, there in zip(cut_here, cut_there, strict=True)),
+            num_tokens=sum(n or sent or 0 for n, sent in zip(num_read, lengths, strict=True)),
             num_bounded=len(bounded),
             num_undecided=len(unanswered),
         )
 
     def _write(self, prompt: Prompt, pairs: Sequence[TextPair]) -> tuple[list[str], list[bool]]:
-        """The text to send for each pair, and whether some of it was cut; the same rule as a local teacher's."""
+        """The text to send for each pair, and whether it was cut, by the same rule as for a local teacher."""
         distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
         ends = dict(zip(distinct, self._ends(distinct), strict=True))
         room = self._room(prompt)
@@ -168,7 +169,7 @@ class RemoteTeacher:
         return texts, cut
 
     def _room(self, prompt: Prompt) -> int:
-        """Units (tokens, or characters without a tokenizer) that are left for query and passage."""
+        """Units (tokens, or characters without a tokenizer) left for query and passage."""
         parts = [prompt.head, prompt.middle, prompt.tail]
         limit = self.config.max_tokens
         if self._tokenizer is None:
@@ -178,7 +179,7 @@ class RemoteTeacher:
         room = limit - sum(map(len, self._ends(parts)))
         if room < 2:
             raise InputError(
-                f"max_tokens is {self.config.max_tokens}, which prompt '{self.config.prompt}' alone fills; raise "
+                f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone fills it; raise "
                 "max_tokens or use a shorter prompt"
             )
         return room
@@ -191,38 +192,38 @@ class RemoteTeacher:
         return [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
 
     def _count(self, texts: list[str]) -> Sequence[int | None]:
-        """How many tokens an endpoint should read of each text; None without a tokenizer."""
+        """How many tokens the endpoint should read for each text; None without a tokenizer."""
         if self._tokenizer is None or not texts:
             return [None] * len(texts)
         return [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
 
     def _unanswered(self, count: int, num_pairs: int, pair: TextPair, answer: NextToken, prompt: Prompt) -> Exception:
-        likeliest = sorted(answer.log_probabilities, key=answer.log_probabilities.__getitem__, reverse=True)
-        shown = f"the likeliest are {likeliest[:5]}" if likeliest else "the model ended its text without a word"
+        tokens = sorted(answer.log_probabilities, key=answer.log_probabilities.__getitem__, reverse=True)
+        reason = f"the most likely are {tokens[:5]}" if tokens else "the model ended its text at once"
         return AnswerTokenError(
             f"'{self.config.model}' at {self.remote.url}: for {count} of {num_pairs} pairs neither {prompt.yes!r} nor "
-            f"{prompt.no!r} is among the {self.remote.top_logprobs} likeliest next tokens; the first is query "
-            f"{pair[0][:60]!r}, where {shown}. Use a prompt whose answer words are what the "
-            "model says (mind case and leading space), raise teacher.remote.top_logprobs, or let such pairs count as "
-            'undecided (teacher.remote.unanswered = "undecided")'
+            f"{prompt.no!r} is among the {self.remote.top_logprobs} most likely next tokens; the first is query "
+            f"{pair[0][:60]!r}, where {reason}. Use a prompt with the answer words that the model gives (mind case and "
+            "leading space), raise teacher.remote.top_logprobs, or count such pairs as undecided "
+            '(teacher.remote.unanswered = "undecided")'
         )
 
     def _report(self, num_pairs: int, num_bounded: int, num_undecided: int, num_cut_there: int) -> None:
-        """The first call where something was not plain is a warning; the rest is told by the counts of the result."""
+        """Log bounded, undecided or cut pairs: a warning the first time, later only at level INFO."""
         if not (num_bounded or num_undecided or num_cut_there):
             return
         level = logging.INFO if self._reported else logging.WARNING
         self._reported = True
         _log.log(
             level,
-            "of %d pairs asked at %s: %d log-odds are bounds (one answer word not among the %d likeliest tokens), "
+            "of %d pairs judged by %s: %d log-odds are bounds (one answer word not among the %d most likely tokens), "
             "%d undecided (neither), %d cut by the server",
             *(num_pairs, self.remote.url, num_bounded, self.remote.top_logprobs, num_undecided, num_cut_there),
         )
 
 
 def read_log_odds(log_probabilities: dict[str, float], prompt: Prompt) -> tuple[float | None, bool]:
-    """logp(yes) - logp(no), and whether it is exact rather than a bound; None where neither word is given."""
+    """logp(yes) - logp(no), and whether it is exact rather than a bound; None if neither word is returned."""
     probabilities = {token.translate(_SPACES): value for token, value in log_probabilities.items()}
     if prompt.yes not in probabilities and prompt.no not in probabilities:
         return None, False
@@ -233,7 +234,7 @@ def read_log_odds(log_probabilities: dict[str, float], prompt: Prompt) -> tuple[
 
 def _section(config: TeacherConfig) -> RemoteConfig:
     if config.remote is None:
-        raise InputError(f"the teacher '{config.model}' is remote; say where: write [teacher.remote] with url = ...")
+        raise InputError(f"the remote teacher '{config.model}' has no address; add [teacher.remote] with url = ...")
     return config.remote
 
 
@@ -250,7 +251,7 @@ def _load_tokenizer(name: str | None) -> Any:
 
     from d2llm.models.sources import find_model, load_tokenizer
 
-    # A folder needs no weights here.
+    # A tokenizer's folder needs no weights.
     return load_tokenizer(name if Path(name).is_dir() else find_model(name))
 
 
@@ -259,7 +260,7 @@ def _join(prompt: Prompt, query: str, passage: str) -> str:
 
 
 def _keep(text: str, ends: Sequence[int], count: int) -> str:
-    """The first ``count`` units of ``text``; the whole text, trailing space included, where it has no more."""
+    """The first ``count`` units of ``text``; the whole text, including trailing space, if it has no more."""
     if count >= len(ends):
         return text
     return text[: ends[count - 1]] if count else ""

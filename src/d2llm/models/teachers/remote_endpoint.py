@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint, asked for the likeliest next tokens: pace, patience, errors that say what to do."""
+"""Client of an OpenAI-compatible endpoint for next-token log-probabilities: rate limit, retries, clear errors."""
 
 from __future__ import annotations
 
@@ -26,56 +26,56 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LONGEST_BACK_OFF = 60.0  # seconds
-_LONG_WAIT = 10.0  # seconds: waits from here on are worth a warning
+_LONG_WAIT = 10.0  # seconds: waits of at least this long are logged as warnings
 _TOO_LONG = re.compile(r"context.?(length|window|size)|maximum (model|input|context)|too long|longer than", re.I)
 _UNKNOWN_MODEL = re.compile(
     r"model.*(not exist|not found|unknown)|(unknown|no such|invalid) model|model_not_found", re.I
 )
-_QUOTED = 300  # characters of a server's message
+_QUOTED = 300  # characters of a server's message to quote
 
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
-    """Log-probabilities of the likeliest next tokens by their text, and how many tokens the endpoint read."""
+    """Log-probabilities of the most likely next tokens by their text, and how many tokens the endpoint read."""
 
     log_probabilities: dict[str, float]
     num_prompt_tokens: int | None
 
 
 class _BusyError(Exception):
-    """Worth another try; ``wait`` is how many seconds the endpoint asks for."""
+    """A temporary failure that can be retried; ``wait`` is the delay in seconds that the endpoint requests."""
 
     def __init__(self, reason: str, *, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
 
 
-class _SilentError(Exception):
-    """The answer is a completion, but without log-probabilities."""
+class _NoLogProbabilitiesError(Exception):
+    """The answer is a completion without log-probabilities."""
 
 
-class _Pace:
-    """Lets one request start at a time, so many a minute, and none while the endpoint wants rest."""
+class _RateLimiter:
+    """Starts one request at a time, at most so many per minute, and none during a pause that the endpoint requested."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._interval = 60 / per_minute if per_minute else 0.0
         self._next = 0.0
 
-    async def turn(self) -> None:
+    async def acquire(self) -> None:
         while (wait := self._next - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         self._next = time.monotonic() + self._interval
 
-    def rest(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Endpoint:
-    """One model behind an address.
+    """One model at one address.
 
-    An address that has never answered is an error at once. One that answered before is tried again with growing,
-    random pauses while it is away or overloaded (429, 408, 5xx, time-out), as long as ``patience_minutes`` say; the
-    pause that it names itself (Retry-After) holds for all requests.
+    If the address has never answered, a failure is raised at once. Later, while the endpoint is unreachable or
+    overloaded (429, 408, 5xx, timeout), requests are retried with exponential backoff and jitter for up to
+    ``patience_minutes``. A delay that the endpoint requests itself (Retry-After) applies to all requests.
 
     Args:
         model: the model's name there.
@@ -95,25 +95,25 @@ class Endpoint:
         path = "chat/completions" if config.api == "chat" else "completions"
         self.address = f"{config.url.rstrip('/')}/{path}"
         self._key = _read_key(config.api_key_env)
-        self._pace = _Pace(config.requests_per_minute)
+        self._rate_limiter = _RateLimiter(config.requests_per_minute)
         self._answered = False
 
     def ask(self, prompts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> list[NextToken]:
-        """The likeliest next tokens after each prompt; requests start in the order of ``prompts``.
+        """The most likely next tokens after each prompt; requests start in the order of ``prompts``.
 
         Args:
-            prompts: whole texts.
+            prompts: complete texts.
             advance: called with 1 for each answer, from another thread.
 
         Raises:
-            ModelNotFoundError: no such model or address there.
-            InputError: a prompt is longer than the model reads.
-            ModelError: unreachable, key refused, or no log-probabilities.
+            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
+            InputError: a prompt is longer than the model can read.
+            ModelError: the endpoint is unreachable, refuses the key, or gives no log-probabilities.
         """
         from anyio.from_thread import start_blocking_portal
 
         answers: list[NextToken | None] = [None] * len(prompts)
-        # An event loop of its own in a thread: it works inside a notebook's loop, and Ctrl-C cancels what is under way.
+        # A separate event loop in a thread works inside a notebook's loop too, and Ctrl-C cancels running requests.
         with start_blocking_portal() as portal:
             portal.call(self._ask_all, enumerate(prompts), answers, advance)
         return cast("list[NextToken]", answers)
@@ -131,7 +131,7 @@ class Endpoint:
         async with httpx2.AsyncClient(headers=headers, timeout=self.config.timeout_seconds, limits=limits) as client:
 
             async def work() -> None:
-                for index, prompt in prompts:  # one iterator for all workers: neighbours go out together
+                for index, prompt in prompts:  # all workers share one iterator, so neighbours are sent together
                     answers[index] = await self._ask(client, prompt)
                     if advance is not None:
                         advance(1)
@@ -151,7 +151,7 @@ class Endpoint:
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, _BusyError) and self._answered),
             wait=_pause,
             stop=tenacity.stop_before_delay(60 * self.config.patience_minutes),
-            before_sleep=self._note,
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
@@ -162,15 +162,15 @@ class Endpoint:
                     f"{self.address} cannot be reached: {error}; start the server there, or correct teacher.remote.url"
                 ) from error
             raise ModelError(
-                f"{self.address}: {error}; tried again for up to {self.config.patience_minutes:g} minutes. Run the "
-                "command again when the endpoint is well: it goes on with what is not finished. Or raise "
-                "teacher.remote.patience_minutes, or ask less at once (concurrency, requests_per_minute)"
+                f"{self.address}: {error}; retried for up to {self.config.patience_minutes:g} minutes. Run the "
+                "command again when the endpoint works again: it continues where it stopped. Or raise "
+                "teacher.remote.patience_minutes, or send fewer requests (concurrency, requests_per_minute)"
             ) from error
 
     async def _post(self, client: httpx2.AsyncClient, prompt: str) -> NextToken:
         import httpx2
 
-        await self._pace.turn()
+        await self._rate_limiter.acquire()
         try:
             response = await client.post(self.address, json=self._body(prompt))
         except httpx2.TimeoutException as error:
@@ -184,10 +184,10 @@ class Endpoint:
             return _read_answer(response.json())
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{self.address} answered with something that is no completion: {self._quote(response)}; give the "
-                "address of an OpenAI-compatible endpoint, up to /v1"
+                f"{self.address} did not answer with a completion: {self._quote(response)}; give the address of an "
+                "OpenAI-compatible endpoint, up to /v1"
             ) from error
-        except _SilentError as error:
+        except _NoLogProbabilitiesError as error:
             raise self._no_log_probabilities(str(error)) from error
 
     def _body(self, prompt: str) -> dict[str, Any]:
@@ -198,48 +198,48 @@ class Endpoint:
         return {**common, "prompt": prompt, "logprobs": self.config.top_logprobs}
 
     def _refusal(self, response: httpx2.Response) -> Exception:
-        """What the status and the text of an answer other than 200 mean."""
+        """The exception for an unsuccessful response, from its status and text."""
         status, reason = response.status_code, self._quote(response)
-        if "logprobs" in reason:  # before what follows: llama-cpp-python says so with status 500
+        if "logprobs" in reason:  # must come first: llama-cpp-python reports this with status 500
             return self._no_log_probabilities(f"it says {reason}")
         if status in (401, 403):
-            how = f"check the key in {self.config.api_key_env}" if self._key else "set teacher.remote.api_key_env"
+            remedy = f"check the key in {self.config.api_key_env}" if self._key else "set teacher.remote.api_key_env"
             return ModelError(
-                f"{self.address} refuses {'the key' if self._key else 'access'} ({status}): {reason}; {how}"
+                f"{self.address} refuses {'the key' if self._key else 'access'} ({status}): {reason}; {remedy}"
             )
         if status in (408, 429) or status >= 500:
             wait = _retry_after(response.headers.get("Retry-After"))
             if wait:
-                self._pace.rest(wait)
+                self._rate_limiter.pause(wait)
             return _BusyError(f"answers {status}: {reason}", wait=wait)
         if status == 404 or _UNKNOWN_MODEL.search(reason):
             return ModelNotFoundError(
-                f"{self.address} knows no model '{self.model}', or no such address ({status}): {reason}; check "
+                f"{self.address} has no model '{self.model}', or the address is wrong ({status}): {reason}; check "
                 "teacher.model and teacher.remote.url (up to /v1)"
             )
         if status == 413 or _TOO_LONG.search(reason):
             return InputError(
-                f"{self.address}: a prompt is longer than '{self.model}' reads there ({status}): {reason}; lower "
-                "teacher.max_tokens (or characters_per_token, or name the tokenizer in teacher.remote), or start the "
+                f"{self.address}: a prompt is longer than '{self.model}' can read there ({status}): {reason}; lower "
+                "teacher.max_tokens (or characters_per_token, or set the tokenizer in teacher.remote), or start the "
                 "server with a longer context"
             )
         return ModelError(f"{self.address} refuses the request ({status}): {reason}; see docs/remote-teacher.md")
 
     def _no_log_probabilities(self, problem: str) -> ModelError:
         return ModelError(
-            f"{self.address} does not give the log-probabilities of {self.config.top_logprobs} tokens: {problem}; "
-            "lower teacher.remote.top_logprobs, or start the server so that it gives them (docs/remote-teacher.md)"
+            f"{self.address} does not return the log-probabilities of {self.config.top_logprobs} tokens: {problem}; "
+            "lower teacher.remote.top_logprobs, or start the server so that it returns them (docs/remote-teacher.md)"
         )
 
     def _quote(self, response: httpx2.Response) -> str:
-        """The beginning of what the server says, on one line and without the key."""
+        """The beginning of the server's message, on one line and without the key."""
         text = response.text
         if self._key:
             text = text.replace(self._key, "***")
         text = " ".join(text.split())
         return repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
 
-    def _note(self, state: tenacity.RetryCallState) -> None:
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
         self.num_retries += 1
         wait = state.next_action.sleep if state.next_action else 0.0
         error = state.outcome.exception() if state.outcome else None
@@ -254,12 +254,12 @@ def _read_key(variable: str | None) -> str | None:
     if not key:
         raise InputError(f"the environment variable {variable} is not set; put the endpoint's key there")
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise InputError(f"the environment variable {variable} holds characters that no key has; set it anew")
+        raise InputError(f"the environment variable {variable} holds characters that no key has; set it again")
     return key
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next try: what the endpoint asks for, else up to 1, 2, 4 ... 60, drawn at random."""
+    """Seconds until the next try: the endpoint's own delay, or else a random time up to 1, 2, 4 ... 60."""
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, _BusyError) and error.wait is not None:
         return error.wait
@@ -267,7 +267,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a header that gives seconds or a date; None where there is none to be read."""
+    """Seconds to wait, from a header with seconds or a date; None if it is missing or unreadable."""
     if header is None:
         return None
     try:
@@ -282,19 +282,19 @@ def _retry_after(header: str | None) -> float | None:
 
 
 def _read_answer(answer: Any) -> NextToken:
-    """From the answer's JSON, in the form of completions or of chat (which llama.cpp gives for both)."""
+    """Parse the JSON of an answer, in the completions or the chat form (llama.cpp uses the chat form for both)."""
     logprobs = answer["choices"][0].get("logprobs")
     if logprobs is None:
-        raise _SilentError("the answer has none")
+        raise _NoLogProbabilitiesError("the answer has none")
     content = _chat_form(logprobs["content"]) if "content" in logprobs else _completion_form(logprobs["top_logprobs"])
     if len(content) == 1:
-        raise _SilentError("the answer has only that of the token it chose")
+        raise _NoLogProbabilitiesError("the answer has only that of the chosen token")
     usage = answer.get("usage") or {}
     return NextToken(content, usage.get("prompt_tokens"))
 
 
 def _completion_form(positions: Any) -> dict[str, float]:
-    # No position at all: the model's first token was its end token, and the endpoint leaves that out.
+    # No position: the model's first token was its end token, which the endpoint omits.
     return _highest(positions[0].items()) if positions else {}
 
 
@@ -303,7 +303,7 @@ def _chat_form(positions: Any) -> dict[str, float]:
 
 
 def _highest(items: Any) -> dict[str, float]:
-    """By text; of several tokens with one text the likeliest. Values that are no finite number are left out."""
+    """Log-probabilities by text; the highest if several tokens have the same text. Non-finite values are dropped."""
     values: dict[str, float] = {}
     for token, value in items:
         if value is not None and math.isfinite(value):

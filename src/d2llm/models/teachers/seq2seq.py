@@ -1,4 +1,4 @@
-"""A sequence-to-sequence reranker as teacher: the answer is the first word of its decoder.
+"""A sequence-to-sequence reranker as a teacher: the answer is the decoder's first word.
 
 Source: Nogueira et al., "Document Ranking with a Pretrained Sequence-to-Sequence Model", EMNLP Findings 2020 (MonoT5).
 """
@@ -21,11 +21,11 @@ from d2llm.models.teachers.prompts import Prompt, load_prompt
 
 
 class Seq2SeqTeacher(LocalTeacher):
-    """Reads the whole prompt with its encoder; one step of its decoder, nothing generated."""
+    """Reads the whole prompt with the encoder and runs one step of the decoder; nothing is generated."""
 
     kind = "seq2seq"
     _auto_class = "AutoModelForSeq2SeqLM"
-    _no_tuning = "its embeddings are its head too, which adapters would take apart"
+    _no_tuning = "its embeddings and its head share weights, which adapters would separate"
 
     def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load the model; see ``LocalTeacher``."""
@@ -42,15 +42,15 @@ class Seq2SeqTeacher(LocalTeacher):
         return int(cast(Any, self.model).config.hidden_size)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
-        """Token ids of each whole input, as the tokenizer reads it in one piece, and how many pairs were cut.
+        """Token ids of each complete input, tokenized in one piece, and how many pairs were cut.
 
         Raises:
             InputError: the prompt alone fills ``max_tokens``.
         """
         prompt = self.prompts[task]
 
-        def encode(some: Sequence[TextPair]) -> list[list[int]]:
-            texts = [prompt.fill(query, passage) for query, passage in some]
+        def encode(chosen: Sequence[TextPair]) -> list[list[int]]:
+            texts = [prompt.fill(query, passage) for query, passage in chosen]
             return cast("list[list[int]]", self.tokenizer(texts, truncation=False, verbose=False)["input_ids"])
 
         return fit_pairs(pairs, self.tokenizer, encode, max_tokens=self.config.max_tokens)
@@ -62,9 +62,9 @@ class Seq2SeqTeacher(LocalTeacher):
         model = cast(Any, self.model)
         start = torch.full((len(token_ids), 1), model.config.decoder_start_token_id, device=token_ids.device)
         with self._number_format():
-            read = model.get_encoder()(input_ids=token_ids, attention_mask=mask.long())
+            encoder_outputs = model.get_encoder()(input_ids=token_ids, attention_mask=mask.long())
             output = model(
-                encoder_outputs=read,
+                encoder_outputs=encoder_outputs,
                 attention_mask=mask.long(),
                 decoder_input_ids=start,
                 use_cache=False,

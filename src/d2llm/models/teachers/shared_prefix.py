@@ -1,8 +1,8 @@
-"""The beginning that several inputs have in common is read once: its keys and values are kept and used by all of them.
+"""Prefix sharing: the common beginning of several inputs is read once, and they all use its keys and values.
 
-The candidates of a query differ in their passages alone, and the prompt begins with the query. So special tokens,
-prompt head, query and middle are read once a query, passage and question once a pair, on top of the query's keys and
-values. The same as reading each input whole, up to rounding.
+The candidates of a query differ only in their passages, and the prompt begins with the query. Special tokens, prompt
+head, query and middle are therefore read once per query; passage and question once per pair, on top of the query's keys
+and values. Up to rounding, the result is the same as reading each input whole.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import last_positions
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
-"""What architectures raise whose caches are not made of keys and values alone."""
+"""Errors raised by architectures whose caches hold more than keys and values."""
 
 
 class _PrefixLayer(DynamicLayer):
-    """One layer's keys and values of some prefixes; those of what follows are used at once and not kept."""
+    """One layer's keys and values of some prefixes; those of the tokens that follow are used but not stored."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -32,17 +32,17 @@ class _PrefixLayer(DynamicLayer):
         self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prefix with those of what follows behind them."""
+        """Keys and values of the prefix, followed by those of the tokens after it."""
         del args, kwargs
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 class SharedPrefixes:
-    """Keys and values of some prefixes, one row each, padded at their beginning.
+    """Keys and values of some prefixes, one row each, padded on the left.
 
-    Padded there, because the text that follows then stands right behind its prefix: sliding windows, which count
-    places in the cache, stay right.
+    With left padding, the text that follows comes directly after its prefix, so that sliding windows, which count
+    positions in the cache, stay correct.
     """
 
     def __init__(self, model: Any, prefixes: Sequence[Sequence[int]], *, padding: int, device: torch.device) -> None:
@@ -50,9 +50,9 @@ class SharedPrefixes:
 
         Args:
             model: a causal model of ``transformers`` without its head.
-            prefixes: token ids of each, at least one.
+            prefixes: token ids of each prefix, at least one.
             padding: id of the padding token.
-            device: where the model is.
+            device: the model's device.
         """
         self._model, self._padding, self._device = model, padding, device
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -64,11 +64,11 @@ class SharedPrefixes:
         self._forward(torch.tensor(ids, device=device), self._mask, self._cache, 0)
 
     def last_states(self, rows: Sequence[int], suffixes: Sequence[Sequence[int]]) -> Float[Tensor, "pairs dim"]:
-        """The last layer's state of each suffix's last token, where it stands behind prefix ``rows[i]``."""
+        """The last layer's state of each suffix's last token, where suffix i follows prefix ``rows[i]``."""
         chosen = torch.tensor(rows, device=self._device)
         layers = cast("list[Any]", self._cache.layers)
         cache = Cache(layers=[_PrefixLayer(layer.keys[chosen], layer.values[chosen]) for layer in layers])
-        width = max(map(len, suffixes))  # not the next multiple of 8: of short texts that would be a tenth
+        width = max(map(len, suffixes))  # not the next multiple of 8: for short texts that would add 10 %
         ids, mask = (padded[:, :width] for padded in pad_right(suffixes, self._padding, self._device))
         states = self._forward(ids, torch.cat([self._mask[chosen], mask], dim=1), cache, self._lengths[chosen])
         return states[torch.arange(len(states), device=self._device), last_positions(mask)]
@@ -80,7 +80,7 @@ class SharedPrefixes:
         cache: Any,
         num_before: Int[Tensor, " rows"] | int,
     ) -> Float[Tensor, "rows tokens dim"]:
-        """Read tokens behind what the cache holds (``num_before`` tokens a row); ``mask`` covers both."""
+        """Read tokens after those in the cache (``num_before`` tokens per row); ``mask`` covers both."""
         positions: dict[str, Tensor] = {}
         if self._takes_positions:
             own = mask[:, -ids.shape[1] :].long()
@@ -93,13 +93,13 @@ class SharedPrefixes:
 
 
 def why_not_shared(model: Any, tokens: Sequence[int], *, padding: int, device: torch.device) -> str:
-    """Why ``model`` cannot go on from a shared prefix, found by a trial; empty where it can.
+    """Why ``model`` cannot continue from a shared prefix, determined by a trial; empty if it can.
 
     Args:
         model: a causal model of ``transformers`` without its head.
-        tokens: some token ids, at least 20, to try with.
+        tokens: at least 20 token ids for the trial.
         padding: id of the padding token.
-        device: where the model is.
+        device: the model's device.
     """
     prefixes, suffixes = [tokens[:3], tokens[3:11]], [tokens[11:15], tokens[11:20], tokens[8:13]]
     rows = [0, 1, 1]
@@ -111,5 +111,5 @@ def why_not_shared(model: Any, tokens: Sequence[int], *, padding: int, device: t
         whole = model(input_ids=torch.tensor([[*prefixes[row], *suffix]], device=device), use_cache=False)
         expected = whole.last_hidden_state[0, -1].float()
         if (state.float() - expected).norm() > 0.03 * expected.norm():  # bfloat16 rounds by up to a hundredth
-            return "what it reads behind a shared prefix is not what it reads whole"
+            return "its states after a shared prefix differ from those of the whole text"
     return ""

@@ -1,4 +1,4 @@
-"""Several teachers as one: each judges a pair, and their scores are combined into one calibrated log-odds."""
+"""Several teachers combined: each judges a pair, and their scores are combined into one calibrated log-odds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STACK_FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class StackMember:
-    """A teacher of a stack: how it is loaded, and which it was when the stack was fitted."""
+    """A teacher of a stack: its configuration, and its fingerprint when the stack was fitted."""
 
     config: TeacherConfig
     fingerprint: str
@@ -35,17 +35,17 @@ class StackMember:
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """What a stack's folder says."""
+    """The content of a stack's manifest."""
 
     members: tuple[StackMember, ...]
     stacks: Mapping[Task, Stack]
 
 
 class StackedTeacher:
-    """A judge made of others; for each task, log-odds = bias + sum of weight times standardised score."""
+    """A judge made of several; for each task, log-odds = bias + sum of weights times standardised scores."""
 
     def __init__(self, members: Sequence[Judge], stacks: Mapping[Task, Stack], *, name: str = "the stack") -> None:
-        """Join ``members``, whose order is that of the weights in ``stacks``; ``name`` is for errors."""
+        """Combine ``members``, in the order of the weights in ``stacks``; ``name`` is for errors."""
         self.members = tuple(members)
         self.stacks = dict(stacks)
         self._name = name
@@ -56,9 +56,9 @@ class StackedTeacher:
         """Load the members of the stack in the folder ``config.model``.
 
         Raises:
-            DataFormatError: no stack there.
-            ModelNotFoundError: a member is not where it was.
-            MismatchError: a member is another than the one that the stack was fitted with.
+            DataFormatError: there is no stack.
+            ModelNotFoundError: a member is no longer where it was.
+            MismatchError: a member is not the one that the stack was fitted with.
         """
         folder = Path(config.model)
         recorded = _read(folder)
@@ -69,7 +69,7 @@ class StackedTeacher:
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
-        """The identity that ``load(config)`` has, found without loading a model. Raises what ``load`` raises."""
+        """The identity of ``load(config)``, computed without loading a model. Raises the same errors as ``load``."""
         folder = Path(config.model)
         recorded = _read(folder)
         identities = [identify_judge(member.config) for member in recorded.members]
@@ -78,15 +78,15 @@ class StackedTeacher:
         prompts: dict[Task, str] = {
             task: _join_prompts([identity.prompts[task] for identity in identities]) for task in recorded.stacks
         }
-        return TeacherIdentity(_fingerprint([one.fingerprint for one in recorded.members], recorded.stacks), prompts)
+        return TeacherIdentity(_fingerprint([m.fingerprint for m in recorded.members], recorded.stacks), prompts)
 
     @property
     def fingerprint(self) -> str:
-        """Of the members and their weights."""
+        """Fingerprint of the members and their weights."""
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """The identity of the questions to all members.
+        """Identity of the questions to all members.
 
         Raises:
             InputError: the stack was not fitted for ``task``.
@@ -102,10 +102,10 @@ class StackedTeacher:
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs by every member that counts for ``task``.
+        """Judge pairs by every member with a weight for ``task``.
 
-        The features are those of the first such member that has any. Counts are sums over the members: a pair that two
-        of them cut counts twice.
+        The features are those of the first such member that has any. Counts are summed over the members: a pair that
+        two of them cut counts twice.
 
         Raises:
             InputError: the stack was not fitted for ``task``.
@@ -123,17 +123,17 @@ class StackedTeacher:
         return Judgements(
             stack.only(counting).log_odds(scores).astype(np.float32),
             features,
-            sum(one.num_truncated for one in judgements.values()),
-            sum(one.num_tokens for one in judgements.values()),
-            sum(one.num_bounded for one in judgements.values()),
-            sum(one.num_undecided for one in judgements.values()),
+            sum(judgement.num_truncated for judgement in judgements.values()),
+            sum(judgement.num_tokens for judgement in judgements.values()),
+            sum(judgement.num_bounded for judgement in judgements.values()),
+            sum(judgement.num_undecided for judgement in judgements.values()),
         )
 
     def _stack(self, task: Task) -> Stack:
         if task not in self.stacks:
             raise InputError(
-                f"{self._name}: was fitted for {', '.join(sorted(self.stacks))} and does not know how much each "
-                f"member counts for {task}; stack on a data set of that task too"
+                f"{self._name}: was fitted for {', '.join(sorted(self.stacks))} and has no weights for {task}; stack "
+                "on a data set of that task too"
             )
         return self.stacks[task]
 
@@ -143,14 +143,14 @@ def write_stack(
 ) -> str:
     """Write a stack that ``StackedTeacher.load`` reads, atomically; returns its fingerprint.
 
-    Members without weight in any task are left out. A member that lies beside ``folder`` or below that place is kept
-    by its relative path, so that both can be moved together.
+    Members with weight 0 in all tasks are left out. A member inside the parent folder of ``folder`` is recorded by its
+    relative path, so that both can be moved together.
 
     Args:
-        folder: where to write; a stack already there is replaced.
-        members: in the order of the weights.
-        stacks: by task.
-        content: what the manifest should say besides (data, figures).
+        folder: where to write; an existing stack is replaced.
+        members: members, in the order of the weights.
+        stacks: weights by task.
+        content: additional fields for the manifest (data, figures).
 
     Raises:
         InputError: no member has any weight, or ``folder`` holds something else.
@@ -158,7 +158,7 @@ def write_stack(
     counting = [place for place in range(len(members)) if any(stack.weights[place] > 0 for stack in stacks.values())]
     if not all(any(stack.weights) for stack in stacks.values()):
         raise InputError(
-            "no member's score goes up with relevance on the dev lists, so there is nothing to stack; "
+            "no member's score increases with relevance on the dev lists, so there is nothing to stack; "
             "check the members and the data sets' tasks"
         )
     kept = [members[place] for place in counting]
@@ -175,13 +175,13 @@ def write_stack(
 
 
 def stacked_queries(config: TeacherConfig) -> dict[str, frozenset[str]]:
-    """The dev queries by data set that fitted the teacher's weights; none where it is no stack.
+    """The dev queries, by data set, that a stack's weights were fitted on; empty if the teacher is not a stack.
 
     Raises:
         DataFormatError: the stack cannot be read.
     """
     if not (Path(config.model) / FILE_NAME).is_file() or find_kind(config) != STACK_KIND:
-        return {}  # a stack is always a folder here: no need to ask the Hub what a name stands for
+        return {}  # a stack is always a local folder, so the Hub need not be contacted
     fitted_on = read_manifest(Path(config.model), STACK_KIND, STACK_FORMAT_VERSION).get("fitted_on", {})
     return {name: frozenset(fitted["dev_queries"]) for name, fitted in fitted_on.items()}
 
@@ -205,10 +205,10 @@ def _read(folder: Path) -> _Recorded:
         stacks = TypeAdapter(dict[Task, Stack]).validate_python(manifest["tasks"])
     except (ValidationError, LookupError, TypeError) as error:
         raise DataFormatError(
-            folder / FILE_NAME, f"is no stack that can be read ({error}); stack the teachers again"
+            folder / FILE_NAME, f"cannot be read as a stack ({error}); stack the teachers again"
         ) from error
     if any(len(stack.weights) != len(members) for stack in stacks.values()):
-        raise DataFormatError(folder / FILE_NAME, "names more or fewer members than weights; stack the teachers again")
+        raise DataFormatError(folder / FILE_NAME, "has more or fewer members than weights; stack the teachers again")
     return _Recorded(members, stacks)
 
 
@@ -222,7 +222,7 @@ def _read_member(folder: Path, entry: Mapping[str, Any]) -> StackMember:
 def _require_same(folder: Path, member: StackMember, fingerprint: str) -> None:
     if fingerprint != member.fingerprint:
         raise MismatchError(
-            f"{folder}: was fitted with '{member.config.model}' of fingerprint {member.fingerprint}, but now that is "
+            f"{folder}: was fitted with '{member.config.model}' of fingerprint {member.fingerprint}, which is now "
             f"{fingerprint}; restore the member, or stack again"
         )
 
@@ -236,7 +236,7 @@ def _join_prompts(prompts: Sequence[str]) -> str:
 
 
 def _shared_steps(advance: Callable[[int], None], num_members: int) -> Callable[[int], None]:
-    """Counts a pair as finished when, on average, every member is."""
+    """A callback for the members that counts a pair as finished once the average member has finished it."""
     finished = 0
 
     def step(count: int) -> None:

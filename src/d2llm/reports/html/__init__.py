@@ -1,4 +1,4 @@
-"""The report of an evaluation as one HTML file that needs nothing else: no script, no font, no address is loaded."""
+"""The report of an evaluation as one self-contained HTML file, which loads no scripts, fonts or other resources."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SIZES = (False, True)  # wide and narrow: the style sheet shows one of the two
 
 
 def render_html(report: EvaluationReport) -> str:
-    """The whole report as a page to open in a browser, mail or print.
+    """The whole report as an HTML page to open in a browser, mail or print.
 
-    Nothing in the report's texts acts as HTML, and the page's content security policy forbids scripts, foreign styles
-    and every request. Parts without data say so.
+    All texts are escaped, and the page's content security policy forbids scripts, foreign styles and all requests.
+    Sections without data say so.
     """
     sample = None
     if report.sample_rows:
@@ -39,23 +39,23 @@ def render_html(report: EvaluationReport) -> str:
         **_quality_cost(report),
         **_differences(report),
         calibration=[
-            (one, charts.reliability(one, "plot-calibration" if not place else f"plot-calibration-{place + 1}"))
-            for place, one in enumerate(report.calibration)
+            (row, charts.reliability(row, "plot-calibration" if number == 1 else f"plot-calibration-{number}"))
+            for number, row in enumerate(report.calibration, start=1)
         ],
         histograms=[
-            (one, charts.histogram(one.counts, f"plot-histogram-{place + 1}", name=one.name, labels=_labels(report)))
-            for place, one in enumerate(report.histograms)
+            (row, charts.histogram(row.counts, f"plot-histogram-{number}", name=row.name, labels=_labels(report)))
+            for number, row in enumerate(report.histograms, start=1)
         ],
     )
 
 
 def _labels(report: EvaluationReport) -> tuple[str, str]:
-    """The names of the two sides of the histograms."""
+    """The names of the two classes in the histograms."""
     return ("relevant", "others") if report.kind == "retrieval" else ("yes", "no")
 
 
 def _quality_cost(report: EvaluationReport) -> dict[str, Any]:
-    """The plot of the rows that have both quality and time, and the names of the others."""
+    """The plot of the rows with both quality and time, and the names of the others."""
     points = [
         charts.Point(
             name=row.name,
@@ -80,7 +80,7 @@ def _quality_cost(report: EvaluationReport) -> dict[str, Any]:
 
 
 def _milliseconds(row: EvaluationRow) -> float | None:
-    """The median time, if a logarithmic axis can show it."""
+    """The median time, or None if a logarithmic axis cannot show it."""
     time = row.cost.total
     return time.p50 if time is not None and math.isfinite(time.p50) and time.p50 > 0 else None
 
@@ -92,16 +92,16 @@ def _role(report: EvaluationReport, row: EvaluationRow) -> charts.Role:
 
 
 def _differences(report: EvaluationReport) -> dict[str, Any]:
-    """The plot of subject minus baseline in the main measure, or in the first measure that single items have."""
+    """The plot of subject minus baseline in the main measure, or else in the first measure known for single items."""
     details = report.details
-    ours, theirs = details.values.get(report.subject, {}), details.values.get(report.baseline or "", {})
-    common = [measure for measure in ours if measure in theirs]
+    subject, baseline = details.values.get(report.subject, {}), details.values.get(report.baseline or "", {})
+    common = [measure for measure in subject if measure in baseline]
     if not common or not details.item_ids:
         return {"differences": [], "differences_measure": None}
     measure = report.main_measure if report.main_measure in common else common[0]
     changes = [
-        charts.Difference(item_id, mine - other)
-        for item_id, mine, other in zip(details.item_ids, ours[measure], theirs[measure], strict=True)
+        charts.Difference(item_id, value - baseline_value)
+        for item_id, value, baseline_value in zip(details.item_ids, subject[measure], baseline[measure], strict=True)
     ]
     return {
         "differences": [

@@ -1,4 +1,4 @@
-"""The charts of a report: functions from its values to SVG. Every mark has a tooltip with its figures."""
+"""The charts of a report, as functions from its values to SVG. Every mark has a tooltip with its values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from d2llm.reports.html import svg
 from d2llm.reports.words import quantity
 
 _TEXT = 12.5  # the font size of the style sheet's svg text, in the charts' units
-_WIDE, _NARROW = 760.0, 360.0  # for a desk and for a phone, each readable at its own size
+_WIDE, _NARROW = 760.0, 360.0  # for desktops and for phones
 
 Role = Literal["subject", "baseline", "other"]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One system between quality and cost. ``on_sample``: measured on fewer items than the others."""
+    """One system's quality and cost. ``on_sample``: measured on fewer items than the others."""
 
     name: str
     milliseconds: float
@@ -42,10 +42,10 @@ class Difference:
 
 
 def quality_cost(points: Sequence[Point], measure: str, item: str, *, narrow: bool = False) -> Markup:
-    """Quality with its interval against time on a logarithmic axis, each point named; at least one point.
-    ``item`` is the noun of what is scored: query or pair.
+    """Quality with its interval against time on a logarithmic axis, with a label for each point; at least one point.
 
-    A stepped line joins the systems that none of the others beats in both.
+    ``item`` is the noun for what is scored: query or pair. A stepped line joins the systems that no other system beats
+    in both.
     """
     width, height = _NARROW if narrow else _WIDE, 430.0
     frame = svg.Box(58, 14, width - 14, height - 48)
@@ -87,12 +87,12 @@ def differences(
 ) -> Markup:
     """The subject minus the baseline for every item, the largest win first; at least one item.
 
-    Where there are more items than places for a bar, a bar is the mean of neighbours, and the chart says of how many.
+    If there are more items than bars fit, a bar is the mean of adjacent items, and the chart says of how many.
     """
     width, height = _NARROW if narrow else _WIDE, 300.0
     frame = svg.Box(58, 34, width - 14, height - 34)
-    ordered = sorted(changes, key=lambda one: -one.value)
-    won, lost = sum(one.value > 0 for one in ordered), sum(one.value < 0 for one in ordered)
+    ordered = sorted(changes, key=lambda item: -item.value)
+    won, lost = sum(item.value > 0 for item in ordered), sum(item.value < 0 for item in ordered)
     low, high = min(0.0, ordered[-1].value), max(0.0, ordered[0].value)
     if low == high:
         low, high = -1.0, 1.0
@@ -117,16 +117,16 @@ def differences(
     step = math.ceil(len(ordered) / (frame.right - frame.left))
     for start in range(0, len(ordered), step):
         group = ordered[start : start + step]
-        mean = sum(one.value for one in group) / len(group)
+        mean = sum(item.value for item in group) / len(group)
         names = group[0].id if len(group) == 1 else f"{len(group)} from {group[0].id} to {group[-1].id}, on average"
         left, right = x(start), x(start + len(group))
         bar = _titled(root, "bar", f"{names}: {mean:+.4f}")
-        # The whole height answers to the pointer, however small the difference.
+        # The whole height shows the tooltip, however small the difference.
         svg.add(bar, "rect", class_="hit", x=left, y=frame.top, width=right - left, height=frame.bottom - frame.top)
         if mean:
             side = "won" if mean > 0 else "lost"
-            over, under = sorted((y(mean), y(0)))
-            svg.add(bar, "rect", class_=f"mark {side}", x=left, y=over, width=right - left, height=under - over)
+            upper, lower = sorted((y(mean), y(0)))
+            svg.add(bar, "rect", class_=f"mark {side}", x=left, y=upper, width=right - left, height=lower - upper)
     svg.line(root, "axis", frame.left, y(0), frame.right, y(0))
     if step > 1:
         svg.label(
@@ -139,7 +139,7 @@ def differences(
 
 
 def reliability(calibration: Calibration, identity: str) -> Markup:
-    """Predicted probability against the true share: a dot for each bin; below, the number of pairs in each."""
+    """The true share against the predicted probability, a dot for each bin, with the number of pairs in each below."""
     width, height = 360.0, 420.0
     frame = svg.Box(50, 12, width - 12, 310)
     x = svg.linear(0, 1, frame.left, frame.right)
@@ -149,18 +149,18 @@ def reliability(calibration: Calibration, identity: str) -> Markup:
         width,
         height,
         title=f"Calibration of {calibration.name}",
-        description=f"Share of pairs that are a yes against the probability given, in {len(calibration.bins)} bins. "
+        description=f"Share of yes pairs against the predicted probability, in {len(calibration.bins)} bins. "
         f"Expected error {calibration.expected_error:.4f} over {calibration.num_pairs:,} pairs.",
     )
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
     _grid(root, frame, x, y, ticks, ticks)
-    _axis_titles(root, frame, "probability of yes, as given", "share that is a yes")
+    _axis_titles(root, frame, "predicted probability of yes", "actual share of yes")
     svg.line(root, "diagonal", x(0), y(0), x(1), y(1))
     most = max(part.count for part in calibration.bins)
     floor, tallest = height - 4, 38.0
     for part in calibration.bins:
         predicted, true = x(part.mean_probability), y(part.fraction_positive)
-        text = f"predicted {part.mean_probability:.3f}, was {part.fraction_positive:.3f}: {part.count:,} pairs"
+        text = f"predicted {part.mean_probability:.3f}, actual {part.fraction_positive:.3f}: {part.count:,} pairs"
         mark = _titled(root, "bin", text)
         tall = max(1.0, tallest * part.count / most)
         left, right = x(part.low) + 1, x(part.high) - 1
@@ -172,7 +172,7 @@ def reliability(calibration: Calibration, identity: str) -> Markup:
 
 
 def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple[str, str]) -> Markup:
-    """Scores of the two labels, each as a share of its own number; ``labels`` are their names."""
+    """Score distributions of the two labels, each normalised to shares; ``labels`` are their names."""
     width, height = 360.0, 250.0
     frame = svg.Box(50, 12, width - 12, height - 44)
     shares = [_shares(counts.positive), _shares(counts.negative)]
@@ -215,7 +215,7 @@ def _shares(counts: Sequence[int]) -> list[float]:
 
 
 def _short_count(count: int) -> str:
-    """940, 1.2k, 35k: fits above a bar."""
+    """A count that fits above a bar: 940, 1.2k, 35k."""
     if count < 1000:
         return str(count)
     return f"{count / 1000:.1f}k" if count < 9950 else f"{count / 1000:,.0f}k"
@@ -256,7 +256,7 @@ def _axis_titles(root: Element, frame: svg.Box, below: str, beside: str) -> None
 
 
 def _front(root: Element, points: Sequence[Point], x: svg.Scale, y: svg.Scale, frame: svg.Box) -> None:
-    """The stepped line over the systems that are better than everything cheaper."""
+    """Draw the stepped line through the systems that are better than all cheaper ones."""
     path, best = "", float("-inf")
     comparable = [point for point in points if not point.on_sample]
     for point in sorted(comparable, key=lambda point: (point.milliseconds, -point.quality.value)):
@@ -287,7 +287,7 @@ def _point(
     svg.line(group, "whisker", left, y(quality.low), left, y(quality.high))
     for end in (quality.low, quality.high):
         svg.line(group, "whisker", left - 4, y(end), left + 4, y(end))
-    if abs((place.top + place.bottom) / 2 - top) > _TEXT:  # moved away: show whose label it is
+    if abs((place.top + place.bottom) / 2 - top) > _TEXT:  # a distant label: draw a line to its point
         near = min(max(left, place.left), place.right)
         svg.line(group, "leader", left, top, near, place.bottom if place.bottom < top else place.top)
     svg.add(group, "circle", class_="mark dot", cx=left, cy=top, r=5.5)

@@ -1,4 +1,4 @@
-"""Rendering of every page: escaping templates, and one style sheet that the page's security policy allows."""
+"""Rendering of all pages: escaping templates, and one style sheet that the page's security policy allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 
 def render(template: str, style: str = "", **values: object) -> str:
-    """A page of one of the templates, with ``style`` at the end of the style sheet; every value is escaped."""
+    """Render a template, with ``style`` at the end of the style sheet; every value is escaped."""
     sheet = _environment().get_template("style.css").render() + style
     page = (
         _environment()
@@ -22,12 +22,14 @@ def render(template: str, style: str = "", **values: object) -> str:
             **values,
         )
     )
-    return page.encode("utf-8", "replace").decode("utf-8")  # half an emoji, as a cut-off JSON text holds it
+    return page.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # replaces lone surrogates, which truncated JSON texts may contain
 
 
 @functools.cache
 def _environment() -> Environment:
-    """The templates, compiled once for all pages of a process."""
+    """The environment of the templates, created once per process."""
     return Environment(
         loader=PackageLoader("d2llm.reports.html"),
         autoescape=True,

@@ -1,6 +1,6 @@
-"""The parts of a small SVG chart: scales, ticks, places for labels, escaped elements.
+"""The parts of a small SVG chart: scales, ticks, label placement, escaped elements.
 
-Charts carry class names, no colours: the page's style sheet colours them for light, dark and paper.
+Charts have class names instead of colours: the page's style sheet colours them for light mode, dark mode and print.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from markupsafe import Markup
 
 Scale = Callable[[float], float]
-"""From a figure to a coordinate."""
+"""Maps a value to a coordinate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Box:
     bottom: float
 
     def overlap(self, other: Box) -> float:
-        """The area that both cover."""
+        """The area of the intersection."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(0.0, width) * max(0.0, height)
 
     def holds(self, other: Box) -> bool:
-        """Whether all of ``other`` lies within."""
+        """Whether ``other`` lies completely within."""
         return (
             self.left <= other.left
             and self.top <= other.top
@@ -43,7 +43,7 @@ class Box:
 
 
 def chart(identity: str, width: float, height: float, *, title: str, description: str) -> Element:
-    """An empty chart that a screen reader announces by its title and description."""
+    """An empty chart, which screen readers announce by its title and description."""
     root = Element(
         "svg",
         {
@@ -61,11 +61,11 @@ def chart(identity: str, width: float, height: float, *, title: str, description
 
 def add(parent: Element, tag: str, text: str | None = None, **attributes: str | float) -> Element:
     """Append an element. ``class_`` becomes ``class``, ``stroke_width`` ``stroke-width``; coordinates are rounded."""
-    written = {
+    values = {
         name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else f"{round(value, 2):g}"
         for name, value in attributes.items()
     }
-    element = SubElement(parent, tag, written)
+    element = SubElement(parent, tag, values)
     element.text = text
     return element
 
@@ -76,28 +76,28 @@ def line(parent: Element, class_: str, x1: float, y1: float, x2: float, y2: floa
 
 
 def label(parent: Element, class_: str, x: float, y: float, text: str, *, anchor: str = "start") -> Element:
-    """Text whose baseline begins, ends or is centred at (x, y)."""
+    """Text whose baseline starts, ends or is centred at (x, y)."""
     return add(parent, "text", text, class_=class_, x=x, y=y, text_anchor=anchor)
 
 
 def markup(root: Element) -> Markup:
-    """The finished chart, to be put into a page as it is: ElementTree has escaped every text and attribute."""
+    """The finished chart as markup for a page; ElementTree has escaped every text and attribute."""
     return Markup(tostring(root, encoding="unicode"))
 
 
 def linear(low: float, high: float, start: float, end: float) -> Scale:
-    """Straight from low -> start to high -> end."""
+    """A linear scale that maps low to start and high to end."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
-    """As ``linear``, for figures above 0 on a logarithmic axis."""
-    straight = linear(math.log10(low), math.log10(high), start, end)
-    return lambda value: straight(math.log10(value))
+    """A logarithmic scale for values above 0 that maps low to start and high to end."""
+    exponents = linear(math.log10(low), math.log10(high), start, end)
+    return lambda value: exponents(math.log10(value))
 
 
 def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round figures in [low, high], about as many as requested, 1, 2 or 5 times a power of ten apart."""
+    """About ``about`` round values in [low, high], spaced by 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - about))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -105,7 +105,7 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in [low, high]; with their 2 and 5 times, or plain round figures, where the axis is short."""
+    """Powers of ten in [low, high]; on shorter axes also their multiples by 2 and 5, or ``linear_ticks``."""
     if high / low < 10:
         return linear_ticks(low, high)
     factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
@@ -115,17 +115,17 @@ def logarithmic_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """0.25, 10, 1,000, with a true minus."""
+    """A tick label such as 0.25, 10 or 1,000, with a true minus sign."""
     return f"{value:,.12g}".replace("-", "−")
 
 
 def text_width(text: str, size: float) -> float:
-    """The approximate width of text in a sans-serif font of this size; East Asian letters are square."""
+    """The approximate width of text in a sans-serif font of this size; East Asian characters are square."""
     return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.58 for letter in text)
 
 
 def shortened(text: str, width: float, size: float) -> str:
-    """A text cut to a width, on one line, with an ellipsis if it was cut."""
+    """The text on one line, truncated to a width with an ellipsis if needed."""
     text = " ".join(text.split())
     if text_width(text, size) <= width:
         return text
@@ -142,8 +142,9 @@ def place_labels(
     *,
     gap: float = 9,
 ) -> list[Box]:
-    """Where to write labels (width, height) beside their points (x, y) so that they cover neither each other nor more
-    of the obstacles than must be. The first labels choose first; each takes the nearest place with the least overlap.
+    """Place labels (width, height) beside their points (x, y), with little overlap of each other and the obstacles.
+
+    Labels are placed in order; each takes the nearest position with the least overlap.
     """
     taken = list(obstacles)
     places: list[Box] = []
@@ -155,7 +156,7 @@ def place_labels(
             for left in (x + gap, x - gap - width, x - width / 2)
         ]
         inside = [candidate for candidate in candidates if within.holds(candidate[1])]
-        # Overlap counts far above distance; a label too wide for the chart keeps its first place.
+        # Overlap weighs far more than distance; a label too wide for the chart takes the first candidate.
         _, best = min(
             inside or candidates[:1],
             key=lambda candidate: 100 * sum(candidate[1].overlap(other) for other in taken) + candidate[0],

@@ -1,6 +1,6 @@
-"""Other services' interfaces, so that their clients need not change.
+"""Interfaces of other services, so that their clients work unchanged.
 
-Each module has a ``router``, the ``PATHS`` whose errors have its ``shape``, and says what it leaves out.
+Each module has a ``router``, and a ``shape`` for the errors of its ``PATHS``, and documents what it leaves out.
 """
 
 from __future__ import annotations

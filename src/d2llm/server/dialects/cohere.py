@@ -1,7 +1,7 @@
 """Cohere's interface: ``/v2/rerank``.
 
 Checked against Cohere's OpenAPI document and list of errors (cohere-developer-experience e814c8a, August 2026) and
-cohere 7.3.1. ``return_documents`` is the first version's, and vLLM's.
+cohere 7.3.1. ``return_documents`` is from version 1 and from vLLM.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _DOCUMENTS_A_UNIT = 100  # as Cohere counts its search units
 
 
 class CohereRerankRequest(StrictBody):
-    """A query and documents to order by it."""
+    """A query and documents to rank."""
 
     model: str
     query: Text
     documents: TextList
-    top_n: int | None = Field(None, ge=1, description="Answer with the best ones alone, this many; null: all.")
-    return_documents: bool = Field(False, description="Repeat the documents' texts in the answer.")
+    top_n: int | None = Field(None, ge=1, description="Return only this many, the best; null: all.")
+    return_documents: bool = Field(False, description="Include the documents' texts in the answer.")
     max_tokens_per_doc: int | None = Field(
-        None, ge=1, description="Documents are cut to what the model reads; less than that cannot be asked for."
+        None, ge=1, description="Documents are cut to the model's limit; a lower value is refused."
     )
-    priority: int | None = Field(None, ge=0, le=999, description="Read over.")
+    priority: int | None = Field(None, ge=0, le=999, description="Ignored.")
 
 
 class CohereVersion(Answer):
@@ -64,13 +64,13 @@ class CohereUnits(Answer):
 
 
 class CohereTokens(Answer):
-    """Tokens that were read."""
+    """Number of tokens read."""
 
     input_tokens: int
 
 
 class CohereMeta(Answer):
-    """About the answer; ``warnings`` tell of texts that were cut."""
+    """Metadata of the answer; ``warnings`` name texts that were cut."""
 
     api_version: CohereVersion
     billed_units: CohereUnits
@@ -98,7 +98,7 @@ router = APIRouter(tags=["Cohere"], responses=errors(CohereError))
 
 @router.post("/v2/rerank", response_model=CohereRerankAnswer)
 async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
-    """Order documents by how well they answer a query."""
+    """Rank documents by how well they answer a query."""
     models = services.models
     find_model(models, body.model)
     check_size(services, body.query, "query")
@@ -124,6 +124,6 @@ async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depend
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem in Cohere's form: 400 for a bad value, but 422 for an unknown field."""
+    """A problem in Cohere's format: 400 for an invalid value, but 422 for an unknown field."""
     status = 422 if problem.reason == "extra_forbidden" else status_of(problem, invalid=400)
     return status, {"id": problem.request_id or str(uuid.uuid4()), "message": problem.message}

@@ -1,8 +1,8 @@
-"""Jina's interface: ``/v1/rerank``, which others (vLLM, LocalAI, Xinference) have taken over.
+"""Jina's interface: ``/v1/rerank``, which others (vLLM, LocalAI, Xinference) have adopted.
 
-vLLM's clients ask the same path; its fields are understood too, and the answer has what either's clients read.
+vLLM's clients use the same path; its fields are accepted too, and the answer has the fields that either's clients read.
 
-Checked against Jina's own server (jina-on-prem c9fde81, August 2026), which says that it was measured against
+Checked against Jina's own server (jina-on-prem c9fde81, August 2026), which states that it was compared with
 api.jina.ai; vLLM 0.33.0; and the clients jina-haystack 2.0.1, llama-index-postprocessor-jinaai-rerank 0.6.0 and
 vllm-haystack 3.0.1.
 """
@@ -47,9 +47,9 @@ class JinaDocument(OpenBody):
 
 
 def _readable(value: Any) -> Any:
-    """Say plainly what is wrong with a list of documents; a union's own errors name every alternative."""
+    """Give a clear error for an invalid list of documents; a union's own errors name every alternative."""
     if not isinstance(value, str | list):
-        raise ValueError("it is no list of documents")
+        raise ValueError("it is not a list of documents")
     if not value:
         raise PydanticCustomError("empty", "give a list of at least one document")
     for place, document in enumerate(cast("list[Any]", value) if isinstance(value, list) else ()):
@@ -60,30 +60,30 @@ def _readable(value: Any) -> Any:
 
 
 class JinaRerankRequest(CutOptions):
-    """A query and documents to order by it."""
+    """A query and documents to rank."""
 
     model: str | None = None
     query: Text
     documents: Annotated[Text | Annotated[list[Text | JinaDocument], Field(min_length=1)], BeforeValidator(_readable)]
-    top_n: int | None = Field(None, ge=0, description="Answer with the best ones alone, this many; null or 0: all.")
-    return_documents: bool = Field(True, description="Repeat the documents' texts in the answer.")
-    return_embeddings: bool = Field(False, description="The answer has no vectors; true is an error.")
+    top_n: int | None = Field(None, ge=0, description="Return only this many, the best; null or 0: all.")
+    return_documents: bool = Field(True, description="Include the documents' texts in the answer.")
+    return_embeddings: bool = Field(False, description="Not supported: true is an error.")
     truncate: bool = Field(
         True,
         validation_alias=AliasChoices("truncate", "truncation"),
-        description="Cut a text that is too long; else it is an error.",
+        description="Cut texts that are too long; if false, they are an error.",
     )
 
 
 class JinaUsage(Answer):
-    """Tokens that were read."""
+    """Number of tokens read."""
 
     total_tokens: int
     prompt_tokens: int
 
 
 class JinaRerankAnswer(Answer):
-    """The documents, best first; ``warnings`` tell of texts that were cut."""
+    """The documents, best first; ``warnings`` name texts that were cut."""
 
     id: str
     model: str
@@ -94,7 +94,7 @@ class JinaRerankAnswer(Answer):
 
 
 class JinaErrorDetail(Answer):
-    """What went wrong; ``code`` is for programs."""
+    """What went wrong; ``code`` is machine-readable."""
 
     message: str
     request_id: str
@@ -111,7 +111,7 @@ class JinaFieldError(Answer):
 
 
 class JinaError(Answer):
-    """Every error of this interface: a text for 401 and 422, of which the latter has ``errors``, else an object."""
+    """Every error of this interface. For 401 and 422 ``detail`` is a text, else an object; 422 also has ``errors``."""
 
     detail: str | JinaErrorDetail
     request_id: str | None = None
@@ -123,12 +123,12 @@ router = APIRouter(tags=["Jina"], responses=errors(JinaError))
 
 @router.post("/v1/rerank", response_model=JinaRerankAnswer)
 async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
-    """Order documents by how well they answer a query."""
+    """Rank documents by how well they answer a query."""
     models = services.models
     find_model(models, body.model)
     body.check_limits(models)
     if body.return_embeddings:
-        raise invalid("return_embeddings: the answer has no vectors; ask /v1/embeddings for them", "return_embeddings")
+        raise invalid("return_embeddings: the answer has no vectors; use /v1/embeddings", "return_embeddings")
     items = [body.documents] if isinstance(body.documents, str) else body.documents
     documents = [document if isinstance(document, str) else document.text for document in items]
     check_size(services, body.query, "query")
@@ -151,7 +151,7 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem in Jina's form; an unknown model is a wrong field."""
+    """A problem in Jina's format; an unknown model is an invalid field."""
     status = 422 if problem.field == "model" else status_of(problem, invalid=422)
     if status == 401:
         return status, {"detail": problem.message}

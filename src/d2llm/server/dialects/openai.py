@@ -1,10 +1,10 @@
 """OpenAI's interface: ``/v1/embeddings`` and ``/v1/models``.
 
-Beyond OpenAI's: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` says which side of the search
-a text is on (without either: a passage); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with a
-text that is too long; those that were cut are named in a header ``X-Warning``.
+Extensions: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` may tell whether the texts are
+queries or passages (default: passages); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with texts
+that are too long; the header ``X-Warning`` names those that were cut.
 
-Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors that its users report, and
+Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors reported by its users, and
 openai 3.52.0.
 """
 
@@ -51,12 +51,12 @@ class EmbeddingsRequest(StrictBody):
 
     input: Texts = Field(description="A text or a list of texts; token ids are refused.", examples=["a cat on a mat"])
     model: str = Field(description="The model's name, alone or with :query or :passage.")
-    dimensions: int | None = Field(None, ge=1, description="The width of the student's vectors; they are not cut.")
+    dimensions: int | None = Field(None, ge=1, description="Must be the width of the student's vectors.")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
-    user: str | None = Field(None, description="Read over.")
-    input_type: TextKind | None = Field(None, description="Which side of a search the texts are on.")
-    truncate: Truncate = Field("NONE", description="NONE: too long a text is an error. END: it is cut.")
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: vLLM's way to say END.")
+    user: str | None = Field(None, description="Ignored.")
+    input_type: TextKind | None = Field(None, description="Whether the texts are queries or passages.")
+    truncate: Truncate = Field("NONE", description="NONE: texts that are too long are an error. END: they are cut.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: vLLM's equivalent of END.")
 
 
 class Embedding(Answer):
@@ -68,7 +68,7 @@ class Embedding(Answer):
 
 
 class Usage(Answer):
-    """Tokens that were read."""
+    """Number of tokens read."""
 
     prompt_tokens: int
     total_tokens: int
@@ -84,7 +84,7 @@ class EmbeddingsAnswer(Answer):
 
 
 class Model(Answer):
-    """A model that can be asked for."""
+    """An available model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -93,7 +93,7 @@ class Model(Answer):
 
 
 class ModelsAnswer(Answer):
-    """The models that can be asked for."""
+    """The available models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -120,7 +120,7 @@ TheServices = Annotated[Services, Depends(services_of)]
 
 @router.post("/v1/embeddings", response_model=EmbeddingsAnswer)
 async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSONResponse:
-    """Vectors of texts, of length 1."""
+    """Embed texts as vectors of length 1."""
     models = services.models
     kind = _kind_of(find_model(models, body.model, suffixes=True), body.input_type)
     texts = as_list(body.input)
@@ -144,20 +144,20 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
 
 @router.get("/v1/models")
 async def list_models(services: TheServices) -> ModelsAnswer:
-    """The names that a request may give as its model."""
+    """List the model names that a request may give."""
     name = services.models.name
     return ModelsAnswer(data=[Model(id=name), *(Model(id=f"{name}:{suffix}") for suffix in SUFFIXES)])
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, services: TheServices) -> Model:
-    """One of them."""
+    """Get a model by its name."""
     find_model(services.models, model, suffixes=True)
     return Model(id=model)
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem in OpenAI's form."""
+    """A problem in OpenAI's format."""
     status = status_of(problem, invalid=400)
     kinds = {403: "permission_error", 429: "requests"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")

@@ -1,4 +1,4 @@
-"""What the dialects have in common: names of models, limits, kinds of texts, orders of scores, bodies of answers."""
+"""Code shared by the dialects: model names, limits, kinds of texts, rankings, bodies."""
 
 from __future__ import annotations
 
@@ -22,35 +22,37 @@ SUFFIXES: tuple[TextKind, ...] = ("query", "passage")
 
 
 class StrictBody(BaseModel):
-    """A request's body: true is no number, and a field that the dialect does not know is an error."""
+    """A request body with strict types; unknown fields are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class OpenBody(BaseModel):
-    """The same for dialects that ignore what they do not know."""
+    """A request body with strict types; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class CutOptions(OpenBody):
-    """vLLM's options for cutting texts. What the student cannot do is refused."""
+    """vLLM's options for cutting texts. Values that the student does not support are refused."""
 
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: cut to what the model reads.")
-    truncation_side: Literal["right"] | None = Field(None, description="Texts are cut at the right, and nowhere else.")
-    max_tokens_per_query: int | None = Field(None, ge=0, description="No less than the model reads; null or 0: all.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: cut texts to the model's limit.")
+    truncation_side: Literal["right"] | None = Field(None, description="Texts are only cut at the right.")
+    max_tokens_per_query: int | None = Field(
+        None, ge=0, description="At least the model's limit; null or 0: that limit."
+    )
     max_tokens_per_doc: int | None = Field(
         None,
         ge=0,
         validation_alias=AliasChoices("max_tokens_per_doc", "max_doc_length"),
-        description="No less than the model reads; null or 0: all. Jina's name for it is max_doc_length.",
+        description="At least the model's limit; null or 0: that limit. Jina calls it max_doc_length.",
     )
 
     def check_limits(self, models: ModelService) -> None:
-        """Refuse to cut to fewer tokens than the model reads.
+        """Refuse limits below the model's.
 
         Raises:
-            ServingError: 400, fewer are asked for.
+            ServingError: 400, a limit is below the model's.
         """
         check_limit(self.max_tokens_per_query, models.max_query_tokens, "max_tokens_per_query")
         check_limit(self.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
@@ -63,7 +65,7 @@ class DocumentText(Answer):
 
 
 class RerankResult(Answer):
-    """A document's place: ``index`` in the request, and the probability that it is relevant."""
+    """A ranked document: its ``index`` in the request, and the probability that it is relevant."""
 
     index: int
     relevance_score: float = Field(ge=0, le=1)
@@ -71,7 +73,7 @@ class RerankResult(Answer):
 
 
 def _readable(value: Any) -> Any:
-    """Say plainly what is wrong with a text or list of texts; a union's own errors name every alternative."""
+    """Give a clear error for an invalid text or list of texts; a union's own errors name every alternative."""
     if not isinstance(value, list):
         if not isinstance(value, str) or not value:
             if value == "":
@@ -82,17 +84,17 @@ def _readable(value: Any) -> Any:
     if not texts:
         raise PydanticCustomError("empty", "the list is empty; give at least one text")
     if all(isinstance(text, int | list) and not isinstance(text, bool) for text in texts):
-        raise ValueError("token ids are not read here; send texts (LangChain: check_embedding_ctx_length=False)")
+        raise ValueError("token ids are not supported; send texts (LangChain: check_embedding_ctx_length=False)")
     for place, text in enumerate(texts):
         if text == "":
             raise PydanticCustomError("empty", "number {place} is empty", {"place": place})
         if not isinstance(text, str):
-            raise ValueError(f"number {place} is no text")
+            raise ValueError(f"number {place} is not a text")
     return texts
 
 
 EMPTY = frozenset({"empty", "string_too_short", "too_short"})
-"""The reasons of problems with a text or list that is empty."""
+"""The reasons of problems with empty texts or lists."""
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(_readable)]
 """A text or several."""
@@ -100,26 +102,26 @@ TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(_readable)
 
 
 def as_list(texts: str | list[str]) -> list[str]:
-    """One text as a list of one."""
+    """The texts as a list, even if there is only one."""
     return [texts] if isinstance(texts, str) else texts
 
 
 def errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """What a route says of its errors in the API's description."""
+    """Descriptions of a route's errors for the OpenAPI document."""
     return {
-        "4XX": {"model": model, "description": "The request cannot be answered as it is"},
+        "4XX": {"model": model, "description": "The request is invalid or refused"},
         "5XX": {"model": model, "description": "The server is not ready, or failed"},
     }
 
 
 def status_of(problem: Problem, invalid: int) -> int:
-    """A problem's status where everything wrong with a body's content has the status ``invalid``."""
+    """A problem's status if all errors in a body's content have the status ``invalid``."""
     is_about_content = problem.kind == "invalid_request" or (problem.kind == "too_large" and problem.field is not None)
     return invalid if is_about_content else problem.status
 
 
 def find_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
-    """Check the name of a model; the kind of texts that its suffix names (":query"), if any.
+    """Check the name of a model; returns the kind of texts given by its suffix (":query"), or None.
 
     Raises:
         ServingError: 404, there is no such model.
@@ -134,10 +136,10 @@ def find_model(models: ModelService, name: str | None, *, suffixes: bool = False
 
 
 def check_size(services: Services, texts: str | Sequence[str], field: str) -> None:
-    """Hold a request to the server's limits.
+    """Check the number and length of texts against the server's limits.
 
     Raises:
-        ServingError: 413, too many texts, or one too long.
+        ServingError: 413, there are too many texts, or one is too long.
     """
     settings = services.settings
     if isinstance(texts, str):
@@ -157,48 +159,48 @@ def _check_length(texts: Mapping[str, str], limit: int) -> None:
 
 
 def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit: int, remedy: str) -> None:
-    """Refuse texts of which the student would not read all; ``remedy`` says how to have them cut.
+    """Refuse texts that the student would truncate; ``remedy`` says how to allow it.
 
     Raises:
-        ServingError: 413, with the first place and the limit.
+        ServingError: 413, with the place of the first such text, and the limit.
     """
     if places:
         where = field if isinstance(texts, str) else f"{field}.{places[0]}"
-        more = f" ({len(places) - 1} more are)" if len(places) > 1 else ""
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
         message = f"{where}: longer than the {limit} tokens that the model reads{more}; {remedy}"
         raise ServingError(Problem(413, "too_large", message, where))
 
 
 def check_limit(tokens: int | None, limit: int, field: str) -> None:
-    """Refuse to cut texts to fewer tokens than the model's ``limit``; 0 and None ask for nothing.
+    """Refuse to cut texts to fewer tokens than the model's ``limit``; 0 and None are always accepted.
 
     Raises:
-        ServingError: 400, fewer are asked for.
+        ServingError: 400, ``tokens`` is below the limit.
     """
     if tokens and tokens < limit:
-        raise invalid(f"{field}: texts are cut to {limit} tokens here; ask for no less", field)
+        raise invalid(f"{field}: texts are cut to {limit} tokens; give no less", field)
 
 
 def check_dimensions(dimensions: int | None, models: ModelService) -> None:
-    """Refuse vectors of another width than the student's.
+    """Refuse a width other than that of the student's vectors.
 
-    The first components of a vector are worth something alone only where a student was trained for it; none is yet.
+    Truncated vectors are only useful if the student was trained for it; none is yet.
 
     Raises:
-        ServingError: 400, another width is asked for.
+        ServingError: 400, another width is requested.
     """
     if dimensions is not None and dimensions != models.dim:
         message = (
             f"dimensions: this student's vectors have {models.dim} components and were not trained to be cut to "
-            f"{dimensions}; leave dimensions out, or ask for {models.dim}"
+            f"{dimensions}; leave dimensions out, or set it to {models.dim}"
             if dimensions < models.dim
-            else f"dimensions: this student's vectors have {models.dim} components, {dimensions} were asked for"
+            else f"dimensions: this student's vectors have {models.dim} components, not {dimensions}"
         )
         raise invalid(message, "dimensions")
 
 
 async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
-    """Vectors of texts, ready for inner products: queries as the anchor of the student's head has them."""
+    """Vectors of texts, ready for inner products: for queries, the anchor vectors of the student's head."""
     models = services.models
     encoded = await models.encode(texts, kind)
     if kind == "passage" or not models.student.has_anchor:
@@ -208,39 +210,39 @@ async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Enc
 
 
 def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors [n, dim] divided by their lengths; a vector of zeros stays."""
+    """Vectors [n, dim] divided by their lengths; zero vectors are unchanged."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
 def score_header(services: Services) -> dict[str, str]:
-    """The header that says how numbers in [0, 1] are made of scores: calibrated on dev queries, or not."""
+    """The header that says how scores become numbers in [0, 1]: calibrated on dev queries, or not."""
     return {"X-Relevance-Score": services.models.probability_kind(task_of(services))}
 
 
 def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]:
-    """Places by falling score, equal ones as they came; the first ``top`` of them."""
+    """The first ``top`` places by decreasing score; ties keep their order."""
     return np.argsort(-logits, kind="stable")[:top].tolist()
 
 
 def cut_warnings(query_cut: bool, places: Sequence[int], models: ModelService) -> list[str]:
-    """What to tell a client whose query or documents were cut."""
+    """Warnings for a client whose query or documents were cut."""
     query = [f"the query was cut to {models.max_query_tokens} tokens"] if query_cut else []
     return query + texts_cut("documents", places, models.max_passage_tokens)
 
 
 def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
-    """What to tell a client some of whose texts were cut."""
+    """Warnings for a client if some texts were cut."""
     return [f"{name} were cut to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:
-    """The header that names texts that were cut, for dialects whose answers have no place for it."""
+    """The header that names texts that were cut, for dialects whose answers have no field for it."""
     return {"X-Warning": "; ".join(warnings)} if warnings else {}
 
 
 def task_of(services: Services) -> Task:
-    """What is asked of a pair: what the index is made for, else whether the passage answers the query."""
+    """The task of the index; without an index, asymmetric (whether the passage answers the query)."""
     return services.task
 
 

@@ -1,11 +1,11 @@
 """The interface of Hugging Face's Text Embeddings Inference: ``/embed``, ``/rerank``, ``/similarity`` and ``/info``.
 
-Its ``/v1/embeddings`` is OpenAI's. The names of prompts are ``query`` and ``passage``, the sides of a search.
-vLLM has a ``/rerank`` too, which is Jina's: a body with ``documents`` is answered as ``/v1/rerank`` does.
+Its ``/v1/embeddings`` is OpenAI's. The prompt names are ``query`` and ``passage``.
+vLLM also has a ``/rerank``, which is Jina's: a body with ``documents`` is answered like ``/v1/rerank``.
 
 Checked against the source of its router (1.9.3 and main at 0d124dc, July 2026). As there, texts are cut unless
-``truncate`` is false; here a header ``X-Warning`` says which. Other than there, a failure of the server has a status of
-5xx, not 424, and every error is JSON.
+``truncate`` is false; here the header ``X-Warning`` says which. Unlike there, a failure of the server has a 5xx status,
+not 424, and every error is JSON.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ from d2llm.server.services import Services, services_of
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
 _CUT = "shorten it, or leave truncate out"
 
-Cut = Annotated[bool | None, Field(description="false: a text that is too long is an error; else it is cut.")]
-Direction = Annotated[Literal["Right", "right"], Field(description="Texts are cut at the right, and nowhere else.")]
-PromptName = Annotated[TextKind | None, Field(description="Which side of a search the texts are on.")]
+Cut = Annotated[bool | None, Field(description="false: texts that are too long are an error; otherwise they are cut.")]
+Direction = Annotated[Literal["Right", "right"], Field(description="Texts are only cut at the right.")]
+PromptName = Annotated[TextKind | None, Field(description="Whether the texts are queries or passages.")]
 
 
 class EmbedRequest(OpenBody):
     """Texts to embed."""
 
     inputs: Texts
-    normalize: bool = Field(True, description="Vectors of length 1; else as the model gives them.")
+    normalize: bool = Field(True, description="Return vectors of length 1; if false, as the model computes them.")
     truncate: Cut = None
     truncation_direction: Direction = "Right"
     prompt_name: PromptName = None
-    dimensions: int | None = Field(None, ge=1, description="The width of the student's vectors; they are not cut.")
+    dimensions: int | None = Field(None, ge=1, description="Must be the width of the student's vectors.")
 
 
 class EmbedAnswer(RootModel[list[list[float]]]):
@@ -70,27 +70,27 @@ class EmbedAnswer(RootModel[list[list[float]]]):
 
 
 class RerankRequest(OpenBody):
-    """A query and texts to order by it."""
+    """A query and texts to rank."""
 
     query: Text
     texts: TextList
-    raw_scores: bool = Field(False, description="Logits in place of probabilities.")
-    return_text: bool = Field(False, description="Repeat the texts in the answer.")
+    raw_scores: bool = Field(False, description="Return logits instead of probabilities.")
+    return_text: bool = Field(False, description="Include the texts in the answer.")
     truncate: Cut = None
     truncation_direction: Direction = "Right"
 
 
-def _by_its_names(body: Any, _handler: object) -> RerankRequest | jina.JinaRerankRequest:
+def _by_field_names(body: Any, _handler: object) -> RerankRequest | jina.JinaRerankRequest:
     kind = jina.JinaRerankRequest if isinstance(body, dict) and "documents" in body else RerankRequest
     return kind.model_validate(body)
 
 
-EitherRerankRequest: TypeAlias = Annotated[RerankRequest | jina.JinaRerankRequest, WrapValidator(_by_its_names)]
-"""With ``documents`` it is Jina's and vLLM's. A union's own errors would name both."""
+EitherRerankRequest: TypeAlias = Annotated[RerankRequest | jina.JinaRerankRequest, WrapValidator(_by_field_names)]
+"""With ``documents``, it is Jina's and vLLM's request. A union's own errors would name both kinds."""
 
 
 class Rank(Answer):
-    """A text's place: ``index`` in the request, and its score."""
+    """A ranked text: its ``index`` in the request, and its score."""
 
     index: int
     score: float
@@ -109,7 +109,7 @@ class SimilarityInput(OpenBody):
 
 
 class SimilarityParameters(OpenBody):
-    """How to compare."""
+    """Options of the comparison."""
 
     truncate: Cut = None
     truncation_direction: Direction = "Right"
@@ -140,7 +140,7 @@ class EmbeddingKind(Answer):
 
 
 class InfoAnswer(Answer):
-    """What is served, and its limits."""
+    """The served model and its limits."""
 
     model_id: str
     model_sha: str
@@ -172,7 +172,7 @@ TheServices = Annotated[Services, Depends(services_of)]
 
 @router.post("/embed", response_model=EmbedAnswer)
 async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResponse:
-    """Vectors of texts."""
+    """Embed texts."""
     check_dimensions(body.dimensions, services.models)
     vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
     return _answer(unit_length(vectors) if body.normalize else vectors, warnings)
@@ -180,7 +180,7 @@ async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResp
 
 @router.post("/rerank", response_model=RerankAnswer | jina.JinaRerankAnswer)
 async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONResponse:
-    """Order texts by how well they answer a query; a body with ``documents`` is answered as ``/v1/rerank`` does."""
+    """Rank texts by how well they answer a query; a body with ``documents`` is answered like ``/v1/rerank``."""
     if isinstance(body, jina.JinaRerankRequest):
         return await jina.rerank(body, services)
     models = services.models
@@ -202,7 +202,7 @@ async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONRe
 
 @router.post("/similarity", response_model=SimilarityAnswer)
 async def similarity(body: SimilarityRequest, services: TheServices) -> FastJSONResponse:
-    """The cosines of a text with others, all read as passages unless ``prompt_name`` says otherwise."""
+    """Compute the cosines of a text with others, all encoded as passages unless ``prompt_name`` says otherwise."""
     parameters = body.parameters or SimilarityParameters()
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
     vectors, warnings = await _vectors(services, texts, "inputs", parameters)
@@ -212,7 +212,7 @@ async def similarity(body: SimilarityRequest, services: TheServices) -> FastJSON
 
 @router.get("/info")
 async def info(services: TheServices) -> InfoAnswer:
-    """What is served, and its limits."""
+    """The served model and its limits."""
     models, settings = services.models, services.settings
     return InfoAnswer(
         model_id=models.name,
@@ -231,7 +231,7 @@ async def info(services: TheServices) -> InfoAnswer:
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem in the form of Text Embeddings Inference: 400 for an empty text or a body that is no JSON, else 422."""
+    """A problem in the format of Text Embeddings Inference: 400 for empty texts and invalid JSON, else 422."""
     is_empty = problem.reason in EMPTY
     status = status_of(problem, invalid=400 if is_empty or problem.reason == "json_invalid" else 422)
     kinds = {429: "Overloaded", 503: "Unhealthy"}
@@ -244,14 +244,14 @@ def _answer(content: Any, warnings: list[str], headers: dict[str, str] | None = 
 
 
 async def _vectors(
-    services: Services, texts: str | list[str], field: str, how: EmbedRequest | SimilarityParameters
+    services: Services, texts: str | list[str], field: str, options: EmbedRequest | SimilarityParameters
 ) -> tuple[NDArray[np.float32], list[str]]:
-    """Vectors of texts, and what to tell of those that were cut."""
+    """Vectors of texts, and warnings about those that were cut."""
     check_size(services, texts, field)
-    kind = how.prompt_name or "passage"
+    kind = options.prompt_name or "passage"
     encoded = await embed(services, as_list(texts), kind)
     models = services.models
     limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
-    if how.truncate is False:
+    if options.truncate is False:
         refuse_cut(texts, encoded.truncated, field, limit, _CUT)
     return encoded.vectors, texts_cut("texts", encoded.truncated, limit)

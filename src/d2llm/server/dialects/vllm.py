@@ -1,9 +1,9 @@
 """vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``.
 
-Its ``/v1/rerank`` is Jina's, ``/rerank`` differs from TEI's by its ``documents``, and ``/v2/rerank`` is Cohere's.
+Its ``/v1/rerank`` is Jina's, its ``/rerank`` differs from TEI's by ``documents``, and its ``/v2/rerank`` is Cohere's.
 
 Checked against the source of vLLM 0.33.0 (``entrypoints/pooling/scoring``, ``entrypoints/serve/exception_handling``).
-Other than there, a server at its limit answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
+Unlike there, an overloaded server answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CUT = "shorten it, or send truncate_prompt_tokens: -1"
 class ScoreRequest(CutOptions):
     """Pairs of texts: one with one, one with each of several, or each with its counterpart.
 
-    A text that is too long is an error, unless one of the options says that it is to be cut; a header then says so.
+    A text that is too long is an error, unless one of the options allows cutting it; a header then reports it.
     """
 
     text_1: Texts = Field(
@@ -56,7 +56,7 @@ class ScoreRequest(CutOptions):
         description="A passage or several; may also be called documents, items or data_2.",
     )
     model: str | None = None
-    use_activation: bool | None = Field(None, description="false: logits in place of probabilities.")
+    use_activation: bool | None = Field(None, description="false: return logits instead of probabilities.")
 
 
 class Score(Answer):
@@ -68,7 +68,7 @@ class Score(Answer):
 
 
 class ScoreUsage(Answer):
-    """Tokens that were read; each text once, as vLLM counts where a model reads query and passage apart."""
+    """Number of tokens read, counting each text once, as vLLM does for models that encode texts separately."""
 
     prompt_tokens: int
     total_tokens: int
@@ -107,7 +107,7 @@ router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
 @router.post("/v1/score", response_model=ScoreAnswer)
 @router.post("/score", response_model=ScoreAnswer)
 async def score(body: ScoreRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
-    """How well passages answer queries, pair by pair."""
+    """Score how well passages answer queries, pair by pair."""
     models = services.models
     find_model(models, body.model)
     body.check_limits(models)
@@ -157,7 +157,7 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A problem in vLLM's form: "Bad Request" is what pydantic refuses, "BadRequestError" what is refused later."""
+    """A problem in vLLM's format: "Bad Request" if pydantic refused the body, "BadRequestError" for later checks."""
     status = status_of(problem, invalid=400)
     types = {404: "NotFoundError", 500: "InternalServerError"}
     if problem.reason is None:

@@ -1,4 +1,4 @@
-// What is asked, kept in the page's address, so that a link shows the same search.
+// Stores the search in the page's URL, so that a link shows the same search.
 
 export const DEFAULTS = {
   q: "",
@@ -13,26 +13,26 @@ export const DEFAULTS = {
 const RANKS = ["none", "iem", "teacher", "cascade"];
 const SOURCES = ["vectors", "ann", "bm25", "both"];
 
-/** The search in an address; what cannot be understood has its default. */
+/** The search described by a query string; invalid values are replaced by defaults. */
 export function readAddress(text) {
-  const given = new URLSearchParams(text);
+  const parameters = new URLSearchParams(text);
   const number = (name, low, high) => {
-    const value = Number(given.get(name));
-    return given.has(name) && Number.isInteger(value) && value >= low && value <= high ? value : DEFAULTS[name];
+    const value = Number(parameters.get(name));
+    return parameters.has(name) && Number.isInteger(value) && value >= low && value <= high ? value : DEFAULTS[name];
   };
   return {
-    q: given.get("q") || "",
-    filter: given.get("filter") || "",
-    rank: RANKS.includes(given.get("rank")) ? given.get("rank") : DEFAULTS.rank,
-    beside: given.get("beside") === "1",
-    exact: given.get("exact") === "1",
+    q: parameters.get("q") || "",
+    filter: parameters.get("filter") || "",
+    rank: RANKS.includes(parameters.get("rank")) ? parameters.get("rank") : DEFAULTS.rank,
+    beside: parameters.get("beside") === "1",
+    exact: parameters.get("exact") === "1",
     hybrid: number("hybrid", 0, 100),
     k: number("k", 1, 1000),
-    source: SOURCES.includes(given.get("source")) ? given.get("source") : DEFAULTS.source,
+    source: SOURCES.includes(parameters.get("source")) ? parameters.get("source") : DEFAULTS.source,
   };
 }
 
-/** The address of a search, without what is as by default. */
+/** The query string of a search, without default values. */
 export function writeAddress(state) {
   const parts = new URLSearchParams();
   for (const [name, value] of Object.entries(state)) {

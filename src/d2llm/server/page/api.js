@@ -1,8 +1,8 @@
-// Asking the server. The API key stays in this tab (sessionStorage) and goes into a header, never into an address.
+// Requests to the server. The API key stays in this tab (sessionStorage) and is sent in a header, never in a URL.
 
 const KEY = "d2llm-api-key";
 
-/** An answer that is an error; `kind`, `field` and `requestId` are the server's, `retryAfter` is in seconds. */
+/** An error response; `kind`, `field` and `requestId` come from the server, `retryAfter` is in seconds. */
 export class ApiError extends Error {
   constructor(status, error, retryAfter) {
     super(error.message || `the server answered ${status}`);
@@ -15,7 +15,7 @@ export class ApiError extends Error {
   }
 }
 
-/** What an error says, with what finds it in the server's log. */
+/** The message of an error, with the request id to find it in the server's log. */
 export function problemText(error) {
   return error.requestId ? `${error.message} (request ${error.requestId})` : error.message;
 }
@@ -29,7 +29,7 @@ export function keepApiKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** A response, whatever its type; an `ApiError` where it is not good. */
+/** Fetch a response of any type; throws an `ApiError` if it is an error. */
 export async function fetchAnswer(path, { method = "GET", body, signal } = {}) {
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -48,14 +48,14 @@ export async function fetchAnswer(path, { method = "GET", body, signal } = {}) {
     throw new ApiError(0, { kind: "unreachable", message: "The server cannot be reached. Is it running?" });
   }
   if (!response.ok) {
-    const said = await response.json().catch(() => ({}));
+    const problem = await response.json().catch(() => ({}));
     const retryAfter = Number(response.headers.get("Retry-After")) || null;
-    throw new ApiError(response.status, said.error || {}, retryAfter);
+    throw new ApiError(response.status, problem.error || {}, retryAfter);
   }
   return response;
 }
 
-/** The JSON of a response. With a body it is a POST. */
+/** Fetch JSON: by POST if there is a body, else by GET. */
 export async function ask(path, body, signal) {
   return (await fetchAnswer(path, { method: body === undefined ? "GET" : "POST", body, signal })).json();
 }

@@ -1,4 +1,4 @@
-// Cards of a ranking, and what stands above it: how long it took and what is proved.
+// Cards of a ranking, and the notes above it: how long it took and what is proved.
 
 import { counted, element, milliseconds } from "./dom.js";
 import { markTerms } from "./highlight.js";
@@ -7,7 +7,7 @@ import { whyPanel } from "./why.js";
 const STAGES = ["queue", "encode", "candidates", "score", "teacher", "transfer"];
 let numbered = 0;
 
-/** The card of one place. `before` is its rank in the ranking to the left: undefined without one, null if not there. */
+/** The card of a ranked passage. `before` is its rank in the ranking to the left: null if not in it, undefined if there is none. */
 export function card(passage, context, before) {
   const identity = `card-${(numbered += 1)}`;
   const stems = Object.keys(passage.explanation?.terms || {});
@@ -67,7 +67,7 @@ function toggle(made, passage, context, { button, identity, show, plain }) {
   made.dispatchEvent(new CustomEvent("card-resized", { bubbles: true }));
 }
 
-/** What the number is that a ranking is sorted by. */
+/** The name of the number that a ranking is sorted by. */
 function scoreName(passage, rank) {
   if (passage.log_odds !== null) return "teacher’s log-odds";
   return rank === "cascade" ? "expected log-odds" : "score";
@@ -120,7 +120,7 @@ function metadata(passage, context) {
   return element("dl", { class: "metadata" }, items);
 }
 
-/** The time of a search by stage: a stacked bar, and the same as numbers. */
+/** The time of a search by stage, as a stacked bar and as numbers. */
 export function latency(seconds, total) {
   const known = STAGES.map((stage) => [stage, seconds[stage] || 0]);
   const inside = known.reduce((sum, [, value]) => sum + value, 0);
@@ -138,7 +138,7 @@ export function latency(seconds, total) {
   return element("div", { class: "latency" }, bar, element("ul", { "aria-label": "Time by stage" }, numbers));
 }
 
-/** What an exact search proves, in words. */
+/** Describes what an exact search proves. */
 export function certificateText(certificate, numPlaces) {
   const all = certificate.num_scored + certificate.num_left;
   const proved = certificate.proved === numPlaces ? `All ${numPlaces}` : `The first ${certificate.proved} of ${numPlaces}`;
@@ -152,17 +152,17 @@ export function certificateText(certificate, numPlaces) {
   return `${text}.`;
 }
 
-/** What a teacher read, and whether its time was enough, in words. */
+/** Describes what the teacher read, and whether it ran out of time. */
 export function readingText(cascade, rank) {
   if (!cascade.read.length) {
     return cascade.out_of_time
-      ? "The teacher ran out of time before it read anything: all stand where the student expects them."
+      ? "The teacher ran out of time before it read anything: the order is the student’s estimate."
       : "The student was sure of every place, so the teacher read nothing.";
   }
   const read = counted(cascade.read.length, "passage");
   const which = rank === "cascade" ? `${read} that the student was unsure of` : `the first ${read}`;
   const cut = cascade.num_truncated ? `, ${cascade.num_truncated} of them in part` : "";
-  const rest = rank === "cascade" ? "stand where the student expects them" : "follow in the student’s order";
+  const rest = rank === "cascade" ? "are ranked by the student’s estimate" : "follow in the student’s order";
   const ended = cascade.out_of_time ? ` Then it ran out of time: the others ${rest}.` : "";
   return `The teacher read ${which}${cut}, in ${milliseconds(cascade.seconds)}.${ended}`;
 }

@@ -1,11 +1,11 @@
-// The API as /openapi.json describes it: operations, bodies with their fields, answers, and a box to try each.
+// The API documentation from /openapi.json: operations, bodies with their fields, answers, and a form to try each.
 
 import { apiKey, fetchAnswer } from "./api.js";
 import { byId, element, milliseconds } from "./dom.js";
 import { installTheme } from "./theme.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
-const DEEPEST = 6; // schemas within schemas
+const MAX_DEPTH = 6; // of nested schemas
 let api;
 
 async function show() {
@@ -57,7 +57,7 @@ function operationOf({ path, method, about }) {
   );
 }
 
-/** A text whose ``names`` are written as code. */
+/** A text with ``names`` rendered as code. */
 function withCode(text) {
   return text.split("``").map((part, place) => (place % 2 ? element("code", {}, part) : part));
 }
@@ -66,9 +66,9 @@ function firstSentence(text) {
   return text.split(/[.:\n]/, 1)[0];
 }
 
-function parameters(given) {
-  if (!given.length) return null;
-  const rows = given.map((one) => row(one.name, one.schema || {}, one.required, `in the ${one.in}`));
+function parameters(list) {
+  if (!list.length) return null;
+  const rows = list.map((one) => row(one.name, one.schema || {}, one.required, `in the ${one.in}`));
   return [element("h3", {}, "Parameters"), element("dl", { class: "fields" }, rows)];
 }
 
@@ -80,7 +80,7 @@ function answerOf(status, answer) {
   return element("details", { class: "answer", open }, element("summary", {}, heading), fieldsOf(schema, 0));
 }
 
-/** A schema with its references followed and one of "it or null" taken apart. */
+/** A schema with its references resolved. */
 function resolved(schema) {
   let definition = schema;
   while (definition.$ref) {
@@ -93,13 +93,13 @@ function resolved(schema) {
 function fieldsOf(schema, depth) {
   const definition = resolved(schema);
   const inside = innerOf(definition);
-  if (!inside || depth >= DEEPEST) return element("p", { class: "type" }, typeOf(definition));
+  if (!inside || depth >= MAX_DEPTH) return element("p", { class: "type" }, typeOf(definition));
   const required = new Set(inside.required || []);
   const rows = Object.entries(inside.properties).map(([name, one]) => row(name, one, required.has(name), "", depth));
   return element("dl", { class: "fields" }, rows);
 }
 
-/** The object that a schema is, is a list of, or may be besides null. */
+/** The object schema that a schema is, is a list of, or has as an alternative. */
 function innerOf(schema) {
   const definition = resolved(schema);
   if (definition.properties) return definition;
@@ -124,7 +124,7 @@ function row(name, schema, required, where, depth = 0) {
       {},
       definition.description ? element("p", {}, withCode(definition.description)) : null,
       remarks ? element("p", { class: "quiet" }, remarks) : null,
-      inner && depth < DEEPEST
+      inner && depth < MAX_DEPTH
         ? element("details", {}, element("summary", {}, inner.title || "fields"), fieldsOf(inner, depth + 1))
         : null,
     ),
@@ -147,14 +147,14 @@ function typeOf(schema) {
 
 function limitsOf(schema) {
   const words = {
-    default: "by default",
+    default: "default",
     minimum: "at least",
     maximum: "at most",
     exclusiveMinimum: "more than",
-    minLength: "characters at least",
-    maxLength: "characters at most",
-    minItems: "items at least",
-    maxItems: "items at most",
+    minLength: "minimum length",
+    maxLength: "maximum length",
+    minItems: "minimum number of items",
+    maxItems: "maximum number of items",
     pattern: "pattern",
   };
   const parts = [schema, ...(schema.anyOf || [])];
@@ -164,7 +164,7 @@ function limitsOf(schema) {
   });
 }
 
-/** A value that fits a schema, to begin with. */
+/** An example value for a schema. */
 function exampleOf(schema, depth = 0) {
   const definition = resolved(schema);
   if (definition.examples?.length) return definition.examples[0];
@@ -175,7 +175,7 @@ function exampleOf(schema, depth = 0) {
   if (definition.anyOf || definition.oneOf) return exampleOf((definition.anyOf || definition.oneOf)[0], depth);
   if (definition.properties) {
     const needed = (definition.required || Object.keys(definition.properties)).filter((name) => definition.properties[name]);
-    return depth < DEEPEST ? Object.fromEntries(needed.map((name) => [name, exampleOf(definition.properties[name], depth + 1)])) : {};
+    return depth < MAX_DEPTH ? Object.fromEntries(needed.map((name) => [name, exampleOf(definition.properties[name], depth + 1)])) : {};
   }
   if (definition.type === "array") return [exampleOf(definition.items || {}, depth + 1)];
   return { string: "text", integer: definition.minimum ?? 1, number: 0.5, boolean: false, object: {} }[definition.type] ?? null;
@@ -215,12 +215,12 @@ async function send(path, method, inputs, area, output, heading) {
   const headers = apiKey() ? { Authorization: `Bearer ${apiKey()}` } : {};
   if (area) headers["Content-Type"] = "application/json";
   heading.textContent = "Waiting …";
-  const began = performance.now();
+  const startTime = performance.now();
   try {
-    // What was written is sent as it is: that a wrong body gives an error is worth trying, too.
+    // The body is sent unchanged, so that users can also see the errors for invalid bodies.
     const response = await fetch(address, { method: method.toUpperCase(), headers, body: area?.value });
     const text = await response.text();
-    heading.textContent = `${response.status} ${response.statusText}, ${milliseconds((performance.now() - began) / 1000)}`;
+    heading.textContent = `${response.status} ${response.statusText}, ${milliseconds((performance.now() - startTime) / 1000)}`;
     output.textContent = pretty(text);
     output.hidden = false;
   } catch {

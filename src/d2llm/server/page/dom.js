@@ -1,11 +1,11 @@
-// Making elements. Texts become text nodes, never markup: whatever a document holds, it is only shown.
+// Creating elements. Texts become text nodes, never markup, so that contents of documents are only displayed.
 
-/** An element. Properties: `class`, `on` (listeners by event), `data-*`, `aria-*` and other attributes; null leaves one out. */
+/** Create an element. Properties: `class`, `on` (listeners by event), `data-*`, `aria-*` and other attributes; null omits one. */
 export function element(name, properties = {}, ...children) {
   return fill(document.createElement(name), properties, children);
 }
 
-/** An SVG element. */
+/** Create an SVG element. */
 export function svg(name, properties = {}, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", name), properties, children);
 }
@@ -24,12 +24,12 @@ function fill(made, properties, children) {
   return made;
 }
 
-/** The element with an id of this page. */
+/** The element of this page with an id. */
 export function byId(id) {
   return document.getElementById(id);
 }
 
-/** A time as people read it. */
+/** A time in a readable unit. */
 export function milliseconds(seconds) {
   if (seconds >= 1) return `${seconds.toFixed(1)} s`;
   const value = seconds * 1000;

@@ -3,20 +3,20 @@
 import { bytes, element } from "./dom.js";
 
 const HEADS = { iem: "IEM", cosine: "cosine" };
-const MOST_FIELDS = 8; // the filter offers them all
+const MAX_FIELDS = 8; // the filter lists all of them
 
-/** The list of an index's facts. */
+/** The facts about an index, as list items. */
 export function factList(index) {
   const { student } = index;
   const fields = Object.entries(index.fields).map(([name, type]) => `${name} (${type})`);
-  if (fields.length > MOST_FIELDS) fields.push(`and ${fields.splice(MOST_FIELDS).length} more`);
+  if (fields.length > MAX_FIELDS) fields.push(`and ${fields.splice(MAX_FIELDS).length} more`);
   const facts = [
     ["Index", index.name],
     ["Passages", index.num_passages.toLocaleString("en")],
     ["Documents", cutText(index.chunking)],
     ["Version", String(index.version)],
     ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} per passage`],
-    ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", kept twice" : ""}`],
+    ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", stored twice" : ""}`],
     ["Student", `${student.name}, head ${HEADS[student.head] || student.head}`],
     ["Backbone", student.backbone],
     ["Teacher", teacherText(index)],
@@ -33,7 +33,7 @@ export function factList(index) {
 
 function cutText(chunking) {
   if (!chunking) return "none yet, only passages";
-  return chunking.chunk_tokens ? `cut at ${chunking.chunk_tokens} tokens` : "not cut";
+  return chunking.chunk_tokens ? `split at ${chunking.chunk_tokens} tokens` : "not split";
 }
 
 function teacherText({ teacher, rescore }) {

@@ -1,11 +1,11 @@
-// Reading documents out of files, in the browser: text, Markdown, HTML, CSV and JSON lines.
+// Reads documents from files in the browser: text, Markdown, HTML, CSV and JSON Lines.
 
-const MOST_BYTES = 8_000_000; // of one file
+const MAX_BYTES = 8_000_000; // per file
 const TEXT_COLUMNS = ["text", "body", "content", "passage"];
 const ID_COLUMNS = ["id", "_id"];
 const RESERVED = new Set(["id", "_id", "title", "text", "document_id", "position"]);
 const FIELD_NAME = /^[A-Za-z_][A-Za-z0-9_]{0,63}$/;
-const SILENT = "script, style, template, noscript, svg, head";
+const INVISIBLE = "script, style, template, noscript, svg, head";
 const BLOCKS = new Set(
   ("ADDRESS ARTICLE ASIDE BLOCKQUOTE BR DD DIV DL DT FIGCAPTION FIGURE FOOTER FORM H1 H2 H3 H4 H5 H6 HEADER HR LI MAIN " +
     "NAV OL P PRE SECTION TABLE TD TH TR UL").split(" "),
@@ -19,17 +19,17 @@ const READERS = {
   jsonl: readJsonLines,
 };
 
-/** The documents of a file, and what was skipped of it and why. `types` are the index's fields. */
+/** The documents of a file, and the parts that were skipped, with reasons. `types` are the types of the index's fields. */
 export async function readFile(file, path, types) {
   const skip = (reason) => ({ documents: [], skipped: [{ path, reason }] });
   const ending = /\.([^./\\]+)$/.exec(path)?.[1].toLowerCase();
-  if (!ending || !Object.hasOwn(READERS, ending)) return skip("its kind is not read");
-  if (file.size > MOST_BYTES) return skip("it has more than 8 MB");
+  if (!ending || !Object.hasOwn(READERS, ending)) return skip("its file type is not supported");
+  if (file.size > MAX_BYTES) return skip("it is larger than 8 MB");
   let text;
   try {
     text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
   } catch {
-    return skip("it is no UTF-8 text, or cannot be read");
+    return skip("it is not UTF-8 text, or cannot be read");
   }
   try {
     const skipped = [];
@@ -45,11 +45,11 @@ export async function readFile(file, path, types) {
   }
 }
 
-/** The visible text of HTML. A parsed document that is not shown runs no script and loads nothing. */
+/** The visible text of HTML. A document that is only parsed runs no scripts and loads nothing. */
 export function readHtml(text, path) {
   const page = new DOMParser().parseFromString(text, "text/html");
   const title = (page.querySelector("title")?.textContent || "").trim().replace(/\s+/g, " ");
-  for (const silent of page.querySelectorAll(SILENT)) silent.remove();
+  for (const node of page.querySelectorAll(INVISIBLE)) node.remove();
   const parts = [];
   const read = (node) => {
     if (node.nodeType === Node.TEXT_NODE) parts.push(node.data.replace(/\s+/g, " "));
@@ -88,7 +88,7 @@ export function csvRows(text) {
     else if (sign === "\n") endRow();
     else if (sign !== "\r") field += sign;
   }
-  if (inQuotes) throw new Error("a quoted field of it does not end");
+  if (inQuotes) throw new Error("it has an unterminated quoted field");
   if (field || row.length) endRow();
   return rows;
 }
@@ -96,12 +96,12 @@ export function csvRows(text) {
 function readCsv(text, path, note, types) {
   const [header = [], ...rows] = csvRows(text);
   const names = header.map((name) => name.trim());
-  const column = (wanted) => names.findIndex((name) => wanted.includes(name.toLowerCase()));
+  const column = (candidates) => names.findIndex((name) => candidates.includes(name.toLowerCase()));
   const [texts, ids, titles] = [column(TEXT_COLUMNS), column(ID_COLUMNS), column(["title"])];
-  if (texts < 0) throw new Error("its first line names no column text");
+  if (texts < 0) throw new Error("its first line has no column named text");
   return rows.flatMap((row, number) => {
     if (row.length !== names.length) {
-      note(`it has ${row.length} fields, but the first line ${names.length}`, `row ${number + 1}`);
+      note(`it has ${row.length} fields, but the first line has ${names.length}`, `row ${number + 1}`);
       return [];
     }
     const values = Object.fromEntries(
@@ -119,12 +119,12 @@ function readJsonLines(text, path, note, types) {
     try {
       record = JSON.parse(line);
     } catch {
-      note("it is no JSON", `line ${number + 1}`);
+      note("it is not valid JSON", `line ${number + 1}`);
       return [];
     }
     const body = TEXT_COLUMNS.map((name) => record?.[name]).find((value) => typeof value === "string");
     if (body === undefined) {
-      note("it has no field text", `line ${number + 1}`);
+      note("it has no field named text", `line ${number + 1}`);
       return [];
     }
     const id = String(record.id ?? record._id ?? `${path}:${number + 1}`);
@@ -135,7 +135,7 @@ function readJsonLines(text, path, note, types) {
   });
 }
 
-/** Values that can be metadata, in the types of the fields that the index has already. */
+/** The values that can be metadata, converted to the types of the index's existing fields. */
 function metadataOf(values, types) {
   const fields = {};
   for (const [name, value] of Object.entries(values)) {
@@ -153,7 +153,7 @@ function typed(value, type) {
   return value;
 }
 
-/** All files of what was dropped, folders with what lies in them: [file, path] pairs. */
+/** All dropped files, including those inside dropped folders, as [file, path] pairs. */
 export async function droppedFiles(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.length) return [...transfer.files].map((file) => [file, file.name]);
@@ -165,7 +165,7 @@ export async function droppedFiles(transfer) {
     }
     const reader = entry.createReader();
     for (;;) {
-      // A reader gives a part of a folder at a time, and nothing at its end.
+      // A reader returns part of a folder at a time, and an empty list at the end.
       const part = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
       if (!part.length) return;
       for (const inside of part) await walk(inside, `${path}/${inside.name}`);

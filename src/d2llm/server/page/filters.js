@@ -1,4 +1,4 @@
-// Conditions on metadata: controls that write them, in the language of the server's filters.
+// Metadata filters: controls that write conditions in the server's filter language.
 
 import { element } from "./dom.js";
 
@@ -26,7 +26,7 @@ const OPERATORS = {
 };
 const INPUTS = { integer: "number", number: "number", timestamp: "date" };
 
-/** One condition, as text; null where its value does not fit. */
+/** One condition, as text; null if its value is not valid. */
 export function condition(field, type, operator, value) {
   if (operator.startsWith("IS ")) return `${field} ${operator}`;
   const text = value.trim();
@@ -41,13 +41,13 @@ export function condition(field, type, operator, value) {
   return `${field} ${operator} ${quoted(value)}`;
 }
 
-/** A condition for one value of a field, as it stands in a passage. */
+/** A condition that a field equals a value, as shown on a passage's card. */
 export function conditionFor(field, type, value) {
   if (type === "boolean") return condition(field, type, value ? "IS TRUE" : "IS FALSE", "");
   return condition(field, type, "=", String(value));
 }
 
-/** Two filters as one. */
+/** Combine two filters with AND. */
 export function joined(filter, more) {
   if (!filter.trim()) return more;
   const first = /\bOR\b/i.test(filter) && !/^\(.*\)$/.test(filter.trim()) ? `(${filter.trim()})` : filter.trim();
@@ -58,7 +58,7 @@ function quoted(text) {
   return `'${text.replaceAll("'", "''")}'`;
 }
 
-/** The controls of the filter: fields come with the index, and what they write is added to the box of conditions. */
+/** The filter controls. Their fields come from the index; each new condition is added to the filter box. */
 export class FilterBuilder {
   constructor({ field, operator, value, add }, onCondition) {
     Object.assign(this, { field, operator, value, add, onCondition });
@@ -107,14 +107,14 @@ export class FilterBuilder {
 
   #add() {
     const type = this.types[this.field.value];
-    const written = condition(this.field.value, type, this.operator.value, this.value.value);
-    if (written === null) {
-      this.value.setCustomValidity(type === "integer" ? "Write a whole number" : "Write a value");
+    const newCondition = condition(this.field.value, type, this.operator.value, this.value.value);
+    if (newCondition === null) {
+      this.value.setCustomValidity(type === "integer" ? "Enter a whole number" : "Enter a value");
       this.value.reportValidity();
       this.value.addEventListener("input", () => this.value.setCustomValidity(""), { once: true });
       return;
     }
     this.value.value = "";
-    this.onCondition(written);
+    this.onCondition(newCondition);
   }
 }

@@ -1,24 +1,24 @@
-// Words that mattered. At once: words with the query's stems. When a card is opened: words by their weight.
+// Highlighting: words with the stems of the query at once; words by their weight when a card is opened.
 
 import { element, signed } from "./dom.js";
 
 const WORD = /[\p{L}\p{N}]+/gu;
-const LEAST_SHOWN = 0.08; // of the strongest word's weight
-// Marking these at once would hide the words that say something; their weights are shown when a card is opened.
+const MIN_SHARE = 0.08; // of the strongest word's weight
+// These are not marked at first, since they would hide the important words; opening a card shows their weights.
 const FUNCTION_WORDS = new Set(
   ("a about an and are as at be by can do doe doesn for from ha have he how i if in into is it no not of on or she so " +
     "than that the their them then there they this to was we were what when where which who why will with you your").split(" "),
 );
-const MOST_ADDED = 5; // letters after a stem: "connect" also marks "connections"
+const MAX_SUFFIX = 5; // letters after a stem: "connect" also marks "connections"
 
-/** Text as nodes, with its words that have one of the stems marked. */
+/** The text as nodes, with words that have one of the stems marked. */
 export function markTerms(text, stems) {
-  const wanted = stems.map((stem) => stem.toLowerCase()).filter((stem) => stem && !FUNCTION_WORDS.has(stem));
-  if (!wanted.length) return [text];
+  const marked = stems.map((stem) => stem.toLowerCase()).filter((stem) => stem && !FUNCTION_WORDS.has(stem));
+  if (!marked.length) return [text];
   const spans = [];
   for (const match of text.matchAll(WORD)) {
     const word = match[0].toLowerCase();
-    if (wanted.some((stem) => hasStem(word, stem))) {
+    if (marked.some((stem) => hasStem(word, stem))) {
       spans.push({ start: match.index, end: match.index + match[0].length });
     }
   }
@@ -26,15 +26,15 @@ export function markTerms(text, stems) {
 }
 
 function hasStem(word, stem) {
-  const near = stem.length > 2 ? MOST_ADDED : 0;
+  const near = stem.length > 2 ? MAX_SUFFIX : 0;
   if (word.startsWith(stem)) return word.length - stem.length <= near;
   // The stem of "happy" is "happi".
   return stem.endsWith("i") && word === `${stem.slice(0, -1)}y`;
 }
 
 /**
- * Title and text as nodes, each word with a shade by its weight. Places count code points, as in Python, of the title,
- * a line break and the text; of the text alone where there is no title.
+ * Title and text as nodes, with each word shaded by its weight. Positions count code points, as in Python, in the title,
+ * a line break and the text, or in the text alone if there is no title.
  */
 export function markWeights(title, text, words) {
   const full = title ? `${title}\n${text}` : text;
@@ -42,7 +42,7 @@ export function markWeights(title, text, words) {
   const most = Math.max(...words.map((word) => Math.abs(word.weight)), 1e-9);
   const spans = words
     .map((word) => ({ start: units[word.start], end: units[word.end], weight: word.weight }))
-    .filter((span) => span.end > span.start && Math.abs(span.weight) / most >= LEAST_SHOWN)
+    .filter((span) => span.end > span.start && Math.abs(span.weight) / most >= MIN_SHARE)
     .sort((one, other) => one.start - other.start);
   const dress = (span) => {
     const level = Math.min(5, Math.ceil((Math.abs(span.weight) / most) * 5));
@@ -57,7 +57,7 @@ export function markWeights(title, text, words) {
   return { title: mark(title, title ? inTitle : [], dress), text: mark(text, inText, dress) };
 }
 
-/** For each code point of a text, where it begins in UTF-16 units; one more for the end. */
+/** The UTF-16 offset of each code point of a text, plus one for the end. */
 function unitsOf(text) {
   const units = [];
   let place = 0;

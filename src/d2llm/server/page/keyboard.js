@@ -1,9 +1,9 @@
-// All of it by keyboard: "/" the box, arrows or h j k l from card to card, Enter why, Escape closes.
+// Keyboard navigation: "/" focuses the search box, arrows or h j k l move between cards, Enter explains, Escape closes.
 
 const KEPT = "d2llm-letters";
 const STEPS = { ArrowDown: [1, 0], j: [1, 0], ArrowUp: [-1, 0], k: [-1, 0], ArrowRight: [0, 1], l: [0, 1], ArrowLeft: [0, -1], h: [0, -1] };
 
-/** `letters` is the box that turns keys of one letter off, for those who speak to their computer or hit keys by accident. */
+/** `letters` is the checkbox for single-letter keys, which speech input and accidental key presses can trigger. */
 export function installKeyboard(box, results, letters) {
   letters.checked = localStorage.getItem(KEPT) !== "off";
   letters.addEventListener("change", () => {

@@ -1,17 +1,17 @@
-// Lines between rankings side by side: they join the places of one passage. For the eye alone; cards say it in words.
+// Lines between rankings side by side, joining the places of the same passage. Visual only; cards also say it in words.
 
 import { svg } from "./dom.js";
 
-/** Draw the lines between columns, anew: one drawing for each gap, so that nothing lies over or under a text. */
+/** Redraw the lines between columns: one drawing for each gap, so that lines never overlap text. */
 export function drawLines(area) {
   for (const old of area.querySelectorAll(":scope > .lines")) old.remove();
   const columns = [...area.querySelectorAll(".column")];
   const frame = area.getBoundingClientRect();
   const drawings = columns.slice(1).map((right, place) => drawing(columns[place], right, frame, area.dataset.traced));
-  area.prepend(...drawings.filter(Boolean)); // after measuring: hundreds of lines would else each cost a layout
+  area.prepend(...drawings.filter(Boolean)); // after measuring, to avoid a layout for each of hundreds of lines
 }
 
-/** The lines from a column to the next; null where one stands below the other. */
+/** The lines from a column to the next; null if one is below the other. */
 function drawing(left, right, frame, traced) {
   const [begin, end] = [left.getBoundingClientRect().right, right.getBoundingClientRect().left];
   if (end <= begin) return null;
@@ -43,7 +43,7 @@ function line(left, right, { top, width }) {
   );
 }
 
-/** Let a card's lines stand out while it has the pointer or the focus. */
+/** Highlight a card's lines while it has the pointer or the focus. */
 export function followCards(area) {
   const show = (event) => {
     const leaving = event.type === "pointerout" || event.type === "focusout";

@@ -1,4 +1,4 @@
-// The page: puts its parts together and keeps the search in the address.
+// The search page: connects its parts and keeps the search in the URL.
 
 import { readAddress, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
@@ -11,8 +11,8 @@ import { lastOf, RANK_NAMES, Search } from "./search.js";
 import { installTheme } from "./theme.js";
 import { Upload } from "./upload.js";
 
-const TYPING_PAUSE = 160; // milliseconds without a key before a search
-const STARTING_PAUSE = 1000; // between questions to a server that is starting
+const TYPING_PAUSE = 160; // milliseconds without a key press before a search
+const STARTING_PAUSE = 1000; // milliseconds between requests to a server that is starting
 
 let state = readAddress(location.search);
 let index = null; // GET /v1/index
@@ -27,7 +27,7 @@ const search = new Search({
 });
 const builder = new FilterBuilder(
   { field: byId("field"), operator: byId("operator"), value: byId("value"), add: byId("add") },
-  (written) => change({ filter: joined(state.filter, written) }),
+  (newCondition) => change({ filter: joined(state.filter, newCondition) }),
 );
 
 function showAnswers(request, answers) {
@@ -46,9 +46,9 @@ function showProblem(error) {
   if (error.status === 401) askForKey(error.message);
   if (error.field === "filter" || error.message.startsWith("filter")) {
     showFilterError(error.message);
-    results.message("The filter cannot be used", "The message next to it says why.", "error");
+    results.message("The filter is invalid", "See the message next to it.", "error");
   } else {
-    results.message(error.status === 401 ? "A key is needed" : "That did not work", problemText(error), "error");
+    results.message(error.status === 401 ? "An API key is required" : "The search failed", problemText(error), "error");
   }
   status.textContent = error.message;
 }
@@ -74,7 +74,7 @@ function filterByValue(name, value) {
   byId("filters").open = true;
 }
 
-/** Change the search, show it in the controls and in the address, and search. */
+/** Update the search, the controls and the URL, then search. */
 function change(parts, { wait = 0 } = {}) {
   state = { ...state, ...parts };
   history.replaceState(null, "", writeAddress(state));
@@ -106,7 +106,7 @@ function showState() {
   document.body.classList.toggle("comparing", state.beside);
 }
 
-/** The ranking that is chosen; what makes no difference side by side cannot be chosen there. */
+/** Show the chosen ranking; side by side, options that make no difference are disabled. */
 function showRank() {
   const offered = index?.rescore || [];
   const chosen = state.beside ? lastOf(state.rank, offered) : state.rank;
@@ -191,7 +191,7 @@ async function readIndex() {
   showRanks();
 }
 
-/** Read what the index is, then search for what the address says. */
+/** Load the facts about the index, then run the search in the URL. */
 async function begin() {
   try {
     limits = await ask("/page/settings.json");

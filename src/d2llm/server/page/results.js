@@ -1,4 +1,4 @@
-// Showing rankings: one, or several side by side with lines between them.
+// Shows one ranking, or several side by side with lines between them.
 
 import { card, certificateText, latency, readingText } from "./cards.js";
 import { counted, element } from "./dom.js";
@@ -7,7 +7,7 @@ import { leftOut, RANK_NAMES } from "./search.js";
 
 const READING = "The teacher is reading …";
 
-/** The part of the page that rankings are shown in. */
+/** The part of the page that shows rankings. */
 export class Results {
   constructor({ area, status }, { onValue }) {
     Object.assign(this, { area, status, onValue, answers: [] });
@@ -16,7 +16,7 @@ export class Results {
     new ResizeObserver(() => this.redraw()).observe(area);
   }
 
-  /** Say that a search is under way, where it takes long enough to wonder. */
+  /** Show that a search is in progress, if it takes noticeably long. */
   loading(teacher) {
     this.area.setAttribute("aria-busy", "true");
     this.area.querySelector(":scope > .working")?.remove();
@@ -24,7 +24,7 @@ export class Results {
     if (teacher) this.status.textContent = READING;
   }
 
-  /** A message in place of results. */
+  /** Show a message instead of results. */
   message(title, text, kind = "empty") {
     this.area.removeAttribute("aria-busy");
     this.answers = [];
@@ -34,17 +34,17 @@ export class Results {
     );
   }
 
-  /** Rankings, left to right. One that was waiting takes its place without a change to the others. */
+  /** Show rankings, left to right. A ranking that was pending is filled in without redrawing the others. */
   show(state, answers, { hasTeacher }) {
     this.area.removeAttribute("aria-busy");
     const compact = answers.length > 1;
     const context = { query: state.q, hasTeacher, compact, onValue: this.onValue };
     const make = (ranking, place) => this.#column(state, ranking, answers[place - 1], context);
     const waiting = this.area.querySelector(":scope > .waiting");
-    const goesOn = waiting && this.answers.slice(0, -1).every((ranking, place) => ranking === answers[place]);
+    const fillsIn = waiting && this.answers.slice(0, -1).every((ranking, place) => ranking === answers[place]);
     this.answers = answers;
     this.status.textContent = summary(answers);
-    if (goesOn) {
+    if (fillsIn) {
       waiting.replaceWith(make(answers.at(-1), answers.length - 1));
       this.redraw();
       return;
@@ -53,7 +53,7 @@ export class Results {
     this.area.className = compact ? `results beside columns-${answers.length}` : "results";
     const hadFocus = this.area.contains(document.activeElement);
     this.area.replaceChildren(...columns);
-    if (hadFocus) this.area.focus({ preventScroll: true }); // Tab goes on at the first card, not at the page's beginning
+    if (hadFocus) this.area.focus({ preventScroll: true }); // so that Tab continues at the first card, not at the top of the page
     this.redraw();
   }
 
@@ -76,7 +76,7 @@ export class Results {
     }
     const before = left?.answer ? new Map(left.answer.passages.map((one) => [one.id, one.rank])) : null;
     const notes = [leftOut(state, rank)];
-    if (answer.truncated) notes.push("The query is longer than the student reads; its end does not count.");
+    if (answer.truncated) notes.push("The query is longer than the student reads; its end is ignored.");
     if (answer.certificate) notes.push(certificateText(answer.certificate, answer.passages.length));
     if (answer.cascade) notes.push(readingText(answer.cascade, rank));
     column.append(
@@ -108,7 +108,7 @@ function countOf({ passages, num_candidates }, before) {
   return element("p", { class: "count" }, count, before ? element("b", {}, changes(passages, before)) : null);
 }
 
-/** What a ranking changes of the one to its left, in words. */
+/** Describes how a ranking differs from the one to its left. */
 function changes(passages, before) {
   const fresh = passages.filter((one) => !before.has(one.id)).length;
   const moved = passages.filter((one) => before.has(one.id) && before.get(one.id) !== one.rank).length;

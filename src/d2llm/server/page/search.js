@@ -1,27 +1,27 @@
-// Searching as somebody types: one search at a time, or one for each ranking side by side.
+// Searches as the user types: one search at a time, or one for each ranking side by side.
 
 import { ask } from "./api.js";
 
 export const RANK_NAMES = { none: "Inner product", iem: "IEM", teacher: "Teacher", cascade: "Cascade" };
 
-/** Whether a ranking waits for a teacher, which takes seconds. */
+/** Whether a ranking uses the teacher, which takes seconds. */
 export function asksTeacher(rank) {
   return rank === "teacher" || rank === "cascade";
 }
 
-/** The rankings that a state asks for, left to right. Side by side, the chosen one is the last. */
+/** The rankings to show for a state, left to right. Side by side, the chosen one is the last. */
 export function rankingsOf(state, offered) {
   if (!state.beside) return [offered.includes(state.rank) ? state.rank : "iem"];
   return [...new Set(["none", "iem", lastOf(state.rank, offered)])].filter((rank) => offered.includes(rank));
 }
 
-/** The last ranking side by side, where `rank` is chosen. */
+/** The last ranking side by side, if `rank` is chosen. */
 export function lastOf(rank, offered) {
   if (rank === "teacher" && offered.includes(rank)) return rank;
   return offered.includes("cascade") ? "cascade" : "iem";
 }
 
-/** The body of a search request. What a ranking cannot be combined with is left out, and named by `leftOut`. */
+/** The body of a search request. Options that a ranking does not support are omitted, and named by `leftOut`. */
 export function requestOf(state, rank) {
   const body = { query: state.q, top_k: state.k, rescore: rank, explain: true };
   if (state.filter.trim()) body.filter = state.filter;
@@ -31,7 +31,7 @@ export function requestOf(state, rank) {
   return body;
 }
 
-/** What a state asks for and a ranking does not do, in words; empty where it does all. */
+/** Describes the options of a state that a ranking does not support; empty if it supports all. */
 export function leftOut(state, rank) {
   if (state.exact && rank !== "iem") return "Not exact: only the IEM’s ranking can be proved.";
   if (state.exact && state.hybrid !== null) return "Not fused with BM25: an exact search ranks by the IEM alone.";
@@ -40,15 +40,15 @@ export function leftOut(state, rank) {
 }
 
 /**
- * Searches; a new one cancels the one before, and an answer that comes late is never shown. `onDone` gets the rankings;
- * where a teacher reads for the last ranking, it first gets the others with a last one that is `waiting`.
+ * Runs searches; a new one cancels the previous one, and outdated answers are never shown. `onDone` gets the rankings;
+ * if the last ranking uses the teacher, it first gets the others with a last one that is `waiting`.
  */
 export class Search {
   constructor({ onStart, onDone }) {
     Object.assign(this, { onStart, onDone, number: 0, controller: null, timer: null });
   }
 
-  /** Search soon: when nothing else is asked for `wait` milliseconds. */
+  /** Search after `wait` milliseconds without another request. */
   soon(state, offered, wait) {
     clearTimeout(this.timer);
     this.cancel();
@@ -85,10 +85,10 @@ export class Search {
 }
 
 async function searchBy(state, rank, signal) {
-  const began = performance.now();
+  const startTime = performance.now();
   try {
     const answer = await ask("/v1/search", requestOf(state, rank), signal);
-    return { rank, answer, error: null, total: (performance.now() - began) / 1000 };
+    return { rank, answer, error: null, total: (performance.now() - startTime) / 1000 };
   } catch (error) {
     return { rank, answer: null, error, total: 0 };
   }

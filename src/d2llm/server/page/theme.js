@@ -1,4 +1,4 @@
-// Light or dark: as the system says, until somebody chooses.
+// Light or dark theme: the system setting, unless the user chooses.
 
 const KEY = "d2llm-theme";
 const NEXT = { system: "light", light: "dark", dark: "system" };

@@ -1,15 +1,15 @@
-// Adding documents: read in the browser, sent in batches, with every skipped one named.
+// Adds documents: reads them in the browser, sends them in batches, and names all that were skipped.
 
 import { ask } from "./api.js";
 import { counted, element } from "./dom.js";
 import { droppedFiles, readFile } from "./files.js";
 
-const BATCH_DOCUMENTS = 16; // small, so that the bar moves and the server can answer searches between
+const BATCH_DOCUMENTS = 16; // small, so that the progress bar moves and the server can answer searches in between
 const BATCH_CHARACTERS = 200_000;
-const MOST_WAITS = 5;
+const MAX_RETRIES = 5;
 const LISTED = 100;
 
-/** Sends documents, to be split into passages as the index splits them. `onProgress` gets how many of how many are done; `signal` stops it between batches. */
+/** Send documents; the index splits them into passages. `onProgress` gets the number done and the total; `signal` stops between batches. */
 export async function sendDocuments(documents, limits, { onProgress, signal }) {
   const sum = { num_documents: 0, num_added: 0, num_updated: 0, num_unchanged: 0, num_truncated: 0, num_deleted: 0 };
   const skipped = [];
@@ -20,7 +20,7 @@ export async function sendDocuments(documents, limits, { onProgress, signal }) {
       for (const name of Object.keys(sum)) sum[name] += report[name] || 0;
     } catch (error) {
       if (error.name === "AbortError" || [0, 401, 403, 429, 503].includes(error.status)) throw error;
-      // One document spoils its batch: find it.
+      // Some document makes the batch fail: send them one by one to find it.
       if (part.length > 1) {
         for (const one of part) await send([one]);
         return;
@@ -56,20 +56,20 @@ function* batches(documents, limits) {
   if (part.length) yield part;
 }
 
-/** Try again as long as the server says that it is busy. */
+/** Retry while the server is busy. */
 async function patient(work, signal) {
   for (let wait = 0; ; wait += 1) {
     try {
       return await work();
     } catch (error) {
-      if (![429, 503].includes(error.status) || wait >= MOST_WAITS) throw error;
+      if (![429, 503].includes(error.status) || wait >= MAX_RETRIES) throw error;
       await new Promise((resolve) => setTimeout(resolve, 1000 * Math.min(error.retryAfter || 1, 30)));
       signal.throwIfAborted();
     }
   }
 }
 
-/** The part of the page that documents are added with. */
+/** The part of the page for adding documents. */
 export class Upload {
   constructor({ place, folder, files, stop, bar, report }, { types, limits, onDone }) {
     Object.assign(this, { place, stop, bar, report, types, limits, onDone });
@@ -108,7 +108,7 @@ export class Upload {
       if (documents.length) onProgress(0, documents.length);
       const options = { onProgress, signal: this.controller.signal };
       const sent = await sendDocuments(documents, this.limits(), options);
-      this.#tell(sent, [...skipped, ...sent.skipped]);
+      this.#showReport(sent, [...skipped, ...sent.skipped]);
       if (sent.sum.num_documents) this.onDone();
     } catch (error) {
       this.report.replaceChildren(element("p", { class: "problem" }, error.message));
@@ -119,29 +119,29 @@ export class Upload {
   }
 
   async #read(files) {
-    const [documents, skipped, seen] = [[], [], new Set()];
+    const [documents, skipped, ids] = [[], [], new Set()];
     for (const [file, path] of files) {
       const contents = await readFile(file, path, this.types());
       skipped.push(...contents.skipped);
       for (const one of contents.documents) {
-        const reason = this.#refused(one, seen);
+        const reason = this.#refusal(one, ids);
         if (reason) skipped.push({ path: one.id, reason });
         else documents.push(one);
-        seen.add(one.id);
+        ids.add(one.id);
       }
     }
     return { documents, skipped };
   }
 
-  #refused(one, seen) {
-    if (seen.has(one.id)) return "another document has this id";
+  #refusal(one, ids) {
+    if (ids.has(one.id)) return "another document has the same id";
     if (new Blob([JSON.stringify(one)]).size > this.limits().max_body_bytes - 1000) {
       return "it is larger than the server accepts";
     }
     return "";
   }
 
-  #tell({ sum, problem, numLeft }, skipped) {
+  #showReport({ sum, problem, numLeft }, skipped) {
     const passages = sum.num_added + sum.num_updated + sum.num_unchanged;
     const lines = [
       sum.num_documents

@@ -1,4 +1,4 @@
-// Why a passage stands where it does: the parts of its score, its words, who proposed it, what the teacher says.
+// Explains a passage's rank: the parts of its score, its words, its sources, and the teacher's judgement.
 
 import { ask, problemText } from "./api.js";
 import { element, milliseconds, signed } from "./dom.js";
@@ -6,7 +6,7 @@ import { markWeights } from "./highlight.js";
 
 const SOURCE_NAMES = { vectors: "inner product", ann: "approximate index", bm25: "BM25" };
 
-/** The panel of a card. `passage` is a place of a ranking, `context` has query and whether there is a teacher. */
+/** The panel of a card. `passage` is a ranked passage; `context` has the query and whether there is a teacher. */
 export function whyPanel(passage, context, { onWords, labelledBy, id }) {
   const words = element("p", { class: "quiet", "aria-live": "polite" }, "Weighing words …");
   const panel = element(
@@ -49,10 +49,10 @@ function scoreParts(passage) {
   return element(
     "dl",
     { class: "parts" },
-    part("Inner product", anchor, most, "what two vectors alone say"),
-    ...(best ? [part("Best window", best, most, "what its best two sentences add")] : []),
-    ...(words ? [part("Words", words, most, "what BM25 adds")] : []),
-    part("IEM", interaction, most, "what the interaction adds"),
+    part("Inner product", anchor, most, "from the two vectors alone"),
+    ...(best ? [part("Best window", best, most, "added by its best two sentences")] : []),
+    ...(words ? [part("Words", words, most, "added by BM25")] : []),
+    part("IEM", interaction, most, "added by the interaction"),
     element(
       "div",
       { class: "sum" },
@@ -85,15 +85,15 @@ function proposers(passage) {
   }
   if (passage.log_odds !== null) lines.push(element("li", {}, `teacher: log-odds ${signed(passage.log_odds)}`));
   const terms = Object.entries(explanation.terms).map(([term, count]) => (count > 1 ? `${term} ×${count}` : term));
-  if (terms.length) lines.push(element("li", {}, `stems of the query that it contains: ${terms.join(", ")}`));
-  return lines.length ? element("ul", { class: "sources", "aria-label": "Who ranked it where" }, lines) : null;
+  if (terms.length) lines.push(element("li", {}, `query stems in the passage: ${terms.join(", ")}`));
+  return lines.length ? element("ul", { class: "sources", "aria-label": "Ranks by source" }, lines) : null;
 }
 
 function verdict(passage, context) {
   const status = element("span", { class: "verdict", role: "status" });
   const button = element("button", { type: "button", class: "small" }, "Ask the teacher");
   const waiting = (now) => {
-    button.setAttribute("aria-disabled", String(now)); // not `disabled`, which would take the focus away
+    button.setAttribute("aria-disabled", String(now)); // not `disabled`, which would lose the focus
     status.className = now ? "verdict working" : "verdict";
   };
   button.addEventListener("click", async () => {
@@ -107,7 +107,7 @@ function verdict(passage, context) {
       waiting(false);
       status.textContent =
         `${share}% that it answers the query (log-odds ${signed(teacher.log_odds)}, ${milliseconds(teacher.seconds)})` +
-        (teacher.truncated ? "; it read the passage only in part" : "");
+        (teacher.truncated ? "; it read only a part of the passage" : "");
     } catch (error) {
       waiting(false);
       status.classList.add("problem");

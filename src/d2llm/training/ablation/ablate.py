@@ -86,9 +86,9 @@ def ablate(
         budget_minutes: no run is begun after so many minutes; 0 only reports what there is. None means no limit.
         dev_queries: measure on a fixed random sample of so many dev queries of each data set; all where there are not
             more.
-        device: by default what this machine has.
-        dtype: by default what is fast there.
-        show_progress: None means: if standard error is a terminal.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+        show_progress: None shows progress if standard error is a terminal.
         announce: called with one line when a run begins; by default it is logged.
 
     Raises:

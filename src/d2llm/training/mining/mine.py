@@ -83,13 +83,13 @@ def mine(
         student: ranks by its full score in place of ``encoder``.
         teacher: for ``config.teacher_margin``.
         task: which branch of the student's interaction.
-        seed: of the draws and of the sample of queries.
+        seed: seed of the draws and of the sample of queries.
         max_queries: mine a random sample of this many queries (a larger sample contains a smaller one).
         exclude_passages_of: queries that share a positive with a query of these splits are left out, so that dev and
             test passages have never been positives in training. The passages stay available as negatives.
         work: a folder that keeps the passages' vectors, so that a run that was interrupted, or another draw, need not
             encode again; by default a temporary one.
-        show_progress: None means: if standard error is a terminal.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: no query is left to mine, no list to mine from, or a teacher's margin without a teacher.

@@ -67,7 +67,7 @@ class EncoderRanking:
         task: which branch of the student's interaction.
         folder: where the file of vectors goes.
         resumable: see ``encode_to_file``.
-        show_progress: None means: if standard error is a terminal.
+        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         ModelError: a vector is not finite.
@@ -178,7 +178,7 @@ def encode_to_file(
         folder: an existing one. The file's name holds a fingerprint of encoder and texts, so that vectors of another
             encoder or corpus are never taken for these.
         resumable: False spares that fingerprint, for a folder that is deleted anyway.
-        show_progress: None means: if standard error is a terminal.
+        show_progress: None shows progress if standard error is a terminal.
 
     Returns:
         [len(ids), dim], mapped from the file.

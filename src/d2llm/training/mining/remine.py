@@ -45,14 +45,14 @@ def remine(
         source: the data set with its plan; one of labelled pairs is given back as it is, since its pairs are the plan.
         student: ranks by its full score; training may go on with it afterwards.
         config: numbers, the encoder's range, sampling and filters.
-        seed: of the draws.
+        seed: seed of the draws.
         epoch: of the draws.
         labels: what the teacher said, for ``teacher_margin`` (stored labels alone) and ``only_labelled``.
         only_labelled: draw from the query's labelled passages alone, so that every negative has its label and only
             labelled passages are encoded. Without, new negatives have none until ``label`` makes them.
         same_text: that of the data set, if there is one already.
         folder: for the file of the passages' vectors; by default the system's folder for temporary files.
-        show_progress: None means: if standard error is a terminal.
+        show_progress: None shows progress if standard error is a terminal.
 
     Returns:
         The source with another plan; its manifest names seed, epoch and how many hard negatives are new ("remined").

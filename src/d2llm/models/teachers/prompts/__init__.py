@@ -1,4 +1,4 @@
-"""The teacher's questions: templates from the data files beside this one, or from the user's own."""
+"""The teacher's prompts: templates from the TOML files in this folder, or from the user's own file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SWITCH = "spaced"
 class Prompt:
     """A template cut at its two slots: ``head`` query ``middle`` passage ``tail``, and the two answer words.
 
-    ``space`` goes before query and passage. It is " " where the template asks for that (``spaced``): tokenizers of LLMs
-    join the space before a word with the word, and a model that was tuned on whole texts expects these tokens.
+    ``space`` goes before query and passage. It is " " if the template sets ``spaced``: LLM tokenizers merge the space
+    before a word into the word's token, and a model that was tuned on whole texts expects these tokens.
     """
 
     head: str
@@ -38,12 +38,12 @@ class Prompt:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the question: another text gives other labels."""
+        """Identity of the question, since another text gives other labels."""
         spaced = [self.space] if self.space else []
         return fingerprint_json([self.head, self.middle, self.tail, self.yes, self.no, *spaced])
 
     def fill(self, query: str, passage: str) -> str:
-        """The whole text, for models that are given it in one piece."""
+        """The whole text, for models that tokenize it in one piece."""
         return f"{self.head}{self.space}{query}{self.middle}{self.space}{passage}{self.tail}"
 
 
@@ -65,7 +65,7 @@ def load_prompt(name: str, task: Task) -> Prompt:
 
 def _read_file(path: Path, task: Task) -> dict[str, Any]:
     try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
+        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path of the prompt file") from error
     except UnicodeDecodeError as error:
@@ -83,7 +83,7 @@ def _parse(section: dict[str, Any], where: str) -> Prompt:
     if set(section) - {_SWITCH} != _KEYS:
         raise InputError(f"{where}: needs exactly the keys template, yes, no; found {', '.join(sorted(section))}")
     if not all(isinstance(section[key], str) for key in _KEYS):
-        raise InputError(f"{where}: template, yes and no must be texts in quotes")
+        raise InputError(f"{where}: template, yes and no must be quoted strings")
     if not isinstance(spaced := section.get(_SWITCH, False), bool):
         raise InputError(f"{where}: {_SWITCH} must be true or false")
     template: str = section["template"]
@@ -95,5 +95,5 @@ def _parse(section: dict[str, Any], where: str) -> Prompt:
     if not spaced:
         return Prompt(head, middle, tail, section["yes"], section["no"])
     if not head.endswith(" ") or not middle.endswith(" "):
-        raise InputError(f"{where}: with {_SWITCH}, a space must stand before {{query}} and before {{passage}}")
+        raise InputError(f"{where}: with {_SWITCH}, a space must come before {{query}} and before {{passage}}")
     return Prompt(head[:-1], middle[:-1], tail, section["yes"], section["no"], space=" ")
